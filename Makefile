@@ -1,0 +1,40 @@
+# Everything runs in .venv, made on first use from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# For more options to the main job: make profile ARGS="--size 39M --steps 4"
+ARGS ?=
+
+.PHONY: help profile test check format clean
+
+help:
+	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
+	@echo "make test      run the whole test suite"
+	@echo "make check     lint, format and types"
+	@echo "make format    rewrite the code in the house format"
+	@echo "make clean     remove .venv and caches, never runs/"
+
+profile: $(STAMP)
+	$(BIN)/ldmperf profile $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ldmperf needs Python 3.11 or later; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	@touch $@

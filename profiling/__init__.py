@@ -1,0 +1,1 @@
+"""What one sample of each size costs in wall-clock time."""

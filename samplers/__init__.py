@@ -1,0 +1,1 @@
+"""The mathematics of sampling: schedules, plans and the loop that runs them."""
