@@ -1,1 +1,19 @@
 """The fused operators. Imports the standard library, torch and triton, nothing else: copy this folder anywhere."""
+
+from ._dispatch import KernelUnsupported
+from .attention import attention, attention_ref
+from .geglu import geglu, geglu_ref
+from .group_norm import group_norm_silu, group_norm_silu_ref
+from .layer_norm import layer_norm, layer_norm_ref
+
+__all__ = [
+    "KernelUnsupported",
+    "attention",
+    "attention_ref",
+    "geglu",
+    "geglu_ref",
+    "group_norm_silu",
+    "group_norm_silu_ref",
+    "layer_norm",
+    "layer_norm_ref",
+]

@@ -1,0 +1,44 @@
+"""The choice between an operator's Triton kernel and its torch reference, and the reasons against the kernel."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+Backend = Literal["auto", "torch", "triton"]
+BACKENDS: tuple[Backend, ...] = ("auto", "torch", "triton")
+
+logger = logging.getLogger(__name__)
+
+
+class KernelUnsupported(RuntimeError):
+    """`backend="triton"` was asked for and the kernel cannot serve the call; `reasons` lists every cause."""
+
+    def __init__(self, operator: str, reasons: Sequence[str]) -> None:
+        self.operator = operator
+        self.reasons = tuple(reasons)
+        super().__init__(f"{operator}: the Triton kernel cannot serve this call: {'; '.join(self.reasons)}")
+
+
+def choose_backend(operator: str, backend: str, reasons: Sequence[str]) -> Literal["torch", "triton"]:
+    """The backend that serves this call.
+
+    `reasons` are those against the Triton kernel, empty when it can serve. Raises `KernelUnsupported` when
+    "triton" is asked for in vain, `ValueError` for an unknown backend. The fall back of "auto" is logged once
+    for each operator and set of reasons.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{operator}: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend != "auto":
+        if backend == "triton" and reasons:
+            raise KernelUnsupported(operator, reasons)
+        return backend
+    if reasons:
+        _log_fallback(operator, tuple(reasons))
+        return "torch"
+    return "triton"
+
+
+@functools.cache
+def _log_fallback(operator: str, reasons: tuple[str, ...]) -> None:
+    logger.warning("%s: falling back to the torch reference: %s", operator, "; ".join(reasons))
