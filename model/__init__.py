@@ -2,5 +2,16 @@
 
 from .config import FAMILY, UNetConfig, UnsupportedConfig, diffusers_config
 from .unet import Conditioning, UNet
+from .weights import CheckpointError, diffusers_state_dict, load_unet
 
-__all__ = ["FAMILY", "Conditioning", "UNet", "UNetConfig", "UnsupportedConfig", "diffusers_config"]
+__all__ = [
+    "FAMILY",
+    "CheckpointError",
+    "Conditioning",
+    "UNet",
+    "UNetConfig",
+    "UnsupportedConfig",
+    "diffusers_config",
+    "diffusers_state_dict",
+    "load_unet",
+]
