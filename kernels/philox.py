@@ -1,0 +1,93 @@
+"""Counter-based noise: Philox4x32-10 keyed by the seed of an image, and Box-Muller on its words.
+
+Element `e` of an image (row-major index of its logical [C, H, W]) belongs to group `e // 4` and lane `e % 4`:
+
+    key     = (low, high) 32 bits of the image's seed
+    counter = (group low, group high, step, stream)
+    word    = Philox4x32-10(counter, key)                       4 words of 32 bits a group
+    lanes 0, 1 = r cos(theta), r sin(theta) of words 0 and 1;   lanes 2, 3 of words 2 and 3
+    r       = sqrt(-2 log((word_a + 0.5) 2^-32)),   theta = 2 pi word_b 2^-32
+
+So a seed gives the same noise on every device, alone or in any batch, whatever the memory layout.
+Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), section 3.3.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+INITIAL_NOISE = 0
+STEP_NOISE = 1
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIER_0 = 0xD2511F53
+_MULTIPLIER_1 = 0xCD9E8D57
+_WEYL_0 = 0x9E3779B9
+_WEYL_1 = 0xBB67AE85
+_TWO_POW_MINUS_32 = 2.0**-32
+
+
+def _multiply(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a 32 x 32 bit product; `word` is int64 in [0, 2^32)."""
+    # In two halves of 16 bits: the full product overflows int64, and signed overflow is undefined in C++.
+    upper = word * (multiplier >> 16)
+    lower = word * (multiplier & 0xFFFF)
+    high = (upper + (lower >> 16)) >> 16
+    low = (((upper & 0xFFFF) << 16) + lower) & _MASK
+    return high, low
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Philox4x32 bijection; every word is an int64 tensor in [0, 2^32), all broadcast together.
+
+    Source: Salmon et al. (SC 2011), figure 2; the constants are those of Random123.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high_0, low_0 = _multiply(_MULTIPLIER_0, c0)
+        high_1, low_1 = _multiply(_MULTIPLIER_1, c2)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + _WEYL_0) & _MASK, (k1 + _WEYL_1) & _MASK
+    return c0, c1, c2, c3
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    # The half keeps the logarithm finite; float32 on every device, so the numbers agree everywhere.
+    uniform = (radius_word.to(torch.float32) + 0.5) * _TWO_POW_MINUS_32
+    theta = (angle_word.to(torch.float32) * _TWO_POW_MINUS_32) * (2.0 * math.pi)
+    radius = torch.sqrt(-2.0 * torch.log(uniform))
+    return radius * torch.cos(theta), radius * torch.sin(theta)
+
+
+def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
+    """Seeds as an int64 tensor [B] on `device`; an integer is taken modulo 2^64, so -1 is 2^64 - 1.
+
+    Raises ValueError for a seed that is no integer, and for a tensor that is not an int64 vector.
+    """
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1:
+            raise ValueError(f"seeds must be an int64 tensor [B], not {seeds.dtype} of shape {tuple(seeds.shape)}")
+        return seeds.to(device)
+    if isinstance(seeds, int) or any(isinstance(seed, bool) or not isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds must be a sequence of integers, one per image, not {seeds!r}")
+    return torch.tensor([((seed + 2**63) % 2**64) - 2**63 for seed in seeds], dtype=torch.int64).to(device)
+
+
+def philox_normal(seeds: Tensor, shape: Sequence[int], step: int | Tensor, stream: int) -> Tensor:
+    """Standard normal noise, float32 [B, *shape], on the device of `seeds`.
+
+    seeds: int64 [B], one per image. shape: of one image. step: a host integer, or an int64 tensor of one
+    element on that device (never read by the host). stream: INITIAL_NOISE or STEP_NOISE.
+    """
+    numel = math.prod(shape)
+    group = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seeds.device)[None, :]
+    step_word = (step.reshape(1, 1) if isinstance(step, Tensor) else torch.full_like(group, step)) & _MASK
+    key = ((seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None])
+    words = philox4x32((group & _MASK, group >> 32, step_word, torch.full_like(group, stream)), key)
+    lanes = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)
+    return lanes.flatten(1)[:, :numel].reshape(seeds.shape[0], *shape)

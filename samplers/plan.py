@@ -1,0 +1,149 @@
+"""`SamplingPlan`: a sampler as a table, and `make_plan`, which has it built."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from .ddim import ddim
+from .ddpm import ddpm
+from .schedule import REFUSED_OPTIONS, FloatArray, NoiseSchedule, refuse_option
+from .step import Step, Tableau
+
+# builder(schedule, num_steps, **options): the keyword-only parameters are the sampler's options and their defaults.
+Builder = Callable[..., Tableau]
+
+SAMPLERS: Mapping[str, Builder] = MappingProxyType(
+    {
+        "ddim": ddim,
+        "ddpm": ddpm,
+    }
+)
+
+
+# A config written by one class and read by another: diffusers maps these values to the reader's nearest own.
+_DPM_ADOPTS = {
+    "solver_type": {"bh1": "midpoint", "bh2": "midpoint", "logrho": "midpoint"},
+    "algorithm_type": {"deis": "dpmsolver++"},
+}
+_ADOPTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "dpmpp_2m": _DPM_ADOPTS,
+    "dpmpp_2s": _DPM_ADOPTS,
+    "unipc": {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}},
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingPlan:
+    """Everything a run of a sampler needs to know, computed once on the host in float64.
+
+    name              in `SAMPLERS`
+    num_steps         what was asked for; a method with two evaluations a step has more `steps`
+    steps             one per model evaluation, in order
+    init_noise_sigma  the latents start as init_noise_sigma * standard normal noise
+    schedule          the noise schedule it was made for
+    options           every option of the sampler, given or default
+    """
+
+    name: str
+    num_steps: int
+    steps: tuple[Step, ...]
+    init_noise_sigma: float
+    schedule: NoiseSchedule
+    options: Mapping[str, Any]
+
+    @property
+    def num_registers(self) -> int:
+        """R: x and what the solver remembers."""
+        return int(self.steps[0].U.shape[0])
+
+    @functools.cached_property
+    def table(self) -> FloatArray:
+        """[K, R, R + 2] float64: the matrices `U` of the steps."""
+        table = np.stack([step.U for step in self.steps])
+        table.flags.writeable = False
+        return table
+
+    @property
+    def input_scales(self) -> FloatArray:
+        """[K] float64: the `c_in` of the steps."""
+        return np.array([step.c_in for step in self.steps])
+
+    @property
+    def timesteps(self) -> FloatArray:
+        """[K] float64: the timesteps of the steps."""
+        return np.array([step.timestep for step in self.steps])
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return any(step.adds_noise for step in self.steps)
+
+
+def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any) -> SamplingPlan:
+    """The plan of sampler `name` for `num_steps` inference steps, counted as diffusers' `set_timesteps` does.
+
+    Options carry diffusers' config names. An option that is not given takes the schedule's (what its
+    scheduler_config.json says), else the default of that sampler's diffusers class.
+
+    Raises ValueError, in one line that names what is wrong, for an unknown sampler or option, an option value
+    out of range, and what no table can hold (clip_sample, thresholding, guidance_rescale).
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+    train_steps = schedule.num_train_timesteps
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= train_steps:
+        raise ValueError(f"num_steps must be an integer from 1 to {train_steps}, not {num_steps!r}")
+    builder = SAMPLERS[name]
+    parameters = inspect.signature(builder).parameters.values()
+    defaults = {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
+    inherited = {key: value for key, value in schedule.options.items() if key in defaults}
+    given = _checked_options(name, options, defaults)
+    resolved = {**defaults, **_checked_options(name, _adopt(name, inherited), defaults), **given}
+    tableau = builder(schedule, num_steps, **resolved)
+    return SamplingPlan(
+        name, num_steps, tuple(tableau.steps), tableau.init_noise_sigma, schedule, MappingProxyType(resolved)
+    )
+
+
+def _adopt(name: str, inherited: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule's options in the words of sampler `name`."""
+    words = _ADOPTS.get(name, {})
+    return {
+        key: words.get(key, {}).get(value, value) if key in words else value for key, value in inherited.items()
+    }
+
+
+def _checked_options(name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the builder takes; ValueError for a refused or unknown name and for a wrong type."""
+    checked = {}
+    for key, value in options.items():
+        if key in REFUSED_OPTIONS:
+            refuse_option(key, value)
+        elif key not in defaults:
+            raise ValueError(f"{name} takes no option {key!r}; it takes {', '.join(sorted(defaults))}")
+        elif not _same_type(value, defaults[key]):
+            raise ValueError(
+                f"{name}: option {key} must be a {type(defaults[key]).__name__} like its default "
+                f"{defaults[key]!r}, not {value!r}"
+            )
+        else:
+            checked[key] = value
+    return checked
+
+
+def _same_type(value: object, default: object) -> bool:
+    """Whether an option's value has the type of its default; a default of None takes a number or None."""
+    if default is None:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple)
+    return type(value) is type(default)

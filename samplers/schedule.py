@@ -1,0 +1,232 @@
+"""`NoiseSchedule`: how much noise is at every training timestep, and what a scheduler_config.json says about it.
+
+A variance-preserving schedule: x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 = alphas_cumprod[t], sigma_t^2 = 1 - alpha_t^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+FloatArray = npt.NDArray[np.float64]
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+# Stands for a signal-to-noise ratio of zero where a sampler divides by alpha: float16's smallest subnormal.
+ZERO_SNR_ALPHA_CUMPROD = 2.0**-24
+
+# What a config may say to a sampler. make_plan hands each sampler those that it takes.
+SAMPLER_OPTIONS = frozenset(
+    {
+        "timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "variance_type",
+        "solver_order", "algorithm_type", "solver_type", "lower_order_final", "euler_at_final",
+        "final_sigmas_type", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+        "sigma_min", "sigma_max", "lambda_min_clipped", "predict_x0", "disable_corrector",
+        "interpolation_type", "timestep_type", "original_inference_steps", "timestep_scaling",
+    }
+)  # fmt: skip
+
+# What no table can hold, or no plan here supports, with what to do about it. A false value is always accepted.
+REFUSED_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "clip_sample": "clipping is not linear; set clip_sample to false (latents are not clipped)",
+        "thresholding": "dynamic thresholding is not linear; set thresholding to false",
+        "guidance_rescale": "rescaled guidance is not linear; set guidance_rescale to 0",
+        "use_lu_lambdas": "use use_exponential_sigmas: it has the same noise levels",
+        "use_flow_sigmas": "flow matching is not supported; use a variance-preserving schedule",
+        "use_dynamic_shifting": "flow matching is not supported; use a variance-preserving schedule",
+        "shift_terminal": "flow matching is not supported; use a variance-preserving schedule",
+        "solver_p": "another scheduler as predictor is not supported; leave solver_p out",
+    }
+)
+
+# Read only together with an option that is refused, so they say nothing on their own.
+_WITHOUT_EFFECT = frozenset(
+    {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
+)
+
+_COMMON_BETAS = (0.0001, 0.02, "linear")
+_CLASS_BETAS = {
+    "HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
+    "LCMScheduler": (0.00085, 0.012, "scaled_linear"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The noise levels of the training timesteps 0 ... T - 1, in float64.
+
+    alphas_cumprod    [T], strictly decreasing in (0, 1]; the last may be 0 (zero terminal SNR)
+    prediction_type   what the network returns: "epsilon", "sample" (x_0) or "v_prediction"
+    beta_schedule     the name it was made from; samplers round Karras timesteps unless it is squaredcos_cap_v2
+    options           sampler options of a scheduler_config.json, defaults of `make_plan` for samplers that take them
+
+    Raises ValueError for levels that do not decrease, are not finite, or an unknown prediction_type.
+    """
+
+    alphas_cumprod: FloatArray
+    prediction_type: str = "epsilon"
+    beta_schedule: str = "trained_betas"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        levels = np.array(self.alphas_cumprod, dtype=np.float64)
+        levels.flags.writeable = False
+        if levels.ndim != 1 or levels.size < 2 or not np.isfinite(levels).all():
+            raise ValueError("alphas_cumprod must be a vector of at least two finite numbers")
+        if levels[0] > 1.0 or levels[-1] < 0.0 or (np.diff(levels) >= 0.0).any():
+            raise ValueError("alphas_cumprod must decrease strictly inside [0, 1]; check the betas")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type {self.prediction_type!r} is not supported; choose one of {', '.join(PREDICTION_TYPES)}"
+            )
+        object.__setattr__(self, "alphas_cumprod", levels)
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
+        """The schedule of a scheduler_config.json, a dict of any of diffusers' discrete VP schedulers.
+
+        A key that is absent takes the default of the class in `_class_name`, with one exception: without
+        clip_sample there is no clipping (diffusers' DDIM and DDPM classes would clip, which suits pixels).
+        Sampler options are kept in `options`. The levels are rounded to float32 where diffusers rounds them.
+
+        Raises ValueError, naming the key, for what is not linear (clip_sample, thresholding), not supported
+        (flow matching, learned variances, other prediction types or beta schedules) or not known.
+        """
+        given = {key: value for key, value in config.items() if value is not None and not key.startswith("_")}
+        beta_defaults = _CLASS_BETAS.get(str(config.get("_class_name")), _COMMON_BETAS)
+        num_train_timesteps = given.pop("num_train_timesteps", 1000)
+        beta_start = given.pop("beta_start", beta_defaults[0])
+        beta_end = given.pop("beta_end", beta_defaults[1])
+        beta_schedule = given.pop("beta_schedule", beta_defaults[2])
+        trained_betas = given.pop("trained_betas", None)
+        zero_terminal_snr = given.pop("rescale_betas_zero_snr", False)
+        prediction_type = given.pop("prediction_type", "epsilon")
+        options = sampler_options(given)
+        if trained_betas is not None:
+            betas = torch.tensor(np.asarray(trained_betas), dtype=torch.float32)
+        else:
+            betas = _betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
+        if zero_terminal_snr:
+            betas = _rescale_zero_terminal_snr(betas)
+        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+        return cls(alphas_cumprod.double().numpy(), prediction_type, beta_schedule, options)
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return int(self.alphas_cumprod.size)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise."""
+        return bool(self.alphas_cumprod[-1] == 0.0)
+
+    @property
+    def sigmas(self) -> FloatArray:
+        """[T] sigma_t / alpha_t, float64; finite, with `ZERO_SNR_ALPHA_CUMPROD` for an alphas_cumprod of zero."""
+        levels = np.where(self.alphas_cumprod == 0.0, ZERO_SNR_ALPHA_CUMPROD, self.alphas_cumprod)
+        return np.sqrt((1.0 - levels) / levels)
+
+    @property
+    def sigmas_float32(self) -> npt.NDArray[np.float32]:
+        """`sigmas` in float32 arithmetic, as diffusers computes them.
+
+        Timesteps found by inverting them are rounded or cut to integers, so here the last bit counts.
+        """
+        levels = np.where(self.alphas_cumprod == 0.0, ZERO_SNR_ALPHA_CUMPROD, self.alphas_cumprod)
+        levels32 = levels.astype(np.float32)
+        return np.sqrt((np.float32(1.0) - levels32) / levels32)
+
+    def level(self, timestep: int) -> float:
+        """alphas_cumprod[timestep]; ValueError outside the schedule, where steps_offset can lead."""
+        if not 0 <= timestep < self.num_train_timesteps:
+            raise ValueError(
+                f"timestep {timestep} lies outside the schedule's {self.num_train_timesteps}: "
+                "choose a smaller steps_offset or fewer steps"
+            )
+        return float(self.alphas_cumprod[timestep])
+
+    def refuse_zero_snr(self, sampler: str) -> None:
+        """ValueError for zero terminal SNR, where a sampler has no answer to it (nor does diffusers' class)."""
+        if self.zero_terminal_snr:
+            raise ValueError(
+                f"{sampler} does not support rescale_betas_zero_snr: choose ddim, dpmpp_2m, unipc or euler, "
+                "or set rescale_betas_zero_snr to false"
+            )
+
+    def refuse_zero_snr_epsilon(self, sampler: str) -> None:
+        """ValueError for zero terminal SNR with a network that predicts the noise: diffusers returns NaN."""
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                f"{sampler} does not support rescale_betas_zero_snr with prediction_type 'epsilon': pure noise says "
+                "nothing about the sample; use a v_prediction model or set rescale_betas_zero_snr to false"
+            )
+
+
+def alpha_sigma(level: float) -> tuple[float, float]:
+    """(alpha, sigma) of an alphas_cumprod: alpha^2 = level, sigma^2 = 1 - level."""
+    return math.sqrt(level), math.sqrt(1.0 - level)
+
+
+def sampler_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler options among config keys; ValueError, by name, for a refused or an unknown one."""
+    options = {}
+    for key, value in given.items():
+        if key in REFUSED_OPTIONS:
+            refuse_option(key, value)
+        elif key == "variance_type" and value in ("learned", "learned_range"):
+            raise ValueError(f"variance_type {value!r} is not supported: use a model that predicts no variance")
+        elif key in SAMPLER_OPTIONS:
+            options[key] = value
+        elif key not in _WITHOUT_EFFECT:
+            raise ValueError(f"unknown key {key!r} in the scheduler config; remove it if it has no effect")
+    return options
+
+
+def refuse_option(name: str, value: object) -> None:
+    """ValueError for an option of `REFUSED_OPTIONS` that is set; nothing for one that is off."""
+    if value:
+        raise ValueError(f"{name}={value!r} is not supported: {REFUSED_OPTIONS[name]}")
+
+
+def _betas(beta_schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
+    """[T] float32."""
+    if beta_schedule == "linear":
+        return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+    if beta_schedule == "scaled_linear":
+        # Rombach et al., arXiv 2112.10752: linear in the standard deviation.
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32)
+        return roots**2
+    if beta_schedule == "squaredcos_cap_v2":
+        return torch.tensor(_cosine_betas(num_train_timesteps), dtype=torch.float32)
+    raise ValueError(
+        f"beta_schedule {beta_schedule!r} is not supported; choose one of {', '.join(BETA_SCHEDULES)}, or give trained_betas"
+    )
+
+
+def _cosine_betas(num_train_timesteps: int) -> Sequence[float]:
+    """Nichol and Dhariwal, arXiv 2102.09672, equation 17, capped at 0.999."""
+
+    def level(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    times = [index / num_train_timesteps for index in range(num_train_timesteps + 1)]
+    return [min(1 - level(end) / level(start), 0.999) for start, end in zip(times, times[1:], strict=False)]
+
+
+def _rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Shift and scale sqrt(alphas_cumprod) so that it ends at zero. Lin et al., arXiv 2305.08891, algorithm 1."""
+    roots = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    first, last = roots[0].clone(), roots[-1].clone()
+    levels = ((roots - last) * (first / (first - last))) ** 2
+    return 1.0 - torch.cat([levels[:1], levels[1:] / levels[:-1]])

@@ -1,0 +1,83 @@
+"""`Step`, and the little algebra that builders write their formulas in.
+
+A sampler is linear in what it holds, so every quantity of a formula (x, a prediction, a derivative) is a vector
+of coefficients over [registers..., model output, noise]. A `Tableau` hands out the unit vectors; the formulas of
+the paper combine them; the new registers, stacked, are the matrix `U` of a step.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .schedule import FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One model evaluation and the update that follows it.
+
+    index     position in the plan
+    timestep  what the network is told, a host float; may be fractional
+    c_in      the network sees c_in * registers[0]
+    U         [R, R + 2] float64, maps [registers..., model output, noise] to the new registers
+    """
+
+    index: int
+    timestep: float
+    c_in: float
+    U: FloatArray
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether any register takes some of the noise column."""
+        return bool((self.U[:, -1] != 0.0).any())
+
+
+class Tableau:
+    """The steps of a plan in the making, over named registers; the first is x, the sampler's current sample."""
+
+    def __init__(self, *registers: str, init_noise_sigma: float = 1.0) -> None:
+        self.registers = registers
+        self.init_noise_sigma = init_noise_sigma
+        self.steps: list[Step] = []
+
+    def unit_vectors(self) -> list[FloatArray]:
+        """One vector per register, then the model output's and the noise's."""
+        return list(np.eye(len(self.registers) + 2))
+
+    def step(self, timestep: float, *, c_in: float = 1.0, **registers: FloatArray) -> None:
+        """Append a step that sets the named registers and keeps the others.
+
+        Raises ValueError for a coefficient that is not finite: no plan with NaN is ever handed out.
+        """
+        kept = dict(zip(self.registers, self.unit_vectors(), strict=False))
+        rows = np.stack([registers.pop(name, kept[name]) for name in self.registers])
+        if registers:
+            raise KeyError(f"no such register: {', '.join(registers)}")
+        if not (np.isfinite(rows).all() and np.isfinite([timestep, c_in]).all()):
+            raise ValueError(
+                f"step {len(self.steps)} at timestep {timestep:g} has no finite coefficients: "
+                "choose other noise levels (options timestep_spacing, final_sigmas_type) or another number of steps"
+            )
+        self.steps.append(Step(len(self.steps), float(timestep), float(c_in), rows))
+
+
+def predict(
+    prediction_type: str, sample: FloatArray, model_output: FloatArray, alpha: float, sigma: float
+) -> tuple[FloatArray, FloatArray]:
+    """(x_0, eps) that the network's output stands for, given the sample alpha x_0 + sigma eps that it saw.
+
+    Source: Salimans and Ho, arXiv 2202.00512, section 4 and appendix D.
+    """
+    if prediction_type == "sample":
+        return model_output, (sample - alpha * model_output) / sigma
+    if prediction_type == "v_prediction":
+        return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+    return (sample - sigma * model_output) / alpha, model_output
+
+
+def choose(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """ValueError, naming the option, unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}={value!r} is not supported; choose one of {listed}")
