@@ -1,0 +1,248 @@
+"""What to measure: a case, the presets, and the sweep from options."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+Task = Literal["t2i", "sr"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+TASKS: tuple[Task, ...] = get_args(Task)
+DTYPES: tuple[DType, ...] = get_args(DType)
+BACKENDS = ("torch", "diffusers")
+# The guidance of a task unless told: super-resolution samples without.
+DEFAULT_GUIDANCE: dict[Task, float] = {"t2i": 7.5, "sr": 1.0}
+
+DEVICE_PATTERN = r"^(cpu|cuda(:\d+)?)$"
+
+
+class CaseError(ValueError):
+    """A wrong value for a case; its text is one line that lists the valid ones."""
+
+
+class Case(BaseModel):
+    """One trajectory to measure: hashable, and equal when all that is measured is equal.
+
+    `unet` is a name of the family ("39M" ... "5B") or the absolute path of a checkpoint. `guidance_scale` above 1
+    means classifier-free guidance: every model evaluation then takes 2 x `batch` inputs. Latent sizes are in
+    latent pixels (an eighth of the image's), `context_tokens` is the length of the text context.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    unet: Annotated[str, Field(min_length=1)]
+    task: Task = "t2i"
+    sampler: str = "ddim"
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    batch: Annotated[int, Field(ge=1)] = 1
+    guidance_scale: Annotated[FiniteFloat, Field(ge=0)] = 7.5
+    dtype: DType = "float32"
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "cpu"
+    latent_height: Annotated[int, Field(ge=1)] = 64
+    latent_width: Annotated[int, Field(ge=1)] = 64
+    context_tokens: Annotated[int, Field(ge=1)] = 77
+    seed: Annotated[int, Field(ge=0)] = 0
+    backend: str = "torch"
+
+    @property
+    def group_key(self) -> str:
+        """All but the backend: cases that share it are measured interleaved, on the same weights and inputs."""
+        return (
+            f"unet={self.unet} task={self.task} sampler={self.sampler} steps={self.steps} batch={self.batch} "
+            f"guidance={self.guidance_scale:g} dtype={self.dtype} device={self.device} "
+            f"latent={self.latent_height}x{self.latent_width} tokens={self.context_tokens} seed={self.seed}"
+        )
+
+    @property
+    def key(self) -> str:
+        """A readable name, the same in every version of this schema: resuming and comparing go by it."""
+        return f"{self.group_key} backend={self.backend}"
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether `unet` is a path; sizes of the family have no slash, and the sweep makes paths absolute."""
+        return "/" in self.unet
+
+    @property
+    def label(self) -> str:
+        """A short name of the network: the size, or the checkpoint's last path component."""
+        return Path(self.unet).name if self.is_checkpoint else self.unet
+
+    @property
+    def guided(self) -> bool:
+        """Whether the model sees an unconditional half too."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def model_batch(self) -> int:
+        """Inputs of one model evaluation."""
+        return self.batch * (2 if self.guided else 1)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Lists of values whose product is measured; `guidance_scales` None takes each task's own."""
+
+    unets: tuple[str, ...]
+    steps: tuple[int, ...]
+    dtypes: tuple[DType, ...]
+    devices: tuple[str, ...]
+    batches: tuple[int, ...] = (1,)
+    samplers: tuple[str, ...] = ("ddim",)
+    tasks: tuple[Task, ...] = ("t2i",)
+    guidance_scales: tuple[float, ...] | None = None
+    backends: tuple[str, ...] = BACKENDS
+
+    def cases(self) -> Iterator[Case]:
+        """The product: networks outermost, as they are dear to build; backends innermost, as they interleave."""
+        for unet, task, dtype, device in itertools.product(self.unets, self.tasks, self.dtypes, self.devices):
+            scales = (DEFAULT_GUIDANCE[task],) if self.guidance_scales is None else self.guidance_scales
+            for batch, scale, sampler, steps, backend in itertools.product(
+                self.batches, scales, self.samplers, self.steps, self.backends
+            ):
+                yield Case(
+                    unet=unet,
+                    task=task,
+                    sampler=sampler,
+                    steps=steps,
+                    batch=batch,
+                    guidance_scale=float(scale),
+                    dtype=dtype,
+                    device=device,
+                    backend=backend,
+                )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of sweeps, and how often each trajectory is repeated and warmed up."""
+
+    sweeps: tuple[Sweep, ...]
+    min_count: int
+    min_seconds: float
+
+
+_FAMILY = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
+_CPU = Sweep(unets=_FAMILY[:3], steps=(3,), dtypes=("float32",), devices=("cpu",))
+PRESETS: dict[str, Preset] = {
+    # Under five minutes on two cores: one step count for the cost of sizes, two more at 39M for the cost of steps.
+    "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 6))), min_count=3, min_seconds=0.0),
+    "gpu": Preset(
+        (Sweep(unets=_FAMILY, steps=(50,), batches=(1, 8), dtypes=("bfloat16",), devices=("cuda",)),),
+        min_count=5,
+        min_seconds=2.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the command's options say, as typed (values may be comma separated); empty leaves the preset's."""
+
+    size: Sequence[str] = ()
+    unet: Sequence[str] = ()
+    sampler: Sequence[str] = ()
+    steps: Sequence[str] = ()
+    batch: Sequence[str] = ()
+    guidance: Sequence[str] = ()
+    dtype: Sequence[str] = ()
+    device: Sequence[str] = ()
+    backend: Sequence[str] = ()
+    task: Sequence[str] = ()
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+
+def select_cases(preset: str, choices: Choices) -> list[Case]:
+    """The preset's cases with its lists replaced by those chosen; each case once.
+
+    Raises CaseError for an unknown name, a number out of range, a checkpoint or device that is not there.
+    """
+    # The names of sizes and samplers belong to the packages that define them, and those load torch.
+    from ldmperf.model import FAMILY
+    from ldmperf.samplers import SAMPLERS
+
+    overrides: dict[str, object] = {
+        "samplers": _names("sampler", choices.sampler, SAMPLERS),
+        "steps": tuple(_whole("steps", text, 1000) for text in _split(choices.steps)),
+        "batches": tuple(_whole("batch", text) for text in _split(choices.batch)),
+        "guidance_scales": tuple(_number("guidance", text) for text in _split(choices.guidance)),
+        "dtypes": _names("dtype", [_DTYPE_ALIASES.get(d, d) for d in _split(choices.dtype)], DTYPES),
+        "devices": tuple(_device(text) for text in _split(choices.device)),
+        "backends": _names("backend", choices.backend, BACKENDS),
+        "tasks": _names("task", choices.task, TASKS),
+        "unets": _names("size", choices.size, FAMILY) + tuple(_checkpoint(path) for path in choices.unet),
+    }
+    given: dict[str, Any] = {name: values for name, values in overrides.items() if values}
+    sweeps = preset_named(preset).sweeps
+    # dict.fromkeys: a preset's second sweep may repeat cases of the first once its lists are replaced.
+    return list(dict.fromkeys(case for sweep in sweeps for case in replace(sweep, **given).cases()))
+
+
+def preset_named(name: str) -> Preset:
+    """The preset of that name, or CaseError."""
+    _names("preset", [name], PRESETS)
+    return PRESETS[name]
+
+
+_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _split(values: Iterable[str]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def _names(option: str, values: Iterable[str], valid: Iterable[str]) -> tuple[str, ...]:
+    known = tuple(valid)
+    chosen = _split(values)
+    for name in chosen:
+        if name not in known:
+            raise CaseError(f"--{option}: no {option} {name!r}; choose from {', '.join(known)}")
+    return tuple(chosen)
+
+
+def _whole(option: str, text: str, most: int | None = None) -> int:
+    limits = "of at least 1" if most is None else f"from 1 to {most}"
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1 or (most is not None and value > most):
+        raise CaseError(f"--{option}: {text!r} is not a whole number {limits}")
+    return value
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise CaseError(f"--{option}: {text!r} is not a number of at least 0 (1 samples without guidance)")
+    return value
+
+
+def _device(text: str) -> str:
+    import torch
+
+    if re.fullmatch(DEVICE_PATTERN, text) is None:
+        raise CaseError(f"--device: no device {text!r}; choose from cpu, cuda, cuda:N")
+    if text != "cpu" and (torch.device(text).index or 0) >= torch.cuda.device_count():
+        raise CaseError(f"--device: {text} is not here ({torch.cuda.device_count()} CUDA devices); choose cpu")
+    return text
+
+
+def _checkpoint(text: str) -> str:
+    path = Path(text).expanduser().resolve()
+    if not path.exists():
+        raise CaseError(f"--unet: nothing at {path}; give a diffusers folder or a .safetensors file")
+    return str(path)

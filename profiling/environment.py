@@ -1,0 +1,224 @@
+"""Where a measurement was made: host, GPU, versions, commit, and the device's state around each case.
+
+Nothing is queried at import, and whatever cannot be read is null: a missing driver never stops a measurement.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+T = TypeVar("T")
+
+
+class _Value(BaseModel):
+    # Ignoring extra fields lets an older reader take records that a newer writer of the same schema has added to.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Gpu(_Value):
+    """The CUDA device measured on; `count` is how many the process sees."""
+
+    name: str
+    count: int
+    memory_bytes: int | None = None
+    compute_capability: str | None = None
+    driver: str | None = None
+    power_limit_w: float | None = None
+
+
+class Environment(_Value):
+    """What does not change during a run. `git_*` are null for code that runs from an installed wheel."""
+
+    cpu: str | None = None
+    logical_cores: int | None = None
+    usable_cores: int | None = None
+    memory_bytes: int | None = None
+    os: str
+    python: str
+    ldmperf: str | None = None
+    torch: str | None = None
+    triton: str | None = None
+    numpy: str | None = None
+    diffusers: str | None = None
+    cuda: str | None = None
+    cudnn: int | None = None
+    torch_threads: int | None = None
+    float32_matmul_precision: str | None = None
+    cudnn_tf32: bool | None = None
+    cudnn_benchmark: bool | None = None
+    gpu: Gpu | None = None
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+
+    def differences(self, other: Environment) -> list[str]:
+        """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+class DeviceState(_Value):
+    """What changes during a run, read just before and just after a case. Units are in the names."""
+
+    load_average_1min: float | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    throttle_reasons: tuple[str, ...] | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+
+
+def collect_environment(device: str = "cpu") -> Environment:
+    """The environment of this process measuring on `device` ("cpu", "cuda", "cuda:1")."""
+    import torch
+
+    is_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
+    commit, dirty = _checkout()
+    return Environment(
+        cpu=_or_none(_cpu_model),
+        logical_cores=os.cpu_count(),
+        usable_cores=_or_none(lambda: len(os.sched_getaffinity(0))),
+        memory_bytes=_or_none(_memory_bytes),
+        os=platform.platform(),
+        python=platform.python_version(),
+        ldmperf=_version("ldmperf"),
+        # torch's own string tells the CPU build from the CUDA build; its metadata may not.
+        torch=str(torch.__version__),
+        triton=_version("triton"),
+        numpy=_version("numpy"),
+        diffusers=_version("diffusers"),
+        cuda=torch.version.cuda,
+        cudnn=_or_none(torch.backends.cudnn.version),
+        torch_threads=torch.get_num_threads(),
+        float32_matmul_precision=_or_none(torch.get_float32_matmul_precision),
+        cudnn_tf32=_or_none(lambda: bool(torch.backends.cudnn.allow_tf32)),
+        cudnn_benchmark=_or_none(lambda: bool(torch.backends.cudnn.benchmark)),
+        gpu=_gpu(device) if is_cuda else None,
+        git_commit=commit,
+        git_dirty=dirty,
+    )
+
+
+def device_state(device: str = "cpu") -> DeviceState:
+    """The load of the host and, on CUDA, clocks, throttling, temperature and power of `device` now."""
+    load = _or_none(lambda: round(os.getloadavg()[0], 2))
+    if not device.startswith("cuda"):
+        return DeviceState(load_average_1min=load)
+    import pynvml
+
+    handle = _nvml_handle(device)
+    if handle is None:
+        return DeviceState(load_average_1min=load)
+    return DeviceState(
+        load_average_1min=load,
+        sm_clock_mhz=_or_none(lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))),
+        memory_clock_mhz=_or_none(lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM))),
+        throttle_reasons=_or_none(lambda: _throttle_reasons(handle)),
+        temperature_c=_or_none(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+        power_w=_or_none(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+    )
+
+
+def _or_none(query: Callable[[], T]) -> T | None:
+    # Drivers, containers and old kernels fail in their own ways; each means only that this figure is not known.
+    try:
+        return query()
+    except Exception:
+        return None
+
+
+def _version(package: str) -> str | None:
+    return _or_none(lambda: metadata.version(package))
+
+
+def _cpu_model() -> str | None:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or None
+
+
+def _memory_bytes() -> int:
+    """What this process may use: the host's memory, or its control group's if that is less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _or_none(lambda: int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total if limit is None else min(total, limit)
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
+    answer = _or_none(
+        lambda: subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
+        )
+    )
+    return None if answer is None else answer.stdout.strip()
+
+
+def _checkout() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the checkout that holds this file; untracked files do not count as dirty."""
+    # A wheel in a .venv inside some checkout is not that checkout's code: git must track this very folder.
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+def _gpu(device: str) -> Gpu | None:
+    import torch
+
+    properties = _or_none(lambda: torch.cuda.get_device_properties(device))
+    if properties is None:
+        return None
+    handle = _nvml_handle(device)
+    return Gpu(
+        name=properties.name,
+        count=torch.cuda.device_count(),
+        memory_bytes=properties.total_memory,
+        compute_capability=f"{properties.major}.{properties.minor}",
+        driver=_or_none(_driver_version),
+        power_limit_w=None if handle is None else _or_none(lambda: _power_limit_w(handle)),
+    )
+
+
+def _nvml_handle(device: str) -> Any:
+    """NVML's handle of a torch device, None if unknown; by UUID, as torch's index counts visible devices only."""
+    import torch
+
+    def by_uuid() -> Any:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+
+    return _or_none(by_uuid)
+
+
+def _driver_version() -> str:
+    import pynvml
+
+    return str(pynvml.nvmlSystemGetDriverVersion())
+
+
+def _power_limit_w(handle: Any) -> float:
+    import pynvml
+
+    return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1e3
+
+
+def _throttle_reasons(handle: Any) -> tuple[str, ...]:
+    """Names of the reasons that hold now ("SwPowerCap", ...); an idle GPU's own reason is among them."""
+    import pynvml
+
+    active = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    prefix = "nvmlClocksThrottleReason"
+    bits = {name[len(prefix) :]: getattr(pynvml, name) for name in dir(pynvml) if name.startswith(prefix)}
+    return tuple(sorted(name for name, bit in bits.items() if name not in ("All", "None") and active & bit))

@@ -1,0 +1,259 @@
+"""The record of one case, and the file of records: one JSON line each, on disk before the next case begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+
+from .cases import Case
+from .environment import DeviceState, Environment
+from .timing import quantile
+
+Status = Literal["ok", "incorrect", "oom", "unsupported", "error"]
+RECORDS_NAME = "records.jsonl"
+REJECTED_NAME = "records.rejected.jsonl"
+
+Milliseconds = Annotated[float, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    # Ignoring extra fields skips the derived figures of a written record, and lets an older reader take records
+    # that a newer writer of the same schema version has added fields to.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class Samples(_Model):
+    """Raw samples in milliseconds, in the order taken, none dropped, and their (linear) quantiles."""
+
+    samples: Annotated[tuple[Milliseconds, ...], Field(min_length=1)]
+    p20: Milliseconds
+    p50: Milliseconds
+    p80: Milliseconds
+    min: Milliseconds
+    n: int
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> Self:
+        """Samples (milliseconds) with their statistics; ValueError when there are none or one is not finite."""
+        if not samples_ms:
+            raise ValueError("there are no samples")
+        p20, p50, p80 = (quantile(samples_ms, q) for q in (0.2, 0.5, 0.8))
+        return cls(samples=tuple(samples_ms), p20=p20, p50=p50, p80=p80, min=min(samples_ms), n=len(samples_ms))
+
+    @model_validator(mode="after")
+    def _statistics_fit_the_samples(self) -> Self:
+        ordered = self.min <= self.p20 <= self.p50 <= self.p80 <= max(self.samples)
+        if self.n != len(self.samples) or self.min != min(self.samples) or not ordered:
+            raise ValueError("the statistics are not those of the samples")
+        return self
+
+
+class Correctness(_Model):
+    """How far the final latents are from the reference's: relative RMS error, before and after timing.
+
+    An error is null when it was not reached or is not finite. `reference` names what was compared with.
+    """
+
+    error_before: float | None = None
+    error_after: float | None = None
+    tolerance: float
+    reference: str
+
+    @property
+    def passed(self) -> bool:
+        errors = (self.error_before, self.error_after)
+        return all(error is not None and error <= self.tolerance for error in errors)
+
+
+class Phases(_Model):
+    """What happens once, each part timed apart on the wall clock, in milliseconds; null when it was not done.
+
+    weights: making or loading the network, shared by the backends of a group. build: the backend's own.
+    first_call: its first trajectory. warmup: the trajectories between that and timing. reference: the reference
+    trajectory, where it was computed apart.
+    """
+
+    weights_ms: Milliseconds | None = None
+    build_ms: Milliseconds | None = None
+    first_call_ms: Milliseconds | None = None
+    warmup_ms: Milliseconds | None = None
+    reference_ms: Milliseconds | None = None
+
+
+class Harness(_Model):
+    """Timing ended when both minima were reached; `interleaved` are the backends that were timed in turn."""
+
+    min_count: int
+    min_seconds: float
+    warmup_count: int
+    interleaved: tuple[str, ...]
+
+
+class Record(_Model):
+    """One measured case, or the reason why there is no time: only `ok` has one.
+
+    `wall_ms` and `gpu_ms` are of whole trajectories, from noise to latents, the text conditioning included;
+    `gpu_ms` is null on the CPU. `evaluations` counts model evaluations of a trajectory (a guided one, with its two
+    halves in one batch, is one). `gflop_per_forward` is of one forward at batch 1. `peak_memory_bytes` is the most
+    that torch held on the GPU in a trajectory, weights included; null on the CPU, where torch does not count.
+    """
+
+    schema_version: Literal[1] = 1
+    case_key: str
+    case: Case
+    status: Status
+    message: Annotated[str | None, Field(pattern=r"^[^\r\n]+$")] = None
+    correctness: Correctness | None = None
+    wall_ms: Samples | None = None
+    gpu_ms: Samples | None = None
+    phases: Phases = Phases()
+    parameters: int | None = None
+    gflop_per_forward: float | None = None
+    evaluations: int | None = None
+    peak_memory_bytes: int | None = None
+    device_before: DeviceState = DeviceState()
+    device_after: DeviceState = DeviceState()
+    environment: Environment
+    harness: Harness
+    started_at: AwareDatetime
+
+    @model_validator(mode="after")
+    def _a_time_only_on_a_correct_result(self) -> Self:
+        if self.case_key != self.case.key:
+            raise ValueError("case_key is not the key of the case")
+        if self.started_at.utcoffset() != UTC.utcoffset(None):
+            raise ValueError("started_at must be in UTC")
+        if self.status == "ok":
+            if self.message is not None or self.wall_ms is None or not self.evaluations:
+                raise ValueError("an ok record has wall_ms and evaluations, and no message")
+            if self.correctness is None or not self.correctness.passed:
+                raise ValueError("an ok record has passed its check before and after timing")
+        elif self.message is None or self.wall_ms is not None or self.gpu_ms is not None:
+            raise ValueError(f"a record with status {self.status} has a message and no time")
+        return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ms_per_step(self) -> float | None:
+        """Median wall time of a trajectory over its model evaluations, for the whole batch, sampler included."""
+        if self.wall_ms is None or not self.evaluations:
+            return None
+        return self.wall_ms.p50 / self.evaluations
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ms_per_image(self) -> float | None:
+        """Median wall time of a trajectory over the images it makes (its batch)."""
+        return None if self.wall_ms is None else self.wall_ms.p50 / self.case.batch
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def images_per_s(self) -> float | None:
+        """Images a second at the median wall time; null when that is zero."""
+        return 1e3 / self.ms_per_image if self.ms_per_image else None
+
+
+def utc_now() -> datetime:
+    """The time now, aware, in UTC, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def record_schema() -> dict[str, Any]:
+    """The JSON Schema of a line of records.jsonl."""
+    return Record.model_json_schema(mode="serialization")
+
+
+def load_records(path: Path) -> tuple[list[Record], int]:
+    """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
+
+    A line that is not a whole record of this schema (torn, foreign, another version) is counted, never fatal;
+    lines that a `RecordStore` moved to records.rejected.jsonl count too. Raises OSError when it cannot be read.
+    """
+    path = path / RECORDS_NAME if path.is_dir() else path
+    records, rejected = _parse(path.read_bytes())
+    aside = path.with_name(REJECTED_NAME)
+    moved = _lines(aside.read_bytes()) if aside.exists() else []
+    return records, len(rejected) + len(moved)
+
+
+class RecordStore:
+    """Appends records to a file, each on disk before `append` returns.
+
+    Opening an existing file first moves what is no whole record to records.rejected.jsonl beside it, so that
+    nothing is ever glued to a torn last line. Raises OSError where the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists():
+            self._set_aside()
+        else:
+            _write_durably(path, b"", "xb")
+            _sync_folder(path.parent)
+
+    def append(self, *records: Record) -> None:
+        """Writes the records in one go, flushed through to the disk."""
+        lines = "".join(record.model_dump_json() + "\n" for record in records)
+        _write_durably(self.path, lines.encode(), "ab")
+
+    def load(self) -> list[Record]:
+        """The records on disk."""
+        return load_records(self.path)[0]
+
+    def _set_aside(self) -> None:
+        content = self.path.read_bytes()
+        kept: list[bytes] = []
+        rejected: list[bytes] = []
+        for line in _lines(content):
+            (kept if _record(line) else rejected).append(line + b"\n")
+        if b"".join(kept) == content:
+            return
+        # First keep the rejected lines, then drop them from the file: a crash between the two counts them twice.
+        _write_durably(self.path.with_name(REJECTED_NAME), b"".join(rejected), "ab")
+        replacement = self.path.with_suffix(".tmp")
+        _write_durably(replacement, b"".join(kept), "wb")
+        replacement.replace(self.path)
+        _sync_folder(self.path.parent)
+
+
+def _lines(content: bytes) -> list[bytes]:
+    return [line for line in content.split(b"\n") if line.strip()]
+
+
+def _record(line: bytes) -> Record | None:
+    try:
+        return Record.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
+def _parse(content: bytes) -> tuple[list[Record], list[bytes]]:
+    records, rejected = [], []
+    for line in _lines(content):
+        record = _record(line)
+        if record is None:
+            rejected.append(line)
+        else:
+            records.append(record)
+    return records, rejected
+
+
+def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb", "xb"]) -> None:
+    with path.open(mode) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # A new or renamed file survives a power cut only once its folder is on disk.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,63 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from ldmperf.profiling import Case, Record
+from ldmperf.profiling.environment import DeviceState, Environment
+from ldmperf.profiling.records import Correctness, Harness, Phases, Samples
+
+
+def plausible_record(case: Case | None = None, **changes: Any) -> Record:
+    """A record such as a real run writes, with times that follow from the case; `changes` replace its fields.
+
+    A status other than ok takes the times away and gives a message, unless `changes` has one.
+    """
+    case = case or Case(unet="39M", steps=3)
+    gflop = {"39M": 53.0, "83M": 99.7, "145M": 159.9}.get(case.unet, 804.3)
+    seconds_per_gflop = 0.004 if case.backend == "torch" else 0.005
+    trajectory_ms = 1e3 * gflop * case.model_batch * case.steps * seconds_per_gflop + 40.0
+    ok = changes.get("status", "ok") == "ok"
+    fields: dict[str, Any] = {
+        "case_key": case.key,
+        "case": case,
+        "status": "ok",
+        "message": None if ok else "OutOfMemoryError: tried to allocate 20.00 GiB",
+        "correctness": Correctness(
+            error_before=2.1e-6, error_after=2.1e-6, tolerance=1e-4, reference="diffusers float32"
+        ),
+        "wall_ms": Samples.of([trajectory_ms * scale for scale in (1.0, 1.02, 0.99)]) if ok else None,
+        "gpu_ms": None,
+        "phases": Phases(weights_ms=900.0, build_ms=30.0, first_call_ms=trajectory_ms * 1.3),
+        "parameters": 38_800_580,
+        "gflop_per_forward": gflop,
+        "evaluations": case.steps,
+        "device_before": DeviceState(load_average_1min=0.2),
+        "device_after": DeviceState(load_average_1min=1.9),
+        "environment": Environment(
+            cpu="AMD EPYC",
+            logical_cores=2,
+            usable_cores=2,
+            memory_bytes=25_274_793_984,
+            os="Linux-6.18-x86_64",
+            python="3.11.7",
+            ldmperf="0.1.0",
+            torch="2.13.0+cpu",
+            git_commit="7d35813a1b2c3d4e5f60718293a4b5c6d7e8f901",
+            git_dirty=False,
+        ),
+        "harness": Harness(min_count=3, min_seconds=0.0, warmup_count=0, interleaved=("torch", "diffusers")),
+        "started_at": datetime(2026, 11, 23, 12, 0, tzinfo=UTC),
+    }
+    return Record(**(fields | changes))
+
+
+@pytest.fixture
+def make_record() -> Callable[..., Record]:
+    """The function `plausible_record`: make_record(case, status="oom", ...)."""
+    return plausible_record
