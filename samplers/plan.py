@@ -13,16 +13,30 @@ import numpy as np
 
 from .ddim import ddim
 from .ddpm import ddpm
+from .dpm_solver import dpmpp_2m, dpmpp_2s
+from .euler import euler, euler_a
+from .heun import heun
+from .lcm import lcm
+from .pndm import pndm
 from .schedule import REFUSED_OPTIONS, FloatArray, NoiseSchedule, refuse_option
 from .step import Step, Tableau
+from .unipc import unipc
 
-# builder(schedule, num_steps, **options): the keyword-only parameters are the sampler's options and their defaults.
+# builder(schedule, num_steps, **options): its keyword-only parameters are the sampler's options and defaults.
 Builder = Callable[..., Tableau]
 
 SAMPLERS: Mapping[str, Builder] = MappingProxyType(
     {
         "ddim": ddim,
         "ddpm": ddpm,
+        "dpmpp_2m": dpmpp_2m,
+        "dpmpp_2s": dpmpp_2s,
+        "unipc": unipc,
+        "euler": euler,
+        "euler_a": euler_a,
+        "heun": heun,
+        "lcm": lcm,
+        "pndm": pndm,
     }
 )
 
@@ -108,7 +122,7 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
     resolved = {**defaults, **_checked_options(name, _adopt(name, inherited), defaults), **given}
     tableau = builder(schedule, num_steps, **resolved)
     return SamplingPlan(
-        name, num_steps, tuple(tableau.steps), tableau.init_noise_sigma, schedule, MappingProxyType(resolved)
+        name, num_steps, tableau.finish(), tableau.init_noise_sigma, schedule, MappingProxyType(resolved)
     )
 
 

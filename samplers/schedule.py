@@ -1,10 +1,12 @@
-"""`NoiseSchedule`: how much noise is at every training timestep, and what a scheduler_config.json says about it.
+"""`NoiseSchedule`: the noise at every training timestep, and what a scheduler_config.json says about it.
 
-A variance-preserving schedule: x_t = alpha_t x_0 + sigma_t eps, alpha_t^2 = alphas_cumprod[t], sigma_t^2 = 1 - alpha_t^2.
+A variance-preserving schedule: x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = alphas_cumprod[t] and
+sigma_t^2 = 1 - alpha_t^2.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +69,7 @@ class NoiseSchedule:
     alphas_cumprod    [T], strictly decreasing in (0, 1]; the last may be 0 (zero terminal SNR)
     prediction_type   what the network returns: "epsilon", "sample" (x_0) or "v_prediction"
     beta_schedule     the name it was made from; samplers round Karras timesteps unless it is squaredcos_cap_v2
-    options           sampler options of a scheduler_config.json, defaults of `make_plan` for samplers that take them
+    options           sampler options of a scheduler_config.json: `make_plan`'s defaults where a sampler takes them
 
     Raises ValueError for levels that do not decrease, are not finite, or an unknown prediction_type.
     """
@@ -86,7 +88,8 @@ class NoiseSchedule:
             raise ValueError("alphas_cumprod must decrease strictly inside [0, 1]; check the betas")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type {self.prediction_type!r} is not supported; choose one of {', '.join(PREDICTION_TYPES)}"
+                f"prediction_type {self.prediction_type!r} is not supported; "
+                f"choose one of {', '.join(PREDICTION_TYPES)}"
             )
         object.__setattr__(self, "alphas_cumprod", levels)
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
@@ -145,7 +148,8 @@ class NoiseSchedule:
         """
         levels = np.where(self.alphas_cumprod == 0.0, ZERO_SNR_ALPHA_CUMPROD, self.alphas_cumprod)
         levels32 = levels.astype(np.float32)
-        return np.sqrt((np.float32(1.0) - levels32) / levels32)
+        sigmas: npt.NDArray[np.float32] = np.sqrt((np.float32(1.0) - levels32) / levels32)
+        return sigmas
 
     def level(self, timestep: int) -> float:
         """alphas_cumprod[timestep]; ValueError outside the schedule, where steps_offset can lead."""
@@ -168,8 +172,8 @@ class NoiseSchedule:
         """ValueError for zero terminal SNR with a network that predicts the noise: diffusers returns NaN."""
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                f"{sampler} does not support rescale_betas_zero_snr with prediction_type 'epsilon': pure noise says "
-                "nothing about the sample; use a v_prediction model or set rescale_betas_zero_snr to false"
+                f"{sampler} does not support rescale_betas_zero_snr with prediction_type 'epsilon': pure noise "
+                "says nothing about the sample; use a v_prediction model or set rescale_betas_zero_snr to false"
             )
 
 
@@ -210,7 +214,8 @@ def _betas(beta_schedule: str, beta_start: float, beta_end: float, num_train_tim
     if beta_schedule == "squaredcos_cap_v2":
         return torch.tensor(_cosine_betas(num_train_timesteps), dtype=torch.float32)
     raise ValueError(
-        f"beta_schedule {beta_schedule!r} is not supported; choose one of {', '.join(BETA_SCHEDULES)}, or give trained_betas"
+        f"beta_schedule {beta_schedule!r} is not supported; "
+        f"choose one of {', '.join(BETA_SCHEDULES)}, or give trained_betas"
     )
 
 
@@ -221,7 +226,7 @@ def _cosine_betas(num_train_timesteps: int) -> Sequence[float]:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
     times = [index / num_train_timesteps for index in range(num_train_timesteps + 1)]
-    return [min(1 - level(end) / level(start), 0.999) for start, end in zip(times, times[1:], strict=False)]
+    return [min(1 - level(end) / level(start), 0.999) for start, end in itertools.pairwise(times)]
 
 
 def _rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:

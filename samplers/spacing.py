@@ -113,13 +113,12 @@ def solver_levels(
     final_of_ramp  "sigma_min" means the ramp's own last level (UniPC), not the schedule's
     """
     choose("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS)
-    table = schedule.sigmas
+    table = schedule.sigmas if ramp is None else schedule.sigmas_float32
     if ramp is None:
         sigmas = np.interp(timesteps, np.arange(table.size), table)
     else:
-        table32 = schedule.sigmas_float32
-        top = float(table32[-1]) if sigma_max is None else sigma_max
-        bottom = float(table32[0]) if sigma_min is None else sigma_min
+        top = float(table[-1]) if sigma_max is None else sigma_max
+        bottom = float(table[0]) if sigma_min is None else sigma_min
         sigmas = ramp_sigmas(ramp, top, bottom, len(timesteps))
         timesteps = sigmas_to_timesteps(sigmas, schedule)
         timesteps = np.round(timesteps) if ramp == "karras" and round_karras else np.trunc(timesteps)
@@ -171,4 +170,4 @@ def _beta_probability(x: float) -> float:
     for n in range(60):
         total += term / (a + n)
         term *= (n + 1 - a) * x / (n + 1)
-    return x**a * total * math.gamma(2 * a) / math.gamma(a) ** 2
+    return float(x**a * total * math.gamma(2 * a) / math.gamma(a) ** 2)

@@ -5,7 +5,7 @@ of coefficients over [registers..., model output, noise]. A `Tableau` hands out 
 the paper combine them; the new registers, stacked, are the matrix `U` of a step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,9 +57,18 @@ class Tableau:
         if not (np.isfinite(rows).all() and np.isfinite([timestep, c_in]).all()):
             raise ValueError(
                 f"step {len(self.steps)} at timestep {timestep:g} has no finite coefficients: "
-                "choose other noise levels (options timestep_spacing, final_sigmas_type) or another number of steps"
+                "choose another timestep_spacing, final_sigmas_type or number of steps"
             )
         self.steps.append(Step(len(self.steps), float(timestep), float(c_in), rows))
+
+    def finish(self) -> tuple[Step, ...]:
+        """The steps over the registers that x depends on: a register nobody reads would be traffic for nothing."""
+        reads = np.any([step.U[:, :-2] != 0.0 for step in self.steps], axis=0)
+        live = np.arange(len(self.registers)) == 0
+        while not np.array_equal(live, grown := live | reads[live].any(0)):
+            live = grown
+        columns = np.append(live, [True, True])
+        return tuple(replace(step, U=step.U[live][:, columns]) for step in self.steps)
 
 
 def predict(

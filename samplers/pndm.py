@@ -1,0 +1,83 @@
+"""Pseudo numerical methods: Runge-Kutta or a doubled first step, then linear multistep.
+
+Liu et al., arXiv 2202.09778, equations 9, 12 and 13 and algorithm 2. The network's raw outputs are combined
+first and turned into a noise prediction after, as in diffusers.
+"""
+
+import itertools
+
+import numpy as np
+
+from .schedule import FloatArray, NoiseSchedule, alpha_sigma
+from .spacing import spaced_timesteps
+from .step import Tableau, choose, predict
+
+# Adams-Bashforth of orders 1 to 4, the newest output first.
+_ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+_RUNGE_KUTTA_STEPS = 3
+
+
+def pndm(
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    skip_prk_steps: bool = False,
+    set_alpha_to_one: bool = False,
+    timestep_spacing: str = "leading",
+    steps_offset: int = 0,
+) -> Tableau:
+    """Options and defaults of diffusers' PNDMScheduler (Stable Diffusion's default, with skip_prk_steps).
+
+    num_steps + 9 model evaluations; with skip_prk_steps num_steps + 1, or 1 of 1. Refuses "sample" prediction, as
+    there, and fewer than four steps with Runge-Kutta, which diffusers cannot run.
+    """
+    choose("prediction_type", schedule.prediction_type, ("epsilon", "v_prediction"))
+    schedule.refuse_zero_snr("pndm")
+    if not skip_prk_steps and num_steps <= _RUNGE_KUTTA_STEPS:
+        raise ValueError(
+            f"pndm with skip_prk_steps=False needs at least 4 steps, not {num_steps}; set skip_prk_steps"
+        )
+    train_steps = schedule.num_train_timesteps
+    timesteps = spaced_timesteps(train_steps, num_steps, timestep_spacing, steps_offset=steps_offset).astype(int)
+    stride = train_steps // num_steps
+    final = 1.0 if set_alpha_to_one else schedule.level(0)
+    tableau = Tableau("x", "start", "slope", "e1", "e2", "e3")
+    x, start, slope, e1, e2, e3, output, _ = tableau.unit_vectors()
+
+    def move(sample: FloatArray, combined: FloatArray, timestep: int, target: int) -> FloatArray:
+        """Equation 9: from `timestep` to `target` along the combined output."""
+        level, level_next = schedule.level(timestep), schedule.level(target) if target >= 0 else final
+        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(level), alpha_sigma(level_next)
+        _, eps = predict(schedule.prediction_type, sample, combined, alpha, sigma)
+        denominator = level * sigma_next + alpha * sigma * alpha_next
+        return alpha_next / alpha * sample - (level_next - level) / denominator * eps
+
+    if skip_prk_steps:
+        first = timesteps[0]
+        tableau.step(first, x=move(x, output, first, first - stride), start=x, e1=output)
+        if num_steps > 1:
+            # The second point is evaluated twice: once to correct the first step, once to go on.
+            second = timesteps[1]
+            tableau.step(second, x=move(start, 0.5 * (output + e1), second + stride, second))
+        multistep, known = timesteps[1:], 1
+    else:
+        half = stride // 2
+        for timestep, following in itertools.pairwise(timesteps[: _RUNGE_KUTTA_STEPS + 1]):
+            middle = following + half
+            x_middle = move(x, output, timestep, timestep - half)
+            tableau.step(timestep, x=x_middle, start=x, slope=output / 6, e1=output, e2=e1, e3=e2)
+            tableau.step(middle, x=move(start, output, timestep, middle), slope=slope + output / 3)
+            tableau.step(middle, x=move(start, output, timestep, middle - half), slope=slope + output / 3)
+            tableau.step(following, x=move(start, slope + output / 6, timestep, following))
+        multistep, known = timesteps[_RUNGE_KUTTA_STEPS:], _RUNGE_KUTTA_STEPS
+    for index, timestep in enumerate(multistep):
+        weights = _ADAMS_BASHFORTH[min(known + index, 3)]
+        history = (output, e1, e2, e3)
+        combined = np.sum([weight * e for weight, e in zip(weights, history, strict=False)], axis=0)
+        tableau.step(timestep, x=move(x, combined, timestep, timestep - stride), e1=output, e2=e1, e3=e2)
+    return tableau
