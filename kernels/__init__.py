@@ -5,8 +5,12 @@ from .attention import attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
+from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
+from .sampler_update import sampler_update, sampler_update_ref
 
 __all__ = [
+    "INITIAL_NOISE",
+    "STEP_NOISE",
     "KernelUnsupported",
     "attention",
     "attention_ref",
@@ -16,4 +20,8 @@ __all__ = [
     "group_norm_silu_ref",
     "layer_norm",
     "layer_norm_ref",
+    "philox_normal",
+    "sampler_update",
+    "sampler_update_ref",
+    "seed_tensor",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import choose_backend
+from ._library import define_operator
 from .philox import STEP_NOISE, philox_normal
 
 _REGISTER_DTYPES = (torch.float32, torch.float64)
@@ -85,6 +86,23 @@ def sampler_update(
     where the kernel cannot serve.
     """
     _validate(registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale)
+    _sampler_update(
+        registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale, backend
+    )
+
+
+def _implementation(
+    registers: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    guidance_scale: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    model_input: Tensor | None,
+    input_scale: Tensor | None,
+    backend: str,
+) -> None:
     choose_backend("sampler_update", backend, unsupported_reasons(registers))
     sampler_update_ref(
         registers,
@@ -97,6 +115,10 @@ def sampler_update(
         model_input=model_input,
         input_scale=input_scale,
     )
+
+
+def _fake(registers: Tensor, *_: object) -> None:
+    return None
 
 
 def _validate(
@@ -148,3 +170,11 @@ def _expect(
 
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+_sampler_update = define_operator(
+    "sampler_update(Tensor(a!) registers, Tensor model_output, Tensor table, Tensor step, Tensor? guidance_scale, "
+    "Tensor? seeds, Tensor? noise, Tensor(b!)? model_input, Tensor? input_scale, str backend) -> ()",
+    _implementation,
+    fake=_fake,
+)

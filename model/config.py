@@ -174,9 +174,9 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         problems.append("up_block_types does not mirror down_block_types")
     if read["mid_block_type"] not in (None, _MIDDLE):
         problems.append(f"mid_block_type = {read['mid_block_type']!r} (only {_MIDDLE!r} or null)")
-    for field in ("layers_per_block", "cross_attention_dim"):
+    for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
         if not isinstance(read[field], int):
-            problems.append(f"{field} = {read[field]!r} (only one integer for all levels)")
+            problems.append(f"{field} = {read[field]!r} (only one integer)")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
         sample_size = sample_size[0] if len(set(sample_size)) == 1 else "not square"

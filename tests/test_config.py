@@ -1,0 +1,158 @@
+"""The family against the paper's table, and what a diffusers config may say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
+
+PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]
+
+
+@pytest.mark.parametrize("row", PAPER, ids=lambda row: row["name"])
+def test_family_has_the_papers_parameters_and_flops(row):
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        unet = UNet(FAMILY[row["name"]], backend="torch")
+        unet(torch.empty(1, 4, 64, 64), 1.0, torch.empty(1, 77, 1024))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == row["params_exact"]
+    assert round(counter.get_total_flops() / 1e9, 1) == row["gflop"]
+    assert FAMILY[row["name"]].block_channels[0] == row["base_channels"]
+
+
+def test_family_is_the_papers_eleven_sizes_in_order():
+    assert list(FAMILY) == [row["name"] for row in PAPER]
+
+
+def test_flops_are_those_of_the_same_network_in_torchs_own_operators():
+    config = FAMILY["39M"]
+    with torch.device("meta"), torch.no_grad():
+        reference = UNet2DConditionModel(**diffusers_config(config))
+        with FlopCounterMode(display=False) as theirs:
+            reference(torch.empty(2, 4, 64, 64), 1.0, torch.empty(2, 77, 1024))
+        with FlopCounterMode(display=False) as ours:
+            UNet(config, backend="torch")(torch.empty(2, 4, 64, 64), torch.empty(2), torch.empty(2, 77, 1024))
+    assert ours.get_total_flops() == theirs.get_total_flops()
+
+
+SD15 = {  # The config.json of Stable Diffusion 1.5's UNet.
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD21 = SD15 | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "sample_size": 96,
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+BK_SDM_BASE = SD15 | {"layers_per_block": 1}
+BK_SDM_SMALL = BK_SDM_BASE | {"mid_block_type": None}
+BK_SDM_TINY = BK_SDM_SMALL | {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (SD15, 859_520_964),
+        (SD21, 865_910_724),
+        (BK_SDM_BASE, 579_384_964),
+        (BK_SDM_SMALL, 482_346_884),
+        (BK_SDM_TINY, 323_384_964),
+    ],
+    ids=["sd15", "sd21", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"],
+)
+def test_published_configs_have_their_published_size(config, parameters):
+    with torch.device("meta"):
+        unet = UNet(UNetConfig.from_diffusers(config))
+    assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
+
+
+def test_from_diffusers_reads_what_diffusers_writes():
+    config = UNetConfig.from_diffusers(SD21)
+    with torch.device("meta"):
+        written = dict(UNet2DConditionModel(**diffusers_config(config)).config)
+    assert UNetConfig.from_diffusers(written) == config
+    assert config.num_heads == (5, 10, 20, 20)
+    assert config.sample_size == 96
+
+
+def test_absent_fields_take_diffusers_defaults():
+    with torch.device("meta"):
+        written = dict(UNet2DConditionModel().config)
+    assert UNetConfig.from_diffusers({}) == UNetConfig.from_diffusers(written)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("addition_embed_type", "text_time"),
+        ("class_embed_type", "timestep"),
+        ("act_fn", "gelu"),
+        ("transformer_layers_per_block", [1, 2, 10]),
+        ("down_block_types", ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"]),
+        ("mid_block_type", "UNetMidBlock2D"),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("encoder_hid_dim", 4096),
+        ("cross_attention_dim", [768, 1024, 1024, 1024]),
+        ("flip_sin_to_cos", False),
+        ("layers_per_block", [1, 2, 2, 2]),
+        ("only_cross_attention", [True, False, False, False]),
+        ("norm_num_groups", None),
+        ("_class_name", "UNet2DModel"),
+        ("a_field_of_tomorrow", 1),
+    ],
+)
+def test_unsupported_fields_are_refused_by_name(field, value):
+    with pytest.raises(UnsupportedConfig, match=field) as refusal:
+        UNetConfig.from_diffusers(SD15 | {field: value})
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_unsupported_field_is_named_at_once():
+    with pytest.raises(UnsupportedConfig) as refusal:
+        UNetConfig.from_diffusers(SD15 | {"act_fn": "gelu", "time_embedding_type": "fourier"})
+    assert "act_fn" in str(refusal.value)
+    assert "time_embedding_type" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"block_channels": (320, 640)},
+        {"block_channels": (100, 640, 1280, 1280)},
+        {"num_heads": (7, 8, 8, 8)},
+        {"layers_per_block": 0},
+        {"context_dim": 0},
+    ],
+)
+def test_impossible_configs_are_refused(wrong):
+    with pytest.raises(UnsupportedConfig, match=next(iter(wrong))):
+        UNetConfig(**wrong)

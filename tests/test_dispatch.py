@@ -1,0 +1,48 @@
+"""The choice of a backend: named, explained, and logged once."""
+
+import logging
+
+import pytest
+import torch
+
+from ldmperf.kernels import KernelUnsupported, attention, geglu
+from ldmperf.kernels._dispatch import _log_fallback, choose_backend
+
+
+def test_a_named_backend_is_taken_or_refused_with_every_reason():
+    assert choose_backend("op", "torch", ["anything"]) == "torch"
+    assert choose_backend("op", "triton", []) == "triton"
+    with pytest.raises(KernelUnsupported) as caught:
+        choose_backend("op", "triton", ["head_dim 7 is not a multiple of 4", "tensors are on the CPU"])
+    assert caught.value.operator == "op"
+    assert caught.value.reasons == ("head_dim 7 is not a multiple of 4", "tensors are on the CPU")
+    assert "head_dim 7 is not a multiple of 4; tensors are on the CPU" in str(caught.value)
+    with pytest.raises(ValueError, match="choose one of auto, torch, triton"):
+        choose_backend("op", "cuda", [])
+
+
+def test_auto_takes_the_kernel_where_it_can_and_logs_a_fallback_once(caplog):
+    _log_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend("op", "auto", []) == "triton"
+        assert caplog.records == []
+        for _ in range(3):
+            assert choose_backend("op", "auto", ["tensors are on the CPU"]) == "torch"
+        assert choose_backend("op", "auto", ["another reason"]) == "torch"
+    assert [record.message for record in caplog.records] == [
+        "op: falling back to the torch reference: tensors are on the CPU",
+        "op: falling back to the torch reference: another reason",
+    ]
+
+
+def test_operators_go_through_the_dispatch(caplog):
+    _log_fallback.cache_clear()
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(KernelUnsupported, match="attention"):
+        attention(x, x, x, backend="triton")
+    with pytest.raises(KernelUnsupported, match="geglu"):
+        geglu(x, backend="triton")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(geglu(x), geglu(x, backend="torch"))
+        geglu(x)
+    assert len(caplog.records) == 1

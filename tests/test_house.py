@@ -1,0 +1,204 @@
+"""The house itself: who may import whom, what importing does, and what the wheel holds."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("kernels", "model", "samplers", "profiling")
+MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+# Besides the standard library. Imports between folders run one way: profiling -> {model, samplers} -> kernels.
+ALLOWED = {
+    "kernels": {"torch", "triton"},
+    "model": {"torch", "safetensors", "ldmperf.kernels"},
+    "samplers": {"torch", "numpy", "scipy", "ldmperf.kernels"},
+    "profiling": {
+        *("torch", "numpy", "pydantic", "typer", "click", "rich", "altair", "vl_convert", "jinja2", "pynvml"),
+        *("triton", "diffusers", "xformers", "safetensors"),
+        *("ldmperf.kernels", "ldmperf.model", "ldmperf.samplers"),
+    },
+}
+
+
+def imports(path):
+    """(module, level) of every import statement of a file, those inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+def in_subprocess(code, cwd, python=sys.executable, **options):
+    result = subprocess.run(
+        [python, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **options
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_keep_to_the_folder_and_run_one_way(path):
+    folder = path.relative_to(ROOT).parts[0]
+    depth = len(path.relative_to(ROOT / folder).parts)
+    for module, level in imports(path):
+        if level:
+            assert level <= depth, f"relative import leaves {folder}/"
+            continue
+        top = module.partition(".")[0]
+        if top == "ldmperf":
+            # Across folders: absolute, and public names of the package, not of its modules.
+            assert module in ALLOWED[folder], f"{folder} may not import {module}"
+        elif top not in sys.stdlib_module_names:
+            assert top in ALLOWED[folder], f"{folder} may not import {module}"
+
+
+def test_there_is_no_package_at_the_root():
+    for name in ("__init__.py", "conftest.py", "ldmperf"):
+        assert not (ROOT / name).exists()
+    assert importlib.util.find_spec("ldmperf").origin is None
+
+
+def test_outside_the_checkout_only_ldmperf_is_ours(tmp_path):
+    code = f"import importlib.util as u\nfor n in {FOLDERS!r}: s = u.find_spec(n); print(n, s and s.origin)"
+    found = in_subprocess(code, tmp_path)
+    assert str(ROOT) not in found
+    assert str(ROOT) in in_subprocess("import ldmperf.kernels; print(ldmperf.kernels.__file__)", tmp_path)
+
+
+def test_every_package_and_data_file_is_declared():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = {".".join(("ldmperf", *path.parent.relative_to(ROOT).parts)) for path in MODULES}
+    assert set(declared) == packages
+
+
+def test_importing_queries_no_device_and_reads_no_environment(tmp_path):
+    """Reads that a library does on import are its own; a frame of ours above one is not allowed."""
+    code = f"""
+import os, sys, traceback
+reads = []
+class Environment(dict):
+    def note(self, key):
+        ours = (f for f in reversed(traceback.extract_stack()[:-2]) if "importlib" not in f.filename)
+        frame = next(f for f in ours if f.filename != os.__file__)
+        if frame.filename.startswith({str(ROOT / "")!r}) and ".venv" not in frame.filename:
+            reads.append((key, frame.filename, frame.lineno))
+    def __getitem__(self, key): self.note(key); return dict.__getitem__(self, key)
+    def get(self, key, default=None): self.note(key); return dict.get(self, key, default)
+    def __contains__(self, key): self.note(key); return dict.__contains__(self, key)
+os.environ = Environment(os.environ)
+import ldmperf.kernels, ldmperf.model, ldmperf.samplers, ldmperf.profiling, torch
+assert reads == [], reads
+assert not torch.cuda.is_initialized()
+assert "diffusers" not in sys.modules and "altair" not in sys.modules
+"""
+    in_subprocess(code, tmp_path)
+
+
+def test_kernels_import_and_run_without_triton(tmp_path):
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from ldmperf.kernels import geglu
+print(geglu(torch.ones(1, 4), backend="torch").shape)
+"""
+    assert "[1, 2]" in in_subprocess(code, tmp_path)
+
+
+def test_the_kernels_folder_works_in_another_repository(tmp_path):
+    """Copied under another name, and loaded in one process with ours."""
+    target = tmp_path / "elsewhere" / "fast_kernels"
+    target.mkdir(parents=True)
+    for path in (ROOT / "kernels").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            copy = target / path.relative_to(ROOT / "kernels")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    code = """
+import torch, ldmperf.kernels, fast_kernels
+x = torch.randn(2, 4, 3, 8)
+theirs = fast_kernels.attention(x, x, x, backend="torch")
+assert torch.equal(theirs, ldmperf.kernels.attention(x, x, x, backend="torch"))
+assert "ldmperf" not in fast_kernels.attention.__module__
+"""
+    in_subprocess(code, tmp_path / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    # From a copy: setuptools leaves build/ and *.egg-info beside what it builds.
+    source = folder / "source"
+    source.mkdir()
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        path = ROOT / name
+        if path.is_file() and not name.startswith((".types", "bench/results")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes(path.read_bytes())
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, timeout=300)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert all(name.startswith(("ldmperf/", "ldmperf-")) for name in names)
+    for folder in FOLDERS:
+        assert f"ldmperf/{folder}/py.typed" in names
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".json", ".j2", ".css", ".js"}:
+                assert f"ldmperf/{path.relative_to(ROOT).as_posix()}" in names
+
+
+def test_the_wheel_in_a_clean_environment_imports_every_module(wheel, tmp_path):
+    """A new environment away from the checkout; only the dependencies are lent from this one."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    site = Path(in_subprocess("import sysconfig; print(sysconfig.get_path('purelib'))", tmp_path, python).strip())
+    # A path line, not a site directory: the .pth files in there, our editable install's too, are not run.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+    ]
+    subprocess.run([*install, str(wheel)], check=True, timeout=300)
+    modules = [
+        ".".join(("ldmperf", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+        for path in MODULES
+    ]
+    code = f"""
+import importlib, pathlib
+for name in {modules!r}:
+    module = importlib.import_module(name)
+    assert pathlib.Path(module.__file__).is_relative_to({str(site)!r}), module.__file__
+print("imported", len({modules!r}))
+"""
+    assert f"imported {len(MODULES)}" in in_subprocess(code, tmp_path, python)
+    help_text = subprocess.run(
+        [tmp_path / "env" / "bin" / "ldmperf", "--help"], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert "profile" in help_text
+
+
+def test_the_changelog_names_the_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,195 @@
+"""The UNet against diffusers' UNet2DConditionModel with the same weights."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldmperf.model import FAMILY, UNet, UNetConfig, diffusers_config, diffusers_state_dict
+
+SMALL = {"norm_groups": 8, "context_dim": 24}
+CONFIGS = {
+    "sd15": UNetConfig((32, 64, 64, 64), (8, 8, 8, 8), (True, True, True, False), conv_projection=True, **SMALL),
+    "sd21": UNetConfig((32, 64, 96, 96), (2, 4, 6, 6), (True, True, True, False), **SMALL),
+    "one-layer": UNetConfig((32, 64, 64), (4, 4, 4), (True, True, False), layers_per_block=1, **SMALL),
+    "no-middle": UNetConfig((32, 64), (4, 4), (True, False), layers_per_block=1, has_middle=False, **SMALL),
+    "three-levels": UNetConfig((24, 48, 48), (3, 3, 3), (True, True, True), has_middle=False, **SMALL),
+    "super-resolution": UNetConfig((32, 64), (4, 4), (True, False), in_channels=8, **SMALL),
+    "one-level": UNetConfig((32,), (4,), (False,), **SMALL),
+}
+
+
+def pair(config, dtype, seed=0):
+    """Ours with random weights, every bias and norm weight included, and diffusers' with the same."""
+    torch.manual_seed(seed)
+    ours = UNet(config, backend="torch").to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs = UNet2DConditionModel(**diffusers_config(config)).to(dtype).eval()
+    theirs.load_state_dict(diffusers_state_dict(ours), strict=True)
+    return ours, theirs
+
+
+def relative_rms(a, b):
+    return ((a - b).double().norm() / b.double().norm()).item()
+
+
+def inputs(config, batch, size, tokens, dtype):
+    sample = torch.randn(batch, config.in_channels, *size, dtype=dtype)
+    context = torch.randn(batch, tokens, config.context_dim, dtype=dtype)
+    return sample, context
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["f64", "f32"]
+)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_diffusers(name, dtype, tolerance):
+    config = CONFIGS[name]
+    ours, theirs = pair(config, dtype)
+    for batch, size, tokens in ((1, (16, 16), 77), (2, (24, 8), 1), (3, (8, 16), 154)):
+        sample, context = inputs(config, batch, size, tokens, dtype)
+        timestep = torch.rand(batch) * 1000
+        with torch.no_grad():
+            assert (
+                relative_rms(ours(sample, timestep, context), theirs(sample, timestep, context).sample) < tolerance
+            )
+            assert relative_rms(ours(sample, 37.25, context), theirs(sample, 37.25, context).sample) < tolerance
+
+
+@pytest.mark.parametrize("size", [(15, 17), (9, 12), (5, 5), (1, 3)])
+@pytest.mark.parametrize("name", ["sd15", "three-levels"])
+def test_odd_latent_sizes_equal_diffusers(name, size):
+    config = CONFIGS[name]
+    ours, theirs = pair(config, torch.float64)
+    sample, context = inputs(config, 2, size, 5, torch.float64)
+    with torch.no_grad():
+        assert relative_rms(ours(sample, 500.0, context), theirs(sample, 500.0, context).sample) < 1e-9
+
+
+def test_39m_at_full_width_equals_diffusers():
+    config = FAMILY["39M"]
+    ours, theirs = pair(config, torch.float32)
+    sample, context = inputs(config, 1, (64, 64), 77, torch.float32)
+    with torch.no_grad():
+        assert relative_rms(ours(sample, 981.0, context), theirs(sample, 981.0, context).sample) < 1e-5
+
+
+def test_condition_and_denoise_are_forward():
+    """A hoisted trajectory gives what single evaluations give, whatever the other steps are."""
+    config = CONFIGS["sd15"]
+    unet, _ = pair(config, torch.float64)
+    sample, context = inputs(config, 3, (16, 16), 7, torch.float64)
+    timesteps = [999.0, 640.5, 3.0]
+    with torch.no_grad():
+        conditioning = unet.condition(timesteps, context)
+        for step, timestep in enumerate(timesteps):
+            expected = unet(sample, timestep, context)
+            assert relative_rms(unet.denoise(sample, conditioning, step), expected) < 1e-13
+        per_sample = torch.tensor([[1.0, 2.0, 3.0], [700.0, 800.0, 900.0]])
+        conditioning = unet.condition(per_sample, context)
+        for step in range(2):
+            expected = unet(sample, per_sample[step], context)
+            assert relative_rms(unet.denoise(sample, conditioning, step), expected) < 1e-13
+
+
+class CountCopies(TorchDispatchMode):
+    """Counts the calls that move an activation into another memory layout."""
+
+    NAMES = ("aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous", "aten::_reshape_copy")
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().rsplit(".", 1)[0] in self.NAMES:
+            self.copies.append((function.name(), tuple(args[0].shape)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_denoising_step_makes_no_layout_copy(name, batch):
+    config = CONFIGS[name]
+    unet = UNet(config, backend="torch").eval()
+    sample, context = inputs(config, batch, (16, 24), 7, torch.float32)
+    with torch.no_grad():
+        conditioning = unet.condition([5.0], context)
+        channels_last = sample.contiguous(memory_format=torch.channels_last)
+        with CountCopies() as counter:
+            out = unet.denoise(channels_last, conditioning, 0)
+        assert counter.copies == []
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        with CountCopies() as counter:
+            unet.denoise(sample, conditioning, 0)
+        # The counter counts: a contiguous sample is brought into the layout once.
+        assert [shape for _, shape in counter.copies] == [tuple(sample.shape)]
+
+
+def test_activations_stay_channels_last():
+    config = CONFIGS["sd15"]
+    unet = UNet(config, backend="torch").eval()
+    layouts = {}
+
+    def record(name):
+        def hook(module, args, output):
+            layouts[name] = [
+                x.is_contiguous(memory_format=torch.channels_last)
+                for x in (args[0], output)
+                if isinstance(x, torch.Tensor) and x.ndim == 4
+            ]
+
+        return hook
+
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm):
+            module.register_forward_hook(record(name))
+    sample, context = inputs(config, 2, (16, 16), 3, torch.float32)
+    with torch.no_grad():
+        unet(sample, 1.0, context)
+    assert len(layouts) > 40
+    assert all(all(flags) for name, flags in layouts.items() if name != "conv_in")
+
+
+def test_gradients_equal_diffusers():
+    config = CONFIGS["one-layer"]
+    ours, theirs = pair(config, torch.float64)
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float64)
+    grads = []
+    for run in (lambda x: ours(x, 10.0, context), lambda x: theirs(x, 10.0, context).sample):
+        x = sample.clone().requires_grad_()
+        run(x).square().sum().backward()
+        grads.append(x.grad)
+    assert relative_rms(*grads) < 1e-9
+    weight = ours.down[0].transformers[0].block.cross_kv.weight.grad
+    attention = theirs.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    assert relative_rms(weight, torch.cat([attention.to_k.weight.grad, attention.to_v.weight.grad])) < 1e-9
+
+
+def test_compiled_fullgraph_equals_eager():
+    config = CONFIGS["no-middle"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    with torch.no_grad():
+        conditioning = unet.condition([5.0], context)
+        compiled = torch.compile(unet.denoise, fullgraph=True, backend="aot_eager")
+        assert relative_rms(compiled(sample, conditioning, 0), unet.denoise(sample, conditioning, 0)) < 1e-6
+
+
+def test_wrong_shapes_are_named():
+    config = CONFIGS["one-layer"]
+    unet = UNet(config, backend="torch")
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float32)
+    with pytest.raises(ValueError, match=r"sample must be \[B, 4, H, W\]"):
+        unet(sample[:, :3], 1.0, context)
+    with pytest.raises(ValueError, match=r"context must be \[B, T, 24\]"):
+        unet(sample, 1.0, context[..., :7])
+    with pytest.raises(ValueError, match="conditioning's batch"):
+        unet(sample, 1.0, context[:1])
+    with pytest.raises(ValueError, match="one per sample"):
+        unet(sample, torch.zeros(3), context)
+    with pytest.raises(ValueError, match="timesteps must be"):
+        unet.condition(torch.zeros(4, 3), context)
