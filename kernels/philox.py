@@ -65,25 +65,30 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
 
 
 def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
-    """Seeds as an int64 tensor [B] on `device`; an integer is taken modulo 2^64, so -1 is 2^64 - 1.
-
-    Raises ValueError for a seed that is no integer, and for a tensor that is not an int64 vector.
-    """
+    """Seeds as int64 [B] on `device`, modulo 2^64; ValueError for anything but whole numbers."""
     if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.dim() != 1:
-            raise ValueError(f"seeds must be an int64 tensor [B], not {seeds.dtype} of shape {tuple(seeds.shape)}")
-        return seeds.to(device)
-    if isinstance(seeds, int) or any(isinstance(seed, bool) or not isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"seeds must be a sequence of integers, one per image, not {seeds!r}")
-    return torch.tensor([((seed + 2**63) % 2**64) - 2**63 for seed in seeds], dtype=torch.int64).to(device)
+        if seeds.dim() != 1 or seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
+            raise ValueError(f"seeds must be whole numbers [B], not {seeds.dtype} {list(seeds.shape)}")
+        return seeds.to(device=device, dtype=torch.int64)
+    if not isinstance(seeds, Sequence) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds must be a sequence of whole numbers, one per image, not {seeds!r}")
+    return torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], dtype=torch.int64).to(device)
 
 
-def philox_normal(seeds: Tensor, shape: Sequence[int], step: int | Tensor, stream: int) -> Tensor:
+def philox_normal(
+    seeds: Tensor, shape: Sequence[int], step: int | Tensor = 0, stream: int = INITIAL_NOISE
+) -> Tensor:
     """Standard normal noise, float32 [B, *shape], on the device of `seeds`.
 
-    seeds: int64 [B], one per image. shape: of one image. step: a host integer, or an int64 tensor of one
-    element on that device (never read by the host). stream: INITIAL_NOISE or STEP_NOISE.
+    seeds   int64 [B], one per image; every bit counts, the sign among them
+    shape   of one image
+    step    a host integer, or an int64 tensor of one element on that device (never read by the host)
+    stream  INITIAL_NOISE (0) or STEP_NOISE (1)
+
+    Raises ValueError for seeds of another shape or dtype.
     """
+    if seeds.dtype != torch.int64 or seeds.dim() != 1:
+        raise ValueError(f"seeds must be an int64 tensor [B], not {seeds.dtype} of shape {list(seeds.shape)}")
     numel = math.prod(shape)
     group = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seeds.device)[None, :]
     step_word = (step.reshape(1, 1) if isinstance(step, Tensor) else torch.full_like(group, step)) & _MASK

@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ldmperf.kernels.philox import INITIAL_NOISE, philox_normal, seed_tensor
-from ldmperf.kernels.sampler_update import sampler_update
+from ldmperf.kernels import philox_normal, sampler_update, seed_tensor
 
 from .plan import SamplingPlan
 from .step import Step
@@ -26,7 +25,7 @@ def initial_noise(
     Generated in float32 and cast to `dtype`. A seed gives the same noise on every device, alone or in any batch.
     Not scaled: `sample` multiplies by the plan's `init_noise_sigma`. Seeds are taken modulo 2^64.
     """
-    return philox_normal(seed_tensor(seeds, device), tuple(shape), 0, INITIAL_NOISE).to(dtype)
+    return philox_normal(seed_tensor(seeds, device), tuple(shape)).to(dtype)
 
 
 @torch.no_grad()
