@@ -98,6 +98,31 @@ def test_compvis_names_are_those_diffusers_converts_from():
     assert {key: int(value) for key, value in converted.items()} == {key: i for i, key in enumerate(keys)}
 
 
+@pytest.mark.parametrize(
+    ("key", "published"),
+    [
+        ("conv_in.weight", "input_blocks.0.0.weight"),
+        ("time_embedding.linear_2.bias", "time_embed.2.bias"),
+        ("down_blocks.0.downsamplers.0.conv.weight", "input_blocks.3.0.op.weight"),
+        ("down_blocks.1.resnets.0.conv_shortcut.weight", "input_blocks.4.0.skip_connection.weight"),
+        ("down_blocks.3.resnets.1.time_emb_proj.bias", "input_blocks.11.0.emb_layers.1.bias"),
+        ("mid_block.attentions.0.proj_in.weight", "middle_block.1.proj_in.weight"),
+        ("mid_block.resnets.1.norm2.weight", "middle_block.2.out_layers.0.weight"),
+        ("up_blocks.0.upsamplers.0.conv.weight", "output_blocks.2.1.conv.weight"),
+        ("up_blocks.1.upsamplers.0.conv.weight", "output_blocks.5.2.conv.weight"),
+        ("up_blocks.2.upsamplers.0.conv.bias", "output_blocks.8.2.conv.bias"),
+        (
+            "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k.weight",
+            "output_blocks.11.1.transformer_blocks.0.attn2.to_k.weight",
+        ),
+        ("conv_norm_out.bias", "out.0.bias"),
+    ],
+)
+def test_compvis_names_are_those_of_stable_diffusion_1(key, published):
+    """Literal keys of the released checkpoints: diffusers' converter takes an upsampler at any position."""
+    assert compvis_key(key, 2, (True, True, True, False)) == published
+
+
 def test_dtype_and_layout(small, tmp_path):
     small.half().save_pretrained(tmp_path)
     assert load_unet(tmp_path).dtype == torch.float16
