@@ -7,6 +7,7 @@ dx / dsigma = (x - x_0) / sigma. Karras et al., arXiv 2206.00364, equation 1 and
 import math
 
 import numpy as np
+import torch
 
 from .schedule import FloatArray, NoiseSchedule
 from .spacing import FINAL_SIGMAS, choose_ramp, euler_levels, init_noise_sigma, spaced_timesteps
@@ -40,20 +41,16 @@ def euler(
         use_exponential_sigmas=use_exponential_sigmas,
         use_beta_sigmas=use_beta_sigmas,
     )
-    table = schedule.sigmas
     timesteps = _timesteps(schedule, num_steps, timestep_spacing, steps_offset)
-    final = float(table[0]) if final_sigmas_type == "sigma_min" else 0.0
+    log_levels = _log_linear_levels(schedule, num_steps)
     if interpolation_type == "log_linear":
-        # num_steps + 1 levels that end at the cleanest training level: final_sigmas_type plays no part.
-        sigmas = np.exp(np.linspace(math.log(table[-1]), math.log(table[0]), num_steps + 1))
-        if ramp is not None:
-            top = float(table[-1]) if sigma_max is None else sigma_max
-            bottom = float(table[0]) if sigma_min is None else sigma_min
-            timesteps, sigmas = euler_levels(schedule, timesteps, ramp, sigma_min=bottom, sigma_max=top)
-            sigmas = np.append(sigmas, final)
-    else:
-        timesteps, sigmas = euler_levels(schedule, timesteps, ramp, sigma_min=sigma_min, sigma_max=sigma_max)
-        sigmas = np.append(sigmas, final)
+        sigma_max = float(log_levels[0]) if sigma_max is None else sigma_max
+        sigma_min = float(log_levels[-1]) if sigma_min is None else sigma_min
+    timesteps, sigmas = euler_levels(schedule, timesteps, ramp, sigma_min=sigma_min, sigma_max=sigma_max)
+    sigmas = np.append(sigmas, schedule.sigmas[0] if final_sigmas_type == "sigma_min" else 0.0)
+    if interpolation_type == "log_linear" and ramp is None:
+        # These end at the cleanest training level: final_sigmas_type plays no part.
+        sigmas = log_levels
     if timestep_type == "continuous" and schedule.prediction_type == "v_prediction":
         timesteps = 0.25 * np.log(sigmas[:num_steps])
     tableau = Tableau("x", init_noise_sigma=init_noise_sigma(sigmas, timestep_spacing))
@@ -101,3 +98,12 @@ def _timesteps(schedule: NoiseSchedule, num_steps: int, spacing: str, steps_offs
     return spaced_timesteps(
         schedule.num_train_timesteps, num_steps, spacing, steps_offset=steps_offset, integer=False
     )
+
+
+def _log_linear_levels(schedule: NoiseSchedule, num_steps: int) -> FloatArray:
+    """[num_steps + 1] levels, geometric over the training range; float32 arithmetic, as in diffusers."""
+    cleanest, *_, noisiest = np.log(schedule.sigmas.astype(np.float32)).tolist()
+    levels: FloatArray = (
+        torch.linspace(noisiest, cleanest, num_steps + 1, dtype=torch.float32).exp().double().numpy()
+    )
+    return levels

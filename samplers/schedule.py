@@ -136,19 +136,14 @@ class NoiseSchedule:
 
     @property
     def sigmas(self) -> FloatArray:
-        """[T] sigma_t / alpha_t, float64; finite, with `ZERO_SNR_ALPHA_CUMPROD` for an alphas_cumprod of zero."""
-        levels = np.where(self.alphas_cumprod == 0.0, ZERO_SNR_ALPHA_CUMPROD, self.alphas_cumprod)
-        return np.sqrt((1.0 - levels) / levels)
+        """[T] sigma_t / alpha_t; finite, with `ZERO_SNR_ALPHA_CUMPROD` where alphas_cumprod is zero.
 
-    @property
-    def sigmas_float32(self) -> npt.NDArray[np.float32]:
-        """`sigmas` in float32 arithmetic, as diffusers computes them.
-
-        Timesteps found by inverting them are rounded or cut to integers, so here the last bit counts.
+        Computed in float32, as in diffusers: timesteps found by inverting them are cut to integers, so that the
+        last bit counts.
         """
         levels = np.where(self.alphas_cumprod == 0.0, ZERO_SNR_ALPHA_CUMPROD, self.alphas_cumprod)
-        levels32 = levels.astype(np.float32)
-        sigmas: npt.NDArray[np.float32] = np.sqrt((np.float32(1.0) - levels32) / levels32)
+        levels32 = torch.from_numpy(levels).float()
+        sigmas: FloatArray = (((1.0 - levels32) / levels32) ** 0.5).double().numpy()
         return sigmas
 
     def level(self, timestep: int) -> float:

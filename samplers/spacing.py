@@ -45,7 +45,7 @@ def spaced_timesteps(
     points = num_steps + 1 if drop_last else num_steps
     if spacing == "linspace":
         timesteps = np.linspace(0, last - 1, points)
-        timesteps = timesteps.round() if integer else timesteps.astype(np.float32).astype(np.float64)
+        timesteps = timesteps.round() if integer else _to_float32(timesteps)
         return timesteps[::-1][:num_steps]
     if spacing == "leading":
         return np.arange(points, dtype=np.float64)[::-1][:num_steps] * (last // points) + steps_offset
@@ -87,10 +87,9 @@ def ramp_sigmas(ramp: Ramp, sigma_max: float, sigma_min: float, num_steps: int) 
 
 def sigmas_to_timesteps(sigmas: FloatArray, schedule: NoiseSchedule) -> FloatArray:
     """[K] fractional timesteps of noise levels, linear in log sigma, clamped to the training range."""
-    log_table = np.log(schedule.sigmas_float32)
+    log_table = np.log(schedule.sigmas.astype(np.float32))
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
     low = np.clip(np.searchsorted(log_table, log_sigmas, side="right") - 1, 0, log_table.size - 2)
-    # The difference stays in float32, as in diffusers: a timestep that is cut to an integer turns on its last bit.
     span = (log_table[low] - log_table[low + 1]).astype(np.float64)
     weight = np.clip((log_table[low] - log_sigmas) / span, 0.0, 1.0)
     return (1.0 - weight) * low + weight * (low + 1)
@@ -113,19 +112,17 @@ def solver_levels(
     final_of_ramp  "sigma_min" means the ramp's own last level (UniPC), not the schedule's
     """
     choose("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS)
-    table = schedule.sigmas if ramp is None else schedule.sigmas_float32
-    if ramp is None:
-        sigmas = np.interp(timesteps, np.arange(table.size), table)
-    else:
+    table = schedule.sigmas
+    sigmas = np.interp(timesteps, np.arange(table.size), table)
+    final = float(table[0])
+    if ramp is not None:
         top = float(table[-1]) if sigma_max is None else sigma_max
         bottom = float(table[0]) if sigma_min is None else sigma_min
         sigmas = ramp_sigmas(ramp, top, bottom, len(timesteps))
         timesteps = sigmas_to_timesteps(sigmas, schedule)
         timesteps = np.round(timesteps) if ramp == "karras" and round_karras else np.trunc(timesteps)
-    final = 0.0
-    if final_sigmas_type == "sigma_min":
-        final = float(sigmas[-1]) if ramp is not None and final_of_ramp else float(table[0])
-    return timesteps, np.append(sigmas, final)
+        final = float(sigmas[-1]) if final_of_ramp else final
+    return timesteps, _to_float32(np.append(sigmas, 0.0 if final_sigmas_type == "zero" else final))
 
 
 def euler_levels(
@@ -137,14 +134,19 @@ def euler_levels(
     sigma_max: float | None = None,
 ) -> tuple[FloatArray, FloatArray]:
     """([K] fractional timesteps, [K] sigmas) of the Euler family; a ramp spans the levels of `timesteps`."""
-    table = schedule.sigmas if ramp is None else schedule.sigmas_float32
+    table = schedule.sigmas
     sigmas = np.interp(timesteps, np.arange(table.size), table)
-    if ramp is None:
-        return timesteps, sigmas
-    top = float(sigmas[0]) if sigma_max is None else sigma_max
-    bottom = float(sigmas[-1]) if sigma_min is None else sigma_min
-    sigmas = ramp_sigmas(ramp, top, bottom, len(timesteps))
-    return sigmas_to_timesteps(sigmas, schedule), sigmas
+    if ramp is not None:
+        top = float(sigmas[0]) if sigma_max is None else sigma_max
+        bottom = float(sigmas[-1]) if sigma_min is None else sigma_min
+        sigmas = ramp_sigmas(ramp, top, bottom, len(timesteps))
+        timesteps = sigmas_to_timesteps(sigmas, schedule)
+    return _to_float32(timesteps), _to_float32(sigmas)
+
+
+def _to_float32(values: FloatArray) -> FloatArray:
+    """diffusers keeps noise levels and fractional timesteps in float32; from there on all is float64 here."""
+    return values.astype(np.float32).astype(np.float64)
 
 
 def init_noise_sigma(sigmas: FloatArray, spacing: str) -> float:
