@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
+from ldmperf.model.config import _ONLY, _READ, _WITHOUT_EFFECT
 
 PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]
 
@@ -128,12 +129,41 @@ def test_absent_fields_take_diffusers_defaults():
         ("norm_num_groups", None),
         ("_class_name", "UNet2DModel"),
         ("a_field_of_tomorrow", 1),
+        ("center_input_sample", True),
+        ("freq_shift", 1),
+        ("downsample_padding", 0),
+        ("mid_block_scale_factor", 2),
+        ("dropout", 0.1),
+        ("reverse_transformer_layers_per_block", [[1], [1], [1], [1]]),
+        ("encoder_hid_dim_type", "text_proj"),
+        ("num_attention_heads", 8),
+        ("dual_cross_attention", True),
+        ("num_class_embeds", 1000),
+        ("resnet_skip_time_act", True),
+        ("resnet_out_scale_factor", 1.4),
+        ("time_embedding_type", "fourier"),
+        ("time_embedding_dim", 512),
+        ("time_embedding_act_fn", "silu"),
+        ("timestep_post_act", "silu"),
+        ("time_cond_proj_dim", 256),
+        ("conv_in_kernel", 1),
+        ("conv_out_kernel", 1),
+        ("attention_type", "gated"),
+        ("class_embeddings_concat", True),
+        ("mid_block_only_cross_attention", True),
+        ("cross_attention_norm", "layer_norm"),
     ],
 )
 def test_unsupported_fields_are_refused_by_name(field, value):
     with pytest.raises(UnsupportedConfig, match=field) as refusal:
         UNetConfig.from_diffusers(SD15 | {field: value})
     assert "\n" not in str(refusal.value)
+
+
+def test_every_field_of_diffusers_class_is_known():
+    with torch.device("meta"):
+        fields = set(UNet2DConditionModel().config) - {"_use_default_values"}
+    assert {field for field in fields if not field.startswith("_")} <= set(_READ) | set(_ONLY) | _WITHOUT_EFFECT
 
 
 def test_every_unsupported_field_is_named_at_once():
