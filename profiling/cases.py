@@ -31,9 +31,9 @@ class CaseError(ValueError):
 class Case(BaseModel):
     """One trajectory to measure: hashable, and equal when all that is measured is equal.
 
-    `unet` is a name of the family ("39M" ... "5B") or the absolute path of a checkpoint. `guidance_scale` above 1
-    means classifier-free guidance: every model evaluation then takes 2 x `batch` inputs. Latent sizes are in
-    latent pixels (an eighth of the image's), `context_tokens` is the length of the text context.
+    `unet` is a name of the family ("39M" ... "5B") or the absolute path of a checkpoint. `guidance_scale` 1 is
+    none; above 1 every model evaluation takes 2 x `batch` inputs. Latent sizes are in latent pixels (an eighth of
+    the image's), `context_tokens` is the length of the text context.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -43,7 +43,7 @@ class Case(BaseModel):
     sampler: str = "ddim"
     steps: Annotated[int, Field(ge=1, le=1000)] = 50
     batch: Annotated[int, Field(ge=1)] = 1
-    guidance_scale: Annotated[FiniteFloat, Field(ge=0)] = 7.5
+    guidance_scale: Annotated[FiniteFloat, Field(ge=1)] = 7.5
     dtype: DType = "float32"
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "cpu"
     latent_height: Annotated[int, Field(ge=1)] = 64
@@ -226,8 +226,8 @@ def _number(option: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise CaseError(f"--{option}: {text!r} is not a number of at least 0 (1 samples without guidance)")
+    if not (math.isfinite(value) and value >= 1):
+        raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
     return value
 
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ class RepetitionRule:
         if not (math.isfinite(self.min_seconds) and self.min_seconds >= 0):
             raise ValueError(f"min_seconds must be a finite number of at least 0, got {self.min_seconds}")
 
-    def done(self, wall_ms: Sequence[float]) -> bool:
-        """Whether these samples (milliseconds) are enough."""
-        return len(wall_ms) >= self.min_count and sum(wall_ms) >= 1e3 * self.min_seconds
+    def done(self, wall_ms: Sequence[float], to_come: int = 0) -> bool:
+        """Whether these samples (milliseconds) are enough, when `to_come` more are sure to follow."""
+        return len(wall_ms) + to_come >= self.min_count and sum(wall_ms) >= 1e3 * self.min_seconds
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def garbage_collection_paused() -> Iterator[None]:
 class Times:
     """The samples of one backend so far, in milliseconds."""
 
-    wall_ms: list[float]
-    gpu_ms: list[float]
+    wall_ms: list[float] = field(default_factory=list)
+    gpu_ms: list[float] = field(default_factory=list)
 
     def add(self, sample: Timed[object]) -> None:
         self.wall_ms.append(sample.wall_ms)
@@ -130,23 +130,24 @@ def interleave(
     run_once: Mapping[str, Callable[[int], Timed[object]]],
     rule: RepetitionRule,
     on_failure: Callable[[str, Exception], None],
+    to_come: int = 0,
 ) -> dict[str, Times]:
     """Times backends round robin (A B A B ...), so that a drifting clock or a busy neighbour meets all alike.
 
     `run_once[name](round)` does one timed call. A backend that raises goes to `on_failure(name, exception)` and
-    takes no further part; the others go on. Returns the samples of those that stayed.
+    takes no further part; the others go on. `to_come` samples of each will follow, and count as there. Returns the
+    samples of those that stayed.
     """
-    times = {name: Times([], []) for name in run_once}
+    times = {name: Times() for name in run_once}
     number = 0
-    with garbage_collection_paused():
-        while times and not all(rule.done(t.wall_ms) for t in times.values()):
-            for name in list(times):
-                try:
-                    sample = run_once[name](number)
-                except Exception as failure:
-                    del times[name]
-                    on_failure(name, failure)
-                else:
-                    times[name].add(sample)
-            number += 1
+    while times and not all(rule.done(t.wall_ms, to_come) for t in times.values()):
+        for name in list(times):
+            try:
+                sample = run_once[name](number)
+            except Exception as failure:
+                del times[name]
+                on_failure(name, failure)
+            else:
+                times[name].add(sample)
+        number += 1
     return times

@@ -1,0 +1,116 @@
+"""What can run a trajectory: the interface of a backend, and our own eager one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ldmperf.model import UNet
+from ldmperf.samplers import SamplingPlan, Step, sample
+
+from .cases import Case
+
+
+class Unsupported(Exception):
+    """A case that a backend cannot run here; the text is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one trajectory starts from; the same values go to every backend of a group.
+
+    noise [B, 4, H, W] float32, standard normal. context [B or 2B, T, Dctx] in the case's dtype, with guidance the
+    unconditional half first. low_resolution [B, 4, H, W] for super-resolution, else None. seeds, one per image,
+    are for the noise of stochastic samplers, unless step_noise(k) -> [B, 4, H, W] gives that of evaluation k.
+    """
+
+    noise: Tensor
+    context: Tensor
+    low_resolution: Tensor | None
+    seeds: tuple[int, ...]
+    step_noise: Callable[[int], Tensor] | None = None
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values for a network in another dtype; the noise becomes float64 for that one."""
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        step_noise = self.step_noise
+        return Inputs(
+            self.noise.to(state),
+            self.context.to(dtype),
+            None if self.low_resolution is None else self.low_resolution.to(state),
+            self.seeds,
+            None if step_noise is None else lambda k: step_noise(k).to(state),
+        )
+
+    def with_low_resolution(self, model_input: Tensor) -> Tensor:
+        """The model input [B or 2B, 4, H, W], for super-resolution with the low-resolution latents behind it."""
+        if self.low_resolution is None:
+            return model_input
+        copies = model_input.shape[0] // self.low_resolution.shape[0]
+        low_resolution = self.low_resolution.to(model_input.dtype).repeat(copies, 1, 1, 1)
+        return torch.cat([model_input, low_resolution], dim=1)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the backends of a group share; the case's own `backend` says nothing here."""
+
+    case: Case
+    unet: UNet
+    plan: SamplingPlan
+    scheduler_config: Mapping[str, object]
+
+
+# From inputs to final latents [B, 4, H, W], all the work of a sample; runs on the problem's device.
+Trajectory = Callable[[Inputs], Tensor]
+
+
+class Backend(Protocol):
+    """A way to run trajectories. `implementation` names the plain eager backend whose code it is: results are
+    checked against another implementation's, never against its own."""
+
+    @property
+    def implementation(self) -> str: ...
+
+    def build(self, problem: Problem) -> Trajectory:
+        """Makes the problem's trajectory callable; raises `Unsupported` where it cannot be run."""
+        ...
+
+
+class TorchBackend:
+    """Ours: hoisted conditioning, `sample`, and the reference operators in eager torch."""
+
+    implementation = "torch"
+
+    def build(self, problem: Problem) -> Trajectory:
+        unet, plan, case = problem.unet, problem.plan, problem.case
+        timesteps = [step.timestep for step in plan.steps]
+
+        @torch.inference_mode()
+        def trajectory(inputs: Inputs) -> Tensor:
+            conditioning = unet.condition(timesteps, inputs.context)
+
+            def denoise(model_input: Tensor, step: Step) -> Tensor:
+                return unet.denoise(inputs.with_low_resolution(model_input), conditioning, step.index)
+
+            return sample(
+                denoise,
+                plan,
+                inputs.noise,
+                guidance_scale=case.guidance_scale,
+                seeds=inputs.seeds,
+                step_noise=inputs.step_noise,
+            )
+
+        return trajectory
+
+
+def default_backends() -> dict[str, Backend]:
+    """Every backend by its name."""
+    from .peers import DiffusersBackend
+
+    return {"torch": TorchBackend(), "diffusers": DiffusersBackend()}

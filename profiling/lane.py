@@ -1,0 +1,143 @@
+"""One backend's way through a group: what it built, measured and got wrong, until that becomes a record."""
+
+from __future__ import annotations
+
+import gc
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ldmperf.kernels import KernelUnsupported
+from ldmperf.model import UnsupportedConfig
+
+from .backends import Backend, Inputs, Trajectory, Unsupported
+from .cases import Case
+from .check import TOLERANCES, Reference, relative_rms
+from .records import Correctness, Status
+from .timing import Timed, Times, timed
+
+T = TypeVar("T")
+
+# How torch and the CUDA libraries word it where they raise no OutOfMemoryError.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_LONGEST_MESSAGE = 400
+
+
+def failure(error: Exception) -> tuple[Status, str]:
+    """The status that an exception stands for, and its first line with its type."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = lines[0] if lines else "no message"
+    if isinstance(error, Unsupported | KernelUnsupported | UnsupportedConfig):
+        return "unsupported", first[:_LONGEST_MESSAGE]
+    message = f"{type(error).__name__}: {first}"[:_LONGEST_MESSAGE]
+    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+    )
+    return ("oom" if out_of_memory else "error"), message
+
+
+def release_memory() -> None:
+    """Gives back what nothing refers to any more, to the device too."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class Lane:
+    """A backend in its group. Once it has failed it keeps nothing alive, and further work is refused."""
+
+    case: Case
+    backend: Backend
+    trajectory: Trajectory | None = None
+    latents: Tensor | None = None
+    status: Status = "ok"
+    message: str | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    reference: str | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    times: Times = field(default_factory=Times)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether nothing has gone wrong so far."""
+        return self.status == "ok"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.case.device)
+
+    def fail(self, status: Status, message: str) -> None:
+        """Ends this lane; the others of the group go on with the memory it held."""
+        self.status, self.message = status, message
+        self.trajectory = self.latents = None
+
+    def fail_with(self, error: Exception) -> None:
+        """Ends this lane by an exception."""
+        self.fail(*failure(error))
+        # The frames of the traceback hold the tensors that the next backend needs the room of.
+        traceback.clear_frames(error.__traceback__)
+        release_memory()
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None when it raises, which ends this lane, and when it has ended already."""
+        if not self.active:
+            return None
+        try:
+            return work()
+        except Exception as error:
+            self.fail_with(error)
+            return None
+
+    def run(self, inputs: Inputs) -> Timed[Tensor]:
+        """One trajectory, on both clocks."""
+        trajectory = self.trajectory
+        assert trajectory is not None
+        return timed(lambda: trajectory(inputs), self.device)
+
+    def run_measured(self, inputs: Inputs) -> Timed[Tensor]:
+        """One trajectory whose peak memory counts."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        result = self.run(inputs)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.peak_memory_bytes = max(peak, self.peak_memory_bytes or 0)
+        return result
+
+    def check(self, latents: Tensor, reference: Reference, when: Literal["before", "after"]) -> None:
+        """Compares final latents with the reference's; a wrong result ends this lane."""
+        error = relative_rms(latents, reference.latents)
+        tolerance = TOLERANCES[self.case.dtype]
+        self.reference = reference.name
+        if when == "before":
+            self.error_before = error if math.isfinite(error) else None
+        else:
+            self.error_after = error if math.isfinite(error) else None
+        # A NaN is not at most the tolerance.
+        if not error <= tolerance:
+            self.fail(
+                "incorrect",
+                f"{when} timing the final latents were off {reference.name} by {error:.3g} (relative RMS); "
+                f"at most {tolerance:g} passes",
+            )
+
+    @property
+    def correctness(self) -> Correctness | None:
+        """The errors seen so far; None when nothing was compared."""
+        if self.reference is None:
+            return None
+        return Correctness(
+            error_before=self.error_before,
+            error_after=self.error_after,
+            tolerance=TOLERANCES[self.case.dtype],
+            reference=self.reference,
+        )

@@ -1,0 +1,120 @@
+"""Other people's implementations, at their best public settings, on our weights and inputs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
+
+from .backends import Inputs, Problem, Trajectory, Unsupported
+
+# diffusers' class for each plan of ours.
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2s": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
+}
+
+
+class DiffusersBackend:
+    """diffusers in eager mode: its UNet (channels-last, SDPA), its scheduler, the loop of its pipeline."""
+
+    implementation = "diffusers"
+
+    def build(self, problem: Problem) -> Trajectory:
+        case = problem.case
+        diffusers = _import_diffusers()
+        scheduler = getattr(diffusers, SCHEDULERS[case.sampler]).from_config(dict(problem.scheduler_config))
+        unet = diffusers_unet(problem.unet)
+        dtype = problem.unet.dtype
+        takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+
+        # The loop of StableDiffusionPipeline.__call__, latents in the network's dtype as there.
+        @torch.inference_mode()
+        def trajectory(inputs: Inputs) -> Tensor:
+            device = inputs.noise.device
+            scheduler.set_timesteps(case.steps, device=device)
+            if len(scheduler.timesteps) != len(problem.plan.steps):
+                raise RuntimeError(
+                    f"{type(scheduler).__name__} takes {len(scheduler.timesteps)} model evaluations, "
+                    f"our plan {len(problem.plan.steps)}"
+                )
+            options: dict[str, Any] = {"return_dict": False}
+            if takes_generator:
+                options["generator"] = torch.Generator(device).manual_seed(inputs.seeds[0])
+            latents: Tensor = inputs.noise.to(dtype) * scheduler.init_noise_sigma
+            with _step_noise(scheduler, inputs.step_noise) as at_step:
+                for index, timestep in enumerate(scheduler.timesteps):
+                    at_step(index)
+                    model_input = torch.cat([latents] * 2) if case.guided else latents
+                    model_input = scheduler.scale_model_input(model_input, timestep)
+                    output = unet(
+                        inputs.with_low_resolution(model_input).to(dtype),
+                        timestep,
+                        encoder_hidden_states=inputs.context,
+                        return_dict=False,
+                    )[0]
+                    if case.guided:
+                        uncond, cond = output.chunk(2)
+                        output = uncond + case.guidance_scale * (cond - uncond)
+                    latents = scheduler.step(output, timestep, latents, **options)[0]
+            return latents
+
+        return trajectory
+
+
+def diffusers_unet(unet: UNet) -> Any:
+    """diffusers' `UNet2DConditionModel` on the very weights of ours: the memory is shared, in its layout too."""
+    diffusers = _import_diffusers()
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(**diffusers_config(unet.config))
+    theirs.load_state_dict(diffusers_state_dict(unet), assign=True)
+    return theirs.eval().requires_grad_(False)
+
+
+def _import_diffusers() -> Any:
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError:
+        raise Unsupported("diffusers is not installed: pip install 'ldmperf[peers]'") from None
+
+
+@contextmanager
+def _step_noise(scheduler: Any, noise: Callable[[int], Tensor] | None) -> Iterator[Callable[[int], None]]:
+    """Lets the scheduler draw noise(k) at model evaluation k, which the yielded function announces.
+
+    diffusers' schedulers take a generator but no noise; their modules' `randn_tensor` is where they draw.
+    """
+    if noise is None:
+        yield lambda index: None
+        return
+    module: Any = inspect.getmodule(type(scheduler))
+    current = 0
+
+    def announce(index: int) -> None:
+        nonlocal current
+        current = index
+
+    def injected(shape: Any, *args: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        return noise(current).to(dtype)
+
+    drawn = module.randn_tensor
+    module.randn_tensor = injected
+    try:
+        yield announce
+    finally:
+        module.randn_tensor = drawn
