@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,7 @@ class Times:
     wall_ms: list[float] = field(default_factory=list)
     gpu_ms: list[float] = field(default_factory=list)
 
-    def add(self, sample: Timed[object]) -> None:
+    def add(self, sample: Timed[Any]) -> None:
         self.wall_ms.append(sample.wall_ms)
         if sample.gpu_ms is not None:
             self.gpu_ms.append(sample.gpu_ms)
