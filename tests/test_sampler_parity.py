@@ -3,9 +3,9 @@
 The oracle runs as a pipeline runs it, on a nonlinear denoiser and float64 latents, twice:
 - with the scheduler's coefficients widened to float64 (`in_float64`): its formulas to 1e-9, so nothing hides
   behind rounding;
-- as it is. There diffusers rounds every coefficient to float32, which costs up to 2e-6; DDPM, LCM and Heun
-  subtract such numbers, and DPM multistep and Euler keep the latents in float32 (`sample.to(torch.float32)`): 1e-5.
-  Configurations marked ill_conditioned amplify that rounding further, by sigma_max / sigma_min: only the first holds.
+- as it is. There diffusers rounds every coefficient to float32, which costs up to 2e-6. DDPM, LCM and Heun
+  subtract such numbers, and DPM multistep and Euler keep the latents in float32: 1e-5. Configurations marked
+  ill_conditioned amplify that rounding further, by sigma_max / sigma_min: only the first comparison holds.
 """
 
 import contextlib
@@ -127,10 +127,22 @@ def relative_error(value, expected):
     return float((value - expected).norm() / expected.norm())
 
 
-def check(name, num_steps, monkeypatch, *, guidance_scale=1.0, ill_conditioned=False, eta=None, **config):
+def check(name, num_steps, monkeypatch, **arguments):
     """One configuration, given to us as the config that diffusers itself would save."""
-    scheduler = scheduler_of(name, **config)
-    schedule = NoiseSchedule.from_diffusers({**scheduler.config, "_class_name": CLASSES[name]})
+    of_config = {key: arguments.pop(key) for key in tuple(arguments) if key not in CHECK_ARGUMENTS}
+    saved = {**scheduler_of(name, **of_config).config, "_class_name": CLASSES[name]}
+    compare(name, num_steps, monkeypatch, lambda: scheduler_of(name, **of_config), saved, **arguments)
+
+
+CHECK_ARGUMENTS = ("guidance_scale", "ill_conditioned", "eta")
+
+
+def compare(
+    name, num_steps, monkeypatch, make_scheduler, config, *, guidance_scale=1.0, ill_conditioned=False, eta=None
+):
+    """Our plan from `config` against the scheduler, in float64 and as it is."""
+    scheduler = make_scheduler()
+    schedule = NoiseSchedule.from_diffusers(config)
     ours = {} if eta is None else {"eta": eta}
     plan = make_plan(name, schedule, num_steps, **ours)
     latents = run_ours(plan, guidance_scale)
@@ -147,7 +159,7 @@ def check(name, num_steps, monkeypatch, *, guidance_scale=1.0, ill_conditioned=F
     record(f"{name} float64", error)
     assert error <= FLOAT64_TOLERANCE, f"{what}: relative error {error:.2e} in float64"
 
-    scheduler = scheduler_of(name, **config)
+    scheduler = make_scheduler()
     _, _, expected = run_diffusers(scheduler, num_steps, monkeypatch, guidance_scale, **ours)
     error = relative_error(latents, expected)
     record(f"{name} ill-conditioned" if ill_conditioned else name, error)
@@ -214,7 +226,7 @@ def test_beta_schedules(name, monkeypatch):
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
         {"trained_betas": betas.tolist(), "num_train_timesteps": 500},
     ):
-        # The cosine schedule begins at sigma_max = 2e4, where the Euler family's float32 steps are rounded to 1e-3.
+        # The cosine schedule begins at sigma_max = 2e4, where float32 steps are rounded to 1e-3.
         ill_conditioned = "beta_schedule" in config and name in ("euler", "heun")
         check(name, 12, monkeypatch, ill_conditioned=ill_conditioned, **config)
 
@@ -262,7 +274,7 @@ def test_ramps(name, ramp, monkeypatch):
     check(name, 9, monkeypatch, ill_conditioned=name in ("euler", "heun"), **cosine)
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2s", "unipc", "euler", "heun"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2s", "unipc", "euler"])
 def test_beta_ramp(name, monkeypatch):
     """diffusers takes the quantile from scipy, which is not installed here: mpmath stands in."""
     mpmath = pytest.importorskip("mpmath")
@@ -423,3 +435,42 @@ def test_pndm_options(monkeypatch):
                 timestep_spacing=spacing,
                 **SD_BETAS,
             )
+
+
+SD15 = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
+    "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+    "clip_sample": False,
+}  # fmt: skip
+SD21 = {
+    "_class_name": "DDIMScheduler", "_diffusers_version": "0.8.0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False, "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction", "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+    "trained_betas": None,
+}  # fmt: skip
+SD_TURBO = {
+    "_class_name": "EulerDiscreteScheduler", "_diffusers_version": "0.24.0.dev0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "trailing", "timestep_type": "discrete",
+    "trained_betas": None, "use_karras_sigmas": False,
+}  # fmt: skip
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "disable_corrector": [0], "lower_order_final": True, "num_train_timesteps": 1000,
+    "predict_x0": True, "prediction_type": "epsilon", "sample_max_value": 1.0, "solver_order": 3, "solver_p": None,
+    "solver_type": "bh2", "thresholding": False, "dynamic_thresholding_ratio": 0.995, "trained_betas": None,
+    "clip_sample": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("config", [SD15, SD21, SD_TURBO, UNIPC], ids=["SD1.5", "SD2.1", "sd-turbo", "unipc"])
+def test_scheduler_configs(name, config, monkeypatch):
+    """A model's scheduler_config.json read by every sampler, as `from_config` lets another class read it."""
+    cls = getattr(diffusers, CLASSES[name])
+    for num_steps in (1, 4, 25):
+        if name != "pndm" or num_steps >= 4 or config.get("skip_prk_steps"):
+            compare(name, num_steps, monkeypatch, lambda: cls.from_config(config), config, guidance_scale=5.0)
