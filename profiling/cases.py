@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from .timing import RepetitionRule
+
 Task = Literal["t2i", "sr"]
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -123,22 +125,20 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named set of sweeps, and how often each trajectory is repeated and warmed up."""
+    """A named set of sweeps, and how often each trajectory is repeated."""
 
     sweeps: tuple[Sweep, ...]
-    min_count: int
-    min_seconds: float
+    rule: RepetitionRule
 
 
 _FAMILY = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
 _CPU = Sweep(unets=_FAMILY[:3], steps=(3,), dtypes=("float32",), devices=("cpu",))
 PRESETS: dict[str, Preset] = {
     # Under five minutes on two cores: one step count for the cost of sizes, two more at 39M for the cost of steps.
-    "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 6))), min_count=3, min_seconds=0.0),
+    "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 6))), RepetitionRule(3, 0.0)),
     "gpu": Preset(
         (Sweep(unets=_FAMILY, steps=(50,), batches=(1, 8), dtypes=("bfloat16",), devices=("cuda",)),),
-        min_count=5,
-        min_seconds=2.0,
+        RepetitionRule(5, 2.0),
     ),
 }
 
@@ -177,7 +177,7 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
         "batches": tuple(_whole("batch", text) for text in _split(choices.batch)),
         "guidance_scales": tuple(_number("guidance", text) for text in _split(choices.guidance)),
         "dtypes": _names("dtype", [_DTYPE_ALIASES.get(d, d) for d in _split(choices.dtype)], DTYPES),
-        "devices": tuple(_device(text) for text in _split(choices.device)),
+        "devices": tuple(device_named(text) for text in _split(choices.device)),
         "backends": _names("backend", choices.backend, BACKENDS),
         "tasks": _names("task", choices.task, TASKS),
         "unets": _names("size", choices.size, FAMILY) + tuple(_checkpoint(path) for path in choices.unet),
@@ -231,7 +231,8 @@ def _number(option: str, text: str) -> float:
     return value
 
 
-def _device(text: str) -> str:
+def device_named(text: str) -> str:
+    """The device, if it is here; else CaseError."""
     import torch
 
     if re.fullmatch(DEVICE_PATTERN, text) is None:

@@ -1,0 +1,277 @@
+"""The command `ldmperf`. Errors are one line on stderr; exit code 2 for a wrong call, 1 for a failed run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from .cases import Case, CaseError, Choices, preset_named, select_cases
+from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
+from .runs import RunError, check_resumable, create_run, find_run, open_run
+from .timing import RepetitionRule
+
+app = typer.Typer(
+    help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+DEFAULT_OUT = Path("runs")
+# click's ClickException, for which typer, which carries click inside, has no public name.
+_WRONG_CALL = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+
+
+@app.callback()
+def _several_commands() -> None:
+    # With a callback typer keeps `profile` a command of its own, however many others there are.
+    pass
+
+
+class _ResumeTakesAnOptionalValue(TyperCommand):
+    """`--resume` alone means the latest run; neither typer nor its options have optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spelled = []
+        for position, argument in enumerate(args):
+            spelled.append(argument)
+            alone = position + 1 == len(args) or args[position + 1].startswith("-")
+            if argument == "--resume" and alone:
+                spelled.append("latest")
+        return super().parse_args(ctx, spelled)
+
+
+def _list_option(text: str) -> Any:
+    return typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
+
+
+@app.command(cls=_ResumeTakesAnOptionalValue)
+def profile(
+    size: Annotated[list[str] | None, _list_option("Sizes of the family: 39M ... 5B.")] = None,
+    unet: Annotated[
+        list[str] | None, _list_option("Checkpoints of your own: a diffusers folder or .safetensors.")
+    ] = None,
+    sampler: Annotated[list[str] | None, _list_option("Samplers: ddim, ddpm, dpmpp_2m, ...")] = None,
+    steps: Annotated[list[str] | None, _list_option("Sampling steps.")] = None,
+    batch: Annotated[list[str] | None, _list_option("Images made at once.")] = None,
+    guidance: Annotated[list[str] | None, _list_option("Guidance scales; 1 is without.")] = None,
+    dtype: Annotated[list[str] | None, _list_option("float32, bfloat16, float16.")] = None,
+    device: Annotated[list[str] | None, _list_option("cpu, cuda, cuda:N.")] = None,
+    backend: Annotated[list[str] | None, _list_option("torch (ours), diffusers (the peer).")] = None,
+    task: Annotated[list[str] | None, _list_option("t2i; sr: 8 input channels, without guidance.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="cpu or gpu: what is measured unless told; by the device.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a run folder that was stopped; alone, the latest in --out.")
+    ] = None,
+    min_count: Annotated[int | None, typer.Option(help="Timed trajectories of each case, at least.")] = None,
+    min_seconds: Annotated[float | None, typer.Option(help="Timed seconds of each case, at least.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
+) -> None:
+    """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
+
+    Without options it takes the preset for this machine; options replace the preset's lists, and their product is
+    measured. Exit code 1 when a case ended as error or incorrect, or none as ok; oom and unsupported are data.
+
+    \b
+    Examples:
+      ldmperf profile
+      ldmperf profile --size 39M,866M --steps 4,20,50 --batch 1,8 --dtype bfloat16
+      ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
+      ldmperf profile --resume
+    """
+    if schema:
+        typer.echo(json.dumps(record_schema(), indent=2))
+        return
+    choices = Choices(
+        **{
+            name: tuple(values or ())
+            for name, values in {
+                "size": size,
+                "unet": unet,
+                "sampler": sampler,
+                "steps": steps,
+                "batch": batch,
+                "guidance": guidance,
+                "dtype": dtype,
+                "device": device,
+                "backend": backend,
+                "task": task,
+            }.items()
+        }
+    )
+    if resume is None:
+        cases, rule = _chosen(choices, preset, min_count, min_seconds)
+        folder = _create(out, cases, rule)
+    else:
+        folder = find_run(out, resume)
+        cases, rule = _resumed(folder, choices, preset, min_count, min_seconds)
+    _run(folder, cases, rule)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        str, typer.Argument(help="The run folder; without it the latest in --out.", metavar="[RUN_DIR]")
+    ] = "latest",
+    out: Annotated[Path, typer.Option(help="Where run folders are.")] = DEFAULT_OUT,
+) -> None:
+    """Print the table of a run and write its report.html and charts anew.
+
+    \b
+    Examples:
+      ldmperf report
+      ldmperf report runs/20261124T093000Z-1a84ffb
+    """
+    folder = find_run(out, run)
+    if not (folder / RECORDS_NAME).exists():
+        raise RunError(f"{folder} has no record yet; measure with: ldmperf profile --resume {folder}")
+    _report(folder)
+
+
+@app.command()
+def env(
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.")] = None,
+) -> None:
+    """Print what is recorded of this machine, as JSON.
+
+    \b
+    Example:
+      ldmperf env --device cpu
+    """
+    from .cases import device_named
+    from .environment import collect_environment, device_state
+
+    name = _best_device() if device is None else device_named(device)
+    state = device_state(name).model_dump(mode="json")
+    typer.echo(json.dumps(collect_environment(name).model_dump(mode="json") | {"device_now": state}, indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
+    except _WRONG_CALL as wrong_call:
+        _stop(f"{wrong_call.format_message().rstrip('.')}; see: ldmperf --help", 2)
+    except (CaseError, RunError) as wrong_call:
+        _stop(str(wrong_call), 2)
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code or 0)
+
+
+def _stop(message: str, code: int) -> None:
+    line = " ".join(message.split())
+    sys.stderr.write(f"ldmperf: {line}\n")
+    sys.exit(code)
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _chosen(
+    choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
+) -> tuple[list[Case], RepetitionRule]:
+    """The cases of a new run and how often they are repeated."""
+    devices = ",".join(choices.device) or _best_device()
+    name = preset or ("gpu" if "cuda" in devices else "cpu")
+    cases = select_cases(name, choices)
+    return cases, _rule(preset_named(name).rule, min_count, min_seconds)
+
+
+def _rule(rule: RepetitionRule, min_count: int | None, min_seconds: float | None) -> RepetitionRule:
+    try:
+        return RepetitionRule(
+            rule.min_count if min_count is None else min_count,
+            rule.min_seconds if min_seconds is None else min_seconds,
+        )
+    except ValueError as wrong:
+        raise CaseError(str(wrong).replace("min_", "--min-")) from None
+
+
+def _resumed(
+    folder: Path, choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
+) -> tuple[list[Case], RepetitionRule]:
+    """The cases and the rule that the run began with; options beside --resume may repeat them, not change them."""
+    from .environment import collect_environment
+
+    run = open_run(folder)
+    if choices or preset is not None:
+        cases, _ = _chosen(choices, preset, min_count, min_seconds)
+        if set(cases) != set(run.cases):
+            raise RunError(
+                f"{folder} has other cases than these options name; give --resume without them, "
+                "or start a new run without --resume"
+            )
+    check_resumable(folder, run, collect_environment(run.cases[0].device))
+    return list(run.cases), _rule(run.rule, min_count, min_seconds)
+
+
+def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
+    from .environment import collect_environment
+
+    try:
+        return create_run(out, cases, rule, collect_environment(cases[0].device))
+    except OSError as failure:
+        _stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
+        raise
+
+
+def _run(folder: Path, cases: list[Case], rule: RepetitionRule) -> None:
+    """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
+    from .progress import ProgressLines
+    from .runner import profile as measure
+
+    errors = Console(stderr=True)
+    try:
+        store = RecordStore(folder / RECORDS_NAME)
+        recorded = {record.case_key for record in store.load()}
+        left = [case for case in cases if case.key not in recorded]
+        errors.print(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded", soft_wrap=True)
+        with ProgressLines(errors, left, rule) as lines:
+            measure(left, rule=rule, store=store, listener=lines)
+    except KeyboardInterrupt:
+        _stop(f"stopped; what was measured is in {folder}; go on with: ldmperf profile --resume {folder}", 130)
+    except OSError as failure:
+        _stop(
+            f"cannot write to {folder} ({failure.strerror}); then go on with: ldmperf profile --resume {folder}", 1
+        )
+    records = _report(folder)
+    statuses = {record.status for record in records}
+    if statuses & {"error", "incorrect"} or "ok" not in statuses:
+        raise typer.Exit(1)
+
+
+def _report(folder: Path) -> list[Record]:
+    """Prints the table of the folder's records and writes the page and the charts."""
+    from .report import print_table, write_report
+
+    records, rejected = load_records(folder)
+    print_table(records, Console())
+    if rejected:
+        typer.echo(f"{rejected} lines of {folder / RECORDS_NAME} were no whole records: set aside", err=True)
+    try:
+        for path in write_report(records, rejected, folder):
+            typer.echo(str(path))
+    except ModuleNotFoundError as missing:
+        typer.echo(
+            f"no page and no charts: {missing.name} is not installed; "
+            f"pip install altair vl-convert-python jinja2, then: ldmperf report {folder}",
+            err=True,
+        )
+    except OSError as failure:
+        _stop(f"cannot write the report to {folder} ({failure.strerror})", 1)
+    return records

@@ -1,0 +1,103 @@
+"""Run folders: runs/<UTC time>-<commit>/ with run.json (what was to be measured, and where) and records.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+
+from .cases import Case
+from .environment import Environment
+from .records import RECORDS_NAME, utc_now
+from .timing import RepetitionRule
+
+RUN_NAME = "run.json"
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked; the text is one line that says what to do."""
+
+
+class Run(BaseModel):
+    """What a run set out to do, and where: with it a killed run resumes without its options."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    schema_version: Literal[1] = 1
+    started_at: AwareDatetime
+    cases: tuple[Case, ...]
+    min_count: int
+    min_seconds: float
+    environment: Environment
+
+    @property
+    def rule(self) -> RepetitionRule:
+        return RepetitionRule(self.min_count, self.min_seconds)
+
+
+def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environment: Environment) -> Path:
+    """A new folder in `out` (made if need be), its run.json written. Raises OSError where it cannot be."""
+    now = utc_now()
+    run = Run(
+        started_at=now,
+        cases=tuple(cases),
+        min_count=rule.min_count,
+        min_seconds=rule.min_seconds,
+        environment=environment,
+    )
+    folder = _new_folder(out, now, environment)
+    (folder / RUN_NAME).write_text(run.model_dump_json(indent=2) + "\n")
+    return folder
+
+
+def find_run(out: Path, name: str) -> Path:
+    """The run folder of that path, or the newest in `out` for "latest". Raises RunError when there is none."""
+    if name != "latest":
+        folder = Path(name)
+        if not (folder / RECORDS_NAME).exists() and not (folder / RUN_NAME).exists():
+            raise RunError(f"{folder} is no run folder: it has no {RECORDS_NAME}")
+        return folder
+    # Names begin with the time, so the newest is the last; a name with a counter is after the one without.
+    runs = sorted(path.parent for path in out.glob(f"*/{RUN_NAME}"))
+    if not runs:
+        raise RunError(f"there is no run in {out}; start one with: ldmperf profile --out {out}")
+    return runs[-1]
+
+
+def open_run(folder: Path) -> Run:
+    """What the folder's run set out to do. Raises RunError when that cannot be read."""
+    try:
+        return Run.model_validate_json((folder / RUN_NAME).read_bytes())
+    except (OSError, ValidationError):
+        raise RunError(f"{folder / RUN_NAME} cannot be read; start a new run without --resume") from None
+
+
+def check_resumable(folder: Path, run: Run, environment: Environment) -> None:
+    """Raises RunError when the run was begun elsewhere: on another commit, machine or version.
+
+    Times from two environments side by side in one run would pass for a comparison.
+    """
+    differences = run.environment.differences(environment)
+    if differences:
+        raise RunError(
+            f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
+            "start a new run without --resume"
+        )
+
+
+def _new_folder(out: Path, now: datetime, environment: Environment) -> Path:
+    commit = environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
+    name = f"{now:%Y%m%dT%H%M%SZ}-{commit}"
+    out.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = out / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

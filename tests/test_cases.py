@@ -1,0 +1,131 @@
+"""Cases: keys, presets, and the sweep from options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from ldmperf.model import FAMILY
+from ldmperf.profiling import Case
+from ldmperf.profiling.backends import default_backends
+from ldmperf.profiling.cases import BACKENDS, PRESETS, CaseError, Choices, select_cases
+from ldmperf.samplers import SAMPLERS
+
+
+def test_the_key_of_schema_1_never_changes() -> None:
+    case = Case(unet="39M", steps=3)
+    assert case.key == (
+        "unet=39M task=t2i sampler=ddim steps=3 batch=1 guidance=7.5 dtype=float32 device=cpu "
+        "latent=64x64 tokens=77 seed=0 backend=torch"
+    )
+
+
+def test_keys_tell_apart_what_is_not_equal() -> None:
+    base = Case(unet="39M")
+    others = [
+        base.model_copy(update=change)
+        for change in (
+            {"unet": "83M"}, {"task": "sr"}, {"sampler": "ddpm"}, {"steps": 5}, {"batch": 2},
+            {"guidance_scale": 2.0}, {"dtype": "float16"}, {"device": "cuda"}, {"latent_height": 32},
+            {"latent_width": 32}, {"context_tokens": 154}, {"seed": 1}, {"backend": "diffusers"},
+        )
+    ]  # fmt: skip
+    assert len(others) == len(Case.model_fields)
+    assert len({case.key for case in [base, *others]}) == len(others) + 1
+    # The backend alone is not in the group's key.
+    assert len({case.group_key for case in [base, *others]}) == len(others)
+    assert len({base, *others, Case(unet="39M")}) == len(others) + 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 0}, {"steps": 1001}, {"batch": 0}, {"guidance_scale": 0.5}, {"guidance_scale": float("nan")},
+        {"dtype": "int8"}, {"device": "tpu"}, {"task": "video"}, {"unet": ""}, {"size": "39M"},
+    ],
+)  # fmt: skip
+def test_impossible_cases_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Case(**({"unet": "39M"} | wrong))
+
+
+def test_guidance_doubles_the_model_batch() -> None:
+    assert Case(unet="39M", batch=3).model_batch == 6
+    assert Case(unet="39M", batch=3, guidance_scale=1.0).model_batch == 3
+
+
+def test_the_backends_named_are_those_there_are() -> None:
+    assert tuple(default_backends()) == BACKENDS
+
+
+def test_presets_cover_the_family() -> None:
+    cpu = select_cases("cpu", Choices())
+    assert {case.unet for case in cpu} == {"39M", "83M", "145M"}
+    assert {case.backend for case in cpu} == {"torch", "diffusers"}
+    assert {(case.sampler, case.guidance_scale, case.dtype, case.batch) for case in cpu} == {
+        ("ddim", 7.5, "float32", 1)
+    }
+    assert len({case.steps for case in cpu if case.unet == "39M"}) >= 3
+    gpu = [case for sweep in PRESETS["gpu"].sweeps for case in sweep.cases()]
+    assert {case.unet for case in gpu} == set(FAMILY)
+    assert {case.batch for case in gpu} == {1, 8}
+    assert {(case.steps, case.dtype, case.device) for case in gpu} == {(50, "bfloat16", "cuda")}
+    assert len(gpu) == len(set(gpu)) == 11 * 2 * 2
+
+
+def test_options_replace_the_presets_lists_and_multiply() -> None:
+    cases = select_cases(
+        "cpu", Choices(size=["39M, 866M", "5B"], steps=["4,20"], sampler=["ddim", "ddpm"], backend=["torch"])
+    )
+    assert len(cases) == len(set(cases)) == 3 * 2 * 2
+    assert {case.unet for case in cases} == {"39M", "866M", "5B"}
+    assert {(case.sampler, case.steps) for case in cases} == {
+        ("ddim", 4), ("ddim", 20), ("ddpm", 4), ("ddpm", 20)
+    }  # fmt: skip
+
+
+def test_super_resolution_samples_without_guidance_unless_told() -> None:
+    both = select_cases("cpu", Choices(size=["39M"], task=["t2i,sr"], steps=["3"]))
+    assert {(case.task, case.guidance_scale) for case in both} == {("t2i", 7.5), ("sr", 1.0)}
+    told = select_cases("cpu", Choices(size=["39M"], task=["sr"], steps=["3"], guidance=["2"]))
+    assert {case.guidance_scale for case in told} == {2.0}
+
+
+def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    cases = select_cases("cpu", Choices(unet=["mine"], steps=["2"], backend=["torch"]))
+    assert [(case.unet, case.label, case.is_checkpoint) for case in cases] == [
+        (str(tmp_path / "mine"), "mine", True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (Choices(size=["7M"]), "39M, 83M"),
+        (Choices(sampler=["dimm"]), ", ".join(SAMPLERS)),
+        (Choices(steps=["0"]), "from 1 to 1000"),
+        (Choices(steps=["two"]), "from 1 to 1000"),
+        (Choices(batch=["-1"]), "at least 1"),
+        (Choices(guidance=["nan"]), "at least 1"),
+        (Choices(dtype=["int8"]), "float32, bfloat16, float16"),
+        (Choices(device=["tpu"]), "cpu, cuda"),
+        (Choices(device=["cuda:99"]), "choose cpu"),
+        (Choices(backend=["tensorrt"]), "torch, diffusers"),
+        (Choices(task=["video"]), "t2i, sr"),
+        (Choices(unet=["/nowhere"]), "/nowhere"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_lists_the_valid_ones(choices: Choices, said: str) -> None:
+    with pytest.raises(CaseError) as caught:
+        select_cases("cpu", choices)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_short_dtype_names() -> None:
+    cases = select_cases("cpu", Choices(size=["39M"], steps=["2"], dtype=["bf16,fp32"], backend=["torch"]))
+    assert {case.dtype for case in cases} == {"bfloat16", "float32"}
