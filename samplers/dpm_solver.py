@@ -106,6 +106,7 @@ def dpmpp_2m(
             new = new + (weights.midpoint if solver_type == "midpoint" else weights.second) * slope
         if order == 3:
             h1 = levels[index - 1].lambda_ - levels[index - 2].lambda_
+            # Half of Taylor's second-order term, as in the authors' code and diffusers: the order stays 2.
             bend = slope - h / h1 * (m1 - m2)
             new = new + weights.second * (slope + h0 / (h0 + h1) * bend) + weights.third * h / (h0 + h1) * bend
         older = {"before_previous": m1} if solver_order == 3 else {}
@@ -214,7 +215,8 @@ class _Weights:
         if math.isinf(z):
             return cls(sample, -scale, 0.0, 0.0, 0.0, noise)
         first = scale * math.expm1(z)
-        # The SDE's third order carries +1/2 where the expansion has -1/2: diffusers' formula, kept for parity.
+        # The expansion has -1/2 for the SDE as well. diffusers has +1/2, which is kept for parity: it costs the
+        # multistep solver an order, and the singlestep one with solver_type "heun" its convergence.
         third = scale * (phi(2, z) + (0.5 if is_sde else -0.5))
         return cls(sample, first, 0.5 * first, scale * z * phi(2, z), third, noise)
 

@@ -6,6 +6,7 @@ sigma_t^2 = 1 - alpha_t^2.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ class NoiseSchedule:
         """Whether the last timestep is pure noise."""
         return bool(self.alphas_cumprod[-1] == 0.0)
 
-    @property
+    @functools.cached_property
     def sigmas(self) -> FloatArray:
         """[T] sigma_t / alpha_t; finite, with `ZERO_SNR_ALPHA_CUMPROD` where alphas_cumprod is zero.
 
@@ -144,6 +145,7 @@ class NoiseSchedule:
         levels = np.where(self.alphas_cumprod == 0.0, ZERO_SNR_ALPHA_CUMPROD, self.alphas_cumprod)
         levels32 = torch.from_numpy(levels).float()
         sigmas: FloatArray = (((1.0 - levels32) / levels32) ** 0.5).double().numpy()
+        sigmas.flags.writeable = False
         return sigmas
 
     def level(self, timestep: int) -> float:

@@ -160,9 +160,10 @@ def _beta_quantile(probability: float) -> float:
     if probability > 0.5:
         return 1.0 - _beta_quantile(1.0 - probability)
     low, high = 0.0, 0.5
-    while (middle := 0.5 * (low + high)) not in (low, high):
+    for _ in range(100):
+        middle = 0.5 * (low + high)
         low, high = (middle, high) if _beta_probability(middle) < probability else (low, middle)
-    return high
+    return low
 
 
 def _beta_probability(x: float) -> float:
