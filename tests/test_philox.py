@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.kernels import philox_normal, seed_tensor
-from ldmperf.kernels.philox import INITIAL_NOISE, STEP_NOISE, philox4x32
+from ldmperf.kernels.philox import INITIAL_NOISE, STEP_NOISE, _box_muller, philox4x32
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -41,6 +41,13 @@ def plain_philox(counter, key, rounds):
         c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
+
+
+def test_the_smallest_and_the_largest_word_are_finite():
+    extremes = torch.tensor([0, 2**32 - 1])
+    cosine, sine = _box_muller(extremes, torch.zeros(2, dtype=torch.int64))
+    assert cosine.tolist() == pytest.approx([math.sqrt(66 * math.log(2)), 0.0], rel=1e-6)
+    assert sine.tolist() == [0.0, 0.0]
 
 
 WORD = st.integers(0, 2**32 - 1)

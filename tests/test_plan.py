@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan, sample
+from ldmperf.samplers.step import Tableau
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCHEDULE = NoiseSchedule.from_diffusers(SD)
@@ -241,3 +242,25 @@ def test_a_plan_cannot_be_changed():
         plan.name = "other"
     with pytest.raises(ValueError, match="read-only"):
         plan.table[0, 0, 0] = 0.0
+
+
+def test_registers_that_x_never_reads_are_left_out_and_others_kept():
+    """x reads a in the second step, a reads b in the first: both live. Nobody but d itself reads d."""
+    tableau = Tableau("x", "d", "a", "b")
+    x, d, a, b, output, _ = tableau.unit_vectors()
+    tableau.step(2.0, x=x + output, d=d + x, a=a + 3.0 * b)
+    tableau.step(1.0, c_in=0.5, x=x + 2.0 * a, b=output)
+    first, second = tableau.finish()
+    np.testing.assert_array_equal(first.U, [[1, 0, 0, 1, 0], [0, 1, 3, 0, 0], [0, 0, 1, 0, 0]])
+    np.testing.assert_array_equal(second.U, [[1, 2, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0]])
+    assert (second.index, second.timestep, second.c_in) == (1, 1.0, 0.5)
+
+
+def test_a_step_without_finite_coefficients_is_refused():
+    tableau = Tableau("x")
+    x, *_ = tableau.unit_vectors()
+    for arguments in ({"x": x * np.inf}, {"x": x, "c_in": np.nan}):
+        with pytest.raises(ValueError, match="no finite coefficients"):
+            tableau.step(5.0, **arguments)
+    with pytest.raises(KeyError, match="y"):
+        tableau.step(5.0, y=x)

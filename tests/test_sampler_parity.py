@@ -330,7 +330,7 @@ def test_dpm_multistep(order, algorithm_type, monkeypatch):
         pytest.skip("diffusers has no third order of sde-dpmsolver; refused, see test_plan.py")
     finals = ("zero", "sigma_min") if algorithm_type.endswith("++") else ("sigma_min",)
     for solver_type, final, lower, num_steps in itertools.product(
-        ("midpoint", "heun"), finals, (True, False), (3, 9, 16)
+        ("midpoint", "heun"), finals, (True, False), (3, 14, 15)
     ):
         check(
             "dpmpp_2m",
@@ -397,6 +397,15 @@ def test_unipc(order, solver_type, monkeypatch):
                 predict_x0=predict_x0,
                 **SD_BETAS,
             )
+
+
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_final_sigma_of_a_ramp(ramp, monkeypatch):
+    """ "sigma_min" is the ramp's last level in UniPC, the schedule's first in the others."""
+    config = {ramp: True, "final_sigmas_type": "sigma_min", **SD_BETAS}
+    check("unipc", 8, monkeypatch, sigma_min=0.06, sigma_max=11.0, **config)
+    check("dpmpp_2m", 8, monkeypatch, **config)
+    check("euler", 8, monkeypatch, sigma_min=0.06, sigma_max=11.0, **config)
 
 
 def test_euler_options(monkeypatch):
