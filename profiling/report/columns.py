@@ -1,0 +1,118 @@
+"""The columns of the table of a run, one definition for the terminal, markdown and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..records import Record
+from . import figures, text
+from .figures import Overview, Row
+
+
+@dataclass(frozen=True)
+class Column:
+    """`heading` in two lines for narrow terminals; `cell` gives a row's text."""
+
+    heading: tuple[str, str]
+    cell: Callable[[Row], str]
+    is_number: bool = True
+    # Known without a time: a failed case shows these columns, and its status and message in place of the others.
+    is_fact: bool = False
+
+    @property
+    def label(self) -> str:
+        """The heading on one line."""
+        first, second = self.heading
+        return first.removesuffix("-") + second if first.endswith("-") else f"{first} {second}".strip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Headings, and the rows of each section under the phrases that set the section apart."""
+
+    columns: tuple[Column, ...]
+    shared: tuple[str, ...]
+    sections: tuple[tuple[str, tuple[Row, ...]], ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def table_of(shown: Overview) -> Table:
+    """The table of a record set, its conditions and the notes that it cannot be read without."""
+    conditions = text.conditions(shown)
+    sections = tuple((conditions.heading(s.environment, s.case), s.rows) for s in shown.sections)
+    return Table(_columns(shown), conditions.shared, sections, _notes(shown), warnings(shown))
+
+
+def warnings(shown: Overview) -> tuple[str, ...]:
+    """What a reader must know before the numbers: mixed environments, uncommitted changes, repetitions."""
+    found = []
+    for index, environment in enumerate(shown.environments[1:], 1):
+        differing = "; ".join(text.differences(shown.environments[0], environment))
+        found.append(
+            f"Environment {text.environment_name(index)} is not environment A ({differing}). "
+            "Nothing is compared across environments."
+        )
+    dirty = sorted({text.commit(e) for e in shown.environments if e.git_dirty})
+    if dirty:
+        found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
+    if shown.superseded:
+        found.append(f"Cases measured more than once: {shown.superseded} earlier records are not shown.")
+    return tuple(found)
+
+
+def _columns(shown: Overview) -> tuple[Column, ...]:
+    columns = [
+        Column(("", "size"), lambda row: text.printable(row.name), is_number=False, is_fact=True),
+        Column(
+            ("", "backend"), lambda row: text.printable(row.record.case.backend), is_number=False, is_fact=True
+        ),
+        Column(("para-", "meters"), lambda row: text.count(row.record.parameters), is_fact=True),
+        Column(("", "GFLOP"), lambda row: text.gflop(row.record.gflop_per_forward), is_fact=True),
+        Column(("ms per", "step"), lambda row: text.number(row.record.ms_per_step)),
+        Column(("ms per step", "p20..p80"), lambda row: _spread(row.record)),
+        Column(("ms per", "image"), lambda row: text.number(row.record.ms_per_image)),
+        Column(("images", "per s"), lambda row: text.number(row.record.images_per_s)),
+        Column(("cost", "here"), lambda row: text.short_ratio(None if row.cost is None else row.cost.p50)),
+        Column(("cost", "paper"), lambda row: text.short_ratio(row.paper_cost)),
+    ]
+    if any(row.gflop_ratio is not None for row in shown.rows):
+        columns.append(Column(("GFLOP", "ratio"), lambda row: text.short_ratio(row.gflop_ratio)))
+    if any(row.record.case.backend == figures.PEER for row in shown.rows):
+        columns.append(Column(("times", "faster"), _times_faster))
+    return tuple(columns)
+
+
+def _spread(record: Record) -> str:
+    spread = figures.step_ms(record)
+    return text.MISSING if spread is None else f"{text.number(spread.p20)}..{text.number(spread.p80)}"
+
+
+def _times_faster(row: Row) -> str:
+    return text.MISSING if row.times_faster is None else f"{text.short_ratio(row.times_faster)}x"
+
+
+def _notes(shown: Overview) -> tuple[str, ...]:
+    rows = shown.rows
+    if not rows:
+        return ()
+    references = list(dict.fromkeys(row.reference for row in rows if row.reference))
+    notes = ["step: a model evaluation of the whole batch with its share of the sampler, wall clock, median"]
+    if any(row.record.case.guided for row in rows):
+        notes[0] += "; guidance doubles the batch inside it"
+    notes.append("GFLOP: of one forward of one sample")
+    if references:
+        base = references[0] if len(references) == 1 else "the row with 1.00"
+        notes.append(
+            f"cost here: ms per step relative to {base} (the largest size that every backend measured); "
+            "cost paper: the paper's normalized cost (FLOPs) relative to the same size"
+        )
+    if any(row.gflop_ratio is not None for row in rows):
+        notes.append("GFLOP ratio: GFLOP relative to that size, for networks that the paper does not have")
+    if any(row.record.case.backend == figures.PEER for row in rows):
+        notes.append(f"times faster: the time of {figures.PEER} over ours, same case, same run")
+    failed = sum(row.record.status != "ok" for row in rows)
+    if failed:
+        notes.append(f"{failed} of {len(rows)} cases failed and have no time")
+    return tuple(notes)

@@ -1,0 +1,198 @@
+"""What the page tells beyond the table: each case with its check and raw spread, the lines, the environments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ..environment import DeviceState, Environment
+from ..records import Record
+from . import text
+from .figures import Overview, Row, ratio
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts; the first column heads its row, and the columns in `words` are no numbers."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: frozenset[int] = frozenset()
+
+
+def cases_grid(shown: Overview) -> Grid:
+    """A line per case, failed ones too: its check, raw spread, both clocks, what happened once, memory, clocks."""
+    conditions = text.conditions(shown)
+
+    def heading(row: Row) -> str:
+        return conditions.heading(row.environment, row.record.case) or "all the same"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "case": lambda row: text.printable(f"{row.name}, {row.record.case.backend}"),
+        "conditions": heading,
+        "status": lambda row: row.record.status,
+        "relative RMS error": lambda row: _error(row.record),
+        "tolerance": lambda row: _of(
+            row.record.correctness.tolerance if row.record.correctness else None, "{:.1e}"
+        ),
+        "reference": lambda row: (
+            text.printable(row.record.correctness.reference) if row.record.correctness else "-"
+        ),
+        "n": lambda row: str(row.record.wall_ms.n) if row.record.wall_ms else text.MISSING,
+        "wall ms p20": lambda row: text.number(row.record.wall_ms.p20 if row.record.wall_ms else None),
+        "wall ms p50": lambda row: text.number(row.record.wall_ms.p50 if row.record.wall_ms else None),
+        "wall ms p80": lambda row: text.number(row.record.wall_ms.p80 if row.record.wall_ms else None),
+        "wall ms min": lambda row: text.number(row.record.wall_ms.min if row.record.wall_ms else None),
+        "GPU ms p50": lambda row: text.number(row.record.gpu_ms.p50 if row.record.gpu_ms else None),
+        "wall beyond GPU": lambda row: _wall_beyond_gpu(row.record),
+        "weights ms": lambda row: text.number(row.record.phases.weights_ms),
+        "build ms": lambda row: text.number(row.record.phases.build_ms),
+        "first call ms": lambda row: text.number(row.record.phases.first_call_ms),
+        "warm-up ms": lambda row: text.number(row.record.phases.warmup_ms),
+        "peak memory GiB": lambda row: text.number(ratio(row.record.peak_memory_bytes, GIB)),
+        "load before, after": lambda row: _states(row.record, lambda s: _of(s.load_average_1min, "{:.2f}")),
+        "SM MHz before, after": lambda row: _states(row.record, lambda s: _of(s.sm_clock_mhz, "{:d}")),
+        "throttle reasons after": lambda row: (
+            ", ".join(row.record.device_after.throttle_reasons or ()) or text.MISSING
+        ),
+    }
+    rows = [tuple(cell(row) for cell in columns.values()) for row in shown.rows]
+    # A column that nobody could fill (the GPU's, on a CPU) is no column.
+    kept = [i for i in range(len(columns)) if any(row[i] != text.MISSING for row in rows)]
+    headings = tuple(name for i, name in enumerate(columns) if i in kept)
+    words = ("case", "conditions", "status", "reference", "throttle reasons after")
+    return Grid(
+        headings,
+        tuple(tuple(row[i] for i in kept) for row in rows),
+        frozenset(i for i, name in enumerate(headings) if name in words),
+    )
+
+
+def lines_grid(shown: Overview) -> Grid:
+    """The lines over steps: slope, fixed part, that in units of a step, and R2 where three points define it."""
+    conditions = text.conditions(shown)
+    rows = []
+    for series in shown.series:
+        line = series.line
+        case = text.joined(
+            (
+                series.name,
+                series.case.backend,
+                conditions.heading(series.environment, series.case, without=("steps",)),
+            )
+        )
+        in_steps = ratio(line.intercept, line.slope) if line.slope > 0 else None
+        counts = ", ".join(str(row.record.evaluations) for row in series.rows)
+        r2 = f"{len(series.rows)} points only" if line.r2 is None else _r2(line.r2)
+        rows.append(
+            (
+                text.printable(case),
+                counts,
+                text.number(line.slope),
+                text.number(line.intercept),
+                text.short_ratio(in_steps),
+                r2,
+            )
+        )
+    headings = ("case", "evaluations", "slope, ms per step", "fixed part, ms", "fixed part, steps", "R²")
+    return Grid(headings, tuple(rows), frozenset({0}))
+
+
+def environment_lines(environment: Environment) -> list[tuple[str, str]]:
+    """Name and value of what is known of an environment."""
+    gpu = environment.gpu
+    lines: list[tuple[str, object]] = [
+        ("CPU", environment.cpu),
+        ("cores", _cores(environment)),
+        ("torch threads", environment.torch_threads),
+        ("memory", _gib(environment.memory_bytes)),
+        ("GPU", gpu and text.joined((gpu.name, f"{gpu.count} visible" if gpu.count > 1 else ""))),
+        ("GPU memory", gpu and _gib(gpu.memory_bytes)),
+        ("compute capability", gpu and gpu.compute_capability),
+        ("driver", gpu and gpu.driver),
+        ("power limit", f"{gpu.power_limit_w:.0f} W" if gpu and gpu.power_limit_w is not None else None),
+        ("commit", text.commit(environment)),
+        ("ldmperf", environment.ldmperf),
+    ]
+    told = {"cpu", "logical_cores", "usable_cores", "memory_bytes", "gpu", "git_commit", "git_dirty", "ldmperf"}
+    others = environment.model_dump(exclude=told | {"torch_threads"})
+    lines += [(name.replace("_", " "), value) for name, value in others.items()]
+    return [(name, text.printable(text.value_of(value))) for name, value in lines if value is not None]
+
+
+def device_lines(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """Ranges of what changes during a run, over all readings before and after a case."""
+    states = [state for record in records for state in (record.device_before, record.device_after)]
+    ranges: list[tuple[str, Sequence[float | None], str]] = [
+        ("load average (1 min)", [s.load_average_1min for s in states], "{:.2f}"),
+        ("SM clock, MHz", [s.sm_clock_mhz for s in states], "{:.0f}"),
+        ("memory clock, MHz", [s.memory_clock_mhz for s in states], "{:.0f}"),
+        ("temperature, °C", [s.temperature_c for s in states], "{:.0f}"),
+        ("power, W", [s.power_w for s in states], "{:.0f}"),
+    ]
+    lines = [(name, _range(values, form)) for name, values, form in ranges if any(v is not None for v in values)]
+    reasons = sorted({reason for state in states for reason in state.throttle_reasons or ()})
+    if any(state.throttle_reasons is not None for state in states):
+        lines.append(("throttle reasons seen", ", ".join(reasons) or "none"))
+    return lines
+
+
+def harness_lines(records: Sequence[Record]) -> list[str]:
+    """How often trajectories were repeated, in the words of each distinct setting."""
+    lines = []
+    for harness in dict.fromkeys(record.harness for record in records):
+        order = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
+        lines.append(
+            f"at least {harness.min_count} trajectories and {harness.min_seconds:g} s of them, "
+            f"after {harness.warmup_count} for warm-up{order}"
+        )
+    return lines
+
+
+def _error(record: Record) -> str:
+    check = record.correctness
+    errors = [e for e in (check.error_before, check.error_after) if e is not None] if check else []
+    return f"{max(errors):.1e}" if errors else text.MISSING
+
+
+def _wall_beyond_gpu(record: Record) -> str:
+    """The share of the wall clock's median that the device events do not span."""
+    if record.wall_ms is None or record.gpu_ms is None:
+        return text.MISSING
+    share = ratio(record.wall_ms.p50 - record.gpu_ms.p50, record.wall_ms.p50)
+    return text.MISSING if share is None else f"{100 * share:.1f}%"
+
+
+def _states(record: Record, reading: Callable[[DeviceState], str]) -> str:
+    before, after = reading(record.device_before), reading(record.device_after)
+    return text.MISSING if before == after == text.MISSING else f"{before}, {after}"
+
+
+def _of(value: float | None, form: str) -> str:
+    return text.MISSING if value is None else form.format(value)
+
+
+def _r2(r2: float) -> str:
+    # Never rounded up to a perfect fit.
+    return f"{max(0.0, math.floor(r2 * 1e5) / 1e5):.5f}"
+
+
+def _range(values: Iterable[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    low, high = form.format(min(known)), form.format(max(known))
+    return low if low == high else f"{low} to {high}"
+
+
+def _cores(environment: Environment) -> str | None:
+    if environment.usable_cores is None:
+        return None if environment.logical_cores is None else str(environment.logical_cores)
+    return f"{environment.usable_cores} usable" + (
+        "" if environment.logical_cores is None else f" of {environment.logical_cores}"
+    )
+
+
+def _gib(size: int | None) -> str | None:
+    return None if size is None else f"{size / GIB:.1f} GiB"

@@ -1,0 +1,249 @@
+"""Derived numbers of a record set: costs beside the paper's, ratios to the peer, lines over steps. Pure functions.
+
+A number is only ever compared with one measured in the same environment under the same conditions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+
+from ..cases import Case
+from ..environment import Environment
+from ..records import Record
+
+PEER = "diffusers"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the quantiles around it, all in one unit."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record, the index of its environment, and its ratios; each is null where a time it needs is missing.
+
+    `cost` is time over the time of the network `reference`; `paper_cost` the paper's normalized cost over that of
+    the same reference; `gflop_ratio` the GFLOP over those of the reference, for networks that the paper has not.
+    `times_faster` is the peer's time over this one.
+    """
+
+    record: Record
+    environment: int
+    name: str
+    cost: Spread | None = None
+    reference: str | None = None
+    paper_cost: float | None = None
+    gflop_ratio: float | None = None
+    times_faster: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows of one environment and one set of conditions: they differ in network and backend only."""
+
+    environment: int
+    case: Case
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A least-squares line; `r2` is null with two points, which a line always meets, or when y does not vary."""
+
+    slope: float
+    intercept: float
+    r2: float | None
+
+
+@dataclass(frozen=True)
+class StepsSeries:
+    """Trajectories of one network and backend at two step counts or more; the line is ms over evaluations."""
+
+    environment: int
+    case: Case
+    name: str
+    rows: tuple[Row, ...]
+    line: Line
+
+
+@dataclass(frozen=True)
+class Overview:
+    """All that is said about a record set. `superseded` records were measured again in the same environment."""
+
+    environments: tuple[Environment, ...]
+    sections: tuple[Section, ...]
+    series: tuple[StepsSeries, ...]
+    superseded: int
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for section in self.sections for row in section.rows]
+
+
+@cache
+def paper_costs() -> dict[str, float]:
+    """The paper's normalized cost of each size (866M is 1)."""
+    text = resources.files("ldmperf.profiling").joinpath("paper.json").read_text(encoding="utf-8")
+    return {size["name"]: size["paper_normalized_cost"] for size in json.loads(text)["sizes"]}
+
+
+def ratio(numerator: float | None, denominator: float | None) -> float | None:
+    """The quotient; null when a side is missing, the denominator is zero, or it leaves the range of a float."""
+    if numerator is None or not denominator:
+        return None
+    quotient = numerator / denominator
+    return quotient if math.isfinite(quotient) else None
+
+
+def step_ms(record: Record) -> Spread | None:
+    """Wall milliseconds of a model evaluation, the sampler's share included; null for a failed case."""
+    if record.wall_ms is None or not record.evaluations:
+        return None
+    n = record.evaluations
+    return Spread(record.wall_ms.p20 / n, record.wall_ms.p50 / n, record.wall_ms.p80 / n)
+
+
+def fit_line(points: Iterable[tuple[float, float]]) -> Line | None:
+    """The least-squares line through (x, y) points; null with fewer than two different x."""
+    pairs = list(points)
+    if len({x for x, _ in pairs}) < 2:
+        return None
+    mean_x = math.fsum(x for x, _ in pairs) / len(pairs)
+    mean_y = math.fsum(y for _, y in pairs) / len(pairs)
+    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / math.fsum(
+        (x - mean_x) ** 2 for x, _ in pairs
+    )
+    intercept = mean_y - slope * mean_x
+    residual = math.fsum((y - intercept - slope * x) ** 2 for x, y in pairs)
+    total = math.fsum((y - mean_y) ** 2 for _, y in pairs)
+    return Line(slope, intercept, 1 - residual / total if len(pairs) > 2 and total > 0 else None)
+
+
+def overview(records: Sequence[Record]) -> Overview:
+    """The records in sections, each case once (its latest record per environment), with their ratios and lines."""
+    environments = tuple(dict.fromkeys(record.environment for record in records))
+    latest = {(environments.index(r.environment), r.case_key): r for r in records}
+    names = network_names(latest.values())
+    grouped: dict[tuple[object, ...], list[Record]] = {}
+    for (environment, _), record in latest.items():
+        grouped.setdefault((environment, *_conditions(record.case).items()), []).append(record)
+    sections = tuple(
+        Section(index := environments.index(group[0].environment), group[0].case, _rows(index, group, names))
+        for _, group in sorted(grouped.items(), key=lambda item: _sort_key(item[0]))
+    )
+    return Overview(environments, sections, _steps_series(sections), len(records) - len(latest))
+
+
+def network_names(records: Iterable[Record]) -> dict[str, str]:
+    """A short name for each network; the path of a checkpoint whose short name is another's or a size's."""
+    networks = {record.case.unet: record.case for record in records}
+    labels = [case.label for case in networks.values()]
+
+    def is_taken(case: Case) -> bool:
+        return case.is_checkpoint and (labels.count(case.label) > 1 or case.label in paper_costs())
+
+    return {unet: case.unet if is_taken(case) else case.label for unet, case in networks.items()}
+
+
+def _conditions(case: Case) -> dict[str, object]:
+    # Taken from the model, so that a condition added to cases one day is never averaged over.
+    return case.model_dump(exclude={"unet", "backend"})
+
+
+def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
+    """Sorts numbers by value and all else by text, whatever types the conditions have."""
+    flat = [part[1] if isinstance(part, tuple) else part for part in condition]
+    return tuple((float(value), "") if isinstance(value, int | float) else (0.0, str(value)) for value in flat)
+
+
+def _magnitude(record: Record) -> tuple[float, float]:
+    """Orders networks by what they cost on paper: the paper's own for its sizes, in its unit, else by GFLOP."""
+    gflop_of_866m = 804.3
+    cost = paper_costs().get(record.case.unet)
+    return (
+        cost if cost is not None else (record.gflop_per_forward or 0.0) / gflop_of_866m,
+        record.parameters or 0.0,
+    )
+
+
+def _reference(timed: Sequence[Record]) -> Record:
+    """The largest network, of the paper's sizes if one is there: the paper's costs are rescaled to it."""
+    in_paper = [record for record in timed if record.case.unet in paper_costs()]
+    return max(in_paper or timed, key=_magnitude)
+
+
+def _references(section: Sequence[Record]) -> dict[str, Record]:
+    """What each backend's times are relative to: one network for all backends if they have one in common."""
+    timed: dict[str, list[Record]] = {}
+    for record in section:
+        if (spread := step_ms(record)) and spread.p50 > 0:
+            timed.setdefault(record.case.backend, []).append(record)
+    common = set.intersection(*({r.case.unet for r in of} for of in timed.values())) if timed else set()
+    return {backend: _reference([r for r in of if r.case.unet in common] or of) for backend, of in timed.items()}
+
+
+def _rows(environment: int, section: Sequence[Record], names: dict[str, str]) -> tuple[Row, ...]:
+    references = _references(section)
+    peers = {record.case.unet: record for record in section if record.case.backend == PEER}
+    backends = list(dict.fromkeys(record.case.backend for record in section))
+    # The peer last: ours is read against the paper first, and then against the peer.
+    backends.sort(key=lambda backend: backend == PEER)
+    ordered = sorted(section, key=lambda r: (backends.index(r.case.backend), _magnitude(r), r.case.unet))
+    rows = []
+    for record in ordered:
+        row = Row(record, environment, names[record.case.unet])
+        reference = references.get(record.case.backend)
+        if record.wall_ms is not None and reference is not None:
+            row = replace(
+                row,
+                cost=_cost(record, reference),
+                reference=names[reference.case.unet],
+                paper_cost=ratio(paper_costs().get(record.case.unet), paper_costs().get(reference.case.unet)),
+                times_faster=_times_faster(record, peers.get(record.case.unet)),
+            )
+            if record.case.unet not in paper_costs():
+                row = replace(row, gflop_ratio=ratio(record.gflop_per_forward, reference.gflop_per_forward))
+        rows.append(row)
+    return tuple(rows)
+
+
+def _cost(record: Record, reference: Record) -> Spread | None:
+    own, base = step_ms(record), step_ms(reference)
+    if own is None or base is None:
+        return None
+    p20, p50, p80 = (ratio(value, base.p50) for value in (own.p20, own.p50, own.p80))
+    return None if p20 is None or p50 is None or p80 is None else Spread(p20, p50, p80)
+
+
+def _times_faster(record: Record, peer: Record | None) -> float | None:
+    if peer is None or peer is record or peer.wall_ms is None or record.wall_ms is None:
+        return None
+    return ratio(peer.wall_ms.p50, record.wall_ms.p50)
+
+
+def _steps_series(sections: Sequence[Section]) -> tuple[StepsSeries, ...]:
+    """Rows that differ in steps only, where a line can be laid through them."""
+    grouped: dict[tuple[object, ...], list[Row]] = {}
+    for section in sections:
+        for row in section.rows:
+            conditions = row.record.case.model_dump(exclude={"steps"})
+            grouped.setdefault((section.environment, *conditions.items()), []).append(row)
+    series = []
+    for rows in grouped.values():
+        timed = [row for row in rows if row.record.wall_ms is not None]
+        line = fit_line((r.record.evaluations or 0, r.record.wall_ms.p50) for r in timed if r.record.wall_ms)
+        if line is not None:
+            series.append(
+                StepsSeries(timed[0].environment, timed[0].record.case, timed[0].name, tuple(timed), line)
+            )
+    return tuple(series)

@@ -1,0 +1,125 @@
+"""The page of a run and its charts, written to a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..records import Record
+from . import details, text
+from .columns import table_of
+from .figures import PEER, Overview, Row, overview
+from .tables import NOTHING
+
+if TYPE_CHECKING:
+    from .charts import Drawing
+
+PAGE_NAME = "report.html"
+
+
+class ReportUnavailable(RuntimeError):
+    """A package that charts or page need is not installed; the text is one line that says how to install it."""
+
+
+def write_report(records: list[Record], rejected_lines: int, directory: Path) -> list[Path]:
+    """Writes report.html and the charts (PNG and SVG) to the folder; returns their paths, the page first.
+
+    Each file is replaced whole or not at all. Charts of an earlier report that these records have no data for are
+    removed. Raises ReportUnavailable when a package is missing, OSError when the folder cannot be written.
+    """
+    try:
+        import jinja2
+        import vl_convert  # noqa: F401  altair loads it when it renders, which is too late to say so
+
+        from .charts import drawings
+    except ImportError as missing:
+        raise ReportUnavailable(
+            f"charts and page need {missing.name}: pip install altair vl-convert-python jinja2"
+        ) from missing
+    shown = overview(records)
+    charts = drawings(shown)
+    svgs = {drawing.name: drawing.svg() for drawing in charts if drawing.chart is not None}
+    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    engine = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = engine.from_string(template).render(_content(shown, rejected_lines), charts=charts, svgs=svgs)
+    directory.mkdir(parents=True, exist_ok=True)
+    written = _write_charts(charts, svgs, directory)
+    # The page last: whoever sees it finds the charts that it links.
+    _replace_file(directory / PAGE_NAME, page.encode())
+    return [directory / PAGE_NAME, *written]
+
+
+def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
+    """What the template shows, all of it texts."""
+    rows, table = shown.rows, table_of(shown)
+    return {
+        "sentence": _sentence(rows),
+        "table": table,
+        "facts": [column for column in table.columns if column.is_fact],
+        "times": [column for column in table.columns if not column.is_fact],
+        "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
+        "lines": details.lines_grid(shown),
+        "cases": details.cases_grid(shown),
+        "environments": [
+            (
+                f"Environment {text.environment_name(index)}" if len(shown.environments) > 1 else "",
+                details.environment_lines(environment)
+                + details.device_lines(row.record for row in rows if row.environment == index),
+            )
+            for index, environment in enumerate(shown.environments)
+        ],
+        "harness": details.harness_lines([row.record for row in rows]),
+        "rejected_lines": rejected_lines,
+        "peer": PEER if any(row.record.case.backend == PEER for row in rows) else "",
+    }
+
+
+def _sentence(rows: Sequence[Row]) -> str:
+    """What was measured, how much of it, and when."""
+    if not rows:
+        return NOTHING
+    networks = len({row.record.case.unet for row in rows})
+    backends = list(dict.fromkeys(text.printable(row.record.case.backend) for row in rows))
+    timed = sum(row.record.wall_ms is not None for row in rows)
+    days = sorted({row.record.started_at.date().isoformat() for row in rows})
+    return (
+        f"The wall-clock time of whole sampling trajectories, from noise to latents, of {networks} "
+        f"latent-diffusion UNet{'s' if networks > 1 else ''} with {' and '.join(backends)}: {len(rows)} "
+        f"case{'s' if len(rows) > 1 else ''}, {timed} with a time and {len(rows) - timed} failed, "
+        f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} (UTC)."
+    )
+
+
+def _case(row: Row, shown: Overview) -> str:
+    heading = text.conditions(shown).heading(row.environment, row.record.case)
+    return text.printable(text.joined((row.name, row.record.case.backend, heading)))
+
+
+def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
+    written = []
+    for drawing in charts:
+        png, svg = directory / f"{drawing.name}.png", directory / f"{drawing.name}.svg"
+        if drawing.chart is None:
+            # An earlier report's chart would pass for one of these records.
+            png.unlink(missing_ok=True)
+            svg.unlink(missing_ok=True)
+            continue
+        _replace_file(png, drawing.png())
+        _replace_file(svg, svgs[drawing.name].encode())
+        written += [png, svg]
+    return written
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """The file holds its old content or the new, never a part; no two processes share the temporary file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,128 @@
+"""The table of a run in the terminal and as markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from ..records import Record
+from . import text
+from .columns import Column, Table, table_of
+from .figures import Row, overview
+
+NOTHING = "No cases were measured."
+
+
+def print_table(records: list[Record], console: Console) -> None:
+    """Prints the final table. No number is ever cut: lines are as long as the numbers need, plain where piped."""
+    if not records:
+        _print(console, NOTHING)
+        return
+    table = table_of(overview(records))
+    _print_wrapped(console, text.joined(table.shared), "bold")
+    rows = [row for _, rows in table.sections for row in rows]
+    widths = [
+        max(*map(len, column.heading), *(len(column.cell(row)) for row in rows if _shows(column, row)))
+        for column in table.columns
+    ]
+    # A narrow terminal gets narrower gaps; a pipe has no width to keep to.
+    fits = not console.is_terminal or sum(widths) + 2 * (len(widths) - 1) <= console.width
+    gap = "  " if fits else " "
+    _print(console)
+    for line in (0, 1):
+        headings = [column.heading[line] for column in table.columns]
+        _print(console, _line(headings, table.columns, widths, gap), "dim")
+    for heading, rows_of_section in table.sections:
+        if heading:
+            _print(console)
+            _print_wrapped(console, heading, "bold cyan")
+        for row in rows_of_section:
+            _print_row(console, row, table, widths, gap)
+    _print(console)
+    for note in table.notes:
+        _print_wrapped(console, note, "dim")
+    for warning in table.warnings:
+        _print_wrapped(console, f"Note: {warning}", "yellow")
+
+
+def markdown_table(records: list[Record]) -> str:
+    """The same figures as a GitHub markdown table, with the conditions above and the notes below."""
+    if not records:
+        return NOTHING + "\n"
+    table = table_of(overview(records))
+    has_sections = any(heading for heading, _ in table.sections)
+    headings = [column.label for column in table.columns]
+    rules = ["---:" if column.is_number else ":---" for column in table.columns]
+    lines = [_escaped(text.joined(table.shared)) + "\n"] if table.shared else []
+    lines += [_markdown_row(["conditions", *headings] if has_sections else headings)]
+    lines += [_markdown_row([":---", *rules] if has_sections else rules)]
+    for heading, rows in table.sections:
+        for row in rows:
+            cells = [_escaped(cell) for cell in _cells(row, table.columns)]
+            lines.append(_markdown_row([_escaped(heading), *cells] if has_sections else cells))
+    lines.append("")
+    lines += [f"- {_escaped(note)}" for note in (*table.notes, *table.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def _shows(column: Column, row: Row) -> bool:
+    return column.is_fact or row.record.wall_ms is not None
+
+
+def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
+    """One text per column; of a failed case the status and message in the first column that needs a time."""
+    cells = [column.cell(row) if _shows(column, row) else text.MISSING for column in columns]
+    if row.record.wall_ms is None:
+        cells[[column.is_fact for column in columns].index(False)] = text.failure(row.record)
+    return cells
+
+
+def _print_row(console: Console, row: Row, table: Table, widths: Sequence[int], gap: str) -> None:
+    if row.record.wall_ms is not None:
+        _print(console, _line([column.cell(row) for column in table.columns], table.columns, widths, gap))
+        return
+    facts = [column for column in table.columns if column.is_fact]
+    start = _line([column.cell(row) for column in facts], facts, widths, gap) + gap
+    message = text.failure(row.record)
+    indent = len(start)
+    # Beside the facts while that leaves room to read it, else on the lines below them.
+    if console.is_terminal and console.width - indent < min(30, len(message)):
+        _print(console, start.rstrip())
+        start, indent = "    ", 4
+    width = console.width - indent if console.is_terminal else len(message)
+    lines = textwrap.wrap(message, max(width, 20), break_on_hyphens=False) or [message]
+    _print(console, start + lines[0], "red")
+    for line in lines[1:]:
+        _print(console, " " * indent + line, "red")
+
+
+def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int], gap: str) -> str:
+    padded = (
+        cell.rjust(width) if column.is_number else cell.ljust(width)
+        for cell, column, width in zip(cells, columns, widths, strict=False)
+    )
+    return gap.join(padded)
+
+
+def _print(console: Console, line: str = "", style: str = "") -> None:
+    # Text, not markup: a checkpoint's name may contain brackets. soft_wrap: never cut, never re-wrapped.
+    console.print(Text(line.rstrip(), style=style), soft_wrap=True)
+
+
+def _print_wrapped(console: Console, line: str, style: str) -> None:
+    for part in textwrap.wrap(line, console.width, break_on_hyphens=False) if console.is_terminal else [line]:
+        _print(console, part, style)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escaped(plain: str) -> str:
+    """Text that markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(plain, quote=False))
