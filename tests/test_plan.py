@@ -259,7 +259,7 @@ def test_registers_that_x_never_reads_are_left_out_and_others_kept():
 def test_a_step_without_finite_coefficients_is_refused():
     tableau = Tableau("x")
     x, *_ = tableau.unit_vectors()
-    for arguments in ({"x": x * np.inf}, {"x": x, "c_in": np.nan}):
+    for arguments in ({"x": np.full_like(x, np.inf)}, {"x": x, "c_in": np.nan}):
         with pytest.raises(ValueError, match="no finite coefficients"):
             tableau.step(5.0, **arguments)
     with pytest.raises(KeyError, match="y"):
