@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,36 @@ def plausible_record(case: Case | None = None, **changes: Any) -> Record:
         "started_at": datetime(2026, 11, 23, 12, 0, tzinfo=UTC),
     }
     return Record(**(fields | changes))
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """One torch thread: on a busy machine the threads of a tiny network wait for each other most of the time."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder written by diffusers' own save_pretrained: a small random network, quick at 64x64 latents."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-unet"
+    diffusers.UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(32, 32, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
