@@ -104,6 +104,7 @@ class TorchBackend:
                 guidance_scale=case.guidance_scale,
                 seeds=inputs.seeds,
                 step_noise=inputs.step_noise,
+                backend="torch",
             )
 
         return trajectory

@@ -38,6 +38,7 @@ def sample(
     seeds: Sequence[int] | Tensor | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     callback: Callable[[Step, Tensor], None] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The latents [B, ...] that `plan` makes of `noise` [B, ...], in noise's dtype and memory format.
 
@@ -49,6 +50,7 @@ def sample(
     seeds           one per image, for the noise of a stochastic plan (generated in float32)
     step_noise      step_noise(k) returns the [B, ...] noise of step k instead; called for the steps that add any
     callback        called as callback(step, x) after each step, with a copy of the latents
+    backend         of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
 
     The host never waits for the device. An exception of denoise or callback, KeyboardInterrupt among them, passes
     through and leaves no state behind. Raises ValueError for a dtype, shape or count that does not fit.
@@ -95,6 +97,7 @@ def sample(
             noise=injected,
             model_input=model_input,
             input_scale=next_c_in,
+            backend=backend,
         )
         if callback is not None:
             callback(step, registers[0].clone())

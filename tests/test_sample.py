@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldmperf.kernels import KernelUnsupported
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, initial_noise, make_plan, sample
 
 SCHEDULE = NoiseSchedule.from_diffusers(
@@ -283,3 +284,13 @@ def test_sample_starts_from_the_scaled_noise():
         sample(denoise, plan, NOISE.double())
     expected = NOISE.double() * plan.init_noise_sigma * plan.steps[0].c_in
     torch.testing.assert_close(first[0], expected, rtol=1e-14, atol=0)
+
+
+def test_the_backend_is_named_to_the_operator():
+    plan = make_plan("ddim", NoiseSchedule.from_diffusers({}), 2)
+    noise = initial_noise([1], (4, 3, 3))
+    assert torch.equal(
+        sample(lambda x, step: x, plan, noise, backend="torch"), sample(lambda x, step: x, plan, noise)
+    )
+    with pytest.raises(KernelUnsupported, match="sampler_update"):
+        sample(lambda x, step: x, plan, noise, backend="triton")
