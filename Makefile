@@ -6,13 +6,14 @@ STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
 
-.PHONY: help profile test check format clean
+.PHONY: help profile test check format readme clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
 	@echo "make test      run the whole test suite"
 	@echo "make check     lint, format and types"
 	@echo "make format    rewrite the code in the house format"
+	@echo "make readme    write README's table from the committed records that it names"
 	@echo "make clean     remove .venv and caches, never runs/"
 
 profile: $(STAMP)
@@ -29,6 +30,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: $(STAMP)
+	$(BIN)/python bench/readme.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
