@@ -132,10 +132,10 @@ class Preset:
 
 
 _FAMILY = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
-_CPU = Sweep(unets=_FAMILY[:3], steps=(3,), dtypes=("float32",), devices=("cpu",))
+_CPU = Sweep(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
 PRESETS: dict[str, Preset] = {
     # Under five minutes on two cores: one step count for the cost of sizes, two more at 39M for the cost of steps.
-    "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 6))), RepetitionRule(3, 0.0)),
+    "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
     "gpu": Preset(
         (Sweep(unets=_FAMILY, steps=(50,), batches=(1, 8), dtypes=("bfloat16",), devices=("cuda",)),),
         RepetitionRule(5, 2.0),

@@ -262,7 +262,8 @@ def _report(folder: Path) -> list[Record]:
     records, rejected = load_records(folder)
     print_table(records, Console())
     if rejected:
-        typer.echo(f"{rejected} lines of {folder / RECORDS_NAME} were no whole records: set aside", err=True)
+        lines = "1 line" if rejected == 1 else f"{rejected} lines"
+        typer.echo(f"{lines} of {folder / RECORDS_NAME} set aside: no whole record", err=True)
     try:
         for path in write_report(records, rejected, folder):
             typer.echo(str(path))

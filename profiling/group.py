@@ -22,7 +22,7 @@ from ldmperf.samplers import NoiseSchedule, make_plan
 from .backends import Backend, Problem, Unsupported
 from .cases import Case
 from .check import Reference, check_inputs, compute_reference, make_inputs
-from .environment import DeviceState, collect_environment, device_state
+from .environment import DeviceState, Environment, device_state
 from .flops import count_gflop, count_parameters
 from .lane import Lane, release_memory
 from .network import make_network
@@ -115,7 +115,7 @@ class Group:
     def active(self) -> list[Lane]:
         return [lane for lane in self.lanes.values() if lane.active]
 
-    def measure(self, networks: Networks) -> list[Record]:
+    def measure(self, networks: Networks, environment: Environment) -> list[Record]:
         """The records of all lanes; only an interrupt is raised."""
         shared = _Shared(utc_now(), device_state(self.case.device))
         try:
@@ -131,7 +131,7 @@ class Group:
                 self._warm_up(lane, problem)
             release_memory()
             self._time_and_check(problem)
-        return self._records(shared)
+        return self._records(shared, environment)
 
     def _problem(self, networks: Networks, shared: _Shared) -> Problem:
         case = self.case
@@ -224,8 +224,7 @@ class Group:
             self.ran(lane.case, "check")
             lane.check(sample.value, self.references[lane.case.backend], "after")
 
-    def _records(self, shared: _Shared) -> list[Record]:
-        environment = collect_environment(self.case.device)
+    def _records(self, shared: _Shared, environment: Environment) -> list[Record]:
         after = device_state(self.case.device)
         timed_lanes = tuple(name for name, lane in self.lanes.items() if lane.active)
         harness = Harness(

@@ -109,9 +109,10 @@ class ProgressLines:
         self._number += 1
         case = cases[0]
         backends = ", ".join(c.backend for c in cases)
+        steps = "1 step" if case.steps == 1 else f"{case.steps} steps"
         self._write(
-            f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} {case.steps} steps, "
-            f"batch {case.batch}, guidance {case.guidance_scale:g}, {case.dtype} on {case.device}: {backends}"
+            f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} {steps}, batch {case.batch}, "
+            f"guidance {case.guidance_scale:g}, {case.dtype} on {case.device}: {backends}"
         )
         self._update(f"{self._number}/{self._total} {case.label}")
 

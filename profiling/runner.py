@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from .backends import Backend, default_backends
 from .cases import Case
+from .environment import collect_environment
 from .group import Group, Networks, measuring_settings
 from .records import Record, RecordStore
 from .timing import RepetitionRule
@@ -50,12 +52,14 @@ def profile(
     """
     listener = listener or _Silent()
     networks = Networks()
+    # Once: the code that runs is what was loaded, whatever is committed meanwhile.
+    environment_of = functools.cache(collect_environment)
     records: list[Record] = []
     for cases_in_flight in groups(case for case in cases if case.key not in skip):
         listener.begin(cases_in_flight)
         with measuring_settings():
             group = Group(cases_in_flight, rule or RepetitionRule(), listener.ran, backends or default_backends())
-            done = group.measure(networks)
+            done = group.measure(networks, environment_of(cases_in_flight[0].device))
         if store is not None:
             store.append(*done)
         listener.end(done)

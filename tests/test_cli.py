@@ -1,0 +1,307 @@
+"""The command: one line for a wrong call, the right exit code, and a killed run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldmperf.profiling import Record, cli, load_records, runner
+from ldmperf.profiling.cases import Case
+from ldmperf.profiling.environment import collect_environment
+from ldmperf.profiling.progress import Remaining, readable
+from ldmperf.profiling.records import RECORDS_NAME, REJECTED_NAME, RecordStore
+from ldmperf.profiling.runs import RUN_NAME, create_run
+from ldmperf.profiling.timing import RepetitionRule
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    def run(*arguments: str | Path) -> Outcome:
+        with pytest.raises(SystemExit) as exited:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert isinstance(exited.value.code, int)
+        return Outcome(exited.value.code, captured.out, captured.err)
+
+    return run
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["profile", "--size", "7M"], "39M, 83M, 145M"),
+        (["profile", "--sizes", "39M"], "--size"),
+        (["profile", "--steps", "0"], "from 1 to 1000"),
+        (["profile", "--steps"], "requires an argument"),
+        (["profile", "--dtype", "int8"], "float32"),
+        (["profile", "--device", "tpu"], "cpu, cuda"),
+        (["profile", "--device", "cuda:99"], "choose cpu"),
+        (["profile", "--task", "video"], "t2i, sr"),
+        (["profile", "--backend", "tensorrt"], "torch, diffusers"),
+        (["profile", "--preset", "tpu"], "cpu, gpu"),
+        (["profile", "--unet", "/no/where"], "/no/where"),
+        (["profile", "--min-count", "0"], "--min-count must be at least 1"),
+        (["profile", "--min-count", "x"], "valid int"),
+        (["profile", "--min-seconds", "nan"], "--min-seconds"),
+        (["profile", "--resume", "/no/where"], "no run folder"),
+        (["profile", "stray"], "stray"),
+        (["report", "/no/where"], "no run folder"),
+        (["env", "--device", "tpu"], "cpu, cuda"),
+        (["measure"], "measure"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_code_2(run: Run, arguments: Sequence[str], said: str) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("ldmperf: ")
+    assert outcome.err.count("\n") == 1
+    assert said in outcome.err
+
+
+def test_no_run_to_resume_or_report(run: Run, tmp_path: Path) -> None:
+    for arguments in (["profile", "--resume", "--out", tmp_path], ["report", "--out", tmp_path]):
+        outcome = run(*arguments)
+        assert outcome.code == 2
+        assert f"no run in {tmp_path}" in outcome.err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_1(run: Run, tmp_path: Path) -> None:
+    # Below a file: not even root can write there.
+    (tmp_path / "file").write_text("")
+    outcome = run("profile", "--out", tmp_path / "file" / "runs", "--size", "39M", "--steps", "1")
+    assert outcome.code == 1
+    assert outcome.err.count("\n") == 1
+    assert "cannot write to" in outcome.err
+    assert "--out" in outcome.err
+
+
+@pytest.mark.parametrize("command", [[], ["profile"], ["report"], ["env"]])
+def test_every_command_has_help_with_an_example(run: Run, command: Sequence[str]) -> None:
+    outcome = run(*command, "--help")
+    assert outcome.code == 0
+    assert "Usage: ldmperf" in outcome.out
+    assert not command or "Example" in outcome.out
+
+
+def test_without_arguments_it_helps(run: Run) -> None:
+    assert run().out == run("--help").out
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys\nfrom ldmperf.profiling.cli import main\n"
+        "try: main(['profile', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'altair', 'jinja2', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_schema_is_printed_as_json(run: Run) -> None:
+    schema = json.loads(run("profile", "--schema").out)
+    assert schema["title"] == "Record"
+    assert "wall_ms" in schema["properties"]
+
+
+def test_env_prints_the_environment_as_json(run: Run) -> None:
+    printed = json.loads(run("env", "--device", "cpu").out)
+    assert printed["torch"] == torch.__version__
+    assert printed["gpu"] is None
+    assert "load_average_1min" in printed["device_now"]
+
+
+QUICK = ("--device", "cpu", "--min-count", "1")
+
+
+def test_a_checkpoint_that_diffusers_wrote_end_to_end(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("profile", "--unet", tiny_checkpoint, "--steps", "1,2", *QUICK, "--out", tmp_path)
+    assert outcome.code == 0, outcome.err
+    (folder,) = tmp_path.iterdir()
+    records, rejected = load_records(folder)
+    assert rejected == 0
+    assert [(r.case.steps, r.case.backend, r.status) for r in records] == [
+        (1, "torch", "ok"), (1, "diffusers", "ok"), (2, "torch", "ok"), (2, "diffusers", "ok"),
+    ]  # fmt: skip
+    assert {r.case.label for r in records} == {"tiny-unet"}
+    assert "tiny-unet" in outcome.out
+    commit = records[0].environment.git_commit
+    assert folder.name.endswith(commit[:7] if commit else f"v{records[0].environment.ldmperf}")
+    assert "[1/2]" in outcome.err
+    assert (folder / "report.html").exists()
+    assert list(folder.glob("*.png"))
+
+    # The report once more, from what is on disk alone.
+    (folder / "report.html").unlink()
+    again = run("report", folder)
+    assert again.code == 0
+    assert (folder / "report.html").exists()
+    assert "tiny-unet" in again.out
+
+    # Resuming what is complete measures nothing.
+    before = (folder / RECORDS_NAME).read_bytes()
+    assert run("profile", "--resume", "--out", tmp_path).code == 0
+    assert (folder / RECORDS_NAME).read_bytes() == before
+
+
+def test_out_of_memory_is_data_but_a_run_with_no_time_at_all_has_failed(
+    run: Run,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_record: Callable[..., Record],
+) -> None:
+    statuses = ["ok", "oom"]
+
+    def measured(cases: list[Case], *, store: RecordStore, **others: object) -> list[Record]:
+        records = [make_record(case, status=status) for case, status in zip(cases, statuses, strict=True)]
+        store.append(*records)
+        return records
+
+    monkeypatch.setattr(runner, "profile", measured)
+    for codes, statuses in (
+        (0, ["ok", "oom"]), (0, ["unsupported", "ok"]), (1, ["ok", "error"]),
+        (1, ["incorrect", "ok"]), (1, ["oom", "unsupported"]),
+    ):  # fmt: skip
+        outcome = run("profile", "--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+        assert outcome.code == codes, (statuses, outcome.err)
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-c", "from ldmperf.profiling.cli import main; main()", *map(str, arguments)]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.02)
+
+
+def test_killed_and_resumed_it_repeats_only_what_was_in_flight(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    # The second case has a thousand steps: it is in flight for as long as it takes to kill it.
+    options = ("--unet", tiny_checkpoint, "--backend", "torch", *QUICK, "--out", tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command("profile", "--steps", "1,1000", *options),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+
+    def first_is_recorded() -> bool:
+        return any(path.read_bytes().endswith(b"\n") for path in tmp_path.glob(f"*/{RECORDS_NAME}"))
+
+    wait_for(first_is_recorded, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (folder,) = tmp_path.iterdir()
+    records_file = folder / RECORDS_NAME
+    first = records_file.read_bytes()
+    assert len(load_records(folder)[0]) == 1
+
+    # What a kill inside a write leaves: half a line. And three steps instead of a thousand, to be done today.
+    records_file.write_bytes(first + first[: len(first) // 2])
+    plan = json.loads((folder / RUN_NAME).read_text())
+    assert [case["steps"] for case in plan["cases"]] == [1, 1000]
+    plan["cases"][1]["steps"] = 3
+    plan["environment"] = collect_environment("cpu").model_dump(mode="json")
+    (folder / RUN_NAME).write_text(json.dumps(plan))
+
+    outcome = run("profile", "--steps", "1,3", *options, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert records_file.read_bytes().startswith(first)
+    records, rejected = load_records(folder)
+    assert [record.case.steps for record in records] == [1, 3]
+    assert rejected == 1
+    assert (folder / REJECTED_NAME).exists()
+    assert "1 line of" in outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_an_interrupt_says_how_to_go_on_and_exits_130(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> list[Record]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "profile", interrupted)
+    outcome = run("profile", "--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+    assert outcome.code == 130
+    (folder,) = tmp_path.iterdir()
+    assert f"ldmperf profile --resume {folder}" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_a_run_of_another_commit_or_machine_is_not_resumed(run: Run, tmp_path: Path) -> None:
+    here = collect_environment("cpu")
+    elsewhere = here.model_copy(update={"git_commit": "0" * 40, "cpu": "another"})
+    folder = create_run(tmp_path, [Case(unet="39M", steps=1)], RepetitionRule(1, 0.0), elsewhere)
+    outcome = run("profile", "--resume", folder)
+    assert outcome.code == 2
+    assert "cpu: another" in outcome.err
+    assert "start a new run" in outcome.err
+    assert not (folder / RECORDS_NAME).exists()
+
+
+def test_resuming_with_other_cases_is_refused(run: Run, tmp_path: Path) -> None:
+    case = Case(unet="39M", steps=1, device="cpu")
+    create_run(tmp_path, [case], RepetitionRule(1, 0.0), collect_environment("cpu"))
+    outcome = run("profile", "--resume", "--out", tmp_path, "--steps", "9", "--device", "cpu")
+    assert outcome.code == 2
+    assert "other cases" in outcome.err
+
+
+def test_the_latest_run_is_the_newest(run: Run, tmp_path: Path) -> None:
+    environment = collect_environment("cpu").model_copy(update={"git_commit": None, "ldmperf": "9"})
+    made = [create_run(tmp_path, [], RepetitionRule(1, 0.0), environment) for _ in range(3)]
+    assert len(set(made)) == 3
+    from ldmperf.profiling.runs import find_run
+
+    assert find_run(tmp_path, "latest") == made[-1]
+
+
+def test_the_time_left_counts_work_not_cases() -> None:
+    now = [0.0]
+    small, large = Case(unet="39M", steps=1), Case(unet="39M", steps=9)
+    remaining = Remaining([small, large], RepetitionRule(3, 0.0), clock=lambda: now[0])
+    assert remaining.seconds is None
+    now[0] = 10.0
+    remaining.ran(small)
+    # One of 4 + 36 equal portions took 10 s.
+    assert remaining.seconds == pytest.approx(390.0)
+    remaining.end(small)
+    assert remaining.fraction == pytest.approx(0.1)
+    # Trajectories beyond the expected do not count beyond the whole.
+    for _ in range(9):
+        remaining.ran(large)
+    assert remaining.fraction == pytest.approx(1.0)
+
+
+def test_times_are_readable() -> None:
+    assert (readable(None), readable(0.2), readable(61), readable(125)) == (
+        "", "about 1 s left", "about 61 s left", "about 2 min left"
+    )  # fmt: skip
