@@ -125,13 +125,15 @@ def _cost_panel(points: list[Point], palette: Palette, low: float, high: float) 
     ticks = [tick for tick in (LOG_TICKS if high > 20 * low else FINE_TICKS) if low <= tick <= high]
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     axis = alt.Axis(values=ticks, format="~g")
-    reference = ", ".join(dict.fromkeys(point["reference"] for point in points))
+    reference = _reference(points)
     x = alt.X("paper:Q", scale=scale, axis=axis, title=f"the paper's cost (FLOPs), {reference} = 1")
     y = alt.Y("p50:Q", scale=scale, axis=axis, title=f"measured ms per step, {reference} = 1")
     diagonal = alt.Chart(alt.InlineData(values=[{"paper": low, "p50": low}, {"paper": high, "p50": high}]))
     corner = alt.Chart(alt.InlineData(values=[{"paper": low, "p50": low}]))
-    # A label a size, above the highest of its marks: one for each mark would cover the others.
-    tops = {point["size"]: point for point in sorted(points, key=lambda point: float(point["p80"]))}
+    # One label where a size's marks are, above the highest: one for each mark would cover the others.
+    tops = {
+        (point["size"], point["paper"]): point for point in sorted(points, key=lambda point: float(point["p80"]))
+    }
     labels = alt.Chart(alt.InlineData(values=list(tops.values())))
     marks = alt.Chart(alt.InlineData(values=points))
     return alt.layer(
@@ -146,6 +148,14 @@ def _cost_panel(points: list[Point], palette: Palette, low: float, high: float) 
             x, alt.Y("p80:Q", scale=scale), text="size:N"
         ),
     )
+
+
+def _reference(points: list[Point]) -> str:
+    """The size that is 1; with its backend where each has another."""
+    references = {point["backend"]: text.printable(point["reference"]) for point in points}
+    if len(set(references.values())) == 1:
+        return str(next(iter(references.values())))
+    return ", ".join(f"{reference} ({backend})" for backend, reference in references.items())
 
 
 def _log_domain(points: list[Point]) -> tuple[float, float]:
@@ -211,7 +221,7 @@ def _steps_point(row: Row) -> Point | None:
 
 def _finished(charts: Sequence[Panel], columns: int) -> alt.ConcatChart:
     """Panels side by side with one legend."""
-    return (
+    whole: alt.ConcatChart = (
         alt.concat(*charts, columns=columns)
         .resolve_scale(color="shared", shape="shared")
         .configure(font=FONT, background="white", padding=12)
@@ -221,3 +231,4 @@ def _finished(charts: Sequence[Panel], columns: int) -> alt.ConcatChart:
         .configure_title(fontSize=13, anchor="start")
         .configure_view(stroke="#cccccc")
     )
+    return whole

@@ -73,7 +73,7 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
         Column(("ms per", "step"), lambda row: text.number(row.record.ms_per_step)),
         Column(("ms per step", "p20..p80"), lambda row: _spread(row.record)),
         Column(("ms per", "image"), lambda row: text.number(row.record.ms_per_image)),
-        Column(("images", "per s"), lambda row: text.number(row.record.images_per_s)),
+        Column(("images", "per s"), lambda row: text.number(figures.ratio(1e3, row.record.ms_per_image))),
         Column(("cost", "here"), lambda row: text.short_ratio(None if row.cost is None else row.cost.p50)),
         Column(("cost", "paper"), lambda row: text.short_ratio(row.paper_cost)),
     ]
@@ -103,9 +103,9 @@ def _notes(shown: Overview) -> tuple[str, ...]:
         notes[0] += "; guidance doubles the batch inside it"
     notes.append("GFLOP: of one forward of one sample")
     if references:
-        base = references[0] if len(references) == 1 else "the row with 1.00"
+        base = f"{references[0]}, the" if len(references) == 1 else "the row with 1.00, each backend's"
         notes.append(
-            f"cost here: ms per step relative to {base} (the largest size that every backend measured); "
+            f"cost here: ms per step relative to {base} largest size measured; "
             "cost paper: the paper's normalized cost (FLOPs) relative to the same size"
         )
     if any(row.gflop_ratio is not None for row in rows):

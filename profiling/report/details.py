@@ -28,7 +28,7 @@ def cases_grid(shown: Overview) -> Grid:
     conditions = text.conditions(shown)
 
     def heading(row: Row) -> str:
-        return conditions.heading(row.environment, row.record.case) or "all the same"
+        return conditions.heading(row.environment, row.record.case) or text.MISSING
 
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: text.printable(f"{row.name}, {row.record.case.backend}"),

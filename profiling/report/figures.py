@@ -183,13 +183,12 @@ def _reference(timed: Sequence[Record]) -> Record:
 
 
 def _references(section: Sequence[Record]) -> dict[str, Record]:
-    """What each backend's times are relative to: one network for all backends if they have one in common."""
+    """What each backend's times are relative to: the largest network that it has a time for."""
     timed: dict[str, list[Record]] = {}
     for record in section:
         if (spread := step_ms(record)) and spread.p50 > 0:
             timed.setdefault(record.case.backend, []).append(record)
-    common = set.intersection(*({r.case.unet for r in of} for of in timed.values())) if timed else set()
-    return {backend: _reference([r for r in of if r.case.unet in common] or of) for backend, of in timed.items()}
+    return {backend: _reference(of) for backend, of in timed.items()}
 
 
 def _rows(environment: int, section: Sequence[Record], names: dict[str, str]) -> tuple[Row, ...]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 PAGE_NAME = "report.html"
 
 
-class ReportUnavailable(RuntimeError):
-    """A package that charts or page need is not installed; the text is one line that says how to install it."""
+class ReportUnavailable(ModuleNotFoundError):
+    """A package that charts or page need (`name`) is not installed; the text is one line on how to install it."""
 
 
 def write_report(records: list[Record], rejected_lines: int, directory: Path) -> list[Path]:
@@ -36,8 +36,9 @@ def write_report(records: list[Record], rejected_lines: int, directory: Path) ->
 
         from .charts import drawings
     except ImportError as missing:
+        name = missing.name or "altair"
         raise ReportUnavailable(
-            f"charts and page need {missing.name}: pip install altair vl-convert-python jinja2"
+            f"charts and page need {name}: pip install altair vl-convert-python jinja2", name=name
         ) from missing
     shown = overview(records)
     charts = drawings(shown)
@@ -63,6 +64,13 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "facts": [column for column in table.columns if column.is_fact],
         "times": [column for column in table.columns if not column.is_fact],
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
+        "checkpoints": sorted(
+            {
+                (text.printable(r.name), text.printable(r.record.case.unet))
+                for r in rows
+                if r.record.case.is_checkpoint
+            }
+        ),
         "lines": details.lines_grid(shown),
         "cases": details.cases_grid(shown),
         "environments": [

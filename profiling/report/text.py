@@ -97,7 +97,10 @@ def environment_name(index: int) -> str:
 
 def differences(first: Environment, other: Environment) -> list[str]:
     """What differs between two environments, as "field: first's, other's"."""
-    mine, theirs = _flat(first.model_dump()), _flat(other.model_dump())
+    mine, theirs = (
+        _flat(e.model_dump(exclude={"git_commit"}) | {"commit": (e.git_commit or "unknown")[:12]})
+        for e in (first, other)
+    )
     fields = list(dict.fromkeys([*mine, *theirs]))
     return [
         f"{field.replace('_', ' ').replace('.', ' ')}: {value_of(mine.get(field))}, {value_of(theirs.get(field))}"
