@@ -210,12 +210,27 @@ def test_both_charts_hold_every_case_once(make_record: MakeRecord) -> None:
     assert len(cost) == len(records)
     small = [point for point in cost if point["size"] == "39M"]
     assert {point["paper"] for point in small} == {0.07 / 0.20}
-    # plausible_record: 4 ms (torch) or 5 ms per GFLOP, two samples for guidance, 40 ms fixed; median of 1, 1.02, 0.99.
+    # plausible_record: 4 ms (torch) or 5 ms per GFLOP, two samples for guidance, 40 ms fixed.
     per_gflop = {"torch": 4.0, "diffusers": 5.0}
     expected = [
         (53.0 * 2 * n * ms + 40) / (159.9 * 2 * n * ms + 40) for n in (2, 4, 8) for ms in per_gflop.values()
     ]
     assert sorted(point["p50"] for point in small) == pytest.approx(sorted(expected))
+
+
+def test_backends_relative_to_different_sizes_have_panels_of_their_own(make_record: MakeRecord) -> None:
+    cases = [
+        Case(unet=unet, steps=2, backend=b) for unet in ("39M", "83M", "145M") for b in ("torch", "diffusers")
+    ]
+    records = [make_record(case) for case in cases[:-1]] + [make_record(cases[-1], status="oom")]
+    cost, _ = drawings(figures.overview(records))
+    assert cost.chart is not None
+    panels = cost.chart.to_dict()["concat"]
+    titles = [(panel["title"], panel["layer"][0]["encoding"]["x"]["title"]) for panel in panels]
+    assert titles == [
+        ("torch", "the paper's cost (FLOPs), 145M = 1"),
+        ("diffusers", "the paper's cost (FLOPs), 83M = 1"),
+    ]
 
 
 def test_a_zero_time_or_an_instant_step_breaks_no_chart(make_record: MakeRecord, tmp_path: Path) -> None:

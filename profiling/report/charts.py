@@ -85,18 +85,25 @@ def _cost_drawing(shown: Overview) -> Drawing:
         "same size, both on logarithmic axes. On the dashed line time follows FLOPs; above it a small model costs "
         "more than the paper's measure says. Bars are p20 to p80."
     )
-    panels = [(section, _cost_points(section)) for section in shown.sections]
-    panels = [(section, points) for section, points in panels if len({point["size"] for point in points}) > 1]
+    conditions, palette = text.conditions(shown), Palette.of(shown)
+    panels: list[tuple[str, list[Point]]] = []
+    for section in shown.sections:
+        heading = conditions.heading(section.environment, section.case)
+        points = _cost_points(section)
+        references = dict.fromkeys(point["reference"] for point in points)
+        for reference in references:
+            of_reference = [point for point in points if point["reference"] == reference]
+            # Axes in units of different sizes are different axes: such backends get panels of their own.
+            backends = dict.fromkeys(point["backend"] for point in of_reference) if len(references) > 1 else ()
+            if len({point["size"] for point in of_reference}) > 1:
+                panels.append((text.joined((heading, *backends)), of_reference))
     if not panels:
         return Drawing(name, title, summary, reason="it takes two sizes measured under the same conditions")
-    conditions, palette = text.conditions(shown), Palette.of(shown)
     low, high = _log_domain([point for _, points in panels for point in points])
     side = 420 if len(panels) == 1 else 360
     charts = [
-        _cost_panel(points, palette, low, high).properties(
-            width=side, height=side, title=conditions.heading(section.environment, section.case)
-        )
-        for section, points in panels
+        _cost_panel(points, palette, low, high).properties(width=side, height=side, title=heading)
+        for heading, points in panels
     ]
     return Drawing(name, title, summary, _finished(charts, columns=2))
 
@@ -125,7 +132,7 @@ def _cost_panel(points: list[Point], palette: Palette, low: float, high: float) 
     ticks = [tick for tick in (LOG_TICKS if high > 20 * low else FINE_TICKS) if low <= tick <= high]
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     axis = alt.Axis(values=ticks, format="~g")
-    reference = _reference(points)
+    reference = text.printable(points[0]["reference"])
     x = alt.X("paper:Q", scale=scale, axis=axis, title=f"the paper's cost (FLOPs), {reference} = 1")
     y = alt.Y("p50:Q", scale=scale, axis=axis, title=f"measured ms per step, {reference} = 1")
     diagonal = alt.Chart(alt.InlineData(values=[{"paper": low, "p50": low}, {"paper": high, "p50": high}]))
@@ -150,18 +157,10 @@ def _cost_panel(points: list[Point], palette: Palette, low: float, high: float) 
     )
 
 
-def _reference(points: list[Point]) -> str:
-    """The size that is 1; with its backend where each has another."""
-    references = {point["backend"]: text.printable(point["reference"]) for point in points}
-    if len(set(references.values())) == 1:
-        return str(next(iter(references.values())))
-    return ", ".join(f"{reference} ({backend})" for backend, reference in references.items())
-
-
 def _log_domain(points: list[Point]) -> tuple[float, float]:
     """Limits for both axes, with room for marks and labels, that hold (1, 1) and every point."""
     values = [1.0, *(float(point[name]) for point in points for name in ("paper", "p20", "p80"))]
-    return math.exp(math.log(min(values)) - 0.5), math.exp(math.log(max(values)) + 0.3)
+    return math.exp(math.log(min(values)) - 0.5), math.exp(math.log(max(values)) + 0.5)
 
 
 def _steps_drawing(shown: Overview) -> Drawing:
