@@ -46,14 +46,6 @@ class Inputs:
             None if step_noise is None else lambda k: step_noise(k).to(state),
         )
 
-    def with_low_resolution(self, model_input: Tensor) -> Tensor:
-        """The model input [B or 2B, 4, H, W], for super-resolution with the low-resolution latents behind it."""
-        if self.low_resolution is None:
-            return model_input
-        copies = model_input.shape[0] // self.low_resolution.shape[0]
-        low_resolution = self.low_resolution.to(model_input.dtype).repeat(copies, 1, 1, 1)
-        return torch.cat([model_input, low_resolution], dim=1)
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -94,8 +86,14 @@ class TorchBackend:
         def trajectory(inputs: Inputs) -> Tensor:
             conditioning = unet.condition(timesteps, inputs.context)
 
+            beside = inputs.low_resolution
+            if beside is not None:
+                beside = beside.repeat(case.model_batch // case.batch, 1, 1, 1)
+
             def denoise(model_input: Tensor, step: Step) -> Tensor:
-                return unet.denoise(inputs.with_low_resolution(model_input), conditioning, step.index)
+                if beside is not None:
+                    model_input = torch.cat([model_input, beside], dim=1)
+                return unet.denoise(model_input, conditioning, step.index)
 
             return sample(
                 denoise,

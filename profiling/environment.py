@@ -111,11 +111,11 @@ def device_state(device: str = "cpu") -> DeviceState:
     load = _or_none(lambda: round(os.getloadavg()[0], 2))
     if not device.startswith("cuda"):
         return DeviceState(load_average_1min=load)
-    import pynvml
-
     handle = _nvml_handle(device)
     if handle is None:
         return DeviceState(load_average_1min=load)
+    import pynvml
+
     return DeviceState(
         load_average_1min=load,
         sm_clock_mhz=_or_none(lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))),

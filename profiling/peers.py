@@ -62,8 +62,12 @@ class DiffusersBackend:
                     at_step(index)
                     model_input = torch.cat([latents] * 2) if case.guided else latents
                     model_input = scheduler.scale_model_input(model_input, timestep)
+                    if inputs.low_resolution is not None:
+                        beside = inputs.low_resolution.to(dtype)
+                        beside = torch.cat([beside] * 2) if case.guided else beside
+                        model_input = torch.cat([model_input, beside], dim=1)
                     output = unet(
-                        inputs.with_low_resolution(model_input).to(dtype),
+                        model_input.to(dtype),
                         timestep,
                         encoder_hidden_states=inputs.context,
                         return_dict=False,

@@ -47,6 +47,10 @@ def test_commit_and_dirty_flag_are_gits() -> None:
 def test_code_that_git_does_not_track_has_no_commit(tmp_path: Path) -> None:
     # As a wheel in a .venv inside some checkout: a git repository is around it, but the code is not of it.
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+    subprocess.run(
+        ["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True
+    )
     package = tmp_path / "site-packages" / "profiling"
     shutil.copytree(ROOT / "profiling", package)
     code = "from profiling.environment import collect_environment as c; e = c(); print(e.git_commit, e.git_dirty)"
@@ -130,7 +134,8 @@ def test_a_driver_that_answers_nothing_gives_nulls(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("NVML: Not Supported")
 
     everything = fake_nvml(nvmlDeviceGetHandleByUUID=lambda uuid: "handle")
-    for module in (everything, fake_nvml(nvmlInit=refuse)):
+    # The last is a pynvml that is not installed.
+    for module in (everything, fake_nvml(nvmlInit=refuse), None):
         monkeypatch.setitem(sys.modules, "pynvml", module)
         state = device_state("cuda").model_copy(update={"load_average_1min": None})
         assert state == DeviceState()

@@ -106,8 +106,11 @@ def test_every_sampler_agrees_with_diffusers_own(tiny_checkpoint: Path, sampler:
     assert {record.status for record in records.values()} == {"ok"}, [r.message for r in records.values()]
 
 
-def test_super_resolution_sees_the_low_resolution_latents(tmp_path: Path) -> None:
-    case = Case(unet="39M", task="sr", steps=1, guidance_scale=1.0, latent_height=8, latent_width=8)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_super_resolution_sees_the_low_resolution_latents(guidance_scale: float) -> None:
+    case = Case(
+        unet="39M", task="sr", steps=1, guidance_scale=guidance_scale, latent_height=8, latent_width=8, batch=2
+    )
     records = measure(case, {"torch": TorchBackend(), "diffusers": DiffusersBackend()}, RepetitionRule(1, 0.0))
     assert {record.status for record in records.values()} == {"ok"}, [r.message for r in records.values()]
     blind = Blind()
