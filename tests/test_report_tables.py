@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ldmperf.profiling import Case, Record
+from ldmperf.profiling.environment import DeviceState
 from ldmperf.profiling.records import Samples
 from ldmperf.profiling.report import markdown_table, print_table
 
@@ -100,6 +101,23 @@ def test_mixed_environments_are_told(make_record: MakeRecord) -> None:
     assert "environment B\n" in output
     assert "Environment B is not environment A (git dirty: no, yes; commit: 7d35813a1b2c, bbbbbbbbbbbb)" in output
     assert "bbbbbbb with uncommitted changes" in output
+
+
+def test_unsteady_times_are_told(make_record: MakeRecord) -> None:
+    wide = make_record(Case(unet="39M"), wall_ms=Samples.of([100.0, 100.0, 120.0]))
+    steady = make_record(Case(unet="83M"), wall_ms=Samples.of([100.0, 100.0, 116.0]))
+    assert "more than 10% of the median in 1 of 2 cases (39M torch)" in printed([wide, steady])
+    assert "Unsteady" not in printed([steady])
+
+
+@pytest.mark.parametrize(("load", "is_told"), [(2.4, False), (2.6, True)])
+def test_a_busy_machine_is_told(make_record: MakeRecord, load: float, is_told: bool) -> None:
+    # Two usable cores.
+    record = make_record(device_before=DeviceState(load_average_1min=load))
+    assert (
+        f"probably busy with other work: 1 of 1 cases saw a load average above 1.25 per usable core, up to {load:.2f}"
+        in printed([record])
+    ) == is_told
 
 
 def test_markup_and_control_characters_in_names_are_text(make_record: MakeRecord) -> None:
@@ -192,5 +210,5 @@ def test_any_record_set_prints_every_case_and_only_numbers(
     assert not NO_NUMBER.search(output)
     assert not NO_NUMBER.search(markdown)
     assert sum(line.startswith("| ") for line in markdown.splitlines()) == (2 + len(expected) if records else 0)
-    rows = re.findall(r"^\S+ +(?:torch|diffusers|graph)\b", output, re.MULTILINE)
+    rows = re.findall(r"^\S+ +(?:torch|diffusers|graph) +(?:-|38\.8M) +(?:-|[\d.]+)(?: |$)", output, re.MULTILINE)
     assert len(rows) == len(expected)

@@ -9,6 +9,11 @@ from ..records import Record
 from . import figures, text
 from .figures import Overview, Row
 
+# Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
+WIDE_SPREAD = 0.1
+# One thread a core is ours; a quarter more on top cannot be.
+CROWDED_LOAD = 1.25
+
 
 @dataclass(frozen=True)
 class Column:
@@ -46,7 +51,7 @@ def table_of(shown: Overview) -> Table:
 
 
 def warnings(shown: Overview) -> tuple[str, ...]:
-    """What a reader must know before the numbers: mixed environments, uncommitted changes, repetitions."""
+    """What to know before the numbers: mixed environments, changed code, unsteady times, busy hosts."""
     found = []
     for index, environment in enumerate(shown.environments[1:], 1):
         differing = "; ".join(text.differences(shown.environments[0], environment))
@@ -57,9 +62,35 @@ def warnings(shown: Overview) -> tuple[str, ...]:
     dirty = sorted({text.commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
+    wide = [row for row in shown.rows if _is_wide(row.record)]
+    if wide:
+        names = text.joined(dict.fromkeys(f"{row.name} {row.record.case.backend}" for row in wide))
+        found.append(
+            f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
+            f"{len(shown.rows)} cases ({text.printable(names)}); ratios of these are no better than that."
+        )
+    loads = [load for row in shown.rows if (load := _crowding_load(row.record)) is not None]
+    if loads:
+        found.append(
+            f"The machine was probably busy with other work: {len(loads)} of {len(shown.rows)} cases saw "
+            f"a load average above {CROWDED_LOAD:g} per usable core, up to {max(loads):.2f}."
+        )
     if shown.superseded:
         found.append(f"Cases measured more than once: {shown.superseded} earlier records are not shown.")
     return tuple(found)
+
+
+def _is_wide(record: Record) -> bool:
+    wall = record.wall_ms
+    return wall is not None and wall.p80 - wall.p20 > WIDE_SPREAD * wall.p50
+
+
+def _crowding_load(record: Record) -> float | None:
+    """The load average around the case, if it is more than our own threads make."""
+    loads = (record.device_before.load_average_1min, record.device_after.load_average_1min)
+    highest = max((load for load in loads if load is not None), default=0.0)
+    cores = record.environment.usable_cores
+    return highest if cores and highest > CROWDED_LOAD * cores else None
 
 
 def _columns(shown: Overview) -> tuple[Column, ...]:

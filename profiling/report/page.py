@@ -56,11 +56,12 @@ def write_report(records: list[Record], rejected_lines: int, directory: Path) ->
 
 
 def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
-    """What the template shows, all of it texts."""
+    """What the template shows: texts, and what makes them of a row."""
     rows, table = shown.rows, table_of(shown)
     return {
         "sentence": _sentence(rows),
         "table": table,
+        "failure": text.failure,
         "facts": [column for column in table.columns if column.is_fact],
         "times": [column for column in table.columns if not column.is_fact],
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
