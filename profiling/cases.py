@@ -171,6 +171,9 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
     from ldmperf.model import FAMILY
     from ldmperf.samplers import SAMPLERS
 
+    for option, values in vars(choices).items():
+        if values and not _split(values):
+            raise CaseError(f"--{option}: no value given; leave the option out to take the preset's")
     overrides: dict[str, object] = {
         "samplers": _names("sampler", choices.sampler, SAMPLERS),
         "steps": tuple(_whole("steps", text, 1000) for text in _split(choices.steps)),

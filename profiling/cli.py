@@ -261,6 +261,12 @@ def _report(folder: Path) -> list[Record]:
 
     records, rejected = load_records(folder)
     print_table(records, Console())
+    left = {case.key for case in open_run(folder).cases} - {record.case_key for record in records}
+    if left:
+        typer.echo(
+            f"{len(left)} planned cases have no record yet; go on with: ldmperf profile --resume {folder}",
+            err=True,
+        )
     if rejected:
         lines = "1 line" if rejected == 1 else f"{rejected} lines"
         typer.echo(f"{lines} of {folder / RECORDS_NAME} set aside: no whole record", err=True)

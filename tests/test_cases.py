@@ -129,3 +129,9 @@ def test_a_wrong_value_is_one_line_that_lists_the_valid_ones(choices: Choices, s
 def test_short_dtype_names() -> None:
     cases = select_cases("cpu", Choices(size=["39M"], steps=["2"], dtype=["bf16,fp32"], backend=["torch"]))
     assert {case.dtype for case in cases} == {"bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("option", ["size", "unet", "sampler", "steps", "batch", "guidance", "backend", "task"])
+def test_an_option_without_a_value_is_refused_and_not_left_out(option: str) -> None:
+    with pytest.raises(CaseError, match=f"--{option}: no value given"):
+        select_cases("cpu", Choices(**{option: ("",)}))

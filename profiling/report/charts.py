@@ -167,7 +167,8 @@ def _steps_drawing(shown: Overview) -> Drawing:
     name, title = "steps", "Time of a trajectory over its steps"
     summary = (
         "Wall-clock time from noise to latents over the number of steps, for each size and backend, with the "
-        "least-squares line carried on to zero steps, where it shows the fixed part. Bars are p20 to p80."
+        "least-squares line, from three step counts on carried on to zero, where it shows the fixed part. "
+        "Bars are p20 to p80."
     )
     if not shown.series:
         return Drawing(name, title, summary, reason="it takes a size measured at two step counts or more")
@@ -190,14 +191,15 @@ def _steps_panel(group: Sequence[StepsSeries], palette: Palette) -> Panel:
     lines = [
         {"backend": series.case.backend, "evaluations": at, "p50": series.line.intercept + series.line.slope * at}
         for series in group
-        for at in (0, most)
+        # Two points say nothing of the fixed part: their line is not carried on to zero.
+        for at in (0 if len(series.rows) > 2 else min(row.record.evaluations or 0 for row in series.rows), most)
     ]
     plain = all(row.record.evaluations == row.record.case.steps for series in group for row in series.rows)
     x = alt.X(
         "evaluations:Q",
         title="steps" if plain else "model evaluations",
         scale=alt.Scale(domain=[0, most * 1.05], nice=False),
-        axis=alt.Axis(tickCount=5, tickMinStep=1, format="d"),
+        axis=alt.Axis(values=sorted({0, *(point["evaluations"] for point in points)}), format="d"),
     )
     heights = [0.0, *(point["p80"] for point in points), *(line["p50"] for line in lines)]
     scale = alt.Scale(domain=[min(heights), max(heights) * 1.08], nice=False)
