@@ -167,6 +167,13 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             problems.append(f"{field} = {value!r} (only {_ONLY[field][0]!r})")
 
     read = {field: config.get(field, default) for field, default in _READ.items()}
+    for field in ("down_block_types", "up_block_types", "block_out_channels"):
+        entry = int if field == "block_out_channels" else str
+        if not isinstance(read[field], list | tuple) or not all(_is(value, entry) for value in read[field]):
+            problems.append(f"{field} = {read[field]!r} (only a list, one {entry.__name__} per level)")
+            read[field] = _READ[field]
+    if not _is(read["norm_eps"], float) or not 0 < read["norm_eps"] < 1:
+        problems.append(f"norm_eps = {read['norm_eps']!r} (only a small positive number)")
     down, up = list(read["down_block_types"]), list(read["up_block_types"])
     problems += [f"down_block_types holds {name!r}" for name in down if name not in _DOWN]
     problems += [f"up_block_types holds {name!r}" for name in up if name not in _UP]
@@ -175,18 +182,18 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     if read["mid_block_type"] not in (None, _MIDDLE):
         problems.append(f"mid_block_type = {read['mid_block_type']!r} (only {_MIDDLE!r} or null)")
     for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
-        if not isinstance(read[field], int):
+        if not _is(read[field], int):
             problems.append(f"{field} = {read[field]!r} (only one integer)")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
-        sample_size = sample_size[0] if len(set(sample_size)) == 1 else "not square"
-    if sample_size is not None and not isinstance(sample_size, int):
+        sample_size = sample_size[0] if all(side == sample_size[0] for side in sample_size) else "not square"
+    if sample_size is not None and not _is(sample_size, int):
         problems.append(f"sample_size = {read['sample_size']!r} (only square)")
     # diffusers' name is historic: the value is the number of heads.
     heads = read["attention_head_dim"]
     heads = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(down)
-    if not all(isinstance(value, int) for value in (*heads, *read["block_out_channels"])):
-        problems.append("attention_head_dim and block_out_channels must be integers")
+    if not all(_is(value, int) for value in heads):
+        problems.append(f"attention_head_dim = {read['attention_head_dim']!r} (only integers)")
     if problems:
         raise UnsupportedConfig("unsupported UNet config: " + "; ".join(problems))
     return UNetConfig(
@@ -222,6 +229,11 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "norm_num_groups": config.norm_groups,
         "norm_eps": config.norm_eps,
     }
+
+
+def _is(value: Any, kind: type) -> bool:
+    """isinstance, where a whole number is a float too and a bool is no number."""
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
 def _same(value: Any, accepted: Any) -> bool:

@@ -159,7 +159,12 @@ def _open(files: Iterable[Path], stack: ExitStack) -> dict[str, Any]:
     for file in files:
         try:
             handle = stack.enter_context(safe_open(file, framework="pt"))
-            tensors.update((key, handle.get_slice(key)) for key in handle.keys())  # noqa: SIM118
+            for key in handle.keys():  # noqa: SIM118
+                if key in tensors:
+                    raise CheckpointError(
+                        f"{file}: {key} is in another file of the folder too; remove stale shards"
+                    )
+                tensors[key] = handle.get_slice(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file}: not a readable .safetensors file (truncated or empty?): {error}"

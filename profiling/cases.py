@@ -177,7 +177,7 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
     overrides: dict[str, object] = {
         "samplers": _names("sampler", choices.sampler, SAMPLERS),
         "steps": tuple(_whole("steps", text, 1000) for text in _split(choices.steps)),
-        "batches": tuple(_whole("batch", text) for text in _split(choices.batch)),
+        "batches": tuple(_whole("batch", text, 1_000_000) for text in _split(choices.batch)),
         "guidance_scales": tuple(_number("guidance", text) for text in _split(choices.guidance)),
         "dtypes": _names("dtype", [_DTYPE_ALIASES.get(d, d) for d in _split(choices.dtype)], DTYPES),
         "devices": tuple(device_named(text) for text in _split(choices.device)),

@@ -1,4 +1,4 @@
-"""The record of one case, and the file of records: one JSON line each, on disk before the next case begins."""
+"""The record of one case, and the file of records: one JSON line each, on disk before the next group begins."""
 
 from __future__ import annotations
 

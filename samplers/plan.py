@@ -159,5 +159,5 @@ def _same_type(value: object, default: object) -> bool:
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, tuple):
-        return isinstance(value, list | tuple)
+        return isinstance(value, list | tuple) and all(type(item) is int for item in value)
     return type(value) is type(default)

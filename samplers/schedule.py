@@ -115,6 +115,15 @@ class NoiseSchedule:
         trained_betas = given.pop("trained_betas", None)
         zero_terminal_snr = given.pop("rescale_betas_zero_snr", False)
         prediction_type = given.pop("prediction_type", "epsilon")
+        for key, value, kinds in (
+            ("num_train_timesteps", num_train_timesteps, (int,)),
+            ("beta_start", beta_start, (int, float)),
+            ("beta_end", beta_end, (int, float)),
+            ("rescale_betas_zero_snr", zero_terminal_snr, (bool,)),
+            ("trained_betas", trained_betas, (list, tuple, np.ndarray, type(None))),
+        ):
+            if not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool)):
+                raise ValueError(f"{key} must be a {kinds[0].__name__}, not {value!r}")
         options = sampler_options(given)
         if trained_betas is not None:
             betas = torch.tensor(np.asarray(trained_betas), dtype=torch.float32)

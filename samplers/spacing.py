@@ -48,7 +48,13 @@ def spaced_timesteps(
         timesteps = timesteps.round() if integer else _to_float32(timesteps)
         return timesteps[::-1][:num_steps]
     if spacing == "leading":
-        return np.arange(points, dtype=np.float64)[::-1][:num_steps] * (last // points) + steps_offset
+        timesteps = np.arange(points, dtype=np.float64)[::-1][:num_steps] * (last // points) + steps_offset
+        if timesteps[0] > num_train_timesteps or timesteps[-1] < 0:
+            raise ValueError(
+                f"steps_offset={steps_offset} leads outside the schedule's {num_train_timesteps} timesteps: "
+                "choose a smaller steps_offset or fewer steps"
+            )
+        return timesteps
     # The range may yield one point too many by rounding, at a timestep of -1; diffusers keeps it.
     return np.arange(last, 0, -num_train_timesteps / num_steps).round()[:num_steps] - 1
 
@@ -73,6 +79,11 @@ def ramp_sigmas(ramp: Ramp, sigma_max: float, sigma_min: float, num_steps: int) 
 
     Sources: Karras et al., arXiv 2206.00364, equation 5; Lee et al., arXiv 2407.12173, section 4.
     """
+    # Only the beta ramp takes no logarithm or root of its lower end.
+    if not 0.0 <= sigma_min <= sigma_max < math.inf or (sigma_min == 0.0 and ramp != "beta"):
+        raise ValueError(
+            f"noise levels must run from sigma_max down to sigma_min > 0; got {sigma_max}, {sigma_min}"
+        )
     unit = np.linspace(0.0, 1.0, num_steps)
     if ramp == "karras":
         top, bottom = sigma_max ** (1 / KARRAS_RHO), sigma_min ** (1 / KARRAS_RHO)

@@ -109,7 +109,7 @@ def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch:
         (Choices(sampler=["dimm"]), ", ".join(SAMPLERS)),
         (Choices(steps=["0"]), "from 1 to 1000"),
         (Choices(steps=["two"]), "from 1 to 1000"),
-        (Choices(batch=["-1"]), "at least 1"),
+        (Choices(batch=["-1"]), "from 1 to"),
         (Choices(guidance=["nan"]), "at least 1"),
         (Choices(dtype=["int8"]), "float32, bfloat16, float16"),
         (Choices(device=["tpu"]), "cpu, cuda"),

@@ -20,7 +20,7 @@ MODULES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 ALLOWED = {
     "kernels": {"torch", "triton"},
     "model": {"torch", "safetensors", "ldmperf.kernels"},
-    "samplers": {"torch", "numpy", "scipy", "ldmperf.kernels"},
+    "samplers": {"torch", "numpy", "ldmperf.kernels"},
     "profiling": {
         *("torch", "numpy", "pydantic", "typer", "click", "rich", "altair", "vl_convert", "jinja2", "pynvml"),
         *("triton", "diffusers", "xformers", "safetensors"),

@@ -264,3 +264,36 @@ def test_a_step_without_finite_coefficients_is_refused():
             tableau.step(5.0, **arguments)
     with pytest.raises(KeyError, match="y"):
         tableau.step(5.0, y=x)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("euler", {"use_karras_sigmas": True, "sigma_min": -1.0}, "sigma_min > 0"),
+        (
+            "dpmpp_2m",
+            {"use_karras_sigmas": True, "sigma_min": 20.0, "sigma_max": 0.1},
+            "sigma_max down to sigma_min",
+        ),
+        ("euler", {"timestep_spacing": "leading", "steps_offset": 5000}, "steps_offset"),
+        ("dpmpp_2m", {"timestep_spacing": "leading", "steps_offset": 5000}, "steps_offset"),
+        ("unipc", {"disable_corrector": ["a"]}, "disable_corrector"),
+    ],
+)
+def test_options_out_of_range_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(name, NoiseSchedule.from_diffusers({}), 5, **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_start": "x"},
+        {"num_train_timesteps": "1000"},
+        {"trained_betas": "no"},
+        {"rescale_betas_zero_snr": "false"},
+    ],
+)
+def test_config_values_of_a_wrong_type_are_refused_by_name(config):
+    with pytest.raises(ValueError, match=next(iter(config))):
+        NoiseSchedule.from_diffusers(config)

@@ -66,6 +66,14 @@ def test_shards_variants_and_pipeline_folders(small, tmp_path):
     assert_same_network(load_unet(tmp_path / "pipeline"), small)
 
 
+def test_a_stale_shard_is_refused(small, tmp_path):
+    small.save_pretrained(tmp_path, max_shard_size="1MB")
+    stale = {"conv_in.bias": torch.zeros(32)}
+    safetensors.torch.save_file(stale, tmp_path / "diffusion_pytorch_model-00001-of-00099.safetensors")
+    with pytest.raises(CheckpointError, match=r"conv_in\.bias is in another file"):
+        load_unet(tmp_path)
+
+
 def test_files_in_both_layouts(reference, tmp_path):
     config, theirs = reference
     file = tmp_path / "unet.safetensors"
