@@ -1,7 +1,7 @@
 """Registration with torch.library: one dispatcher entry per operator, with its fake, its gradient and its FLOPs.
 
-`torch.library.custom_op` would do the same; the plain `Library` costs about a third of its time per call on
-the host, and a small UNet waits for the host.
+`torch.library.custom_op` would do the same; the plain `Library` adds less host time to a call, and a small UNet
+waits for the host.
 """
 
 from collections.abc import Callable, Sequence
