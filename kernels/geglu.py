@@ -1,50 +1,177 @@
-"""Gated GELU: value * gelu(gate), the two halves of the last dimension, with the exact (erf) GELU."""
+"""Gated GELU: value * gelu(gate), the two halves of the last dimension, with the exact (erf) GELU.
 
+The bias of the linear layer before may ride along: added here, it saves that layer an epilogue.
+Rows of 2C columns; a program takes a tile of rows and columns of both halves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
+from ._launch import Chip, Launch, ceil_div, chip_of, next_power_of_two, run, tuned
+from ._layout import collapse_rows, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
+from ._triton import device_reasons, dtype_reasons, jit, tl
 
 
-def geglu_ref(x: Tensor) -> Tensor:
+def geglu_ref(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Reference of `geglu` in float32 (float64 for float64)."""
-    value, gate = x.to(compute_dtype(x)).chunk(2, dim=-1)
+    x32 = x.to(compute_dtype(x))
+    if bias is not None:
+        x32 = x32 + bias.to(x32.dtype)
+    value, gate = x32.chunk(2, dim=-1)
     return (value * F.gelu(gate)).to(x.dtype)
 
 
-def unsupported_reasons(x: Tensor) -> list[str]:
-    """Every reason why the Triton kernel cannot serve this tensor; empty when it can."""
-    return ["this version has no Triton kernel for geglu"]
+@jit
+def geglu_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    rows,
+    columns,
+    inner,
+    stride_outer,
+    stride_inner,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    pid = tl.program_id(0)
+    offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (pid % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < columns
+    mask = (offs_m < rows)[:, None] & mask_n[None, :]
+    x_ptrs = x_ptr + row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)[:, None] + offs_n[None, :]
+    value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptrs + columns, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        value += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        gate += tl.load(bias_ptr + columns + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    out = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def geglu(x: Tensor, *, backend: str = "auto") -> Tensor:
+@dataclass(frozen=True)
+class GegluConfig:
+    """A tile of block_m rows and block_n columns of each half."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+def default_config(rows: int, columns: int, chip: Chip) -> GegluConfig:
+    """Tiles of whole columns, 16 elements a thread; smaller ones where the chip would not be filled."""
+    block_n = column_block(columns, most=1024)
+    elements = 2048
+    while elements > 512 and ceil_div(rows * columns, elements) < 2 * chip.multiprocessors:
+        elements //= 2
+    block_m = min(max(elements // block_n, 1), next_power_of_two(rows))
+    return GegluConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 512, 1), 8))
+
+
+def column_block(columns: int, most: int) -> int:
+    """The power of two up to `most` that wastes the fewest lanes over `columns`; the largest of those."""
+    sizes = [1 << i for i in range(most.bit_length()) if (1 << i) >= min(64, next_power_of_two(columns))]
+    return min(sizes, key=lambda size: (ceil_div(columns, size) * size, -size))
+
+
+def candidates(rows: int, columns: int) -> list[GegluConfig]:
+    """The configurations that bench/tune.py tries."""
+    widest = next_power_of_two(columns)
+    return [
+        GegluConfig(m, n, warps)
+        for m in (1, 2, 4, 8, 16)
+        for n in (128, 256, 512, 1024)
+        for warps in (1, 2, 4, 8)
+        if n <= widest and 8 <= m * n // (32 * warps) <= 32
+    ]
+
+
+def tuning_key(rows: int, columns: int, dtype: torch.dtype) -> str:
+    """What a tuned configuration is looked up by."""
+    return f"rows={rows} columns={columns} {str(dtype).removeprefix('torch.')}"
+
+
+def plan(x: Tensor, bias: Tensor | None, out: Tensor, config: GegluConfig | None = None) -> list[Launch]:
+    """The launches of geglu(x [..., 2C], bias [2C]) into out [..., C], contiguous."""
+    rows = collapse_rows([x])
+    columns = out.shape[-1]
+    if rows is None or not out.numel():
+        return []
+    if config is None:
+        chip = chip_of(x.device)
+        key = tuning_key(rows.count, columns, x.dtype)
+        config = tuned("geglu", key, chip, GegluConfig) or default_config(rows.count, columns, chip)
+    ((stride_outer, stride_inner),) = rows.strides
+    arguments = {
+        "x_ptr": x,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "rows": rows.count,
+        "columns": columns,
+        "inner": rows.inner,
+        "stride_outer": stride_outer,
+        "stride_inner": stride_inner,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "FLAT": rows.flat,
+    }
+    programs = ceil_div(rows.count, config.block_m) * ceil_div(columns, config.block_n)
+    return [Launch(geglu_kernel, programs, arguments, config.num_warps)]
+
+
+def unsupported_reasons(x: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
+    return [
+        *device_reasons(geglu_kernel, x),
+        *dtype_reasons(x=x, bias=bias),
+        *row_reasons(collapse_rows([x]), x=x, bias=bias),
+    ]
+
+
+def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     """x [..., 2C] -> value * gelu_erf(gate) [..., C], contiguous, in x's dtype; value is the first half.
 
-    Raises ValueError for an odd last dimension or an integer dtype, `KernelUnsupported` for `backend="triton"`
-    where the kernel cannot serve. Source: Shazeer, arXiv 2002.05202.
+    With `bias` [2C], any float dtype, of x + bias. Raises ValueError for an odd last dimension, an integer dtype
+    or a bias that does not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    Source: Shazeer, arXiv 2002.05202.
     """
     if x.ndim < 1 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(f"geglu: x must be a float [..., 2C]; got {x.dtype} {list(x.shape)}")
-    out: Tensor = _geglu(x, backend)
+    if bias is not None and (bias.shape != x.shape[-1:] or not bias.is_floating_point()):
+        raise ValueError(f"geglu: bias must be a float [{x.shape[-1]}]; got {bias.dtype} {list(bias.shape)}")
+    out: Tensor = _geglu(x, bias, backend)
     return out
 
 
-def _implementation(x: Tensor, backend: str) -> Tensor:
-    choose_backend("geglu", backend, unsupported_reasons(x))
-    return _reference(x, backend)
+def _implementation(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    reasons = [] if backend == "torch" else unsupported_reasons(x, bias)
+    if choose_backend("geglu", backend, reasons) == "torch":
+        return _reference(x, bias, backend)
+    out = _fake(x)
+    run(plan(x, bias, out), x.device)
+    return out
 
 
-def _reference(x: Tensor, backend: str) -> Tensor:
-    return geglu_ref(x).contiguous()
+def _reference(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return geglu_ref(x, bias=bias).contiguous()
 
 
-def _fake(x: Tensor, backend: str) -> Tensor:
+def _fake(x: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
 _geglu = define_operator(
-    "geglu(Tensor x, str backend) -> Tensor",
+    "geglu(Tensor x, Tensor? bias, str backend) -> Tensor",
     _implementation,
     fake=_fake,
     reference=_reference,

@@ -32,7 +32,7 @@ CALLS = {
         OPERATORS.add_layer_norm.default,
         (leaf(2, 5, 8), leaf(2, 5, 8), leaf(8), leaf(8), 1e-5),
     ),
-    "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8),)),
+    "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
     "sampler_update": lambda: (
         OPERATORS.sampler_update.default,
         (
@@ -67,7 +67,7 @@ FUNCTIONS = {
         lambda x, r, w, b: torch.cat(layer_norm(x, w, b, residual=r, backend="torch")),
         [(2, 5, 8), (2, 5, 8), (8,), (8,)],
     ),
-    "geglu": (lambda x: geglu(x, backend="torch"), [(2, 5, 8)]),
+    "geglu": (lambda x, b: geglu(x, bias=b, backend="torch"), [(2, 5, 8), (8,)]),
 }
 
 

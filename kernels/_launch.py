@@ -1,0 +1,110 @@
+"""Launches as values, and the table of tuned launch configurations.
+
+An operator's plan is a pure function from tensors (on any device, "meta" too) to `Launch` values. A GPU runs them;
+without one they are compiled and inspected. Configurations are frozen dataclasses: those measured on this GPU come
+from tuned/<gpu>.json (written by bench/tune.py), others from the default function beside each kernel. Nothing is
+tuned while a program runs, so that nothing synchronizes inside a capture.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+TUNED_FOLDER = Path(__file__).with_name("tuned")
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What a default configuration depends on: the GPU's name and its number of multiprocessors."""
+
+    name: str
+    multiprocessors: int
+
+    @property
+    def file_name(self) -> str:
+        """The stem of its tuned table: "NVIDIA H200" -> "nvidia-h200"."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+# Stands for the device where there is none: under the interpreter and on "meta".
+NO_GPU = Chip("no gpu", 132)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of `kernel` over `programs` programs in one dimension (so no grid limit but 2^31 - 1).
+
+    `arguments` by name: tensors, numbers, compile-time constants and None.
+    """
+
+    kernel: Any
+    programs: int
+    arguments: Mapping[str, Any] = field(repr=False)
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def name(self) -> str:
+        """The kernel's own name."""
+        name: str = self.kernel.__name__
+        return name
+
+    def run(self) -> None:
+        """Launch on the current device and stream."""
+        if self.programs:
+            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def run(launches: Sequence[Launch], device: torch.device) -> None:
+    """Run launches in order on `device`."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            for launch in launches:
+                launch.run()
+        return
+    for launch in launches:
+        launch.run()
+
+
+def chip_of(device: torch.device) -> Chip:
+    """The chip of a device; asked once. `NO_GPU` for anything but a CUDA device."""
+    return _cuda_chip(device.index) if device.type == "cuda" else NO_GPU
+
+
+@functools.cache
+def _cuda_chip(index: int | None) -> Chip:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return Chip(properties.name, properties.multi_processor_count)
+
+
+def tuned(kernel: str, key: str, chip: Chip, config: type[Config]) -> Config | None:
+    """The configuration measured to be fastest for this kernel and key on this chip; None where none was."""
+    fields = _table(TUNED_FOLDER / f"{chip.file_name}.json").get(kernel, {}).get(key)
+    return None if fields is None else config(**fields)
+
+
+@functools.cache
+def _table(path: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """{kernel: {key: fields of its configuration}}; empty where no file is."""
+    if not path.exists():
+        return {}
+    table: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())["kernels"]
+    return table
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,39 @@
+"""triton where it is installed; without it kernels are defined, never compiled, and every call gives the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+tl: Any = None if triton is None else triton.language
+jit: Any = (lambda function: function) if triton is None else triton.jit
+
+
+# The dtypes that kernels load and store; they compute in float32.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
+    """Why `kernel`, a function under `jit`, cannot run on the device of `tensor`; empty if it can."""
+    if triton is None:
+        return ["triton is not installed: pip install triton"]
+    # Under TRITON_INTERPRET=1, read when kernels are decorated, they are no JITFunctions and run anywhere.
+    if isinstance(kernel, triton.JITFunction) and tensor.device.type != "cuda":
+        return [f"the tensors are on {tensor.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 at import"]
+    return []
+
+
+def dtype_reasons(**tensors: Tensor | None) -> list[str]:
+    """One reason for each tensor of a dtype that kernels do not take."""
+    return [
+        f"{name} is {tensor.dtype}: kernels take float32, bfloat16 and float16"
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES
+    ]
