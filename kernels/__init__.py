@@ -1,17 +1,22 @@
 """The fused operators. Imports the standard library, torch and triton, nothing else: copy this folder anywhere."""
 
 from ._dispatch import KernelUnsupported
+from ._launch import Launch, Operator
 from .attention import attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
+from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .sampler_update import sampler_update, sampler_update_ref
 
 __all__ = [
     "INITIAL_NOISE",
+    "OPERATORS",
     "STEP_NOISE",
     "KernelUnsupported",
+    "Launch",
+    "Operator",
     "attention",
     "attention_ref",
     "geglu",

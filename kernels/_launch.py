@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 TUNED_FOLDER = Path(__file__).with_name("tuned")
 Config = TypeVar("Config")
@@ -64,6 +65,27 @@ class Launch:
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
+@dataclass(frozen=True)
+class Operator:
+    """An operator and its parts. All functions take the arguments of `call`, without `backend`.
+
+    call          the public function
+    reference     the same in torch, float32 inside
+    plan          with `config=` one of `candidates`, or by default the tuned or the default one: (the result, not
+                  yet computed, and the launches that compute it). Takes tensors of any device, "meta" too, and
+                  launches nothing
+    candidates    the launch configurations worth trying for a call (frozen dataclasses of numbers)
+    tuning_key    what a tuned configuration of a call is looked up by
+    """
+
+    name: str
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    plan: Callable[..., tuple[Any, list[Launch]]]
+    candidates: Callable[..., list[Any]]
+    tuning_key: Callable[..., str]
+
+
 def run(launches: Sequence[Launch], device: torch.device) -> None:
     """Run launches in order on `device`."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -108,3 +130,8 @@ def ceil_div(a: int, b: int) -> int:
 def next_power_of_two(n: int) -> int:
     """The least power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def dtype_name(x: Tensor) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(x.dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ MAX_INDEX = 2**31 - 2**16
 
 @dataclass(frozen=True)
 class Rows:
-    """The leading dimensions of some tensors as `count` rows; row r starts at (r // inner, r % inner) @ strides."""
+    """The leading dimensions of tensors as `count` rows; row r starts at (r // inner, r % inner) @ strides."""
 
     count: int
     inner: int

@@ -1,4 +1,4 @@
-"""triton where it is installed; without it kernels are defined, never compiled, and every call gives the reason."""
+"""triton where it is installed; without it kernels are defined, never compiled, and calls give the reason."""
 
 from __future__ import annotations
 

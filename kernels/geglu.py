@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, ceil_div, chip_of, next_power_of_two, run, tuned
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
 from ._layout import collapse_rows, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
@@ -84,9 +83,9 @@ def column_block(columns: int, most: int) -> int:
     return min(sizes, key=lambda size: (ceil_div(columns, size) * size, -size))
 
 
-def candidates(rows: int, columns: int) -> list[GegluConfig]:
-    """The configurations that bench/tune.py tries."""
-    widest = next_power_of_two(columns)
+def candidates(x: Tensor, *, bias: Tensor | None = None) -> list[GegluConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    widest = next_power_of_two(x.shape[-1] // 2)
     return [
         GegluConfig(m, n, warps)
         for m in (1, 2, 4, 8, 16)
@@ -96,21 +95,25 @@ def candidates(rows: int, columns: int) -> list[GegluConfig]:
     ]
 
 
-def tuning_key(rows: int, columns: int, dtype: torch.dtype) -> str:
+def tuning_key(x: Tensor, *, bias: Tensor | None = None) -> str:
     """What a tuned configuration is looked up by."""
-    return f"rows={rows} columns={columns} {str(dtype).removeprefix('torch.')}"
+    columns = x.shape[-1] // 2
+    return f"rows={x.numel() // max(x.shape[-1], 1)} columns={columns} {dtype_name(x)}"
 
 
-def plan(x: Tensor, bias: Tensor | None, out: Tensor, config: GegluConfig | None = None) -> list[Launch]:
-    """The launches of geglu(x [..., 2C], bias [2C]) into out [..., C], contiguous."""
+def plan(
+    x: Tensor, *, bias: Tensor | None = None, config: GegluConfig | None = None
+) -> tuple[Tensor, list[Launch]]:
+    """The result, not yet computed, and the launches that compute it; arguments as `geglu` takes them."""
+    out = _fake(x)
     rows = collapse_rows([x])
     columns = out.shape[-1]
     if rows is None or not out.numel():
-        return []
+        return out, []
     if config is None:
         chip = chip_of(x.device)
-        key = tuning_key(rows.count, columns, x.dtype)
-        config = tuned("geglu", key, chip, GegluConfig) or default_config(rows.count, columns, chip)
+        tuned_config = tuned("geglu", tuning_key(x), chip, GegluConfig)
+        config = tuned_config or default_config(rows.count, columns, chip)
     ((stride_outer, stride_inner),) = rows.strides
     arguments = {
         "x_ptr": x,
@@ -126,7 +129,7 @@ def plan(x: Tensor, bias: Tensor | None, out: Tensor, config: GegluConfig | None
         "FLAT": rows.flat,
     }
     programs = ceil_div(rows.count, config.block_m) * ceil_div(columns, config.block_n)
-    return [Launch(geglu_kernel, programs, arguments, config.num_warps)]
+    return out, [Launch(geglu_kernel, programs, arguments, config.num_warps)]
 
 
 def unsupported_reasons(x: Tensor, bias: Tensor | None = None) -> list[str]:
@@ -157,8 +160,8 @@ def _implementation(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     reasons = [] if backend == "torch" else unsupported_reasons(x, bias)
     if choose_backend("geglu", backend, reasons) == "torch":
         return _reference(x, bias, backend)
-    out = _fake(x)
-    run(plan(x, bias, out), x.device)
+    out, launches = plan(x, bias=bias)
+    run(launches, x.device)
     return out
 
 
@@ -176,3 +179,5 @@ _geglu = define_operator(
     fake=_fake,
     reference=_reference,
 )
+
+OPERATOR = Operator("geglu", geglu, geglu_ref, plan, candidates, tuning_key)
