@@ -8,6 +8,7 @@ from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
 from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
+from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_ref",
     "philox_normal",
+    "residual_add",
+    "residual_add_ref",
     "sampler_update",
     "sampler_update_ref",
     "seed_tensor",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._launch import ceil_div, next_power_of_two
 from ._triton import jit, tl
 
 # Rows and pixels are numbered in 32 bits inside a kernel, with room for a last block; their offsets are 64-bit.
@@ -78,6 +79,18 @@ def image_strides(x: Tensor) -> ImageStrides:
     if width == 1:
         w = h
     return ImageStrides(b, c, h, w, flat=height == 1 or width == 1 or h == w * width)
+
+
+def image_reasons(x: Tensor) -> list[str]:
+    """Why kernels over pixels cannot address an image batch; empty if they can."""
+    pixels = x.shape[2] * x.shape[3]
+    return [f"{pixels} pixels are more than {MAX_INDEX}"] if pixels > MAX_INDEX else []
+
+
+def column_block(columns: int, most: int) -> int:
+    """The power of two up to `most` that wastes the fewest lanes over `columns`; the largest of those."""
+    sizes = [1 << i for i in range(most.bit_length()) if (1 << i) >= min(64, next_power_of_two(columns))]
+    return min(sizes, key=lambda size: (ceil_div(columns, size) * size, -size))
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

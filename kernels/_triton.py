@@ -37,3 +37,12 @@ def dtype_reasons(**tensors: Tensor | None) -> list[str]:
         for name, tensor in tensors.items()
         if tensor is not None and tensor.dtype not in KERNEL_DTYPES
     ]
+
+
+def contiguity_reasons(**tensors: Tensor | None) -> list[str]:
+    """One reason for each tensor that a kernel reads as plain memory and that is not."""
+    return [
+        f"{name} is not contiguous"
+        for name, tensor in tensors.items()
+        if tensor is not None and not tensor.is_contiguous()
+    ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
-from ._layout import collapse_rows, row_offsets, row_reasons
+from ._layout import collapse_rows, column_block, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
@@ -77,12 +77,6 @@ def default_config(rows: int, columns: int, chip: Chip) -> GegluConfig:
     return GegluConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 512, 1), 8))
 
 
-def column_block(columns: int, most: int) -> int:
-    """The power of two up to `most` that wastes the fewest lanes over `columns`; the largest of those."""
-    sizes = [1 << i for i in range(most.bit_length()) if (1 << i) >= min(64, next_power_of_two(columns))]
-    return min(sizes, key=lambda size: (ceil_div(columns, size) * size, -size))
-
-
 def candidates(x: Tensor, *, bias: Tensor | None = None) -> list[GegluConfig]:
     """The configurations that bench/tune.py tries for this call."""
     widest = next_power_of_two(x.shape[-1] // 2)
@@ -104,7 +98,7 @@ def tuning_key(x: Tensor, *, bias: Tensor | None = None) -> str:
 def plan(
     x: Tensor, *, bias: Tensor | None = None, config: GegluConfig | None = None
 ) -> tuple[Tensor, list[Launch]]:
-    """The result, not yet computed, and the launches that compute it; arguments as `geglu` takes them."""
+    """The result, not yet computed, and the launches that compute it; arguments as of `geglu`."""
     out = _fake(x)
     rows = collapse_rows([x])
     columns = out.shape[-1]

@@ -2,17 +2,37 @@
 
 y = act(group_norm(x + shift)), x [B, C, H, W] channels-last or contiguous. The shift [B, C] is where a residual
 block puts its time projection and the bias of the convolution before: both would cost a pass over x of their own.
+With `skip` the input is x and skip side by side along the channels, read from both: no concatenation is written.
 Statistics are float32 (float64 for float64); the result has the memory format of x.
+
+The kernels (_group_norm_kernels.py). A program takes one image and a bundle of neighbouring groups, so wide that
+channels-last memory is read in whole 16-byte pieces whatever the width of a group. It walks the pixels in tiles
+and keeps sums in every lane around that lane's first value: no cancellation at large means, no exchange between
+lanes until the end. Lanes are then merged into groups by a matrix of membership, as a group's width is no power
+of two, with the mean in two parts, because one float32 cannot hold a mean of 1e4 exactly enough.
+
+- One launch where a bundle is small: the tile stays in registers, or is read again out of the cache.
+- Two launches where it is large, or the chip would stay empty: many programs to a bundle write partial statistics;
+  then as many merge them, each for itself, and normalize. No atomics: the order of every sum is fixed.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
+from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._layout import image_reasons, image_strides, memory_format
 from ._library import compute_dtype, define_operator
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
 ACTIVATIONS = ("silu", None)
+MAX_GROUP_CHANNELS = 8192
 
 
 def group_norm_silu_ref(
@@ -23,26 +43,261 @@ def group_norm_silu_ref(
     eps: float = 1e-5,
     *,
     shift: Tensor | None = None,
+    skip: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
     """Reference of `group_norm_silu` in float32 (float64 for float64)."""
+    format_ = memory_format(x)
+    if skip is not None:
+        x = torch.cat([x, skip], dim=1)
     if x.numel() == 0:
-        return torch.empty_like(x, memory_format=_memory_format(x))
+        return torch.empty_like(x, memory_format=format_)
     dtype = compute_dtype(x)
-    x32 = x.to(dtype)
+    # Around each group's first value: torch's CPU kernel for channels-last loses the variance at large means.
+    first = x.detach()[:, :, 0, 0].unflatten(1, (num_groups, -1))[:, :, :1].to(dtype)
+    center = first.expand(-1, -1, x.shape[1] // num_groups).flatten(1)
     if shift is not None:
-        x32 = x32 + shift.to(dtype)[:, :, None, None]
+        center = center - shift.to(dtype)
+    x32 = x.to(dtype) - center[:, :, None, None]
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     y = F.group_norm(x32, num_groups, weight, bias, eps)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=_memory_format(x))
+    return y.to(x.dtype).contiguous(memory_format=format_)
 
 
-def unsupported_reasons(x: Tensor) -> list[str]:
-    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
-    return ["this version has no Triton kernel for group_norm_silu"]
+@dataclass(frozen=True)
+class GroupNormConfig:
+    """A program takes `groups` groups and tiles of `block_hw` pixels; `chunks` programs share an image's bundle of
+    groups in two launches, 0 is one launch."""
+
+    groups: int
+    block_hw: int
+    chunks: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a configuration depends on. `interleaved`: a pixel's channels lie side by side (channels-last)."""
+
+    batch: int
+    pixels: int
+    num_groups: int
+    group_channels: int
+    element_size: int
+    interleaved: bool
+
+
+# A multiprocessor's pace over cached elements, and the price of a second launch: rough, for choosing only.
+_ELEMENTS_PER_NS = 20.0
+_LAUNCH_NS = 2500.0
+
+
+def default_config(shape: _Shape, chip: Chip) -> GroupNormConfig:
+    """The cheaper of the best in one launch and the best in two, by a rough count of elements over lanes."""
+    options = [_bundled(shape, groups, chip) for groups in _bundles(shape)]
+    _, config = min(
+        (option for pair in options for option in pair), key=lambda option: (option[0], -option[1].groups)
+    )
+    return config
+
+
+def _bundles(shape: _Shape) -> list[int]:
+    """How many groups a program may take: rows of 32 bytes or more in whole 16-byte pieces, where possible."""
+    if not shape.interleaved:
+        return [1]
+    counts = range(1, shape.num_groups + 1)
+    width = [count * shape.group_channels * shape.element_size for count in counts]
+    limit = max(512, next_power_of_two(shape.group_channels))
+    for fits in (lambda w: w % 16 == 0 and w >= 32, lambda w: w % 16 == 0, lambda w: True):
+        found = [
+            n
+            for n, w in zip(counts, width, strict=True)
+            if fits(w) and next_power_of_two(n * shape.group_channels) <= limit
+        ]
+        if found:
+            return found
+    return [1]
+
+
+def _bundled(shape: _Shape, groups: int, chip: Chip) -> list[tuple[float, GroupNormConfig]]:
+    """(cost in ns, configuration) in one launch and in two, with `groups` groups a program."""
+    block_c = next_power_of_two(groups * shape.group_channels)
+    programs = shape.batch * ceil_div(shape.num_groups, groups)
+    slab = block_c * shape.pixels
+    one_tile = block_c * next_power_of_two(shape.pixels) <= 16384
+    block_hw = next_power_of_two(shape.pixels) if one_tile else max(8192 // block_c, 1)
+    warps = min(max(block_c * block_hw // 1024, 1), 16)
+    waves = ceil_div(programs, chip.multiprocessors)
+    one = waves * slab * (2 if one_tile else 3) / _ELEMENTS_PER_NS
+    options = [(one, GroupNormConfig(groups, block_hw, 0, warps))]
+    block_hw = max(2048 // block_c, 1)
+    chunks = min(ceil_div(4 * chip.multiprocessors, max(programs, 1)), ceil_div(shape.pixels, 2 * block_hw), 64)
+    if chunks > 1:
+        busy = min(programs * chunks, chip.multiprocessors)
+        two = _LAUNCH_NS + 3 * programs * slab / busy / _ELEMENTS_PER_NS
+        options.append((two, GroupNormConfig(groups, block_hw, chunks, 4)))
+    return options
+
+
+def _shape(x: Tensor, num_groups: int, skip: Tensor | None) -> _Shape:
+    batch, channels, height, width = x.shape
+    channels += 0 if skip is None else skip.shape[1]
+    return _Shape(
+        batch,
+        height * width,
+        num_groups,
+        channels // num_groups,
+        x.element_size(),
+        interleaved=memory_format(x) == torch.channels_last or height * width == 1,
+    )
+
+
+def candidates(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    activation: str | None = "silu",
+) -> list[GroupNormConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    shape = _shape(x, num_groups, skip)
+    configs = []
+    for groups in _bundles(shape):
+        block_c = next_power_of_two(groups * shape.group_channels)
+        for elements in (1024, 2048, 4096, 8192, 16384):
+            block_hw = min(max(elements // block_c, 1), next_power_of_two(shape.pixels))
+            warps = [w for w in (1, 2, 4, 8, 16) if 8 <= block_c * block_hw // (32 * w) <= 64]
+            chunks = [n for n in (0, 2, 4, 8, 16, 32, 64, 128) if n * block_hw <= shape.pixels]
+            configs += [GroupNormConfig(groups, block_hw, n, w) for w in warps for n in chunks]
+    return list(dict.fromkeys(configs))
+
+
+def tuning_key(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    activation: str | None = "silu",
+) -> str:
+    """What a tuned configuration is looked up by."""
+    shape = _shape(x, num_groups, skip)
+    layout = "channels_last" if shape.interleaved else "contiguous"
+    return (
+        f"batch={shape.batch} pixels={shape.pixels} groups={num_groups}x{shape.group_channels} "
+        f"{dtype_name(x)} {layout}"
+    )
+
+
+def plan(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    activation: str | None = "silu",
+    config: GroupNormConfig | None = None,
+) -> tuple[Tensor, list[Launch]]:
+    """The result, not yet computed, and the launches that compute it; arguments as of `group_norm_silu`."""
+    out = _empty_result(x, skip)
+    if not out.numel():
+        return out, []
+    shape = _shape(x, num_groups, skip)
+    if config is None:
+        chip = chip_of(x.device)
+        key = tuning_key(x, num_groups, skip=skip)
+        config = tuned("group_norm_silu", key, chip, GroupNormConfig) or default_config(shape, chip)
+    of_x = image_strides(x)
+    of_skip = of_x if skip is None else image_strides(skip)
+    of_out = image_strides(out)
+    bundles = ceil_div(num_groups, config.groups)
+    shared = {
+        "x_ptr": x,
+        "skip_ptr": skip,
+        "shift_ptr": shift,
+        "num_groups": num_groups,
+        "bundles": bundles,
+        "x_channels": x.shape[1],
+        "pixels": shape.pixels,
+        "width": x.shape[3],
+        "stride_xb": of_x.b,
+        "stride_xc": of_x.c,
+        "stride_xh": of_x.h,
+        "stride_xw": of_x.w,
+        "stride_kb": of_skip.b,
+        "stride_kc": of_skip.c,
+        "stride_kh": of_skip.h,
+        "stride_kw": of_skip.w,
+        "stride_tb": 0 if shift is None else shift.stride(0),
+        "stride_tc": 0 if shift is None else shift.stride(1),
+        "GROUP_CHANNELS": shape.group_channels,
+        "GROUPS": config.groups,
+        "BLOCK_G": next_power_of_two(config.groups),
+        "BLOCK_C": next_power_of_two(config.groups * shape.group_channels),
+        "BLOCK_HW": config.block_hw,
+        "FLAT": of_x.flat and of_skip.flat,
+    }
+    result = {
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "eps": eps,
+        "stride_ob": of_out.b,
+        "stride_oc": of_out.c,
+        "stride_ow": of_out.w,
+        "SILU": activation == "silu",
+    }
+    if config.chunks == 0:
+        arguments = shared | result | {"ONE_TILE": config.block_hw >= shape.pixels}
+        return out, [Launch(group_norm_kernel, shape.batch * bundles, arguments, config.num_warps)]
+    chunk_pixels = ceil_div(ceil_div(shape.pixels, config.chunks), config.block_hw) * config.block_hw
+    chunks = ceil_div(shape.pixels, chunk_pixels)
+    statistics = x.new_empty((shape.batch, chunks, 3, num_groups), dtype=torch.float32)
+    shared |= {"statistics_ptr": statistics, "chunks": chunks, "chunk_pixels": chunk_pixels}
+    programs = shape.batch * chunks * bundles
+    return out, [
+        Launch(group_norm_statistics_kernel, programs, shared, config.num_warps),
+        Launch(
+            group_norm_apply_kernel,
+            programs,
+            shared | result | {"BLOCK_CHUNKS": next_power_of_two(chunks)},
+            config.num_warps,
+        ),
+    ]
+
+
+def unsupported_reasons(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> list[str]:
+    """Every reason why the Triton kernels cannot serve this call; empty when they can."""
+    reasons = [
+        *device_reasons(group_norm_kernel, x),
+        *dtype_reasons(x=x, weight=weight, bias=bias, shift=shift),
+        *image_reasons(x),
+        *contiguity_reasons(weight=weight, bias=bias),
+    ]
+    group_channels = (x.shape[1] + (0 if skip is None else skip.shape[1])) // num_groups
+    if group_channels > MAX_GROUP_CHANNELS:
+        reasons.append(f"a group has {group_channels} channels, more than {MAX_GROUP_CHANNELS}")
+    return reasons
 
 
 def group_norm_silu(
@@ -53,18 +308,28 @@ def group_norm_silu(
     eps: float = 1e-5,
     *,
     shift: Tensor | None = None,
+    skip: Tensor | None = None,
     activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
     """act(group_norm(x + shift) * weight + bias), in x's dtype and memory format.
 
-    x [B, C, H, W]; shift [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
+    x [B, C, H, W], any strides; skip [B, C2, H, W] of x's dtype or None: its channels follow those of x, and C
+    below counts them too; shift [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
     activation "silu" or None. Raises ValueError for what does not fit, `KernelUnsupported` for
     `backend="triton"` where the kernel cannot serve. Source: Wu and He, arXiv 1803.08494.
     """
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"group_norm_silu: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
-    batch, channels = x.shape[:2]
+    batch, channels, height, width = x.shape
+    if skip is not None:
+        fits = skip.ndim == 4 and (skip.shape[0], *skip.shape[2:]) == (batch, height, width)
+        if not fits or skip.dtype != x.dtype:
+            raise ValueError(
+                f"group_norm_silu: skip must be {x.dtype} [{batch}, C2, {height}, {width}]; "
+                f"got {skip.dtype} {list(skip.shape)}"
+            )
+        channels += skip.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")
     if activation not in ACTIVATIONS:
@@ -76,14 +341,8 @@ def group_norm_silu(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(f"group_norm_silu: {name} must be {list(shape)}; got {list(value.shape)}")
-    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, shift, activation, backend)
+    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, shift, skip, activation, backend)
     return out
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return torch.contiguous_format
-    return torch.channels_last
 
 
 def _implementation(
@@ -93,15 +352,16 @@ def _implementation(
     bias: Tensor | None,
     eps: float,
     shift: Tensor | None,
+    skip: Tensor | None,
     activation: str | None,
     backend: str,
 ) -> Tensor:
-    choose_backend("group_norm_silu", backend, unsupported_reasons(x))
-    return group_norm_silu_ref(x, num_groups, weight, bias, eps, shift=shift, activation=activation)
-
-
-def _fake(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x, memory_format=_memory_format(x))
+    reasons = [] if backend == "torch" else unsupported_reasons(x, num_groups, weight, bias, shift, skip)
+    if choose_backend("group_norm_silu", backend, reasons) == "torch":
+        return _reference(x, num_groups, weight, bias, eps, shift, skip, activation, backend)
+    out, launches = plan(x, num_groups, weight, bias, eps, shift=shift, skip=skip, activation=activation)
+    run(launches, x.device)
+    return out
 
 
 def _reference(
@@ -111,16 +371,41 @@ def _reference(
     bias: Tensor | None,
     eps: float,
     shift: Tensor | None,
+    skip: Tensor | None,
     activation: str | None,
     backend: str,
 ) -> Tensor:
-    return group_norm_silu_ref(x, num_groups, weight, bias, eps, shift=shift, activation=activation)
+    return group_norm_silu_ref(x, num_groups, weight, bias, eps, shift=shift, skip=skip, activation=activation)
+
+
+def _empty_result(x: Tensor, skip: Tensor | None) -> Tensor:
+    batch, channels, height, width = x.shape
+    channels += 0 if skip is None else skip.shape[1]
+    return torch.empty(
+        (batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
+    )
+
+
+def _fake(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shift: Tensor | None,
+    skip: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    return _empty_result(x, skip)
 
 
 _group_norm_silu = define_operator(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
-    "str? activation, str backend) -> Tensor",
+    "Tensor? skip, str? activation, str backend) -> Tensor",
     _implementation,
     fake=_fake,
     reference=_reference,
 )
+
+OPERATOR = Operator("group_norm_silu", group_norm_silu, group_norm_silu_ref, plan, candidates, tuning_key)

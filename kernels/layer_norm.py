@@ -1,32 +1,208 @@
-"""Layer normalization over the last dimension, optionally with the residual add before it.
+"""Layer normalization over the last dimension, optionally with a bias and a residual added before it.
 
-y = layer_norm(x + residual), s = x + residual: a transformer block needs both, and s is in registers anyway.
-The norm is of the unrounded sum. Statistics are float32 (float64 for float64).
+s = x + x_bias + residual, y = layer_norm(s). A transformer block needs y and s both, and s is in registers anyway;
+x_bias is that of the linear layer that made x. The norm is of the unrounded sum.
+Statistics are float32 (float64 for float64).
+
+A program takes whole rows into registers, so the variance is taken around the mean, in one read. The mean is in
+two parts, because one float32 cannot hold a mean of 1e4 exactly enough.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._layout import collapse_rows, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
+from ._triton import device_reasons, dtype_reasons, jit, tl
+
+MAX_CHANNELS = 16384
 
 
 def layer_norm_ref(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `layer_norm` in float32 (float64 for float64)."""
     dtype = compute_dtype(x)
     x32 = x.to(dtype)
+    if x_bias is not None:
+        x32 = x32 + x_bias.to(dtype)
     if residual is not None:
         x32 = x32 + residual.to(dtype)
     y = F.layer_norm(x32, (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
     return y if residual is None else (y, x32.to(x.dtype))
 
 
-def unsupported_reasons(x: Tensor) -> list[str]:
+@jit
+def layer_norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    x_bias_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    sum_ptr,
+    rows,
+    columns,
+    eps,
+    inner,
+    stride_x_outer,
+    stride_x_inner,
+    stride_r_outer,
+    stride_r_inner,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < columns
+    mask = (offs_m < rows)[:, None] & mask_n[None, :]
+    x_rows = row_offsets(offs_m, inner, stride_x_outer, stride_x_inner, FLAT)
+    x = tl.load(x_ptr + x_rows[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if x_bias_ptr is not None:
+        x += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    out_offs = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    if residual_ptr is not None:
+        r_rows = row_offsets(offs_m, inner, stride_r_outer, stride_r_inner, FLAT)
+        x += tl.load(residual_ptr + r_rows[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(sum_ptr + out_offs, x.to(sum_ptr.dtype.element_ty), mask=mask)
+
+    mean0 = tl.sum(x, axis=1) / columns
+    x = tl.where(mask_n[None, :], x - mean0[:, None], 0.0)
+    delta = tl.sum(x, axis=1) / columns
+    variance = tl.sum(x * x, axis=1) / columns - delta * delta
+    rstd = 1.0 / tl.sqrt(variance + eps)
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    y = (x - delta[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + out_offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class LayerNormConfig:
+    """A program takes block_m rows."""
+
+    block_m: int
+    num_warps: int
+
+
+def default_config(rows: int, columns: int, chip: Chip) -> LayerNormConfig:
+    """16 elements a thread; fewer rows where the chip would not be filled."""
+    block_n = next_power_of_two(columns)
+    block_m = max(2048 // block_n, 1)
+    while block_m > 1 and ceil_div(rows, block_m) < 2 * chip.multiprocessors:
+        block_m //= 2
+    return LayerNormConfig(block_m, num_warps=min(max(block_m * block_n // 512, 1), 16))
+
+
+def candidates(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> list[LayerNormConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    block_n = next_power_of_two(x.shape[-1])
+    return [
+        LayerNormConfig(block_m, warps)
+        for block_m in (1, 2, 4, 8, 16)
+        for warps in (1, 2, 4, 8, 16)
+        if 4 <= block_m * block_n // (32 * warps) <= 64
+    ] or [LayerNormConfig(1, 1 if block_n < 128 else 16)]
+
+
+def tuning_key(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> str:
+    """What a tuned configuration is looked up by."""
+    columns = x.shape[-1]
+    with_sum = "" if residual is None else " with residual"
+    return f"rows={x.numel() // max(columns, 1)} columns={columns} {dtype_name(x)}{with_sum}"
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    config: LayerNormConfig | None = None,
+) -> tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]:
+    """The result, not yet computed, and the launches that compute it; arguments as of `layer_norm`."""
+    out = _fake(x)
+    total = None if residual is None else _fake(x)
+    result = out if total is None else (out, total)
+    rows = collapse_rows([x, x if residual is None else residual])
+    if rows is None or not x.numel():
+        return result, []
+    columns = x.shape[-1]
+    if config is None:
+        chip = chip_of(x.device)
+        key = tuning_key(x, weight, bias, residual=residual)
+        config = tuned("layer_norm", key, chip, LayerNormConfig) or default_config(rows.count, columns, chip)
+    of_x, of_residual = rows.strides
+    arguments = {
+        "x_ptr": x,
+        "x_bias_ptr": x_bias,
+        "residual_ptr": residual,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "sum_ptr": total,
+        "rows": rows.count,
+        "columns": columns,
+        "eps": eps,
+        "inner": rows.inner,
+        "stride_x_outer": of_x[0],
+        "stride_x_inner": of_x[1],
+        "stride_r_outer": of_residual[0],
+        "stride_r_inner": of_residual[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": next_power_of_two(columns),
+        "FLAT": rows.flat,
+    }
+    return result, [Launch(layer_norm_kernel, ceil_div(rows.count, config.block_m), arguments, config.num_warps)]
+
+
+def unsupported_reasons(
+    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None, residual: Tensor | None = None
+) -> list[str]:
     """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
-    return ["this version has no Triton kernel for layer_norm"]
+    reasons = [
+        *device_reasons(layer_norm_kernel, x),
+        *dtype_reasons(x=x, weight=weight, bias=bias, x_bias=x_bias),
+        *row_reasons(
+            collapse_rows([x, x if residual is None else residual]),
+            x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual,
+        ),
+    ]  # fmt: skip
+    if x.shape[-1] > MAX_CHANNELS:
+        reasons.append(f"{x.shape[-1]} channels are more than {MAX_CHANNELS}")
+    return reasons
 
 
 def layer_norm(
@@ -35,40 +211,50 @@ def layer_norm(
     bias: Tensor,
     eps: float = 1e-5,
     *,
+    x_bias: Tensor | None = None,
     residual: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of x [..., C] with weight and bias [C]; contiguous, in x's dtype.
 
-    With `residual` (shape and dtype of x) returns (norm(x + residual), x + residual). Raises ValueError for what
-    does not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    With `x_bias` [C], any float dtype, of x + x_bias. With `residual` (shape and dtype of x) returns
+    (norm(x + x_bias + residual), x + x_bias + residual). Raises ValueError for what does not fit,
+    `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     Source: Ba et al., arXiv 1607.06450.
     """
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"layer_norm: x must be a float [..., C]; got {x.dtype} {list(x.shape)}")
     channels = x.shape[-1]
-    if weight.shape != (channels,) or bias.shape != (channels,):
-        raise ValueError(
-            f"layer_norm: weight and bias must be [{channels}]; got {list(weight.shape)} and {list(bias.shape)}"
-        )
+    for name, value in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        if value is not None and (value.shape != (channels,) or not value.is_floating_point()):
+            raise ValueError(
+                f"layer_norm: {name} must be a float [{channels}]; got {value.dtype} {list(value.shape)}"
+            )
     if residual is None:
-        out: Tensor = _layer_norm(x, weight, bias, eps, backend)
+        out: Tensor = _layer_norm(x, weight, bias, eps, x_bias, backend)
         return out
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(
             f"layer_norm: residual must be {x.dtype} {list(x.shape)}; got {residual.dtype} {list(residual.shape)}"
         )
-    both: tuple[Tensor, Tensor] = _add_layer_norm(x, residual, weight, bias, eps, backend)
+    both: tuple[Tensor, Tensor] = _add_layer_norm(x, residual, weight, bias, eps, x_bias, backend)
     return both
 
 
-def _implementation(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> Tensor:
-    choose_backend("layer_norm", backend, unsupported_reasons(x))
-    return _reference(x, weight, bias, eps, backend)
+def _implementation(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None, backend: str
+) -> Tensor:
+    reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, x_bias)
+    if choose_backend("layer_norm", backend, reasons) == "torch":
+        return _reference(x, weight, bias, eps, x_bias, backend)
+    out, launches = plan(x, weight, bias, eps, x_bias=x_bias)
+    assert isinstance(out, Tensor)
+    run(launches, x.device)
+    return out
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str) -> Tensor:
-    out = layer_norm_ref(x, weight, bias, eps)
+def _reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None, backend: str) -> Tensor:
+    out = layer_norm_ref(x, weight, bias, eps, x_bias=x_bias)
     assert isinstance(out, Tensor)
     return out.contiguous()
 
@@ -78,16 +264,33 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 def _add_implementation(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    x_bias: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    choose_backend("layer_norm", backend, unsupported_reasons(x))
-    return _add_reference(x, residual, weight, bias, eps, backend)
+    reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, x_bias, residual)
+    if choose_backend("layer_norm", backend, reasons) == "torch":
+        return _add_reference(x, residual, weight, bias, eps, x_bias, backend)
+    both, launches = plan(x, weight, bias, eps, x_bias=x_bias, residual=residual)
+    assert isinstance(both, tuple)
+    run(launches, x.device)
+    return both
 
 
 def _add_reference(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    x_bias: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, total = layer_norm_ref(x, weight, bias, eps, residual=residual)
+    y, total = layer_norm_ref(x, weight, bias, eps, x_bias=x_bias, residual=residual)
     return y.contiguous(), total.contiguous()
 
 
@@ -96,15 +299,17 @@ def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 _layer_norm = define_operator(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> Tensor",
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? x_bias, str backend) -> Tensor",
     _implementation,
     fake=_fake,
     reference=_reference,
 )
 _add_layer_norm = define_operator(
-    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, str backend) "
-    "-> (Tensor, Tensor)",
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? x_bias, "
+    "str backend) -> (Tensor, Tensor)",
     _add_implementation,
     fake=_add_fake,
     reference=_add_reference,
 )
+
+OPERATOR = Operator("layer_norm", layer_norm, layer_norm_ref, plan, candidates, tuning_key)

@@ -1,8 +1,14 @@
-"""The operators that have Triton kernels, as a table: what tools that inspect, measure and tune them go through."""
+"""The operators that have Triton kernels, as a table for the tools that inspect, measure and tune them."""
 
 from collections.abc import Mapping
 
 from ._launch import Operator
 from .geglu import OPERATOR as GEGLU
+from .group_norm import OPERATOR as GROUP_NORM_SILU
+from .layer_norm import OPERATOR as LAYER_NORM
+from .residual_add import OPERATOR as RESIDUAL_ADD
+from .sampler_update import OPERATOR as SAMPLER_UPDATE
 
-OPERATORS: Mapping[str, Operator] = {operator.name: operator for operator in (GEGLU,)}
+OPERATORS: Mapping[str, Operator] = {
+    operator.name: operator for operator in (GROUP_NORM_SILU, LAYER_NORM, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
+}

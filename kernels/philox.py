@@ -12,11 +12,15 @@ So a seed gives the same noise on every device, alone or in any batch, whatever 
 Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), section 3.3.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ._triton import jit, tl
 
 INITIAL_NOISE = 0
 STEP_NOISE = 1
@@ -96,3 +100,21 @@ def philox_normal(
     words = philox4x32((group & _MASK, group >> 32, step_word, torch.full_like(group, stream)), key)
     lanes = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)
     return lanes.flatten(1)[:, :numel].reshape(seeds.shape[0], *shape)
+
+
+@jit
+def philox_normal_lanes(seed, element, step, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same inside a kernel: float32 noise of `element` (int64, any shape) of the image with `seed` (int64)."""
+    group = element >> 2
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    step_word = (step & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, step_word, tl.full([], STREAM, tl.uint32))
+    # An element needs one pair of its group's words, and one of the pair's two numbers.
+    first_pair = (element & 2) == 0
+    radius_word = tl.where(first_pair, w0, w2)
+    angle_word = tl.where(first_pair, w1, w3)
+    uniform = (radius_word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    theta = (angle_word.to(tl.float32) * 2.3283064365386963e-10) * 6.283185307179586
+    radius = tl.sqrt(-2.0 * tl.log(uniform))
+    return radius * tl.where((element & 1) == 0, tl.cos(theta), tl.sin(theta))

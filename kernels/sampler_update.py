@@ -8,13 +8,23 @@ Row `k` is read from device memory (`step`), so a captured CUDA graph replays wi
 Fused because each of these is a pass over the same few latents: apart they are a dozen launches a step.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._dispatch import choose_backend
+from ._launch import Launch, Operator, ceil_div, chip_of, next_power_of_two, run, tuned
+from ._layout import MAX_INDEX
 from ._library import define_operator
-from .philox import STEP_NOISE, philox_normal
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
+from .philox import STEP_NOISE, philox_normal, philox_normal_lanes
 
+MAX_CHANNELS = 4096
 _REGISTER_DTYPES = (torch.float32, torch.float64)
 
 
@@ -52,9 +62,239 @@ def sampler_update_ref(
             part.copy_(scaled)
 
 
-def unsupported_reasons(registers: Tensor) -> list[str]:
-    """Every reason why the Triton kernel cannot serve these registers; empty when it can."""
-    return ["this version has no Triton kernel for sampler_update"]
+@jit
+def sampler_update_kernel(  # type: ignore[no-untyped-def]
+    registers_ptr,
+    output_ptr,
+    table_ptr,
+    step_ptr,
+    guidance_ptr,
+    seeds_ptr,
+    noise_ptr,
+    input_ptr,
+    input_scale_ptr,
+    batch,
+    channels,
+    pixels,
+    width,
+    stride_gr,
+    stride_gb,
+    stride_gc,
+    stride_gh,
+    stride_gw,
+    stride_ob,
+    stride_oc,
+    stride_oh,
+    stride_ow,
+    stride_nb,
+    stride_nc,
+    stride_nh,
+    stride_nw,
+    stride_ib,
+    stride_ic,
+    stride_ih,
+    stride_iw,
+    REGISTERS: tl.constexpr,
+    STREAM: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program does a tile of pixels, all channels, of one image."""
+    blocks_hw = tl.cdiv(pixels, BLOCK_HW)
+    pid = tl.program_id(0)
+    b = (pid // blocks_hw).to(tl.int64)
+    cond_b = b + batch
+    offs_hw = (pid % blocks_hw) * BLOCK_HW + tl.arange(0, BLOCK_HW)
+    offs_c = tl.arange(0, BLOCK_C)
+    mask = (offs_hw < pixels)[:, None] & (offs_c < channels)[None, :]
+    h = (offs_hw // width).to(tl.int64)[:, None]
+    w = (offs_hw % width).to(tl.int64)[:, None]
+    c = offs_c.to(tl.int64)[None, :]
+
+    step = tl.load(step_ptr)
+    row_ptr = table_ptr + step * (REGISTERS * (REGISTERS + 2))
+    output_ptrs = output_ptr + (h * stride_oh + w * stride_ow + c * stride_oc)
+    output = tl.load(output_ptrs + b * stride_ob, mask=mask, other=0.0).to(tl.float32)
+    if guidance_ptr is not None:
+        # The unconditional half is first.
+        cond = tl.load(output_ptrs + cond_b * stride_ob, mask=mask, other=0.0).to(tl.float32)
+        output += tl.load(guidance_ptr + step) * (cond - output)
+    if noise_ptr is not None:
+        noise_ptrs = noise_ptr + (b * stride_nb + h * stride_nh + w * stride_nw + c * stride_nc)
+        noise = tl.load(noise_ptrs, mask=mask, other=0.0).to(tl.float32)
+    elif seeds_ptr is not None:
+        element = c * pixels + offs_hw.to(tl.int64)[:, None]
+        noise = philox_normal_lanes(tl.load(seeds_ptr + b), element, step, STREAM)
+
+    # All registers are read before any is written.
+    registers_ptrs = registers_ptr + (b * stride_gb + h * stride_gh + w * stride_gw + c * stride_gc)
+    registers: Any = ()
+    for j in tl.static_range(REGISTERS):
+        registers += (tl.load(registers_ptrs + j * stride_gr, mask=mask, other=0.0),)
+    for i in tl.static_range(REGISTERS):
+        coefficients = row_ptr + i * (REGISTERS + 2)
+        new = tl.load(coefficients + REGISTERS) * output
+        for j in tl.static_range(REGISTERS):
+            new += tl.load(coefficients + j) * registers[j]
+        if noise_ptr is not None or seeds_ptr is not None:
+            new += tl.load(coefficients + REGISTERS + 1) * noise
+        tl.store(registers_ptrs + i * stride_gr, new, mask=mask)
+        if i == 0 and input_ptr is not None:
+            scaled = (tl.load(input_scale_ptr + step) * new).to(input_ptr.dtype.element_ty)
+            input_ptrs = input_ptr + (h * stride_ih + w * stride_iw + c * stride_ic)
+            tl.store(input_ptrs + b * stride_ib, scaled, mask=mask)
+            if guidance_ptr is not None:
+                tl.store(input_ptrs + cond_b * stride_ib, scaled, mask=mask)
+
+
+@dataclass(frozen=True)
+class SamplerUpdateConfig:
+    """A program takes a tile of block_hw pixels, all channels."""
+
+    block_hw: int
+    num_warps: int
+
+
+def default_config(channels: int, pixels: int) -> SamplerUpdateConfig:
+    """Four elements a thread in small programs: latents are small, and a launch takes longer than the work."""
+    block_c = next_power_of_two(channels)
+    block_hw = min(max(512 // block_c, 1), next_power_of_two(pixels))
+    return SamplerUpdateConfig(block_hw, min(max(block_hw * block_c // 128, 1), 4))
+
+
+def candidates(
+    registers: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    *,
+    guidance_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    model_input: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> list[SamplerUpdateConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    channels, height, width = _image(registers)
+    block_c = next_power_of_two(channels)
+    return [
+        SamplerUpdateConfig(block_hw, warps)
+        for block_hw in (16, 32, 64, 128, 256, 512, 1024)
+        for warps in (1, 2, 4, 8)
+        if block_hw <= next_power_of_two(height * width) and 1 <= block_hw * block_c // (32 * warps) <= 16
+    ] or [default_config(channels, height * width)]
+
+
+def tuning_key(
+    registers: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    *,
+    guidance_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    model_input: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> str:
+    """What a tuned configuration is looked up by."""
+    channels, height, width = _image(registers)
+    count, batch = registers.shape[:2]
+    generated = " philox" if seeds is not None and noise is None else ""
+    return f"registers={count} batch={batch} channels={channels} pixels={height * width}{generated}"
+
+
+def _image(registers: Tensor) -> tuple[int, int, int]:
+    """The image's shape as [C, H, W], with ones in front of shorter ones."""
+    image = registers.shape[2:]
+    channels, height, width = (*[1] * (3 - len(image)), *image)
+    return channels, height, width
+
+
+def _strides(names: Sequence[str], tensor: Tensor | None, rank: int) -> dict[str, int]:
+    """{name: stride}: the leading dimensions', then those of the image as [C, H, W]; zeros for None."""
+    if tensor is None:
+        return dict.fromkeys(names, 0)
+    leading = len(names) - 3
+    strides = tensor.stride()
+    return dict(zip(names, (*strides[:leading], *[0] * (3 - rank), *strides[leading:]), strict=True))
+
+
+def plan(
+    registers: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    *,
+    guidance_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    model_input: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    config: SamplerUpdateConfig | None = None,
+) -> tuple[None, list[Launch]]:
+    """The launch that updates registers and model_input in place; arguments as of `sampler_update`."""
+    if not registers.numel():
+        return None, []
+    channels, height, width = _image(registers)
+    if config is None:
+        key = tuning_key(registers, model_output, table, step, seeds=seeds, noise=noise)
+        found = tuned("sampler_update", key, chip_of(registers.device), SamplerUpdateConfig)
+        config = found or default_config(channels, height * width)
+    rank = registers.dim() - 2
+    arguments = {
+        "registers_ptr": registers,
+        "output_ptr": model_output,
+        "table_ptr": table,
+        "step_ptr": step,
+        "guidance_ptr": guidance_scale,
+        "seeds_ptr": None if noise is not None else seeds,
+        "noise_ptr": noise,
+        "input_ptr": model_input,
+        "input_scale_ptr": input_scale,
+        "batch": registers.shape[1],
+        "channels": channels,
+        "pixels": height * width,
+        "width": width,
+        **_strides(("stride_gr", "stride_gb", "stride_gc", "stride_gh", "stride_gw"), registers, rank),
+        **_strides(("stride_ob", "stride_oc", "stride_oh", "stride_ow"), model_output, rank),
+        **_strides(("stride_nb", "stride_nc", "stride_nh", "stride_nw"), noise, rank),
+        **_strides(("stride_ib", "stride_ic", "stride_ih", "stride_iw"), model_input, rank),
+        "REGISTERS": registers.shape[0],
+        "STREAM": STEP_NOISE,
+        "BLOCK_HW": config.block_hw,
+        "BLOCK_C": next_power_of_two(channels),
+    }
+    programs = registers.shape[1] * ceil_div(height * width, config.block_hw)
+    return None, [Launch(sampler_update_kernel, programs, arguments, config.num_warps)]
+
+
+def unsupported_reasons(
+    registers: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    *,
+    guidance_scale: Tensor | None = None,
+    seeds: Tensor | None = None,
+    noise: Tensor | None = None,
+    model_input: Tensor | None = None,
+    input_scale: Tensor | None = None,
+) -> list[str]:
+    """Every reason why the Triton kernel cannot serve this call; empty when it can."""
+    reasons = [
+        *device_reasons(sampler_update_kernel, registers),
+        *dtype_reasons(registers=registers, model_output=model_output, noise=noise, model_input=model_input),
+        *contiguity_reasons(table=table, guidance_scale=guidance_scale, seeds=seeds, input_scale=input_scale),
+    ]
+    if registers.dim() > 5:
+        return [*reasons, f"images of {registers.dim() - 2} dimensions, more than 3"]
+    channels, height, width = _image(registers)
+    if channels > MAX_CHANNELS:
+        reasons.append(f"{channels} channels are more than {MAX_CHANNELS}")
+    if height * width > MAX_INDEX:
+        reasons.append(f"{height * width} pixels are more than {MAX_INDEX}")
+    return reasons
 
 
 def sampler_update(
@@ -103,18 +343,20 @@ def _implementation(
     input_scale: Tensor | None,
     backend: str,
 ) -> None:
-    choose_backend("sampler_update", backend, unsupported_reasons(registers))
-    sampler_update_ref(
-        registers,
-        model_output,
-        table,
-        step,
-        guidance_scale=guidance_scale,
-        seeds=seeds,
-        noise=noise,
-        model_input=model_input,
-        input_scale=input_scale,
-    )
+    arguments = (registers, model_output, table, step)
+    options: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "seeds": seeds,
+        "noise": noise,
+        "model_input": model_input,
+        "input_scale": input_scale,
+    }
+    reasons = [] if backend == "torch" else unsupported_reasons(*arguments, **options)
+    if choose_backend("sampler_update", backend, reasons) == "torch":
+        sampler_update_ref(*arguments, **options)
+    else:
+        _, launches = plan(*arguments, **options)
+        run(launches, registers.device)
 
 
 def _fake(registers: Tensor, *_: object) -> None:
@@ -178,3 +420,5 @@ _sampler_update = define_operator(
     _implementation,
     fake=_fake,
 )
+
+OPERATOR = Operator("sampler_update", sampler_update, sampler_update_ref, plan, candidates, tuning_key)

@@ -212,7 +212,7 @@ def test_geglu(shape, kind, dtype, seed):
         (lambda x: group_norm_silu(x, 2, torch.ones(3)), r"weight must be \[4\]"),
         (lambda x: group_norm_silu(x, 2, shift=torch.ones(4)), r"shift must be \[2, 4\]"),
         (lambda x: group_norm_silu(x[0], 2), r"\[B, C, H, W\]"),
-        (lambda x: layer_norm(x, torch.ones(3), torch.ones(4)), r"must be \[4\]"),
+        (lambda x: layer_norm(x, torch.ones(3), torch.ones(4)), r"must be a float \[4\]"),
         (lambda x: layer_norm(x, torch.ones(4), torch.ones(4), residual=x[:1]), "residual must be"),
         (lambda x: geglu(x[..., :3]), "2C"),
         (lambda x: geglu(x, backend="cuda"), "unknown backend 'cuda'"),

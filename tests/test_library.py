@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm
+from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, residual_add
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -21,16 +21,37 @@ CALLS = {
     ),
     "group_norm_silu": lambda: (
         OPERATORS.group_norm_silu.default,
-        (leaf(2, 8, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), "silu"),
+        (leaf(2, 8, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), None, "silu"),
     ),
     "group_norm channels-last": lambda: (
         OPERATORS.group_norm_silu.default,
-        (torch.randn(2, 8, 4, 6).contiguous(memory_format=torch.channels_last), 4, None, None, 1e-5, None, None),
+        (
+            torch.randn(2, 8, 4, 6).contiguous(memory_format=torch.channels_last),
+            4,
+            None,
+            None,
+            1e-5,
+            None,
+            None,
+            None,
+        ),
     ),
-    "layer_norm": lambda: (OPERATORS.layer_norm.default, (leaf(2, 5, 8), leaf(8), leaf(8), 1e-5)),
+    "layer_norm": lambda: (OPERATORS.layer_norm.default, (leaf(2, 5, 8), leaf(8), leaf(8), 1e-5, leaf(8))),
     "add_layer_norm": lambda: (
         OPERATORS.add_layer_norm.default,
-        (leaf(2, 5, 8), leaf(2, 5, 8), leaf(8), leaf(8), 1e-5),
+        (leaf(2, 5, 8), leaf(2, 5, 8), leaf(8), leaf(8), 1e-5, leaf(8)),
+    ),
+    "group_norm_silu of a concatenation": lambda: (
+        OPERATORS.group_norm_silu.default,
+        (leaf(2, 5, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), leaf(2, 3, 4, 6), "silu"),
+    ),
+    "residual_add": lambda: (
+        OPERATORS.residual_add.default,
+        (leaf(2, 3, 4, 6), leaf(2, 3, 4, 6), leaf(3), None),
+    ),
+    "residual_add doubled": lambda: (
+        OPERATORS.residual_add.default,
+        (leaf(2, 3, 4, 6), leaf(2, 3, 4, 6), None, [7, 12]),
     ),
     "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
     "sampler_update": lambda: (
@@ -66,6 +87,19 @@ FUNCTIONS = {
     "add_layer_norm": (
         lambda x, r, w, b: torch.cat(layer_norm(x, w, b, residual=r, backend="torch")),
         [(2, 5, 8), (2, 5, 8), (8,), (8,)],
+    ),
+    "group_norm_silu of a concatenation": (
+        lambda x, k, w, b: group_norm_silu(x, 4, w, b, skip=k, backend="torch"),
+        [(2, 5, 4, 6), (2, 3, 4, 6), (8,), (8,)],
+    ),
+    "add_layer_norm with a bias": (
+        lambda x, r, xb, w, b: torch.cat(layer_norm(x, w, b, x_bias=xb, residual=r, backend="torch")),
+        [(2, 5, 8), (2, 5, 8), (8,), (8,), (8,)],
+    ),
+    "residual_add": (lambda x, r, b: residual_add(x, r, b, backend="torch"), [(2, 3, 4, 5), (2, 3, 4, 5), (3,)]),
+    "residual_add doubled": (
+        lambda x, r, b: residual_add(x, r, b, size=(7, 10), backend="torch"),
+        [(2, 3, 4, 5), (2, 3, 4, 5), (3,)],
     ),
     "geglu": (lambda x, b: geglu(x, bias=b, backend="torch"), [(2, 5, 8), (8,)]),
 }

@@ -1,0 +1,277 @@
+"""The sum of two images and the bias of the convolution that made one of them, doubled in size on request.
+
+out = x + residual + bias[channel]. With `size` the sum is enlarged to the nearest neighbour as it is written: what
+follows a residual sum at the end of a level is the upsampling, and the small sum is not read by anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import choose_backend
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._layout import column_block, image_reasons, image_strides, memory_format, pixel_offsets
+from ._library import compute_dtype, define_operator
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
+
+
+def residual_add_ref(
+    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: Sequence[int] | None = None
+) -> Tensor:
+    """Reference of `residual_add` in float32 (float64 for float64)."""
+    dtype = compute_dtype(x)
+    total = x.to(dtype) + residual.to(dtype)
+    if bias is not None:
+        total = total + bias.to(dtype)[:, None, None]
+    total = total.to(x.dtype)
+    if size is not None and total.numel():
+        total = F.interpolate(total, size=tuple(size), mode="nearest")
+    elif size is not None:
+        total = total.new_empty((*total.shape[:2], *size))
+    return total.contiguous(memory_format=memory_format(x))
+
+
+@jit
+def residual_add_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    residual_ptr,
+    bias_ptr,
+    out_ptr,
+    channels,
+    pixels,
+    width,
+    out_height,
+    out_width,
+    stride_xb,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_rb,
+    stride_rc,
+    stride_rh,
+    stride_rw,
+    stride_ob,
+    stride_oc,
+    stride_ow,
+    SCALE: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    blocks_c = tl.cdiv(channels, BLOCK_C)
+    blocks_hw = tl.cdiv(pixels, BLOCK_HW)
+    pid = tl.program_id(0)
+    b = (pid // blocks_c // blocks_hw).to(tl.int64)
+    offs_hw = ((pid // blocks_c) % blocks_hw) * BLOCK_HW + tl.arange(0, BLOCK_HW)
+    offs_c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_hw = offs_hw < pixels
+    mask_c = offs_c < channels
+    mask = mask_hw[:, None] & mask_c[None, :]
+    x_rows = b * stride_xb + pixel_offsets(offs_hw, width, stride_xh, stride_xw, FLAT)
+    r_rows = b * stride_rb + pixel_offsets(offs_hw, width, stride_rh, stride_rw, FLAT)
+    columns = offs_c.to(tl.int64)[None, :]
+    total = tl.load(x_ptr + x_rows[:, None] + columns * stride_xc, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(residual_ptr + r_rows[:, None] + columns * stride_rc, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    out = total.to(out_ptr.dtype.element_ty)
+    out_ptr += b * stride_ob
+    if SCALE == 1:
+        tl.store(out_ptr + (offs_hw.to(tl.int64) * stride_ow)[:, None] + columns * stride_oc, out, mask=mask)
+    else:
+        for dy in tl.static_range(SCALE):
+            for dx in tl.static_range(SCALE):
+                row = (offs_hw // width) * SCALE + dy
+                column = (offs_hw % width) * SCALE + dx
+                # An odd size was rounded up on the way down: its last row and column are not doubled.
+                inside = mask_hw & (row < out_height) & (column < out_width)
+                target = (row.to(tl.int64) * out_width + column) * stride_ow
+                tl.store(
+                    out_ptr + target[:, None] + columns * stride_oc, out, mask=inside[:, None] & mask_c[None, :]
+                )
+
+
+@dataclass(frozen=True)
+class ResidualAddConfig:
+    """A program takes a tile of block_hw pixels and block_c channels."""
+
+    block_hw: int
+    block_c: int
+    num_warps: int
+
+
+def default_config(batch: int, channels: int, pixels: int, interleaved: bool, chip: Chip) -> ResidualAddConfig:
+    """16 elements a thread along what is contiguous; smaller tiles where the chip would not be filled."""
+    elements = 2048
+    while elements > 512 and ceil_div(batch * channels * pixels, elements) < 2 * chip.multiprocessors:
+        elements //= 2
+    if interleaved:
+        block_c = column_block(channels, most=min(512, elements))
+        block_hw = min(max(elements // block_c, 1), next_power_of_two(pixels))
+    else:
+        block_hw = column_block(pixels, most=min(1024, elements))
+        block_c = min(max(elements // block_hw, 1), next_power_of_two(channels))
+    return ResidualAddConfig(block_hw, block_c, num_warps=min(max(block_hw * block_c // 512, 1), 8))
+
+
+def candidates(
+    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: Sequence[int] | None = None
+) -> list[ResidualAddConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    return [
+        ResidualAddConfig(block_hw, block_c, warps)
+        for block_c in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+        for block_hw in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+        for warps in (1, 2, 4, 8)
+        if block_c <= next_power_of_two(channels)
+        and block_hw <= next_power_of_two(pixels)
+        and 8 <= block_hw * block_c // (32 * warps) <= 32
+        and (block_c if _interleaved(x) else block_hw) >= min(64, channels if _interleaved(x) else pixels)
+    ]
+
+
+def tuning_key(
+    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: Sequence[int] | None = None
+) -> str:
+    """What a tuned configuration is looked up by."""
+    layout = "channels_last" if _interleaved(x) else "contiguous"
+    doubled = "" if size is None else " doubled"
+    return (
+        f"batch={x.shape[0]} channels={x.shape[1]} pixels={x.shape[2] * x.shape[3]} {dtype_name(x)} "
+        f"{layout}{doubled}"
+    )
+
+
+def plan(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: Sequence[int] | None = None,
+    config: ResidualAddConfig | None = None,
+) -> tuple[Tensor, list[Launch]]:
+    """The result, not yet computed, and the launches that compute it; arguments as of `residual_add`."""
+    out = _fake(x, residual, bias, size)
+    if not out.numel():
+        return out, []
+    batch, channels, height, width = x.shape
+    pixels = height * width
+    if config is None:
+        chip = chip_of(x.device)
+        key = tuning_key(x, residual, bias, size=size)
+        config = tuned("residual_add", key, chip, ResidualAddConfig)
+        config = config or default_config(batch, channels, pixels, _interleaved(x), chip)
+    of_x, of_residual, of_out = image_strides(x), image_strides(residual), image_strides(out)
+    arguments = {
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "channels": channels,
+        "pixels": pixels,
+        "width": width,
+        "out_height": out.shape[2],
+        "out_width": out.shape[3],
+        "stride_xb": of_x.b,
+        "stride_xc": of_x.c,
+        "stride_xh": of_x.h,
+        "stride_xw": of_x.w,
+        "stride_rb": of_residual.b,
+        "stride_rc": of_residual.c,
+        "stride_rh": of_residual.h,
+        "stride_rw": of_residual.w,
+        "stride_ob": of_out.b,
+        "stride_oc": of_out.c,
+        "stride_ow": of_out.w,
+        "SCALE": 1 if size is None else 2,
+        "BLOCK_HW": config.block_hw,
+        "BLOCK_C": config.block_c,
+        "FLAT": of_x.flat and of_residual.flat,
+    }
+    programs = batch * ceil_div(pixels, config.block_hw) * ceil_div(channels, config.block_c)
+    return out, [Launch(residual_add_kernel, programs, arguments, config.num_warps)]
+
+
+def unsupported_reasons(x: Tensor, residual: Tensor, bias: Tensor | None = None) -> list[str]:
+    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
+    return [
+        *device_reasons(residual_add_kernel, x),
+        *dtype_reasons(x=x, bias=bias),
+        *image_reasons(x),
+        *contiguity_reasons(bias=bias),
+    ]
+
+
+def residual_add(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """x + residual + bias per channel, in x's dtype and memory format.
+
+    x [B, C, H, W] and residual of the same shape and dtype, any strides; bias [C] of any float dtype or None.
+    size (2H or 2H - 1, 2W or 2W - 1) enlarges the sum to it by nearest neighbour. Raises ValueError for what does
+    not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"residual_add: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"residual_add: residual must be {x.dtype} {list(x.shape)}; "
+            f"got {residual.dtype} {list(residual.shape)}"
+        )
+    if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_floating_point()):
+        raise ValueError(f"residual_add: bias must be a float [{x.shape[1]}]; got {bias.dtype} {list(bias.shape)}")
+    if size is not None and (
+        len(size) != 2 or any(to not in (2 * n, 2 * n - 1) for to, n in zip(size, x.shape[2:], strict=True))
+    ):
+        raise ValueError(
+            f"residual_add: size must be twice {list(x.shape[2:])}, or one less in each; got {list(size)}"
+        )
+    out: Tensor = _residual_add(x, residual, bias, None if size is None else list(size), backend)
+    return out
+
+
+def _interleaved(x: Tensor) -> bool:
+    return memory_format(x) == torch.channels_last
+
+
+def _implementation(
+    x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int] | None, backend: str
+) -> Tensor:
+    reasons = [] if backend == "torch" else unsupported_reasons(x, residual, bias)
+    if choose_backend("residual_add", backend, reasons) == "torch":
+        return _reference(x, residual, bias, size, backend)
+    out, launches = plan(x, residual, bias, size=size)
+    run(launches, x.device)
+    return out
+
+
+def _reference(x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int] | None, backend: str) -> Tensor:
+    return residual_add_ref(x, residual, bias, size=size)
+
+
+def _fake(
+    x: Tensor, residual: Tensor, bias: Tensor | None, size: Sequence[int] | None, backend: str = ""
+) -> Tensor:
+    shape = (*x.shape[:2], *(x.shape[2:] if size is None else size))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+_residual_add = define_operator(
+    "residual_add(Tensor x, Tensor residual, Tensor? bias, SymInt[]? size, str backend) -> Tensor",
+    _implementation,
+    fake=_fake,
+    reference=_reference,
+)
+
+OPERATOR = Operator("residual_add", residual_add, residual_add_ref, plan, candidates, tuning_key)
