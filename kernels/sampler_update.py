@@ -128,9 +128,9 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
 
     # All registers are read before any is written.
     registers_ptrs = registers_ptr + (b * stride_gb + h * stride_gh + w * stride_gw + c * stride_gc)
-    registers: Any = ()
+    registers = ()
     for j in tl.static_range(REGISTERS):
-        registers += (tl.load(registers_ptrs + j * stride_gr, mask=mask, other=0.0),)
+        registers += (tl.load(registers_ptrs + j * stride_gr, mask=mask, other=0.0),)  # type: ignore[assignment]
     for i in tl.static_range(REGISTERS):
         coefficients = row_ptr + i * (REGISTERS + 2)
         new = tl.load(coefficients + REGISTERS) * output

@@ -175,14 +175,14 @@ def test_layer_norm(shape, kind, residual, dtype, seed):
     if not residual:
         out = layer_norm(x, weight, bias, backend="torch")
         assert out.is_contiguous()
-        assert_close(out, layer_norm64(x, weight, bias, 1e-5), dtype, factor=2)
+        assert_close(out, layer_norm64(x, weight, bias, 1e-5), dtype, factor=10)
         return
     other = strided(shape, kind, dtype, seed + 1)
     out, total = layer_norm(x, weight, bias, residual=other, backend="torch")
     assert out.is_contiguous()
     assert total.is_contiguous()
     assert_close(total, x.double() + other.double(), dtype)
-    assert_close(out, layer_norm64(x.double() + other.double(), weight, bias, 1e-5), dtype, factor=2)
+    assert_close(out, layer_norm64(x.double() + other.double(), weight, bias, 1e-5), dtype, factor=10)
 
 
 @fuzz
