@@ -115,6 +115,17 @@ def philox_normal_lanes(seed, element, step, STREAM: tl.constexpr):  # type: ign
     radius_word = tl.where(first_pair, w0, w2)
     angle_word = tl.where(first_pair, w1, w3)
     uniform = (radius_word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    theta = (angle_word.to(tl.float32) * 2.3283064365386963e-10) * 6.283185307179586
     radius = tl.sqrt(-2.0 * tl.log(uniform))
-    return radius * tl.where((element & 1) == 0, tl.cos(theta), tl.sin(theta))
+    # cos(theta), or sin(theta) = cos(theta - pi / 2), in quarter turns: a quarter is exact in float32, so it needs
+    # none of the general reduction of cos(), whose slow path takes local memory.
+    turns = angle_word.to(tl.float32) * 9.313225746154785e-10
+    nearest = tl.floor(turns + 0.5)
+    angle = (turns - nearest) * 1.5707963267948966
+    quarter = nearest.to(tl.int32) - (element & 1).to(tl.int32)
+    z = angle * angle
+    # Cephes' sinf and cosf on [-pi / 4, pi / 4].
+    sine = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * angle + angle
+    cosine = (((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z - 0.5) * z + 1.0
+    # Quarters 0, 1, 2, 3: cos, -sin, -cos, sin.
+    value = tl.where((quarter & 1) == 0, cosine, sine)
+    return radius * tl.where(((quarter + 1) & 2) == 0, value, -value)

@@ -10,6 +10,7 @@ Fused because each of these is a pass over the same few latents: apart they are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,15 @@ def sampler_update_ref(
 
 
 @jit
+def _offsets(h, w, c, stride_h, stride_w, stride_c, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """64-bit offsets [pixels, channels] in an image; pixels begin at multiples of ALIGN elements."""
+    pixels = h * stride_h + w * stride_w
+    if ALIGN > 1:
+        pixels = tl.multiple_of(pixels, (ALIGN, ALIGN))
+    return pixels + c * stride_c
+
+
+@jit
 def sampler_update_kernel(  # type: ignore[no-untyped-def]
     registers_ptr,
     output_ptr,
@@ -74,7 +84,6 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
     input_ptr,
     input_scale_ptr,
     batch,
-    channels,
     pixels,
     width,
     stride_gr,
@@ -94,10 +103,12 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
     stride_ic,
     stride_ih,
     stride_iw,
+    CHANNELS: tl.constexpr,
     REGISTERS: tl.constexpr,
     STREAM: tl.constexpr,
     BLOCK_HW: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """One program does a tile of pixels, all channels, of one image."""
     blocks_hw = tl.cdiv(pixels, BLOCK_HW)
@@ -106,28 +117,28 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
     cond_b = b + batch
     offs_hw = (pid % blocks_hw) * BLOCK_HW + tl.arange(0, BLOCK_HW)
     offs_c = tl.arange(0, BLOCK_C)
-    mask = (offs_hw < pixels)[:, None] & (offs_c < channels)[None, :]
+    mask = (offs_hw < pixels)[:, None] & (offs_c < CHANNELS)[None, :]
     h = (offs_hw // width).to(tl.int64)[:, None]
     w = (offs_hw % width).to(tl.int64)[:, None]
     c = offs_c.to(tl.int64)[None, :]
 
     step = tl.load(step_ptr)
     row_ptr = table_ptr + step * (REGISTERS * (REGISTERS + 2))
-    output_ptrs = output_ptr + (h * stride_oh + w * stride_ow + c * stride_oc)
+    output_ptrs = output_ptr + _offsets(h, w, c, stride_oh, stride_ow, stride_oc, ALIGN)
     output = tl.load(output_ptrs + b * stride_ob, mask=mask, other=0.0).to(tl.float32)
     if guidance_ptr is not None:
         # The unconditional half is first.
         cond = tl.load(output_ptrs + cond_b * stride_ob, mask=mask, other=0.0).to(tl.float32)
         output += tl.load(guidance_ptr + step) * (cond - output)
     if noise_ptr is not None:
-        noise_ptrs = noise_ptr + (b * stride_nb + h * stride_nh + w * stride_nw + c * stride_nc)
+        noise_ptrs = noise_ptr + b * stride_nb + _offsets(h, w, c, stride_nh, stride_nw, stride_nc, ALIGN)
         noise = tl.load(noise_ptrs, mask=mask, other=0.0).to(tl.float32)
     elif seeds_ptr is not None:
         element = c * pixels + offs_hw.to(tl.int64)[:, None]
         noise = philox_normal_lanes(tl.load(seeds_ptr + b), element, step, STREAM)
 
     # All registers are read before any is written.
-    registers_ptrs = registers_ptr + (b * stride_gb + h * stride_gh + w * stride_gw + c * stride_gc)
+    registers_ptrs = registers_ptr + b * stride_gb + _offsets(h, w, c, stride_gh, stride_gw, stride_gc, ALIGN)
     registers = ()
     for j in tl.static_range(REGISTERS):
         registers += (tl.load(registers_ptrs + j * stride_gr, mask=mask, other=0.0),)  # type: ignore[assignment]
@@ -141,7 +152,7 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
         tl.store(registers_ptrs + i * stride_gr, new, mask=mask)
         if i == 0 and input_ptr is not None:
             scaled = (tl.load(input_scale_ptr + step) * new).to(input_ptr.dtype.element_ty)
-            input_ptrs = input_ptr + (h * stride_ih + w * stride_iw + c * stride_ic)
+            input_ptrs = input_ptr + _offsets(h, w, c, stride_ih, stride_iw, stride_ic, ALIGN)
             tl.store(input_ptrs + b * stride_ib, scaled, mask=mask)
             if guidance_ptr is not None:
                 tl.store(input_ptrs + cond_b * stride_ib, scaled, mask=mask)
@@ -242,6 +253,12 @@ def plan(
         found = tuned("sampler_update", key, chip_of(registers.device), SamplerUpdateConfig)
         config = found or default_config(channels, height * width)
     rank = registers.dim() - 2
+    strides = {
+        **_strides(("stride_gr", "stride_gb", "stride_gc", "stride_gh", "stride_gw"), registers, rank),
+        **_strides(("stride_ob", "stride_oc", "stride_oh", "stride_ow"), model_output, rank),
+        **_strides(("stride_nb", "stride_nc", "stride_nh", "stride_nw"), noise, rank),
+        **_strides(("stride_ib", "stride_ic", "stride_ih", "stride_iw"), model_input, rank),
+    }
     arguments = {
         "registers_ptr": registers,
         "output_ptr": model_output,
@@ -253,17 +270,15 @@ def plan(
         "input_ptr": model_input,
         "input_scale_ptr": input_scale,
         "batch": registers.shape[1],
-        "channels": channels,
         "pixels": height * width,
         "width": width,
-        **_strides(("stride_gr", "stride_gb", "stride_gc", "stride_gh", "stride_gw"), registers, rank),
-        **_strides(("stride_ob", "stride_oc", "stride_oh", "stride_ow"), model_output, rank),
-        **_strides(("stride_nb", "stride_nc", "stride_nh", "stride_nw"), noise, rank),
-        **_strides(("stride_ib", "stride_ic", "stride_ih", "stride_iw"), model_input, rank),
+        **strides,
+        "CHANNELS": channels,
         "REGISTERS": registers.shape[0],
         "STREAM": STEP_NOISE,
         "BLOCK_HW": config.block_hw,
         "BLOCK_C": next_power_of_two(channels),
+        "ALIGN": math.gcd(8, *(strides[f"stride_{name}{axis}"] for name in "goni" for axis in "hw")),
     }
     programs = registers.shape[1] * ceil_div(height * width, config.block_hw)
     return None, [Launch(sampler_update_kernel, programs, arguments, config.num_warps)]
