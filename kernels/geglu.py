@@ -28,6 +28,26 @@ def geglu_ref(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
 
 
 @jit
+def gelu(x):  # type: ignore[no-untyped-def]
+    """x Phi(x) for float32, to 1.3e-8 before rounding; the tail is a product, not a difference.
+
+    Phi(-|x|) = exp(-x^2 / 2) t P(t), t = 1 / (1 + 0.4 |x|): the form of Abramowitz and Stegun 7.1.26, with P of
+    degree 5 fitted to the error of the product with |x|. A third of the instructions of x (1 + erf(x / sqrt 2)) / 2,
+    which would take longer than the memory accesses.
+    """
+    a = tl.abs(x)
+    t = 1.0 / (1.0 + 0.4 * a)
+    p = 0.056530579573759024 * t - 0.2551944777822908
+    p = p * t + 0.34038071539567966
+    p = p * t + 0.01275386666631087
+    p = p * t + 0.18883871785206238
+    p = p * t + 0.15669053181785925
+    tail = p * t * tl.exp2(-0.7213475204444817 * (x * x))
+    # No maximum, which may drop a NaN; and past 15 no product of the tail, then 0, with what may be infinite.
+    return tl.where(x > 0.0, x, 0.0) - tl.where(x < 15.0, a, 0.0) * tail
+
+
+@jit
 def geglu_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     bias_ptr,
@@ -53,7 +73,7 @@ def geglu_kernel(  # type: ignore[no-untyped-def]
     if bias_ptr is not None:
         value += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias_ptr + columns + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    out = value * (0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)))
+    out = value * gelu(gate)
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
