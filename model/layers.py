@@ -10,21 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm
+from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, residual_add
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm with an optional shift [B, C] before it and an optional SiLU after it."""
+    """Group norm with an optional shift [B, C] before it and an optional SiLU after it.
+
+    With `skip` it is of x and skip side by side along the channels, which are read where they are.
+    """
 
     def __init__(self, groups: int, channels: int, eps: float, activation: str | None, backend: str) -> None:
         super().__init__(groups, channels, eps)
         self.activation = activation
         self.backend = backend
 
-    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         return group_norm_silu(
             x,
             self.num_groups,
@@ -32,6 +35,7 @@ class GroupNorm(nn.GroupNorm):
             self.bias,
             self.eps,
             shift=shift,
+            skip=skip,
             activation=self.activation,
             backend=self.backend,
         )
@@ -61,6 +65,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.norm1 = GroupNorm(groups, in_channels, eps, "silu", backend)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNorm(groups, out_channels, eps, "silu", backend)
@@ -68,14 +73,28 @@ class ResBlock(nn.Module):
         # A 1x1 convolution of channels-last memory is a linear layer of its tokens.
         self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """x [B, Cin, H, W], shift [B, Cout] -> [B, Cout, H, W]."""
-        h = F.conv2d(self.norm1(x), self.conv1.weight, padding=1)
-        h = self.conv2(self.norm2(h, shift))
-        if self.shortcut is not None:
-            x = as_image(self.shortcut(as_tokens(x)), x.shape[2:])
-        out: Tensor = x + h
-        return out
+    def forward(
+        self, x: Tensor, shift: Tensor, skip: Tensor | None = None, size: torch.Size | None = None
+    ) -> Tensor:
+        """x [B, Cin, H, W], shift [B, Cout] -> [B, Cout, H, W], or [B, Cout, *size] by nearest neighbour.
+
+        With `skip` [B, Cskip, H, W] the input is both side by side, and Cin counts the channels of both.
+        """
+        h = F.conv2d(self.norm1(x, skip=skip), self.conv1.weight, padding=1)
+        h = F.conv2d(self.norm2(h, shift), self.conv2.weight, padding=1)
+        return residual_add(self._shortcut(x, skip), h, self.conv2.bias, size=size, backend=self.backend)
+
+    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        if self.shortcut is None:
+            return x
+        size = x.shape[2:]
+        if skip is None:
+            return as_image(self.shortcut(as_tokens(x)), size)
+        # W [x; skip] = Wx x + Ws skip: no concatenation is written.
+        of_x, of_skip = self.shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
+        out = F.linear(as_tokens(x), of_x, self.shortcut.bias)
+        out.flatten(0, 1).addmm_(as_tokens(skip).flatten(0, 1), of_skip.t())
+        return as_image(out, size)
 
 
 class TransformerBlock(nn.Module):
@@ -120,15 +139,17 @@ class Transformer(nn.Module):
 
     def __init__(self, channels: int, heads: int, context_dim: int, groups: int, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.norm = GroupNorm(groups, channels, TRANSFORMER_NORM_EPS, None, backend)
         self.proj_in = nn.Linear(channels, channels)
         self.block = TransformerBlock(channels, heads, context_dim, backend)
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, C, H, W], context of `TransformerBlock.project_context` -> [B, C, H, W]."""
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor], size: torch.Size | None = None) -> Tensor:
+        """x [B, C, H, W], context of `TransformerBlock.project_context` -> [B, C, H, W], or [B, C, *size]."""
         tokens = self.block(self.proj_in(as_tokens(self.norm(x))), context)
-        return x + as_image(self.proj_out(tokens), x.shape[2:])
+        h = as_image(self.proj_out(tokens), x.shape[2:])
+        return residual_add(x, h, size=size, backend=self.backend)
 
 
 class Downsample(nn.Module):
@@ -144,14 +165,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour up to a given size, then a convolution."""
+    """The convolution after an enlargement; what comes before enlarges as it writes (`size` of the blocks)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
         return out
 
 

@@ -1,6 +1,6 @@
 """The UNet: `condition` computes once what a trajectory keeps, `denoise` is a step, `forward` is both in a row."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import cast
@@ -36,10 +36,10 @@ class Level(nn.Module):
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
-    def blocks(self) -> Iterator[tuple[ResBlock, Transformer | None]]:
+    def blocks(self) -> list[tuple[ResBlock, Transformer | None]]:
         """The pairs in the order in which they run."""
-        for resblock, transformer in zip_longest(self.resblocks, self.transformers):
-            yield cast(ResBlock, resblock), cast(Transformer | None, transformer)
+        pairs = zip_longest(self.resblocks, self.transformers)
+        return [(cast(ResBlock, block), cast(Transformer | None, transformer)) for block, transformer in pairs]
 
 
 class UNet(nn.Module):
@@ -159,10 +159,17 @@ class UNet(nn.Module):
         shifts = iter(conditioning.shifts[step].expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
 
-        def run(block: tuple[ResBlock, Transformer | None], x: Tensor) -> Tensor:
+        def run(
+            block: tuple[ResBlock, Transformer | None],
+            x: Tensor,
+            skip: Tensor | None = None,
+            size: torch.Size | None = None,
+        ) -> Tensor:
             resblock, transformer = block
-            x = resblock(x, next(shifts))
-            return x if transformer is None else transformer(x, next(context))
+            if transformer is None:
+                out: Tensor = resblock(x, next(shifts), skip, size)
+                return out
+            return transformer(resblock(x, next(shifts), skip), next(context), size)  # type: ignore[no-any-return]
 
         x = self.conv_in(sample.to(self.dtype, memory_format=torch.channels_last))
         skips = [x]
@@ -177,11 +184,14 @@ class UNet(nn.Module):
             for block in self.middle.blocks():
                 x = run(block, x)
         for level in cast(Iterable[Level], self.up):
-            for block in level.blocks():
-                x = run(block, torch.cat([x, skips.pop()], dim=1))
-            if level.upsample is not None:
+            blocks = level.blocks()
+            for i, block in enumerate(blocks):
+                skip = skips.pop()
                 # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
-                x = level.upsample(x, skips[-1].shape[2:])
+                enlarge = level.upsample is not None and i == len(blocks) - 1
+                x = run(block, x, skip, skips[-1].shape[2:] if enlarge else None)
+            if level.upsample is not None:
+                x = level.upsample(x)
         out: Tensor = self.conv_out(self.norm_out(x))
         return out
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
 from ldmperf.model.config import _ONLY, _READ, _WITHOUT_EFFECT
+from ldmperf.profiling.flops import flop_counter
 
 PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]
 
 
 @pytest.mark.parametrize("row", PAPER, ids=lambda row: row["name"])
 def test_family_has_the_papers_parameters_and_flops(row):
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), flop_counter() as counter:
         unet = UNet(FAMILY[row["name"]], backend="torch")
         unet(torch.empty(1, 4, 64, 64), 1.0, torch.empty(1, 77, 1024))
     assert sum(parameter.numel() for parameter in unet.parameters()) == row["params_exact"]
@@ -32,9 +32,9 @@ def test_flops_are_those_of_the_same_network_in_torchs_own_operators():
     config = FAMILY["39M"]
     with torch.device("meta"), torch.no_grad():
         reference = UNet2DConditionModel(**diffusers_config(config))
-        with FlopCounterMode(display=False) as theirs:
+        with flop_counter() as theirs:
             reference(torch.empty(2, 4, 64, 64), 1.0, torch.empty(2, 77, 1024))
-        with FlopCounterMode(display=False) as ours:
+        with flop_counter() as ours:
             UNet(config, backend="torch")(torch.empty(2, 4, 64, 64), torch.empty(2), torch.empty(2, 77, 1024))
     assert ours.get_total_flops() == theirs.get_total_flops()
 
