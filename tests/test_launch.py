@@ -1,0 +1,197 @@
+"""Layouts and launch configurations: pure functions, proven without a kernel running."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldmperf.kernels import OPERATORS, _launch
+from ldmperf.kernels._launch import NO_GPU, Chip, next_power_of_two, tuned
+from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
+from ldmperf.kernels.geglu import GegluConfig
+from ldmperf.kernels.group_norm import GroupNormConfig
+
+fuzz = settings(max_examples=200, deadline=None)
+
+
+@fuzz
+@given(
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    keep=st.lists(st.booleans(), min_size=4, max_size=4),
+    expand=st.booleans(),
+)
+def test_collapsed_rows_number_the_rows_in_order(shape, order, keep, expand):
+    """Any permuted, sliced or expanded tensor: either its rows are where the strides say, or it is refused."""
+    dims = list(range(len(shape)))
+    order.shuffle(dims)
+    storage = torch.arange(10_000).as_strided([2 * n for n in shape] + [3], _dense([2 * n for n in shape] + [3]))
+    view = storage[
+        tuple(slice(0, n) if kept else slice(None, None, 2) for n, kept in zip(shape, keep, strict=False))
+    ]
+    view = view.permute(*dims, len(shape))
+    if expand:
+        view = view[:1].expand(3, *view.shape[1:])
+    rows = collapse_rows([view])
+    if rows is None:
+        return
+    assert rows.count == view[..., 0].numel()
+    ((outer, inner),) = rows.strides
+    start = int(view.flatten()[0]) if view.numel() else 0
+    for r, row in enumerate(view.reshape(-1, 3)):
+        offset = (r // rows.inner) * outer + (r % rows.inner) * inner
+        assert int(row[0]) == start + offset
+        if rows.flat:
+            assert offset == r * inner
+
+
+def _dense(shape):
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.insert(0, step)
+        step *= n
+    return strides
+
+
+def test_rows_of_two_tensors_need_a_common_numbering():
+    flat, sliced = torch.empty(2, 5, 8), torch.empty(2, 7, 8)[:, :5]
+    assert collapse_rows([flat]).flat
+    both = collapse_rows([flat, sliced])
+    assert (both.inner, both.strides) == (5, ((40, 8), (56, 8)))
+    assert collapse_rows([torch.empty(2, 3, 4, 8).permute(1, 0, 2, 3)[:, :, ::2]]) is None
+
+
+@pytest.mark.parametrize(
+    ("view", "flat"),
+    [
+        (lambda: torch.empty(2, 8, 5, 6), True),
+        (lambda: torch.empty(2, 8, 5, 6).contiguous(memory_format=torch.channels_last), True),
+        (lambda: torch.empty(2, 8, 5, 6)[:, 2:4], True),
+        (lambda: torch.empty(2, 8, 5, 6)[:, :, 1:3], True),
+        (lambda: torch.empty(2, 8, 5, 6)[..., :3], False),
+        (lambda: torch.empty(2, 8, 5, 6)[..., :1], True),
+        (lambda: torch.empty(2, 8, 5, 6)[:, :, :1, ::2], True),
+        (lambda: torch.empty(2, 8, 5, 6).transpose(2, 3), False),
+        (lambda: torch.empty(2, 8, 1, 1).expand(2, 8, 5, 6), True),
+    ],
+)
+def test_flat_images_have_one_pixel_stride(view, flat):
+    x = view()
+    strides = image_strides(x)
+    assert strides.flat is flat
+    for h in range(x.shape[2]):
+        for w in range(x.shape[3]):
+            true = h * x.stride(2) + w * x.stride(3)
+            pixel = h * x.shape[3] + w
+            assert true == (pixel * strides.w if flat else h * strides.h + w * strides.w)
+
+
+@fuzz
+@given(columns=st.integers(1, 5000), most=st.sampled_from([64, 512, 1024]))
+def test_a_column_block_wastes_the_fewest_lanes(columns, most):
+    block = column_block(columns, most)
+    assert block & (block - 1) == 0
+    assert block <= most
+    waste = lambda size: -(-columns // size) * size - columns  # noqa: E731
+    allowed = [1 << i for i in range(most.bit_length()) if (1 << i) >= min(64, next_power_of_two(columns))]
+    assert waste(block) == min(waste(size) for size in allowed)
+
+
+def test_the_tuned_table_is_read_by_chip_kernel_and_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
+    chip = Chip("NVIDIA H200", 132)
+    assert chip.file_name == "nvidia-h200"
+    config = {"block_m": 2, "block_n": 256, "num_warps": 2}
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"kernels": {"geglu": {"some key": config}}}))
+    assert tuned("geglu", "some key", chip, GegluConfig) == GegluConfig(**config)
+    assert tuned("geglu", "another", chip, GegluConfig) is None
+    assert tuned("layer_norm", "some key", chip, GegluConfig) is None
+    assert tuned("geglu", "some key", Chip("NVIDIA A100", 108), GegluConfig) is None
+
+
+def meta(*shape, dtype=torch.bfloat16, channels_last=False):
+    format_ = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(*shape, dtype=dtype, device="meta", memory_format=format_)
+
+
+def norm_call(batch, channels, size, skip=0, channels_last=True, dtype=torch.bfloat16):
+    x = meta(batch, channels, size, size, channels_last=channels_last, dtype=dtype)
+    other = meta(batch, skip, size, size, channels_last=channels_last, dtype=dtype) if skip else None
+    return {"x": x, "num_groups": 32, "skip": other, "shift": meta(batch, channels + skip)}
+
+
+# Every width of the family's norms, of their concatenations, and an autoencoder's.
+BASES = [64, 96, 128, 160, 192, 224, 256, 288, 320, 512, 768]
+NORMS = [
+    norm_call(batch, base * a, 64 // a, skip=base * b)
+    for base in BASES
+    for a, b in ((1, 0), (1, 1), (2, 0), (2, 1), (4, 2), (4, 4))
+    for batch in (2, 16)
+] + [
+    norm_call(1, 128, 512),
+    norm_call(1, 256, 512),
+    norm_call(1, 512, 64),
+    norm_call(2, 320, 64, channels_last=False),
+]
+
+
+@pytest.mark.parametrize("call", NORMS, ids=lambda call: "-".join(map(str, call["x"].shape)))
+def test_group_norm_configurations_are_sound(call):
+    """Programs cover all groups, tiles and statistics stay small, and rows of channels-last memory are whole."""
+    _, launches = OPERATORS["group_norm_silu"].plan(**call)
+    x, skip = call["x"], call["skip"]
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    assert len(launches) in (1, 2)
+    for launch in launches:
+        a = launch.arguments
+        tile = a["BLOCK_C"] * a["BLOCK_HW"]
+        assert a["bundles"] * a["GROUPS"] * a["GROUP_CHANNELS"] >= channels
+        assert 256 <= tile <= 16384
+        assert tile // (32 * launch.num_warps) <= 64
+        if x.stride(1) == 1:
+            assert a["GROUPS"] * a["GROUP_CHANNELS"] * x.element_size() % 16 == 0
+            assert channels / (a["bundles"] * a["BLOCK_C"]) > 0.45
+        if "chunks" in a:
+            assert (a["chunks"] - 1) * a["chunk_pixels"] < a["pixels"] <= a["chunks"] * a["chunk_pixels"]
+            assert a["chunk_pixels"] % a["BLOCK_HW"] == 0
+
+
+def test_small_norms_take_one_launch_and_large_ones_fill_the_chip():
+    plan = OPERATORS["group_norm_silu"].plan
+    assert len(plan(**norm_call(2, 1280, 8))[1]) == 1
+    assert len(plan(**norm_call(2, 1280, 16))[1]) == 1
+    for call in (norm_call(2, 320, 64), norm_call(1, 128, 512)):
+        statistics, apply = plan(**call)[1]
+        assert min(statistics.programs, apply.programs) >= NO_GPU.multiprocessors
+
+
+def test_a_named_configuration_is_the_one_that_runs():
+    config = GroupNormConfig(groups=4, block_hw=32, chunks=5, num_warps=8)
+    _, launches = OPERATORS["group_norm_silu"].plan(**norm_call(2, 320, 64), config=config)
+    assert [launch.num_warps for launch in launches] == [8, 8]
+    assert all(launch.arguments["GROUPS"] == 4 and launch.arguments["BLOCK_HW"] == 32 for launch in launches)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_candidates_are_distinct_and_include_no_absurd_ones(name):
+    calls = {
+        "group_norm_silu": norm_call(2, 320, 64),
+        "layer_norm": {"x": meta(2, 1024, 640), "weight": meta(640), "bias": meta(640)},
+        "geglu": {"x": meta(2, 1024, 2560)},
+        "residual_add": {"x": meta(2, 320, 64, 64, channels_last=True), "residual": meta(2, 320, 64, 64)},
+        "sampler_update": {
+            "registers": meta(2, 1, 4, 64, 64, dtype=torch.float32),
+            "model_output": meta(1, 4, 64, 64),
+            "table": meta(9, 2, 4, dtype=torch.float32),
+            "step": meta(1, dtype=torch.int64),
+        },
+    }
+    operator = OPERATORS[name]
+    found = operator.candidates(**calls[name])
+    assert len(set(found)) == len(found) >= 4
+    for config in found:
+        _, launches = operator.plan(**calls[name], config=config)
+        assert all(0 < launch.programs < 2**31 for launch in launches)
+    assert "\n" not in operator.tuning_key(**calls[name])
