@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from .cases import Case, CaseError, Choices, preset_named, select_cases
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run
+from .static.cli import InspectError, inspect
 from .timing import RepetitionRule
 
 app = typer.Typer(
@@ -156,6 +157,9 @@ def env(
     typer.echo(json.dumps(collect_environment(name).model_dump(mode="json") | {"device_now": state}, indent=2))
 
 
+app.command()(inspect)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -163,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
     except _WRONG_CALL as wrong_call:
         _stop(f"{wrong_call.format_message().rstrip('.')}; see: ldmperf --help", 2)
-    except (CaseError, RunError) as wrong_call:
+    except (CaseError, RunError, InspectError) as wrong_call:
         _stop(str(wrong_call), 2)
     except KeyboardInterrupt:
         code = 130

@@ -1,0 +1,98 @@
+"""A `Launch` compiled for an architecture that need not be there, specialized as its launch would be.
+
+Triton specializes a kernel by its arguments: 1 and None become constants, integers divisible by 16 and aligned
+pointers are marked so, integers past 32 bits are passed in 64. That is asked of Triton's own binder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from ldmperf.kernels import Launch
+
+from .machines import Machine
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """What a launch is compiled by; equal ones give the same code. Fields in the order of the kernel's parameters.
+
+    signature    (parameter, its type: "*bf16", "i32", "i64", "fp32", "constexpr")
+    constants    (parameter, value) of constexprs, of None and of ones
+    attributes   (parameter, "D" where divisible by 16, "S" where an AMD buffer addresses it)
+    """
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    attributes: tuple[tuple[str, str], ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def key(self) -> str:
+        """A short name that differs between specializations: the kernel and a digest of the rest."""
+        text = repr((self.signature, self.constants, self.attributes, self.num_warps, self.num_stages))
+        return f"{self.kernel}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The code of one specialization. `asm` holds ttir, ttgir, llir and ptx, cubin or amdgcn, hsaco."""
+
+    specialization: Specialization
+    machine: Machine
+    shared: int
+    asm: dict[str, Any] = field(repr=False)
+
+
+def _bind(launch: Launch, machine: Machine) -> tuple[Any, Any, Any, Any]:
+    """(options, signature, constants by path, attributes by path), as a launch on that device makes them."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    backend = make_backend(target(machine))
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(**launch.arguments, **options)
+    packed: tuple[Any, Any, Any, Any] = kernel._pack_args(backend, options, bound, specialization, options)
+    return packed
+
+
+def target(machine: Machine) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(machine.backend, machine.capability, machine.warp_size)
+
+
+def specialization_of(launch: Launch, machine: Machine) -> Specialization:
+    """By what `launch` would be compiled for this machine."""
+    _, signature, constants, attributes = _bind(launch, machine)
+    names = [parameter.name for parameter in launch.kernel.params]
+    marks = {("tt.divisibility", 16): "D", ("tt.pointer_range", 32): "S"}
+    return Specialization(
+        launch.name,
+        tuple(signature.items()),
+        tuple((names[path[0]], value) for path, value in sorted(constants.items())),
+        tuple(
+            (names[path[0]], "".join(marks.get(tuple(mark), "?") for mark in values))
+            for path, values in sorted(attributes.items())
+            if values
+        ),
+        launch.num_warps,
+        launch.num_stages,
+    )
+
+
+def compile_launch(launch: Launch, machine: Machine) -> Compiled:
+    """Compile through Triton's cache (TRITON_CACHE_DIR). Raises what the compiler raises."""
+    import triton
+    from triton.compiler import ASTSource
+
+    options, signature, constants, attributes = _bind(launch, machine)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kernel = triton.compile(source, target=target(machine), options=options.__dict__)
+    return Compiled(specialization_of(launch, machine), machine, int(kernel.metadata.shared), {**kernel.asm})

@@ -1,0 +1,141 @@
+"""All that is told of one compiled launch: resources, occupancy, instruction mix and the prediction from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ldmperf.kernels import Launch
+
+from .amd import AmdResources, amd_resources
+from .compile import Compiled, compile_launch
+from .machines import Machine
+from .model import Prediction, predict
+from .occupancy import Occupancy, occupancy
+from .ptx import Access, global_accesses
+from .sass import Region, Resources, disassemble, hot_region, parse, resources
+from .units import Mix, mix
+
+
+@dataclass(frozen=True)
+class NvidiaCode:
+    """What machine code of an NVIDIA architecture shows. `accesses` are those of the PTX, by argument."""
+
+    resources: Resources
+    occupancy: Occupancy
+    region: Region
+    instructions: int
+    mix: Mix
+    accesses: tuple[Access, ...]
+    prediction: Prediction
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A launch compiled for a machine; exactly one of `nvidia` and `amd` is there."""
+
+    launch: Launch
+    compiled: Compiled
+    nvidia: NvidiaCode | None = None
+    amd: AmdResources | None = None
+
+    @property
+    def faults(self) -> list[str]:
+        """What no kernel may have: spills, local memory, a stack, or more than the chip has."""
+        machine, found = self.compiled.machine, []
+        if self.compiled.shared > machine.shared_per_block:
+            found.append(f"{self.compiled.shared} bytes of shared memory are more than {machine.shared_per_block}")
+        counts: dict[str, int] = {}
+        if self.nvidia is not None:
+            code = self.nvidia.resources
+            counts = {
+                "spill loads": code.spill_loads,
+                "spill stores": code.spill_stores,
+                "bytes of stack": code.stack,
+                "bytes of local memory": code.local,
+            }
+            if self.nvidia.occupancy.programs == 0:
+                found.append(f"no program fits, for {self.nvidia.occupancy.limit}")
+        if self.amd is not None:
+            counts = {
+                "vector register spills": self.amd.vgpr_spills,
+                "scalar register spills": self.amd.sgpr_spills,
+                "bytes of scratch": self.amd.scratch,
+            }
+            if self.amd.vgprs > machine.max_registers:
+                found.append(f"{self.amd.vgprs} registers are more than {machine.max_registers}")
+        return found + [f"{count} {what}" for what, count in counts.items() if count]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; what is predicted stands under `prediction`."""
+        specialization, machine = self.compiled.specialization, self.compiled.machine
+        told: dict[str, Any] = {
+            "kernel": specialization.kernel,
+            "specialization": specialization.key,
+            "arch": machine.arch,
+            "programs": self.launch.programs,
+            "num_warps": specialization.num_warps,
+            "constants": {name: str(value) for name, value in specialization.constants},
+            "shared_bytes": self.compiled.shared,
+            "faults": self.faults,
+        }
+        if self.amd is not None:
+            return told | {"resources": dataclasses.asdict(self.amd)}
+        if self.nvidia is None:
+            return told
+        code = self.nvidia
+        return told | {
+            "resources": dataclasses.asdict(code.resources),
+            "occupancy": dataclasses.asdict(code.occupancy),
+            "instructions": code.instructions,
+            "region": {
+                "loop": code.region.loop,
+                "instructions": len(code.region),
+                "mix": code.mix.by_class,
+                "moves": code.mix.moves,
+            },
+            "global_accesses": [dataclasses.asdict(access) for access in code.accesses],
+            "prediction": {
+                "chip": machine.chip,
+                "cycles": {unit: round(cycles, 2) for unit, cycles in code.prediction.cycles.items()},
+                "per": code.prediction.per_pass,
+                "memory_bytes": round(code.prediction.memory_bytes, 1),
+                "bound": code.prediction.bound,
+            },
+        }
+
+
+def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
+    """Compile a launch and read its code. Raises what the compiler raises."""
+    compiled = compile_launch(launch, machine)
+    if machine.backend == "hip":
+        return Inspection(launch, compiled, amd=amd_resources(compiled.asm["amdgcn"]))
+    text = disassemble(compiled.asm["cubin"])
+    instructions = parse(text)
+    used = resources(text, instructions)
+    region = hot_region(instructions)
+    warps = launch.num_warps
+    moved = None if region.loop else tensor_bytes(launch) / max(launch.programs, 1)
+    constants = {name for name, _ in compiled.specialization.constants}
+    parameters = [(name, kind) for name, kind in compiled.specialization.signature if name not in constants]
+    code = NvidiaCode(
+        used,
+        occupancy(machine, registers=used.registers, shared=compiled.shared, num_warps=warps),
+        region,
+        sum(instruction.opcode != "NOP" for instruction in instructions),
+        mix(region.instructions),
+        tuple(global_accesses(compiled.asm["ptx"], parameters)),
+        predict(machine, region.instructions, warps, moved),
+        text,
+    )
+    return Inspection(launch, compiled, nvidia=code)
+
+
+def tensor_bytes(launch: Launch) -> int:
+    """The bytes of a launch's tensors, each counted once: the least that it can move."""
+    tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,101 @@
+"""The chips that kernels are compiled for: their limits and the throughput of their units.
+
+Sources. Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability", and the occupancy
+rules of the CUDA occupancy calculator (allocation granularity); AMD Instinct MI300 ISA guide for gfx942.
+Lanes: the guide's table "Throughput of Native Arithmetic Instructions" (results per clock and multiprocessor),
+which does not split every pipe: where an opcode is not in it, the unit below says what is assumed.
+Memory and clock: data sheets of the chip named, its peak bandwidth and boost clock; no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A compile target. `lanes`: results per clock and multiprocessor of each unit; empty where not modelled."""
+
+    arch: str
+    backend: str
+    capability: int | str
+    warp_size: int
+    max_registers: int
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    chip: str = ""
+    multiprocessors: int = 0
+    clock_ghz: float = 0.0
+    memory_tb_per_s: float = 0.0
+    max_warps: int = 64
+    max_blocks: int = 32
+    registers_per_multiprocessor: int = 65536
+    lanes: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def memory_bytes_per_cycle(self) -> float:
+        """A multiprocessor's share of the memory bandwidth at the boost clock."""
+        return self.memory_tb_per_s * 1e3 / (self.clock_ghz * self.multiprocessors)
+
+
+# Lanes by unit.
+# issue       four schedulers, one warp instruction a clock each.
+# fma         32-bit add, multiply, multiply-add; HFMA2 as one lane (two results).
+# fma_integer 32-bit multiply-add (IMAD, also as a move), on one half of the fma pipe where that has two.
+# alu         integer add, logic, shift, compare, select, minimum; table: 64 for each of these.
+# special     MUFU: reciprocal, square root, exponential; conversions that are not packed (I2F, F2I, F2F) are
+#             assumed to share its 16 lanes.
+# conversion  F2FP, packing two floats to half precision: "all other type conversions".
+# lsu         load and store instructions and shuffles: 32 lanes address a clock.
+# l1_bytes    bytes between registers and L1 or shared memory, a clock.
+# matrix      multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock).
+_COMMON = {"issue": 128.0, "alu": 64.0, "special": 16.0, "conversion": 64.0, "lsu": 32.0, "l1_bytes": 128.0}
+_SM_80 = _COMMON | {"fma": 64.0, "fma_integer": 64.0, "matrix": 1024.0}
+_SM_90 = _COMMON | {"fma": 128.0, "fma_integer": 64.0, "matrix": 2048.0}
+
+MACHINES: Mapping[str, Machine] = {
+    machine.arch: machine
+    for machine in (
+        Machine(
+            "sm_80",
+            "cuda",
+            80,
+            warp_size=32,
+            max_registers=255,
+            shared_per_block=163 * 1024,
+            shared_per_multiprocessor=164 * 1024,
+            chip="A100 SXM 80 GB",
+            multiprocessors=108,
+            clock_ghz=1.41,
+            memory_tb_per_s=2.039,
+            lanes=_SM_80,
+        ),
+        Machine(
+            "sm_90",
+            "cuda",
+            90,
+            warp_size=32,
+            max_registers=255,
+            shared_per_block=227 * 1024,
+            shared_per_multiprocessor=228 * 1024,
+            chip="H200 SXM",
+            multiprocessors=132,
+            clock_ghz=1.98,
+            memory_tb_per_s=4.8,
+            lanes=_SM_90,
+        ),
+        # Registers: 512 vector registers (256 of them accumulation registers) of a wavefront; no occupancy and no
+        # pipes are modelled.
+        Machine(
+            "gfx942",
+            "hip",
+            "gfx942",
+            warp_size=64,
+            max_registers=512,
+            shared_per_block=64 * 1024,
+            shared_per_multiprocessor=64 * 1024,
+            chip="MI300X",
+        ),
+    )
+}

@@ -1,0 +1,49 @@
+"""A prediction of the cycles that each unit of a multiprocessor needs. Nothing here is measured.
+
+The model counts: instructions times 32 lanes over the lanes of their unit, with perfect overlap, no stall, no bank
+conflict and no cache. It tells which unit cannot be the limit and which may be; a time it does not tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .machines import Machine
+from .sass import Instruction
+from .units import is_global, unit_counts, width
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted cycles of a multiprocessor for one program's pass over the region, by unit, and the longest."""
+
+    cycles: Mapping[str, float]
+    memory_bytes: float
+    per_pass: str
+
+    @property
+    def bound(self) -> str:
+        return max(self.cycles, key=lambda unit: self.cycles[unit])
+
+
+def predict(
+    machine: Machine, region: Sequence[Instruction], num_warps: int, memory_bytes: float | None = None
+) -> Prediction:
+    """The prediction for a region that each of a program's warps passes once.
+
+    `memory_bytes`: what the program moves; without it, the bytes that the region's global instructions ask for,
+    as if no lane were masked, no two asked for the same and all came from memory.
+    """
+    counts = unit_counts(region)
+    cycles = {
+        unit: num_warps * machine.warp_size * counts[unit] / lanes
+        for unit, lanes in machine.lanes.items()
+        if counts[unit]
+    }
+    asked = num_warps * machine.warp_size * sum(width(i) for i in region if is_global(i))
+    moved = float(asked) if memory_bytes is None else memory_bytes
+    cycles["memory"] = moved / machine.memory_bytes_per_cycle
+    return Prediction(
+        cycles, moved, "a pass of the loop by one program" if memory_bytes is None else "one program"
+    )

@@ -1,0 +1,94 @@
+"""Arguments of each operator on the meta device, from a few numbers: what `ldmperf inspect` compiles for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers that shapes are made of; an operator takes those that its builder names."""
+
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 2
+    channels: int = 320
+    height: int = 64
+    width: int = 64
+    groups: int = 32
+    skip_channels: int = 0
+
+    def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(size, dtype=dtype or self.dtype, device="meta")
+
+    def image(self, batch: int, channels: int) -> Tensor:
+        """[batch, channels, height, width] in channels-last memory."""
+        return self.empty(batch, channels, self.height, self.width).to(memory_format=torch.channels_last)
+
+    def tokens(self, channels: int) -> Tensor:
+        return self.empty(self.batch, self.height * self.width, channels)
+
+
+Arguments = dict[str, Any]
+
+
+def _group_norm_silu(shape: Shape) -> Arguments:
+    channels = shape.channels + shape.skip_channels
+    skip = shape.image(shape.batch, shape.skip_channels) if shape.skip_channels else None
+    return {
+        "x": shape.image(shape.batch, shape.channels),
+        "num_groups": shape.groups,
+        "weight": shape.empty(channels),
+        "bias": shape.empty(channels),
+        "shift": None if shape.skip_channels else shape.empty(shape.batch, channels),
+        "skip": skip,
+    }
+
+
+def _layer_norm(shape: Shape) -> Arguments:
+    return {
+        "x": shape.tokens(shape.channels),
+        "weight": shape.empty(shape.channels),
+        "bias": shape.empty(shape.channels),
+        "residual": shape.tokens(shape.channels),
+        "x_bias": shape.empty(shape.channels),
+    }
+
+
+def _geglu(shape: Shape) -> Arguments:
+    return {"x": shape.tokens(2 * shape.channels), "bias": shape.empty(2 * shape.channels)}
+
+
+def _residual_add(shape: Shape) -> Arguments:
+    x = shape.image(shape.batch, shape.channels)
+    return {"x": x, "residual": torch.empty_like(x), "bias": shape.empty(shape.channels)}
+
+
+def _sampler_update(shape: Shape) -> Arguments:
+    registers, steps, float32 = 2, 50, torch.float32
+    return {
+        "registers": shape.empty(registers, shape.batch, shape.channels, shape.height, shape.width, dtype=float32),
+        "model_output": shape.image(2 * shape.batch, shape.channels),
+        "table": shape.empty(steps, registers, registers + 2, dtype=float32),
+        "step": shape.empty(1, dtype=torch.int64),
+        "guidance_scale": shape.empty(steps, dtype=float32),
+        "seeds": shape.empty(shape.batch, dtype=torch.int64),
+        "model_input": shape.image(2 * shape.batch, shape.channels),
+        "input_scale": shape.empty(steps, dtype=float32),
+    }
+
+
+_IMAGE = ("batch", "channels", "height", "width")
+
+# By operator: what makes its arguments, the numbers that it takes, and what they are by default.
+SHAPES: Mapping[str, tuple[Callable[[Shape], Arguments], tuple[str, ...], Mapping[str, int]]] = {
+    "group_norm_silu": (_group_norm_silu, (*_IMAGE, "groups", "skip_channels"), {}),
+    "layer_norm": (_layer_norm, _IMAGE, {}),
+    "geglu": (_geglu, _IMAGE, {"channels": 1280}),
+    "residual_add": (_residual_add, _IMAGE, {}),
+    "sampler_update": (_sampler_update, _IMAGE, {"channels": 4}),
+}
