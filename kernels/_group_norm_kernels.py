@@ -122,6 +122,50 @@ def _store_tile(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _normalize(  # type: ignore[no-untyped-def]
+    x_ptr,
+    skip_ptr,
+    out_ptr,
+    shift,
+    center,
+    slope,
+    offset,
+    start,
+    end,
+    width,
+    offs_c,
+    mask_c,
+    x_channels,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    stride_kc,
+    stride_kh,
+    stride_kw,
+    stride_oc,
+    stride_ow,
+    BLOCK_HW: tl.constexpr,
+    SILU: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """Normalize the pixels from start to end, tile by tile."""
+    lanes = tl.arange(0, BLOCK_HW)
+    x, mask = _load_tile(
+        x_ptr, skip_ptr, shift, start + lanes, end, width, offs_c, mask_c, x_channels,
+        stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
+    )  # fmt: skip
+    for tile in range(start, end, BLOCK_HW):
+        # The next tile is on its way while this one is worked on; past the end it is masked off.
+        next_x, next_mask = _load_tile(
+            x_ptr, skip_ptr, shift, tile + BLOCK_HW + lanes, end, width, offs_c, mask_c, x_channels,
+            stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
+        )  # fmt: skip
+        _store_tile(out_ptr, x, mask, center, slope, offset, tile + lanes, offs_c, stride_oc, stride_ow, SILU)
+        x = next_x
+        mask = next_mask
+
+
+@jit
 def _statistics(  # type: ignore[no-untyped-def]
     x_ptr,
     skip_ptr,
@@ -152,7 +196,7 @@ def _statistics(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     total = tl.zeros_like(pivot)
     squares = tl.zeros_like(pivot)
-    for tile in range(start + BLOCK_HW, end, BLOCK_HW):
+    for tile in tl.range(start + BLOCK_HW, end, BLOCK_HW, loop_unroll_factor=4):
         x, mask = _load_tile(
             x_ptr, skip_ptr, shift, tile + lanes, end, width, offs_c, mask_c, x_channels,
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
@@ -228,12 +272,11 @@ def group_norm_kernel(  # type: ignore[no-untyped-def]
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, GROUP_CHANNELS, BLOCK_HW, FLAT,
         )  # fmt: skip
         center, slope, offset = _affine(weight_ptr, bias_ptr, mean0, delta, m2, count, eps, offs_c, mask_c, member)
-        for tile in range(0, pixels, BLOCK_HW):
-            x, mask = _load_tile(
-                x_ptr, skip_ptr, shift, tile + lanes, pixels, width, offs_c, mask_c, x_channels,
-                stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
-            )  # fmt: skip
-            _store_tile(out_ptr, x, mask, center, slope, offset, tile + lanes, offs_c, stride_oc, stride_ow, SILU)
+        _normalize(
+            x_ptr, skip_ptr, out_ptr, shift, center, slope, offset, 0, pixels, width, offs_c, mask_c, x_channels,
+            stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, stride_oc, stride_ow, BLOCK_HW,
+            SILU, FLAT,
+        )  # fmt: skip
 
 
 @jit
@@ -360,11 +403,9 @@ def group_norm_apply_kernel(  # type: ignore[no-untyped-def]
     out_ptr += b * stride_ob
     if skip_ptr is not None:
         skip_ptr += b * stride_kb
-    lanes = tl.arange(0, BLOCK_HW)
-    end = tl.minimum((chunk + 1) * chunk_pixels, pixels)
-    for tile in range(chunk * chunk_pixels, end, BLOCK_HW):
-        x, mask = _load_tile(
-            x_ptr, skip_ptr, shift, tile + lanes, end, width, offs_c, mask_c, x_channels,
-            stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
-        )  # fmt: skip
-        _store_tile(out_ptr, x, mask, center, slope, offset, tile + lanes, offs_c, stride_oc, stride_ow, SILU)
+    _normalize(
+        x_ptr, skip_ptr, out_ptr, shift, center, slope, offset, chunk * chunk_pixels,
+        tl.minimum((chunk + 1) * chunk_pixels, pixels), width, offs_c, mask_c, x_channels,
+        stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, stride_oc, stride_ow, BLOCK_HW, SILU,
+        FLAT,
+    )  # fmt: skip

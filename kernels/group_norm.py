@@ -90,9 +90,14 @@ class _Shape:
     interleaved: bool
 
 
-# A multiprocessor's pace over cached elements, and the price of a second launch: rough, for choosing only.
+# For choosing only, and rough: a multiprocessor's pace over cached elements, how long it waits for a tile, and the
+# price of a launch and its way in and out. bench/tune.py measures instead.
 _ELEMENTS_PER_NS = 20.0
+_TILE_NS = 500.0
 _LAUNCH_NS = 2500.0
+# What a multiprocessor holds of these kernels at about 100 registers a thread, 16 elements of a tile each.
+_RESIDENT_WARPS = 16
+_THREAD_ELEMENTS = 16
 
 
 def default_config(shape: _Shape, chip: Chip) -> GroupNormConfig:
@@ -125,20 +130,34 @@ def _bundles(shape: _Shape) -> list[int]:
 def _bundled(shape: _Shape, groups: int, chip: Chip) -> list[tuple[float, GroupNormConfig]]:
     """(cost in ns, configuration) in one launch and in two, with `groups` groups a program."""
     block_c = next_power_of_two(groups * shape.group_channels)
-    programs = shape.batch * ceil_div(shape.num_groups, groups)
-    slab = block_c * shape.pixels
-    one_tile = block_c * next_power_of_two(shape.pixels) <= 16384
-    block_hw = next_power_of_two(shape.pixels) if one_tile else max(8192 // block_c, 1)
-    warps = min(max(block_c * block_hw // 1024, 1), 16)
-    waves = ceil_div(programs, chip.multiprocessors)
-    one = waves * slab * (2 if one_tile else 3) / _ELEMENTS_PER_NS
-    options = [(one, GroupNormConfig(groups, block_hw, 0, warps))]
-    block_hw = max(2048 // block_c, 1)
-    chunks = min(ceil_div(4 * chip.multiprocessors, max(programs, 1)), ceil_div(shape.pixels, 2 * block_hw), 64)
-    if chunks > 1:
-        busy = min(programs * chunks, chip.multiprocessors)
-        two = _LAUNCH_NS + 3 * programs * slab / busy / _ELEMENTS_PER_NS
-        options.append((two, GroupNormConfig(groups, block_hw, chunks, 4)))
+    bundles = shape.batch * ceil_div(shape.num_groups, groups)
+    all_pixels = next_power_of_two(shape.pixels)
+    options = []
+
+    def cost(programs: int, warps: int, tiles: int, elements: float) -> float:
+        """Programs of so many tiles one after the other and so many elements of work."""
+        rounds = ceil_div(programs, chip.multiprocessors * max(_RESIDENT_WARPS // warps, 1))
+        share = max(programs / chip.multiprocessors, 1.0)
+        return _LAUNCH_NS + max(rounds * tiles * _TILE_NS, share * elements / _ELEMENTS_PER_NS)
+
+    if block_c * all_pixels <= 16384:
+        warps = min(max(block_c * all_pixels // 1024, 1), 16)
+        one = cost(bundles, warps, 1, 2.0 * block_c * all_pixels)
+        options.append((one, GroupNormConfig(groups, all_pixels, 0, warps)))
+    for warps in (4, 8):
+        block_hw = max(32 * warps * _THREAD_ELEMENTS // block_c, 1)
+        tiles = ceil_div(shape.pixels, block_hw)
+        one = cost(bundles, warps, 2 * tiles, 3.0 * tiles * block_hw * block_c)
+        options.append((one, GroupNormConfig(groups, block_hw, 0, warps)))
+        for chunks in (4, 8, 16, 32, 64, 128):
+            if chunks > tiles:
+                break
+            # The membership of channels in groups, and every chunk's statistics, twice as wide as elements.
+            merge = 3.0 * block_c * next_power_of_two(groups) + 6.0 * chunks * groups
+            work = ceil_div(tiles, chunks) * block_hw * block_c
+            two = cost(bundles * chunks, warps, ceil_div(tiles, chunks), work + merge)
+            two += cost(bundles * chunks, warps, ceil_div(tiles, chunks) + 1, 2.0 * work + merge)
+            options.append((two, GroupNormConfig(groups, block_hw, chunks, warps)))
     return options
 
 

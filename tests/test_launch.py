@@ -27,7 +27,7 @@ def test_collapsed_rows_number_the_rows_in_order(shape, order, keep, expand):
     """Any permuted, sliced or expanded tensor: either its rows are where the strides say, or it is refused."""
     dims = list(range(len(shape)))
     order.shuffle(dims)
-    storage = torch.arange(10_000).as_strided([2 * n for n in shape] + [3], _dense([2 * n for n in shape] + [3]))
+    storage = torch.arange(20_000).as_strided([2 * n for n in shape] + [3], _dense([2 * n for n in shape] + [3]))
     view = storage[
         tuple(slice(0, n) if kept else slice(None, None, 2) for n, kept in zip(shape, keep, strict=False))
     ]
