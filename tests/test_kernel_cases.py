@@ -1,0 +1,83 @@
+"""The operator calls of a step as values: found in the UNet's run, with strides, counts and bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.kernel_cases import (
+    KernelCase,
+    TensorSpec,
+    family_kernel_cases,
+    sampler_case,
+    vae_kernel_cases,
+)
+
+CASES = family_kernel_cases("39M", 2, "float32", latents=16)
+
+
+def test_the_calls_of_a_step_are_those_of_the_network() -> None:
+    calls = {name: sum(c.count for c in CASES if c.operator == name) for name in OPERATORS}
+    # Two norms in each of 22 ResBlocks, one in each of 16 transformers, one at the end.
+    assert calls["group_norm_silu"] == 61
+    assert calls["layer_norm"] == 3 * 16
+    assert calls["geglu"] == 16
+    assert calls["residual_add"] >= 22 + 16
+
+
+def test_cases_are_distinct_and_named() -> None:
+    assert len({case.key for case in CASES}) == len({case.label + case.operator for case in CASES}) == len(CASES)
+    assert {case.operator for case in CASES} == set(OPERATORS)
+    assert any("+skip" in case.label for case in CASES)
+    assert any("size=" in case.label for case in CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator} {case.label}")
+def test_a_case_can_be_called_and_planned(case: KernelCase) -> None:
+    operator = OPERATORS[case.operator]
+    arguments = case.arguments("cpu", torch.Generator().manual_seed(0))
+    for spec in case.tensors:
+        made = arguments[spec.name]
+        assert (tuple(made.shape), made.stride(), made.dtype) == (spec.shape, spec.stride, spec.torch_dtype)
+        assert not made.is_floating_point() or spec.access == "row" or made.count_nonzero()
+    result = operator.call(**arguments, backend="torch")
+    results = result if isinstance(result, tuple) else () if result is None else (result,)
+    # The layout that the recording on "meta" says is the one on a device.
+    assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in case.results]
+    assert operator.plan(**case.arguments("meta"))[1]
+    assert KernelCase.model_validate_json(case.model_dump_json()) == case
+
+
+def test_the_same_seed_gives_the_same_arguments_and_another_does_not() -> None:
+    first, same, other = (
+        CASES[0].arguments("cpu", torch.Generator().manual_seed(seed))["x"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_bytes_are_of_each_argument_once_and_each_result_once() -> None:
+    case = next(c for c in vae_kernel_cases() if c.tensors[0].shape == (1, 512, 64, 64))
+    assert case.bytes_moved == 2 * (2 * 512 * 64 * 64 + 2 * 512)
+    # Guided, one image: two halves of bfloat16 output and input, a register read and written.
+    assert sampler_case("ddim", 2, "bfloat16").bytes_moved == 4 * 64 * 64 * (2 * 2 + 2 * 2 + 2 * 4)
+
+
+def test_an_expanded_dimension_counts_once_and_reads_one_memory() -> None:
+    spec = TensorSpec(name="shift", shape=(3, 5), stride=(0, 1), dtype="float32")
+    assert spec.nbytes == 5 * 4
+    made = spec.make(torch.device("cpu"))
+    assert torch.equal(made[0], made[2])
+
+
+def test_integers_stay_below_their_bound() -> None:
+    spec = TensorSpec(name="step", shape=(1000,), stride=(1,), dtype="int64", below=7)
+    assert set(spec.make(torch.device("cpu")).tolist()) == set(range(7))
+
+
+def test_a_batch_of_one_is_without_guidance() -> None:
+    assert "guidance_scale" not in {tensor.name for tensor in sampler_case("ddim", 1, "float32").tensors}
+    guided = sampler_case("euler_a", 16, "float32")
+    assert guided.tensors[0].shape == (1, 8, 4, 64, 64)
+    assert "seeds" in {tensor.name for tensor in guided.tensors}
