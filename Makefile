@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
 
-.PHONY: help profile test check format readme clean
+.PHONY: help profile test check format readme static-baseline clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check     lint, format and types"
 	@echo "make format    rewrite the code in the house format"
 	@echo "make readme    write README's table from the committed records that it names"
+	@echo "make static-baseline  write bench/static/ for the installed triton: what it makes of the kernels"
 	@echo "make clean     remove .venv and caches, never runs/"
 
 profile: $(STAMP)
@@ -33,6 +34,9 @@ format: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python bench/readme.py
+
+static-baseline: $(STAMP)
+	$(BIN)/python bench/static_baseline.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -80,6 +80,9 @@ class Inspection:
             "programs": self.launch.programs,
             "num_warps": specialization.num_warps,
             "constants": {name: str(value) for name, value in specialization.constants},
+            "tensor_bytes": {
+                name: value.numel() * value.element_size() for name, value in tensors(self.launch).items()
+            },
             "shared_bytes": self.compiled.shared,
             "faults": self.faults,
         }
@@ -97,6 +100,7 @@ class Inspection:
                 "instructions": len(code.region),
                 "mix": code.mix.by_class,
                 "moves": code.mix.moves,
+                "global_widths": code.mix.global_widths,
             },
             "global_accesses": [dataclasses.asdict(access) for access in code.accesses],
             "prediction": {
@@ -137,5 +141,9 @@ def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
 
 def tensor_bytes(launch: Launch) -> int:
     """The bytes of a launch's tensors, each counted once: the least that it can move."""
-    tensors = [value for value in launch.arguments.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(launch).values())
+
+
+def tensors(launch: Launch) -> dict[str, torch.Tensor]:
+    """The tensors among a launch's arguments."""
+    return {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}

@@ -143,13 +143,16 @@ def products(instruction: Instruction) -> int:
 
 @dataclass(frozen=True)
 class Mix:
-    """Instructions of a region by class, and how many of them are moves."""
+    """Instructions of a region by class; how many of them are moves; global accesses by bytes of a thread."""
 
     by_class: dict[str, int]
     moves: int
+    global_widths: dict[str, int]
 
 
 def mix(instructions: Iterable[Instruction]) -> Mix:
     instructions = list(instructions)
     counts = Counter(class_of(instruction) for instruction in instructions)
-    return Mix({name: counts[name] for name in CLASSES}, sum(is_move(i) for i in instructions))
+    widths = Counter(str(width(instruction)) for instruction in instructions if is_global(instruction))
+    moves = sum(is_move(instruction) for instruction in instructions)
+    return Mix({name: counts[name] for name in CLASSES}, moves, dict(widths))

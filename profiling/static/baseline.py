@@ -1,0 +1,103 @@
+"""What the compiler made of the kernels when it was last looked at, and what a change may not make worse.
+
+Another release of triton makes other code, so there is a file for each: bench/static/triton-<version>.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .sweep import Selection
+
+# What `make test` compiles. All sizes, both batches and every specialization: bench/static_baseline.py --every.
+CHECKED = (
+    Selection(("39M", "866M", "5B"), (2,), ("bfloat16",), ("sm_90",)),
+    Selection(("866M",), (2,), ("bfloat16",), ("sm_80", "gfx942")),
+    Selection(("866M",), (2,), ("float32",), ("sm_90",)),
+    Selection(("866M",), (2,), ("float32",), ("sm_80", "gfx942"), one_of_each="kernel"),
+    Selection(("866M",), (2,), ("float16",), ("sm_80", "sm_90", "gfx942"), one_of_each="kernel"),
+)
+# A hot region may grow by this much before it counts as longer.
+LONGER = 1.02
+
+Entry = dict[str, Any]
+
+
+def label(result: Mapping[str, Any]) -> str:
+    """What an entry is found by: it stays the same when arguments are added to a kernel."""
+    tile = [f"{name}={value}" for name, value in sorted(result["constants"].items()) if name.isupper()]
+    parts = (result["kernel"], result["dtype"], result["size"], f"batch={result['batch']}", *tile)
+    return f"{result['arch']} {' '.join(parts)} warps={result['num_warps']}"
+
+
+def entries(results: Iterable[Mapping[str, Any]]) -> dict[str, Entry]:
+    """{label: entry} of the results on NVIDIA architectures. Raises ValueError where two have one label."""
+    found: dict[str, Entry] = {}
+    for result in results:
+        if "region" not in result:
+            continue
+        name = label(result)
+        if name in found:
+            raise ValueError(f"two launches are labelled {name}")
+        resources = result["resources"]
+        found[name] = {
+            "registers": resources["registers"],
+            "shared_bytes": result["shared_bytes"],
+            "warps_per_multiprocessor": result["occupancy"]["warps"],
+            "spills": resources["spill_loads"] + resources["spill_stores"],
+            "loop": result["region"]["loop"],
+            "hot_instructions": result["region"]["instructions"],
+        }
+    return dict(sorted(found.items()))
+
+
+def regressions(baseline: Mapping[str, Entry], now: Mapping[str, Entry]) -> list[str]:
+    """What got worse, in one line each, and entries that only one of the two has."""
+    found = [f"{name}: not in the baseline" for name in now if name not in baseline]
+    found += [f"{name}: in the baseline, no longer compiled" for name in baseline if name not in now]
+    for name, before in baseline.items():
+        after = now.get(name)
+        if after is None:
+            continue
+        if after["spills"] > before["spills"]:
+            found.append(f"{name}: {before['spills']} -> {after['spills']} spills")
+        if after["warps_per_multiprocessor"] < before["warps_per_multiprocessor"]:
+            found.append(
+                f"{name}: {before['warps_per_multiprocessor']} -> {after['warps_per_multiprocessor']} warps fit, "
+                f"with {before['registers']} -> {after['registers']} registers, "
+                f"{before['shared_bytes']} -> {after['shared_bytes']} bytes of shared memory"
+            )
+        if after["hot_instructions"] > LONGER * before["hot_instructions"]:
+            found.append(
+                f"{name}: the hot region grew from {before['hot_instructions']} to {after['hot_instructions']} "
+                "instructions"
+            )
+    return found
+
+
+def baseline_path(folder: Path, triton_version: str) -> Path:
+    return folder / f"triton-{triton_version}.json"
+
+
+def read_baseline(folder: Path, triton_version: str) -> dict[str, Entry] | None:
+    """The entries for this release of triton; None where none were committed."""
+    path = baseline_path(folder, triton_version)
+    if not path.exists():
+        return None
+    found: dict[str, Entry] = json.loads(path.read_text())["entries"]
+    return found
+
+
+def write_baseline(folder: Path, triton_version: str, found: Mapping[str, Entry]) -> Path:
+    path = baseline_path(folder, triton_version)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()]
+    path.write_text(
+        f'{{\n  "triton": "{triton_version}",\n  "what": "compiled, not measured: registers of a thread, '
+        'warps that fit a multiprocessor, instructions of the hot loop (or of all, without a loop)",\n'
+        '  "entries": {\n' + ",\n".join(lines) + "\n  }\n}\n"
+    )
+    return path

@@ -1,0 +1,117 @@
+"""Every kernel of a denoising step compiled for chips that need not be there, and what the machine code shows.
+
+Compiled here is what `CHECKED` selects, one launch of each tile; `bench/static_baseline.py --every` compiles the
+whole family.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+import triton
+
+from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.static.baseline import CHECKED, entries, read_baseline, regressions
+from ldmperf.profiling.static.family import distinct_launches, step_calls
+from ldmperf.profiling.static.machines import MACHINES
+from ldmperf.profiling.static.shapes import SHAPES, Shape
+from ldmperf.profiling.static.sweep import inspect_items, select
+
+BASELINES = Path(__file__).parents[1] / "bench" / "static"
+
+# Accesses of a launch's large tensors that are narrower than 16 bytes a thread, and why that is right.
+NARROW = {
+    ("sampler_update_kernel", "output_ptr"): "the model's output is channels-last with four channels, 8 bytes a "
+    "pixel, and the registers are contiguous: the tile follows the registers, which are float32",
+    ("sampler_update_kernel", "input_ptr"): "channels-last with four channels, as output_ptr",
+}
+# A tensor is large where it is at least this share of what the launch moves.
+LARGE = 0.1
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What was compiled, as `ldmperf inspect --json` tells it; in a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
+        yield list(inspect_items(select(CHECKED)))
+
+
+def described(result):
+    return (
+        f"{result['arch']} {result['dtype']} {result['kernel']} {result['constants']} warps={result['num_warps']}"
+    )
+
+
+def test_every_operator_dtype_and_architecture_is_compiled(results):
+    kernels = {}
+    for operator in OPERATORS.values():
+        build, _, defaults = SHAPES[operator.name]
+        for launch in operator.plan(**build(Shape(**defaults)))[1]:
+            kernels[launch.name] = operator.name
+    seen = {(result["kernel"], result["arch"]) for result in results}
+    assert {(kernel, arch) for kernel in kernels for arch in MACHINES} <= seen
+    assert {result["dtype"] for result in results} == {"bfloat16", "float16", "float32"}
+
+
+def test_no_kernel_spills_or_exceeds_the_chip(results):
+    assert [(described(result), result["faults"]) for result in results if result["faults"]] == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_large_tensors_are_read_and_written_in_16_bytes_a_thread(results, arch):
+    narrow, checked, excused = [], 0, set()
+    for result in results:
+        if result["arch"] != arch:
+            continue
+        total = sum(result["tensor_bytes"].values())
+        for access in result["global_accesses"]:
+            name = access["argument"]
+            assert name != "?", described(result)
+            if result["tensor_bytes"][name] < LARGE * total:
+                continue
+            checked += 1
+            if (result["kernel"], name) in NARROW:
+                excused.add((result["kernel"], name))
+            elif access["bytes"] != 16:
+                narrow.append((described(result), access))
+    assert narrow == []
+    assert checked > 100
+    assert excused == set(NARROW), "an exception that is not needed any more"
+
+
+def test_the_machine_code_has_these_accesses_too(results):
+    """The widths above are of the PTX; in the hot loop the assembler has kept them."""
+    for result in results:
+        if "region" in result and result["kernel"] != "sampler_update_kernel":
+            assert result["region"]["global_widths"].get("16", 0) > 0, described(result)
+
+
+def test_nothing_got_worse_than_the_baseline(results):
+    baseline = read_baseline(BASELINES, triton.__version__)
+    if baseline is None:
+        pytest.skip(
+            f"bench/static has no baseline for triton {triton.__version__}; the absolute rules were checked"
+        )
+    found = regressions(baseline, entries(results))
+    hint = "\nif this is meant: make static-baseline, and commit bench/static/"
+    assert not found, "\n".join(found) + hint
+
+
+def test_baselines_are_committed_for_the_oldest_release_and_another():
+    versions = {re.fullmatch(r"triton-([\d.]+)\.json", path.name)[1] for path in BASELINES.iterdir()}
+    assert "3.6.0" in versions
+    assert len(versions) >= 2
+
+
+def test_a_step_on_meta_keeps_the_layout_that_it_has_on_a_device():
+    """Were a convolution's output contiguous, half of the launches would be others than those that run."""
+    for specialization, launch in distinct_launches(step_calls("39M", 2, torch.bfloat16)).items():
+        for name in ("x_ptr", "skip_ptr", "residual_ptr", "out_ptr"):
+            tensor = launch.arguments.get(name)
+            if tensor is not None and tensor.dim() == 4:
+                assert tensor.is_contiguous(memory_format=torch.channels_last), (specialization.kernel, name)
