@@ -49,16 +49,52 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass(kw_only=True)
+class Outcome:
+    """How something that may fail is going. Once it has failed, further work is refused."""
+
+    status: Status = "ok"
+    message: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether nothing has gone wrong so far."""
+        return self.status == "ok"
+
+    def release(self) -> None:
+        """Gives up what a failure leaves no use for; a subclass holds something."""
+
+    def fail(self, status: Status, message: str) -> None:
+        """Ends this one; others go on with the memory it held."""
+        self.status, self.message = status, message
+        self.release()
+
+    def fail_with(self, error: Exception) -> None:
+        """Ends this one by an exception."""
+        self.fail(*failure(error))
+        # The frames of the traceback hold the tensors that the next one needs the room of.
+        traceback.clear_frames(error.__traceback__)
+        release_memory()
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None when it raises, which ends this one, and when it has ended already."""
+        if not self.active:
+            return None
+        try:
+            return work()
+        except Exception as error:
+            self.fail_with(error)
+            return None
+
+
 @dataclass
-class Lane:
-    """A backend in its group. Once it has failed it keeps nothing alive, and further work is refused."""
+class Lane(Outcome):
+    """A backend in its group."""
 
     case: Case
     backend: Backend
     trajectory: Trajectory | None = None
     latents: Tensor | None = None
-    status: Status = "ok"
-    message: str | None = None
     phases: dict[str, float] = field(default_factory=dict)
     reference: str | None = None
     error_before: float | None = None
@@ -67,35 +103,11 @@ class Lane:
     peak_memory_bytes: int | None = None
 
     @property
-    def active(self) -> bool:
-        """Whether nothing has gone wrong so far."""
-        return self.status == "ok"
-
-    @property
     def device(self) -> torch.device:
         return torch.device(self.case.device)
 
-    def fail(self, status: Status, message: str) -> None:
-        """Ends this lane; the others of the group go on with the memory it held."""
-        self.status, self.message = status, message
+    def release(self) -> None:
         self.trajectory = self.latents = None
-
-    def fail_with(self, error: Exception) -> None:
-        """Ends this lane by an exception."""
-        self.fail(*failure(error))
-        # The frames of the traceback hold the tensors that the next backend needs the room of.
-        traceback.clear_frames(error.__traceback__)
-        release_memory()
-
-    def attempt(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns, or None when it raises, which ends this lane, and when it has ended already."""
-        if not self.active:
-            return None
-        try:
-            return work()
-        except Exception as error:
-            self.fail_with(error)
-            return None
 
     def run(self, inputs: Inputs) -> Timed[Tensor]:
         """One trajectory, on both clocks."""

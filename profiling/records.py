@@ -1,22 +1,21 @@
-"""The record of one case, and the file of records: one JSON line each, on disk before the next group begins."""
+"""The record of one case, and the file of such records."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field, model_validator
 
 from .cases import Case
 from .environment import DeviceState, Environment
+from .store import Store, load_lines
 from .timing import quantile
 
 Status = Literal["ok", "incorrect", "oom", "unsupported", "error"]
 RECORDS_NAME = "records.jsonl"
-REJECTED_NAME = "records.rejected.jsonl"
 
 Milliseconds = Annotated[float, Field(ge=0)]
 
@@ -171,89 +170,13 @@ def record_schema() -> dict[str, Any]:
 def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
-    A line that is not a whole record of this schema (torn, foreign, another version) is counted, never fatal;
-    lines that a `RecordStore` moved to records.rejected.jsonl count too. Raises OSError when it cannot be read.
+    Raises OSError when it cannot be read.
     """
-    path = path / RECORDS_NAME if path.is_dir() else path
-    records, rejected = _parse(path.read_bytes())
-    aside = path.with_name(REJECTED_NAME)
-    moved = _lines(aside.read_bytes()) if aside.exists() else []
-    return records, len(rejected) + len(moved)
+    return load_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
 
 
-class RecordStore:
-    """Appends records to a file, each on disk before `append` returns.
-
-    Opening an existing file first moves what is no whole record to records.rejected.jsonl beside it, so that
-    nothing is ever glued to a torn last line. Raises OSError where the folder cannot be written.
-    """
+class RecordStore(Store[Record]):
+    """The file of a profile's records."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if path.exists():
-            self._set_aside()
-        else:
-            _write_durably(path, b"", "xb")
-            _sync_folder(path.parent)
-
-    def append(self, *records: Record) -> None:
-        """Writes the records in one go, flushed through to the disk."""
-        lines = "".join(record.model_dump_json() + "\n" for record in records)
-        _write_durably(self.path, lines.encode(), "ab")
-
-    def load(self) -> list[Record]:
-        """The records on disk."""
-        return load_records(self.path)[0]
-
-    def _set_aside(self) -> None:
-        content = self.path.read_bytes()
-        kept: list[bytes] = []
-        rejected: list[bytes] = []
-        for line in _lines(content):
-            (kept if _record(line) else rejected).append(line + b"\n")
-        if b"".join(kept) == content:
-            return
-        # First keep the rejected lines, then drop them from the file: a crash between the two counts them twice.
-        _write_durably(self.path.with_name(REJECTED_NAME), b"".join(rejected), "ab")
-        replacement = self.path.with_suffix(".tmp")
-        _write_durably(replacement, b"".join(kept), "wb")
-        replacement.replace(self.path)
-        _sync_folder(self.path.parent)
-
-
-def _lines(content: bytes) -> list[bytes]:
-    return [line for line in content.split(b"\n") if line.strip()]
-
-
-def _record(line: bytes) -> Record | None:
-    try:
-        return Record.model_validate_json(line)
-    except ValidationError:
-        return None
-
-
-def _parse(content: bytes) -> tuple[list[Record], list[bytes]]:
-    records, rejected = [], []
-    for line in _lines(content):
-        record = _record(line)
-        if record is None:
-            rejected.append(line)
-        else:
-            records.append(record)
-    return records, rejected
-
-
-def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb", "xb"]) -> None:
-    with path.open(mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # A new or renamed file survives a power cut only once its folder is on disk.
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        super().__init__(path, Record)

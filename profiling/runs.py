@@ -48,7 +48,7 @@ def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environme
         min_seconds=rule.min_seconds,
         environment=environment,
     )
-    folder = _new_folder(out, now, environment)
+    folder = new_folder(out, now, environment)
     (folder / RUN_NAME).write_text(run.model_dump_json(indent=2) + "\n")
     return folder
 
@@ -88,9 +88,10 @@ def check_resumable(folder: Path, run: Run, environment: Environment) -> None:
         )
 
 
-def _new_folder(out: Path, now: datetime, environment: Environment) -> Path:
+def new_folder(out: Path, now: datetime, environment: Environment, suffix: str = "") -> Path:
+    """A new folder in `out` (made if need be): <time>-<commit><suffix>, with a counter where that is taken."""
     commit = environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
-    name = f"{now:%Y%m%dT%H%M%SZ}-{commit}"
+    name = f"{now:%Y%m%dT%H%M%SZ}-{commit}{suffix}"
     out.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

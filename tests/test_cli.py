@@ -18,8 +18,9 @@ from ldmperf.profiling import Record, cli, load_records, runner
 from ldmperf.profiling.cases import Case
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.progress import Remaining, readable
-from ldmperf.profiling.records import RECORDS_NAME, REJECTED_NAME, RecordStore
+from ldmperf.profiling.records import RECORDS_NAME, RecordStore
 from ldmperf.profiling.runs import RUN_NAME, create_run
+from ldmperf.profiling.store import rejected_path
 from ldmperf.profiling.timing import RepetitionRule
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -237,7 +238,7 @@ def test_killed_and_resumed_it_repeats_only_what_was_in_flight(
     records, rejected = load_records(folder)
     assert [record.case.steps for record in records] == [1, 3]
     assert rejected == 1
-    assert (folder / REJECTED_NAME).exists()
+    assert rejected_path(folder / RECORDS_NAME).exists()
     assert "1 line of" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from ldmperf.profiling import Case, Record, load_records
 from ldmperf.profiling.records import (
     RECORDS_NAME,
-    REJECTED_NAME,
     Correctness,
     RecordStore,
     Samples,
     record_schema,
 )
+from ldmperf.profiling.store import rejected_path
 
 MakeRecord = Callable[..., Record]
 
@@ -129,7 +129,7 @@ def test_appending_after_a_torn_line_does_not_glue(make_record: MakeRecord, tmp_
     store.append(second)
     assert load_records(path) == ([first, second], 1)
     assert load_records(tmp_path) == ([first, second], 1)
-    assert (tmp_path / REJECTED_NAME).read_bytes() == second.model_dump_json()[:-30].encode() + b"\n"
+    assert rejected_path(tmp_path / RECORDS_NAME).read_bytes() == second.model_dump_json()[:-30].encode() + b"\n"
     # Opened again, nothing more is moved or counted.
     assert RecordStore(path).load() == [first, second]
     assert load_records(path) == ([first, second], 1)
