@@ -4,8 +4,9 @@ s = x + x_bias + residual, y = layer_norm(s). A transformer block needs y and s 
 x_bias is that of the linear layer that made x. The norm is of the unrounded sum.
 Statistics are float32 (float64 for float64).
 
-A program takes whole rows into registers, so the variance is taken around the mean, in one read. The mean is in
-two parts, because one float32 cannot hold a mean of 1e4 exactly enough.
+A program takes whole rows into registers, so the variance is taken around the mean, in one read; in tiles whose
+width wastes the fewest lanes, as the family's channels are no powers of two. The mean is in two parts, because one
+float32 cannot hold a mean of 1e4 exactly enough.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
-from ._layout import collapse_rows, row_offsets, row_reasons
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._layout import collapse_rows, column_block, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
@@ -62,50 +63,78 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     stride_x_inner,
     stride_r_outer,
     stride_r_inner,
+    CHUNKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLAT: tl.constexpr,
 ):
+    """One program does BLOCK_M whole rows, in CHUNKS tiles of BLOCK_N columns that all stay in registers."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_n = offs_n < columns
-    mask = (offs_m < rows)[:, None] & mask_n[None, :]
-    x_rows = row_offsets(offs_m, inner, stride_x_outer, stride_x_inner, FLAT)
-    x = tl.load(x_ptr + x_rows[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if x_bias_ptr is not None:
-        x += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    out_offs = offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
+    mask_m = (offs_m < rows)[:, None]
+    x_rows = x_ptr + row_offsets(offs_m, inner, stride_x_outer, stride_x_inner, FLAT)[:, None]
+    out_rows = (offs_m.to(tl.int64) * columns)[:, None]
     if residual_ptr is not None:
-        r_rows = row_offsets(offs_m, inner, stride_r_outer, stride_r_inner, FLAT)
-        x += tl.load(residual_ptr + r_rows[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(sum_ptr + out_offs, x.to(sum_ptr.dtype.element_ty), mask=mask)
+        r_rows = residual_ptr + row_offsets(offs_m, inner, stride_r_outer, stride_r_inner, FLAT)[:, None]
 
-    mean0 = tl.sum(x, axis=1) / columns
-    x = tl.where(mask_n[None, :], x - mean0[:, None], 0.0)
-    delta = tl.sum(x, axis=1) / columns
-    variance = tl.sum(x * x, axis=1) / columns - delta * delta
+    # Tiles are added up before lanes are: one reduction, whatever the number of tiles.
+    tiles = ()
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for j in tl.static_range(CHUNKS):
+        offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < columns
+        mask = mask_m & mask_n[None, :]
+        x = tl.load(x_rows + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if x_bias_ptr is not None:
+            x += tl.load(x_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if residual_ptr is not None:
+            x += tl.load(r_rows + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+            tl.store(sum_ptr + out_rows + offs_n[None, :], x.to(sum_ptr.dtype.element_ty), mask=mask)
+        tiles += (x,)  # type: ignore[assignment]
+        total += x
+    mean0 = (tl.sum(total, axis=1) / columns)[:, None]
+    first = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    second = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for j in tl.static_range(CHUNKS):
+        mask_n = j * BLOCK_N + tl.arange(0, BLOCK_N) < columns
+        deviation = tl.where(mask_n[None, :], tiles[j] - mean0, 0.0)
+        first += deviation
+        second += deviation * deviation
+    delta = (tl.sum(first, axis=1) / columns)[:, None]
+    variance = (tl.sum(second, axis=1) / columns)[:, None] - delta * delta
     rstd = 1.0 / tl.sqrt(variance + eps)
-    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    y = (x - delta[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(out_ptr + out_offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+    for j in tl.static_range(CHUNKS):
+        offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < columns
+        weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        y = ((tiles[j] - mean0) - delta) * rstd * weight + bias
+        out = out_ptr + out_rows + offs_n[None, :]
+        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
 
 
 @dataclass(frozen=True)
 class LayerNormConfig:
-    """A program takes block_m rows."""
+    """A program takes block_m rows, in tiles of block_n columns."""
 
     block_m: int
+    block_n: int
     num_warps: int
 
 
+# Tiles of one row that a program keeps: each is at least 8 registers a thread.
+MAX_CHUNKS = 12
+
+
 def default_config(rows: int, columns: int, chip: Chip) -> LayerNormConfig:
-    """16 elements a thread; fewer rows where the chip would not be filled."""
-    block_n = next_power_of_two(columns)
-    block_m = max(2048 // block_n, 1)
+    """Columns in tiles without waste, 16 elements or more to a thread; fewer rows where the chip would be empty."""
+    block_n = column_block(columns, most=1024)
+    if ceil_div(columns, block_n) > MAX_CHUNKS:
+        block_n = next_power_of_two(ceil_div(columns, MAX_CHUNKS))
+    of_a_tile = 16 if block_n >= columns else 8
+    block_m = max(128 * of_a_tile // block_n, 1)
     while block_m > 1 and ceil_div(rows, block_m) < 2 * chip.multiprocessors:
         block_m //= 2
-    return LayerNormConfig(block_m, num_warps=min(max(block_m * block_n // 512, 1), 16))
+    return LayerNormConfig(block_m, block_n, min(max(block_m * block_n // (32 * of_a_tile), 1), 16))
 
 
 def candidates(
@@ -118,13 +147,17 @@ def candidates(
     residual: Tensor | None = None,
 ) -> list[LayerNormConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    block_n = next_power_of_two(x.shape[-1])
+    columns = x.shape[-1]
+    widest = next_power_of_two(columns)
     return [
-        LayerNormConfig(block_m, warps)
-        for block_m in (1, 2, 4, 8, 16)
+        LayerNormConfig(block_m, block_n, warps)
+        for block_m in (1, 2, 4, 8, 16, 32)
+        for block_n in sorted({min(n, widest) for n in (32, 64, 128, 256, 512, 1024, 2048, widest)})
         for warps in (1, 2, 4, 8, 16)
-        if 4 <= block_m * block_n // (32 * warps) <= 64
-    ] or [LayerNormConfig(1, 1 if block_n < 128 else 16)]
+        if ceil_div(columns, block_n) <= MAX_CHUNKS
+        and block_m * block_n // (32 * warps) in (4, 8, 16)
+        and ceil_div(columns, block_n) * block_m * block_n // (32 * warps) <= 96
+    ] or [default_config(x.numel() // max(columns, 1), columns, NO_GPU)]
 
 
 def tuning_key(
@@ -181,8 +214,9 @@ def plan(
         "stride_x_inner": of_x[1],
         "stride_r_outer": of_residual[0],
         "stride_r_inner": of_residual[1],
+        "CHUNKS": ceil_div(columns, config.block_n),
         "BLOCK_M": config.block_m,
-        "BLOCK_N": next_power_of_two(columns),
+        "BLOCK_N": config.block_n,
         "FLAT": rows.flat,
     }
     return result, [Launch(layer_norm_kernel, ceil_div(rows.count, config.block_m), arguments, config.num_warps)]
