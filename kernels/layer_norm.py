@@ -126,7 +126,7 @@ MAX_CHUNKS = 12
 
 
 def default_config(rows: int, columns: int, chip: Chip) -> LayerNormConfig:
-    """Columns in tiles without waste, 16 elements or more to a thread; fewer rows where the chip would be empty."""
+    """Columns in tiles without waste, 16 elements or more to a thread; fewer rows for a chip not filled."""
     block_n = column_block(columns, most=1024)
     if ceil_div(columns, block_n) > MAX_CHUNKS:
         block_n = next_power_of_two(ceil_div(columns, MAX_CHUNKS))
