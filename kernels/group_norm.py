@@ -18,6 +18,7 @@ of two, with the mean in two parts, because one float32 cannot hold a mean of 1e
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ._dispatch import choose_backend
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
 from ._layout import image_reasons, image_strides, memory_format
 from ._library import compute_dtype, define_operator
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
@@ -187,14 +188,20 @@ def candidates(
 ) -> list[GroupNormConfig]:
     """The configurations that bench/tune.py tries for this call."""
     shape = _shape(x, num_groups, skip)
-    configs = []
-    for groups in _bundles(shape):
+
+    def wasted(groups: int) -> float:
+        lanes = ceil_div(num_groups, groups) * next_power_of_two(groups * shape.group_channels)
+        return lanes / (num_groups * shape.group_channels)
+
+    configs = [default_config(shape, NO_GPU)]
+    for groups in sorted(_bundles(shape), key=lambda n: (wasted(n), n))[:4]:
         block_c = next_power_of_two(groups * shape.group_channels)
-        for elements in (1024, 2048, 4096, 8192, 16384):
-            block_hw = min(max(elements // block_c, 1), next_power_of_two(shape.pixels))
-            warps = [w for w in (1, 2, 4, 8, 16) if 8 <= block_c * block_hw // (32 * w) <= 64]
-            chunks = [n for n in (0, 2, 4, 8, 16, 32, 64, 128) if n * block_hw <= shape.pixels]
-            configs += [GroupNormConfig(groups, block_hw, n, w) for w in warps for n in chunks]
+        for warps, thread_elements in itertools.product((2, 4, 8, 16), (16, 32)):
+            block_hw = min(max(32 * warps * thread_elements // block_c, 1), next_power_of_two(shape.pixels))
+            if block_c * block_hw < 32 * warps * 8:
+                continue
+            tiles = ceil_div(shape.pixels, block_hw)
+            configs += [GroupNormConfig(groups, block_hw, n, warps) for n in (0, 8, 16, 32, 64) if n <= tiles]
     return list(dict.fromkeys(configs))
 
 
