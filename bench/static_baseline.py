@@ -1,7 +1,7 @@
 """Writes bench/static/triton-<version>.json: what the installed triton makes of the kernels.
 
-`make static-baseline` runs it; it compiles without a GPU. With --every it writes nothing and checks every launch of
-the family instead: all sizes, model batches 2 and 16, three dtypes, three architectures, thousands of compilations.
+`make static-baseline` runs it; no GPU is needed. With --every it writes nothing and checks every launch of the
+family instead: all sizes, model batches 2 and 16, three dtypes, three architectures; thousands of compilations.
 """
 
 from __future__ import annotations

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ldmperf.kernels import Launch
+
+    from .machines import Machine
 
 
 class InspectError(Exception):
@@ -16,7 +21,11 @@ def inspect(
     kernel: Annotated[str, typer.Argument(help="An operator: group_norm_silu, layer_norm, geglu, ...")],
     arch: Annotated[str, typer.Option(help="sm_80, sm_90 or gfx942; none has to be there.")] = "sm_90",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
-    batch: Annotated[int | None, typer.Option(min=1, help="Images; 2 unless told.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="All launches of the kernel in a step of this size, 39M ... 5B, or of `vae`."),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images in the model; 2 unless told.")] = None,
     channels: Annotated[
         int | None, typer.Option(min=1, help="Channels of the image, or of the tokens of the result.")
     ] = None,
@@ -37,6 +46,7 @@ def inspect(
     \b
     Examples:
       ldmperf inspect geglu --arch sm_90
+      ldmperf inspect layer_norm --size 866M --batch 2
       ldmperf inspect group_norm_silu --arch sm_80 --channels 1280 --height 8 --width 8 --groups 32
       ldmperf inspect residual_add --dtype float32 --json
     """
@@ -49,6 +59,7 @@ def inspect(
         kernel,
         arch,
         dtype,
+        size,
         {
             "batch": batch,
             "channels": channels,
@@ -71,36 +82,71 @@ def inspect(
         print_inspection(inspection, console, sass=sass)
 
 
-def _chosen(kernel: str, arch: str, dtype: str, numbers: dict[str, int | None]) -> tuple[Any, list[Any]]:
+def _chosen(
+    kernel: str, arch: str, dtype: str, size: str | None, numbers: dict[str, int | None]
+) -> tuple[Machine, list[Launch]]:
     """The machine and the launches that the options name."""
     try:
         import triton  # noqa: F401
     except ImportError:
         raise InspectError("inspecting compiles with triton, which is not installed: pip install triton") from None
+    from ldmperf.kernels import OPERATORS
+
+    from ..cases import DTYPES
+    from .machines import MACHINES
+    from .shapes import SHAPES
+
+    known = [name for name in OPERATORS if name in SHAPES]
+    for what, name, names in (
+        ("kernel", kernel, known),
+        ("architecture", arch, MACHINES),
+        ("dtype", dtype, DTYPES),
+    ):
+        if name not in names:
+            raise InspectError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+    given = {name: number for name, number in numbers.items() if number is not None}
+    launches = _of_shape(kernel, dtype, given) if size is None else _of_size(kernel, dtype, size, given)
+    return MACHINES[arch], launches
+
+
+def _of_shape(kernel: str, dtype: str, given: dict[str, int]) -> list[Launch]:
     import torch
 
     from ldmperf.kernels import OPERATORS
 
-    from .machines import MACHINES
     from .shapes import SHAPES, Shape
 
-    if kernel not in OPERATORS or kernel not in SHAPES:
-        known = [name for name in OPERATORS if name in SHAPES]
-        raise InspectError(f"unknown kernel {kernel!r}; there are {', '.join(known)}")
-    if arch not in MACHINES:
-        raise InspectError(f"unknown architecture {arch!r}; there are {', '.join(MACHINES)}")
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if dtype not in dtypes:
-        raise InspectError(f"unknown dtype {dtype!r}; there are {', '.join(dtypes)}")
     build, takes, defaults = SHAPES[kernel]
-    given = {name: number for name, number in numbers.items() if number is not None}
     for name in given:
         if name not in takes:
-            options = ", ".join(f"--{other.replace('_', '-')}" for other in takes)
-            raise InspectError(f"{kernel} takes no --{name.replace('_', '-')}; it takes {options}")
-    shape = Shape(dtypes[dtype], **{**defaults, **given})
+            raise InspectError(f"{kernel} takes no {_option(name)}; it takes {', '.join(map(_option, takes))}")
+    shape = Shape(getattr(torch, dtype), **{**defaults, **given})
     channels = shape.channels + shape.skip_channels
     if "groups" in takes and channels % shape.groups:
         raise InspectError(f"{channels} channels do not divide into {shape.groups} groups; choose --groups")
-    _, launches = OPERATORS[kernel].plan(**build(shape))
-    return MACHINES[arch], launches
+    return OPERATORS[kernel].plan(**build(shape))[1]
+
+
+def _of_size(kernel: str, dtype: Any, size: str, given: dict[str, int]) -> list[Launch]:
+    from ldmperf.model import FAMILY
+
+    from ..kernel_cases import vae_kernel_cases
+    from .family import distinct_launches, family_launches
+
+    for name in given:
+        if name != "batch":
+            raise InspectError(f"--size brings its own shapes; leave out {_option(name)}")
+    if size == "vae":
+        cases = [case for case in vae_kernel_cases(dtype, given.get("batch", 1)) if case.operator == kernel]
+        found = list(distinct_launches(cases).values())
+    elif size in FAMILY:
+        found = list(family_launches(size, given.get("batch", 2), dtype, kernel).values())
+    else:
+        raise InspectError(f"unknown size {size!r}; there are {', '.join(FAMILY)}, vae")
+    if not found:
+        raise InspectError(f"size {size} does not use {kernel}")
+    return found
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -10,6 +10,7 @@ _REGISTER = re.compile(r"%[a-z]+\d+")
 _ACCESS = re.compile(r"\b(ld|st|cp\.async\S*|atom|red)\S*\.global(\S*)\s+(.*);")
 _VECTOR = re.compile(r"\.v(\d)\.")
 _BITS = re.compile(r"\.[bfsu](\d+)")
+_COPIED = re.compile(r"\],\s*0x([0-9a-f]+)")
 _ADDRESS = re.compile(r"\[\s*(%rd\d+)")
 _POINTER_PARAMETER = re.compile(r"ld\.param\.[bu]64\s+(%rd\d+), \[\w+_param_(\d+)\]")
 
@@ -41,10 +42,7 @@ def global_accesses(ptx: str, parameters: Sequence[tuple[str, str]]) -> list[Acc
         access = _ACCESS.search(line)
         if access:
             address = _ADDRESS.search(access[3])
-            bits = _BITS.search(access[2])
-            vector = _VECTOR.search(access[2])
-            size = int(bits[1]) // 8 * (int(vector[1]) if vector else 1) if bits else 0
-            accesses.append((address[1] if address else "", access[1] != "ld", size))
+            accesses.append((address[1] if address else "", access[1] in ("st", "atom", "red"), _size(access)))
             continue
         registers = _REGISTER.findall(line)
         if registers and registers[0].startswith("%p") and line.lstrip().startswith("@"):
@@ -52,6 +50,14 @@ def global_accesses(ptx: str, parameters: Sequence[tuple[str, str]]) -> list[Acc
         if registers and registers[0].startswith("%rd"):
             sources.setdefault(registers[0], set()).update(r for r in registers[1:] if r.startswith("%rd"))
     return [Access(_base(address, sources, bases), store, size) for address, store, size in accesses]
+
+
+def _size(access: re.Match[str]) -> int:
+    if access[1].startswith("cp.async"):
+        copied = _COPIED.search(access[3])
+        return int(copied[1], 16) if copied else 0
+    bits, vector = _BITS.search(access[2]), _VECTOR.search(access[2])
+    return int(bits[1]) // 8 * (int(vector[1]) if vector else 1) if bits else 0
 
 
 def _base(address: str, sources: dict[str, set[str]], bases: dict[str, str]) -> str:

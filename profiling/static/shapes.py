@@ -71,7 +71,7 @@ def _residual_add(shape: Shape) -> Arguments:
 def _sampler_update(shape: Shape) -> Arguments:
     registers, steps, float32 = 2, 50, torch.float32
     return {
-        "registers": shape.empty(registers, shape.batch, shape.channels, shape.height, shape.width, dtype=float32),
+        "registers": _registers(shape, registers),
         "model_output": shape.image(2 * shape.batch, shape.channels),
         "table": shape.empty(steps, registers, registers + 2, dtype=float32),
         "step": shape.empty(1, dtype=torch.int64),
@@ -80,6 +80,12 @@ def _sampler_update(shape: Shape) -> Arguments:
         "model_input": shape.image(2 * shape.batch, shape.channels),
         "input_scale": shape.empty(steps, dtype=float32),
     }
+
+
+def _registers(shape: Shape, count: int) -> Tensor:
+    """[count, batch, channels, height, width], each register channels-last."""
+    size = (count, shape.batch, shape.height, shape.width, shape.channels)
+    return shape.empty(*size, dtype=torch.float32).permute(0, 1, 4, 2, 3)
 
 
 _IMAGE = ("batch", "channels", "height", "width")

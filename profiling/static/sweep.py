@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from ldmperf.kernels import Launch
-
+from ..cases import DType
 from .compile import Specialization
-from .family import distinct_launches, step_calls
+from .family import family_launches
 from .inspection import inspect_launch
 from .machines import MACHINES
 
@@ -27,7 +26,7 @@ class Item:
 
     size: str
     batch: int
-    dtype: str
+    dtype: DType
     key: str
     arch: str
 
@@ -41,7 +40,7 @@ class Selection:
 
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[DType, ...]
     archs: tuple[str, ...]
     one_of_each: Literal["tile", "kernel"] | None = "tile"
 
@@ -54,7 +53,7 @@ def select(selections: Iterable[Selection]) -> list[Item]:
             found: dict[Specialization, tuple[str, int]] = {}
             for batch in selection.batches:
                 for size in selection.sizes:
-                    for specialization in _launches(size, batch, dtype):
+                    for specialization in family_launches(size, batch, dtype):
                         found.setdefault(specialization, (size, batch))
             chosen = _representatives(found, selection.one_of_each)
             for specialization in chosen:
@@ -73,13 +72,9 @@ def inspect_items(items: Sequence[Item], processes: int = 2) -> Iterator[dict[st
 
 def _inspect(item: Item) -> dict[str, Any]:
     torch.set_num_threads(1)
-    launches = {s.key: launch for s, launch in _launches(item.size, item.batch, item.dtype).items()}
+    launches = {s.key: launch for s, launch in family_launches(item.size, item.batch, item.dtype).items()}
     found = inspect_launch(launches[item.key], MACHINES[item.arch]).as_json()
     return {"size": item.size, "batch": item.batch, "dtype": item.dtype} | found | {"specialization": item.key}
-
-
-def _launches(size: str, batch: int, dtype: str) -> dict[Specialization, Launch]:
-    return distinct_launches(step_calls(size, batch, getattr(torch, dtype)))
 
 
 def _representatives(

@@ -1,0 +1,361 @@
+"""Machine code read as text: instructions, loops, units, resources, occupancy, and the prediction from them."""
+
+import json
+
+import pytest
+
+from ldmperf.profiling.static.amd import amd_resources
+from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
+from ldmperf.profiling.static.machines import MACHINES
+from ldmperf.profiling.static.model import predict
+from ldmperf.profiling.static.occupancy import occupancy
+from ldmperf.profiling.static.ptx import Access, global_accesses
+from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
+from ldmperf.profiling.static.units import class_of, is_move, mix, products, unit_counts, width
+
+# Lines as cuobjdump prints them, with their encodings.
+LOOP = """
+Resource usage:
+ Common:
+  GLOBAL:0 CONSTANT[4]:8
+ Function loop_kernel:
+  REG:117 STACK:8 SHARED:1024 LOCAL:16 CONSTANT[0]:624 TEXTURE:0 SURFACE:0 SAMPLER:0
+\tcode for sm_90a
+\t\tFunction : loop_kernel
+\t.headerflags\t@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                                              /* 0x0000 */
+                                                                                        /* 0x000ff0 */
+        /*0010*/              @P0 BRA 0x90 ;                                                           /* 0x0000 */
+        /*0020*/                   IMAD.MOV.U32 R66, RZ, RZ, RZ ;                                      /* 0x0000 */
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;                                    /* 0x0000 */
+        /*0040*/                   FFMA R8, R4, R5, R8 ;                                               /* 0x0000 */
+        /*0050*/                   BSSY B0, 0x70 ;                                                     /* 0x0000 */
+        /*0060*/                   BSYNC B0 ;                                                          /* 0x0000 */
+        /*0070*/                   ISETP.GE.AND P0, PT, R0, UR6, PT ;                                  /* 0x0000 */
+        /*0080*/              @!P0 BRA 0x30 ;                                                          /* 0x0000 */
+        /*0090*/                   STL [R1], R8 ;                                                      /* 0x0000 */
+        /*00a0*/                   LDL R8, [R1] ;                                                      /* 0x0000 */
+        /*00b0*/              @!P1 EXIT ;                                                              /* 0x0000 */
+        /*00c0*/                   STG.E.128 desc[UR4][R2.64], R4 ;                                    /* 0x0000 */
+        /*00d0*/                   EXIT ;                                                              /* 0x0000 */
+        /*00e0*/                   BRA 0xe0;                                                           /* 0x0000 */
+        /*00f0*/                   NOP;                                                                /* 0x0000 */
+"""
+
+
+def instruction(text, address=0):
+    (found,) = parse(f"        /*{address:04x}*/                   {text} ;")
+    return found
+
+
+def program(*lines):
+    text = "\n".join(f"        /*{16 * i:04x}*/        {line} ;" for i, line in enumerate(lines))
+    return parse(text)
+
+
+def test_instructions_and_resources_are_read():
+    found = parse(LOOP)
+    assert len(found) == 16
+    assert found[1] == Instruction(0x10, "BRA", (), "0x90", "P0")
+    assert found[3].name == "LDG.E.128"
+    assert found[8].predicate == "!P0"
+    assert found[8].target == 0x30
+    used = resources(LOOP, found)
+    assert (used.registers, used.stack, used.local, used.spill_loads, used.spill_stores) == (117, 8, 16, 1, 1)
+
+
+def test_text_that_is_no_disassembly_is_refused():
+    with pytest.raises(ValueError, match="no instruction"):
+        parse("ptxas info: 0 bytes spill")
+    with pytest.raises(ValueError, match="res-usage"):
+        resources("        /*0000*/ EXIT ;", [])
+
+
+def test_the_hot_loop_is_what_runs_again():
+    region = hot_region(parse(LOOP))
+    assert region.loop
+    assert [i.address for i in region.instructions] == [0x30, 0x40, 0x50, 0x60, 0x70, 0x80]
+
+
+def test_without_a_loop_the_region_is_all_but_subroutines_and_padding():
+    body = program(
+        "MOV R1, R2", "@P0 CALL.REL.NOINC 0x40", "EXIT", "BRA 0x30", "MUFU.RCP R0, R1", "RET.REL.NODEC R2 0x0"
+    )
+    region = hot_region(body)
+    assert not region.loop
+    assert [i.opcode for i in region.instructions] == ["MOV", "CALL", "EXIT"]
+
+
+def test_a_jump_back_out_of_a_cold_block_is_no_loop():
+    # The block behind EXIT is entered from the middle and returns behind its entry.
+    body = program("MOV R1, R2", "@P0 BRA 0x40", "FADD R1, R1, R1", "EXIT", "MOV R3, R4", "BRA 0x20", "BRA 0x60")
+    assert not hot_region(body).loop
+
+
+def test_of_nested_loops_the_longest_innermost_is_hot():
+    body = program(
+        "MOV R0, R1",  # 00
+        "FADD R0, R0, R0",  # 10, outer header
+        "FMUL R1, R1, R1",  # 20, short loop
+        "@P0 BRA 0x20",  # 30
+        "FFMA R2, R2, R2, R2",  # 40, long loop
+        "FFMA R3, R3, R3, R3",  # 50
+        "BRA.U UP0, 0x40",  # 60, its predicate is an operand
+        "@P1 BRA 0x10",  # 70
+        "EXIT",
+    )
+    assert [i.address for i in hot_region(body).instructions] == [0x40, 0x50, 0x60]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", "matrix"),
+        ("HMMA.16816.F32.BF16 R4, R8, R12, R4", "matrix"),
+        ("MUFU.EX2 R4, R5", "special"),
+        ("FFMA R4, R5, R6, R7", "fma"),
+        ("HFMA2.MMA R2, -RZ, RZ, 0, 0", "fma"),
+        ("HFMA2.BF16_V2 R2, R3, R4, R5", "fma"),
+        ("IMAD.WIDE R2, R3, 0x2, R4", "fma"),
+        ("IADD3 R10, -R11, RZ, RZ", "alu"),
+        ("LOP3.LUT R4, R5, 0x7, RZ, 0xc0, !PT", "alu"),
+        ("FSETP.GEU.AND P0, PT, R4, R5, PT", "alu"),
+        ("STS.128 [R4], R8", "load/store"),
+        ("LDGSTS.E.BYPASS.128 [R4], desc[UR4][R8.64]", "load/store"),
+        ("SHFL.BFLY PT, R4, R5, 0x10, 0x1f", "load/store"),
+        ("F2FP.BF16.F32.PACK_AB R4, R5, R6", "conversion"),
+        ("I2F.RP R4, R7", "conversion"),
+        ("ULDC.64 UR8, c[0x0][0x210]", "uniform"),
+        ("BAR.SYNC.DEFER_BLOCKING 0x0", "control"),
+        ("S2R R5, SR_CTAID.X", "other"),
+    ],
+)
+def test_an_instruction_has_a_class(text, kind):
+    assert class_of(instruction(text)) == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("LDG.E.128 R4, desc[UR4][R2.64]", 16),
+        ("LDG.E.64.CONSTANT R4, [R2.64]", 8),
+        ("LDG.E R4, [R2.64]", 4),
+        ("LDG.E.U16 R4, [R2.64]", 2),
+        ("STG.E.U8 [R2.64], R4", 1),
+        ("LDGSTS.E.BYPASS.128 [R4], desc[UR4][R8.64]", 16),
+        ("LDSM.16.M88.4 R4, [R8]", 16),
+        ("LDSM.16.MT88.2 R4, [R8]", 8),
+        ("LDS.128 R4, [R8]", 16),
+        ("SHFL.BFLY PT, R4, R5, 0x10, 0x1f", 4),
+        ("FFMA R4, R5, R6, R7", 0),
+    ],
+)
+def test_widths_in_bytes_of_a_thread(text, size):
+    assert width(instruction(text)) == size
+
+
+def test_moves_are_told_apart_where_they_run():
+    moves = [
+        "MOV R1, R2",
+        "IMAD.MOV.U32 R6, RZ, RZ, RZ",
+        "HFMA2.MMA R2, -RZ, RZ, 0, 0",
+        "HFMA2 R2, -RZ, RZ, 1.5, 0",
+    ]
+    assert all(is_move(instruction(text)) for text in moves)
+    others = ["IMAD R2, R3, R4, R5", "HFMA2.BF16_V2 R2, R3, R4, R5", "FADD R1, R2, R3"]
+    assert not any(is_move(instruction(text)) for text in others)
+
+
+def test_units_share_instructions():
+    counts = unit_counts(
+        program("FFMA R1, R2, R3, R4", "IMAD R1, R2, R3, R4", "I2F R1, R2", "LDG.E.128 R4, [R2.64]")
+    )
+    assert counts == {"issue": 4, "fma": 2, "fma_integer": 1, "special": 1, "lsu": 1, "l1_bytes": 16}
+
+
+def test_the_mix_counts_every_instruction_once():
+    found = mix(hot_region(parse(LOOP)).instructions)
+    assert found.by_class["load/store"] == found.by_class["fma"] == found.by_class["alu"] == 1
+    assert found.by_class["control"] == 3
+    assert sum(found.by_class.values()) == 6
+    assert found.global_widths == {"16": 1}
+
+
+def test_matrix_instructions_by_their_shape():
+    # 64 x 256 x 16 by four warps; m16n8k16 by one.
+    assert products(instruction("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24")) == 64 * 256 * 16 // 4
+    assert products(instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")) == 2048
+
+
+# Of the CUDA occupancy calculator; and the programming guide's example: of a kernel of 64 registers and 512 threads
+# two blocks fit, of one with 65 registers one.
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "programs", "limit"),
+    [
+        ("sm_80", 32, 0, 8, 8, "warps"),
+        ("sm_80", 64, 0, 16, 2, "registers"),
+        ("sm_80", 65, 0, 16, 1, "registers"),
+        ("sm_80", 65, 0, 32, 0, "registers"),
+        ("sm_80", 40, 0, 4, 12, "registers"),
+        ("sm_80", 255, 0, 4, 2, "registers"),
+        ("sm_80", 32, 48 * 1024, 4, 3, "shared memory"),
+        ("sm_90", 32, 48 * 1024, 4, 4, "shared memory"),
+        ("sm_80", 32, 163 * 1024, 4, 1, "shared memory"),
+        ("sm_80", 32, 164 * 1024, 4, 0, "shared memory"),
+        ("sm_90", 32, 227 * 1024, 4, 1, "shared memory"),
+        ("sm_90", 32, 228 * 1024, 4, 0, "shared memory"),
+        ("sm_90", 16, 0, 1, 32, "blocks"),
+        ("sm_90", 256, 0, 4, 0, "registers"),
+    ],
+)
+def test_occupancy(arch, registers, shared, warps, programs, limit):
+    found = occupancy(MACHINES[arch], registers=registers, shared=shared, num_warps=warps)
+    assert (found.programs, found.warps, found.limit) == (programs, programs * warps, limit)
+    assert found.fraction == programs * warps / 64
+
+
+def test_the_prediction_is_instructions_over_lanes():
+    region = program("FFMA R1, R2, R3, R4", "FFMA R1, R2, R3, R4", "MUFU.EX2 R1, R2", "LDG.E.128 R4, [R2.64]")
+    h200, a100 = MACHINES["sm_90"], MACHINES["sm_80"]
+    found = predict(h200, region, 4)
+    # Of one warp: 64 products on 128 lanes, 32 exponentials on 16, four instructions on four schedulers.
+    assert found.cycles["fma"] == pytest.approx(4 * 0.5)
+    assert found.cycles["special"] == pytest.approx(4 * 2.0)
+    assert found.cycles["issue"] == pytest.approx(4 * 1.0)
+    assert found.cycles["l1_bytes"] == pytest.approx(4 * 4.0)
+    assert found.memory_bytes == 4 * 32 * 16
+    assert found.cycles["memory"] == pytest.approx(2048 / (4.8e12 / 1.98e9 / 132))
+    assert found.bound == "memory"
+    assert predict(a100, region, 4).cycles["fma"] == pytest.approx(4 * 1.0)
+    assert predict(h200, region, 4, memory_bytes=1.0).bound == "l1_bytes"
+
+
+def test_dense_peaks_of_the_data_sheets():
+    """TFLOP/s in 16 bits (of the H200 at its 1.83 GHz under tensor cores) and in 32: lanes times chips and clock."""
+    for arch, unit, clock, peak in (
+        ("sm_90", "matrix", 1.83, 989),
+        ("sm_90", "fma", 1.98, 66.9),
+        ("sm_80", "matrix", 1.41, 312),
+        ("sm_80", "fma", 1.41, 19.5),
+    ):
+        machine = MACHINES[arch]
+        assert 2e-3 * machine.lanes[unit] * machine.multiprocessors * clock == pytest.approx(peak, rel=0.01)
+
+
+PTX = """
+.visible .entry k(
+\t.param .u64 .ptr .global .align 1 k_param_0,
+\t.param .u32 k_param_1,
+\t.param .u64 k_param_2,
+\t.param .u64 .ptr .global .align 1 k_param_3
+)
+\tld.param.b64 \t%rd1, [k_param_0];
+\tld.param.b32 \t%r1, [k_param_1];
+\tld.param.b64 \t%rd2, [k_param_2];
+\tld.param.b64 \t%rd3, [k_param_3];
+\tmul.lo.s64 \t%rd4, %rd2, %rd9;
+\tadd.s64 \t%rd5, %rd1, %rd4;
+\tmad.wide.s32 \t%rd6, %r1, 2, %rd5;
+\tmad.wide.s32 \t%rd7, %r1, 2, %rd3;
+\t@%p1 ld.global.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd6 + 0 ];
+\t@%p1 ld.global.b16 { %rs1 }, [ %rd6 + 16 ];
+\tcp.async.cg.shared.global [ %r8 + 0 ], [ %rd6 + 0 ], 0x10, %r9;
+\t@%p1 st.global.v2.b32 [ %rd7 + 0 ], { %r2, %r3 };
+\tadd.s64 \t%rd8, %rd5, %rd3;
+\tst.global.b32 [ %rd8 + 0 ], { %r2 };
+"""
+
+
+def test_accesses_are_followed_back_to_their_argument():
+    parameters = [("x_ptr", "*bf16"), ("rows", "i32"), ("stride", "i64"), ("out_ptr", "*bf16")]
+    assert global_accesses(PTX, parameters) == [
+        Access("x_ptr", False, 16),
+        Access("x_ptr", False, 2),
+        Access("x_ptr", False, 16),
+        Access("out_ptr", True, 8),
+        # Of two pointers at once: not told.
+        Access("?", True, 4),
+    ]
+
+
+AMD = """
+amdhsa.kernels:
+  - .agpr_count:     4
+    .group_segment_fixed_size: 1024
+    .private_segment_fixed_size: 16
+    .sgpr_count:     28
+    .sgpr_spill_count: 1
+    .vgpr_count:     40
+    .vgpr_spill_count: 2
+"""
+
+
+def test_the_resources_of_amd_metadata():
+    found = amd_resources(AMD)
+    assert (found.vgprs, found.agprs, found.sgprs, found.vgpr_spills, found.sgpr_spills) == (40, 4, 28, 2, 1)
+    assert (found.scratch, found.lds) == (16, 1024)
+    with pytest.raises(ValueError, match="vgpr_count"):
+        amd_resources(AMD.replace(".vgpr_count", ".vgprs"))
+
+
+def result(**changes):
+    told = {
+        "kernel": "geglu_kernel",
+        "arch": "sm_90",
+        "size": "39M",
+        "batch": 2,
+        "dtype": "bfloat16",
+        "num_warps": 4,
+        "constants": {"BLOCK_M": "8", "skip_ptr": "None"},
+        "shared_bytes": 512,
+        "resources": {"registers": 56, "spill_loads": 0, "spill_stores": 0},
+        "occupancy": {"warps": 36},
+        "region": {"loop": False, "instructions": 600},
+    }
+    return told | changes
+
+
+def changed(**changes):
+    """What a compilation after the baseline of `result()` is told to have made worse."""
+    return regressions(entries([result()]), entries([result(**changes)]))
+
+
+def test_a_baseline_catches_what_got_worse_and_only_that():
+    assert changed() == []
+    assert changed(resources={"registers": 57, "spill_loads": 0, "spill_stores": 0}) == []
+    (spills,) = changed(resources={"registers": 56, "spill_loads": 1, "spill_stores": 2})
+    assert "0 -> 3 spills" in spills
+    (fewer,) = changed(resources={"registers": 80, "spill_loads": 0, "spill_stores": 0}, occupancy={"warps": 24})
+    assert "36 -> 24 warps" in fewer
+    assert "56 -> 80 registers" in fewer
+    assert changed(occupancy={"warps": 40}) == []
+    assert changed(region={"loop": False, "instructions": 612}) == []
+    (longer,) = changed(region={"loop": False, "instructions": 613})
+    assert "600 to 613" in longer
+
+
+def test_a_baseline_catches_entries_that_only_one_side_has():
+    new, gone = changed(constants={"BLOCK_M": "4", "skip_ptr": "None"})
+    assert "BLOCK_M=4" in new
+    assert "not in the baseline" in new
+    assert "BLOCK_M=8" in gone
+    assert "no longer compiled" in gone
+
+
+def test_a_baseline_keeps_its_labels_when_an_argument_is_added():
+    assert changed(constants={"BLOCK_M": "8", "skip_ptr": "None", "bias_ptr": "None"}) == []
+
+
+def test_two_launches_under_one_label_are_refused():
+    with pytest.raises(ValueError, match="two launches"):
+        entries([result(), result()])
+
+
+def test_a_baseline_comes_back_as_it_was_written(tmp_path):
+    found = entries([result(), result(arch="sm_80"), {"arch": "gfx942"}])
+    assert len(found) == 2
+    assert read_baseline(tmp_path, "9.9.9") is None
+    path = write_baseline(tmp_path, "9.9.9", found)
+    assert path == baseline_path(tmp_path, "9.9.9")
+    assert read_baseline(tmp_path, "9.9.9") == found
+    assert json.loads(path.read_text())["triton"] == "9.9.9"
