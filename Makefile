@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
 
-.PHONY: help profile test check format readme static-baseline clean
+.PHONY: help profile test check format readme bench-kernels gpu-check tune static-baseline clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -14,6 +14,9 @@ help:
 	@echo "make check     lint, format and types"
 	@echo "make format    rewrite the code in the house format"
 	@echo "make readme    write README's table from the committed records that it names"
+	@echo "make bench-kernels    measure each kernel beside its peers (ARGS=... goes to ldmperf kernels)"
+	@echo "make gpu-check        tests, kernels and a baseline profile on a GPU machine, within 9 minutes"
+	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
 	@echo "make static-baseline  write bench/static/ for the installed triton: what it makes of the kernels"
 	@echo "make clean     remove .venv and caches, never runs/"
 
@@ -34,6 +37,15 @@ format: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python bench/readme.py
+
+bench-kernels: $(STAMP)
+	$(BIN)/ldmperf kernels $(ARGS)
+
+gpu-check: $(STAMP)
+	$(BIN)/python bench/gpu_check.py $(ARGS)
+
+tune: $(STAMP)
+	$(BIN)/python bench/tune.py $(ARGS)
 
 static-baseline: $(STAMP)
 	$(BIN)/python bench/static_baseline.py $(ARGS)

@@ -172,18 +172,18 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
     from ldmperf.samplers import SAMPLERS
 
     for option, values in vars(choices).items():
-        if values and not _split(values):
+        if values and not split_values(values):
             raise CaseError(f"--{option}: no value given; leave the option out to take the preset's")
     overrides: dict[str, object] = {
-        "samplers": _names("sampler", choices.sampler, SAMPLERS),
-        "steps": tuple(_whole("steps", text, 1000) for text in _split(choices.steps)),
-        "batches": tuple(_whole("batch", text, 1_000_000) for text in _split(choices.batch)),
-        "guidance_scales": tuple(_number("guidance", text) for text in _split(choices.guidance)),
-        "dtypes": _names("dtype", [_DTYPE_ALIASES.get(d, d) for d in _split(choices.dtype)], DTYPES),
-        "devices": tuple(device_named(text) for text in _split(choices.device)),
-        "backends": _names("backend", choices.backend, BACKENDS),
-        "tasks": _names("task", choices.task, TASKS),
-        "unets": _names("size", choices.size, FAMILY) + tuple(_checkpoint(path) for path in choices.unet),
+        "samplers": known_names("sampler", choices.sampler, SAMPLERS),
+        "steps": tuple(whole_number("steps", text, 1000) for text in split_values(choices.steps)),
+        "batches": tuple(whole_number("batch", text, 1_000_000) for text in split_values(choices.batch)),
+        "guidance_scales": tuple(_number("guidance", text) for text in split_values(choices.guidance)),
+        "dtypes": known_names("dtype", [_DTYPE_ALIASES.get(d, d) for d in split_values(choices.dtype)], DTYPES),
+        "devices": tuple(device_named(text) for text in split_values(choices.device)),
+        "backends": known_names("backend", choices.backend, BACKENDS),
+        "tasks": known_names("task", choices.task, TASKS),
+        "unets": known_names("size", choices.size, FAMILY) + tuple(_checkpoint(path) for path in choices.unet),
     }
     given: dict[str, Any] = {name: values for name, values in overrides.items() if values}
     sweeps = preset_named(preset).sweeps
@@ -193,27 +193,30 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
 
 def preset_named(name: str) -> Preset:
     """The preset of that name, or CaseError."""
-    _names("preset", [name], PRESETS)
+    known_names("preset", [name], PRESETS)
     return PRESETS[name]
 
 
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def _split(values: Iterable[str]) -> list[str]:
+def split_values(values: Iterable[str]) -> list[str]:
+    """What a repeated option was given, its commas taken apart."""
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
-def _names(option: str, values: Iterable[str], valid: Iterable[str]) -> tuple[str, ...]:
+def known_names(option: str, values: Iterable[str], valid: Iterable[str]) -> tuple[str, ...]:
+    """The names given, or CaseError for one that is not valid."""
     known = tuple(valid)
-    chosen = _split(values)
+    chosen = split_values(values)
     for name in chosen:
         if name not in known:
             raise CaseError(f"--{option}: no {option} {name!r}; choose from {', '.join(known)}")
     return tuple(chosen)
 
 
-def _whole(option: str, text: str, most: int | None = None) -> int:
+def whole_number(option: str, text: str, most: int | None = None) -> int:
+    """The number of at least 1 and at most `most`, or CaseError."""
     limits = "of at least 1" if most is None else f"from 1 to {most}"
     try:
         value = int(text)
@@ -232,6 +235,21 @@ def _number(option: str, text: str) -> float:
     if not (math.isfinite(value) and value >= 1):
         raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
     return value
+
+
+def dtype_named(text: str) -> DType:
+    """The dtype of that name or short name, or CaseError."""
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise CaseError(f"--dtype: no dtype {text!r}; choose from {', '.join(DTYPES)}")
+    return name
+
+
+def best_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_named(text: str) -> str:

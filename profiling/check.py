@@ -59,11 +59,12 @@ def check_inputs(problem: Problem) -> Inputs:
 
 
 def relative_rms(output: Tensor, reference: Tensor) -> float:
-    """RMS of the difference over that of the reference, in float64; not finite where the output is not."""
+    """RMS of the difference over that of the reference, in float64 where the reference is; not finite where the
+    output is not."""
     if output.shape != reference.shape:
         return math.inf
-    exact = reference.double().cpu()
-    return float((output.double().cpu() - exact).norm() / exact.norm())
+    exact = reference.double()
+    return float((output.to(exact) - exact).norm() / exact.norm())
 
 
 @dataclass(frozen=True)

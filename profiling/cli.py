@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from .cases import Case, CaseError, Choices, preset_named, select_cases
+from .cases import Case, CaseError, Choices, best_device, device_named, preset_named, select_cases
+from .kernel_bench.cli import kernels
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.cli import InspectError, inspect
@@ -149,15 +150,15 @@ def env(
     Example:
       ldmperf env --device cpu
     """
-    from .cases import device_named
     from .environment import collect_environment, device_state
 
-    name = _best_device() if device is None else device_named(device)
+    name = best_device() if device is None else device_named(device)
     state = device_state(name).model_dump(mode="json")
     typer.echo(json.dumps(collect_environment(name).model_dump(mode="json") | {"device_now": state}, indent=2))
 
 
 app.command()(inspect)
+app.command()(kernels)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -180,17 +181,11 @@ def _stop(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _chosen(
     choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
 ) -> tuple[list[Case], RepetitionRule]:
     """The cases of a new run and how often they are repeated."""
-    devices = ",".join(choices.device) or _best_device()
+    devices = ",".join(choices.device) or best_device()
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     return cases, _rule(preset_named(name).rule, min_count, min_seconds)

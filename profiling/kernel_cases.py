@@ -23,22 +23,13 @@ from ldmperf.model import FAMILY, UNet
 from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan
 
 from .cases import DType
+from .group import SCHEDULER_CONFIG
 
-# The plans whose updates are cases (one register, two, four, and one with generated noise), on the scheduler of
-# Stable Diffusion 1 and 2.
+# The plans whose updates are cases: one register, two, four, and one with generated noise.
 PLANS = ("ddim", "dpmpp_2m", "unipc", "euler_a")
 PLAN_STEPS = 50
 PLAN_ROW = 25
 GUIDANCE_SCALE = 7.5
-_SCHEDULE: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-}
 # The group norms of Stable Diffusion's VAE decoder at 512x512: (pixels a side, channels).
 _VAE = ((512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (64, 512))
 
@@ -121,7 +112,9 @@ class KernelCase(_Value):
         """A short name: the shape of the first tensor, and the options that are not their default."""
         first = self.tensors[0].shape
         if self.plan is not None:
-            return f"{self.plan} {'x'.join(map(str, first[1:]))}, {first[0]} registers"
+            return f"{self.plan} {'x'.join(map(str, first[1:]))}, {first[0]} register" + (
+                "s" if first[0] > 1 else ""
+            )
         parts = ["x".join(map(str, first))]
         parameters = inspect.signature(OPERATORS[self.operator].call).parameters
         # The weight and bias of a norm are always there.
@@ -155,7 +148,8 @@ class KernelCase(_Value):
         made: dict[str, Any] = {tensor.name: tensor.make(device, generator) for tensor in self.tensors}
         if self.plan is not None and device.type != "meta":
             for name, value in plan_tensors(sampling_plan(self.plan)).items():
-                made[name].copy_(value)
+                if name in made:
+                    made[name].copy_(value)
         return made | {scalar.name: scalar.value for scalar in self.scalars}
 
 
@@ -221,7 +215,7 @@ def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> Kern
 @functools.cache
 def sampling_plan(name: str) -> SamplingPlan:
     """The plan of a sampler case."""
-    return make_plan(name, NoiseSchedule.from_diffusers(_SCHEDULE), PLAN_STEPS)
+    return make_plan(name, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), PLAN_STEPS)
 
 
 def plan_tensors(plan: SamplingPlan) -> dict[str, Tensor]:

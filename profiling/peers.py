@@ -37,7 +37,7 @@ class DiffusersBackend:
 
     def build(self, problem: Problem) -> Trajectory:
         case = problem.case
-        diffusers = _import_diffusers()
+        diffusers = import_diffusers()
         scheduler = getattr(diffusers, SCHEDULERS[case.sampler]).from_config(dict(problem.scheduler_config))
         unet = diffusers_unet(problem.unet)
         dtype = problem.unet.dtype
@@ -83,14 +83,15 @@ class DiffusersBackend:
 
 def diffusers_unet(unet: UNet) -> Any:
     """diffusers' `UNet2DConditionModel` on the very weights of ours: the memory is shared, in its layout too."""
-    diffusers = _import_diffusers()
+    diffusers = import_diffusers()
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**diffusers_config(unet.config))
     theirs.load_state_dict(diffusers_state_dict(unet), assign=True)
     return theirs.eval().requires_grad_(False)
 
 
-def _import_diffusers() -> Any:
+def import_diffusers() -> Any:
+    """The package, or `Unsupported` where it is not installed."""
     try:
         return importlib.import_module("diffusers")
     except ImportError:

@@ -20,13 +20,15 @@ RECORDS_NAME = "records.jsonl"
 Milliseconds = Annotated[float, Field(ge=0)]
 
 
-class _Model(BaseModel):
+class RecordModel(BaseModel):
+    """A part of a record."""
+
     # Ignoring extra fields skips the derived figures of a written record, and lets an older reader take records
     # that a newer writer of the same schema version has added fields to.
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
-class Samples(_Model):
+class Samples(RecordModel):
     """Raw samples in milliseconds, in the order taken, none dropped, and their (linear) quantiles."""
 
     samples: Annotated[tuple[Milliseconds, ...], Field(min_length=1)]
@@ -52,8 +54,8 @@ class Samples(_Model):
         return self
 
 
-class Correctness(_Model):
-    """How far the final latents are from the reference's: relative RMS error, before and after timing.
+class Correctness(RecordModel):
+    """How far a result is from the reference's: relative RMS error, before and after timing.
 
     An error is null when it was not reached or is not finite. `reference` names what was compared with.
     """
@@ -69,7 +71,7 @@ class Correctness(_Model):
         return all(error is not None and error <= self.tolerance for error in errors)
 
 
-class Phases(_Model):
+class Phases(RecordModel):
     """What happens once, each part timed apart on the wall clock, in milliseconds; null when it was not done.
 
     weights: making or loading the network, shared by the backends of a group. build: the backend's own.
@@ -84,7 +86,7 @@ class Phases(_Model):
     reference_ms: Milliseconds | None = None
 
 
-class Harness(_Model):
+class Harness(RecordModel):
     """Timing ended when both minima were reached; `interleaved` are the backends that were timed in turn."""
 
     min_count: int
@@ -93,7 +95,7 @@ class Harness(_Model):
     interleaved: tuple[str, ...]
 
 
-class Record(_Model):
+class Record(RecordModel):
     """One measured case, or the reason why there is no time: only `ok` has one.
 
     `wall_ms` and `gpu_ms` are of whole trajectories, from noise to latents, the text conditioning included;

@@ -60,6 +60,23 @@ class RepetitionRule:
         return len(wall_ms) + to_come >= self.min_count and sum(wall_ms) >= 1e3 * self.min_seconds
 
 
+class Deadline:
+    """A time bound on what is begun: what runs when it passes is not stopped. None is no bound."""
+
+    def __init__(self, seconds: float | None, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._end = None if seconds is None else clock() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left; zero when it has passed."""
+        return math.inf if self._end is None else max(self._end - self._clock(), 0.0)
+
+    @property
+    def passed(self) -> bool:
+        return self.left == 0.0
+
+
 @dataclass(frozen=True)
 class Timed(Generic[T]):
     """What a call returned and what it took; `gpu_ms` is None where there is no GPU."""

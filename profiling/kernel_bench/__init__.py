@@ -1,0 +1,1 @@
+"""Kernel benches: each operator at a step's shapes, beside its peers, timed on the device."""

@@ -1,0 +1,119 @@
+"""The command `ldmperf kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..cases import best_device, device_named, dtype_named, known_names, split_values, whole_number
+from ..timing import Deadline
+
+if TYPE_CHECKING:
+    from .records import KernelRecord
+    from .run import BenchChoices
+
+DEFAULT_SECONDS = 240.0
+
+
+def _list_option(text: str) -> Any:
+    return typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
+
+
+def kernels(
+    kernel: Annotated[list[str] | None, _list_option("Operators: group_norm_silu, layer_norm, ...")] = None,
+    size: Annotated[list[str] | None, _list_option("Sizes of the family, or vae; all unless told.")] = None,
+    batch: Annotated[list[str] | None, _list_option("The UNet's batch: 2 and 16 unless told.")] = None,
+    peer: Annotated[
+        list[str] | None,
+        _list_option("triton, compile, eager, reference, diffusers, diffusers-compile, xformers."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.")] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Begin no call after so long; the most important come first.")
+    ] = DEFAULT_SECONDS,
+    out: Annotated[Path, typer.Option(help="Where the folder of records goes.")] = Path("runs"),
+) -> None:
+    """Measure each kernel at the shapes of a denoising step, in turn with its peers, and print the table.
+
+    A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
+    launched one by one ("eager") and replayed as a CUDA graph ("graph"). On a CPU by the host's clock, without our
+    kernels, and with the compile peers only when named. Exit code 1 when a call ended as error or incorrect, or
+    none as ok.
+
+    \b
+    Examples:
+      ldmperf kernels
+      ldmperf kernels --kernel group_norm_silu,geglu --size 39M,866M --batch 2 --seconds 60
+      ldmperf kernels --device cpu --size 39M --peer eager,reference --dtype float32
+    """
+    from ldmperf.kernels import OPERATORS
+
+    from .peers import PEERS
+    from .run import BenchChoices
+    from .selection import SIZES
+
+    choices = BenchChoices(
+        operators=known_names("kernel", kernel or (), OPERATORS) or tuple(OPERATORS),
+        sizes=known_names("size", size or (), SIZES),
+        batches=tuple(sorted({whole_number("batch", text, 1024) for text in split_values(batch or ())})),
+        peers=known_names("peer", peer or (), PEERS),
+        dtype=dtype_named(dtype),
+        device=best_device() if device is None else device_named(device),
+    )
+    _run(choices, Deadline(seconds), out)
+
+
+def _run(choices: BenchChoices, deadline: Deadline, out: Path) -> None:
+    """Measures, with a line for each call on stderr; then the table on stdout and as kernels.md."""
+    from rich.console import Console
+
+    from ..environment import collect_environment
+    from ..records import utc_now
+    from ..runs import new_folder
+    from .records import RECORDS_NAME, KernelStore
+    from .run import run_jobs, write_markdown
+    from .table import markdown, print_records
+
+    errors = Console(stderr=True)
+
+    def tell(text: str, style: str = "") -> None:
+        errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    environment = collect_environment(choices.device)
+    try:
+        folder = new_folder(out, utc_now(), environment, "-kernels")
+        store = KernelStore(folder / RECORDS_NAME)
+    except OSError as failure:
+        tell(f"ldmperf: cannot write to {out} ({failure.strerror}); choose another folder with --out")
+        raise typer.Exit(1) from None
+    tell(f"{folder}: begins no call after {deadline.left:.0f} s")
+
+    def told(records: Sequence[KernelRecord]) -> None:
+        tell(progress_line(records))
+
+    try:
+        records, complete = run_jobs(choices.bench(environment), choices.jobs, store, deadline, told)
+    except KeyboardInterrupt:
+        print_records(store.load(), Console())
+        tell(f"ldmperf: stopped; what was measured is in {folder / RECORDS_NAME}")
+        raise typer.Exit(130) from None
+    print_records(records, Console())
+    if not complete:
+        tell(
+            "not every call was reached in time; give more --seconds, or name fewer with --kernel, --size, --batch"
+        )
+    typer.echo(str(write_markdown(folder, markdown(records))))
+    statuses = {record.status for record in records}
+    if statuses & {"error", "incorrect"} or "ok" not in statuses:
+        raise typer.Exit(1)
+
+
+def progress_line(records: Sequence[KernelRecord]) -> str:
+    """One line on a call: its peers and their times, or why there is none."""
+    first = records[0]
+    peers = (f"{r.peer} {r.mode} " + (r.status if r.ms is None else f"{r.ms.p50:.4g} ms") for r in records)
+    return f"{first.case.operator} {first.case.label} ({first.size} batch {first.batch}): {', '.join(peers)}"

@@ -1,0 +1,133 @@
+"""Calls in a row on a device: one by one or as a CUDA graph, with inputs that rotate past the L2 cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..records import Samples
+from ..timing import RepetitionRule, Timed, timed
+from .records import CopyBandwidth
+
+Call = Callable[[], Any]
+
+# More would take longer to make than to measure with.
+MOST_INPUT_SETS = 256
+MOST_CALLS = 10_000
+_COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often: a sample is as many calls as take `sample_ms`, so that the clock's resolution does not matter."""
+
+    rule: RepetitionRule
+    sample_ms: float
+
+
+PACES = {"cuda": Pace(RepetitionRule(20, 0.02), 1.0), "cpu": Pace(RepetitionRule(5, 0.02), 2.0)}
+
+
+class Workload(Protocol):
+    """Something to repeat; a run is `calls_per_run` calls."""
+
+    calls_per_run: int
+
+    def run(self, count: int) -> None: ...
+
+
+class EagerCalls:
+    """Calls launched one by one, in turn. Each keeps its last result, so that results rotate as inputs do."""
+
+    calls_per_run = 1
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._calls = calls
+        self._results: list[Any] = [None] * len(calls)
+        self._next = 0
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            self._results[self._next] = self._calls[self._next]()
+            self._next = (self._next + 1) % len(self._calls)
+
+
+class GraphCalls:
+    """All calls as one CUDA graph, each with a result of its own; replayed, the host launches once for all.
+
+    Raises what capturing raises; the current stream is then as before.
+    """
+
+    def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
+        self.calls_per_run = len(calls)
+        before = torch.cuda.current_stream(device)
+        stream = torch.cuda.Stream(device)
+        # Whatever a first call on a stream sets up (workspaces, compiled code) must not fall into the capture.
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        before.wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self.results = [call() for call in calls]
+        except Exception:
+            # torch leaves the capturing stream current when ending the capture fails.
+            torch.cuda.set_stream(before)
+            raise
+
+    def run(self, count: int) -> None:
+        for _ in range(count):
+            self._graph.replay()
+
+
+def input_sets(bytes_a_set: int, l2_bytes: int | None) -> tuple[int, bool]:
+    """How many sets of inputs and results to rotate, and whether that is at least twice the L2 cache."""
+    if l2_bytes is None:
+        return 1, False
+    wanted = math.ceil(2 * l2_bytes / max(bytes_a_set, 1))
+    sets = min(max(wanted, 1), MOST_INPUT_SETS)
+    return sets, sets >= wanted
+
+
+def l2_cache_bytes(device: torch.device) -> int | None:
+    """Of a CUDA device, as the driver says; None for others."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def runs_per_sample(run_ms: float, sample_ms: float) -> int:
+    """How many runs of so many ms fill a sample."""
+    if not run_ms > 0:
+        return MOST_CALLS
+    return min(max(math.ceil(sample_ms / run_ms), 1), MOST_CALLS)
+
+
+def device_ms(sample: Timed[Any]) -> float:
+    """The device's clock where there is one, else the host's."""
+    return sample.wall_ms if sample.gpu_ms is None else sample.gpu_ms
+
+
+def calibrated(workload: Workload, pace: Pace, device: torch.device) -> int:
+    """Runs per sample, from one untimed and one timed round over the inputs."""
+    runs = 1 if workload.calls_per_run > 1 else 3
+    workload.run(runs)
+    sample = timed(lambda: workload.run(runs), device)
+    return runs_per_sample(device_ms(sample) / runs, pace.sample_ms)
+
+
+def copy_bandwidth(device: torch.device, count: int = 20) -> CopyBandwidth:
+    """`count` copies of a tensor much larger than the L2 cache, timed one by one after three others."""
+    size = _COPY_BYTES[device.type]
+    if device.type == "cuda":
+        size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
+    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
+    target = torch.empty_like(source)
+    samples = [device_ms(timed(lambda: target.copy_(source), device)) for _ in range(count + 3)]
+    return CopyBandwidth(bytes_each=source.nbytes, ms=Samples.of(samples[3:]))

@@ -1,0 +1,137 @@
+"""Who computes a kernel case: our kernel, our reference, torch as people write it, and other libraries."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ldmperf.kernels import OPERATORS
+
+from ..backends import Unsupported
+from ..group import SCHEDULER_CONFIG
+from ..kernel_cases import PLAN_ROW, PLAN_STEPS, KernelCase
+from ..peers import SCHEDULERS, import_diffusers
+from .plain import PLAIN, STEPS, Function, guided, with_input
+
+Arguments = dict[str, Any]
+
+
+def _as_they_are(arguments: Arguments) -> Arguments:
+    return arguments
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`call(**prepare(arguments))` is timed, `prepare` apart; it returns None where it updates its arguments."""
+
+    call: Function
+    prepare: Callable[[Arguments], Arguments] = _as_they_are
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`build` raises `Unsupported` where there is nothing to time; `operator` is the only one it knows, if any.
+
+    `capturable`: whether a CUDA graph of its calls is tried. `once`: one record an operator says all there is.
+    """
+
+    name: str
+    build: Callable[[KernelCase, torch.device], Implementation]
+    operator: str | None = None
+    capturable: bool = True
+    once: bool = False
+
+    def serves(self, case: KernelCase, first_of_operator: bool) -> bool:
+        return self.operator in (None, case.operator) and (first_of_operator or not self.once)
+
+
+def _triton(case: KernelCase, device: torch.device) -> Implementation:
+    if device.type != "cuda":
+        raise Unsupported("the Triton kernel needs a GPU; its interpreter's time on a CPU says nothing")
+    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="triton"))
+
+
+def _reference(case: KernelCase, device: torch.device) -> Implementation:
+    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="torch"))
+
+
+def _eager(case: KernelCase, device: torch.device) -> Implementation:
+    if case.plan is not None:
+        if case.plan not in STEPS:
+            raise Unsupported(f"no plain version of a {case.plan} step; there are {', '.join(STEPS)}")
+        return Implementation(STEPS[case.plan](), functools.partial(_sampler_inputs, case))
+    if case.operator not in PLAIN:
+        raise Unsupported(f"no plain version of {case.operator}")
+    return Implementation(PLAIN[case.operator])
+
+
+def _compiled(build: Callable[[KernelCase, torch.device], Implementation]) -> Any:
+    def compiled(case: KernelCase, device: torch.device) -> Implementation:
+        implementation = build(case, device)
+        # Each case's own shapes and code: nothing of an earlier one may make these dynamic or hit a limit.
+        torch.compiler.reset()
+        return Implementation(torch.compile(implementation.call, dynamic=False), implementation.prepare)
+
+    return compiled
+
+
+def _xformers(case: KernelCase, device: torch.device) -> Implementation:
+    if importlib.util.find_spec("xformers") is None:
+        raise Unsupported("xformers is not installed: pip install 'ldmperf[peers]'")
+    raise Unsupported(f"xformers has no public operator that computes {case.operator}")
+
+
+def _diffusers(case: KernelCase, device: torch.device) -> Implementation:
+    """diffusers' scheduler step between guidance combine and next model input, as in its pipelines.
+
+    The timestep is a host number, the cheapest that the scheduler takes. The scheduler counts its own steps, so it
+    is set back before each.
+    """
+    diffusers = import_diffusers()
+    if case.plan is None or case.plan not in STEPS:
+        raise Unsupported(f"a single {case.plan} step of diffusers is not set up; there are {', '.join(STEPS)}")
+    scheduler = getattr(diffusers, SCHEDULERS[case.plan]).from_config(dict(SCHEDULER_CONFIG))
+    scheduler.set_timesteps(PLAN_STEPS)
+    timestep, timestep_next = (int(scheduler.timesteps[row]) for row in (PLAN_ROW, PLAN_ROW + 1))
+    multistep = hasattr(scheduler, "model_outputs")
+
+    def step(latents: Any, model_output: Any, history: Any = None) -> tuple[Any, Any]:
+        if multistep:
+            scheduler._step_index = PLAN_ROW
+            scheduler.model_outputs = [history, history]
+            scheduler.lower_order_nums = scheduler.config.solver_order
+        output = guided(model_output, latents)
+        latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
+        latents, model_input = with_input(latents, model_output)
+        return latents, scheduler.scale_model_input(model_input, timestep_next)
+
+    return Implementation(step, functools.partial(_sampler_inputs, case))
+
+
+def _sampler_inputs(case: KernelCase, arguments: Arguments) -> Arguments:
+    """Latents and the previous prediction in the network's dtype, which pipelines keep them in."""
+    registers, model_output = arguments["registers"], arguments["model_output"]
+    kept = [register.to(model_output.dtype) for register in registers.unbind(0)]
+    inputs = {"latents": kept[0], "model_output": model_output}
+    return inputs | ({"history": kept[1]} if len(kept) > 1 else {})
+
+
+# In the order in which they are measured and shown.
+PEERS: Mapping[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("triton", _triton),
+        Peer("compile", _compiled(_eager)),
+        Peer("eager", _eager),
+        Peer("reference", _reference),
+        # Its step runs host code that a capture would leave out of the time.
+        Peer("diffusers", _diffusers, operator="sampler_update", capturable=False),
+        Peer("diffusers-compile", _compiled(_diffusers), operator="sampler_update"),
+        Peer("xformers", _xformers, once=True),
+    )
+}

@@ -1,0 +1,128 @@
+"""The operators as people write them in torch: the eager peer, and what torch.compile is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernel_cases import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
+
+Function = Callable[..., Any]
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    activation: str | None = "silu",
+) -> Tensor:
+    if skip is not None:
+        x = torch.cat([x, skip], dim=1)
+    if shift is not None:
+        x = x + shift[:, :, None, None]
+    y = F.group_norm(x, num_groups, weight, bias, eps)
+    return F.silu(y) if activation == "silu" else y
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Any:
+    if x_bias is not None:
+        x = x + x_bias
+    if residual is not None:
+        x = x + residual
+    y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y if residual is None else (y, x)
+
+
+def geglu(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        x = x + bias
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def residual_add(
+    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: tuple[int, int] | None = None
+) -> Tensor:
+    total = x + residual
+    if bias is not None:
+        total = total + bias[:, None, None]
+    return total if size is None else F.interpolate(total, size=size, mode="nearest")
+
+
+# By operator; sampler_update depends on the plan: see `STEPS`.
+PLAIN: Mapping[str, Function] = {
+    "group_norm_silu": group_norm_silu,
+    "layer_norm": layer_norm,
+    "geglu": geglu,
+    "residual_add": residual_add,
+}
+
+
+def ddim_step() -> Function:
+    """The formulas of diffusers' DDIMScheduler.step, its coefficients host numbers, between guidance and input."""
+    plan = sampling_plan("ddim")
+    level, level_next = (plan.schedule.level(int(plan.timesteps[row])) for row in (PLAN_ROW, PLAN_ROW + 1))
+    alpha, sigma = math.sqrt(level), math.sqrt(1 - level)
+    alpha_next, sigma_next = math.sqrt(level_next), math.sqrt(1 - level_next)
+
+    def step(latents: Tensor, model_output: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        eps = guided(model_output, latents)
+        x0 = (latents - sigma * eps) / alpha
+        return with_input(alpha_next * x0 + sigma_next * eps, model_output)
+
+    return step
+
+
+def dpmpp_2m_step() -> Function:
+    """The formulas of diffusers' DPMSolverMultistepScheduler.step, second order, in the same way."""
+    plan = sampling_plan("dpmpp_2m")
+    levels = [plan.schedule.level(int(plan.timesteps[row])) for row in range(PLAN_ROW - 1, PLAN_ROW + 2)]
+    alphas, sigmas = [math.sqrt(a) for a in levels], [math.sqrt(1 - a) for a in levels]
+    before, now, after = (math.log(a / s) for a, s in zip(alphas, sigmas, strict=True))
+    h, h_0 = after - now, now - before
+    first = -alphas[2] * math.expm1(-h)
+
+    def step(latents: Tensor, model_output: Tensor, history: Tensor) -> tuple[Tensor, Tensor]:
+        eps = guided(model_output, latents)
+        x0 = (latents - sigmas[1] * eps) / alphas[1]
+        slope = (x0 - history) * (h / h_0)
+        new = sigmas[2] / sigmas[1] * latents.float() + first * x0 + 0.5 * first * slope
+        return with_input(new.to(latents.dtype), model_output)
+
+    return step
+
+
+def guided(model_output: Tensor, latents: Tensor) -> Tensor:
+    """The guidance combine, where the output has two halves for each image."""
+    if model_output.shape[0] == latents.shape[0]:
+        return model_output
+    uncond, cond = model_output.chunk(2)
+    return uncond + GUIDANCE_SCALE * (cond - uncond)
+
+
+def with_input(latents: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor]:
+    """The new latents, and the next model input: doubled for guidance, in the network's dtype."""
+    doubled = model_output.shape[0] != latents.shape[0]
+    model_input = torch.cat([latents] * 2) if doubled else latents
+    return latents, model_input.to(model_output.dtype)
+
+
+STEPS: Mapping[str, Callable[[], Function]] = {"ddim": ddim_step, "dpmpp_2m": dpmpp_2m_step}

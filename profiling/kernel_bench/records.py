@@ -1,0 +1,115 @@
+"""The record of one kernel, one peer and one way of launching, and the file of such records."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AwareDatetime, Field, computed_field, model_validator
+
+from ..cases import DEVICE_PATTERN
+from ..environment import DeviceState, Environment
+from ..kernel_cases import KernelCase
+from ..records import Correctness, Milliseconds, RecordModel, Samples, Status
+from ..store import Store
+
+RECORDS_NAME = "kernels.jsonl"
+
+Mode = Literal["eager", "graph"]
+MODES: tuple[Mode, ...] = ("eager", "graph")
+
+
+class CopyBandwidth(RecordModel):
+    """A copy from device memory to device memory in the same run: `ms` of one copy of `bytes_each`."""
+
+    bytes_each: int
+    ms: Samples
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bytes read plus bytes written over the median time, in 1e9 bytes a second."""
+        return 2 * self.bytes_each / self.ms.p50 / 1e6
+
+
+class KernelRecord(RecordModel):
+    """One measured call, or the reason why there is no time: only `ok` has one.
+
+    `ms` is of one call; each sample is the mean over `calls_per_sample` calls in a row. `clock` "device": CUDA
+    events around them; "host": the host's clock, on the CPU. `mode` "eager": launched one by one, so that a call
+    shorter than its launch shows the launch; "graph": `input_sets` calls captured and replayed as a CUDA graph.
+    `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
+    family's, or "vae"; the same call in a later size is not measured again.
+    """
+
+    schema_version: Literal[1] = 1
+    case_key: str
+    size: str
+    batch: int
+    case: KernelCase
+    peer: str
+    mode: Mode
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)]
+    status: Status
+    message: Annotated[str | None, Field(pattern=r"^[^\r\n]+$")] = None
+    correctness: Correctness | None = None
+    ms: Samples | None = None
+    clock: Literal["device", "host"] | None = None
+    calls_per_sample: int | None = None
+    input_sets: int | None = None
+    l2: Literal["cold", "warm"] | None = None
+    first_call_ms: Milliseconds | None = None
+    copy_bandwidth: CopyBandwidth | None = None
+    device_before: DeviceState = DeviceState()
+    device_after: DeviceState = DeviceState()
+    environment: Environment
+    interleaved: tuple[str, ...] = ()
+    started_at: AwareDatetime
+
+    @model_validator(mode="after")
+    def _a_time_only_on_a_correct_result(self) -> Self:
+        if self.case_key != record_key(self.case, self.device, self.peer, self.mode):
+            raise ValueError("case_key is not the key of the case, device, peer and mode")
+        if self.started_at.utcoffset() != UTC.utcoffset(None):
+            raise ValueError("started_at must be in UTC")
+        if self.status == "ok":
+            timed = self.ms and self.clock and self.calls_per_sample and self.input_sets and self.l2
+            if self.message is not None or not timed:
+                raise ValueError("an ok record has ms and how they were taken, and no message")
+            if self.correctness is None or not self.correctness.passed:
+                raise ValueError("an ok record has passed its check before and after timing")
+        elif self.message is None or self.ms is not None:
+            raise ValueError(f"a record with status {self.status} has a message and no time")
+        return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bytes_moved(self) -> int:
+        """Every argument read once and every result written once, whatever the peer really moves."""
+        return self.case.bytes_moved
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gb_per_s(self) -> float | None:
+        """`bytes_moved` over the median time, in 1e9 bytes a second."""
+        return None if self.ms is None or not self.ms.p50 else self.bytes_moved / self.ms.p50 / 1e6
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def percent_of_copy(self) -> float | None:
+        """`gb_per_s` in percent of a copy's in the same run; above 100 where a cache serves."""
+        if self.gb_per_s is None or self.copy_bandwidth is None:
+            return None
+        return 100 * self.gb_per_s / self.copy_bandwidth.gb_per_s
+
+
+def record_key(case: KernelCase, device: str, peer: str, mode: Mode) -> str:
+    """What a record is of, as text."""
+    return f"{case.key} device={device} peer={peer} mode={mode}"
+
+
+class KernelStore(Store[KernelRecord]):
+    """The file of a bench's records."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, KernelRecord)

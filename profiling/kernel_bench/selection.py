@@ -1,0 +1,60 @@
+"""Which calls are measured, the most important first: a run that is stopped has those."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ldmperf.model import FAMILY
+
+from ..cases import DType
+from ..kernel_cases import KernelCase, family_kernel_cases, vae_kernel_cases
+
+VAE = "vae"
+SIZES = (*FAMILY, VAE)
+BATCHES = (2, 16)
+# Stable Diffusion's own size, then the ends of the family, then what lies between.
+_FIRST_SIZES = ("866M", "39M", "5B", "318M", "2B")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call to measure, and the size and batch of the step that it comes from."""
+
+    size: str
+    batch: int
+    case: KernelCase
+
+
+def steps_in_order(sizes: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int]]:
+    """(size, batch) by importance: two sizes at the least batch, the first at all, the VAE, then the rest."""
+    family = [size for size in sizes if size != VAE]
+    first = [size for size in _FIRST_SIZES if size in family]
+    rest = [size for size in family if size not in first]
+    ordered = [*((size, batches[0]) for size in first[:2])]
+    ordered += [(size, batch) for size in first[:1] for batch in batches[1:]]
+    ordered += [(VAE, 1)] if VAE in sizes else []
+    ordered += itertools.product(first, batches)
+    ordered += [(size, batch) for batch in batches for size in rest]
+    return list(dict.fromkeys(ordered))
+
+
+def by_importance(cases: Iterable[KernelCase]) -> list[KernelCase]:
+    """The operators in turn, of each the calls that move most in a step first."""
+    by_operator: dict[str, list[KernelCase]] = {}
+    for case in cases:
+        by_operator.setdefault(case.operator, []).append(case)
+    lines = [sorted(line, key=lambda case: -case.count * case.bytes_moved) for line in by_operator.values()]
+    return [case for turn in itertools.zip_longest(*lines) for case in turn if case is not None]
+
+
+def jobs(operators: Sequence[str], sizes: Sequence[str], batches: Sequence[int], dtype: DType) -> Iterator[Job]:
+    """Every distinct call of these operators, once, in the order to measure them; found as they are asked for."""
+    seen: set[str] = set()
+    for size, batch in steps_in_order(sizes, batches):
+        cases = vae_kernel_cases(dtype) if size == VAE else family_kernel_cases(size, batch, dtype)
+        for case in by_importance(case for case in cases if case.operator in operators):
+            if case.key not in seen:
+                seen.add(case.key)
+                yield Job(size, batch, case)

@@ -1,0 +1,157 @@
+"""The results of a bench as people read them: in the terminal and as markdown."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, log
+
+from rich.console import Console
+from rich.text import Text
+
+from ..report.text import MISSING, commit, number, printable
+from .records import KernelRecord, Mode
+
+HEADINGS = ("peer", "mode", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy", "error", "L2")
+_NUMBERS = range(2, 8)
+NOTHING = "No kernel was measured."
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long as ours a peer takes: geometric mean over the calls where both have a time."""
+
+    operator: str
+    peer: str
+    mode: Mode
+    mean: float
+    worst: float
+    worst_call: str
+    calls: int
+
+
+def ratios(records: Sequence[KernelRecord]) -> list[Ratio]:
+    """Peers against our kernel, by operator and mode, in the order in which they first appear."""
+    ours = {_call(r): r.ms.p50 for r in records if r.peer == "triton" and r.ms is not None}
+    found: dict[tuple[str, str, Mode], list[tuple[float, str]]] = {}
+    for record in records:
+        if record.peer != "triton" and record.ms is not None and ours.get(_call(record)):
+            ratio = record.ms.p50 / ours[_call(record)]
+            group = (record.case.operator, record.peer, record.mode)
+            found.setdefault(group, []).append((ratio, f"{record.size} batch {record.batch} {record.case.label}"))
+    return [
+        Ratio(*group, exp(sum(log(ratio) for ratio, _ in of) / len(of)), *min(of), len(of))
+        for group, of in found.items()
+        if all(ratio > 0 for ratio, _ in of)
+    ]
+
+
+def conditions(records: Sequence[KernelRecord]) -> str:
+    """Device, dtype, versions, commit and the copy bandwidth that percentages are of."""
+    first = records[0]
+    environment = first.environment
+    name = environment.gpu.name if environment.gpu else environment.cpu or "CPU of unknown name"
+    parts = [
+        name if first.device.startswith("cuda") else f"{environment.cpu or 'CPU of unknown name'}",
+        ", ".join(dict.fromkeys(record.case.dtype for record in records)),
+        f"torch {environment.torch}",
+        f"triton {environment.triton}" if environment.triton else "no triton",
+        commit(environment),
+    ]
+    if first.copy_bandwidth is not None:
+        parts.append(f"copy {number(first.copy_bandwidth.gb_per_s)} GB/s")
+    return ", ".join(parts)
+
+
+def print_records(records: Sequence[KernelRecord], console: Console) -> None:
+    """A section per call with a line per peer and mode, then the ratios. Nothing is cut."""
+    if not records:
+        _print(console, NOTHING)
+        return
+    _print(console, conditions(records), "bold")
+    rows = [_cells(record) for record in records]
+    widths = [max(len(row[i]) for row in (HEADINGS, *rows) if i < len(row)) for i in range(len(HEADINGS))]
+    # Of failed rows the message takes the columns of numbers.
+    widths[2] = max(len(HEADINGS[2]), *(len(row[2]) for row in rows if len(row) > 3), 0)
+    _print(console, "  " + _line(HEADINGS, widths), "dim")
+    for title, group in _by_call(records):
+        _print(console)
+        _print(console, title, "bold cyan")
+        for record in group:
+            _print(console, "  " + _line(_cells(record), widths), "" if record.ms is not None else "red")
+    _print(console)
+    for line in ratio_lines(records):
+        _print(console, line)
+
+
+def ratio_lines(records: Sequence[KernelRecord]) -> list[str]:
+    """A line per operator, peer and mode."""
+    return [
+        f"{r.operator}, {r.mode}: {r.peer} takes {number(r.mean)} times as long as triton "
+        f"(geometric mean of {r.calls} calls; least {number(r.worst)}: {r.worst_call})"
+        for r in ratios(records)
+    ]
+
+
+def markdown(records: Sequence[KernelRecord]) -> str:
+    """The same figures as one GitHub markdown table, with the conditions above and the ratios below."""
+    if not records:
+        return NOTHING + "\n"
+    lines = [_escaped(conditions(records)), ""]
+    rules = [":---", *("---:" if i in _NUMBERS else ":---" for i in range(len(HEADINGS)))]
+    lines += ["| " + " | ".join(("call", *HEADINGS)) + " |", "| " + " | ".join(rules) + " |"]
+    for title, group in _by_call(records):
+        for record in group:
+            cells = _cells(record)
+            cells += [MISSING] * (len(HEADINGS) - len(cells))
+            lines.append("| " + " | ".join(_escaped(cell) for cell in (title, *cells)) + " |")
+    lines += ["", *(f"- {_escaped(line)}" for line in ratio_lines(records))]
+    return "\n".join(lines) + "\n"
+
+
+def _call(record: KernelRecord) -> tuple[str, str, Mode]:
+    return record.case.key, record.device, record.mode
+
+
+def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelRecord]]]:
+    found: dict[str, list[KernelRecord]] = {}
+    for record in records:
+        case = record.case
+        times = f", {case.count} a step" if record.size != "vae" else ""
+        title = f"{case.operator} {case.label} ({record.size} batch {record.batch}{times}, "
+        found.setdefault(title + f"{number(case.bytes_moved / 1e6)} MB)", []).append(record)
+    return list(found.items())
+
+
+def _cells(record: KernelRecord) -> list[str]:
+    if record.ms is None:
+        return [record.peer, record.mode, printable(f"{record.status}: {record.message}")]
+    errors = record.correctness
+    worst = None if errors is None else max(errors.error_before or 0.0, errors.error_after or 0.0)
+    return [
+        record.peer,
+        record.mode,
+        *(number(value) for value in (record.ms.p20, record.ms.p50, record.ms.p80, record.gb_per_s)),
+        MISSING if record.percent_of_copy is None else f"{record.percent_of_copy:.1f}",
+        MISSING if worst is None else f"{worst:.1e}",
+        record.l2 or MISSING,
+    ]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    right = len(cells) == len(HEADINGS)
+    padded = (
+        cell.rjust(width) if right and i in _NUMBERS else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
+    )
+    return "  ".join(padded).rstrip()
+
+
+def _print(console: Console, line: str = "", style: str = "") -> None:
+    console.print(Text(line, style=style), soft_wrap=True)
+
+
+def _escaped(plain: str) -> str:
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(plain, quote=False))

@@ -1,0 +1,418 @@
+"""Kernel benches: right before timed, failures as records, the order within a time bound, rotation, the table."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.backends import Unsupported
+from ldmperf.profiling.cli import main
+from ldmperf.profiling.environment import Environment
+from ldmperf.profiling.kernel_bench.bench import KernelBench, tolerance_of
+from ldmperf.profiling.kernel_bench.device import (
+    MOST_INPUT_SETS,
+    EagerCalls,
+    GraphCalls,
+    Pace,
+    calibrated,
+    copy_bandwidth,
+    input_sets,
+    runs_per_sample,
+)
+from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
+from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
+from ldmperf.profiling.kernel_bench.run import run_jobs
+from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
+from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios
+from ldmperf.profiling.kernel_cases import KernelCase, TensorSpec, family_kernel_cases, sampler_case
+from ldmperf.profiling.records import Samples
+from ldmperf.profiling.store import load_lines, rejected_path
+from ldmperf.profiling.timing import Deadline, RepetitionRule
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+ENVIRONMENT = Environment(os="Linux", python="3.11", torch="2.13.0", git_commit="a" * 40, git_dirty=False)
+COPY = CopyBandwidth(bytes_each=10**6, ms=Samples.of([1.0, 2.0, 3.0]))
+QUICK = Pace(RepetitionRule(3, 0.0), 0.0)
+
+
+def geglu_case(rows: int = 6, dtype: Any = "float32") -> KernelCase:
+    x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype=dtype)
+    out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype=dtype)
+    return KernelCase(operator="geglu", dtype=dtype, tensors=(x,), results=(out,))
+
+
+def peer(name: str, call: Callable[..., Any]) -> Peer:
+    return Peer(name, lambda case, device: Implementation(call))
+
+
+def bench(*peers: Peer, modes: tuple[Any, ...] = ("eager",)) -> KernelBench:
+    return KernelBench("cpu", peers, modes, QUICK, ENVIRONMENT, COPY)
+
+
+def right(**arguments: Any) -> Any:
+    return OPERATORS["geglu"].reference(**arguments)
+
+
+def after_calls(count: int) -> Callable[..., Any]:
+    """Right for so many calls, then one percent off."""
+    calls = itertools.count()
+    return lambda **arguments: right(**arguments) * (1.0 if next(calls) < count else 1.01)
+
+
+def fails(error: Exception, **_: Any) -> Any:
+    raise error
+
+
+def test_only_a_right_result_gets_a_time() -> None:
+    oom = torch.OutOfMemoryError("CUDA out of memory")
+    peers = [
+        peer("triton", right),
+        peer("off", lambda x: right(x=x) * 1.001),
+        peer("nan", lambda x: right(x=x) * float("nan")),
+        peer("part", lambda x: right(x=x)[:-1]),
+        peer("later", after_calls(7)),
+        peer("oom", functools.partial(fails, oom)),
+        peer("broken", functools.partial(fails, TypeError("no\nwell"))),
+        peer("missing", functools.partial(fails, Unsupported("not installed"))),
+    ]
+    records = {record.peer: record for record in bench(*peers).measure(Job("39M", 2, geglu_case()))}
+    assert {name: record.status for name, record in records.items()} == {
+        "triton": "ok",
+        "off": "incorrect",
+        "nan": "incorrect",
+        "part": "incorrect",
+        "later": "incorrect",
+        "oom": "oom",
+        "broken": "error",
+        "missing": "unsupported",
+    }
+    assert [name for name, record in records.items() if record.ms is not None] == ["triton"]
+    ok = records["triton"]
+    assert ok.ms is not None
+    assert ok.ms.n == 3
+    assert ok.gb_per_s == pytest.approx((6 * 16 + 6 * 8) * 4 / ok.ms.p50 / 1e6)
+    assert ok.percent_of_copy == pytest.approx(100 * ok.gb_per_s)
+    later = records["later"].correctness
+    assert later is not None
+    assert later.error_before is not None
+    assert later.error_before < 1e-6 < later.error_after  # type: ignore[operator]
+    assert records["broken"].message == "TypeError: no"
+
+
+def test_the_check_sees_what_a_call_does_not_write() -> None:
+    """model_input is full of NaN before the check, so that a call that leaves it alone is wrong."""
+    case = sampler_case("ddim", 2, "float32", 8)
+
+    def forgets(**arguments: Any) -> None:
+        OPERATORS["sampler_update"].reference(**arguments | {"model_input": None, "input_scale": None})
+
+    whole = functools.partial(OPERATORS["sampler_update"].call, backend="torch")
+    found = bench(peer("triton", whole), peer("forgets", forgets)).measure(Job("39M", 2, case))
+    assert [record.status for record in found] == ["ok", "incorrect"]
+
+
+def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
+    """Wrong formulas of the peers would make our kernels look wrong, or slow."""
+    peers = [PEERS[name] for name in ("eager", "reference")]
+    for case in family_kernel_cases("39M", 2, "float32", latents=8):
+        for record in bench(*peers).measure(Job("39M", 2, case)):
+            expected = "unsupported" if case.plan in ("unipc", "euler_a") and record.peer == "eager" else "ok"
+            assert record.status == expected, record.message
+
+
+@pytest.mark.parametrize("plan", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_step_of_diffusers_is_ours(plan: str, batch: int) -> None:
+    pytest.importorskip("diffusers")
+    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_case(plan, batch, "float32", 8)))
+    assert record.status == "ok", record.message
+
+
+def test_without_a_gpu_our_kernels_have_no_time() -> None:
+    found = bench(PEERS["triton"], PEERS["xformers"], modes=("eager", "graph")).measure(
+        Job("39M", 2, geglu_case())
+    )
+    assert {(record.peer, record.mode, record.status) for record in found} == {
+        (name, mode, "unsupported") for name in ("triton", "xformers") for mode in ("eager", "graph")
+    }
+    assert "needs a GPU" in (found[0].message or "")
+
+
+def test_a_call_that_cannot_be_set_up_is_a_record_for_every_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(KernelCase, "arguments", no_room)
+    found = bench(peer("triton", right), peer("eager", right)).measure(Job("39M", 2, geglu_case()))
+    assert [(record.peer, record.status) for record in found] == [("triton", "oom"), ("eager", "oom")]
+
+
+def test_what_one_record_says_is_said_once() -> None:
+    measured = bench(PEERS["xformers"], peer("triton", right))
+    first, second = (measured.measure(Job("39M", 2, geglu_case(rows))) for rows in (4, 5))
+    assert [record.peer for record in first] == ["xformers", "triton"]
+    assert [record.peer for record in second] == ["triton"]
+
+
+def test_a_record_is_whole() -> None:
+    (record,) = bench(peer("triton", right)).measure(Job("39M", 2, geglu_case()))
+    assert KernelRecord.model_validate_json(record.model_dump_json()) == record
+    for changes in (
+        {"ms": None},
+        {"correctness": None},
+        {"status": "oom", "message": "no room"},
+        {"peer": "other"},
+        {"l2": None},
+    ):
+        with pytest.raises(ValidationError):
+            KernelRecord(**(record.model_dump(exclude={"bytes_moved", "gb_per_s", "percent_of_copy"}) | changes))
+
+
+def test_records_are_on_disk_as_they_are_made_and_the_bound_holds(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path / "kernels.jsonl")
+    now = 0.0
+    lines: list[int] = []
+
+    def told(_: object) -> None:
+        nonlocal now
+        now += 4.0
+        lines.append(len(store.path.read_bytes().splitlines()))
+
+    given = [Job("39M", 2, geglu_case(rows)) for rows in (3, 4, 5, 6)]
+    deadline = Deadline(10.0, clock=lambda: now)
+    records, complete = run_jobs(bench(peer("triton", right)), given, store, deadline, told)
+    assert (len(records), complete, lines) == (3, False, [1, 2, 3])
+    assert store.load() == records
+    # Torn by a kill: set aside, never fatal.
+    store.path.write_bytes(store.path.read_bytes()[:-20])
+    assert KernelStore(store.path).load() == records[:2]
+    assert rejected_path(store.path).exists()
+    assert load_lines(store.path, KernelRecord)[1] == 1
+
+
+def test_an_interrupt_passes_through(tmp_path: Path) -> None:
+    store = KernelStore(tmp_path / "kernels.jsonl")
+    calls = itertools.count()
+
+    def interrupted(**arguments: Any) -> Any:
+        if next(calls) == 20:
+            raise KeyboardInterrupt
+        return right(**arguments)
+
+    given = [Job("39M", 2, geglu_case(rows)) for rows in (3, 4, 5, 6)]
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(bench(peer("triton", interrupted)), given, store, Deadline(None), lambda _: None)
+    assert 1 <= len(store.load()) <= 3
+
+
+def test_important_steps_and_calls_come_first() -> None:
+    order = steps_in_order(("39M", "866M", "83M", "vae"), (2, 16))
+    assert order[:4] == [("866M", 2), ("39M", 2), ("866M", 16), ("vae", 1)]
+    assert len(order) == len(set(order)) == 7
+    cases = by_importance(family_kernel_cases("39M", 2, "bfloat16"))
+    assert {case.operator for case in cases[: len(OPERATORS)]} == set(OPERATORS)
+    for operator in OPERATORS:
+        moved = [case.count * case.bytes_moved for case in cases if case.operator == operator]
+        assert moved == sorted(moved, reverse=True)
+    assert sorted(cases, key=lambda c: c.key) == sorted(
+        family_kernel_cases("39M", 2, "bfloat16"), key=lambda c: c.key
+    )
+
+
+def test_a_call_that_several_sizes_make_is_measured_once() -> None:
+    found = list(jobs(("sampler_update",), ("39M", "83M"), (2,), "bfloat16"))
+    assert {job.size for job in found} == {"39M"}
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("bytes_a_set", "l2", "expected"),
+    [
+        (10, None, (1, False)),
+        (50, 50, (2, True)),
+        (51, 50, (2, True)),
+        (100, 50, (1, True)),
+        (30, 50, (4, True)),
+        (1, 50 << 20, (MOST_INPUT_SETS, False)),
+    ],
+)
+def test_inputs_rotate_past_twice_the_cache(bytes_a_set: int, l2: int | None, expected: tuple[int, bool]) -> None:
+    assert input_sets(bytes_a_set, l2) == expected
+
+
+def test_calls_rotate_and_results_stay_apart() -> None:
+    seen: list[int] = []
+
+    def call(i: int) -> torch.Tensor:
+        seen.append(i)
+        return torch.empty(1000)
+
+    workload = EagerCalls([functools.partial(call, i) for i in range(3)])
+    workload.run(4)
+    workload.run(3)
+    assert seen == [0, 1, 2, 0, 1, 2, 0]
+    assert len({result.data_ptr() for result in workload._results}) == 3
+
+
+def test_a_sample_is_as_many_runs_as_fill_it() -> None:
+    assert runs_per_sample(0.3, 1.0) == 4
+    assert runs_per_sample(5.0, 1.0) == 1
+    assert runs_per_sample(0.0, 1.0) == 10_000
+    assert calibrated(EagerCalls([lambda: None]), QUICK, torch.device("cpu")) == 1
+
+
+def test_the_copy_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ldmperf.profiling.kernel_bench.device._COPY_BYTES", {"cpu": 4096})
+    found = copy_bandwidth(torch.device("cpu"), count=5)
+    assert (found.bytes_each, found.ms.n) == (4096, 5)
+    assert COPY.gb_per_s == pytest.approx(1.0)
+
+
+class _FakeCuda:
+    """torch.cuda's streams and graphs, as far as capturing needs them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capture_fails: bool) -> None:
+        self.current = "main"
+        self.replays = 0
+        fake = self
+
+        class Stream:
+            def __init__(self, *_: object) -> None: ...
+            def wait_stream(self, other: object) -> None: ...
+
+        class Graph:
+            def replay(self) -> None:
+                fake.replays += 1
+
+        @contextlib.contextmanager
+        def stream(_: object) -> Any:
+            yield
+
+        @contextlib.contextmanager
+        def graph(_: object, capture_error_mode: str) -> Any:
+            fake.current = "capturing"
+            yield
+            if capture_fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            fake.current = "main"
+
+        self.main = Stream()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.main)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "set_stream", self.set_stream)
+
+    def set_stream(self, stream: object) -> None:
+        assert stream is self.main
+        self.current = "main"
+
+
+def test_a_graph_holds_every_call_and_replays_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _FakeCuda(monkeypatch, capture_fails=False)
+    workload = GraphCalls([lambda: "a", lambda: "b", lambda: "c"], torch.device("cuda"))
+    workload.run(5)
+    assert (workload.calls_per_run, workload.results, cuda.replays) == (3, ["a", "b", "c"], 5)
+
+
+def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _FakeCuda(monkeypatch, capture_fails=True)
+    with pytest.raises(RuntimeError, match="capturing"):
+        GraphCalls([lambda: None], torch.device("cuda"))
+    assert cuda.current == "main"
+
+
+def _timed(peer_name: str, ms: float, rows: int = 6) -> KernelRecord:
+    (record,) = bench(peer(peer_name, right)).measure(Job("39M", 2, geglu_case(rows)))
+    return record.model_copy(update={"ms": Samples.of([ms])})
+
+
+def test_ratios_are_geometric_means_over_calls_that_both_have() -> None:
+    records = [
+        *(_timed("triton", 1.0, 6), _timed("eager", 2.0, 6)),
+        *(_timed("triton", 1.0, 7), _timed("eager", 8.0, 7)),
+        _timed("eager", 100.0, 8),
+    ]
+    (found,) = ratios(records)
+    assert (found.operator, found.peer, found.calls, found.worst) == ("geglu", "eager", 2, 2.0)
+    assert found.mean == pytest.approx(4.0)
+    assert "6x16" in found.worst_call
+
+
+def test_the_table_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = bench(PEERS["triton"]).measure(Job("39M", 2, geglu_case()))
+    records = [*failed, _timed("eager", 0.012345)]
+    print_records(records, Console())
+    shown = capsys.readouterr().out
+    for part in ("0.01235", "needs a GPU", "geglu 6x16", "1 a step", "GB/s"):
+        assert part in shown
+        assert part.replace("_", "\\_") in markdown(records)
+    assert markdown([]).startswith("No kernel")
+
+
+def test_a_sampler_may_round_more_than_others() -> None:
+    assert tolerance_of(sampler_case("ddim", 2, "bfloat16", 8)) > tolerance_of(geglu_case(dtype="bfloat16"))
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--kernel", "gelu"], "group_norm_silu"),
+        (["--size", "40M"], "39M"),
+        (["--batch", "0"], "from 1"),
+        (["--peer", "jax"], "xformers"),
+        (["--dtype", "int8"], "bfloat16"),
+        (["--device", "cuda:99"], "not here"),
+    ],
+)
+def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
+    code, _, errors = run_command(capsys, "kernels", *arguments)
+    assert code == 2
+    assert told in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_the_command_measures_records_and_shows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [Job("39M", 2, case) for case in family_kernel_cases("39M", 2, "float32", latents=8)[:4]]
+    monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: small)
+    code, out, errors = run_command(
+        capsys, "kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", str(tmp_path)
+    )
+    assert code == 0, errors
+    (folder,) = tmp_path.iterdir()
+    records, rejected = load_lines(folder / "kernels.jsonl", KernelRecord)
+    assert rejected == 0
+    assert {record.peer for record in records} == {"triton", "eager", "reference", "xformers"}
+    assert "needs a GPU" in out
+    assert (folder / "kernels.md").read_text().count("\n") > 5
+    assert "compile" not in errors
+
+
+def test_a_bench_that_measured_nothing_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, errors = run_command(
+        capsys, "kernels", "--device", "cpu", "--seconds", "0", "--size", "39M", "--out", str(tmp_path)
+    )
+    assert code == 1
+    assert "No kernel" in out
+    assert "--seconds" in errors
