@@ -1,0 +1,71 @@
+"""Clocks, streams and graphs of a real GPU. No hypothesis here: a GPU machine may have the light core only."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ldmperf.profiling.environment import Environment
+from ldmperf.profiling.kernel_bench.bench import KernelBench
+from ldmperf.profiling.kernel_bench.device import GraphCalls, Pace, copy_bandwidth, l2_cache_bytes
+from ldmperf.profiling.kernel_bench.peers import PEERS
+from ldmperf.profiling.kernel_bench.selection import Job
+from ldmperf.profiling.kernel_cases import family_kernel_cases
+from ldmperf.profiling.timing import RepetitionRule, timed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_the_device_clock_sees_the_devices_work() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    result = timed(lambda: x @ x, device)
+    assert result.gpu_ms is not None
+    assert 0 < result.gpu_ms <= result.wall_ms
+
+
+def test_a_graph_gives_what_the_calls_give_and_results_of_their_own() -> None:
+    device = torch.device("cuda")
+    inputs = [torch.randn(1000, device=device) for _ in range(3)]
+    workload = GraphCalls([lambda x=x: x * 2 for x in inputs], device)  # type: ignore[misc]
+    for x in inputs:
+        x.normal_()
+    workload.run(2)
+    torch.cuda.synchronize()
+    for x, result in zip(inputs, workload.results, strict=True):
+        assert torch.equal(result, x * 2)
+
+
+def test_after_a_failed_capture_the_device_still_works() -> None:
+    device = torch.device("cuda")
+    before = torch.cuda.current_stream(device)
+    x = torch.ones(10, device=device)
+    with pytest.raises(RuntimeError):
+        GraphCalls([lambda: x.sum().item()], device)
+    assert torch.cuda.current_stream(device) == before
+    assert float(x.sum()) == 10.0
+    GraphCalls([lambda: x * 2], device).run(1)
+
+
+def test_our_kernels_are_timed_in_both_modes() -> None:
+    """Every case of the smallest step on small latents: right before and after, with a time."""
+    bandwidth = copy_bandwidth(torch.device("cuda"), count=3)
+    environment = Environment(os="Linux", python="3")
+    pace = Pace(RepetitionRule(3, 0.0), 0.2)
+    bench = KernelBench(
+        "cuda", [PEERS["triton"], PEERS["eager"]], ("eager", "graph"), pace, environment, bandwidth
+    )
+    for case in family_kernel_cases("39M", 2, "bfloat16", latents=16):
+        for record in bench.measure(Job("39M", 2, case)):
+            if record.peer == "triton":
+                assert record.status == "ok", f"{record.case.label} {record.mode}: {record.message}"
+                assert record.clock == "device"
+
+
+def test_the_size_of_the_cache_is_known() -> None:
+    found = l2_cache_bytes(torch.device("cuda"))
+    assert found is not None
+    assert found > 2**20
