@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
 
-.PHONY: help profile test check format readme bench-kernels gpu-check tune static-baseline clean
+.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -14,6 +14,7 @@ help:
 	@echo "make check     lint, format and types"
 	@echo "make format    rewrite the code in the house format"
 	@echo "make readme    write README's table from the committed records that it names"
+	@echo "make inventory write docs/step-inventory.md's tables: every launch of a step, predicted without a GPU"
 	@echo "make bench-kernels    measure each kernel beside its peers (ARGS=... goes to ldmperf kernels)"
 	@echo "make gpu-check        tests, kernels and a baseline profile on a GPU machine, within 9 minutes"
 	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
@@ -37,6 +38,9 @@ format: $(STAMP)
 
 readme: $(STAMP)
 	$(BIN)/python bench/readme.py
+
+inventory: $(STAMP)
+	$(BIN)/python bench/inventory.py
 
 bench-kernels: $(STAMP)
 	$(BIN)/ldmperf kernels $(ARGS)
