@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 
+from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.environment import Environment
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import GraphCalls, Pace, copy_bandwidth, l2_cache_bytes
 from ldmperf.profiling.kernel_bench.peers import PEERS
 from ldmperf.profiling.kernel_bench.selection import Job
 from ldmperf.profiling.kernel_cases import family_kernel_cases
-from ldmperf.profiling.timing import RepetitionRule, timed
+from ldmperf.profiling.timing import Deadline, RepetitionRule, timed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +67,16 @@ def test_our_kernels_are_timed_in_both_modes() -> None:
             if record.peer == "triton":
                 assert record.status == "ok", f"{record.case.label} {record.mode}: {record.message}"
                 assert record.clock == "device"
+
+
+def test_the_tuner_checks_and_times_candidates() -> None:
+    tune = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "tune.py"), run_name="tune")
+    case = next(case for case in family_kernel_cases("39M", 2, "bfloat16") if case.operator == "geglu")
+    candidates = OPERATORS["geglu"].candidates(**case.arguments("meta"))[:3]
+    with torch.inference_mode():
+        found = tune["search"](candidates, tune["GpuTimer"](case, torch.device("cuda")), Deadline(None))
+    assert (found.tried, found.failures) == (3, ())
+    assert 0 < found.ms <= found.now
 
 
 def test_the_size_of_the_cache_is_known() -> None:

@@ -18,7 +18,7 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.backends import Unsupported
 from ldmperf.profiling.cli import main
 from ldmperf.profiling.environment import Environment
-from ldmperf.profiling.kernel_bench.bench import KernelBench, tolerance_of
+from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
     MOST_INPUT_SETS,
     EagerCalls,
@@ -29,6 +29,7 @@ from ldmperf.profiling.kernel_bench.device import (
     input_sets,
     runs_per_sample,
 )
+from ldmperf.profiling.kernel_bench.inputs import tolerance_of
 from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.run import run_jobs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -12,27 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS
-
 from ..backends import Unsupported
-from ..cases import DType
-from ..check import relative_rms
 from ..environment import DeviceState, Environment, device_state
 from ..group import measuring_settings
-from ..kernel_cases import KernelCase
 from ..lane import Outcome, release_memory
 from ..records import Correctness, Samples, utc_now
 from ..timing import Timed, Times, garbage_collection_paused, interleave, timed
 from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, input_sets, l2_cache_bytes
-from .peers import Arguments, Implementation, Peer
+from .inputs import Inputs, tolerance_of
+from .peers import Implementation, Peer
 from .records import CopyBandwidth, KernelRecord, Mode, record_key
 from .selection import Job
 
-# Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
-# parts, and far less than a wrong formula gives.
-_TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
-# Pipelines keep latents in the network's dtype, and guidance multiplies the rounding of its difference by 7.5.
-_SAMPLER_FACTOR = 5.0
 _REFERENCE = "ours, float64"
 
 
@@ -66,52 +57,6 @@ class _Lane(Outcome):
         self.workload = None
 
 
-class _Inputs:
-    """Sets of arguments; the first is the one that results are checked on, restored before each check."""
-
-    def __init__(self, case: KernelCase, sets: int, device: torch.device, seed: int) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
-        self.case = case
-        self.sets = [case.arguments(device, generator) for _ in range(sets)]
-        self._pristine = {
-            spec.name: self.sets[0][spec.name].clone() for spec in case.tensors if spec.access == "update"
-        }
-
-    def restore(self) -> None:
-        """Updated tensors as they were, written ones full of NaN, and NaN in the memory that results will take."""
-        for spec in self.case.tensors:
-            if spec.access == "update":
-                self.sets[0][spec.name].copy_(self._pristine[spec.name])
-            elif spec.access == "write":
-                self.sets[0][spec.name].fill_(math.nan)
-        device = self.sets[0][self.case.tensors[0].name].device
-        # Freed at once: the next allocation of this size takes the same block.
-        for result in self.case.results:
-            torch.full((-(-result.nbytes // 4),), math.nan, device=device)
-
-    def in_float64(self) -> Arguments:
-        """The first set, with the numbers that its dtype rounded to."""
-        return {
-            name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-            for name, value in self.sets[0].items()
-        }
-
-
-def tolerance_of(case: KernelCase) -> float:
-    """The relative RMS error of a case's result that passes."""
-    return _TOLERANCES[case.dtype] * (_SAMPLER_FACTOR if case.operator == "sampler_update" else 1.0)
-
-
-def outputs(arguments: Mapping[str, Any], result: Any) -> tuple[Tensor, ...]:
-    """What a call computed: its result, or what it updated: the latents, the next model input, other registers."""
-    if isinstance(result, Tensor):
-        return (result,)
-    if result is not None:
-        return tuple(result)
-    registers = arguments["registers"].unbind(0)
-    return (registers[0], arguments["model_input"], *registers[1:])
-
-
 class KernelBench:
     """Measures jobs on one device; `copy` is that device's copy bandwidth in this run."""
 
@@ -142,8 +87,8 @@ class KernelBench:
         count, cold = input_sets(moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
-                inputs = _Inputs(case, count, self.device, seed=0)
-                reference = self._reference(inputs)
+                inputs = Inputs(case, count, self.device, seed=0)
+                reference = inputs.reference()
             except Exception as error:
                 for contestant in contestants:
                     contestant.fail_with(error)
@@ -164,11 +109,7 @@ class KernelBench:
         release_memory()
         return records
 
-    def _reference(self, inputs: _Inputs) -> tuple[Tensor, ...]:
-        arguments = inputs.in_float64()
-        return outputs(arguments, OPERATORS[inputs.case.operator].reference(**arguments))
-
-    def _build_and_check(self, contestant: _Contestant, inputs: _Inputs, reference: tuple[Tensor, ...]) -> None:
+    def _build_and_check(self, contestant: _Contestant, inputs: Inputs, reference: tuple[Tensor, ...]) -> None:
         implementation = contestant.attempt(lambda: contestant.peer.build(inputs.case, self.device))
         if implementation is None:
             return
@@ -184,7 +125,7 @@ class KernelBench:
         contestant.first_call_ms = result.wall_ms
         contestant.error = _checked(contestant, inputs, result.value, reference, "before")
 
-    def _time(self, lanes: Sequence[_Lane], inputs: _Inputs, reference: tuple[Tensor, ...]) -> None:
+    def _time(self, lanes: Sequence[_Lane], inputs: Inputs, reference: tuple[Tensor, ...]) -> None:
         lanes = [lane for lane in lanes if lane.contestant.active]
         for lane in lanes:
             lane.workload = lane.attempt(functools.partial(self._workload, lane))
@@ -232,7 +173,7 @@ class KernelBench:
         assert lane.workload is not None
         return calibrated(lane.workload, self.pace, self.device)
 
-    def _check_again(self, lane: _Lane, inputs: _Inputs, reference: tuple[Tensor, ...]) -> float | None:
+    def _check_again(self, lane: _Lane, inputs: Inputs, reference: tuple[Tensor, ...]) -> float | None:
         """The first set's result once more, by the very workload that was timed."""
         inputs.restore()
         workload = lane.workload
@@ -303,20 +244,14 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _checked(
     checked: Outcome,
-    inputs: _Inputs,
+    inputs: Inputs,
     result: Any,
     reference: tuple[Tensor, ...],
     when: Literal["before", "after"],
 ) -> float | None:
     """The largest relative RMS error of the outputs, None unless finite; a wrong result ends the outcome."""
 
-    def worst() -> float:
-        pairs = zip(outputs(inputs.sets[0], result), reference, strict=False)
-        errors = [relative_rms(found, exact) for found, exact in pairs]
-        # A NaN is no maximum.
-        return max((error if math.isfinite(error) else math.inf for error in errors), default=math.inf)
-
-    error = checked.attempt(worst)
+    error = checked.attempt(lambda: inputs.error(result, reference))
     if error is None:
         return None
     tolerance = tolerance_of(inputs.case)

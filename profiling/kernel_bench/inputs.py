@@ -1,0 +1,76 @@
+"""The inputs of a kernel case, what its result is compared with, and how far off it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmperf.kernels import OPERATORS
+
+from ..cases import DType
+from ..check import relative_rms
+from ..kernel_cases import KernelCase
+
+# Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
+# parts, and far less than a wrong formula gives.
+_TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
+# Pipelines keep latents in the network's dtype, and guidance multiplies the rounding of its difference by 7.5.
+_SAMPLER_FACTOR = 5.0
+
+
+class Inputs:
+    """Sets of arguments; the first is the one that results are checked on, restored before each check."""
+
+    def __init__(self, case: KernelCase, sets: int, device: torch.device, seed: int) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        self.case = case
+        self.sets = [case.arguments(device, generator) for _ in range(sets)]
+        self._pristine = {
+            spec.name: self.sets[0][spec.name].clone() for spec in case.tensors if spec.access == "update"
+        }
+
+    def restore(self) -> None:
+        """Updated tensors as they were, written ones full of NaN, and NaN in the memory that results will take."""
+        for spec in self.case.tensors:
+            if spec.access == "update":
+                self.sets[0][spec.name].copy_(self._pristine[spec.name])
+            elif spec.access == "write":
+                self.sets[0][spec.name].fill_(math.nan)
+        device = self.sets[0][self.case.tensors[0].name].device
+        # Freed at once: the next allocation of this size takes the same block.
+        for result in self.case.results:
+            torch.full((-(-result.nbytes // 4),), math.nan, device=device)
+
+    def reference(self) -> tuple[Tensor, ...]:
+        """The outputs for the first set in float64, from the numbers that its dtype rounded to."""
+        arguments = {
+            name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+            for name, value in self.sets[0].items()
+        }
+        return outputs(arguments, OPERATORS[self.case.operator].reference(**arguments))
+
+    def error(self, result: Any, reference: tuple[Tensor, ...]) -> float:
+        """The largest relative RMS error of the outputs of a call on the first set; infinite for a NaN."""
+        pairs = zip(outputs(self.sets[0], result), reference, strict=False)
+        errors = [relative_rms(found, exact) for found, exact in pairs]
+        # A NaN is no maximum.
+        return max((error if math.isfinite(error) else math.inf for error in errors), default=math.inf)
+
+
+def tolerance_of(case: KernelCase) -> float:
+    """The relative RMS error of a case's result that passes."""
+    return _TOLERANCES[case.dtype] * (_SAMPLER_FACTOR if case.operator == "sampler_update" else 1.0)
+
+
+def outputs(arguments: Mapping[str, Any], result: Any) -> tuple[Tensor, ...]:
+    """What a call computed: its result, or what it updated: the latents, the next model input, other registers."""
+    if isinstance(result, Tensor):
+        return (result,)
+    if result is not None:
+        return tuple(result)
+    registers = arguments["registers"].unbind(0)
+    return (registers[0], arguments["model_input"], *registers[1:])

@@ -1,0 +1,177 @@
+"""The search for launch configurations: the choice among timings, the bound, and the table it writes."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import _launch as launch
+from ldmperf.profiling.kernel_bench.selection import jobs
+from ldmperf.profiling.timing import Deadline
+
+ROOT = Path(__file__).parents[1]
+tune = SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "tune.py"), run_name="tune"))
+HEAD = {"gpu": "NVIDIA H200", "commit": "a" * 40, "versions": {"torch": "2.13.0"}}
+
+
+@dataclass(frozen=True)
+class Config:
+    block: int
+    num_warps: int = 4
+
+
+def timer(times: dict[Any, float], seen: list[Any] | None = None) -> Callable[[Any], float]:
+    def time_one(config: Any) -> float:
+        if seen is not None:
+            seen.append(config)
+        if times[config] < 0:
+            raise tune.Wrong("off by 0.5\nmore")
+        return times[config]
+
+    return time_one
+
+
+def test_the_fastest_right_candidate_is_chosen() -> None:
+    times = {None: 1.0, Config(1): 0.9, Config(2): 0.5, Config(3): -1.0, Config(4): 0.7}
+    found = tune.search([Config(i) for i in (1, 2, 3, 4)], timer(times), Deadline(None))
+    assert (found.best, found.ms, found.now, found.tried) == (Config(2), 0.5, 1.0, 4)
+    assert found.failures == ("Config(block=3, num_warps=4): off by 0.5",)
+
+
+def test_what_is_used_now_stays_unless_beaten_by_more_than_noise() -> None:
+    assert tune.search([Config(1)], timer({None: 1.0, Config(1): 0.985}), Deadline(None)).best is None
+    assert tune.search([Config(1)], timer({None: 1.0, Config(1): 0.97}), Deadline(None)).best == Config(1)
+    assert tune.search([], timer({None: 1.0}), Deadline(None)).best is None
+
+
+def test_a_lucky_first_time_does_not_win() -> None:
+    lucky = iter([0.1])
+
+    def time_one(config: Any) -> float:
+        if config == Config(1):
+            return next(lucky, 2.0)
+        return {None: 1.0, Config(2): 0.8}[config]
+
+    assert tune.search([Config(1), Config(2)], time_one, Deadline(None)).best == Config(2)
+
+
+def test_a_search_that_is_cut_short_chooses_from_what_it_saw() -> None:
+    now = 0.0
+    seen: list[Any] = []
+    times = {None: 1.0} | {Config(i): 0.5 + 0.01 * i for i in range(20)}
+    inner = timer(times, seen)
+
+    def time_one(config: Any) -> float:
+        nonlocal now
+        now += 1.0
+        return inner(config)
+
+    found = tune.search([Config(i) for i in range(20)], time_one, Deadline(5.5, clock=lambda: now), "key")
+    tried = seen[1:6]
+    assert found.tried == 5
+    assert found.best == min(tried, key=lambda c: c.block)
+    assert tried != [Config(i) for i in range(5)]
+
+
+def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
+    with pytest.raises(tune.Wrong):
+        tune.search([Config(1)], timer({None: -1.0, Config(1): 1.0}), Deadline(None))
+
+    def lost(config: Any) -> float:
+        if config is not None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.search([Config(1)], lost, Deadline(None))
+
+
+def test_entries_join_what_is_there(tmp_path: Path) -> None:
+    before = {
+        "schema_version": 1,
+        **HEAD,
+        "commit": "b" * 40,
+        "kernels": {"geglu": {"old": {"block": 1}, "key": {"block": 2}}, "layer_norm": {"x": {"block": 3}}},
+    }
+    after = tune.merged(before, HEAD, "geglu", "key", Config(8))
+    assert after["kernels"] == {
+        "geglu": {"key": {"block": 8, "num_warps": 4}, "old": {"block": 1}},
+        "layer_norm": {"x": {"block": 3}},
+    }
+    assert after["commit"] == "a" * 40
+    assert before["kernels"]["geglu"]["key"] == {"block": 2}  # type: ignore[index]
+    for text in ("{", json.dumps(before | {"gpu": "NVIDIA A100"}), json.dumps(before | {"schema_version": 2})):
+        path = tmp_path / "table.json"
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="move it away"):
+            tune.load_table(path, "NVIDIA H200")
+
+
+def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chip = launch.Chip("NVIDIA H200", 132)
+    path = tmp_path / f"{chip.file_name}.json"
+    given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
+    on_disk: list[int] = []
+
+    def timer_of(case: Any) -> Callable[[Any], float]:
+        on_disk.append(len(json.loads(path.read_text())["kernels"]["geglu"]) if path.exists() else 0)
+        best = OPERATORS["geglu"].candidates(**case.arguments("meta"))[-1]
+        return lambda config: 0.5 if config == best else 1.0
+
+    assert tune.tune(given, timer_of, path, HEAD, Deadline(None), 60.0) == len(given) == 4
+    assert on_disk == [0, 1, 2, 3]
+    monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
+    for key, job in given:
+        candidates = OPERATORS["geglu"].candidates(**job.case.arguments("meta"))
+        assert launch.tuned("geglu", key, chip, type(candidates[0])) == candidates[-1]
+
+
+def test_a_key_without_room_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_room(case: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
+    path = tmp_path / "table.json"
+    assert tune.tune(given, no_room, path, HEAD, Deadline(None), 60.0) == 0
+    assert capsys.readouterr().err.count("out of memory") == len(given)
+    assert not path.exists()
+
+
+def test_calls_of_one_key_are_searched_once() -> None:
+    keys = [key for key, _ in tune.by_key(jobs(("group_norm_silu",), ("39M",), (2,), "bfloat16"))]
+    assert len(keys) == len(set(keys)) < 22
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
+    for _, job in tune.by_key(jobs((name,), ("39M", "866M"), (2,), "bfloat16")):
+        operator = OPERATORS[name]
+        arguments = job.case.arguments("meta")
+        candidates = operator.candidates(**arguments)
+        assert candidates
+        assert len(set(candidates)) == len(candidates)
+        for config in candidates:
+            assert operator.plan(**arguments, config=config)[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(["gelu"], "geglu"), (["geglu", "--size", "1M"], "39M"), (["geglu"], "GPU")]
+)
+def test_a_wrong_call_is_one_line(given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() and told == "GPU":
+        pytest.skip("there is a GPU")
+    assert tune.main(given) == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert len(errors.splitlines()) == 1
