@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
 from ._layout import collapse_rows, column_block, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
@@ -99,14 +99,15 @@ def default_config(rows: int, columns: int, chip: Chip) -> GegluConfig:
 
 def candidates(x: Tensor, *, bias: Tensor | None = None) -> list[GegluConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    widest = next_power_of_two(x.shape[-1] // 2)
+    columns = x.shape[-1] // 2
+    widest = next_power_of_two(columns)
     return [
         GegluConfig(m, n, warps)
         for m in (1, 2, 4, 8, 16)
         for n in (128, 256, 512, 1024)
         for warps in (1, 2, 4, 8)
         if n <= widest and 8 <= m * n // (32 * warps) <= 32
-    ]
+    ] or [default_config(x.numel() // max(x.shape[-1], 1), columns, NO_GPU)]
 
 
 def tuning_key(x: Tensor, *, bias: Tensor | None = None) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, pixel_offsets
 from ._library import compute_dtype, define_operator
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
@@ -133,7 +133,7 @@ def candidates(
         and block_hw <= next_power_of_two(pixels)
         and 8 <= block_hw * block_c // (32 * warps) <= 32
         and (block_c if _interleaved(x) else block_hw) >= min(64, channels if _interleaved(x) else pixels)
-    ]
+    ] or [default_config(x.shape[0], channels, pixels, _interleaved(x), NO_GPU)]
 
 
 def tuning_key(

@@ -68,7 +68,7 @@ def sample(
     copies = 1 if scales is None else 2
     keys = _keys(seeds, batch, device) if plan.stochastic and step_noise is None else None
 
-    table = torch.tensor(plan.table, dtype=dtype).to(device)
+    table = torch.tensor(plan.table, dtype=dtype).contiguous().to(device)
     c_in = torch.tensor(plan.input_scales, dtype=dtype)
     # Each update scales the input of the evaluation after it; the last one's input is never read.
     next_c_in = torch.cat([c_in[1:], torch.ones(1, dtype=dtype)]).to(device)
