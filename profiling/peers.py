@@ -86,8 +86,21 @@ def diffusers_unet(unet: UNet) -> Any:
     diffusers = import_diffusers()
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**diffusers_config(unet.config))
-    theirs.load_state_dict(diffusers_state_dict(unet), assign=True)
+    weights = {name: _channels_last(weight) for name, weight in diffusers_state_dict(unet).items()}
+    theirs.load_state_dict(weights, assign=True)
     return theirs.eval().requires_grad_(False)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """A 1x1 convolution's weight under the strides that torch reads as channels-last; the same memory.
+
+    Both layouts are the same bytes, and torch decides by the strides: with those of a linear layer's view it would
+    convolve in NCHW, and copy.
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (1, 1):
+        return weight
+    in_channels = weight.shape[1]
+    return weight.as_strided(weight.shape, (in_channels, 1, in_channels, in_channels))
 
 
 def import_diffusers() -> Any:

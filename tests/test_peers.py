@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ldmperf.model import load_unet
+from ldmperf.model import FAMILY, UNet, load_unet
 from ldmperf.profiling import Case, profile
 from ldmperf.profiling.backends import Problem, TorchBackend, Unsupported
 from ldmperf.profiling.check import check_inputs, relative_rms
@@ -139,3 +139,14 @@ def test_importing_the_peers_does_not_import_diffusers() -> None:
         builtins.__import__ = real
     assert imported
     assert not [name for name in imported if name.startswith("diffusers")]
+
+
+def test_the_peers_convolutions_are_channels_last_to_the_eye_of_torch():
+    """By strides, as torch decides: 1x1 weights are both layouts, and a linear layer's view reads as NCHW."""
+    unet = UNet(FAMILY["39M"], backend="torch")
+    theirs = diffusers_unet(unet)
+    weights = [module.weight for module in theirs.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert any(weight.shape[2:] == (1, 1) for weight in weights)
+    for weight in weights:
+        assert weight.stride(1) == 1
+        assert weight.stride(3) == weight.shape[1]
