@@ -187,8 +187,8 @@ def test_matrix_instructions_by_their_shape():
     assert products(instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")) == 2048
 
 
-# Of the CUDA occupancy calculator; and the programming guide's example: of a kernel of 64 registers and 512 threads
-# two blocks fit, of one with 65 registers one.
+# Of the CUDA occupancy calculator; and the programming guide's example: of a kernel of 64 registers and 512
+# threads two blocks fit, of one with 65 registers one.
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "warps", "programs", "limit"),
     [
@@ -231,7 +231,7 @@ def test_the_prediction_is_instructions_over_lanes():
 
 
 def test_dense_peaks_of_the_data_sheets():
-    """TFLOP/s in 16 bits (of the H200 at its 1.83 GHz under tensor cores) and in 32: lanes times chips and clock."""
+    """TFLOP/s in 16 bits (of the H200 at the 1.83 GHz of its sheet) and in 32: lanes times chips and clock."""
     for arch, unit, clock, peak in (
         ("sm_90", "matrix", 1.83, 989),
         ("sm_90", "fma", 1.98, 66.9),
