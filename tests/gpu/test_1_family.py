@@ -1,0 +1,131 @@
+"""Every kernel at every shape of the family, against float64, on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ldmperf.kernels import OPERATORS, philox_normal, sampler_update
+from ldmperf.kernels.philox import STEP_NOISE
+from ldmperf.profiling.kernel_cases import family_kernel_cases, vae_kernel_cases
+from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
+
+pytestmark = pytest.mark.gpu
+SIZES = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
+
+
+def torchs_own(operator, a):
+    """As people write it with torch's operators, every step in x's dtype."""
+    x = a["x"]
+    if operator == "group_norm_silu":
+        if a.get("skip") is not None:
+            x = torch.cat([x, a["skip"]], dim=1)
+        if a.get("shift") is not None:
+            x = x + a["shift"].to(x.dtype)[:, :, None, None]
+        y = F.group_norm(x, a["num_groups"], a.get("weight"), a.get("bias"), a.get("eps", 1e-5))
+        return F.silu(y) if a.get("activation", "silu") == "silu" else y
+    if operator == "layer_norm":
+        total = x if a.get("x_bias") is None else x + a["x_bias"]
+        if a.get("residual") is None:
+            return F.layer_norm(total, x.shape[-1:], a["weight"], a["bias"], a.get("eps", 1e-5))
+        total = total + a["residual"]
+        return F.layer_norm(total, x.shape[-1:], a["weight"], a["bias"], a.get("eps", 1e-5)), total
+    if operator == "geglu":
+        value, gate = (x if a.get("bias") is None else x + a["bias"]).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+    total = x + a["residual"]
+    if a.get("bias") is not None:
+        total = total + a["bias"][:, None, None]
+    return total if a.get("size") is None else F.interpolate(total, size=tuple(a["size"]), mode="nearest")
+
+
+def check(kit, case):
+    arguments = case.arguments("cuda")
+    operator = OPERATORS[case.operator]
+    out = kit.launch(operator, **arguments)
+    kit.judge(out, kit.exact_of(operator, arguments), torchs_own(case.operator, arguments))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_family_shapes_in_bfloat16(kit, size):
+    for case in family_kernel_cases(size, 2, "bfloat16"):
+        if case.operator != "sampler_update":
+            check(kit, case)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_866m_in_other_dtypes(kit, dtype):
+    for case in family_kernel_cases("866M", 2, dtype):
+        if case.operator != "sampler_update":
+            check(kit, case)
+
+
+def test_autoencoder_shapes(kit):
+    for case in vae_kernel_cases("bfloat16"):
+        check(kit, case)
+
+
+def test_large_batch(kit):
+    for case in family_kernel_cases("39M", 16, "bfloat16"):
+        if case.operator != "sampler_update":
+            check(kit, case)
+
+
+def test_sampler_updates_equal_the_reference():
+    for case in family_kernel_cases("39M", 2, "bfloat16"):
+        if case.operator != "sampler_update":
+            continue
+        results = []
+        for backend in ("torch", "triton"):
+            arguments = case.arguments("cuda", torch.Generator("cuda").manual_seed(0))
+            arguments["model_input"].fill_(torch.nan)
+            sampler_update(**arguments, backend=backend)
+            results.append((arguments["registers"], arguments["model_input"].float()))
+        torch.testing.assert_close(results[1][0], results[0][0], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-2, atol=1e-5)
+
+
+def test_noise_is_that_of_the_cpu():
+    for seed, step in ((0, 0), (-5, 7), (2**40 + 3, 999)):
+        registers = torch.zeros(1, 1, 4, 64, 64, device="cuda")
+        table = torch.zeros(1000, 1, 3, device="cuda")
+        table[:, 0, 2] = 1.0
+        sampler_update(
+            registers,
+            torch.zeros_like(registers[0]),
+            table,
+            torch.tensor([step], device="cuda"),
+            seeds=torch.tensor([seed], device="cuda"),
+            backend="triton",
+        )
+        expected = philox_normal(torch.tensor([seed]), (4, 64, 64), step, STEP_NOISE)
+        assert (registers[0].cpu() - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "dpmpp_2m", "unipc", "euler_a"])
+def test_trajectories_equal_those_of_the_cpu(name):
+    schedule = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear", "steps_offset": 1})
+    plan = make_plan(name, schedule, 6)
+    results = [
+        sample(
+            lambda x, step: torch.tanh(0.7 * x) + 1e-4 * step.timestep,
+            plan,
+            initial_noise([3, 4], (4, 16, 16), device=device),
+            guidance_scale=7.5,
+            seeds=[3, 4],
+            backend=backend,
+        ).cpu()
+        for device, backend in (("cpu", "torch"), ("cuda", "triton"))
+    ]
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("operator", ["group_norm_silu", "layer_norm", "geglu", "residual_add"])
+def test_every_configuration_a_tuner_may_choose(kit, operator):
+    """Every tenth of them: each is a compilation."""
+    cases = [case for case in family_kernel_cases("866M", 2, "bfloat16") if case.operator == operator]
+    for case in (cases[0], cases[-1]):
+        arguments = case.arguments("cuda")
+        exact = kit.exact_of(OPERATORS[operator], arguments)
+        own = torchs_own(operator, arguments)
+        for config in OPERATORS[operator].candidates(**arguments)[::10]:
+            kit.judge(kit.launch(OPERATORS[operator], config, **arguments), exact, own)

@@ -1,0 +1,312 @@
+"""What kernels must honour beside being right: determinism, large offsets, graphs, compilers, gradients."""
+
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from ldmperf.kernels import OPERATORS, geglu, group_norm_silu, layer_norm, residual_add, sampler_update
+
+pytestmark = pytest.mark.gpu
+
+
+def randn(*shape, dtype=torch.bfloat16, channels_last=False):
+    x = torch.randn(shape, device="cuda").to(dtype)
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+CALLS = {
+    "group_norm_silu, one launch": (
+        group_norm_silu,
+        lambda: {"x": randn(2, 320, 8, 8, channels_last=True), "num_groups": 32, "shift": randn(2, 320)},
+    ),
+    "group_norm_silu, two launches": (
+        group_norm_silu,
+        lambda: {
+            "x": randn(2, 320, 64, 64, channels_last=True),
+            "skip": randn(2, 320, 64, 64, channels_last=True),
+            "num_groups": 32,
+            "weight": randn(640),
+            "bias": randn(640),
+        },
+    ),
+    "group_norm_silu, contiguous": (group_norm_silu, lambda: {"x": randn(2, 320, 32, 32), "num_groups": 32}),
+    "layer_norm": (
+        layer_norm,
+        lambda: {
+            "x": randn(2, 1024, 640),
+            "weight": randn(640),
+            "bias": randn(640),
+            "x_bias": randn(640),
+            "residual": randn(2, 1024, 640),
+        },
+    ),
+    "geglu": (geglu, lambda: {"x": randn(2, 1024, 2560), "bias": randn(2560)}),
+    "residual_add": (
+        residual_add,
+        lambda: {
+            "x": randn(2, 320, 32, 32, channels_last=True),
+            "residual": randn(2, 320, 32, 32, channels_last=True),
+            "bias": randn(320),
+            "size": (64, 63),
+        },
+    ),
+}
+every_call = pytest.mark.parametrize("name", CALLS)
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+@every_call
+def test_two_runs_and_another_stream_give_the_same_bits(name):
+    function, make = CALLS[name]
+    arguments = make()
+    first = as_tuple(function(**arguments, backend="triton"))
+    second = as_tuple(function(**arguments, backend="triton"))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        third = as_tuple(function(**arguments, backend="triton"))
+    torch.cuda.synchronize()
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@every_call
+def test_a_captured_graph_replays_with_changed_inputs(name):
+    function, make = CALLS[name]
+    static = make()
+    function(**static, backend="triton")  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = as_tuple(function(**static, backend="triton"))
+    for _ in range(3):
+        fresh = make()
+        for key, value in fresh.items():
+            if isinstance(value, torch.Tensor):
+                static[key].copy_(value)
+        graph.replay()
+        for got, want in zip(captured, as_tuple(function(**fresh, backend="triton")), strict=True):
+            assert torch.equal(got, want)
+
+
+def update_arguments():
+    registers = randn(2, 2, 64, 64, 4, dtype=torch.float32).movedim(-1, 2)
+    return {
+        "registers": registers,
+        "model_output": randn(4, 4, 64, 64, channels_last=True),
+        "table": randn(9, 2, 4, dtype=torch.float32),
+        "step": torch.tensor([0], device="cuda"),
+        "guidance_scale": randn(9, dtype=torch.float32),
+        "seeds": torch.tensor([3, -4], device="cuda"),
+        "model_input": randn(4, 4, 64, 64, channels_last=True),
+        "input_scale": randn(9, dtype=torch.float32),
+    }
+
+
+def test_a_graph_walks_the_table_by_itself():
+    static = update_arguments()
+    start = static["registers"].clone()
+    sampler_update(**static, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sampler_update(**static, backend="triton")
+        static["step"].add_(1)
+    for seeds in ([3, -4], [7, 8]):
+        static["seeds"].copy_(torch.tensor(seeds))
+        static["registers"].copy_(start)
+        static["step"].zero_()
+        eager = {**static, "registers": start.clone(), "model_input": static["model_input"].clone()}
+        for k in range(9):
+            graph.replay()
+            sampler_update(**{**eager, "step": torch.tensor([k], device="cuda")}, backend="triton")
+            assert torch.equal(static["registers"], eager["registers"])
+            assert torch.equal(static["model_input"], eager["model_input"])
+
+
+@every_call
+def test_compiled_and_exported_values_equal_eager(name):
+    function, make = CALLS[name]
+    arguments = make()
+    tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
+    constants = {key: value for key, value in arguments.items() if key not in tensors}
+
+    class Module(torch.nn.Module):
+        def forward(self, **values):
+            return function(**values, **constants, backend="triton")
+
+    eager = as_tuple(Module()(**tensors))
+    compiled = torch.compile(Module(), fullgraph=True)
+    exported = torch.export.export(Module(), (), tensors).module()
+    for other in (compiled, exported):
+        for got, want in zip(as_tuple(other(**tensors)), eager, strict=True):
+            assert torch.equal(got, want)
+
+
+@every_call
+def test_gradients_are_the_references(name):
+    function, make = CALLS[name]
+    arguments = make()
+    gradients = []
+    for backend in ("triton", "torch"):
+        leaves = {
+            key: value.detach().clone().requires_grad_()
+            for key, value in arguments.items()
+            if isinstance(value, torch.Tensor)
+        }
+        out = as_tuple(function(**{**arguments, **leaves}, backend=backend))
+        sum(part.float().square().sum() for part in out).backward()
+        gradients.append({key: leaf.grad for key, leaf in leaves.items()})
+    for key, gradient in gradients[0].items():
+        # The outputs that the loss squares differ by rounding; the backward itself is the same code.
+        expected = gradients[1][key].float()
+        assert (gradient.float() - expected).norm() <= 2e-2 * expected.norm() + 1e-3
+
+
+def test_opcheck():
+    namespace = torch.ops.ldmperf
+    x = randn(2, 64, 8, 8, channels_last=True)
+    calls = [
+        (namespace.group_norm_silu, (x, 32, None, None, 1e-5, randn(2, 128), x, "silu")),
+        (namespace.layer_norm, (randn(2, 5, 64), randn(64), randn(64), 1e-5, None)),
+        (namespace.add_layer_norm, (randn(2, 5, 64), randn(2, 5, 64), randn(64), randn(64), 1e-5, randn(64))),
+        (namespace.geglu, (randn(2, 5, 64), randn(64))),
+        (namespace.residual_add, (x, x, None, [16, 15])),
+    ]
+    for operator, arguments in calls:
+        opcheck(operator.default, (*arguments, "triton"))
+    a = update_arguments()
+    order = ("registers", "model_output", "table", "step", "guidance_scale", "seeds")
+    rest = (None, a["model_input"], a["input_scale"], "triton")
+    opcheck(namespace.sampler_update.default, (*(a[key] for key in order), *rest))
+
+
+@pytest.mark.parametrize("config_chunks", [0, 16])
+def test_group_norm_past_2_to_31_elements(kit, config_chunks):
+    kit.needs_memory(16)
+    from ldmperf.kernels.group_norm import GroupNormConfig
+
+    images = 2**31 // (256 * 512 * 512) + 2
+    x = torch.empty(images, 256, 512, 512, dtype=torch.bfloat16, device="cuda", memory_format=torch.channels_last)
+    x.normal_()
+    assert x.numel() > 2**31
+    config = GroupNormConfig(4, 64, config_chunks, 4)
+    out = kit.launch(OPERATORS["group_norm_silu"], config, x=x, num_groups=32)
+    last = x[-1:]
+    exact = OPERATORS["group_norm_silu"].reference(last.float(), 32)
+    assert kit.relative_rms(out[-1:], exact) < 4e-3
+    assert out[0].isfinite().all()
+
+
+def test_rows_past_2_to_31_elements(kit):
+    kit.needs_memory(20)
+    rows = 2**31 // 1024 + 3
+    x = torch.empty(rows, 1024, dtype=torch.bfloat16, device="cuda").normal_()
+    weight, bias = randn(1024), randn(1024)
+    out = layer_norm(x, weight, bias, backend="triton")
+    assert kit.relative_rms(out[-3:], layer_norm(x[-3:].double(), weight, bias, backend="torch")) < 4e-3
+    del out
+    out = geglu(x, backend="triton")
+    assert kit.relative_rms(out[-3:], geglu(x[-3:].double(), backend="torch")) < 4e-3
+    del out
+    image = x.view(rows, 1024, 1, 1)
+    out = residual_add(image, image, backend="triton")
+    assert torch.equal(out[-3:], image[-3:] * 2)
+
+
+def test_images_that_lie_past_2_to_31_elements(kit):
+    """Small tensors, far apart: only the stride is large."""
+    kit.needs_memory(14)
+    storage = torch.zeros(2**31 + 2**20, dtype=torch.float32, device="cuda")
+    x = storage.as_strided((2, 64, 8, 8), (2**31, 1, 512, 64)).normal_()
+    for function, arguments in (
+        (group_norm_silu, {"num_groups": 32}),
+        (residual_add, {"residual": x}),
+    ):
+        out = function(x, **arguments, backend="triton")
+        exact = function(
+            x.double(), **{k: v.double() if k == "residual" else v for k, v in arguments.items()}, backend="torch"
+        )
+        assert kit.relative_rms(out, exact) < 1e-6
+    registers = storage.as_strided((2, 1, 4, 8, 8), (2**31, 256, 1, 32, 4))
+    before = registers.clone()
+    table = torch.randn(1, 2, 4, device="cuda")
+    sampler_update(
+        registers,
+        torch.zeros(1, 4, 8, 8, device="cuda"),
+        table,
+        torch.tensor([0], device="cuda"),
+        backend="triton",
+    )
+    exact = torch.einsum("ij,j...->i...", table[0, :, :2].double(), before.double())
+    torch.testing.assert_close(registers.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_more_than_65535_programs(kit):
+    x = randn(70_001, 64)
+    config = type(OPERATORS["geglu"].candidates(x=x)[0])(1, 32, 1)
+    out = kit.launch(OPERATORS["geglu"], config, x=x)
+    assert kit.relative_rms(out, geglu(x.double(), backend="torch")) < 4e-3
+    images = randn(70_001, 4, 2, 2)
+    out = group_norm_silu(images, 2, backend="triton")
+    assert kit.relative_rms(out, group_norm_silu(images.double(), 2, backend="torch")) < 4e-3
+
+
+def test_values_that_are_not_finite_and_large_means(kit):
+    x = randn(2, 64, 16, 16, dtype=torch.float32, channels_last=True)
+    x[1, 3, 4, 5] = math.nan
+    out = group_norm_silu(x, 32, backend="triton")
+    assert out[1, 2:4].isnan().all()
+    assert out.isnan().sum() == out[1, 2:4].numel()
+    x = randn(2, 64, 32, 32, dtype=torch.float32, channels_last=True) + 1e4
+    out = group_norm_silu(x, 32, activation=None, backend="triton")
+    exact = group_norm_silu(x.double(), 32, activation=None, backend="torch")
+    assert kit.relative_rms(out, exact) < 2e-4
+    extremes = torch.empty(1, 64, 16, 16, device="cuda").uniform_(-65000, 65000).half()
+    assert group_norm_silu(extremes, 32, backend="triton").isfinite().all()
+    gate = torch.tensor([math.inf, -math.inf, math.nan, 1e30, -1e30, 0.0, -0.0, 1e-30], device="cuda")
+    out = geglu(torch.cat([torch.ones_like(gate), gate]), backend="triton")
+    torch.testing.assert_close(out, torch.nn.functional.gelu(gate), equal_nan=True)
+
+
+SANITIZED = """
+import torch
+from ldmperf.kernels import geglu, group_norm_silu, layer_norm, residual_add, sampler_update
+x = torch.randn(2, 60, 7, 9, device="cuda").to(memory_format=torch.channels_last)
+group_norm_silu(x, 6, skip=x, shift=torch.randn(2, 120, device="cuda"), backend="triton")
+group_norm_silu(torch.randn(1, 320, 64, 64, device="cuda").half(), 32, backend="triton")
+rows = torch.randn(3, 5, 130, device="cuda")
+layer_norm(rows, torch.ones(130, device="cuda"), torch.zeros(130, device="cuda"), residual=rows, backend="triton")
+geglu(rows, backend="triton")
+residual_add(x, x, size=(13, 18), backend="triton")
+sampler_update(torch.zeros(3, 2, 4, 7, 9, device="cuda"), torch.randn(2, 4, 7, 9, device="cuda"),
+               torch.randn(5, 3, 5, device="cuda"), torch.tensor([4], device="cuda"),
+               seeds=torch.tensor([1, 2], device="cuda"), backend="triton")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool, tmp_path):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    (tmp_path / "calls.py").write_text(SANITIZED)
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "86", sys.executable, "calls.py"]
+    try:
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    except subprocess.TimeoutExpired:
+        pytest.skip("compute-sanitizer took longer than 90 seconds")
+    output = result.stdout + result.stderr
+    if "not supported" in output or "Unable to" in output:
+        pytest.skip("compute-sanitizer does not work here: " + output.strip().splitlines()[-1])
+    assert result.returncode == 0, output[-3000:]
