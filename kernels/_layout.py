@@ -12,7 +12,7 @@ from ._launch import ceil_div, next_power_of_two
 from ._triton import jit, tl
 
 # Rows and pixels are numbered in 32 bits inside a kernel, with room for a last block; their offsets are 64-bit.
-MAX_INDEX = 2**31 - 2**16
+MAX_INDEX = 2**30
 
 
 @dataclass(frozen=True)
