@@ -4,12 +4,14 @@ import random
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS, KernelUnsupported, philox_normal, sampler_update
 from ldmperf.kernels._launch import run
-from ldmperf.kernels.philox import STEP_NOISE
+from ldmperf.kernels.philox import STEP_NOISE, philox4x32, philox_normal_lanes
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, initial_noise, make_plan, sample
 
 SCHEDULE = NoiseSchedule.from_diffusers(
@@ -142,3 +144,26 @@ def test_empty_batch_and_reasons():
         table = torch.zeros(1, 1, 3, dtype=registers.dtype)
         with pytest.raises(KernelUnsupported, match=reason):
             sampler_update(registers, registers[0].float(), table, torch.tensor([0]), backend="triton")
+
+
+@triton.jit
+def _noise_of(out_ptr, seed_ptr, first, COUNT: tl.constexpr):
+    lanes = tl.arange(0, COUNT)
+    noise = philox_normal_lanes(tl.load(seed_ptr), first + lanes.to(tl.int64), tl.full([], 5, tl.int64), STREAM=1)
+    tl.store(out_ptr + lanes, noise)
+
+
+@pytest.mark.parametrize("first", [0, 2**31 - 8, 2**35, 2**45 + 4])
+def test_noise_counts_elements_in_64_bits(first):
+    out, seed = torch.empty(64), torch.tensor([2**33 + 9])
+    _noise_of[(1,)](out, seed, first, 64)
+    group = first // 4 + torch.arange(16)
+    counter = (group & 0xFFFFFFFF, group >> 32, torch.full_like(group, 5), torch.ones_like(group))
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    words = [word.double() for word in philox4x32(counter, key)]
+    expected = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        radius = (-2 * ((radius_word + 0.5) / 2**32).log()).sqrt()
+        angle = angle_word * (2 * torch.pi / 2**32)
+        expected += [radius * angle.cos(), radius * angle.sin()]
+    assert (out - torch.stack(expected, dim=1).flatten()).abs().max() < 5e-6
