@@ -176,7 +176,7 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
 
     from ldmperf.profiling import load_records
     from ldmperf.profiling.kernel_bench.records import KernelRecord
-    from ldmperf.profiling.kernel_bench.table import conditions, ratio_lines
+    from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
     from ldmperf.profiling.report import print_table
     from ldmperf.profiling.store import load_lines
 
@@ -190,7 +190,7 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
         measured, _ = load_lines(path, KernelRecord)
         counts["kernels"] = by_status(record.status for record in measured)
         if measured:
-            print("\n".join([conditions(measured), *ratio_lines(measured)]) + "\n")
+            print("\n".join([conditions(measured), *summary_lines(measured)]) + "\n")
     if (folder / "tests.log").exists():
         lines = (folder / "tests.log").read_text(errors="replace").split("\n")
         counts["tests"] = next((line.strip("= ") for line in reversed(lines) if line.startswith("=")), "")

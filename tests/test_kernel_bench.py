@@ -34,7 +34,7 @@ from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.run import run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
-from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios
+from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios, summary_lines
 from ldmperf.profiling.kernel_cases import KernelCase, TensorSpec, family_kernel_cases, sampler_case
 from ldmperf.profiling.records import Samples
 from ldmperf.profiling.store import load_lines, rejected_path
@@ -350,6 +350,10 @@ def test_ratios_are_geometric_means_over_calls_that_both_have() -> None:
     assert (found.operator, found.peer, found.calls, found.worst) == ("geglu", "eager", 2, 2.0)
     assert found.mean == pytest.approx(4.0)
     assert "6x16" in found.worst_call
+    bandwidth, ratio = summary_lines(records)
+    assert "triton has" in bandwidth
+    assert "7x16" in bandwidth
+    assert "4.000 times" in ratio
 
 
 def test_the_table_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,13 +82,25 @@ def print_records(records: Sequence[KernelRecord], console: Console) -> None:
         for record in group:
             _print(console, "  " + _line(_cells(record), widths), "" if record.ms is not None else "red")
     _print(console)
-    for line in ratio_lines(records):
+    for line in summary_lines(records):
         _print(console, line)
 
 
-def ratio_lines(records: Sequence[KernelRecord]) -> list[str]:
-    """A line per operator, peer and mode."""
-    return [
+def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
+    """Our kernels' bandwidth on the call that moves most, by operator and mode, then the ratios of the peers."""
+    largest: dict[tuple[str, Mode], KernelRecord] = {}
+    for record in records:
+        group = (record.case.operator, record.mode)
+        if record.peer != "triton" or record.percent_of_copy is None:
+            continue
+        if group not in largest or record.bytes_moved > largest[group].bytes_moved:
+            largest[group] = record
+    bandwidths = [
+        f"{operator}, {mode}: triton has {record.percent_of_copy:.1f}% of the copy bandwidth at "
+        f"{number(record.bytes_moved / 1e6)} MB ({record.size} batch {record.batch} {record.case.label})"
+        for (operator, mode), record in largest.items()
+    ]
+    return bandwidths + [
         f"{r.operator}, {r.mode}: {r.peer} takes {number(r.mean)} times as long as triton "
         f"(geometric mean of {r.calls} calls; least {number(r.worst)}: {r.worst_call})"
         for r in ratios(records)
@@ -107,7 +119,7 @@ def markdown(records: Sequence[KernelRecord]) -> str:
             cells = _cells(record)
             cells += [MISSING] * (len(HEADINGS) - len(cells))
             lines.append("| " + " | ".join(_escaped(cell) for cell in (title, *cells)) + " |")
-    lines += ["", *(f"- {_escaped(line)}" for line in ratio_lines(records))]
+    lines += ["", *(f"- {_escaped(line)}" for line in summary_lines(records))]
     return "\n".join(lines) + "\n"
 
 

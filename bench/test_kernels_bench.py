@@ -1,0 +1,89 @@
+"""Kernels under pytest-benchmark, timed on the device: `pytest bench --benchmark-json=kernels.json`.
+
+A round is one sample of the kernel bench (as many calls as its clock needs), and its time that of one call: the
+JSON holds what `ldmperf kernels` measures, in the form that github-action-benchmark and Bencher read. A wrong
+result fails its test. With --records, the records and their raw samples go to bench/results/<gpu>/ as well.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldmperf.profiling.cases import best_device
+from ldmperf.profiling.environment import collect_environment
+from ldmperf.profiling.kernel_bench.bench import KernelBench
+from ldmperf.profiling.kernel_bench.peers import PEERS, Peer
+from ldmperf.profiling.kernel_bench.records import KernelRecord, KernelStore, Mode
+from ldmperf.profiling.kernel_bench.run import BenchChoices
+from ldmperf.profiling.kernel_bench.selection import Job
+from ldmperf.profiling.records import utc_now
+
+RESULTS = Path(__file__).with_name("results")
+
+
+class SampleClock:
+    """A clock in seconds that a sample moves: what pytest-benchmark reads before and after a round."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = SampleClock()
+
+
+@cache
+def kernel_bench() -> KernelBench:
+    """One for the session: its copy bandwidth is that of the run."""
+    device = best_device()
+    peers = tuple(name for name in PEERS if device == "cuda" or "compile" not in name)
+    return BenchChoices(operators=(), peers=peers, device=device).bench(collect_environment(device))
+
+
+@cache
+def store() -> KernelStore:
+    environment = kernel_bench().environment
+    name = environment.gpu.name if environment.gpu else f"cpu {environment.cpu}"
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    commit = (environment.git_commit or f"v{environment.ldmperf}")[:7]
+    return KernelStore(folder / f"{utc_now():%Y-%m-%d}-{commit}-kernels.jsonl")
+
+
+@cache
+def measured(job: Job, keep: bool) -> dict[tuple[str, Mode], KernelRecord]:
+    """The records of a call, its peers measured in turn, once."""
+    records = kernel_bench().measure(job)
+    if keep:
+        store().append(*records)
+    return {(record.peer, record.mode): record for record in records}
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_kernel(benchmark: Any, job: Job, mode: Mode, peer: Peer, request: pytest.FixtureRequest) -> None:
+    record = measured(job, request.config.getoption("records"))[peer.name, mode]
+    if record.status == "unsupported":
+        pytest.skip(record.message or "")
+    assert record.ms is not None, f"{record.status}: {record.message}"
+    benchmark.group = f"{job.case.operator} {job.case.label} ({job.size} batch {job.batch}, {mode})"
+    benchmark.extra_info |= {
+        "clock": record.clock,
+        "l2": record.l2,
+        "calls_per_sample": record.calls_per_sample,
+        "gb_per_s": record.gb_per_s,
+        "percent_of_copy": record.percent_of_copy,
+        "case_key": record.case_key,
+    }
+    samples = iter(record.ms.samples)
+
+    def round_() -> None:
+        CLOCK.now += next(samples) / 1e3
+
+    benchmark.pedantic(round_, rounds=record.ms.n, iterations=1)
