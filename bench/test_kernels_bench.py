@@ -1,8 +1,8 @@
 """Kernels under pytest-benchmark, timed on the device: `pytest bench --benchmark-json=kernels.json`.
 
-A round is one sample of the kernel bench (as many calls as its clock needs), and its time that of one call: the
-JSON holds what `ldmperf kernels` measures, in the form that github-action-benchmark and Bencher read. A wrong
-result fails its test. With --records, the records and their raw samples go to bench/results/<gpu>/ as well.
+A round is one sample of the kernel bench (as many calls as its clock needs), its time that of one call: the JSON
+holds what `ldmperf kernels` measures, in the form that github-action-benchmark and Bencher read. A wrong result
+fails its test. With --records, the records and their raw samples go to bench/results/<gpu>/ as well.
 """
 
 from __future__ import annotations
