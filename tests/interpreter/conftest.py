@@ -8,12 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import settings
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*.py"]
 
-# Relative RMS error that is rounding alone. The interpreter cuts bfloat16 off where a GPU rounds to nearest, which
-# doubles its error.
-FLOOR = {torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+# The same examples in every run of the suite: a failure is of the code that changed. To search further, by hand:
+# TRITON_INTERPRET=1 pytest tests/interpreter --hypothesis-profile=default
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
+
+# Relative error that is rounding alone. The interpreter cuts bfloat16 off, by up to 2^-7; a GPU rounds to nearest.
+FLOOR = {torch.float32: 1e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
 LAYOUTS = ("plain", "channels_last", "sliced", "channel_slice", "expanded", "transposed")
 
 
