@@ -27,6 +27,18 @@ def part(code: str, name: str = "part", weight: float = 1.0, **options: Any) -> 
     return check.Part(name, weight, (sys.executable, "-c", code), **options)
 
 
+def ends(process: int) -> bool:
+    """Whether the process is gone, or only waits to be collected, within a few seconds."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def test_what_a_part_does_not_use_the_others_get() -> None:
     assert check.shares(90.0, [2, 4, 3]) == 20.0
     assert check.shares(85.0, [4, 3]) == pytest.approx(85 * 4 / 7)
@@ -56,19 +68,23 @@ def test_a_part_that_overruns_is_stopped_with_what_it_started_and_the_rest_goes_
     )
     outcome = check.run_part(part(ignores), 3.0, tmp_path, grace=0.2)
     assert outcome.text.startswith("stopped at its limit")
-    child = int((tmp_path / "part.log").read_text().split()[1])
-    for _ in range(100):
-        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            break
-        time.sleep(0.05)
-    else:
-        pytest.fail("what the part started still runs")
+    assert ends(int((tmp_path / "part.log").read_text().split()[1]))
     first, second = check.run_parts(
         [part("import time; time.sleep(600)"), part("print('hi')", "next")], 6.0, tmp_path
     )
     assert "limit" in first.text
     assert second.text == "done"
     assert (tmp_path / "next.log").read_text() == "hi\n"
+
+
+def test_workers_that_outlive_a_part_are_ended(tmp_path: Path) -> None:
+    leaves = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)"
+    )
+    assert check.run_part(part(leaves), 30.0, tmp_path).text == "done"
+    assert ends(int((tmp_path / "part.log").read_text()))
 
 
 def test_failures_and_reasons_are_told(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from ldmperf.profiling.kernel_bench.device import (
     input_sets,
     runs_per_sample,
 )
-from ldmperf.profiling.kernel_bench.inputs import tolerance_of
+from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
 from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.run import run_jobs
@@ -121,6 +121,18 @@ def test_the_check_sees_what_a_call_does_not_write() -> None:
     whole = functools.partial(OPERATORS["sampler_update"].call, backend="torch")
     found = bench(peer("triton", whole), peer("forgets", forgets)).measure(Job("39M", 2, case))
     assert [record.status for record in found] == ["ok", "incorrect"]
+
+
+def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> None:
+    inputs = Inputs(sampler_case("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
+    first = inputs.sets[0]
+    registers = first["registers"].clone()
+    assert not torch.equal(registers, inputs.sets[1]["registers"])
+    OPERATORS["sampler_update"].reference(**first)
+    assert not torch.equal(first["registers"], registers)
+    inputs.restore()
+    assert torch.equal(first["registers"], registers)
+    assert first["model_input"].isnan().all()
 
 
 def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
