@@ -32,6 +32,14 @@ NARROW = {
     )
     for name in ("output_ptr", "input_ptr")
 }
+# Bytes of stack for spills outside the hot loop, by (triton, architecture, kernel), and why.
+SPILLS = {
+    ("3.9.0", "sm_80", "group_norm_apply_kernel"): (
+        16,
+        "ptxas 12.9 stops at 64 registers and parks two addresses of "
+        "the prologue; ptxas 12.8 of the releases before needs 59 and parks none",
+    ),
+}
 # A tensor is large where it is at least this share of what the launch moves.
 LARGE = 0.1
 
@@ -61,8 +69,24 @@ def test_every_operator_dtype_and_architecture_is_compiled(results):
     assert {result["dtype"] for result in results} == {"bfloat16", "float16", "float32"}
 
 
+def excused_spills(result):
+    """The bytes of stack that `SPILLS` allows a launch."""
+    return SPILLS.get((triton.__version__, result["arch"], result["kernel"]), (0, ""))[0]
+
+
 def test_no_kernel_spills_or_exceeds_the_chip(results):
-    assert [(described(result), result["faults"]) for result in results if result["faults"]] == []
+    faulty = []
+    for result in results:
+        stack = result["resources"].get("stack", 0)
+        outside_the_loop = result.get("region", {}).get("loop") and result["region"]["spills"] == 0
+        if result["faults"] and not (outside_the_loop and 0 < stack <= excused_spills(result)):
+            faulty.append((described(result), result["faults"]))
+    assert faulty == []
+
+
+def test_an_excused_spill_is_still_there(results):
+    needed = {(triton.__version__, result["arch"], result["kernel"]) for result in results if result["faults"]}
+    assert {key for key in SPILLS if key[0] == triton.__version__} <= needed
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

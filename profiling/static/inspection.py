@@ -100,6 +100,7 @@ class Inspection:
                 "instructions": len(code.region),
                 "mix": code.mix.by_class,
                 "moves": code.mix.moves,
+                "spills": sum(instruction.opcode in ("LDL", "STL") for instruction in code.region.instructions),
                 "global_widths": code.mix.global_widths,
             },
             "global_accesses": [dataclasses.asdict(access) for access in code.accesses],
