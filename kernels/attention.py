@@ -1,40 +1,257 @@
-"""Attention: softmax(scale q k^T) v, without mask, over tokens that carry their heads beside each other.
+"""Attention: softmax(scale q k^T) v over tokens that carry their heads beside each other.
 
 Layout: q [B, Nq, H, D], k and v [B, Nk, H, D], any strides with a contiguous last dimension, so that slices of
 a packed projection are read in place. The result is contiguous: [B, Nq, H, D] is [B, Nq, H * D] for the
 projection that follows. Softmax and accumulators are float32 (float64 for float64).
+
+Two kernels (_attention_kernels.py). Long contexts: a program takes a tile of queries over tiles of keys, with an
+online softmax. Short ones, text: all keys are one tile, which a program holds while it walks over tiles of queries.
+What limits them, and what each idea gave: docs/attention.md.
 """
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._dispatch import choose_backend
+from ._launch import Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._layout import MAX_INDEX
 from ._library import define_operator
+from ._triton import device_reasons, dtype_reasons
+
+MAX_HEAD_DIM = 384
+# Up to so many keys a program can hold them all.
+MAX_SHORT_KEYS = 128
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Reference of `attention`: torch's own operator, whose softmax and sums are float32 for half dtypes."""
     if q.shape[0] == 0 or q.shape[1] == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     if k.shape[1] == 0:
         # A softmax over nothing: torch's backends disagree (zeros, NaN, an error); a sum over nothing is zero.
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
-    return out.transpose(1, 2).contiguous()
+    mask = key_mask
+    if key_lengths is not None:
+        mask = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+    if mask is None:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+        return out.transpose(1, 2).contiguous()
+    # What is masked off counts for nothing, a NaN neither. Samples without a key are computed over all their keys,
+    # now zeros, and then left out: so no gradient is NaN.
+    kept = mask[:, :, None, None]
+    k, v = torch.where(kept, k, 0), torch.where(kept, v, 0)
+    attends = mask.any(dim=1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=(mask | ~attends[:, None])[:, None, None, :],
+        scale=scale,
+    )
+    return torch.where(attends[:, None, None, None], out.transpose(1, 2), 0).contiguous()
 
 
-def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
-    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
-    return ["this version has no Triton kernel for attention"]
+@dataclass(frozen=True)
+class AttentionConfig:
+    """A tile of block_m queries and block_n keys; block_n 0: all keys are one tile, for query_tiles tiles.
+
+    polynomial   how many of every eight exponentials are a polynomial on the multiply-add units
+    matrix_sums  whether row sums are products with ones instead of additions (16-bit dtypes)
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    polynomial: int = 0
+    matrix_sums: bool = False
+    query_tiles: int = 1
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+def head_parts(size: int) -> tuple[int, int]:
+    """The one (then 0) or two different powers of two, at least 16, of the least sum that holds `size`."""
+    single = max(next_power_of_two(size), 16)
+    larger = single // 2
+    smaller = max(next_power_of_two(size - larger), 16)
+    return (larger, smaller) if larger > smaller else (single, 0)
+
+
+def default_config(
+    queries: int, keys: int, head_dim: int, heads: int, itemsize: int, chip: Any
+) -> AttentionConfig:
+    return AttentionConfig(128, 64, 8, 2)
+
+
+def candidates(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    tf32: bool = False,
+) -> list[AttentionConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    return [_default(q, k)]
+
+
+def tuning_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    tf32: bool = False,
+) -> str:
+    """What a tuned configuration is looked up by: a class of shapes, sizes rounded up to powers of two."""
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1] if k.shape[1] <= MAX_SHORT_KEYS else next_power_of_two(k.shape[1])
+    masked = " masked" if key_mask is not None else " lengths" if key_lengths is not None else ""
+    return (
+        f"head_dim={dim} queries={next_power_of_two(queries)} keys={keys} heads={next_power_of_two(batch * heads)} "
+        f"{dtype_name(q)}{' tf32' if tf32 else ''}{masked}"
+    )
+
+
+def _default(q: Tensor, k: Tensor) -> AttentionConfig:
+    batch, queries, heads, dim = q.shape
+    return default_config(queries, k.shape[1], dim, batch * heads, q.element_size(), chip_of(q.device))
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    tf32: bool = False,
+    config: AttentionConfig | None = None,
+) -> tuple[Tensor, list[Launch]]:
+    """The result, not yet computed, and the launch that computes it; arguments as of `attention`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not out.numel():
+        return out, []
+    if config is None:
+        key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
+        found = tuned("attention", key, chip_of(q.device), AttentionConfig)
+        config = found if isinstance(found, AttentionConfig) else _default(q, k)
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    part_1, part_2 = head_parts(dim)
+    strides = {
+        f"stride_{name}{axis}": tensor.stride(i)
+        for name, tensor in (("q", q), ("k", k), ("v", v))
+        for i, axis in enumerate("bnh")
+    }
+    strided = [tensor.stride(i) for tensor in (q, k, v) for i in range(3) if tensor.shape[i] > 1]
+    block_m = config.block_m
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "lengths_ptr": key_lengths,
+        "mask_ptr": key_mask,
+        "out_ptr": out,
+        "scale_log2": (dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        "heads": heads,
+        "queries": queries,
+        "keys": keys,
+        **strides,
+        "stride_mb": 0 if key_mask is None else key_mask.stride(0),
+        "stride_mn": 0 if key_mask is None else key_mask.stride(1),
+        "HEAD_DIM": dim,
+        "PART_1": part_1,
+        "PART_2": part_2,
+        "BLOCK_M": block_m,
+        "POLYNOMIAL": config.polynomial,
+        "MATRIX_SUMS": config.matrix_sums,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        # Of every offset but those of keys in a tile: what the compiler cannot see of a stride of 40 elements.
+        "ALIGN": math.gcd(8, dim, *strided),
+    }
+    if config.block_n == 0:
+        keys_1, keys_2 = head_parts(keys)
+        full = 0 if keys < keys_1 else 2 if keys == keys_1 + keys_2 else 1
+        tiles = {
+            "KEYS_1": keys_1,
+            "KEYS_2": keys_2,
+            "QUERY_TILES": config.query_tiles,
+            "WHOLE_PARTS": full if key_lengths is None and key_mask is None else 0,
+        }
+        kernel, block_m = short_attention_kernel, block_m * config.query_tiles
+    else:
+        tiles = {"BLOCK_N": config.block_n, "WHOLE_TILES": key_lengths is None and keys % config.block_n == 0}
+        kernel = attention_kernel
+    programs = batch * heads * ceil_div(queries, block_m)
+    return out, [Launch(kernel, programs, arguments | tiles, config.num_warps, config.num_stages)]
+
+
+def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:
+    """Every reason why the Triton kernels cannot serve this call; empty when they can."""
+    dim = q.shape[3]
+    reasons = [*device_reasons(attention_kernel, q), *dtype_reasons(q=q, k=k, v=v)]
+    if dim % 4 or dim > MAX_HEAD_DIM:
+        reasons.append(f"head_dim {dim} is not a multiple of 4 up to {MAX_HEAD_DIM}")
+    reasons += [
+        f"{name}'s last dimension has stride {tensor.stride(-1)}, not 1"
+        for name, tensor in (("q", q), ("k", k), ("v", v))
+        if dim > 1 and tensor.stride(-1) != 1
+    ]
+    if max(q.shape[1], k.shape[1]) > MAX_INDEX:
+        reasons.append(f"{max(q.shape[1], k.shape[1])} tokens are more than {MAX_INDEX}")
+    if q.shape[0] * q.shape[2] * ceil_div(q.shape[1], 16) >= 2**31:
+        reasons.append(f"{q.shape[0] * q.shape[2]} heads of {q.shape[1]} queries are more than 2^31 tiles")
+    if scale is not None and not 0.0 < scale < math.inf:
+        reasons.append(f"scale {scale} is not positive and finite")
+    return reasons
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    tf32: bool = False,
+    backend: str = "auto",
+) -> Tensor:
     """Attention of q [B, Nq, H, D] over k, v [B, Nk, H, D] -> contiguous [B, Nq, H, D] in q's dtype.
 
-    `scale` is D ** -0.5 unless given. float64, float32, bfloat16 and float16. No keys give zeros; NaN and Inf
-    propagate. Raises ValueError for shapes, dtypes or devices that do not fit, `KernelUnsupported` for
-    `backend="triton"` where the kernel cannot serve. Source: Vaswani et al., arXiv 1706.03762, eq. 1.
+    scale        D ** -0.5 unless given
+    key_lengths  [B] int32 or int64: sample b attends to its first key_lengths[b] keys; taken as within 0 to Nk
+    key_mask     [B, Nk] bool: True for keys to attend to; instead of key_lengths
+    tf32         whether the kernel may multiply float32 in TF32; torch's own follows torch.backends
+    backend      "triton": the kernels, for D a multiple of 4 up to 384, float32, bfloat16, float16. "torch": torch's
+                 scaled_dot_product_attention. "auto": the kernels for shapes where they were measured to be the
+                 faster on this GPU (kernels/tuned), else torch
+
+    float64, float32, bfloat16 and float16. What is masked off is not read: a NaN there does not matter; a row
+    that attends to no key is zeros. Elsewhere NaN and Inf propagate. Raises ValueError for shapes, dtypes or
+    devices that do not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
+    Source: Vaswani et al., arXiv 1706.03762, eq. 1; the online softmax of Milakov and Gimelshein, arXiv 1805.02867.
     """
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
         raise ValueError(
@@ -47,33 +264,82 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         raise ValueError(f"attention: q, k, v must share one float dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (q.device == k.device == v.device):
         raise ValueError(f"attention: q, k, v must share a device; got {q.device}, {k.device}, {v.device}")
-    out: Tensor = _attention(q, k, v, scale, backend)
+    if key_lengths is not None and key_mask is not None:
+        raise ValueError("attention: give key_lengths or key_mask, not both")
+    _expect("key_lengths", key_lengths, [k.shape[0]], (torch.int32, torch.int64), k)
+    _expect("key_mask", key_mask, list(k.shape[:2]), (torch.bool,), k)
+    out: Tensor = _attention(q, k, v, scale, key_lengths, key_mask, tf32, backend)
     return out
 
 
-def _implementation(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
-    choose_backend("attention", backend, unsupported_reasons(q, k, v))
-    return attention_ref(q, k, v, scale)
+def _expect(
+    name: str, tensor: Tensor | None, shape: list[int], dtypes: tuple[torch.dtype, ...], k: Tensor
+) -> None:
+    if tensor is None:
+        return
+    if list(tensor.shape) != shape or tensor.dtype not in dtypes or tensor.device != k.device:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"attention: {name} must be {wanted} {shape} on {k.device}; "
+            f"got {dtype_name(tensor)} {list(tensor.shape)} on {tensor.device}"
+        )
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
+def _implementation(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    tf32: bool,
+    backend: str,
+) -> Tensor:
+    reasons = [] if backend == "torch" else unsupported_reasons(q, k, v, scale)
+    masks = {"key_lengths": key_lengths, "key_mask": key_mask}
+    chosen = choose_backend("attention", backend, reasons)
+    if chosen == "triton" and backend == "auto":
+        # Torch's own is fast at the head dimensions that it was made for: ours has to have been measured to win.
+        key = tuning_key(q, k, v, tf32=tf32, **masks)
+        found = tuned("attention", key, chip_of(q.device), AttentionConfig)
+        chosen = "triton" if isinstance(found, AttentionConfig) else "torch"
+    if chosen == "torch":
+        return attention_ref(q, k, v, scale, **masks)
+    out, launches = plan(q, k, v, scale=scale, tf32=tf32, **masks)
+    run(launches, q.device)
+    return out
+
+
+def _fake(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
-    return attention_ref(q, k, v, scale)
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    tf32: bool,
+    backend: str,
+) -> Tensor:
+    return attention_ref(q, k, v, scale, key_lengths=key_lengths, key_mask=key_mask)
 
 
-def _flops(q: torch.Size, k: torch.Size, v: torch.Size, scale: float | None, backend: str, **_: object) -> int:
+def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
     """Two matrix products of Nq x Nk x D per head, 2 FLOP per multiply-add, as torch counts its own operator."""
     batch, queries, heads, dim = q
     return 4 * batch * heads * queries * k[1] * dim
 
 
 _attention = define_operator(
-    "attention(Tensor q, Tensor k, Tensor v, float? scale, str backend) -> Tensor",
+    "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? key_lengths, Tensor? key_mask, bool tf32, "
+    "str backend) -> Tensor",
     _implementation,
     fake=_fake,
     reference=_reference,
     flops=_flops,
 )
+
+OPERATOR = Operator("attention", attention, attention_ref, plan, candidates, tuning_key)

@@ -17,7 +17,15 @@ OPERATORS = torch.ops.ldmperf
 CALLS = {
     "attention": lambda: (
         OPERATORS.attention.default,
-        (leaf(2, 5, 3, 8), leaf(2, 7, 3, 8), leaf(2, 7, 3, 8), None),
+        (leaf(2, 5, 3, 8), leaf(2, 7, 3, 8), leaf(2, 7, 3, 8), None, None, None, False),
+    ),
+    "attention with lengths": lambda: (
+        OPERATORS.attention.default,
+        (leaf(2, 5, 3, 8), leaf(2, 7, 3, 8), leaf(2, 7, 3, 8), None, torch.tensor([0, 4]), None, False),
+    ),
+    "attention with a mask": lambda: (
+        OPERATORS.attention.default,
+        (leaf(2, 5, 3, 8), leaf(2, 7, 3, 8), leaf(2, 7, 3, 8), None, None, torch.arange(14).view(2, 7) > 6, False),
     ),
     "group_norm_silu": lambda: (
         OPERATORS.group_norm_silu.default,

@@ -1,0 +1,382 @@
+"""The Triton kernels of `attention`; what they do and why is told in attention.py.
+
+Head dimensions and short contexts are not powers of two, and tiles must be: a dimension is held as one or two
+parts, PART_1 and PART_2 (0 for none), each a power of two, and a value of that dimension as a tuple of tensors.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from ._triton import jit, tl
+
+
+@jit
+def _columns(PART_1: tl.constexpr, PART_2: tl.constexpr):
+    """The indices of a dimension, part by part."""
+    if PART_2 == 0:
+        columns = (tl.arange(0, PART_1),)
+    else:
+        columns = (tl.arange(0, PART_1), PART_1 + tl.arange(0, PART_2))
+    return columns
+
+
+@jit
+def _load_part(ptrs, mask_rows, columns, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
+    """One part; a mask only where it is needed, since a part without one is loaded in longer pieces."""
+    if mask_rows is None and not PADDED:
+        part = tl.load(ptrs)
+    elif mask_rows is None:
+        part = tl.load(ptrs, mask=columns < HEAD_DIM, other=0.0)
+    elif not PADDED:
+        part = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
+    else:
+        part = tl.load(ptrs, mask=mask_rows[:, None] & (columns < HEAD_DIM), other=0.0)
+    return part
+
+
+@jit
+def _load_parts(row_ptrs, mask_rows, HEAD_DIM: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr):
+    """[rows, part] of each part of the head dimension; zeros in masked rows (None: no mask) and in the padding."""
+    columns = _columns(PART_1, PART_2)
+    parts = ()
+    for i in tl.static_range(len(columns)):
+        c = columns[i][None, :]
+        # All but the last part are full.
+        PADDED = i == len(columns) - 1 and PART_1 + PART_2 > HEAD_DIM
+        parts += (_load_part(row_ptrs[:, None] + c, mask_rows, c, HEAD_DIM, PADDED),)
+    return parts
+
+
+@jit
+def _row_ptrs(ptr, rows, stride, ALIGN: tl.constexpr):
+    """Pointers to rows; `stride` is a multiple of ALIGN elements, which the compiler cannot see of 40."""
+    offsets = rows.to(tl.int64) * stride
+    if ALIGN > 1:
+        offsets = tl.multiple_of(offsets, [ALIGN])
+    return ptr + offsets
+
+
+@jit
+def _head_ptr(ptr, b, h, stride_b, stride_h, ALIGN: tl.constexpr):
+    offset = b * stride_b + h * stride_h
+    if ALIGN > 1:
+        offset = tl.multiple_of(offset, ALIGN)
+    return ptr + offset
+
+
+@jit
+def _scores(q, k, PRECISION: tl.constexpr):
+    """[queries, keys], q k^T over the parts of the head dimension."""
+    s = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
+    for i in tl.static_range(1, len(q)):
+        s = tl.dot(q[i], tl.trans(k[i]), s, input_precision=PRECISION)
+    return s
+
+
+@jit
+def polynomial_exp2(x):
+    """2^x for x <= 0 without the exponential unit, to a relative 1e-4; 0 below -127. Keeps NaN.
+
+    2^x = 2^n 2^f, f in [-1/2, 1/2]. Adding MAGIC rounds x to n and leaves n + 127 in the low bits.
+    """
+    MAGIC: tl.constexpr = 12582912.0 + 127.0
+    x = tl.maximum(x, -127.0, propagate_nan=tl.PropagateNan.ALL)
+    rounded = x + MAGIC
+    f = x - (rounded - MAGIC)
+    p = 0.05550410866482158 * f + 0.2402265069591007
+    p = p * f + 0.6931471805599453
+    p = p * f + 1.0
+    # Multiplied, not added to the exponent's bits: a NaN stays one.
+    return p * (rounded.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def _exp2(x, POLYNOMIAL: tl.constexpr):
+    """2^x [M, N], POLYNOMIAL of every eight columns as a polynomial.
+
+    Which ones is told by bits 0, 3 and 4 of the column. In the layout of a matrix product's result those are known
+    of every register when the code is made: of the two values one remains, and the selection costs nothing.
+    """
+    y = tl.exp2(x)
+    if POLYNOMIAL > 0:
+        c = tl.arange(0, x.shape[1])
+        rank = (c & 1) * 4 + ((c >> 3) & 1) * 2 + ((c >> 4) & 1)
+        y = tl.where((rank < POLYNOMIAL)[None, :], polynomial_exp2(x), y)
+    return y
+
+
+@jit
+def _zeros(BLOCK_M: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr, MATRIX_SUMS: tl.constexpr):
+    """What a row of queries begins with: (row sums, accumulators by part). Equal row sums in all of 8 columns
+    where a product with ones makes them."""
+    if MATRIX_SUMS:
+        l_i = tl.zeros([BLOCK_M, 8], tl.float32)
+    else:
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+    if PART_2 == 0:
+        acc = (tl.zeros([BLOCK_M, PART_1], tl.float32),)
+    else:
+        acc = (tl.zeros([BLOCK_M, PART_1], tl.float32), tl.zeros([BLOCK_M, PART_2], tl.float32))
+    return l_i, acc
+
+
+@jit
+def _accumulate(p, v, l_i, acc, MATRIX_SUMS: tl.constexpr, PRECISION: tl.constexpr):
+    """(l_i, acc) with the exponentials p [M, N] of keys whose values are v added."""
+    if not MATRIX_SUMS:
+        l_i += tl.sum(p, axis=1)
+    p = p.to(v[0].dtype)
+    if MATRIX_SUMS:
+        l_i = tl.dot(p, tl.full([p.shape[1], 8], 1.0, p.dtype), l_i)
+    updated = ()
+    for i in tl.static_range(len(acc)):
+        updated += (tl.dot(p, v[i], acc[i], input_precision=PRECISION),)
+    return l_i, updated
+
+
+@jit
+def _scaled(l_i, acc, alpha, MATRIX_SUMS: tl.constexpr):
+    """(l_i, acc), rows times alpha [M]."""
+    if MATRIX_SUMS:
+        l_i *= alpha[:, None]
+    else:
+        l_i *= alpha
+    scaled = ()
+    for i in tl.static_range(len(acc)):
+        scaled += (acc[i] * alpha[:, None],)
+    return l_i, scaled
+
+
+@jit
+def _store_rows(
+    out_rows,
+    acc,
+    m_i,
+    l_i,
+    mask_rows,
+    HEAD_DIM: tl.constexpr,
+    PART_1: tl.constexpr,
+    PART_2: tl.constexpr,
+    MATRIX_SUMS: tl.constexpr,
+):
+    """acc / l_i, and zeros in rows that attend to nothing."""
+    columns = _columns(PART_1, PART_2)
+    if MATRIX_SUMS:
+        l_i = tl.max(l_i, axis=1)
+    factor = 1.0 / tl.where(m_i == float("-inf"), 1.0, l_i)
+    for i in tl.static_range(len(acc)):
+        c = columns[i][None, :]
+        out = (acc[i] * factor[:, None]).to(out_rows.dtype.element_ty)
+        tl.store(out_rows[:, None] + c, out, mask=mask_rows[:, None] & (c < HEAD_DIM))
+
+
+@jit
+def _key_tile(
+    q,
+    k_rows,
+    v_rows,
+    mask_n,
+    m_i,
+    l_i,
+    acc,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    PART_1: tl.constexpr,
+    PART_2: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    MATRIX_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(m_i, l_i, acc) after one tile of keys; mask_n [BLOCK_N] is False for those to leave out, or None."""
+    k = _load_parts(k_rows, mask_n, HEAD_DIM, PART_1, PART_2)
+    s = _scores(q, k, PRECISION)
+    if mask_n is not None:
+        s = tl.where(mask_n[None, :], s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
+    # With nothing attended so far -inf - -inf would be NaN.
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    # One multiply-add an element, and the same rounding of m_i's in every tile: it drops out of the quotient.
+    p = _exp2(s * scale_log2 - m_finite[:, None], POLYNOMIAL)
+    l_i, acc = _scaled(l_i, acc, tl.exp2(m_i - m_finite), MATRIX_SUMS)
+    v = _load_parts(v_rows, mask_n, HEAD_DIM, PART_1, PART_2)
+    l_i, acc = _accumulate(p, v, l_i, acc, MATRIX_SUMS, PRECISION)
+    return m_new, l_i, acc
+
+
+@jit
+def _key_mask(mask_ptr, b, offs_n, keys, stride_mb, stride_mn):
+    """Which of the keys offs_n are attended to: those below `keys` that the mask, if any, holds True for."""
+    mask_n = offs_n < keys
+    if mask_ptr is not None:
+        ptrs = mask_ptr + b * stride_mb + offs_n.to(tl.int64) * stride_mn
+        mask_n = mask_n & (tl.load(ptrs, mask=mask_n, other=0) != 0)
+    return mask_n
+
+
+@jit
+def _key_count(lengths_ptr, b, keys):
+    if lengths_ptr is not None:
+        keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), keys).to(tl.int32)
+    return keys
+
+
+@jit
+def attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    mask_ptr,
+    out_ptr,
+    scale_log2,
+    heads,
+    queries,
+    keys,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mn,
+    HEAD_DIM: tl.constexpr,
+    PART_1: tl.constexpr,
+    PART_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    MATRIX_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """One program does a tile of queries of one head, over all keys tile by tile."""
+    blocks_m = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    b = (pid // blocks_m // heads).to(tl.int64)
+    h = (pid // blocks_m % heads).to(tl.int64)
+    offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < queries
+    q_rows = _row_ptrs(_head_ptr(q_ptr, b, h, stride_qb, stride_qh, ALIGN), offs_m, stride_qn, ALIGN)
+    q = _load_parts(q_rows, mask_m, HEAD_DIM, PART_1, PART_2)
+    k_ptr = _head_ptr(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
+    v_ptr = _head_ptr(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i, acc = _zeros(BLOCK_M, PART_1, PART_2, MATRIX_SUMS)
+
+    keys = _key_count(lengths_ptr, b, keys)
+    # Only what is no whole tile, and a mask, costs comparisons.
+    whole = keys if WHOLE_TILES else keys // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
+        offs = start + offs_n
+        mask_n = None if mask_ptr is None else _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
+        k_rows = _row_ptrs(k_ptr, offs, stride_kn, ALIGN)
+        v_rows = _row_ptrs(v_ptr, offs, stride_vn, ALIGN)
+        m_i, l_i, acc = _key_tile(
+            q, k_rows, v_rows, mask_n, m_i, l_i, acc, scale_log2, HEAD_DIM, PART_1, PART_2, POLYNOMIAL,
+            MATRIX_SUMS, PRECISION,
+        )  # fmt: skip
+    if not WHOLE_TILES:
+        if whole < keys:
+            offs = whole + offs_n
+            mask_n = _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
+            k_rows = _row_ptrs(k_ptr, offs, stride_kn, ALIGN)
+            v_rows = _row_ptrs(v_ptr, offs, stride_vn, ALIGN)
+            m_i, l_i, acc = _key_tile(
+                q, k_rows, v_rows, mask_n, m_i, l_i, acc, scale_log2, HEAD_DIM, PART_1, PART_2, POLYNOMIAL,
+                MATRIX_SUMS, PRECISION,
+            )  # fmt: skip
+    out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
+    out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
+    _store_rows(out_rows, acc, m_i, l_i, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)
+
+
+@jit
+def short_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    mask_ptr,
+    out_ptr,
+    scale_log2,
+    heads,
+    queries,
+    keys,
+    stride_qb,
+    stride_qn,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mn,
+    HEAD_DIM: tl.constexpr,
+    PART_1: tl.constexpr,
+    PART_2: tl.constexpr,
+    KEYS_1: tl.constexpr,
+    KEYS_2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    QUERY_TILES: tl.constexpr,
+    WHOLE_PARTS: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    MATRIX_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """One program does QUERY_TILES tiles of queries of one head; it holds all keys and values, in one or two parts,
+    the first WHOLE_PARTS of which hold no key that is to be left out."""
+    blocks_m = tl.cdiv(queries, BLOCK_M * QUERY_TILES)
+    pid = tl.program_id(0)
+    b = (pid // blocks_m // heads).to(tl.int64)
+    h = (pid // blocks_m % heads).to(tl.int64)
+    q_ptr = _head_ptr(q_ptr, b, h, stride_qb, stride_qh, ALIGN)
+    k_ptr = _head_ptr(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
+    v_ptr = _head_ptr(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
+    out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
+
+    keys = _key_count(lengths_ptr, b, keys)
+    offs_n = _columns(KEYS_1, KEYS_2)
+    k = ()
+    v = ()
+    masks = ()
+    for j in tl.static_range(len(offs_n)):
+        k_rows = _row_ptrs(k_ptr, offs_n[j], stride_kn, ALIGN)
+        v_rows = _row_ptrs(v_ptr, offs_n[j], stride_vn, ALIGN)
+        if j < WHOLE_PARTS:
+            k += (_load_parts(k_rows, None, HEAD_DIM, PART_1, PART_2),)
+            v += (_load_parts(v_rows, None, HEAD_DIM, PART_1, PART_2),)
+        else:
+            masks += (_key_mask(mask_ptr, b, offs_n[j], keys, stride_mb, stride_mn),)
+            k += (_load_parts(k_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
+            v += (_load_parts(v_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
+
+    first = (pid % blocks_m) * (BLOCK_M * QUERY_TILES)
+    for start in range(first, tl.minimum(first + BLOCK_M * QUERY_TILES, queries), BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < queries
+        q = _load_parts(_row_ptrs(q_ptr, offs_m, stride_qn, ALIGN), mask_m, HEAD_DIM, PART_1, PART_2)
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        s = ()
+        for j in tl.static_range(len(offs_n)):
+            s_j = _scores(q, k[j], PRECISION)
+            if j >= WHOLE_PARTS:
+                s_j = tl.where(masks[j - WHOLE_PARTS][None, :], s_j, float("-inf"))
+            s += (s_j,)
+            m_i = tl.maximum(m_i, tl.max(s_j, axis=1) * scale_log2)
+        m_finite = tl.where(m_i == float("-inf"), 0.0, m_i)
+        l_i, acc = _zeros(BLOCK_M, PART_1, PART_2, MATRIX_SUMS)
+        for j in tl.static_range(len(offs_n)):
+            p = _exp2(s[j] * scale_log2 - m_finite[:, None], POLYNOMIAL)
+            l_i, acc = _accumulate(p, v[j], l_i, acc, MATRIX_SUMS, PRECISION)
+        out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
+        _store_rows(out_rows, acc, m_i, l_i, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)
