@@ -25,10 +25,11 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Chip:
-    """What a default configuration depends on: the GPU's name and its number of multiprocessors."""
+    """What a default configuration depends on: the GPU's name, its number of multiprocessors, its architecture."""
 
     name: str
     multiprocessors: int
+    arch: str = "sm_90"
 
     @property
     def file_name(self) -> str:
@@ -105,7 +106,10 @@ def chip_of(device: torch.device) -> Chip:
 @functools.cache
 def _cuda_chip(index: int | None) -> Chip:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return Chip(properties.name, properties.multi_processor_count)
+    arch = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+    return Chip(properties.name, properties.multi_processor_count, arch)
 
 
 def tuned(kernel: str, key: str, chip: Chip, config: type[Config]) -> Config | None:

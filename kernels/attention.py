@@ -5,30 +5,28 @@ a packed projection are read in place. The result is contiguous: [B, Nq, H, D] i
 projection that follows. Softmax and accumulators are float32 (float64 for float64).
 
 Two kernels (_attention_kernels.py). Long contexts: a program takes a tile of queries over tiles of keys, with an
-online softmax. Short ones, text: all keys are one tile, which a program holds while it walks over tiles of queries.
+online softmax. Short ones (text): all keys are one tile, which a program holds for several tiles of queries.
 What limits them, and what each idea gave: docs/attention.md.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config, parts
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._dispatch import choose_backend
-from ._launch import Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
 from ._triton import device_reasons, dtype_reasons
 
 MAX_HEAD_DIM = 384
-# Up to so many keys a program can hold them all.
-MAX_SHORT_KEYS = 128
 
 
 def attention_ref(
@@ -67,37 +65,6 @@ def attention_ref(
     return torch.where(attends[:, None, None, None], out.transpose(1, 2), 0).contiguous()
 
 
-@dataclass(frozen=True)
-class AttentionConfig:
-    """A tile of block_m queries and block_n keys; block_n 0: all keys are one tile, for query_tiles tiles.
-
-    polynomial   how many of every eight exponentials are a polynomial on the multiply-add units
-    matrix_sums  whether row sums are products with ones instead of additions (16-bit dtypes)
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    polynomial: int = 0
-    matrix_sums: bool = False
-    query_tiles: int = 1
-
-
-def head_parts(size: int) -> tuple[int, int]:
-    """The one (then 0) or two different powers of two, at least 16, of the least sum that holds `size`."""
-    single = max(next_power_of_two(size), 16)
-    larger = single // 2
-    smaller = max(next_power_of_two(size - larger), 16)
-    return (larger, smaller) if larger > smaller else (single, 0)
-
-
-def default_config(
-    queries: int, keys: int, head_dim: int, heads: int, itemsize: int, chip: Any
-) -> AttentionConfig:
-    return AttentionConfig(128, 64, 8, 2)
-
-
 def candidates(
     q: Tensor,
     k: Tensor,
@@ -109,7 +76,7 @@ def candidates(
     tf32: bool = False,
 ) -> list[AttentionConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    return [_default(q, k)]
+    return candidate_configs(q.shape[1], k.shape[1], q.shape[3], q.element_size())
 
 
 def tuning_key(
@@ -126,15 +93,8 @@ def tuning_key(
     batch, queries, heads, dim = q.shape
     keys = k.shape[1] if k.shape[1] <= MAX_SHORT_KEYS else next_power_of_two(k.shape[1])
     masked = " masked" if key_mask is not None else " lengths" if key_lengths is not None else ""
-    return (
-        f"head_dim={dim} queries={next_power_of_two(queries)} keys={keys} heads={next_power_of_two(batch * heads)} "
-        f"{dtype_name(q)}{' tf32' if tf32 else ''}{masked}"
-    )
-
-
-def _default(q: Tensor, k: Tensor) -> AttentionConfig:
-    batch, queries, heads, dim = q.shape
-    return default_config(queries, k.shape[1], dim, batch * heads, q.element_size(), chip_of(q.device))
+    sizes = f"queries={next_power_of_two(queries)} keys={keys} heads={next_power_of_two(batch * heads)}"
+    return f"head_dim={dim} {sizes} {dtype_name(q)}{' tf32' if tf32 else ''}{masked}"
 
 
 def plan(
@@ -147,18 +107,21 @@ def plan(
     key_mask: Tensor | None = None,
     tf32: bool = False,
     config: AttentionConfig | None = None,
+    chip: Chip | None = None,
 ) -> tuple[Tensor, list[Launch]]:
     """The result, not yet computed, and the launch that computes it; arguments as of `attention`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if not out.numel():
         return out, []
-    if config is None:
-        key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
-        found = tuned("attention", key, chip_of(q.device), AttentionConfig)
-        config = found if isinstance(found, AttentionConfig) else _default(q, k)
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
-    part_1, part_2 = head_parts(dim)
+    if config is None:
+        chip = chip or chip_of(q.device)
+        key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
+        found = tuned("attention", key, chip, AttentionConfig)
+        default = default_config(queries, keys, dim, batch * heads, q.element_size(), tf32, chip)
+        config = found if isinstance(found, AttentionConfig) else default
+    part_1, part_2 = parts(dim)
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)
         for name, tensor in (("q", q), ("k", k), ("v", v))
@@ -191,7 +154,7 @@ def plan(
         "ALIGN": math.gcd(8, dim, *strided),
     }
     if config.block_n == 0:
-        keys_1, keys_2 = head_parts(keys)
+        keys_1, keys_2 = parts(keys)
         full = 0 if keys < keys_1 else 2 if keys == keys_1 + keys_2 else 1
         tiles = {
             "KEYS_1": keys_1,
@@ -243,15 +206,15 @@ def attention(
     scale        D ** -0.5 unless given
     key_lengths  [B] int32 or int64: sample b attends to its first key_lengths[b] keys; taken as within 0 to Nk
     key_mask     [B, Nk] bool: True for keys to attend to; instead of key_lengths
-    tf32         whether the kernel may multiply float32 in TF32; torch's own follows torch.backends
-    backend      "triton": the kernels, for D a multiple of 4 up to 384, float32, bfloat16, float16. "torch": torch's
-                 scaled_dot_product_attention. "auto": the kernels for shapes where they were measured to be the
-                 faster on this GPU (kernels/tuned), else torch
+    tf32         whether the kernels may multiply float32 in TF32; torch's own follows torch.backends
+    backend      "triton": the kernels, for D a multiple of 4 up to 384, float32, bfloat16 and float16
+                 "torch": scaled_dot_product_attention
+                 "auto": the kernels where they were measured to be faster on this GPU (kernels/tuned), else torch
 
     float64, float32, bfloat16 and float16. What is masked off is not read: a NaN there does not matter; a row
     that attends to no key is zeros. Elsewhere NaN and Inf propagate. Raises ValueError for shapes, dtypes or
     devices that do not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
-    Source: Vaswani et al., arXiv 1706.03762, eq. 1; the online softmax of Milakov and Gimelshein, arXiv 1805.02867.
+    Sources: Vaswani et al., arXiv 1706.03762, eq. 1; Milakov and Gimelshein, arXiv 1805.02867 (online softmax).
     """
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
         raise ValueError(
@@ -296,8 +259,8 @@ def _implementation(
     backend: str,
 ) -> Tensor:
     reasons = [] if backend == "torch" else unsupported_reasons(q, k, v, scale)
-    masks = {"key_lengths": key_lengths, "key_mask": key_mask}
-    chosen = choose_backend("attention", backend, reasons)
+    masks: dict[str, Any] = {"key_lengths": key_lengths, "key_mask": key_mask}
+    chosen: str = choose_backend("attention", backend, reasons)
     if chosen == "triton" and backend == "auto":
         # Torch's own is fast at the head dimensions that it was made for: ours has to have been measured to win.
         key = tuning_key(q, k, v, tf32=tf32, **masks)

@@ -1,0 +1,154 @@
+"""Launch configurations of `attention`: which tile serves which head dimension, before a tuner has measured it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ._launch import Chip, ceil_div, next_power_of_two
+
+# Up to so many keys a program can hold them all.
+MAX_SHORT_KEYS = 128
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """A tile of block_m queries and block_n keys; block_n 0: all keys are one tile, for query_tiles tiles.
+
+    polynomial   how many of every eight exponentials are a polynomial on the multiply-add units
+    matrix_sums  whether row sums are products with ones instead of additions (16-bit dtypes)
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    polynomial: int = 0
+    matrix_sums: bool = False
+    query_tiles: int = 1
+
+
+def parts(size: int) -> tuple[int, int]:
+    """The one (then 0) or two different powers of two, at least 16, of the least sum that holds `size`."""
+    single = max(next_power_of_two(size), 16)
+    larger = single // 2
+    smaller = max(next_power_of_two(size - larger), 16)
+    return (larger, smaller) if larger > smaller else (single, 0)
+
+
+def padded(size: int) -> int:
+    """What a dimension of `size` takes in a tile."""
+    return sum(parts(size))
+
+
+_Table = Sequence[tuple[int, Sequence[AttentionConfig]]]
+
+
+def _tiles(block_m: int, block_n: int, num_warps: int, polynomial: int = 0, sums: bool = False) -> AttentionConfig:
+    return AttentionConfig(block_m, block_n, num_warps, 2, polynomial, sums)
+
+
+# By architecture: up to a padded head dimension, tiles from many queries to few. Chosen by compiling: none spills,
+# and of the tiles left the least of the busiest unit's cycles (docs/attention.md). Where exponentials limit, three
+# programs fit a multiprocessor, an eighth of the exponentials are polynomials, and row sums are products. From 24
+# on the L2 cache's bandwidth asks for more queries a tile.
+_HALF: Mapping[str, _Table] = {
+    "sm_90": (
+        (16, (_tiles(64, 128, 4, 1, True),)),
+        (48, (_tiles(128, 64, 8, 0, True), _tiles(64, 64, 4, 0, True))),
+        (64, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
+        (96, (_tiles(256, 64, 16), _tiles(128, 64, 8), _tiles(64, 64, 4))),
+        (192, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
+        (256, (_tiles(128, 64, 8), _tiles(64, 64, 8))),
+        (384, (_tiles(128, 16, 8), _tiles(64, 32, 8))),
+    ),
+    "sm_80": (
+        (16, (_tiles(64, 128, 4, 1, True),)),
+        (48, (_tiles(128, 64, 8, 0, True), _tiles(64, 64, 4, 0, True))),
+        (128, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
+        (160, (_tiles(128, 64, 8), _tiles(64, 32, 4))),
+        (192, (_tiles(128, 32, 8), _tiles(64, 32, 4))),
+        (256, (_tiles(64, 64, 8),)),
+        (384, (_tiles(64, 16, 8),)),
+    ),
+    "gfx942": (
+        (16, (_tiles(64, 128, 4),)),
+        (128, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
+        (144, (_tiles(128, 64, 8), _tiles(64, 32, 4))),
+        (256, (_tiles(128, 32, 8), _tiles(64, 32, 4))),
+        (384, (AttentionConfig(64, 32, 8, 1),)),
+    ),
+    # Others may have less than 100 KiB of shared memory.
+    "": (
+        (16, (_tiles(64, 128, 4, 0, True),)),
+        (64, (_tiles(64, 64, 4),)),
+        (128, (_tiles(64, 32, 4),)),
+        (192, (_tiles(64, 32, 8),)),
+        (256, (_tiles(64, 32, 8),)),
+        (384, (_tiles(64, 16, 8),)),
+    ),
+}
+# Float32 runs on the multiply-add units, whose operands are registers.
+_FLOAT32: _Table = (
+    (16, (_tiles(32, 32, 4),)),
+    (32, (_tiles(64, 32, 4),)),
+    (48, (_tiles(32, 32, 4),)),
+    (128, (_tiles(64, 32, 8),)),
+    (192, (AttentionConfig(32, 16, 8, 1),)),
+    (256, (_tiles(32, 32, 8),)),
+    (384, (AttentionConfig(32, 16, 8, 1),)),
+)
+_TF32: _Table = (
+    (64, (_tiles(64, 64, 4),)),
+    (160, (_tiles(64, 32, 4),)),
+    (384, (AttentionConfig(32, 16, 8, 1),)),
+)
+# The largest padded head dimension whose keys and values a program can hold without spills.
+_SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
+
+
+def default_config(
+    queries: int, keys: int, dim: int, heads: int, itemsize: int, tf32: bool, chip: Chip
+) -> AttentionConfig:
+    """The tile for `heads` heads (of all samples) of `dim`, on a chip that nothing was measured on."""
+    arch = chip.arch if chip.arch in _HALF else ""
+    if itemsize == 2 and keys <= MAX_SHORT_KEYS and padded(dim) <= _SHORT[arch]:
+        tiles = ceil_div(queries, 64)
+        # Several tiles for each load of the keys, and four programs for each multiprocessor.
+        query_tiles = min(max(tiles * heads // (4 * chip.multiprocessors), 1), tiles, 16)
+        one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942")
+        return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
+    table = _HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32
+    choices = next(configs for largest, configs in table if padded(dim) <= largest)
+    filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)
+    return next(filling, choices[-1])
+
+
+def candidate_configs(
+    queries: int, keys: int, dim: int, itemsize: int, shared_bytes: int = 227 * 1024
+) -> list[AttentionConfig]:
+    """Tiles that a tuner tries: those whose accumulators and buffers fit registers and shared memory."""
+    width, most_rows = padded(dim), max(next_power_of_two(queries), 16 if itemsize == 4 else 64)
+    sums = (False, True) if itemsize == 2 and width <= 96 else (False,)
+    polynomials = (0, 1, 2) if itemsize == 2 and width <= 64 else (0,)
+    found = []
+    if itemsize == 2 and keys <= MAX_SHORT_KEYS:
+        found += [
+            AttentionConfig(m, 0, warps, stages, matrix_sums=s, query_tiles=tiles)
+            for m, warps in ((64, 4), (128, 8))
+            for stages in (1, 2, 3)
+            for tiles in (1, 2, 4, 8, 16)
+            for s in sums
+            if m * tiles <= most_rows and (2 * padded(keys) + stages * m) * width * itemsize <= shared_bytes
+        ]
+    shapes = ((64, 4), (128, 8), (128, 4), (256, 8), (256, 16)) if itemsize == 2 else ((32, 4), (32, 8), (64, 8))
+    for m, warps in shapes:
+        for n in (16, 32, 64, 128):
+            # Float32 values of a thread: accumulators and scores; the exponentials once more, as operands.
+            values = m * (width + n + n * itemsize // 4) // (32 * warps)
+            for stages in (1, 2, 3):
+                memory = (m + 2 * stages * n) * width * itemsize
+                if m > most_rows or n > 2 * keys or values > 200 or memory > shared_bytes:
+                    continue
+                found += [AttentionConfig(m, n, warps, stages, p, s) for p in polynomials for s in sums]
+    return found
