@@ -1,10 +1,9 @@
 """The least time of attention, from two units alone: the products on the matrix unit and the exponentials.
 
 For one head of Nq queries and Nk keys: 2 Nq Nk D multiply-adds, D padded to what a matrix instruction takes, and
-Nq Nk exponentials. The two units work beside each other, so the bound is the longer of the two times; a kernel that
-evaluates some exponentials as a polynomial on the FMA units leaves that many fewer to the exponential unit. Rows
-that fill a tile, masks, memory and everything else that a kernel does are not in it: nothing is faster, and what is
-slower tells by how much.
+Nq Nk exponentials. The two units work beside each other, so the bound is the longer of the two times; a kernel
+that evaluates some exponentials as a polynomial on the FMA units leaves that many fewer to the exponential unit.
+Rows that fill a tile, masks, memory and everything else that a kernel does are not in it: nothing is faster.
 """
 
 from __future__ import annotations
