@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 Backend = Literal["auto", "torch", "triton"]
@@ -20,12 +20,18 @@ class KernelUnsupported(RuntimeError):
         super().__init__(f"{operator}: the Triton kernel cannot serve this call: {'; '.join(self.reasons)}")
 
 
-def choose_backend(operator: str, backend: str, reasons: Sequence[str]) -> Literal["torch", "triton"]:
+def choose_backend(
+    operator: str,
+    backend: str,
+    reasons: Sequence[str],
+    fastest: Callable[[], Literal["torch", "triton"]] | None = None,
+) -> Literal["torch", "triton"]:
     """The backend that serves this call.
 
-    `reasons` are those against the Triton kernel, empty when it can serve. Raises `KernelUnsupported` when
-    "triton" is asked for in vain, `ValueError` for an unknown backend. The fall back of "auto" is logged once
-    for each operator and set of reasons.
+    `reasons` are those against the Triton kernel, empty when it can serve; `fastest` tells which of two that can
+    serve "auto" takes, the kernel without it. Raises `KernelUnsupported` when "triton" is asked for in vain,
+    `ValueError` for an unknown backend. The fall back of "auto" is logged once for each operator and set of
+    reasons; a choice for speed is none.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{operator}: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -36,7 +42,7 @@ def choose_backend(operator: str, backend: str, reasons: Sequence[str]) -> Liter
     if reasons:
         _log_fallback(operator, tuple(reasons))
         return "torch"
-    return "triton"
+    return "triton" if fastest is None else fastest()
 
 
 @functools.cache

@@ -2,8 +2,9 @@
 
 An operator's plan is a pure function from tensors (on any device, "meta" too) to `Launch` values. A GPU runs them;
 without one they are compiled and inspected. Configurations are frozen dataclasses: those measured on this GPU come
-from tuned/<gpu>.json (written by bench/tune.py), others from the default function beside each kernel. Nothing is
-tuned while a program runs, so that nothing synchronizes inside a capture.
+from tuned/<gpu>.json (written by bench/tune.py), others from the default function beside each kernel. The same
+table tells for which calls torch's own operator was faster. Nothing is tuned while a program runs, so that nothing
+synchronizes inside a capture.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,17 +115,44 @@ def _cuda_chip(index: int | None) -> Chip:
 
 def tuned(kernel: str, key: str, chip: Chip, config: type[Config]) -> Config | None:
     """The configuration measured to be fastest for this kernel and key on this chip; None where none was."""
-    fields = _table(TUNED_FOLDER / f"{chip.file_name}.json").get(kernel, {}).get(key)
+    fields = _table(TUNED_FOLDER, chip).configs.get(kernel, {}).get(key)
     return None if fields is None else config(**fields)
 
 
+def fastest(
+    kernel: str, chip: Chip, key: Callable[[], str], *, unmeasured: Literal["torch", "triton"] = "triton"
+) -> Literal["torch", "triton"]:
+    """Whose result was measured to come first on this chip; `unmeasured` where nothing was.
+
+    `key` is called only where the table can tell: making a key takes microseconds of a call.
+    """
+    table = _table(TUNED_FOLDER, chip)
+    configs, torch_keys = table.configs.get(kernel, {}), table.torch.get(kernel, frozenset())
+    if not torch_keys and (unmeasured == "triton" or not configs):
+        return unmeasured
+    looked_up = key()
+    if looked_up in torch_keys:
+        return "torch"
+    return "triton" if looked_up in configs else unmeasured
+
+
+@dataclass(frozen=True)
+class _Table:
+    """configs: {kernel: {key: fields of its configuration}}; torch: {kernel: keys where torch's was faster}."""
+
+    configs: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    torch: Mapping[str, frozenset[str]]
+
+
 @functools.cache
-def _table(path: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """{kernel: {key: fields of its configuration}}; empty where no file is."""
+def _table(folder: Path, chip: Chip) -> _Table:
+    """The table of a chip; empty where no file is."""
+    path = folder / f"{chip.file_name}.json"
     if not path.exists():
-        return {}
-    table: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())["kernels"]
-    return table
+        return _Table({}, {})
+    document = json.loads(path.read_text())
+    torch_keys = {kernel: frozenset(keys) for kernel, keys in document.get("torch", {}).items()}
+    return _Table(document["kernels"], torch_keys)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -35,6 +35,20 @@ def test_auto_takes_the_kernel_where_it_can_and_logs_a_fallback_once(caplog):
     ]
 
 
+def test_auto_takes_the_faster_of_two_that_can_serve_and_logs_nothing(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert choose_backend("op", "auto", [], lambda: "torch") == "torch"
+        assert choose_backend("op", "auto", [], lambda: "triton") == "triton"
+    assert caplog.records == []
+
+    def not_asked():
+        raise AssertionError("the table was asked")
+
+    assert choose_backend("op", "triton", [], not_asked) == "triton"
+    assert choose_backend("op", "torch", [], not_asked) == "torch"
+    assert choose_backend("op", "auto", ["tensors are on the CPU"], not_asked) == "torch"
+
+
 def test_operators_go_through_the_dispatch(caplog):
     _log_fallback.cache_clear()
     x = torch.randn(1, 2, 3, 4)

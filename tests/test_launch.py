@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS, _launch
-from ldmperf.kernels._launch import NO_GPU, Chip, next_power_of_two, tuned
+from ldmperf.kernels._launch import NO_GPU, Chip, fastest, next_power_of_two, tuned
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
 from ldmperf.kernels.group_norm import GroupNormConfig
@@ -109,6 +109,44 @@ def test_the_tuned_table_is_read_by_chip_kernel_and_key(tmp_path, monkeypatch):
     assert tuned("geglu", "another", chip, GegluConfig) is None
     assert tuned("layer_norm", "some key", chip, GegluConfig) is None
     assert tuned("geglu", "some key", Chip("NVIDIA A100", 108), GegluConfig) is None
+
+
+def test_the_fastest_is_who_was_measured_to_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
+    chip = Chip("NVIDIA H200", 132)
+    config = {"block_m": 2, "block_n": 256, "num_warps": 2}
+    document = {
+        "kernels": {"geglu": {"ours": config, "theirs": config}, "layer_norm": {"ours": config}},
+        "torch": {"geglu": ["theirs", "theirs alone"]},
+    }
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps(document))
+
+    def who(kernel, key, unmeasured="triton", chip=chip):
+        return fastest(kernel, chip, lambda: key, unmeasured=unmeasured)
+
+    for unmeasured in ("torch", "triton"):
+        assert who("geglu", "ours", unmeasured) == "triton"
+        assert who("geglu", "theirs", unmeasured) == "torch"
+        assert who("geglu", "theirs alone", unmeasured) == "torch"
+        assert who("geglu", "new", unmeasured) == unmeasured
+        assert who("layer_norm", "new", unmeasured) == unmeasured
+        assert who("geglu", "ours", unmeasured, Chip("NVIDIA A100", 108)) == unmeasured
+    assert who("layer_norm", "ours", "torch") == "triton"
+    # Where torch is faster, our kernel by name still takes its own best configuration.
+    assert tuned("geglu", "theirs", chip, GegluConfig) == GegluConfig(**config)
+    assert tuned("geglu", "theirs alone", chip, GegluConfig) is None
+
+
+def test_no_key_is_made_where_the_table_cannot_tell(tmp_path, monkeypatch):
+    def no_key():
+        raise AssertionError("a key was made")
+
+    monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
+    chip = Chip("NVIDIA H200", 132)
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps({"kernels": {"geglu": {"ours": {}}}}))
+    assert fastest("geglu", chip, no_key) == "triton"
+    assert fastest("attention", chip, no_key, unmeasured="torch") == "torch"
+    assert fastest("attention", NO_GPU, no_key, unmeasured="torch") == "torch"
 
 
 def meta(*shape, dtype=torch.bfloat16, channels_last=False):
