@@ -11,8 +11,9 @@ What limits them, and what each idea gave: docs/attention.md.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from torch import Tensor
 from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config, parts
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, run, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
 from ._triton import device_reasons, dtype_reasons
@@ -118,9 +119,9 @@ def plan(
     if config is None:
         chip = chip or chip_of(q.device)
         key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
-        found = tuned("attention", key, chip, AttentionConfig)
-        default = default_config(queries, keys, dim, batch * heads, q.element_size(), tf32, chip)
-        config = found if isinstance(found, AttentionConfig) else default
+        config = tuned("attention", key, chip, AttentionConfig) or default_config(
+            queries, keys, dim, batch * heads, q.element_size(), tf32, chip
+        )
     part_1, part_2 = parts(dim)
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)
@@ -260,13 +261,13 @@ def _implementation(
 ) -> Tensor:
     reasons = [] if backend == "torch" else unsupported_reasons(q, k, v, scale)
     masks: dict[str, Any] = {"key_lengths": key_lengths, "key_mask": key_mask}
-    chosen: str = choose_backend("attention", backend, reasons)
-    if chosen == "triton" and backend == "auto":
+
+    def measured() -> Literal["torch", "triton"]:
         # Torch's own is fast at the head dimensions that it was made for: ours has to have been measured to win.
-        key = tuning_key(q, k, v, tf32=tf32, **masks)
-        found = tuned("attention", key, chip_of(q.device), AttentionConfig)
-        chosen = "triton" if isinstance(found, AttentionConfig) else "torch"
-    if chosen == "torch":
+        key = functools.partial(tuning_key, q, k, v, tf32=tf32, **masks)
+        return fastest("attention", chip_of(q.device), key, unmeasured="torch")
+
+    if choose_backend("attention", backend, reasons, measured) == "torch":
         return attention_ref(q, k, v, scale, **masks)
     out, launches = plan(q, k, v, scale=scale, tf32=tf32, **masks)
     run(launches, q.device)
