@@ -1,5 +1,6 @@
 """The polynomial exponential of attention: its error, that no cubic has less, and what rounding leaves of it."""
 
+import itertools
 import math
 
 import numpy as np
@@ -37,14 +38,14 @@ def test_the_error_is_within_the_bound(low):
 
 
 def test_no_cubic_has_a_smaller_error():
-    """Chebyshev's theorem: its error takes its largest size five times over the interval, with alternating signs."""
+    """Chebyshev: its error takes its largest size five times over the interval, with alternating signs."""
     x = torch.linspace(-1.4999, -0.5001, 2**20, dtype=torch.float32)
     error = relative_error(x).numpy()
     sign_changes = np.flatnonzero(np.diff(np.sign(error)) * (np.abs(np.diff(error)) < 1e-5))
     pieces = [piece for piece in np.split(error, sign_changes + 1) if np.abs(piece).max() > 1e-6]
     extremes = [piece[np.abs(piece).argmax()] for piece in pieces]
     assert len(extremes) == 5
-    assert all(a * b < 0 for a, b in zip(extremes, extremes[1:], strict=False))
+    assert all(a * b < 0 for a, b in itertools.pairwise(extremes))
     assert max(map(abs, extremes)) < 1.01 * min(map(abs, extremes))
 
 
