@@ -17,6 +17,7 @@ class AttentionConfig:
 
     polynomial   how many of every eight exponentials are a polynomial on the multiply-add units
     matrix_sums  whether row sums are products with ones instead of additions (16-bit dtypes)
+    ahead        whether scores are computed a tile ahead, beside the exponentials: for whole tiles without a mask
     """
 
     block_m: int
@@ -26,6 +27,7 @@ class AttentionConfig:
     polynomial: int = 0
     matrix_sums: bool = False
     query_tiles: int = 1
+    ahead: bool = False
 
 
 def parts(size: int) -> tuple[int, int]:
@@ -57,8 +59,7 @@ _HALF: Mapping[str, _Table] = {
         (16, (_tiles(64, 128, 4, 1, True),)),
         (48, (_tiles(128, 64, 8, 0, True), _tiles(64, 64, 4, 0, True))),
         (64, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
-        (96, (_tiles(256, 64, 16), _tiles(128, 64, 8), _tiles(64, 64, 4))),
-        (192, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
+        (192, (AttentionConfig(128, 64, 8, 2, ahead=True), AttentionConfig(64, 64, 4, 2, ahead=True))),
         (256, (_tiles(128, 64, 8), _tiles(64, 64, 8))),
         (384, (_tiles(128, 16, 8), _tiles(64, 32, 8))),
     ),
@@ -124,31 +125,40 @@ def default_config(
     return next(filling, choices[-1])
 
 
+# Queries and keys of a tile, and warps, that a tuner tries.
+_HALF_SHAPES = (
+    *((64, 128, 4), (128, 128, 8), (64, 64, 4), (128, 64, 8), (256, 64, 8), (256, 64, 16)),
+    *((64, 64, 8), (64, 32, 4), (128, 32, 8), (256, 32, 16), (64, 32, 8), (128, 16, 8)),
+)
+_FLOAT32_SHAPES = ((32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 32, 8), (32, 32, 8), (32, 16, 8), (64, 16, 8))
+
+
 def candidate_configs(
     queries: int, keys: int, dim: int, itemsize: int, shared_bytes: int = 227 * 1024
 ) -> list[AttentionConfig]:
-    """Tiles that a tuner tries: those whose accumulators and buffers fit registers and shared memory."""
-    width, most_rows = padded(dim), max(next_power_of_two(queries), 16 if itemsize == 4 else 64)
-    sums = (False, True) if itemsize == 2 and width <= 96 else (False,)
-    polynomials = (0, 1, 2) if itemsize == 2 and width <= 64 else (0,)
+    """What a tuner tries: tiles whose accumulators and buffers fit registers and shared memory, and are not idle."""
+    width, is_half = padded(dim), itemsize == 2
+    rows = max(next_power_of_two(queries), 64)
+    # Products for row sums, and polynomials, where exponentials take longer than products.
+    options = ((0, True), (1, True), (0, False)) if is_half and width <= 64 else ((0, False),)
     found = []
-    if itemsize == 2 and keys <= MAX_SHORT_KEYS:
+    if is_half and keys <= MAX_SHORT_KEYS:
         found += [
-            AttentionConfig(m, 0, warps, stages, matrix_sums=s, query_tiles=tiles)
+            AttentionConfig(m, 0, warps, stages, 0, sums, tiles)
             for m, warps in ((64, 4), (128, 8))
-            for stages in (1, 2, 3)
+            for stages in (2, 3)
             for tiles in (1, 2, 4, 8, 16)
-            for s in sums
-            if m * tiles <= most_rows and (2 * padded(keys) + stages * m) * width * itemsize <= shared_bytes
+            for sums in {options[0][1], options[-1][1]}
+            if m * tiles <= rows and (2 * padded(keys) + stages * m) * width * itemsize <= shared_bytes
         ]
-    shapes = ((64, 4), (128, 8), (128, 4), (256, 8), (256, 16)) if itemsize == 2 else ((32, 4), (32, 8), (64, 8))
-    for m, warps in shapes:
-        for n in (16, 32, 64, 128):
-            # Float32 values of a thread: accumulators and scores; the exponentials once more, as operands.
-            values = m * (width + n + n * itemsize // 4) // (32 * warps)
-            for stages in (1, 2, 3):
-                memory = (m + 2 * stages * n) * width * itemsize
-                if m > most_rows or n > 2 * keys or values > 200 or memory > shared_bytes:
-                    continue
-                found += [AttentionConfig(m, n, warps, stages, p, s) for p in polynomials for s in sums]
+    for m, n, warps in _HALF_SHAPES if is_half else _FLOAT32_SHAPES:
+        # Float32 values of a thread: accumulators, scores, and the exponentials once more as operands.
+        scores = m * n // (32 * warps)
+        values = m * width // (32 * warps) + scores + scores * itemsize // 4
+        for stages in (2, 3) if is_half else (1, 2):
+            if m > rows or n > 2 * keys or values > 208 or (m + 2 * stages * n) * width * itemsize > shared_bytes:
+                continue
+            found += [AttentionConfig(m, n, warps, stages, *option) for option in options]
+            if is_half and values + scores <= 208:
+                found += [AttentionConfig(m, n, warps, stages, *option, ahead=True) for option in options]
     return found

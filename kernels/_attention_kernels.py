@@ -175,11 +175,33 @@ def _store_rows(
 
 
 @jit
-def _key_tile(
+def _tile_scores(
     q,
-    k_rows,
-    v_rows,
+    k_ptr,
+    offs_n,
     mask_n,
+    stride_kn,
+    HEAD_DIM: tl.constexpr,
+    PART_1: tl.constexpr,
+    PART_2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """q k^T [queries, keys] of the keys offs_n; mask_n [keys] is False for those to leave out, or None."""
+    k = _load_parts(_row_ptrs(k_ptr, offs_n, stride_kn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
+    s = _scores(q, k, PRECISION)
+    if mask_n is not None:
+        s = tl.where(mask_n[None, :], s, float("-inf"))
+    return s
+
+
+@jit
+def _online_softmax(
+    s,
+    v_ptr,
+    offs_n,
+    mask_n,
+    stride_vn,
     m_i,
     l_i,
     acc,
@@ -190,19 +212,16 @@ def _key_tile(
     POLYNOMIAL: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """(m_i, l_i, acc) after one tile of keys; mask_n [BLOCK_N] is False for those to leave out, or None."""
-    k = _load_parts(k_rows, mask_n, HEAD_DIM, PART_1, PART_2)
-    s = _scores(q, k, PRECISION)
-    if mask_n is not None:
-        s = tl.where(mask_n[None, :], s, float("-inf"))
+    """(m_i, l_i, acc) after a tile of scores: the largest so far in units of log2, the row sums, the outputs."""
     m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
     # With nothing attended so far -inf - -inf would be NaN.
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
     # One multiply-add an element, and the same rounding of m_i's in every tile: it drops out of the quotient.
     p = _exp2(s * scale_log2 - m_finite[:, None], POLYNOMIAL)
     l_i, acc = _scaled(l_i, acc, tl.exp2(m_i - m_finite), MATRIX_SUMS)
-    v = _load_parts(v_rows, mask_n, HEAD_DIM, PART_1, PART_2)
+    v = _load_parts(_row_ptrs(v_ptr, offs_n, stride_vn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
     l_i, acc = _accumulate(p, v, l_i, acc, MATRIX_SUMS, PRECISION)
     return m_new, l_i, acc
 
@@ -253,6 +272,7 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE_TILES: tl.constexpr,
+    AHEAD: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -274,27 +294,43 @@ def attention_kernel(
     l_i, acc = _zeros(BLOCK_M, PART_1, PART_2, MATRIX_SUMS)
 
     keys = _key_count(lengths_ptr, b, keys)
-    # Only what is no whole tile, and a mask, costs comparisons.
-    whole = keys if WHOLE_TILES else keys // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        offs = start + offs_n
-        mask_n = None if mask_ptr is None else _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
-        k_rows = _row_ptrs(k_ptr, offs, stride_kn, ALIGN)
-        v_rows = _row_ptrs(v_ptr, offs, stride_vn, ALIGN)
-        m_i, l_i, acc = _key_tile(
-            q, k_rows, v_rows, mask_n, m_i, l_i, acc, scale_log2, HEAD_DIM, PART_1, PART_2, POLYNOMIAL,
-            MATRIX_SUMS, PRECISION,
-        )  # fmt: skip
-    if not WHOLE_TILES:
-        if whole < keys:
-            offs = whole + offs_n
-            mask_n = _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
-            k_rows = _row_ptrs(k_ptr, offs, stride_kn, ALIGN)
-            v_rows = _row_ptrs(v_ptr, offs, stride_vn, ALIGN)
-            m_i, l_i, acc = _key_tile(
-                q, k_rows, v_rows, mask_n, m_i, l_i, acc, scale_log2, HEAD_DIM, PART_1, PART_2, POLYNOMIAL,
-                MATRIX_SUMS, PRECISION,
+    if AHEAD:
+        # The matrix unit computes the scores of the next tile while this one's exponentials are made.
+        s = _tile_scores(q, k_ptr, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
+        for start in range(0, keys - BLOCK_N, BLOCK_N):
+            offs = start + offs_n
+            s_next = _tile_scores(
+                q, k_ptr, offs + BLOCK_N, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
+            )
+            m_i, l_i, acc = _online_softmax(
+                s, v_ptr, offs, None, stride_vn, m_i, l_i, acc, scale_log2,
+                HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
             )  # fmt: skip
+            s = s_next
+        m_i, l_i, acc = _online_softmax(
+            s, v_ptr, keys - BLOCK_N + offs_n, None, stride_vn, m_i, l_i, acc, scale_log2,
+            HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
+        )  # fmt: skip
+    else:
+        # Only what is no whole tile, and a mask, costs comparisons.
+        whole = keys if WHOLE_TILES else keys // BLOCK_N * BLOCK_N
+        for start in range(0, whole, BLOCK_N):
+            offs = start + offs_n
+            mask_n = None if mask_ptr is None else _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
+            s = _tile_scores(q, k_ptr, offs, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
+            m_i, l_i, acc = _online_softmax(
+                s, v_ptr, offs, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
+                HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
+            )  # fmt: skip
+        if not WHOLE_TILES:
+            if whole < keys:
+                offs = whole + offs_n
+                mask_n = _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
+                s = _tile_scores(q, k_ptr, offs, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
+                m_i, l_i, acc = _online_softmax(
+                    s, v_ptr, offs, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
+                    HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
+                )  # fmt: skip
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
     out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
     _store_rows(out_rows, acc, m_i, l_i, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)

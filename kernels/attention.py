@@ -165,7 +165,9 @@ def plan(
         }
         kernel, block_m = short_attention_kernel, block_m * config.query_tiles
     else:
-        tiles = {"BLOCK_N": config.block_n, "WHOLE_TILES": key_lengths is None and keys % config.block_n == 0}
+        whole = key_lengths is None and keys % config.block_n == 0
+        ahead = config.ahead and whole and key_mask is None and keys > 0
+        tiles = {"BLOCK_N": config.block_n, "WHOLE_TILES": whole, "AHEAD": ahead}
         kernel = attention_kernel
     programs = batch * heads * ceil_div(queries, block_m)
     return out, [Launch(kernel, programs, arguments | tiles, config.num_warps, config.num_stages)]
