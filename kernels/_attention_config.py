@@ -136,7 +136,7 @@ _FLOAT32_SHAPES = ((32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 32, 8), (32, 32, 
 def candidate_configs(
     queries: int, keys: int, dim: int, itemsize: int, shared_bytes: int = 227 * 1024
 ) -> list[AttentionConfig]:
-    """What a tuner tries: tiles whose accumulators and buffers fit registers and shared memory, and are not idle."""
+    """What a tuner tries: tiles whose accumulators and buffers fit registers and shared memory."""
     width, is_half = padded(dim), itemsize == 2
     rows = max(next_power_of_two(queries), 64)
     # Products for row sums, and polynomials, where exponentials take longer than products.

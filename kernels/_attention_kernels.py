@@ -51,6 +51,15 @@ def _load_parts(row_ptrs, mask_rows, HEAD_DIM: tl.constexpr, PART_1: tl.constexp
 
 
 @jit
+def _tile_ptrs(ptr, start, rows, stride, ALIGN: tl.constexpr):
+    """Pointers to the rows of a tile that begins at `start`; what is of the tile is added once, not by lane."""
+    offset = tl.full([], start, tl.int64) * stride
+    if ALIGN > 1:
+        offset = tl.multiple_of(offset, ALIGN)
+    return _row_ptrs(ptr + offset, rows, stride, ALIGN)
+
+
+@jit
 def _row_ptrs(ptr, rows, stride, ALIGN: tl.constexpr):
     """Pointers to rows; `stride` is a multiple of ALIGN elements, which the compiler cannot see of 40."""
     offsets = rows.to(tl.int64) * stride
@@ -178,6 +187,7 @@ def _store_rows(
 def _tile_scores(
     q,
     k_ptr,
+    start,
     offs_n,
     mask_n,
     stride_kn,
@@ -188,7 +198,7 @@ def _tile_scores(
     ALIGN: tl.constexpr,
 ):
     """q k^T [queries, keys] of the keys offs_n; mask_n [keys] is False for those to leave out, or None."""
-    k = _load_parts(_row_ptrs(k_ptr, offs_n, stride_kn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
+    k = _load_parts(_tile_ptrs(k_ptr, start, offs_n, stride_kn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
     s = _scores(q, k, PRECISION)
     if mask_n is not None:
         s = tl.where(mask_n[None, :], s, float("-inf"))
@@ -199,6 +209,7 @@ def _tile_scores(
 def _online_softmax(
     s,
     v_ptr,
+    start,
     offs_n,
     mask_n,
     stride_vn,
@@ -221,7 +232,7 @@ def _online_softmax(
     # One multiply-add an element, and the same rounding of m_i's in every tile: it drops out of the quotient.
     p = _exp2(s * scale_log2 - m_finite[:, None], POLYNOMIAL)
     l_i, acc = _scaled(l_i, acc, tl.exp2(m_i - m_finite), MATRIX_SUMS)
-    v = _load_parts(_row_ptrs(v_ptr, offs_n, stride_vn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
+    v = _load_parts(_tile_ptrs(v_ptr, start, offs_n, stride_vn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
     l_i, acc = _accumulate(p, v, l_i, acc, MATRIX_SUMS, PRECISION)
     return m_new, l_i, acc
 
@@ -296,39 +307,42 @@ def attention_kernel(
     keys = _key_count(lengths_ptr, b, keys)
     if AHEAD:
         # The matrix unit computes the scores of the next tile while this one's exponentials are made.
-        s = _tile_scores(q, k_ptr, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
+        s = _tile_scores(q, k_ptr, 0, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
         for start in range(0, keys - BLOCK_N, BLOCK_N):
-            offs = start + offs_n
             s_next = _tile_scores(
-                q, k_ptr, offs + BLOCK_N, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
+                q, k_ptr, start + BLOCK_N, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
             )
             m_i, l_i, acc = _online_softmax(
-                s, v_ptr, offs, None, stride_vn, m_i, l_i, acc, scale_log2,
+                s, v_ptr, start, offs_n, None, stride_vn, m_i, l_i, acc, scale_log2,
                 HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
             )  # fmt: skip
             s = s_next
         m_i, l_i, acc = _online_softmax(
-            s, v_ptr, keys - BLOCK_N + offs_n, None, stride_vn, m_i, l_i, acc, scale_log2,
+            s, v_ptr, keys - BLOCK_N, offs_n, None, stride_vn, m_i, l_i, acc, scale_log2,
             HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
         )  # fmt: skip
     else:
         # Only what is no whole tile, and a mask, costs comparisons.
         whole = keys if WHOLE_TILES else keys // BLOCK_N * BLOCK_N
         for start in range(0, whole, BLOCK_N):
-            offs = start + offs_n
-            mask_n = None if mask_ptr is None else _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
-            s = _tile_scores(q, k_ptr, offs, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
+            mask_n = (
+                None if mask_ptr is None else _key_mask(mask_ptr, b, start + offs_n, keys, stride_mb, stride_mn)
+            )
+            s = _tile_scores(
+                q, k_ptr, start, offs_n, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
+            )
             m_i, l_i, acc = _online_softmax(
-                s, v_ptr, offs, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
+                s, v_ptr, start, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
                 HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
             )  # fmt: skip
         if not WHOLE_TILES:
             if whole < keys:
-                offs = whole + offs_n
-                mask_n = _key_mask(mask_ptr, b, offs, keys, stride_mb, stride_mn)
-                s = _tile_scores(q, k_ptr, offs, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
+                mask_n = _key_mask(mask_ptr, b, whole + offs_n, keys, stride_mb, stride_mn)
+                s = _tile_scores(
+                    q, k_ptr, whole, offs_n, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
+                )
                 m_i, l_i, acc = _online_softmax(
-                    s, v_ptr, offs, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
+                    s, v_ptr, whole, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
                     HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
                 )  # fmt: skip
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
