@@ -46,29 +46,41 @@ def padded(size: int) -> int:
 _Table = Sequence[tuple[int, Sequence[AttentionConfig]]]
 
 
-def _tiles(block_m: int, block_n: int, num_warps: int, polynomial: int = 0, sums: bool = False) -> AttentionConfig:
-    return AttentionConfig(block_m, block_n, num_warps, 2, polynomial, sums)
+def _tiles(
+    block_m: int,
+    block_n: int,
+    num_warps: int,
+    polynomial: int = 0,
+    sums: bool = False,
+    *,
+    stages: int = 2,
+    ahead: bool = False,
+) -> AttentionConfig:
+    return AttentionConfig(block_m, block_n, num_warps, stages, polynomial, sums, ahead=ahead)
 
 
 # By architecture: up to a padded head dimension, tiles from many queries to few. Chosen by compiling: none spills,
-# and of the tiles left the least of the busiest unit's cycles (docs/attention.md). Where exponentials limit, three
-# programs fit a multiprocessor, an eighth of the exponentials are polynomials, and row sums are products. From 24
-# on the L2 cache's bandwidth asks for more queries a tile.
+# and of the tiles left the least of the busiest unit's cycles (docs/attention.md). Three stages, for with two the
+# loads of the next tile are waited for at once. Where exponentials limit, an eighth of them are polynomials and row
+# sums are products; where one program fits a multiprocessor, scores are computed ahead, so that its own units
+# overlap; from 24 on the L2 cache's bandwidth asks for 128 queries a tile.
 _HALF: Mapping[str, _Table] = {
     "sm_90": (
-        (16, (_tiles(64, 128, 4, 1, True),)),
-        (48, (_tiles(128, 64, 8, 0, True), _tiles(64, 64, 4, 0, True))),
-        (64, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
-        (192, (AttentionConfig(128, 64, 8, 2, ahead=True), AttentionConfig(64, 64, 4, 2, ahead=True))),
-        (256, (_tiles(128, 64, 8), _tiles(64, 64, 8))),
-        (384, (_tiles(128, 16, 8), _tiles(64, 32, 8))),
+        (16, (_tiles(64, 128, 4, 1, True, stages=3),)),
+        (32, (_tiles(128, 128, 8, 1, True, stages=3, ahead=True), _tiles(64, 128, 4, 0, True, stages=3))),
+        (48, (_tiles(128, 128, 8, 0, True, stages=3, ahead=True), _tiles(64, 64, 4, 0, True, stages=3))),
+        (64, (_tiles(128, 128, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3))),
+        (128, (_tiles(128, 64, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
+        (192, (_tiles(128, 64, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3))),
+        (256, (_tiles(128, 32, 8, stages=3, ahead=True), _tiles(64, 64, 8))),
+        (384, (_tiles(128, 16, 8, stages=3), _tiles(64, 32, 8))),
     ),
     "sm_80": (
-        (16, (_tiles(64, 128, 4, 1, True),)),
-        (48, (_tiles(128, 64, 8, 0, True), _tiles(64, 64, 4, 0, True))),
-        (128, (_tiles(128, 64, 8), _tiles(64, 64, 4))),
-        (160, (_tiles(128, 64, 8), _tiles(64, 32, 4))),
-        (192, (_tiles(128, 32, 8), _tiles(64, 32, 4))),
+        (16, (_tiles(64, 128, 4, 1, True, stages=3),)),
+        (48, (_tiles(128, 64, 8, 0, True, stages=3), _tiles(64, 64, 4, 0, True, stages=3))),
+        (128, (_tiles(128, 64, 8, stages=3), _tiles(64, 64, 4, stages=3))),
+        (160, (_tiles(128, 64, 8, stages=3), _tiles(64, 32, 4, stages=3))),
+        (192, (_tiles(128, 32, 8, stages=3), _tiles(64, 32, 4, stages=3))),
         (256, (_tiles(64, 64, 8),)),
         (384, (_tiles(64, 16, 8),)),
     ),
