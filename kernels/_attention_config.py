@@ -61,8 +61,8 @@ def _tiles(
 
 # By architecture: up to a padded head dimension, tiles from many queries to few. Chosen by compiling: none spills,
 # and of the tiles left the least of the busiest unit's cycles (docs/attention.md). Three stages, for with two the
-# loads of the next tile are waited for at once. Where exponentials limit, an eighth of them are polynomials and row
-# sums are products; where one program fits a multiprocessor, scores are computed ahead, so that its own units
+# loads of the next tile are waited for at once. Where exponentials limit, an eighth of them are polynomials and
+# row sums are products; where one program fits a multiprocessor, scores are computed ahead, so that its own units
 # overlap; from 24 on the L2 cache's bandwidth asks for 128 queries a tile.
 _HALF: Mapping[str, _Table] = {
     "sm_90": (
@@ -152,7 +152,9 @@ def candidate_configs(
     width, is_half = padded(dim), itemsize == 2
     rows = max(next_power_of_two(queries), 64)
     # Products for row sums, and polynomials, where exponentials take longer than products.
-    options = ((0, True), (1, True), (0, False)) if is_half and width <= 64 else ((0, False),)
+    options: tuple[tuple[int, bool], ...] = ((0, False),)
+    if is_half and width <= 64:
+        options = ((0, True), (1, True)) if width <= 48 else ((0, True), (0, False))
     found = []
     if is_half and keys <= MAX_SHORT_KEYS:
         found += [
@@ -160,17 +162,18 @@ def candidate_configs(
             for m, warps in ((64, 4), (128, 8))
             for stages in (2, 3)
             for tiles in (1, 2, 4, 8, 16)
-            for sums in {options[0][1], options[-1][1]}
+            for sums in sorted({sums for _, sums in options})
             if m * tiles <= rows and (2 * padded(keys) + stages * m) * width * itemsize <= shared_bytes
         ]
     for m, n, warps in _HALF_SHAPES if is_half else _FLOAT32_SHAPES:
         # Float32 values of a thread: accumulators, scores, and the exponentials once more as operands.
         scores = m * n // (32 * warps)
         values = m * width // (32 * warps) + scores + scores * itemsize // 4
-        for stages in (2, 3) if is_half else (1, 2):
-            if m > rows or n > 2 * keys or values > 208 or (m + 2 * stages * n) * width * itemsize > shared_bytes:
-                continue
-            found += [AttentionConfig(m, n, warps, stages, *option) for option in options]
-            if is_half and values + scores <= 208:
-                found += [AttentionConfig(m, n, warps, stages, *option, ahead=True) for option in options]
+        fitting = (s for s in (3, 2, 1) if (m + 2 * s * n) * width * itemsize <= shared_bytes)
+        stages = next(fitting, None)
+        if stages is None or m > rows or n > 2 * keys or values > 208:
+            continue
+        found += [AttentionConfig(m, n, warps, stages, *option) for option in options]
+        if is_half and values + scores <= 208:
+            found += [AttentionConfig(m, n, warps, stages, *option, ahead=True) for option in options]
     return found
