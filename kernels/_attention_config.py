@@ -103,10 +103,8 @@ _HALF: Mapping[str, _Table] = {
 }
 # Float32 runs on the multiply-add units, whose operands are registers.
 _FLOAT32: _Table = (
-    (16, (_tiles(32, 32, 4),)),
-    (32, (_tiles(64, 32, 4),)),
     (48, (_tiles(32, 32, 4),)),
-    (128, (_tiles(64, 32, 8),)),
+    (96, (_tiles(64, 32, 8),)),
     (192, (AttentionConfig(32, 16, 8, 1),)),
     (256, (_tiles(32, 32, 8),)),
     (384, (AttentionConfig(32, 16, 8, 1),)),

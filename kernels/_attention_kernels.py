@@ -140,7 +140,8 @@ def _accumulate(p, v, l_i, acc, MATRIX_SUMS: tl.constexpr, PRECISION: tl.constex
         l_i += tl.sum(p, axis=1)
     p = p.to(v[0].dtype)
     if MATRIX_SUMS:
-        l_i = tl.dot(p, tl.full([p.shape[1], 8], 1.0, p.dtype), l_i)
+        # Made in float32: the interpreter has no bfloat16 constants.
+        l_i = tl.dot(p, tl.full([p.shape[1], 8], 1.0, tl.float32).to(p.dtype), l_i)
     updated = ()
     for i in tl.static_range(len(acc)):
         updated += (tl.dot(p, v[i], acc[i], input_precision=PRECISION),)
@@ -164,19 +165,19 @@ def _scaled(l_i, acc, alpha, MATRIX_SUMS: tl.constexpr):
 def _store_rows(
     out_rows,
     acc,
-    m_i,
     l_i,
+    attended,
     mask_rows,
     HEAD_DIM: tl.constexpr,
     PART_1: tl.constexpr,
     PART_2: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
 ):
-    """acc / l_i, and zeros in rows that attend to nothing."""
+    """acc / l_i, or zeros where no key is attended to: a row whose scores are all -inf is NaN, as torch's is."""
     columns = _columns(PART_1, PART_2)
     if MATRIX_SUMS:
         l_i = tl.max(l_i, axis=1)
-    factor = 1.0 / tl.where(m_i == float("-inf"), 1.0, l_i)
+    factor = 1.0 / tl.where(attended > 0, l_i, 1.0)
     for i in tl.static_range(len(acc)):
         c = columns[i][None, :]
         out = (acc[i] * factor[:, None]).to(out_rows.dtype.element_ty)
@@ -248,9 +249,9 @@ def _key_mask(mask_ptr, b, offs_n, keys, stride_mb, stride_mn):
 
 
 @jit
-def _key_count(lengths_ptr, b, keys):
+def _key_count(lengths_ptr, b, keys, stride_lb):
     if lengths_ptr is not None:
-        keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), keys).to(tl.int32)
+        keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + b * stride_lb), 0), keys).to(tl.int32)
     return keys
 
 
@@ -275,6 +276,7 @@ def attention_kernel(
     stride_vb,
     stride_vn,
     stride_vh,
+    stride_lb,
     stride_mb,
     stride_mn,
     HEAD_DIM: tl.constexpr,
@@ -282,14 +284,17 @@ def attention_kernel(
     PART_2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
+    MASKS: tl.constexpr,
     AHEAD: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """One program does a tile of queries of one head, over all keys tile by tile."""
+    """One program does a tile of queries of one head, over all keys tile by tile.
+
+    MASKS tells which tiles may hold keys to leave out: "none", the "last", or "every".
+    """
     blocks_m = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
     b = (pid // blocks_m // heads).to(tl.int64)
@@ -304,7 +309,8 @@ def attention_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i, acc = _zeros(BLOCK_M, PART_1, PART_2, MATRIX_SUMS)
 
-    keys = _key_count(lengths_ptr, b, keys)
+    keys = _key_count(lengths_ptr, b, keys, stride_lb)
+    attended = keys if mask_ptr is None else 0
     if AHEAD:
         # The matrix unit computes the scores of the next tile while this one's exponentials are made.
         s = _tile_scores(q, k_ptr, 0, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
@@ -322,12 +328,14 @@ def attention_kernel(
             HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
         )  # fmt: skip
     else:
-        # Only what is no whole tile, and a mask, costs comparisons.
-        whole = keys if WHOLE_TILES else keys // BLOCK_N * BLOCK_N
-        for start in range(0, whole, BLOCK_N):
-            mask_n = (
-                None if mask_ptr is None else _key_mask(mask_ptr, b, start + offs_n, keys, stride_mb, stride_mn)
-            )
+        end = keys // BLOCK_N * BLOCK_N if MASKS == "last" else keys
+        for start in range(0, end, BLOCK_N):
+            if MASKS == "every":
+                mask_n = _key_mask(mask_ptr, b, start + offs_n, keys, stride_mb, stride_mn)
+                if mask_ptr is not None:
+                    attended += tl.sum(mask_n.to(tl.int32))
+            else:
+                mask_n = None
             s = _tile_scores(
                 q, k_ptr, start, offs_n, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
             )
@@ -335,19 +343,19 @@ def attention_kernel(
                 s, v_ptr, start, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
                 HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
             )  # fmt: skip
-        if not WHOLE_TILES:
-            if whole < keys:
-                mask_n = _key_mask(mask_ptr, b, whole + offs_n, keys, stride_mb, stride_mn)
+        if MASKS == "last":
+            if end < keys:
+                mask_n = end + offs_n < keys
                 s = _tile_scores(
-                    q, k_ptr, whole, offs_n, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
+                    q, k_ptr, end, offs_n, mask_n, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
                 )
                 m_i, l_i, acc = _online_softmax(
-                    s, v_ptr, whole, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
+                    s, v_ptr, end, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
                     HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
                 )  # fmt: skip
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
     out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
-    _store_rows(out_rows, acc, m_i, l_i, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)
+    _store_rows(out_rows, acc, l_i, attended, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)
 
 
 @jit
@@ -371,6 +379,7 @@ def short_attention_kernel(
     stride_vb,
     stride_vn,
     stride_vh,
+    stride_lb,
     stride_mb,
     stride_mn,
     HEAD_DIM: tl.constexpr,
@@ -397,8 +406,9 @@ def short_attention_kernel(
     v_ptr = _head_ptr(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
 
-    keys = _key_count(lengths_ptr, b, keys)
+    keys = _key_count(lengths_ptr, b, keys, stride_lb)
     offs_n = _columns(KEYS_1, KEYS_2)
+    attended = keys if mask_ptr is None else 0
     k = ()
     v = ()
     masks = ()
@@ -410,6 +420,8 @@ def short_attention_kernel(
             v += (_load_parts(v_rows, None, HEAD_DIM, PART_1, PART_2),)
         else:
             masks += (_key_mask(mask_ptr, b, offs_n[j], keys, stride_mb, stride_mn),)
+            if mask_ptr is not None:
+                attended += tl.sum(masks[j - WHOLE_PARTS].to(tl.int32))
             k += (_load_parts(k_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
             v += (_load_parts(v_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
 
@@ -432,4 +444,4 @@ def short_attention_kernel(
             p = _exp2(s[j] * scale_log2 - m_finite[:, None], POLYNOMIAL)
             l_i, acc = _accumulate(p, v[j], l_i, acc, MATRIX_SUMS, PRECISION)
         out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
-        _store_rows(out_rows, acc, m_i, l_i, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)
+        _store_rows(out_rows, acc, l_i, attended, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)

@@ -38,8 +38,12 @@ def attention_ref(
     *,
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
+    tf32: bool = False,
 ) -> Tensor:
-    """Reference of `attention`: torch's own operator, whose softmax and sums are float32 for half dtypes."""
+    """Reference of `attention`: torch's own operator, whose softmax and sums are float32 for half dtypes.
+
+    `tf32` is the kernels'; torch's own follows torch.backends.
+    """
     if q.shape[0] == 0 or q.shape[1] == 0:
         return torch.empty_like(q, memory_format=torch.contiguous_format)
     if k.shape[1] == 0:
@@ -142,6 +146,7 @@ def plan(
         "queries": queries,
         "keys": keys,
         **strides,
+        "stride_lb": 0 if key_lengths is None else key_lengths.stride(0),
         "stride_mb": 0 if key_mask is None else key_mask.stride(0),
         "stride_mn": 0 if key_mask is None else key_mask.stride(1),
         "HEAD_DIM": dim,
@@ -154,6 +159,7 @@ def plan(
         # Of every offset but those of keys in a tile: what the compiler cannot see of a stride of 40 elements.
         "ALIGN": math.gcd(8, dim, *strided),
     }
+    tiles: dict[str, Any]
     if config.block_n == 0:
         keys_1, keys_2 = parts(keys)
         full = 0 if keys < keys_1 else 2 if keys == keys_1 + keys_2 else 1
@@ -165,9 +171,11 @@ def plan(
         }
         kernel, block_m = short_attention_kernel, block_m * config.query_tiles
     else:
-        whole = key_lengths is None and keys % config.block_n == 0
-        ahead = config.ahead and whole and key_mask is None and keys > 0
-        tiles = {"BLOCK_N": config.block_n, "WHOLE_TILES": whole, "AHEAD": ahead}
+        whole = key_lengths is None and key_mask is None and keys % config.block_n == 0 and keys > 0
+        # A second copy of the tile's code, without comparisons in the first, where there are registers for it.
+        last = key_mask is None and q.element_size() == 2 and part_1 + part_2 <= 256
+        masks = "none" if whole else "last" if last else "every"
+        tiles = {"BLOCK_N": config.block_n, "MASKS": masks, "AHEAD": config.ahead and whole}
         kernel = attention_kernel
     programs = batch * heads * ceil_div(queries, block_m)
     return out, [Launch(kernel, programs, arguments | tiles, config.num_warps, config.num_stages)]
@@ -188,8 +196,8 @@ def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
         reasons.append(f"{max(q.shape[1], k.shape[1])} tokens are more than {MAX_INDEX}")
     if q.shape[0] * q.shape[2] * ceil_div(q.shape[1], 16) >= 2**31:
         reasons.append(f"{q.shape[0] * q.shape[2]} heads of {q.shape[1]} queries are more than 2^31 tiles")
-    if scale is not None and not 0.0 < scale < math.inf:
-        reasons.append(f"scale {scale} is not positive and finite")
+    if scale is not None and not 2.0**-126 <= scale <= 2.0**126:
+        reasons.append(f"scale {scale} is not a positive number of float32's normal range")
     return reasons
 
 
