@@ -119,7 +119,7 @@ _SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
 
 
 def default_config(
-    queries: int, keys: int, dim: int, heads: int, itemsize: int, tf32: bool, chip: Chip
+    queries: int, keys: int, dim: int, heads: int, itemsize: int, chip: Chip, *, tf32: bool, has_mask: bool
 ) -> AttentionConfig:
     """The tile for `heads` heads (of all samples) of `dim`, on a chip that nothing was measured on."""
     arch = chip.arch if chip.arch in _HALF else ""
@@ -131,8 +131,10 @@ def default_config(
         return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
     table = _HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32
     choices = next(configs for largest, configs in table if padded(dim) <= largest)
+    # A mask of every tile takes registers that the largest dimensions have not.
+    few_registers = has_mask and padded(dim) > 256
     filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)
-    return next(filling, choices[-1])
+    return choices[-1] if few_registers else next(filling, choices[-1])
 
 
 # Queries and keys of a tile, and warps, that a tuner tries.

@@ -20,12 +20,16 @@ jit: Any = (lambda function: function) if triton is None else triton.jit
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def is_interpreted(kernel: Any) -> bool:
+    """Whether `kernel`, a function under `jit`, runs in triton's interpreter, by TRITON_INTERPRET=1 at import."""
+    return triton is not None and not isinstance(kernel, triton.JITFunction)
+
+
 def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
     """Why `kernel`, a function under `jit`, cannot run on the device of `tensor`; empty if it can."""
     if triton is None:
         return ["triton is not installed: pip install triton"]
-    # Under TRITON_INTERPRET=1, read when kernels are decorated, they are no JITFunctions and run anywhere.
-    if isinstance(kernel, triton.JITFunction) and tensor.device.type != "cuda":
+    if not is_interpreted(kernel) and tensor.device.type != "cuda":
         return [f"the tensors are on {tensor.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 at import"]
     return []
 

@@ -25,7 +25,7 @@ from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, run, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
-from ._triton import device_reasons, dtype_reasons
+from ._triton import device_reasons, dtype_reasons, is_interpreted
 
 MAX_HEAD_DIM = 384
 
@@ -124,7 +124,7 @@ def plan(
         chip = chip or chip_of(q.device)
         key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
         config = tuned("attention", key, chip, AttentionConfig) or default_config(
-            queries, keys, dim, batch * heads, q.element_size(), tf32, chip
+            queries, keys, dim, batch * heads, q.element_size(), chip, tf32=tf32, has_mask=key_mask is not None
         )
     part_1, part_2 = parts(dim)
     strides = {
@@ -185,6 +185,8 @@ def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
     """Every reason why the Triton kernels cannot serve this call; empty when they can."""
     dim = q.shape[3]
     reasons = [*device_reasons(attention_kernel, q), *dtype_reasons(q=q, k=k, v=v)]
+    if q.dtype == torch.bfloat16 and is_interpreted(attention_kernel):
+        reasons.append("triton's interpreter multiplies bfloat16 as if it were integers")
     if dim % 4 or dim > MAX_HEAD_DIM:
         reasons.append(f"head_dim {dim} is not a multiple of 4 up to {MAX_HEAD_DIM}")
     reasons += [
