@@ -105,8 +105,7 @@ _HALF: Mapping[str, _Table] = {
 _FLOAT32: _Table = (
     (48, (_tiles(32, 32, 4),)),
     (96, (_tiles(64, 32, 8),)),
-    (192, (AttentionConfig(32, 16, 8, 1),)),
-    (256, (_tiles(32, 32, 8),)),
+    (256, (_tiles(32, 16, 8),)),
     (384, (AttentionConfig(32, 16, 8, 1),)),
 )
 _TF32: _Table = (
