@@ -206,7 +206,7 @@ def _statistics(  # type: ignore[no-untyped-def]
         squares += deviation * deviation
     weight = tl.maximum((end - start - lanes + BLOCK_HW - 1) // BLOCK_HW, 0).to(tl.float32)
     mean = total / tl.maximum(weight, 1.0)[:, None]
-    count = (end - start).to(tl.float32) * GROUP_CHANNELS
+    count = (end - start) * (1.0 * GROUP_CHANNELS)
     return _merge_lanes(pivot + mean, squares - total * mean, weight, mask_c, member, count)
 
 
@@ -256,7 +256,7 @@ def group_norm_kernel(  # type: ignore[no-untyped-def]
     if skip_ptr is not None:
         skip_ptr += b * stride_kb
     lanes = tl.arange(0, BLOCK_HW)
-    count = pixels.to(tl.float32) * GROUP_CHANNELS
+    count = pixels * (1.0 * GROUP_CHANNELS)
     if ONE_TILE:
         x, mask = _load_tile(
             x_ptr, skip_ptr, shift, lanes, pixels, width, offs_c, mask_c, x_channels,
@@ -392,7 +392,7 @@ def group_norm_apply_kernel(  # type: ignore[no-untyped-def]
     chunk_m2 = tl.load(ptrs + 2 * num_groups, mask=mask_kg, other=0.0)
     chunk_size = tl.maximum(tl.minimum(pixels - offs_k * chunk_pixels, chunk_pixels), 0)
     weight = (chunk_size.to(tl.float32) * GROUP_CHANNELS)[:, None]
-    count = pixels.to(tl.float32) * GROUP_CHANNELS
+    count = pixels * (1.0 * GROUP_CHANNELS)
     mean0 = tl.sum(weight * chunk_mean0, axis=0) / count
     deviation = tl.where(mask_kg, (chunk_mean0 - mean0[None, :]) + chunk_delta, 0.0)
     delta = tl.sum(weight * deviation, axis=0) / count

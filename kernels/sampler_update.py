@@ -137,11 +137,11 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
         element = c * pixels + offs_hw.to(tl.int64)[:, None]
         noise = philox_normal_lanes(tl.load(seeds_ptr + b), element, step, STREAM)
 
-    # All registers are read before any is written.
+    # All registers are read before any is written. Their numbers are 64-bit: a constant times a stride is not.
     registers_ptrs = registers_ptr + b * stride_gb + _offsets(h, w, c, stride_gh, stride_gw, stride_gc, ALIGN)
     registers = ()
     for j in tl.static_range(REGISTERS):
-        registers += (tl.load(registers_ptrs + j * stride_gr, mask=mask, other=0.0),)  # type: ignore[assignment]
+        registers += (tl.load(registers_ptrs + tl.full([], j, tl.int64) * stride_gr, mask=mask, other=0.0),)  # type: ignore[assignment]
     for i in tl.static_range(REGISTERS):
         coefficients = row_ptr + i * (REGISTERS + 2)
         new = tl.load(coefficients + REGISTERS) * output
@@ -149,7 +149,7 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
             new += tl.load(coefficients + j) * registers[j]
         if noise_ptr is not None or seeds_ptr is not None:
             new += tl.load(coefficients + REGISTERS + 1) * noise
-        tl.store(registers_ptrs + i * stride_gr, new, mask=mask)
+        tl.store(registers_ptrs + tl.full([], i, tl.int64) * stride_gr, new, mask=mask)
         if i == 0 and input_ptr is not None:
             scaled = (tl.load(input_scale_ptr + step) * new).to(input_ptr.dtype.element_ty)
             input_ptrs = input_ptr + _offsets(h, w, c, stride_ih, stride_iw, stride_ic, ALIGN)

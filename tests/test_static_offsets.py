@@ -66,6 +66,11 @@ def huge_calls():
     small = huge_arguments("residual_add", Shape(batch=2, height=4096, width=4096, channels=64), LAYOUTS[0])
     for width in (8192, 8191):
         yield "residual_add", small | {"size": (8192, width)}
+    # Registers whose stride fits 32 bits, and its multiples do not.
+    shape = Shape(batch=1, height=20_000, width=20_000, channels=4)
+    registers = torch.empty(5, 1, 20_000, 20_000, 4, device="meta").permute(0, 1, 4, 2, 3)
+    update = huge_arguments("sampler_update", shape, LAYOUTS[0])
+    yield "sampler_update", update | {"registers": registers, "table": torch.empty(50, 5, 7, device="meta")}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,113 @@
+"""Sizes of one: Triton makes an integer argument of 1 a constant of the compiler, which is another code to compile."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+from ldmperf.kernels import OPERATORS
+from ldmperf.kernels.group_norm import GroupNormConfig
+from ldmperf.profiling.static.compile import compile_launch
+from ldmperf.profiling.static.machines import MACHINES
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "edges-cache"))
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def channels_last(*shape):
+    return meta(*shape).to(memory_format=torch.channels_last)
+
+
+def update(registers, *image, guided=True):
+    """Arguments of a sampler_update of [B, ...] images."""
+    batch = image[0]
+    evaluations = 2 * batch if guided else batch
+    return {
+        "registers": meta(registers, *image),
+        "model_output": meta(evaluations, *image[1:]),
+        "table": meta(4, registers, registers + 2),
+        "step": meta(1, dtype=torch.int64),
+        "guidance_scale": meta(4) if guided else None,
+        "seeds": meta(batch, dtype=torch.int64),
+        "model_input": meta(evaluations, *image[1:]),
+        "input_scale": meta(4),
+    }
+
+
+def norm(x, groups, **options):
+    return {"x": x, "num_groups": groups, **options}
+
+
+def attention(queries, keys, heads=1, dim=4, **options):
+    q, k = meta(1, queries, heads, dim), meta(1, keys, heads, dim)
+    return {"q": q, "k": k, "v": k, **options}
+
+
+# By operator: the case, its arguments, and a configuration where the default would not come to the code in question.
+CASES = {
+    "group_norm_silu": {
+        "one pixel": (norm(meta(2, 8, 1, 1), 2), None),
+        "one of everything": (norm(meta(1, 1, 1, 1), 1), None),
+        "one pixel, channels-last, shifted": (norm(channels_last(2, 64, 1, 1), 32, shift=meta(2, 64)), None),
+        "one column": (norm(channels_last(2, 64, 9, 1), 32), None),
+        "one channel and a skip": (norm(meta(2, 1, 4, 4), 1, skip=meta(2, 1, 4, 4)), None),
+        "tiles of one pixel": (norm(channels_last(1, 64, 5, 1), 32), GroupNormConfig(8, 1, 0, 4)),
+        "chunks of one pixel": (norm(channels_last(1, 64, 5, 1), 32), GroupNormConfig(8, 1, 5, 4)),
+        "one chunk": (norm(channels_last(1, 64, 8, 8), 32), GroupNormConfig(8, 64, 1, 4)),
+        "one pixel in one chunk": (norm(channels_last(1, 64, 1, 1), 32), GroupNormConfig(8, 8, 1, 4)),
+        "every other column": (norm(meta(2, 8, 5, 12)[..., ::2], 2), None),
+        "transposed, split": (norm(meta(2, 8, 16, 16).transpose(2, 3), 2), GroupNormConfig(1, 16, 4, 4)),
+        "expanded": (norm(meta(1, 8, 5, 6).expand(3, 8, 5, 6), 2, shift=meta(1, 8).expand(3, 8)), None),
+    },
+    "layer_norm": {
+        "one row": ({"x": meta(1, 64), "weight": meta(64), "bias": meta(64)}, None),
+        "one column": ({"x": meta(5, 1), "weight": meta(1), "bias": meta(1)}, None),
+        "no rows' dimension": ({"x": meta(64), "weight": meta(64), "bias": meta(64)}, None),
+        "one of everything": (
+            {"x": meta(1, 1), "weight": meta(1), "bias": meta(1), "residual": meta(1, 1), "x_bias": meta(1)},
+            None,
+        ),
+    },
+    "geglu": {
+        "one of everything": ({"x": meta(1, 2)}, None),
+        "one column": ({"x": meta(5, 2), "bias": meta(2)}, None),
+        "rows of two strides": ({"x": meta(2, 7, 64)[:, :5]}, None),
+    },
+    "residual_add": {
+        "one of everything": ({"x": meta(1, 1, 1, 1), "residual": meta(1, 1, 1, 1), "bias": meta(1)}, None),
+        "enlarged from one column": (
+            {"x": meta(2, 3, 4, 1), "residual": meta(2, 3, 4, 1), "size": (7, 1)},
+            None,
+        ),
+    },
+    "sampler_update": {
+        "one of everything": (update(1, 1, 1, 1, 1), None),
+        "one column": (update(2, 1, 4, 5, 1), None),
+        "one row, one image": (update(3, 1, 3, 1, 7, guided=False), None),
+        "images of one dimension": (update(2, 1, 11), None),
+    },
+    "attention": {
+        "one of everything": (attention(1, 1), None),
+        "one query": (attention(1, 300, heads=8, dim=40), None),
+        "one key": (attention(300, 1, heads=8, dim=40), None),
+        "one query, lengths": (attention(1, 300, key_lengths=meta(1, dtype=torch.int64)), None),
+        "one key, a mask": (attention(300, 1, key_mask=meta(1, 1, dtype=torch.bool)), None),
+        "one key, a mask of every tile": (attention(300, 129, key_mask=meta(1, 129, dtype=torch.bool)), None),
+    },
+}
+
+
+@pytest.mark.parametrize(("operator", "case"), [(o, c) for o in OPERATORS for c in CASES[o]])
+def test_sizes_of_one_compile(operator, case):
+    arguments, config = CASES[operator][case]
+    _, launches = OPERATORS[operator].plan(**arguments, config=config)
+    assert launches
+    for launch in launches:
+        compile_launch(launch, MACHINES["sm_90"])
