@@ -1,4 +1,4 @@
-"""Sizes of one: Triton makes an integer argument of 1 a constant of the compiler, which is another code to compile."""
+"""Sizes of one: Triton makes an integer argument of 1 a constant, and so another code to compile."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def attention(queries, keys, heads=1, dim=4, **options):
     return {"q": q, "k": k, "v": k, **options}
 
 
-# By operator: the case, its arguments, and a configuration where the default would not come to the code in question.
+# By operator: the case, its arguments, and a configuration where the default comes to other code.
 CASES = {
     "group_norm_silu": {
         "one pixel": (norm(meta(2, 8, 1, 1), 2), None),
