@@ -37,7 +37,7 @@ from ldmperf.profiling.kernel_bench.device import (
 )
 from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
 from ldmperf.profiling.kernel_bench.selection import BATCHES, SIZES, Job, jobs
-from ldmperf.profiling.kernel_cases import KernelCase
+from ldmperf.profiling.kernel_case import KernelCase
 from ldmperf.profiling.lane import release_memory
 from ldmperf.profiling.store import write_whole
 from ldmperf.profiling.timing import Deadline, timed

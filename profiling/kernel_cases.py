@@ -10,147 +10,24 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY, UNet
-from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan
 
 from .cases import DType
-from .group import SCHEDULER_CONFIG
+from .kernel_case import Access, KernelCase, Scalar, TensorSpec, sampling_plan
 
 # The plans whose updates are cases: one register, two, four, and one with generated noise.
 PLANS = ("ddim", "dpmpp_2m", "unipc", "euler_a")
-PLAN_STEPS = 50
-PLAN_ROW = 25
-GUIDANCE_SCALE = 7.5
 # The group norms of Stable Diffusion's VAE decoder at 512x512: (pixels a side, channels).
 _VAE = ((512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (64, 512))
-
-# How often a call moves a tensor: "row" for tables of which it reads a few numbers.
-Access = Literal["read", "write", "update", "row"]
-_PASSES: dict[Access, int] = {"read": 1, "write": 1, "update": 2, "row": 0}
-
-
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TensorSpec(_Value):
-    """A tensor without its memory. `below`: integers are drawn from 0 up to it, without it."""
-
-    name: str
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-    access: Access = "read"
-    below: int | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it has elements in: an expanded dimension (stride 0) counts once."""
-        sizes = (size for size, stride in zip(self.shape, self.stride, strict=True) if stride or not size)
-        return math.prod(sizes) * self.torch_dtype.itemsize
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    def make(self, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        """The tensor, with these strides: standard normal, or integers below `below`; empty on "meta"."""
-        if 0 in self.shape:
-            return torch.empty_strided(self.shape, self.stride, dtype=self.torch_dtype, device=device)
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        memory = torch.empty(extent, dtype=self.torch_dtype, device=device)
-        if device.type != "meta":
-            if self.below is None:
-                memory.normal_(generator=generator)
-            else:
-                memory.random_(0, self.below, generator=generator)
-        return memory.as_strided(self.shape, self.stride)
-
-
-class Scalar(_Value):
-    """An argument that is no tensor."""
-
-    name: str
-    value: bool | int | float | str | tuple[int, ...] | None
-
-
-class KernelCase(_Value):
-    """One call of an operator: what it is called with, what it returns, and how often a step makes it.
-
-    `count` does not tell cases apart. `plan` names the sampler whose table of `PLAN_STEPS` steps a sampler_update
-    applies, row `PLAN_ROW` of it.
-    """
-
-    operator: str
-    dtype: DType
-    tensors: tuple[TensorSpec, ...]
-    scalars: tuple[Scalar, ...] = ()
-    results: tuple[TensorSpec, ...] = ()
-    plan: str | None = None
-    count: int = 1
-
-    @property
-    def key(self) -> str:
-        """All that tells it from other cases, as text."""
-        tensors = [f"{t.name}={t.dtype}{list(t.shape)}@{list(t.stride)}" for t in self.tensors]
-        scalars = [f"{s.name}={s.value}" for s in self.scalars]
-        plan = [f"plan={self.plan}"] if self.plan else []
-        return " ".join([self.operator, *plan, *tensors, *scalars]).replace(", ", ",")
-
-    @property
-    def label(self) -> str:
-        """A short name: the shape of the first tensor, and the options that are not their default."""
-        first = self.tensors[0].shape
-        if self.plan is not None:
-            return f"{self.plan} {'x'.join(map(str, first[1:]))}, {first[0]} register" + (
-                "s" if first[0] > 1 else ""
-            )
-        parts = ["x".join(map(str, first))]
-        parameters = inspect.signature(OPERATORS[self.operator].call).parameters
-        # The weight and bias of a norm are always there.
-        usual = {"weight", "bias"} if "weight" in parameters else set()
-        options = {
-            name: parameter.default
-            for name, parameter in parameters.items()
-            if name not in usual and (parameter.kind is parameter.KEYWORD_ONLY or parameter.default is None)
-        }
-        for tensor in self.tensors:
-            if tensor.name in options:
-                parts.append(f"+{tensor.name}" + (f"({tensor.shape[1]})" if tensor.name == "skip" else ""))
-        for scalar in self.scalars:
-            if scalar.name in options and scalar.value != options[scalar.name]:
-                value = scalar.value
-                parts.append(f"{scalar.name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
-        return " ".join(parts)
-
-    @property
-    def bytes_moved(self) -> int:
-        """Bytes of every argument read once and every result written once.
-
-        Registers are both; of a sampler's tables a call reads a row, which is left out.
-        """
-        moved = (_PASSES[tensor.access] * tensor.nbytes for tensor in self.tensors)
-        return sum(moved) + sum(result.nbytes for result in self.results)
-
-    def arguments(self, device: torch.device | str, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """Arguments by name of the operator's public function: fresh random numbers, or empty on "meta"."""
-        device = torch.device(device)
-        made: dict[str, Any] = {tensor.name: tensor.make(device, generator) for tensor in self.tensors}
-        if self.plan is not None and device.type != "meta":
-            for name, value in plan_tensors(sampling_plan(self.plan)).items():
-                if name in made:
-                    made[name].copy_(value)
-        return made | {scalar.name: scalar.value for scalar in self.scalars}
 
 
 @functools.lru_cache(maxsize=64)
@@ -182,6 +59,22 @@ def vae_kernel_cases(dtype: DType = "bfloat16", batch: int = 1) -> tuple[KernelC
     return tuple(cases)
 
 
+def attention_cases(
+    head_dim: int, queries: int, batch: int, dtype: DType = "bfloat16", *, heads: int = 8, context: int = 77
+) -> tuple[KernelCase, KernelCase]:
+    """Self-attention of so many tokens and their attention over a context, in memory as the UNet has them."""
+
+    def packed(tokens: int, parts: int) -> tuple[Tensor, ...]:
+        shape = (batch, tokens, parts, heads, head_dim)
+        return torch.empty(shape, dtype=getattr(torch, dtype), device="meta").unbind(2)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> KernelCase:
+        (case,) = _record(lambda: OPERATORS["attention"].call(q, k, v, backend="torch"), dtype)
+        return case
+
+    return call(*packed(queries, 3)), call(*packed(queries, 1), *packed(context, 2))
+
+
 def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> KernelCase:
     """One update of `plan`, with guidance where the UNet's batch is even; registers are float32."""
     made = sampling_plan(plan)
@@ -210,24 +103,6 @@ def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> Kern
         tensors.append(TensorSpec(name="seeds", shape=(images,), stride=(1,), dtype="int64", below=2**62))
     tensors += [image("model_input", batch, dtype=dtype, access="write"), row("input_scale", steps)]
     return KernelCase(operator="sampler_update", dtype=dtype, tensors=tuple(tensors), plan=plan)
-
-
-@functools.cache
-def sampling_plan(name: str) -> SamplingPlan:
-    """The plan of a sampler case."""
-    return make_plan(name, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), PLAN_STEPS)
-
-
-def plan_tensors(plan: SamplingPlan) -> dict[str, Tensor]:
-    """What a plan says of `sampler_update`'s arguments, as float64 or int64 tensors of the CPU."""
-    scales = torch.tensor(plan.input_scales)
-    return {
-        "table": torch.tensor(plan.table),
-        "step": torch.tensor([PLAN_ROW]),
-        "guidance_scale": torch.full((len(plan.steps),), GUIDANCE_SCALE, dtype=torch.float64),
-        # The input of the evaluation after each step, as `sample` has it.
-        "input_scale": torch.cat([scales[1:], torch.ones(1, dtype=torch.float64)]),
-    }
 
 
 class _Calls(TorchDispatchMode):
@@ -278,7 +153,7 @@ def _case(dtype: DType, operator: str, arguments: dict[str, Any], result: Any) -
     return KernelCase(
         operator=operator,
         dtype=dtype,
-        tensors=tuple(_spec(name, value) for name, value in ordered.items() if isinstance(value, Tensor)),
+        tensors=_specs({name: value for name, value in ordered.items() if isinstance(value, Tensor)}),
         scalars=tuple(
             Scalar(name=name, value=tuple(value) if isinstance(value, list) else value)
             for name, value in ordered.items()
@@ -287,6 +162,22 @@ def _case(dtype: DType, operator: str, arguments: dict[str, Any], result: Any) -
         ),
         results=tuple(_spec(f"result {i}", tensor) for i, tensor in enumerate(results)),
     )
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """Those of a call's arguments; of which several are slices of one memory, they stay so."""
+    names: dict[StorageWeakRef, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(StorageWeakRef(tensor.untyped_storage()), []).append(name)
+    found = {name: _spec(name, tensor) for name, tensor in tensors.items()}
+    for sharing in names.values():
+        offsets = {name: tensors[name].storage_offset() for name in sharing}
+        if len(set(offsets.values())) > 1:
+            start = min(offsets.values())
+            for name, offset in offsets.items():
+                changes = {"memory": "+".join(sharing), "offset": offset - start}
+                found[name] = found[name].model_copy(update=changes)
+    return tuple(found.values())
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:

@@ -35,7 +35,8 @@ from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, 
 from ldmperf.profiling.kernel_bench.run import run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
 from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios, summary_lines
-from ldmperf.profiling.kernel_cases import KernelCase, TensorSpec, family_kernel_cases, sampler_case
+from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
+from ldmperf.profiling.kernel_cases import family_kernel_cases, sampler_case
 from ldmperf.profiling.records import Samples
 from ldmperf.profiling.store import load_lines, rejected_path
 from ldmperf.profiling.timing import Deadline, RepetitionRule

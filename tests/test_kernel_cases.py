@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
 from ldmperf.profiling.kernel_cases import (
-    KernelCase,
-    TensorSpec,
+    attention_cases,
     family_kernel_cases,
     sampler_case,
     vae_kernel_cases,
@@ -24,6 +24,8 @@ def test_the_calls_of_a_step_are_those_of_the_network() -> None:
     assert calls["layer_norm"] == 3 * 16
     assert calls["geglu"] == 16
     assert calls["residual_add"] >= 22 + 16
+    # On itself and on the text in each of 16 transformers.
+    assert calls["attention"] == 2 * 16
 
 
 def test_cases_are_distinct_and_named() -> None:
@@ -47,6 +49,41 @@ def test_a_case_can_be_called_and_planned(case: KernelCase) -> None:
     assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in case.results]
     assert operator.plan(**case.arguments("meta"))[1]
     assert KernelCase.model_validate_json(case.model_dump_json()) == case
+
+
+def test_slices_of_one_memory_stay_slices() -> None:
+    of_itself, of_text = attention_cases(12, 64, 2, "float32")
+    made = of_itself.arguments("cpu", torch.Generator().manual_seed(0))
+    packed = torch.cat([made[name].flatten(2) for name in "qkv"], dim=2)
+    q, k, v = (made[name] for name in "qkv")
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
+    assert torch.equal(packed.flatten(), q.as_strided((packed.numel(),), (1,), 0))
+    assert (k.storage_offset(), v.storage_offset()) == (8 * 12, 2 * 8 * 12)
+    made = of_text.arguments("cpu")
+    q, k, v = (made[name] for name in "qkv")
+    assert q.is_contiguous()
+    assert (k.stride(), v.storage_offset()) == ((77 * 2 * 96, 2 * 96, 12, 1), 96)
+    assert k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
+    # Each element counts once, though it is in one memory with others.
+    assert of_itself.bytes_moved == 4 * 4 * 2 * 64 * 96
+    assert of_text.bytes_moved == 4 * (2 * 2 * 64 * 96 + 2 * 2 * 77 * 96)
+
+
+def test_attention_by_its_sizes_is_that_of_the_network() -> None:
+    found = [case.model_copy(update={"count": 1}) for case in CASES if case.operator == "attention"]
+    # 39M at 16 x 16 latents: 8 heads, width 64 at the first level.
+    assert tuple(found[:2]) == attention_cases(8, 256, 2, "float32")
+
+
+def test_attention_tells_what_it_computes() -> None:
+    of_itself, of_text = attention_cases(40, 1024, 16)
+    assert of_itself.attention == (16, 8, 1024, 1024, 40)
+    assert of_itself.flops == 4 * 16 * 8 * 1024 * 1024 * 40
+    assert of_itself.exponentials == 16 * 8 * 1024 * 1024
+    assert (of_text.exponentials, of_text.label) == (16 * 8 * 1024 * 77, "16x1024x8x40 over 77")
+    assert of_itself.label == "16x1024x8x40"
+    others = [case for case in CASES if case.operator != "attention"]
+    assert {case.flops for case in others} == {case.exponentials for case in others} == {None}
 
 
 def test_the_same_seed_gives_the_same_arguments_and_another_does_not() -> None:

@@ -13,7 +13,7 @@ from ldmperf.kernels import OPERATORS
 
 from ..cases import DType
 from ..check import relative_rms
-from ..kernel_cases import KernelCase
+from ..kernel_case import KernelCase
 
 # Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
 # parts, and far less than a wrong formula gives.

@@ -14,7 +14,7 @@ from ldmperf.kernels import OPERATORS
 
 from ..backends import Unsupported
 from ..group import SCHEDULER_CONFIG
-from ..kernel_cases import PLAN_ROW, PLAN_STEPS, KernelCase
+from ..kernel_case import PLAN_ROW, PLAN_STEPS, KernelCase
 from ..peers import SCHEDULERS, import_diffusers
 from .plain import PLAIN, STEPS, Function, guided, with_input
 

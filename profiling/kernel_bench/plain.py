@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernel_cases import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
+from ..kernel_case import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
 
 Function = Callable[..., Any]
 
@@ -67,12 +67,19 @@ def residual_add(
     return total if size is None else F.interpolate(total, size=size, mode="nearest")
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, tf32: bool = False) -> Tensor:
+    """torch's own choice among its backends; `tf32` is for ours."""
+    q, k, v = (tokens.transpose(1, 2) for tokens in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
 # By operator; sampler_update depends on the plan: see `STEPS`.
 PLAIN: Mapping[str, Function] = {
     "group_norm_silu": group_norm_silu,
     "layer_norm": layer_norm,
     "geglu": geglu,
     "residual_add": residual_add,
+    "attention": attention,
 }
 
 

@@ -10,7 +10,7 @@ from pydantic import AwareDatetime, Field, computed_field, model_validator
 
 from ..cases import DEVICE_PATTERN
 from ..environment import DeviceState, Environment
-from ..kernel_cases import KernelCase
+from ..kernel_case import KernelCase
 from ..records import Correctness, Milliseconds, RecordModel, Samples, Status
 from ..store import Store
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ldmperf.model import FAMILY
 
 from ..cases import DType
-from ..kernel_cases import KernelCase, family_kernel_cases, vae_kernel_cases
+from ..kernel_case import KernelCase
+from ..kernel_cases import family_kernel_cases, vae_kernel_cases
 
 VAE = "vae"
 SIZES = (*FAMILY, VAE)

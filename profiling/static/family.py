@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from ldmperf.kernels import OPERATORS, Launch
 
 from ..cases import DType
-from ..kernel_cases import KernelCase, family_kernel_cases
+from ..kernel_case import KernelCase
+from ..kernel_cases import family_kernel_cases
 from .compile import Specialization, specialization_of
 from .machines import MACHINES
 
