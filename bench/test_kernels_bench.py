@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.cases import best_device
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.kernel_bench.bench import KernelBench
-from ldmperf.profiling.kernel_bench.peers import PEERS, Peer
+from ldmperf.profiling.kernel_bench.peers import Peer
 from ldmperf.profiling.kernel_bench.records import KernelRecord, KernelStore, Mode
 from ldmperf.profiling.kernel_bench.run import BenchChoices
 from ldmperf.profiling.kernel_bench.selection import Job
@@ -43,8 +44,7 @@ CLOCK = SampleClock()
 def kernel_bench() -> KernelBench:
     """One for the session: its copy bandwidth is that of the run."""
     device = best_device()
-    peers = tuple(name for name in PEERS if device == "cuda" or "compile" not in name)
-    return BenchChoices(operators=(), peers=peers, device=device).bench(collect_environment(device))
+    return BenchChoices(operators=tuple(OPERATORS), device=device).bench(collect_environment(device))
 
 
 @cache
@@ -79,6 +79,8 @@ def test_kernel(benchmark: Any, job: Job, mode: Mode, peer: Peer, request: pytes
         "calls_per_sample": record.calls_per_sample,
         "gb_per_s": record.gb_per_s,
         "percent_of_copy": record.percent_of_copy,
+        "tflops": record.tflops,
+        "percent_of_bound": record.percent_of_bound,
         "case_key": record.case_key,
     }
     samples = iter(record.ms.samples)

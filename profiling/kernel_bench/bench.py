@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -19,9 +20,10 @@ from ..lane import Outcome, release_memory
 from ..records import Correctness, Samples, utc_now
 from ..timing import Timed, Times, garbage_collection_paused, interleave, timed
 from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, input_sets, l2_cache_bytes
+from .implementation import Arguments, Implementation
 from .inputs import Inputs, tolerance_of
-from .peers import Implementation, Peer
-from .records import CopyBandwidth, KernelRecord, Mode, record_key
+from .peers import Peer
+from .records import CopyBandwidth, KernelRecord, Mode, UnitRates, record_key
 from .selection import Job
 
 _REFERENCE = "ours, float64"
@@ -34,11 +36,16 @@ class _Contestant(Outcome):
     peer: Peer
     implementation: Implementation | None = None
     first_call_ms: float | None = None
+    polynomial: int | None = None
     error: float | None = None
     calls: list[Callable[[], Any]] = field(default_factory=list)
 
     def release(self) -> None:
         self.implementation, self.calls = None, []
+
+    def setting(self) -> AbstractContextManager[Any]:
+        """Within which its calls are made."""
+        return nullcontext() if self.implementation is None else self.implementation.setting()
 
 
 @dataclass
@@ -58,7 +65,7 @@ class _Lane(Outcome):
 
 
 class KernelBench:
-    """Measures jobs on one device; `copy` is that device's copy bandwidth in this run."""
+    """Measures jobs on one device; `copy` and `rates` are what that device does, measured in this run."""
 
     def __init__(
         self,
@@ -68,10 +75,11 @@ class KernelBench:
         pace: Pace,
         environment: Environment,
         copy: CopyBandwidth | None,
+        rates: UnitRates | None = None,
     ) -> None:
         self.device_name, self.device = device, torch.device(device)
         self.peers, self.modes, self.pace = peers, modes, pace
-        self.environment, self.copy = environment, copy
+        self.environment, self.copy, self.rates = environment, copy, rates
         self._operators: set[str] = set()
 
     @torch.inference_mode()
@@ -114,12 +122,14 @@ class KernelBench:
         if implementation is None:
             return
         contestant.implementation = implementation
+        contestant.polynomial = contestant.attempt(lambda: _polynomial(implementation, inputs.sets[0]))
         inputs.restore()
         prepared = contestant.attempt(lambda: [implementation.prepare(arguments) for arguments in inputs.sets])
         if prepared is None:
             return
         contestant.calls = [functools.partial(implementation.call, **arguments) for arguments in prepared]
-        result = contestant.attempt(lambda: timed(contestant.calls[0], self.device))
+        with contestant.setting():
+            result = contestant.attempt(lambda: timed(contestant.calls[0], self.device))
         if result is None:
             return
         contestant.first_call_ms = result.wall_ms
@@ -128,8 +138,9 @@ class KernelBench:
     def _time(self, lanes: Sequence[_Lane], inputs: Inputs, reference: tuple[Tensor, ...]) -> None:
         lanes = [lane for lane in lanes if lane.contestant.active]
         for lane in lanes:
-            lane.workload = lane.attempt(functools.partial(self._workload, lane))
-            runs = lane.attempt(functools.partial(self._calibrated, lane))
+            with lane.contestant.setting():
+                lane.workload = lane.attempt(functools.partial(self._workload, lane))
+                runs = lane.attempt(functools.partial(self._calibrated, lane))
             if runs is not None and lane.workload is not None:
                 lane.runs, lane.calls_per_sample = runs, runs * lane.workload.calls_per_run
         running = {lane.contestant.peer.name: lane for lane in lanes if lane.active}
@@ -137,7 +148,8 @@ class KernelBench:
         def one_sample(lane: _Lane, _: int) -> Timed[object]:
             workload = lane.workload
             assert workload is not None
-            return timed(lambda: workload.run(lane.runs), self.device)
+            with lane.contestant.setting():
+                return timed(lambda: workload.run(lane.runs), self.device)
 
         with garbage_collection_paused():
             times = interleave(
@@ -186,7 +198,8 @@ class KernelBench:
                 return workload.results[0]
             return lane.contestant.calls[0]()
 
-        result = lane.attempt(again)
+        with lane.contestant.setting():
+            result = lane.attempt(again)
         return _checked(lane, inputs, result, reference, "after") if lane.active else None
 
     def _record(
@@ -226,12 +239,21 @@ class KernelBench:
             l2=sets[1] if ok else None,
             first_call_ms=contestant.first_call_ms,
             copy_bandwidth=self.copy,
+            unit_rates=self.rates if job.case.attention is not None else None,
+            polynomial=contestant.polynomial,
             device_before=before,
             device_after=after,
             environment=self.environment,
             interleaved=tuple(peer.name for peer in self.peers),
             started_at=started_at,
         )
+
+
+def _polynomial(implementation: Implementation, arguments: Arguments) -> int | None:
+    """How many of every eight exponentials its launches evaluate as a polynomial, where they say so."""
+    launches = [] if implementation.launches is None else implementation.launches(**arguments)
+    found = [launch.arguments.get("POLYNOMIAL") for launch in launches]
+    return max((int(share) for share in found if share is not None), default=None)
 
 
 def _clock(times: Times) -> list[float]:

@@ -28,7 +28,16 @@ def kernels(
     batch: Annotated[list[str] | None, _list_option("The UNet's batch: 2 and 16 unless told.")] = None,
     peer: Annotated[
         list[str] | None,
-        _list_option("triton, compile, eager, reference, diffusers, diffusers-compile, xformers."),
+        _list_option(
+            "triton, auto, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, diffusers, "
+            "diffusers-compile, xformers."
+        ),
+    ] = None,
+    head_dim: Annotated[
+        list[str] | None, _list_option("Attention of 8 heads of these sizes, instead of the family's calls.")
+    ] = None,
+    tokens: Annotated[
+        list[str] | None, _list_option("With --head-dim: sequence lengths; 4096, 1024, 256 and 64 unless told.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.")] = None,
@@ -41,28 +50,38 @@ def kernels(
 
     A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
     launched one by one ("eager") and replayed as a CUDA graph ("graph"). On a CPU by the host's clock, without our
-    kernels, and with the compile peers only when named. Exit code 1 when a call ended as error or incorrect, or
-    none as ok.
+    kernels, and with the peers that compile only when named. Exit code 1 when a call ended as error or incorrect,
+    or none as ok.
 
     \b
     Examples:
       ldmperf kernels
       ldmperf kernels --kernel group_norm_silu,geglu --size 39M,866M --batch 2 --seconds 60
+      ldmperf kernels --kernel attention --head-dim 40,64,80,128,160 --batch 16 --tokens 4096
       ldmperf kernels --device cpu --size 39M --peer eager,reference --dtype float32
     """
     from ldmperf.kernels import OPERATORS
 
+    from ..cases import CaseError
     from .peers import PEERS
     from .run import BenchChoices
     from .selection import SIZES
 
+    operators = known_names("kernel", kernel or (), OPERATORS) or tuple(OPERATORS)
+    head_dims = tuple(whole_number("head-dim", text, 1024) for text in split_values(head_dim or ()))
+    if head_dims and (set(kernel or ["attention"]) != {"attention"} or size):
+        raise CaseError("--head-dim chooses attention's calls: leave --size out, and --kernel or name attention")
+    if tokens and not head_dims:
+        raise CaseError("--tokens goes with --head-dim")
     choices = BenchChoices(
-        operators=known_names("kernel", kernel or (), OPERATORS) or tuple(OPERATORS),
+        operators=("attention",) if head_dims else operators,
         sizes=known_names("size", size or (), SIZES),
         batches=tuple(sorted({whole_number("batch", text, 1024) for text in split_values(batch or ())})),
         peers=known_names("peer", peer or (), PEERS),
         dtype=dtype_named(dtype),
         device=best_device() if device is None else device_named(device),
+        head_dims=head_dims,
+        tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(tokens or ())),
     )
     _run(choices, Deadline(seconds), out)
 

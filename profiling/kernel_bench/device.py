@@ -11,13 +11,15 @@ import torch
 
 from ..records import Samples
 from ..timing import RepetitionRule, Timed, timed
-from .records import CopyBandwidth
+from .records import CopyBandwidth, UnitRates
 
 Call = Callable[[], Any]
 
 # More would take longer to make than to measure with.
 MOST_INPUT_SETS = 256
 MOST_CALLS = 10_000
+# Rows of a square matrix whose product keeps every multiprocessor busy for a while.
+_MATRIX_SIZE = 8192
 _COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
 
 
@@ -131,3 +133,20 @@ def copy_bandwidth(device: torch.device, count: int = 20) -> CopyBandwidth:
     target = torch.empty_like(source)
     samples = [device_ms(timed(lambda: target.copy_(source), device)) for _ in range(count + 3)]
     return CopyBandwidth(bytes_each=source.nbytes, ms=Samples.of(samples[3:]))
+
+
+def unit_rates(dtype: torch.dtype, device: torch.device, count: int = 20) -> UnitRates | None:
+    """`count` large matrix products timed one by one after three others; None but on a CUDA device."""
+    if device.type != "cuda":
+        return None
+    size = _MATRIX_SIZE
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    samples = [device_ms(timed(lambda: torch.mm(a, b, out=out), device)) for _ in range(count + 3)]
+    properties = torch.cuda.get_device_properties(device)
+    return UnitRates(
+        matrix_size=size,
+        matrix_ms=Samples.of(samples[3:]),
+        multiprocessors=properties.multi_processor_count,
+        clock_ghz=properties.clock_rate / 1e6,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,44 +15,42 @@ from ..backends import Unsupported
 from ..group import SCHEDULER_CONFIG
 from ..kernel_case import PLAN_ROW, PLAN_STEPS, KernelCase
 from ..peers import SCHEDULERS, import_diffusers
-from .plain import PLAIN, STEPS, Function, guided, with_input
-
-Arguments = dict[str, Any]
-
-
-def _as_they_are(arguments: Arguments) -> Arguments:
-    return arguments
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """`call(**prepare(arguments))` is timed, `prepare` apart; it returns None where it updates its arguments."""
-
-    call: Function
-    prepare: Callable[[Arguments], Arguments] = _as_they_are
+from . import attention_peers
+from .implementation import Arguments, Implementation
+from .plain import PLAIN, STEPS, guided, with_input
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` raises `Unsupported` where there is nothing to time; `operator` is the only one it knows, if any.
+    """`build` raises `Unsupported` where there is nothing to time; `operators` are those it knows, None for all.
 
-    `capturable`: whether a CUDA graph of its calls is tried. `once`: one record an operator says all there is.
+    `capturable`: whether a CUDA graph of its calls is tried. `measures`: those that it has something for, None for
+    all; of the others that it knows, one record an operator says all there is.
     """
 
     name: str
     build: Callable[[KernelCase, torch.device], Implementation]
-    operator: str | None = None
+    operators: frozenset[str] | None = None
     capturable: bool = True
-    once: bool = False
+    measures: frozenset[str] | None = None
 
     def serves(self, case: KernelCase, first_of_operator: bool) -> bool:
-        return self.operator in (None, case.operator) and (first_of_operator or not self.once)
+        known = self.operators is None or case.operator in self.operators
+        return known and (first_of_operator or self.measures is None or case.operator in self.measures)
 
 
 def _triton(case: KernelCase, device: torch.device) -> Implementation:
     if device.type != "cuda":
         raise Unsupported("the Triton kernel needs a GPU; its interpreter's time on a CPU says nothing")
-    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="triton"))
+    operator = OPERATORS[case.operator]
+    call = functools.partial(operator.call, backend="triton")
+    return Implementation(call, launches=lambda **arguments: operator.plan(**arguments)[1])
+
+
+def _auto(case: KernelCase, device: torch.device) -> Implementation:
+    if device.type != "cuda":
+        raise Unsupported("without a GPU, auto is the reference")
+    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="auto"))
 
 
 def _reference(case: KernelCase, device: torch.device) -> Implementation:
@@ -81,8 +78,8 @@ def _compiled(build: Callable[[KernelCase, torch.device], Implementation]) -> An
 
 
 def _xformers(case: KernelCase, device: torch.device) -> Implementation:
-    if importlib.util.find_spec("xformers") is None:
-        raise Unsupported("xformers is not installed: pip install 'ldmperf[peers]'")
+    if case.operator == "attention":
+        return attention_peers.xformers(case, device)
     raise Unsupported(f"xformers has no public operator that computes {case.operator}")
 
 
@@ -121,17 +118,28 @@ def _sampler_inputs(case: KernelCase, arguments: Arguments) -> Arguments:
     return inputs | ({"history": kept[1]} if len(kept) > 1 else {})
 
 
+_ATTENTION = frozenset({"attention"})
+_SAMPLER = frozenset({"sampler_update"})
+
 # In the order in which they are measured and shown.
 PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer("triton", _triton),
-        Peer("compile", _compiled(_eager)),
+        # Elsewhere the kernel serves whatever it can, so that "auto" is "triton".
+        Peer("auto", _auto, operators=_ATTENTION),
+        # Of attention there is one operator: nothing to fuse.
+        Peer("compile", _compiled(_eager), operators=frozenset(OPERATORS) - _ATTENTION),
         Peer("eager", _eager),
         Peer("reference", _reference),
+        *(
+            Peer(name, functools.partial(attention_peers.sdpa, name), operators=_ATTENTION)
+            for name in attention_peers.SDPA
+        ),
+        Peer("flex", attention_peers.flex, operators=_ATTENTION),
         # Its step runs host code that a capture would leave out of the time.
-        Peer("diffusers", _diffusers, operator="sampler_update", capturable=False),
-        Peer("diffusers-compile", _compiled(_diffusers), operator="sampler_update"),
-        Peer("xformers", _xformers, once=True),
+        Peer("diffusers", _diffusers, operators=_SAMPLER, capturable=False),
+        Peer("diffusers-compile", _compiled(_diffusers), operators=_SAMPLER),
+        Peer("xformers", _xformers, measures=_ATTENTION),
     )
 }

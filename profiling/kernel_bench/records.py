@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, Field, computed_field, model_validator
 
+from ..attention_bound import Bound, Rates, attention_bound
 from ..cases import DEVICE_PATTERN
 from ..environment import DeviceState, Environment
 from ..kernel_case import KernelCase
@@ -32,6 +33,23 @@ class CopyBandwidth(RecordModel):
         return 2 * self.bytes_each / self.ms.p50 / 1e6
 
 
+class UnitRates(RecordModel):
+    """What the units that limit attention do on this device, in this run.
+
+    `matrix_ms`: of one product of two square matrices of `matrix_size` rows in the case's dtype. The exponential
+    unit's rate follows from the number of multiprocessors and the highest clock that the device may take.
+    """
+
+    matrix_size: int
+    matrix_ms: Samples
+    multiprocessors: int
+    clock_ghz: float
+
+    @property
+    def rates(self) -> Rates:
+        return Rates(2 * self.matrix_size**3 / self.matrix_ms.p50 / 1e9, self.multiprocessors, self.clock_ghz)
+
+
 class KernelRecord(RecordModel):
     """One measured call, or the reason why there is no time: only `ok` has one.
 
@@ -39,7 +57,8 @@ class KernelRecord(RecordModel):
     events around them; "host": the host's clock, on the CPU. `mode` "eager": launched one by one, so that a call
     shorter than its launch shows the launch; "graph": `input_sets` calls captured and replayed as a CUDA graph.
     `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
-    family's, or "vae"; the same call in a later size is not measured again.
+    family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
+    many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
     """
 
     schema_version: Literal[1] = 1
@@ -60,6 +79,8 @@ class KernelRecord(RecordModel):
     l2: Literal["cold", "warm"] | None = None
     first_call_ms: Milliseconds | None = None
     copy_bandwidth: CopyBandwidth | None = None
+    unit_rates: UnitRates | None = None
+    polynomial: int | None = None
     device_before: DeviceState = DeviceState()
     device_after: DeviceState = DeviceState()
     environment: Environment
@@ -101,6 +122,30 @@ class KernelRecord(RecordModel):
         if self.gb_per_s is None or self.copy_bandwidth is None:
             return None
         return 100 * self.gb_per_s / self.copy_bandwidth.gb_per_s
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tflops(self) -> float | None:
+        """1e12 FLOP a second of its matrix products without padding; None for what they do not limit."""
+        if self.ms is None or not self.ms.p50 or self.case.flops is None:
+            return None
+        return self.case.flops / self.ms.p50 / 1e9
+
+    @property
+    def bound(self) -> Bound | None:
+        """The least time that the matrix and exponential units allow, where their rates are known."""
+        if self.unit_rates is None or (sizes := self.case.attention) is None:
+            return None
+        heads = sizes.batch * sizes.heads
+        rates, polynomial = self.unit_rates.rates, self.polynomial or 0
+        return attention_bound(heads, sizes.queries, sizes.keys, sizes.head_dim, rates, polynomial)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def percent_of_bound(self) -> float | None:
+        """The bound's time in percent of the median."""
+        bound = self.bound
+        return None if bound is None or self.ms is None or not self.ms.p50 else 100 * bound.ms / self.ms.p50
 
 
 def record_key(case: KernelCase, device: str, peer: str, mode: Mode) -> str:

@@ -10,20 +10,21 @@ import torch
 
 from ..cases import DType
 from ..environment import Environment
+from ..group import measuring_settings
 from ..timing import Deadline
 from .bench import KernelBench
-from .device import PACES, copy_bandwidth
+from .device import PACES, copy_bandwidth, unit_rates
 from .peers import PEERS
-from .records import MODES, KernelRecord, KernelStore
-from .selection import BATCHES, SIZES, Job, jobs
+from .records import MODES, KernelRecord, KernelStore, UnitRates
+from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 # Compiling for the CPU takes much longer than what it measures: only on request there.
-SLOW_ON_CPU = ("compile", "diffusers-compile")
+SLOW_ON_CPU = ("compile", "diffusers-compile", "flex")
 
 
 @dataclass(frozen=True)
 class BenchChoices:
-    """What to measure; empty takes what suits the device."""
+    """What to measure; empty takes what suits the device. With `head_dims` attention at these and at `tokens`."""
 
     operators: tuple[str, ...]
     sizes: tuple[str, ...] = ()
@@ -31,13 +32,18 @@ class BenchChoices:
     peers: tuple[str, ...] = ()
     dtype: DType = "bfloat16"
     device: str = "cuda"
+    head_dims: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
 
     @property
     def jobs(self) -> Iterable[Job]:
-        return jobs(self.operators, self.sizes or SIZES, self.batches or BATCHES, self.dtype)
+        batches = self.batches or BATCHES
+        if self.head_dims:
+            return head_dim_jobs(self.head_dims, self.tokens or TOKENS, batches, self.dtype)
+        return jobs(self.operators, self.sizes or SIZES, batches, self.dtype)
 
     def bench(self, environment: Environment) -> KernelBench:
-        """The bench, its copy bandwidth measured now."""
+        """The bench, the device's copy bandwidth and, for attention, unit rates measured now."""
         is_cpu = self.device == "cpu"
         names = self.peers or tuple(name for name in PEERS if not (is_cpu and name in SLOW_ON_CPU))
         device = torch.device(self.device)
@@ -48,7 +54,12 @@ class BenchChoices:
             PACES[device.type],
             environment,
             copy_bandwidth(device),
+            self._unit_rates(device) if "attention" in self.operators else None,
         )
+
+    def _unit_rates(self, device: torch.device) -> UnitRates | None:
+        with measuring_settings():
+            return unit_rates(getattr(torch, self.dtype), device)
 
 
 def run_jobs(

@@ -10,11 +10,13 @@ from ldmperf.model import FAMILY
 
 from ..cases import DType
 from ..kernel_case import KernelCase
-from ..kernel_cases import family_kernel_cases, vae_kernel_cases
+from ..kernel_cases import attention_cases, family_kernel_cases, vae_kernel_cases
 
 VAE = "vae"
 SIZES = (*FAMILY, VAE)
 BATCHES = (2, 16)
+# Of the family's attention at 64x64 latents: one level of the UNet each.
+TOKENS = (4096, 1024, 256, 64)
 # Stable Diffusion's own size, then the ends of the family, then what lies between.
 _FIRST_SIZES = ("866M", "39M", "5B", "318M", "2B")
 
@@ -59,3 +61,14 @@ def jobs(operators: Sequence[str], sizes: Sequence[str], batches: Sequence[int],
             if case.key not in seen:
                 seen.add(case.key)
                 yield Job(size, batch, case)
+
+
+def head_dim_jobs(
+    head_dims: Sequence[int], tokens: Sequence[int], batches: Sequence[int], dtype: DType
+) -> Iterator[Job]:
+    """Attention of 8 heads by size: the longest sequences on themselves first, of each the largest batch."""
+    longest_first, largest_first = sorted(tokens, reverse=True), sorted(batches, reverse=True)
+    for number in range(2):
+        for queries, batch, head_dim in itertools.product(longest_first, largest_first, head_dims):
+            case = attention_cases(head_dim, queries, batch, dtype)[number]
+            yield Job(f"head_dim {head_dim}", batch, case)

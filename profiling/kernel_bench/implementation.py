@@ -1,0 +1,30 @@
+"""What a peer does with a kernel case: how its arguments are made ready, and the call that is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from ldmperf.kernels import Launch
+
+Arguments = dict[str, Any]
+
+
+def _as_they_are(arguments: Arguments) -> Arguments:
+    return arguments
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`call(**prepare(arguments))` is timed, `prepare` apart; it returns None where it updates its arguments.
+
+    `setting` is entered around calls, once for many: a switch that a program sets at its start. `launches`: of our
+    kernels, what a call with arguments that are not prepared launches.
+    """
+
+    call: Callable[..., Any]
+    prepare: Callable[[Arguments], Arguments] = _as_they_are
+    setting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    launches: Callable[..., Sequence[Launch]] | None = None
