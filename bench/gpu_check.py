@@ -175,6 +175,7 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     from rich.console import Console
 
     from ldmperf.profiling import load_records
+    from ldmperf.profiling.kernel_bench.attention_table import attention_lines, attention_rows
     from ldmperf.profiling.kernel_bench.records import KernelRecord
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
     from ldmperf.profiling.report import print_table
@@ -190,7 +191,8 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
         measured, _ = load_lines(path, KernelRecord)
         counts["kernels"] = by_status(record.status for record in measured)
         if measured:
-            print("\n".join([conditions(measured), *summary_lines(measured)]) + "\n")
+            beside_the_best = attention_lines(attention_rows(measured))
+            print("\n".join([conditions(measured), *beside_the_best, *summary_lines(measured)]) + "\n")
     if (folder / "tests.log").exists():
         lines = (folder / "tests.log").read_text(errors="replace").split("\n")
         counts["tests"] = next((line.strip("= ") for line in reversed(lines) if line.startswith("=")), "")

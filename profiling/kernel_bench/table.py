@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
@@ -12,10 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from ..report.text import MISSING, commit, number, printable
+from . import attention_table
+from .attention_table import attention_figures, attention_lines, attention_rows
 from .records import KernelRecord, Mode
 
-HEADINGS = ("peer", "mode", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy", "error", "L2")
-_NUMBERS = range(2, 8)
+HEADINGS = (
+    *("peer", "mode", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"),
+    *("TFLOP/s", "% of bound", "error", "L2"),
+)
+_NUMBERS = range(2, 10)
 NOTHING = "No kernel was measured."
 
 
@@ -81,13 +86,19 @@ def print_records(records: Sequence[KernelRecord], console: Console) -> None:
         _print(console, title, "bold cyan")
         for record in group:
             _print(console, "  " + _line(_cells(record), widths), "" if record.ms is not None else "red")
+    beside_the_best = attention_lines(attention_rows(records))
+    if beside_the_best:
+        _print(console)
+        _print(console, beside_the_best[0], "bold cyan")
+    for line in beside_the_best[1:]:
+        _print(console, line)
     _print(console)
     for line in summary_lines(records):
         _print(console, line)
 
 
 def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
-    """Our kernels' bandwidth on the call that moves most, by operator and mode, then the ratios of the peers."""
+    """Our kernels' bandwidth on the call that moves most, by operator and mode; the peers' ratios; attention's."""
     largest: dict[tuple[str, Mode], KernelRecord] = {}
     for record in records:
         group = (record.case.operator, record.mode)
@@ -100,11 +111,12 @@ def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
         f"{number(record.bytes_moved / 1e6)} MB ({record.size} batch {record.batch} {record.case.label})"
         for (operator, mode), record in largest.items()
     ]
-    return bandwidths + [
+    compared = [
         f"{r.operator}, {r.mode}: {r.peer} takes {number(r.mean)} times as long as triton "
         f"(geometric mean of {r.calls} calls; least {number(r.worst)}: {r.worst_call})"
         for r in ratios(records)
     ]
+    return [*bandwidths, *compared, *attention_figures(attention_rows(records))]
 
 
 def markdown(records: Sequence[KernelRecord]) -> str:
@@ -112,15 +124,32 @@ def markdown(records: Sequence[KernelRecord]) -> str:
     if not records:
         return NOTHING + "\n"
     lines = [_escaped(conditions(records)), ""]
-    rules = [":---", *("---:" if i in _NUMBERS else ":---" for i in range(len(HEADINGS)))]
-    lines += ["| " + " | ".join(("call", *HEADINGS)) + " |", "| " + " | ".join(rules) + " |"]
+    lines += _table_head(("call", *HEADINGS), [i + 1 for i in _NUMBERS])
     for title, group in _by_call(records):
         for record in group:
             cells = _cells(record)
             cells += [MISSING] * (len(HEADINGS) - len(cells))
-            lines.append("| " + " | ".join(_escaped(cell) for cell in (title, *cells)) + " |")
+            lines.append(_table_line((title, *cells)))
+    rows = attention_rows(records)
+    if rows:
+        lines += [
+            "",
+            attention_table.title(rows),
+            "",
+            *_table_head(attention_table.HEADINGS, attention_table.NUMBERS),
+        ]
+        lines += [_table_line(attention_table.cells(row)) for row in rows]
     lines += ["", *(f"- {_escaped(line)}" for line in summary_lines(records))]
     return "\n".join(lines) + "\n"
+
+
+def _table_head(headings: Sequence[str], numbers: Sequence[int]) -> list[str]:
+    rules = ("---:" if i in numbers else ":---" for i in range(len(headings)))
+    return [_table_line(headings), "| " + " | ".join(rules) + " |"]
+
+
+def _table_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
 
 
 def _call(record: KernelRecord) -> tuple[str, str, Mode]:
@@ -146,10 +175,16 @@ def _cells(record: KernelRecord) -> list[str]:
         record.peer,
         record.mode,
         *(number(value) for value in (record.ms.p20, record.ms.p50, record.ms.p80, record.gb_per_s)),
-        MISSING if record.percent_of_copy is None else f"{record.percent_of_copy:.1f}",
+        _percent(record.percent_of_copy),
+        number(record.tflops),
+        _percent(record.percent_of_bound),
         MISSING if worst is None else f"{worst:.1e}",
         record.l2 or MISSING,
     ]
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.1f}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
