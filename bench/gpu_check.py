@@ -1,8 +1,9 @@
 """The one command for a GPU machine: `make gpu-check`.
 
-Runs the GPU tests, the kernel benches and a baseline profile of the family, the most important first, each in a
-process of its own and within its share of the time. Every record is on disk as it is made; a part that overruns is
-stopped and the next begins; a signal stops what runs and the table of what is there comes last.
+Runs the GPU tests, the benches of attention and of the other kernels and a baseline profile of the family, the
+most important first, each in a process of its own and within its share of the time. Every record is on disk as it
+is made; a part that overruns is stopped and the next begins; a signal stops what runs and the table of what is
+there comes last.
 
     python bench/gpu_check.py
     python bench/gpu_check.py --only kernels --seconds 120
@@ -29,7 +30,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 520.0
 # A child begins nothing new so long before its limit; stopped, it has so long to end by itself.
 MARGIN, GRACE = 20.0, 10.0
+NAMES = ("tests", "attention", "attention-family", "kernels", "attention-flex", "profile")
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
+OTHERS = "group_norm_silu,layer_norm,geglu,residual_add,sampler_update"
+QUICK_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,xformers"
+# Where the bound and the largest gain are to be shown (issue 4).
+HEAD_DIMS = "40,64,80,128,160,384,8"
 FAMILY = "866M,39M,5B,318M,2B,83M,145M,223M,430M,558M,704M"
 
 
@@ -76,7 +82,13 @@ def parts(device: str, folder: Path) -> list[Part]:
     elif not files:
         missing = "there are no tests with the mark gpu"
     tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "-p", "no:cacheprovider", *files)
-    kernels = ("kernels", "--device", device, "--out", str(folder))
+
+    def kernels(name: str, weight: float, *options: str) -> Part:
+        if is_cpu:
+            options += ("--dtype", "float32")
+        command = (*LDMPERF, "kernels", "--device", device, "--out", str(folder / name), *options)
+        return Part(name, weight, command, takes_seconds=True)
+
     profile = (
         "profile",
         "--device",
@@ -89,16 +101,30 @@ def parts(device: str, folder: Path) -> list[Part]:
         str(folder),
     )
     if is_cpu:
-        kernels += ("--size", "39M", "--batch", "2", "--dtype", "float32")
         profile += ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
     else:
         # Four steps: the check's reference trajectory is in float32, and at 5B longer than all that is timed.
         profile += ("--size", FAMILY, "--batch", "1,8", "--dtype", "bfloat16", "--steps", "4")
         profile += ("--min-count", "3", "--min-seconds", "0.5")
+    if is_cpu:
+        benches = [
+            kernels("attention", 1, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
+            kernels("kernels", 3, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
+        ]
+    else:
+        attention = ("--kernel", "attention", "--peer")
+        few = ("--head-dim", "40,8,64", "--batch", "2")
+        benches = [
+            kernels("attention", 1, *attention, QUICK_PEERS, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
+            kernels("attention-family", 2, *attention, QUICK_PEERS),
+            kernels("kernels", 2, "--kernel", OTHERS),
+            # Compiles for tens of seconds a call: a few calls, beside all others.
+            kernels("attention-flex", 1, *attention, f"{QUICK_PEERS},flex", *few),
+        ]
     return [
         Part("tests", 2, tests, reason=missing),
-        Part("kernels", 4, (*LDMPERF, *kernels), takes_seconds=True),
-        Part("profile", 3, (*LDMPERF, *profile)),
+        *benches,
+        Part("profile", 2, (*LDMPERF, *profile)),
     ]
 
 
@@ -187,9 +213,9 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
         counts["profile"] = by_status(record.status for record in records)
         print_table(records, Console())
         print()
-    for path in sorted(folder.glob("*/kernels.jsonl")):
+    for path in sorted(folder.glob("*/*/kernels.jsonl")):
         measured, _ = load_lines(path, KernelRecord)
-        counts["kernels"] = by_status(record.status for record in measured)
+        counts[path.parents[1].name] = by_status(record.status for record in measured)
         if measured:
             beside_the_best = attention_lines(attention_rows(measured))
             print("\n".join([conditions(measured), *beside_the_best, *summary_lines(measured)]) + "\n")
@@ -198,7 +224,7 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
         counts["tests"] = next((line.strip("= ") for line in reversed(lines) if line.startswith("=")), "")
     for outcome in outcomes:
         name, told = outcome.part.name, counts.get(outcome.part.name, "")
-        print(f"{name:8} {outcome.seconds:4.0f} s  {outcome.text}" + (f"  [{told}]" if told else ""))
+        print(f"{name:16} {outcome.seconds:4.0f} s  {outcome.text}" + (f"  [{told}]" if told else ""))
     print(folder)
 
 
@@ -215,15 +241,14 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="gpu_check.py"
     )
-    names = "tests, kernels, profile"
-    parser.add_argument("--only", default="tests,kernels,profile", help=f"Parts, comma separated: {names}.")
+    parser.add_argument("--only", default=",".join(NAMES), help=f"Parts, comma separated: {', '.join(NAMES)}.")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="For all parts together.")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="Where the folder of this check goes.")
     options = parser.parse_args(given)
-    unknown = set(options.only.split(",")) - {"tests", "kernels", "profile"}
+    unknown = set(options.only.split(",")) - set(NAMES)
     if unknown:
-        parser.error(f"--only: no part {', '.join(sorted(unknown))}; choose from {names}")
+        parser.error(f"--only: no part {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
     if options.device is None:
         import torch
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.kernel_bench.peers import PEERS
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.py"
 # What a GPU machine has: everything else must be imported where it is used, or be skipped visibly.
@@ -25,6 +28,11 @@ check = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 def part(code: str, name: str = "part", weight: float = 1.0, **options: Any) -> Any:
     return check.Part(name, weight, (sys.executable, "-c", code), **options)
+
+
+def option(given: Any, name: str) -> str:
+    command = given.command
+    return str(command[command.index(name) + 1]) if name in command else ""
 
 
 def ends(process: int) -> bool:
@@ -48,7 +56,14 @@ def test_what_a_part_does_not_use_the_others_get() -> None:
 
 def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Path) -> None:
     on_gpu, on_cpu = ({p.name: p for p in check.parts(d, tmp_path)} for d in ("cuda", "cpu"))
-    assert list(on_gpu) == ["tests", "kernels", "profile"]
+    assert tuple(on_gpu) == check.NAMES
+    assert list(on_cpu) == ["tests", "attention", "kernels", "profile"]
+    # Every operator is in one part.
+    named = {name for p in on_gpu.values() for name in option(p, "--kernel").split(",") if name}
+    assert named == set(OPERATORS)
+    for name in ("attention", "attention-family", "attention-flex"):
+        assert set(option(on_gpu[name], "--peer").split(",")) <= set(PEERS)
+    assert "flex" not in option(on_gpu["attention-family"], "--peer")
     assert on_gpu["tests"].command[3:5] == ("-m", "gpu")
     sizes = on_gpu["profile"].command[on_gpu["profile"].command.index("--size") + 1]
     assert len(set(sizes.split(","))) == 11
@@ -108,7 +123,7 @@ def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> No
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log: list[Path] = []
     for _ in range(1200):
-        log = list(tmp_path.glob("*/*-kernels/kernels.jsonl"))
+        log = list(tmp_path.glob("*/*/*-kernels/kernels.jsonl"))
         if log and log[0].stat().st_size:
             break
         time.sleep(0.1)
@@ -121,7 +136,7 @@ def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(["--only", "charts"], "tests, kernels, profile"), (["--out", os.devnull], "--out")]
+    ("given", "told"), [(["--only", "charts"], "tests, attention, "), (["--out", os.devnull], "--out")]
 )
 def test_a_wrong_call_says_what_to_do(given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
