@@ -2,10 +2,13 @@
 
 For each tuning key of the family's calls, the most important first, every candidate is compared with the float64
 reference and then timed in CUDA-graph replays, with inputs rotated past the L2 cache; the fastest few are timed
-again in turn. An entry is written, at once, where one is faster than what is used now by more than the noise.
+again in turn, with what is used now and with torch's own operator. An entry is written, at once, where one is
+faster than what is used now by more than the noise; the table names the keys where torch's operator is faster than
+the best of ours, which "auto" then takes.
 
     python bench/tune.py group_norm_silu
     python bench/tune.py geglu --size 39M,866M --batch 2 --seconds 120
+    python bench/tune.py attention --head-dim 40,64 --tokens 4096 --batch 16
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from ldmperf.profiling.kernel_bench.device import (
     runs_per_sample,
 )
 from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
-from ldmperf.profiling.kernel_bench.selection import BATCHES, SIZES, Job, jobs
+from ldmperf.profiling.kernel_bench.selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 from ldmperf.profiling.kernel_case import KernelCase
 from ldmperf.profiling.lane import release_memory
 from ldmperf.profiling.store import write_whole
@@ -44,9 +47,12 @@ from ldmperf.profiling.timing import Deadline, timed
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
 WORTHWHILE = 0.98
+# Torch has a kernel of its own for these, as fast as any at some sizes; its reference of the others is several.
+AGAINST_TORCH = frozenset({"attention"})
 FINALISTS = 4
-# None stands for what the kernel uses now: its tuned entry, or its default.
+# None stands for what the kernel uses now: its tuned entry, or its default; TORCH for torch's own operator.
 Config = Any
+TORCH = "torch"
 
 
 class Wrong(Exception):
@@ -55,13 +61,22 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """`best` is None where nothing beats what is used now; times in ms, `now` that of what is used now."""
+    """`best` is None where nothing beats what is used now; times in ms, `now` that of what is used now.
+
+    `torch`: the time of torch's operator; None where it is wrong, cannot run or was not asked for.
+    """
 
     best: Config
     ms: float
     now: float
     tried: int
     failures: tuple[str, ...]
+    torch: float | None = None
+
+    @property
+    def torch_is_faster(self) -> bool:
+        """Whether "auto" is to take torch's operator."""
+        return self.torch is not None and self.torch < self.ms
 
 
 def search(
@@ -69,41 +84,50 @@ def search(
     time_one: Callable[[Config], float],
     deadline: Deadline,
     seed: str = "",
+    *,
+    with_torch: bool = False,
 ) -> Found:
     """The fastest of the candidates that the time allows; `time_one` raises for one that is wrong or cannot run.
 
     They are tried in a random but fixed order, so that a search that is cut short has seen some of each kind. What
     is used now is timed first, and must be right: what it raises is raised.
     """
-    now = time_one(None)
+    time_one(None)
     order = list(candidates)
     random.Random(seed).shuffle(order)
     times: list[tuple[float, int]] = []
     failures: list[str] = []
+
+    def attempt(config: Config) -> float | None:
+        try:
+            return time_one(config)
+        except Exception as failure:
+            if is_fatal(failure):
+                raise
+            failures.append(f"{config}: {first_line(failure)}")
+            return None
+
     tried = 0
     for number, config in enumerate(order):
         if deadline.passed:
             break
         tried += 1
-        try:
-            times.append((time_one(config), number))
-        except Exception as failure:
-            if is_fatal(failure):
-                raise
-            failures.append(f"{config}: {first_line(failure)}")
-    if not times:
-        return Found(None, now, now, tried, tuple(failures))
+        ms = attempt(config)
+        if ms is not None:
+            times.append((ms, number))
     # Once more, in turn with what is used now: the first times met different clocks and temperatures.
     finalists = [order[number] for _, number in sorted(times)[:FINALISTS]]
-    again: list[list[float]] = [[] for _ in range(len(finalists) + 1)]
+    others = [None, TORCH] if with_torch and attempt(TORCH) is not None else [None]
+    again: dict[Config, list[float]] = {config: [] for config in [*finalists, *others]}
     for _ in range(3):
-        for i, config in enumerate([*finalists, None]):
-            again[i].append(time_one(config))
-    *medians, now = (statistics.median(taken) for taken in again)
-    ms, best = min(zip(medians, range(len(finalists)), strict=True))
-    if ms > WORTHWHILE * now:
-        return Found(None, now, now, tried, tuple(failures))
-    return Found(finalists[best], ms, now, tried, tuple(failures))
+        for config, taken in again.items():
+            taken.append(time_one(config))
+    medians = {config: statistics.median(taken) for config, taken in again.items()}
+    now = medians[None]
+    best = min(finalists, key=lambda config: medians[config], default=None)
+    if medians[best] > WORTHWHILE * now:
+        best = None
+    return Found(best, medians[best], now, tried, tuple(failures), medians.get(TORCH))
 
 
 def is_fatal(error: Exception) -> bool:
@@ -115,16 +139,27 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def merged(
-    document: dict[str, Any], head: dict[str, Any], kernel: str, key: str, config: Config
-) -> dict[str, Any]:
-    """The table with one entry more, its head that of the latest writer; other kernels and keys stay."""
+def merged(document: dict[str, Any], head: dict[str, Any], kernel: str, key: str, found: Found) -> dict[str, Any]:
+    """The table after a search, its head that of the latest writer; other kernels and keys stay.
+
+    Where nothing beats what is used now, the entry stays, or is null for the kernel's default; whether torch's
+    operator is faster is told where it was timed.
+    """
     kernels = {name: dict(entries) for name, entries in document.get("kernels", {}).items()}
-    kernels.setdefault(kernel, {})[key] = dataclasses.asdict(config)
+    entries = kernels.setdefault(kernel, {})
+    if found.best is not None:
+        entries[key] = dataclasses.asdict(found.best)
+    elif found.torch is not None:
+        entries.setdefault(key, None)
+    torch_keys = {name: set(keys) for name, keys in document.get("torch", {}).items()}
+    if found.torch is not None:
+        of_kernel = torch_keys.setdefault(kernel, set())
+        (of_kernel.add if found.torch_is_faster else of_kernel.discard)(key)
     return {
         "schema_version": 1,
         **head,
         "kernels": {name: dict(sorted(entries.items())) for name, entries in sorted(kernels.items())},
+        "torch": {name: sorted(keys) for name, keys in sorted(torch_keys.items()) if keys},
     }
 
 
@@ -181,6 +216,8 @@ class GpuTimer:
         self._right.add(config)
 
     def _call(self, config: Config, arguments: dict[str, Any]) -> Any:
+        if config == TORCH:
+            return OPERATORS[self.case.operator].call(**arguments, backend="torch")
         chosen = {} if config is None else {"config": config}
         result, launches = OPERATORS[self.case.operator].plan(**arguments, **chosen)
         for launch in launches:
@@ -206,20 +243,22 @@ def tune(
         candidates = operator.candidates(**job.case.arguments("meta"))
         limit = Deadline(min(deadline.left, key_seconds))
         try:
-            found = search(candidates, timer_of(job.case), limit, seed=key)
+            with_torch = operator.name in AGAINST_TORCH
+            found = search(candidates, timer_of(job.case), limit, seed=key, with_torch=with_torch)
         except (torch.OutOfMemoryError, KernelUnsupported, Wrong) as failure:
             tell(f"{operator.name} {key}: {first_line(failure)}")
             release_memory()
             continue
         told = f"{found.now:.4g} ms now, {found.tried} of {len(candidates)} tried, {len(found.failures)} failed"
-        if found.best is None:
-            tell(f"{operator.name} {key}: {told}: nothing better")
-        else:
-            document = merged(document, head, operator.name, key, found.best)
+        told += ": nothing better" if found.best is None else f": {found.ms:.4g} ms with {found.best}"
+        if found.torch is not None:
+            told += f"; torch {found.torch:.4g} ms" + (", which auto will take" if found.torch_is_faster else "")
+        if found.best is not None or found.torch is not None:
+            document = merged(document, head, operator.name, key, found)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
             written += 1
-            tell(f"{operator.name} {key}: {told}: {found.ms:.4g} ms with {found.best}")
+        tell(f"{operator.name} {key}: {told}")
         for failure in found.failures[:3]:
             tell(f"    {failure}")
         release_memory()
@@ -239,6 +278,12 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         "--size", action="append", default=[], help="Sizes of the family, or vae; all unless told."
     )
     parser.add_argument("--batch", action="append", default=[], help="The UNet's batch: 2 and 16 unless told.")
+    parser.add_argument(
+        "--head-dim", action="append", default=[], help="Attention of 8 heads of these, not the family's calls."
+    )
+    parser.add_argument(
+        "--tokens", action="append", default=[], help="With --head-dim: 4096, 1024, 256, 64 unless told."
+    )
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seconds", type=float, default=540.0, help="No search begins after so long.")
     parser.add_argument("--key-seconds", type=float, default=45.0, help="For the candidates of one key.")
@@ -254,6 +299,10 @@ def main(given: Sequence[str] | None = None) -> int:
         sizes = known_names("size", options.size, SIZES) or SIZES
         batches = tuple(sorted({whole_number("batch", b) for b in split_values(options.batch)})) or BATCHES
         dtype = dtype_named(options.dtype)
+        head_dims = [whole_number("head-dim", text, 1024) for text in split_values(options.head_dim)]
+        tokens = [whole_number("tokens", text, 2**20) for text in split_values(options.tokens)] or TOKENS
+        if head_dims and kernel != "attention":
+            raise CaseError("--head-dim chooses attention's calls; tune attention with it")
     except (CaseError, ValueError) as wrong:
         tell(f"tune.py: {wrong}")
         return 2
@@ -269,7 +318,10 @@ def main(given: Sequence[str] | None = None) -> int:
         "versions": {"torch": environment.torch, "triton": environment.triton, "cuda": environment.cuda},
     }
     path = options.out / f"{chip.file_name}.json"
-    found = by_key(jobs((kernel,), sizes, batches, dtype))
+    calls = (
+        head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs((kernel,), sizes, batches, dtype)
+    )
+    found = by_key(calls)
     with measuring_settings():
         deadline = Deadline(options.seconds)
         written = tune(found, lambda case: GpuTimer(case, device), path, head, deadline, options.key_seconds)

@@ -114,7 +114,10 @@ def _cuda_chip(index: int | None) -> Chip:
 
 
 def tuned(kernel: str, key: str, chip: Chip, config: type[Config]) -> Config | None:
-    """The configuration measured to be fastest for this kernel and key on this chip; None where none was."""
+    """The configuration measured to be fastest for this kernel and key on this chip; None where none was.
+
+    None too where the default was.
+    """
     fields = _table(TUNED_FOLDER, chip).configs.get(kernel, {}).get(key)
     return None if fields is None else config(**fields)
 
@@ -138,9 +141,12 @@ def fastest(
 
 @dataclass(frozen=True)
 class _Table:
-    """configs: {kernel: {key: fields of its configuration}}; torch: {kernel: keys where torch's was faster}."""
+    """configs: {kernel: {key: fields of its configuration, None for the default}}, of what was measured.
 
-    configs: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    torch: {kernel: keys where torch's was faster}.
+    """
+
+    configs: Mapping[str, Mapping[str, Mapping[str, Any] | None]]
     torch: Mapping[str, frozenset[str]]
 
 

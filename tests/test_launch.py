@@ -116,7 +116,7 @@ def test_the_fastest_is_who_was_measured_to_be(tmp_path, monkeypatch):
     chip = Chip("NVIDIA H200", 132)
     config = {"block_m": 2, "block_n": 256, "num_warps": 2}
     document = {
-        "kernels": {"geglu": {"ours": config, "theirs": config}, "layer_norm": {"ours": config}},
+        "kernels": {"geglu": {"ours": config, "theirs": config}, "layer_norm": {"ours": config, "default": None}},
         "torch": {"geglu": ["theirs", "theirs alone"]},
     }
     (tmp_path / "nvidia-h200.json").write_text(json.dumps(document))
@@ -131,7 +131,8 @@ def test_the_fastest_is_who_was_measured_to_be(tmp_path, monkeypatch):
         assert who("geglu", "new", unmeasured) == unmeasured
         assert who("layer_norm", "new", unmeasured) == unmeasured
         assert who("geglu", "ours", unmeasured, Chip("NVIDIA A100", 108)) == unmeasured
-    assert who("layer_norm", "ours", "torch") == "triton"
+    assert who("layer_norm", "ours", "torch") == who("layer_norm", "default", "torch") == "triton"
+    assert tuned("layer_norm", "default", chip, GegluConfig) is None
     # Where torch is faster, our kernel by name still takes its own best configuration.
     assert tuned("geglu", "theirs", chip, GegluConfig) == GegluConfig(**config)
     assert tuned("geglu", "theirs alone", chip, GegluConfig) is None

@@ -15,7 +15,7 @@ import torch
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels import _launch as launch
-from ldmperf.profiling.kernel_bench.selection import jobs
+from ldmperf.profiling.kernel_bench.selection import head_dim_jobs, jobs
 from ldmperf.profiling.timing import Deadline
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +95,33 @@ def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
         tune.search([Config(1)], lost, Deadline(None))
 
 
+def test_torch_is_timed_with_the_finalists() -> None:
+    times = {None: 1.0, Config(1): 0.5, Config(2): 0.7, tune.TORCH: 0.4}
+    configs = [Config(1), Config(2)]
+    found = tune.search(configs, timer(times), Deadline(None), with_torch=True)
+    assert (found.best, found.ms, found.torch, found.torch_is_faster) == (Config(1), 0.5, 0.4, True)
+    found = tune.search(configs, timer(times | {tune.TORCH: 0.6}), Deadline(None), with_torch=True)
+    assert (found.best, found.torch_is_faster) == (Config(1), False)
+    # Against what is used now where that is the best of ours.
+    found = tune.search([], timer(times), Deadline(None), with_torch=True)
+    assert (found.best, found.ms, found.torch_is_faster) == (None, 1.0, True)
+
+
+def test_torch_that_is_wrong_or_not_asked_for_has_no_time() -> None:
+    seen: list[Any] = []
+    found = tune.search([Config(1)], timer({None: 1.0, Config(1): 0.5}, seen), Deadline(None))
+    assert (found.torch, found.torch_is_faster) == (None, False)
+    assert tune.TORCH not in seen
+    times = {None: 1.0, Config(1): 0.5, tune.TORCH: -1.0}
+    found = tune.search([Config(1)], timer(times), Deadline(None), with_torch=True)
+    assert (found.best, found.torch, found.torch_is_faster) == (Config(1), None, False)
+    assert found.failures == ("torch: off by 0.5",)
+
+
+def found(best: Any, torch_ms: float | None = None) -> Any:
+    return tune.Found(best, 1.0, 1.0, 1, (), torch_ms)
+
+
 def test_entries_join_what_is_there(tmp_path: Path) -> None:
     before = {
         "schema_version": 1,
@@ -102,7 +129,7 @@ def test_entries_join_what_is_there(tmp_path: Path) -> None:
         "commit": "b" * 40,
         "kernels": {"geglu": {"old": {"block": 1}, "key": {"block": 2}}, "layer_norm": {"x": {"block": 3}}},
     }
-    after = tune.merged(before, HEAD, "geglu", "key", Config(8))
+    after = tune.merged(before, HEAD, "geglu", "key", found(Config(8)))
     assert after["kernels"] == {
         "geglu": {"key": {"block": 8, "num_warps": 4}, "old": {"block": 1}},
         "layer_norm": {"x": {"block": 3}},
@@ -114,6 +141,41 @@ def test_entries_join_what_is_there(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(SystemExit, match="move it away"):
             tune.load_table(path, "NVIDIA H200")
+
+
+def test_the_table_names_the_keys_where_torch_is_faster() -> None:
+    table: dict[str, Any] = {}
+    for key, best, torch_ms in (("a", Config(8), 0.5), ("b", None, 0.5), ("c", None, 2.0), ("d", Config(1), 2.0)):
+        table = tune.merged(table, HEAD, "attention", key, found(best, torch_ms))
+    entry = {"block": 8, "num_warps": 4}
+    assert table["torch"] == {"attention": ["a", "b"]}
+    # Ours stays in the table where torch is faster; null is the kernel's default.
+    assert table["kernels"]["attention"] == {"a": entry, "b": None, "c": None, "d": {"block": 1, "num_warps": 4}}
+    # Measured again: torch is slower now, and nothing beats the entry.
+    table = tune.merged(table, HEAD, "attention", "a", found(None, 2.0))
+    assert table["torch"] == {"attention": ["b"]}
+    assert table["kernels"]["attention"]["a"] == entry
+    # Where torch was not timed, nothing is said of it.
+    assert tune.merged(table, HEAD, "attention", "b", found(Config(1)))["torch"] == {"attention": ["b"]}
+
+
+def test_auto_follows_what_the_tuner_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chip = launch.Chip("NVIDIA H200", 132)
+    path = tmp_path / f"{chip.file_name}.json"
+    given = list(tune.by_key(head_dim_jobs((8, 64), (64,), (2,), "bfloat16")))
+
+    def timer_of(case: Any) -> Callable[[Any], float]:
+        torch_ms = 0.5 if case.attention.head_dim == 64 else 2.0
+        return lambda config: torch_ms if config == tune.TORCH else 1.0
+
+    assert tune.tune(given, timer_of, path, HEAD, Deadline(None), 60.0) == len(given) == 4
+    assert capsys.readouterr().err.count("which auto will take") == 2
+    monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
+    for key, job in given:
+        expected = "torch" if job.case.attention.head_dim == 64 else "triton"
+        assert launch.fastest("attention", chip, lambda key=key: key, unmeasured="torch") == expected
 
 
 def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
@@ -166,7 +228,14 @@ def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(["gelu"], "geglu"), (["geglu", "--size", "1M"], "39M"), (["geglu"], "GPU")]
+    ("given", "told"),
+    [
+        (["gelu"], "geglu"),
+        (["geglu", "--size", "1M"], "39M"),
+        (["geglu", "--head-dim", "8"], "attention"),
+        (["attention", "--head-dim", "0"], "from 1"),
+        (["geglu"], "GPU"),
+    ],
 )
 def test_a_wrong_call_is_one_line(given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() and told == "GPU":
