@@ -1,7 +1,7 @@
 """The fused operators. Imports the standard library, torch and triton, nothing else: copy this folder anywhere."""
 
 from ._dispatch import KernelUnsupported
-from ._launch import Launch, Operator
+from ._launch import Chip, Launch, Operator
 from .attention import attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
@@ -15,6 +15,7 @@ __all__ = [
     "INITIAL_NOISE",
     "OPERATORS",
     "STEP_NOISE",
+    "Chip",
     "KernelUnsupported",
     "Launch",
     "Operator",

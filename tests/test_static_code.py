@@ -7,7 +7,7 @@ import pytest
 from ldmperf.profiling.static.amd import amd_resources
 from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
 from ldmperf.profiling.static.machines import MACHINES
-from ldmperf.profiling.static.model import predict
+from ldmperf.profiling.static.model import Traffic, predict
 from ldmperf.profiling.static.occupancy import occupancy
 from ldmperf.profiling.static.ptx import Access, global_accesses
 from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
@@ -227,7 +227,7 @@ def test_the_prediction_is_instructions_over_lanes():
     assert found.cycles["memory"] == pytest.approx(2048 / (4.8e12 / 1.98e9 / 132))
     assert found.bound == "memory"
     assert predict(a100, region, 4).cycles["fma"] == pytest.approx(4 * 1.0)
-    assert predict(h200, region, 4, memory_bytes=1.0).bound == "l1_bytes"
+    assert predict(h200, region, 4, Traffic(1.0, None, "one program")).bound == "l1_bytes"
 
 
 def test_dense_peaks_of_the_data_sheets():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ldmperf.kernels import Launch
 
     from .machines import Machine
+    from .shapes import Shape
 
 
 class InspectError(Exception):
@@ -18,7 +22,7 @@ class InspectError(Exception):
 
 
 def inspect(
-    kernel: Annotated[str, typer.Argument(help="An operator: group_norm_silu, layer_norm, geglu, ...")],
+    kernel: Annotated[str, typer.Argument(help="An operator: attention, group_norm_silu, layer_norm, geglu, ...")],
     arch: Annotated[str, typer.Option(help="sm_80, sm_90 or gfx942; none has to be there.")] = "sm_90",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     size: Annotated[
@@ -35,6 +39,20 @@ def inspect(
     skip_channels: Annotated[
         int | None, typer.Option(min=0, help="Channels of a skip connection that is normalized with the image.")
     ] = None,
+    head_dim: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of a head of attention, 40 unless told; `family`: every one of the family in one table, "
+            "the farthest from its bound first."
+        ),
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Heads of attention; 8 unless told.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Tokens of the context attended to, 77 of a text; 0, unless told: the image's own."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
 ) -> None:
@@ -49,26 +67,33 @@ def inspect(
       ldmperf inspect layer_norm --size 866M --batch 2
       ldmperf inspect group_norm_silu --arch sm_80 --channels 1280 --height 8 --width 8 --groups 32
       ldmperf inspect residual_add --dtype float32 --json
+      ldmperf inspect attention --head-dim 80 --context 77
+      ldmperf inspect attention --head-dim family
     """
     from rich.console import Console
 
-    from .display import print_inspection
+    from .display import by_distance, print_inspection, print_work_list
     from .inspection import inspect_launch
 
-    machine, launches = _chosen(
-        kernel,
-        arch,
-        dtype,
-        size,
-        {
-            "batch": batch,
-            "channels": channels,
-            "height": height,
-            "width": width,
-            "groups": groups,
-            "skip_channels": skip_channels,
-        },
-    )
+    numbers = {
+        "batch": batch,
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "groups": groups,
+        "skip_channels": skip_channels,
+        "heads": heads,
+        "context": context,
+    }
+    if head_dim == "family":
+        results = _every_head_dim(kernel, arch, dtype, size, numbers, sass=sass)
+        if as_json:
+            typer.echo(json.dumps(by_distance(results), indent=2))
+        else:
+            print_work_list(results, Console())
+        return
+    numbers["head_dim"] = _head_dim(head_dim)
+    machine, launches = _chosen(kernel, arch, dtype, size, numbers)
     inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
         told = [
@@ -105,14 +130,48 @@ def _chosen(
         if name not in names:
             raise InspectError(f"unknown {what} {name!r}; there are {', '.join(names)}")
     given = {name: number for name, number in numbers.items() if number is not None}
-    launches = _of_shape(kernel, dtype, given) if size is None else _of_size(kernel, dtype, size, given)
-    return MACHINES[arch], launches
+    machine = MACHINES[arch]
+    if size is None:
+        return machine, _of_shape(kernel, dtype, machine, given)
+    return machine, _of_size(kernel, dtype, size, machine, given)
 
 
-def _of_shape(kernel: str, dtype: str, given: dict[str, int]) -> list[Launch]:
+def _every_head_dim(
+    kernel: str, arch: str, dtype: str, size: str | None, numbers: dict[str, int | None], *, sass: bool
+) -> list[dict[str, Any]]:
+    """`Inspection.as_json` of the kernel at each head dimension of the family."""
+    machine, _ = _chosen(kernel, arch, dtype, size, numbers | {"head_dim": 8})
+    if machine.backend != "cuda":
+        raise InspectError(f"no units of {arch} are modelled, so --head-dim family has no table; give one number")
+    if sass:
+        raise InspectError("--head-dim family prints a table; for --sass give one number")
+    from .score_tile import FAMILY_HEAD_DIMS
+    from .sweep import ShapeItem, inspect_items
+
+    given = {name: number for name, number in numbers.items() if number is not None}
+    shapes = (_shape(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
+    items = [ShapeItem(kernel, f"head_dim={shape.head_dim}", shape, arch) for shape in shapes]
+    return list(inspect_items(items, min(os.cpu_count() or 1, 8)))
+
+
+def _head_dim(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) % 4 or not 4 <= int(text) <= 384:
+        raise InspectError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
+    return int(text)
+
+
+def _of_shape(kernel: str, dtype: str, machine: Machine, given: dict[str, int]) -> list[Launch]:
+    from .family import planned
+
+    build, shape = _shape(kernel, dtype, given)
+    return planned(kernel, build(shape), machine)
+
+
+def _shape(kernel: str, dtype: str, given: dict[str, int]) -> tuple[Callable[[Shape], dict[str, Any]], Shape]:
+    """What makes the kernel's arguments, and of which numbers."""
     import torch
-
-    from ldmperf.kernels import OPERATORS
 
     from .shapes import SHAPES, Shape
 
@@ -124,10 +183,10 @@ def _of_shape(kernel: str, dtype: str, given: dict[str, int]) -> list[Launch]:
     channels = shape.channels + shape.skip_channels
     if "groups" in takes and channels % shape.groups:
         raise InspectError(f"{channels} channels do not divide into {shape.groups} groups; choose --groups")
-    return OPERATORS[kernel].plan(**build(shape))[1]
+    return build, shape
 
 
-def _of_size(kernel: str, dtype: Any, size: str, given: dict[str, int]) -> list[Launch]:
+def _of_size(kernel: str, dtype: Any, size: str, machine: Machine, given: dict[str, int]) -> list[Launch]:
     from ldmperf.model import FAMILY
 
     from ..kernel_cases import vae_kernel_cases
@@ -138,9 +197,9 @@ def _of_size(kernel: str, dtype: Any, size: str, given: dict[str, int]) -> list[
             raise InspectError(f"--size brings its own shapes; leave out {_option(name)}")
     if size == "vae":
         cases = [case for case in vae_kernel_cases(dtype, given.get("batch", 1)) if case.operator == kernel]
-        found = list(distinct_launches(cases).values())
+        found = list(distinct_launches(cases, machine).values())
     elif size in FAMILY:
-        found = list(family_launches(size, given.get("batch", 2), dtype, kernel).values())
+        found = list(family_launches(size, given.get("batch", 2), dtype, kernel, machine).values())
     else:
         raise InspectError(f"unknown size {size!r}; there are {', '.join(FAMILY)}, vae")
     if not found:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -57,13 +60,18 @@ def _print_nvidia(inspection: Inspection, code: NvidiaCode, console: Console) ->
         if count:
             shares.add_row(name, str(count), f"{100 * count / len(code.region):.0f}%")
     console.print(shares)
-    prediction = code.prediction
-    cycles = Table(
-        "unit", "cycles", title=f"PREDICTION, not measured: {machine.chip}", title_justify="left", min_width=50
-    )
+    prediction, attention = code.prediction, inspection.beside_its_bound
+    title = f"PREDICTION, not measured: {machine.chip}"
+    columns = ("unit", "cycles") if attention is None else ("unit", "cycles", "of 128 x 128 scores")
+    cycles = Table(*columns, title=title, title_justify="left", min_width=50)
     for unit, value in sorted(prediction.cycles.items(), key=lambda item: -item[1]):
-        cycles.add_row(unit, f"{value:.1f}" + (" <- bound" if unit == prediction.bound else ""))
+        row = [unit, f"{value:.1f}" + (" <- bound" if unit == prediction.bound else "")]
+        if attention is not None:
+            row.append(f"{attention['cycles_per_16384_scores'][unit]:.0f}")
+        cycles.add_row(*row)
     console.print(cycles)
+    if attention is not None:
+        _print_bound(attention, console)
     console.print(
         f"  predicted cycles of one multiprocessor for {prediction.per_pass}, with perfect overlap; memory: "
         f"{prediction.memory_bytes:.0f} bytes at the data sheet's {machine.memory_tb_per_s} TB/s and "
@@ -71,6 +79,58 @@ def _print_nvidia(inspection: Inspection, code: NvidiaCode, console: Console) ->
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_bound(attention: Mapping[str, Any], console: Console) -> None:
+    tile, bound = attention["tile"], attention["bound"]
+    lines = [
+        f"  tile          {tile['block_m']} queries x {tile['block_n']} keys ({tile['keys']} there) of one head "
+        f"of {tile['head_dim']}, held as {tile['padded']}; {tile['passes']} passes a program"
+    ]
+    if bound is None:
+        lines.append("  distance      not told: the analytic bound is of 16-bit dtypes")
+    else:
+        moved = f", {tile['polynomial']} of 8 on the FMA units" if tile["polynomial"] else ""
+        lines += [
+            f"  analytic      {bound['cycles']:.1f} cycles a pass, {bound['unit']}: matrix {bound['matrix']:.1f} "
+            f"({bound['matrix_unpadded']:.1f} without padding), exponential {bound['exponential']:.1f}{moved}",
+            f"  distance      {attention['distance']:.2f} times the analytic bound",
+        ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+# Units of the work list, in its order.
+UNITS = ("matrix", "special", "issue", "fma", "alu", "conversion", "lsu", "l1_bytes", "l2", "memory")
+
+
+def by_distance(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Inspections of attention as plain values, the farthest from its bound first; without a bound, last."""
+    return sorted(results, key=lambda result: -(result["attention"]["distance"] or 0.0))
+
+
+def print_work_list(results: Iterable[Mapping[str, Any]], console: Console) -> None:
+    """A line for each launch of attention: its tile, and cycles of 128 x 128 scores by unit beside the bound."""
+    names = ("D", "held", "tile", "warps", "registers", "faults", *UNITS, "busiest", "analytic", "distance")
+    table = Table(*names, title="PREDICTION, not measured: cycles of 128 x 128 scores", title_justify="left")
+    for result in by_distance(results):
+        attention = result["attention"]
+        tile, bound = attention["tile"], attention["bound"]
+        cycles = attention["cycles_per_16384_scores"]
+        per_pass = 128 * 128 / (tile["block_m"] * tile["keys"])
+        table.add_row(
+            str(tile["head_dim"]),
+            str(tile["padded"]),
+            f"{tile['block_m']}x{tile['block_n']}",
+            str(result["num_warps"]),
+            str(result["resources"]["registers"]),
+            "; ".join(result["faults"]) or "-",
+            *(f"{cycles.get(unit, 0.0):.0f}" for unit in UNITS),
+            max(cycles, key=lambda unit: cycles[unit]),
+            "-" if bound is None else f"{per_pass * bound['cycles']:.0f} {bound['unit']}",
+            "-" if bound is None else f"{attention['distance']:.2f}",
+        )
+    console.print(table)
 
 
 def _accesses(code: NvidiaCode) -> str:

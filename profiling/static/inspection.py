@@ -6,17 +6,17 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ldmperf.kernels import Launch
 
 from .amd import AmdResources, amd_resources
 from .compile import Compiled, compile_launch
+from .launch_tensors import tensor_bytes, tensors
 from .machines import Machine
-from .model import Prediction, predict
+from .model import Prediction, Traffic, predict
 from .occupancy import Occupancy, occupancy
 from .ptx import Access, global_accesses
 from .sass import Region, Resources, disassemble, hot_region, parse, resources
+from .score_tile import ScoreTile, beside_its_bound, score_tile
 from .units import Mix, mix
 
 
@@ -36,12 +36,13 @@ class NvidiaCode:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A launch compiled for a machine; exactly one of `nvidia` and `amd` is there."""
+    """A launch compiled for a machine; one of `nvidia` and `amd` is there. `tile`: of an attention kernel."""
 
     launch: Launch
     compiled: Compiled
     nvidia: NvidiaCode | None = None
     amd: AmdResources | None = None
+    tile: ScoreTile | None = None
 
     @property
     def faults(self) -> list[str]:
@@ -70,6 +71,14 @@ class Inspection:
                 found.append(f"{self.amd.vgprs} registers are more than {machine.max_registers}")
         return found + [f"{count} {what}" for what, count in counts.items() if count]
 
+    @property
+    def beside_its_bound(self) -> dict[str, Any] | None:
+        """Of an attention kernel on a chip whose units are modelled: its tile, the bound, the distance from it."""
+        if self.tile is None or self.nvidia is None:
+            return None
+        passes = 1 if self.nvidia.region.loop else self.tile.passes
+        return beside_its_bound(self.tile, self.compiled.machine, self.nvidia.prediction.cycles, passes)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values; what is predicted stands under `prediction`."""
         specialization, machine = self.compiled.specialization, self.compiled.machine
@@ -91,6 +100,8 @@ class Inspection:
         if self.nvidia is None:
             return told
         code = self.nvidia
+        if self.beside_its_bound is not None:
+            told["attention"] = self.beside_its_bound
         return told | {
             "resources": dataclasses.asdict(code.resources),
             "occupancy": dataclasses.asdict(code.occupancy),
@@ -118,13 +129,13 @@ def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
     """Compile a launch and read its code. Raises what the compiler raises."""
     compiled = compile_launch(launch, machine)
     if machine.backend == "hip":
-        return Inspection(launch, compiled, amd=amd_resources(compiled.asm["amdgcn"]))
+        return Inspection(launch, compiled, amd=amd_resources(compiled.asm["amdgcn"]), tile=score_tile(launch))
     text = disassemble(compiled.asm["cubin"])
     instructions = parse(text)
     used = resources(text, instructions)
     region = hot_region(instructions)
     warps = launch.num_warps
-    moved = None if region.loop else tensor_bytes(launch) / max(launch.programs, 1)
+    tile = score_tile(launch)
     constants = {name for name, _ in compiled.specialization.constants}
     parameters = [(name, kind) for name, kind in compiled.specialization.signature if name not in constants]
     code = NvidiaCode(
@@ -134,17 +145,16 @@ def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
         sum(instruction.opcode != "NOP" for instruction in instructions),
         mix(region.instructions),
         tuple(global_accesses(compiled.asm["ptx"], parameters)),
-        predict(machine, region.instructions, warps, moved),
+        predict(machine, region.instructions, warps, _traffic(launch, region, tile)),
         text,
     )
-    return Inspection(launch, compiled, nvidia=code)
+    return Inspection(launch, compiled, nvidia=code, tile=tile)
 
 
-def tensor_bytes(launch: Launch) -> int:
-    """The bytes of a launch's tensors, each counted once: the least that it can move."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(launch).values())
-
-
-def tensors(launch: Launch) -> dict[str, torch.Tensor]:
-    """The tensors among a launch's arguments."""
-    return {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
+def _traffic(launch: Launch, region: Region, tile: ScoreTile | None) -> Traffic | None:
+    """What the region moves; None for a loop whose instructions tell it."""
+    if tile is not None:
+        per = "a pass of the loop by one program" if region.loop else "one program"
+        passes = 1 if region.loop else tile.passes
+        return Traffic(tile.memory_bytes * passes, tile.l2_bytes * passes, per)
+    return None if region.loop else Traffic(tensor_bytes(launch) / max(launch.programs, 1), None, "one program")

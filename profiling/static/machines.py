@@ -5,6 +5,7 @@ rules of the CUDA occupancy calculator (allocation granularity); AMD Instinct MI
 Lanes: the guide's table "Throughput of Native Arithmetic Instructions" (results per clock and multiprocessor),
 which does not split every pipe: where an opcode is not in it, the unit below says what is assumed.
 Memory and clock: data sheets of the chip named, its peak bandwidth and boost clock; no measurement.
+L2: the A100's whitepaper gives 5120 bytes read a clock. None is published for the H200; the same is assumed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Machine:
     multiprocessors: int = 0
     clock_ghz: float = 0.0
     memory_tb_per_s: float = 0.0
+    l2_bytes_per_clock: float = 0.0
     max_warps: int = 64
     max_blocks: int = 32
     registers_per_multiprocessor: int = 65536
@@ -37,6 +39,11 @@ class Machine:
     def memory_bytes_per_cycle(self) -> float:
         """A multiprocessor's share of the memory bandwidth at the boost clock."""
         return self.memory_tb_per_s * 1e3 / (self.clock_ghz * self.multiprocessors)
+
+    @property
+    def l2_bytes_per_cycle(self) -> float:
+        """A multiprocessor's share of what L2 hands out a clock."""
+        return self.l2_bytes_per_clock / self.multiprocessors
 
 
 # Lanes by unit.
@@ -48,8 +55,10 @@ class Machine:
 #             assumed to share its 16 lanes.
 # conversion  F2FP, packing two floats to half precision: "all other type conversions".
 # lsu         load and store instructions and shuffles: 32 lanes address a clock.
-# l1_bytes    bytes between registers and L1 or shared memory, a clock.
-# matrix      multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock).
+# l1_bytes    bytes between registers and L1 or shared memory, a clock; assumed to be shared by the operands that a
+#             warp group's matrix product reads from shared memory.
+# matrix      multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock); of TF32, half.
+#             Every shape at the full rate: HGMMA of few columns and, on sm_90, HMMA may reach less of it.
 _COMMON = {"issue": 128.0, "alu": 64.0, "special": 16.0, "conversion": 64.0, "lsu": 32.0, "l1_bytes": 128.0}
 _SM_80 = _COMMON | {"fma": 64.0, "fma_integer": 64.0, "matrix": 1024.0}
 _SM_90 = _COMMON | {"fma": 128.0, "fma_integer": 64.0, "matrix": 2048.0}
@@ -69,6 +78,7 @@ MACHINES: Mapping[str, Machine] = {
             multiprocessors=108,
             clock_ghz=1.41,
             memory_tb_per_s=2.039,
+            l2_bytes_per_clock=5120.0,
             lanes=_SM_80,
         ),
         Machine(
@@ -83,6 +93,7 @@ MACHINES: Mapping[str, Machine] = {
             multiprocessors=132,
             clock_ghz=1.98,
             memory_tb_per_s=4.8,
+            l2_bytes_per_clock=5120.0,
             lanes=_SM_90,
         ),
         # Registers: 512 vector registers (256 of them accumulation registers) of a wavefront; no occupancy and no
@@ -96,6 +107,7 @@ MACHINES: Mapping[str, Machine] = {
             shared_per_block=64 * 1024,
             shared_per_multiprocessor=64 * 1024,
             chip="MI300X",
+            multiprocessors=304,
         ),
     )
 }

@@ -15,6 +15,16 @@ from .units import is_global, unit_counts, width
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """Bytes that a program moves from and to memory in what is predicted, those through L2 where they differ, and
+    what that is."""
+
+    memory: float
+    l2: float | None
+    per: str
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Predicted cycles of a multiprocessor for one program's pass over the region, by unit, and the longest."""
 
@@ -28,12 +38,12 @@ class Prediction:
 
 
 def predict(
-    machine: Machine, region: Sequence[Instruction], num_warps: int, memory_bytes: float | None = None
+    machine: Machine, region: Sequence[Instruction], num_warps: int, traffic: Traffic | None = None
 ) -> Prediction:
     """The prediction for a region that each of a program's warps passes once.
 
-    `memory_bytes`: what the program moves; without it, the bytes that the region's global instructions ask for,
-    as if no lane were masked, no two asked for the same and all came from memory.
+    Without `traffic`, of the loop that the region then is: the bytes that its global instructions ask for, as if
+    no lane were masked, no two asked for the same and all came from memory.
     """
     counts = unit_counts(region)
     cycles = {
@@ -41,9 +51,10 @@ def predict(
         for unit, lanes in machine.lanes.items()
         if counts[unit]
     }
-    asked = num_warps * machine.warp_size * sum(width(i) for i in region if is_global(i))
-    moved = float(asked) if memory_bytes is None else memory_bytes
-    cycles["memory"] = moved / machine.memory_bytes_per_cycle
-    return Prediction(
-        cycles, moved, "a pass of the loop by one program" if memory_bytes is None else "one program"
-    )
+    if traffic is None:
+        asked = num_warps * machine.warp_size * sum(width(i) for i in region if is_global(i))
+        traffic = Traffic(float(asked), None, "a pass of the loop by one program")
+    cycles["memory"] = traffic.memory / machine.memory_bytes_per_cycle
+    if traffic.l2 is not None:
+        cycles["l2"] = traffic.l2 / machine.l2_bytes_per_cycle
+    return Prediction(cycles, traffic.memory, traffic.per)

@@ -16,6 +16,10 @@ _TARGET = re.compile(r"(?:^|[\s(])(0x[0-9a-f]+)\)?$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
+# What a warp repeats until a barrier lets it pass: a copy that has not landed, another partition's work.
+_WAITING = {"SYNCS", "BRA", "PLOP3", "USETMAXREG", "NANOSLEEP", "WARPSYNC", "NOP", "YIELD"}
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: `LDG.E.128 R4, [R2.64]` under `@P0` has opcode LDG, modifiers (E, 128), predicate P0."""
@@ -101,9 +105,15 @@ def resources(text: str, instructions: Sequence[Instruction]) -> Resources:
 
 
 def hot_region(instructions: Sequence[Instruction]) -> Region:
-    """The longest innermost loop; without a loop, all that the entry reaches but subroutines and padding."""
+    """The longest innermost loop; without a loop, all that the entry reaches but subroutines and padding.
+
+    A loop in which a warp only waits for a barrier is none, and part of what is around it.
+    """
     successors = _successors(instructions)
     reached, loops = _walk(successors)
+    loops = {
+        header: body for header, body in loops.items() if not all(instructions[i].opcode in _WAITING for i in body)
+    }
     innermost = [
         body for header, body in loops.items() if not any(other != header and other in body for other in loops)
     ]

@@ -21,6 +21,9 @@ class Shape:
     width: int = 64
     groups: int = 32
     skip_channels: int = 0
+    heads: int = 8
+    head_dim: int = 40
+    context: int = 0
 
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or self.dtype, device="meta")
@@ -34,6 +37,17 @@ class Shape:
 
 
 Arguments = dict[str, Any]
+
+
+def _attention(shape: Shape) -> Arguments:
+    """Slices of packed projections: q, k and v of an image's tokens, or k and v of `context` tokens."""
+    tokens, heads = shape.height * shape.width, (shape.heads, shape.head_dim)
+    if shape.context:
+        q = shape.empty(shape.batch, tokens, *heads)
+        k, v = shape.empty(shape.batch, shape.context, 2, *heads).unbind(2)
+    else:
+        q, k, v = shape.empty(shape.batch, tokens, 3, *heads).unbind(2)
+    return {"q": q, "k": k, "v": v}
 
 
 def _group_norm_silu(shape: Shape) -> Arguments:
@@ -92,6 +106,7 @@ _IMAGE = ("batch", "channels", "height", "width")
 
 # By operator: what makes its arguments, the numbers that it takes, and what they are by default.
 SHAPES: Mapping[str, tuple[Callable[[Shape], Arguments], tuple[str, ...], Mapping[str, int]]] = {
+    "attention": (_attention, ("batch", "height", "width", "heads", "head_dim", "context"), {}),
     "group_norm_silu": (_group_norm_silu, (*_IMAGE, "groups", "skip_channels"), {}),
     "layer_norm": (_layer_norm, _IMAGE, {}),
     "geglu": (_geglu, _IMAGE, {"channels": 1280}),

@@ -1,7 +1,8 @@
-"""Many launches inspected at once: those of the family, compiled by a few processes."""
+"""Many launches inspected at once: those of the family, or of shapes, compiled by a few processes."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,9 +13,10 @@ import torch
 
 from ..cases import DType
 from .compile import Specialization
-from .family import family_launches
+from .family import family_launches, planned
 from .inspection import inspect_launch
 from .machines import MACHINES
+from .shapes import SHAPES, Shape
 
 # Constants that decide how a program's tile lies in registers; the others change a few instructions.
 _TILE = ("BLOCK", "ONE_TILE", "SCALE", "REGISTERS")
@@ -22,12 +24,22 @@ _TILE = ("BLOCK", "ONE_TILE", "SCALE", "REGISTERS")
 
 @dataclass(frozen=True)
 class Item:
-    """A launch of a family size's step, by the digest of its specialization on sm_90, and where it is compiled."""
+    """A launch of a family size's step, by the digest of its specialization, and where it is compiled."""
 
     size: str
     batch: int
     dtype: DType
     key: str
+    arch: str
+
+
+@dataclass(frozen=True)
+class ShapeItem:
+    """The first launch of an operator called with a shape, and where it is compiled. `size` names the shape."""
+
+    operator: str
+    size: str
+    shape: Shape
     arch: str
 
 
@@ -49,32 +61,35 @@ def select(selections: Iterable[Selection]) -> list[Item]:
     """The items of the selections, without repetitions, in a fixed order."""
     items: dict[tuple[str, str], Item] = {}
     for selection in selections:
-        for dtype in selection.dtypes:
+        for dtype, arch in itertools.product(selection.dtypes, selection.archs):
             found: dict[Specialization, tuple[str, int]] = {}
-            for batch in selection.batches:
-                for size in selection.sizes:
-                    for specialization in family_launches(size, batch, dtype):
-                        found.setdefault(specialization, (size, batch))
-            chosen = _representatives(found, selection.one_of_each)
-            for specialization in chosen:
-                for arch in selection.archs:
-                    item = Item(*found[specialization], dtype, specialization.key, arch)
-                    items.setdefault((item.key, arch), item)
+            for batch, size in itertools.product(selection.batches, selection.sizes):
+                for specialization in family_launches(size, batch, dtype, machine=MACHINES[arch]):
+                    found.setdefault(specialization, (size, batch))
+            for specialization in _representatives(found, selection.one_of_each):
+                item = Item(*found[specialization], dtype, specialization.key, arch)
+                items.setdefault((item.key, arch), item)
     return list(items.values())
 
 
-def inspect_items(items: Sequence[Item], processes: int = 2) -> Iterator[dict[str, Any]]:
+def inspect_items(items: Sequence[Item | ShapeItem], processes: int = 2) -> Iterator[dict[str, Any]]:
     """`Inspection.as_json` of each item, in order, with the item's size, batch and dtype."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(_inspect, items, chunksize=4)
 
 
-def _inspect(item: Item) -> dict[str, Any]:
+def _inspect(item: Item | ShapeItem) -> dict[str, Any]:
     torch.set_num_threads(1)
-    launches = {s.key: launch for s, launch in family_launches(item.size, item.batch, item.dtype).items()}
-    found = inspect_launch(launches[item.key], MACHINES[item.arch]).as_json()
-    return {"size": item.size, "batch": item.batch, "dtype": item.dtype} | found | {"specialization": item.key}
+    machine = MACHINES[item.arch]
+    if isinstance(item, ShapeItem):
+        launch = planned(item.operator, SHAPES[item.operator][0](item.shape), machine)[0]
+        named = {"batch": item.shape.batch, "dtype": str(item.shape.dtype).removeprefix("torch.")}
+    else:
+        launches = family_launches(item.size, item.batch, item.dtype, machine=machine)
+        launch = next(launch for specialization, launch in launches.items() if specialization.key == item.key)
+        named = {"batch": item.batch, "dtype": item.dtype}
+    return {"size": item.size, **named, **inspect_launch(launch, machine).as_json()}
 
 
 def _representatives(

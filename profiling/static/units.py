@@ -85,10 +85,13 @@ def unit_counts(instructions: Iterable[Instruction]) -> Counter[str]:
     """Warp instructions by unit of `Machine.lanes` that they keep busy; bytes in l1_bytes, products in matrix.
 
     One instruction may count for several units: all for `issue`, integer multiply-adds for the whole fma pipe too.
+    One that is never executed (a fence's `@!PT LDS`) is issued only.
     """
     counts: Counter[str] = Counter()
     for instruction in instructions:
         counts["issue"] += 1
+        if instruction.predicate == "!PT":
+            continue
         opcode, kind = instruction.opcode, class_of(instruction)
         if kind in ("fma", "alu", "special"):
             counts[kind] += 1
@@ -100,7 +103,8 @@ def unit_counts(instructions: Iterable[Instruction]) -> Counter[str]:
             counts["lsu"] += 1
             counts["l1_bytes"] += width(instruction)
         if kind == "matrix":
-            counts["matrix"] += products(instruction) // 32
+            counts["matrix"] += products(instruction) // 32 * (2 if "TF32" in instruction.modifiers else 1)
+            counts["l1_bytes"] += shared_operand_bytes(instruction) // 32
     return counts
 
 
@@ -139,6 +143,20 @@ def products(instruction: Instruction) -> int:
         return m * n * k // 4
     known = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "884": 8 * 8 * 4, "16832": 16 * 8 * 32, "1684": 16 * 8 * 4}
     return known.get(shape, 0)
+
+
+def shared_operand_bytes(instruction: Instruction) -> int:
+    """Bytes of shared memory read for one warp's part of a warp group's product.
+
+    A quarter of B, [n, 32 bytes], and of A, [64, 32 bytes], unless that is in registers: each operand is assumed
+    to be read once an instruction.
+    """
+    if instruction.opcode != "HGMMA":
+        return 0
+    columns = int(next(m for m in instruction.modifiers if "x" in m).split("x")[1])
+    # HGMMA D, gdesc[UR4], D reads both; HGMMA D, A, gdesc[UR4], D reads B.
+    both = instruction.operands.split(",")[1].strip().startswith("gdesc")
+    return (columns + (64 if both else 0)) * 32 // 4
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,17 @@
+"""The tensors of a launch and their bytes."""
+
+from __future__ import annotations
+
+import torch
+
+from ldmperf.kernels import Launch
+
+
+def tensor_bytes(launch: Launch) -> int:
+    """The bytes of a launch's tensors, each counted once: the least that it can move."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(launch).values())
+
+
+def tensors(launch: Launch) -> dict[str, torch.Tensor]:
+    """The tensors among a launch's arguments."""
+    return {name: value for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)}
