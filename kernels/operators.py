@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from ._launch import Operator
+from .attention import OPERATOR as ATTENTION
 from .geglu import OPERATOR as GEGLU
 from .group_norm import OPERATOR as GROUP_NORM_SILU
 from .layer_norm import OPERATOR as LAYER_NORM
@@ -10,5 +11,6 @@ from .residual_add import OPERATOR as RESIDUAL_ADD
 from .sampler_update import OPERATOR as SAMPLER_UPDATE
 
 OPERATORS: Mapping[str, Operator] = {
-    operator.name: operator for operator in (GROUP_NORM_SILU, LAYER_NORM, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
+    operator.name: operator
+    for operator in (ATTENTION, GROUP_NORM_SILU, LAYER_NORM, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
 }

@@ -65,12 +65,6 @@ PLAN = (
         "linear",
     ),
     Merge(
-        "cross-attention in one tile of keys, never divided",
-        ("cross-attention", "cross-attention: combine"),
-        "cross-attention",
-        "attention",
-    ),
-    Merge(
         "cross-attention with its two projections",
         ("layer_norm + linear", "cross-attention", "linear"),
         "layer_norm + linear + cross-attention + linear",

@@ -165,12 +165,9 @@ def _native_layer_norm(op: Op) -> list[GpuLaunch]:
 
 
 def _attention(op: Op) -> list[GpuLaunch]:
-    """One fused launch, and a second where flash attention divides the keys because too few tiles fill the chip.
-
-    torch's flash kernels, also for our operator, which has no kernel of its own yet.
-    """
+    """One fused launch, and a second where flash attention divides the keys: too few tiles fill the chip."""
     heads, queries, keys, dim = _attention_sizes(op)
-    name = "attention" if keys == queries else "cross-attention"
+    name = _attention_name(op)
     launch = _launch(op, name, "attention", exponentials=heads * queries * keys)
     splits = flash_splits(heads, queries, keys, dim)
     if splits == 1:
@@ -200,6 +197,11 @@ def _attention_sizes(op: Op) -> tuple[int, int, int, int]:
     q, k = (op.arguments[name].shape for name in (("query", "key") if op.name.startswith("aten") else ("q", "k")))
     heads, tokens = (1, 2) if op.name.startswith("aten") else (2, 1)
     return q[0] * q[heads], q[tokens], k[tokens], q[3]
+
+
+def _attention_name(op: Op) -> str:
+    _, queries, keys, _ = _attention_sizes(op)
+    return "attention" if keys == queries else "cross-attention"
 
 
 def flash_splits(heads: int, queries: int, keys: int, dim: int) -> int:
@@ -246,7 +248,7 @@ def _ours(op: Op, operator: str) -> list[GpuLaunch]:
         written = op.results[0] if op.results else op.arguments["model_input"]
         launches.append(
             GpuLaunch(
-                name=launch.name.removesuffix("_kernel"),
+                name=_attention_name(op) if operator == "attention" else launch.name.removesuffix("_kernel"),
                 group=_OUR_GROUPS[operator],
                 reads=_shapes(op.tensors),
                 writes=_shape(written) if last else "partial sums",
@@ -291,7 +293,6 @@ _RULES: Mapping[str, Callable[[Op], list[GpuLaunch]]] = {
     "aten::native_group_norm": _native_group_norm,
     "aten::native_layer_norm": _native_layer_norm,
     "aten::_scaled_dot_product_flash_attention": _attention,
-    "ldmperf::attention": _attention,
     # UpSample.cuh, Shape.cu (up to 64 tensors in one launch), Copy.cu.
     "aten::upsample_nearest2d": _one("nearest upsampling", "copies"),
     "aten::cat": _one("concatenation", "copies"),
