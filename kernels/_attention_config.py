@@ -78,10 +78,11 @@ _HALF: Mapping[str, _Table] = {
     "sm_80": (
         (16, (_tiles(64, 128, 4, 1, True, stages=3),)),
         (48, (_tiles(128, 64, 8, 0, True, stages=3), _tiles(64, 64, 4, 0, True, stages=3))),
-        (128, (_tiles(128, 64, 8, stages=3), _tiles(64, 64, 4, stages=3))),
+        (96, (_tiles(128, 64, 8, stages=3), _tiles(64, 64, 4, stages=3))),
+        (128, (_tiles(128, 32, 8, stages=3), _tiles(64, 32, 4, stages=3))),
         (160, (_tiles(128, 32, 8), _tiles(64, 32, 4, stages=3))),
         (192, (_tiles(128, 16, 8),)),
-        (256, (_tiles(64, 64, 8),)),
+        (256, (_tiles(64, 64, 8), _tiles(64, 32, 8))),
         (384, (_tiles(64, 16, 8),)),
     ),
     "gfx942": (
@@ -110,8 +111,8 @@ _FLOAT32: _Table = (
 )
 _TF32: _Table = (
     (64, (_tiles(64, 64, 4),)),
-    (160, (_tiles(64, 32, 4),)),
-    (384, (AttentionConfig(32, 16, 8, 1),)),
+    (128, (_tiles(64, 32, 4),)),
+    (384, (AttentionConfig(32, 16, 8, 1), AttentionConfig(16, 16, 4, 1))),
 )
 # The largest padded head dimension whose keys and values a program can hold without spills.
 _SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
@@ -126,12 +127,12 @@ def default_config(
         tiles = ceil_div(queries, 64)
         # Several tiles for each load of the keys, and four programs for each multiprocessor.
         query_tiles = min(max(tiles * heads // (4 * chip.multiprocessors), 1), tiles, 16)
-        one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942")
+        one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942" and padded(dim) <= 64)
         return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
     table = _HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32
     choices = next(configs for largest, configs in table if padded(dim) <= largest)
     # A mask of every tile takes registers that the largest dimensions have not.
-    few_registers = has_mask and padded(dim) > 256
+    few_registers = has_mask and padded(dim) > 192
     filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)
     return choices[-1] if few_registers else next(filling, choices[-1])
 

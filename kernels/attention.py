@@ -173,7 +173,7 @@ def plan(
     else:
         whole = key_lengths is None and key_mask is None and keys % config.block_n == 0 and keys > 0
         # A second copy of the tile's code, without comparisons in the first, where there are registers for it.
-        last = key_mask is None and q.element_size() == 2 and part_1 + part_2 <= 192
+        last = key_mask is None and q.element_size() == 2 and part_1 + part_2 <= 96
         masks = "none" if whole else "last" if last else "every"
         tiles = {"BLOCK_N": config.block_n, "MASKS": masks, "AHEAD": config.ahead and whole}
         kernel = attention_kernel

@@ -216,6 +216,7 @@ def test_a_named_configuration_is_the_one_that_runs():
 @pytest.mark.parametrize("name", OPERATORS)
 def test_candidates_are_distinct_and_include_no_absurd_ones(name):
     calls = {
+        "attention": dict.fromkeys("qkv", meta(2, 4096, 8, 40)),
         "group_norm_silu": norm_call(2, 320, 64),
         "layer_norm": {"x": meta(2, 1024, 640), "weight": meta(640), "bias": meta(640)},
         "geglu": {"x": meta(2, 1024, 2560)},

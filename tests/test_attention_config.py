@@ -1,0 +1,106 @@
+"""Launch configurations of attention: parts of a dimension, the defaults of every architecture, the candidates."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldmperf.kernels._attention_config import candidate_configs, default_config, padded, parts
+from ldmperf.kernels._launch import Chip
+from ldmperf.kernels.attention import plan
+
+HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)
+ARCHS = ("sm_90", "sm_80", "gfx942", "sm_86", "sm_120")
+
+
+def default(queries, keys, dim, heads, itemsize=2, arch="sm_90", tf32=False, has_mask=False):
+    chip = Chip("any", 132, arch)
+    return default_config(queries, keys, dim, heads, itemsize, chip, tf32=tf32, has_mask=has_mask)
+
+
+@given(st.integers(1, 512))
+def test_parts_are_the_least_sum_of_one_or_two_powers_of_two(size):
+    powers = [16, 32, 64, 128, 256, 512]
+    sums = [p for p in powers if p >= size] + [p + q for p in powers for q in powers if q < p and p + q >= size]
+    larger, smaller = parts(size)
+    assert larger in powers
+    assert smaller in (0, *powers)
+    assert larger > smaller
+    assert larger + smaller == min(sums) == padded(size)
+
+
+@pytest.mark.parametrize(
+    ("dim", "expected"),
+    [
+        (8, (16, 0)),
+        (40, (32, 16)),
+        (56, (64, 0)),
+        (77, (64, 16)),
+        (112, (128, 0)),
+        (160, (128, 32)),
+        (384, (256, 128)),
+    ],
+)
+def test_parts_of_known_dimensions(dim, expected):
+    assert parts(dim) == expected
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+def test_every_dimension_has_a_default_whose_buffers_fit(arch, itemsize, dim):
+    shared = {"sm_90": 227, "sm_80": 163, "gfx942": 64}.get(arch, 99) * 1024
+    for queries, keys, heads in ((4096, 4096, 128), (1024, 1024, 16), (64, 64, 16), (4096, 77, 16), (1, 1, 1)):
+        for tf32 in (False, True) if itemsize == 4 else (False,):
+            for has_mask in (False, True):
+                config = default(queries, keys, dim, heads, itemsize, arch, tf32, has_mask)
+                held = padded(keys) if config.block_n == 0 else config.num_stages * config.block_n
+                # On AMD queries stay in registers, and a pass's own buffers are one fewer.
+                if arch == "gfx942":
+                    held = padded(keys) if config.block_n == 0 else max(config.num_stages - 1, 1) * config.block_n
+                    assert 2 * held * padded(dim) * itemsize <= shared
+                else:
+                    assert (2 * held + config.block_m) * padded(dim) * itemsize <= shared
+
+
+def test_few_queries_take_smaller_tiles():
+    many, few = default(4096, 4096, 40, 128), default(256, 256, 40, 16)
+    assert many.block_m == 128
+    assert few.block_m == 64
+
+
+@pytest.mark.parametrize("images", [1, 2, 16, 64])
+def test_short_contexts_share_the_keys_among_tiles_without_leaving_the_chip_empty(images):
+    config = default(4096, 77, 40, 8 * images)
+    assert config.block_n == 0
+    programs = 8 * images * -(-4096 // (config.block_m * config.query_tiles))
+    assert programs >= min(8 * images * 64, 132)
+    assert config.query_tiles == {1: 1, 2: 1, 16: 8, 64: 16}[images]
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize(("keys", "heads"), [(4096, 128), (1024, 16), (77, 128)])
+def test_candidates_hold_the_default_of_an_h200_and_differ(dim, keys, heads):
+    found = candidate_configs(4096, keys, dim, 2)
+    assert len(set(found)) == len(found)
+    assert len(found) <= 100
+    assert default(4096, keys, dim, heads) in found
+
+
+def test_a_plan_says_what_can_be_left_out():
+    """Comparisons only where keys may be missing; scores ahead only where none is."""
+
+    def masks(keys, dim=40, **given):
+        q, k = (torch.empty(2, n, 8, dim, dtype=torch.bfloat16, device="meta") for n in (256, keys))
+        config = dataclasses.replace(default(256, keys, dim, 16), block_n=64, ahead=True)
+        arguments = plan(q, k, k, config=config, **given)[1][0].arguments
+        return arguments["MASKS"], arguments["AHEAD"]
+
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    assert masks(256) == ("none", True)
+    assert masks(250) == ("last", False)
+    assert masks(256, key_lengths=lengths) == ("last", False)
+    assert masks(256, key_mask=torch.empty(2, 256, dtype=torch.bool, device="meta")) == ("every", False)
+    assert masks(250, dim=160) == ("every", False)
