@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
 
-.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline clean
+.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -19,6 +19,7 @@ help:
 	@echo "make gpu-check        tests, kernels and a baseline profile on a GPU machine, within 9 minutes"
 	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
 	@echo "make static-baseline  write bench/static/ for the installed triton: what it makes of the kernels"
+	@echo "make attention-static write docs/attention.md's table: attention beside a textbook kernel, predicted without a GPU"
 	@echo "make clean     remove .venv and caches, never runs/"
 
 profile: $(STAMP)
@@ -53,6 +54,9 @@ tune: $(STAMP)
 
 static-baseline: $(STAMP)
 	$(BIN)/python bench/static_baseline.py $(ARGS)
+
+attention-static: $(STAMP)
+	$(BIN)/python bench/attention_static.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

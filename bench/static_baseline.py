@@ -1,7 +1,8 @@
 """Writes bench/static/triton-<version>.json: what the installed triton makes of the kernels.
 
 `make static-baseline` runs it; no GPU is needed. With --every it writes nothing and checks every launch of the
-family instead: all sizes, model batches 2 and 16, three dtypes, three architectures; thousands of compilations.
+family instead, and attention at every head dimension: all sizes, model batches 2 and 16, three dtypes, three
+architectures; thousands of compilations.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections import Counter
 from pathlib import Path
 
 from ldmperf.model import FAMILY
-from ldmperf.profiling.static.baseline import CHECKED, entries, read_baseline, regressions, write_baseline
+from ldmperf.profiling.static.baseline import (
+    checked,
+    entries,
+    every_attention,
+    read_baseline,
+    regressions,
+    write_baseline,
+)
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.sweep import Selection, inspect_items, select
 
@@ -31,7 +39,7 @@ def main() -> int:
     if options.every:
         dtypes = tuple(options.dtype or ("bfloat16", "float16", "float32"))
         return check_every(dtypes, tuple(options.arch or MACHINES), options.processes)
-    found = entries(inspect_items(select(CHECKED), options.processes))
+    found = entries(inspect_items(checked(), options.processes))
     before = read_baseline(FOLDER, triton.__version__)
     for line in [] if before is None else regressions(before, found):
         print(line)
@@ -42,7 +50,8 @@ def main() -> int:
 
 def check_every(dtypes: tuple[str, ...], archs: tuple[str, ...], processes: int) -> int:
     """Prints the faults and the counts; 1 if there are faults."""
-    items = select([Selection(tuple(FAMILY), (2, 16), dtypes, archs, one_of_each=None)])
+    family = Selection(tuple(FAMILY), (2, 16), dtypes, archs, one_of_each=None)
+    items = [*select([family]), *every_attention(dtypes, archs)]
     print(f"{len(items)} compilations", flush=True)
     counts: Counter[str] = Counter()
     faulty = 0

@@ -1,7 +1,7 @@
 """Every kernel of a denoising step compiled for chips that need not be there, and what the machine code shows.
 
-Compiled here is what `CHECKED` selects, one launch of each tile; `bench/static_baseline.py --every` compiles the
-whole family.
+Compiled here is what `checked` selects: one launch of each tile, and attention at every head dimension.
+`bench/static_baseline.py --every` compiles the whole family, and attention in every dtype for every chip.
 """
 
 import re
@@ -15,11 +15,12 @@ import torch
 import triton
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.static.baseline import CHECKED, entries, read_baseline, regressions
+from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
 from ldmperf.profiling.static.family import family_launches
 from ldmperf.profiling.static.machines import MACHINES
+from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS
 from ldmperf.profiling.static.shapes import SHAPES, Shape
-from ldmperf.profiling.static.sweep import inspect_items, select
+from ldmperf.profiling.static.sweep import inspect_items
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
 
@@ -49,7 +50,7 @@ def results(tmp_path_factory):
     """What was compiled, as `ldmperf inspect --json` tells it; in a cache of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton-cache")))
-        yield list(inspect_items(select(CHECKED)))
+        yield list(inspect_items(checked()))
 
 
 def described(result):
@@ -67,6 +68,71 @@ def test_every_operator_dtype_and_architecture_is_compiled(results):
     seen = {(result["kernel"], result["arch"]) for result in results}
     assert {(kernel, arch) for kernel in kernels for arch in MACHINES} <= seen
     assert {result["dtype"] for result in results} == {"bfloat16", "float16", "float32"}
+
+
+def is_attention(result):
+    return "HEAD_DIM" in result["constants"]
+
+
+def attention_widths(result, rows):
+    """The bytes of a thread's accesses to [rows, head dimension] of each of the parts that hold it.
+
+    16, unless the alignment of a row is less (a head dimension that is no multiple of 8 in 16 bits), or a part has
+    less for each thread.
+    """
+    constants = {name: int(value) for name, value in result["constants"].items() if value.isdecimal()}
+    size = 4 if result["dtype"] == "float32" else 2
+    parts = [constants[name] for name in ("PART_1", "PART_2") if constants[name]]
+    threads = 32 * result["num_warps"]
+    return {
+        min(16, constants["ALIGN"] * size, part * rows_of * size // threads) for part in parts for rows_of in rows
+    }
+
+
+def test_attention_is_compiled_at_every_head_dimension(results):
+    dims = {arch: set() for arch in MACHINES}
+    for result in results:
+        if result["kernel"] == "attention_kernel" and result["dtype"] == "bfloat16":
+            dims[result["arch"]].add(int(result["constants"]["HEAD_DIM"]))
+    assert all(found >= set(FAMILY_HEAD_DIMS) for found in dims.values())
+    shorts = {result["arch"] for result in results if result["kernel"] == "short_attention_kernel"}
+    assert shorts == set(MACHINES)
+
+
+def test_attention_multiplies_on_the_matrix_unit_in_its_loop(results):
+    """On sm_90 by HGMMA; sums by products of eight columns are HMMA beside it."""
+    for result in results:
+        if not is_attention(result) or "region" not in result:
+            continue
+        assert result["region"]["loop"], described(result)
+        found = set(result["region"]["matrix"])
+        if result["dtype"] == "float32":
+            expected = set()
+        elif result["arch"] == "sm_90":
+            expected = {"HGMMA", "HMMA"} if result["constants"]["MATRIX_SUMS"] == "True" else {"HGMMA"}
+        else:
+            expected = {"HMMA"}
+        assert found == expected, described(result)
+
+
+def test_attention_is_read_and_written_as_wide_as_its_rows_allow(results):
+    for result in results:
+        if not is_attention(result) or "region" not in result:
+            continue
+        constants = result["constants"]
+        queries = {int(constants["BLOCK_M"])}
+        keys = {
+            int(constants[name]) for name in ("BLOCK_N", "KEYS_1", "KEYS_2") if constants.get(name, "0") != "0"
+        }
+        expected = {"q_ptr": queries, "out_ptr": queries, "k_ptr": keys, "v_ptr": keys}
+        found = {name: set() for name in expected}
+        for access in result["global_accesses"]:
+            found[access["argument"]].add(access["bytes"])
+        for name, rows in expected.items():
+            assert found[name] == attention_widths(result, rows), (name, described(result))
+        # And so in the loop's machine code: over keys, or over queries where all keys are held.
+        loop = {int(width) for width in result["region"]["global_widths"]}
+        assert loop == attention_widths(result, queries if "KEYS_1" in constants else keys), described(result)
 
 
 def excused_spills(result):
@@ -93,7 +159,7 @@ def test_an_excused_spill_is_still_there(results):
 def test_large_tensors_are_read_and_written_in_16_bytes_a_thread(results, arch):
     narrow, checked, excused = [], 0, set()
     for result in results:
-        if result["arch"] != arch:
+        if result["arch"] != arch or is_attention(result):
             continue
         total = sum(result["tensor_bytes"].values())
         for access in result["global_accesses"]:
@@ -115,7 +181,7 @@ def test_large_tensors_are_read_and_written_in_16_bytes_a_thread(results, arch):
 def test_the_machine_code_has_these_accesses_too(results):
     """The widths above are of the PTX; in the hot loop the assembler has kept them."""
     for result in results:
-        if "region" in result and result["kernel"] != "sampler_update_kernel":
+        if "region" in result and result["kernel"] != "sampler_update_kernel" and not is_attention(result):
             assert result["region"]["global_widths"].get("16", 0) > 0, described(result)
 
 
@@ -131,7 +197,8 @@ def test_nothing_got_worse_than_the_baseline(results):
 
 
 def test_baselines_are_committed_for_the_oldest_release_and_another():
-    versions = {re.fullmatch(r"triton-([\d.]+)\.json", path.name)[1] for path in BASELINES.iterdir()}
+    names = (path.name for path in BASELINES.glob("triton-*.json"))
+    versions = {re.fullmatch(r"triton-([\d.]+)\.json", name)[1] for name in names}
     assert "3.6.0" in versions
     assert len(versions) >= 2
 

@@ -10,7 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .sweep import Selection
+import torch
+
+from .score_tile import FAMILY_HEAD_DIMS
+from .shapes import Shape
+from .sweep import Item, Selection, ShapeItem, select
 
 # What `make test` compiles. All sizes, both batches and every specialization: bench/static_baseline.py --every.
 CHECKED = (
@@ -20,6 +24,48 @@ CHECKED = (
     Selection(("866M",), (2,), ("float32",), ("sm_80", "gfx942"), one_of_each="kernel"),
     Selection(("866M",), (2,), ("float16",), ("sm_80", "sm_90", "gfx942"), one_of_each="kernel"),
 )
+TEXT = 77
+
+
+def checked() -> list[Item | ShapeItem]:
+    """What `make test` compiles: CHECKED, and attention at every head dimension."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    few = (8, 40, 160)
+    items: list[Item | ShapeItem] = [*select(CHECKED)]
+    items += _attention("sm_90", bf16, FAMILY_HEAD_DIMS)
+    # So few tokens that other tiles fill the chip.
+    items += _attention("sm_90", bf16, FAMILY_HEAD_DIMS, side=8)
+    items += _attention("sm_90", bf16, (8, 20, 40, 64, 80, 112, 160, 256, 384), context=TEXT)
+    for arch in ("sm_80", "gfx942"):
+        items += _attention(arch, bf16, FAMILY_HEAD_DIMS)
+        items += _attention(arch, bf16, few, context=TEXT)
+        items += _attention(arch, fp32, (40,))
+    items += _attention("sm_90", fp16, few)
+    items += _attention("sm_90", fp32, few)
+    return items
+
+
+def every_attention(dtypes: Iterable[str], archs: Iterable[str]) -> list[ShapeItem]:
+    """Attention at every head dimension, over many tokens, few, and a text."""
+    return [
+        item
+        for dtype in dtypes
+        for arch in archs
+        for options in ({}, {"side": 8}, {"context": TEXT})
+        for item in _attention(arch, getattr(torch, dtype), FAMILY_HEAD_DIMS, **options)
+    ]
+
+
+def _attention(
+    arch: str, dtype: torch.dtype, head_dims: Iterable[int], *, side: int = 64, context: int = 0
+) -> list[ShapeItem]:
+    name = f"{side}x{side}" + (f" context={context}" if context else "")
+    return [
+        ShapeItem("attention", name, Shape(dtype, height=side, width=side, head_dim=dim, context=context), arch)
+        for dim in head_dims
+    ]
+
+
 # A hot region may grow by this much before it counts as longer.
 LONGER = 1.02
 

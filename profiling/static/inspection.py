@@ -113,6 +113,7 @@ class Inspection:
                 "moves": code.mix.moves,
                 "spills": sum(instruction.opcode in ("LDL", "STL") for instruction in code.region.instructions),
                 "global_widths": code.mix.global_widths,
+                "matrix": code.mix.matrix,
             },
             "global_accesses": [dataclasses.asdict(access) for access in code.accesses],
             "prediction": {

@@ -161,11 +161,13 @@ def shared_operand_bytes(instruction: Instruction) -> int:
 
 @dataclass(frozen=True)
 class Mix:
-    """Instructions of a region by class; how many of them are moves; global accesses by bytes of a thread."""
+    """Instructions of a region by class; how many of them are moves; global accesses by bytes of a thread; matrix
+    instructions by opcode."""
 
     by_class: dict[str, int]
     moves: int
     global_widths: dict[str, int]
+    matrix: dict[str, int]
 
 
 def mix(instructions: Iterable[Instruction]) -> Mix:
@@ -173,4 +175,5 @@ def mix(instructions: Iterable[Instruction]) -> Mix:
     counts = Counter(class_of(instruction) for instruction in instructions)
     widths = Counter(str(width(instruction)) for instruction in instructions if is_global(instruction))
     moves = sum(is_move(instruction) for instruction in instructions)
-    return Mix({name: counts[name] for name in CLASSES}, moves, dict(widths))
+    matrix = Counter(instruction.opcode for instruction in instructions if class_of(instruction) == "matrix")
+    return Mix({name: counts[name] for name in CLASSES}, moves, dict(widths), dict(matrix))

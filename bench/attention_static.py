@@ -1,0 +1,177 @@
+"""Attention beside a textbook kernel, both compiled for sm_90: `make attention-static`. Predicted, not measured.
+
+Writes bench/static/attention-triton-<version>.json, and its table into docs/attention.md. Takes no GPU and some
+minutes. For each head dimension of the family: our kernel with its default tile, and the naive one with the best
+of the usual tiles by the same prediction. Cycles are one multiprocessor's for 128 x 128 scores of one head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FOLDER = Path(__file__).with_name("static")
+DOCUMENT = ROOT / "docs" / "attention.md"
+BLOCK = re.compile(r"(<!-- attention: written .*?-->\n).*?(<!-- attention: end -->)", re.DOTALL)
+ARCH = "sm_90"
+# Units of the table by its headings.
+UNITS = {
+    "matrix": "matrix",
+    "exponential": "special",
+    "issue": "issue",
+    "FMA": "fma",
+    "ALU": "alu",
+    "conversion": "conversion",
+    "load/store": "lsu",
+    "shared": "l1_bytes",
+    "L2": "l2",
+}
+NAMES = {unit: name for name, unit in UNITS.items()} | {"fma_integer": "integer FMA", "memory": "memory"}
+
+Entry = dict[str, Any]
+
+
+def compiled(head_dim: int) -> dict[str, Any]:
+    """{"head_dim", "ours", "naive", "ratio"} of one head dimension, 4096 tokens, batch 2, bf16."""
+    import torch
+    from naive_attention import naive_launches
+
+    from ldmperf.profiling.static.family import planned
+    from ldmperf.profiling.static.inspection import inspect_launch
+    from ldmperf.profiling.static.machines import MACHINES
+    from ldmperf.profiling.static.shapes import SHAPES, Shape
+
+    torch.set_num_threads(1)
+    machine = MACHINES[ARCH]
+    call = SHAPES["attention"][0](Shape(head_dim=head_dim))
+    (launch,) = planned("attention", call, machine)
+    ours = entry(inspect_launch(launch, machine).as_json())
+    naive = [entry(inspect_launch(launch, machine).as_json()) for launch in naive_launches(**call)]
+    best = min(naive, key=lambda found: (bool(found["faults"]), busiest(found)))
+    return {"head_dim": head_dim, "ours": ours, "naive": best, "ratio": round(busiest(best) / busiest(ours), 2)}
+
+
+def entry(inspection: Mapping[str, Any]) -> Entry:
+    """What the table tells of an inspection."""
+    attention = inspection["attention"]
+    tile, bound = attention["tile"], attention["bound"]
+    constants = inspection["constants"]
+    parts = [int(constants[name]) for name in ("PART_1", "PART_2", "BLOCK_D") if name in constants]
+    per_pass = 128 * 128 / (tile["block_m"] * tile["keys"])
+    return {
+        "parts": [part for part in parts if part],
+        "tile": [tile["block_m"], tile["block_n"]],
+        "warps": inspection["num_warps"],
+        "polynomial": tile["polynomial"],
+        "registers": inspection["resources"]["registers"],
+        "shared_bytes": inspection["shared_bytes"],
+        "resident_warps": inspection["occupancy"]["warps"],
+        "faults": inspection["faults"],
+        "cycles": attention["cycles_per_16384_scores"],
+        "analytic": {"cycles": round(per_pass * bound["cycles"], 1), "unit": bound["unit"]},
+        "distance": attention["distance"],
+    }
+
+
+def busiest(found: Entry) -> float:
+    """The cycles of the unit that is the limit."""
+    return float(max(found["cycles"].values()))
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The table: ours / naive in each cell, and what that predicts."""
+    heads = [
+        "D",
+        "held as",
+        "tile, warps",
+        "registers",
+        *UNITS,
+        "limit",
+        "analytic bound",
+        "of it",
+        "naive / ours",
+    ]
+    lines = [
+        f"*Predicted* by compiling for {document['arch']} with triton {document['triton']}, 4096 tokens, bf16:",
+        "cycles of one multiprocessor for 128 x 128 scores of one head, ours / naive. The longest is the limit,",
+        "all others hidden beside it; no time is shorter, and latency is not in it. *of it*: our limit over the",
+        "analytic bound. Naive is a textbook kernel (bench/naive_attention.py): D padded to a power of two,",
+        "scale, mask and row sum as instructions of their own, every tile masked; its best tile by this count.",
+        "",
+        f"| {' | '.join(heads)} |",
+        f"|{'---:|' * len(heads)}",
+    ]
+    for row in document["entries"]:
+        ours, naive = row["ours"], row["naive"]
+        both = (ours, naive)
+        cells = [
+            str(row["head_dim"]),
+            " / ".join("+".join(map(str, found["parts"])) for found in both),
+            " / ".join(f"{found['tile'][0]}x{found['tile'][1]}, {found['warps']}" for found in both),
+            " / ".join(f"{found['registers']}{' (spills)' if found['faults'] else ''}" for found in both),
+            *(" / ".join(f"{found['cycles'].get(unit, 0):.0f}" for found in both) for unit in UNITS.values()),
+            " / ".join(NAMES[max(found["cycles"], key=found["cycles"].get)] for found in both),
+            f"{ours['analytic']['cycles']:.0f} {ours['analytic']['unit']}",
+            f"{ours['distance']:.2f}",
+            f"{row['ratio']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str, document: Mapping[str, Any]) -> str:
+    """The text of docs/attention.md with the table between its markers."""
+    match = BLOCK.search(text)
+    if match is None:
+        raise SystemExit(f"{DOCUMENT.name}: no '<!-- attention: written ... -->' ... '<!-- attention: end -->'")
+    return f"{text[: match.end(1)]}\n{markdown(document)}\n\n{text[match.start(2) :]}"
+
+
+def latest(folder: Path = FOLDER) -> Path:
+    """The committed results of the newest release of triton; docs/attention.md shows them."""
+    found = folder.glob("attention-triton-*.json")
+    return max(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.stem)])
+
+
+def write(path: Path, version: str, entries: Sequence[Entry]) -> None:
+    lines = ",\n".join(f"    {json.dumps(row)}" for row in entries)
+    path.write_text(
+        f'{{\n  "triton": "{version}",\n  "arch": "{ARCH}",\n'
+        '  "what": "compiled, not measured: predicted cycles of one multiprocessor for 128 x 128 scores",\n'
+        f'  "entries": [\n{lines}\n  ]\n}}\n',
+        encoding="utf-8",
+    )
+
+
+def main() -> int:
+    import triton
+
+    from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--table", action="store_true", help="compile nothing, write the table of what is committed"
+    )
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 8))
+    options = parser.parse_args()
+    if not options.table:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.processes, mp_context=context) as pool:
+            entries = list(pool.map(compiled, FAMILY_HEAD_DIMS))
+        write(FOLDER / f"attention-triton-{triton.__version__}.json", triton.__version__, entries)
+    document = json.loads(latest().read_text(encoding="utf-8"))
+    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), document), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
