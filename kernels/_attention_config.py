@@ -70,6 +70,8 @@ _HALF: Mapping[str, _Table] = {
         (32, (_tiles(128, 128, 8, 1, True, stages=3, ahead=True), _tiles(64, 128, 4, 0, True, stages=3))),
         (48, (_tiles(128, 128, 8, 0, True, stages=3, ahead=True), _tiles(64, 64, 4, 0, True, stages=3))),
         (64, (_tiles(128, 128, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3))),
+        (80, (_tiles(128, 128, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
+        (96, (_tiles(128, 128, 8, 0, True, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
         (128, (_tiles(128, 64, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
         (192, (_tiles(128, 64, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3))),
         (256, (_tiles(128, 32, 8, stages=3, ahead=True), _tiles(64, 64, 8))),
@@ -151,9 +153,9 @@ def candidate_configs(
     """What a tuner tries: tiles whose accumulators and buffers fit registers and shared memory."""
     width, is_half = padded(dim), itemsize == 2
     rows = max(next_power_of_two(queries), 64)
-    # Products for row sums, and polynomials, where exponentials take longer than products.
+    # Products for row sums, and polynomials, where the matrix unit or issue slots are left for them.
     options: tuple[tuple[int, bool], ...] = ((0, False),)
-    if is_half and width <= 64:
+    if is_half and width <= 96:
         options = ((0, True), (1, True)) if width <= 48 else ((0, True), (0, False))
     found = []
     if is_half and keys <= MAX_SHORT_KEYS:
