@@ -8,7 +8,7 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.cases import CaseError, best_device, known_names, whole_number
 from ldmperf.profiling.kernel_bench.peers import PEERS
 from ldmperf.profiling.kernel_bench.records import MODES
-from ldmperf.profiling.kernel_bench.run import SLOW_ON_CPU
+from ldmperf.profiling.kernel_bench.run import usual_peers
 from ldmperf.profiling.kernel_bench.selection import SIZES, jobs
 
 
@@ -39,6 +39,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for job in jobs(operators, sizes, batches, "bfloat16" if on_gpu else "float32")
         for mode in (MODES if on_gpu else ("eager",))
         for name, peer in PEERS.items()
-        if peer.serves(job.case, first_of_operator=False) and (on_gpu or name not in SLOW_ON_CPU)
+        if peer.serves(job.case, first_of_operator=False) and name in usual_peers(best_device())
     ]
     metafunc.parametrize(("job", "mode", "peer"), found)

@@ -33,7 +33,7 @@ MARGIN, GRACE = 20.0, 10.0
 NAMES = ("tests", "attention", "attention-family", "kernels", "attention-flex", "profile")
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 OTHERS = "group_norm_silu,layer_norm,geglu,residual_add,sampler_update"
-QUICK_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,xformers"
+ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
 # Where the bound and the largest gain are to be shown (issue 4).
 HEAD_DIMS = "40,64,80,128,160,384,8"
 FAMILY = "866M,39M,5B,318M,2B,83M,145M,223M,430M,558M,704M"
@@ -112,14 +112,14 @@ def parts(device: str, folder: Path) -> list[Part]:
             kernels("kernels", 3, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
         ]
     else:
-        attention = ("--kernel", "attention", "--peer")
-        few = ("--head-dim", "40,8,64", "--batch", "2")
+        attention = ("--kernel", "attention")
+        # FlexAttention compiles for tens of seconds a call: a few calls, beside all other peers.
+        few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
         benches = [
-            kernels("attention", 1, *attention, QUICK_PEERS, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
-            kernels("attention-family", 2, *attention, QUICK_PEERS),
+            kernels("attention", 1, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
+            kernels("attention-family", 2, *attention),
             kernels("kernels", 2, "--kernel", OTHERS),
-            # Compiles for tens of seconds a call: a few calls, beside all others.
-            kernels("attention-flex", 1, *attention, f"{QUICK_PEERS},flex", *few),
+            kernels("attention-flex", 1, *attention, *few),
         ]
     return [
         Part("tests", 2, tests, reason=missing),

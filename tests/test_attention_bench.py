@@ -33,6 +33,7 @@ from ldmperf.profiling.kernel_bench.implementation import Implementation
 from ldmperf.profiling.kernel_bench.inputs import Inputs
 from ldmperf.profiling.kernel_bench.peers import PEERS, Peer
 from ldmperf.profiling.kernel_bench.records import KernelRecord, UnitRates
+from ldmperf.profiling.kernel_bench.run import usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job, head_dim_jobs
 from ldmperf.profiling.kernel_bench.table import markdown, summary_lines
 from ldmperf.profiling.kernel_case import KernelCase
@@ -227,6 +228,11 @@ def test_our_record_tells_the_polynomials_of_its_launches() -> None:
     other = Peer("eager", lambda case, device: Implementation(ours))
     records = measured(OF_TEXT, peer, other)
     assert (records["triton"].polynomial, records["eager"].polynomial) == (3, None)
+
+
+def test_what_compiles_long_runs_only_when_named() -> None:
+    assert set(PEERS) - set(usual_peers("cuda")) == {"flex"}
+    assert set(PEERS) - set(usual_peers("cpu")) == {"flex", "compile", "diffusers-compile"}
 
 
 def test_the_units_of_a_cpu_have_no_rates() -> None:

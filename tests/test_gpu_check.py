@@ -17,6 +17,7 @@ import pytest
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.kernel_bench.peers import PEERS
+from ldmperf.profiling.kernel_bench.run import SLOW
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.py"
@@ -61,9 +62,9 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     # Every operator is in one part.
     named = {name for p in on_gpu.values() for name in option(p, "--kernel").split(",") if name}
     assert named == set(OPERATORS)
-    for name in ("attention", "attention-family", "attention-flex"):
-        assert set(option(on_gpu[name], "--peer").split(",")) <= set(PEERS)
-    assert "flex" not in option(on_gpu["attention-family"], "--peer")
+    peers = option(on_gpu["attention-flex"], "--peer").split(",")
+    assert set(peers) < set(PEERS)
+    assert set(SLOW) < set(peers)
     assert on_gpu["tests"].command[3:5] == ("-m", "gpu")
     sizes = on_gpu["profile"].command[on_gpu["profile"].command.index("--size") + 1]
     assert len(set(sizes.split(","))) == 11

@@ -50,8 +50,8 @@ def kernels(
 
     A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
     launched one by one ("eager") and replayed as a CUDA graph ("graph"). On a CPU by the host's clock, without our
-    kernels, and with the peers that compile only when named. Exit code 1 when a call ended as error or incorrect,
-    or none as ok.
+    kernels. FlexAttention (flex), and on a CPU all peers that compile, run only when named. Exit code 1 when a
+    call ended as error or incorrect, or none as ok.
 
     \b
     Examples:

@@ -18,8 +18,15 @@ from .peers import PEERS
 from .records import MODES, KernelRecord, KernelStore, UnitRates
 from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
-# Compiling for the CPU takes much longer than what it measures: only on request there.
-SLOW_ON_CPU = ("compile", "diffusers-compile", "flex")
+# Compile for tens of seconds a call, or for much longer than what is measured: only on request.
+SLOW = ("flex",)
+SLOW_ON_CPU = ("compile", "diffusers-compile")
+
+
+def usual_peers(device: str) -> tuple[str, ...]:
+    """Those that are measured where none is named."""
+    left_out = SLOW + (SLOW_ON_CPU if device == "cpu" else ())
+    return tuple(name for name in PEERS if name not in left_out)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class BenchChoices:
     def bench(self, environment: Environment) -> KernelBench:
         """The bench, the device's copy bandwidth and, for attention, unit rates measured now."""
         is_cpu = self.device == "cpu"
-        names = self.peers or tuple(name for name in PEERS if not (is_cpu and name in SLOW_ON_CPU))
+        names = self.peers or usual_peers(self.device)
         device = torch.device(self.device)
         return KernelBench(
             self.device,
