@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ldmperf.kernels import OPERATORS, KernelUnsupported
+from ldmperf.kernels import OPERATORS
 from ldmperf.kernels._launch import TUNED_FOLDER, chip_of
 from ldmperf.profiling.cases import CaseError, dtype_named, known_names, split_values, whole_number
 from ldmperf.profiling.environment import collect_environment
@@ -245,7 +245,9 @@ def tune(
         try:
             with_torch = operator.name in AGAINST_TORCH
             found = search(candidates, timer_of(job.case), limit, seed=key, with_torch=with_torch)
-        except (torch.OutOfMemoryError, KernelUnsupported, Wrong) as failure:
+        except Exception as failure:
+            if is_fatal(failure):
+                raise
             tell(f"{operator.name} {key}: {first_line(failure)}")
             release_memory()
             continue

@@ -11,10 +11,11 @@ import torch
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.environment import Environment
 from ldmperf.profiling.kernel_bench.bench import KernelBench
-from ldmperf.profiling.kernel_bench.device import GraphCalls, Pace, copy_bandwidth, l2_cache_bytes
+from ldmperf.profiling.kernel_bench.device import GraphCalls, Pace, copy_bandwidth, l2_cache_bytes, unit_rates
 from ldmperf.profiling.kernel_bench.peers import PEERS
+from ldmperf.profiling.kernel_bench.run import usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job
-from ldmperf.profiling.kernel_cases import family_kernel_cases
+from ldmperf.profiling.kernel_cases import attention_cases, family_kernel_cases
 from ldmperf.profiling.timing import Deadline, RepetitionRule, timed
 
 pytestmark = [
@@ -67,6 +68,35 @@ def test_our_kernels_are_timed_in_both_modes() -> None:
             if record.peer == "triton":
                 assert record.status == "ok", f"{record.case.label} {record.mode}: {record.message}"
                 assert record.clock == "device"
+
+
+@pytest.mark.parametrize("head_dim", [12, 40, 384])
+def test_attentions_peers_are_timed_or_say_why_not(head_dim: int) -> None:
+    rates = unit_rates(torch.bfloat16, torch.device("cuda"), count=3)
+    assert rates is not None
+    assert rates.rates.matrix_tflops > 1.0
+    pace = Pace(RepetitionRule(3, 0.0), 0.2)
+    environment = Environment(os="Linux", python="3")
+    peers = [PEERS[name] for name in usual_peers("cuda")]
+    bench = KernelBench("cuda", peers, ("eager", "graph"), pace, environment, None, rates)
+    for case in attention_cases(head_dim, 256, 2):
+        for record in bench.measure(Job(f"head_dim {head_dim}", 2, case)):
+            told = f"{record.peer} {record.mode} {record.case.label}: {record.status}: {record.message}"
+            assert record.status in ("ok", "unsupported"), told
+            if record.peer in ("triton", "auto", "eager", "reference"):
+                assert record.status == "ok", told
+                assert record.percent_of_bound is not None
+
+
+def test_the_tuner_times_torchs_attention_too() -> None:
+    tune = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "tune.py"), run_name="tune")
+    case = attention_cases(40, 256, 2)[0]
+    candidates = OPERATORS["attention"].candidates(**case.arguments("meta"))[:2]
+    with torch.inference_mode():
+        timer = tune["GpuTimer"](case, torch.device("cuda"))
+        found = tune["search"](candidates, timer, Deadline(None), with_torch=True)
+    assert found.failures == ()
+    assert found.torch is not None
 
 
 def test_the_tuner_checks_and_times_candidates() -> None:

@@ -199,15 +199,29 @@ def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
         assert launch.tuned("geglu", key, chip, type(candidates[0])) == candidates[-1]
 
 
-def test_a_key_without_room_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def no_room(case: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("out of resource: shared memory")]
+)
+def test_a_key_that_cannot_be_searched_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failure: Exception
+) -> None:
+    def fails(case: Any) -> Any:
+        raise failure
 
     given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
     path = tmp_path / "table.json"
-    assert tune.tune(given, no_room, path, HEAD, Deadline(None), 60.0) == 0
-    assert capsys.readouterr().err.count("out of memory") == len(given)
+    assert tune.tune(given, fails, path, HEAD, Deadline(None), 60.0) == 0
+    assert capsys.readouterr().err.count(str(failure)) == len(given)
     assert not path.exists()
+
+
+def test_a_lost_device_ends_the_tuning(tmp_path: Path) -> None:
+    def lost(case: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        tune.tune(given, lost, tmp_path / "table.json", HEAD, Deadline(None), 60.0)
 
 
 def test_calls_of_one_key_are_searched_once() -> None:
