@@ -96,6 +96,32 @@ def test_peers_read_our_tensors_where_they_are() -> None:
     torch.testing.assert_close(result, exact)
 
 
+@pytest.mark.parametrize("name", attention_peers.SDPA)
+def test_one_backend_of_torch_is_allowed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled = {
+        "sdpa-cudnn": torch.backends.cuda.cudnn_sdp_enabled,
+        "sdpa-flash": torch.backends.cuda.flash_sdp_enabled,
+        "sdpa-efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
+        "math": torch.backends.cuda.math_sdp_enabled,
+    }
+    arguments = OF_ITSELF.arguments("cpu")
+    monkeypatch.setattr(KernelCase, "arguments", lambda case, device: arguments)
+    # It is asked whether it serves the call, and no other is.
+    asked: list[str] = []
+    for other, (_, serves) in attention_peers.SDPA.items():
+
+        def answers(parameters: Any, debug: bool, other: str = other) -> bool:
+            asked.append(other)
+            return True
+
+        monkeypatch.setattr(torch.backends.cuda, serves, answers)
+    made = attention_peers.sdpa(name, OF_ITSELF, torch.device("cuda"))
+    with made.setting():
+        assert [other for other, is_enabled in enabled.items() if is_enabled()] == [name]
+    assert asked == [name]
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
 def test_a_scale_reaches_the_peers() -> None:
     arguments = OF_TEXT.arguments("cpu") | {"scale": 0.05}
     prepared = attention_peers._prepared(OF_TEXT, arguments)

@@ -69,6 +69,22 @@ def test_slices_of_one_memory_stay_slices() -> None:
     assert of_text.bytes_moved == 4 * (2 * 2 * 64 * 96 + 2 * 2 * 77 * 96)
 
 
+def test_one_memory_holds_the_slice_that_reaches_furthest() -> None:
+    def slice_at(name: str, offset: int) -> TensorSpec:
+        return TensorSpec(name=name, shape=(3, 2), stride=(8, 1), dtype="float32", memory="all", offset=offset)
+
+    case = KernelCase(operator="attention", dtype="float32", tensors=(slice_at("k", 4), slice_at("q", 0)))
+    made = case.arguments("cpu")
+    assert made["k"].untyped_storage().nbytes() == 4 * (4 + 2 * 8 + 2)
+    assert made["q"].untyped_storage().data_ptr() == made["k"].untyped_storage().data_ptr()
+    alone = case.model_copy(update={"tensors": (slice_at("k", 0),)})
+    assert alone.key != case.model_copy(update={"tensors": (slice_at("k", 4),)}).key
+
+
+def test_the_same_tensor_twice_is_no_slice() -> None:
+    assert {tensor.memory for case in vae_kernel_cases() for tensor in case.tensors} == {None}
+
+
 def test_attention_by_its_sizes_is_that_of_the_network() -> None:
     found = [case.model_copy(update={"count": 1}) for case in CASES if case.operator == "attention"]
     # 39M at 16 x 16 latents: 8 heads, width 64 at the first level.
