@@ -335,6 +335,10 @@ def test_the_table_shows_every_call_once() -> None:
     assert len({line.index("eager") for line in lines[2:]}) == 1
     assert "| 12 | 64 | 77 | 2 | 10.00 |" in markdown(records)
     assert any("self-attention" in line for line in summary_lines(records))
+    # Only a call of the family is made so often in a step.
+    assert "1 a step" in markdown(records)
+    by_size = [record.model_copy(update={"size": "head_dim 12"}) for record in records]
+    assert "a step" not in markdown(by_size)
     assert attention_lines([]) == []
 
 

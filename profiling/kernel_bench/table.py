@@ -11,6 +11,8 @@ from math import exp, log
 from rich.console import Console
 from rich.text import Text
 
+from ldmperf.model import FAMILY
+
 from ..report.text import MISSING, commit, number, printable
 from . import attention_table
 from .attention_table import attention_figures, attention_lines, attention_rows
@@ -160,7 +162,7 @@ def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelReco
     found: dict[str, list[KernelRecord]] = {}
     for record in records:
         case = record.case
-        times = f", {case.count} a step" if record.size != "vae" else ""
+        times = f", {case.count} a step" if record.size in FAMILY else ""
         title = f"{case.operator} {case.label} ({record.size} batch {record.batch}{times}, "
         found.setdefault(title + f"{number(case.bytes_moved / 1e6)} MB)", []).append(record)
     return list(found.items())
