@@ -208,5 +208,6 @@ def test_a_step_on_meta_keeps_the_layout_that_it_has_on_a_device():
     for specialization, launch in family_launches("39M", 2, "bfloat16").items():
         for name in ("x_ptr", "skip_ptr", "residual_ptr", "out_ptr"):
             tensor = launch.arguments.get(name)
-            if tensor is not None and tensor.dim() == 4:
+            # Attention's four dimensions are no image.
+            if tensor is not None and tensor.dim() == 4 and "HEAD_DIM" not in launch.arguments:
                 assert tensor.is_contiguous(memory_format=torch.channels_last), (specialization.kernel, name)
