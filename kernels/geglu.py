@@ -29,11 +29,11 @@ def geglu_ref(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
 
 @jit
 def gelu(x):  # type: ignore[no-untyped-def]
-    """x Phi(x) for float32, to 1.3e-8 before rounding; the tail is a product, not a difference.
+    """x Phi(x) for float32, to rounding; the tail is a product, not a difference.
 
     Phi(-|x|) = exp(-x^2 / 2) t P(t), t = 1 / (1 + 0.4 |x|): the form of Abramowitz and Stegun 7.1.26, with P of
-    degree 5 fitted to the error of the product with |x|. It takes two thirds of the instructions of an erf, which
-    would take longer than the memory accesses (predicted from the machine code).
+    degree 5 fitted to the error of the product with |x|. It takes fewer instructions than an erf, which would take
+    longer than the memory accesses (predicted from the machine code).
     """
     a = tl.abs(x)
     t = 1.0 / (1.0 + 0.4 * a)
