@@ -1,11 +1,15 @@
 """Machine code read as text: instructions, loops, units, resources, occupancy, and the prediction from them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from ldmperf.profiling.static.amd import amd_resources
+from ldmperf.kernels import Launch
+from ldmperf.profiling.static.amd import AmdResources, amd_resources
 from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
+from ldmperf.profiling.static.compile import Compiled, Specialization
+from ldmperf.profiling.static.inspection import Inspection
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.model import Traffic, predict
 from ldmperf.profiling.static.occupancy import occupancy
@@ -296,6 +300,17 @@ def test_the_resources_of_amd_metadata():
     assert (found.scratch, found.lds) == (16, 1024)
     with pytest.raises(ValueError, match="vgpr_count"):
         amd_resources(AMD.replace(".vgpr_count", ".vgprs"))
+
+
+def test_scalar_registers_in_lanes_of_a_vector_register_are_no_fault():
+    machine = MACHINES["gfx942"]
+    compiled = Compiled(Specialization("k", (), (), (), 4, 1), machine, 0, {})
+    launch = Launch(None, 1, {})
+    amd = AmdResources(vgprs=40, agprs=0, sgprs=100, vgpr_spills=0, sgpr_spills=1, scratch=0, lds=0)
+    assert Inspection(launch, compiled, amd=amd).faults == []
+    to_memory = Inspection(launch, compiled, amd=replace(amd, scratch=4)).faults
+    assert to_memory == ["1 scalar register spills", "4 bytes of scratch"]
+    assert Inspection(launch, compiled, amd=replace(amd, vgpr_spills=2)).faults == ["2 vector register spills"]
 
 
 def result(**changes):

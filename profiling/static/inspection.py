@@ -64,7 +64,8 @@ class Inspection:
         if self.amd is not None:
             counts = {
                 "vector register spills": self.amd.vgpr_spills,
-                "scalar register spills": self.amd.sgpr_spills,
+                # Without scratch they are kept in lanes of a vector register, not in memory.
+                "scalar register spills": self.amd.sgpr_spills if self.amd.scratch else 0,
                 "bytes of scratch": self.amd.scratch,
             }
             if self.amd.vgprs > machine.max_registers:
