@@ -172,7 +172,7 @@ def candidate_configs(
         values = m * width // (32 * warps) + scores + scores * itemsize // 4
         fitting = (s for s in (3, 2, 1) if (m + 2 * s * n) * width * itemsize <= shared_bytes)
         stages = next(fitting, None)
-        if stages is None or m > rows or n > 2 * keys or values > 208:
+        if stages is None or m > rows or n > max(2 * keys, 32) or values > 208:
             continue
         found += [AttentionConfig(m, n, warps, stages, *option) for option in options]
         if is_half and values + scores <= 208:

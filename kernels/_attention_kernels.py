@@ -105,7 +105,7 @@ def polynomial_exp2(x):
 
 @jit
 def _exp2(x, POLYNOMIAL: tl.constexpr):
-    """2^x [M, N], POLYNOMIAL of every eight columns as a polynomial.
+    """2^x [M, N], POLYNOMIAL of every eight columns as a polynomial, N at least 32 (under it, shares are rougher).
 
     Which ones is told by bits 0, 3 and 4 of the column. In the layout of a matrix product's result those are known
     of every register when the code is made: of the two values one remains, and the selection costs nothing.

@@ -17,6 +17,12 @@ from ldmperf.profiling.static.shapes import SHAPES, Shape
 # Tensors past 2^31 elements: many images, one large image, long rows of few channels.
 MANY, LARGE = {"batch": 160, "height": 512, "width": 512}, {"batch": 2, "height": 8192, "width": 8192}
 HUGE = {
+    "attention": [
+        Shape(batch=4096, height=64, width=64, head_dim=40),
+        Shape(batch=1, height=8192, width=8192, head_dim=8),
+        Shape(batch=4096, height=64, width=64, head_dim=40, context=77),
+        Shape(batch=1, height=8192, width=8192, head_dim=8, context=77),
+    ],
     "group_norm_silu": [
         Shape(**MANY, channels=128),
         Shape(**LARGE, channels=64),
