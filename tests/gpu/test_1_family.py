@@ -10,11 +10,17 @@ from ldmperf.profiling.kernel_cases import family_kernel_cases, vae_kernel_cases
 from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
 
 pytestmark = pytest.mark.gpu
+# How much larger than that of torch's own an error may be.
+FACTOR = dict.fromkeys(OPERATORS, 2.0) | {"attention": 1.5}
+HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)
 SIZES = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
 
 
 def torchs_own(operator, a):
     """As people write it with torch's operators, every step in x's dtype."""
+    if operator == "attention":
+        q, k, v = (a[name].transpose(1, 2) for name in "qkv")
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     x = a["x"]
     if operator == "group_norm_silu":
         if a.get("skip") is not None:
@@ -42,7 +48,29 @@ def check(kit, case):
     arguments = case.arguments("cuda")
     operator = OPERATORS[case.operator]
     out = kit.launch(operator, **arguments)
-    kit.judge(out, kit.exact_of(operator, arguments), torchs_own(case.operator, arguments))
+    kit.judge(out, kit.exact_of(operator, arguments), torchs_own(case.operator, arguments), FACTOR[case.operator])
+
+
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_at_every_head_dimension(kit, dim, dtype):
+    """Whole tiles and ragged ones, a text, lengths, a mask that leaves a sample nothing."""
+    operator = OPERATORS["attention"]
+    for tokens, context in ((1024, None), (250, None), (250, 77), (64, 64)):
+        q, k, v = torch.randn(3, tokens, 3, 8, dim, device="cuda").to(dtype).unbind(2)
+        if context is not None:
+            k, v = torch.randn(3, context, 2, 8, dim, device="cuda").to(dtype).unbind(2)
+        keys = k.shape[1]
+        mask = torch.rand(3, keys, device="cuda") < torch.tensor([[0.0], [0.5], [0.9]], device="cuda")
+        for options in (
+            {},
+            {"key_lengths": torch.tensor([0, keys // 3, keys], device="cuda")},
+            {"key_mask": mask},
+        ):
+            arguments = {"q": q, "k": k, "v": v, **options}
+            out, own = kit.launch(operator, **arguments), operator.reference(**arguments)
+            kit.judge(out, kit.exact_of(operator, arguments), own, FACTOR["attention"])
+            assert not options or not out[0].any()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -119,7 +147,7 @@ def test_trajectories_equal_those_of_the_cpu(name):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("operator", ["group_norm_silu", "layer_norm", "geglu", "residual_add"])
+@pytest.mark.parametrize("operator", ["attention", "group_norm_silu", "layer_norm", "geglu", "residual_add"])
 def test_every_configuration_a_tuner_may_choose(kit, operator):
     """Every tenth of them: each is a compilation."""
     cases = [case for case in family_kernel_cases("866M", 2, "bfloat16") if case.operator == operator]
@@ -128,4 +156,4 @@ def test_every_configuration_a_tuner_may_choose(kit, operator):
         exact = kit.exact_of(OPERATORS[operator], arguments)
         own = torchs_own(operator, arguments)
         for config in OPERATORS[operator].candidates(**arguments)[::10]:
-            kit.judge(kit.launch(OPERATORS[operator], config, **arguments), exact, own)
+            kit.judge(kit.launch(OPERATORS[operator], config, **arguments), exact, own, FACTOR[operator])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ldmperf.kernels import OPERATORS, geglu, group_norm_silu, layer_norm, residual_add, sampler_update
+from ldmperf.kernels import OPERATORS, attention, geglu, group_norm_silu, layer_norm, residual_add, sampler_update
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +19,25 @@ def randn(*shape, dtype=torch.bfloat16, channels_last=False):
     return x.to(memory_format=torch.channels_last) if channels_last else x
 
 
+def packed(batch, tokens, count, heads, dim):
+    return dict(zip("qkv"[-count:], randn(batch, tokens, count, heads, dim).unbind(2), strict=True))
+
+
 CALLS = {
+    "attention": (attention, lambda: packed(2, 1024, 3, 8, 40)),
+    "attention, ragged, D = 384": (attention, lambda: packed(2, 250, 3, 8, 384)),
+    "attention over a text": (
+        attention,
+        lambda: {
+            "q": randn(3, 1024, 8, 80),
+            **packed(3, 77, 2, 8, 80),
+            "key_lengths": torch.randint(0, 78, (3,), device="cuda"),
+        },
+    ),
+    "attention, masked": (
+        attention,
+        lambda: {**packed(2, 250, 3, 8, 20), "key_mask": torch.rand(2, 250, device="cuda") < 0.7},
+    ),
     "group_norm_silu, one launch": (
         group_norm_silu,
         lambda: {"x": randn(2, 320, 8, 8, channels_last=True), "num_groups": 32, "shift": randn(2, 320)},
@@ -161,7 +179,7 @@ def test_gradients_are_the_references(name):
         leaves = {
             key: value.detach().clone().requires_grad_()
             for key, value in arguments.items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
         }
         out = as_tuple(function(**{**arguments, **leaves}, backend=backend))
         sum(part.float().square().sum() for part in out).backward()
@@ -175,7 +193,10 @@ def test_gradients_are_the_references(name):
 def test_opcheck():
     namespace = torch.ops.ldmperf
     x = randn(2, 64, 8, 8, channels_last=True)
+    q, lengths = randn(2, 5, 3, 40), torch.tensor([0, 4], device="cuda")
     calls = [
+        (namespace.attention, (q, q, q, None, None, None, False)),
+        (namespace.attention, (q, q, q, 0.1, lengths, None, False)),
         (namespace.group_norm_silu, (x, 32, None, None, 1e-5, randn(2, 128), x, "silu")),
         (namespace.layer_norm, (randn(2, 5, 64), randn(64), randn(64), 1e-5, None)),
         (namespace.add_layer_norm, (randn(2, 5, 64), randn(2, 5, 64), randn(64), randn(64), 1e-5, randn(64))),
@@ -251,7 +272,44 @@ def test_images_that_lie_past_2_to_31_elements(kit):
     torch.testing.assert_close(registers.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_past_2_to_31_elements(kit):
+    kit.needs_memory(24)
+    batch = 2**31 // (4096 * 3 * 320) + 2
+    qkv = torch.empty(batch, 4096, 3, 8, 40, dtype=torch.bfloat16, device="cuda").normal_()
+    assert qkv.numel() > 2**31
+    out = attention(*qkv.unbind(2), backend="triton")
+    last = qkv[-1:].float()
+    assert kit.relative_rms(out[-1:], attention(*last.unbind(2), backend="torch")) < 6e-3
+    del qkv, out
+    # Small tensors, far apart: only the strides are large.
+    storage = torch.zeros(2**32 + 2**20, dtype=torch.bfloat16, device="cuda")
+    q = storage.as_strided((2, 100, 2, 40), (2**31, 40, 2**30, 1)).normal_()
+    k = torch.randn(2, 77, 2, 40, device="cuda").bfloat16()
+    for keys in (q, k):
+        exact = attention(q.float(), keys.float(), keys.float(), backend="torch")
+        assert kit.relative_rms(attention(q, keys, keys, backend="triton"), exact) < 6e-3
+
+
+def test_attention_of_what_is_not_finite_and_of_large_logits(kit):
+    q, k, v = torch.randn(3, 2, 300, 2, 40, device="cuda").bfloat16()
+    exact = attention(q, k, v, backend="triton")
+    k[1, 7, 0, 3] = math.nan
+    out = attention(q, k, v, backend="triton")
+    assert out[1, :, 0].isnan().all()
+    assert torch.equal(out[0], exact[0])
+    assert torch.equal(out[1, :, 1], exact[1, :, 1])
+    q, k, v = torch.randn(3, 2, 300, 2, 16, device="cuda")
+    q[..., 0], k[..., 0] = 100.0, torch.linspace(-100, 100, 300, device="cuda")[None, :, None]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        call = {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype), "scale": 1.0}
+        exact = kit.exact_of(OPERATORS["attention"], call)
+        kit.judge(attention(**call, backend="triton"), exact, attention(**call, backend="torch"), 1.5)
+
+
 def test_more_than_65535_programs(kit):
+    q = randn(70_001, 3, 1, 8)
+    out = attention(q, q, q, backend="triton")
+    assert kit.relative_rms(out, attention(*[q.double()] * 3, backend="torch")) < 6e-3
     x = randn(70_001, 64)
     config = type(OPERATORS["geglu"].candidates(x=x)[0])(1, 32, 1)
     out = kit.launch(OPERATORS["geglu"], config, x=x)
@@ -280,7 +338,10 @@ def test_values_that_are_not_finite_and_large_means(kit):
 
 SANITIZED = """
 import torch
-from ldmperf.kernels import geglu, group_norm_silu, layer_norm, residual_add, sampler_update
+from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, residual_add, sampler_update
+q, k, v = torch.randn(2, 150, 3, 2, 20, device="cuda").bfloat16().unbind(2)
+attention(q, k, v, backend="triton")
+attention(q, k[:, :77], v[:, :77], key_lengths=torch.tensor([0, 70], device="cuda"), backend="triton")
 x = torch.randn(2, 60, 7, 9, device="cuda").to(memory_format=torch.channels_last)
 group_norm_silu(x, 6, skip=x, shift=torch.randn(2, 120, device="cuda"), backend="triton")
 group_norm_silu(torch.randn(1, 320, 64, 64, device="cuda").half(), 32, backend="triton")
