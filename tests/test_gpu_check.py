@@ -86,7 +86,7 @@ def test_a_part_that_overruns_is_stopped_with_what_it_started_and_the_rest_goes_
     assert outcome.text.startswith("stopped at its limit")
     assert ends(int((tmp_path / "part.log").read_text().split()[1]))
     first, second = check.run_parts(
-        [part("import time; time.sleep(600)"), part("print('hi')", "next")], 6.0, tmp_path
+        [part("import time; time.sleep(600)"), part("print('hi')", "next")], 16.0, tmp_path
     )
     assert "limit" in first.text
     assert second.text == "done"
