@@ -52,11 +52,16 @@ def sampler_update_ref(
         noise = philox_normal(seeds, registers.shape[2:], step, STEP_NOISE)
     if noise is not None:
         inputs.append(noise.to(dtype))
-    stacked = torch.stack(inputs)
     coefficients = table.index_select(0, step)[0, :, : len(inputs)]
-    # A product and a sum, not a matmul: a matmul may run in TF32.
-    columns = coefficients.reshape(*coefficients.shape, *[1] * (registers.dim() - 1))
-    registers.copy_(torch.stack([(row * stacked).sum(0) for row in columns.unbind(0)]))
+    # One product after the other: a matmul may run in TF32, and a sum of a stack in an order that depends on its
+    # size, so that registers of zeros would change the bits.
+    rows = []
+    for row in coefficients.unbind(0):
+        total = torch.zeros_like(output)
+        for coefficient, value in zip(row.unbind(0), inputs, strict=True):
+            total = torch.addcmul(total, coefficient, value)
+        rows.append(total)
+    registers.copy_(torch.stack(rows))
     if model_input is not None and input_scale is not None:
         scaled = input_scale.index_select(0, step) * registers[0]
         for part in model_input.chunk(1 if guidance_scale is None else 2):

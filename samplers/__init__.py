@@ -1,8 +1,22 @@
 """The mathematics of sampling: schedules, plans and the loop that runs them."""
 
+from .graph import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs
 from .plan import SAMPLERS, SamplingPlan, make_plan
 from .sample import initial_noise, sample
 from .schedule import NoiseSchedule
 from .step import Step
 
-__all__ = ["SAMPLERS", "NoiseSchedule", "SamplingPlan", "Step", "initial_noise", "make_plan", "sample"]
+__all__ = [
+    "SAMPLERS",
+    "Capture",
+    "CaptureError",
+    "CudaGraphs",
+    "GraphedSampler",
+    "Graphs",
+    "NoiseSchedule",
+    "SamplingPlan",
+    "Step",
+    "initial_noise",
+    "make_plan",
+    "sample",
+]

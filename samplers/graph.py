@@ -1,0 +1,313 @@
+"""`GraphedSampler`: `sample` with the step captured once as a CUDA graph and replayed for every step of every run.
+
+All that a run may change lies in device memory that the captured step reads where it is: registers, table,
+guidance, seeds, the conditioning, and the number of the step, which the step itself counts on. Another plan,
+prompt, seed or guidance is a copy into that memory. What would change the launches themselves is a capture of its
+own: shapes, dtypes, whether there is guidance, where the noise comes from, and room for more steps or registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .plan import SamplingPlan
+from .state import SamplerState, check_start, guidance_scales
+from .step import Step
+
+C = TypeVar("C")
+
+# Room for any plan of so many evaluations and registers is made at once: it costs kilobytes, a capture seconds.
+MIN_STEPS = 128
+MIN_REGISTERS = 4
+# cuDNN tries its algorithms and Triton compiles at the first call; the second finds all that done.
+WARM_UP_CALLS = 2
+
+
+class CaptureError(RuntimeError):
+    """A step that could not be captured; the text is one line that says why. The sampler stays usable."""
+
+
+class Graphs(Protocol):
+    """How a step is captured: `CudaGraphs`, or a stand-in where there is no GPU."""
+
+    def check(self, device: torch.device) -> None:
+        """Raises CaptureError for a device that it cannot capture on."""
+
+    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
+        """Runs `work` as it will be captured, outside a capture, and waits for it."""
+
+    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """Records the launches of `work`, running nothing; what is returned replays them. May raise anything."""
+
+
+class CudaGraphs:
+    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes."""
+
+    def check(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise CaptureError(
+                f"CUDA graphs need a CUDA device, and the noise is on {device}; use sample(), which takes any"
+            )
+
+    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
+        # On a side stream, as torch asks: libraries keep a workspace for each stream.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+
+    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, a data loader's for one, may go on calling what a capture forbids.
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture that is kept: what it is for, and what making it took on the host's clock."""
+
+    description: str
+    warm_up_ms: float
+    capture_ms: float
+
+
+@dataclass
+class _Captured:
+    """A captured step and the memory that it works on."""
+
+    state: SamplerState
+    conditioning: list[Tensor]
+    step: Tensor
+    replay: Callable[[], None]
+    report: Capture
+
+
+class GraphedSampler(Generic[C]):
+    """Runs plans like `sample`, with the same bits, by replaying captured steps.
+
+    denoise       called as denoise(model_input, conditioning, step), like `UNet.denoise`, only while a step is
+                  warmed up and captured: it must do the same launches for any values and never wait for the
+                  device. `step` is an int64 tensor [1] there. A tensor that it closes over is read where it was.
+    max_captures  how many captures are kept; one more drops the one that was used longest ago
+    input_dtype   of model_input: the network's, so that it need not cast; noise's dtype unless given
+    backend       of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
+    graphs        how to capture
+
+    cuDNN chooses its algorithms at the warm-up under the switches that are set then (torch.backends.cudnn): set
+    the same for an eager loop whose bits are to be the same. Not for two threads at once.
+    """
+
+    def __init__(
+        self,
+        denoise: Callable[[Tensor, C, Tensor], Tensor],
+        *,
+        max_captures: int = 4,
+        input_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+        graphs: Graphs | None = None,
+    ) -> None:
+        if max_captures < 1:
+            raise ValueError(f"max_captures must be at least 1, not {max_captures}")
+        self._denoise = denoise
+        self._max_captures = max_captures
+        self._input_dtype = input_dtype
+        self._backend = backend
+        self._graphs = graphs or CudaGraphs()
+        self._kept: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """Those that are kept, the one used last at the end."""
+        return tuple(captured.report for captured in self._kept.values())
+
+    def clear(self) -> None:
+        """Drops all captures and gives their memory back."""
+        self._kept.clear()
+        _release_memory()
+
+    def __call__(
+        self,
+        conditioning: C,
+        plan: SamplingPlan,
+        noise: Tensor,
+        *,
+        guidance_scale: float | Sequence[float] = 1.0,
+        seeds: Sequence[int] | Tensor | None = None,
+        step_noise: Callable[[int], Tensor] | None = None,
+        callback: Callable[[Step, Tensor], None] | None = None,
+    ) -> Tensor:
+        """The latents [B, ...] that `plan` makes of `noise`; arguments and errors as of `sample`.
+
+        conditioning: tensors, in tuples, lists, dicts and dataclasses; their values are copied at each call. One
+        with a method padded(steps), like `ldmperf.model.Conditioning`, is asked for room for that many steps.
+
+        Raises CaptureError, in one line, where a step cannot be captured; later calls work.
+        """
+        check_start(plan, noise, seeds, step_noise)
+        self._graphs.check(noise.device)
+        scales = guidance_scales(guidance_scale, len(plan.steps))
+        injects = plan.stochastic and step_noise is not None
+        # What is kept must serve calls outside inference mode too.
+        with torch.inference_mode(False), torch.no_grad():
+            captured = self._captured(conditioning, plan, noise, scales is not None, injects)
+            state = captured.state
+            state.load(plan, noise, scales, seeds if plan.stochastic and not injects else None)
+            captured.step.zero_()
+            for step in plan.steps:
+                if state.injected is not None and step_noise is not None and step.adds_noise:
+                    state.load_noise(step_noise(step.index), at=step.index)
+                captured.replay()
+                if callback is not None:
+                    callback(step, state.latents.clone())
+            return state.result(noise)
+
+    def _captured(
+        self, conditioning: C, plan: SamplingPlan, noise: Tensor, is_guided: bool, is_injected: bool
+    ) -> _Captured:
+        """The capture for such a call, made if there is none, with the conditioning's values in its memory."""
+        room = _Room(
+            num_steps=max(MIN_STEPS, 1 << (len(plan.steps) - 1).bit_length()),
+            num_registers=max(MIN_REGISTERS, plan.num_registers),
+        )
+        padded = _padded(conditioning, room.num_steps)
+        leaves = _leaves(padded)
+        key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, *map(_layout, leaves))
+        captured = self._kept.get(key)
+        if captured is not None:
+            self._kept.move_to_end(key)
+            torch._foreach_copy_(captured.conditioning, leaves)
+            return captured
+        while len(self._kept) >= self._max_captures:
+            self._kept.popitem(last=False)
+        try:
+            captured = self._capture(padded, noise, is_guided, is_injected, room)
+        except torch.OutOfMemoryError:
+            if not self._kept:
+                raise
+        if captured is None:
+            # The captures that are kept hold memory: this one is wanted now.
+            self.clear()
+            captured = self._capture(padded, noise, is_guided, is_injected, room)
+        self._kept[key] = captured
+        return captured
+
+    def _capture(
+        self, conditioning: Any, noise: Tensor, is_guided: bool, is_injected: bool, room: _Room
+    ) -> _Captured:
+        what = (
+            f"the step for noise {list(noise.shape)} {str(noise.dtype).removeprefix('torch.')}"
+            f"{' with guidance' if is_guided else ''}{' and injected noise' if is_injected else ''}"
+        )
+        state = SamplerState(
+            noise,
+            self._input_dtype or noise.dtype,
+            num_registers=room.num_registers,
+            num_steps=room.num_steps,
+            is_guided=is_guided,
+            is_injected=is_injected,
+        )
+        state.fill()
+        kept = _map(conditioning, _buffer)
+        step = torch.zeros(1, dtype=torch.int64, device=noise.device)
+
+        def work() -> None:
+            output = self._denoise(state.model_input, kept, step)
+            # A deterministic plan has zeros for the noise's coefficients: it needs no capture of its own.
+            state.update(output, step, True, state.injected, self._backend, at="in the capture")
+            step.add_(1)
+
+        start = time.perf_counter()
+        for _ in range(WARM_UP_CALLS):
+            self._graphs.warm_up(work, noise.device)
+        warm = time.perf_counter()
+        try:
+            replay = self._graphs.capture(work, noise.device)
+        except Exception as error:
+            # What the failed capture allocated goes with its frames.
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            error.__traceback__ = None
+            del error
+            _release_memory()
+            kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
+            raise kind(f"{what} could not be captured: {reason}") from None
+        captured_ms = 1e3 * (time.perf_counter() - warm)
+        return _Captured(state, _leaves(kept), step, replay, Capture(what, 1e3 * (warm - start), captured_ms))
+
+
+class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):
+    """A capture that ran out of memory: both errors."""
+
+
+@dataclass(frozen=True)
+class _Room:
+    num_steps: int
+    num_registers: int
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    """Memory of our own with the tensor's values and strides: with other strides other kernels might run."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+        tensor
+    )
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _padded(tree: Any, steps: int) -> Any:
+    if hasattr(tree, "padded"):
+        return tree.padded(steps)
+    if isinstance(tree, tuple | list):
+        return type(tree)(_padded(part, steps) for part in tree)
+    return {key: _padded(part, steps) for key, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(tree, note)
+    return found
+
+
+def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tree with every tensor changed. Raises ValueError for what is neither a tensor, None nor a tree."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if tree is None:
+        return None
+    if isinstance(tree, tuple | list):
+        return type(tree)(_map(part, change) for part in tree)
+    if isinstance(tree, dict):
+        return {key: _map(part, change) for key, part in tree.items()}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        parts = {field.name: _map(getattr(tree, field.name), change) for field in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **parts)
+    raise ValueError(
+        f"conditioning must be tensors in tuples, lists, dicts or dataclasses; it holds a {type(tree).__name__}"
+    )

@@ -1,0 +1,177 @@
+"""What a run of a plan holds in device memory, and how a step changes it, in `sample` and in a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ldmperf.kernels import sampler_update, seed_tensor
+
+from .plan import SamplingPlan
+
+
+class SamplerState:
+    """Registers, table, scales, seeds and the next model input, for images like `noise` [B, ...].
+
+    It has room for `num_registers` and `num_steps`: a plan with fewer leaves the rest zero, which changes nothing.
+    `load` puts a plan and its noise in; a captured step reads them where they are.
+
+    model_input  [B, ...], or [2B, ...] where `is_guided`, of `input_dtype`; channels-last for images
+    injected     [B, ...] like noise, where `is_injected`: the noise of a step, in place of a generated one
+    """
+
+    def __init__(
+        self,
+        noise: Tensor,
+        input_dtype: torch.dtype,
+        *,
+        num_registers: int,
+        num_steps: int,
+        is_guided: bool,
+        is_injected: bool = False,
+    ) -> None:
+        batch = noise.shape[0]
+        self._copies = 2 if is_guided else 1
+        self._registers = _empty((num_registers, batch), noise, noise.dtype)
+        self._table = noise.new_zeros((num_steps, num_registers, num_registers + 2))
+        self._next_c_in = noise.new_ones((num_steps,))
+        self._guidance = noise.new_ones((num_steps,)) if is_guided else None
+        self._seeds = torch.zeros(batch, dtype=torch.int64, device=noise.device)
+        self.model_input = _empty((self._copies * batch,), noise, input_dtype)
+        self.injected = _empty((batch,), noise, noise.dtype).zero_() if is_injected else None
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, ...], overwritten by the next step."""
+        return self._registers[0]
+
+    def load(
+        self,
+        plan: SamplingPlan,
+        noise: Tensor,
+        scales: Sequence[float] | None,
+        seeds: Sequence[int] | Tensor | None,
+    ) -> None:
+        """Starts a plan from `noise`; `scales` of `guidance_scales`, None just where this state is not guided.
+
+        Raises ValueError unless there are no seeds or one per image.
+        """
+        dtype, device = noise.dtype, noise.device
+        count, steps = plan.num_registers, len(plan.steps)
+        if seeds is not None:
+            keys = seed_tensor(seeds, device)
+            if keys.shape != self._seeds.shape:
+                raise ValueError(f"seeds must be one per image: {len(self._seeds)} images, {keys.shape[0]} seeds")
+            self._seeds.copy_(keys)
+        # Without waiting: pageable memory is read before the call returns.
+        # Where there are more registers than the plan's, the output's and the noise's columns are still the last.
+        table = torch.zeros((steps, *self._table.shape[1:]), dtype=dtype)
+        exact = torch.tensor(plan.table, dtype=dtype)
+        table[:, :count, :count] = exact[..., :count]
+        table[:, :count, -2:] = exact[..., count:]
+        self._table[:steps].copy_(table, non_blocking=True)
+        # Each update scales the input of the evaluation after it; the last one's input is never read.
+        self._next_c_in[: steps - 1].copy_(torch.tensor(plan.input_scales[1:], dtype=dtype), non_blocking=True)
+        if self._guidance is not None and scales is not None:
+            self._guidance[:steps].copy_(torch.tensor(scales, dtype=dtype), non_blocking=True)
+        self._registers.zero_()
+        self.latents.copy_(noise * plan.init_noise_sigma)
+        for part in self.model_input.chunk(self._copies):
+            part.copy_(self.latents * plan.steps[0].c_in)
+
+    def fill(self) -> None:
+        """Zeros in place of a run's values, for a step whose result does not matter."""
+        self._registers.zero_()
+        self.model_input.zero_()
+
+    def load_noise(self, noise: Tensor, *, at: int) -> None:
+        """Takes the noise of step `at` for a state that is injected."""
+        check_fits(f"step_noise({at})", noise, self.latents)
+        assert self.injected is not None
+        self.injected.copy_(noise)
+
+    def update(
+        self,
+        output: Tensor,
+        step: Tensor,
+        adds_noise: bool,
+        injected: Tensor | None,
+        backend: str,
+        *,
+        at: int | str,
+    ) -> None:
+        """Applies the table's row `step` [1] int64 to the network's output.
+
+        Where it adds noise that is `injected`, or generated from the seeds. Raises ValueError for tensors that do
+        not fit, naming the step as `at`.
+        """
+        check_fits(f"denoise's output at step {at}", output, self.model_input)
+        if injected is not None:
+            check_fits(f"step_noise({at})", injected, self.latents)
+        sampler_update(
+            self._registers,
+            output,
+            self._table,
+            step,
+            guidance_scale=self._guidance,
+            seeds=self._seeds if adds_noise and injected is None else None,
+            noise=injected,
+            model_input=self.model_input,
+            input_scale=self._next_c_in,
+            backend=backend,
+        )
+
+    def result(self, noise: Tensor) -> Tensor:
+        """A copy of the latents in the memory format of `noise`."""
+        return torch.empty_like(noise).copy_(self.latents)
+
+
+def check_start(
+    plan: SamplingPlan,
+    noise: Tensor,
+    seeds: Sequence[int] | Tensor | None,
+    step_noise: Callable[[int], Tensor] | None,
+) -> None:
+    """ValueError for noise of a dtype or shape that a run cannot start from, or a noise source that is missing."""
+    if noise.dtype not in (torch.float32, torch.float64) or noise.dim() < 2:
+        raise ValueError(
+            f"noise must be float32 or float64 [B, ...], not {noise.dtype} {list(noise.shape)}; the sampler's "
+            "state is kept in that dtype, whatever denoise computes in"
+        )
+    if plan.stochastic and seeds is None and step_noise is None:
+        raise ValueError(f"plan {plan.name} adds noise at its steps: give seeds, one per image, or step_noise")
+
+
+def guidance_scales(guidance_scale: float | Sequence[float], num_steps: int) -> list[float] | None:
+    """One weight per step, or None when all are 1 and the unconditional half would be multiplied by zero."""
+    if isinstance(guidance_scale, int | float):
+        scales = [float(guidance_scale)] * num_steps
+    else:
+        scales = [float(scale) for scale in guidance_scale]
+    if len(scales) != num_steps:
+        raise ValueError(
+            f"guidance_scale must be a number or {num_steps} numbers, one per step, not {len(scales)}"
+        )
+    return scales if any(scale != 1.0 for scale in scales) else None
+
+
+def check_fits(name: str, tensor: object, like: Tensor) -> None:
+    """ValueError unless `tensor` is a float tensor of the shape and on the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor {list(like.shape)}, not {type(tensor).__name__}")
+    if tensor.shape != like.shape or tensor.device != like.device or not tensor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a float tensor {list(like.shape)} on {like.device}, not {tensor.dtype} "
+            f"{list(tensor.shape)} on {tensor.device}"
+        )
+
+
+def _empty(leading: tuple[int, ...], noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """[*leading, *image] like `noise` [B, *image]; channels-last for images, the layout the network reads."""
+    image = list(noise.shape[1:])
+    if noise.dim() != 4:
+        return noise.new_empty((*leading, *image), dtype=dtype)
+    channels, height, width = image
+    return noise.new_empty((*leading, height, width, channels), dtype=dtype).movedim(-1, -3)
