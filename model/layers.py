@@ -4,7 +4,10 @@
 norms, attention and linear layers the other, and nothing is copied between them.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +19,25 @@ from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, resid
 TRANSFORMER_NORM_EPS = 1e-6
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A block's part in passing on biases: a constant per channel need not be added where it arises.
+
+    Norms take one on as their shift and residual sums as their bias; a matrix product in place takes none, so
+    that what it leaves out is pending for the next block. It does not depend on a step's input, so that
+    `UNet.condition` computes it once.
+
+    before  [Cin]: what the block's input lacks, its skip's channels included; None for nothing
+    bias    [Cout]: what the block's last sum adds, its own biases included; None where that sum adds nothing, and
+            leaves it pending
+    """
+
+    before: Tensor | None
+    bias: Tensor | None
+
+
 class GroupNorm(nn.GroupNorm):
-    """Group norm with an optional shift [B, C] before it and an optional SiLU after it.
+    """Group norm with an optional shift [B, C] or [C] before it and an optional SiLU after it.
 
     With `skip` it is of x and skip side by side along the channels, which are read where they are.
     """
@@ -28,6 +48,8 @@ class GroupNorm(nn.GroupNorm):
         self.backend = backend
 
     def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+        if shift is not None:
+            shift = shift.expand(x.shape[0], -1)
         return group_norm_silu(
             x,
             self.num_groups,
@@ -73,28 +95,44 @@ class ResBlock(nn.Module):
         # A 1x1 convolution of channels-last memory is a linear layer of its tokens.
         self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
 
+    def constant(self, before: Tensor | None) -> Tensor:
+        """[Cout]: what the sum of both branches lacks where the input lacks `before` [Cin] (see `Pending`)."""
+        bias = self.conv2.bias
+        assert bias is not None
+        if self.shortcut is None:
+            return bias if before is None else before + bias
+        bias = bias + self.shortcut.bias
+        return bias if before is None else torch.addmv(bias, self.shortcut.weight, before)
+
     def forward(
-        self, x: Tensor, shift: Tensor, skip: Tensor | None = None, size: torch.Size | None = None
+        self,
+        x: Tensor,
+        shift: Tensor,
+        skip: Tensor | None = None,
+        *,
+        pending: Pending,
+        size: torch.Size | None = None,
     ) -> Tensor:
         """x [B, Cin, H, W], shift [B, Cout] -> [B, Cout, H, W], or [B, Cout, *size] by nearest neighbour.
 
         With `skip` [B, Cskip, H, W] the input is both side by side, and Cin counts the channels of both.
         """
-        h = F.conv2d(self.norm1(x, skip=skip), self.conv1.weight, padding=1)
+        h = F.conv2d(self.norm1(x, pending.before, skip), self.conv1.weight, padding=1)
         h = F.conv2d(self.norm2(h, shift), self.conv2.weight, padding=1)
-        return residual_add(self._shortcut(x, skip), h, self.conv2.bias, size=size, backend=self.backend)
-
-    def _shortcut(self, x: Tensor, skip: Tensor | None) -> Tensor:
         if self.shortcut is None:
-            return x
-        size = x.shape[2:]
-        if skip is None:
-            return as_image(self.shortcut(as_tokens(x)), size)
+            return residual_add(x, h, pending.bias, size=size, backend=self.backend)
         # W [x; skip] = Wx x + Ws skip: no concatenation is written.
-        of_x, of_skip = self.shortcut.weight.split([x.shape[1], skip.shape[1]], dim=1)
-        out = F.linear(as_tokens(x), of_x, self.shortcut.bias)
-        out.flatten(0, 1).addmm_(as_tokens(skip).flatten(0, 1), of_skip.t())
-        return as_image(out, size)
+        parts = [x] if skip is None else [x, skip]
+        weights = self.shortcut.weight.split([part.shape[1] for part in parts], dim=1)
+        if pending.bias is None:
+            for part, weight in zip(parts, weights, strict=True):
+                h = add_product(h, as_tokens(part), weight)
+            return h
+        size_in = x.shape[2:]
+        out = as_image(F.linear(as_tokens(x), weights[0]), size_in)
+        if skip is not None:
+            out = add_product(out, as_tokens(skip), weights[1])
+        return residual_add(out, h, pending.bias, size=size, backend=self.backend)
 
 
 class TransformerBlock(nn.Module):
@@ -122,7 +160,7 @@ class TransformerBlock(nn.Module):
         return k, v
 
     def forward(self, x: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, N, C], context of `project_context` -> [B, N, C]."""
+        """x [B, N, C], context of `project_context` -> [B, N, C], without the bias of `ff_out`."""
         batch, tokens, channels = x.shape
         q, k, v = self.to_qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).unbind(2)
         h = self.to_out(attention(q, k, v, backend=self.backend).view(batch, tokens, channels))
@@ -130,8 +168,7 @@ class TransformerBlock(nn.Module):
         q = self.cross_q(h).view(batch, tokens, self.heads, -1)
         h = self.cross_out(attention(q, *context, backend=self.backend).view(batch, tokens, channels))
         h, x = self.norm3.add(h, x)
-        out: Tensor = x + self.ff_out(geglu(self.ff_in(h), backend=self.backend))
-        return out
+        return add_product(x, geglu(self.ff_in(h), backend=self.backend), self.ff_out.weight)
 
 
 class Transformer(nn.Module):
@@ -145,35 +182,43 @@ class Transformer(nn.Module):
         self.block = TransformerBlock(channels, heads, context_dim, backend)
         self.proj_out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor], size: torch.Size | None = None) -> Tensor:
-        """x [B, C, H, W], context of `TransformerBlock.project_context` -> [B, C, H, W], or [B, C, *size]."""
-        tokens = self.block(self.proj_in(as_tokens(self.norm(x))), context)
-        h = as_image(self.proj_out(tokens), x.shape[2:])
-        return residual_add(x, h, size=size, backend=self.backend)
+    def constant(self, before: Tensor | None) -> Tensor:
+        """[C]: what the sum with the input lacks where the input lacks `before` [C] (see `Pending`)."""
+        bias = self.proj_out.bias if before is None else before + self.proj_out.bias
+        return torch.addmv(bias, self.proj_out.weight, self.block.ff_out.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: tuple[Tensor, Tensor],
+        *,
+        pending: Pending,
+        size: torch.Size | None = None,
+    ) -> Tensor:
+        """x [B, C, H, W], context of `TransformerBlock.project_context` -> [B, C, H, W], or [B, C, *size].
+
+        x is overwritten where no gradient is recorded.
+        """
+        tokens = self.block(self.proj_in(as_tokens(self.norm(x, pending.before))), context)
+        if pending.bias is None:
+            return add_product(x, tokens, self.proj_out.weight)
+        h = as_image(F.linear(tokens, self.proj_out.weight), x.shape[2:])
+        return residual_add(x, h, pending.bias, size=size, backend=self.backend)
 
 
-class Downsample(nn.Module):
-    """Half the resolution, rounded up, by a convolution of stride 2."""
+class Resample(nn.Module):
+    """The 3x3 convolution between two levels, without its bias, which stays pending.
 
-    def __init__(self, channels: int) -> None:
+    With stride 2 it halves the resolution, rounded up; with stride 1 it follows an enlargement, which what comes
+    before does as it writes (`size` of the blocks).
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
-
-
-class Upsample(nn.Module):
-    """The convolution after an enlargement; what comes before enlarges as it writes (`size` of the blocks)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
+        return F.conv2d(x, self.conv.weight, stride=self.conv.stride, padding=1)
 
 
 class TimestepEmbedding(nn.Module):
@@ -198,6 +243,17 @@ def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
     angles = timesteps.float()[:, None] * torch.exp(exponent)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+def add_product(x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+    """x + tokens weight^T in one matrix product; x [B, C, H, W] or [B, N, C] is overwritten where it can be.
+
+    tokens [B, N, K], weight [C, K]. It cannot be where a gradient is recorded: operators before keep results.
+    """
+    rows = (as_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
+    add = rows.addmm if torch.is_grad_enabled() else rows.addmm_
+    out = add(tokens.flatten(0, 1), weight.t()).view(x.shape[0], -1, x.shape[-1] if x.ndim == 3 else x.shape[1])
+    return out if x.ndim == 3 else as_image(out, x.shape[2:])
 
 
 def as_tokens(x: Tensor) -> Tensor:

@@ -1,16 +1,20 @@
 """The UNet: `condition` computes once what a trajectory keeps, `denoise` is a step, `forward` is both in a row."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UNetConfig
-from .layers import Downsample, GroupNorm, ResBlock, TimestepEmbedding, Transformer, Upsample
+from .layers import GroupNorm, Pending, Resample, ResBlock, TimestepEmbedding, Transformer
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,32 @@ class Conditioning:
 
     `shifts` [K, B or 1, S]: for each of K steps the sum of time projection and first convolution's bias of every
     ResBlock, side by side in the order in which they run. `context`: keys and values [B, T, heads, D] of every
-    transformer, in that order.
+    transformer, in that order. `pending`: of every ResBlock and transformer as they run, and `pending_out` [C] of
+    the norm at the end, the biases that reach it from before; they depend on the weights alone.
     """
 
     shifts: Tensor
     context: tuple[tuple[Tensor, Tensor], ...]
+    pending: tuple[Pending, ...]
+    pending_out: Tensor | None
+
+    def padded(self, steps: int) -> Conditioning:
+        """The same with room for `steps` steps, zeros in those beyond its own; raises ValueError for fewer."""
+        missing = steps - self.shifts.shape[0]
+        if missing < 0:
+            raise ValueError(f"the conditioning holds {self.shifts.shape[0]} steps, more than {steps}")
+        return replace(self, shifts=F.pad(self.shifts, (0, 0, 0, 0, 0, missing)))
+
+
+class Place(NamedTuple):
+    """A ResBlock and the transformer behind it, if there is one.
+
+    whole: a convolution reads what they return, and pads it with zeros, so that it may lack nothing
+    """
+
+    resblock: ResBlock
+    transformer: Transformer | None
+    whole: bool
 
 
 class Level(nn.Module):
@@ -33,13 +58,17 @@ class Level(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(resblocks)
         self.transformers = nn.ModuleList(transformers)
-        self.downsample: Downsample | None = None
-        self.upsample: Upsample | None = None
+        self.downsample: Resample | None = None
+        self.upsample: Resample | None = None
 
-    def blocks(self) -> list[tuple[ResBlock, Transformer | None]]:
-        """The pairs in the order in which they run."""
-        pairs = zip_longest(self.resblocks, self.transformers)
-        return [(cast(ResBlock, block), cast(Transformer | None, transformer)) for block, transformer in pairs]
+    def places(self) -> list[Place]:
+        """The blocks in the order in which they run."""
+        resampled = self.downsample is not None or self.upsample is not None
+        last = len(self.resblocks) - 1
+        return [
+            Place(cast(ResBlock, resblock), cast(Transformer | None, transformer), resampled and i == last)
+            for i, (resblock, transformer) in enumerate(zip_longest(self.resblocks, self.transformers))
+        ]
 
 
 class UNet(nn.Module):
@@ -74,7 +103,7 @@ class UNet(nn.Module):
                 skips.append(width)
             level = Level(resblocks, [transformer(i) for _ in resblocks if config.attention[i]])
             if i < last:
-                level.downsample = Downsample(width)
+                level.downsample = Resample(width, stride=2)
                 skips.append(width)
             self.down.append(level)
         self.middle = None
@@ -88,7 +117,7 @@ class UNet(nn.Module):
                 width = channels[i]
             level = Level(resblocks, [transformer(i) for _ in resblocks if config.attention[i]])
             if i > 0:
-                level.upsample = Upsample(width)
+                level.upsample = Resample(width, stride=1)
             self.up.append(level)
         self.norm_out = GroupNorm(groups, width, eps, "silu", backend)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
@@ -102,7 +131,7 @@ class UNet(nn.Module):
         return [cast(Level, level) for level in (*self.down, *middle, *self.up)]
 
     def _resblocks(self) -> list[ResBlock]:
-        return [resblock for level in self._levels() for resblock, _ in level.blocks()]
+        return [place.resblock for level in self._levels() for place in level.places()]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,21 +159,26 @@ class UNet(nn.Module):
         conv_bias = torch.cat([block.conv1.bias for block in self._resblocks() if block.conv1.bias is not None])
         shifts = F.linear(embedding, weight, self.time_projection.bias + conv_bias)
         context = context.to(weight)
+        pending, pending_out = self._pending()
         return Conditioning(
             shifts=shifts.unflatten(0, tuple(t.shape)),
             context=tuple(
-                transformer.block.project_context(context)
+                place.transformer.block.project_context(context)
                 for level in self._levels()
-                for _, transformer in level.blocks()
-                if transformer is not None
+                for place in level.places()
+                if place.transformer is not None
             ),
+            pending=pending,
+            pending_out=pending_out,
         )
 
-    def denoise(self, sample: Tensor, conditioning: Conditioning, step: int) -> Tensor:
+    def denoise(self, sample: Tensor, conditioning: Conditioning, step: int | Tensor) -> Tensor:
         """One evaluation: sample [B, Cin, H, W] at the step's timestep -> [B, Cout, H, W].
 
-        The result is channels-last and in the network's dtype. A sample in that dtype and channels-last is read in
-        place. Raises ValueError for shapes that do not fit the network or the conditioning.
+        step: a number from 0 to K - 1, or an int64 tensor [1] on the device that holds one: a CUDA graph captured
+        with a tensor evaluates whatever step that holds at a replay. The result is channels-last and in the
+        network's dtype. A sample in that dtype and channels-last is read in place. Raises ValueError for shapes
+        that do not fit the network or the conditioning.
         """
         batch = sample.shape[0]
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
@@ -156,44 +190,88 @@ class UNet(nn.Module):
                 f"the conditioning's batch is not the sample's {batch}: pass one context per sample, "
                 "with guidance both halves"
             )
-        shifts = iter(conditioning.shifts[step].expand(batch, -1).split(self.shift_channels, dim=1))
+        if isinstance(step, int):
+            of_step = conditioning.shifts[step]
+        else:
+            of_step = conditioning.shifts.index_select(0, step).squeeze(0)
+        shifts = iter(of_step.expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
+        pending = iter(conditioning.pending)
 
-        def run(
-            block: tuple[ResBlock, Transformer | None],
-            x: Tensor,
-            skip: Tensor | None = None,
-            size: torch.Size | None = None,
-        ) -> Tensor:
-            resblock, transformer = block
+        def block(place: Place, x: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
+            # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
+            size = None if like is None else like.shape[2:]
+            if place.transformer is None:
+                return cast(Tensor, place.resblock(x, next(shifts), skip, pending=next(pending), size=size))
+            x = place.resblock(x, next(shifts), skip, pending=next(pending))
+            return cast(Tensor, place.transformer(x, next(context), pending=next(pending), size=size))
+
+        sample = sample.to(self.dtype, memory_format=torch.channels_last)
+        x = self._run(F.conv2d(sample, self.conv_in.weight, padding=1), block, lambda module, x: module(x))
+        out: Tensor = self.conv_out(self.norm_out(x, conditioning.pending_out))
+        return out
+
+    def _pending(self) -> tuple[tuple[Pending, ...], Tensor | None]:
+        """What `Conditioning` keeps of the biases: the network's own run, on what images lack in their place."""
+        found: list[Pending] = []
+
+        def through(module: ResBlock | Transformer, before: Tensor | None, adds: bool) -> Tensor | None:
+            constant = module.constant(before)
+            found.append(Pending(before, constant if adds else None))
+            return None if adds else constant
+
+        def block(place: Place, x: Tensor | None, skip: Tensor | None, like: Tensor | None) -> Tensor | None:
+            resblock, transformer, whole = place
+            before = _beside(x, skip, resblock.norm1.num_channels)
             if transformer is None:
-                out: Tensor = resblock(x, next(shifts), skip, size)
-                return out
-            return transformer(resblock(x, next(shifts), skip), next(context), size)  # type: ignore[no-any-return]
+                # A sum of its own adds the bias for nothing; a product in place cannot.
+                return through(resblock, before, whole or resblock.shortcut is None)
+            if whole and resblock.shortcut is None:
+                # The sum adds what the transformer's product will leave out, whose norm takes it off again.
+                ahead = transformer.constant(None)
+                found.extend((Pending(before, resblock.constant(before) + ahead), Pending(-ahead, None)))
+                return None
+            return through(transformer, through(resblock, before, resblock.shortcut is None), whole)
 
-        x = self.conv_in(sample.to(self.dtype, memory_format=torch.channels_last))
+        out = self._run(self.conv_in.bias, block, lambda module, x: module.conv.bias)
+        return tuple(found), out
+
+    def _run(
+        self,
+        x: T,
+        block: Callable[[Place, T, T | None, T | None], T],
+        resample: Callable[[Resample, T], T],
+    ) -> T:
+        """What is between the first convolution and the last norm, on what T stands for in place of images.
+
+        block(place, x, skip, like): `like` is the skip to come where the result is to be enlarged to its size.
+        """
         skips = [x]
         for level in cast(Iterable[Level], self.down):
-            for block in level.blocks():
-                x = run(block, x)
+            for place in level.places():
+                x = block(place, x, None, None)
                 skips.append(x)
             if level.downsample is not None:
-                x = level.downsample(x)
+                x = resample(level.downsample, x)
                 skips.append(x)
         if self.middle is not None:
-            for block in self.middle.blocks():
-                x = run(block, x)
+            for place in self.middle.places():
+                x = block(place, x, None, None)
         for level in cast(Iterable[Level], self.up):
-            blocks = level.blocks()
-            for i, block in enumerate(blocks):
+            for place in level.places():
                 skip = skips.pop()
-                # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
-                enlarge = level.upsample is not None and i == len(blocks) - 1
-                x = run(block, x, skip, skips[-1].shape[2:] if enlarge else None)
+                enlarge = level.upsample is not None and place.whole
+                x = block(place, x, skip, skips[-1] if enlarge else None)
             if level.upsample is not None:
-                x = level.upsample(x)
-        out: Tensor = self.conv_out(self.norm_out(x))
-        return out
+                x = resample(level.upsample, x)
+        return x
+
+    def with_backend(self, backend: str) -> UNet:
+        """The same network, on the same memory, with its operators on another backend."""
+        with torch.device("meta"):
+            other = UNet(self.config, backend=backend)
+        other.load_state_dict(self.state_dict(), assign=True)
+        return other.train(self.training).requires_grad_(self.conv_in.weight.requires_grad)
 
     def forward(self, sample: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
         """sample [B, Cin, H, W], timestep a number or [B], context [B, T, Dctx] -> [B, Cout, H, W]."""
@@ -203,3 +281,13 @@ class UNet(nn.Module):
                 f"timestep must be one number or one per sample ({sample.shape[0]}); got {timesteps.shape[1]}"
             )
         return self.denoise(sample, self.condition(timesteps, context), 0)
+
+
+def _beside(x: Tensor | None, skip: Tensor | None, channels: int) -> Tensor | None:
+    """x and skip in a row [channels], with zeros for one that is None; None for both."""
+    given = [part for part in (x, skip) if part is not None]
+    missing = channels - sum(len(part) for part in given)
+    if given and missing:
+        zeros = given[0].new_zeros(missing)
+        given = [zeros, *given] if x is None else [*given, zeros]
+    return torch.cat(given) if given else None

@@ -34,22 +34,10 @@ class Merge:
 # In this order: a later one may name what an earlier one made.
 PLAN = (
     Merge(
-        "the sampler writes the model input in the network's dtype",
-        ("sampler_update", "cast"),
+        "the last convolution's bias goes to the sampler's update",
+        ("bias of a convolution", "sampler_update"),
         "sampler_update",
         "sampler",
-    ),
-    Merge(
-        "a convolution's bias goes to its epilogue or to what reads its output",
-        ("convolution", "bias of a convolution"),
-        "convolution",
-        "convolution",
-    ),
-    Merge(
-        "the feed-forward's residual is added in its last product's epilogue",
-        ("linear", "add"),
-        "linear + residual",
-        "linear",
     ),
     Merge("GEGLU in the epilogue of its product", ("linear", "geglu"), "linear + geglu", "linear"),
     Merge(

@@ -159,7 +159,7 @@ def our_step(config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: 
             return unet.denoise(model_input, conditioning, step.index)
 
     with stream:
-        sample(denoise, plan, noise, guidance_scale=GUIDANCE_SCALE, backend="torch")
+        sample(denoise, plan, noise, guidance_scale=GUIDANCE_SCALE, input_dtype=dtype, backend="torch")
     return tuple(stream.ops[starts[0] : starts[1]])
 
 

@@ -94,23 +94,22 @@ def test_a_step_has_61_group_norms(size: str) -> None:
 def test_our_step_counted_by_hand() -> None:
     found = launches_of(our_step(TINY, BF16, 16, 7))
     assert Counter(names(found)) == {
-        "cast": 1,
         "convolution": 2 + 3 * 2,
-        "bias of a convolution": 2,  # of the first and the last: the others' ride elsewhere
+        "bias of a convolution": 1,  # of the last: the others' ride elsewhere
         "group_norm": 3 * (2 + 1) + 1,
-        "residual_add": 3 + 3,
+        # Of the block without a shortcut: all other sums are in their last product.
+        "residual_add": 1,
         # in, packed qkv, out, cross q, cross out, two of the feed-forward, out; two shortcuts of two halves.
         "linear": 3 * 8 + 2 * 2,
         "layer_norm": 3 * 3,
         "attention": 3,
         "cross-attention": 3,
         "geglu": 3,
-        "add": 3,
         "sampler_update": 1,
     }
     (update,) = (launch for launch in found if launch.group == "sampler")
-    # Latents in float32 read and written, two outputs in bf16, two inputs in float32; tables of a two-step plan.
-    assert update.nbytes == 4 * 16 * 16 * (4 + 4 + 2 * 2 + 2 * 4) + 4 * (2 * 3 + 2 + 2) + 8
+    # Latents in float32 read and written, two outputs and two inputs in bf16; tables of a two-step plan.
+    assert update.nbytes == 4 * 16 * 16 * (4 + 4 + 2 * 2 + 2 * 2) + 4 * (2 * 3 + 2 + 2) + 8
 
 
 def test_diffusers_step_counted_by_hand() -> None:

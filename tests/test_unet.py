@@ -193,3 +193,67 @@ def test_wrong_shapes_are_named():
         unet(sample, torch.zeros(3), context)
     with pytest.raises(ValueError, match="timesteps must be"):
         unet.condition(torch.zeros(4, 3), context)
+
+
+def test_a_step_held_by_a_tensor_is_that_step():
+    config = CONFIGS["one-layer"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float32)
+    with torch.no_grad():
+        for timesteps in ([999.0, 640.5, 3.0], torch.tensor([[1.0, 2.0], [700.0, 800.0], [3.0, 4.0]])):
+            conditioning = unet.condition(timesteps, context)
+            padded = conditioning.padded(8)
+            for step in range(3):
+                expected = unet.denoise(sample, conditioning, step)
+                assert torch.equal(unet.denoise(sample, conditioning, torch.tensor([step])), expected)
+                assert torch.equal(unet.denoise(sample, padded, torch.tensor([step])), expected)
+        with pytest.raises(ValueError, match="holds 3 steps, more than 2"):
+            conditioning.padded(2)
+
+
+def test_another_backend_works_on_the_same_memory():
+    config = CONFIGS["one-layer"]
+    unet, _ = pair(config, torch.bfloat16)
+    other = unet.requires_grad_(False).with_backend("auto")
+    assert {module.backend for module in other.modules() if hasattr(module, "backend")} == {"auto"}
+    assert not other.training
+    for (name, mine), (same, theirs) in zip(unet.named_parameters(), other.named_parameters(), strict=True):
+        assert name == same
+        assert (mine.data_ptr(), mine.stride(), mine.dtype) == (theirs.data_ptr(), theirs.stride(), theirs.dtype)
+        assert not theirs.requires_grad
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_bias_but_the_last_convolutions_has_a_launch_of_its_own(name):
+    """Convolutions get no bias, sums and matrix products take them; what is left are the operators themselves."""
+    config = CONFIGS[name]
+    unet = UNet(config, backend="torch").eval()
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float32)
+    biased = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.convolution.default:
+                biased.append(args[2] is not None)
+            assert function not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        conditioning = unet.condition([5.0], context)
+        with Calls():
+            unet.denoise(sample, conditioning, 0)
+    assert biased.count(True) == 1
+    assert biased[-1]
+
+
+def test_what_a_hook_saw_is_not_changed_where_a_gradient_is_recorded():
+    config = CONFIGS["no-middle"]
+    unet = UNet(config, backend="torch")
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    seen = []
+    for level in unet.down:
+        for block in level.resblocks:
+            block.register_forward_hook(lambda module, args, out: seen.append((out, out.detach().clone())))
+    unet(sample, 1.0, context)
+    assert seen
+    assert all(torch.equal(out, before) for out, before in seen)
