@@ -1,16 +1,16 @@
-"""What can run a trajectory: the interface of a backend, and our own eager one."""
+"""What can run a trajectory: the interface of a backend, and our own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ldmperf.model import UNet
-from ldmperf.samplers import SamplingPlan, Step, sample
+from ldmperf.model import Conditioning, UNet
+from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, SamplingPlan, Step, sample
 
 from .cases import Case
 
@@ -73,26 +73,39 @@ class Backend(Protocol):
         ...
 
 
-class TorchBackend:
-    """Ours: hoisted conditioning, `sample`, and the reference operators in eager torch."""
+@runtime_checkable
+class Phased(Protocol):
+    """A trajectory that prepares itself at its first call and can tell what that took."""
 
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Milliseconds by the names of `records.Phases`."""
+        ...
+
+
+@dataclass(frozen=True)
+class OurBackend:
+    """Our network and `sample`, eager. `operators` is the kernels' backend; hoisted, what a trajectory keeps is
+    computed once, else the whole of `UNet.forward` runs at each step."""
+
+    operators: Literal["torch", "triton"]
+    is_hoisted: bool = True
     implementation = "torch"
 
     def build(self, problem: Problem) -> Trajectory:
-        unet, plan, case = problem.unet, problem.plan, problem.case
+        unet, plan, case = our_unet(problem, self.operators), problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
 
         @torch.inference_mode()
         def trajectory(inputs: Inputs) -> Tensor:
-            conditioning = unet.condition(timesteps, inputs.context)
-
-            beside = inputs.low_resolution
-            if beside is not None:
-                beside = beside.repeat(case.model_batch // case.batch, 1, 1, 1)
+            conditioning = unet.condition(timesteps, inputs.context) if self.is_hoisted else None
+            beside = low_resolution(inputs, problem)
 
             def denoise(model_input: Tensor, step: Step) -> Tensor:
                 if beside is not None:
                     model_input = torch.cat([model_input, beside], dim=1)
+                if conditioning is None:
+                    return unet(model_input, step.timestep, inputs.context)  # type: ignore[no-any-return]
                 return unet.denoise(model_input, conditioning, step.index)
 
             return sample(
@@ -102,14 +115,94 @@ class TorchBackend:
                 guidance_scale=case.guidance_scale,
                 seeds=inputs.seeds,
                 step_noise=inputs.step_noise,
-                backend="torch",
+                input_dtype=unet.dtype,
+                backend=self.operators,
             )
 
         return trajectory
 
 
+@dataclass(frozen=True)
+class GraphBackend:
+    """Ours with everything: the kernels, hoisted, every step the replay of one captured graph."""
+
+    graphs: Graphs | None = None
+    operators: Literal["torch", "triton"] = "triton"
+    implementation = "torch"
+
+    def build(self, problem: Problem) -> Trajectory:
+        graphs = self.graphs or CudaGraphs()
+        try:
+            graphs.check(torch.device(problem.case.device))
+        except CaptureError as reason:
+            raise Unsupported(str(reason)) from None
+        return GraphTrajectory(problem, self.operators, graphs)
+
+
+class GraphTrajectory:
+    """Of `GraphBackend`; the first call captures, and with noise injected into a stochastic plan once more."""
+
+    def __init__(self, problem: Problem, operators: str, graphs: Graphs) -> None:
+        self._problem = problem
+        self._timesteps = [step.timestep for step in problem.plan.steps]
+        self._unet = our_unet(problem, operators)
+        self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
+            self._denoise, max_captures=2, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
+        )
+
+    def _denoise(self, model_input: Tensor, held: tuple[Conditioning, Tensor | None], step: Tensor) -> Tensor:
+        conditioning, beside = held
+        if beside is not None:
+            model_input = torch.cat([model_input, beside], dim=1)
+        return self._unet.denoise(model_input, conditioning, step)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Inputs) -> Tensor:
+        problem = self._problem
+        conditioning = self._unet.condition(self._timesteps, inputs.context)
+        return self._sampler(
+            (conditioning, low_resolution(inputs, problem)),
+            problem.plan,
+            inputs.noise,
+            guidance_scale=problem.case.guidance_scale,
+            seeds=inputs.seeds,
+            step_noise=inputs.step_noise,
+        )
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        captures = self._sampler.captures
+        return {
+            "graph_warmup_ms": sum(capture.warm_up_ms for capture in captures),
+            "capture_ms": sum(capture.capture_ms for capture in captures),
+        }
+
+
+def our_unet(problem: Problem, operators: str) -> UNet:
+    """The problem's network with its operators on that backend; its memory is shared."""
+    # Of the reference operators the network is made already.
+    return problem.unet if operators == "torch" else problem.unet.with_backend(operators)
+
+
+def low_resolution(inputs: Inputs, problem: Problem) -> Tensor | None:
+    """What the network of super-resolution reads beside the latents, for its whole batch and in its dtype."""
+    if inputs.low_resolution is None:
+        return None
+    case = problem.case
+    copies = inputs.low_resolution.repeat(case.model_batch // case.batch, 1, 1, 1)
+    return copies.to(problem.unet.dtype, memory_format=torch.channels_last)
+
+
 def default_backends() -> dict[str, Backend]:
-    """Every backend by its name."""
+    """Every backend by its name, in the order of the ladder: each of ours does more than the one before."""
     from .peers import DiffusersBackend
 
-    return {"torch": TorchBackend(), "diffusers": DiffusersBackend()}
+    return {
+        "diffusers": DiffusersBackend(),
+        "diffusers-compile": DiffusersBackend("reduce-overhead"),
+        "diffusers-compile-max": DiffusersBackend("max-autotune"),
+        "torch": OurBackend("torch"),
+        "triton": OurBackend("triton", is_hoisted=False),
+        "triton+hoist": OurBackend("triton"),
+        "graph": GraphBackend(),
+    }

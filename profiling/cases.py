@@ -19,7 +19,18 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 TASKS: tuple[Task, ...] = get_args(Task)
 DTYPES: tuple[DType, ...] = get_args(DType)
-BACKENDS = ("torch", "diffusers")
+# In the order of the ladder: the peer, eager and compiled, then ours, each with more than the one before.
+BACKENDS = (
+    "diffusers",
+    "diffusers-compile",
+    "diffusers-compile-max",
+    "torch",
+    "triton",
+    "triton+hoist",
+    "graph",
+)
+# What is measured unless told.
+DEFAULT_BACKENDS = ("torch", "diffusers")
 # The guidance of a task unless told: super-resolution samples without.
 DEFAULT_GUIDANCE: dict[Task, float] = {"t2i": 7.5, "sr": 1.0}
 
@@ -101,7 +112,7 @@ class Sweep:
     samplers: tuple[str, ...] = ("ddim",)
     tasks: tuple[Task, ...] = ("t2i",)
     guidance_scales: tuple[float, ...] | None = None
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...] = DEFAULT_BACKENDS
 
     def cases(self) -> Iterator[Case]:
         """The product: networks outermost, as they are dear to build; backends innermost, as they interleave."""
@@ -137,7 +148,29 @@ PRESETS: dict[str, Preset] = {
     # Under five minutes on two cores: one step count for the cost of sizes, two more at 39M for the cost of steps.
     "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
     "gpu": Preset(
-        (Sweep(unets=_FAMILY, steps=(50,), batches=(1, 8), dtypes=("bfloat16",), devices=("cuda",)),),
+        (
+            Sweep(
+                unets=_FAMILY,
+                steps=(50,),
+                batches=(1, 8),
+                dtypes=("bfloat16",),
+                devices=("cuda",),
+                backends=("graph", "torch", "diffusers"),
+            ),
+        ),
+        RepetitionRule(5, 2.0),
+    ),
+    # Every backend at four sizes across the family, for what each rung is worth.
+    "ladder": Preset(
+        (
+            Sweep(
+                unets=("39M", "145M", "866M", "5B"),
+                steps=(50,),
+                dtypes=("bfloat16",),
+                devices=("cuda",),
+                backends=BACKENDS,
+            ),
+        ),
         RepetitionRule(5, 2.0),
     ),
 }

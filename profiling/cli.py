@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from .cases import Case, CaseError, Choices, best_device, device_named, preset_named, select_cases
+from .cases import BACKENDS, Case, CaseError, Choices, best_device, device_named, preset_named, select_cases
 from .kernel_bench.cli import kernels
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run
@@ -66,10 +66,13 @@ def profile(
     guidance: Annotated[list[str] | None, _list_option("Guidance scales; 1 is without.")] = None,
     dtype: Annotated[list[str] | None, _list_option("float32, bfloat16, float16.")] = None,
     device: Annotated[list[str] | None, _list_option("cpu, cuda, cuda:N.")] = None,
-    backend: Annotated[list[str] | None, _list_option("torch (ours), diffusers (the peer).")] = None,
+    backend: Annotated[
+        list[str] | None, _list_option(f"{', '.join(BACKENDS)}; torch and diffusers unless told.")
+    ] = None,
     task: Annotated[list[str] | None, _list_option("t2i; sr: 8 input channels, without guidance.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="cpu or gpu: what is measured unless told; by the device.")
+        str | None,
+        typer.Option(help="cpu, gpu or ladder: what is measured unless told; cpu or gpu by the device."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
     resume: Annotated[
@@ -89,6 +92,7 @@ def profile(
       ldmperf profile
       ldmperf profile --size 39M,866M --steps 4,20,50 --batch 1,8 --dtype bfloat16
       ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
+      ldmperf profile --preset ladder --size 866M
       ldmperf profile --resume
     """
     if schema:

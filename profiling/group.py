@@ -6,6 +6,7 @@ needs injected noise for that, the second check is a round of its own, untimed.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,12 @@ def measuring_settings() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def forget_compiled() -> None:
+    """Drops what torch.compile made for an earlier group: it holds memory, and there is a limit on how much."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class Networks:
     """Makes networks and keeps the last: neighbouring groups share it, and two might not fit."""
 
@@ -118,6 +125,7 @@ class Group:
     def measure(self, networks: Networks, environment: Environment) -> list[Record]:
         """The records of all lanes; only an interrupt is raised."""
         shared = _Shared(utc_now(), device_state(self.case.device))
+        forget_compiled()
         try:
             problem = self._problem(networks, shared)
         except Exception as error:
@@ -131,6 +139,8 @@ class Group:
                 self._warm_up(lane, problem)
             release_memory()
             self._time_and_check(problem)
+            for lane in self.active:
+                lane.run_traced(check_inputs(problem), len(problem.plan.steps))
         return self._records(shared, environment)
 
     def _problem(self, networks: Networks, shared: _Shared) -> Problem:
@@ -154,6 +164,7 @@ class Group:
         first = lane.attempt(lambda: lane.run(check_inputs(problem)))
         if first is not None:
             lane.phases["first_call_ms"] = first.wall_ms
+            lane.take_phases()
             lane.latents = lane.attempt(lambda: first.value.double().cpu())
             self.ran(lane.case, "first call")
 
@@ -254,6 +265,7 @@ class Group:
                     gflop_per_forward=shared.gflop,
                     evaluations=shared.evaluations,
                     peak_memory_bytes=lane.peak_memory_bytes,
+                    trace=lane.trace if lane.active else None,
                     device_before=shared.before,
                     device_after=after,
                     environment=environment,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -15,11 +16,12 @@ from torch import Tensor
 from ldmperf.kernels import KernelUnsupported
 from ldmperf.model import UnsupportedConfig
 
-from .backends import Backend, Inputs, Trajectory, Unsupported
+from .backends import Backend, Inputs, Phased, Trajectory, Unsupported
 from .cases import Case
 from .check import TOLERANCES, Reference, relative_rms
-from .records import Correctness, Status
+from .records import Correctness, Status, Trace
 from .timing import Timed, Times, timed
+from .trace import traced
 
 T = TypeVar("T")
 
@@ -101,6 +103,7 @@ class Lane(Outcome):
     error_after: float | None = None
     times: Times = field(default_factory=Times)
     peak_memory_bytes: int | None = None
+    trace: Trace | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +127,20 @@ class Lane(Outcome):
             peak = torch.cuda.max_memory_allocated(self.device)
             self.peak_memory_bytes = max(peak, self.peak_memory_bytes or 0)
         return result
+
+    def take_phases(self) -> None:
+        """What the trajectory tells of its preparation."""
+        if isinstance(self.trajectory, Phased):
+            self.phases.update(self.trajectory.phases)
+
+    def run_traced(self, inputs: Inputs, evaluations: int) -> None:
+        """One trajectory under the profiler, untimed; where that fails there is a warning and no trace."""
+        trajectory = self.trajectory
+        assert trajectory is not None
+        try:
+            self.trace = traced(lambda: trajectory(inputs), self.device, evaluations)
+        except Exception as error:
+            warnings.warn(f"{self.case.key}: no trace ({failure(error)[1]})", stacklevel=2)
 
     def check(self, latents: Tensor, reference: Reference, when: Literal["before", "after"]) -> None:
         """Compares final latents with the reference's; a wrong result ends this lane."""

@@ -6,7 +6,8 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,21 +31,33 @@ SCHEDULERS = {
 }
 
 
+@dataclass(frozen=True)
 class DiffusersBackend:
-    """diffusers in eager mode: its UNet (channels-last, SDPA), its scheduler, the loop of its pipeline."""
+    """diffusers: its UNet (channels-last, SDPA), its scheduler, the loop of its pipeline.
 
+    compile_mode: torch.compile's, of the whole network as one graph (fullgraph), or None for eager. Both modes run
+    what they compiled as CUDA graphs of their own.
+    """
+
+    compile_mode: Literal["reduce-overhead", "max-autotune"] | None = None
     implementation = "diffusers"
 
     def build(self, problem: Problem) -> Trajectory:
         case = problem.case
+        is_compiled = self.compile_mode is not None
+        if is_compiled and case.device == "cpu":
+            raise Unsupported(f"torch.compile's {self.compile_mode} is for CUDA graphs: it needs a CUDA device")
         diffusers = import_diffusers()
         scheduler = getattr(diffusers, SCHEDULERS[case.sampler]).from_config(dict(problem.scheduler_config))
         unet = diffusers_unet(problem.unet)
+        if is_compiled:
+            unet = torch.compile(unet, mode=self.compile_mode, fullgraph=True, dynamic=False)
         dtype = problem.unet.dtype
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
-        # The loop of StableDiffusionPipeline.__call__, latents in the network's dtype as there.
-        @torch.inference_mode()
+        # The loop of StableDiffusionPipeline.__call__, latents in the network's dtype as there, and without
+        # gradients as there when compiled: what inductor keeps between calls may not be of inference mode.
+        @(torch.no_grad() if is_compiled else torch.inference_mode())
         def trajectory(inputs: Inputs) -> Tensor:
             device = inputs.noise.device
             scheduler.set_timesteps(case.steps, device=device)
@@ -66,6 +79,9 @@ class DiffusersBackend:
                         beside = inputs.low_resolution.to(dtype)
                         beside = torch.cat([beside] * 2) if case.guided else beside
                         model_input = torch.cat([model_input, beside], dim=1)
+                    if is_compiled:
+                        # The output of the evaluation before is used up: its graph may overwrite it.
+                        torch.compiler.cudagraph_mark_step_begin()
                     output = unet(
                         model_input.to(dtype),
                         timestep,

@@ -76,13 +76,16 @@ class Phases(RecordModel):
 
     weights: making or loading the network, shared by the backends of a group. build: the backend's own.
     first_call: its first trajectory. warmup: the trajectories between that and timing. reference: the reference
-    trajectory, where it was computed apart.
+    trajectory, where it was computed apart. graph_warmup and capture: of the steps that were captured as CUDA
+    graphs, a part of first_call.
     """
 
     weights_ms: Milliseconds | None = None
     build_ms: Milliseconds | None = None
     first_call_ms: Milliseconds | None = None
     warmup_ms: Milliseconds | None = None
+    graph_warmup_ms: Milliseconds | None = None
+    capture_ms: Milliseconds | None = None
     reference_ms: Milliseconds | None = None
 
 
@@ -95,6 +98,18 @@ class Harness(RecordModel):
     interleaved: tuple[str, ...]
 
 
+class Trace(RecordModel):
+    """What the device did in one trajectory.
+
+    `launches`: kernels, copies and fills. `launches_per_step`: those from one model evaluation to the next, null
+    where that could not be told. `busy_ms`: how long at least one of them ran.
+    """
+
+    launches: Annotated[int, Field(ge=0)]
+    launches_per_step: Annotated[int | None, Field(ge=0)] = None
+    busy_ms: Milliseconds
+
+
 class Record(RecordModel):
     """One measured case, or the reason why there is no time: only `ok` has one.
 
@@ -102,6 +117,7 @@ class Record(RecordModel):
     `gpu_ms` is null on the CPU. `evaluations` counts model evaluations of a trajectory (a guided one, with its two
     halves in one batch, is one). `gflop_per_forward` is of one forward at batch 1. `peak_memory_bytes` is the most
     that torch held on the GPU in a trajectory, weights included; null on the CPU, where torch does not count.
+    `trace` is of one more trajectory, untimed, under torch's profiler; null on the CPU and where that failed.
     """
 
     schema_version: Literal[1] = 1
@@ -117,6 +133,7 @@ class Record(RecordModel):
     gflop_per_forward: float | None = None
     evaluations: int | None = None
     peak_memory_bytes: int | None = None
+    trace: Trace | None = None
     device_before: DeviceState = DeviceState()
     device_after: DeviceState = DeviceState()
     environment: Environment
@@ -145,6 +162,17 @@ class Record(RecordModel):
         if self.wall_ms is None or not self.evaluations:
             return None
         return self.wall_ms.p50 / self.evaluations
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def host_gap(self) -> float | None:
+        """The share of the median wall time in which the device did nothing; null without a trace.
+
+        The two come from different trajectories, so that a gap of nothing may come out slightly negative.
+        """
+        if self.wall_ms is None or self.trace is None or not self.wall_ms.p50:
+            return None
+        return 1.0 - self.trace.busy_ms / self.wall_ms.p50
 
     @computed_field  # type: ignore[prop-decorator]
     @property

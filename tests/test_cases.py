@@ -72,7 +72,12 @@ def test_presets_cover_the_family() -> None:
     assert {case.unet for case in gpu} == set(FAMILY)
     assert {case.batch for case in gpu} == {1, 8}
     assert {(case.steps, case.dtype, case.device) for case in gpu} == {(50, "bfloat16", "cuda")}
-    assert len(gpu) == len(set(gpu)) == 11 * 2 * 2
+    assert {case.backend for case in gpu} == {"graph", "torch", "diffusers"}
+    assert len(gpu) == len(set(gpu)) == 11 * 2 * 3
+    ladder = [case for sweep in PRESETS["ladder"].sweeps for case in sweep.cases()]
+    assert [case.backend for case in ladder[: len(BACKENDS)]] == list(BACKENDS)
+    assert {(case.batch, case.steps, case.guided, case.dtype) for case in ladder} == {(1, 50, True, "bfloat16")}
+    assert len(ladder) == len(set(ladder)) == 4 * len(BACKENDS)
 
 
 def test_options_replace_the_presets_lists_and_multiply() -> None:
@@ -114,7 +119,7 @@ def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch:
         (Choices(dtype=["int8"]), "float32, bfloat16, float16"),
         (Choices(device=["tpu"]), "cpu, cuda"),
         (Choices(device=["cuda:99"]), "choose cpu"),
-        (Choices(backend=["tensorrt"]), "torch, diffusers"),
+        (Choices(backend=["tensorrt"]), ", ".join(BACKENDS)),
         (Choices(task=["video"]), "t2i, sr"),
         (Choices(unet=["/nowhere"]), "/nowhere"),
     ],

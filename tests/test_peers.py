@@ -13,7 +13,7 @@ import torch
 
 from ldmperf.model import FAMILY, UNet, load_unet
 from ldmperf.profiling import Case, profile
-from ldmperf.profiling.backends import Problem, TorchBackend, Unsupported
+from ldmperf.profiling.backends import OurBackend, Problem, Unsupported
 from ldmperf.profiling.check import check_inputs, relative_rms
 from ldmperf.profiling.group import SCHEDULER_CONFIG
 from ldmperf.profiling.peers import SCHEDULERS, DiffusersBackend, diffusers_unet
@@ -77,7 +77,7 @@ def test_it_is_what_diffusers_own_pipeline_does(tiny_checkpoint: Path) -> None:
         output_type="latent",
     ).images
     assert relative_rms(DiffusersBackend().build(given)(inputs), expected) < 1e-5
-    assert relative_rms(TorchBackend().build(given)(inputs), expected) < 1e-5
+    assert relative_rms(OurBackend("torch").build(given)(inputs), expected) < 1e-5
 
 
 def test_injected_noise_is_the_schedulers_and_its_own_is_put_back(tiny_checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldmperf.kernels import KernelUnsupported
 from ldmperf.profiling import Case, Record, load_records, profile
-from ldmperf.profiling.backends import Backend, Inputs, Problem, TorchBackend, Trajectory, Unsupported
+from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
 from ldmperf.profiling.cases import DTYPES
 from ldmperf.profiling.check import TOLERANCES, relative_rms
 from ldmperf.profiling.lane import failure
@@ -26,6 +26,7 @@ from ldmperf.samplers import SAMPLERS
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 TWICE = RepetitionRule(2, 0.0)
+BOTH: dict[str, Backend] = {"torch": OurBackend("torch"), "diffusers": DiffusersBackend()}
 
 
 def tiny_case(checkpoint: Path, **changes: object) -> Case:
@@ -42,7 +43,7 @@ class Changed:
     calls: list[Inputs] = field(default_factory=list)
 
     def build(self, problem: Problem) -> Trajectory:
-        right = TorchBackend().build(problem)
+        right = OurBackend("torch").build(problem)
 
         def trajectory(inputs: Inputs) -> Tensor:
             self.calls.append(inputs)
@@ -62,15 +63,14 @@ def raising(error: Exception, at_call: int = 1) -> Changed:
 
 def measure(case: Case, backends: dict[str, Backend], rule: RepetitionRule = TWICE) -> dict[str, Record]:
     """The records of the case on each of the backends, with the real ones for references."""
-    everything: dict[str, Backend] = {"torch": TorchBackend(), "diffusers": DiffusersBackend()}
     cases = [case.model_copy(update={"backend": name}) for name in backends]
-    records = profile(cases, rule=rule, backends=everything | backends)
+    records = profile(cases, rule=rule, backends=BOTH | backends)
     assert [record.case for record in records] == cases
     return {record.case.backend: record for record in records}
 
 
 def test_the_real_pair_agrees_and_each_is_the_others_reference(tiny_checkpoint: Path) -> None:
-    records = measure(tiny_case(tiny_checkpoint), {"torch": TorchBackend(), "diffusers": DiffusersBackend()})
+    records = measure(tiny_case(tiny_checkpoint), BOTH)
     for name, other in (("torch", "diffusers"), ("diffusers", "torch")):
         record = records[name]
         assert record.status == "ok", record.message
@@ -102,7 +102,7 @@ def DiffusersBackendUNet(checkpoint: Path) -> torch.nn.Module:  # noqa: N802
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_agrees_with_diffusers_own(tiny_checkpoint: Path, sampler: str) -> None:
     case = tiny_case(tiny_checkpoint, sampler=sampler, steps=4, batch=2)
-    records = measure(case, {"torch": TorchBackend(), "diffusers": DiffusersBackend()}, RepetitionRule(1, 0.0))
+    records = measure(case, BOTH, RepetitionRule(1, 0.0))
     assert {record.status for record in records.values()} == {"ok"}, [r.message for r in records.values()]
 
 
@@ -111,7 +111,7 @@ def test_super_resolution_sees_the_low_resolution_latents(guidance_scale: float)
     case = Case(
         unet="39M", task="sr", steps=1, guidance_scale=guidance_scale, latent_height=8, latent_width=8, batch=2
     )
-    records = measure(case, {"torch": TorchBackend(), "diffusers": DiffusersBackend()}, RepetitionRule(1, 0.0))
+    records = measure(case, BOTH, RepetitionRule(1, 0.0))
     assert {record.status for record in records.values()} == {"ok"}, [r.message for r in records.values()]
     blind = Blind()
     assert measure(case, {"blind": blind}, RepetitionRule(1, 0.0))["blind"].status == "incorrect"
@@ -123,7 +123,7 @@ class Blind:
     implementation = "torch"
 
     def build(self, problem: Problem) -> Trajectory:
-        right = TorchBackend().build(problem)
+        right = OurBackend("torch").build(problem)
 
         def trajectory(inputs: Inputs) -> Tensor:
             assert inputs.low_resolution is not None
@@ -134,7 +134,7 @@ class Blind:
 
 
 def test_a_task_that_does_not_fit_the_checkpoint_is_unsupported(tiny_checkpoint: Path) -> None:
-    record = measure(tiny_case(tiny_checkpoint, task="sr"), {"torch": TorchBackend()})["torch"]
+    record = measure(tiny_case(tiny_checkpoint, task="sr"), {"torch": OurBackend("torch")})["torch"]
     assert record.status == "unsupported"
     assert record.message is not None
     assert "8 to 4 channels" in record.message
@@ -160,7 +160,7 @@ def test_a_wrong_result_is_incorrect_and_has_no_time(
 ) -> None:
     records = measure(
         tiny_case(tiny_checkpoint),
-        {"wrong": Changed(change), "diffusers": DiffusersBackend(), "torch": TorchBackend()},
+        {"wrong": Changed(change), "diffusers": DiffusersBackend(), "torch": OurBackend("torch")},
     )
     wrong = records["wrong"]
     assert wrong.status == "incorrect"
@@ -204,7 +204,9 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY[:2], ids=["torch", "python"])
 def test_out_of_memory_is_data_and_the_others_go_on(tiny_checkpoint: Path, error: Exception, at_call: int) -> None:
     # The first call, a timed one, the last one.
-    records = measure(tiny_case(tiny_checkpoint), {"greedy": raising(error, at_call), "torch": TorchBackend()})
+    records = measure(
+        tiny_case(tiny_checkpoint), {"greedy": raising(error, at_call), "torch": OurBackend("torch")}
+    )
     greedy = records["greedy"]
     assert (greedy.status, greedy.wall_ms) == ("oom", None)
     assert greedy.message is not None
@@ -243,7 +245,7 @@ def test_a_real_allocation_that_fails_is_oom(tiny_checkpoint: Path) -> None:
 def test_an_error_names_its_type_and_stops_nobody_else(tiny_checkpoint: Path) -> None:
     records = measure(
         tiny_case(tiny_checkpoint),
-        {"broken": raising(ZeroDivisionError("of all things\nand more")), "torch": TorchBackend()},
+        {"broken": raising(ZeroDivisionError("of all things\nand more")), "torch": OurBackend("torch")},
     )
     assert records["broken"].message == "ZeroDivisionError: of all things"
     assert (records["broken"].status, records["torch"].status) == ("error", "ok")
@@ -261,7 +263,7 @@ class Missing:
 def test_without_the_peer_ours_is_checked_in_a_wider_dtype(tiny_checkpoint: Path) -> None:
     for dtype, reference in (("float32", "torch float64"), ("bfloat16", "torch float32")):
         case = tiny_case(tiny_checkpoint, dtype=dtype)
-        records = measure(case, {"torch": TorchBackend(), "diffusers": Missing()})
+        records = measure(case, {"torch": OurBackend("torch"), "diffusers": Missing()})
         assert (records["diffusers"].status, records["diffusers"].message) == ("unsupported", "not installed")
         ours = records["torch"]
         assert ours.status == "ok", ours.message
@@ -274,7 +276,7 @@ def test_without_the_peer_ours_is_checked_in_a_wider_dtype(tiny_checkpoint: Path
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_low_precision_is_checked_against_float32(tiny_checkpoint: Path, dtype: str) -> None:
     case = tiny_case(tiny_checkpoint, dtype=dtype)
-    records = measure(case, {"torch": TorchBackend(), "diffusers": DiffusersBackend()})
+    records = measure(case, BOTH)
     for name, reference in (("torch", "diffusers float32"), ("diffusers", "torch float32")):
         assert records[name].status == "ok", records[name].message
         correctness = records[name].correctness
@@ -287,7 +289,7 @@ def test_low_precision_is_checked_against_float32(tiny_checkpoint: Path, dtype: 
 def test_a_reference_that_fails_leaves_no_time(tiny_checkpoint: Path) -> None:
     case = tiny_case(tiny_checkpoint, backend="torch")
     everything: dict[str, Backend] = {
-        "torch": TorchBackend(), "diffusers": raising(MemoryError(), at_call=1)
+        "torch": OurBackend("torch"), "diffusers": raising(MemoryError(), at_call=1)
     }  # fmt: skip
     (record,) = profile([case], rule=TWICE, backends=everything)
     assert (record.status, record.wall_ms) == ("oom", None)
@@ -361,7 +363,7 @@ class Heard:
 
 def test_an_interrupt_keeps_what_is_done_and_skip_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     cases = [tiny_case(tiny_checkpoint, steps=n) for n in (1, 2, 3)]
-    backends: dict[str, Backend] = {"torch": TorchBackend(), "diffusers": DiffusersBackend()}
+    backends: dict[str, Backend] = BOTH
     store = RecordStore(tmp_path / "records.jsonl")
     with pytest.raises(KeyboardInterrupt):
         profile(cases, rule=TWICE, store=store, listener=Heard(2), backends=backends)
@@ -376,7 +378,7 @@ def test_process_wide_settings_are_put_back(tiny_checkpoint: Path) -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high")
     try:
-        record = measure(tiny_case(tiny_checkpoint), {"torch": TorchBackend()})["torch"]
+        record = measure(tiny_case(tiny_checkpoint), {"torch": OurBackend("torch")})["torch"]
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before[0])

@@ -1,0 +1,131 @@
+"""The rungs of the ladder: each gives what the reference rung gives, or says in one line why it cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from ldmperf.model import load_unet
+from ldmperf.profiling import Case, profile
+from ldmperf.profiling.backends import (
+    GraphBackend,
+    GraphTrajectory,
+    OurBackend,
+    Problem,
+    Unsupported,
+    default_backends,
+)
+from ldmperf.profiling.cases import BACKENDS
+from ldmperf.profiling.check import check_inputs, make_inputs, relative_rms
+from ldmperf.profiling.group import SCHEDULER_CONFIG
+from ldmperf.profiling.peers import diffusers_unet
+from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.samplers import NoiseSchedule, make_plan
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+
+class Replays:
+    """Stands for CUDA graphs: the captured work is called again."""
+
+    captured = 0
+
+    def check(self, device: torch.device) -> None:
+        pass
+
+    def warm_up(self, work: Any, device: torch.device) -> None:
+        work()
+
+    def capture(self, work: Any, device: torch.device) -> Any:
+        self.captured += 1
+        return work
+
+
+def problem(checkpoint: Path, **changes: Any) -> Problem:
+    case = Case(**({"unet": str(checkpoint), "steps": 3, "latent_height": 16, "latent_width": 16} | changes))
+    plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
+    return Problem(case, load_unet(checkpoint, backend="torch"), plan, SCHEDULER_CONFIG)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m", "batch": 2}, {"guidance_scale": 1.0}]
+)
+def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alone(
+    tiny_checkpoint: Path, changes: dict[str, Any]
+) -> None:
+    given = problem(tiny_checkpoint, **changes)
+    graphs = Replays()
+    eager = OurBackend("torch").build(given)
+    unhoisted = OurBackend("torch", is_hoisted=False).build(given)
+    graphed = cast(GraphTrajectory, GraphBackend(graphs, "torch").build(given))
+    for inputs in (check_inputs(given), make_inputs(given, 0), make_inputs(given, 1)):
+        expected = eager(inputs)
+        assert torch.equal(graphed(inputs), expected)
+        assert relative_rms(unhoisted(inputs), expected) < 1e-5
+    # Injected noise, of the check of a stochastic sampler, is read by launches of its own.
+    assert graphs.captured == (2 if given.plan.stochastic else 1)
+    assert set(graphed.phases) == {"graph_warmup_ms", "capture_ms"}
+    assert graphed.phases["graph_warmup_ms"] > 0
+
+
+def test_graph_reads_the_low_resolution_latents_where_they_are_now() -> None:
+    case = Case(unet="39M", task="sr", steps=1, guidance_scale=3.0, latent_height=8, latent_width=8)
+    from ldmperf.profiling.network import make_network
+
+    plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
+    given = Problem(case, make_network(case), plan, SCHEDULER_CONFIG)
+    eager, graphed = OurBackend("torch").build(given), GraphBackend(Replays(), "torch").build(given)
+    for number in (0, 1):
+        assert torch.equal(graphed(make_inputs(given, number)), eager(make_inputs(given, number)))
+
+
+def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_checkpoint: Path) -> None:
+    assert tuple(default_backends()) == BACKENDS
+    case = problem(tiny_checkpoint, steps=1).case
+    cases = [case.model_copy(update={"backend": name}) for name in BACKENDS]
+    records = {record.case.backend: record for record in profile(cases, rule=RepetitionRule(1, 0.0))}
+    assert {name: record.status for name, record in records.items()} == {
+        name: "ok" if name in ("torch", "diffusers") else "unsupported" for name in BACKENDS
+    }
+    said = {name: record.message or "" for name, record in records.items()}
+    assert "needs a CUDA device" in said["diffusers-compile"]
+    assert "max-autotune" in said["diffusers-compile-max"]
+    assert "group_norm_silu" in said["triton"]
+    assert "group_norm_silu" in said["triton+hoist"]
+    assert said["graph"].startswith("CUDA graphs need a CUDA device")
+    assert all("\n" not in message for message in said.values())
+    assert records["torch"].trace is None
+    assert records["torch"].host_gap is None
+
+
+def test_what_a_graph_took_to_make_is_in_its_record(tiny_checkpoint: Path) -> None:
+    case = problem(tiny_checkpoint, steps=1, backend="graph").case
+    backends = default_backends() | {"graph": GraphBackend(Replays(), "torch")}
+    (record,) = profile([case], rule=RepetitionRule(1, 0.0), backends=backends)
+    assert record.status == "ok", record.message
+    assert record.phases.graph_warmup_ms is not None
+    assert record.phases.capture_ms is not None
+
+
+def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path) -> None:
+    """What fullgraph asks of it, without the compiler that a GPU has."""
+    given = problem(tiny_checkpoint)
+    unet = diffusers_unet(given.unet)
+    compiled = torch.compile(unet, fullgraph=True, dynamic=False, backend="eager")
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 5, given.unet.config.context_dim)
+    with torch.no_grad():
+        for timestep in (torch.tensor(981), torch.tensor(1)):
+            found = compiled(x, timestep, encoder_hidden_states=context, return_dict=False)[0]
+            expected = unet(x, timestep, encoder_hidden_states=context, return_dict=False)[0]
+            assert relative_rms(found, expected) < 1e-5
+
+
+def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
+    given = problem(tiny_checkpoint)
+    for name in ("diffusers-compile", "diffusers-compile-max", "graph"):
+        with pytest.raises(Unsupported, match="CUDA"):
+            default_backends()[name].build(replace(given))
