@@ -223,7 +223,7 @@ def test_backends_relative_to_different_sizes_have_panels_of_their_own(make_reco
         Case(unet=unet, steps=2, backend=b) for unet in ("39M", "83M", "145M") for b in ("torch", "diffusers")
     ]
     records = [make_record(case) for case in cases[:-1]] + [make_record(cases[-1], status="oom")]
-    cost, _ = drawings(figures.overview(records))
+    cost, *_ = drawings(figures.overview(records))
     assert cost.chart is not None
     panels = cost.chart.to_dict()["concat"]
     titles = [(panel["title"], panel["layer"][0]["encoding"]["x"]["title"]) for panel in panels]

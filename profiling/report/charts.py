@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 import altair as alt
 
 from . import text
-from .figures import PEER, Overview, Row, Section, StepsSeries
+from .figures import PEER, Overview, Row, Section, StepsSeries, step_ms
+from .ladder import MIN_RUNGS, ladders
 
 # What alt.layer says it returns.
 Panel: TypeAlias = alt.LayerChart | alt.FacetChart
@@ -73,9 +74,9 @@ class Palette:
         )
 
 
-def drawings(shown: Overview) -> tuple[Drawing, Drawing]:
-    """Both charts of a run, drawn or with the reason why not."""
-    return _cost_drawing(shown), _steps_drawing(shown)
+def drawings(shown: Overview) -> tuple[Drawing, ...]:
+    """The charts of a run, drawn or with the reason why not."""
+    return _cost_drawing(shown), _steps_drawing(shown), _ladder_drawing(shown)
 
 
 def _cost_drawing(shown: Overview) -> Drawing:
@@ -218,6 +219,48 @@ def _steps_point(row: Row) -> Point | None:
         return None
     backend, evaluations = row.record.case.backend, row.record.evaluations
     return {"backend": backend, "evaluations": evaluations, "p20": wall.p20, "p50": wall.p50, "p80": wall.p80}
+
+
+def _ladder_drawing(shown: Overview) -> Drawing:
+    name, title = "ladder", "The ladder at each size"
+    summary = (
+        "Wall-clock time of a step on each backend, from the peer to all of ours, a panel for each size. "
+        "Bars are medians, the lines on them p20 to p80."
+    )
+    conditions, palette = text.conditions(shown), Palette.of(shown)
+    charts = []
+    for ladder in ladders(shown):
+        points = [
+            {"backend": rung.row.record.case.backend, "p20": spread.p20, "p50": spread.p50, "p80": spread.p80}
+            for rung in ladder.rungs
+            if (spread := step_ms(rung.row.record))
+        ]
+        if points:
+            heading = conditions.heading(ladder.section.environment, ladder.section.case)
+            panel = _ladder_panel(points, palette).properties(
+                width=300, title=text.joined((text.printable(ladder.name), heading))
+            )
+            charts.append(panel)
+    if not charts:
+        reason = f"it takes a size tried on {MIN_RUNGS} backends under the same conditions"
+        return Drawing(name, title, summary, reason=reason)
+    return Drawing(name, title, summary, _finished(charts, columns=2))
+
+
+def _ladder_panel(points: list[Point], palette: Palette) -> Panel:
+    order = [point["backend"] for point in points]
+    y = alt.Y("backend:N", sort=order, title=None)
+    most = max(point["p80"] for point in points)
+    scale = alt.Scale(domain=[0, most * 1.2], nice=False)
+    x = alt.X("p50:Q", title="ms of a step", scale=scale, axis=alt.Axis(tickCount=5))
+    marks = alt.Chart(alt.InlineData(values=points))
+    return alt.layer(
+        marks.mark_bar(height={"band": 0.7}).encode(x, y, color=palette.colour),
+        marks.mark_rule(strokeWidth=2, color="#1a1a1a").encode(alt.X("p20:Q", scale=scale), y, x2="p80:Q"),
+        marks.mark_text(align="left", dx=6).encode(
+            alt.X("p80:Q", scale=scale), y, text=alt.Text("p50:Q", format=".3~r")
+        ),
+    )
 
 
 def _finished(charts: Sequence[Panel], columns: int) -> alt.ConcatChart:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..records import Record
-from . import details, text
+from . import details, ladder, text
 from .columns import table_of
 from .figures import PEER, Overview, Row, overview
 from .tables import NOTHING
@@ -73,6 +73,10 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
             }
         ),
         "lines": details.lines_grid(shown),
+        "ladder": ladder.ladder_grid(shown),
+        "ladder_title": ladder.LADDER_TITLE,
+        "costs": ladder.costs_grid(shown),
+        "costs_title": ladder.costs_title(shown),
         "cases": details.cases_grid(shown),
         "environments": [
             (

@@ -13,7 +13,9 @@ from rich.text import Text
 from ..records import Record
 from . import text
 from .columns import Column, Table, table_of
+from .details import Grid
 from .figures import Row, overview
+from .ladder import LADDER_TITLE, costs_grid, costs_title, ladder_grid
 
 NOTHING = "No cases were measured."
 
@@ -48,6 +50,8 @@ def print_table(records: list[Record], console: Console) -> None:
         _print_wrapped(console, note, "dim")
     for warning in table.warnings:
         _print_wrapped(console, f"Note: {warning}", "yellow")
+    for title, grid in _grids(records):
+        _print_grid(console, title, grid)
 
 
 def markdown_table(records: list[Record]) -> str:
@@ -67,7 +71,34 @@ def markdown_table(records: list[Record]) -> str:
             lines.append(_markdown_row([_escaped(heading), *cells] if has_sections else cells))
     lines.append("")
     lines += [f"- {_escaped(note)}" for note in (*table.notes, *table.warnings)]
+    for title, grid in _grids(records):
+        rules = [":---" if place in grid.words else "---:" for place in range(len(grid.headings))]
+        lines += ["", f"{_escaped(title)}:", "", _markdown_row(grid.headings), _markdown_row(rules)]
+        lines += [_markdown_row([_escaped(cell) for cell in row]) for row in grid.rows]
     return "\n".join(lines) + "\n"
+
+
+def _grids(records: list[Record]) -> list[tuple[str, Grid]]:
+    """What is told beyond the table where there are more backends than it can compare: titles and grids."""
+    shown = overview(records)
+    found = [(LADDER_TITLE, ladder_grid(shown)), (costs_title(shown), costs_grid(shown))]
+    return [(title, grid) for title, grid in found if grid.rows]
+
+
+def _print_grid(console: Console, title: str, grid: Grid) -> None:
+    widths = [max(map(len, cells)) for cells in zip(grid.headings, *grid.rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(
+            cell.ljust(width) if place in grid.words else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+
+    _print(console)
+    _print_wrapped(console, title, "bold")
+    _print(console, line(grid.headings), "dim")
+    for row in grid.rows:
+        _print(console, line(row))
 
 
 def _shows(column: Column, row: Row) -> bool:

@@ -1,0 +1,139 @@
+"""The ladder: what each backend gains over the one before at each size, and what sizes cost on each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..cases import BACKENDS
+from . import text
+from .details import GIB, Grid
+from .figures import PEER, Overview, Row, Section, ratio, step_ms
+
+# With fewer backends the table of the run tells all of it.
+MIN_RUNGS = 3
+LADDER_TITLE = "What each rung gains, at each size"
+COSTS_TITLE = "Measured cost of a step relative to {}, beside the paper's"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A backend's row; `gain` is the time of the rung before that has one over its own."""
+
+    row: Row
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The rungs of one network under one set of conditions, from the peer's to all of ours."""
+
+    section: Section
+    name: str
+    rungs: tuple[Rung, ...]
+
+
+def ladders(shown: Overview) -> tuple[Ladder, ...]:
+    """A ladder for each network that was tried on enough backends."""
+    found = []
+    for section in shown.sections:
+        for name in dict.fromkeys(row.name for row in section.rows):
+            rows = sorted((row for row in section.rows if row.name == name), key=_place)
+            if len(rows) >= MIN_RUNGS:
+                found.append(Ladder(section, name, _rungs(rows)))
+    return tuple(found)
+
+
+def _place(row: Row) -> tuple[int, str]:
+    """The rungs in their order; backends of others behind them."""
+    backend = row.record.case.backend
+    return (BACKENDS.index(backend) if backend in BACKENDS else len(BACKENDS), backend)
+
+
+def _rungs(rows: list[Row]) -> tuple[Rung, ...]:
+    rungs = []
+    before: float | None = None
+    for row in rows:
+        own = step_ms(row.record)
+        rungs.append(Rung(row, ratio(before, None if own is None else own.p50)))
+        before = before if own is None else own.p50
+    return tuple(rungs)
+
+
+def ladder_grid(shown: Overview) -> Grid:
+    """A line for each rung of each ladder; a rung without a time says why."""
+    conditions = text.conditions(shown)
+    columns: dict[str, Callable[[Rung], str]] = {
+        "rung": lambda rung: text.printable(rung.row.record.case.backend),
+        "ms per step": lambda rung: text.number(rung.row.record.ms_per_step),
+        "gain over the rung before": lambda rung: _times(rung.gain),
+        f"gain over {PEER}": lambda rung: _times(rung.row.times_faster),
+        "launches per step": lambda rung: _launches(rung.row),
+        "host gap": lambda rung: _percent(rung.row.record.host_gap),
+        "peak memory GiB": lambda rung: text.number(ratio(rung.row.record.peak_memory_bytes, GIB)),
+        "no time because": lambda rung: (
+            text.MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
+        ),
+    }
+    rows = []
+    for ladder in ladders(shown):
+        heading = conditions.heading(ladder.section.environment, ladder.section.case)
+        size = text.printable(text.joined((ladder.name, heading)))
+        rows += [(size, *(cell(rung) for cell in columns.values())) for rung in ladder.rungs]
+    return _without_empty(Grid(("size", *columns), tuple(rows), frozenset({0, 1, len(columns)})))
+
+
+def costs_title(shown: Overview) -> str:
+    """Names what costs are relative to."""
+    references = {row.reference for row in shown.rows if row.reference}
+    return COSTS_TITLE.format(references.pop() if len(references) == 1 else "the largest size of each rung")
+
+
+def costs_grid(shown: Overview) -> Grid:
+    """The project's headline: cost by the clock beside cost on paper, sizes down, rungs across."""
+    conditions = text.conditions(shown)
+    sections = list(dict.fromkeys(ladder.section for ladder in ladders(shown)))
+    backends = sorted(
+        {row.record.case.backend: row for section in sections for row in section.rows}.values(), key=_place
+    )
+    names = [row.record.case.backend for row in backends]
+    rows = []
+    for section in sections:
+        heading = conditions.heading(section.environment, section.case)
+        for size in dict.fromkeys(row.name for row in section.rows):
+            cells = {row.record.case.backend: row for row in section.rows if row.name == size}
+            costs = [cells[name].cost if name in cells else None for name in names]
+            on_paper = next((row.paper_cost for row in cells.values() if row.paper_cost is not None), None)
+            rows.append(
+                (
+                    text.printable(text.joined((size, heading))),
+                    text.short_ratio(on_paper),
+                    *(text.short_ratio(None if cost is None else cost.p50) for cost in costs),
+                )
+            )
+    grid = Grid(("size", "the paper's", *map(text.printable, names)), tuple(rows), frozenset({0}))
+    # One size is 1 by definition.
+    return grid if len({row[0] for row in rows}) > 1 else Grid(grid.headings, ())
+
+
+def _times(value: float | None) -> str:
+    return text.MISSING if value is None else f"{text.short_ratio(value)}x"
+
+
+def _launches(row: Row) -> str:
+    trace = row.record.trace
+    return text.MISSING if trace is None or trace.launches_per_step is None else str(trace.launches_per_step)
+
+
+def _percent(value: float | None) -> str:
+    return text.MISSING if value is None else f"{value:.1%}"
+
+
+def _without_empty(grid: Grid) -> Grid:
+    """Without the columns that nobody could fill: those of a device, on a CPU."""
+    kept = [i for i in range(len(grid.headings)) if any(row[i] != text.MISSING for row in grid.rows)]
+    return Grid(
+        tuple(grid.headings[i] for i in kept),
+        tuple(tuple(row[i] for i in kept) for row in grid.rows),
+        frozenset(place for place, i in enumerate(kept) if i in grid.words),
+    )

@@ -1,0 +1,115 @@
+"""The ladder and the headline costs, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ldmperf.profiling import Case, Record
+from ldmperf.profiling.cases import BACKENDS
+from ldmperf.profiling.records import Samples, Trace
+from ldmperf.profiling.report import figures, markdown_table, print_table, write_report
+from ldmperf.profiling.report.charts import drawings
+from ldmperf.profiling.report.ladder import costs_grid, ladder_grid, ladders
+
+MakeRecord = Callable[..., Record]
+# Milliseconds of a trajectory of ten steps.
+TIMES = {
+    "39M": {"diffusers": 200.0, "torch": 160.0, "triton": 120.0, "triton+hoist": 100.0, "graph": 20.0},
+    "866M": {"diffusers": 400.0, "torch": 400.0, "triton": 250.0, "triton+hoist": 220.0, "graph": 200.0},
+}
+
+
+@pytest.fixture
+def records(make_record: MakeRecord) -> list[Record]:
+    found = []
+    for size, times in TIMES.items():
+        for backend in reversed(BACKENDS):
+            case = Case(unet=size, steps=10, backend=backend, device="cuda")
+            if backend not in times:
+                message = "torch.compile: Unsupported: a graph break"
+                found.append(make_record(case, status="error", message=message))
+                continue
+            wall = times[backend]
+            found.append(
+                make_record(
+                    case,
+                    wall_ms=Samples.of([wall]),
+                    trace=Trace(launches=4000, launches_per_step=394, busy_ms=19.8),
+                    peak_memory_bytes=3 * 2**29,
+                )
+            )
+    return found
+
+
+def test_rungs_are_in_order_and_gain_over_the_last_that_has_a_time(records: list[Record]) -> None:
+    small, large = ladders(figures.overview(records))
+    assert (small.name, large.name) == ("39M", "866M")
+    assert [rung.row.record.case.backend for rung in small.rungs] == list(BACKENDS)
+    gains = {rung.row.record.case.backend: rung.gain for rung in small.rungs}
+    assert gains == {
+        "diffusers": None,
+        "diffusers-compile": None,
+        "diffusers-compile-max": None,
+        "torch": 200 / 160,
+        "triton": 160 / 120,
+        "triton+hoist": 120 / 100,
+        "graph": 100 / 20,
+    }
+
+
+def test_the_grid_shows_every_rung_and_why_one_has_no_time(records: list[Record]) -> None:
+    grid = ladder_grid(figures.overview(records))
+    rows = {(row[0], row[1]): row for row in grid.rows}
+    assert len(rows) == 2 * len(BACKENDS)
+    assert grid.headings == (
+        "size", "rung", "ms per step", "gain over the rung before", "gain over diffusers", "launches per step",
+        "host gap", "peak memory GiB", "no time because",
+    )  # fmt: skip
+    assert rows["39M", "graph"] == ("39M", "graph", "2.000", "5.00x", "10.00x", "394", "1.0%", "1.500", "-")
+    assert rows["39M", "diffusers"][3:5] == ("-", "-")
+    failed = rows["39M", "diffusers-compile"]
+    assert failed[2:8] == ("-",) * 6
+    assert failed[8] == "error: torch.compile: Unsupported: a graph break"
+
+
+def test_the_headline_sets_the_clock_beside_the_paper(records: list[Record]) -> None:
+    grid = costs_grid(figures.overview(records))
+    assert grid.headings == ("size", "the paper's", *BACKENDS)
+    assert grid.rows == (
+        ("39M", "0.070", "0.50", "-", "-", "0.40", "0.48", "0.45", "0.10"),
+        ("866M", "1.00", "1.00", "-", "-", "1.00", "1.00", "1.00", "1.00"),
+    )
+
+
+def test_a_run_of_two_backends_has_no_ladder(make_record: MakeRecord, tmp_path: Path) -> None:
+    two = [make_record(Case(unet=u, steps=2, backend=b)) for u in ("39M", "83M") for b in ("torch", "diffusers")]
+    shown = figures.overview(two)
+    assert ladders(shown) == ()
+    assert ladder_grid(shown).rows == costs_grid(shown).rows == ()
+    (drawing,) = (drawing for drawing in drawings(shown) if drawing.name == "ladder")
+    assert drawing.chart is None
+    assert "3 backends" in drawing.reason
+    assert "rung" not in markdown_table(two)
+
+
+def test_terminal_markdown_page_and_chart_show_it(
+    records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_table(records, Console(width=400))
+    printed, markdown = capsys.readouterr().out, markdown_table(records)
+    for shown in (printed, markdown):
+        assert "What each rung gains, at each size" in shown
+        assert "Measured cost of a step relative to 866M, beside the paper's" in shown
+        assert "5.00x" in shown
+    assert re.search(r"39M +graph +2\.000 +5\.00x +10\.00x +394 +1\.0% +1\.500", printed)
+    paths = write_report(records, 0, tmp_path)
+    assert {"ladder.png", "ladder.svg"} <= {path.name for path in paths}
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<h2>The ladder</h2>" in page
+    assert "a graph break" in page
+    assert not re.search(r"\b(nan|inf|None|undefined|NaN)\b", re.sub(r"<[^>]*>", " ", page))
