@@ -1,12 +1,12 @@
 """The one command for a GPU machine: `make gpu-check`.
 
-Runs the GPU tests, the benches of attention and of the other kernels and a baseline profile of the family, the
-most important first, each in a process of its own and within its share of the time. Every record is on disk as it
-is made; a part that overruns is stopped and the next begins; a signal stops what runs and the table of what is
-there comes last.
+Runs the GPU tests, the ladder of backends at four sizes, the compiled peers, the benches of attention and of the
+other kernels and the sweep of the family, the most important first, each in a process of its own and within its
+share of the time. Every record is on disk as it is made; a part that overruns is stopped and the next begins; a
+signal stops what runs and the table of what is there comes last. What one run had no time for another takes up.
 
     python bench/gpu_check.py
-    python bench/gpu_check.py --only kernels --seconds 120
+    python bench/gpu_check.py --only compiled-max,sweep-rest
 """
 
 from __future__ import annotations
@@ -30,13 +30,25 @@ ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 520.0
 # A child begins nothing new so long before its limit; stopped, it has so long to end by itself.
 MARGIN, GRACE = 20.0, 10.0
-NAMES = ("tests", "attention", "attention-family", "kernels", "attention-flex", "profile")
+NAMES = (
+    "tests",
+    "ladder",
+    "compiled",
+    "sweep",
+    "attention",
+    "kernels",
+    "attention-family",
+    "attention-flex",
+    "compiled-max",
+    "sweep-rest",
+)
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 OTHERS = "group_norm_silu,layer_norm,geglu,residual_add,sampler_update"
 ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
 # Where the bound and the largest gain are to be shown (issue 4).
 HEAD_DIMS = "40,64,80,128,160,384,8"
-FAMILY = "866M,39M,5B,318M,2B,83M,145M,223M,430M,558M,704M"
+# Without the compiled peers, which take minutes to compile: they come in parts of their own, beside what is best.
+LADDER = "diffusers,torch,triton,triton+hoist,graph"
 
 
 class Stopped(BaseException):
@@ -89,42 +101,36 @@ def parts(device: str, folder: Path) -> list[Part]:
         command = (*LDMPERF, "kernels", "--device", device, "--out", str(folder / name), *options)
         return Part(name, weight, command, takes_seconds=True)
 
-    profile = (
-        "profile",
-        "--device",
-        device,
-        "--sampler",
-        "ddim",
-        "--backend",
-        "torch,diffusers",
-        "--out",
-        str(folder),
-    )
+    def profile(name: str, weight: float, *options: str) -> Part:
+        command = (*LDMPERF, "profile", "--device", device, "--out", str(folder / name), *options)
+        return Part(name, weight, command)
+
+    first = Part("tests", 2, tests, reason=missing)
     if is_cpu:
-        profile += ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
-    else:
-        # Four steps: the check's reference trajectory is in float32, and at 5B longer than all that is timed.
-        profile += ("--size", FAMILY, "--batch", "1,8", "--dtype", "bfloat16", "--steps", "4")
-        profile += ("--min-count", "3", "--min-seconds", "0.5")
-    if is_cpu:
-        benches = [
+        least = ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
+        return [
+            first,
+            profile("ladder", 3, *least, "--backend", LADDER),
+            profile("compiled", 1, *least, "--backend", "diffusers,diffusers-compile,graph"),
+            profile("sweep", 2, *least, "--sampler", "ddim,dpmpp_2m", "--backend", "torch,diffusers"),
             kernels("attention", 1, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
             kernels("kernels", 3, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
         ]
-    else:
-        attention = ("--kernel", "attention")
-        # FlexAttention compiles for tens of seconds a call: a few calls, beside all other peers.
-        few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
-        benches = [
-            kernels("attention", 1, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
-            kernels("attention-family", 2, *attention),
-            kernels("kernels", 2, "--kernel", OTHERS),
-            kernels("attention-flex", 1, *attention, *few),
-        ]
+    attention = ("--kernel", "attention")
+    # FlexAttention compiles for tens of seconds a call: a few calls, beside all other peers.
+    few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
+    ladder = ("--preset", "ladder", "--backend")
     return [
-        Part("tests", 2, tests, reason=missing),
-        *benches,
-        Part("profile", 2, (*LDMPERF, *profile)),
+        first,
+        profile("ladder", 4, *ladder, LADDER),
+        profile("compiled", 4, *ladder, "diffusers,diffusers-compile,graph"),
+        profile("sweep", 3, "--preset", "family"),
+        kernels("attention", 1, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
+        kernels("kernels", 1, "--kernel", OTHERS),
+        kernels("attention-family", 1, *attention),
+        kernels("attention-flex", 1, *attention, *few),
+        profile("compiled-max", 2, *ladder, "diffusers,diffusers-compile-max,graph"),
+        profile("sweep-rest", 1, "--preset", "family-all"),
     ]
 
 
@@ -197,7 +203,7 @@ def tell(line: str) -> None:
 
 
 def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
-    """The short table: the profile, our kernels against their peers, and how each part went."""
+    """The short table: the profiles, our kernels against their peers, and how each part went."""
     from rich.console import Console
 
     from ldmperf.profiling import load_records
@@ -208,9 +214,9 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     from ldmperf.profiling.store import load_lines
 
     counts: dict[str, str] = {}
-    for path in sorted(folder.glob("*/records.jsonl")):
+    for path in sorted(folder.glob("*/*/records.jsonl")):
         records, _ = load_records(path)
-        counts["profile"] = by_status(record.status for record in records)
+        counts[path.parents[1].name] = by_status(record.status for record in records)
         print_table(records, Console())
         print()
     for path in sorted(folder.glob("*/*/kernels.jsonl")):

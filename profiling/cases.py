@@ -144,33 +144,31 @@ class Preset:
 
 _FAMILY = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
 _CPU = Sweep(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
+_GPU = Sweep(unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers"))
 PRESETS: dict[str, Preset] = {
     # Under five minutes on two cores: one step count for the cost of sizes, two more at 39M for the cost of steps.
     "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
     "gpu": Preset(
-        (
-            Sweep(
-                unets=_FAMILY,
-                steps=(50,),
-                batches=(1, 8),
-                dtypes=("bfloat16",),
-                devices=("cuda",),
-                backends=("graph", "torch", "diffusers"),
-            ),
-        ),
+        (replace(_GPU, batches=(1, 8), backends=("graph", "torch", "diffusers")),),
         RepetitionRule(5, 2.0),
+    ),
+    # The family by size, then by steps, sampler and batch: first what tells most, then all there is.
+    "family": Preset(
+        (
+            replace(_GPU, steps=(20,)),
+            replace(_GPU, unets=("39M", "866M"), steps=(4, 50)),
+            replace(_GPU, unets=("39M", "866M"), steps=(20,), samplers=("ddpm", "dpmpp_2m")),
+            replace(_GPU, unets=("39M", "866M"), steps=(4,), batches=(4, 16)),
+        ),
+        RepetitionRule(3, 0.5),
+    ),
+    "family-all": Preset(
+        (replace(_GPU, steps=(4, 20, 50), batches=(1, 4, 16), samplers=("ddim", "ddpm", "dpmpp_2m")),),
+        RepetitionRule(3, 0.5),
     ),
     # Every backend at four sizes across the family, for what each rung is worth.
     "ladder": Preset(
-        (
-            Sweep(
-                unets=("39M", "145M", "866M", "5B"),
-                steps=(50,),
-                dtypes=("bfloat16",),
-                devices=("cuda",),
-                backends=BACKENDS,
-            ),
-        ),
+        (replace(_GPU, unets=("866M", "39M", "145M", "5B"), backends=BACKENDS),),
         RepetitionRule(5, 2.0),
     ),
 }

@@ -12,7 +12,16 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from .cases import BACKENDS, Case, CaseError, Choices, best_device, device_named, preset_named, select_cases
+from .cases import (
+    BACKENDS,
+    Case,
+    CaseError,
+    Choices,
+    best_device,
+    device_named,
+    preset_named,
+    select_cases,
+)
 from .kernel_bench.cli import kernels
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run

@@ -133,7 +133,8 @@ class Group:
                 lane.fail_with(error)
         else:
             for lane in self.lanes.values():
-                self._build_and_call(lane, problem)
+                with lane.graph_memory_counted():
+                    self._build_and_call(lane, problem)
             self._check_first_calls(problem)
             for lane in self.active:
                 self._warm_up(lane, problem)

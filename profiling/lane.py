@@ -6,9 +6,10 @@ import gc
 import math
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ def failure(error: Exception) -> tuple[Status, str]:
         isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
     )
     return ("oom" if out_of_memory else "error"), message
+
+
+def graph_memory(device: torch.device) -> int:
+    """Bytes that are set aside for captured CUDA graphs and hold no tensor that torch counts as allocated."""
+    return unused_in_pools(torch.cuda.memory_snapshot()) if device.type == "cuda" else 0
+
+
+def unused_in_pools(segments: Iterable[Mapping[str, Any]]) -> int:
+    """Of the allocator's segments, those outside the pool that all tensors share."""
+    return sum(
+        s["total_size"] - s["allocated_size"] for s in segments if s.get("segment_pool_id", (0, 0)) != (0, 0)
+    )
 
 
 def release_memory() -> None:
@@ -104,6 +117,7 @@ class Lane(Outcome):
     times: Times = field(default_factory=Times)
     peak_memory_bytes: int | None = None
     trace: Trace | None = None
+    graph_memory_bytes: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +138,17 @@ class Lane(Outcome):
             torch.cuda.reset_peak_memory_stats(self.device)
         result = self.run(inputs)
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
+            # A replayed graph allocates nothing: its memory was set aside when it was captured.
+            peak = torch.cuda.max_memory_allocated(self.device) + self.graph_memory_bytes
             self.peak_memory_bytes = max(peak, self.peak_memory_bytes or 0)
         return result
+
+    @contextmanager
+    def graph_memory_counted(self) -> Iterator[None]:
+        """What is set aside for captured graphs meanwhile is this lane's."""
+        before = graph_memory(self.device)
+        yield
+        self.graph_memory_bytes += max(graph_memory(self.device) - before, 0)
 
     def take_phases(self) -> None:
         """What the trajectory tells of its preparation."""

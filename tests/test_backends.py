@@ -22,6 +22,8 @@ from ldmperf.profiling.backends import (
 from ldmperf.profiling.cases import BACKENDS
 from ldmperf.profiling.check import check_inputs, make_inputs, relative_rms
 from ldmperf.profiling.group import SCHEDULER_CONFIG
+from ldmperf.profiling.lane import unused_in_pools
+from ldmperf.profiling.network import make_network
 from ldmperf.profiling.peers import diffusers_unet
 from ldmperf.profiling.timing import RepetitionRule
 from ldmperf.samplers import NoiseSchedule, make_plan
@@ -74,7 +76,6 @@ def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alon
 
 def test_graph_reads_the_low_resolution_latents_where_they_are_now() -> None:
     case = Case(unet="39M", task="sr", steps=1, guidance_scale=3.0, latent_height=8, latent_width=8)
-    from ldmperf.profiling.network import make_network
 
     plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
     given = Problem(case, make_network(case), plan, SCHEDULER_CONFIG)
@@ -129,3 +130,13 @@ def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
     for name in ("diffusers-compile", "diffusers-compile-max", "graph"):
         with pytest.raises(Unsupported, match="CUDA"):
             default_backends()[name].build(replace(given))
+
+
+def test_memory_set_aside_for_graphs_is_that_of_their_pools_alone() -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 10},
+        {"segment_pool_id": (0, 1), "total_size": 500, "allocated_size": 100},
+        {"segment_pool_id": (0, 2), "total_size": 70, "allocated_size": 0},
+        {"total_size": 9, "allocated_size": 0},
+    ]
+    assert unused_in_pools(segments) == 400 + 70

@@ -74,6 +74,18 @@ def test_presets_cover_the_family() -> None:
     assert {(case.steps, case.dtype, case.device) for case in gpu} == {(50, "bfloat16", "cuda")}
     assert {case.backend for case in gpu} == {"graph", "torch", "diffusers"}
     assert len(gpu) == len(set(gpu)) == 11 * 2 * 3
+    telling, all_of_it = (
+        [case for sweep in PRESETS[name].sweeps for case in sweep.cases()] for name in ("family", "family-all")
+    )
+    assert {case.unet for case in telling[: 2 * 11]} == set(FAMILY)
+    assert set(telling) < set(all_of_it)
+    assert {(case.batch, case.sampler, case.steps) for case in all_of_it} == {
+        (batch, sampler, steps)
+        for batch in (1, 4, 16)
+        for sampler in ("ddim", "ddpm", "dpmpp_2m")
+        for steps in (4, 20, 50)
+    }
+    assert len(set(all_of_it)) == 11 * 27 * 2
     ladder = [case for sweep in PRESETS["ladder"].sweeps for case in sweep.cases()]
     assert [case.backend for case in ladder[: len(BACKENDS)]] == list(BACKENDS)
     assert {(case.batch, case.steps, case.guided, case.dtype) for case in ladder} == {(1, 50, True, "bfloat16")}

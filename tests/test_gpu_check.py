@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.cases import BACKENDS
 from ldmperf.profiling.kernel_bench.peers import PEERS
 from ldmperf.profiling.kernel_bench.run import SLOW
 
@@ -34,6 +35,10 @@ def part(code: str, name: str = "part", weight: float = 1.0, **options: Any) -> 
 def option(given: Any, name: str) -> str:
     command = given.command
     return str(command[command.index(name) + 1]) if name in command else ""
+
+
+def backends(given: Any) -> list[str]:
+    return option(given, "--backend").split(",")
 
 
 def ends(process: int) -> bool:
@@ -58,7 +63,7 @@ def test_what_a_part_does_not_use_the_others_get() -> None:
 def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Path) -> None:
     on_gpu, on_cpu = ({p.name: p for p in check.parts(d, tmp_path)} for d in ("cuda", "cpu"))
     assert tuple(on_gpu) == check.NAMES
-    assert list(on_cpu) == ["tests", "attention", "kernels", "profile"]
+    assert list(on_cpu) == ["tests", "ladder", "compiled", "sweep", "attention", "kernels"]
     # Every operator is in one part.
     named = {name for p in on_gpu.values() for name in option(p, "--kernel").split(",") if name}
     assert named == set(OPERATORS)
@@ -66,11 +71,14 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert set(peers) < set(PEERS)
     assert set(SLOW) < set(peers)
     assert on_gpu["tests"].command[3:5] == ("-m", "gpu")
-    sizes = on_gpu["profile"].command[on_gpu["profile"].command.index("--size") + 1]
-    assert len(set(sizes.split(","))) == 11
-    assert "1,8" in on_gpu["profile"].command
-    assert "torch,diffusers" in on_gpu["profile"].command
-    assert "39M" in on_cpu["profile"].command
+    ladder = {name for part in on_gpu.values() if option(part, "--preset") == "ladder" for name in backends(part)}
+    assert ladder == set(BACKENDS)
+    # Ratios are of one run: who is compared with the peers runs beside them.
+    for name in ("ladder", "compiled", "compiled-max"):
+        assert {"diffusers", "graph"} <= set(backends(on_gpu[name]))
+    assert option(on_gpu["sweep"], "--preset") == "family"
+    assert option(on_gpu["sweep-rest"], "--preset") == "family-all"
+    assert all(option(on_cpu[name], "--size") == "39M" for name in ("ladder", "compiled", "sweep"))
     assert on_gpu["kernels"].takes_seconds
 
 
@@ -137,7 +145,7 @@ def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(["--only", "charts"], "tests, attention, "), (["--out", os.devnull], "--out")]
+    ("given", "told"), [(["--only", "charts"], "tests, ladder, "), (["--out", os.devnull], "--out")]
 )
 def test_a_wrong_call_says_what_to_do(given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

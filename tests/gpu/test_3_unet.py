@@ -1,0 +1,223 @@
+"""The UNet on the kernels and its captured steps: parity, extremes, bits, and memory that runs out."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ldmperf.model import FAMILY, UNet, UNetConfig
+from ldmperf.profiling.network import randomize
+from ldmperf.samplers import CaptureError, GraphedSampler, NoiseSchedule, initial_noise, make_plan, sample
+
+pytestmark = pytest.mark.gpu
+
+DEVICE, OPERATORS, GRAPHS = "cuda", "triton", None
+SCHEDULE = NoiseSchedule.from_diffusers(
+    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+)
+TINY = UNetConfig((32, 64, 64), (4, 8, 8), (True, True, False), layers_per_block=1, context_dim=24, norm_groups=8)
+SAMPLERS = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2s", "unipc", "euler", "euler_a", "heun", "lcm")
+
+
+def network(config: UNetConfig, dtype: torch.dtype, operators: str = OPERATORS) -> UNet:
+    with torch.device(DEVICE):
+        unet = UNet(config, backend=operators).to(dtype)
+    randomize(unet, 0)
+    return unet.eval().requires_grad_(False)
+
+
+def given(config: UNetConfig, batch: int, latents: int, tokens: int = 77) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    x = torch.randn(batch, config.in_channels, latents, latents, device=DEVICE, generator=generator)
+    return x, torch.randn(batch, tokens, config.context_dim, device=DEVICE, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("size", FAMILY)
+@torch.no_grad()
+def test_a_forward_errs_no_more_than_on_torchs_operators(
+    size: str, dtype: torch.dtype, kit: SimpleNamespace
+) -> None:
+    parameters = {"2B": 2.1, "5B": 4.9}.get(size, 0.9)
+    kit.needs_memory(8 * parameters + 6)
+    ours = network(FAMILY[size], dtype)
+    x, context = (value.to(dtype) for value in given(FAMILY[size], 2, 64))
+    results = [unet(x, 500.0, context).float() for unet in (ours, ours.with_backend("torch"))]
+    exact = ours.with_backend("torch").float()
+    expected = exact(x.float(), 500.0, context.float())
+    error, own = (kit.relative_rms(result, expected) for result in results)
+    assert error <= 1.5 * own, (error, own)
+
+
+@torch.no_grad()
+def test_the_float32_network_is_that_of_torchs_operators(kit: SimpleNamespace) -> None:
+    ours = network(FAMILY["39M"], torch.float32)
+    x, context = given(FAMILY["39M"], 2, 64)
+    assert kit.relative_rms(ours(x, 981.0, context), ours.with_backend("torch")(x, 981.0, context)) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e2, 1e3])
+@torch.no_grad()
+def test_fp16_extremes_give_no_nan_where_float32_gives_none(scale: float) -> None:
+    ours = network(FAMILY["39M"], torch.float16)
+    x, context = given(FAMILY["39M"], 2, 32)
+    exact = ours.with_backend("torch").float()(x.half().float() * scale, 500.0, context.half().float())
+    assert exact.isfinite().all()
+    assert ours(x.half() * scale, 500.0, context.half()).isfinite().all()
+
+
+def eager(unet: UNet, conditioning: Any, plan: Any, noise: torch.Tensor, **options: Any) -> torch.Tensor:
+    return sample(
+        lambda x, step: unet.denoise(x, conditioning, step.index),
+        plan,
+        noise,
+        input_dtype=unet.dtype,
+        backend=OPERATORS,
+        **options,
+    )
+
+
+def graphed(unet: UNet, **options: Any) -> GraphedSampler[Any]:
+    return GraphedSampler(unet.denoise, input_dtype=unet.dtype, backend=OPERATORS, graphs=GRAPHS, **options)
+
+
+@torch.no_grad()
+def test_200_replays_with_changed_prompts_seeds_and_plans_have_the_bits_of_the_eager_loop() -> None:
+    unet = network(TINY, torch.bfloat16)
+    sampler = graphed(unet)
+    generator = torch.Generator().manual_seed(2)
+    replays = run = 0
+    while replays < 200:
+        plan = make_plan(SAMPLERS[run % len(SAMPLERS)], SCHEDULE, 1 + 7 * run % 11)
+        seeds = [1000 + run, 2000 + run]
+        noise = initial_noise(seeds, (4, 16, 16), device=DEVICE)
+        context = torch.randn(4, 7, TINY.context_dim, generator=generator).to(DEVICE)
+        conditioning = unet.condition([step.timestep for step in plan.steps], context)
+        options = {"guidance_scale": 1.5 + run, "seeds": seeds}
+        result = sampler(conditioning, plan, noise, **options)
+        assert torch.equal(result, eager(unet, conditioning, plan, noise, **options)), (plan.name, run)
+        replays, run = replays + len(plan.steps), run + 1
+    assert len(sampler.captures) == 1
+
+
+@pytest.mark.parametrize("size", ["39M", "866M"])
+@torch.no_grad()
+def test_a_size_of_the_family_captured_has_the_bits_of_the_eager_loop(size: str) -> None:
+    unet = network(FAMILY[size], torch.bfloat16)
+    plan = make_plan("dpmpp_2m", SCHEDULE, 3)
+    noise = initial_noise([5], (4, 64, 64), device=DEVICE)
+    _, context = given(FAMILY[size], 2, 64)
+    conditioning = unet.condition([step.timestep for step in plan.steps], context)
+    expected = eager(unet, conditioning, plan, noise, guidance_scale=7.5)
+    sampler = graphed(unet)
+    for _ in range(2):
+        assert torch.equal(sampler(conditioning, plan, noise, guidance_scale=7.5), expected)
+
+
+@torch.no_grad()
+def test_a_capture_after_memory_ran_out_works() -> None:
+    unet = network(TINY, torch.bfloat16)
+    sampler = graphed(unet)
+    plan = make_plan("ddim", SCHEDULE, 2)
+
+    def run(batch: int, latents: int) -> bool:
+        noise = initial_noise(list(range(batch)), (4, latents, latents), device=DEVICE)
+        context = torch.zeros(batch, 7, TINY.context_dim, device=DEVICE)
+        conditioning = unet.condition([step.timestep for step in plan.steps], context)
+        return torch.equal(sampler(conditioning, plan, noise), eager(unet, conditioning, plan, noise))
+
+    assert run(1, 16)
+    # torch's own bound: what is over it fails as if the device were full.
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            run(8, 256)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert run(2, 16)
+    assert run(1, 16)
+
+
+@torch.no_grad()
+def test_what_a_capture_forbids_is_told_and_the_next_capture_works() -> None:
+    unet = network(TINY, torch.bfloat16)
+    waits = True
+
+    def denoise(x: torch.Tensor, conditioning: Any, step: torch.Tensor) -> torch.Tensor:
+        if waits:
+            step.item()
+        return unet.denoise(x, conditioning, step)
+
+    sampler = GraphedSampler(denoise, input_dtype=unet.dtype, backend=OPERATORS, graphs=GRAPHS)
+    plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], (4, 16, 16), device=DEVICE)
+    context = torch.zeros(1, 7, TINY.context_dim, device=DEVICE)
+    conditioning = unet.condition([step.timestep for step in plan.steps], context)
+    with pytest.raises(CaptureError, match="could not be captured") as raised:
+        sampler(conditioning, plan, noise)
+    assert "\n" not in str(raised.value)
+    waits = False
+    assert torch.equal(sampler(conditioning, plan, noise), eager(unet, conditioning, plan, noise))
+
+
+class AloneOrInABatch(TorchDispatchMode):
+    """Runs every operator on the first sample alone too, and notes those whose bits differ.
+
+    Tensors made from the samples carry a mark: a weight's first dimension is no batch, whatever its length.
+    """
+
+    VIEWS = ("view", "expand", "split", "select", "slice", "as_strided", "permute")
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+        self.differing: Counter[str] = Counter()
+
+    def mark(self, tensor: torch.Tensor) -> None:
+        tensor._of_samples = True  # type: ignore[attr-defined]
+
+    def first(self, value: Any) -> Any:
+        if not getattr(value, "_of_samples", False):
+            return value
+        return value[: value.shape[0] // self.batch].clone(memory_format=torch.preserve_format)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        of_samples = any(getattr(value, "_of_samples", False) for value in (*args, *kwargs.values()))
+        alone = None
+        if of_samples and not func._schema.name.endswith(self.VIEWS):
+            alone = func(*map(self.first, args), **{name: self.first(value) for name, value in kwargs.items()})
+        out = func(*args, **kwargs)
+        for result in out if isinstance(out, tuple | list) else (out,):
+            if of_samples and isinstance(result, torch.Tensor):
+                self.mark(result)
+        if isinstance(alone, torch.Tensor) and not torch.equal(out[: alone.shape[0]], alone):
+            self.differing[func._schema.name] += 1
+        return out
+
+
+@torch.no_grad()
+def test_the_bits_of_a_sample_alone_and_in_a_batch() -> None:
+    """Ours have the same; which calls of the libraries do not is told by a warning."""
+    unet = network(FAMILY["39M"], torch.bfloat16)
+    x, context = (value.bfloat16() for value in given(FAMILY["39M"], 4, 64))
+    conditioning = unet.condition([500.0], context[:1].expand(4, -1, -1))
+    x = x.contiguous(memory_format=torch.channels_last)
+    seen = AloneOrInABatch(4)
+    seen.mark(x)
+    with seen:
+        unet.denoise(x, conditioning, 0)
+    if seen.differing:
+        calls = ", ".join(f"{name} ({count})" for name, count in seen.differing.items())
+        warnings.warn(f"other bits in a batch of 4 than alone: {calls}", stacklevel=1)
+    assert not [name for name in seen.differing if name.startswith("ldmperf")]
