@@ -117,8 +117,8 @@ class Record(RecordModel):
     `gpu_ms` is null on the CPU. `evaluations` counts model evaluations of a trajectory (a guided one, with its two
     halves in one batch, is one). `gflop_per_forward` is of one forward at batch 1. `peak_memory_bytes` is the most
     that torch held on the GPU in a trajectory, weights and what captured graphs set aside included; null on the
-    CPU, where torch does not count. `trace` is of one more trajectory, untimed, under torch's profiler; null on the
-    CPU and where that failed.
+    CPU, where torch does not count. `trace` is of one more trajectory, untimed, under torch's profiler; null on
+    the CPU and where that failed.
     """
 
     schema_version: Literal[1] = 1
