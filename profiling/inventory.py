@@ -88,6 +88,15 @@ def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
     )
 
 
+# What a captured step launches beside the eager one's: the gather of its shifts, and its count.
+LAUNCHES_OF_A_CAPTURE = 2
+
+
+def launch_counts(dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """The launches of our eager step, by size of the family."""
+    return {size: len(launches_of(our_step(config, dtype))) for size, config in FAMILY.items()}
+
+
 def apply(merge: Merge, launches: Sequence[GpuLaunch]) -> tuple[GpuLaunch, ...]:
     """The launches after a merge, wherever its names follow each other; the step's start follows its end."""
     names = [launch.name for launch in launches]
@@ -134,6 +143,32 @@ def markdown(inventories: Iterable[Inventory]) -> str:
         lines += ["", f"### {found.size}: kinds of launches that do no matrix work", "", *_kinds(steps)]
         for title, launches in zip(("diffusers eager", "our step", "the plan"), steps, strict=True):
             lines += ["", *_listing(f"{found.size}, {title}: every launch", launches)]
+    return "\n".join(lines)
+
+
+def floors_markdown(inventories: Iterable[Inventory]) -> str:
+    """The tables of docs/performance.md, between its markers."""
+    lines = [
+        f"Predicted launches and floors; rates {BYTES_PER_S / 1e12:.2f} TB/s, {FLOP_PER_S / 1e12:.0f} TFLOP/s, "
+        f"{EXP_PER_S / 1e12:.2f} T exponentials/s.",
+    ]
+    for found in inventories:
+        lines += ["", f"### {found.size}", ""]
+        lines += ["| group | launches: diffusers | ours | floor, us: diffusers | ours | measured, ours |"]
+        lines += ["|---|---:|---:|---:|---:|---|"]
+        for group in (*GROUPS, None):
+            theirs, ours = (
+                total(x for x in launches if group in (None, x.group))
+                for launches in (found.diffusers, found.ours)
+            )
+            floors = [f"{of.longest_floor_s * 1e6:.0f}" for of in (theirs, ours)]
+            counts = [str(of.launches) for of in (theirs, ours)]
+            lines.append(f"| {group or '**all**'} | {' | '.join((*counts, *floors))} | not measured |")
+    lines += ["", "### Launches per step at every size", ""]
+    lines += ["| size | ours, eager | ours, captured | at most 420 |", "|---|---:|---:|---|"]
+    for size, count in launch_counts().items():
+        captured = count + LAUNCHES_OF_A_CAPTURE
+        lines.append(f"| {size} | {count} | {captured} | {'yes' if captured <= 420 else 'no'} |")
     return "\n".join(lines)
 
 

@@ -296,6 +296,7 @@ _RULES: Mapping[str, Callable[[Op], list[GpuLaunch]]] = {
     # UpSample.cuh, Shape.cu (up to 64 tensors in one launch), Copy.cu.
     "aten::upsample_nearest2d": _one("nearest upsampling", "copies"),
     "aten::cat": _one("concatenation", "copies"),
+    "aten::index_select": _one("gather of a row", "copies"),
     "aten::_to_copy": _one("cast", "copies"),
     "aten::clone": _one("copy to contiguous", "copies"),
     "aten::_local_scalar_dense": _one(READ_BACK, "copies"),

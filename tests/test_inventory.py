@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("diffusers")
 
-from ldmperf.model import UNetConfig
-from ldmperf.profiling.inventory import PLAN, SIZES, Inventory, Merge, apply, inventory
+from ldmperf.model import UNet, UNetConfig
+from ldmperf.profiling.inventory import LAUNCHES_OF_A_CAPTURE, PLAN, SIZES, Inventory, Merge, apply, inventory
 from ldmperf.profiling.launch_rules import UnknownOperator, flash_splits, launches_of, nbytes
 from ldmperf.profiling.launches import GpuLaunch, total
 from ldmperf.profiling.opstream import OpStream, diffusers_step, our_step
@@ -286,14 +286,30 @@ def test_the_plan_only_takes_launches_and_bytes_away(size: str) -> None:
     assert before == of_size(size).planned
 
 
-def test_the_document_is_what_make_inventory_writes() -> None:
+@pytest.mark.parametrize("name", ["step-inventory.md", "performance.md"])
+def test_the_document_is_what_make_inventory_writes(name: str) -> None:
     text = (ROOT / "docs" / "step-inventory.md").read_text(encoding="utf-8")
     recorded = re.search(r"from diffusers (\S+) and torch (\S+)\. ", text)
     assert recorded is not None
     installed = (version("diffusers"), version("torch").split("+")[0])
     if recorded.groups() != installed:
         pytest.skip(f"the document was made with diffusers and torch {recorded.groups()}, here are {installed}")
-    assert runpy.run_path(str(ROOT / "bench" / "inventory.py"))["with_inventory"](text) == text
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert runpy.run_path(str(ROOT / "bench" / "inventory.py"))["with_inventory"](name, text) == text
+
+
+def test_a_captured_step_has_two_launches_more() -> None:
+    """`denoise` with a step in device memory gathers its shifts; the step is counted on once."""
+    with torch.device("meta"):
+        unet = UNet(TINY, backend="torch").to(BF16)
+        conditioning = unet.condition([1.0, 2.0], meta(2, 7, 16))
+        x = image(2, 4, 16, 16)
+        eager = launches(unet.denoise, x, conditioning, 1)
+        captured = launches(unet.denoise, x, conditioning, torch.zeros(1, dtype=torch.int64))
+    more = Counter(names(captured))
+    more.subtract(Counter(names(eager)))
+    assert {name: count for name, count in more.items() if count} == {"gather of a row": 1}
+    assert LAUNCHES_OF_A_CAPTURE == 1 + 1
 
 
 def test_the_text_around_the_tables_states_no_figures_of_its_own() -> None:
