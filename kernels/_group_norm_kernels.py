@@ -14,7 +14,6 @@ from ._triton import jit, tl
 def _load_tile(  # type: ignore[no-untyped-def]
     x_ptr,
     skip_ptr,
-    shift,
     pixels,
     end,
     width,
@@ -29,7 +28,11 @@ def _load_tile(  # type: ignore[no-untyped-def]
     stride_kw,
     FLAT: tl.constexpr,
 ):
-    """A tile [pixels, channels] of x and skip in float32, shifted, and its mask; other lanes hold the shift."""
+    """A tile [pixels, channels] of x and skip in float32, and its mask; other lanes hold zero.
+
+    Without the shift, which is the same for all pixels: it is added to what they are reduced to, so that no loop
+    carries it.
+    """
     mask = (pixels < end)[:, None] & mask_c[None, :]
     x_rows = pixel_offsets(pixels, width, stride_xh, stride_xw, FLAT)
     x_ptrs = x_ptr + x_rows[:, None] + (offs_c.to(tl.int64) * stride_xc)[None, :]
@@ -42,7 +45,7 @@ def _load_tile(  # type: ignore[no-untyped-def]
         k_ptrs = skip_ptr + k_rows[:, None] + ((offs_c - x_channels).to(tl.int64) * stride_kc)[None, :]
         x = tl.load(x_ptrs, mask=mask & of_x, other=0.0)
         x = tl.where(of_x, x, tl.load(k_ptrs, mask=mask & (offs_c >= x_channels)[None, :], other=0.0))
-    return x.to(tl.float32) + shift[None, :], mask
+    return x.to(tl.float32), mask
 
 
 @jit
@@ -98,16 +101,26 @@ def _load_shift(shift_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C: tl.
 
 
 @jit
-def _affine(weight_ptr, bias_ptr, mean0, delta, m2, count, eps, offs_c, mask_c, member):  # type: ignore[no-untyped-def]
-    """(center, slope, offset) [channels]: the normalized value is (x - center) * slope + offset."""
+def _affine(weight_ptr, bias_ptr, shift, mean0, delta, m2, count, eps, offs_c, mask_c, member):  # type: ignore[no-untyped-def]
+    """(center, slope, offset) [channels]: the normalized value is (x - center) * slope + offset.
+
+    With `shift` x is without it: the center is the mean less the shift, and what rounding takes from that
+    difference goes to the offset.
+    """
     rstd = 1.0 / tl.sqrt(m2 / count + eps)
     slope = _to_channels(rstd, member)
     if weight_ptr is not None:
         slope *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    offset = -_to_channels(delta, member) * slope
+    mean = _to_channels(mean0, member)
+    center = mean
+    rest = _to_channels(delta, member)
+    if shift is not None:
+        center = mean - shift
+        rest += (mean - center) - shift
+    offset = -rest * slope
     if bias_ptr is not None:
         offset += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    return _to_channels(mean0, member), slope, offset
+    return center, slope, offset
 
 
 @jit
@@ -126,7 +139,6 @@ def _normalize(  # type: ignore[no-untyped-def]
     x_ptr,
     skip_ptr,
     out_ptr,
-    shift,
     center,
     slope,
     offset,
@@ -151,13 +163,13 @@ def _normalize(  # type: ignore[no-untyped-def]
     """Normalize the pixels from start to end, tile by tile."""
     lanes = tl.arange(0, BLOCK_HW)
     x, mask = _load_tile(
-        x_ptr, skip_ptr, shift, start + lanes, end, width, offs_c, mask_c, x_channels,
+        x_ptr, skip_ptr, start + lanes, end, width, offs_c, mask_c, x_channels,
         stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
     )  # fmt: skip
     for tile in range(start, end, BLOCK_HW):
         # The next tile is on its way while this one is worked on; past the end it is masked off.
         next_x, next_mask = _load_tile(
-            x_ptr, skip_ptr, shift, tile + BLOCK_HW + lanes, end, width, offs_c, mask_c, x_channels,
+            x_ptr, skip_ptr, tile + BLOCK_HW + lanes, end, width, offs_c, mask_c, x_channels,
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
         )  # fmt: skip
         _store_tile(out_ptr, x, mask, center, slope, offset, tile + lanes, offs_c, stride_oc, stride_ow, SILU)
@@ -191,14 +203,14 @@ def _statistics(  # type: ignore[no-untyped-def]
     lanes = tl.arange(0, BLOCK_HW)
     # Sums around each lane's own first value: with n values a lane, the variance loses at most n roundings.
     pivot, _ = _load_tile(
-        x_ptr, skip_ptr, shift, start + lanes, end, width, offs_c, mask_c, x_channels,
+        x_ptr, skip_ptr, start + lanes, end, width, offs_c, mask_c, x_channels,
         stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
     )  # fmt: skip
     total = tl.zeros_like(pivot)
     squares = tl.zeros_like(pivot)
     for tile in tl.range(start + BLOCK_HW, end, BLOCK_HW, loop_unroll_factor=4):
         x, mask = _load_tile(
-            x_ptr, skip_ptr, shift, tile + lanes, end, width, offs_c, mask_c, x_channels,
+            x_ptr, skip_ptr, tile + lanes, end, width, offs_c, mask_c, x_channels,
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
         )  # fmt: skip
         deviation = tl.where(mask, x - pivot, 0.0)
@@ -207,7 +219,7 @@ def _statistics(  # type: ignore[no-untyped-def]
     weight = tl.maximum((end - start - lanes + BLOCK_HW - 1) // BLOCK_HW, 0).to(tl.float32)
     mean = total / tl.maximum(weight, 1.0)[:, None]
     count = (end - start) * (1.0 * GROUP_CHANNELS)
-    return _merge_lanes(pivot + mean, squares - total * mean, weight, mask_c, member, count)
+    return _merge_lanes(pivot + mean + shift[None, :], squares - total * mean, weight, mask_c, member, count)
 
 
 @jit
@@ -259,21 +271,26 @@ def group_norm_kernel(  # type: ignore[no-untyped-def]
     count = pixels * (1.0 * GROUP_CHANNELS)
     if ONE_TILE:
         x, mask = _load_tile(
-            x_ptr, skip_ptr, shift, lanes, pixels, width, offs_c, mask_c, x_channels,
+            x_ptr, skip_ptr, lanes, pixels, width, offs_c, mask_c, x_channels,
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, FLAT,
         )  # fmt: skip
+        x += shift[None, :]
         weight = (lanes < pixels).to(tl.float32)
         mean0, delta, m2 = _merge_lanes(x, tl.zeros_like(x), weight, mask_c, member, count)
-        center, slope, offset = _affine(weight_ptr, bias_ptr, mean0, delta, m2, count, eps, offs_c, mask_c, member)
+        center, slope, offset = _affine(
+            weight_ptr, bias_ptr, None, mean0, delta, m2, count, eps, offs_c, mask_c, member
+        )
         _store_tile(out_ptr, x, mask, center, slope, offset, lanes, offs_c, stride_oc, stride_ow, SILU)
     else:
         mean0, delta, m2 = _statistics(
             x_ptr, skip_ptr, shift, 0, pixels, width, offs_c, mask_c, member, x_channels,
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, GROUP_CHANNELS, BLOCK_HW, FLAT,
         )  # fmt: skip
-        center, slope, offset = _affine(weight_ptr, bias_ptr, mean0, delta, m2, count, eps, offs_c, mask_c, member)
+        center, slope, offset = _affine(
+            weight_ptr, bias_ptr, shift, mean0, delta, m2, count, eps, offs_c, mask_c, member
+        )
         _normalize(
-            x_ptr, skip_ptr, out_ptr, shift, center, slope, offset, 0, pixels, width, offs_c, mask_c, x_channels,
+            x_ptr, skip_ptr, out_ptr, center, slope, offset, 0, pixels, width, offs_c, mask_c, x_channels,
             stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, stride_oc, stride_ow, BLOCK_HW,
             SILU, FLAT,
         )  # fmt: skip
@@ -398,13 +415,15 @@ def group_norm_apply_kernel(  # type: ignore[no-untyped-def]
     delta = tl.sum(weight * deviation, axis=0) / count
     m2 = tl.sum(chunk_m2 + weight * deviation * deviation, axis=0) - count * delta * delta
 
-    center, slope, offset = _affine(weight_ptr, bias_ptr, mean0, delta, m2, count, eps, offs_c, mask_c, member)
+    center, slope, offset = _affine(
+        weight_ptr, bias_ptr, shift, mean0, delta, m2, count, eps, offs_c, mask_c, member
+    )
     x_ptr += b * stride_xb
     out_ptr += b * stride_ob
     if skip_ptr is not None:
         skip_ptr += b * stride_kb
     _normalize(
-        x_ptr, skip_ptr, out_ptr, shift, center, slope, offset, chunk * chunk_pixels,
+        x_ptr, skip_ptr, out_ptr, center, slope, offset, chunk * chunk_pixels,
         tl.minimum((chunk + 1) * chunk_pixels, pixels), width, offs_c, mask_c, x_channels,
         stride_xc, stride_xh, stride_xw, stride_kc, stride_kh, stride_kw, stride_oc, stride_ow, BLOCK_HW, SILU,
         FLAT,
