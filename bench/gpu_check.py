@@ -43,12 +43,12 @@ NAMES = (
     "sweep-rest",
 )
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
-OTHERS = "group_norm_silu,layer_norm,geglu,residual_add,sampler_update"
+OTHERS = "group_norm_silu,layer_norm,linear,geglu,residual_add,sampler_update"
 ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
 # Where the bound and the largest gain are to be shown (issue 4).
 HEAD_DIMS = "40,64,80,128,160,384,8"
 # Without the compiled peers, which take minutes to compile: they come in parts of their own, beside what is best.
-LADDER = "diffusers,torch,triton,triton+hoist,graph"
+LADDER = "diffusers,torch,triton,triton+hoist,triton+hoist+merge,graph"
 
 
 class Stopped(BaseException):

@@ -47,8 +47,6 @@ from ldmperf.profiling.timing import Deadline, timed
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
 WORTHWHILE = 0.98
-# Torch has a kernel of its own for these, as fast as any at some sizes; its reference of the others is several.
-AGAINST_TORCH = frozenset({"attention"})
 FINALISTS = 4
 # None stands for what the kernel uses now: its tuned entry, or its default; TORCH for torch's own operator.
 Config = Any
@@ -217,7 +215,9 @@ class GpuTimer:
 
     def _call(self, config: Config, arguments: dict[str, Any]) -> Any:
         if config == TORCH:
-            return OPERATORS[self.case.operator].call(**arguments, backend="torch")
+            torchs_own = OPERATORS[self.case.operator].torchs_own
+            assert torchs_own is not None
+            return torchs_own(**arguments)
         chosen = {} if config is None else {"config": config}
         result, launches = OPERATORS[self.case.operator].plan(**arguments, **chosen)
         for launch in launches:
@@ -243,7 +243,7 @@ def tune(
         candidates = operator.candidates(**job.case.arguments("meta"))
         limit = Deadline(min(deadline.left, key_seconds))
         try:
-            with_torch = operator.name in AGAINST_TORCH
+            with_torch = operator.torchs_own is not None
             found = search(candidates, timer_of(job.case), limit, seed=key, with_torch=with_torch)
         except Exception as failure:
             if is_fatal(failure):

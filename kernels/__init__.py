@@ -6,6 +6,7 @@ from .attention import attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
+from .linear import linear, linear_ref, linear_separate
 from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
@@ -27,6 +28,9 @@ __all__ = [
     "group_norm_silu_ref",
     "layer_norm",
     "layer_norm_ref",
+    "linear",
+    "linear_ref",
+    "linear_separate",
     "philox_normal",
     "residual_add",
     "residual_add_ref",

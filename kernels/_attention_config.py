@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ._launch import Chip, ceil_div, next_power_of_two
+from ._parts import padded
 
 # Up to so many keys a program can hold them all.
 MAX_SHORT_KEYS = 128
@@ -28,19 +29,6 @@ class AttentionConfig:
     matrix_sums: bool = False
     query_tiles: int = 1
     ahead: bool = False
-
-
-def parts(size: int) -> tuple[int, int]:
-    """The one (then 0) or two different powers of two, at least 16, of the least sum that holds `size`."""
-    single = max(next_power_of_two(size), 16)
-    larger = single // 2
-    smaller = max(next_power_of_two(size - larger), 16)
-    return (larger, smaller) if larger > smaller else (single, 0)
-
-
-def padded(size: int) -> int:
-    """What a dimension of `size` takes in a tile."""
-    return sum(parts(size))
 
 
 _Table = Sequence[tuple[int, Sequence[AttentionConfig]]]

@@ -10,44 +10,8 @@ parts, PART_1 and PART_2 (0 for none), each a power of two, and a value of that 
 
 from __future__ import annotations
 
+from ._parts import load_parts, part_columns, row_ptrs
 from ._triton import jit, tl
-
-
-@jit
-def _columns(PART_1: tl.constexpr, PART_2: tl.constexpr):
-    """The indices of a dimension, part by part."""
-    if PART_2 == 0:
-        columns = (tl.arange(0, PART_1),)
-    else:
-        columns = (tl.arange(0, PART_1), PART_1 + tl.arange(0, PART_2))
-    return columns
-
-
-@jit
-def _load_part(ptrs, mask_rows, columns, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr):
-    """One part; a mask only where it is needed, since a part without one is loaded in longer pieces."""
-    if mask_rows is None and not PADDED:
-        part = tl.load(ptrs)
-    elif mask_rows is None:
-        part = tl.load(ptrs, mask=columns < HEAD_DIM, other=0.0)
-    elif not PADDED:
-        part = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
-    else:
-        part = tl.load(ptrs, mask=mask_rows[:, None] & (columns < HEAD_DIM), other=0.0)
-    return part
-
-
-@jit
-def _load_parts(row_ptrs, mask_rows, HEAD_DIM: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr):
-    """[rows, part] of each part of the head dimension; zeros in masked rows (None: no mask) and in the padding."""
-    columns = _columns(PART_1, PART_2)
-    parts = ()
-    for i in tl.static_range(len(columns)):
-        c = columns[i][None, :]
-        # All but the last part are full.
-        PADDED = i == len(columns) - 1 and PART_1 + PART_2 > HEAD_DIM
-        parts += (_load_part(row_ptrs[:, None] + c, mask_rows, c, HEAD_DIM, PADDED),)
-    return parts
 
 
 @jit
@@ -56,16 +20,7 @@ def _tile_ptrs(ptr, start, rows, stride, ALIGN: tl.constexpr):
     offset = tl.full([], start, tl.int64) * stride
     if ALIGN > 1:
         offset = tl.multiple_of(offset, ALIGN)
-    return _row_ptrs(ptr + offset, rows, stride, ALIGN)
-
-
-@jit
-def _row_ptrs(ptr, rows, stride, ALIGN: tl.constexpr):
-    """Pointers to rows; `stride` is a multiple of ALIGN elements, which the compiler cannot see of 40."""
-    offsets = rows.to(tl.int64) * stride
-    if ALIGN > 1:
-        offsets = tl.multiple_of(offsets, [ALIGN])
-    return ptr + offsets
+    return row_ptrs(ptr + offset, rows, stride, ALIGN)
 
 
 @jit
@@ -174,7 +129,7 @@ def _store_rows(
     MATRIX_SUMS: tl.constexpr,
 ):
     """acc / l_i, or zeros where no key is attended to: a row whose scores are all -inf is NaN, as torch's is."""
-    columns = _columns(PART_1, PART_2)
+    columns = part_columns(PART_1, PART_2)
     if MATRIX_SUMS:
         l_i = tl.max(l_i, axis=1)
     factor = 1.0 / tl.where(attended > 0, l_i, 1.0)
@@ -199,7 +154,7 @@ def _tile_scores(
     ALIGN: tl.constexpr,
 ):
     """q k^T [queries, keys] of the keys offs_n; mask_n [keys] is False for those to leave out, or None."""
-    k = _load_parts(_tile_ptrs(k_ptr, start, offs_n, stride_kn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
+    k = load_parts(_tile_ptrs(k_ptr, start, offs_n, stride_kn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
     s = _scores(q, k, PRECISION)
     if mask_n is not None:
         s = tl.where(mask_n[None, :], s, float("-inf"))
@@ -233,7 +188,7 @@ def _online_softmax(
     # One multiply-add an element, and the same rounding of m_i's in every tile: it drops out of the quotient.
     p = _exp2(s * scale_log2 - m_finite[:, None], POLYNOMIAL)
     l_i, acc = _scaled(l_i, acc, tl.exp2(m_i - m_finite), MATRIX_SUMS)
-    v = _load_parts(_tile_ptrs(v_ptr, start, offs_n, stride_vn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
+    v = load_parts(_tile_ptrs(v_ptr, start, offs_n, stride_vn, ALIGN), mask_n, HEAD_DIM, PART_1, PART_2)
     l_i, acc = _accumulate(p, v, l_i, acc, MATRIX_SUMS, PRECISION)
     return m_new, l_i, acc
 
@@ -302,8 +257,8 @@ def attention_kernel(
     offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < queries
-    q_rows = _row_ptrs(_head_ptr(q_ptr, b, h, stride_qb, stride_qh, ALIGN), offs_m, stride_qn, ALIGN)
-    q = _load_parts(q_rows, mask_m, HEAD_DIM, PART_1, PART_2)
+    q_rows = row_ptrs(_head_ptr(q_ptr, b, h, stride_qb, stride_qh, ALIGN), offs_m, stride_qn, ALIGN)
+    q = load_parts(q_rows, mask_m, HEAD_DIM, PART_1, PART_2)
     k_ptr = _head_ptr(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
     v_ptr = _head_ptr(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -354,7 +309,7 @@ def attention_kernel(
                     HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
                 )  # fmt: skip
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
-    out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
+    out_rows = row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
     _store_rows(out_rows, acc, l_i, attended, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)
 
 
@@ -407,29 +362,29 @@ def short_attention_kernel(
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
 
     keys = _key_count(lengths_ptr, b, keys, stride_lb)
-    offs_n = _columns(KEYS_1, KEYS_2)
+    offs_n = part_columns(KEYS_1, KEYS_2)
     attended = keys if mask_ptr is None else 0
     k = ()
     v = ()
     masks = ()
     for j in tl.static_range(len(offs_n)):
-        k_rows = _row_ptrs(k_ptr, offs_n[j], stride_kn, ALIGN)
-        v_rows = _row_ptrs(v_ptr, offs_n[j], stride_vn, ALIGN)
+        k_rows = row_ptrs(k_ptr, offs_n[j], stride_kn, ALIGN)
+        v_rows = row_ptrs(v_ptr, offs_n[j], stride_vn, ALIGN)
         if j < WHOLE_PARTS:
-            k += (_load_parts(k_rows, None, HEAD_DIM, PART_1, PART_2),)
-            v += (_load_parts(v_rows, None, HEAD_DIM, PART_1, PART_2),)
+            k += (load_parts(k_rows, None, HEAD_DIM, PART_1, PART_2),)
+            v += (load_parts(v_rows, None, HEAD_DIM, PART_1, PART_2),)
         else:
             masks += (_key_mask(mask_ptr, b, offs_n[j], keys, stride_mb, stride_mn),)
             if mask_ptr is not None:
                 attended += tl.sum(masks[j - WHOLE_PARTS].to(tl.int32))
-            k += (_load_parts(k_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
-            v += (_load_parts(v_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
+            k += (load_parts(k_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
+            v += (load_parts(v_rows, masks[j - WHOLE_PARTS], HEAD_DIM, PART_1, PART_2),)
 
     first = (pid % blocks_m) * (BLOCK_M * QUERY_TILES)
     for start in range(first, tl.minimum(first + BLOCK_M * QUERY_TILES, queries), BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < queries
-        q = _load_parts(_row_ptrs(q_ptr, offs_m, stride_qn, ALIGN), mask_m, HEAD_DIM, PART_1, PART_2)
+        q = load_parts(row_ptrs(q_ptr, offs_m, stride_qn, ALIGN), mask_m, HEAD_DIM, PART_1, PART_2)
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         s = ()
         for j in tl.static_range(len(offs_n)):
@@ -443,5 +398,5 @@ def short_attention_kernel(
         for j in tl.static_range(len(offs_n)):
             p = _exp2(s[j] * scale_log2 - m_finite[:, None], POLYNOMIAL)
             l_i, acc = _accumulate(p, v[j], l_i, acc, MATRIX_SUMS, PRECISION)
-        out_rows = _row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
+        out_rows = row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
         _store_rows(out_rows, acc, l_i, attended, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)

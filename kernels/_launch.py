@@ -38,6 +38,9 @@ class Chip:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
+# For choosing where nothing was measured, and rough: the price of a launch, with its way in and out.
+LAUNCH_NS = 2500.0
+
 # Stands for the device where there is none: under the interpreter and on "meta".
 NO_GPU = Chip("no gpu", 132)
 
@@ -78,6 +81,8 @@ class Operator:
                   launches nothing
     candidates    the launch configurations worth trying for a call (frozen dataclasses of numbers)
     tuning_key    what a tuned configuration of a call is looked up by
+    torchs_own    the same by an operator of torch's that may be the faster one, which "auto" then takes; None
+                  where torch has no such operator
     """
 
     name: str
@@ -86,6 +91,7 @@ class Operator:
     plan: Callable[..., tuple[Any, list[Launch]]]
     candidates: Callable[..., list[Any]]
     tuning_key: Callable[..., str]
+    torchs_own: Callable[..., Any] | None = None
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config, parts
+from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, run, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
+from ._parts import parts
 from ._triton import device_reasons, dtype_reasons, is_interpreted
 
 MAX_HEAD_DIM = 384
@@ -325,4 +326,4 @@ _attention = define_operator(
     flops=_flops,
 )
 
-OPERATOR = Operator("attention", attention, attention_ref, plan, candidates, tuning_key)
+OPERATOR = Operator("attention", attention, attention_ref, plan, candidates, tuning_key, attention_ref)

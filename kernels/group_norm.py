@@ -27,7 +27,19 @@ from torch import Tensor
 
 from ._dispatch import choose_backend
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
-from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import (
+    LAUNCH_NS,
+    NO_GPU,
+    Chip,
+    Launch,
+    Operator,
+    ceil_div,
+    chip_of,
+    dtype_name,
+    next_power_of_two,
+    run,
+    tuned,
+)
 from ._layout import image_reasons, image_strides, memory_format
 from ._library import compute_dtype, define_operator
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
@@ -91,11 +103,10 @@ class _Shape:
     interleaved: bool
 
 
-# For choosing only, and rough: a multiprocessor's pace over cached elements, how long it waits for a tile, and the
-# price of a launch and its way in and out. bench/tune.py measures instead.
+# For choosing only, and rough: a multiprocessor's pace over cached elements, and how long it waits for a tile.
+# bench/tune.py measures instead.
 _ELEMENTS_PER_NS = 20.0
 _TILE_NS = 500.0
-_LAUNCH_NS = 2500.0
 # What a multiprocessor holds of these kernels at about 100 registers a thread, 16 elements of a tile each.
 _RESIDENT_WARPS = 16
 _THREAD_ELEMENTS = 16
@@ -139,7 +150,7 @@ def _bundled(shape: _Shape, groups: int, chip: Chip) -> list[tuple[float, GroupN
         """Programs of so many tiles one after the other and so many elements of work."""
         rounds = ceil_div(programs, chip.multiprocessors * max(_RESIDENT_WARPS // warps, 1))
         share = max(programs / chip.multiprocessors, 1.0)
-        return _LAUNCH_NS + max(rounds * tiles * _TILE_NS, share * elements / _ELEMENTS_PER_NS)
+        return LAUNCH_NS + max(rounds * tiles * _TILE_NS, share * elements / _ELEMENTS_PER_NS)
 
     if block_c * all_pixels <= 16384:
         warps = min(max(block_c * all_pixels // 1024, 1), 16)

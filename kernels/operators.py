@@ -7,10 +7,11 @@ from .attention import OPERATOR as ATTENTION
 from .geglu import OPERATOR as GEGLU
 from .group_norm import OPERATOR as GROUP_NORM_SILU
 from .layer_norm import OPERATOR as LAYER_NORM
+from .linear import OPERATOR as LINEAR
 from .residual_add import OPERATOR as RESIDUAL_ADD
 from .sampler_update import OPERATOR as SAMPLER_UPDATE
 
 OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
-    for operator in (ATTENTION, GROUP_NORM_SILU, LAYER_NORM, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
+    for operator in (ATTENTION, GROUP_NORM_SILU, LAYER_NORM, LINEAR, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
 }

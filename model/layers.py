@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, residual_add
+from ldmperf.kernels import attention, group_norm_silu, linear, linear_separate, residual_add
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
@@ -27,13 +27,15 @@ class Pending:
     that what it leaves out is pending for the next block. It does not depend on a step's input, so that
     `UNet.condition` computes it once.
 
-    before  [Cin]: what the block's input lacks, its skip's channels included; None for nothing
-    bias    [Cout]: what the block's last sum adds, its own biases included; None where that sum adds nothing, and
-            leaves it pending
+    before    [Cin]: what the block's input lacks, its skip's channels included; None for nothing
+    bias      [Cout]: what the block's last sum adds, its own biases included; None where that sum adds nothing,
+              and leaves it pending
+    attended  [C]: of a transformer, what its tokens lack after both attentions; None for a ResBlock
     """
 
     before: Tensor | None
     bias: Tensor | None
+    attended: Tensor | None = None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -61,25 +63,6 @@ class GroupNorm(nn.GroupNorm):
             activation=self.activation,
             backend=self.backend,
         )
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm of tokens; `add` takes the residual sum with it."""
-
-    def __init__(self, channels: int, backend: str) -> None:
-        super().__init__(channels)
-        self.backend = backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
-        assert isinstance(out, Tensor)
-        return out
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
-        both = layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
-        assert isinstance(both, tuple)
-        return both
 
 
 class ResBlock(nn.Module):
@@ -136,20 +119,24 @@ class ResBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a gated feed-forward, each added to the tokens it read."""
+    """Self-attention, cross-attention and a gated feed-forward, each added in place to the tokens it read.
 
-    def __init__(self, channels: int, heads: int, context_dim: int, backend: str) -> None:
+    No bias is added to the tokens: each norm takes on what the sums before it left out.
+    """
+
+    def __init__(self, channels: int, heads: int, context_dim: int, backend: str, products: str) -> None:
         super().__init__()
         self.heads = heads
         self.backend = backend
-        self.norm1 = LayerNorm(channels, backend)
+        self.products = products
+        self.norm1 = nn.LayerNorm(channels)
         self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.to_out = nn.Linear(channels, channels)
-        self.norm2 = LayerNorm(channels, backend)
+        self.norm2 = nn.LayerNorm(channels)
         self.cross_q = nn.Linear(channels, channels, bias=False)
         self.cross_kv = nn.Linear(context_dim, 2 * channels, bias=False)
         self.cross_out = nn.Linear(channels, channels)
-        self.norm3 = LayerNorm(channels, backend)
+        self.norm3 = nn.LayerNorm(channels)
         self.ff_in = nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
 
@@ -159,33 +146,66 @@ class TransformerBlock(nn.Module):
         k, v = self.cross_kv(context).view(batch, tokens, 2, self.heads, -1).unbind(2)
         return k, v
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, N, C], context of `project_context` -> [B, N, C], without the bias of `ff_out`."""
+    def attended(self) -> Tensor:
+        """[C]: what the tokens lack after both attentions."""
+        return self.to_out.bias + self.cross_out.bias
+
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor], attended: Tensor) -> Tensor:
+        """x [B, N, C], context of `project_context`, `attended` [C] -> [B, N, C], without any block's bias.
+
+        x is overwritten where no gradient is recorded.
+        """
         batch, tokens, channels = x.shape
-        q, k, v = self.to_qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).unbind(2)
-        h = self.to_out(attention(q, k, v, backend=self.backend).view(batch, tokens, channels))
-        h, x = self.norm2.add(h, x)
-        q = self.cross_q(h).view(batch, tokens, self.heads, -1)
-        h = self.cross_out(attention(q, *context, backend=self.backend).view(batch, tokens, channels))
-        h, x = self.norm3.add(h, x)
-        return add_product(x, geglu(self.ff_in(h), backend=self.backend), self.ff_out.weight)
+        q, k, v = self._product(x, self.norm1, self.to_qkv).view(batch, tokens, 3, self.heads, -1).unbind(2)
+        h = attention(q, k, v, backend=self.backend).view(batch, tokens, channels)
+        x = add_product(x, h, self.to_out.weight)
+        q = self._product(x, self.norm2, self.cross_q, self.to_out.bias).view(batch, tokens, self.heads, -1)
+        h = attention(q, *context, backend=self.backend).view(batch, tokens, channels)
+        x = add_product(x, h, self.cross_out.weight)
+        h = self._product(x, self.norm3, self.ff_in, attended, "geglu")
+        return add_product(x, h, self.ff_out.weight)
+
+    def _product(
+        self,
+        x: Tensor,
+        norm: nn.LayerNorm,
+        layer: nn.Linear,
+        x_bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        """`layer` of the norm of x + x_bias, and its activation."""
+        separate = self.backend == "torch" or self.products == "torch"
+        call = linear_separate if separate else linear
+        return call(
+            x,
+            layer.weight,
+            layer.bias,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            eps=norm.eps,
+            x_bias=x_bias,
+            activation=activation,
+            backend=self.backend if separate else self.products,
+        )
 
 
 class Transformer(nn.Module):
     """A transformer block over the positions of an image, between a projection in and one out."""
 
-    def __init__(self, channels: int, heads: int, context_dim: int, groups: int, backend: str) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_dim: int, groups: int, backend: str, products: str
+    ) -> None:
         super().__init__()
         self.backend = backend
         self.norm = GroupNorm(groups, channels, TRANSFORMER_NORM_EPS, None, backend)
         self.proj_in = nn.Linear(channels, channels)
-        self.block = TransformerBlock(channels, heads, context_dim, backend)
+        self.block = TransformerBlock(channels, heads, context_dim, backend, products)
         self.proj_out = nn.Linear(channels, channels)
 
     def constant(self, before: Tensor | None) -> Tensor:
         """[C]: what the sum with the input lacks where the input lacks `before` [C] (see `Pending`)."""
         bias = self.proj_out.bias if before is None else before + self.proj_out.bias
-        return torch.addmv(bias, self.proj_out.weight, self.block.ff_out.bias)
+        return torch.addmv(bias, self.proj_out.weight, self.block.attended() + self.block.ff_out.bias)
 
     def forward(
         self,
@@ -199,7 +219,8 @@ class Transformer(nn.Module):
 
         x is overwritten where no gradient is recorded.
         """
-        tokens = self.block(self.proj_in(as_tokens(self.norm(x, pending.before))), context)
+        tokens = self.proj_in(as_tokens(self.norm(x, pending.before)))
+        tokens = self.block(tokens, context, pending.attended)
         if pending.bias is None:
             return add_product(x, tokens, self.proj_out.weight)
         h = as_image(F.linear(tokens, self.proj_out.weight), x.shape[2:])

@@ -16,6 +16,8 @@ from .layers import GroupNorm, Pending, Resample, ResBlock, TimestepEmbedding, T
 
 T = TypeVar("T")
 
+PRODUCTS = ("auto", "torch", "triton")
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -74,12 +76,16 @@ class Level(nn.Module):
 class UNet(nn.Module):
     """A text-conditioned latent-diffusion UNet (Rombach et al., arXiv 2112.10752).
 
-    `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). Convolution weights are
-    kept channels-last, as the activations are.
+    `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` is that of
+    the matrix products with a norm or a gate beside them (`ldmperf.kernels.linear`): "auto" merges them where that
+    is measured or predicted to be faster, "triton" wherever it can, "torch" nowhere. With `backend="torch"`
+    nothing is merged. Convolution weights are kept channels-last, as the activations are.
     """
 
-    def __init__(self, config: UNetConfig, *, backend: str = "auto") -> None:
+    def __init__(self, config: UNetConfig, *, backend: str = "auto", products: str = "auto") -> None:
         super().__init__()
+        if products not in PRODUCTS:
+            raise ValueError(f"unknown products {products!r}; choose one of {', '.join(PRODUCTS)}")
         self.config = config
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         last = len(channels) - 1
@@ -88,7 +94,8 @@ class UNet(nn.Module):
             return ResBlock(in_channels, out_channels, groups, eps, backend)
 
         def transformer(level: int) -> Transformer:
-            return Transformer(channels[level], config.num_heads[level], config.context_dim, groups, backend)
+            heads = config.num_heads[level]
+            return Transformer(channels[level], heads, config.context_dim, groups, backend, products)
 
         self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -217,7 +224,7 @@ class UNet(nn.Module):
 
         def through(module: ResBlock | Transformer, before: Tensor | None, adds: bool) -> Tensor | None:
             constant = module.constant(before)
-            found.append(Pending(before, constant if adds else None))
+            found.append(Pending(before, constant if adds else None, _attended(module)))
             return None if adds else constant
 
         def block(place: Place, x: Tensor | None, skip: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -229,7 +236,8 @@ class UNet(nn.Module):
             if whole and resblock.shortcut is None:
                 # The sum adds what the transformer's product will leave out, whose norm takes it off again.
                 ahead = transformer.constant(None)
-                found.extend((Pending(before, resblock.constant(before) + ahead), Pending(-ahead, None)))
+                found.append(Pending(before, resblock.constant(before) + ahead))
+                found.append(Pending(-ahead, None, _attended(transformer)))
                 return None
             return through(transformer, through(resblock, before, resblock.shortcut is None), whole)
 
@@ -266,10 +274,10 @@ class UNet(nn.Module):
                 x = resample(level.upsample, x)
         return x
 
-    def with_backend(self, backend: str) -> UNet:
-        """The same network, on the same memory, with its operators on another backend."""
+    def with_backend(self, backend: str, products: str = "auto") -> UNet:
+        """The same network, on the same memory, with its operators and products on other backends."""
         with torch.device("meta"):
-            other = UNet(self.config, backend=backend)
+            other = UNet(self.config, backend=backend, products=products)
         other.load_state_dict(self.state_dict(), assign=True)
         return other.train(self.training).requires_grad_(self.conv_in.weight.requires_grad)
 
@@ -281,6 +289,10 @@ class UNet(nn.Module):
                 f"timestep must be one number or one per sample ({sample.shape[0]}); got {timesteps.shape[1]}"
             )
         return self.denoise(sample, self.condition(timesteps, context), 0)
+
+
+def _attended(module: ResBlock | Transformer) -> Tensor | None:
+    return module.block.attended() if isinstance(module, Transformer) else None
 
 
 def _beside(x: Tensor | None, skip: Tensor | None, channels: int) -> Tensor | None:

@@ -86,14 +86,15 @@ class Phased(Protocol):
 @dataclass(frozen=True)
 class OurBackend:
     """Our network and `sample`, eager. `operators` is the kernels' backend; hoisted, what a trajectory keeps is
-    computed once, else the whole of `UNet.forward` runs at each step."""
+    computed once, else the whole of `UNet.forward` runs at each step; `products` as of `UNet`."""
 
     operators: Literal["torch", "triton"]
     is_hoisted: bool = True
+    products: Literal["auto", "torch", "triton"] = "torch"
     implementation = "torch"
 
     def build(self, problem: Problem) -> Trajectory:
-        unet, plan, case = our_unet(problem, self.operators), problem.plan, problem.case
+        unet, plan, case = our_unet(problem, self.operators, self.products), problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
 
         @torch.inference_mode()
@@ -124,7 +125,7 @@ class OurBackend:
 
 @dataclass(frozen=True)
 class GraphBackend:
-    """Ours with everything: the kernels, hoisted, every step the replay of one captured graph."""
+    """Ours with everything: the kernels, hoisted, merged, every step the replay of one captured graph."""
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
@@ -145,7 +146,7 @@ class GraphTrajectory:
     def __init__(self, problem: Problem, operators: str, graphs: Graphs) -> None:
         self._problem = problem
         self._timesteps = [step.timestep for step in problem.plan.steps]
-        self._unet = our_unet(problem, operators)
+        self._unet = our_unet(problem, operators, "auto")
         self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
             self._denoise, max_captures=2, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
         )
@@ -178,10 +179,10 @@ class GraphTrajectory:
         }
 
 
-def our_unet(problem: Problem, operators: str) -> UNet:
-    """The problem's network with its operators on that backend; its memory is shared."""
+def our_unet(problem: Problem, operators: str, products: str) -> UNet:
+    """The problem's network with its operators and products on those backends; its memory is shared."""
     # Of the reference operators the network is made already.
-    return problem.unet if operators == "torch" else problem.unet.with_backend(operators)
+    return problem.unet if operators == "torch" else problem.unet.with_backend(operators, products)
 
 
 def low_resolution(inputs: Inputs, problem: Problem) -> Tensor | None:
@@ -204,5 +205,6 @@ def default_backends() -> dict[str, Backend]:
         "torch": OurBackend("torch"),
         "triton": OurBackend("triton", is_hoisted=False),
         "triton+hoist": OurBackend("triton"),
+        "triton+hoist+merge": OurBackend("triton", products="auto"),
         "graph": GraphBackend(),
     }

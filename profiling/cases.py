@@ -27,6 +27,7 @@ BACKENDS = (
     "torch",
     "triton",
     "triton+hoist",
+    "triton+hoist+merge",
     "graph",
 )
 # What is measured unless told.

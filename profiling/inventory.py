@@ -1,4 +1,4 @@
-"""Every launch of one denoising step, for diffusers' eager mode, for our step, and for what is planned of it."""
+"""Every launch of one denoising step: diffusers' eager mode, our step without merged products, and with them."""
 
 from __future__ import annotations
 
@@ -12,70 +12,25 @@ import torch
 from ldmperf.model import FAMILY
 
 from .launch_rules import READ_BACK, launches_of
-from .launches import BYTES_PER_S, EXP_PER_S, FLOP_PER_S, GROUPS, GpuLaunch, Group, Total, total
+from .launches import BYTES_PER_S, EXP_PER_S, FLOP_PER_S, GROUPS, GpuLaunch, Total, total
 from .opstream import diffusers_step, our_step
 
 SIZES = ("39M", "866M")
 
 
 @dataclass(frozen=True)
-class Merge:
-    """A planned change: launches of these names, one directly after the other, become one.
-
-    What the first returned is then neither written nor read.
-    """
-
-    idea: str
-    names: tuple[str, ...]
-    becomes: str
-    group: Group
-
-
-# In this order: a later one may name what an earlier one made.
-PLAN = (
-    Merge(
-        "the last convolution's bias goes to the sampler's update",
-        ("bias of a convolution", "sampler_update"),
-        "sampler_update",
-        "sampler",
-    ),
-    Merge("GEGLU in the epilogue of its product", ("linear", "geglu"), "linear + geglu", "linear"),
-    Merge(
-        "a layer norm at the start of the projection that reads it",
-        ("layer_norm", "linear"),
-        "layer_norm + linear",
-        "linear",
-    ),
-    Merge(
-        "the same for the feed-forward",
-        ("layer_norm", "linear + geglu"),
-        "layer_norm + linear + geglu",
-        "linear",
-    ),
-    Merge(
-        "cross-attention with its two projections",
-        ("layer_norm + linear", "cross-attention", "linear"),
-        "layer_norm + linear + cross-attention + linear",
-        "attention",
-    ),
-)
-
-
-@dataclass(frozen=True)
 class Inventory:
-    """The launches of one guided step of one image, in order."""
+    """The launches of one guided step of one image, in order; `separate`: ours where no product is merged."""
 
     size: str
     diffusers: tuple[GpuLaunch, ...]
+    separate: tuple[GpuLaunch, ...]
     ours: tuple[GpuLaunch, ...]
 
     @property
-    def planned(self) -> tuple[GpuLaunch, ...]:
-        """Ours after every merge of the plan."""
-        launches = self.ours
-        for merge in PLAN:
-            launches = apply(merge, launches)
-        return launches
+    def steps(self) -> tuple[tuple[GpuLaunch, ...], ...]:
+        """All three, in that order."""
+        return self.diffusers, self.separate, self.ours
 
 
 def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
@@ -84,6 +39,7 @@ def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
     return Inventory(
         size=size,
         diffusers=tuple(launches_of(diffusers_step(config, dtype))),
+        separate=tuple(launches_of(our_step(config, dtype, products="torch"))),
         ours=tuple(launches_of(our_step(config, dtype))),
     )
 
@@ -92,41 +48,9 @@ def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
 LAUNCHES_OF_A_CAPTURE = 2
 
 
-def launch_counts(dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
-    """The launches of our eager step, by size of the family."""
-    return {size: len(launches_of(our_step(config, dtype))) for size, config in FAMILY.items()}
-
-
-def apply(merge: Merge, launches: Sequence[GpuLaunch]) -> tuple[GpuLaunch, ...]:
-    """The launches after a merge, wherever its names follow each other; the step's start follows its end."""
-    names = [launch.name for launch in launches]
-    if names and names[-1] == merge.names[0] and names[0] == merge.names[1]:
-        launches = (launches[-1], *launches[:-1])
-        names = [names[-1], *names[:-1]]
-    merged: list[GpuLaunch] = []
-    at, width = 0, len(merge.names)
-    while at < len(launches):
-        if tuple(names[at : at + width]) == merge.names:
-            merged.append(_joined(launches[at : at + width], merge))
-            at += width
-        else:
-            merged.append(launches[at])
-            at += 1
-    return tuple(merged)
-
-
-def _joined(parts: Sequence[GpuLaunch], merge: Merge) -> GpuLaunch:
-    between = sum(part.first_result for part in parts[:-1])
-    return GpuLaunch(
-        name=merge.becomes,
-        group=merge.group,
-        reads=parts[0].reads,
-        writes=parts[-1].writes,
-        nbytes=sum(part.nbytes for part in parts) - 2 * between,
-        flops=sum(part.flops for part in parts),
-        exponentials=sum(part.exponentials for part in parts),
-        first_result=parts[-1].first_result,
-    )
+def launch_counts(products: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
+    """The launches of our eager step, by size of the family; `products` as of `UNet`."""
+    return {size: len(launches_of(our_step(config, dtype, products=products))) for size, config in FAMILY.items()}
 
 
 def markdown(inventories: Iterable[Inventory]) -> str:
@@ -137,11 +61,11 @@ def markdown(inventories: Iterable[Inventory]) -> str:
         "exponentials/s. MB and GB are powers of ten.",
     ]
     for found in inventories:
-        steps = (found.diffusers, found.ours, found.planned)
+        steps = found.steps
         lines += ["", f"## {found.size}", "", *_groups(steps), "", *_compute(steps), "", *_facts(found)]
-        lines += ["", f"### {found.size}: the plan, change by change", "", *_plan(found)]
+        lines += ["", f"### {found.size}: what is merged", "", *_merges(found)]
         lines += ["", f"### {found.size}: kinds of launches that do no matrix work", "", *_kinds(steps)]
-        for title, launches in zip(("diffusers eager", "our step", "the plan"), steps, strict=True):
+        for title, launches in zip(("diffusers eager", "ours, separate", "ours"), steps, strict=True):
             lines += ["", *_listing(f"{found.size}, {title}: every launch", launches)]
     return "\n".join(lines)
 
@@ -154,28 +78,30 @@ def floors_markdown(inventories: Iterable[Inventory]) -> str:
     ]
     for found in inventories:
         lines += ["", f"### {found.size}", ""]
-        lines += ["| group | launches: diffusers | ours | floor, us: diffusers | ours | measured, ours |"]
-        lines += ["|---|---:|---:|---:|---:|---|"]
+        lines += [
+            "| group | launches: diffusers | separate | ours "
+            "| floor, us: diffusers | separate | ours | measured, ours |"
+        ]
+        lines += ["|---|---:|---:|---:|---:|---:|---:|---|"]
         for group in (*GROUPS, None):
-            theirs, ours = (
-                total(x for x in launches if group in (None, x.group))
-                for launches in (found.diffusers, found.ours)
-            )
-            floors = [f"{of.longest_floor_s * 1e6:.0f}" for of in (theirs, ours)]
-            counts = [str(of.launches) for of in (theirs, ours)]
-            lines.append(f"| {group or '**all**'} | {' | '.join((*counts, *floors))} | not measured |")
+            totals = [total(x for x in launches if group in (None, x.group)) for launches in found.steps]
+            cells = [str(of.launches) for of in totals] + [f"{of.longest_floor_s * 1e6:.0f}" for of in totals]
+            lines.append(f"| {group or '**all**'} | {' | '.join(cells)} | not measured |")
     lines += ["", "### Launches per step at every size", ""]
-    lines += ["| size | ours, eager | ours, captured | at most 420 |", "|---|---:|---:|---|"]
-    for size, count in launch_counts().items():
+    lines += ["| size | separate, eager | ours, eager | ours, captured | at most 420 | at most 300 |"]
+    lines += ["|---|---:|---:|---:|---|---|"]
+    separate = launch_counts("torch")
+    for size, count in launch_counts("auto").items():
         captured = count + LAUNCHES_OF_A_CAPTURE
-        lines.append(f"| {size} | {count} | {captured} | {'yes' if captured <= 420 else 'no'} |")
+        reached = " | ".join("yes" if captured <= most else "no" for most in (420, 300))
+        lines.append(f"| {size} | {separate[size]} | {count} | {captured} | {reached} |")
     return "\n".join(lines)
 
 
 def _groups(steps: Sequence[Sequence[GpuLaunch]]) -> list[str]:
     lines = [
-        "| group | launches: diffusers | ours | plan | MB: diffusers | ours | plan "
-        "| GFLOP: diffusers | ours | plan | floor, us: diffusers | ours | plan |",
+        "| group | launches: diffusers | separate | ours | MB: diffusers | separate | ours "
+        "| GFLOP: diffusers | separate | ours | floor, us: diffusers | separate | ours |",
         "|---|" + "---:|" * 12,
     ]
     for group in GROUPS:
@@ -190,7 +116,7 @@ def _row(title: str, totals: Sequence[Total]) -> str:
 
 
 def _compute(steps: Sequence[Sequence[GpuLaunch]]) -> list[str]:
-    lines = ["| | diffusers | ours | plan |", "|---|---:|---:|---:|"]
+    lines = ["| | diffusers | separate | ours |", "|---|---:|---:|---:|"]
     totals = [total(launches) for launches in steps]
     softmax = [total(x for x in launches if x.group == "attention") for launches in steps]
     rows = [
@@ -223,21 +149,28 @@ def _facts(found: Inventory) -> list[str]:
     ]
 
 
-def _plan(found: Inventory) -> list[str]:
-    lines = ["| change | launches fewer | MB fewer | launches left |", "|---|---:|---:|---:|"]
-    launches: Sequence[GpuLaunch] = found.ours
-    lines.append(f"| our step | | | {len(launches)} |")
-    for merge in PLAN:
-        after = apply(merge, launches)
-        saved = total(launches).nbytes - total(after).nbytes
-        lines.append(f"| {merge.idea} | {len(launches) - len(after)} | {saved / 1e6:.1f} | {len(after)} |")
-        launches = after
-    return lines
+def _merges(found: Inventory) -> list[str]:
+    """Launches that do what were several, and what they take away together."""
+    lines = ["| merged launch | count | MB | floor, us |", "|---|---:|---:|---:|"]
+    merged = [launch for launch in found.ours if " + " in launch.name]
+    for name in sorted({launch.name for launch in merged}):
+        of_name = total(launch for launch in merged if launch.name == name)
+        lines.append(
+            f"| {name} | {of_name.launches} | {of_name.nbytes / 1e6:.1f} | {of_name.longest_floor_s * 1e6:.0f} |"
+        )
+    before, after = total(found.separate), total(found.ours)
+    return [
+        *lines,
+        "",
+        f"Merging takes away {before.launches - after.launches} launches, "
+        f"{(before.nbytes - after.nbytes) / 1e6:.0f} MB and "
+        f"{(before.longest_floor_s - after.longest_floor_s) * 1e6:.0f} us of the floor.",
+    ]
 
 
 def _kinds(steps: Sequence[Sequence[GpuLaunch]]) -> list[str]:
     lines = [
-        "| launch | launches: diffusers | ours | plan | MB: diffusers | ours | plan |",
+        "| launch | launches: diffusers | separate | ours | MB: diffusers | separate | ours |",
         "|---|" + "---:|" * 6,
     ]
     kinds = {(x.group, x.name) for launches in steps for x in launches if not x.flops}

@@ -137,9 +137,11 @@ class KernelCase(_Value):
         parts = ["x".join(map(str, first))]
         if self.attention is not None and self.attention.keys != self.attention.queries:
             parts.append(f"over {self.attention.keys}")
+        if self.operator == "linear":
+            parts.append(f"to {self.results[0].shape[-1]}" if self.results else "")
         parameters = inspect.signature(OPERATORS[self.operator].call).parameters
         # The weight and bias of a norm are always there.
-        usual = {"weight", "bias"} if "weight" in parameters else set()
+        usual = {"weight", "bias", "norm_bias"} if "weight" in parameters else set()
         options = {
             name: parameter.default
             for name, parameter in parameters.items()
@@ -173,7 +175,10 @@ class KernelCase(_Value):
 
     @property
     def flops(self) -> int | None:
-        """Of its matrix products, a multiply-add being two; None where none limit it."""
+        """Of its matrix products, a multiply-add being two; None where it has none."""
+        if self.operator == "linear":
+            x, weight = (next(t.shape for t in self.tensors if t.name == name) for name in ("x", "weight"))
+            return 2 * math.prod(x) * weight[0]
         if (sizes := self.attention) is None:
             return None
         return attention_flops(sizes.batch * sizes.heads, sizes.queries, sizes.keys, sizes.head_dim)

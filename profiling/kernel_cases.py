@@ -45,6 +45,13 @@ def family_kernel_cases(size: str, batch: int, dtype: DType, latents: int = 64) 
         sample = torch.empty(batch, config.in_channels, latents, latents, dtype=torch_dtype)
         sample = sample.to(memory_format=torch.channels_last)
         found = _record(lambda: unet.denoise(sample, conditioning, 0), dtype)
+        # What the same step calls where products are merged with what stands beside them.
+        merged = UNet(config, products="triton").to(torch_dtype)
+        found += [
+            case
+            for case in _record(lambda: merged.denoise(sample, conditioning, 0), dtype)
+            if case.operator == "linear"
+        ]
     return (*found, *(sampler_case(plan, batch, dtype, latents) for plan in PLANS))
 
 

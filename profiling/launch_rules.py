@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import OPERATORS, Launch
 
 from .launches import GpuLaunch, Group
 from .opstream import Op
@@ -248,23 +248,40 @@ def _ours(op: Op, operator: str) -> list[GpuLaunch]:
         written = op.results[0] if op.results else op.arguments["model_input"]
         launches.append(
             GpuLaunch(
-                name=_attention_name(op) if operator == "attention" else launch.name.removesuffix("_kernel"),
-                group=_OUR_GROUPS[operator],
+                name=_our_name(op, operator, launch.name),
+                group=_OUR_GROUPS["layer_norm" if launch.name == "layer_norm_kernel" else operator],
                 reads=_shapes(op.tensors),
-                writes=_shape(written) if last else "partial sums",
+                writes=_shape(written) if last else _between(launch),
                 nbytes=moved,
-                flops=0 if launches else op.flops,
-                exponentials=0 if launches else softmax,
+                flops=op.flops if last else 0,
+                exponentials=softmax if last else 0,
                 first_result=nbytes(written) if last else 0,
             )
         )
     return launches
 
 
+def _our_name(op: Op, operator: str, kernel: str) -> str:
+    """The kernel's name; that of attention tells of what, that of a product what is merged with it."""
+    if operator == "attention":
+        return _attention_name(op)
+    if operator == "linear" and kernel != "layer_norm_kernel":
+        norm = "layer_norm + " if kernel == "norm_linear_kernel" else ""
+        return f"{norm}linear{' + geglu' if op.arguments['activation'] else ''}"
+    return kernel.removesuffix("_kernel")
+
+
+def _between(launch: Launch) -> str:
+    """What a launch that is not the last of its operator writes."""
+    out = launch.arguments.get("out_ptr")
+    return "partial sums" if out is None else _shape(out)
+
+
 _OUR_GROUPS: Mapping[str, Group] = {
     "attention": "attention",
     "group_norm_silu": "group norm",
     "layer_norm": "layer norm",
+    "linear": "linear",
     "geglu": "GEGLU",
     "residual_add": "elementwise and residual",
     "sampler_update": "sampler",

@@ -139,14 +139,16 @@ def _flash(
 
 
 @torch.no_grad()
-def our_step(config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77) -> tuple[Op, ...]:
+def our_step(
+    config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77, *, products: str = "auto"
+) -> tuple[Op, ...]:
     """One guided step of one image: `UNet.denoise` and the update that makes the next model input, from `sample`.
 
-    Operators of ours are recorded whole.
+    Operators of ours are recorded whole; `products` as of `UNet`.
     """
     plan = make_plan(SAMPLER, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), 2)
     with torch.device("meta"):
-        unet = UNet(config, backend="torch").to(dtype)
+        unet = UNet(config, products=products).to(dtype)
         context = torch.empty(2, tokens, config.context_dim, dtype=dtype)
         conditioning = unet.condition([step.timestep for step in plan.steps], context)
         noise = torch.empty(1, config.in_channels, latents, latents)

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmperf.kernels._attention_config import candidate_configs, default_config, padded, parts
+from ldmperf.kernels._attention_config import candidate_configs, default_config
 from ldmperf.kernels._launch import Chip
+from ldmperf.kernels._parts import padded, parts
 from ldmperf.kernels.attention import plan
 
 HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)

@@ -57,7 +57,7 @@ Run = Callable[..., Outcome]
         (["profile", "--device", "tpu"], "cpu, cuda"),
         (["profile", "--device", "cuda:99"], "choose cpu"),
         (["profile", "--task", "video"], "t2i, sr"),
-        (["profile", "--backend", "tensorrt"], "diffusers-compile-max, torch, triton, triton+hoist, graph"),
+        (["profile", "--backend", "tensorrt"], "torch, triton, triton+hoist, triton+hoist+merge, graph"),
         (["profile", "--preset", "tpu"], "cpu, gpu"),
         (["profile", "--unet", "/no/where"], "/no/where"),
         (["profile", "--min-count", "0"], "--min-count must be at least 1"),

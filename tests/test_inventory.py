@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("diffusers")
 
+from ldmperf.kernels import linear
 from ldmperf.model import UNet, UNetConfig
-from ldmperf.profiling.inventory import LAUNCHES_OF_A_CAPTURE, PLAN, SIZES, Inventory, Merge, apply, inventory
+from ldmperf.profiling.inventory import LAUNCHES_OF_A_CAPTURE, SIZES, Inventory, inventory
 from ldmperf.profiling.launch_rules import UnknownOperator, flash_splits, launches_of, nbytes
 from ldmperf.profiling.launches import GpuLaunch, total
 from ldmperf.profiling.opstream import OpStream, diffusers_step, our_step
@@ -71,7 +72,7 @@ def test_matrix_work_is_that_of_the_family(size: str, gflop: float) -> None:
 
 @pytest.mark.parametrize(("size", "floor_ms", "digits"), [("39M", 0.45, 2), ("866M", 2.2, 1)])
 def test_the_compute_floor_is_the_one_the_targets_were_set_by(size: str, floor_ms: float, digits: int) -> None:
-    for step in (of_size(size).diffusers, of_size(size).ours, of_size(size).planned):
+    for step in of_size(size).steps:
         assert round(total(step).compute_floor_s * 1e3, digits) == floor_ms
 
 
@@ -79,7 +80,7 @@ def test_the_compute_floor_is_the_one_the_targets_were_set_by(size: str, floor_m
 def test_exponentials_are_the_same_at_every_width(size: str) -> None:
     # 2 samples x 8 heads; five transformers at each of 4096, 1024 and 256 tokens, one at 64; 77 keys beside those.
     expected = 16 * sum(count * n * (n + 77) for count, n in ((5, 4096), (5, 1024), (5, 256), (1, 64)))
-    for step in (of_size(size).diffusers, of_size(size).ours, of_size(size).planned):
+    for step in of_size(size).steps:
         assert total(step).exponentials == expected
 
 
@@ -92,7 +93,7 @@ def test_a_step_has_61_group_norms(size: str) -> None:
 
 
 def test_our_step_counted_by_hand() -> None:
-    found = launches_of(our_step(TINY, BF16, 16, 7))
+    found = launches_of(our_step(TINY, BF16, 16, 7, products="torch"))
     assert Counter(names(found)) == {
         "convolution": 2 + 3 * 2,
         "bias of a convolution": 1,  # of the last: the others' ride elsewhere
@@ -260,30 +261,35 @@ def test_floors_add_up_by_launch() -> None:
     assert found.longest_floor_s * 1e6 == pytest.approx(1 + 2 + 4)
 
 
-def test_a_merge_drops_what_is_between_its_launches() -> None:
-    def launch(name: str, size: int, result: int) -> GpuLaunch:
-        return GpuLaunch(name, "linear", "", "", size, flops=5, first_result=result)
+def test_merged_products_counted_by_hand() -> None:
+    found = launches_of(our_step(TINY, BF16, 16, 7))
+    counts = Counter(names(found))
+    # Of each of three transformers: the norm before qkv, that before cross q, that before the gated product.
+    assert (counts["layer_norm + linear"], counts["layer_norm + linear + geglu"]) == (3 * 2, 3)
+    assert counts["linear"] == 3 * (8 - 3) + 2 * 2
+    assert not counts["layer_norm"] + counts["geglu"]
+    gated = next(launch for launch in found if launch.name == "layer_norm + linear + geglu")
+    tokens, width = 2 * 16 * 16, 32
+    # Rows, the result, the weight, its bias and three vectors of the norm.
+    assert gated.nbytes == 2 * (tokens * (width + 4 * width) + 8 * width * (width + 1) + 3 * width)
+    assert gated.flops == 2 * tokens * width * 8 * width
 
-    step = [launch("a", 100, 10), launch("b", 50, 20), launch("a", 7, 1), launch("c", 9, 9), launch("b", 3, 3)]
-    merge = Merge("", ("a", "b"), "ab", "linear")
-    after = apply(merge, step)
-    assert names(list(after)) == ["ab", "a", "c", "b"]
-    assert (after[0].nbytes, after[0].flops, after[0].first_result) == (100 + 50 - 2 * 10, 10, 20)
-    # The step is a circle: its last launch comes before the first of the next.
-    around = apply(merge, [launch("b", 50, 20), launch("c", 9, 9), launch("a", 100, 10)])
-    assert names(list(around)) == ["ab", "c"]
+
+def test_a_norm_of_rows_too_wide_to_keep_is_a_launch_of_its_own() -> None:
+    arguments = {"norm_weight": meta(640), "norm_bias": meta(640), "activation": "geglu"}
+    norm, product = launches(linear, meta(2, 64, 640), meta(5120, 640), backend="triton", **arguments)
+    assert (norm.name, norm.group) == ("layer_norm", "layer norm")
+    assert (product.name, product.group) == ("linear + geglu", "linear")
+    assert (norm.flops, product.flops) == (0, 2 * 128 * 640 * 5120)
+    assert norm.nbytes == 2 * (2 * 128 * 640 + 2 * 640)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_plan_only_takes_launches_and_bytes_away(size: str) -> None:
-    before: Any = of_size(size).ours
-    for merge in PLAN:
-        after = apply(merge, before)
-        assert total(after).nbytes <= total(before).nbytes
-        assert total(after).flops == total(before).flops
-        assert len(after) < len(before), merge.idea
-        before = after
-    assert before == of_size(size).planned
+def test_merging_only_takes_launches_and_bytes_away(size: str) -> None:
+    before, after = total(of_size(size).separate), total(of_size(size).ours)
+    assert after.flops == before.flops
+    assert after.nbytes < before.nbytes
+    assert after.launches < before.launches
 
 
 @pytest.mark.parametrize("name", ["step-inventory.md", "performance.md"])
@@ -301,7 +307,7 @@ def test_the_document_is_what_make_inventory_writes(name: str) -> None:
 def test_a_captured_step_has_two_launches_more() -> None:
     """`denoise` with a step in device memory gathers its shifts; the step is counted on once."""
     with torch.device("meta"):
-        unet = UNet(TINY, backend="torch").to(BF16)
+        unet = UNet(TINY).to(BF16)
         conditioning = unet.condition([1.0, 2.0], meta(2, 7, 16))
         x = image(2, 4, 16, 16)
         eager = launches(unet.denoise, x, conditioning, 1)

@@ -99,8 +99,16 @@ def test_attention_tells_what_it_computes() -> None:
     assert of_itself.exponentials == 16 * 8 * 1024 * 1024
     assert (of_text.exponentials, of_text.label) == (16 * 8 * 1024 * 77, "16x1024x8x40 over 77")
     assert of_itself.label == "16x1024x8x40"
-    others = [case for case in CASES if case.operator != "attention"]
+    others = [case for case in CASES if case.operator not in ("attention", "linear")]
     assert {case.flops for case in others} == {case.exponentials for case in others} == {None}
+
+
+def test_a_product_tells_what_it_computes() -> None:
+    gated = next(case for case in CASES if case.operator == "linear" and "geglu" in case.label)
+    x, weight = (tensor.shape for tensor in gated.tensors[:2])
+    assert gated.flops == 2 * x[0] * x[1] * x[2] * weight[0]
+    assert gated.label == f"{x[0]}x{x[1]}x{x[2]} to {weight[0] // 2} +norm_weight +x_bias activation=geglu"
+    assert gated.exponentials is None
 
 
 def test_the_same_seed_gives_the_same_arguments_and_another_does_not() -> None:

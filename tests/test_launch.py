@@ -220,6 +220,13 @@ def test_candidates_are_distinct_and_include_no_absurd_ones(name):
         "group_norm_silu": norm_call(2, 320, 64),
         "layer_norm": {"x": meta(2, 1024, 640), "weight": meta(640), "bias": meta(640)},
         "geglu": {"x": meta(2, 1024, 2560)},
+        "linear": {
+            "x": meta(2, 4096, 320),
+            "weight": meta(2560, 320),
+            "norm_weight": meta(320),
+            "norm_bias": meta(320),
+            "activation": "geglu",
+        },
         "residual_add": {"x": meta(2, 320, 64, 64, channels_last=True), "residual": meta(2, 320, 64, 64)},
         "sampler_update": {
             "registers": meta(2, 1, 4, 64, 64, dtype=torch.float32),

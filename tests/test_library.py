@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, residual_add
+from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, linear, linear_separate, residual_add
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -61,6 +61,14 @@ CALLS = {
         OPERATORS.residual_add.default,
         (leaf(2, 3, 4, 6), leaf(2, 3, 4, 6), None, [7, 12]),
     ),
+    "linear": lambda: (
+        OPERATORS.linear.default,
+        (leaf(2, 5, 8), leaf(6, 8), leaf(6), leaf(8), leaf(8), 1e-5, leaf(8), "geglu"),
+    ),
+    "linear alone": lambda: (
+        OPERATORS.linear.default,
+        (leaf(2, 5, 8), leaf(6, 8), None, None, None, 1e-5, None, None),
+    ),
     "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
     "sampler_update": lambda: (
         OPERATORS.sampler_update.default,
@@ -110,6 +118,23 @@ FUNCTIONS = {
         [(2, 3, 4, 5), (2, 3, 4, 5), (3,)],
     ),
     "geglu": (lambda x, b: geglu(x, bias=b, backend="torch"), [(2, 5, 8), (8,)]),
+    "linear": (
+        lambda x, w, b, nw, nb, xb: linear(
+            x, w, b, norm_weight=nw, norm_bias=nb, x_bias=xb, activation="geglu", backend="torch"
+        ),
+        [(2, 5, 8), (6, 8), (6,), (8,), (8,), (8,)],
+    ),
+    "linear alone": (lambda x, w: linear(x, w, backend="torch"), [(2, 5, 8), (6, 8)]),
+    "linear, chosen": (
+        lambda x, w, nw, nb: linear(x, w, norm_weight=nw, norm_bias=nb, backend="auto"),
+        [(2, 5, 8), (6, 8), (8,), (8,)],
+    ),
+    "linear, separate": (
+        lambda x, w, b, nw, nb: linear_separate(
+            x, w, b, norm_weight=nw, norm_bias=nb, activation="geglu", backend="torch"
+        ),
+        [(2, 5, 8), (6, 8), (6,), (8,), (8,)],
+    ),
 }
 
 
@@ -156,6 +181,16 @@ def test_attention_counts_as_torchs_own():
     with FlopCounterMode(display=False) as theirs:
         F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), k.transpose(1, 2))
     assert ours.get_total_flops() == theirs.get_total_flops() == 2 * 2 * 2 * 3 * 50 * 77 * 8
+
+
+def test_a_product_counts_as_torchs_own():
+    with torch.device("meta"):
+        x, weight, norm = torch.empty(2, 50, 64), torch.empty(256, 64), torch.empty(64)
+    with FlopCounterMode(display=False) as ours:
+        linear(x, weight, norm_weight=norm, norm_bias=norm, activation="geglu", backend="torch")
+    with FlopCounterMode(display=False) as theirs:
+        F.linear(x, weight)
+    assert ours.get_total_flops() == theirs.get_total_flops() == 2 * 2 * 50 * 64 * 256
 
 
 def test_norms_and_geglu_count_as_torchs_own_none():

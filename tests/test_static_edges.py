@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 import torch
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.kernels.group_norm import GroupNormConfig
 from ldmperf.profiling.static.compile import compile_launch
 from ldmperf.profiling.static.machines import MACHINES
@@ -50,6 +51,12 @@ def attention(queries, keys, heads=1, dim=4, **options):
     return {"q": q, "k": k, "v": k, **options}
 
 
+def product(rows, channels, columns, norm=False, bias=False, **options):
+    norms = {name: meta(channels) for name in ("norm_weight", "norm_bias", "x_bias")} if norm else {}
+    given = {"bias": meta(columns)} if bias else {}
+    return {"x": meta(rows, channels), "weight": meta(columns, channels), **given, **norms, **options}
+
+
 # By operator: the case, its arguments, and a configuration where the default comes to other code.
 CASES = {
     "group_norm_silu": {
@@ -74,6 +81,18 @@ CASES = {
             {"x": meta(1, 1), "weight": meta(1), "bias": meta(1), "residual": meta(1, 1), "x_bias": meta(1)},
             None,
         ),
+    },
+    "linear": {
+        "one of everything": (product(1, 1, 1), None),
+        "one row": (product(1, 64, 128, norm=True, activation="geglu"), None),
+        "one channel": (product(5, 1, 64, norm=True), None),
+        "one column": (product(5, 64, 1, bias=True), LinearConfig(64, 32, 32, 1, 4, 2)),
+        "one gated column": (
+            product(300, 64, 2, bias=True, activation="geglu"),
+            LinearConfig(64, 32, 32, 1, 4, 2),
+        ),
+        "tiles past the columns": (product(5, 64, 96, norm=True), LinearConfig(32, 32, 0, 2, 4, 2)),
+        "channels past the tile": (product(64, 40, 64), LinearConfig(64, 32, 32, 1, 4, 2)),
     },
     "geglu": {
         "one of everything": ({"x": meta(1, 2)}, None),

@@ -35,6 +35,11 @@ HUGE = {
         Shape(batch=64, height=512, width=512, channels=320),
         Shape(batch=1, height=2**15, width=2**14),
     ],
+    "linear": [
+        Shape(batch=128, height=512, width=512, channels=64),
+        Shape(height=32767, width=16384, channels=32, features=32),
+        Shape(batch=32, height=512, width=512, channels=640, features=320),
+    ],
     "geglu": [Shape(batch=64, height=512, width=512, channels=1280), Shape(height=65535, width=16383, channels=8)],
     "residual_add": [Shape(**MANY, channels=128), Shape(**LARGE, channels=64)],
     "sampler_update": [

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import OPERATORS, linear_separate
 
 from ..backends import Unsupported
 from ..group import SCHEDULER_CONFIG
@@ -51,6 +51,13 @@ def _auto(case: KernelCase, device: torch.device) -> Implementation:
     if device.type != "cuda":
         raise Unsupported("without a GPU, auto is the reference")
     return Implementation(functools.partial(OPERATORS[case.operator].call, backend="auto"))
+
+
+def _separate(case: KernelCase, device: torch.device) -> Implementation:
+    """torch's product between our kernels of the norm and the gate: what a merge has to beat."""
+    if device.type != "cuda":
+        raise Unsupported("without a GPU, separate is the reference")
+    return Implementation(functools.partial(linear_separate, backend="triton"))
 
 
 def _reference(case: KernelCase, device: torch.device) -> Implementation:
@@ -119,6 +126,7 @@ def _sampler_inputs(case: KernelCase, arguments: Arguments) -> Arguments:
 
 
 _ATTENTION = frozenset({"attention"})
+_LINEAR = frozenset({"linear"})
 _SAMPLER = frozenset({"sampler_update"})
 
 # In the order in which they are measured and shown.
@@ -127,7 +135,8 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer("triton", _triton),
         # Elsewhere the kernel serves whatever it can, so that "auto" is "triton".
-        Peer("auto", _auto, operators=_ATTENTION),
+        Peer("auto", _auto, operators=_ATTENTION | _LINEAR),
+        Peer("separate", _separate, operators=_LINEAR),
         # Of attention there is one operator: nothing to fuse.
         Peer("compile", _compiled(_eager), operators=frozenset(OPERATORS) - _ATTENTION),
         Peer("eager", _eager),

@@ -58,6 +58,25 @@ def geglu(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
     return value * F.gelu(gate)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    if x_bias is not None:
+        x = x + x_bias
+    if norm_weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    y = F.linear(x, weight, bias)
+    return y if activation is None else geglu(y)
+
+
 def residual_add(
     x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: tuple[int, int] | None = None
 ) -> Tensor:
@@ -77,6 +96,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, tf
 PLAIN: Mapping[str, Function] = {
     "group_norm_silu": group_norm_silu,
     "layer_norm": layer_norm,
+    "linear": linear,
     "geglu": geglu,
     "residual_add": residual_add,
     "attention": attention,

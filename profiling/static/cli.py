@@ -53,6 +53,9 @@ def inspect(
             min=0, help="Tokens of the context attended to, 77 of a text; 0, unless told: the image's own."
         ),
     ] = None,
+    features: Annotated[
+        int | None, typer.Option(min=1, help="Channels of a product's result; four times its own unless told.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
 ) -> None:
@@ -84,6 +87,7 @@ def inspect(
         "skip_channels": skip_channels,
         "heads": heads,
         "context": context,
+        "features": features,
     }
     if head_dim == "family":
         results = _every_head_dim(kernel, arch, dtype, size, numbers, sass=sass)

@@ -24,6 +24,7 @@ class Shape:
     heads: int = 8
     head_dim: int = 40
     context: int = 0
+    features: int = 0
 
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or self.dtype, device="meta")
@@ -77,6 +78,21 @@ def _geglu(shape: Shape) -> Arguments:
     return {"x": shape.tokens(2 * shape.channels), "bias": shape.empty(2 * shape.channels)}
 
 
+def _linear(shape: Shape) -> Arguments:
+    """The first product of a gated feed-forward, with the norm before it; `features` are those of its result."""
+    vector = shape.empty(shape.channels)
+    features = 2 * (shape.features or 4 * shape.channels)
+    return {
+        "x": shape.tokens(shape.channels),
+        "weight": shape.empty(features, shape.channels),
+        "bias": shape.empty(features),
+        "norm_weight": vector,
+        "norm_bias": vector,
+        "x_bias": vector,
+        "activation": "geglu",
+    }
+
+
 def _residual_add(shape: Shape) -> Arguments:
     x = shape.image(shape.batch, shape.channels)
     return {"x": x, "residual": torch.empty_like(x), "bias": shape.empty(shape.channels)}
@@ -109,6 +125,7 @@ SHAPES: Mapping[str, tuple[Callable[[Shape], Arguments], tuple[str, ...], Mappin
     "attention": (_attention, ("batch", "height", "width", "heads", "head_dim", "context"), {}),
     "group_norm_silu": (_group_norm_silu, (*_IMAGE, "groups", "skip_channels"), {}),
     "layer_norm": (_layer_norm, _IMAGE, {}),
+    "linear": (_linear, (*_IMAGE, "features"), {}),
     "geglu": (_geglu, _IMAGE, {"channels": 1280}),
     "residual_add": (_residual_add, _IMAGE, {}),
     "sampler_update": (_sampler_update, _IMAGE, {"channels": 4}),

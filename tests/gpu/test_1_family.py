@@ -35,6 +35,16 @@ def torchs_own(operator, a):
             return F.layer_norm(total, x.shape[-1:], a["weight"], a["bias"], a.get("eps", 1e-5))
         total = total + a["residual"]
         return F.layer_norm(total, x.shape[-1:], a["weight"], a["bias"], a.get("eps", 1e-5)), total
+    if operator == "linear":
+        if a.get("x_bias") is not None:
+            x = x + a["x_bias"]
+        if a.get("norm_weight") is not None:
+            x = F.layer_norm(x, x.shape[-1:], a["norm_weight"], a["norm_bias"], a.get("eps", 1e-5))
+        y = F.linear(x, a["weight"], a.get("bias"))
+        if a.get("activation") is None:
+            return y
+        value, gate = y.chunk(2, dim=-1)
+        return value * F.gelu(gate)
     if operator == "geglu":
         value, gate = (x if a.get("bias") is None else x + a["bias"]).chunk(2, dim=-1)
         return value * F.gelu(gate)
@@ -147,7 +157,9 @@ def test_trajectories_equal_those_of_the_cpu(name):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("operator", ["attention", "group_norm_silu", "layer_norm", "geglu", "residual_add"])
+@pytest.mark.parametrize(
+    "operator", ["attention", "group_norm_silu", "layer_norm", "linear", "geglu", "residual_add"]
+)
 def test_every_configuration_a_tuner_may_choose(kit, operator):
     """Every tenth of them: each is a compilation."""
     cases = [case for case in family_kernel_cases("866M", 2, "bfloat16") if case.operator == operator]

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ldmperf.kernels import OPERATORS, attention, geglu, group_norm_silu, layer_norm, residual_add, sampler_update
+from ldmperf.kernels import (
+    OPERATORS,
+    attention,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    residual_add,
+    sampler_update,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -61,6 +70,24 @@ CALLS = {
             "bias": randn(640),
             "x_bias": randn(640),
             "residual": randn(2, 1024, 640),
+        },
+    ),
+    "linear, rows kept for their norm": (
+        linear,
+        lambda: {
+            "x": randn(2, 1024, 160),
+            "weight": randn(1280, 160),
+            "bias": randn(1280),
+            **dict.fromkeys(("norm_weight", "norm_bias", "x_bias"), randn(160)),
+            "activation": "geglu",
+        },
+    ),
+    "linear, ragged, its norm apart": (
+        linear,
+        lambda: {
+            "x": randn(3, 333, 1288),
+            "weight": randn(1000, 1288),
+            **dict.fromkeys(("norm_weight", "norm_bias"), randn(1288)),
         },
     ),
     "geglu": (geglu, lambda: {"x": randn(2, 1024, 2560), "bias": randn(2560)}),

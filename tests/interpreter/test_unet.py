@@ -15,24 +15,25 @@ CONFIGS = {
 }
 
 
-def networks(config, dtype):
+def networks(config, dtype, products="triton"):
     torch.manual_seed(0)
     reference = UNet(config, backend="torch").to(dtype).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return reference, reference.with_backend("triton")
+    return reference, reference.with_backend("triton", products)
 
 
 def relative_rms(actual, exact):
     return ((actual.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
+@pytest.mark.parametrize("products", ["torch", "triton"])
 @pytest.mark.parametrize(("name", "size"), [("two-levels", (3, 5)), ("same-width", (4, 4)), ("one-level", (2, 3))])
-def test_equals_the_reference_network(name, size):
+def test_equals_the_reference_network(name, size, products):
     config = CONFIGS[name]
-    reference, ours = networks(config, torch.float32)
+    reference, ours = networks(config, torch.float32, products)
     x, context = torch.randn(2, config.in_channels, *size), torch.randn(2, 5, config.context_dim)
     timesteps = [981.0, 3.5]
     with torch.no_grad():

@@ -1,0 +1,428 @@
+"""A linear layer together with what stands beside it: a layer norm before it, a gated GELU after it.
+
+y = x' W^T + b, x' = layer_norm(x + x_bias) or x; gated, with W and b of 2C rows, y[:C] * gelu(y[C:]). Merged, a
+norm is neither written nor read, and of a gated product neither are the values and gates, twice as wide as the
+result: the widest tensors of the network.
+
+Two kernels (_linear_kernels.py). Where a program can keep whole rows, up to 512 channels, it normalizes them once
+and multiplies them with tile after tile of the weight. Wider rows go through the product piece by piece; their
+norm is a launch of its own, layer_norm's.
+
+A product alone is cuBLAS's trade, so that a merge pays only where it spares more than our product loses: the tuned
+table tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import choose_backend
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, run, tuned
+from ._layout import collapse_rows, row_reasons
+from ._library import define_operator
+from ._linear_config import (
+    LinearConfig,
+    LinearShape,
+    candidate_configs,
+    default_config,
+    keeps_rows,
+    predicted_to_gain,
+)
+from ._linear_kernels import linear_kernel, norm_linear_kernel
+from ._parts import parts
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
+from .geglu import geglu
+from .layer_norm import layer_norm
+from .layer_norm import plan as plan_layer_norm
+from .layer_norm import unsupported_reasons as layer_norm_reasons
+
+ACTIVATIONS = ("geglu", None)
+# Tiles of rows that run beside each other on the same columns.
+GROUP_M = 8
+
+
+def linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Reference of `linear`: torch's product, whose sums are float32 for half dtypes, between the references of
+    layer_norm and geglu."""
+    return linear_separate(
+        x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, x_bias=x_bias,
+        activation=activation, backend="torch",
+    )  # fmt: skip
+
+
+def linear_separate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The same by torch's own product, with norm and gate in launches of their own, on `backend`.
+
+    Arguments and errors as of `linear`. It is what "auto" takes where no merge pays.
+    """
+    if norm_weight is not None and norm_bias is not None:
+        normalized = layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias, backend=backend)
+        assert isinstance(normalized, Tensor)
+        x = normalized
+    y = F.linear(x, weight, bias)
+    return y if activation is None else geglu(y, backend=backend)
+
+
+def _shape(x: Tensor, weight: Tensor, norm_weight: Tensor | None, activation: str | None) -> LinearShape:
+    gated = activation is not None
+    return LinearShape(
+        rows=x.numel() // max(x.shape[-1], 1),
+        channels=x.shape[-1],
+        columns=weight.shape[0] // (2 if gated else 1),
+        gated=gated,
+        normed=norm_weight is not None,
+        itemsize=x.element_size(),
+    )
+
+
+def candidates(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+) -> list[LinearConfig]:
+    """The configurations that bench/tune.py tries for this call."""
+    return candidate_configs(_shape(x, weight, norm_weight, activation), chip_of(x.device))
+
+
+def tuning_key(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+) -> str:
+    """What a tuned configuration is looked up by."""
+    return _key(_shape(x, weight, norm_weight, activation), x.dtype)
+
+
+def _key(shape: LinearShape, dtype: torch.dtype) -> str:
+    sizes = f"rows={shape.rows} channels={shape.channels} columns={shape.columns}"
+    beside = f"{' norm' if shape.normed else ''}{' geglu' if shape.gated else ''}"
+    return f"{sizes} {str(dtype).removeprefix('torch.')}{beside}"
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+    config: LinearConfig | None = None,
+    chip: Chip | None = None,
+) -> tuple[Tensor, list[Launch]]:
+    """The result, not yet computed, and the launches that compute it: one, or two where rows are too wide to keep
+    for their norm. Arguments as of `linear`."""
+    out = _empty_result(x, weight, activation)
+    shape = _shape(x, weight, norm_weight, activation)
+    if not out.numel():
+        return out, []
+    if config is None:
+        chip = chip or chip_of(x.device)
+        key = tuning_key(x, weight, norm_weight=norm_weight, activation=activation)
+        config = tuned("linear", key, chip, LinearConfig) or default_config(shape, chip)
+    launches: list[Launch] = []
+    if norm_weight is not None and norm_bias is not None and config.block_k:
+        normalized, launches = plan_layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias)
+        assert isinstance(normalized, Tensor)
+        x = normalized
+    rows = collapse_rows([x])
+    assert rows is not None
+    ((stride_outer, stride_inner),) = rows.strides
+    arguments: dict[str, Any] = {
+        "x_ptr": x,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "out_ptr": out,
+        "rows": rows.count,
+        "columns": shape.columns,
+        "inner": rows.inner,
+        "stride_outer": stride_outer,
+        "stride_inner": stride_inner,
+        "stride_w": weight.stride(0),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "GATED": shape.gated,
+        "EVEN_N": shape.columns % (config.block_n * config.tiles_n) == 0,
+        "FLAT": rows.flat,
+        "PRECISION": "ieee",
+        # Of the offsets of rows: what the compiler cannot see of a stride of 40 elements.
+        "ALIGN": math.gcd(8, stride_outer, stride_inner, weight.stride(0)),
+    }
+    programs = ceil_div(rows.count, config.block_m) * ceil_div(shape.columns, config.block_n * config.tiles_n)
+    if config.block_k:
+        kernel = linear_kernel
+        arguments |= {
+            "channels": shape.channels,
+            "BLOCK_K": config.block_k,
+            "GROUP_M": GROUP_M,
+            "EVEN_K": shape.channels % config.block_k == 0,
+        }
+    else:
+        kernel = norm_linear_kernel
+        part_1, part_2 = parts(shape.channels)
+        arguments |= {
+            "x_bias_ptr": x_bias,
+            "norm_weight_ptr": norm_weight,
+            "norm_bias_ptr": norm_bias,
+            "eps": eps,
+            "tiles_n": config.tiles_n,
+            "CHANNELS": shape.channels,
+            "PART_1": part_1,
+            "PART_2": part_2,
+        }
+    return out, [*launches, Launch(kernel, programs, arguments, config.num_warps, config.num_stages)]
+
+
+def unsupported_reasons(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> list[str]:
+    """Every reason why the Triton kernels cannot serve this call; empty when they can."""
+    reasons = [
+        *device_reasons(linear_kernel, x),
+        *dtype_reasons(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, x_bias=x_bias),
+        *row_reasons(collapse_rows([x]), x=x, weight=weight),
+        *contiguity_reasons(bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, x_bias=x_bias),
+    ]
+    if x.dtype == torch.bfloat16 and is_interpreted(linear_kernel):
+        reasons.append("triton's interpreter multiplies bfloat16 as if it were integers")
+    if (
+        norm_weight is not None
+        and norm_bias is not None
+        and not keeps_rows(x.shape[-1], x.element_size(), chip_of(x.device).arch)
+    ):
+        reasons += [text for text in layer_norm_reasons(x, norm_weight, norm_bias, x_bias) if text not in reasons]
+    return reasons
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    x_bias: Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """x [..., K] times weight [N, K] transposed, plus bias [N] -> contiguous [..., N] in x's dtype.
+
+    norm_weight, norm_bias  [K] each, or neither: x is first normalized over its channels, with `eps`
+    x_bias      [K], with a norm: added to x before it
+    activation  "geglu": the result is [..., N / 2], the first half of the columns times gelu_erf of the second
+    backend     "triton": the kernels; a norm of rows too wide to keep is a launch of its own
+                "torch": torch's product between the references of layer_norm and geglu
+                "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
+                torch's product between the kernels of layer_norm and geglu
+
+    x and weight share a dtype; vectors are of any float dtype. Raises ValueError for what does not fit,
+    `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
+    Sources: Ba et al., arXiv 1607.06450 (layer norm); Shazeer, arXiv 2002.05202 (GEGLU).
+    """
+    _check(x, weight, bias, norm_weight, norm_bias, x_bias, activation)
+    vectors = (bias, norm_weight, norm_bias)
+    if backend == "auto":
+        # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
+        reasons = [] if x.is_meta else unsupported_reasons(x, weight, *vectors, x_bias)
+        normed, gated = norm_weight is not None, activation is not None
+        rows = x.numel() // max(x.shape[-1], 1)
+        backend = _chosen(
+            tuple(reasons), x.device, x.dtype, rows, x.shape[-1], weight.shape[0], gated=gated, normed=normed
+        )
+        if backend == "torch":
+            return linear_separate(
+                x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, x_bias=x_bias,
+                activation=activation,
+            )  # fmt: skip
+    out: Tensor = _linear(x, weight, *vectors, eps, x_bias, activation, backend)
+    return out
+
+
+@torch.compiler.assume_constant_result
+def _chosen(
+    reasons: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    channels: int,
+    weight_rows: int,
+    *,
+    gated: bool,
+    normed: bool,
+) -> Literal["torch", "triton"]:
+    """What "auto" takes; a compiler that traces is told, from plain numbers, and does not look inside."""
+    chip = chip_of(device)
+    shape = LinearShape(rows, channels, weight_rows // (2 if gated else 1), gated, normed, dtype.itemsize)
+    unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(shape, chip) else "torch"
+    measured = functools.partial(fastest, "linear", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
+    return choose_backend("linear", "auto", reasons, measured)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    x_bias: Tensor | None,
+    activation: str | None,
+) -> None:
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"linear: x must be a float [..., K]; got {x.dtype} {list(x.shape)}")
+    channels = x.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != channels or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"linear: weight must be {dtype_name(x)} [N, {channels}] on {x.device}; "
+            f"got {dtype_name(weight)} {list(weight.shape)} on {weight.device}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'linear: activation must be "geglu" or None; got {activation!r}')
+    if activation is not None and weight.shape[0] % 2:
+        raise ValueError(f"linear: with geglu the weight's rows must be even; got {weight.shape[0]}")
+    if (norm_weight is None) != (norm_bias is None) or (x_bias is not None and norm_weight is None):
+        raise ValueError("linear: norm_weight and norm_bias come together, and x_bias only with them")
+    vectors = (
+        ("bias", bias, weight.shape[0]),
+        ("norm_weight", norm_weight, channels),
+        ("norm_bias", norm_bias, channels),
+        ("x_bias", x_bias, channels),
+    )
+    for name, vector, length in vectors:
+        if vector is not None and (vector.shape != (length,) or not vector.is_floating_point()):
+            raise ValueError(
+                f"linear: {name} must be a float [{length}]; got {dtype_name(vector)} {list(vector.shape)}"
+            )
+
+
+def _implementation(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
+    if choose_backend("linear", backend, reasons) == "torch":
+        return _reference(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend)
+    out, launches = plan(
+        x,
+        weight,
+        bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        x_bias=x_bias,
+        activation=activation,
+    )
+    run(launches, x.device)
+    return out
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    out = linear_ref(
+        x,
+        weight,
+        bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=eps,
+        x_bias=x_bias,
+        activation=activation,
+    )
+    return out.contiguous()
+
+
+def _fake_result(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
+    return _empty_result(x, weight, activation)
+
+
+def _empty_result(x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2)))
+
+
+def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """A multiply-add is two; norms and gates are left out, as torch leaves out its own."""
+    return 2 * math.prod(x) * weight[0]
+
+
+_linear = define_operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "Tensor? x_bias, str? activation, str backend) -> Tensor",
+    _implementation,
+    fake=_fake_result,
+    reference=_reference,
+    flops=_flops,
+)
+
+OPERATOR = Operator("linear", linear, linear_ref, plan, candidates, tuning_key, linear_separate)
