@@ -28,7 +28,7 @@ TEXT = 77
 
 
 def checked() -> list[Item | ShapeItem]:
-    """What `make test` compiles: CHECKED, and attention at every head dimension."""
+    """What `make test` compiles: CHECKED, attention at every head dimension, products that keep their rows."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     few = (8, 40, 160)
     items: list[Item | ShapeItem] = [*select(CHECKED)]
@@ -40,6 +40,8 @@ def checked() -> list[Item | ShapeItem]:
         items += _attention(arch, bf16, FAMILY_HEAD_DIMS)
         items += _attention(arch, bf16, few, context=TEXT)
         items += _attention(arch, fp32, (40,))
+        # Rows so narrow that these chips can keep them too.
+        items.append(ShapeItem("linear", "64x64", Shape(bf16, channels=64), arch))
     items += _attention("sm_90", fp16, few)
     items += _attention("sm_90", fp32, few)
     return items
