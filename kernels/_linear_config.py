@@ -63,8 +63,8 @@ def _tiles(*sizes: tuple[int, int, int, int, int]) -> _Tiles:
 
 # By architecture, for 16 bits: for a gated product, with its two accumulators, and for a plain one.
 _GATED: Mapping[str, _Tiles] = {
-    "sm_90": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
-    "sm_80": _tiles((128, 64, 32, 4, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
+    "sm_90": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
+    "sm_80": _tiles((128, 64, 32, 8, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
     "gfx942": _tiles((128, 64, 32, 8, 2), (64, 64, 32, 4, 2), (64, 32, 32, 4, 2)),
     "": _tiles((64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
 }
