@@ -145,8 +145,7 @@ def _keeping_rows(shape: LinearShape, chip: Chip) -> LinearConfig:
     block_m = (128 if is_tall else 64) if is_half else 32
     num_warps = 4 if width <= 128 and is_half else 8
     # A weight's tile has all channels, and is held twice over: one is on its way.
-    held = width * (2 if shape.gated else 1) * (block_m // 32)
-    widest = 64 if is_half and held <= 1024 else 32
+    widest = 64 if is_half and width * block_m <= (256 if shape.gated else 384) * 64 else 32
     row_tiles = ceil_div(shape.rows, block_m)
     sizes = [size for size in (64, 32) if size <= widest and shape.columns % size == 0] or [widest]
     # Where rows are wide, one program fills a multiprocessor.

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from ldmperf.kernels import Launch
+from ldmperf.kernels import OPERATORS, Launch
+from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.profiling.static.amd import AmdResources, amd_resources
 from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
 from ldmperf.profiling.static.compile import Compiled, Specialization
-from ldmperf.profiling.static.inspection import Inspection
+from ldmperf.profiling.static.inspection import Inspection, inspect_launch
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.model import Traffic, predict
 from ldmperf.profiling.static.occupancy import occupancy
@@ -374,3 +376,19 @@ def test_a_baseline_comes_back_as_it_was_written(tmp_path):
     assert path == baseline_path(tmp_path, "9.9.9")
     assert read_baseline(tmp_path, "9.9.9") == found
     assert json.loads(path.read_text())["triton"] == "9.9.9"
+
+
+def test_a_product_reads_from_memory_once_and_through_l2_for_every_program():
+    x, weight = (
+        torch.empty(2, 1024, 640, device="meta").bfloat16(),
+        torch.empty(5120, 640, device="meta").bfloat16(),
+    )
+    (launch,) = OPERATORS["linear"].plan(
+        x, weight, activation="geglu", config=LinearConfig(128, 128, 64, 1, 8, 3)
+    )[1]
+    found = inspect_launch(launch, MACHINES["sm_90"]).nvidia.prediction
+    # A tile of rows and two of the weight, 64 channels of 2 bytes, in each of ten passes of 16 x 20 programs.
+    assert found.cycles["l2"] == pytest.approx(3 * 128 * 64 * 2 / (5120 / 132))
+    assert found.memory_bytes == pytest.approx(2 * (2048 * 640 + 5120 * 640 + 2048 * 2560) / (16 * 20 * 10))
+    # 2048 multiply-adds a cycle, dense, 16 bits; two accumulators.
+    assert found.cycles["matrix"] == pytest.approx(2 * 128 * 128 * 64 / 2048)

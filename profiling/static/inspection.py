@@ -10,9 +10,9 @@ from ldmperf.kernels import Launch
 
 from .amd import AmdResources, amd_resources
 from .compile import Compiled, compile_launch
-from .launch_tensors import tensor_bytes, tensors
+from .launch_tensors import product_passes, tensor_bytes, tensors
 from .machines import Machine
-from .model import Prediction, Traffic, predict
+from .model import Prediction, Traffic, asked_bytes, predict
 from .occupancy import Occupancy, occupancy
 from .ptx import Access, global_accesses
 from .sass import Region, Resources, disassemble, hot_region, parse, resources
@@ -147,14 +147,20 @@ def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
         sum(instruction.opcode != "NOP" for instruction in instructions),
         mix(region.instructions),
         tuple(global_accesses(compiled.asm["ptx"], parameters)),
-        predict(machine, region.instructions, warps, _traffic(launch, region, tile)),
+        predict(machine, region.instructions, warps, _traffic(launch, machine, region, tile)),
         text,
     )
     return Inspection(launch, compiled, nvidia=code, tile=tile)
 
 
-def _traffic(launch: Launch, region: Region, tile: ScoreTile | None) -> Traffic | None:
+def _traffic(launch: Launch, machine: Machine, region: Region, tile: ScoreTile | None) -> Traffic | None:
     """What the region moves; None for a loop whose instructions tell it."""
+    passes = product_passes(launch)
+    if passes is not None:
+        # The programs of a product read the same rows and weights: once from memory, every time through L2.
+        asked = launch.num_warps * machine.warp_size * asked_bytes(region.instructions)
+        count, per = (passes, "a pass of the loop by one program") if region.loop else (1, "one program")
+        return Traffic(tensor_bytes(launch) / max(launch.programs * count, 1), float(asked), per)
     if tile is not None:
         per = "a pass of the loop by one program" if region.loop else "one program"
         passes = 1 if region.loop else tile.passes

@@ -37,6 +37,11 @@ class Prediction:
         return max(self.cycles, key=lambda unit: self.cycles[unit])
 
 
+def asked_bytes(region: Sequence[Instruction]) -> int:
+    """The bytes that a thread's global instructions ask for."""
+    return sum(width(instruction) for instruction in region if is_global(instruction))
+
+
 def predict(
     machine: Machine, region: Sequence[Instruction], num_warps: int, traffic: Traffic | None = None
 ) -> Prediction:
@@ -52,7 +57,7 @@ def predict(
         if counts[unit]
     }
     if traffic is None:
-        asked = num_warps * machine.warp_size * sum(width(i) for i in region if is_global(i))
+        asked = num_warps * machine.warp_size * asked_bytes(region)
         traffic = Traffic(float(asked), None, "a pass of the loop by one program")
     cycles["memory"] = traffic.memory / machine.memory_bytes_per_cycle
     if traffic.l2 is not None:
