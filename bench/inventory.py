@@ -1,21 +1,27 @@
 """Write the tables of docs/step-inventory.md and docs/performance.md: `make inventory`.
 
-Takes diffusers, no GPU. tests/test_inventory.py fails while a document differs from what this writes.
+Takes diffusers, no GPU. Where the marker of a document names a record set (measured: bench/results/....jsonl),
+the times of our captured step are from it. tests/test_inventory.py fails while a document differs from what this
+writes.
 """
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ldmperf.profiling.inventory import SIZES, Inventory, floors_markdown, inventory, markdown
+from ldmperf.profiling import load_records
+from ldmperf.profiling.inventory import SIZES, Inventory, floors_markdown, inventory, markdown, measured_steps
+from ldmperf.profiling.records import KernelTime
 
-DOCS = Path(__file__).parents[1] / "docs"
-WRITERS: dict[str, Callable[[Sequence[Inventory]], str]] = {
-    "step-inventory.md": markdown,
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+Measured = Mapping[str, Sequence[KernelTime]]
+WRITERS: dict[str, Callable[[Sequence[Inventory], Measured], str]] = {
+    "step-inventory.md": lambda inventories, _: markdown(inventories),
     "performance.md": floors_markdown,
 }
-BLOCK = re.compile(r"(<!-- inventory: .*?-->\n).*?(<!-- end of inventory -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- inventory: (.*?)-->\n).*?(<!-- end of inventory -->)", re.DOTALL)
 
 
 def with_inventory(name: str, document: str) -> str:
@@ -23,8 +29,14 @@ def with_inventory(name: str, document: str) -> str:
     match = BLOCK.search(document)
     if match is None:
         raise SystemExit(f"{name}: no '<!-- inventory: ... -->' ... '<!-- end of inventory -->'")
-    tables = WRITERS[name]([inventory(size) for size in SIZES])
-    return f"{document[: match.end(1)]}\n{tables}\n\n{document[match.start(2) :]}"
+    tables = WRITERS[name]([inventory(size) for size in SIZES], measured(match[2]))
+    return f"{document[: match.end(1)]}\n{tables}\n\n{document[match.start(3) :]}"
+
+
+def measured(marker: str) -> Measured:
+    """The steps of the record set that a marker names, none where it names none."""
+    named = re.search(r"measured: (\S+\.jsonl)", marker)
+    return {} if named is None else measured_steps(load_records(ROOT / named[1])[0])
 
 
 def main() -> None:

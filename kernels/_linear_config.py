@@ -50,7 +50,10 @@ class LinearShape:
 def keeps_rows(channels: int, itemsize: int, arch: str) -> bool:
     """Whether a program can keep whole rows, so that their norm rides along."""
     of_half, of_float = _MAX_ROW.get(arch, _MAX_ROW[""])
-    return padded(channels) <= {2: of_half, 4: of_float}.get(itemsize, 0)
+    width = padded(channels)
+    # The widest rows leave no registers for the masks of a padding.
+    fits = width <= 384 or width == channels
+    return fits and width <= {2: of_half, 4: of_float}.get(itemsize, 0)
 
 
 _Tiles = tuple[LinearConfig, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -11,11 +11,14 @@ import torch
 
 from ldmperf.model import FAMILY
 
+from .kernel_groups import OTHER, by_group
 from .launch_rules import READ_BACK, launches_of
 from .launches import BYTES_PER_S, EXP_PER_S, FLOP_PER_S, GROUPS, GpuLaunch, Total, total
 from .opstream import diffusers_step, our_step
+from .records import KernelTime, Record
 
 SIZES = ("39M", "866M")
+TEXT_TOKENS = 77
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,22 @@ def markdown(inventories: Iterable[Inventory]) -> str:
     return "\n".join(lines)
 
 
-def floors_markdown(inventories: Iterable[Inventory]) -> str:
-    """The tables of docs/performance.md, between its markers."""
+def measured_steps(records: Iterable[Record]) -> dict[str, tuple[KernelTime, ...]]:
+    """By size, the kernels of our captured step in the inventory's case: guided, one image, bf16, 64x64 latents."""
+    found = {}
+    for record in records:
+        case = record.case
+        sizes = (case.batch, case.latent_height, case.latent_width, case.context_tokens)
+        is_ours = case.backend == "graph" and case.guided and case.dtype == "bfloat16"
+        if is_ours and sizes == (1, 64, 64, TEXT_TOKENS) and record.trace is not None:
+            found[case.unet] = record.trace.step
+    return {size: step for size, step in found.items() if step}
+
+
+def floors_markdown(
+    inventories: Iterable[Inventory], measured: Mapping[str, Sequence[KernelTime]] | None = None
+) -> str:
+    """The tables of docs/performance.md, between its markers; `measured` of `measured_steps`."""
     lines = [
         f"Predicted launches and floors; rates {BYTES_PER_S / 1e12:.2f} TB/s, {FLOP_PER_S / 1e12:.0f} TFLOP/s, "
         f"{EXP_PER_S / 1e12:.2f} T exponentials/s.",
@@ -83,10 +100,17 @@ def floors_markdown(inventories: Iterable[Inventory]) -> str:
             "| floor, us: diffusers | separate | ours | measured, ours |"
         ]
         lines += ["|---|---:|---:|---:|---:|---:|---:|---|"]
+        step = (measured or {}).get(found.size, ())
+        times = by_group(step)
         for group in (*GROUPS, None):
             totals = [total(x for x in launches if group in (None, x.group)) for launches in found.steps]
             cells = [str(of.launches) for of in totals] + [f"{of.longest_floor_s * 1e6:.0f}" for of in totals]
-            lines.append(f"| {group or '**all**'} | {' | '.join(cells)} | not measured |")
+            us = 1e3 * sum(ms for of, (_, ms) in times.items() if group in (None, of))
+            lines.append(
+                f"| {group or '**all**'} | {' | '.join(cells)} | {f'{us:.0f} us' if step else 'not measured'} |"
+            )
+        if OTHER in times:
+            lines += ["", f"Kernels of no group: {1e3 * times[OTHER][1]:.0f} us; they are in the sum."]
     lines += ["", "### Launches per step at every size", ""]
     lines += ["| size | separate, eager | ours, eager | ours, captured | at most 420 | at most 300 |"]
     lines += ["|---|---:|---:|---:|---|---|"]

@@ -98,16 +98,26 @@ class Harness(RecordModel):
     interleaved: tuple[str, ...]
 
 
+class KernelTime(RecordModel):
+    """A kernel, copy or fill in the mean step: how often it is launched, and how long it runs in all."""
+
+    name: str
+    launches: Annotated[float, Field(ge=0)]
+    ms: Milliseconds
+
+
 class Trace(RecordModel):
     """What the device did in one trajectory.
 
     `launches`: kernels, copies and fills. `launches_per_step`: those from one model evaluation to the next, null
-    where that could not be told. `busy_ms`: how long at least one of them ran.
+    where that could not be told. `busy_ms`: how long at least one of them ran. `step`: the mean over such steps,
+    by kernel, the longest first; empty where they could not be told.
     """
 
     launches: Annotated[int, Field(ge=0)]
     launches_per_step: Annotated[int | None, Field(ge=0)] = None
     busy_ms: Milliseconds
+    step: tuple[KernelTime, ...] = ()
 
 
 class Record(RecordModel):

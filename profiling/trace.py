@@ -1,4 +1,4 @@
-"""What the device did in one call, as torch's profiler saw it: how many launches, and how long it was busy."""
+"""What the device did in one call, as torch's profiler saw it: launches, how long it was busy, and with what."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from .records import Trace
+from .records import KernelTime, Trace
 from .timing import synchronize
+
+# Of templates, whose names can be pages.
+LONGEST_NAME = 200
 
 
 class DeviceEvent(NamedTuple):
@@ -45,18 +48,21 @@ def trace_of(events: Iterable[DeviceEvent], evaluations: int) -> Trace | None:
     ordered = sorted(events, key=lambda event: event.start)
     if not ordered:
         return None
+    steps = steps_of([event.name for event in ordered], evaluations)
     return Trace(
         launches=len(ordered),
-        launches_per_step=launches_per_step([event.name for event in ordered], evaluations),
+        launches_per_step=len(steps[0]) if steps else None,
         busy_ms=busy_us(ordered) / 1e3,
+        step=mean_step([[ordered[place] for place in step] for step in steps]),
     )
 
 
-def launches_per_step(names: Sequence[str], evaluations: int) -> int | None:
-    """How many launches lie from one evaluation to the next; None with one evaluation, or where it cannot be told.
+def steps_of(names: Sequence[str], evaluations: int) -> list[range]:
+    """The places of the launches from one evaluation to the next, of all that have the most frequent length.
 
     Kernels that run exactly once an evaluation mark it: the distance that is most frequent between two marks of
-    the same name counts. So neither what comes before and after the loop does, nor a step that differs.
+    the same name counts, and the first name that has it oftest tells the steps. So neither what comes before and
+    after the loop does, nor a step that differs. None with one evaluation, or where it cannot be told.
     """
     counts = Counter(names)
     places: dict[str, list[int]] = {}
@@ -64,7 +70,28 @@ def launches_per_step(names: Sequence[str], evaluations: int) -> int | None:
         if counts[name] == evaluations:
             places.setdefault(name, []).append(place)
     distances = Counter(after - before for of_name in places.values() for before, after in pairwise(of_name))
-    return distances.most_common(1)[0][0] if distances else None
+    if not distances:
+        return []
+    (length, _), *_ = distances.most_common(1)
+    by_mark = [
+        [range(before, after) for before, after in pairwise(of_name) if after - before == length]
+        for of_name in places.values()
+    ]
+    return max(by_mark, key=len)
+
+
+def mean_step(steps: Sequence[Sequence[DeviceEvent]]) -> tuple[KernelTime, ...]:
+    """What a step launches by name, in the mean over steps, the longest first."""
+    launches: Counter[str] = Counter()
+    ms: dict[str, float] = {}
+    for event in (event for step in steps for event in step):
+        name = event.name[:LONGEST_NAME]
+        launches[name] += 1
+        ms[name] = ms.get(name, 0.0) + (event.end - event.start) / 1e3
+    return tuple(
+        KernelTime(name=name, launches=launches[name] / len(steps), ms=ms[name] / len(steps))
+        for name in sorted(ms, key=lambda name: -ms[name])
+    )
 
 
 def busy_us(events: Sequence[DeviceEvent]) -> float:

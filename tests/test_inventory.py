@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -18,10 +19,19 @@ pytest.importorskip("diffusers")
 
 from ldmperf.kernels import linear
 from ldmperf.model import UNet, UNetConfig
-from ldmperf.profiling.inventory import LAUNCHES_OF_A_CAPTURE, SIZES, Inventory, inventory
+from ldmperf.profiling import Case, Record
+from ldmperf.profiling.inventory import (
+    LAUNCHES_OF_A_CAPTURE,
+    SIZES,
+    Inventory,
+    floors_markdown,
+    inventory,
+    measured_steps,
+)
 from ldmperf.profiling.launch_rules import UnknownOperator, flash_splits, launches_of, nbytes
 from ldmperf.profiling.launches import GpuLaunch, total
 from ldmperf.profiling.opstream import OpStream, diffusers_step, our_step
+from ldmperf.profiling.records import KernelTime, Trace
 
 ROOT = Path(__file__).parents[1]
 BF16 = torch.bfloat16
@@ -302,6 +312,32 @@ def test_the_document_is_what_make_inventory_writes(name: str) -> None:
         pytest.skip(f"the document was made with diffusers and torch {recorded.groups()}, here are {installed}")
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert runpy.run_path(str(ROOT / "bench" / "inventory.py"))["with_inventory"](name, text) == text
+
+
+def test_measured_times_of_our_captured_step_go_beside_their_floors(
+    make_record: Callable[..., Record],
+) -> None:
+    def record(unet: str, **changes: Any) -> Record:
+        options: dict[str, Any] = {"backend": "graph", "dtype": "bfloat16", "device": "cuda"}
+        step = (
+            KernelTime(name="sm90_xmma_fprop_implicit_gemm", launches=52.0, ms=0.2),
+            KernelTime(name="attention_kernel", launches=16.0, ms=0.4123),
+            KernelTime(name="unheard_of", launches=1.0, ms=0.0077),
+        )
+        trace = Trace(launches=9, busy_ms=1.0, step=step)
+        return make_record(Case(unet=unet, **options | changes), trace=trace)
+
+    others = [record("866M", backend="triton"), record("866M", batch=4), record("866M", guidance_scale=1.0)]
+    steps = measured_steps([*others, record("39M"), record("866M", dtype="float16")])
+    assert list(steps) == ["39M"]
+    text = floors_markdown([of_size("39M"), of_size("866M")], steps)
+    small, large = text.split("### 866M")
+    assert re.search(r"\| convolution \|.*\| 200 us \|", small)
+    assert re.search(r"\| attention \|.*\| 412 us \|", small)
+    assert re.search(r"\| \*\*all\*\* \|.*\| 620 us \|", small)
+    assert "Kernels of no group: 8 us" in small
+    assert "not measured" not in small
+    assert large.count("not measured") == 10
 
 
 def test_a_captured_step_has_two_launches_more() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..cases import BACKENDS
+from ..kernel_groups import OTHER, Other, by_group
+from ..launches import GROUPS, Group
 from . import text
 from .details import GIB, Grid
 from .figures import PEER, Overview, Row, Section, ratio, step_ms
@@ -13,6 +15,7 @@ from .figures import PEER, Overview, Row, Section, ratio, step_ms
 # With fewer backends the table of the run tells all of it.
 MIN_RUNGS = 3
 LADDER_TITLE = "What each rung gains, at each size"
+GROUPS_TITLE = "Where a step's device time goes: ms (launches)"
 COSTS_TITLE = "Measured cost of a step relative to {}, beside the paper's"
 
 
@@ -81,6 +84,29 @@ def ladder_grid(shown: Overview) -> Grid:
         size = text.printable(text.joined((ladder.name, heading)))
         rows += [(size, *(cell(rung) for cell in columns.values())) for rung in ladder.rungs]
     return _without_empty(Grid(("size", *columns), tuple(rows), frozenset({0, 1, len(columns)})))
+
+
+def groups_grid(shown: Overview) -> Grid:
+    """Where a step's device time goes, by group of kernels, for every rung that was traced."""
+    conditions = text.conditions(shown)
+    found = []
+    for ladder in ladders(shown):
+        heading = conditions.heading(ladder.section.environment, ladder.section.case)
+        size = text.printable(text.joined((ladder.name, heading)))
+        for rung in ladder.rungs:
+            trace = rung.row.record.trace
+            if trace is not None and trace.step:
+                found.append((size, text.printable(rung.row.record.case.backend), by_group(trace.step)))
+    groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of in found)]
+
+    def cell(of: Mapping[Group | Other, tuple[float, float]], group: Group | Other) -> str:
+        if group not in of:
+            return text.MISSING
+        launches, ms = of[group]
+        return f"{text.number(ms)} ({launches:.0f})"
+
+    rows = tuple((size, rung, *(cell(of, group) for group in groups)) for size, rung, of in found)
+    return Grid(("size", "rung", *groups), rows, frozenset({0, 1}))
 
 
 def costs_title(shown: Overview) -> str:

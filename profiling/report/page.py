@@ -75,6 +75,8 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "lines": details.lines_grid(shown),
         "ladder": ladder.ladder_grid(shown),
         "ladder_title": ladder.LADDER_TITLE,
+        "groups": ladder.groups_grid(shown),
+        "groups_title": ladder.GROUPS_TITLE,
         "costs": ladder.costs_grid(shown),
         "costs_title": ladder.costs_title(shown),
         "cases": details.cases_grid(shown),

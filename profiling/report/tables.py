@@ -15,7 +15,7 @@ from . import text
 from .columns import Column, Table, table_of
 from .details import Grid
 from .figures import Row, overview
-from .ladder import LADDER_TITLE, costs_grid, costs_title, ladder_grid
+from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
 
 NOTHING = "No cases were measured."
 
@@ -81,7 +81,11 @@ def markdown_table(records: list[Record]) -> str:
 def _grids(records: list[Record]) -> list[tuple[str, Grid]]:
     """What is told beyond the table where there are more backends than it can compare: titles and grids."""
     shown = overview(records)
-    found = [(LADDER_TITLE, ladder_grid(shown)), (costs_title(shown), costs_grid(shown))]
+    found = [
+        (LADDER_TITLE, ladder_grid(shown)),
+        (GROUPS_TITLE, groups_grid(shown)),
+        (costs_title(shown), costs_grid(shown)),
+    ]
     return [(title, grid) for title, grid in found if grid.rows]
 
 
