@@ -74,7 +74,7 @@ def markdown(inventories: Iterable[Inventory]) -> str:
 
 
 def measured_steps(records: Iterable[Record]) -> dict[str, tuple[KernelTime, ...]]:
-    """By size, the kernels of our captured step in the inventory's case: guided, one image, bf16, 64x64 latents."""
+    """By size, the kernels of our captured step in the inventory's case: guided, one image, bf16, 64x64."""
     found = {}
     for record in records:
         case = record.case
