@@ -74,6 +74,22 @@ def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alon
     assert graphed.phases["graph_warmup_ms"] > 0
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_in_bfloat16_latents_end_no_further_from_float32_than_one_and_a_half_times_diffusers(sampler: str) -> None:
+    """Over 50 steps with guidance; a network of the family, its convolutions and products those of the CPU."""
+    case = Case(unet="39M", sampler=sampler, steps=50, dtype="bfloat16", latent_height=8, latent_width=8)
+    plan = make_plan(sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
+    network = make_network(case)
+    given = Problem(case, network, plan, SCHEDULER_CONFIG)
+    inputs = check_inputs(given)
+    ours, theirs = (default_backends()[name].build(given)(inputs).float() for name in ("torch", "diffusers"))
+    wide = case.model_copy(update={"dtype": "float32"})
+    exact = default_backends()["diffusers"].build(Problem(wide, network.float(), plan, SCHEDULER_CONFIG))
+    expected = exact(inputs.to(torch.float32))
+    error, own = (relative_rms(latents, expected) for latents in (ours, theirs))
+    assert 0 < error <= 1.5 * own, (error, own)
+
+
 def test_graph_reads_the_low_resolution_latents_where_they_are_now() -> None:
     case = Case(unet="39M", task="sr", steps=1, guidance_scale=3.0, latent_height=8, latent_width=8)
 

@@ -90,13 +90,14 @@ def test_the_grid_shows_every_rung_and_why_one_has_no_time(records: list[Record]
     assert len(rows) == 2 * len(BACKENDS)
     assert grid.headings == (
         "size", "rung", "ms per step", "gain over the rung before", "gain over diffusers", "launches per step",
-        "host gap", "peak memory GiB", "no time because",
+        "host gap", "peak memory GiB", "relative RMS error", "no time because",
     )  # fmt: skip
-    assert rows["39M", "graph"] == ("39M", "graph", "2.000", "4.00x", "10.00x", "394", "1.0%", "1.500", "-")
+    assert rows["39M", "graph"][:8] == ("39M", "graph", "2.000", "4.00x", "10.00x", "394", "1.0%", "1.500")
+    assert rows["39M", "graph"][8:] == ("2.1e-06", "-")
     assert rows["39M", "diffusers"][3:5] == ("-", "-")
     failed = rows["39M", "diffusers-compile"]
-    assert failed[2:8] == ("-",) * 6
-    assert failed[8] == "error: torch.compile: Unsupported: a graph break"
+    assert failed[2:9] == ("-",) * 7
+    assert failed[9] == "error: torch.compile: Unsupported: a graph break"
 
 
 def test_a_steps_device_time_is_told_by_group_of_kernels(records: list[Record]) -> None:

@@ -34,7 +34,7 @@ def cases_grid(shown: Overview) -> Grid:
         "case": lambda row: text.printable(f"{row.name}, {row.record.case.backend}"),
         "conditions": heading,
         "status": lambda row: row.record.status,
-        "relative RMS error": lambda row: _error(row.record),
+        "relative RMS error": lambda row: largest_error(row.record),
         "tolerance": lambda row: _of(
             row.record.correctness.tolerance if row.record.correctness else None, "{:.1e}"
         ),
@@ -152,7 +152,8 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _error(record: Record) -> str:
+def largest_error(record: Record) -> str:
+    """Of the latents against the reference's, before timing and after."""
     check = record.correctness
     errors = [e for e in (check.error_before, check.error_after) if e is not None] if check else []
     return f"{max(errors):.1e}" if errors else text.MISSING

@@ -9,7 +9,7 @@ from ..cases import BACKENDS
 from ..kernel_groups import OTHER, Other, by_group
 from ..launches import GROUPS, Group
 from . import text
-from .details import GIB, Grid
+from .details import GIB, Grid, largest_error
 from .figures import PEER, Overview, Row, Section, ratio, step_ms
 
 # With fewer backends the table of the run tells all of it.
@@ -74,6 +74,7 @@ def ladder_grid(shown: Overview) -> Grid:
         "launches per step": lambda rung: _launches(rung.row),
         "host gap": lambda rung: _percent(rung.row.record.host_gap),
         "peak memory GiB": lambda rung: text.number(ratio(rung.row.record.peak_memory_bytes, GIB)),
+        "relative RMS error": lambda rung: largest_error(rung.row.record),
         "no time because": lambda rung: (
             text.MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
         ),
