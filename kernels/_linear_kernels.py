@@ -1,7 +1,8 @@
 """The Triton kernels of `linear`; what they do and why is told in linear.py.
 
-Both compute a tile [BLOCK_M, BLOCK_N] of the result with one accumulator, or with two where it is gated: of the
-columns of the values and of those of the gates, which are not neighbours in the weight.
+A tile is [BLOCK_M, BLOCK_N] of the result. Where it is gated, its product has twice the columns: value and gate
+by turns, which are not neighbours in the weight but are in a thread's registers, so that taking them apart moves
+nothing.
 """
 
 # Branches on constants are statements: Triton decides them when it compiles, and expressions it does not.
@@ -69,15 +70,42 @@ def _product(a, weight_rows, mask_n, CHANNELS, PART_1, PART_2, PRECISION: tl.con
 
 
 @jit
-def _store_tile(out_ptr, bias_ptr, acc, gate, offs_m, offs_n, rows, columns, EVEN_N: tl.constexpr):
+def _product_columns(start, columns, BLOCK_N: tl.constexpr, GATED: tl.constexpr):
+    """(rows of the weight, columns of the result) of a tile's product, for the columns from `start` on."""
+    if GATED:
+        lanes = tl.arange(0, 2 * BLOCK_N)
+        offs_n = start + lanes // 2
+        rows = offs_n + (lanes % 2) * columns
+    else:
+        offs_n = start + tl.arange(0, BLOCK_N)
+        rows = offs_n
+    return rows, offs_n
+
+
+@jit
+def _store_tile(
+    out_ptr,
+    bias_ptr,
+    acc,
+    offs_m,
+    start,
+    rows,
+    columns,
+    BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
     """Adds the bias, gates the values where there is a gate, and writes the tile."""
+    offs_n = start + tl.arange(0, BLOCK_N)
     mask_n = offs_n < columns
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if gate is not None:
+    if GATED:
+        value, gate = tl.split(tl.reshape(acc, [acc.shape[0], BLOCK_N, 2]))
         if bias_ptr is not None:
+            value += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
             gate += tl.load(bias_ptr + columns + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        acc *= gelu(gate)
+        acc = value * gelu(gate)
+    elif bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     mask = (offs_m < rows)[:, None]
     if not EVEN_N:
@@ -124,19 +152,14 @@ def norm_linear_kernel(
     a = _normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
     first = (pid % blocks_n) * (BLOCK_N * tiles_n)
     for start in range(first, first + BLOCK_N * tiles_n, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+        w_rows, offs_n = _product_columns(start, columns, BLOCK_N, GATED)
         if EVEN_N:
-            mask_n = None
+            w_mask = None
         else:
-            mask_n = offs_n < columns
-        weight_rows = row_ptrs(weight_ptr, offs_n, stride_w, ALIGN)
-        acc = _product(a, weight_rows, mask_n, CHANNELS, PART_1, PART_2, PRECISION)
-        if GATED:
-            gate_rows = row_ptrs(weight_ptr, columns + offs_n, stride_w, ALIGN)
-            gate = _product(a, gate_rows, mask_n, CHANNELS, PART_1, PART_2, PRECISION)
-        else:
-            gate = None
-        _store_tile(out_ptr, bias_ptr, acc, gate, offs_m, offs_n, rows, columns, EVEN_N)
+            w_mask = offs_n < columns
+        w_ptrs = row_ptrs(weight_ptr, w_rows, stride_w, ALIGN)
+        acc = _product(a, w_ptrs, w_mask, CHANNELS, PART_1, PART_2, PRECISION)
+        _store_tile(out_ptr, bias_ptr, acc, offs_m, start, rows, columns, BLOCK_N, GATED, EVEN_N)
 
 
 @jit
@@ -190,29 +213,22 @@ def linear_kernel(
     group_size = tl.minimum(blocks_m - group * GROUP_M, GROUP_M)
     in_group = pid % (GROUP_M * blocks_n)
     offs_m = (group * GROUP_M + in_group % group_size) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = (in_group // group_size) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (in_group // group_size) * BLOCK_N
     offs_k = tl.arange(0, BLOCK_K)
     # Rows past the end are read again from the first ones and never written: no mask in the loop.
     x_offsets = row_offsets(offs_m % rows, inner, stride_outer, stride_inner, FLAT)
     if ALIGN > 1:
         x_offsets = tl.multiple_of(x_offsets, [ALIGN])
-    x_rows = x_ptr + x_offsets
+    x_ptrs = x_ptr + x_offsets
+    w_rows, offs_n = _product_columns(first, columns, BLOCK_N, GATED)
     if EVEN_N:
-        mask_n = None
+        w_mask = None
     else:
-        mask_n = offs_n < columns
-    weight_rows = row_ptrs(weight_ptr, offs_n, stride_w, ALIGN)
-    gate_rows = row_ptrs(weight_ptr, columns + offs_n, stride_w, ALIGN)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if GATED:
-        gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        w_mask = offs_n < columns
+    w_ptrs = row_ptrs(weight_ptr, w_rows, stride_w, ALIGN)
+    acc = tl.zeros([BLOCK_M, (1 + GATED) * BLOCK_N], tl.float32)
     for start in range(0, channels, BLOCK_K):
-        x = _load_tile(x_rows, None, start, offs_k, channels, EVEN_K)
-        w = _load_tile(weight_rows, mask_n, start, offs_k, channels, EVEN_K)
+        x = _load_tile(x_ptrs, None, start, offs_k, channels, EVEN_K)
+        w = _load_tile(w_ptrs, w_mask, start, offs_k, channels, EVEN_K)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-        if GATED:
-            w = _load_tile(gate_rows, mask_n, start, offs_k, channels, EVEN_K)
-            gate = tl.dot(x, tl.trans(w), gate, input_precision=PRECISION)
-    if not GATED:
-        gate = None
-    _store_tile(out_ptr, bias_ptr, acc, gate, offs_m, offs_n, rows, columns, EVEN_N)
+    _store_tile(out_ptr, bias_ptr, acc, offs_m, first, rows, columns, BLOCK_N, GATED, EVEN_N)
