@@ -140,17 +140,17 @@ class TransformerBlock(nn.Module):
         self.ff_in = nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
 
-    def project_context(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, T, heads, D] of a context [B, T, Dctx], read in place from one projection."""
+    def project_context(self, context: Tensor) -> Tensor:
+        """Keys and values [B, T, 2, heads, D] of a context [B, T, Dctx]."""
         batch, tokens, _ = context.shape
-        k, v = self.cross_kv(context).view(batch, tokens, 2, self.heads, -1).unbind(2)
-        return k, v
+        packed: Tensor = self.cross_kv(context)
+        return packed.view(batch, tokens, 2, self.heads, -1)
 
     def attended(self) -> Tensor:
         """[C]: what the tokens lack after both attentions."""
         return self.to_out.bias + self.cross_out.bias
 
-    def forward(self, x: Tensor, context: tuple[Tensor, Tensor], attended: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, attended: Tensor) -> Tensor:
         """x [B, N, C], context of `project_context`, `attended` [C] -> [B, N, C], without any block's bias.
 
         x is overwritten where no gradient is recorded.
@@ -160,7 +160,7 @@ class TransformerBlock(nn.Module):
         h = attention(q, k, v, backend=self.backend).view(batch, tokens, channels)
         x = add_product(x, h, self.to_out.weight)
         q = self._product(x, self.norm2, self.cross_q, self.to_out.bias).view(batch, tokens, self.heads, -1)
-        h = attention(q, *context, backend=self.backend).view(batch, tokens, channels)
+        h = attention(q, *context.unbind(2), backend=self.backend).view(batch, tokens, channels)
         x = add_product(x, h, self.cross_out.weight)
         h = self._product(x, self.norm3, self.ff_in, attended, "geglu")
         return add_product(x, h, self.ff_out.weight)
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        context: tuple[Tensor, Tensor],
+        context: Tensor,
         *,
         pending: Pending,
         size: torch.Size | None = None,

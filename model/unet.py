@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import NamedTuple, TypeVar, cast
@@ -24,15 +24,16 @@ class Conditioning:
     """What does not change in a trajectory, from `UNet.condition`.
 
     `shifts` [K, B or 1, S]: for each of K steps the sum of time projection and first convolution's bias of every
-    ResBlock, side by side in the order in which they run. `context`: keys and values [B, T, heads, D] of every
-    transformer, in that order. `pending`: of every ResBlock and transformer as they run, and `pending_out` [C] of
-    the norm at the end, the biases that reach it from before; they depend on the weights alone.
+    ResBlock, side by side in the order in which they run. `context`: keys and values [B, T, 2, heads, D] of every
+    transformer, in that order. `constants` [N]: the biases that are passed on (`Pending`) of every ResBlock and
+    transformer as they run, then of the norm at the end; they depend on the weights alone.
+
+    Few tensors, and dense ones, as each run of a captured step copies them.
     """
 
     shifts: Tensor
-    context: tuple[tuple[Tensor, Tensor], ...]
-    pending: tuple[Pending, ...]
-    pending_out: Tensor | None
+    context: tuple[Tensor, ...]
+    constants: Tensor
 
     def padded(self, steps: int) -> Conditioning:
         """The same with room for `steps` steps, zeros in those beyond its own; raises ValueError for fewer."""
@@ -132,6 +133,11 @@ class UNet(nn.Module):
         self.shift_channels = [block.conv1.out_channels for block in self._resblocks()]
         self.time_projection = nn.Linear(config.time_dim, sum(self.shift_channels))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        with torch.no_grad():
+            pending, out = self._pending()
+        # Which of the constants there are, and how long they are: of the architecture, not of the weights.
+        self._constant_places = [tuple(part is not None for part in _parts(one)) for one in pending]
+        self._constant_sizes = [len(vector) for vector in _vectors(pending, out)]
 
     def _levels(self) -> list[Level]:
         middle = [] if self.middle is None else [self.middle]
@@ -145,7 +151,9 @@ class UNet(nn.Module):
         """The dtype that the network computes in."""
         return self.conv_in.weight.dtype
 
-    def condition(self, timesteps: float | Sequence[float] | Tensor, context: Tensor) -> Conditioning:
+    def condition(
+        self, timesteps: float | Sequence[float] | Tensor, context: Tensor, *, constants: Tensor | None = None
+    ) -> Conditioning:
         """Compute once what a trajectory keeps.
 
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
@@ -162,11 +170,13 @@ class UNet(nn.Module):
             raise ValueError(
                 f"timesteps must be [K] or [K, {context.shape[0]}] as the context's batch; got {list(t.shape)}"
             )
+        length = sum(self._constant_sizes)
+        if constants is not None and constants.shape != (length,):
+            raise ValueError(f"constants must be [{length}], those of this network; got {list(constants.shape)}")
         embedding = F.silu(self.time_embedding(t.reshape(-1)))
         conv_bias = torch.cat([block.conv1.bias for block in self._resblocks() if block.conv1.bias is not None])
         shifts = F.linear(embedding, weight, self.time_projection.bias + conv_bias)
         context = context.to(weight)
-        pending, pending_out = self._pending()
         return Conditioning(
             shifts=shifts.unflatten(0, tuple(t.shape)),
             context=tuple(
@@ -175,8 +185,7 @@ class UNet(nn.Module):
                 for place in level.places()
                 if place.transformer is not None
             ),
-            pending=pending,
-            pending_out=pending_out,
+            constants=self.constants() if constants is None else constants,
         )
 
     def denoise(self, sample: Tensor, conditioning: Conditioning, step: int | Tensor) -> Tensor:
@@ -191,7 +200,7 @@ class UNet(nn.Module):
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}")
         if conditioning.shifts.shape[1] not in (1, batch) or any(
-            k.shape[0] != batch for k, _ in conditioning.context
+            packed.shape[0] != batch for packed in conditioning.context
         ):
             raise ValueError(
                 f"the conditioning's batch is not the sample's {batch}: pass one context per sample, "
@@ -203,7 +212,7 @@ class UNet(nn.Module):
             of_step = conditioning.shifts.index_select(0, step).squeeze(0)
         shifts = iter(of_step.expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
-        pending = iter(conditioning.pending)
+        pending, pending_out = self._pending_of(conditioning.constants)
 
         def block(place: Place, x: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
             # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
@@ -215,11 +224,24 @@ class UNet(nn.Module):
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = self._run(F.conv2d(sample, self.conv_in.weight, padding=1), block, lambda module, x: module(x))
-        out: Tensor = self.conv_out(self.norm_out(x, conditioning.pending_out))
+        out: Tensor = self.conv_out(self.norm_out(x, pending_out))
         return out
 
+    def constants(self) -> Tensor:
+        """[N]: the biases that are passed on (`Conditioning.constants`), which depend on the weights alone."""
+        return torch.cat(_vectors(*self._pending()))
+
+    def _pending_of(self, constants: Tensor) -> tuple[Iterator[Pending], Tensor | None]:
+        """What `_pending` returned before it was laid out as `Conditioning.constants`: views."""
+        vectors = iter(constants.split(self._constant_sizes))
+        pending = [
+            Pending(*(next(vectors) if is_there else None for is_there in places))
+            for places in self._constant_places
+        ]
+        return iter(pending), next(vectors, None)
+
     def _pending(self) -> tuple[tuple[Pending, ...], Tensor | None]:
-        """What `Conditioning` keeps of the biases: the network's own run, on what images lack in their place."""
+        """The biases that are passed on: the network's own run, on what images lack in their place."""
         found: list[Pending] = []
 
         def through(module: ResBlock | Transformer, before: Tensor | None, adds: bool) -> Tensor | None:
@@ -289,6 +311,15 @@ class UNet(nn.Module):
                 f"timestep must be one number or one per sample ({sample.shape[0]}); got {timesteps.shape[1]}"
             )
         return self.denoise(sample, self.condition(timesteps, context), 0)
+
+
+def _parts(pending: Pending) -> tuple[Tensor | None, ...]:
+    return pending.before, pending.bias, pending.attended
+
+
+def _vectors(pending: Iterable[Pending], out: Tensor | None) -> list[Tensor]:
+    """Those that are there, in the order of `Conditioning.constants`."""
+    return [part for part in (*(part for one in pending for part in _parts(one)), out) if part is not None]
 
 
 def _attended(module: ResBlock | Transformer) -> Tensor | None:

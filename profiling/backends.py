@@ -96,10 +96,13 @@ class OurBackend:
     def build(self, problem: Problem) -> Trajectory:
         unet, plan, case = our_unet(problem, self.operators, self.products), problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
+        constants = kept_constants(unet) if self.is_hoisted else None
 
         @torch.inference_mode()
         def trajectory(inputs: Inputs) -> Tensor:
-            conditioning = unet.condition(timesteps, inputs.context) if self.is_hoisted else None
+            conditioning = None
+            if self.is_hoisted:
+                conditioning = unet.condition(timesteps, inputs.context, constants=constants)
             beside = low_resolution(inputs, problem)
 
             def denoise(model_input: Tensor, step: Step) -> Tensor:
@@ -147,6 +150,7 @@ class GraphTrajectory:
         self._problem = problem
         self._timesteps = [step.timestep for step in problem.plan.steps]
         self._unet = our_unet(problem, operators, "auto")
+        self._constants = kept_constants(self._unet)
         self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
             self._denoise, max_captures=2, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
         )
@@ -160,7 +164,7 @@ class GraphTrajectory:
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Tensor:
         problem = self._problem
-        conditioning = self._unet.condition(self._timesteps, inputs.context)
+        conditioning = self._unet.condition(self._timesteps, inputs.context, constants=self._constants)
         return self._sampler(
             (conditioning, low_resolution(inputs, problem)),
             problem.plan,
@@ -183,6 +187,12 @@ def our_unet(problem: Problem, operators: str, products: str) -> UNet:
     """The problem's network with its operators and products on those backends; its memory is shared."""
     # Of the reference operators the network is made already.
     return problem.unet if operators == "torch" else problem.unet.with_backend(operators, products)
+
+
+@torch.no_grad()
+def kept_constants(unet: UNet) -> Tensor:
+    """What of the conditioning depends on the weights alone: made once, when a backend is built."""
+    return unet.constants()
 
 
 def low_resolution(inputs: Inputs, problem: Problem) -> Tensor | None:

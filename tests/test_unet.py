@@ -1,5 +1,8 @@
 """The UNet against diffusers' UNet2DConditionModel with the same weights."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -257,3 +260,44 @@ def test_what_a_hook_saw_is_not_changed_where_a_gradient_is_recorded():
     unet(sample, 1.0, context)
     assert seen
     assert all(torch.equal(out, before) for out, before in seen)
+
+
+def test_constants_that_were_kept_are_those_that_would_be_computed():
+    config = CONFIGS["one-layer"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    with torch.no_grad():
+        constants = unet.constants()
+        kept, fresh = unet.condition([1.0], context, constants=constants), unet.condition([1.0], context)
+        assert kept.constants is constants
+        assert torch.equal(kept.constants, fresh.constants)
+        assert torch.equal(unet.denoise(sample, kept, 0), unet.denoise(sample, fresh, 0))
+        # Of other weights they are others.
+        unet.up[1].transformers[0].block.ff_out.bias.add_(1.0)
+        assert not torch.equal(unet.constants(), constants)
+    with pytest.raises(ValueError, match=r"constants must be \["):
+        unet.condition([1.0], context, constants=constants[1:])
+
+
+def test_every_bias_gets_a_gradient():
+    config = CONFIGS["one-layer"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    unet(sample, 1.0, context).square().sum().backward()
+    for name, parameter in unet.named_parameters():
+        if name.endswith("bias"):
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_a_copy_and_a_pickle_are_networks_of_their_own():
+    config = CONFIGS["no-middle"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    with torch.no_grad():
+        expected = unet(sample, 1.0, context)
+        for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+            assert torch.equal(other(sample, 1.0, context), expected)
+            other.conv_in.bias.add_(1.0)
+            assert not torch.equal(other(sample, 1.0, context), expected)
+        assert torch.equal(unet(sample, 1.0, context), expected)
