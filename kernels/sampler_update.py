@@ -78,6 +78,13 @@ def _offsets(h, w, c, stride_h, stride_w, stride_c, ALIGN: tl.constexpr):  # typ
 
 
 @jit
+def _add_product(total, coefficient, x):  # type: ignore[no-untyped-def]
+    """total + coefficient x, rounded once. The compiler would decide that by what stands around it, and a step
+    with room for more registers would have other bits."""
+    return tl.fma(coefficient + tl.zeros_like(total), x, total)
+
+
+@jit
 def sampler_update_kernel(  # type: ignore[no-untyped-def]
     registers_ptr,
     output_ptr,
@@ -134,7 +141,7 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
     if guidance_ptr is not None:
         # The unconditional half is first.
         cond = tl.load(output_ptrs + cond_b * stride_ob, mask=mask, other=0.0).to(tl.float32)
-        output += tl.load(guidance_ptr + step) * (cond - output)
+        output = _add_product(output, tl.load(guidance_ptr + step), cond - output)
     if noise_ptr is not None:
         noise_ptrs = noise_ptr + b * stride_nb + _offsets(h, w, c, stride_nh, stride_nw, stride_nc, ALIGN)
         noise = tl.load(noise_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -151,9 +158,9 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
         coefficients = row_ptr + i * (REGISTERS + 2)
         new = tl.load(coefficients + REGISTERS) * output
         for j in tl.static_range(REGISTERS):
-            new += tl.load(coefficients + j) * registers[j]
+            new = _add_product(new, tl.load(coefficients + j), registers[j])
         if noise_ptr is not None or seeds_ptr is not None:
-            new += tl.load(coefficients + REGISTERS + 1) * noise
+            new = _add_product(new, tl.load(coefficients + REGISTERS + 1), noise)
         tl.store(registers_ptrs + tl.full([], i, tl.int64) * stride_gr, new, mask=mask)
         if i == 0 and input_ptr is not None:
             scaled = (tl.load(input_scale_ptr + step) * new).to(input_ptr.dtype.element_ty)

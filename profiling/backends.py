@@ -144,7 +144,8 @@ class GraphBackend:
 
 
 class GraphTrajectory:
-    """Of `GraphBackend`; the first call captures, and with noise injected into a stochastic plan once more."""
+    """Of `GraphBackend`; the first call captures. One capture is kept: that of a stochastic plan with injected
+    noise is another, which a check needs and whose memory a timed run must not hold."""
 
     def __init__(self, problem: Problem, operators: str, graphs: Graphs) -> None:
         self._problem = problem
@@ -152,7 +153,7 @@ class GraphTrajectory:
         self._unet = our_unet(problem, operators, "auto")
         self._constants = kept_constants(self._unet)
         self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
-            self._denoise, max_captures=2, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
+            self._denoise, max_captures=1, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
         )
 
     def _denoise(self, model_input: Tensor, held: tuple[Conditioning, Tensor | None], step: Tensor) -> Tensor:

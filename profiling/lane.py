@@ -159,7 +159,11 @@ class Lane(Outcome):
         """One trajectory under the profiler, untimed; where that fails there is a warning and no trace."""
         trajectory = self.trajectory
         assert trajectory is not None
+        if self.device.type != "cuda":
+            return
         try:
+            # Once before: what it has to prepare is not to be traced.
+            trajectory(inputs)
             self.trace = traced(lambda: trajectory(inputs), self.device, evaluations)
         except Exception as error:
             warnings.warn(f"{self.case.key}: no trace ({failure(error)[1]})", stacklevel=2)

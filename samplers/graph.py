@@ -12,7 +12,7 @@ import dataclasses
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -50,7 +50,20 @@ class Graphs(Protocol):
 
 
 class CudaGraphs:
-    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes."""
+    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes.
+
+    Warm-up and capture are on one stream for each device: libraries keep a workspace for every stream that they
+    have seen, and torch's own stream for captures is of the device that captured first.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self._streams:
+            self._streams[index] = torch.cuda.Stream(index)
+        return self._streams[index]
 
     def check(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -59,8 +72,8 @@ class CudaGraphs:
             )
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
-        # On a side stream, as torch asks: libraries keep a workspace for each stream.
-        side = torch.cuda.Stream(device)
+        # On a side stream, as torch asks.
+        side = self._stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             work()
@@ -69,8 +82,14 @@ class CudaGraphs:
 
     def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        stream = self._stream(device)
+        # The outer `stream` leaves it again where torch's own does not: where ending the capture fails.
         # Other threads, a data loader's for one, may go on calling what a capture forbids.
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             work()
         replay: Callable[[], None] = graph.replay
         return replay
@@ -185,7 +204,12 @@ class GraphedSampler(Generic[C]):
         )
         padded = _padded(conditioning, room.num_steps)
         leaves = _leaves(padded)
-        key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, *map(_layout, leaves))
+        for leaf in leaves:
+            if leaf.device != noise.device:
+                raise ValueError(
+                    f"conditioning must be on {noise.device} as the noise is; a tensor is on {leaf.device}"
+                )
+        key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, _structure(padded))
         captured = self._kept.get(key)
         if captured is not None:
             self._kept.move_to_end(key)
@@ -237,11 +261,14 @@ class GraphedSampler(Generic[C]):
         try:
             replay = self._graphs.capture(work, noise.device)
         except Exception as error:
+            # Ending the capture fails too, and its error would hide what went wrong.
+            first = _first(error)
+            reason = next((line.strip() for line in str(first).splitlines() if line.strip()), "no message")
+            out_of_memory = isinstance(first, torch.OutOfMemoryError)
             # What the failed capture allocated goes with its frames.
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            error.__traceback__ = None
-            del error
+            for one in (error, first):
+                one.__traceback__ = None
+            del error, first, one
             _release_memory()
             kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
             raise kind(f"{what} could not be captured: {reason}") from None
@@ -265,23 +292,49 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _first(error: BaseException) -> BaseException:
+    """The error that others were raised in the handling of."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def _buffer(tensor: Tensor) -> Tensor:
-    """Memory of our own with the tensor's values and strides: with other strides other kernels might run."""
+    """Memory of our own with the tensor's values and strides: with other strides other kernels might run.
+
+    Of an expanded tensor it has every element, so that values can be copied into it.
+    """
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return tensor.contiguous().clone()
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
         tensor
     )
 
 
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _structure(tree: Any) -> object:
+    """What of a conditioning a capture depends on, as a key: layouts, types, names and the places of None."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype
+    if isinstance(tree, tuple | list):
+        return type(tree), tuple(map(_structure, tree))
+    if isinstance(tree, dict):
+        return dict, tuple((name, _structure(part)) for name, part in tree.items())
+    if tree is None:
+        return None
+    return type(tree), tuple(_structure(getattr(tree, field.name)) for field in dataclasses.fields(tree))
 
 
 def _padded(tree: Any, steps: int) -> Any:
     if hasattr(tree, "padded"):
         return tree.padded(steps)
     if isinstance(tree, tuple | list):
-        return type(tree)(_padded(part, steps) for part in tree)
+        return _like(tree, (_padded(part, steps) for part in tree))
     return {key: _padded(part, steps) for key, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _like(tree: Any, parts: Iterable[Any]) -> Any:
+    """A tuple or list of the type of `tree`, a named tuple too."""
+    return tree._make(parts) if hasattr(tree, "_make") else type(tree)(parts)
 
 
 def _leaves(tree: Any) -> list[Tensor]:
@@ -302,7 +355,7 @@ def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if tree is None:
         return None
     if isinstance(tree, tuple | list):
-        return type(tree)(_map(part, change) for part in tree)
+        return _like(tree, (_map(part, change) for part in tree))
     if isinstance(tree, dict):
         return {key: _map(part, change) for key, part in tree.items()}
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):

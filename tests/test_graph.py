@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -312,3 +312,83 @@ def test_the_model_input_has_the_networks_dtype() -> None:
     assert torch.equal(result, expected)
     assert result.dtype == torch.float32
     assert set(dtypes) == {torch.bfloat16}
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None = None
+
+
+def trees(value: float) -> list[Any]:
+    """Conditionings whose tensors are alike and whose structure is not."""
+    tensor = torch.full((2, 3), value)
+    return [
+        (tensor, None), (None, tensor), [tensor, None], {"a": tensor}, {"b": tensor},
+        Pair(tensor), (Pair(tensor),),
+    ]  # fmt: skip
+
+
+def test_conditionings_of_another_structure_are_captured_anew() -> None:
+    plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], SHAPE)
+    names = ["(x, None)", "(None, x)", "[x, None]", "a", "b", "Pair", "(Pair,)"]
+
+    def denoise(x: torch.Tensor, tree: Any, step: torch.Tensor) -> torch.Tensor:
+        # Of what it is made is seen while it is captured: another one is another network.
+        kinds = [type(one).__name__ if not isinstance(one, dict) else str(sorted(one)) for one in [tree]]
+        place = [one is None for one in tree] if isinstance(tree, tuple | list) else []
+        factor = sum(map(ord, str((kinds, place)))) % 97 / 97
+        leaf = next(iter(tree.values())) if isinstance(tree, dict) else next(p for p in tree if p is not None)
+        leaf = leaf[0] if isinstance(leaf, Pair) else leaf
+        return torch.tanh(x * factor + leaf.mean())
+
+    graphs = Replays()
+    sampler: GraphedSampler[Any] = GraphedSampler(denoise, graphs=graphs, backend="torch", max_captures=9)
+    for value in (0.25, 0.75):
+        for name, tree in zip(names, trees(value), strict=True):
+            expected = sample(
+                lambda x, step, tree=tree: denoise(x, tree, torch.tensor([step.index])),
+                plan,
+                noise,
+                backend="torch",
+            )
+            assert torch.equal(sampler(tree, plan, noise), expected), (name, value)
+    assert len(sampler.captures) == len(names)
+
+
+def test_an_expanded_tensor_is_kept_whole_and_takes_new_values() -> None:
+    plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1, 2], SHAPE)
+
+    def denoise(x: torch.Tensor, tree: Any, step: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x + tree[0].sum(1)[:, None, None, None])
+
+    sampler: GraphedSampler[Any] = GraphedSampler(denoise, graphs=Replays(), backend="torch")
+    for value in (0.5, 0.125):
+        tree = (torch.full((1, 3), value).expand(2, 3),)
+        expected = sample(
+            lambda x, step, tree=tree: denoise(x, tree, torch.zeros(1)), plan, noise, backend="torch"
+        )
+        assert torch.equal(sampler(tree, plan, noise), expected)
+    assert len(sampler.captures) == 1
+
+
+def test_a_conditioning_elsewhere_than_the_noise_is_refused() -> None:
+    plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], SHAPE)
+    sampler: GraphedSampler[Any] = GraphedSampler(lambda x, tree, step: x, graphs=Replays(), backend="torch")
+    with pytest.raises(ValueError, match="must be on cpu as the noise is; a tensor is on meta"):
+        sampler((torch.empty(2, device="meta"),), plan, noise)
+
+
+def test_the_error_that_came_first_is_told_where_ending_the_capture_fails_too() -> None:
+    plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], SHAPE)
+
+    class Fails(Replays):
+        def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            finally:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+    sampler: GraphedSampler[Any] = GraphedSampler(lambda x, tree, step: x, graphs=Fails(), backend="torch")
+    with pytest.raises(torch.OutOfMemoryError, match="could not be captured: CUDA out of memory") as raised:
+        sampler((torch.zeros(1),), plan, noise)
+    assert isinstance(raised.value, CaptureError)

@@ -10,13 +10,14 @@ from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.profiling.static.amd import AmdResources, amd_resources
 from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
-from ldmperf.profiling.static.compile import Compiled, Specialization
+from ldmperf.profiling.static.compile import Compiled, Specialization, compile_launch
 from ldmperf.profiling.static.inspection import Inspection, inspect_launch
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.model import Traffic, predict
 from ldmperf.profiling.static.occupancy import occupancy
 from ldmperf.profiling.static.ptx import Access, global_accesses
 from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
+from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.units import class_of, is_move, mix, products, unit_counts, width
 
 # Lines as cuobjdump prints them, with their encodings.
@@ -392,3 +393,18 @@ def test_a_product_reads_from_memory_once_and_through_l2_for_every_program():
     assert found.memory_bytes == pytest.approx(2 * (2048 * 640 + 5120 * 640 + 2048 * 2560) / (16 * 20 * 10))
     # 2048 multiply-adds a cycle, dense, 16 bits; two accumulators.
     assert found.cycles["matrix"] == pytest.approx(2 * 128 * 128 * 64 / 2048)
+
+
+@pytest.mark.parametrize("registers", [1, 2, 4])
+def test_every_term_of_an_update_is_rounded_once_whatever_the_number_of_registers(registers):
+    """A captured step has room for four: were products rounded by themselves there, its bits would be others."""
+    shape = Shape(batch=1, channels=4)
+    arguments = SHAPES["sampler_update"][0](shape)
+    memory = torch.empty(registers, 1, 64, 64, 4, device="meta")
+    table = torch.empty(50, registers, registers + 2, device="meta")
+    (launch,) = OPERATORS["sampler_update"].plan(
+        **arguments | {"registers": memory.permute(0, 1, 4, 2, 3), "table": table}
+    )[1]
+    ttir = compile_launch(launch, MACHINES["sm_90"]).asm["ttir"]
+    # Guidance, and each register's terms but the first: of every register and of the noise.
+    assert ttir.count("= math.fma ") == 1 + registers * (registers + 1)
