@@ -3,10 +3,12 @@
 Runs the GPU tests, the ladder of backends at four sizes, the compiled peers, the benches of attention and of the
 other kernels and the sweep of the family, the most important first, each in a process of its own and within its
 share of the time. Every record is on disk as it is made; a part that overruns is stopped and the next begins; a
-signal stops what runs and the table of what is there comes last. What one run had no time for another takes up.
+signal stops what runs and the table of what is there comes last. What one check had no time for another takes up:
+given the folder of the one before, profiles go on where they stopped, on the same commit and machine.
 
     python bench/gpu_check.py
     python bench/gpu_check.py --only compiled-max,sweep-rest
+    python bench/gpu_check.py --resume runs/20260101T120000Z-gpu-check --only sweep-rest
 """
 
 from __future__ import annotations
@@ -102,6 +104,9 @@ def parts(device: str, folder: Path) -> list[Part]:
         return Part(name, weight, command, takes_seconds=True)
 
     def profile(name: str, weight: float, *options: str) -> Part:
+        begun = sorted(path.parent for path in (folder / name).glob("*/run.json"))
+        if begun:
+            return Part(name, weight, (*LDMPERF, "profile", "--resume", str(begun[-1])))
         command = (*LDMPERF, "profile", "--device", device, "--out", str(folder / name), *options)
         return Part(name, weight, command)
 
@@ -251,6 +256,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="For all parts together.")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="Where the folder of this check goes.")
+    parser.add_argument("--resume", type=Path, help="The folder of an earlier check, whose profiles go on.")
     options = parser.parse_args(given)
     unknown = set(options.only.split(",")) - set(NAMES)
     if unknown:
@@ -266,8 +272,13 @@ def main(given: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     options = arguments(given)
     folder = options.out.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-gpu-check"
+    if options.resume is not None:
+        folder = options.resume.resolve()
+        if not folder.is_dir():
+            tell(f"gpu_check.py: {options.resume} is no folder of a check; start a new one without --resume")
+            return 2
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=options.resume is not None)
     except OSError as failure:
         tell(f"gpu_check.py: cannot write to {options.out} ({failure.strerror}); choose another folder with --out")
         return 1

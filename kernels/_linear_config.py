@@ -34,6 +34,10 @@ class LinearConfig:
     num_warps: int
     num_stages: int
 
+    def __post_init__(self) -> None:
+        if self.block_k and self.tiles_n != 1:
+            raise ValueError(f"only programs that keep their rows take several tiles of columns; got {self}")
+
 
 @dataclass(frozen=True)
 class LinearShape:

@@ -93,7 +93,7 @@ def linear_separate(
 def _shape(x: Tensor, weight: Tensor, norm_weight: Tensor | None, activation: str | None) -> LinearShape:
     gated = activation is not None
     return LinearShape(
-        rows=x.numel() // max(x.shape[-1], 1),
+        rows=math.prod(x.shape[:-1]),
         channels=x.shape[-1],
         columns=weight.shape[0] // (2 if gated else 1),
         gated=gated,
@@ -161,6 +161,8 @@ def plan(
         chip = chip or chip_of(x.device)
         key = tuning_key(x, weight, norm_weight=norm_weight, activation=activation)
         config = tuned("linear", key, chip, LinearConfig) or default_config(shape, chip)
+    if not config.block_k and not shape.normed:
+        raise ValueError(f"linear: {config} keeps rows for their norm, and there is none")
     launches: list[Launch] = []
     if norm_weight is not None and norm_bias is not None and config.block_k:
         normalized, launches = plan_layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias)
@@ -229,6 +231,8 @@ def unsupported_reasons(
         *row_reasons(collapse_rows([x]), x=x, weight=weight),
         *contiguity_reasons(bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, x_bias=x_bias),
     ]
+    if x.shape[-1] == 0:
+        reasons.append("there are no channels")
     if x.dtype == torch.bfloat16 and is_interpreted(linear_kernel):
         reasons.append("triton's interpreter multiplies bfloat16 as if it were integers")
     if (
@@ -272,7 +276,7 @@ def linear(
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
         reasons = [] if x.is_meta else unsupported_reasons(x, weight, *vectors, x_bias)
         normed, gated = norm_weight is not None, activation is not None
-        rows = x.numel() // max(x.shape[-1], 1)
+        rows = math.prod(x.shape[:-1])
         backend = _chosen(
             tuple(reasons), x.device, x.dtype, rows, x.shape[-1], weight.shape[0], gated=gated, normed=normed
         )

@@ -144,7 +144,7 @@ class TransformerBlock(nn.Module):
         """Keys and values [B, T, 2, heads, D] of a context [B, T, Dctx]."""
         batch, tokens, _ = context.shape
         packed: Tensor = self.cross_kv(context)
-        return packed.view(batch, tokens, 2, self.heads, -1)
+        return packed.view(batch, tokens, 2, self.heads, packed.shape[-1] // (2 * self.heads))
 
     def attended(self) -> Tensor:
         """[C]: what the tokens lack after both attentions."""
@@ -156,10 +156,16 @@ class TransformerBlock(nn.Module):
         x is overwritten where no gradient is recorded.
         """
         batch, tokens, channels = x.shape
-        q, k, v = self._product(x, self.norm1, self.to_qkv).view(batch, tokens, 3, self.heads, -1).unbind(2)
+        q, k, v = (
+            self._product(x, self.norm1, self.to_qkv)
+            .view(batch, tokens, 3, self.heads, channels // self.heads)
+            .unbind(2)
+        )
         h = attention(q, k, v, backend=self.backend).view(batch, tokens, channels)
         x = add_product(x, h, self.to_out.weight)
-        q = self._product(x, self.norm2, self.cross_q, self.to_out.bias).view(batch, tokens, self.heads, -1)
+        q = self._product(x, self.norm2, self.cross_q, self.to_out.bias).view(
+            batch, tokens, self.heads, channels // self.heads
+        )
         h = attention(q, *context.unbind(2), backend=self.backend).view(batch, tokens, channels)
         x = add_product(x, h, self.cross_out.weight)
         h = self._product(x, self.norm3, self.ff_in, attended, "geglu")
@@ -269,11 +275,13 @@ def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
 def add_product(x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
     """x + tokens weight^T in one matrix product; x [B, C, H, W] or [B, N, C] is overwritten where it can be.
 
-    tokens [B, N, K], weight [C, K]. It cannot be where a gradient is recorded: operators before keep results.
+    tokens [B, N, K], weight [C, K]. It cannot be where a gradient is recorded, as operators before keep results,
+    nor under autocast, where dtypes differ.
     """
     rows = (as_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
-    add = rows.addmm if torch.is_grad_enabled() else rows.addmm_
-    out = add(tokens.flatten(0, 1), weight.t()).view(x.shape[0], -1, x.shape[-1] if x.ndim == 3 else x.shape[1])
+    in_place = not torch.is_grad_enabled() and tokens.dtype == rows.dtype == weight.dtype
+    add = rows.addmm_ if in_place else rows.addmm
+    out = add(tokens.flatten(0, 1), weight.t()).view(*tokens.shape[:2], weight.shape[0])
     return out if x.ndim == 3 else as_image(out, x.shape[2:])
 
 

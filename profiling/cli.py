@@ -81,7 +81,9 @@ def profile(
     task: Annotated[list[str] | None, _list_option("t2i; sr: 8 input channels, without guidance.")] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="cpu, gpu or ladder: what is measured unless told; cpu or gpu by the device."),
+        typer.Option(
+            help="cpu, gpu, ladder, family or family-all: what is measured unless told; cpu or gpu by the device."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
     resume: Annotated[

@@ -17,6 +17,13 @@ Other = Literal["other"]
 OTHER: Other = "other"
 
 _PATTERNS: tuple[tuple[Group, str], ...] = (
+    # Inductor names a kernel by all that it merges: what a pass computes comes before what it copies.
+    ("linear", r"^triton_tem_.*mm"),
+    ("convolution", r"^triton_tem_.*convolution"),
+    ("group norm", r"^triton_(poi|per|red).*(group_norm|silu)"),
+    ("layer norm", r"^triton_(poi|per|red).*layer_norm"),
+    ("GEGLU", r"^triton_(poi|per|red).*gelu"),
+    ("elementwise and residual", r"^triton_(poi|per|red)"),
     ("sampler", r"^sampler_update_kernel"),
     ("attention", r"attention|flash_|fmha|sdpa|softmax"),
     ("group norm", r"^group_norm|group_?norm|RowwiseMoments|ComputeFusedParams|silu"),
@@ -27,7 +34,7 @@ _PATTERNS: tuple[tuple[Group, str], ...] = (
     ("copies", r"memcpy|memset|nchwToNhwc|nhwcToNchw|copy|CatArray|upsample|index_?(select|elementwise)|gather"),
     ("convolution", r"fprop|dgrad|conv|winograd|cudnn"),
     ("linear", r"gemm|nvjet|cutlass|cublas|splitK|_mm_|gemv"),
-    ("elementwise and residual", r"elementwise|triton_(poi|per|red)|reduce|arange|distribution"),
+    ("elementwise and residual", r"elementwise|reduce|arange|distribution"),
 )
 _COMPILED = tuple((group, re.compile(pattern, re.IGNORECASE)) for group, pattern in _PATTERNS)
 

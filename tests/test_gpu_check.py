@@ -82,6 +82,17 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert on_gpu["kernels"].takes_seconds
 
 
+def test_a_profile_that_was_begun_goes_on(tmp_path: Path) -> None:
+    for name in ("20260101T000000Z-abc", "20260102T000000Z-abc"):
+        (tmp_path / "sweep-rest" / name).mkdir(parents=True)
+        (tmp_path / "sweep-rest" / name / "run.json").touch()
+    parts = {p.name: p for p in check.parts("cuda", tmp_path)}
+    newest = str(tmp_path / "sweep-rest" / "20260102T000000Z-abc")
+    assert parts["sweep-rest"].command[-2:] == ("--resume", newest)
+    assert "--preset" not in parts["sweep-rest"].command
+    assert "--resume" not in parts["sweep"].command
+
+
 def test_a_part_that_overruns_is_stopped_with_what_it_started_and_the_rest_goes_on(tmp_path: Path) -> None:
     ignores = (
         "import signal, subprocess, sys, time\n"
@@ -145,7 +156,12 @@ def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "told"), [(["--only", "charts"], "tests, ladder, "), (["--out", os.devnull], "--out")]
+    ("given", "told"),
+    [
+        (["--only", "charts"], "tests, ladder, "),
+        (["--out", os.devnull], "--out"),
+        (["--resume", "/no/where"], "start a new one without --resume"),
+    ],
 )
 def test_a_wrong_call_says_what_to_do(given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

@@ -301,3 +301,22 @@ def test_a_copy_and_a_pickle_are_networks_of_their_own():
             other.conv_in.bias.add_(1.0)
             assert not torch.equal(other(sample, 1.0, context), expected)
         assert torch.equal(unet(sample, 1.0, context), expected)
+
+
+def test_a_context_of_no_tokens_and_a_batch_of_none():
+    config = CONFIGS["sd21"]
+    ours, theirs = pair(config, torch.float64)
+    sample, context = inputs(config, 2, (8, 8), 0, torch.float64)
+    with torch.no_grad():
+        assert relative_rms(ours(sample, 5.0, context), theirs(sample, 5.0, context).sample) < 1e-9
+        assert ours(sample[:0], 5.0, context[:0]).shape == (0, 4, 8, 8)
+
+
+def test_under_autocast_a_forward_without_gradients_is_that_with_them():
+    config = CONFIGS["one-layer"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = unet(sample, 5.0, context)
+        with torch.no_grad():
+            assert relative_rms(unet(sample, 5.0, context), expected) < 1e-2

@@ -166,3 +166,18 @@ def test_bfloat16_is_refused_in_the_interpreter_for_users():
     x = torch.randn(3, 8).bfloat16()
     with pytest.raises(KernelUnsupported, match="multiplies bfloat16"):
         linear(x, torch.randn(4, 8).bfloat16(), backend="triton")
+
+
+def test_without_channels_it_is_refused_and_auto_is_the_bias():
+    x, weight, bias, none = torch.empty(5, 0), torch.empty(3, 0), torch.ones(3), torch.empty(0)
+    options = {"norm_weight": none, "norm_bias": none}
+    with pytest.raises(KernelUnsupported, match="there are no channels"):
+        linear(x, weight, bias, **options, backend="triton")
+    assert torch.equal(linear(x, weight, bias, **options), torch.ones(5, 3))
+
+
+def test_a_configuration_that_would_leave_columns_out_is_refused():
+    with pytest.raises(ValueError, match="several tiles"):
+        LinearConfig(32, 32, 32, 2, 4, 2)
+    with pytest.raises(ValueError, match="keeps rows for their norm, and there is none"):
+        LINEAR.plan(torch.randn(3, 32), torch.randn(32, 32), config=LinearConfig(32, 32, 0, 1, 4, 2))
