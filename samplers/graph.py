@@ -8,11 +8,10 @@ own: shapes, dtypes, whether there is guidance, where the noise comes from, and 
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from .plan import SamplingPlan
 from .state import SamplerState, check_start, guidance_scales
 from .step import Step
+from .tree import buffer, leaves, map_tensors, padded, structure
 
 C = TypeVar("C")
 
@@ -202,30 +202,30 @@ class GraphedSampler(Generic[C]):
             num_steps=max(MIN_STEPS, 1 << (len(plan.steps) - 1).bit_length()),
             num_registers=max(MIN_REGISTERS, plan.num_registers),
         )
-        padded = _padded(conditioning, room.num_steps)
-        leaves = _leaves(padded)
-        for leaf in leaves:
+        roomy = padded(conditioning, room.num_steps)
+        tensors = leaves(roomy)
+        for leaf in tensors:
             if leaf.device != noise.device:
                 raise ValueError(
                     f"conditioning must be on {noise.device} as the noise is; a tensor is on {leaf.device}"
                 )
-        key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, _structure(padded))
+        key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, structure(roomy))
         captured = self._kept.get(key)
         if captured is not None:
             self._kept.move_to_end(key)
-            torch._foreach_copy_(captured.conditioning, leaves)
+            torch._foreach_copy_(captured.conditioning, tensors)
             return captured
         while len(self._kept) >= self._max_captures:
             self._kept.popitem(last=False)
         try:
-            captured = self._capture(padded, noise, is_guided, is_injected, room)
+            captured = self._capture(roomy, noise, is_guided, is_injected, room)
         except torch.OutOfMemoryError:
             if not self._kept:
                 raise
         if captured is None:
             # The captures that are kept hold memory: this one is wanted now.
             self.clear()
-            captured = self._capture(padded, noise, is_guided, is_injected, room)
+            captured = self._capture(roomy, noise, is_guided, is_injected, room)
         self._kept[key] = captured
         return captured
 
@@ -245,7 +245,7 @@ class GraphedSampler(Generic[C]):
             is_injected=is_injected,
         )
         state.fill()
-        kept = _map(conditioning, _buffer)
+        kept = map_tensors(conditioning, buffer)
         step = torch.zeros(1, dtype=torch.int64, device=noise.device)
 
         def work() -> None:
@@ -262,18 +262,18 @@ class GraphedSampler(Generic[C]):
             replay = self._graphs.capture(work, noise.device)
         except Exception as error:
             # Ending the capture fails too, and its error would hide what went wrong.
-            first = _first(error)
-            reason = next((line.strip() for line in str(first).splitlines() if line.strip()), "no message")
-            out_of_memory = isinstance(first, torch.OutOfMemoryError)
+            cause = _cause(error)
+            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
+            out_of_memory = isinstance(cause, torch.OutOfMemoryError)
             # What the failed capture allocated goes with its frames.
-            for one in (error, first):
+            for one in (error, cause):
                 one.__traceback__ = None
-            del error, first, one
+            del error, cause, one
             _release_memory()
             kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
             raise kind(f"{what} could not be captured: {reason}") from None
         captured_ms = 1e3 * (time.perf_counter() - warm)
-        return _Captured(state, _leaves(kept), step, replay, Capture(what, 1e3 * (warm - start), captured_ms))
+        return _Captured(state, leaves(kept), step, replay, Capture(what, 1e3 * (warm - start), captured_ms))
 
 
 class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):
@@ -292,75 +292,9 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _first(error: BaseException) -> BaseException:
-    """The error that others were raised in the handling of."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def _buffer(tensor: Tensor) -> Tensor:
-    """Memory of our own with the tensor's values and strides: with other strides other kernels might run.
-
-    Of an expanded tensor it has every element, so that values can be copied into it.
-    """
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        return tensor.contiguous().clone()
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
-        tensor
-    )
-
-
-def _structure(tree: Any) -> object:
-    """What of a conditioning a capture depends on, as a key: layouts, types, names and the places of None."""
-    if isinstance(tree, Tensor):
-        return tree.shape, tree.stride(), tree.dtype
-    if isinstance(tree, tuple | list):
-        return type(tree), tuple(map(_structure, tree))
-    if isinstance(tree, dict):
-        return dict, tuple((name, _structure(part)) for name, part in tree.items())
-    if tree is None:
-        return None
-    return type(tree), tuple(_structure(getattr(tree, field.name)) for field in dataclasses.fields(tree))
-
-
-def _padded(tree: Any, steps: int) -> Any:
-    if hasattr(tree, "padded"):
-        return tree.padded(steps)
-    if isinstance(tree, tuple | list):
-        return _like(tree, (_padded(part, steps) for part in tree))
-    return {key: _padded(part, steps) for key, part in tree.items()} if isinstance(tree, dict) else tree
-
-
-def _like(tree: Any, parts: Iterable[Any]) -> Any:
-    """A tuple or list of the type of `tree`, a named tuple too."""
-    return tree._make(parts) if hasattr(tree, "_make") else type(tree)(parts)
-
-
-def _leaves(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _map(tree, note)
-    return found
-
-
-def _map(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with every tensor changed. Raises ValueError for what is neither a tensor, None nor a tree."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if tree is None:
-        return None
-    if isinstance(tree, tuple | list):
-        return _like(tree, (_map(part, change) for part in tree))
-    if isinstance(tree, dict):
-        return {key: _map(part, change) for key, part in tree.items()}
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        parts = {field.name: _map(getattr(tree, field.name), change) for field in dataclasses.fields(tree)}
-        return dataclasses.replace(tree, **parts)
-    raise ValueError(
-        f"conditioning must be tensors in tuples, lists, dicts or dataclasses; it holds a {type(tree).__name__}"
-    )
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong, of errors raised in each other's handling: those that tell of the capture alone come last."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    return next((one for one in chain if "captur" not in str(one)), chain[-1])

@@ -378,17 +378,31 @@ def test_a_conditioning_elsewhere_than_the_noise_is_refused() -> None:
         sampler((torch.empty(2, device="meta"),), plan, noise)
 
 
-def test_the_error_that_came_first_is_told_where_ending_the_capture_fails_too() -> None:
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            torch.OutOfMemoryError,
+            "CUDA out",
+        ),
+        (ValueError("no such layer"), CaptureError, "no such layer"),
+        (RuntimeError("not permitted when stream is capturing"), CaptureError, "not permitted when stream"),
+    ],
+)
+def test_what_went_wrong_is_told_where_ending_the_capture_fails_too(
+    error: Exception, kind: type[Exception], told: str
+) -> None:
     plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], SHAPE)
 
     class Fails(Replays):
         def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
             try:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                raise error
             finally:
                 raise RuntimeError("operation failed due to a previous error during capture")
 
     sampler: GraphedSampler[Any] = GraphedSampler(lambda x, tree, step: x, graphs=Fails(), backend="torch")
-    with pytest.raises(torch.OutOfMemoryError, match="could not be captured: CUDA out of memory") as raised:
+    with pytest.raises(kind, match=f"could not be captured: {told}") as raised:
         sampler((torch.zeros(1),), plan, noise)
     assert isinstance(raised.value, CaptureError)

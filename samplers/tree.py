@@ -1,0 +1,79 @@
+"""A conditioning as a tree: tensors in tuples, lists, dicts and dataclasses, beside None."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def padded(tree: Any, steps: int) -> Any:
+    """The same with room for `steps` steps, of the parts that have a method padded(steps)."""
+    if hasattr(tree, "padded"):
+        return tree.padded(steps)
+    if isinstance(tree, tuple | list):
+        return _like(tree, (padded(part, steps) for part in tree))
+    return {key: padded(part, steps) for key, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """Its tensors, in order. Raises ValueError as `map_tensors`."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(tree, note)
+    return found
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tree with every tensor changed. Raises ValueError for what is neither a tensor, None nor a tree."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if tree is None:
+        return None
+    if isinstance(tree, tuple | list):
+        return _like(tree, (map_tensors(part, change) for part in tree))
+    if isinstance(tree, dict):
+        return {key: map_tensors(part, change) for key, part in tree.items()}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        fields = [field.name for field in dataclasses.fields(tree)]
+        return dataclasses.replace(tree, **{name: map_tensors(getattr(tree, name), change) for name in fields})
+    raise ValueError(
+        f"conditioning must be tensors in tuples, lists, dicts or dataclasses; it holds a {type(tree).__name__}"
+    )
+
+
+def structure(tree: Any) -> object:
+    """What of a tree a capture depends on, as a key: layouts, types, names and the places of None."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype
+    if isinstance(tree, tuple | list):
+        return type(tree), tuple(map(structure, tree))
+    if isinstance(tree, dict):
+        return dict, tuple((name, structure(part)) for name, part in tree.items())
+    if tree is None:
+        return None
+    return type(tree), tuple(structure(getattr(tree, field.name)) for field in dataclasses.fields(tree))
+
+
+def buffer(tensor: Tensor) -> Tensor:
+    """Memory of its own with the tensor's values and strides: with other strides other kernels might run.
+
+    Of an expanded tensor it has every element, so that values can be copied into it.
+    """
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return tensor.contiguous().clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+        tensor
+    )
+
+
+def _like(tree: Any, parts: Iterable[Any]) -> Any:
+    """A tuple or list of the type of `tree`, a named tuple too."""
+    return tree._make(parts) if hasattr(tree, "_make") else type(tree)(parts)
