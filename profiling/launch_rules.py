@@ -250,7 +250,7 @@ def _ours(op: Op, operator: str) -> list[GpuLaunch]:
             GpuLaunch(
                 name=_our_name(op, operator, launch.name),
                 group=_OUR_GROUPS["layer_norm" if launch.name == "layer_norm_kernel" else operator],
-                reads=_shapes(op.tensors),
+                reads=_shapes(op.tensors) if last else _shape(op.tensors[0]),
                 writes=_shape(written) if last else _between(launch),
                 nbytes=moved,
                 flops=op.flops if last else 0,

@@ -293,7 +293,7 @@ def _release_memory() -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong, of errors raised in each other's handling: those that tell of the capture alone come last."""
+    """What went wrong, of errors raised in each other's handling; those of the capture alone come last."""
     chain = [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)

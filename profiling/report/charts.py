@@ -258,7 +258,7 @@ def _ladder_panel(points: list[Point], palette: Palette) -> Panel:
         marks.mark_bar(height={"band": 0.7}).encode(x, y, color=palette.colour),
         marks.mark_rule(strokeWidth=2, color="#1a1a1a").encode(alt.X("p20:Q", scale=scale), y, x2="p80:Q"),
         marks.mark_text(align="left", dx=6).encode(
-            alt.X("p80:Q", scale=scale), y, text=alt.Text("p50:Q", format=".3~r")
+            alt.X("p80:Q", scale=scale), y, text=alt.Text("p50:Q", format=".4~r")
         ),
     )
 

@@ -64,7 +64,15 @@ def warnings(shown: Overview) -> tuple[str, ...]:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
     wide = [row for row in shown.rows if _is_wide(row.record)]
     if wide:
-        names = text.joined(dict.fromkeys(f"{row.name} {row.record.case.backend}" for row in wide))
+        heading = text.conditions(shown).heading
+        names = text.joined(
+            dict.fromkeys(
+                " ".join(
+                    filter(None, (row.name, row.record.case.backend, heading(row.environment, row.record.case)))
+                )
+                for row in wide
+            )
+        )
         found.append(
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
             f"{len(shown.rows)} cases ({text.printable(names)}); ratios of these are no better than that."
