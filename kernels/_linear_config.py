@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ def _tiles(*sizes: tuple[int, int, int, int, int]) -> _Tiles:
     return tuple(LinearConfig(m, n, k, 1, warps, stages) for m, n, k, warps, stages in sizes)
 
 
-# By architecture, for 16 bits: for a gated product, with its two accumulators, and for a plain one.
+# By architecture, for 16 bits: for a gated product, twice as wide as its result, and for a plain one.
 _GATED: Mapping[str, _Tiles] = {
     "sm_90": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
     "sm_80": _tiles((128, 64, 32, 8, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
@@ -84,11 +85,13 @@ _PLAIN: Mapping[str, _Tiles] = {
 _FLOAT32 = _tiles((64, 32, 32, 8, 2), (32, 32, 32, 4, 2))
 
 
+@functools.cache
 def default_config(shape: LinearShape, chip: Chip) -> LinearConfig:
     """The tile for a chip that nothing was measured on: of those that fill it the one predicted to be fastest."""
     return min(_defaults(shape, chip), key=lambda config: _merged_ns(shape, config))
 
 
+@functools.cache
 def predicted_to_gain(shape: LinearShape, chip: Chip) -> bool:
     """Whether the kernels are predicted to be faster than torch's product with norm and gate beside it."""
     if shape.itemsize != 2:

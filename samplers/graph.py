@@ -261,14 +261,15 @@ class GraphedSampler(Generic[C]):
         try:
             replay = self._graphs.capture(work, noise.device)
         except Exception as error:
-            # Ending the capture fails too, and its error would hide what went wrong.
-            cause = _cause(error)
+            # Ending the capture fails too, and its error, which tells of the capture alone, would hide the cause.
+            chain = _chain(error)
+            cause = next((one for one in chain if "captur" not in str(one)), chain[-1])
             reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
             out_of_memory = isinstance(cause, torch.OutOfMemoryError)
             # What the failed capture allocated goes with its frames.
-            for one in (error, cause):
+            for one in chain:
                 one.__traceback__ = None
-            del error, cause, one
+            del error, chain, cause, one
             _release_memory()
             kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
             raise kind(f"{what} could not be captured: {reason}") from None
@@ -292,9 +293,9 @@ def _release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What went wrong, of errors raised in each other's handling; those of the capture alone come last."""
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and those in whose handling it was raised, back to the first."""
     chain = [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)
-    return next((one for one in chain if "captur" not in str(one)), chain[-1])
+    return chain

@@ -85,8 +85,9 @@ def test_the_mean_step_is_of_whole_steps_alone() -> None:
         KernelTime(name="add", launches=1.0, ms=0.002),
         KernelTime(name="mark", launches=1.0, ms=0.001),
     )
-    assert trace_of(events, 7) is not None
-    assert trace_of(events, 7).step == mean_step([]) == ()  # type: ignore[union-attr]
+    untold = trace_of(events, 7)
+    assert untold is not None
+    assert untold.step == mean_step([]) == ()
 
 
 @pytest.mark.parametrize(

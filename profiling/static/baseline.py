@@ -36,6 +36,9 @@ def checked() -> list[Item | ShapeItem]:
     # So few tokens that other tiles fill the chip.
     items += _attention("sm_90", bf16, FAMILY_HEAD_DIMS, side=8)
     items += _attention("sm_90", bf16, (8, 20, 40, 64, 80, 112, 160, 256, 384), context=TEXT)
+    # With everything beside it, as other networks call it.
+    for arch in ("sm_90", "sm_80", "gfx942"):
+        items.append(ShapeItem("layer_norm", "64x64", Shape(bf16), arch))
     for arch in ("sm_80", "gfx942"):
         items += _attention(arch, bf16, FAMILY_HEAD_DIMS)
         items += _attention(arch, bf16, few, context=TEXT)

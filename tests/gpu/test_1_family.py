@@ -90,6 +90,17 @@ def test_family_shapes_in_bfloat16(kit, size):
             check(kit, case)
 
 
+@pytest.mark.parametrize("channels", [64, 96, 320, 640, 1280, 3072])
+def test_layer_norm_with_a_residual(kit, channels):
+    """Which the UNet has no use for, as its sums are in products."""
+    x, residual = torch.randn(2, 2, 1024, channels, device="cuda").bfloat16()
+    weight, bias, x_bias = torch.randn(3, channels, device="cuda").bfloat16()
+    arguments = {"x": x, "weight": weight, "bias": bias, "x_bias": x_bias, "residual": residual}
+    operator = OPERATORS["layer_norm"]
+    out, exact = kit.launch(operator, **arguments), kit.exact_of(operator, arguments)
+    kit.judge(out, exact, torchs_own("layer_norm", arguments), FACTOR["layer_norm"])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_866m_in_other_dtypes(kit, dtype):
     for case in family_kernel_cases("866M", 2, dtype):
