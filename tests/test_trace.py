@@ -72,7 +72,8 @@ def test_the_mean_step_is_of_whole_steps_alone() -> None:
     """Two whole steps of 3 launches between three marks; the longest kernel first, its name cut."""
     long = "gemm" * 100
     names = ["setup", "mark", long, "add", "mark", long, "add", "mark", "tail"]
-    ends = [9.0, 1.0, 10.0, 2.0, 1.0, 20.0, 2.0, 1.0, 5.0]
+    # The last mark begins a step that is not whole: what it takes is not in the mean.
+    ends = [9.0, 1.0, 10.0, 2.0, 1.0, 20.0, 2.0, 7.0, 5.0]
     events = [
         DeviceEvent(name, 100.0 * i, 100.0 * i + length)
         for i, (name, length) in enumerate(zip(names, ends, strict=True))
