@@ -43,15 +43,15 @@ class Snapshot:
         if len(modules) != len(self._modules) or not all(map(is_, modules, self._modules)):
             return "a module was replaced"
         if not all(map(is_, tensors, self._tensors)):
-            pairs = zip(tensors, self._tensors, self._full_names, strict=True)
-            return f"{next(name for now, then, name in pairs if now is not then)} was replaced"
+            at = next(i for i, tensor in enumerate(tensors) if tensor is not self._tensors[i])
+            return f"{self._full_names[at]} was replaced"
         if list(map(Tensor.data_ptr, self._placed)) != self._addresses:
             return "parameters were moved"
         versions = list(map(_version, self._counted))
         if versions != self._versions:
-            pairs = zip(versions, self._versions, self._counted, strict=True)
-            written = next(tensor for now, then, tensor in pairs if now != then)
-            return f"{next(n for n, t in zip(self._full_names, tensors, strict=True) if t is written)} was written"
+            written = next(i for i, version in enumerate(versions) if version != self._versions[i])
+            at = next(i for i, tensor in enumerate(tensors) if tensor is self._counted[written])
+            return f"{self._full_names[at]} was written"
         return None
 
     def _current_modules(self) -> list[nn.Module | None]:

@@ -139,7 +139,7 @@ class UNet(nn.Module):
         """Compute once what a trajectory keeps.
 
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
-        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. constants: kept, of `constants()`.
+        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. constants: kept of `constants()`.
 
         Raises ValueError for shapes that do not fit, and for constants of weights that have changed since.
         """
