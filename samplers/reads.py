@@ -49,7 +49,7 @@ class Reads(TorchDispatchMode):
 
 
 class Watch:
-    """Parameters, buffers, submodules and forward hooks of modules as they are now; their memory stays with it."""
+    """Parameters, buffers, submodules and forward hooks of modules as they are now."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._roots = list(modules)
@@ -62,7 +62,6 @@ class Watch:
         self._entries = self._current()
         self._tensors = [entry for entry in self._entries if type(entry) in (Tensor, nn.Parameter)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._memory = [tensor.untyped_storage() for tensor in self._tensors]
 
     def is_same(self, modules: Iterable[nn.Module]) -> bool:
         """Whether `modules` are those watched, with nothing in them replaced or moved. Values may differ."""
