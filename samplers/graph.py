@@ -191,7 +191,8 @@ class GraphedSampler(Generic[C]):
             self.clear()
             captured = self._capture(roomy, noise, is_guided, is_injected, room)
         self._kept[key] = captured
-        self._watch = Watch(self._modules())
+        # Taken once: what this capture's own run of denoise replaced makes those before it stale.
+        self._watch = self._watch or Watch(self._modules())
         return captured
 
     def _modules(self) -> Sequence[nn.Module]:
