@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 class Reads(TorchDispatchMode):
     """Notes, while it is on, what operators are given and did not make themselves.
 
-    memory      the storages of such tensors, which stay for as long as this does
-    parameters  those of them that are parameters of a module
+    memory      the storages of such tensors, and of those made that somebody still keeps at the end, for the next
+                call to read; they stay for as long as this does
+    parameters  those tensors that are parameters of a module
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,13 @@ class Reads(TorchDispatchMode):
         self.parameters: list[nn.Parameter] = []
         # Weak: a step's activations are not to be kept. The reference keeps their numbers from being used again.
         self._made: dict[int, StorageWeakRef] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for number, made in self._made.items():
+            storage = torch.UntypedStorage._new_with_weak_ptr(made.cdata)
+            if storage is not None:
+                self.memory[number] = storage
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
