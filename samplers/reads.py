@@ -32,7 +32,7 @@ class Reads(TorchDispatchMode):
         self._made: dict[int, StorageWeakRef] = {}
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for number, made in self._made.items():
             storage = torch.UntypedStorage._new_with_weak_ptr(made.cdata)
             if storage is not None:
