@@ -69,14 +69,21 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
 
 
 def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
-    """Seeds as int64 [B] on `device`, modulo 2^64; ValueError for anything but whole numbers."""
+    """Seeds as int64 [B] on `device`, modulo 2^64; ValueError for anything but whole numbers.
+
+    The host does not wait for the device, unless `device` is the CPU and the seeds are elsewhere.
+    """
     if isinstance(seeds, Tensor):
         if seeds.dim() != 1 or seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
             raise ValueError(f"seeds must be whole numbers [B], not {seeds.dtype} {list(seeds.shape)}")
-        return seeds.to(device=device, dtype=torch.int64)
+        if seeds.device.type != "cpu":
+            return seeds.to(device=device, dtype=torch.int64)
+        # Of a copy in pageable memory, which is read before the call returns.
+        return seeds.to(torch.int64, copy=True).to(device, non_blocking=True)
     if not isinstance(seeds, Sequence) or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"seeds must be a sequence of whole numbers, one per image, not {seeds!r}")
-    return torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], dtype=torch.int64).to(device)
+    host = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], dtype=torch.int64)
+    return host.to(device, non_blocking=True)
 
 
 def philox_normal(

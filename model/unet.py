@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .layers import GroupNorm, Pending, Resample, ResBlock, TimestepEmbedding, Transformer
+from .staleness import MadeFrom, Snapshot
 
 T = TypeVar("T")
 
 PRODUCTS = ("auto", "torch", "triton")
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What does not change in a trajectory, from `UNet.condition`.
-
-    `shifts` [K, B or 1, S]: for each of K steps the sum of time projection and first convolution's bias of every
-    ResBlock, side by side in the order in which they run. `context`: keys and values [B, T, 2, heads, D] of every
-    transformer, in that order. `constants` [N]: the biases that are passed on (`Pending`) of every ResBlock and
-    transformer as they run, then of the norm at the end; they depend on the weights alone.
-
-    Few tensors, and dense ones, as each run of a captured step copies them.
-    """
-
-    shifts: Tensor
-    context: tuple[Tensor, ...]
-    constants: Tensor
-
-    def padded(self, steps: int) -> Conditioning:
-        """The same with room for `steps` steps, zeros in those beyond its own; raises ValueError for fewer."""
-        missing = steps - self.shifts.shape[0]
-        if missing < 0:
-            raise ValueError(f"the conditioning holds {self.shifts.shape[0]} steps, more than {steps}")
-        return replace(self, shifts=F.pad(self.shifts, (0, 0, 0, 0, 0, missing)))
 
 
 class Place(NamedTuple):
@@ -138,6 +115,7 @@ class UNet(nn.Module):
         # Which of the constants there are, and how long they are: of the architecture, not of the weights.
         self._constant_places = [tuple(part is not None for part in _parts(one)) for one in pending]
         self._constant_sizes = [len(vector) for vector in _vectors(pending, out)]
+        self._snapshot: Snapshot | None = None
 
     def _levels(self) -> list[Level]:
         middle = [] if self.middle is None else [self.middle]
@@ -152,18 +130,29 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def condition(
-        self, timesteps: float | Sequence[float] | Tensor, context: Tensor, *, constants: Tensor | None = None
+        self,
+        timesteps: float | Sequence[float] | Tensor,
+        context: Tensor,
+        *,
+        constants: Constants | None = None,
     ) -> Conditioning:
         """Compute once what a trajectory keeps.
 
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
-        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. Raises ValueError for shapes that
-        do not fit.
+        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. constants: kept of `constants()`.
+
+        Raises ValueError for shapes that do not fit, and for constants of weights that have changed since.
         """
+        if constants is None:
+            constants = self.constants()
+        elif not torch.compiler.is_compiling():
+            constants.check()
+        return self._condition(self._on_device(timesteps), context, constants)
+
+    def _condition(self, t: Tensor, context: Tensor, constants: Constants) -> Conditioning:
+        """`condition` with the timesteps on the device, float32."""
         if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
             raise ValueError(f"context must be [B, T, {self.config.context_dim}]; got {list(context.shape)}")
-        weight = self.time_projection.weight
-        t = torch.as_tensor(timesteps, dtype=torch.float32).to(weight.device)
         if t.ndim < 2:
             t = t.reshape(-1, 1)
         if t.ndim != 2 or t.shape[1] not in (1, context.shape[0]):
@@ -171,8 +160,11 @@ class UNet(nn.Module):
                 f"timesteps must be [K] or [K, {context.shape[0]}] as the context's batch; got {list(t.shape)}"
             )
         length = sum(self._constant_sizes)
-        if constants is not None and constants.shape != (length,):
-            raise ValueError(f"constants must be [{length}], those of this network; got {list(constants.shape)}")
+        if constants.values.shape != (length,):
+            raise ValueError(
+                f"constants must be [{length}], those of this network; got {list(constants.values.shape)}"
+            )
+        weight = self.time_projection.weight
         embedding = F.silu(self.time_embedding(t.reshape(-1)))
         conv_bias = torch.cat([block.conv1.bias for block in self._resblocks() if block.conv1.bias is not None])
         shifts = F.linear(embedding, weight, self.time_projection.bias + conv_bias)
@@ -185,8 +177,20 @@ class UNet(nn.Module):
                 for place in level.places()
                 if place.transformer is not None
             ),
-            constants=self.constants() if constants is None else constants,
+            constants=constants.values,
+            made_from=constants.made_from,
         )
+
+    def _on_device(self, timesteps: float | Sequence[float] | Tensor) -> Tensor:
+        """Timesteps in float32 on the weights' device; the host does not wait for the device."""
+        device = self.time_projection.weight.device
+        if isinstance(timesteps, int | float):
+            return torch.full((1,), timesteps, dtype=torch.float32, device=device)
+        t = torch.as_tensor(timesteps)
+        if t.device.type != "cpu":
+            return t.to(device, torch.float32)
+        # The copy is ours and pageable: CUDA reads it before the call returns, so that it may go.
+        return t.to(torch.float32, copy=True).to(device, non_blocking=True)
 
     def denoise(self, sample: Tensor, conditioning: Conditioning, step: int | Tensor) -> Tensor:
         """One evaluation: sample [B, Cin, H, W] at the step's timestep -> [B, Cout, H, W].
@@ -194,8 +198,10 @@ class UNet(nn.Module):
         step: a number from 0 to K - 1, or an int64 tensor [1] on the device that holds one: a CUDA graph captured
         with a tensor evaluates whatever step that holds at a replay. The result is channels-last and in the
         network's dtype. A sample in that dtype and channels-last is read in place. Raises ValueError for shapes
-        that do not fit the network or the conditioning.
+        that do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
         """
+        if not torch.compiler.is_compiling():
+            conditioning.check()
         batch = sample.shape[0]
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}")
@@ -227,9 +233,40 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(self.norm_out(x, pending_out))
         return out
 
-    def constants(self) -> Tensor:
-        """[N]: the biases that are passed on (`Conditioning.constants`), which depend on the weights alone."""
-        return torch.cat(_vectors(*self._pending()))
+    def constants(self) -> Constants:
+        """The biases that are passed on (`Conditioning.constants`), which depend on the weights alone."""
+        return Constants(torch.cat(_vectors(*self._pending())), self._made_from())
+
+    def _made_from(self) -> MadeFrom | None:
+        """A mark of the weights as they are now; none inside torch.compile."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._snapshot is None or self._snapshot.change() is not None:
+            self._snapshot = Snapshot(self, self._conditioning_parameters())
+        return MadeFrom(self, self._snapshot)
+
+    def _conditioning_parameters(self) -> Iterator[tuple[nn.Module, str]]:
+        """What `condition` reads: each module with the name of a parameter."""
+        for module in (self.time_embedding.linear_1, self.time_embedding.linear_2, self.time_projection):
+            yield from ((module, "weight"), (module, "bias"))
+        yield self.conv_in, "bias"
+        for level in self._levels():
+            for resblock, transformer, _ in level.places():
+                yield from ((resblock.conv1, "bias"), (resblock.conv2, "bias"))
+                if resblock.shortcut is not None:
+                    yield from ((resblock.shortcut, "weight"), (resblock.shortcut, "bias"))
+                if transformer is not None:
+                    block = transformer.block
+                    yield from ((transformer.proj_out, "weight"), (transformer.proj_out, "bias"))
+                    yield from ((block.to_out, "bias"), (block.cross_out, "bias"), (block.ff_out, "bias"))
+                    yield block.cross_kv, "weight"
+            for resample in (level.downsample, level.upsample):
+                if resample is not None:
+                    yield resample.conv, "bias"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's weights are its own.
+        return {**self.__dict__, "_snapshot": None}
 
     def _pending_of(self, constants: Tensor) -> tuple[Iterator[Pending], Tensor | None]:
         """What `_pending` returned before it was laid out as `Conditioning.constants`: views."""
@@ -305,12 +342,14 @@ class UNet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
         """sample [B, Cin, H, W], timestep a number or [B], context [B, T, Dctx] -> [B, Cout, H, W]."""
-        timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(1, -1)
-        if timesteps.shape[1] not in (1, sample.shape[0]):
+        t = self._on_device(timestep).reshape(1, -1)
+        if t.shape[1] not in (1, sample.shape[0]):
             raise ValueError(
-                f"timestep must be one number or one per sample ({sample.shape[0]}); got {timesteps.shape[1]}"
+                f"timestep must be one number or one per sample ({sample.shape[0]}); got {t.shape[1]}"
             )
-        return self.denoise(sample, self.condition(timesteps, context), 0)
+        # Nobody keeps these: they need no mark.
+        constants = Constants(torch.cat(_vectors(*self._pending())))
+        return self.denoise(sample, self._condition(t, context, constants), 0)
 
 
 def _parts(pending: Pending) -> tuple[Tensor | None, ...]:

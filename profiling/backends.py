@@ -9,7 +9,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ldmperf.model import Conditioning, UNet
+from ldmperf.model import Conditioning, Constants, UNet
 from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, SamplingPlan, Step, sample
 
 from .cases import Case
@@ -191,7 +191,7 @@ def our_unet(problem: Problem, operators: str, products: str) -> UNet:
 
 
 @torch.no_grad()
-def kept_constants(unet: UNet) -> Tensor:
+def kept_constants(unet: UNet) -> Constants:
     """What of the conditioning depends on the weights alone: made once, when a backend is built."""
     return unet.constants()
 

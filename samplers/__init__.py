@@ -1,6 +1,7 @@
 """The mathematics of sampling: schedules, plans and the loop that runs them."""
 
-from .graph import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs
+from .cuda_graphs import CaptureError, CudaGraphs, Graphs
+from .graph import Capture, GraphedSampler
 from .plan import SAMPLERS, SamplingPlan, make_plan
 from .sample import initial_noise, sample
 from .schedule import NoiseSchedule

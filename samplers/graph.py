@@ -13,15 +13,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .cuda_graphs import CaptureError, CudaGraphs, Graphs
 from .plan import SamplingPlan
+from .reads import Reads, Watch, modules_of
 from .state import SamplerState, check_start, guidance_scales
 from .step import Step
-from .tree import buffer, leaves, map_tensors, padded, structure
+from .tree import buffer, check, leaves, map_tensors, padded, structure
 
 C = TypeVar("C")
 
@@ -30,69 +32,6 @@ MIN_STEPS = 128
 MIN_REGISTERS = 4
 # cuDNN tries its algorithms and Triton compiles at the first call; the second finds all that done.
 WARM_UP_CALLS = 2
-
-
-class CaptureError(RuntimeError):
-    """A step that could not be captured; the text is one line that says why. The sampler stays usable."""
-
-
-class Graphs(Protocol):
-    """How a step is captured: `CudaGraphs`, or a stand-in where there is no GPU."""
-
-    def check(self, device: torch.device) -> None:
-        """Raises CaptureError for a device that it cannot capture on."""
-
-    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
-        """Runs `work` as it will be captured, outside a capture, and waits for it."""
-
-    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Records the launches of `work`, running nothing; what is returned replays them. May raise anything."""
-
-
-class CudaGraphs:
-    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes.
-
-    Warm-up and capture are on one stream for each device: libraries keep a workspace for every stream that they
-    have seen, and torch's own stream for captures is of the device that captured first.
-    """
-
-    def __init__(self) -> None:
-        self._streams: dict[int, torch.cuda.Stream] = {}
-
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        if index not in self._streams:
-            self._streams[index] = torch.cuda.Stream(index)
-        return self._streams[index]
-
-    def check(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise CaptureError(
-                f"CUDA graphs need a CUDA device, and the noise is on {device}; use sample(), which takes any"
-            )
-
-    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
-        # On a side stream, as torch asks.
-        side = self._stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream(device).wait_stream(side)
-        torch.cuda.synchronize(device)
-
-    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        stream = self._stream(device)
-        # The outer `stream` leaves it again where torch's own does not: where ending the capture fails.
-        # Other threads, a data loader's for one, may go on calling what a capture forbids.
-        with (
-            torch.cuda.device(device),
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
-            work()
-        replay: Callable[[], None] = graph.replay
-        return replay
 
 
 @dataclass(frozen=True)
@@ -112,6 +51,8 @@ class _Captured:
     conditioning: list[Tensor]
     step: Tensor
     replay: Callable[[], None]
+    # A graph does not keep what it reads.
+    memory: list[torch.UntypedStorage]
     report: Capture
 
 
@@ -120,11 +61,21 @@ class GraphedSampler(Generic[C]):
 
     denoise       called as denoise(model_input, conditioning, step), like `UNet.denoise`, only while a step is
                   warmed up and captured: it must do the same launches for any values and never wait for the
-                  device. `step` is an int64 tensor [1] there. A tensor that it closes over is read where it was.
+                  device. `step` is an int64 tensor [1] there. What is no tensor is as it was at the capture.
+    modules       those whose parameters denoise reads: looked at before each run. Found, unless given, where
+                  denoise is a module or a method of one, has one as an attribute of its object, or is a function
+                  that reads one from outside.
     max_captures  how many captures are kept; one more drops the one that was used longest ago
     input_dtype   of model_input: the network's, so that it need not cast; noise's dtype unless given
     backend       of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
     graphs        how to capture
+
+    Weights: a run sees what was written into parameters in place. Parameters, buffers or submodules that were
+    replaced or moved (`load_state_dict(assign=True)`, `.to()`, an adapter swapped in) lead to new captures, as do
+    forward hooks that were added; the memory of the old ones stays until then. Any other tensor that denoise
+    closes over is kept, and read where it was.
+
+    Streams: a run waits, on the device, for the run before, whatever the streams of both.
 
     cuDNN chooses its algorithms at the warm-up under the switches that are set then (torch.backends.cudnn): set
     the same for an eager loop whose bits are to be the same. Not for two threads at once.
@@ -134,6 +85,7 @@ class GraphedSampler(Generic[C]):
         self,
         denoise: Callable[[Tensor, C, Tensor], Tensor],
         *,
+        modules: nn.Module | Sequence[nn.Module] | None = None,
         max_captures: int = 4,
         input_dtype: torch.dtype | None = None,
         backend: str = "auto",
@@ -142,6 +94,8 @@ class GraphedSampler(Generic[C]):
         if max_captures < 1:
             raise ValueError(f"max_captures must be at least 1, not {max_captures}")
         self._denoise = denoise
+        self._given_modules = [modules] if isinstance(modules, nn.Module) else modules
+        self._watch: Watch | None = None
         self._max_captures = max_captures
         self._input_dtype = input_dtype
         self._backend = backend
@@ -154,8 +108,10 @@ class GraphedSampler(Generic[C]):
         return tuple(captured.report for captured in self._kept.values())
 
     def clear(self) -> None:
-        """Drops all captures and gives their memory back."""
+        """Drops all captures, once the device is done with them, and gives their memory back."""
+        self._graphs.settle()
         self._kept.clear()
+        self._watch = None
         _release_memory()
 
     def __call__(
@@ -172,16 +128,20 @@ class GraphedSampler(Generic[C]):
         """The latents [B, ...] that `plan` makes of `noise`; arguments and errors as of `sample`.
 
         conditioning: tensors, in tuples, lists, dicts and dataclasses; their values are copied at each call. One
-        with a method padded(steps), like `ldmperf.model.Conditioning`, is asked for room for that many steps.
+        with a method padded(steps), like `ldmperf.model.Conditioning`, is asked for room for that many steps; one
+        with a method check() may refuse to be used. A dataclass's field with metadata {"tensors": False} is left
+        alone.
 
-        Raises CaptureError, in one line, where a step cannot be captured; later calls work.
+        Raises CaptureError, in one line, where a step cannot be captured; later calls work. Raises ValueError
+        where denoise reads parameters of modules that it does not show.
         """
         check_start(plan, noise, seeds, step_noise)
         self._graphs.check(noise.device)
         scales = guidance_scales(guidance_scale, len(plan.steps))
         injects = plan.stochastic and step_noise is not None
+        check(conditioning)
         # What is kept must serve calls outside inference mode too.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._graphs.turn(noise.device):
             captured = self._captured(conditioning, plan, noise, scales is not None, injects)
             state = captured.state
             state.load(plan, noise, scales, seeds if plan.stochastic and not injects else None)
@@ -209,12 +169,16 @@ class GraphedSampler(Generic[C]):
                 raise ValueError(
                     f"conditioning must be on {noise.device} as the noise is; a tensor is on {leaf.device}"
                 )
+        if self._watch is not None and not self._watch.is_same(self._modules()):
+            self.clear()
         key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, structure(roomy))
         captured = self._kept.get(key)
         if captured is not None:
             self._kept.move_to_end(key)
             torch._foreach_copy_(captured.conditioning, tensors)
             return captured
+        if len(self._kept) >= self._max_captures:
+            self._graphs.settle()
         while len(self._kept) >= self._max_captures:
             self._kept.popitem(last=False)
         try:
@@ -227,7 +191,12 @@ class GraphedSampler(Generic[C]):
             self.clear()
             captured = self._capture(roomy, noise, is_guided, is_injected, room)
         self._kept[key] = captured
+        # Taken once: what this capture's own run of denoise replaced makes those before it stale.
+        self._watch = self._watch or Watch(self._modules())
         return captured
+
+    def _modules(self) -> Sequence[nn.Module]:
+        return modules_of(self._denoise) if self._given_modules is None else self._given_modules
 
     def _capture(
         self, conditioning: Any, noise: Tensor, is_guided: bool, is_injected: bool, room: _Room
@@ -254,10 +223,25 @@ class GraphedSampler(Generic[C]):
             state.update(output, step, True, state.injected, self._backend, at="in the capture")
             step.add_(1)
 
+        reads = Reads()
+
+        def noted() -> None:
+            with reads:
+                work()
+
         start = time.perf_counter()
-        for _ in range(WARM_UP_CALLS):
-            self._graphs.warm_up(work, noise.device)
+        for call in range(WARM_UP_CALLS):
+            # The last: what torch.compile made runs uncompiled where operators are noted.
+            self._graphs.warm_up(noted if call == WARM_UP_CALLS - 1 else work, noise.device)
         warm = time.perf_counter()
+        shown = {id(parameter) for module in self._modules() for parameter in module.parameters()}
+        if unseen := sum(
+            id(parameter) not in shown for parameter in {id(p): p for p in reads.parameters}.values()
+        ):
+            raise ValueError(
+                f"denoise reads {unseen} parameters of modules that it does not show: pass these to "
+                "GraphedSampler as modules=, so that it notices weights that were replaced"
+            )
         try:
             replay = self._graphs.capture(work, noise.device)
         except Exception as error:
@@ -274,7 +258,8 @@ class GraphedSampler(Generic[C]):
             kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
             raise kind(f"{what} could not be captured: {reason}") from None
         captured_ms = 1e3 * (time.perf_counter() - warm)
-        return _Captured(state, leaves(kept), step, replay, Capture(what, 1e3 * (warm - start), captured_ms))
+        report = Capture(what, 1e3 * (warm - start), captured_ms)
+        return _Captured(state, leaves(kept), step, replay, list(reads.memory.values()), report)
 
 
 class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):

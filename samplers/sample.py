@@ -55,7 +55,8 @@ def sample(
     input_dtype     a float dtype, the network's, so that it need not cast; noise's dtype unless given
     backend         of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
 
-    The host never waits for the device. An exception of denoise or callback, KeyboardInterrupt among them, passes
+    The host never waits for the device, its copies of plan and seeds included (the driver may for those of a plan
+    over 64 KB, some hundreds of steps). An exception of denoise or callback, KeyboardInterrupt among them, passes
     through and leaves no state behind. Raises ValueError for a dtype, shape or count that does not fit.
     """
     check_start(plan, noise, seeds, step_noise)
@@ -68,13 +69,14 @@ def sample(
         is_guided=scales is not None,
     )
     state.load(plan, noise, scales, seeds if plan.stochastic and step_noise is None else None)
-    rows = torch.arange(len(plan.steps), device=noise.device)
+    # 16 bytes apart: Triton compiles a kernel anew for a pointer that is not divisible by 16.
+    rows = torch.arange(2 * len(plan.steps), device=noise.device) // 2
     for step in plan.steps:
         output = denoise(state.model_input, step)
         injected = None
         if step.adds_noise and step_noise is not None:
             injected = step_noise(step.index)
-        state.update(output, rows[step.index : step.index + 1], step.adds_noise, injected, backend, at=step.index)
+        state.update(output, rows[2 * step.index :][:1], step.adds_noise, injected, backend, at=step.index)
         if callback is not None:
             callback(step, state.latents.clone())
     return state.result(noise)

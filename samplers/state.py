@@ -65,7 +65,8 @@ class SamplerState:
             if keys.shape != self._seeds.shape:
                 raise ValueError(f"seeds must be one per image: {len(self._seeds)} images, {keys.shape[0]} seeds")
             self._seeds.copy_(keys)
-        # Without waiting: pageable memory is read before the call returns.
+        # Without waiting: pageable memory is read before the call returns, and up to 64 KB of it without a stop
+        # (CUDA programming guide, "Concurrent Execution between Host and Device").
         # Where there are more registers than the plan's, the output's and the noise's columns are still the last.
         table = torch.zeros((steps, *self._table.shape[1:]), dtype=dtype)
         exact = torch.tensor(plan.table, dtype=dtype)

@@ -19,6 +19,15 @@ def padded(tree: Any, steps: int) -> Any:
     return {key: padded(part, steps) for key, part in tree.items()} if isinstance(tree, dict) else tree
 
 
+def check(tree: Any) -> None:
+    """Calls the method check() of the parts that have one."""
+    if hasattr(tree, "check"):
+        tree.check()
+    elif isinstance(tree, tuple | list | dict):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            check(part)
+
+
 def leaves(tree: Any) -> list[Tensor]:
     """Its tensors, in order. Raises ValueError as `map_tensors`."""
     found: list[Tensor] = []
@@ -42,8 +51,9 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, dict):
         return {key: map_tensors(part, change) for key, part in tree.items()}
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        fields = [field.name for field in dataclasses.fields(tree)]
-        return dataclasses.replace(tree, **{name: map_tensors(getattr(tree, name), change) for name in fields})
+        return dataclasses.replace(
+            tree, **{name: map_tensors(getattr(tree, name), change) for name in _tensor_fields(tree)}
+        )
     raise ValueError(
         f"conditioning must be tensors in tuples, lists, dicts or dataclasses; it holds a {type(tree).__name__}"
     )
@@ -59,7 +69,7 @@ def structure(tree: Any) -> object:
         return dict, tuple((name, structure(part)) for name, part in tree.items())
     if tree is None:
         return None
-    return type(tree), tuple(structure(getattr(tree, field.name)) for field in dataclasses.fields(tree))
+    return type(tree), tuple(structure(getattr(tree, name)) for name in _tensor_fields(tree))
 
 
 def buffer(tensor: Tensor) -> Tensor:
@@ -72,6 +82,11 @@ def buffer(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
         tensor
     )
+
+
+def _tensor_fields(tree: Any) -> list[str]:
+    """The fields of a dataclass but those whose metadata says {"tensors": False}."""
+    return [field.name for field in dataclasses.fields(tree) if field.metadata.get("tensors", True)]
 
 
 def _like(tree: Any, parts: Iterable[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,12 @@ class Replays:
     captured = 0
 
     def check(self, device: torch.device) -> None:
+        pass
+
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def settle(self) -> None:
         pass
 
     def warm_up(self, work: Any, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -63,9 +64,21 @@ class Replays:
     captured: int = 0
     warmed: int = 0
     replayed: int = 0
+    turns: list[str] = field(default_factory=list)
 
     def check(self, device: torch.device) -> None:
         pass
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        self.turns.append("begin")
+        try:
+            yield
+        finally:
+            self.turns.append("end")
+
+    def settle(self) -> None:
+        self.turns.append("settle")
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
         self.warmed += 1

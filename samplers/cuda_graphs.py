@@ -1,0 +1,101 @@
+"""How a step is captured: the interface `Graphs`, and `CudaGraphs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+
+
+class CaptureError(RuntimeError):
+    """A step that could not be captured; the text is one line that says why. The sampler stays usable."""
+
+
+class Graphs(Protocol):
+    """How a step is captured: `CudaGraphs`, or a stand-in where there is no GPU."""
+
+    def check(self, device: torch.device) -> None:
+        """Raises CaptureError for a device that it cannot capture on."""
+
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        """Orders runs: device work queued inside begins after that of the turn before, whatever their streams."""
+
+    def settle(self) -> None:
+        """Has the host wait for the device work of all turns: afterwards their memory may go."""
+
+    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
+        """Runs `work` as it will be captured, outside a capture, and waits for it."""
+
+    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        """Records the launches of `work`, running nothing; what is returned replays them. May raise anything."""
+
+
+class CudaGraphs:
+    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes.
+
+    Warm-up and capture are on one stream for each device: libraries keep a workspace for every stream that they
+    have seen, and torch's own stream for captures is of the device that captured first. All captures of a device
+    share that workspace, so turns are ordered among all of them.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._ends: dict[int, torch.cuda.Event] = {}
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        index = _index(device)
+        if index not in self._streams:
+            self._streams[index] = torch.cuda.Stream(index)
+        return self._streams[index]
+
+    def check(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise CaptureError(
+                f"CUDA graphs need a CUDA device, and the noise is on {device}; use sample(), which takes any"
+            )
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        index = _index(device)
+        stream = torch.cuda.current_stream(device)
+        if index in self._ends:
+            stream.wait_event(self._ends[index])
+        try:
+            yield
+        finally:
+            # A run that fails may have queued replays.
+            with torch.cuda.device(device):
+                self._ends.setdefault(index, torch.cuda.Event()).record(stream)
+
+    def settle(self) -> None:
+        for end in self._ends.values():
+            end.synchronize()
+
+    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
+        # On a side stream, as torch asks.
+        side = self._stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+
+    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        stream = self._stream(device)
+        # The outer `stream` leaves it again where torch's own does not: where ending the capture fails.
+        # Other threads, a data loader's for one, may go on calling what a capture forbids.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
+            work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
