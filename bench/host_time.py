@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 
 from ldmperf.kernels import OPERATORS, _launch, _triton
 from ldmperf.kernels._library import IMPLEMENTATIONS
-from ldmperf.kernels._recipes import ByLayout
+from ldmperf.kernels._recipes import ByLayout, recipe
 from ldmperf.profiling.cases import CaseError, known_names, whole_number
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.kernel_case import KernelCase
@@ -156,16 +156,17 @@ def host_time(case: KernelCase) -> HostTime:
         ((overload, positional),) = noted.found
         name = overload._schema.name.partition("::")[2]
         implementation = IMPLEMENTATIONS[name]
-        launches = operator.plan(**arguments)[1]
+        kept = recipe(positional, *operator.plan(**arguments))
+        tensors = kept.tensors(positional)
         call = least_us(lambda: operator.call(**arguments, backend="triton"))
         dispatched = least_us(lambda: overload(*positional))
         alone = least_us(lambda: implementation(*positional))
-        launched = least_us(lambda: _launch.run(launches, torch.device("cpu")))
+        launched = least_us(lambda: kept.launch(tensors))
         return HostTime(
             operator=case.operator,
             label=case.label,
             count=case.count,
-            launches=len(launches),
+            launches=len(kept.steps),
             reasons=least_us(lambda: module.unsupported_reasons(**unsupported)),
             tuned=least_us(
                 lambda: _launch.tuned(case.operator, operator.tuning_key(**arguments), chip, dict)  # type: ignore[arg-type]

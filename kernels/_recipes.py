@@ -61,7 +61,8 @@ class ByLayout(Generic[T]):
 
     @staticmethod
     def forget() -> None:
-        """Forgets all, of every operator: for who changes what plans depend on besides layouts."""
+        """Forgets all, of every operator, and the tuned tables: for who changes what plans depend on."""
+        _launch._table.cache_clear()
         for one in ByLayout._all:
             one._found.clear()
 
@@ -97,19 +98,23 @@ class Recipe:
     def run(self, arguments: Sequence[Any]) -> Any:
         """The result of launching with these arguments, on the current stream of their device."""
         device = self.device
-        tensors = list(arguments)
-        for memory in self.made:
-            tensors.append(torch.empty_strided(memory.shape, memory.stride, dtype=memory.dtype, device=device))
+        tensors = self.tensors(arguments)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                self._launch(tensors)
+                self.launch(tensors)
         else:
-            self._launch(tensors)
+            self.launch(tensors)
         if isinstance(self.result, tuple):
             return tuple([tensors[number] for number in self.result])
         return None if self.result is None else tensors[self.result]
 
-    def _launch(self, tensors: Sequence[Any]) -> None:
+    def tensors(self, arguments: Sequence[Any]) -> list[Any]:
+        """By number: the arguments, and new memory."""
+        made = [torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device=self.device) for m in self.made]
+        return [*arguments, *made]
+
+    def launch(self, tensors: Sequence[Any]) -> None:
+        """Launches with the tensors of these numbers, on the current device and stream."""
         for step in self.steps:
             values = list(step.values)
             for place, number in step.tensors:
@@ -131,16 +136,17 @@ def served(decided: Callable[..., Planned | None], reference: Callable[..., Any]
         # One tensor may be two arguments of a call, and two of the next: aliases tell which is which.
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
         planned = decided(*aliases)
-        return None if planned is None else _recipe(aliases, *planned)
+        return None if planned is None else recipe(aliases, *planned)
 
     def implementation(*arguments: Any) -> Any:
-        recipe = recipe_of(*arguments)
-        return reference(*arguments) if recipe is None else recipe.run(arguments)
+        found = recipe_of(*arguments)
+        return reference(*arguments) if found is None else found.run(arguments)
 
     return implementation
 
 
-def _recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> Recipe:
+def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> Recipe:
+    """What a plan for these arguments launches, without its tensors; no tensor may be two arguments."""
     given = [value for value in aliases if isinstance(value, Tensor)]
     memory_of_arguments = {value.untyped_storage()._cdata for value in given}
     numbers = {id(value): number for number, value in enumerate(aliases) if isinstance(value, Tensor)}
