@@ -6,7 +6,8 @@ configuration, the result's memory, triton's binder and its look-up of the compi
 triton's driver is a stand-in and compiling gives a kernel that does nothing. Left out: the driver's own time for a
 launch, torch.cuda.current_device() and the allocator of CUDA memory (the CPU's is in its place).
 
-Times are the thread's own, the least mean of several rounds: of this processor, and no other. A step's sum is over our operators only.
+Times are the thread's own, the least mean of several rounds: of this processor, and no other. A step's sum is over
+our operators only.
 
     python bench/host_time.py
     python bench/host_time.py --size 39M,866M --batch 2 --kernel linear
@@ -19,8 +20,7 @@ import gc
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,9 +35,9 @@ from ldmperf.kernels._library import IMPLEMENTATIONS
 from ldmperf.kernels._recipes import ByLayout, recipe
 from ldmperf.profiling.cases import CaseError, known_names, whole_number
 from ldmperf.profiling.environment import collect_environment
+from ldmperf.profiling.kernel_bench.selection import SIZES, VAE
 from ldmperf.profiling.kernel_case import KernelCase
 from ldmperf.profiling.kernel_cases import family_kernel_cases
-from ldmperf.profiling.kernel_bench.selection import SIZES, VAE
 
 CALLS, ROUNDS = 100, 7
 # The sampler of a step's sum, one of those that are cases.
@@ -58,25 +58,27 @@ class StandInDriver:
 
 
 class NoKernel:
-    """A compiled kernel as JITFunction.run sees it, whose launch does nothing. `launches` counts all of them."""
+    """A compiled kernel as JITFunction.run sees it, whose launch does nothing."""
 
     name, function, packed_metadata = "none", 0, ()
-    launches = 0
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
 
     def launch_metadata(self, grid: tuple[int, ...], stream: int, *arguments: object) -> None:
         return None
 
     def run(self, *arguments: object) -> None:
-        NoKernel.launches += 1
+        return None
 
 
 @contextmanager
 def stand_in_device() -> Iterator[None]:
     """Within, kernels take CPU tensors and are launched on nothing."""
-    compiled, devices = triton.compiler.compile, _triton.DEVICES
-    kernels = [value for value in _jit_functions()]
+    compiled, devices, driver = triton.compiler.compile, _triton.DEVICES, triton.runtime.driver._active
+    kernels = _jit_functions()
     caches = [kernel.device_caches.copy() for kernel in kernels]
-    triton.compiler.compile = lambda *_, **__: NoKernel()
+    triton.compiler.compile = lambda *_, options, **__: NoKernel(options)
     triton.runtime.driver.set_active(StandInDriver())
     _triton.DEVICES = ("cuda", "cpu")
     for kernel in kernels:
@@ -86,7 +88,7 @@ def stand_in_device() -> Iterator[None]:
         yield
     finally:
         triton.compiler.compile, _triton.DEVICES = compiled, devices
-        triton.runtime.driver._active = None
+        triton.runtime.driver._active = driver
         ByLayout.forget()
         for kernel, cache in zip(kernels, caches, strict=True):
             kernel.device_caches.clear()
@@ -101,8 +103,12 @@ def _jit_functions() -> list[Any]:
 
 @dataclass(frozen=True)
 class HostTime:
-    """Microseconds of one call. `reasons`, `tuned` and `plan` alone; `checks`, `library` and `triton` are layers of
-    `call`, of which the rest is the choice of what to launch and the memory of the result."""
+    """Microseconds of one call.
+
+    `reasons`, `tuned` (the look-up) and `plan` are the first call's. Layers of every further `call`: `checks` of
+    its arguments, torch.`library`, `triton` from the launch to the driver, and the `rest`: what is kept of the
+    first call is looked up, and the result's memory taken.
+    """
 
     operator: str
     label: str
@@ -186,14 +192,14 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def step_ms(found: Sequence[HostTime], *, merged: bool) -> float:
-    """Milliseconds of host time of our operators in one step with one image: merged, or with norms and gates apart."""
+    """Milliseconds of our operators in a step of one image: products merged, or norms and gates apart."""
     left_out = ("layer_norm", "geglu") if merged else ("linear",)
     of_step = [
-        time
-        for time in found
-        if time.operator not in left_out and (time.operator != "sampler_update" or SAMPLER in time.label)
+        one
+        for one in found
+        if one.operator not in left_out and (one.operator != "sampler_update" or SAMPLER in one.label)
     ]
-    return sum(time.count * time.call for time in of_step) / 1e3
+    return sum(one.count * one.call for one in of_step) / 1e3
 
 
 COLUMNS = ("reasons", "tuned", "plan", "checks", "library", "rest", "triton", "call")
@@ -202,12 +208,12 @@ COLUMNS = ("reasons", "tuned", "plan", "checks", "library", "rest", "triton", "c
 def lines(size: str, found: Sequence[HostTime]) -> list[str]:
     """A line per operator, the mean over its calls of a step; then the largest, and the step's sum."""
     text = [f"{size}: microseconds a call, the mean over the calls of a step", "  " + _row("", COLUMNS)]
-    for operator in dict.fromkeys(time.operator for time in found):
-        of_it = [time for time in found if time.operator == operator]
-        calls = sum(time.count for time in of_it)
+    for operator in dict.fromkeys(one.operator for one in found):
+        of_it = [one for one in found if one.operator == operator]
+        calls = sum(one.count for one in of_it)
         means = [sum(t.count * getattr(t, name) for t in of_it) / calls for name in COLUMNS]
         text.append("  " + _row(f"{operator} ({calls})", [f"{mean:.1f}" for mean in means]))
-    most = max(found, key=lambda time: time.call)
+    most = max(found, key=lambda one: one.call)
     text.append(f"  the longest: {most.operator} {most.label}, {most.call:.1f} us")
     for merged, how in ((False, "norms and gates apart"), (True, "merged into products")):
         text.append(f"  our operators in a step, {how}: {step_ms(found, merged=merged):.2f} ms")
@@ -232,7 +238,9 @@ def main() -> int:
     except CaseError as wrong:
         parser.error(str(wrong))
     environment = collect_environment()
-    print(f"{environment.cpu}, Python {environment.python}, torch {environment.torch}, triton {environment.triton}")
+    print(
+        f"{environment.cpu}, Python {environment.python}, torch {environment.torch}, triton {environment.triton}"
+    )
     torch.set_num_threads(1)
     gc.disable()
     with stand_in_device():
@@ -240,7 +248,7 @@ def main() -> int:
             cases = [c for c in family_kernel_cases(size, batch, "bfloat16") if c.operator in operators]
             found = [host_time(case) for case in cases]
             if options.json:
-                print(*(json.dumps({"size": size} | asdict(time)) for time in found), sep="\n")
+                print(*(json.dumps({"size": size} | asdict(one)) for one in found), sep="\n")
             else:
                 print(*lines(size, found), sep="\n")
     return 0

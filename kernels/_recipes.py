@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class ByLayout(Generic[T]):
     Arguments are positional. What `function` raises is raised, and not kept.
     """
 
-    _all: list[ByLayout[Any]] = []
+    _all: ClassVar[list[ByLayout[Any]]] = []
 
     def __init__(self, function: Callable[..., T]) -> None:
         self._function = function
@@ -161,9 +161,9 @@ def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> R
             made.append(tensor)
         return numbers[id(tensor)]
 
-    numbered = tuple(map(number_of, result)) if isinstance(result, tuple) else None
-    if isinstance(result, Tensor):
-        numbered = number_of(result)
+    numbered: int | tuple[int, ...] | None = None
+    if result is not None:
+        numbered = number_of(result) if isinstance(result, Tensor) else tuple(map(number_of, result))
     steps = []
     for launch in launches:
         if not launch.programs:

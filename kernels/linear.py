@@ -299,9 +299,10 @@ def _auto(
     reasons = [] if x.is_meta else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
     normed, gated = norm_weight is not None, activation is not None
     rows = math.prod(x.shape[:-1])
-    return _chosen(
+    chosen: Literal["torch", "triton"] = _chosen(
         tuple(reasons), x.device, x.dtype, rows, x.shape[-1], weight.shape[0], gated=gated, normed=normed
     )
+    return chosen
 
 
 _auto_by_layout = ByLayout(_auto)

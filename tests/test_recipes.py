@@ -1,4 +1,4 @@
-"""A call's launches, kept by layout: filled in with the right tensors, planned once, bounded, forgotten on request.
+"""What is kept of a call by layout: filled in with the right tensors, planned once, bounded, without tensors.
 
 Kernels are launched on a stand-in device that notes what it is given.
 """
@@ -6,6 +6,7 @@ Kernels are launched on a stand-in device that notes what it is given.
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,10 +105,15 @@ CALLS: dict[str, Callable[[int, int, int, bool], dict[str, Any]]] = {
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Any]]]:
-    """The arguments of every launch from now on, in the order of the kernel's parameters."""
+    """Of every launch from now on: the kernel's arguments in order, then its programs, warps and stages."""
     found: list[list[Any]] = []
+
+    def run(kernel: Any, programs: int, *arguments: Any) -> None:
+        options = [programs, kernel.options["num_warps"], kernel.options["num_stages"]]
+        found.append([*arguments[8:], *options])
+
     with host_time.stand_in_device():
-        monkeypatch.setattr(host_time.NoKernel, "run", lambda _, *arguments: found.append(list(arguments[9:])))
+        monkeypatch.setattr(host_time.NoKernel, "run", run)
         yield found
 
 
@@ -206,7 +212,9 @@ def test_what_is_kept_holds_no_tensor(launched: list[list[Any]]) -> None:
     for name, make in CALLS.items():
         arguments = make(1, 8, 64, True)
         OPERATORS[name].call(**arguments, backend="triton")
-        storages += [torch.multiprocessing.reductions.StorageWeakRef(t.untyped_storage()) for t in values_of(arguments)]
+        storages += [
+            torch.multiprocessing.reductions.StorageWeakRef(t.untyped_storage()) for t in values_of(arguments)
+        ]
         del arguments
     launched.clear()
     assert len(storages) > 20
@@ -257,10 +265,10 @@ def test_a_plan_on_a_view_of_its_arguments_is_refused() -> None:
         recipe([x], result, launches)
 
 
-def test_a_call_asks_for_reasons_and_plans_once(launched: list[list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_asks_for_reasons_and_plans_once(
+    launched: list[list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of "auto" too, which asks before it is known whether `linear` or its parts run."""
-    import sys
-
     module = sys.modules["ldmperf.kernels.linear"]
     asked = {"unsupported_reasons": 0, "plan": 0, "tuning_key": 0}
     for name in asked:
