@@ -21,6 +21,7 @@ from ._launch import Launch
 T = TypeVar("T")
 # Layouts that an operator keeps. A step of the family has less than forty for each; the oldest go first.
 MOST = 1024
+_HOST = torch.device("cpu")
 
 
 def layout(value: Any) -> Hashable:
@@ -44,8 +45,8 @@ class ByLayout(Generic[T]):
         ByLayout._all.append(self)
 
     def __call__(self, *arguments: Any) -> T:
-        # The folder too: a table of tuned configurations is part of what a plan reads.
-        key = (_launch.TUNED_FOLDER, *map(layout, arguments))
+        # What else a plan reads: the table of tuned configurations, and which chip stands for none.
+        key = (_launch.TUNED_FOLDER, _launch.chip_of(_HOST), *map(layout, arguments))
         try:
             return self._found[key]
         except KeyError:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS, _launch, _recipes, geglu, linear, residual_add
+from ldmperf.kernels import OPERATORS, Chip, _launch, _recipes, geglu, linear, residual_add
 from ldmperf.kernels._recipes import ByLayout, recipe
 
 pytest.importorskip("triton")
@@ -247,15 +247,20 @@ def test_an_error_is_not_kept_and_sizes_that_are_no_numbers_are_asked_for_each_t
     assert len(seen) == 2
 
 
-def test_another_folder_of_tuned_tables_is_another_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_folder_of_tuned_tables_or_chip_is_another_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept, seen = counted(lambda n: n)
     kept(1)
     monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
     kept(1)
     assert len(seen) == 2
-    ByLayout.forget()
+    monkeypatch.setattr(_launch, "chip_of", lambda device: Chip("NVIDIA H200", 132))
     kept(1)
     assert len(seen) == 3
+    ByLayout.forget()
+    kept(1)
+    assert len(seen) == 4
 
 
 def test_a_plan_on_a_view_of_its_arguments_is_refused() -> None:
