@@ -79,9 +79,10 @@ def by_sample(
     q, k = arguments["q"], arguments["k"]
     (batch, queries, heads), keys = q.shape[:3], k.shape[1]
     a_query = max(keys * q.element_size(), 1)
+    # As many queries as fit; where all do, as many heads; where all do, as many samples.
     rows = max(min(queries, most_bytes // a_query), 1)
-    at_once = max(min(heads, most_bytes // (rows * a_query)), 1) if rows >= queries else 1
-    samples = max(min(batch, most_bytes // (heads * queries * a_query or 1)), 1) if at_once == heads else 1
+    at_once = max(min(heads, most_bytes // (rows * a_query)), 1)
+    samples = max(min(batch, most_bytes // (at_once * rows * a_query)), 1)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b, h, n in itertools.product(range(0, batch, samples), range(0, heads, at_once), range(0, queries, rows)):
         of_keys = (slice(b, b + samples), slice(None), slice(h, h + at_once))
