@@ -81,22 +81,21 @@ def run_jobs(
 ) -> tuple[list[KernelRecord], bool]:
     """The records, a job's on disk before the next begins, and whether every job was reached in time.
 
-    A job of which `earlier` has all records is not measured again; they are among those returned.
+    A job of which `earlier` has all records is not measured again; of each key the last record is returned.
     """
-    records = list(earlier)
-    recorded = {record.case_key for record in earlier}
+    records = {record.case_key: record for record in earlier}
     for job in jobs:
-        if bench.keys(job) <= recorded:
+        if bench.keys(job) <= records.keys():
             bench.skip(job)
             continue
         if deadline.passed:
-            return records, False
+            return list(records.values()), False
         done = bench.measure(job)
         if store is not None:
             store.append(*done)
-        records += done
+        records |= {record.case_key: record for record in done}
         told(done)
-    return records, True
+    return list(records.values()), True
 
 
 def earlier_records(folder: Path, environment: Environment) -> list[KernelRecord]:
