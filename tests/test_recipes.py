@@ -5,6 +5,7 @@ Kernels are launched on a stand-in device that notes what it is given.
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -268,6 +269,25 @@ def test_a_plan_on_a_view_of_its_arguments_is_refused() -> None:
     result, launches = OPERATORS["geglu"].plan(x[:2])
     with pytest.raises(AssertionError, match="view"):
         recipe([x], result, launches)
+
+
+def test_launches_are_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    seen: list[int] = []
+    step = _recipes._Step(lambda: seen.append(current[-1]), (), (), {})
+    for index in (1, 0, 1):
+        _recipes.Recipe(torch.device("cuda", index), (), (step,), None).run(())
+    assert seen == [1, 0, 1]
+    assert current == [0]
 
 
 def test_a_call_asks_for_reasons_and_plans_once(
