@@ -77,6 +77,7 @@ def test_kernel(benchmark: Any, job: Job, mode: Mode, peer: Peer, request: pytes
         "clock": record.clock,
         "l2": record.l2,
         "calls_per_sample": record.calls_per_sample,
+        "delay_cycles": record.delay_cycles,
         "gb_per_s": record.gb_per_s,
         "percent_of_copy": record.percent_of_copy,
         "tflops": record.tflops,

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 _PACKAGE = (__package__ or "kernels").replace(".", "_")
 NAMESPACE = "ldmperf" if _PACKAGE == "ldmperf_kernels" else _PACKAGE
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+# By operator: for who measures what the dispatcher adds to them.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -38,6 +40,7 @@ def define_operator(
     """
     name = schema.partition("(")[0]
     qualified = f"{NAMESPACE}::{name}"
+    IMPLEMENTATIONS[name] = implementation
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)

@@ -16,6 +16,8 @@ tl: Any = None if triton is None else triton.language
 jit: Any = (lambda function: function) if triton is None else triton.jit
 
 
+# The types of devices that compiled kernels run on.
+DEVICES = ("cuda",)
 # The dtypes that kernels load and store; they compute in float32.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,7 +31,7 @@ def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
     """Why `kernel`, a function under `jit`, cannot run on the device of `tensor`; empty if it can."""
     if triton is None:
         return ["triton is not installed: pip install triton"]
-    if not is_interpreted(kernel) and tensor.device.type != "cuda":
+    if not is_interpreted(kernel) and tensor.device.type not in DEVICES:
         return [f"the tensors are on {tensor.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 at import"]
     return []
 

@@ -22,10 +22,11 @@ from torch import Tensor
 from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, run, tuned
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
 from ._parts import parts
+from ._recipes import served
 from ._triton import device_reasons, dtype_reasons, is_interpreted
 
 MAX_HEAD_DIM = 384
@@ -269,7 +270,7 @@ def _expect(
         )
 
 
-def _implementation(
+def _decided(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -278,7 +279,8 @@ def _implementation(
     key_mask: Tensor | None,
     tf32: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, list[Launch]] | None:
+    """The plan of a call, None where torch serves it."""
     reasons = [] if backend == "torch" else unsupported_reasons(q, k, v, scale)
     masks: dict[str, Any] = {"key_lengths": key_lengths, "key_mask": key_mask}
 
@@ -288,10 +290,8 @@ def _implementation(
         return fastest("attention", chip_of(q.device), key, unmeasured="torch")
 
     if choose_backend("attention", backend, reasons, measured) == "torch":
-        return attention_ref(q, k, v, scale, **masks)
-    out, launches = plan(q, k, v, scale=scale, tf32=tf32, **masks)
-    run(launches, q.device)
-    return out
+        return None
+    return plan(q, k, v, scale=scale, tf32=tf32, **masks)
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -320,7 +320,7 @@ def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
 _attention = define_operator(
     "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? key_lengths, Tensor? key_mask, bool tf32, "
     "str backend) -> Tensor",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake,
     reference=_reference,
     flops=_flops,

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
+from ._recipes import served
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 
@@ -171,13 +172,12 @@ def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Te
     return out
 
 
-def _implementation(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def _decided(x: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, list[Launch]] | None:
+    """The plan of a call, None where torch serves it."""
     reasons = [] if backend == "torch" else unsupported_reasons(x, bias)
     if choose_backend("geglu", backend, reasons) == "torch":
-        return _reference(x, bias, backend)
-    out, launches = plan(x, bias=bias)
-    run(launches, x.device)
-    return out
+        return None
+    return plan(x, bias=bias)
 
 
 def _reference(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -190,7 +190,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 _geglu = define_operator(
     "geglu(Tensor x, Tensor? bias, str backend) -> Tensor",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake,
     reference=_reference,
 )

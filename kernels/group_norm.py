@@ -18,6 +18,7 @@ of two, with the mean in two parts, because one float32 cannot hold a mean of 1e
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -37,11 +38,11 @@ from ._launch import (
     chip_of,
     dtype_name,
     next_power_of_two,
-    run,
     tuned,
 )
 from ._layout import image_reasons, image_strides, memory_format
 from ._library import compute_dtype, define_operator
+from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
 ACTIVATIONS = ("silu", None)
@@ -112,6 +113,7 @@ _RESIDENT_WARPS = 16
 _THREAD_ELEMENTS = 16
 
 
+@functools.cache
 def default_config(shape: _Shape, chip: Chip) -> GroupNormConfig:
     """The cheaper of the best in one launch and the best in two, by a rough count of elements over lanes."""
     options = [_bundled(shape, groups, chip) for groups in _bundles(shape)]
@@ -382,7 +384,7 @@ def group_norm_silu(
     return out
 
 
-def _implementation(
+def _decided(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,
@@ -392,13 +394,12 @@ def _implementation(
     skip: Tensor | None,
     activation: str | None,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, list[Launch]] | None:
+    """The plan of a call, None where torch serves it."""
     reasons = [] if backend == "torch" else unsupported_reasons(x, num_groups, weight, bias, shift, skip)
     if choose_backend("group_norm_silu", backend, reasons) == "torch":
-        return _reference(x, num_groups, weight, bias, eps, shift, skip, activation, backend)
-    out, launches = plan(x, num_groups, weight, bias, eps, shift=shift, skip=skip, activation=activation)
-    run(launches, x.device)
-    return out
+        return None
+    return plan(x, num_groups, weight, bias, eps, shift=shift, skip=skip, activation=activation)
 
 
 def _reference(
@@ -440,7 +441,7 @@ def _fake(
 _group_norm_silu = define_operator(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
     "Tensor? skip, str? activation, str backend) -> Tensor",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake,
     reference=_reference,
 )

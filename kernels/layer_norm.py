@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
+from ._recipes import served
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 MAX_CHANNELS = 16384
@@ -275,16 +276,17 @@ def layer_norm(
     return both
 
 
-def _implementation(
+_Planned = tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]
+
+
+def _decided(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None, backend: str
-) -> Tensor:
+) -> _Planned | None:
+    """The plan of a call, None where torch serves it."""
     reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, x_bias)
     if choose_backend("layer_norm", backend, reasons) == "torch":
-        return _reference(x, weight, bias, eps, x_bias, backend)
-    out, launches = plan(x, weight, bias, eps, x_bias=x_bias)
-    assert isinstance(out, Tensor)
-    run(launches, x.device)
-    return out
+        return None
+    return plan(x, weight, bias, eps, x_bias=x_bias)
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None, backend: str) -> Tensor:
@@ -297,7 +299,7 @@ def _fake(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _add_implementation(
+def _add_decided(
     x: Tensor,
     residual: Tensor,
     weight: Tensor,
@@ -305,14 +307,11 @@ def _add_implementation(
     eps: float,
     x_bias: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> _Planned | None:
     reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, x_bias, residual)
     if choose_backend("layer_norm", backend, reasons) == "torch":
-        return _add_reference(x, residual, weight, bias, eps, x_bias, backend)
-    both, launches = plan(x, weight, bias, eps, x_bias=x_bias, residual=residual)
-    assert isinstance(both, tuple)
-    run(launches, x.device)
-    return both
+        return None
+    return plan(x, weight, bias, eps, x_bias=x_bias, residual=residual)
 
 
 def _add_reference(
@@ -334,14 +333,14 @@ def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 _layer_norm = define_operator(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? x_bias, str backend) -> Tensor",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake,
     reference=_reference,
 )
 _add_layer_norm = define_operator(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? x_bias, "
     "str backend) -> (Tensor, Tensor)",
-    _add_implementation,
+    served(_add_decided, _add_reference),
     fake=_add_fake,
     reference=_add_reference,
 )

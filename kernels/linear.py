@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, run, tuned
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, tuned
 from ._layout import collapse_rows, row_reasons
 from ._library import define_operator
 from ._linear_config import (
@@ -36,6 +36,7 @@ from ._linear_config import (
 )
 from ._linear_kernels import linear_kernel, norm_linear_kernel
 from ._parts import parts
+from ._recipes import ByLayout, served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 from .geglu import geglu
 from .layer_norm import layer_norm
@@ -274,12 +275,8 @@ def linear(
     vectors = (bias, norm_weight, norm_bias)
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
-        reasons = [] if x.is_meta else unsupported_reasons(x, weight, *vectors, x_bias)
-        normed, gated = norm_weight is not None, activation is not None
-        rows = math.prod(x.shape[:-1])
-        backend = _chosen(
-            tuple(reasons), x.device, x.dtype, rows, x.shape[-1], weight.shape[0], gated=gated, normed=normed
-        )
+        choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
+        backend = choose(x, weight, *vectors, x_bias, activation)
         if backend == "torch":
             return linear_separate(
                 x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, x_bias=x_bias,
@@ -287,6 +284,28 @@ def linear(
             )  # fmt: skip
     out: Tensor = _linear(x, weight, *vectors, eps, x_bias, activation, backend)
     return out
+
+
+def _auto(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    x_bias: Tensor | None,
+    activation: str | None,
+) -> Literal["torch", "triton"]:
+    """What "auto" takes for these arguments."""
+    reasons = [] if x.is_meta else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
+    normed, gated = norm_weight is not None, activation is not None
+    rows = math.prod(x.shape[:-1])
+    chosen: Literal["torch", "triton"] = _chosen(
+        tuple(reasons), x.device, x.dtype, rows, x.shape[-1], weight.shape[0], gated=gated, normed=normed
+    )
+    return chosen
+
+
+_auto_by_layout = ByLayout(_auto)
 
 
 @torch.compiler.assume_constant_result
@@ -301,7 +320,7 @@ def _chosen(
     gated: bool,
     normed: bool,
 ) -> Literal["torch", "triton"]:
-    """What "auto" takes; a compiler that traces is told, from plain numbers, and does not look inside."""
+    """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
     chip = chip_of(device)
     shape = LinearShape(rows, channels, weight_rows // (2 if gated else 1), gated, normed, dtype.itemsize)
     unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(shape, chip) else "torch"
@@ -345,7 +364,7 @@ def _check(
             )
 
 
-def _implementation(
+def _decided(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -355,11 +374,12 @@ def _implementation(
     x_bias: Tensor | None,
     activation: str | None,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, list[Launch]] | None:
+    """The plan of a call, None where torch serves it."""
     reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
     if choose_backend("linear", backend, reasons) == "torch":
-        return _reference(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend)
-    out, launches = plan(
+        return None
+    return plan(
         x,
         weight,
         bias,
@@ -369,8 +389,6 @@ def _implementation(
         x_bias=x_bias,
         activation=activation,
     )
-    run(launches, x.device)
-    return out
 
 
 def _reference(
@@ -423,7 +441,7 @@ def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
 _linear = define_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "Tensor? x_bias, str? activation, str backend) -> Tensor",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake_result,
     reference=_reference,
     flops=_flops,

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, run, tuned
+from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, pixel_offsets
 from ._library import compute_dtype, define_operator
+from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
 
 
@@ -245,15 +246,14 @@ def _interleaved(x: Tensor) -> bool:
     return memory_format(x) == torch.channels_last
 
 
-def _implementation(
+def _decided(
     x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int] | None, backend: str
-) -> Tensor:
+) -> tuple[Tensor, list[Launch]] | None:
+    """The plan of a call, None where torch serves it."""
     reasons = [] if backend == "torch" else unsupported_reasons(x, residual, bias)
     if choose_backend("residual_add", backend, reasons) == "torch":
-        return _reference(x, residual, bias, size, backend)
-    out, launches = plan(x, residual, bias, size=size)
-    run(launches, x.device)
-    return out
+        return None
+    return plan(x, residual, bias, size=size)
 
 
 def _reference(x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int] | None, backend: str) -> Tensor:
@@ -269,7 +269,7 @@ def _fake(
 
 _residual_add = define_operator(
     "residual_add(Tensor x, Tensor residual, Tensor? bias, SymInt[]? size, str backend) -> Tensor",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake,
     reference=_reference,
 )

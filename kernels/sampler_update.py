@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ._dispatch import choose_backend
-from ._launch import Launch, Operator, ceil_div, chip_of, next_power_of_two, run, tuned
+from ._launch import Launch, Operator, ceil_div, chip_of, next_power_of_two, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
+from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
 from .philox import STEP_NOISE, philox_normal, philox_normal_lanes
 
@@ -358,7 +359,34 @@ def sampler_update(
     )
 
 
-def _implementation(
+def _decided(
+    registers: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    guidance_scale: Tensor | None,
+    seeds: Tensor | None,
+    noise: Tensor | None,
+    model_input: Tensor | None,
+    input_scale: Tensor | None,
+    backend: str,
+) -> tuple[None, list[Launch]] | None:
+    """The plan of a call, None where torch serves it."""
+    arguments = (registers, model_output, table, step)
+    options: dict[str, Any] = {
+        "guidance_scale": guidance_scale,
+        "seeds": seeds,
+        "noise": noise,
+        "model_input": model_input,
+        "input_scale": input_scale,
+    }
+    reasons = [] if backend == "torch" else unsupported_reasons(*arguments, **options)
+    if choose_backend("sampler_update", backend, reasons) == "torch":
+        return None
+    return plan(*arguments, **options)
+
+
+def _reference(
     registers: Tensor,
     model_output: Tensor,
     table: Tensor,
@@ -370,20 +398,17 @@ def _implementation(
     input_scale: Tensor | None,
     backend: str,
 ) -> None:
-    arguments = (registers, model_output, table, step)
-    options: dict[str, Any] = {
-        "guidance_scale": guidance_scale,
-        "seeds": seeds,
-        "noise": noise,
-        "model_input": model_input,
-        "input_scale": input_scale,
-    }
-    reasons = [] if backend == "torch" else unsupported_reasons(*arguments, **options)
-    if choose_backend("sampler_update", backend, reasons) == "torch":
-        sampler_update_ref(*arguments, **options)
-    else:
-        _, launches = plan(*arguments, **options)
-        run(launches, registers.device)
+    sampler_update_ref(
+        registers,
+        model_output,
+        table,
+        step,
+        guidance_scale=guidance_scale,
+        seeds=seeds,
+        noise=noise,
+        model_input=model_input,
+        input_scale=input_scale,
+    )
 
 
 def _fake(registers: Tensor, *_: object) -> None:
@@ -444,7 +469,7 @@ def _describe(tensor: Tensor) -> str:
 _sampler_update = define_operator(
     "sampler_update(Tensor(a!) registers, Tensor model_output, Tensor table, Tensor step, Tensor? guidance_scale, "
     "Tensor? seeds, Tensor? noise, Tensor(b!)? model_input, Tensor? input_scale, str backend) -> ()",
-    _implementation,
+    served(_decided, _reference),
     fake=_fake,
 )
 

@@ -202,6 +202,19 @@ def _nvml_handle(device: str) -> Any:
     return _or_none(by_uuid)
 
 
+def max_sm_clock_mhz(device: str) -> int | None:
+    """The highest clock that the multiprocessors of a CUDA device may take, as NVML says; None if it does not.
+
+    CUDA 13 has taken it out of the device's properties.
+    """
+    handle = _nvml_handle(device)
+    if handle is None:
+        return None
+    import pynvml
+
+    return _or_none(lambda: int(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)))
+
+
 def _driver_version() -> str:
     import pynvml
 

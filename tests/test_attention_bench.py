@@ -241,6 +241,9 @@ def test_a_record_tells_its_rate_and_its_share_of_the_bound() -> None:
     assert moved.percent_of_bound == pytest.approx(75 * scores / 4e9 / 0.001)
     unknown = record.model_copy(update={"unit_rates": None})
     assert (unknown.bound, unknown.percent_of_bound) == (None, None)
+    no_clock = RATES.model_copy(update={"clock_ghz": None, "message": "NVML does not tell"})
+    unknown = record.model_copy(update={"unit_rates": no_clock})
+    assert (unknown.bound, unknown.percent_of_bound) == (None, None)
     assert KernelRecord.model_validate_json(record.model_dump_json()) == record
 
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.backends import Unsupported
 from ldmperf.profiling.cli import main
-from ldmperf.profiling.environment import Environment
+from ldmperf.profiling.environment import Environment, max_sm_clock_mhz
+from ldmperf.profiling.kernel_bench import bench as bench_module
+from ldmperf.profiling.kernel_bench import device as device_module
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
+    DELAY_CYCLES,
     MOST_INPUT_SETS,
     EagerCalls,
     GraphCalls,
@@ -28,18 +35,20 @@ from ldmperf.profiling.kernel_bench.device import (
     copy_bandwidth,
     input_sets,
     runs_per_sample,
+    timed_run,
+    unit_rates,
 )
-from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
+from ldmperf.profiling.kernel_bench.inputs import Inputs, by_sample, tolerance_of
 from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
-from ldmperf.profiling.kernel_bench.run import run_jobs
+from ldmperf.profiling.kernel_bench.run import earlier_records, run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
 from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios, summary_lines
 from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
 from ldmperf.profiling.kernel_cases import family_kernel_cases, sampler_case
 from ldmperf.profiling.records import Samples
 from ldmperf.profiling.store import load_lines, rejected_path
-from ldmperf.profiling.timing import Deadline, RepetitionRule
+from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed, timed
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -215,6 +224,48 @@ def test_records_are_on_disk_as_they_are_made_and_the_bound_holds(tmp_path: Path
     assert load_lines(store.path, KernelRecord)[1] == 1
 
 
+def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Takes most of the time here.
+    monkeypatch.setattr(bench_module, "release_memory", lambda: None)
+    path = tmp_path / "kernels.jsonl"
+    KernelStore(path)
+    measured: list[int] = []
+
+    def noted(**arguments: Any) -> Any:
+        measured.append(arguments["x"].shape[0])
+        return right(**arguments)
+
+    def run(rows: tuple[int, ...], peers: Sequence[str] = ("triton", "eager")) -> list[KernelRecord]:
+        """A new process: what it measured is in `measured`."""
+        measured.clear()
+        earlier = earlier_records(tmp_path, ENVIRONMENT)
+        given = [Job("39M", 2, geglu_case(n)) for n in rows]
+        new = bench(PEERS["xformers"], *(peer(name, noted) for name in peers))
+        return run_jobs(new, given, KernelStore(path), Deadline(None), lambda _: None, earlier)[0]
+
+    first = run((3, 4))
+    assert set(measured) == {3, 4}
+    again = run((3, 4, 5))
+    assert set(measured) == {5}
+    assert again[: len(first)] == first
+    # Of xformers one record an operator says all there is.
+    assert [record.peer for record in again].count("xformers") == 1
+    assert load_lines(path, KernelRecord) == (again, 0)
+    # A torn record, or a new peer: the call is measured again as a whole, and its last records count.
+    path.write_bytes(path.read_bytes()[:-20])
+    whole = run((3, 4, 5))
+    assert set(measured) == {5}
+    assert len(load_lines(path, KernelRecord)[0]) == 8
+    assert len({record.case_key for record in whole}) == len(whole) == 7
+    assert sorted(r.model_dump_json() for r in earlier_records(tmp_path, ENVIRONMENT)) == sorted(
+        r.model_dump_json() for r in whole
+    )
+    run((3,), peers=("triton", "eager", "other"))
+    assert set(measured) == {3}
+    assert run((3, 4), peers=("triton",))
+    assert measured == []
+
+
 def test_an_interrupt_passes_through(tmp_path: Path) -> None:
     store = KernelStore(tmp_path / "kernels.jsonl")
     calls = itertools.count()
@@ -348,6 +399,168 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch: pytest.Monkey
     assert cuda.current == "main"
 
 
+@pytest.fixture
+def device_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of a device that stands for a CUDA one, in order."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            log.append("record")
+
+        def elapsed_time(self, _: Event) -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"wait {cycles}"))
+    return log
+
+
+def test_a_graph_is_launched_before_its_clock_starts_and_eager_calls_are_not(
+    device_log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = torch.device("cuda")
+    _FakeCuda(monkeypatch, capture_fails=False)
+    graph = GraphCalls([lambda: device_log.append("captured")], cuda)
+    monkeypatch.setattr(graph, "run", lambda runs: device_log.append(f"{runs} replays"))
+    device_log.clear()
+    assert timed_run(graph, 7, cuda).gpu_ms == 2.0
+    assert device_log == ["synchronize", f"wait {DELAY_CYCLES}", "record", "7 replays", "record", "synchronize"]
+    assert DELAY_CYCLES >= 100_000
+    device_log.clear()
+    timed_run(EagerCalls([lambda: device_log.append("call")]), 2, cuda)
+    assert device_log == ["synchronize", "record", "call", "call", "record", "synchronize"]
+    # A whole trajectory's host time is the point.
+    device_log.clear()
+    timed(lambda: device_log.append("call"), cuda)
+    assert device_log == ["synchronize", "record", "call", "record", "synchronize"]
+
+
+def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever memory was given back, each peer runs untimed before its next sample."""
+    warm: set[str] = set()
+    sampled: list[str] = []
+    cold: list[str] = []
+    is_timed = False
+    counts = {name: itertools.count(1) for name in "abc"}
+
+    def released() -> None:
+        warm.clear()
+
+    def sample(*arguments: Any) -> Any:
+        nonlocal is_timed
+        is_timed = True
+        try:
+            return timed_run(*arguments)
+        finally:
+            is_timed = False
+
+    def call(name: str, fails_at: int, **arguments: Any) -> Any:
+        if next(counts[name]) == fails_at:
+            raise RuntimeError("broken")
+        if is_timed:
+            sampled.append(name)
+            cold.extend({name} - warm)
+        warm.add(name)
+        return right(**arguments)
+
+    monkeypatch.setattr("ldmperf.profiling.lane.release_memory", released)
+    monkeypatch.setattr(bench_module, "release_memory", released)
+    monkeypatch.setattr(bench_module, "timed_run", sample)
+    # One call is checked, six calibrate, one is untimed: the tenth is the second sample, the third calibrates.
+    peers = [peer(name, functools.partial(call, name, fails)) for name, fails in (("a", 0), ("b", 10), ("c", 3))]
+    statuses = [record.status for record in bench(*peers).measure(Job("39M", 2, geglu_case()))]
+    assert statuses == ["ok", "error", "error"]
+    assert sampled.count("a") >= 3
+    assert sampled.count("b") == 1
+    assert cold == []
+
+
+def test_the_clock_of_the_units_is_nvmls_or_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's properties have no clock since CUDA 13."""
+    properties = SimpleNamespace(uuid="1234", multi_processor_count=132)
+    randn = torch.randn
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape))
+    monkeypatch.setattr(device_module, "_MATRIX_SIZE", 8)
+    monkeypatch.setattr(device_module, "timed", lambda *_, **__: Timed(None, 9.0, 2.0))
+    nvml = SimpleNamespace(
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1234": "handle"}[uuid],
+        nvmlDeviceGetMaxClockInfo=lambda handle, kind: {("handle", 1): 1980}[handle, kind],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert max_sm_clock_mhz("cuda") == 1980
+    found = unit_rates(torch.float32, torch.device("cuda"), count=2)
+    assert found is not None
+    assert (found.clock_ghz, found.multiprocessors, found.matrix_ms.samples) == (1.98, 132, (2.0, 2.0))
+    assert found.rates is not None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert max_sm_clock_mhz("cuda") is None
+    found = unit_rates(torch.float32, torch.device("cuda"), count=2)
+    assert found is not None
+    assert (found.clock_ghz, found.rates) == (None, None)
+    assert "nvidia-ml-py" in (found.message or "")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    heads=st.integers(1, 3),
+    queries=st.integers(1, 9),
+    keys=st.integers(1, 9),
+    budget=st.integers(1, 2000),
+    masked=st.sampled_from([None, "key_lengths", "key_mask"]),
+)
+def test_a_reference_in_slices_is_the_whole(
+    batch: int, heads: int, queries: int, keys: int, budget: int, masked: str | None
+) -> None:
+    generator = torch.Generator().manual_seed(batch + 7 * queries + 31 * keys)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    arguments: dict[str, Any] = {"q": random(batch, queries, heads, 4), "scale": 0.3}
+    arguments["k"], arguments["v"] = random(2, batch, keys, heads, 4)
+    if masked == "key_lengths":
+        arguments[masked] = torch.randint(0, keys + 1, (batch,), generator=generator)
+    elif masked == "key_mask":
+        arguments[masked] = random(batch, keys) > 0
+    reference = OPERATORS["attention"].reference
+    slices: list[int] = []
+
+    def noting(q: torch.Tensor, k: torch.Tensor, **rest: Any) -> torch.Tensor:
+        slices.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * 8)
+        return reference(q, k, **rest)
+
+    found = by_sample(noting, arguments, budget)
+    torch.testing.assert_close(found, reference(**arguments))
+    # The scores of one query are the least there is; and no slice is smaller than it need be.
+    assert max(slices) <= max(budget, 8 * keys)
+    assert sum(slices) == batch * heads * queries * keys * 8
+    if budget >= sum(slices):
+        assert len(slices) == 1
+
+
+def test_the_scores_of_large_batches_stay_under_a_gibibyte() -> None:
+    for batch, tokens in ((16, 4096), (2, 16384)):
+        q = torch.empty(batch, tokens, 8, 40, dtype=torch.float64, device="meta")
+        slices: list[int] = []
+
+        def noting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slices: list[int] = slices) -> torch.Tensor:
+            slices.append(q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1] * 8)
+            return torch.empty_like(q)
+
+        by_sample(noting, {"q": q, "k": q, "v": q})
+        assert sum(slices) == batch * 8 * tokens**2 * 8 >= 17e9
+        assert max(slices) == 2**30
+
+
 def _timed(peer_name: str, ms: float, rows: int = 6) -> KernelRecord:
     (record,) = bench(peer(peer_name, right)).measure(Job("39M", 2, geglu_case(rows)))
     return record.model_copy(update={"ms": Samples.of([ms])})
@@ -434,3 +647,33 @@ def test_a_bench_that_measured_nothing_fails(capsys: pytest.CaptureFixture[str],
     assert code == 1
     assert "No kernel" in out
     assert "--seconds" in errors
+
+
+def test_a_bench_is_taken_up_in_its_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [Job("39M", 2, geglu_case(rows)) for rows in (3, 4)]
+    options = ["--device", "cpu", "--dtype", "float32", "--peer", "eager,reference"]
+
+    def run(jobs: Sequence[Job], *more: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: jobs)
+        return run_command(capsys, "kernels", *options, *more)
+
+    code, _, errors = run(small[:1], "--out", str(tmp_path / "runs"))
+    assert code == 0, errors
+    (folder,) = (tmp_path / "runs").iterdir()
+    code, out, errors = run(small, "--resume", str(folder))
+    assert code == 0, errors
+    records, rejected = load_lines(folder / "kernels.jsonl", KernelRecord)
+    assert ([record.case.tensors[0].shape[0] for record in records], rejected) == ([3, 3, 4, 4], 0)
+    assert list((tmp_path / "runs").iterdir()) == [folder]
+    assert "3x16" in out
+    assert "geglu 3x16" not in errors
+    # Begun elsewhere, or no folder of a bench: one line, and nothing is measured.
+    text = (folder / "kernels.jsonl").read_text()
+    (folder / "kernels.jsonl").write_text(text.replace(f'"python":"{sys.version.split()[0]}"', '"python":"2.7"'))
+    for wrong, told in ((folder, "another environment (python"), (tmp_path, "no folder of a bench")):
+        code, _, errors = run(small, "--resume", str(wrong))
+        assert code == 2
+        assert told in errors
+        assert len(errors.strip().splitlines()) == 1

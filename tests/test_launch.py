@@ -11,7 +11,7 @@ from ldmperf.kernels import OPERATORS, _launch
 from ldmperf.kernels._launch import NO_GPU, Chip, fastest, next_power_of_two, tuned
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
-from ldmperf.kernels.group_norm import GroupNormConfig
+from ldmperf.kernels.group_norm import GroupNormConfig, _shape, default_config
 
 fuzz = settings(max_examples=200, deadline=None)
 
@@ -195,6 +195,12 @@ def test_group_norm_configurations_are_sound(call):
         if "chunks" in a:
             assert (a["chunks"] - 1) * a["chunk_pixels"] < a["pixels"] <= a["chunks"] * a["chunk_pixels"]
             assert a["chunk_pixels"] % a["BLOCK_HW"] == 0
+
+
+def test_a_configuration_that_is_searched_for_is_searched_for_once():
+    x = norm_call(2, 320, 64)["x"]
+    first, second = (default_config(_shape(x, 32, None), Chip("NVIDIA H200", 132)) for _ in range(2))
+    assert first is second
 
 
 def test_small_norms_take_one_launch_and_large_ones_fill_the_chip():

@@ -25,6 +25,7 @@ from ldmperf.kernels._linear_config import (
     predicted_to_gain,
 )
 from ldmperf.kernels._parts import padded
+from ldmperf.kernels._recipes import ByLayout
 from ldmperf.kernels.linear import plan, tuning_key
 from ldmperf.profiling.opstream import OpStream
 
@@ -103,6 +104,7 @@ def test_on_a_cpu_the_kernels_are_refused_and_auto_says_so_once(caplog: pytest.L
     with pytest.raises(KernelUnsupported, match="need a GPU"):
         linear(X, W, backend="triton")
     _dispatch._log_fallback.cache_clear()
+    ByLayout.forget()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert torch.equal(linear(X, W), linear_ref(X, W))
@@ -122,9 +124,9 @@ def operators(arguments: dict[str, Any], **options: Any) -> list[str]:
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of what was measured on the chip that stands for none."""
     monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
-    _launch._table.cache_clear()
+    ByLayout.forget()
     yield tmp_path / f"{NO_GPU.file_name}.json"
-    _launch._table.cache_clear()
+    ByLayout.forget()
 
 
 def test_auto_takes_what_is_predicted_until_it_was_measured(table: Path) -> None:
@@ -135,7 +137,7 @@ def test_auto_takes_what_is_predicted_until_it_was_measured(table: Path) -> None
     keys = [tuning_key(**arguments) for arguments in (narrow, wide)]
     fields = {"block_m": 64, "block_n": 64, "block_k": 32, "tiles_n": 1, "num_warps": 8, "num_stages": 2}
     table.write_text(json.dumps({"kernels": {"linear": {keys[1]: fields}}, "torch": {"linear": keys[:1]}}))
-    _launch._table.cache_clear()
+    ByLayout.forget()
     assert operators(narrow) == ["layer_norm", "mm", "geglu"]
     assert operators(wide) == ["linear"]
     (_, product) = plan(**wide)[1]

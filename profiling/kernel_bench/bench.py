@@ -19,7 +19,7 @@ from ..group import measuring_settings
 from ..lane import Outcome, release_memory
 from ..records import Correctness, Samples, utc_now
 from ..timing import Timed, Times, garbage_collection_paused, interleave, timed
-from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, input_sets, l2_cache_bytes
+from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, input_sets, l2_cache_bytes, timed_run
 from .implementation import Arguments, Implementation
 from .inputs import Inputs, tolerance_of
 from .peers import Peer
@@ -59,6 +59,9 @@ class _Lane(Outcome):
     error_after: float | None = None
     ms: list[float] = field(default_factory=list)
     calls_per_sample: int = 1
+    delay_cycles: int = 0
+    # Whether it ran since memory was last given back to the device; what takes memory again is no sample.
+    is_warm: bool = False
 
     def release(self) -> None:
         self.workload = None
@@ -82,13 +85,28 @@ class KernelBench:
         self.environment, self.copy, self.rates = environment, copy, rates
         self._operators: set[str] = set()
 
+    def keys(self, job: Job) -> set[str]:
+        """The keys of the records that `measure` would make of it now."""
+        return {
+            record_key(job.case, self.device_name, peer.name, mode)
+            for peer in self._peers_of(job)
+            for mode in self.modes
+        }
+
+    def skip(self, job: Job) -> None:
+        """Takes its records as there: what one record an operator says is not said again."""
+        self._operators.add(job.case.operator)
+
+    def _peers_of(self, job: Job) -> list[Peer]:
+        first = job.case.operator not in self._operators
+        return [peer for peer in self.peers if peer.serves(job.case, first)]
+
     @torch.inference_mode()
     def measure(self, job: Job) -> list[KernelRecord]:
         """The records of all peers in all modes; only an interrupt is raised."""
         case = job.case
-        first = case.operator not in self._operators
+        contestants = [_Contestant(peer) for peer in self._peers_of(job)]
         self._operators.add(case.operator)
-        contestants = [_Contestant(peer) for peer in self.peers if peer.serves(case, first)]
         lanes = [_Lane(contestant, mode) for mode in self.modes for contestant in contestants]
         started_at, before = utc_now(), device_state(self.device_name)
         moved = case.bytes_moved
@@ -143,19 +161,28 @@ class KernelBench:
                 runs = lane.attempt(functools.partial(self._calibrated, lane))
             if runs is not None and lane.workload is not None:
                 lane.runs, lane.calls_per_sample = runs, runs * lane.workload.calls_per_run
+                lane.delay_cycles = lane.workload.delay_cycles if self.device.type == "cuda" else 0
         running = {lane.contestant.peer.name: lane for lane in lanes if lane.active}
 
-        def one_sample(lane: _Lane, _: int) -> Timed[object]:
+        def one_sample(lane: _Lane, *_: object) -> Timed[object]:
             workload = lane.workload
             assert workload is not None
             with lane.contestant.setting():
-                return timed(lambda: workload.run(lane.runs), self.device)
+                if not lane.is_warm:
+                    workload.run(lane.runs)
+                    lane.is_warm = True
+                return timed_run(workload, lane.runs, self.device)
+
+        def failed(name: str, failure: Exception) -> None:
+            running[name].fail_with(failure)
+            for lane in running.values():
+                lane.is_warm = False
 
         with garbage_collection_paused():
             times = interleave(
                 {name: functools.partial(one_sample, lane) for name, lane in running.items()},
                 self.pace.rule,
-                lambda name, failure: running[name].fail_with(failure),
+                failed,
             )
         for name, found in times.items():
             running[name].ms = [ms / running[name].calls_per_sample for ms in _clock(found)]
@@ -235,6 +262,7 @@ class KernelBench:
             ms=Samples.of(lane.ms) if ok else None,
             clock=("device" if self.device.type == "cuda" else "host") if ok else None,
             calls_per_sample=lane.calls_per_sample if ok else None,
+            delay_cycles=lane.delay_cycles if ok else None,
             input_sets=sets[0] if ok else None,
             l2=sets[1] if ok else None,
             first_call_ms=contestant.first_call_ms,

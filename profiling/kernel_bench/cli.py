@@ -45,13 +45,20 @@ def kernels(
         float, typer.Option(min=0.0, help="Begin no call after so long; the most important come first.")
     ] = DEFAULT_SECONDS,
     out: Annotated[Path, typer.Option(help="Where the folder of records goes.")] = Path("runs"),
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of records to add to, with the same options: its calls are not measured again.",
+            metavar="FOLDER",
+        ),
+    ] = None,
 ) -> None:
     """Measure each kernel at the shapes of a denoising step, in turn with its peers, and print the table.
 
     A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
     launched one by one ("eager") and replayed as a CUDA graph ("graph"). On a CPU by the host's clock, without our
     kernels. FlexAttention (flex), and on a CPU all peers that compile, run only when named. Exit code 1 when a
-    call ended as error or incorrect, or none as ok.
+    call ended as error or incorrect, or none as ok. A call's records are on disk before the next call begins.
 
     \b
     Examples:
@@ -59,6 +66,7 @@ def kernels(
       ldmperf kernels --kernel group_norm_silu,geglu --size 39M,866M --batch 2 --seconds 60
       ldmperf kernels --kernel attention --head-dim 40,64,80,128,160 --batch 16 --tokens 4096
       ldmperf kernels --device cpu --size 39M --peer eager,reference --dtype float32
+      ldmperf kernels --resume runs/20260101T000000Z-1a2b3c4-kernels
     """
     from ldmperf.kernels import OPERATORS
 
@@ -83,10 +91,10 @@ def kernels(
         head_dims=head_dims,
         tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(tokens or ())),
     )
-    _run(choices, Deadline(seconds), out)
+    _run(choices, Deadline(seconds), out, resume)
 
 
-def _run(choices: BenchChoices, deadline: Deadline, out: Path) -> None:
+def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:
     """Measures, with a line for each call on stderr; then the table on stdout and as kernels.md."""
     from rich.console import Console
 
@@ -94,7 +102,7 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path) -> None:
     from ..records import utc_now
     from ..runs import new_folder
     from .records import RECORDS_NAME, KernelStore
-    from .run import run_jobs, write_markdown
+    from .run import earlier_records, run_jobs, write_markdown
     from .table import markdown, print_records
 
     errors = Console(stderr=True)
@@ -103,11 +111,12 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path) -> None:
         errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     environment = collect_environment(choices.device)
+    earlier = [] if resume is None else earlier_records(resume, environment)
     try:
-        folder = new_folder(out, utc_now(), environment, "-kernels")
+        folder = resume or new_folder(out, utc_now(), environment, "-kernels")
         store = KernelStore(folder / RECORDS_NAME)
     except OSError as failure:
-        tell(f"ldmperf: cannot write to {out} ({failure.strerror}); choose another folder with --out")
+        tell(f"ldmperf: cannot write to {resume or out} ({failure.strerror}); choose another folder with --out")
         raise typer.Exit(1) from None
     tell(f"{folder}: begins no call after {deadline.left:.0f} s")
 
@@ -115,15 +124,19 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path) -> None:
         tell(progress_line(records))
 
     try:
-        records, complete = run_jobs(choices.bench(environment), choices.jobs, store, deadline, told)
+        bench = choices.bench(environment)
+        if bench.rates is not None and bench.rates.message is not None:
+            tell(f"no bounds: {bench.rates.message}", "yellow")
+        records, complete = run_jobs(bench, choices.jobs, store, deadline, told, earlier)
     except KeyboardInterrupt:
         print_records(store.load(), Console())
-        tell(f"ldmperf: stopped; what was measured is in {folder / RECORDS_NAME}")
+        tell(f"ldmperf: stopped; go on with the same options and --resume {folder}")
         raise typer.Exit(130) from None
     print_records(records, Console())
     if not complete:
         tell(
-            "not every call was reached in time; give more --seconds, or name fewer with --kernel, --size, --batch"
+            f"not every call was reached in time; go on with the same options and --resume {folder}, "
+            "give more --seconds, or name fewer with --kernel, --size, --batch"
         )
     typer.echo(str(write_markdown(folder, markdown(records))))
     statuses = {record.status for record in records}

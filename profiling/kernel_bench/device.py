@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..environment import max_sm_clock_mhz
 from ..records import Samples
 from ..timing import RepetitionRule, Timed, timed
 from .records import CopyBandwidth, UnitRates
@@ -21,6 +22,9 @@ MOST_CALLS = 10_000
 # Rows of a square matrix whose product keeps every multiprocessor busy for a while.
 _MATRIX_SIZE = 8192
 _COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
+NO_CLOCK = "NVML does not tell the highest clock of this GPU's multiprocessors (pip install nvidia-ml-py)"
+# About 0.25 ms, several times what the host takes to hand over a sample's replays.
+DELAY_CYCLES = 500_000
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,13 @@ PACES = {"cuda": Pace(RepetitionRule(20, 0.02), 1.0), "cpu": Pace(RepetitionRule
 
 
 class Workload(Protocol):
-    """Something to repeat; a run is `calls_per_run` calls."""
+    """Something to repeat; a run is `calls_per_run` calls.
+
+    Before a timed sample the device waits for `delay_cycles`, see `timed`; 0 where the host's way is to be seen.
+    """
 
     calls_per_run: int
+    delay_cycles: int
 
     def run(self, count: int) -> None: ...
 
@@ -46,6 +54,8 @@ class EagerCalls:
     """Calls launched one by one, in turn. Each keeps its last result, so that results rotate as inputs do."""
 
     calls_per_run = 1
+    # A call shorter than its launch shows the launch.
+    delay_cycles = 0
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = calls
@@ -63,6 +73,8 @@ class GraphCalls:
 
     Raises what capturing raises; the current stream is then as before.
     """
+
+    delay_cycles = DELAY_CYCLES
 
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
         self.calls_per_run = len(calls)
@@ -116,11 +128,16 @@ def device_ms(sample: Timed[Any]) -> float:
     return sample.wall_ms if sample.gpu_ms is None else sample.gpu_ms
 
 
+def timed_run(workload: Workload, runs: int, device: torch.device) -> Timed[object]:
+    """So many runs in a row, timed as one sample."""
+    return timed(lambda: workload.run(runs), device, delay_cycles=workload.delay_cycles)
+
+
 def calibrated(workload: Workload, pace: Pace, device: torch.device) -> int:
     """Runs per sample, from one untimed and one timed round over the inputs."""
     runs = 1 if workload.calls_per_run > 1 else 3
     workload.run(runs)
-    sample = timed(lambda: workload.run(runs), device)
+    sample = timed_run(workload, runs, device)
     return runs_per_sample(device_ms(sample) / runs, pace.sample_ms)
 
 
@@ -131,8 +148,8 @@ def copy_bandwidth(device: torch.device, count: int = 20) -> CopyBandwidth:
         size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
     source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    samples = [device_ms(timed(lambda: target.copy_(source), device)) for _ in range(count + 3)]
-    return CopyBandwidth(bytes_each=source.nbytes, ms=Samples.of(samples[3:]))
+    samples = _device_samples(lambda: target.copy_(source), device, count)
+    return CopyBandwidth(bytes_each=source.nbytes, ms=samples)
 
 
 def unit_rates(dtype: torch.dtype, device: torch.device, count: int = 20) -> UnitRates | None:
@@ -142,11 +159,18 @@ def unit_rates(dtype: torch.dtype, device: torch.device, count: int = 20) -> Uni
     size = _MATRIX_SIZE
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    samples = [device_ms(timed(lambda: torch.mm(a, b, out=out), device)) for _ in range(count + 3)]
-    properties = torch.cuda.get_device_properties(device)
+    samples = _device_samples(lambda: torch.mm(a, b, out=out), device, count)
+    clock_mhz = max_sm_clock_mhz(str(device))
     return UnitRates(
         matrix_size=size,
-        matrix_ms=Samples.of(samples[3:]),
-        multiprocessors=properties.multi_processor_count,
-        clock_ghz=properties.clock_rate / 1e6,
+        matrix_ms=samples,
+        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
+        clock_ghz=None if clock_mhz is None else clock_mhz / 1e3,
+        message=NO_CLOCK if clock_mhz is None else None,
     )
+
+
+def _device_samples(call: Call, device: torch.device, count: int) -> Samples:
+    """`count` calls timed one by one after three others, launched before the device's clock starts."""
+    timings = (timed(call, device, delay_cycles=DELAY_CYCLES) for _ in range(count + 3))
+    return Samples.of([device_ms(timing) for timing in timings][3:])

@@ -37,16 +37,21 @@ class UnitRates(RecordModel):
     """What the units that limit attention do on this device, in this run.
 
     `matrix_ms`: of one product of two square matrices of `matrix_size` rows in the case's dtype. The exponential
-    unit's rate follows from the number of multiprocessors and the highest clock that the device may take.
+    unit's rate follows from the number of multiprocessors and the highest clock that the device may take; where
+    that is null, `message` says why.
     """
 
     matrix_size: int
     matrix_ms: Samples
     multiprocessors: int
-    clock_ghz: float
+    clock_ghz: float | None
+    message: str | None = None
 
     @property
-    def rates(self) -> Rates:
+    def rates(self) -> Rates | None:
+        """None where the clock is not known."""
+        if self.clock_ghz is None:
+            return None
         return Rates(2 * self.matrix_size**3 / self.matrix_ms.p50 / 1e9, self.multiprocessors, self.clock_ghz)
 
 
@@ -56,6 +61,7 @@ class KernelRecord(RecordModel):
     `ms` is of one call; each sample is the mean over `calls_per_sample` calls in a row. `clock` "device": CUDA
     events around them; "host": the host's clock, on the CPU. `mode` "eager": launched one by one, so that a call
     shorter than its launch shows the launch; "graph": `input_sets` calls captured and replayed as a CUDA graph.
+    Before a sample the device waits for `delay_cycles`, so that the host's way to the first launch is not in it.
     `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
     family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
@@ -75,6 +81,7 @@ class KernelRecord(RecordModel):
     ms: Samples | None = None
     clock: Literal["device", "host"] | None = None
     calls_per_sample: int | None = None
+    delay_cycles: int | None = None
     input_sets: int | None = None
     l2: Literal["cold", "warm"] | None = None
     first_call_ms: Milliseconds | None = None
@@ -136,8 +143,9 @@ class KernelRecord(RecordModel):
         """The least time that the matrix and exponential units allow, where their rates are known."""
         if self.unit_rates is None or (sizes := self.case.attention) is None:
             return None
-        heads = sizes.batch * sizes.heads
-        rates, polynomial = self.unit_rates.rates, self.polynomial or 0
+        if (rates := self.unit_rates.rates) is None:
+            return None
+        heads, polynomial = sizes.batch * sizes.heads, self.polynomial or 0
         return attention_bound(heads, sizes.queries, sizes.keys, sizes.head_dim, rates, polynomial)
 
     @computed_field  # type: ignore[prop-decorator]

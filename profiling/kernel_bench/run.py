@@ -11,11 +11,13 @@ import torch
 from ..cases import DType
 from ..environment import Environment
 from ..group import measuring_settings
+from ..runs import RunError
+from ..store import load_lines
 from ..timing import Deadline
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
 from .peers import PEERS
-from .records import MODES, KernelRecord, KernelStore, UnitRates
+from .records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
 from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 # Compile for tens of seconds a call, or for much longer than what is measured: only on request.
@@ -75,18 +77,43 @@ def run_jobs(
     store: KernelStore | None,
     deadline: Deadline,
     told: Callable[[Sequence[KernelRecord]], None],
+    earlier: Sequence[KernelRecord] = (),
 ) -> tuple[list[KernelRecord], bool]:
-    """The records, a job's on disk before the next begins, and whether every job was reached in time."""
-    records: list[KernelRecord] = []
+    """The records, a job's on disk before the next begins, and whether every job was reached in time.
+
+    A job of which `earlier` has all records is not measured again; of each key the last record is returned.
+    """
+    records = {record.case_key: record for record in earlier}
     for job in jobs:
+        if bench.keys(job) <= records.keys():
+            bench.skip(job)
+            continue
         if deadline.passed:
-            return records, False
+            return list(records.values()), False
         done = bench.measure(job)
         if store is not None:
             store.append(*done)
-        records += done
+        records |= {record.case_key: record for record in done}
         told(done)
-    return records, True
+    return list(records.values()), True
+
+
+def earlier_records(folder: Path, environment: Environment) -> list[KernelRecord]:
+    """The records in a bench's folder, of each key the last. Raises RunError where they cannot be added to.
+
+    Times from two environments in one folder would pass for a comparison.
+    """
+    path = folder / RECORDS_NAME
+    if not path.exists():
+        raise RunError(f"{folder} is no folder of a bench: it has no {RECORDS_NAME}; start one without --resume")
+    records = load_lines(path, KernelRecord)[0]
+    for record in records:
+        if differences := record.environment.differences(environment):
+            raise RunError(
+                f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
+                "start a new folder without --resume"
+            )
+    return list({record.case_key: record for record in records}.values())
 
 
 def write_markdown(folder: Path, text: str) -> Path:
