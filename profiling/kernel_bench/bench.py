@@ -145,7 +145,7 @@ class KernelBench:
                 lane.runs, lane.calls_per_sample = runs, runs * lane.workload.calls_per_run
         running = {lane.contestant.peer.name: lane for lane in lanes if lane.active}
 
-        def one_sample(lane: _Lane, _: int) -> Timed[object]:
+        def one_sample(lane: _Lane, *_: object) -> Timed[object]:
             workload = lane.workload
             assert workload is not None
             with lane.contestant.setting():

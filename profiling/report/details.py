@@ -143,11 +143,16 @@ def device_lines(records: Iterable[Record]) -> list[tuple[str, str]]:
 def harness_lines(records: Sequence[Record]) -> list[str]:
     """How often trajectories were repeated, in the words of each distinct setting."""
     lines = []
-    for harness in dict.fromkeys(record.harness for record in records):
-        order = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
+    for harness in dict.fromkeys(
+        # Alike but for the order of their rounds, which is in the records.
+        record.harness.model_copy(update={"order": ()})
+        for record in records
+    ):
+        beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
+        cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"
         lines.append(
             f"at least {harness.min_count} trajectories and {harness.min_seconds:g} s of them, "
-            f"after {harness.warmup_count} for warm-up{order}"
+            f"after {harness.warmup_count} for warm-up{beside}{cut}"
         )
     return lines
 
