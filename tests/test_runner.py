@@ -39,6 +39,16 @@ from ldmperf.samplers import SAMPLERS
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """What the imports made is not gone through at each of the many collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 TWICE = RepetitionRule(2, 0.0)
 BOTH: dict[str, Backend] = {"torch": OurBackend("torch"), "diffusers": DiffusersBackend()}
 
@@ -410,7 +420,7 @@ def told_times(**ms: float) -> Iterator[None]:
 
 
 def test_each_record_is_on_disk_when_its_backend_is_done(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A failed build, a wrong result, one that has its samples, one that is interrupted in its third trajectory."""
+    """A failed build, a wrong result, a failure while timed, one that has its samples, one that is interrupted."""
     store = RecordStore(tmp_path / "records.jsonl")
     on_disk: list[list[str]] = []
 
