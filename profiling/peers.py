@@ -152,13 +152,13 @@ def fuse_projections(unet: Any) -> None:
         for name, parts in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
             fused = getattr(attention, name, None)
             if isinstance(fused, torch.nn.Linear):
-                joined = _side_by_side([getattr(attention, part).weight for part in parts])
+                joined = side_by_side([getattr(attention, part).weight for part in parts])
                 if joined is not None:
                     fused.weight = torch.nn.Parameter(joined, requires_grad=False)
                 fused.requires_grad_(False)
 
 
-def _side_by_side(weights: list[Tensor]) -> Tensor | None:
+def side_by_side(weights: list[Tensor]) -> Tensor | None:
     """Matrices that follow each other in one memory, as one matrix on it; None where they do not."""
     first = weights[0]
     end = first.data_ptr()
