@@ -140,7 +140,7 @@ def test_terminal_markdown_page_and_chart_show_it(
     for shown in (printed, markdown):
         assert "What each rung gains, at each size" in shown
         assert "Measured cost of a step relative to 866M, beside the paper's" in shown
-        assert "4.00x" in shown
+        assert "1.25x" in shown
         assert "Where a step's device time goes: ms (launches)" in shown
     assert re.search(r"39M +graph +2\.000 +4\.00x +10\.00x +394 +1\.0% +1\.500", printed)
     paths = write_report(records, 0, tmp_path)
