@@ -571,6 +571,21 @@ def test_what_has_no_sample_at_the_deadline_has_no_record(tiny_checkpoint: Path)
         deadline = Deadline(seconds, clock)
         assert profile(cases, rule=TWICE, backends=BOTH, listener=clock, deadline=deadline) == []
         assert clock.heard == [("torch", "first call"), ("diffusers", "first call")][:heard]
+    # Nor is a reference computed that no sample would be compared with.
+    clock = Clock()
+    wide: list[torch.dtype] = []
+
+    class Noted:
+        implementation = "diffusers"
+
+        def build(self, problem: Problem) -> Trajectory:
+            wide.append(problem.unet.dtype)
+            return DiffusersBackend().build(problem)
+
+    case = tiny_case(tiny_checkpoint, dtype="bfloat16")
+    backends = BOTH | {"diffusers": Noted()}
+    assert profile([case], rule=TWICE, backends=backends, listener=clock, deadline=Deadline(0.5, clock)) == []
+    assert wide == []
     # One sample of the two: the other backend has none.
     clock = Clock()
     deadline = Deadline(2.5, clock)
