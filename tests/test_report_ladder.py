@@ -142,7 +142,7 @@ def test_terminal_markdown_page_and_chart_show_it(
         assert "Measured cost of a step relative to 866M, beside the paper's" in shown
         assert "1.25x" in shown
         assert "Where a step's device time goes: ms (launches)" in shown
-    assert re.search(r"39M +graph +2\.000 +4\.00x +10\.00x +394 +1\.0% +1\.500", printed)
+    assert re.search(r"39M +graph +2\.000 +1\.25x +10\.00x +394 +1\.0% +1\.500", printed)
     paths = write_report(records, 0, tmp_path)
     assert {"ladder.png", "ladder.svg"} <= {path.name for path in paths}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
