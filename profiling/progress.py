@@ -94,7 +94,8 @@ class ProgressLines:
         deadline: Deadline | None = None,
     ) -> None:
         self._console = console
-        self._remaining = Remaining(cases, rule, deadline=deadline)
+        self._deadline = deadline or Deadline(None)
+        self._remaining = Remaining(cases, rule, deadline=self._deadline)
         self._total = len(groups(cases))
         self._number = 0
         self._in_flight: list[Case] = []
@@ -147,7 +148,7 @@ class ProgressLines:
         for case in self._in_flight:
             self._write(f"    {case.backend}: no time was left; no record")
         if self._number < self._total:
-            left = readable(self._remaining.seconds)
+            left = "the time is up" if self._deadline.passed else readable(self._remaining.seconds)
             self._write(f"    {self._total - self._number} to go" + (f", {left}" if left else ""))
 
     def _write(self, line: str) -> None:
