@@ -66,6 +66,10 @@ def test_what_was_cut_short_is_said(make_record: MakeRecord) -> None:
         "at least 3 trajectories and 0 s of them, after 0 for warm-up; timed in turn: torch, diffusers"
         f"{cut}" for cut in ("; cut short by --seconds", "")
     ]  # fmt: skip
+    # Of those that have a time, where one has.
+    failed = make_record(status="oom", harness=harness.model_copy(update={"warmup_count": 9}))
+    assert harness_lines([*records, failed]) == harness_lines(records)
+    assert harness_lines([failed]) != []
     ordered = [r.model_copy(update={"harness": r.harness.model_copy(update={"order": ((b,),)})})
                for r, b in zip(others, "abc", strict=True)]  # fmt: skip
     assert len(harness_lines(ordered)) == 1

@@ -145,11 +145,9 @@ def device_lines(records: Iterable[Record]) -> list[tuple[str, str]]:
 def harness_lines(records: Sequence[Record]) -> list[str]:
     """How often trajectories were repeated, in the words of each distinct setting."""
     lines = []
-    for harness in dict.fromkeys(
-        # Alike but for the order of their rounds, which is in the records.
-        record.harness.model_copy(update={"order": ()})
-        for record in records
-    ):
+    timed = [record for record in records if record.wall_ms is not None] or records
+    # Alike but for the order of their rounds, which is in the records.
+    for harness in dict.fromkeys(record.harness.model_copy(update={"order": ()}) for record in timed):
         beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
         cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"
         lines.append(
