@@ -184,8 +184,8 @@ class Group:
             begun.append(lane)
             with lane.graph_memory_counted():
                 self._build_and_call(lane, problem)
+            self._record_failed()
         self.lanes = {lane.case.backend: lane for lane in begun}
-        self._record_failed()
         if not self.deadline.passed:
             self._check_first_calls(problem)
             self._record_failed()
@@ -198,7 +198,7 @@ class Group:
                 with lane.graph_memory_counted():
                     self._warm_up(lane, problem)
                 lane.take_phases()
-        self._record_failed()
+                self._record_failed()
         if problem.plan.stochastic:
             # A capture gives memory back too, that of those that are warm already.
             self._unsettle()

@@ -441,7 +441,7 @@ def test_each_record_is_on_disk_when_its_backend_is_done(tiny_checkpoint: Path, 
     with pytest.raises(KeyboardInterrupt), told_times(done=5e3):
         profile(cases, rule=RepetitionRule(2, 1.0), store=store, backends=backends)
     # The first call; the first round; the second, before `broken` failed in it or after; the third.
-    assert on_disk[:2] == [[], ["missing", "wrong"]]
+    assert on_disk[:2] == [["missing"], ["missing", "wrong"]]
     assert on_disk[3] == ["missing", "wrong", "broken", "done"]
     kept = {record.case.backend: record for record in store.load()}
     assert {name: record.status for name, record in kept.items()} == {
