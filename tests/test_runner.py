@@ -515,12 +515,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
+        self.began = 0
         self.heard: list[tuple[str, str]] = []
 
     def __call__(self) -> float:
         return self.now
 
-    def begin(self, cases: Sequence[Case]) -> None: ...
+    def begin(self, cases: Sequence[Case]) -> None:
+        self.began += 1
 
     def ran(self, case: Case, phase: str) -> None:
         self.now += 1.0
@@ -547,6 +549,8 @@ def test_what_has_a_sample_at_the_deadline_is_checked_and_recorded_as_cut_short(
         deadline=Deadline(5.5, clock),
     )
     assert [record.case for record in records] == first
+    # Of the next group not even the network is made.
+    assert clock.began == 1
     for record in records:
         assert (record.status, record.harness.stopped_by, record.harness.min_count) == ("ok", "seconds", 5)
         assert record.correctness is not None
