@@ -83,6 +83,16 @@ class Phased(Protocol):
         ...
 
 
+@runtime_checkable
+class Configured(Protocol):
+    """A backend with settings that its name does not tell."""
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Each as people would write it down: a name, or name=value."""
+        ...
+
+
 @dataclass(frozen=True)
 class OurBackend:
     """Our network and `sample`, eager. `operators` is the kernels' backend; hoisted, what a trajectory keeps is
@@ -128,10 +138,12 @@ class OurBackend:
 
 @dataclass(frozen=True)
 class GraphBackend:
-    """Ours with everything: the kernels, hoisted, merged, every step the replay of one captured graph."""
+    """Ours with everything: the kernels, hoisted, every step the replay of one captured graph; `products` as of
+    `UNet`, "auto" merges them with norms and gates."""
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
+    products: Literal["auto", "torch", "triton"] = "auto"
     implementation = "torch"
 
     def build(self, problem: Problem) -> Trajectory:
@@ -140,17 +152,17 @@ class GraphBackend:
             graphs.check(torch.device(problem.case.device))
         except CaptureError as reason:
             raise Unsupported(str(reason)) from None
-        return GraphTrajectory(problem, self.operators, graphs)
+        return GraphTrajectory(problem, self.operators, self.products, graphs)
 
 
 class GraphTrajectory:
     """Of `GraphBackend`; the first call captures. One capture is kept: that of a stochastic plan with injected
     noise is another, which a check needs and whose memory a timed run must not hold."""
 
-    def __init__(self, problem: Problem, operators: str, graphs: Graphs) -> None:
+    def __init__(self, problem: Problem, operators: str, products: str, graphs: Graphs) -> None:
         self._problem = problem
         self._timesteps = [step.timestep for step in problem.plan.steps]
-        self._unet = our_unet(problem, operators, "auto")
+        self._unet = our_unet(problem, operators, products)
         self._constants = kept_constants(self._unet)
         self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
             self._denoise, max_captures=1, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
@@ -217,5 +229,6 @@ def default_backends() -> dict[str, Backend]:
         "triton": OurBackend("triton", is_hoisted=False),
         "triton+hoist": OurBackend("triton"),
         "triton+hoist+merge": OurBackend("triton", products="auto"),
+        "graph+separate": GraphBackend(products="torch"),
         "graph": GraphBackend(),
     }

@@ -28,6 +28,7 @@ BACKENDS = (
     "triton",
     "triton+hoist",
     "triton+hoist+merge",
+    "graph+separate",
     "graph",
 )
 # What is measured unless told.
@@ -169,7 +170,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # Every backend at four sizes across the family, for what each rung is worth.
     "ladder": Preset(
-        (replace(_GPU, unets=("866M", "39M", "145M", "5B"), backends=BACKENDS),),
+        (replace(_GPU, unets=("866M", "39M", "145M", "5B"), steps=(20,), backends=BACKENDS),),
         RepetitionRule(5, 2.0),
     ),
 }
@@ -293,6 +294,18 @@ def device_named(text: str) -> str:
     if text != "cpu" and (torch.device(text).index or 0) >= torch.cuda.device_count():
         raise CaseError(f"--device: {text} is not here ({torch.cuda.device_count()} CUDA devices); choose cpu")
     return text
+
+
+def check_devices(preset: str, cases: Iterable[Case]) -> None:
+    """Raises CaseError where a device of the preset's cases is not here, before anything runs."""
+    for name in dict.fromkeys(case.device for case in cases):
+        try:
+            device_named(name)
+        except CaseError:
+            raise CaseError(
+                f"--preset {preset} needs a GPU and {name} is not here; on this machine name --preset cpu, "
+                "or --device cpu"
+            ) from None
 
 
 def _checkpoint(text: str) -> str:

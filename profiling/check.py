@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from ldmperf.model import UNet
 from ldmperf.samplers import initial_noise
 
 from .backends import Backend, Inputs, Problem, Unsupported
 from .cases import DType
+from .environment import Environment
+from .store import write_whole
 from .timing import timed
 
 # Relative RMS error of the final latents that passes. Right implementations differ by rounding alone: over guided
@@ -76,26 +84,100 @@ class Reference:
     ms: float | None
 
 
-def compute_reference(problem: Problem, implementation: str, backends: Mapping[str, Backend]) -> Reference:
-    """The check's trajectory by another implementation than `implementation`, in float32.
+class References:
+    """Float32 references by what they depend on, each computed once a profile; in a folder, once for all of them.
 
-    The case's own weights and inputs, as rounded to its dtype, are taken up to float32: the error is that of the
-    arithmetic. Without diffusers ours is compared with itself in a wider dtype: float64 for a float32 case.
+    folder: where references of the family are kept, or None. code: what the result depends on beside the case, as
+    text (commit, versions, device); None where that is not known (changed files): then nothing is kept on disk.
     """
-    other = "diffusers" if implementation == "torch" else "torch"
-    dtype = torch.float32
-    try:
-        return _run(problem, other, dtype, backends)
-    except Unsupported:
-        if implementation != "torch":
-            raise
-        dtype = torch.float64 if problem.unet.dtype == torch.float32 else torch.float32
-        return _run(problem, "torch", dtype, backends)
+
+    def __init__(self, folder: Path | None = None, code: str | None = None) -> None:
+        self._folder = folder if code is not None else None
+        self._code = code
+        self._known: dict[str, Reference] = {}
+        self._wide: tuple[UNet, UNet] | None = None
+
+    def get(self, problem: Problem, implementation: str, backends: Mapping[str, Backend]) -> Reference:
+        """The check's trajectory by another implementation than `implementation`, in float32.
+
+        The case's own weights and inputs, as rounded to its dtype, are taken up to float32: the error is that of
+        the arithmetic. Without diffusers ours is compared with itself in a wider dtype: float64 for a float32
+        case. One that was kept has no time.
+        """
+        key = f"{problem.case.group_key} beside={implementation}"
+        if key not in self._known:
+            # A checkpoint's file may have changed.
+            path = None if self._folder is None or problem.case.is_checkpoint else self._path(key)
+            found = None if path is None else self._read(path, key)
+            if found is None:
+                found = self._compute(problem, implementation, backends)
+                if path is not None:
+                    self._write(path, key, found)
+            self._known[key] = found
+            return found
+        return replace(self._known[key], ms=None)
+
+    def release(self) -> None:
+        """Gives up the network in float32, which is kept between the references of a group and no longer.
+
+        It may be twice as large as the one that is measured, whose peak memory it would be in; making it anew is a
+        pass over the weights.
+        """
+        self._wide = None
+
+    def _compute(self, problem: Problem, implementation: str, backends: Mapping[str, Backend]) -> Reference:
+        other = "diffusers" if implementation == "torch" else "torch"
+        dtype = torch.float32
+        try:
+            return self._run(problem, other, dtype, backends)
+        except Unsupported:
+            if implementation != "torch":
+                raise
+            dtype = torch.float64 if problem.unet.dtype == torch.float32 else torch.float32
+            return self._run(problem, "torch", dtype, backends)
+
+    def _run(self, problem: Problem, name: str, dtype: torch.dtype, backends: Mapping[str, Backend]) -> Reference:
+        trajectory = backends[name].build(replace(problem, unet=self._widened(problem.unet, dtype)))
+        inputs = check_inputs(problem).to(dtype)
+        result = timed(lambda: trajectory(inputs), torch.device(problem.case.device))
+        return Reference(
+            f"{name} {str(dtype).removeprefix('torch.')}", result.value.double().cpu(), result.wall_ms
+        )
+
+    def _widened(self, unet: UNet, dtype: torch.dtype) -> UNet:
+        if unet.dtype == dtype:
+            return unet
+        if self._wide is None or self._wide[0] is not unet or self._wide[1].dtype != dtype:
+            self._wide = None
+            self._wide = (unet, copy.deepcopy(unet).to(dtype))
+        return self._wide[1]
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        digest = hashlib.sha256(f"{key} {self._code}".encode()).hexdigest()
+        return self._folder / f"{digest[:32]}.safetensors"
+
+    def _read(self, path: Path, key: str) -> Reference | None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                told = file.metadata() or {}
+                if (told.get("key"), told.get("code")) != (key, self._code):
+                    return None
+                return Reference(told["name"], file.get_tensor("latents"), None)
+        except (OSError, SafetensorError):
+            # None yet, or torn: it is computed anew.
+            return None
+
+    def _write(self, path: Path, key: str, reference: Reference) -> None:
+        told = {"key": key, "code": str(self._code), "name": reference.name}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save({"latents": reference.latents.contiguous()}, metadata=told))
 
 
-def _run(problem: Problem, name: str, dtype: torch.dtype, backends: Mapping[str, Backend]) -> Reference:
-    unet = problem.unet if problem.unet.dtype == dtype else copy.deepcopy(problem.unet).to(dtype)
-    trajectory = backends[name].build(replace(problem, unet=unet))
-    inputs = check_inputs(problem).to(dtype)
-    result = timed(lambda: trajectory(inputs), torch.device(problem.case.device))
-    return Reference(f"{name} {str(dtype).removeprefix('torch.')}", result.value.double().cpu(), result.wall_ms)
+def code_identity(environment: Environment) -> str | None:
+    """What a reference depends on beside its case; None where files of the checkout have changed."""
+    if environment.git_commit is None or environment.git_dirty:
+        return None
+    gpu = None if environment.gpu is None else environment.gpu.name
+    versions = (environment.torch, environment.diffusers, environment.cudnn)
+    return json.dumps((environment.git_commit, *versions, gpu, environment.cpu))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -18,6 +20,7 @@ from .cases import (
     CaseError,
     Choices,
     best_device,
+    check_devices,
     device_named,
     preset_named,
     select_cases,
@@ -26,7 +29,7 @@ from .kernel_bench.cli import kernels
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.cli import InspectError, inspect
-from .timing import RepetitionRule
+from .timing import Deadline, RepetitionRule
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -91,24 +94,34 @@ def profile(
     ] = None,
     min_count: Annotated[int | None, typer.Option(help="Timed trajectories of each case, at least.")] = None,
     min_seconds: Annotated[float | None, typer.Option(help="Timed seconds of each case, at least.")] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Begin no case and no trajectory after so long; --resume takes up the rest."),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="Where float32 references are kept and found; in the run folder unless told."),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
 ) -> None:
     """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
 
     Without options it takes the preset for this machine; options replace the preset's lists, and their product is
-    measured. Exit code 1 when a case ended as error or incorrect, or none as ok; oom and unsupported are data.
+    measured. Exit code 1 when a case ended as error or incorrect, none as ok, or no record was made in --seconds;
+    oom and unsupported are data.
 
     \b
     Examples:
       ldmperf profile
       ldmperf profile --size 39M,866M --steps 4,20,50 --batch 1,8 --dtype bfloat16
       ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
-      ldmperf profile --preset ladder --size 866M
+      ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --resume
     """
     if schema:
         typer.echo(json.dumps(record_schema(), indent=2))
         return
+    deadline = Deadline(seconds)
     choices = Choices(
         **{
             name: tuple(values or ())
@@ -132,7 +145,7 @@ def profile(
     else:
         folder = find_run(out, resume)
         cases, rule = _resumed(folder, choices, preset, min_count, min_seconds)
-    _run(folder, cases, rule)
+    _run(folder, cases, rule, deadline, references or folder / "references")
 
 
 @app.command()
@@ -203,6 +216,7 @@ def _chosen(
     devices = ",".join(choices.device) or best_device()
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
+    check_devices(name, cases)
     return cases, _rule(preset_named(name).rule, min_count, min_seconds)
 
 
@@ -244,29 +258,58 @@ def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
         raise
 
 
-def _run(folder: Path, cases: list[Case], rule: RepetitionRule) -> None:
+def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
     """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
     from .progress import ProgressLines
     from .runner import profile as measure
 
     errors = Console(stderr=True)
+    go_on = f"go on with: ldmperf profile --resume {folder}"
     try:
         store = RecordStore(folder / RECORDS_NAME)
-        recorded = {record.case_key for record in store.load()}
+        # What was cut short is measured again.
+        recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
         left = [case for case in cases if case.key not in recorded]
         errors.print(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded", soft_wrap=True)
-        with ProgressLines(errors, left, rule) as lines:
-            measure(left, rule=rule, store=store, listener=lines)
+        with _terminated_as_interrupted(), ProgressLines(errors, left, rule, deadline) as lines:
+            made = measure(
+                cases,
+                rule=rule,
+                store=store,
+                skip=recorded,
+                listener=lines,
+                deadline=deadline,
+                references=references,
+            )
     except KeyboardInterrupt:
-        _stop(f"stopped; what was measured is in {folder}; go on with: ldmperf profile --resume {folder}", 130)
+        _stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
     except OSError as failure:
-        _stop(
-            f"cannot write to {folder} ({failure.strerror}); then go on with: ldmperf profile --resume {folder}", 1
-        )
+        _stop(f"cannot write to {folder} ({failure.strerror}); then {go_on}", 1)
     records = _report(folder)
+    if left and not made:
+        _stop(f"no case was done within --seconds; give more, and {go_on}", 1)
     statuses = {record.status for record in records}
     if statuses & {"error", "incorrect"} or "ok" not in statuses:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a profile as Ctrl-C does: it says where its records are."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        # Not the main thread: signals are somebody else's.
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(folder: Path) -> list[Record]:

@@ -1,7 +1,8 @@
 """One group of cases that differ only in the backend: built, checked, timed in turn, checked again, recorded.
 
-The last timed round runs on the check's inputs, so what was timed is what was checked; where a stochastic sampler
-needs injected noise for that, the second check is a round of its own, untimed.
+The last timed trajectory of each runs on the check's inputs, so what was timed is what was checked; where a
+stochastic sampler needs injected noise for that, the second check is a trajectory of its own, untimed. A backend
+that has its samples leaves the rotation and is recorded at once.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from ldmperf.model import UNet
 from ldmperf.samplers import NoiseSchedule, make_plan
 
-from .backends import Backend, Problem, Unsupported
+from .backends import Backend, Configured, Problem, Unsupported
 from .cases import Case
-from .check import Reference, check_inputs, compute_reference, make_inputs
+from .check import Reference, References, check_inputs, make_inputs
 from .environment import DeviceState, Environment, device_state
 from .flops import count_gflop, count_parameters
 from .lane import Lane, release_memory
 from .network import make_network
 from .records import Harness, Phases, Record, Samples, utc_now
-from .timing import RepetitionRule, Timed, garbage_collection_paused, interleave
+from .timing import Deadline, RepetitionRule, Timed, Times, garbage_collection_paused, interleave
 
 # The scheduler of Stable Diffusion 1 and 2; each diffusers class and each plan takes what it knows from it.
 SCHEDULER_CONFIG: Mapping[str, object] = {
@@ -93,6 +94,15 @@ class Networks:
         return self._kept[1:]
 
 
+def make_problem(case: Case, unet: UNet) -> Problem:
+    """The case's trajectory on that network; raises `Unsupported` for steps that the sampler cannot take."""
+    try:
+        plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
+    except ValueError as refusal:
+        raise Unsupported(str(refusal)) from None
+    return Problem(case, unet, plan, SCHEDULER_CONFIG)
+
+
 @dataclass
 class _Shared:
     """What the records of a group have in common."""
@@ -106,58 +116,92 @@ class _Shared:
 
 
 class Group:
-    """The cases, what they share, and a lane for each."""
+    """The cases, what they share, and a lane for each.
+
+    recorded: called with the record of each lane as soon as that lane is done, failed or not. What `deadline` left
+    no time to begin, or to take a single sample of, has no record.
+    """
 
     def __init__(
-        self, cases: Sequence[Case], rule: RepetitionRule, ran: Ran, backends: Mapping[str, Backend]
+        self,
+        cases: Sequence[Case],
+        rule: RepetitionRule,
+        backends: Mapping[str, Backend],
+        environment: Environment,
+        references: References,
+        *,
+        ran: Ran,
+        recorded: Callable[[Record], None],
+        deadline: Deadline,
     ) -> None:
         self.case = cases[0]
         self.rule = rule
-        self.ran = ran
         self.backends = backends
+        self.environment = environment
+        self.kept_references = references
+        self.ran = ran
+        self.recorded = recorded
+        self.deadline = deadline
         self.lanes = {case.backend: Lane(case, backends[case.backend]) for case in cases}
         self.references: dict[str, Reference] = {}
+        self.shared = _Shared(utc_now(), device_state(self.case.device))
+        # Whose next trajectory would pay for memory that was given back.
+        self.unsettled: set[str] = set()
 
     @property
     def active(self) -> list[Lane]:
-        return [lane for lane in self.lanes.values() if lane.active]
+        """The lanes that are not done and have not failed."""
+        return [lane for lane in self.lanes.values() if lane.active and not lane.is_recorded]
 
-    def measure(self, networks: Networks, environment: Environment) -> list[Record]:
-        """The records of all lanes; only an interrupt is raised."""
-        shared = _Shared(utc_now(), device_state(self.case.device))
+    def measure(self, networks: Networks) -> None:
+        """Measures all lanes; only an interrupt is raised."""
         forget_compiled()
         try:
-            problem = self._problem(networks, shared)
+            problem = self._problem(networks)
         except Exception as error:
             for lane in self.lanes.values():
                 lane.fail_with(error)
         else:
-            for lane in self.lanes.values():
-                with lane.graph_memory_counted():
-                    self._build_and_call(lane, problem)
+            self._prepare(problem)
+            self._time(problem)
+        self._record_failed()
+
+    def _problem(self, networks: Networks) -> Problem:
+        case, shared = self.case, self.shared
+        unet, shared.weights_ms = networks.get(case)
+        problem = make_problem(case, unet)
+        shared.evaluations = len(problem.plan.steps)
+        shared.parameters = count_parameters(unet.config)
+        shared.gflop = count_gflop(unet.config, case.latent_height, case.latent_width, case.context_tokens)
+        return problem
+
+    def _prepare(self, problem: Problem) -> None:
+        """Builds, calls once, checks and warms up, so that nothing but timing is left."""
+        begun = []
+        for lane in self.lanes.values():
+            if self.deadline.passed:
+                break
+            begun.append(lane)
+            with lane.graph_memory_counted():
+                self._build_and_call(lane, problem)
+            self._record_failed()
+        self.lanes = {lane.case.backend: lane for lane in begun}
+        if not self.deadline.passed:
             self._check_first_calls(problem)
+            self._record_failed()
+        release_memory()
+        for _ in range(warmup_rounds(self.case)):
             for lane in self.active:
+                if self.deadline.passed:
+                    break
                 # A stochastic sampler's check was captured with given noise: what is timed is captured now.
                 with lane.graph_memory_counted():
                     self._warm_up(lane, problem)
                 lane.take_phases()
-            release_memory()
-            self._time_and_check(problem)
-            for lane in self.active:
-                lane.run_traced(make_inputs(problem, 0), len(problem.plan.steps))
-        return self._records(shared, environment)
-
-    def _problem(self, networks: Networks, shared: _Shared) -> Problem:
-        case = self.case
-        unet, shared.weights_ms = networks.get(case)
-        try:
-            plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
-        except ValueError as refusal:
-            raise Unsupported(str(refusal)) from None
-        shared.evaluations = len(plan.steps)
-        shared.parameters = count_parameters(unet.config)
-        shared.gflop = count_gflop(unet.config, case.latent_height, case.latent_width, case.context_tokens)
-        return Problem(case, unet, plan, SCHEDULER_CONFIG)
+                self._record_failed()
+        if problem.plan.stochastic:
+            # A capture gives memory back too, that of those that are warm already.
+            self._unsettle()
 
     def _build_and_call(self, lane: Lane, problem: Problem) -> None:
         start = time.perf_counter()
@@ -178,12 +222,13 @@ class Group:
             reference = lane.attempt(partial(self._reference, lane, problem))
             if reference is not None:
                 self.references[lane.case.backend] = reference
+        self.kept_references.release()
         for lane in self.active:
             assert lane.latents is not None
             lane.check(lane.latents, self.references[lane.case.backend], "before")
 
     def _reference(self, lane: Lane, problem: Problem) -> Reference:
-        """By another implementation: in float32 its own first call serves, else it is computed, once a group."""
+        """By another implementation: in float32 its own first call serves, else it is computed, once a profile."""
         implementation = lane.backend.implementation
         if problem.case.dtype == "float32":
             for name, other in self.lanes.items():
@@ -193,90 +238,121 @@ class Group:
         for name, known in self.references.items():
             if self.lanes[name].backend.implementation == implementation:
                 return known
-        return compute_reference(problem, implementation, self.backends)
-
-    @staticmethod
-    def _run(lane: Lane, problem: Problem, number: int) -> Timed[Tensor]:
-        return lane.run(make_inputs(problem, number))
+        return self.kept_references.get(problem, implementation, self.backends)
 
     def _warm_up(self, lane: Lane, problem: Problem) -> None:
-        for number in range(warmup_rounds(self.case)):
-            warm = lane.attempt(partial(self._run, lane, problem, number))
-            if warm is not None:
-                lane.phases["warmup_ms"] = lane.phases.get("warmup_ms", 0.0) + warm.wall_ms
-                self.ran(lane.case, "warm-up")
+        lane.attempt(lambda: lane.warm_up(make_inputs(problem, 0)))
+        if lane.active:
+            self.ran(lane.case, "warm-up")
+        else:
+            self._unsettle()
 
-    def _time_and_check(self, problem: Problem) -> None:
-        stochastic = problem.plan.stochastic
-        first_round = warmup_rounds(self.case)
+    def _unsettle(self) -> None:
+        """Memory was given back: nobody's next trajectory is a sample, where that costs (on a GPU)."""
+        if warmup_rounds(self.case):
+            self.unsettled = {lane.case.backend for lane in self.active}
 
-        def run_once(lane: Lane) -> Callable[[int], Timed[object]]:
-            def once(number: int) -> Timed[object]:
-                sample = lane.run_measured(make_inputs(problem, first_round + number))
-                self.ran(lane.case, "timing")
-                return Timed(None, sample.wall_ms, sample.gpu_ms)
+    def _sample(self, lane: Lane, problem: Problem, number: int, is_last: bool) -> Timed[object]:
+        if lane.case.backend in self.unsettled:
+            lane.warm_up(make_inputs(problem, 0))
+            self.unsettled.discard(lane.case.backend)
+        if not is_last:
+            sample = lane.run_measured(make_inputs(problem, 1 + number))
+        else:
+            sample = lane.run_measured(check_inputs(problem))
+            lane.last_latents = sample.value.double().cpu()
+        self.ran(lane.case, "check" if is_last else "timing")
+        return Timed(None, sample.wall_ms, sample.gpu_ms)
 
-            return once
+    def _time(self, problem: Problem) -> None:
+        # With noise that is given a stochastic sampler's check is no run of those that are timed.
+        closing = not problem.plan.stochastic
+        times: dict[str, Times] = {}
 
-        def run_last(lane: Lane) -> Timed[Tensor]:
-            # With noise that is given it is no run of those that are timed, whose memory counts.
-            run = lane.run if stochastic else lane.run_measured
-            sample = run(check_inputs(problem))
-            return Timed(sample.value.double().cpu(), sample.wall_ms, sample.gpu_ms)
+        def on_failure(name: str, error: Exception) -> None:
+            self.lanes[name].fail_with(error)
+            self._unsettle()
+            self._record_failed()
+
+        def on_done(names: Sequence[str]) -> None:
+            for name in names:
+                self._finish(self.lanes[name], times[name], problem)
 
         with garbage_collection_paused():
-            times = interleave(
-                {name: run_once(lane) for name, lane in self.lanes.items() if lane.active},
+            interleave(
+                {lane.case.backend: partial(self._sample, lane, problem) for lane in self.active},
                 self.rule,
-                lambda name, error: self.lanes[name].fail_with(error),
-                to_come=0 if stochastic else 1,
+                on_failure,
+                closing=closing,
+                on_done=on_done,
+                deadline=self.deadline,
+                times=times,
             )
-            last = [(lane, lane.attempt(partial(run_last, lane))) for lane in self.active]
-        for lane, sample in last:
-            if sample is None:
-                continue
-            lane.times = times[lane.case.backend]
-            if not stochastic:
-                lane.times.add(sample)
-            self.ran(lane.case, "check")
-            lane.check(sample.value, self.references[lane.case.backend], "after")
+            for lane in self.active:
+                taken = times[lane.case.backend]
+                if not taken.wall_ms:
+                    continue
+                if closing:
+                    last = lane.attempt(partial(self._sample, lane, problem, len(taken.wall_ms), True))
+                    if last is None:
+                        continue
+                    taken.add(last)
+                    taken.order.append((lane.case.backend,))
+                self._finish(lane, taken, problem, stopped_by="seconds")
 
-    def _records(self, shared: _Shared, environment: Environment) -> list[Record]:
-        after = device_state(self.case.device)
-        timed_lanes = tuple(name for name, lane in self.lanes.items() if lane.active)
-        harness = Harness(
-            min_count=self.rule.min_count,
-            min_seconds=self.rule.min_seconds,
-            warmup_count=warmup_rounds(self.case),
-            interleaved=timed_lanes,
-        )
-        records = []
+    def _finish(
+        self, lane: Lane, times: Times, problem: Problem, stopped_by: Literal["seconds"] | None = None
+    ) -> None:
+        """Checks a lane that has its samples again, and records it."""
+        lane.times = times
+        if lane.last_latents is None:
+            lane.last_latents = lane.attempt(lambda: lane.run(check_inputs(problem)).value.double().cpu())
+            self.ran(lane.case, "check")
+            self._unsettle()
+        if lane.last_latents is not None:
+            lane.check(lane.last_latents, self.references[lane.case.backend], "after")
+        self._record(lane, stopped_by)
+
+    def _record_failed(self) -> None:
         for lane in self.lanes.values():
-            reference = self.references.get(lane.case.backend)
-            records.append(
-                Record(
-                    case_key=lane.case.key,
-                    case=lane.case,
-                    status=lane.status,
-                    message=lane.message,
-                    correctness=lane.correctness,
-                    wall_ms=Samples.of(lane.times.wall_ms) if lane.active else None,
-                    gpu_ms=Samples.of(lane.times.gpu_ms) if lane.active and lane.times.gpu_ms else None,
-                    phases=Phases(
-                        weights_ms=shared.weights_ms,
-                        reference_ms=None if reference is None else reference.ms,
-                        **lane.phases,
-                    ),
-                    parameters=shared.parameters,
-                    gflop_per_forward=shared.gflop,
-                    evaluations=shared.evaluations,
-                    peak_memory_bytes=lane.peak_memory_bytes,
-                    trace=lane.trace if lane.active else None,
-                    device_before=shared.before,
-                    device_after=after,
-                    environment=environment,
-                    harness=harness,
-                    started_at=shared.started_at,
-                )
+            if not lane.active and not lane.is_recorded:
+                self._record(lane)
+
+    def _record(self, lane: Lane, stopped_by: Literal["seconds"] | None = None) -> None:
+        shared, times = self.shared, lane.times
+        reference = self.references.get(lane.case.backend)
+        beside = {name for order in times.order for name in order}
+        lane.is_recorded = True
+        self.recorded(
+            Record(
+                case_key=lane.case.key,
+                case=lane.case,
+                status=lane.status,
+                message=lane.message,
+                correctness=lane.correctness,
+                wall_ms=Samples.of(times.wall_ms) if lane.active else None,
+                gpu_ms=Samples.of(times.gpu_ms) if lane.active and times.gpu_ms else None,
+                phases=Phases(
+                    weights_ms=shared.weights_ms,
+                    reference_ms=None if reference is None else reference.ms,
+                    **lane.phases,
+                ),
+                parameters=shared.parameters,
+                gflop_per_forward=shared.gflop,
+                evaluations=shared.evaluations,
+                peak_memory_bytes=lane.peak_memory_bytes,
+                settings=lane.backend.settings if isinstance(lane.backend, Configured) else (),
+                device_before=shared.before,
+                device_after=device_state(self.case.device),
+                environment=self.environment,
+                harness=Harness(
+                    min_count=self.rule.min_count,
+                    min_seconds=self.rule.min_seconds,
+                    warmup_count=lane.warmup_count,
+                    interleaved=tuple(name for name in self.lanes if name in beside),
+                    order=tuple(times.order),
+                    stopped_by=stopped_by,
+                ),
+                started_at=shared.started_at,
             )
-        return records
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,9 +19,8 @@ from ldmperf.model import UnsupportedConfig
 from .backends import Backend, Inputs, Phased, Trajectory, Unsupported
 from .cases import Case
 from .check import TOLERANCES, Reference, relative_rms
-from .records import Correctness, Status, Trace
+from .records import Correctness, Status
 from .timing import Timed, Times, timed
-from .trace import traced
 
 T = TypeVar("T")
 
@@ -116,15 +114,18 @@ class Lane(Outcome):
     error_after: float | None = None
     times: Times = field(default_factory=Times)
     peak_memory_bytes: int | None = None
-    trace: Trace | None = None
     graph_memory_bytes: int = 0
+    warmup_count: int = 0
+    # Of the check's inputs, run after or as the last of the timed trajectories.
+    last_latents: Tensor | None = None
+    is_recorded: bool = False
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.case.device)
 
     def release(self) -> None:
-        self.trajectory = self.latents = None
+        self.trajectory = self.latents = self.last_latents = None
 
     def run(self, inputs: Inputs) -> Timed[Tensor]:
         """One trajectory, on both clocks."""
@@ -150,23 +151,15 @@ class Lane(Outcome):
         yield
         self.graph_memory_bytes += max(graph_memory(self.device) - before, 0)
 
+    def warm_up(self, inputs: Inputs) -> None:
+        """One trajectory that is no sample, as what was freed has to be allocated again and captured anew."""
+        self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + self.run(inputs).wall_ms
+        self.warmup_count += 1
+
     def take_phases(self) -> None:
         """What the trajectory tells of its preparation."""
         if isinstance(self.trajectory, Phased):
             self.phases.update(self.trajectory.phases)
-
-    def run_traced(self, inputs: Inputs, evaluations: int) -> None:
-        """One trajectory under the profiler, untimed; where that fails there is a warning and no trace."""
-        trajectory = self.trajectory
-        assert trajectory is not None
-        if self.device.type != "cuda":
-            return
-        try:
-            # Once before: what it has to prepare is not to be traced.
-            trajectory(inputs)
-            self.trace = traced(lambda: trajectory(inputs), self.device, evaluations)
-        except Exception as error:
-            warnings.warn(f"{self.case.key}: no trace ({failure(error)[1]})", stacklevel=2)
 
     def check(self, latents: Tensor, reference: Reference, when: Literal["before", "after"]) -> None:
         """Compares final latents with the reference's; a wrong result ends this lane."""

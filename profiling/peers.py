@@ -31,16 +31,37 @@ SCHEDULERS = {
 }
 
 
+CompileMode = Literal["reduce-overhead", "max-autotune"]
+
+# Of the public recipe github.com/huggingface/diffusion-fast (sd_benchmark.py, and diffusers' page "Accelerate
+# inference"), beside max-autotune.
+INDUCTOR_SETTINGS = {
+    "conv_1x1_as_mm": True,
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "epilogue_fusion": False,
+}
+
+
 @dataclass(frozen=True)
 class DiffusersBackend:
     """diffusers: its UNet (channels-last, SDPA), its scheduler, the loop of its pipeline.
 
     compile_mode: torch.compile's, of the whole network as one graph (fullgraph), or None for eager. Both modes run
-    what they compiled as CUDA graphs of their own.
+    what they compiled as CUDA graphs of their own, with fused QKV projections; max-autotune with the inductor
+    settings that diffusers recommends beside it (`INDUCTOR_SETTINGS`).
     """
 
-    compile_mode: Literal["reduce-overhead", "max-autotune"] | None = None
+    compile_mode: CompileMode | None = None
     implementation = "diffusers"
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What is set beside diffusers' defaults."""
+        if self.compile_mode is None:
+            return ()
+        options = inductor_options(self.compile_mode)
+        return ("fuse_qkv_projections", "fullgraph", *(f"{name}={value}" for name, value in options.items()))
 
     def build(self, problem: Problem) -> Trajectory:
         case = problem.case
@@ -50,8 +71,9 @@ class DiffusersBackend:
         diffusers = import_diffusers()
         scheduler = getattr(diffusers, SCHEDULERS[case.sampler]).from_config(dict(problem.scheduler_config))
         unet = diffusers_unet(problem.unet)
-        if is_compiled:
-            unet = torch.compile(unet, mode=self.compile_mode, fullgraph=True, dynamic=False)
+        if self.compile_mode is not None:
+            fuse_projections(unet)
+            unet = compiled(unet, self.compile_mode)
         dtype = problem.unet.dtype
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
 
@@ -105,6 +127,49 @@ def diffusers_unet(unet: UNet) -> Any:
     weights = {name: _channels_last(weight) for name, weight in diffusers_state_dict(unet).items()}
     theirs.load_state_dict(weights, assign=True)
     return theirs.eval().requires_grad_(False)
+
+
+def inductor_options(mode: CompileMode) -> dict[str, bool]:
+    """The mode as options of torch.compile, which takes a mode or options, not both; with those of the recipe."""
+    inductor: Any = importlib.import_module("torch._inductor")
+    options = dict(inductor.list_mode_options(mode, dynamic=False))
+    return options | INDUCTOR_SETTINGS if mode == "max-autotune" else options
+
+
+def compiled(module: torch.nn.Module, mode: CompileMode) -> Any:
+    """The module under torch.compile, as one graph for one shape; compiled at its first call."""
+    return torch.compile(module, options={**inductor_options(mode)}, fullgraph=True, dynamic=False)
+
+
+def fuse_projections(unet: Any) -> None:
+    """diffusers' `fuse_qkv_projections`: one product for q, k and v, for k and v of a text.
+
+    diffusers copies the weights. Where those of ours lie side by side the copy is given up for them, so that no
+    other backend's peak memory holds it.
+    """
+    unet.fuse_qkv_projections()
+    for attention in unet.modules():
+        for name, parts in (("to_qkv", ("to_q", "to_k", "to_v")), ("to_kv", ("to_k", "to_v"))):
+            fused = getattr(attention, name, None)
+            if isinstance(fused, torch.nn.Linear):
+                joined = side_by_side([getattr(attention, part).weight for part in parts])
+                if joined is not None:
+                    fused.weight = torch.nn.Parameter(joined, requires_grad=False)
+                fused.requires_grad_(False)
+
+
+def side_by_side(weights: list[Tensor]) -> Tensor | None:
+    """Matrices that follow each other in one memory, as one matrix on it; None where they do not."""
+    first = weights[0]
+    end = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous() or weight.shape[1:] != first.shape[1:]:
+            return None
+        end += weight.numel() * weight.element_size()
+    if len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:
+        return None
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _channels_last(weight: Tensor) -> Tensor:

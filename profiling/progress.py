@@ -17,7 +17,7 @@ from .group import warmup_rounds
 from .network import family_config
 from .records import Record
 from .runner import groups
-from .timing import Clock, RepetitionRule
+from .timing import Clock, Deadline, RepetitionRule
 
 # For a checkpoint, whose size is not known before it is loaded: a middling member of the family.
 _UNKNOWN_GFLOP = 300.0
@@ -34,14 +34,24 @@ def expected_work(case: Case, rule: RepetitionRule) -> tuple[float, int]:
 class Remaining:
     """Estimates the time left from the work done so far, counting work in GFLOP of trajectories."""
 
-    def __init__(self, cases: Sequence[Case], rule: RepetitionRule, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        rule: RepetitionRule,
+        clock: Clock = time.monotonic,
+        deadline: Deadline | None = None,
+    ) -> None:
         self._work = {case.key: expected_work(case, rule) for case in cases}
         self._clock = clock
         self._start = clock()
+        self._deadline = deadline or Deadline(None)
         self._done: dict[str, float] = {}
 
     def ran(self, case: Case) -> None:
         """One more trajectory of the case is done; those beyond the expected count add nothing."""
+        if case.key not in self._work:
+            # Traced now, measured by the run that this one goes on with.
+            return
         gflop, count = self._work[case.key]
         self._done[case.key] = min(self._done.get(case.key, 0.0) + gflop, gflop * count)
 
@@ -58,10 +68,10 @@ class Remaining:
 
     @property
     def seconds(self) -> float | None:
-        """Time left; None before anything is done."""
+        """Time left, no more than the deadline leaves; None before anything is done."""
         if not self.fraction:
             return None
-        return (self._clock() - self._start) * (1.0 / self.fraction - 1.0)
+        return min((self._clock() - self._start) * (1.0 / self.fraction - 1.0), self._deadline.left)
 
 
 def readable(seconds: float | None) -> str:
@@ -76,11 +86,19 @@ def readable(seconds: float | None) -> str:
 class ProgressLines:
     """A `Listener` that writes a line per group begun and per record, with a live bar on a terminal."""
 
-    def __init__(self, console: Console, cases: Sequence[Case], rule: RepetitionRule) -> None:
+    def __init__(
+        self,
+        console: Console,
+        cases: Sequence[Case],
+        rule: RepetitionRule,
+        deadline: Deadline | None = None,
+    ) -> None:
         self._console = console
-        self._remaining = Remaining(cases, rule)
+        self._deadline = deadline or Deadline(None)
+        self._remaining = Remaining(cases, rule, deadline=self._deadline)
         self._total = len(groups(cases))
         self._number = 0
+        self._in_flight: list[Case] = []
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -107,6 +125,7 @@ class ProgressLines:
 
     def begin(self, cases: Sequence[Case]) -> None:
         self._number += 1
+        self._in_flight = list(cases)
         case = cases[0]
         backends = ", ".join(c.backend for c in cases)
         steps = "1 step" if case.steps == 1 else f"{case.steps} steps"
@@ -120,14 +139,17 @@ class ProgressLines:
         self._remaining.ran(case)
         self._update(f"{self._number}/{self._total} {case.label} {case.backend}: {phase}")
 
-    def end(self, records: Sequence[Record]) -> None:
-        for record in records:
-            self._remaining.end(record.case)
-        left = readable(self._remaining.seconds) if self._number < self._total else ""
-        for record in records:
-            self._write(f"    {summary(record)}")
-        if left:
-            self._write(f"    {self._total - self._number} to go, {left}")
+    def recorded(self, record: Record) -> None:
+        self._remaining.end(record.case)
+        self._in_flight = [case for case in self._in_flight if case.key != record.case_key]
+        self._write(f"    {summary(record)}")
+
+    def end(self) -> None:
+        for case in self._in_flight:
+            self._write(f"    {case.backend}: no time was left; no record")
+        if self._number < self._total:
+            left = "the time is up" if self._deadline.passed else readable(self._remaining.seconds)
+            self._write(f"    {self._total - self._number} to go" + (f", {left}" if left else ""))
 
     def _write(self, line: str) -> None:
         self._console.print(escape(line), highlight=False, soft_wrap=True)
@@ -146,7 +168,8 @@ def summary(record: Record) -> str:
     """One line: the backend and its time, or why there is none."""
     if record.wall_ms is None:
         return f"{record.case.backend}: {record.status}: {record.message}"
+    cut = "" if record.harness.stopped_by is None else ", cut short"
     return (
         f"{record.case.backend}: {record.wall_ms.p50:.1f} ms a trajectory, {record.ms_per_step:.1f} ms a step "
-        f"(median of {record.wall_ms.n})"
+        f"(median of {record.wall_ms.n}{cut})"
     )

@@ -90,12 +90,19 @@ class Phases(RecordModel):
 
 
 class Harness(RecordModel):
-    """Timing ended when both minima were reached; `interleaved` are the backends that were timed in turn."""
+    """How the samples were taken: timing of a backend ended when both minima were reached.
+
+    `interleaved`: the backends that were timed in turn with this one, itself included. `order`: for each sample
+    who ran in its round, in that order; empty in older records. `stopped_by`: "seconds" where the time given to
+    the whole profile ran out first, so that there are fewer samples than the minima ask for.
+    """
 
     min_count: int
     min_seconds: float
     warmup_count: int
     interleaved: tuple[str, ...]
+    order: tuple[tuple[str, ...], ...] = ()
+    stopped_by: Literal["seconds"] | None = None
 
 
 class KernelTime(RecordModel):
@@ -109,15 +116,29 @@ class KernelTime(RecordModel):
 class Trace(RecordModel):
     """What the device did in one trajectory.
 
-    `launches`: kernels, copies and fills. `launches_per_step`: those from one model evaluation to the next, null
-    where that could not be told. `busy_ms`: how long at least one of them ran. `step`: the mean over such steps,
-    by kernel, the longest first; empty where they could not be told.
+    `evaluations`: model evaluations of that trajectory, which is shorter than the one that was timed; null in
+    older records, where it was as long. `launches`: kernels, copies and fills. `launches_per_step`: those from one
+    model evaluation to the next, null where that could not be told. `busy_ms`: how long at least one of them ran.
+    `step_busy_ms`: the same within a step, in the mean. `step`: the mean over such steps, by kernel, the longest
+    first; empty where they could not be told.
     """
 
+    evaluations: Annotated[int | None, Field(ge=1)] = None
     launches: Annotated[int, Field(ge=0)]
     launches_per_step: Annotated[int | None, Field(ge=0)] = None
     busy_ms: Milliseconds
+    step_busy_ms: Milliseconds | None = None
     step: tuple[KernelTime, ...] = ()
+
+    def busy_in(self, evaluations: int) -> float | None:
+        """How long the device is busy in a trajectory of so many evaluations, in ms, each further one a mean step.
+
+        Null where that is another number than was traced and the steps could not be told.
+        """
+        further = 0 if self.evaluations is None else evaluations - self.evaluations
+        if not further:
+            return self.busy_ms
+        return None if self.step_busy_ms is None else self.busy_ms + further * self.step_busy_ms
 
 
 class Record(RecordModel):
@@ -127,8 +148,8 @@ class Record(RecordModel):
     `gpu_ms` is null on the CPU. `evaluations` counts model evaluations of a trajectory (a guided one, with its two
     halves in one batch, is one). `gflop_per_forward` is of one forward at batch 1. `peak_memory_bytes` is the most
     that torch held on the GPU in a trajectory, weights and what captured graphs set aside included; null on the
-    CPU, where torch does not count. `trace` is of one more trajectory, untimed, under torch's profiler; null on
-    the CPU and where that failed.
+    CPU, where torch does not count. `trace` is of a short trajectory, untimed, under torch's profiler; null on the
+    CPU, where that failed, and where time ran out before it. `settings`: those that the backend states of itself.
     """
 
     schema_version: Literal[1] = 1
@@ -145,6 +166,7 @@ class Record(RecordModel):
     evaluations: int | None = None
     peak_memory_bytes: int | None = None
     trace: Trace | None = None
+    settings: tuple[str, ...] = ()
     device_before: DeviceState = DeviceState()
     device_after: DeviceState = DeviceState()
     environment: Environment
@@ -181,9 +203,10 @@ class Record(RecordModel):
 
         The two come from different trajectories, so that a gap of nothing may come out slightly negative.
         """
-        if self.wall_ms is None or self.trace is None or not self.wall_ms.p50:
+        if self.wall_ms is None or self.trace is None or not self.wall_ms.p50 or not self.evaluations:
             return None
-        return 1.0 - self.trace.busy_ms / self.wall_ms.p50
+        busy = self.trace.busy_in(self.evaluations)
+        return None if busy is None else 1.0 - busy / self.wall_ms.p50
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -211,9 +234,19 @@ def record_schema() -> dict[str, Any]:
 def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
-    Raises OSError when it cannot be read.
+    A record is written before its case is traced and once more with the trace: such a pair is one record, the
+    later. Raises OSError when it cannot be read.
     """
-    return load_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
+    records, rejected = load_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
+    return _without_completed(records), rejected
+
+
+def _without_completed(records: Sequence[Record]) -> list[Record]:
+    completed: dict[str, list[Record]] = {}
+    for record in records:
+        if record.trace is not None:
+            completed.setdefault(record.case_key, []).append(record.model_copy(update={"trace": None}))
+    return [r for r in records if r.trace is not None or r not in completed.get(r.case_key, ())]
 
 
 class RecordStore(Store[Record]):
@@ -221,3 +254,7 @@ class RecordStore(Store[Record]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, Record)
+
+    def load(self) -> list[Record]:
+        """The records on disk, each case that was traced once."""
+        return load_records(self.path)[0]

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from .backends import Backend, default_backends
 from .cases import Case
+from .check import References, code_identity
 from .environment import collect_environment
 from .group import Group, Networks, measuring_settings
 from .records import Record, RecordStore
-from .timing import RepetitionRule
+from .short_traces import Tracer, short_traces, wants_trace
+from .timing import Deadline, RepetitionRule
+from .trace import traced
 
 
 class Listener(Protocol):
@@ -21,10 +25,13 @@ class Listener(Protocol):
         """These cases, of one group, are in flight now."""
 
     def ran(self, case: Case, phase: str) -> None:
-        """One more trajectory of the case is done; `phase` is "first call", "warm-up", "timing" or "check"."""
+        """One more trajectory is done; `phase` is "first call", "warm-up", "timing", "check" or "trace"."""
 
-    def end(self, records: Sequence[Record]) -> None:
-        """The group is measured and, given a store, on disk."""
+    def recorded(self, record: Record) -> None:
+        """The case is measured and, given a store, its record on disk; others of its group may be in flight."""
+
+    def end(self) -> None:
+        """The group is done; of a case that there was no time for there is no record."""
 
 
 class _Silent:
@@ -32,7 +39,9 @@ class _Silent:
 
     def ran(self, case: Case, phase: str) -> None: ...
 
-    def end(self, records: Sequence[Record]) -> None: ...
+    def recorded(self, record: Record) -> None: ...
+
+    def end(self) -> None: ...
 
 
 def profile(
@@ -43,27 +52,65 @@ def profile(
     skip: Collection[str] = (),
     listener: Listener | None = None,
     backends: Mapping[str, Backend] | None = None,
+    deadline: Deadline | None = None,
+    references: Path | None = None,
+    tracer: Tracer | None = None,
 ) -> list[Record]:
-    """Measures the cases and returns a record for each, failures included, in the order measured.
+    """Measures the cases and returns a record for each, failures included, in the order in which they were done.
 
-    Cases that differ only in the backend run interleaved. Each group's records go to `store` as soon as they are
-    there; cases whose key is in `skip` are left out. An interrupt (KeyboardInterrupt) passes through: what is in
-    the store stays. `rule` defaults to three repetitions.
+    Cases that differ only in the backend run interleaved. Each record goes to `store` as soon as its case is done;
+    cases whose key is in `skip` are left out. An interrupt (KeyboardInterrupt) passes through: what is in the
+    store stays. `rule` defaults to three repetitions. Once `deadline` has passed, no group, backend or sample is
+    begun: what has a sample by then is checked and recorded, what has none is left out. On a GPU the cases (of the
+    store too) that have a time and no trace are traced at the end, and their records written again with it.
+    `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
+    profiler.
     """
     listener = listener or _Silent()
+    backends = backends or default_backends()
+    deadline = deadline or Deadline(None)
     networks = Networks()
     # Once: the code that runs is what was loaded, whatever is committed meanwhile.
     environment_of = functools.cache(collect_environment)
+    kept: dict[str, References] = {}
     records: list[Record] = []
-    for cases_in_flight in groups(case for case in cases if case.key not in skip):
+
+    def recorded(record: Record) -> None:
+        if store is not None:
+            store.append(record)
+        records.append(record)
+        listener.recorded(record)
+
+    wanted = list(cases)
+    for cases_in_flight in groups(case for case in wanted if case.key not in skip):
+        if deadline.passed:
+            break
+        device = cases_in_flight[0].device
         listener.begin(cases_in_flight)
         with measuring_settings():
-            group = Group(cases_in_flight, rule or RepetitionRule(), listener.ran, backends or default_backends())
-            done = group.measure(networks, environment_of(cases_in_flight[0].device))
+            environment = environment_of(device)
+            if device not in kept:
+                kept[device] = References(references, code_identity(environment))
+            Group(
+                cases_in_flight,
+                rule or RepetitionRule(),
+                backends,
+                environment,
+                kept[device],
+                ran=listener.ran,
+                recorded=recorded,
+                deadline=deadline,
+            ).measure(networks)
+        listener.end()
+    place = {case.key: number for number, case in enumerate(wanted)}
+    latest = {record.case_key: record for record in (records if store is None else store.load())}
+    untraced = [record for key, record in latest.items() if key in place and wants_trace(record)]
+    untraced.sort(key=lambda record: place[record.case_key])
+    for record in short_traces(untraced, networks, backends, deadline, tracer or traced):
         if store is not None:
-            store.append(*done)
-        listener.end(done)
-        records += done
+            store.append(record)
+        records = [record if other.case_key == record.case_key else other for other in records]
+        listener.ran(record.case, "trace")
     return records
 
 

@@ -42,8 +42,8 @@ def quantile(samples: Sequence[float], q: float) -> float:
 class RepetitionRule:
     """Repeat until at least `min_count` samples and at least `min_seconds` of timed wall clock are there.
 
-    Both hold for each backend of a group: a group goes on until its last backend has enough, so that every one
-    has the same number of samples. There is no upper bound: one would break the promise of the lower two.
+    The rule holds for each backend of a group by itself: one that has its samples leaves, the others go on. There
+    is no upper bound: one would break the promise of the lower two.
     """
 
     min_count: int = 3
@@ -141,10 +141,11 @@ def garbage_collection_paused() -> Iterator[None]:
 
 @dataclass
 class Times:
-    """The samples of one backend so far, in milliseconds."""
+    """The samples of one backend so far, in milliseconds, and for each who ran in its round, in order."""
 
     wall_ms: list[float] = field(default_factory=list)
     gpu_ms: list[float] = field(default_factory=list)
+    order: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, sample: Timed[Any]) -> None:
         self.wall_ms.append(sample.wall_ms)
@@ -152,28 +153,85 @@ class Times:
             self.gpu_ms.append(sample.gpu_ms)
 
 
+# A sample of backend `name`: called with the number of the round, and whether this is its last sample.
+Sampler = Callable[[int, bool], Timed[object]]
+
+
+def round_order(queue: Sequence[str], mirrored: bool) -> tuple[str, ...]:
+    """One round's order: the head of the queue, then its back and its front by turns (`mirrored`: front first).
+
+    Over rounds whose queue is rotated by one this is a row-complete Latin square (Williams, Experimental designs
+    balanced for the estimation of residual effects of treatments, 1949): every backend has every place equally
+    often and follows every other equally often, with an odd number of backends once both forms had their turn.
+    Rounds that are only rotated would leave each backend behind the same other one, busy or idle, nearly always.
+    """
+    rest = list(queue)
+    order = [rest.pop(0)] if rest else []
+    from_front = mirrored
+    while rest:
+        order.append(rest.pop(0 if from_front else -1))
+        from_front = not from_front
+    return tuple(order)
+
+
 def interleave(
-    run_once: Mapping[str, Callable[[int], Timed[object]]],
+    run_once: Mapping[str, Sampler],
     rule: RepetitionRule,
     on_failure: Callable[[str, Exception], None],
-    to_come: int = 0,
+    *,
+    closing: bool = False,
+    on_done: Callable[[Sequence[str]], None] | None = None,
+    deadline: Deadline | None = None,
+    times: dict[str, Times] | None = None,
 ) -> dict[str, Times]:
-    """Times backends round robin (A B A B ...), so that a drifting clock or a busy neighbour meets all alike.
+    """Times backends in turn, so that a drifting clock or a busy neighbour meets all alike.
 
-    `run_once[name](round)` does one timed call. A backend that raises goes to `on_failure(name, exception)` and
-    takes no further part; the others go on. `to_come` samples of each will follow, and count as there. Returns the
-    samples of those that stayed.
+    Each round runs every backend of the rotation once, in the order of `round_order`; who is first rotates. A
+    backend that has its samples by `rule` leaves the rotation. `run_once[name](round, is_last)` takes one sample.
+    With `closing` every backend ends with a sample of which it knows that it is the last: the first one for which
+    the count is reached by it and the time by those before it. Without, `is_last` is False.
+
+    A backend that raises goes to `on_failure(name, exception)` and takes no further part. Between rounds, never
+    inside one, `on_done(names)` hears who has left with its samples. No sample is begun once `deadline` has
+    passed: those that are still in the rotation then have fewer. Returns the samples of all but those that failed;
+    given `times` (empty), that is filled and returned, so that `on_done` can read it.
     """
-    times = {name: Times() for name in run_once}
+    times = {} if times is None else times
+    times.update({name: Times() for name in run_once})
+    queue = list(run_once)
+    led = dict.fromkeys(queue, 0)
     number = 0
-    while times and not all(rule.done(t.wall_ms, to_come) for t in times.values()):
-        for name in list(times):
+    while queue:
+        head = queue[0]
+        order = round_order(queue, mirrored=bool(led[head] % 2))
+        led[head] += 1
+        ran: list[str] = []
+        done: list[str] = []
+        for name in order:
+            if deadline is not None and deadline.passed:
+                break
+            ran.append(name)
+            is_last = closing and rule.done(times[name].wall_ms, to_come=1)
             try:
-                sample = run_once[name](number)
+                sample = run_once[name](number, is_last)
             except Exception as failure:
                 del times[name]
+                queue.remove(name)
                 on_failure(name, failure)
-            else:
-                times[name].add(sample)
+                continue
+            times[name].add(sample)
+            if is_last or (not closing and rule.done(times[name].wall_ms)):
+                done.append(name)
+        for name in ran:
+            if name in times:
+                times[name].order.append(tuple(ran))
+        # Who led goes to the back. Where it has left, the next is at the front already.
+        if queue and queue[0] == head:
+            queue.append(queue.pop(0))
+        queue = [name for name in queue if name not in done]
+        if done and on_done is not None:
+            on_done([name for name in run_once if name in done])
+        if deadline is not None and deadline.passed:
+            break
         number += 1
     return times

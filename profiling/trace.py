@@ -49,11 +49,14 @@ def trace_of(events: Iterable[DeviceEvent], evaluations: int) -> Trace | None:
     if not ordered:
         return None
     steps = steps_of([event.name for event in ordered], evaluations)
+    whole = [[ordered[place] for place in step] for step in steps]
     return Trace(
+        evaluations=evaluations,
         launches=len(ordered),
         launches_per_step=len(steps[0]) if steps else None,
         busy_ms=busy_us(ordered) / 1e3,
-        step=mean_step([[ordered[place] for place in step] for step in steps]),
+        step_busy_ms=sum(map(busy_us, whole)) / len(whole) / 1e3 if whole else None,
+        step=mean_step(whole),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from ldmperf.model import load_unet
+from ldmperf.model import UNet, load_unet
 from ldmperf.profiling import Case, profile
 from ldmperf.profiling.backends import (
     GraphBackend,
@@ -25,7 +25,7 @@ from ldmperf.profiling.check import check_inputs, make_inputs, relative_rms
 from ldmperf.profiling.group import SCHEDULER_CONFIG
 from ldmperf.profiling.lane import unused_in_pools
 from ldmperf.profiling.network import make_network
-from ldmperf.profiling.peers import diffusers_unet
+from ldmperf.profiling.peers import diffusers_unet, fuse_projections
 from ldmperf.profiling.timing import RepetitionRule
 from ldmperf.samplers import NoiseSchedule, make_plan
 
@@ -121,6 +121,7 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
     assert "group_norm_silu" in said["triton"]
     assert "group_norm_silu" in said["triton+hoist"]
     assert said["graph"].startswith("CUDA graphs need a CUDA device")
+    assert said["graph+separate"].startswith("CUDA graphs need a CUDA device")
     assert all("\n" not in message for message in said.values())
     assert records["torch"].trace is None
     assert records["torch"].host_gap is None
@@ -139,6 +140,7 @@ def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path) -> None:
     """What fullgraph asks of it, without the compiler that a GPU has."""
     given = problem(tiny_checkpoint)
     unet = diffusers_unet(given.unet)
+    fuse_projections(unet)
     compiled = torch.compile(unet, fullgraph=True, dynamic=False, backend="eager")
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 5, given.unet.config.context_dim)
     with torch.no_grad():
@@ -150,9 +152,29 @@ def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path) -> None:
 
 def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
     given = problem(tiny_checkpoint)
-    for name in ("diffusers-compile", "diffusers-compile-max", "graph"):
+    for name in ("diffusers-compile", "diffusers-compile-max", "graph+separate", "graph"):
         with pytest.raises(Unsupported, match="CUDA"):
             default_backends()[name].build(replace(given))
+
+
+def test_the_graphs_differ_in_the_merging_of_products_alone(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`graph+separate` tells what `graph` owes to merges: the same kernels and capture, products of cuBLAS."""
+    asked: list[tuple[str, str]] = []
+    real = UNet.with_backend
+
+    def with_backend(unet: UNet, operators: str, products: str = "auto") -> UNet:
+        asked.append((operators, products))
+        return real(unet, operators, products)
+
+    monkeypatch.setattr(UNet, "with_backend", with_backend)
+    given = problem(tiny_checkpoint)
+    for name in ("graph+separate", "graph"):
+        backend = default_backends()[name]
+        assert isinstance(backend, GraphBackend)
+        replace(backend, graphs=Replays()).build(given)
+    assert asked == [("triton", "torch"), ("triton", "auto")]
 
 
 def test_memory_set_aside_for_graphs_is_that_of_their_pools_alone() -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ldmperf.model import FAMILY
 from ldmperf.profiling import Case
 from ldmperf.profiling.backends import default_backends
-from ldmperf.profiling.cases import BACKENDS, PRESETS, CaseError, Choices, select_cases
+from ldmperf.profiling.cases import BACKENDS, PRESETS, CaseError, Choices, check_devices, select_cases
 from ldmperf.samplers import SAMPLERS
 
 
@@ -88,8 +88,20 @@ def test_presets_cover_the_family() -> None:
     assert len(set(all_of_it)) == 11 * 27 * 2
     ladder = [case for sweep in PRESETS["ladder"].sweeps for case in sweep.cases()]
     assert [case.backend for case in ladder[: len(BACKENDS)]] == list(BACKENDS)
-    assert {(case.batch, case.steps, case.guided, case.dtype) for case in ladder} == {(1, 50, True, "bfloat16")}
+    assert {(case.batch, case.steps, case.guided, case.dtype) for case in ladder} == {(1, 20, True, "bfloat16")}
     assert len(ladder) == len(set(ladder)) == 4 * len(BACKENDS)
+
+
+def test_a_preset_for_a_gpu_says_that_none_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    for preset in ("gpu", "ladder", "family", "family-all"):
+        cases = select_cases(preset, Choices())
+        with pytest.raises(CaseError, match=f"--preset {preset} needs a GPU and cuda is not here"):
+            check_devices(preset, cases)
+        check_devices(preset, select_cases(preset, Choices(device=["cpu"])))
+    check_devices("cpu", select_cases("cpu", Choices()))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    check_devices("ladder", select_cases("ladder", Choices(dtype=["float16"])))
 
 
 def test_options_replace_the_presets_lists_and_multiply() -> None:

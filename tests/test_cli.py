@@ -21,7 +21,7 @@ from ldmperf.profiling.progress import Remaining, readable
 from ldmperf.profiling.records import RECORDS_NAME, RecordStore
 from ldmperf.profiling.runs import RUN_NAME, create_run
 from ldmperf.profiling.store import rejected_path
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling.timing import Deadline, RepetitionRule
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -63,6 +63,7 @@ Run = Callable[..., Outcome]
         (["profile", "--min-count", "0"], "--min-count must be at least 1"),
         (["profile", "--min-count", "x"], "valid int"),
         (["profile", "--min-seconds", "nan"], "--min-seconds"),
+        (["profile", "--seconds", "-1"], "--seconds"),
         (["profile", "--resume", "/no/where"], "no run folder"),
         (["profile", "stray"], "stray"),
         (["report", "/no/where"], "no run folder"),
@@ -243,6 +244,72 @@ def test_killed_and_resumed_it_repeats_only_what_was_in_flight(
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+def test_a_preset_for_a_gpu_is_a_wrong_call_without_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    outcome = run("profile", "--preset", "ladder", "--out", tmp_path)
+    assert outcome.code == 2
+    assert "cuda is not here" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_record_in_the_time_given_is_a_failure_and_resuming_takes_up_the_rest(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+    outcome = run("profile", *options, "--seconds", "0")
+    assert outcome.code == 1
+    (folder,) = tmp_path.iterdir()
+    assert f"no case was done within --seconds; give more, and go on with: ldmperf profile --resume {folder}" in (
+        outcome.err
+    )
+    # It was written on disk that nothing was left: some of the time, and now all of it.
+    outcome = run("profile", *options, "--resume", "--seconds", "600")
+    assert outcome.code == 0, outcome.err
+    assert [(r.case.backend, r.status) for r in load_records(folder)[0]] == [("torch", "ok"), ("diffusers", "ok")]
+    # With records of before, none of this call's is a failure still.
+    (folder / RECORDS_NAME).write_text((folder / RECORDS_NAME).read_text().splitlines()[0] + "\n")
+    outcome = run("profile", *options, "--resume", "--seconds", "0")
+    assert outcome.code == 1
+    assert "no case was done" in outcome.err
+
+
+def test_what_was_cut_short_is_measured_again_when_resumed(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--unet", tiny_checkpoint, "--steps", "1", "--backend", "torch", *QUICK, "--out", tmp_path)
+    assert run("profile", *options).code == 0
+    (folder,) = tmp_path.iterdir()
+    (record,) = load_records(folder)[0]
+    cut = record.model_copy(update={"harness": record.harness.model_copy(update={"stopped_by": "seconds"})})
+    (folder / RECORDS_NAME).write_text(cut.model_dump_json() + "\n")
+    outcome = run("profile", *options, "--resume")
+    assert outcome.code == 0
+    assert "1 cases to measure, 0 recorded" in outcome.err
+    assert [r.harness.stopped_by for r in load_records(folder)[0]] == ["seconds", None]
+
+
+def test_a_terminated_profile_says_where_its_records_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--unet", tiny_checkpoint, "--backend", "torch", *QUICK, "--out", tmp_path)
+    process = subprocess.Popen(
+        command("profile", "--steps", "1,1000", *options),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def first_is_recorded() -> bool:
+        return any(path.read_bytes().endswith(b"\n") for path in tmp_path.glob(f"*/{RECORDS_NAME}"))
+
+    wait_for(first_is_recorded, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    (folder,) = tmp_path.iterdir()
+    assert f"what was measured is in {folder}; go on with: ldmperf profile --resume {folder}" in said
+    assert "Traceback" not in said
+
+
 def test_an_interrupt_says_how_to_go_on_and_exits_130(
     run: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +367,19 @@ def test_the_time_left_counts_work_not_cases() -> None:
     for _ in range(9):
         remaining.ran(large)
     assert remaining.fraction == pytest.approx(1.0)
+
+
+def test_the_time_left_is_no_more_than_the_deadline_leaves() -> None:
+    now = [0.0]
+    case = Case(unet="39M", steps=1)
+    deadline = Deadline(30.0, clock=lambda: now[0])
+    remaining = Remaining([case], RepetitionRule(3, 0.0), clock=lambda: now[0], deadline=deadline)
+    now[0] = 20.0
+    remaining.ran(case)
+    assert remaining.seconds == pytest.approx(10.0)
+    # Traced after a resume, it is none of the work that was left.
+    remaining.ran(Case(unet="83M"))
+    assert remaining.fraction == pytest.approx(0.25)
 
 
 def test_times_are_readable() -> None:

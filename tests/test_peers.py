@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from ldmperf.profiling import Case, profile
 from ldmperf.profiling.backends import OurBackend, Problem, Unsupported
 from ldmperf.profiling.check import check_inputs, relative_rms
 from ldmperf.profiling.group import SCHEDULER_CONFIG
-from ldmperf.profiling.peers import SCHEDULERS, DiffusersBackend, diffusers_unet
+from ldmperf.profiling.peers import (
+    SCHEDULERS,
+    CompileMode,
+    DiffusersBackend,
+    compiled,
+    diffusers_unet,
+    fuse_projections,
+    side_by_side,
+)
 from ldmperf.profiling.timing import RepetitionRule
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan
 
@@ -97,6 +106,102 @@ def test_injected_noise_is_the_schedulers_and_its_own_is_put_back(tiny_checkpoin
     assert relative_rms(trajectory(replace(free, seeds=(99,))), trajectory(free)) > 1e-3
 
 
+def test_fused_projections_give_the_same_on_the_same_memory(tiny_checkpoint: Path) -> None:
+    ours = load_unet(tiny_checkpoint, backend="torch")
+    plain, fused = diffusers_unet(ours), diffusers_unet(ours)
+    fuse_projections(fused)
+    processors = {type(processor).__name__ for processor in fused.attn_processors.values()}
+    assert processors == {"FusedAttnProcessor2_0"}
+    called: list[str] = []
+    for name, module in fused.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_qkv", "to_kv")):
+            module.register_forward_hook(lambda module, given, result, name=name: called.append(name))
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 5, ours.config.context_dim)
+    with torch.no_grad():
+        found, expected = (
+            unet(x, torch.tensor(981), encoder_hidden_states=context, return_dict=False)[0]
+            for unet in (fused, plain)
+        )
+    assert relative_rms(found, expected) < 1e-6
+    # Of a self-attention one product, of one to a text two.
+    kinds = Counter(name.rsplit(".", 1)[1] for name in called)
+    assert kinds["to_qkv"] == kinds["to_kv"] == kinds["to_q"] > 0
+    assert not kinds["to_k"]
+    assert not kinds["to_v"]
+    held = {p.untyped_storage().data_ptr() for p in ours.parameters()}
+    assert all(p.untyped_storage().data_ptr() in held for p in fused.parameters())
+
+
+def test_weights_that_do_not_lie_side_by_side_are_left_to_diffusers_copy() -> None:
+    packed = torch.randn(6, 4)
+    for parts in (
+        [packed[:2], packed[4:6]],
+        [packed[2:4], packed[:2]],
+        [packed[:2], torch.randn(2, 4)],
+        [packed[:, :2], packed[:, 2:]],
+    ):
+        assert side_by_side(parts) is None
+    joined = side_by_side([packed[1:3], packed[3:4], packed[4:6]])
+    assert joined is not None
+    assert torch.equal(joined, packed[1:6])
+    assert joined.data_ptr() == packed[1].data_ptr()
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_the_settings_are_in_force_while_it_is_compiled(mode: CompileMode) -> None:
+    """Read off inductor's own configuration in the middle of a compilation, which ends there."""
+    config: Any = importlib.import_module("torch._inductor.config")
+    seen: dict[str, Any] = {}
+
+    class _SeenEnough(Exception):
+        pass
+
+    def look(graph: Any) -> None:
+        seen.update(config.get_config_copy())
+        raise _SeenEnough
+
+    module = torch.nn.Conv2d(4, 4, 1).requires_grad_(False)
+    try:
+        with (
+            config.patch(post_grad_custom_post_pass=look, fx_graph_cache=False),
+            pytest.raises(Exception, match="_SeenEnough"),
+            torch.no_grad(),
+        ):
+            compiled(module, mode)(torch.randn(1, 4, 8, 8))
+    finally:
+        torch.compiler.reset()
+    assert seen["triton.cudagraphs"] is True
+    for name, value in {
+        "max_autotune": True,
+        "conv_1x1_as_mm": True,
+        "coordinate_descent_tuning": True,
+        "coordinate_descent_check_all_directions": True,
+        "epilogue_fusion": False,
+    }.items():
+        expected = value if mode == "max-autotune" else config.get_config_copy()[name]
+        assert seen[name] == expected, name
+    # And they are not left behind.
+    assert config.epilogue_fusion is True
+    assert config.conv_1x1_as_mm is False
+
+
+def test_what_is_set_beside_the_defaults_is_told() -> None:
+    assert DiffusersBackend().settings == ()
+    told = DiffusersBackend("max-autotune").settings
+    assert set(told) >= {"fuse_qkv_projections", "conv_1x1_as_mm=True", "epilogue_fusion=False"}
+    assert "max_autotune=True" in told
+    assert "epilogue_fusion=False" not in DiffusersBackend("reduce-overhead").settings
+
+
+def test_a_records_settings_are_its_backends(tiny_checkpoint: Path) -> None:
+    case = problem(tiny_checkpoint).case
+    names = ("diffusers", "diffusers-compile")
+    records = profile([case.model_copy(update={"backend": n}) for n in names], rule=RepetitionRule(1, 0.0))
+    settings = {record.case.backend: record.settings for record in records}
+    assert settings["diffusers"] == ()
+    assert settings["diffusers-compile"] == DiffusersBackend("reduce-overhead").settings
+
+
 @pytest.fixture
 def _no_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.import_module
@@ -115,7 +220,7 @@ def test_where_it_is_not_installed_the_reason_says_what_to_install(tiny_checkpoi
         DiffusersBackend().build(problem(tiny_checkpoint))
     case = problem(tiny_checkpoint).case
     cases = [case, case.model_copy(update={"backend": "diffusers"})]
-    ours, theirs = profile(cases, rule=RepetitionRule(1, 0.0))
+    theirs, ours = profile(cases, rule=RepetitionRule(1, 0.0))
     assert (theirs.status, theirs.message) == (
         "unsupported", "diffusers is not installed: pip install 'ldmperf[peers]'"
     )  # fmt: skip

@@ -19,6 +19,7 @@ from ldmperf.profiling.records import (
     Correctness,
     RecordStore,
     Samples,
+    Trace,
     record_schema,
 )
 from ldmperf.profiling.store import rejected_path
@@ -110,6 +111,44 @@ def test_the_schema_names_every_field_of_a_line(make_record: MakeRecord) -> None
     schema = record_schema()
     assert set(json.loads(make_record().model_dump_json())) == set(schema["properties"])
     assert schema["properties"]["schema_version"]["const"] == 1
+
+
+def test_committed_records_of_every_day_are_read() -> None:
+    """Older ones have no order of rounds, no settings and no evaluations of a trace."""
+    files = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*/*.jsonl"))
+    assert files
+    for path in files:
+        lines = [line for line in path.read_text().splitlines() if '"case_key"' in line]
+        records, rejected = load_records(path)
+        assert (len(records), rejected) == (len(lines), 0), path
+
+
+def test_a_record_and_the_same_with_its_trace_are_one(make_record: MakeRecord, tmp_path: Path) -> None:
+    path = tmp_path / RECORDS_NAME
+    first, other = make_record(Case(unet="39M", steps=20)), make_record(Case(unet="39M", steps=2))
+    traced = first.model_copy(update={"trace": Trace(launches=8, busy_ms=1.0, evaluations=8, step_busy_ms=0.1)})
+    again = first.model_copy(update={"wall_ms": Samples.of([1.0])})
+    store = RecordStore(path)
+    store.append(first, other)
+    store.append(traced)
+    # Measured again, it is a record of its own.
+    store.append(again)
+    assert load_records(path) == ([other, traced, again], 0)
+    assert store.load() == [other, traced, again]
+
+
+def test_the_host_gap_is_of_the_whole_trajectory(make_record: MakeRecord) -> None:
+    case = Case(unet="39M", steps=20)
+
+    def gap(**trace: float) -> float | None:
+        return make_record(case, wall_ms=Samples.of([10.0]), trace=Trace(launches=8, **trace)).host_gap
+
+    # As long as what was timed, and of older records, which do not say how long.
+    assert gap(busy_ms=8.0, evaluations=20) == pytest.approx(0.2)
+    assert gap(busy_ms=8.0) == pytest.approx(0.2)
+    # Eight of twenty evaluations: twelve steps of 0.4 ms more.
+    assert gap(busy_ms=4.0, evaluations=8, step_busy_ms=0.4) == pytest.approx(1 - 0.88)
+    assert gap(busy_ms=4.0, evaluations=8) is None
 
 
 def test_a_field_of_a_newer_writer_is_ignored(make_record: MakeRecord) -> None:

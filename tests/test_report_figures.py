@@ -175,6 +175,13 @@ def test_of_a_case_measured_twice_the_later_is_shown_and_the_earlier_counted(mak
     assert shown.superseded == 1
 
 
+def test_who_was_done_first_does_not_change_the_order_of_rows(make_record: MakeRecord) -> None:
+    records = [make_record(case(backend=name)) for name in ("graph", "diffusers", "of others", "torch", "triton")]
+    expected = ["torch", "triton", "graph", "of others", "diffusers"]
+    for order in (records, records[::-1]):
+        assert [row.record.case.backend for row in figures.overview(order).rows] == expected
+
+
 def test_rows_are_ordered_by_size_with_the_peer_last(make_record: MakeRecord) -> None:
     sizes = ["2B", "39M", "866M"]
     records = [make_record(case(size, backend=backend)) for size in sizes for backend in ("diffusers", "torch")]

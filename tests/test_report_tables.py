@@ -17,6 +17,7 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.environment import DeviceState
 from ldmperf.profiling.records import Samples
 from ldmperf.profiling.report import markdown_table, print_table
+from ldmperf.profiling.report.details import harness_lines
 
 MakeRecord = Callable[..., Record]
 # Words of their own: "inf" is in "information".
@@ -50,6 +51,28 @@ def test_a_row_has_the_cases_numbers(make_record: MakeRecord) -> None:
     ]  # fmt: skip
     (largest,) = (line for line in lines if line.startswith("145M") and "torch" in line)
     assert largest.split()[-3:] == ["1.00", "1.00", "-"]
+
+
+def test_what_was_cut_short_is_said(make_record: MakeRecord) -> None:
+    assert "Cut short" not in printed(small_set(make_record))
+    first, *others = small_set(make_record)
+    harness = first.harness.model_copy(update={"stopped_by": "seconds", "order": (("torch", "diffusers"),)})
+    records = [first.model_copy(update={"harness": harness}), *others]
+    said = "Cut short by --seconds: 1 of 4 cases have fewer trajectories than were asked for"
+    assert said in printed(records)
+    assert said in markdown_table(records)
+    # In the details too; alike but for the order of their rounds are one setting.
+    assert harness_lines(records) == [
+        "at least 3 trajectories and 0 s of them, after 0 for warm-up; timed in turn: torch, diffusers"
+        f"{cut}" for cut in ("; cut short by --seconds", "")
+    ]  # fmt: skip
+    # Of those that have a time, where one has.
+    failed = make_record(status="oom", harness=harness.model_copy(update={"warmup_count": 9}))
+    assert harness_lines([*records, failed]) == harness_lines(records)
+    assert harness_lines([failed]) != []
+    ordered = [r.model_copy(update={"harness": r.harness.model_copy(update={"order": ((b,),)})})
+               for r, b in zip(others, "abc", strict=True)]  # fmt: skip
+    assert len(harness_lines(ordered)) == 1
 
 
 def test_a_failed_case_is_a_row_with_its_reason_and_no_time(make_record: MakeRecord) -> None:

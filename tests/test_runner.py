@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,18 +22,32 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import KernelUnsupported
-from ldmperf.profiling import Case, Record, load_records, profile
+from ldmperf.profiling import Case, Record, group, load_records, profile, runner
 from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
 from ldmperf.profiling.cases import DTYPES
-from ldmperf.profiling.check import TOLERANCES, relative_rms
-from ldmperf.profiling.lane import failure
+from ldmperf.profiling.check import TOLERANCES, References, code_identity, relative_rms
+from ldmperf.profiling.environment import collect_environment
+from ldmperf.profiling.group import make_problem
+from ldmperf.profiling.lane import Lane, failure
+from ldmperf.profiling.network import make_network
 from ldmperf.profiling.peers import DiffusersBackend
-from ldmperf.profiling.records import RecordStore
+from ldmperf.profiling.records import RecordStore, Trace
 from ldmperf.profiling.runner import groups
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling.short_traces import Tracer, wants_trace
+from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed
 from ldmperf.samplers import SAMPLERS
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_collections() -> Iterator[None]:
+    """What the imports made is not gone through at each of the many collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
 
 TWICE = RepetitionRule(2, 0.0)
 BOTH: dict[str, Backend] = {"torch": OurBackend("torch"), "diffusers": DiffusersBackend()}
@@ -65,7 +89,8 @@ def measure(case: Case, backends: dict[str, Backend], rule: RepetitionRule = TWI
     """The records of the case on each of the backends, with the real ones for references."""
     cases = [case.model_copy(update={"backend": name}) for name in backends]
     records = profile(cases, rule=rule, backends=BOTH | backends)
-    assert [record.case for record in records] == cases
+    assert {record.case for record in records} == set(cases)
+    assert len(records) == len(cases)
     return {record.case.backend: record for record in records}
 
 
@@ -85,6 +110,8 @@ def test_the_real_pair_agrees_and_each_is_the_others_reference(tiny_checkpoint: 
         assert record.peak_memory_bytes is None
         assert record.evaluations == 2
         assert record.harness.interleaved == ("torch", "diffusers")
+        assert record.harness.order == (("torch", "diffusers"), ("diffusers", "torch"))
+        assert record.harness.stopped_by is None
         assert record.phases.first_call_ms is not None
         assert record.phases.build_ms is not None
         assert record.phases.weights_ms is not None
@@ -314,8 +341,6 @@ def test_timed_inputs_are_fresh_random_and_the_same_for_all(tiny_checkpoint: Pat
 
 
 def test_the_same_weights_whatever_the_backend_and_the_order() -> None:
-    from ldmperf.profiling.network import make_network
-
     case = Case(unet="39M")
     once, again = make_network(case), make_network(case.model_copy(update={"backend": "diffusers"}))
     for (name, a), b in zip(once.named_parameters(), again.parameters(), strict=True):
@@ -345,20 +370,27 @@ def test_groups_are_what_differs_in_the_backend_alone() -> None:
 
 
 class Heard:
-    """A listener that interrupts at the n-th group."""
+    """A listener that interrupts at the n-th group, and counts what else it hears."""
 
-    def __init__(self, interrupt_at: int) -> None:
+    def __init__(self, interrupt_at: int = 0) -> None:
         self.interrupt_at = interrupt_at
-        self.began = 0
+        self.began = self.ended = 0
+        self.records: list[Record] = []
+        self.log: list[tuple[str, str]] = []
 
     def begin(self, cases: Sequence[Case]) -> None:
         self.began += 1
 
     def ran(self, case: Case, phase: str) -> None:
+        self.log.append((case.backend, phase))
         if self.began == self.interrupt_at:
             raise KeyboardInterrupt
 
-    def end(self, records: Sequence[Record]) -> None: ...
+    def recorded(self, record: Record) -> None:
+        self.records.append(record)
+
+    def end(self) -> None:
+        self.ended += 1
 
 
 def test_an_interrupt_keeps_what_is_done_and_skip_goes_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -372,6 +404,432 @@ def test_an_interrupt_keeps_what_is_done_and_skip_goes_on(tiny_checkpoint: Path,
     profile(cases, rule=TWICE, store=store, skip=done, backends=backends)
     records, rejected = load_records(tmp_path)
     assert ([record.case for record in records], rejected) == (cases, 0)
+
+
+@contextmanager
+def told_times(**ms: float) -> Iterator[None]:
+    """Timed trajectories take so long by their own account, a thousandth of a millisecond where none is given."""
+    real = Lane.run_measured
+
+    def run_measured(lane: Lane, inputs: Inputs) -> Timed[Tensor]:
+        return replace(real(lane, inputs), wall_ms=ms.get(lane.case.backend, 1e-3))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lane, "run_measured", run_measured)
+        yield
+
+
+def test_each_record_is_on_disk_when_its_backend_is_done(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A failed build, a wrong result, a failure while timed, one that has its samples, one that is interrupted."""
+    store = RecordStore(tmp_path / "records.jsonl")
+    on_disk: list[list[str]] = []
+
+    def change(latents: Tensor, call: int) -> Tensor:
+        on_disk.append([record.case.backend for record in store.load()])
+        if call == 4:
+            raise KeyboardInterrupt
+        return latents
+
+    backends = BOTH | {
+        "missing": Missing(),
+        "wrong": Changed(lambda latents, call: latents * 2),
+        "broken": raising(ZeroDivisionError("in the second round"), at_call=3),
+        "done": OurBackend("torch"),
+        "last": Changed(change),
+    }
+    cases = [tiny_case(tiny_checkpoint, backend=name) for name in ("missing", "wrong", "broken", "done", "last")]
+    with pytest.raises(KeyboardInterrupt), told_times(done=5e3):
+        profile(cases, rule=RepetitionRule(2, 1.0), store=store, backends=backends)
+    # The first call; the first round; the second, before `broken` failed in it or after; the third.
+    assert on_disk[:2] == [["missing"], ["missing", "wrong"]]
+    assert on_disk[3] == ["missing", "wrong", "broken", "done"]
+    kept = {record.case.backend: record for record in store.load()}
+    assert {name: record.status for name, record in kept.items()} == {
+        "missing": "unsupported", "wrong": "incorrect", "broken": "error", "done": "ok"
+    }  # fmt: skip
+    assert kept["done"].harness.interleaved == ("broken", "done", "last")
+    assert kept["done"].harness.order[0] == ("broken", "last", "done")
+    # Resuming measures what is missing, and that alone: it says beside whom.
+    done = {record.case_key for record in store.load()}
+    (rest,) = profile(cases, rule=TWICE, store=store, skip=done, backends=BOTH | {"last": OurBackend("torch")})
+    assert (rest.case.backend, rest.status, rest.harness.interleaved) == ("last", "ok", ("last",))
+
+
+KILLED = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from ldmperf.profiling import Case, profile
+from ldmperf.profiling.backends import OurBackend
+from ldmperf.profiling.lane import Lane
+from ldmperf.profiling.peers import DiffusersBackend
+from ldmperf.profiling.records import RecordStore
+from ldmperf.profiling.timing import RepetitionRule
+
+class Hangs:
+    implementation = "torch"
+    def build(self, problem):
+        right, calls = OurBackend("torch").build(problem), []
+        def trajectory(inputs):
+            calls.append(None)
+            # First call, two rounds beside the others, and then it is alone.
+            time.sleep(600 if len(calls) == 4 else 0)
+            return right(inputs)
+        return trajectory
+
+backends = {"torch": OurBackend("torch"), "diffusers": DiffusersBackend(), "hangs": Hangs()}
+size = {"steps": 1, "latent_height": 16, "latent_width": 16}
+cases = [Case(unet=sys.argv[1], backend=name, **size) for name in backends]
+real = Lane.run_measured
+Lane.run_measured = lambda lane, inputs: replace(
+    real(lane, inputs), wall_ms=0.001 if lane.case.backend == "hangs" else 1000.0
+)
+profile(cases, rule=RepetitionRule(2, 1.0), store=RecordStore(Path(sys.argv[2])), backends=backends)
+"""
+
+
+def test_a_killed_process_leaves_the_records_of_the_backends_that_were_done(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "records.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tiny_checkpoint), str(path)],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") == 2):
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    records, rejected = load_records(path)
+    assert rejected == 0
+    assert [(record.case.backend, record.status) for record in records] == [("torch", "ok"), ("diffusers", "ok")]
+
+
+class Clock:
+    """Seconds that pass by one for each trajectory that a listener hears of."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.began = 0
+        self.heard: list[tuple[str, str]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def begin(self, cases: Sequence[Case]) -> None:
+        self.began += 1
+
+    def ran(self, case: Case, phase: str) -> None:
+        self.now += 1.0
+        self.heard.append((case.backend, phase))
+
+    def recorded(self, record: Record) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_what_has_a_sample_at_the_deadline_is_checked_and_recorded_as_cut_short(
+    tiny_checkpoint: Path, tmp_path: Path, sampler: str
+) -> None:
+    first = [tiny_case(tiny_checkpoint, sampler=sampler, backend=name) for name in BOTH]
+    second = [case.model_copy(update={"steps": 3}) for case in first]
+    clock = Clock()
+    # Two first calls, and three samples are begun before seven seconds have passed: two and two.
+    records = profile(
+        [*first, *second],
+        rule=RepetitionRule(5, 0.0),
+        backends=BOTH,
+        listener=clock,
+        deadline=Deadline(5.5, clock),
+    )
+    assert [record.case for record in records] == first
+    # Of the next group not even the network is made.
+    assert clock.began == 1
+    for record in records:
+        assert (record.status, record.harness.stopped_by, record.harness.min_count) == ("ok", "seconds", 5)
+        assert record.correctness is not None
+        assert record.correctness.error_after is not None
+    samples = [record.wall_ms.n for record in records if record.wall_ms is not None]
+    # Of a deterministic plan the check is one more sample, of a stochastic one it is none.
+    closing = 1 if sampler == "ddim" else 0
+    assert samples == [2 + closing, 2 + closing]
+    assert clock.heard == [
+        ("torch", "first call"), ("diffusers", "first call"),
+        ("torch", "timing"), ("diffusers", "timing"), ("diffusers", "timing"), ("torch", "timing"),
+        ("torch", "check"), ("diffusers", "check"),
+    ]  # fmt: skip
+    if closing:
+        assert [record.harness.order[-1] for record in records] == [("torch",), ("diffusers",)]
+
+
+def test_what_has_no_sample_at_the_deadline_has_no_record(tiny_checkpoint: Path) -> None:
+    cases = [tiny_case(tiny_checkpoint, backend=name) for name in BOTH]
+    for seconds, heard in ((0.5, 1), (1.5, 2)):
+        clock = Clock()
+        deadline = Deadline(seconds, clock)
+        assert profile(cases, rule=TWICE, backends=BOTH, listener=clock, deadline=deadline) == []
+        assert clock.heard == [("torch", "first call"), ("diffusers", "first call")][:heard]
+    # Nor is a reference computed that no sample would be compared with.
+    clock = Clock()
+    wide: list[torch.dtype] = []
+
+    class Noted:
+        implementation = "diffusers"
+
+        def build(self, problem: Problem) -> Trajectory:
+            wide.append(problem.unet.dtype)
+            return DiffusersBackend().build(problem)
+
+    case = tiny_case(tiny_checkpoint, dtype="bfloat16")
+    backends = BOTH | {"diffusers": Noted()}
+    assert profile([case], rule=TWICE, backends=backends, listener=clock, deadline=Deadline(0.5, clock)) == []
+    assert wide == []
+    # One sample of the two: the other backend has none.
+    clock = Clock()
+    deadline = Deadline(2.5, clock)
+    (record,) = profile(cases, rule=TWICE, backends=BOTH, listener=clock, deadline=deadline)
+    assert record.case.backend == "torch"
+
+
+def test_what_failed_before_the_deadline_is_recorded(tiny_checkpoint: Path) -> None:
+    cases = [tiny_case(tiny_checkpoint, backend=name) for name in ("missing", "torch")]
+    clock = Clock()
+    backends = BOTH | {"missing": Missing()}
+    deadline = Deadline(0.5, clock)
+    (record,) = profile(cases, backends=backends, listener=clock, deadline=deadline)
+    assert (record.case.backend, record.status) == ("missing", "unsupported")
+
+
+def settling(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """As on a GPU: memory is given back, and what runs next has to allocate it. What ran, and when that was."""
+    log: list[tuple[str, str]] = []
+    real_run, real_measured, real_release = Lane.run, Lane.run_measured, group.release_memory
+
+    def run(lane: Lane, inputs: Inputs) -> Timed[Tensor]:
+        log.append((lane.case.backend, "untimed"))
+        return real_run(lane, inputs)
+
+    def run_measured(lane: Lane, inputs: Inputs) -> Timed[Tensor]:
+        result = real_measured(lane, inputs)
+        log[-1] = (lane.case.backend, "timed")
+        return result
+
+    def release() -> None:
+        log.append(("", "released"))
+        real_release()
+
+    monkeypatch.setattr(Lane, "run", run)
+    monkeypatch.setattr(Lane, "run_measured", run_measured)
+    monkeypatch.setattr(group, "release_memory", release)
+    monkeypatch.setattr("ldmperf.profiling.lane.release_memory", release)
+    monkeypatch.setattr(group, "warmup_rounds", lambda case: 1)
+    return log
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_no_sample_pays_for_memory_that_was_given_back(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """Neither after the checks, nor after another backend has failed, nor after a stochastic check's capture."""
+    log = settling(monkeypatch)
+    cases = [tiny_case(tiny_checkpoint, sampler=sampler, backend=n) for n in ("torch", "broken", "diffusers")]
+    # Fails at its second sample: its first call, its warm-ups and a sample went well.
+    backends = BOTH | {"broken": raising(MemoryError(), at_call=4 if sampler == "ddim" else 5)}
+    with told_times(torch=600.0, diffusers=250.0):
+        records = {r.case.backend: r for r in profile(cases, rule=RepetitionRule(2, 1.0), backends=backends)}
+    assert {name: record.status for name, record in records.items()} == {
+        "torch": "ok", "broken": "oom", "diffusers": "ok"
+    }  # fmt: skip
+    # Of a deterministic plan the time is reached before the closing sample.
+    taken = {"torch": 3, "diffusers": 5} if sampler == "ddim" else {"torch": 2, "diffusers": 4}
+    # After the checks, and after the failure; of a stochastic plan after the captures of the warm-up too, and once
+    # more for the one that is still timed when the check of the other was captured.
+    warm_ups = {"torch": 2, "diffusers": 2} if sampler == "ddim" else {"torch": 3, "diffusers": 4}
+    for name in ("torch", "diffusers"):
+        mine = [what for who, what in log if who in ("", name)]
+        assert mine.count("timed") == taken[name]
+        for before, what in pairwise(mine):
+            assert (before, what) != ("released", "timed"), log
+        assert records[name].harness.warmup_count == warm_ups[name]
+        assert records[name].phases.warmup_ms is not None
+
+
+def test_references_are_computed_once_and_found_by_the_next_profile(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    computed: list[str] = []
+
+    @dataclass
+    class Counted:
+        of: Backend
+        implementation: str
+
+        def build(self, problem: Problem) -> Trajectory:
+            if problem.unet.dtype == torch.float32:
+                computed.append(self.implementation)
+            return self.of.build(problem)
+
+    counted = {name: Counted(backend, name) for name, backend in BOTH.items()}
+    case = tiny_case(tiny_checkpoint, dtype="bfloat16")
+    given = make_problem(case, make_network(case))
+    kept = References()
+    once = kept.get(given, "torch", counted)
+    assert once.ms is not None
+    assert (once.name, computed) == ("diffusers float32", ["diffusers"])
+    again = kept.get(given, "torch", counted)
+    assert torch.equal(again.latents, once.latents)
+    assert (again.ms, computed) == (None, ["diffusers"])
+    # What the result depends on is another reference: the implementation beside it, the steps, the batch.
+    kept.get(given, "diffusers", counted)
+    other = case.model_copy(update={"steps": 3})
+    kept.get(make_problem(other, given.unet), "torch", counted)
+    assert computed == ["diffusers", "torch", "diffusers"]
+    assert relative_rms(kept.get(make_problem(other, given.unet), "torch", counted).latents, once.latents) > 0.1
+
+    family = Case(unet="39M", steps=1, dtype="bfloat16", latent_height=8, latent_width=8)
+    small = make_problem(family, make_network(family))
+    computed.clear()
+    written = References(tmp_path / "kept", "commit").get(small, "torch", counted)
+    found = References(tmp_path / "kept", "commit").get(small, "torch", counted)
+    assert (computed, found.ms, found.name) == (["diffusers"], None, "diffusers float32")
+    assert torch.equal(found.latents, written.latents)
+    # Of another commit, of changed files, or torn, it is computed anew; a checkpoint's is never kept on disk.
+    (path,) = (tmp_path / "kept").iterdir()
+    References(tmp_path / "kept", "another").get(small, "torch", counted)
+    References(tmp_path / "kept", None).get(small, "torch", counted)
+    path.write_bytes(path.read_bytes()[:-100])
+    References(tmp_path / "kept", "commit").get(small, "torch", counted)
+    References(tmp_path / "kept", "commit").get(given, "torch", counted)
+    assert len(computed) == 5
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_references_are_kept_for_code_that_is_known_alone() -> None:
+    here = collect_environment("cpu").model_copy(update={"git_commit": "a", "git_dirty": False})
+    assert code_identity(here) is not None
+    assert code_identity(here.model_copy(update={"git_dirty": True})) is None
+    assert code_identity(here.model_copy(update={"git_commit": None, "git_dirty": None})) is None
+    # The commit given from outside, of a checkout without its history.
+    assert code_identity(here.model_copy(update={"git_dirty": None})) is not None
+    for change in ({"git_commit": "b"}, {"torch": "9"}, {"diffusers": "9"}, {"cudnn": 9}, {"cpu": "another"}):
+        assert code_identity(here.model_copy(update=change)) != code_identity(here)
+
+
+def test_the_float32_network_is_made_once_a_group_and_given_up(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[weakref.ref[torch.nn.Module]] = []
+    real = copy.deepcopy
+
+    def deepcopy(module: torch.nn.Module) -> torch.nn.Module:
+        found = real(module)
+        copies.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr("ldmperf.profiling.check.copy.deepcopy", deepcopy)
+    alive: list[int] = []
+
+    class Listening(Heard):
+        def ran(self, case: Case, phase: str) -> None:
+            if phase == "timing":
+                gc.collect()
+                alive.append(sum(copy() is not None for copy in copies))
+
+    cases = [tiny_case(tiny_checkpoint, dtype="bfloat16", backend=name) for name in BOTH]
+    records = profile(cases, rule=TWICE, backends=BOTH, listener=Listening())
+    assert {record.status for record in records} == {"ok"}
+    assert (len(copies), set(alive)) == (1, {0})
+
+
+def traced_as(trace: Trace, log: list[tuple[str, int]]) -> Tracer:
+    def tracer(call: Callable[[], object], device: torch.device, evaluations: int) -> Trace:
+        call()
+        log.append(("traced", evaluations))
+        return trace.model_copy(update={"evaluations": evaluations})
+
+    return tracer
+
+
+def test_traces_are_of_short_trajectories_after_all_timing(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one the profiler stays attached: nothing is timed then. The record is written again with it."""
+    monkeypatch.setattr(runner, "wants_trace", lambda record: record.status == "ok" and record.trace is None)
+    cases = [
+        tiny_case(tiny_checkpoint, steps=steps, backend=name) for steps in (2, 20) for name in ("torch", "wrong")
+    ]
+    backends = BOTH | {"wrong": Changed(lambda latents, call: latents * 2)}
+    log: list[tuple[str, int]] = []
+
+    class Listening(Heard):
+        def ran(self, case: Case, phase: str) -> None:
+            log.append((phase, case.steps))
+
+    trace = Trace(launches=10, launches_per_step=3, busy_ms=1.0, step_busy_ms=0.25)
+    store = RecordStore(tmp_path / "records.jsonl")
+    records = profile(
+        cases,
+        rule=TWICE,
+        store=store,
+        backends=backends,
+        listener=Listening(),
+        tracer=traced_as(trace, log),
+    )
+    phases = [phase for phase, _ in log]
+    assert phases.count("traced") == 2
+    assert set(phases[phases.index("traced") :]) == {"traced", "trace"}
+    assert [steps for phase, steps in log if phase == "traced"] == [2, 8]
+    assert {(r.case.steps, r.case.backend): r.trace is not None for r in records} == {
+        (2, "torch"): True, (2, "wrong"): False, (20, "torch"): True, (20, "wrong"): False
+    }  # fmt: skip
+    # On disk the record without its trace was there first; read, it is one.
+    assert store.path.read_bytes().count(b"\n") == 6
+    assert sorted(store.load(), key=lambda r: r.case_key) == sorted(records, key=lambda r: r.case_key)
+    # Twelve evaluations more than were traced, each a quarter of a millisecond.
+    long = next(r for r in records if r.case.steps == 20 and r.trace is not None)
+    assert long.trace is not None
+    assert long.trace.busy_in(20) == pytest.approx(1.0 + 12 * 0.25)
+    assert long.wall_ms is not None
+    assert long.host_gap == pytest.approx(1.0 - 4.0 / long.wall_ms.p50)
+
+
+def test_a_trace_that_fails_leaves_the_record_and_resuming_makes_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "wants_trace", lambda record: record.status == "ok" and record.trace is None)
+    case = tiny_case(tiny_checkpoint)
+    store = RecordStore(tmp_path / "records.jsonl")
+
+    def broken(call: Callable[[], object], device: torch.device, evaluations: int) -> Trace | None:
+        raise RuntimeError("CUPTI_ERROR_NOT_INITIALIZED")
+
+    with pytest.warns(UserWarning, match="no trace .*CUPTI_ERROR_NOT_INITIALIZED"):
+        (record,) = profile([case], rule=TWICE, store=store, backends=BOTH, tracer=broken)
+    with pytest.warns(UserWarning, match="the profiler saw nothing"):
+        profile([case], store=store, skip={case.key}, backends=BOTH, tracer=lambda *_: None)
+    assert store.load() == [record]
+    assert record.trace is None
+    trace = Trace(launches=10, busy_ms=1.0)
+    late = Deadline(0.0)
+    profile([case], store=store, skip={case.key}, backends=BOTH, tracer=traced_as(trace, []), deadline=late)
+    assert store.load() == [record]
+    again = profile([case], store=store, skip={case.key}, backends=BOTH, tracer=traced_as(trace, []))
+    (completed,) = store.load()
+    assert again == []
+    assert completed.trace is not None
+    assert completed.model_copy(update={"trace": None}) == record
+
+
+def test_only_what_has_a_time_on_a_gpu_is_traced(make_record: Callable[..., Record]) -> None:
+    on_gpu, on_cpu = Case(unet="39M", device="cuda"), Case(unet="39M", device="cpu")
+    assert wants_trace(make_record(on_gpu))
+    assert not wants_trace(make_record(on_gpu, trace=Trace(launches=1, busy_ms=1.0)))
+    assert not wants_trace(make_record(on_gpu, status="oom"))
+    assert not wants_trace(make_record(on_cpu))
 
 
 def test_process_wide_settings_are_put_back(tiny_checkpoint: Path) -> None:

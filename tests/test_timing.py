@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling.timing import (
+    Deadline,
     RepetitionRule,
     Timed,
+    Times,
     garbage_collection_paused,
     interleave,
     quantile,
@@ -63,47 +69,161 @@ def test_timed_reads_the_clock_around_the_call_alone() -> None:
     assert timed(call, CPU, clock) == Timed("done", 250.0, None)
 
 
-def repeat(rule: RepetitionRule, ms: dict[str, list[float]], to_come: int = 0) -> tuple[list[str], dict[str, int]]:
-    """The order in which backends ran, taking those times (the last for ever), and how many samples each has."""
-    order: list[str] = []
+class FakeLanes:
+    """Backends that take the given milliseconds (the last for ever) and note who ran when; None is a failure."""
 
-    def run(name: str, number: int) -> Timed[None]:
-        order.append(name)
-        return Timed(None, ms[name][min(number, len(ms[name]) - 1)], None)
+    def __init__(self, ms: Mapping[str, Sequence[float | None]], clock: FakeClock | None = None) -> None:
+        self.ms = ms
+        self.clock = clock or FakeClock()
+        self.log: list[tuple[str, int, bool]] = []
+        self.taken = dict.fromkeys(ms, 0)
+        self.failed: list[str] = []
+        self.done: list[tuple[str, int]] = []
 
-    def refuse(name: str, error: Exception) -> None:
-        raise error
+    def run(self, name: str, number: int, is_last: bool) -> Timed[object]:
+        self.log.append((name, number, is_last))
+        sample = self.ms[name][min(self.taken[name], len(self.ms[name]) - 1)]
+        self.taken[name] += 1
+        if sample is None:
+            raise RuntimeError(name)
+        self.clock.now += sample / 1e3
+        return Timed(None, sample, None)
 
-    runs = {name: (lambda number, name=name: run(name, number)) for name in ms}
-    times = interleave(runs, rule, refuse, to_come)
-    return order, {name: len(samples.wall_ms) for name, samples in times.items()}
+    def interleave(
+        self, rule: RepetitionRule, closing: bool = False, deadline: Deadline | None = None
+    ) -> dict[str, Times]:
+        return interleave(
+            {name: functools.partial(self.run, name) for name in self.ms},
+            rule,
+            lambda name, error: self.failed.append(name),
+            closing=closing,
+            on_done=lambda names: self.done.extend((name, len(self.log)) for name in names),
+            deadline=deadline,
+        )
+
+    @property
+    def rounds(self) -> list[list[str]]:
+        """Who ran in each round, in order."""
+        numbers = [number for _, number, _ in self.log]
+        assert numbers == sorted(numbers)
+        return [[name for name, number, _ in self.log if number == n] for n in range(max(numbers, default=-1) + 1)]
+
+
+def counts(rule: RepetitionRule, ms: dict[str, list[float | None]], closing: bool = False) -> dict[str, int]:
+    return {name: len(t.wall_ms) for name, t in FakeLanes(ms).interleave(rule, closing).items()}
 
 
 def test_the_minimum_count_holds_when_time_is_reached_early() -> None:
-    assert repeat(RepetitionRule(4, 0.001), {"a": [5000.0]})[1] == {"a": 4}
+    assert counts(RepetitionRule(4, 0.001), {"a": [5000.0]}) == {"a": 4}
 
 
 def test_the_minimum_time_holds_when_the_count_is_reached_early() -> None:
     # 10 samples of 100 ms are one second; nine are not.
-    assert repeat(RepetitionRule(2, 1.0), {"a": [100.0]})[1] == {"a": 10}
+    assert counts(RepetitionRule(2, 1.0), {"a": [100.0]}) == {"a": 10}
 
 
-def test_the_slowest_to_have_enough_time_decides_for_all() -> None:
-    order, counts = repeat(RepetitionRule(1, 1.0), {"a": [500.0], "b": [250.0]})
-    assert counts == {"a": 4, "b": 4}
-    assert order == ["a", "b"] * 4
+def test_who_has_its_samples_leaves_and_the_others_go_on() -> None:
+    """At 39M `graph` needs tens of trajectories for its two seconds; the eager ones do not wait for it."""
+    lanes = FakeLanes({"slow": [500.0], "fast": [100.0]})
+    times = lanes.interleave(RepetitionRule(2, 1.0))
+    assert {name: len(t.wall_ms) for name, t in times.items()} == {"slow": 2, "fast": 10}
+    assert lanes.rounds == [["slow", "fast"], ["fast", "slow"], *[["fast"]] * 8]
+    assert times["slow"].order == [("slow", "fast"), ("fast", "slow")]
+    assert times["fast"].order == [("slow", "fast"), ("fast", "slow"), *[("fast",)] * 8]
 
 
-def test_samples_to_come_count_but_their_time_does_not() -> None:
-    assert repeat(RepetitionRule(3, 0.0), {"a": [1.0]}, to_come=1)[1] == {"a": 2}
-    assert repeat(RepetitionRule(1, 0.0), {"a": [1.0]}, to_come=1)[1] == {"a": 0}
-    assert repeat(RepetitionRule(1, 1.0), {"a": [500.0]}, to_come=1)[1] == {"a": 2}
+def test_a_closing_sample_is_known_as_the_last_before_it_is_taken() -> None:
+    """By it the count is reached; the time is by those before it."""
+    assert counts(RepetitionRule(3, 0.0), {"a": [1.0]}, closing=True) == {"a": 3}
+    assert counts(RepetitionRule(1, 0.0), {"a": [1.0]}, closing=True) == {"a": 1}
+    assert counts(RepetitionRule(1, 1.0), {"a": [500.0]}, closing=True) == {"a": 3}
+    lanes = FakeLanes({"a": [1.0], "b": [1.0]})
+    lanes.interleave(RepetitionRule(2, 0.0), closing=True)
+    assert lanes.log == [("a", 0, False), ("b", 0, False), ("b", 1, True), ("a", 1, True)]
+
+
+SAMPLES = st.lists(st.sampled_from([0.5, 7.0, 40.0, 300.0, None]), min_size=1, max_size=6).filter(
+    # One that takes half a millisecond for ever would need thousands of rounds.
+    lambda samples: samples[-1] not in (0.5, 7.0)
+)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(SAMPLES, min_size=1, max_size=6),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 0.1, 0.5]),
+    st.booleans(),
+)
+def test_each_has_its_samples_and_no_more_and_who_is_first_rotates(
+    samples: list[list[float | None]], count: int, seconds: float, closing: bool
+) -> None:
+    names = "abcdef"[: len(samples)]
+    lanes = FakeLanes(dict(zip(names, samples, strict=True)))
+    times = lanes.interleave(RepetitionRule(count, seconds), closing)
+    assert set(times) | set(lanes.failed) == set(names)
+    assert not set(times) & set(lanes.failed)
+    # Each ran in the rounds 0, 1, ... without a gap, once in each, and in none after it had its samples.
+    for name in names:
+        mine = [(number, is_last) for who, number, is_last in lanes.log if who == name]
+        assert [number for number, _ in mine] == list(range(len(mine)))
+        if name in times:
+            wall = times[name].wall_ms
+            assert len(wall) == len(mine)
+            before = wall[:-1]
+            enough = [
+                n for n in range(1, len(wall) + 1) if n >= count and sum(wall[: n - closing]) >= 1e3 * seconds
+            ]
+            assert enough == [len(wall)], (before, wall)
+            assert [is_last for _, is_last in mine] == [False] * len(before) + [closing]
+    # Who leads: of those that are still there, nobody has led two rounds more often than another.
+    rounds = lanes.rounds
+    for n in range(len(rounds)):
+        led = [sum(order[0] == name for order in rounds[: n + 1]) for name in rounds[n]]
+        assert max(led) - min(led) <= 1
+    # What is recorded is what was, and those that are done hear of it between rounds.
+    for name, found in times.items():
+        assert found.order == [tuple(order) for order in rounds if name in order]
+    ends = [sum(len(order) for order in rounds[: n + 1]) for n in range(len(rounds))]
+    assert [name for name, _ in lanes.done] == sorted(times, key=lambda name: (len(times[name].wall_ms), name))
+    for name, at in lanes.done:
+        assert at == ends[len(times[name].wall_ms) - 1]
+
+
+@pytest.mark.parametrize("number", range(1, 8))
+def test_each_follows_every_other_equally_often(number: int) -> None:
+    """Who runs behind an idle eager backend and who behind a busy one evens out: a row-complete Latin square."""
+    names = "abcdefg"[:number]
+    # With an odd number it takes the square and its mirror image.
+    size = number if number % 2 == 0 else 2 * number
+    lanes = FakeLanes({name: [1.0] for name in names})
+    lanes.interleave(RepetitionRule(size, 0.0))
+    rounds = lanes.rounds
+    assert len(rounds) == size
+    for place in range(number):
+        assert Counter(order[place] for order in rounds) == dict.fromkeys(names, size // number)
+    followed = Counter(pair for order in rounds for pair in pairwise(order))
+    every = {(a, b) for a in names for b in names if a != b}
+    assert followed == dict.fromkeys(every, size // number)
+
+
+def test_no_sample_is_begun_after_the_deadline() -> None:
+    clock = FakeClock()
+    lanes = FakeLanes({"a": [400.0], "b": [400.0], "c": [400.0]}, clock)
+    times = lanes.interleave(RepetitionRule(9, 0.0), deadline=Deadline(1.5, clock))
+    # Begun at 0, 400, 800 and 1200 ms; none at 1600.
+    assert [name for name, _, _ in lanes.log] == ["a", "c", "b", "b"]
+    assert {name: len(t.wall_ms) for name, t in times.items()} == {"a": 1, "b": 2, "c": 1}
+    assert times["b"].order == [("a", "c", "b"), ("b",)]
+    assert lanes.done == []
+    nothing = FakeLanes({"a": [1.0]}, clock).interleave(RepetitionRule(), deadline=Deadline(0.0, clock))
+    assert nothing["a"].wall_ms == []
 
 
 def test_every_sample_is_kept_in_order() -> None:
     samples = [5.0, 1000.0, 1.0]
     times = interleave(
-        {"a": lambda number: Timed(None, samples[number], samples[number] / 2)},
+        {"a": lambda number, is_last: Timed(None, samples[number], samples[number] / 2)},
         RepetitionRule(3, 0.0),
         lambda name, error: None,
     )
@@ -114,13 +234,13 @@ def test_every_sample_is_kept_in_order() -> None:
 def test_a_backend_that_raises_leaves_and_the_others_go_on() -> None:
     failures: list[tuple[str, str]] = []
 
-    def broken(number: int) -> Timed[None]:
+    def broken(number: int, is_last: bool) -> Timed[object]:
         if number == 1:
             raise RuntimeError("second round")
         return Timed(None, 1.0, None)
 
     times = interleave(
-        {"broken": broken, "sound": lambda number: Timed(None, 1.0, None)},
+        {"broken": broken, "sound": lambda number, is_last: Timed(None, 1.0, None)},
         RepetitionRule(3, 0.0),
         lambda name, error: failures.append((name, str(error))),
     )
@@ -129,7 +249,7 @@ def test_a_backend_that_raises_leaves_and_the_others_go_on() -> None:
 
 
 def test_an_interrupt_passes_through() -> None:
-    def interrupted(number: int) -> Timed[None]:
+    def interrupted(number: int, is_last: bool) -> Timed[object]:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

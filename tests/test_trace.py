@@ -81,6 +81,9 @@ def test_the_mean_step_is_of_whole_steps_alone() -> None:
     trace = trace_of(events, 3)
     assert trace is not None
     assert trace.launches_per_step == 3
+    assert trace.evaluations == 3
+    # Of the two whole steps: 1 + 10 + 2 and 1 + 20 + 2 microseconds.
+    assert trace.step_busy_ms == pytest.approx(0.018)
     assert trace.step == (
         KernelTime(name=long[:200], launches=1.0, ms=0.015),
         KernelTime(name="add", launches=1.0, ms=0.002),

@@ -83,6 +83,13 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             f"The machine was probably busy with other work: {len(loads)} of {len(shown.rows)} cases saw "
             f"a load average above {CROWDED_LOAD:g} per usable core, up to {max(loads):.2f}."
         )
+    timed = [row for row in shown.rows if row.record.wall_ms is not None]
+    cut = [row for row in timed if row.record.harness.stopped_by is not None]
+    if cut:
+        found.append(
+            f"Cut short by --seconds: {len(cut)} of {len(shown.rows)} cases have fewer trajectories than "
+            "were asked for (n in the details); --resume measures them again."
+        )
     if shown.superseded:
         found.append(f"Cases measured more than once: {shown.superseded} earlier records are not shown.")
     return tuple(found)

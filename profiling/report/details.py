@@ -53,6 +53,8 @@ def cases_grid(shown: Overview) -> Grid:
         "first call ms": lambda row: text.number(row.record.phases.first_call_ms),
         "warm-up ms": lambda row: text.number(row.record.phases.warmup_ms),
         "peak memory GiB": lambda row: text.number(ratio(row.record.peak_memory_bytes, GIB)),
+        "settings": lambda row: text.printable("; ".join(row.record.settings)) or text.MISSING,
+        "cut short by": lambda row: row.record.harness.stopped_by or text.MISSING,
         "load before, after": lambda row: _states(row.record, lambda s: _of(s.load_average_1min, "{:.2f}")),
         "SM MHz before, after": lambda row: _states(row.record, lambda s: _of(s.sm_clock_mhz, "{:d}")),
         "throttle reasons after": lambda row: (
@@ -63,7 +65,7 @@ def cases_grid(shown: Overview) -> Grid:
     # A column that nobody could fill (the GPU's, on a CPU) is no column.
     kept = [i for i in range(len(columns)) if any(row[i] != text.MISSING for row in rows)]
     headings = tuple(name for i, name in enumerate(columns) if i in kept)
-    words = ("case", "conditions", "status", "reference", "throttle reasons after")
+    words = ("case", "conditions", "status", "reference", "settings", "cut short by", "throttle reasons after")
     return Grid(
         headings,
         tuple(tuple(row[i] for i in kept) for row in rows),
@@ -143,11 +145,14 @@ def device_lines(records: Iterable[Record]) -> list[tuple[str, str]]:
 def harness_lines(records: Sequence[Record]) -> list[str]:
     """How often trajectories were repeated, in the words of each distinct setting."""
     lines = []
-    for harness in dict.fromkeys(record.harness for record in records):
-        order = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
+    timed = [record for record in records if record.wall_ms is not None] or records
+    # Alike but for the order of their rounds, which is in the records.
+    for harness in dict.fromkeys(record.harness.model_copy(update={"order": ()}) for record in timed):
+        beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
+        cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"
         lines.append(
             f"at least {harness.min_count} trajectories and {harness.min_seconds:g} s of them, "
-            f"after {harness.warmup_count} for warm-up{order}"
+            f"after {harness.warmup_count} for warm-up{beside}{cut}"
         )
     return lines
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
-from ..cases import Case
+from ..cases import BACKENDS, Case
 from ..environment import Environment
 from ..records import Record
 
@@ -195,8 +195,9 @@ def _rows(environment: int, section: Sequence[Record], names: dict[str, str]) ->
     references = _references(section)
     peers = {record.case.unet: record for record in section if record.case.backend == PEER}
     backends = list(dict.fromkeys(record.case.backend for record in section))
-    # The peer last: ours is read against the paper first, and then against the peer.
-    backends.sort(key=lambda backend: backend == PEER)
+    # The peer last: ours is read against the paper first, and then against the peer. The others in the order of
+    # the ladder: records come as they were done.
+    backends.sort(key=lambda name: (name == PEER, BACKENDS.index(name) if name in BACKENDS else len(BACKENDS)))
     ordered = sorted(section, key=lambda r: (backends.index(r.case.backend), _magnitude(r), r.case.unet))
     rows = []
     for record in ordered:
