@@ -20,8 +20,8 @@ def compile_ahead(
         list[str],
         typer.Option(
             "--for",
-            help="What is to start without compiling: smoke, ladder, family, kernels, tests, "
-            "tune:OPERATOR[+OPERATOR...][:SIZE[+SIZE...][:BATCH[+BATCH...]]]. Repeat it or separate values by commas.",
+            help="What is to start at once: smoke, ladder, family, kernels, tests, "
+            "tune:OPERATOR[+OPERATOR...][:SIZE[+SIZE...][:BATCH[+BATCH...]]]. Repeat it or separate by commas.",
             metavar="LIST",
         ),
     ],
@@ -109,16 +109,16 @@ def told(report: Report) -> list[str]:
     """What was done, in lines."""
     from .precompile import cache_folder
 
+    stubs = [report.count(status, stubs=True) for status in ("compiled", "there")]
     unfit = [one for one in report.done if one.candidate and one.status in ("failed", "unfit")]
     lines = [
         f"{report.count('compiled')} kernels compiled, {report.count('there')} were there; "
-        f"{report.count('compiled', stubs=True)} modules compiled, {report.count('there', stubs=True)} were there; "
+        f"{stubs[0]} modules compiled, {stubs[1]} were there; "
         f"{report.seconds:.0f} s; {cache_folder()}"
     ]
     if unfit:
-        lines.append(
-            f"{len(unfit)} candidates cannot be launched, as a tuner finds out too; the first: {unfit[0].name}: {unfit[0].message}"
-        )
+        first = f"{unfit[0].name}: {unfit[0].message}"
+        lines.append(f"{len(unfit)} candidates cannot be launched, which a tuner passes over; the first: {first}")
     if report.left:
         lines.append(f"{report.left} were not begun in time")
     lines += [f"failed: {one.name}: {one.message}" for one in report.failures[:_SHOWN]]

@@ -49,8 +49,8 @@ class Compiled:
     asm: dict[str, Any] = field(repr=False)
 
 
-# What a launch takes from triton's settings besides TRITON_DEBUG: all of them are in a kernel's key. Each version of
-# triton has its own of these.
+# What a launch takes from triton's settings besides TRITON_DEBUG: all of them are in a kernel's key. Versions of
+# triton differ in which there are.
 _RUN_TIME_SETTINGS = ("instrumentation_mode", "fpsan_homomorphic_casts")
 
 

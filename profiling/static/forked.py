@@ -1,4 +1,4 @@
-"""Work on many items by forked processes: they inherit what cannot be sent, and one that dies costs only its item."""
+"""Work by forked processes: they inherit what cannot be sent, and one that dies costs only its item."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def map_forked(work: Callable[[T], R], items: Sequence[T], processes: int) -> Iterator[tuple[T, R | Lost]]:
+def map_forked(work: Callable[[T], R], items: Sequence[T], processes: int) -> Generator[tuple[T, R | Lost]]:
     """(item, work(item)) as they come; begun in order, by `processes` processes forked from this one.
 
     Results are sent and must pickle; items and `work` need not. Nothing may have initialized CUDA here that `work`

@@ -1,4 +1,4 @@
-"""What `ldmperf compile --for NAME` stands for: the launches of whole runs, of single calls and of a tuner's choices.
+"""What `ldmperf compile --for NAME` stands for: launches of whole runs, of single calls, of a tuner's choices.
 
 Runs are not listed but run: our backends sample on "meta" tensors, which have shapes, strides and the places of
 slices, and every call of an operator is planned.
@@ -41,7 +41,7 @@ Planned = Iterator[tuple[Launch, bool]]
 NAMES = ("smoke", "ladder", "family", "kernels", "tests", "tune:OPERATOR[+...][:SIZE[+...][:BATCH[+...]]]")
 # A run's launches are the same at every step, but that noise and a slice of the steps' numbers come and go.
 _FEW_STEPS = 3
-# Of the bench of attention in the GPU check (bench/gpu_check.py): where the bound and the largest gain are to be seen.
+# Of attention in the GPU check (bench/gpu_check.py).
 CHECKED_HEAD_DIMS = (40, 64, 80, 128, 160, 384, 8)
 
 
@@ -128,7 +128,7 @@ def candidates(given: Callable[[], Iterable[Job]]) -> Planned:
 
 
 def _calls_of_cases(cases: Callable[[], Iterable[KernelCase]]) -> Planned:
-    """The launches of calls as the benches make them: ours, and of a linear layer the kernels beside its product."""
+    """The launches of calls as the benches make them; of a linear layer also those beside torch's product."""
     for case in cases():
         arguments = case.arguments("meta")
         yield from _launches(case.operator, arguments)
@@ -207,7 +207,7 @@ def _schedule() -> NoiseSchedule:
 
 
 def _trajectory(case: Case) -> Planned:
-    """A trajectory of `ldmperf profile`; with a stochastic sampler also that of its check, whose noise is given."""
+    """A trajectory of `ldmperf profile`; of a stochastic sampler also that of its check, whose noise is given."""
     dtype: torch.dtype = getattr(torch, case.dtype)
     unet = _meta_unet(family_config(case), dtype, "torch")
     plan = make_plan(case.sampler, _schedule(), case.steps)

@@ -1,8 +1,8 @@
 """Kernels compiled ahead, in parallel, into triton's own cache: what finds them there starts at once.
 
 A launch is planned on "meta" tensors for a chip that need not be there and specialized by triton's own binder, so
-that its key in the cache is the one that it has at run time. That key holds the kernel's source, the specialization
-and options, triton's build and ptxas' version. Nothing here initializes CUDA: processes are forked.
+that its key in the cache is the one that it has at run time. The key holds the kernel's source, specialization and
+options, triton's build and ptxas' version. Nothing here initializes CUDA: processes are forked.
 """
 
 from __future__ import annotations
@@ -150,9 +150,11 @@ def chip_here() -> Chip | None:
 
 
 def _ask_for_chip(_: None) -> Chip | None:
-    from ldmperf.kernels._launch import chip_of
-
-    return chip_of(torch.device("cuda", 0)) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    arch = f"sm_{found.major}{found.minor}" if torch.version.hip is None else found.gcnArchName.partition(":")[0]
+    return Chip(found.name, found.multi_processor_count, arch)
 
 
 def plan(
@@ -291,8 +293,8 @@ def compile_work(
             is_stub = isinstance(item, Stub)
             name = item.name if isinstance(item, Stub) else item.label
             candidate = isinstance(item, Kernel) and item.candidate
-            status, message = ("failed", result.reason) if isinstance(result, Lost) else result
-            tell(Done(name, item.digest, status, is_stub, candidate, message))
+            outcome: tuple[Status, str] = ("failed", result.reason) if isinstance(result, Lost) else result
+            tell(Done(name, item.digest, outcome[0], is_stub, candidate, outcome[1]))
             if seconds is not None and time.monotonic() - start > seconds:
                 break
     return Report(tuple(done), time.monotonic() - start, len(items) - len(done))
