@@ -52,9 +52,11 @@ def compile_ahead(
       ldmperf compile --for tests --plan
     """
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         raise CaseError("compiling takes triton, which is not installed: pip install triton") from None
+    if triton.knobs.runtime.interpret:
+        raise CaseError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -77,11 +79,13 @@ def compile_ahead(
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         # Drawn from here, not by a thread of its own: a process that is forked beside one may inherit its lock.
-        with Progress(*columns, console=errors, auto_refresh=False, transient=True) as bar:
+        with Progress(
+            *columns, console=errors, auto_refresh=False, transient=True, disable=not errors.is_terminal
+        ) as bar:
             task = bar.add_task("", total=len(planned.stubs) + len(planned.launches))
 
             def show(done: Done) -> None:
-                bar.update(task, advance=1, description=done.name.partition("[")[0], refresh=errors.is_terminal)
+                bar.update(task, advance=1, description=done.name.partition("[")[0], refresh=True)
 
             report = compile_work(planned, processes=jobs, seconds=seconds, told=show)
     except KeyboardInterrupt:
