@@ -122,9 +122,14 @@ def candidates(given: Callable[[], Iterable[Job]]) -> Planned:
     for _, job in first_of_each_key(given()):
         operator = OPERATORS[job.case.operator]
         arguments = job.case.arguments("meta")
-        yield from _calls_of_cases(lambda case=job.case: [case])  # type: ignore[misc]
+        yield from now_launches(job.case)
         for config in operator.candidates(**arguments):
             yield from ((launch, True) for launch in operator.plan(**arguments, config=config)[1])
+
+
+def now_launches(case: KernelCase) -> Planned:
+    """The launches of a call as it is now, and of what it is timed beside."""
+    return _calls_of_cases(lambda: [case])
 
 
 def _calls_of_cases(cases: Callable[[], Iterable[KernelCase]]) -> Planned:

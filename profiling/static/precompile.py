@@ -158,9 +158,17 @@ def _ask_for_chip(_: None) -> Chip | None:
 
 
 def plan(
-    parts: Sequence[Part], machine: Machine, *, processes: int | None = None, chips: Sequence[Chip] | None = None
+    parts: Sequence[Part],
+    machine: Machine,
+    *,
+    processes: int | None = None,
+    chips: Sequence[Chip] | None = None,
+    in_order: bool = False,
 ) -> Work:
-    """The distinct kernels and stubs of all launches of `parts`, what takes longest to compile first."""
+    """The distinct kernels and stubs of all launches of `parts`, what takes longest to compile first.
+
+    `in_order`: in the order of the launches, for one part.
+    """
     no_stubs = reason_against(machine.backend)
     items = [(part, chip) for part in parts for chip in (chips_of(machine) if chips is None else chips)]
     with pinned_ptxas():
@@ -176,8 +184,9 @@ def plan(
                 if known.candidate and not kernel.candidate:
                     kernels[kernel.digest] = kernel
             stubs |= found[1]
-    order = {digest: number for number, digest in enumerate(kernels)}
-    launches = sorted(kernels.values(), key=lambda kernel: (_slowness(kernel), order[kernel.digest]))
+    launches = list(kernels.values())
+    if not in_order:
+        launches.sort(key=_slowness)
     if no_stubs is None and launches:
         stubs = {driver_stub().digest: driver_stub()} | stubs
     return Work(machine, tuple(launches), tuple(stubs.values()), no_stubs)
