@@ -70,22 +70,7 @@ HEAD = 8
 L2 = Literal["cold", "step"]
 # Arguments that a step reads once: weights, what `UNet.condition` made of them and of the prompt, and a skip
 # connection, which was written long before. Keys and values of a text are recognized by their memory.
-READ_ONCE = frozenset(
-    [
-        "weight",
-        "bias",
-        "norm_weight",
-        "norm_bias",
-        "x_bias",
-        "shift",
-        "skip",
-        "table",
-        "guidance_scale",
-        "input_scale",
-    ]
-)
-# Why a candidate of a call cannot be launched; None where it may be.
-Refused = Callable[[KernelCase, Config], str | None]
+READ_ONCE = frozenset({"weight", "bias", "norm_weight", "norm_bias", "x_bias", "shift", "skip"})
 # A graph of one call would be timed with the host's way in.
 LEAST_CALLS = 16
 # Compiling takes this part of the time at most.
@@ -93,6 +78,8 @@ COMPILING = 1 / 3
 # None stands for what the kernel uses now: its tuned entry, or its default; TORCH for torch's own operator.
 Config = Any
 TORCH = "torch"
+# Why a candidate of a call cannot be launched; None where it may be.
+Refused = Callable[[KernelCase, Config], str | None]
 
 
 class Wrong(Exception):
