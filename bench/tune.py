@@ -449,7 +449,11 @@ def main(given: Sequence[str] | None = None) -> int:
     given = list(first_of_each_key(calls))
     refused = compile_ahead(given, chip, options.seconds * COMPILING)
     device = torch.device("cuda", 0)
-    environment = collect_environment("cuda:0")
+    try:
+        environment = collect_environment("cuda:0")
+    except CaseError as wrong:
+        tell(f"tune.py: {wrong}")
+        return 2
     head = {
         "gpu": chip.name,
         "chip": dataclasses.asdict(chip),
