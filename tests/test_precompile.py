@@ -376,6 +376,27 @@ def test_stubs_are_named_as_triton_names_them(monkeypatch: pytest.MonkeyPatch) -
     assert stubs.reason_against("hip") is not None
 
 
+def test_a_stub_is_compiled_once(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C compiler of this machine; that it cannot be loaded does not matter."""
+    from triton.backends.nvidia import driver
+    from triton.runtime.build import platform_key
+
+    for name, value in (("library_dirs", lambda: []), ("include_dirs", []), ("libraries", [])):
+        monkeypatch.setattr(driver, name, value)
+    source = "int answer(void) { return 42; }"
+    digest = hashlib.sha256((source + platform_key()).encode()).hexdigest()
+    stub = stubs.Stub(stubs.LAUNCHER, digest, source)
+    assert not stubs.is_there(stub)
+    assert not own_cache.exists()
+    for _ in range(2):
+        stubs.build(stub)
+        assert [path.parent.name for path in own_cache.glob("*/*.so")] != []
+    if triton.__version__ < "3.8":
+        assert stubs.is_there(stub)
+    with pytest.raises(subprocess.CalledProcessError):
+        stubs.build(stubs.Stub(stubs.LAUNCHER, "0" * 64, "no C"))
+
+
 Run = Callable[..., tuple[int, str, str]]
 
 

@@ -83,10 +83,8 @@ class Work:
 
     @property
     def missing(self) -> int:
-        """How many kernels and launchers triton's cache does not have."""
-        return sum(not kernel.there for kernel in self.launches) + sum(
-            not is_there(stub) for stub in self.stubs if stub.source is not None
-        )
+        """How many kernels and stubs triton's cache does not have."""
+        return sum(not kernel.there for kernel in self.launches) + sum(not is_there(stub) for stub in self.stubs)
 
 
 Status = Literal["compiled", "there", "unfit", "failed"]
