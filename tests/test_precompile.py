@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ pytest.importorskip("triton")
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ldmperf.kernels import OPERATORS, Launch, layer_norm, residual_add
+from ldmperf.kernels import OPERATORS, Chip, Launch, layer_norm, residual_add
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.profiling import cli
 from ldmperf.profiling.backends import Inputs, Problem
@@ -359,6 +360,39 @@ def test_launches_are_those_of_the_chip_that_they_are_planned_for(
     here = _launch.Chip("NVIDIA H200", 132)
     monkeypatch.setattr(precompile, "chip_here", lambda: here)
     assert precompile.chips_of(SM_90) == (here,)
+
+
+DRIVER = """
+#include <string.h>
+int cuInit(unsigned flags) { return %d; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = 7; return 0; }
+int cuDeviceGetName(char *name, int length, int device) {
+    strncpy(name, "NVIDIA H200", length);
+    return device != 7;
+}
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 16 ? 132 : attribute == 75 ? 9 : 0;
+    return device != 7;
+}
+"""
+
+
+def test_the_gpu_that_is_here_is_asked_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On stand-ins for the driver's library: one with a GPU, one that fails."""
+    if shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    for code in (0, 100):
+        folder = tmp_path / str(code)
+        folder.mkdir()
+        (folder / "driver.c").write_text(DRIVER % code)
+        command = ["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(folder / "driver.c")]
+        subprocess.run(command, check=True)
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
+        precompile.chip_here.cache_clear()
+        expected = Chip("NVIDIA H200", 132, "sm_90") if code == 0 else None
+        assert precompile.chip_here() == expected
+    precompile.chip_here.cache_clear()
 
 
 def test_stubs_are_named_as_triton_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
