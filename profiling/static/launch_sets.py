@@ -67,8 +67,9 @@ def _smoke() -> list[Part]:
 
 def _ladder() -> list[Part]:
     """The preset `ladder`, and two of its sizes in float16 too."""
-    (sweep,) = PRESETS["ladder"].sweeps
-    return run_parts((*sweep.cases(), *replace(sweep, unets=("866M", "39M"), dtypes=("float16",)).cases()))
+    sweeps = PRESETS["ladder"].sweeps
+    in_half = (replace(sweep, unets=("866M", "39M"), dtypes=("float16",)) for sweep in sweeps)
+    return run_parts(case for sweep in (*sweeps, *in_half) for case in sweep.cases())
 
 
 def _family() -> list[Part]:
