@@ -59,7 +59,9 @@ def _smoke() -> list[Part]:
     """Every operator at the calls of the smallest size and of Stable Diffusion's, and a trajectory of each."""
     sizes = ("39M", "866M")
     cases = (
-        Case(unet=size, steps=1, dtype="bfloat16", device="cuda", backend=b) for size in sizes for b in _ours()
+        Case(unet=size, steps=_FEW_STEPS, dtype="bfloat16", device="cuda", backend=backend)
+        for size in sizes
+        for backend in _ours()
     )
     calls = [partial(_calls_of_cases, partial(family_kernel_cases, size, 2, "bfloat16")) for size in sizes]
     return [*calls, *run_parts(cases)]
