@@ -64,7 +64,16 @@ def _smoke() -> list[Part]:
         for backend in _ours()
     )
     calls = [partial(_calls_of_cases, partial(family_kernel_cases, size, 2, "bfloat16")) for size in sizes]
-    return [*calls, *run_parts(cases)]
+    # tests/gpu/test_0_smoke.py
+    tested = [
+        part
+        for size in sizes
+        for part in (
+            partial(_tested_forward, size, "bfloat16", 2, 64),
+            partial(_tested_sampling, FAMILY[size], "dpmpp_2m", 1, 64, 77),
+        )
+    ]
+    return [*calls, *run_parts(cases), *tested]
 
 
 def _ladder() -> list[Part]:
@@ -271,7 +280,6 @@ def _tests() -> list[Part]:
     # A sample alone, and in a batch.
     forwards += [(size, "bfloat16", batch, 64) for size in ("39M", "866M") for batch in (1, 4)]
     parts += [partial(_tested_forward, *forward) for forward in forwards]
-    parts += [partial(_tested_sampling, FAMILY[size], "dpmpp_2m", 1, 64, 77) for size in ("39M", "866M")]
     parts += [partial(_tested_sampling, TESTED_TINY, sampler, 2, 16, 7) for sampler in TESTED_SAMPLERS]
     parts.append(_tested_samplers_alone)
     return [*_smoke(), *parts]
