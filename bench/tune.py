@@ -1,13 +1,17 @@
 """Search launch configurations on this GPU: kernels/tuned/<gpu>.json, which the kernels read.
 
 For each tuning key of the family's calls, the most important first, every candidate is compared with the float64
-reference and then timed in CUDA-graph replays, with inputs rotated past the L2 cache; the fastest few are timed
-again in turn, with what is used now and with torch's own operator. An entry is written, at once, where one is
-faster than what is used now by more than the noise; the table names the keys where torch's operator is faster than
-the best of ours, which "auto" then takes.
+reference and then timed in CUDA-graph replays; the fastest few are timed again in turn, with what is used now and
+with torch's own operator. An entry is written, at once, where one is faster than what is used now by more than the
+noise; the table names the keys where torch's operator is faster than the best of ours, which "auto" then takes.
+
+All candidates are compiled first, by every core. Those that an operator lists first are tried first, the others in
+a random but fixed order. `--l2 cold` rotates all inputs past the L2 cache. `--l2 step` is as in a denoising step:
+activations were just written, weights were last read a step ago. The table tells which, for every entry.
 
     python bench/tune.py group_norm_silu
     python bench/tune.py geglu --size 39M,866M --batch 2 --seconds 120
+    python bench/tune.py linear --size 866M --l2 step
     python bench/tune.py attention --head-dim 40,64 --tokens 4096 --batch 16
 """
 
@@ -15,19 +19,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ldmperf.kernels import OPERATORS
-from ldmperf.kernels._launch import TUNED_FOLDER, chip_of
+from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
 from ldmperf.profiling.cases import CaseError, dtype_named, known_names, split_values, whole_number
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.group import measuring_settings
@@ -37,20 +41,46 @@ from ldmperf.profiling.kernel_bench.device import (
     input_sets,
     l2_cache_bytes,
     runs_per_sample,
+    timed_run,
 )
 from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
-from ldmperf.profiling.kernel_bench.selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
+from ldmperf.profiling.kernel_bench.selection import (
+    BATCHES,
+    SIZES,
+    TOKENS,
+    Job,
+    first_of_each_key,
+    head_dim_jobs,
+    jobs,
+)
 from ldmperf.profiling.kernel_case import KernelCase
 from ldmperf.profiling.lane import release_memory
+from ldmperf.profiling.static.ahead import told as compiled_told
+from ldmperf.profiling.static.launch_sets import now_launches
+from ldmperf.profiling.static.machines import MACHINES
+from ldmperf.profiling.static.precompile import chip_here, compile_work, kernel_of, plan
 from ldmperf.profiling.store import write_whole
-from ldmperf.profiling.timing import Deadline, timed
+from ldmperf.profiling.timing import Deadline
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
 WORTHWHILE = 0.98
 FINALISTS = 4
+# So many of an operator's list are tried in its order: the default and what its author recommends.
+HEAD = 8
+# What lies in the caches before a call.
+L2 = Literal["cold", "step"]
+# Arguments that a step reads once: weights, what `UNet.condition` made of them and of the prompt, and a skip
+# connection, which was written long before. Keys and values of a text are recognized by their memory.
+READ_ONCE = frozenset({"weight", "bias", "norm_weight", "norm_bias", "x_bias", "shift", "skip"})
+# A graph of one call would be timed with the host's way in.
+LEAST_CALLS = 16
+# Compiling takes this part of the time at most.
+COMPILING = 1 / 3
 # None stands for what the kernel uses now: its tuned entry, or its default; TORCH for torch's own operator.
 Config = Any
 TORCH = "torch"
+# Why a candidate of a call cannot be launched; None where it may be.
+Refused = Callable[[KernelCase, Config], str | None]
 
 
 class Wrong(Exception):
@@ -87,12 +117,10 @@ def search(
 ) -> Found:
     """The fastest of the candidates that the time allows; `time_one` raises for one that is wrong or cannot run.
 
-    They are tried in a random but fixed order, so that a search that is cut short has seen some of each kind. What
-    is used now is timed first, and must be right: what it raises is raised.
+    They are tried in `search_order`. What is used now is timed first, and must be right: what it raises is raised.
     """
     time_one(None)
-    order = list(candidates)
-    random.Random(seed).shuffle(order)
+    order = search_order(candidates, seed)
     times: list[tuple[float, int]] = []
     failures: list[str] = []
 
@@ -128,6 +156,16 @@ def search(
     return Found(best, medians[best], now, tried, tuple(failures), medians.get(TORCH))
 
 
+def search_order(candidates: Sequence[Config], seed: str) -> list[Config]:
+    """The first of the list, then the others in a random but fixed order.
+
+    So a search that is cut short has seen what is recommended, and some of each kind.
+    """
+    rest = list(candidates[HEAD:])
+    random.Random(seed).shuffle(rest)
+    return [*candidates[:HEAD], *rest]
+
+
 def is_fatal(error: Exception) -> bool:
     """Whether the device is lost to this process: after an illegal access every later call fails too."""
     return "CUDA error" in str(error) and "out of memory" not in str(error)
@@ -137,11 +175,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def merged(document: dict[str, Any], head: dict[str, Any], kernel: str, key: str, found: Found) -> dict[str, Any]:
+def merged(
+    document: dict[str, Any], head: dict[str, Any], kernel: str, key: str, found: Found, l2: L2 = "cold"
+) -> dict[str, Any]:
     """The table after a search, its head that of the latest writer; other kernels and keys stay.
 
     Where nothing beats what is used now, the entry stays, or is null for the kernel's default; whether torch's
-    operator is faster is told where it was timed.
+    operator is faster is told where it was timed. "l2" tells of every entry in what state of the cache it was
+    measured; of entries without, it was cold.
     """
     kernels = {name: dict(entries) for name, entries in document.get("kernels", {}).items()}
     entries = kernels.setdefault(kernel, {})
@@ -153,11 +194,14 @@ def merged(document: dict[str, Any], head: dict[str, Any], kernel: str, key: str
     if found.torch is not None:
         of_kernel = torch_keys.setdefault(kernel, set())
         (of_kernel.add if found.torch_is_faster else of_kernel.discard)(key)
+    states = {name: dict(entries) for name, entries in document.get("l2", {}).items()}
+    states.setdefault(kernel, {})[key] = l2
     return {
         "schema_version": 1,
         **head,
         "kernels": {name: dict(sorted(entries.items())) for name, entries in sorted(kernels.items())},
         "torch": {name: sorted(keys) for name, keys in sorted(torch_keys.items()) if keys},
+        "l2": {name: dict(sorted(entries.items())) for name, entries in sorted(states.items())},
     }
 
 
@@ -174,36 +218,61 @@ def load_table(path: Path, gpu: str) -> dict[str, Any]:
     return document
 
 
-def by_key(found: Iterable[Job]) -> Iterable[tuple[str, Job]]:
-    """One call for each tuning key, the first: the most important."""
-    seen: set[str] = set()
-    for job in found:
-        key = OPERATORS[job.case.operator].tuning_key(**job.case.arguments("meta"))
-        if key not in seen:
-            seen.add(key)
-            yield key, job
+def read_once(case: KernelCase) -> KernelCase:
+    """The case with only those of its tensors that a step reads once."""
+    memory_of_q = next((t.memory for t in case.tensors if t.name == "q"), None)
+    chosen = [
+        t
+        for t in case.tensors
+        if t.name in READ_ONCE or (t.name in ("k", "v") and (t.memory is None or t.memory != memory_of_q))
+    ]
+    return case.model_copy(update={"tensors": tuple(chosen)})
+
+
+def as_in_a_step(
+    case: KernelCase, arguments: dict[str, Any], l2_bytes: int | None, generator: torch.Generator | None = None
+) -> list[dict[str, Any]]:
+    """Arguments of calls in a row, all with the same activations: what is read once rotates past the L2 cache.
+
+    Weights of all calls that fit into it together, as those of a norm do, stay there.
+    """
+    kept = read_once(case)
+    count, _ = input_sets(sum(t.nbytes for t in kept.tensors), l2_bytes) if kept.tensors else (1, True)
+    device = arguments[case.tensors[0].name].device
+    sets = [arguments] + [arguments | kept.arguments(device, generator) for _ in range(count - 1)]
+    return list(itertools.islice(itertools.cycle(sets), max(len(sets), LEAST_CALLS)))
 
 
 class GpuTimer:
     """Times configurations of one case; a configuration is compared with the reference before its first time."""
 
-    def __init__(self, case: KernelCase, device: torch.device) -> None:
+    def __init__(self, case: KernelCase, device: torch.device, l2: L2 = "cold") -> None:
         self.case, self.device = case, device
-        sets, _ = input_sets(case.bytes_moved, l2_cache_bytes(device))
+        l2_bytes = l2_cache_bytes(device)
+        self.keeps_results = l2 == "cold"
+        sets = input_sets(case.bytes_moved, l2_bytes)[0] if l2 == "cold" else 1
         self.inputs = Inputs(case, sets, device, seed=0)
         self.reference = self.inputs.reference()
+        self.calls = self.inputs.sets
+        if l2 == "step":
+            self.calls = as_in_a_step(case, self.inputs.sets[0], l2_bytes)
         self._right: set[Config] = set()
 
     def __call__(self, config: Config) -> float:
         """Median ms of a call."""
         if config not in self._right:
             self._check(config)
-        calls = [lambda arguments=arguments: self._call(config, arguments) for arguments in self.inputs.sets]
-        graph = GraphCalls(calls, self.device)
+
+        def call(arguments: dict[str, Any]) -> Any:
+            result = self._call(config, arguments)
+            # Where it is not kept the next call writes to the same memory, as in a step.
+            return result if self.keeps_results else None
+
+        graph = GraphCalls([lambda arguments=arguments: call(arguments) for arguments in self.calls], self.device)
         graph.run(1)
-        once = device_ms(timed(lambda: graph.run(1), self.device))
+        once = device_ms(timed_run(graph, 1, self.device))
         runs = runs_per_sample(once, 0.5)
-        samples = [device_ms(timed(lambda: graph.run(runs), self.device)) for _ in range(5)]
+        samples = [device_ms(timed_run(graph, runs, self.device)) for _ in range(5)]
         return statistics.median(samples) / (runs * graph.calls_per_run)
 
     def _check(self, config: Config) -> None:
@@ -225,6 +294,40 @@ class GpuTimer:
         return result
 
 
+def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) -> Refused:
+    """Compiles what will be tried, in that order; returns what it found out about candidates.
+
+    Before CUDA is initialized here: it forks.
+    """
+    machine = MACHINES.get(chip.arch)
+    if machine is None:
+        tell(f"no candidates are compiled ahead for {chip.arch}: each is where it is tried")
+        return lambda case, config: None
+
+    def tried() -> Iterator[tuple[Launch, bool]]:
+        for key, job in given:
+            yield from now_launches(job.case)
+            arguments = job.case.arguments("meta")
+            operator = OPERATORS[job.case.operator]
+            for config in search_order(operator.candidates(**arguments), key):
+                yield from ((launch, True) for launch in operator.plan(**arguments, config=config)[1])
+
+    work = plan([tried], machine, chips=[chip], in_order=True)
+    report = compile_work(work, seconds=seconds)
+    for line in compiled_told(report):
+        tell(line)
+    useless = report.useless
+
+    def reason(case: KernelCase, config: Config) -> str | None:
+        if not useless:
+            return None
+        launches = OPERATORS[case.operator].plan(**case.arguments("meta"), config=config)[1]
+        digests = (kernel_of(launch, machine).digest for launch in launches)
+        return next((useless[digest] for digest in digests if digest in useless), None)
+
+    return reason
+
+
 def tune(
     given: Iterable[tuple[str, Job]],
     timer_of: Callable[[KernelCase], Callable[[Config], float]],
@@ -232,8 +335,14 @@ def tune(
     head: dict[str, Any],
     deadline: Deadline,
     key_seconds: float,
+    *,
+    l2: L2 = "cold",
+    refused: Refused = lambda case, config: None,
 ) -> int:
-    """Searches key by key until the deadline, writing each entry as it is found; returns how many were written."""
+    """Searches key by key until the deadline, writing each entry as it is found; returns how many were written.
+
+    refused: why a candidate cannot be launched; such a one is not tried.
+    """
     document = load_table(path, head["gpu"])
     written = 0
     for key, job in given:
@@ -244,7 +353,8 @@ def tune(
         limit = Deadline(min(deadline.left, key_seconds))
         try:
             with_torch = operator.torchs_own is not None
-            found = search(candidates, timer_of(job.case), limit, seed=key, with_torch=with_torch)
+            timer = passing_over(refused, job.case, timer_of(job.case))
+            found = search(candidates, timer, limit, seed=key, with_torch=with_torch)
         except Exception as failure:
             if is_fatal(failure):
                 raise
@@ -256,7 +366,7 @@ def tune(
         if found.torch is not None:
             told += f"; torch {found.torch:.4g} ms" + (", which auto will take" if found.torch_is_faster else "")
         if found.best is not None or found.torch is not None:
-            document = merged(document, head, operator.name, key, found)
+            document = merged(document, head, operator.name, key, found, l2)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
             written += 1
@@ -265,6 +375,20 @@ def tune(
             tell(f"    {failure}")
         release_memory()
     return written
+
+
+def passing_over(
+    refused: Refused, case: KernelCase, time_one: Callable[[Config], float]
+) -> Callable[[Config], float]:
+    """`time_one`, which raises `Wrong` at once for a candidate that is refused."""
+
+    def unless_refused(config: Config) -> float:
+        is_candidate = config is not None and config != TORCH
+        if is_candidate and (reason := refused(case, config)) is not None:
+            raise Wrong(reason)
+        return time_one(config)
+
+    return unless_refused
 
 
 def tell(line: str) -> None:
@@ -289,7 +413,13 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--seconds", type=float, default=540.0, help="No search begins after so long.")
     parser.add_argument("--key-seconds", type=float, default=45.0, help="For the candidates of one key.")
-    parser.add_argument("--out", type=Path, default=TUNED_FOLDER, help="The folder of the tables.")
+    parser.add_argument(
+        "--l2",
+        choices=("cold", "step"),
+        default="cold",
+        help="What the caches hold before a call: nothing of it, or its activations as in a step.",
+    )
+    parser.add_argument("--out", type=Path, help="The folder of the tables; that of the kernels unless told.")
     return parser.parse_args(given)
 
 
@@ -308,25 +438,46 @@ def main(given: Sequence[str] | None = None) -> int:
     except (CaseError, ValueError) as wrong:
         tell(f"tune.py: {wrong}")
         return 2
-    if not torch.cuda.is_available():
+    deadline = Deadline(options.seconds)
+    # Asked by another process: what is compiled ahead is compiled by forked ones, before CUDA is initialized here.
+    chip = chip_here()
+    if chip is None:
         tell("tune.py: there is no GPU here, and configurations are chosen by measuring on one")
         return 2
-    device = torch.device("cuda", torch.cuda.current_device())
-    chip = chip_of(device)
-    environment = collect_environment("cuda")
-    head = {
-        "gpu": chip.name,
-        "commit": environment.git_commit,
-        "versions": {"torch": environment.torch, "triton": environment.triton, "cuda": environment.cuda},
-    }
-    path = options.out / f"{chip.file_name}.json"
     calls = (
         head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs((kernel,), sizes, batches, dtype)
     )
-    found = by_key(calls)
+    given = list(first_of_each_key(calls))
+    refused = compile_ahead(given, chip, options.seconds * COMPILING)
+    device = torch.device("cuda", 0)
+    try:
+        environment = collect_environment("cuda:0")
+    except CaseError as wrong:
+        tell(f"tune.py: {wrong}")
+        return 2
+    head = {
+        "gpu": chip.name,
+        "chip": dataclasses.asdict(chip),
+        "commit": environment.git_commit,
+        "versions": {
+            "torch": environment.torch,
+            "triton": environment.triton,
+            "cuda": environment.cuda,
+            "ptxas": environment.ptxas,
+        },
+    }
+    path = tuned_table(chip) if options.out is None else options.out / tuned_table(chip).name
     with measuring_settings():
-        deadline = Deadline(options.seconds)
-        written = tune(found, lambda case: GpuTimer(case, device), path, head, deadline, options.key_seconds)
+        written = tune(
+            given,
+            lambda case: GpuTimer(case, device, options.l2),
+            path,
+            head,
+            deadline,
+            options.key_seconds,
+            l2=options.l2,
+            refused=refused,
+        )
     tell(f"{path}: {written} entries written")
     return 0
 

@@ -1,7 +1,7 @@
 """The fused operators. Imports the standard library, torch and triton, nothing else: copy this folder anywhere."""
 
 from ._dispatch import KernelUnsupported
-from ._launch import Chip, Launch, Operator
+from ._launch import Chip, Launch, Operator, planned_for, tuned_table
 from .attention import attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
@@ -32,9 +32,11 @@ __all__ = [
     "linear_ref",
     "linear_separate",
     "philox_normal",
+    "planned_for",
     "residual_add",
     "residual_add_ref",
     "sampler_update",
     "sampler_update_ref",
     "seed_tensor",
+    "tuned_table",
 ]

@@ -9,10 +9,12 @@ synchronizes inside a capture.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -43,6 +45,7 @@ LAUNCH_NS = 2500.0
 
 # Stands for the device where there is none: under the interpreter and on "meta".
 NO_GPU = Chip("no gpu", 132)
+_planned_chip: ContextVar[Chip] = ContextVar("_planned_chip", default=NO_GPU)
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,18 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
 
 
 def chip_of(device: torch.device) -> Chip:
-    """The chip of a device; asked once. `NO_GPU` for anything but a CUDA device."""
-    return _cuda_chip(device.index) if device.type == "cuda" else NO_GPU
+    """The chip of a device; asked once. Of anything but a CUDA device `NO_GPU`, or that of `planned_for`."""
+    return _cuda_chip(device.index) if device.type == "cuda" else _planned_chip.get()
+
+
+@contextlib.contextmanager
+def planned_for(chip: Chip) -> Iterator[None]:
+    """Inside, plans of tensors that are on no GPU ("meta") are those of `chip`, its tuned table included."""
+    token = _planned_chip.set(chip)
+    try:
+        yield
+    finally:
+        _planned_chip.reset(token)
 
 
 @functools.cache
@@ -154,6 +167,11 @@ class _Table:
 
     configs: Mapping[str, Mapping[str, Mapping[str, Any] | None]]
     torch: Mapping[str, frozenset[str]]
+
+
+def tuned_table(chip: Chip) -> Path:
+    """Where the tuned table of a chip is, or would be."""
+    return TUNED_FOLDER / f"{chip.file_name}.json"
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from .cases import (
 from .kernel_bench.cli import kernels
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run
+from .static.ahead import compile_ahead
 from .static.cli import InspectError, inspect
 from .timing import Deadline, RepetitionRule
 
@@ -187,6 +188,7 @@ def env(
 
 app.command()(inspect)
 app.command()(kernels)
+app.command("compile")(compile_ahead)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,17 +5,26 @@ Nothing is queried at import, and whatever cannot be read is null: a missing dri
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from .cases import CaseError
+
 T = TypeVar("T")
+# The commit of code that came without its .git.
+COMMIT_VARIABLE = "LDMPERF_COMMIT"
+# Where triton looks for ptxas before its own.
+PTXAS_VARIABLE = "TRITON_PTXAS_PATH"
 
 
 class _Value(BaseModel):
@@ -35,7 +44,12 @@ class Gpu(_Value):
 
 
 class Environment(_Value):
-    """What does not change during a run. `git_*` are null for code that runs from an installed wheel."""
+    """What does not change during a run.
+
+    ptxas   the version of the assembler that triton uses ("12.8.93")
+    tuned   a digest of the table of tuned launches in use; null where this GPU has none
+    git_*   null for code that runs from an installed wheel; without .git the commit is LDMPERF_COMMIT's
+    """
 
     cpu: str | None = None
     logical_cores: int | None = None
@@ -46,6 +60,8 @@ class Environment(_Value):
     ldmperf: str | None = None
     torch: str | None = None
     triton: str | None = None
+    ptxas: str | None = None
+    tuned: str | None = None
     numpy: str | None = None
     diffusers: str | None = None
     cuda: str | None = None
@@ -59,9 +75,27 @@ class Environment(_Value):
     git_dirty: bool | None = None
 
     def differences(self, other: Environment) -> list[str]:
-        """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return [f"{name}: {mine[name]}, {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run.
+
+        Compared are the GPU, the processor, versions, settings and the commit. Memory and counts of cores and
+        devices are not: they change from one start of a machine to the next.
+        """
+        mine, theirs = _compared(self), _compared(other)
+        names = dict.fromkeys((*mine, *theirs))
+        return [
+            f"{name}: {mine.get(name)}, {theirs.get(name)}" for name in names if mine.get(name) != theirs.get(name)
+        ]
+
+
+_NOT_COMPARED = {"memory_bytes", "logical_cores", "usable_cores", "gpu.memory_bytes", "gpu.count"}
+
+
+def _compared(environment: Environment) -> dict[str, Any]:
+    """Field and value, those of the GPU beside the others."""
+    fields = environment.model_dump()
+    gpu = fields.pop("gpu") or {}
+    fields |= {f"gpu.{name}": value for name, value in gpu.items()}
+    return {name: value for name, value in fields.items() if name not in _NOT_COMPARED}
 
 
 class DeviceState(_Value):
@@ -76,7 +110,10 @@ class DeviceState(_Value):
 
 
 def collect_environment(device: str = "cpu") -> Environment:
-    """The environment of this process measuring on `device` ("cpu", "cuda", "cuda:1")."""
+    """The environment of this process measuring on `device` ("cpu", "cuda", "cuda:1").
+
+    Raises CaseError where LDMPERF_COMMIT is needed and is no commit.
+    """
     import torch
 
     is_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
@@ -92,6 +129,8 @@ def collect_environment(device: str = "cpu") -> Environment:
         # torch's own string tells the CPU build from the CUDA build; its metadata may not.
         torch=str(torch.__version__),
         triton=_version("triton"),
+        ptxas=_or_none(ptxas_version),
+        tuned=_or_none(lambda: _tuned_digest(device)) if is_cuda else None,
         numpy=_version("numpy"),
         diffusers=_version("diffusers"),
         cuda=torch.version.cuda,
@@ -167,9 +206,64 @@ def _checkout() -> tuple[str | None, bool | None]:
     """Commit and dirty flag of the checkout that holds this file; untracked files do not count as dirty."""
     # A wheel in a .venv inside some checkout is not that checkout's code: git must track this very folder.
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None, None
+        return _told_commit(), None
     status = _git("status", "--porcelain", "--untracked-files=no")
     return _git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+def _told_commit() -> str | None:
+    """LDMPERF_COMMIT, None if it is not set. Raises CaseError for what is no commit's name."""
+    commit = os.environ.get(COMMIT_VARIABLE, "").strip().lower()
+    if commit and re.fullmatch("[0-9a-f]{7,40}", commit) is None:
+        raise CaseError(
+            f"{COMMIT_VARIABLE} is {commit!r}, which is no commit: set it to what `git rev-parse HEAD` prints, "
+            "or unset it"
+        )
+    return commit or None
+
+
+@contextlib.contextmanager
+def pinned_ptxas() -> Iterator[None]:
+    """Inside, triton assembles by its own ptxas, unless TRITON_PTXAS_PATH names another.
+
+    torch brings a second ptxas, and the first torch.compile of a process switches all of triton to it, by setting
+    that variable. The keys in triton's cache stay those of the first, so that a cache would hold code of both.
+    """
+    if os.environ.get(PTXAS_VARIABLE) is not None or (path := _or_none(_tritons_ptxas)) is None:
+        yield
+        return
+    os.environ[PTXAS_VARIABLE] = path
+    try:
+        yield
+    finally:
+        os.environ.pop(PTXAS_VARIABLE, None)
+
+
+def _tritons_ptxas() -> str:
+    from triton import knobs
+
+    return str(knobs.nvidia.ptxas.path)
+
+
+def ptxas_version() -> str:
+    """Of the ptxas that triton uses: "12.8.93". Raises whatever goes wrong with asking it."""
+    answer = subprocess.run(
+        [_tritons_ptxas(), "--version"], capture_output=True, text=True, timeout=20, check=True
+    )
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", answer.stdout)
+    if found is None:
+        raise ValueError(f"ptxas tells no version: {answer.stdout!r}")
+    return found[1]
+
+
+def _tuned_digest(device: str) -> str | None:
+    """The first 16 digits of the SHA-256 of the tuned table that the kernels read."""
+    import torch
+
+    from ldmperf.kernels import Chip, tuned_table
+
+    path = tuned_table(Chip(torch.cuda.get_device_properties(device).name, 1))
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None
 
 
 def _gpu(device: str) -> Gpu | None:

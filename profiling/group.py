@@ -24,7 +24,7 @@ from ldmperf.samplers import NoiseSchedule, make_plan
 from .backends import Backend, Configured, Problem, Unsupported
 from .cases import Case
 from .check import Reference, References, check_inputs, make_inputs
-from .environment import DeviceState, Environment, device_state
+from .environment import DeviceState, Environment, device_state, pinned_ptxas
 from .flops import count_gflop, count_parameters
 from .lane import Lane, release_memory
 from .network import make_network
@@ -56,15 +56,18 @@ def warmup_rounds(case: Case) -> int:
 
 @contextmanager
 def measuring_settings() -> Iterator[None]:
-    """torch's process-wide switches while measuring, the same for every backend; put back afterwards.
+    """Process-wide switches of torch and triton while measuring, the same for all backends; put back afterwards.
 
     float32 means float32: no TF32 in products or convolutions. cuDNN chooses its algorithms by trying them, which
-    falls into the first call.
+    falls into the first call. triton keeps to one ptxas, whatever a compiled peer does.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
+        with (
+            pinned_ptxas(),
+            torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False),
+        ):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

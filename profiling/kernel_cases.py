@@ -112,8 +112,8 @@ def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> Kern
     return KernelCase(operator="sampler_update", dtype=dtype, tensors=tuple(tensors), plan=plan)
 
 
-class _Calls(TorchDispatchMode):
-    """Notes the calls of operators that have kernels: (operator, arguments, result)."""
+class Calls(TorchDispatchMode):
+    """Notes the calls of operators that have kernels: (operator, arguments, result). For "meta" tensors."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -122,10 +122,14 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.addmm_.default:
+            # On meta it takes milliseconds, and changes nothing.
+            return args[0]
         result = func(*args, **(kwargs or {}))
         schema = func._schema
-        if func.overloadpacket is torch.ops.aten.convolution:
-            # A convolution on the meta device forgets the layout that it has on every other.
+        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.conv2d):
+            # A convolution on the meta device forgets the layout that it has on every other. (In inference mode
+            # conv2d comes whole.)
             return result.to(memory_format=torch.channels_last)
         name = _public_name(schema.name.partition("::")[2])
         if func.namespace != "aten" and name is not None:
@@ -146,7 +150,7 @@ def _public_name(name: str) -> str | None:
 
 def _record(run: Callable[[], Any], dtype: DType) -> list[KernelCase]:
     """The distinct calls that `run` makes, in order, with their counts."""
-    with _Calls() as noted:
+    with Calls() as noted:
         run()
     cases = Counter(_case(dtype, *call) for call in noted.calls)
     return [case.model_copy(update={"count": count}) for case, count in cases.items()]

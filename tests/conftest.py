@@ -49,6 +49,7 @@ def plausible_record(case: Case | None = None, **changes: Any) -> Record:
             python="3.11.7",
             ldmperf="0.1.0",
             torch="2.13.0+cpu",
+            ptxas="12.8.93",
             git_commit="7d35813a1b2c3d4e5f60718293a4b5c6d7e8f901",
             git_dirty=False,
         ),

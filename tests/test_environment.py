@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldmperf.kernels import _launch
 from ldmperf.profiling import environment
-from ldmperf.profiling.environment import DeviceState, Environment, collect_environment, device_state
+from ldmperf.profiling.cases import CaseError
+from ldmperf.profiling.environment import DeviceState, Environment, Gpu, collect_environment, device_state
+from ldmperf.profiling.group import measuring_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,8 +67,26 @@ def test_code_that_git_does_not_track_has_no_commit(tmp_path: Path) -> None:
 
 def test_without_git_there_is_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("LDMPERF_COMMIT", raising=False)
     found = collect_environment("cpu")
     assert (found.git_commit, found.git_dirty) == (None, None)
+
+
+def test_without_git_the_commit_is_the_one_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "7d35813A1b2c3d4e5f60718293a4b5c6d7e8f901"
+    monkeypatch.setenv("LDMPERF_COMMIT", commit)
+    if (ROOT / ".git").exists():
+        assert collect_environment("cpu").git_commit == git("rev-parse", "HEAD")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    found = collect_environment("cpu")
+    assert (found.git_commit, found.git_dirty) == (commit.lower(), None)
+    for wrong in ("main", "7d3581", "g" * 40, "7" * 41):
+        monkeypatch.setenv("LDMPERF_COMMIT", wrong)
+        with pytest.raises(CaseError, match="git rev-parse HEAD") as raised:
+            collect_environment("cpu")
+        assert "\n" not in str(raised.value)
+    monkeypatch.setenv("LDMPERF_COMMIT", "")
+    assert collect_environment("cpu").git_commit is None
 
 
 def test_differences_name_the_fields() -> None:
@@ -71,6 +94,76 @@ def test_differences_name_the_fields() -> None:
     there = here.model_copy(update={"torch": "2.12.0", "git_commit": "b"})
     assert here.differences(here) == []
     assert here.differences(there) == ["torch: 2.13.0, 2.12.0", "git_commit: a, b"]
+
+
+def test_memory_and_counts_are_no_differences_and_the_gpu_the_assembler_and_the_tuned_table_are() -> None:
+    gpu = Gpu(name="NVIDIA H200", count=1, memory_bytes=150_110_011_392, driver="570.1", power_limit_w=700.0)
+    here = Environment(
+        os="Linux", python="3.12", memory_bytes=2**37, logical_cores=16, usable_cores=16, ptxas="12.8.93", gpu=gpu
+    )
+    restarted = here.model_copy(
+        update={
+            "memory_bytes": 2**37 - 4096,
+            "logical_cores": 32,
+            "usable_cores": 8,
+            "gpu": gpu.model_copy(update={"memory_bytes": 150_110_011_391, "count": 8}),
+        }
+    )
+    assert here.differences(restarted) == []
+    other = gpu.model_copy(update={"name": "NVIDIA H100", "driver": "570.2"})
+    elsewhere = here.model_copy(update={"gpu": other, "ptxas": "13.0.88", "tuned": "0123456789abcdef"})
+    assert here.differences(elsewhere) == [
+        "ptxas: 12.8.93, 13.0.88",
+        "tuned: None, 0123456789abcdef",
+        "gpu.name: NVIDIA H200, NVIDIA H100",
+        "gpu.driver: 570.1, 570.2",
+    ]
+    assert "gpu.name: NVIDIA H200, None" in here.differences(here.model_copy(update={"gpu": None}))
+
+
+def a_ptxas(path: Path, version: str) -> str:
+    path.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version[:4]}, V{version}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_assembler_is_the_one_that_triton_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    own = collect_environment("cpu").ptxas
+    assert own is not None
+    assert re.fullmatch(r"\d+\.\d+\.\d+", own)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", a_ptxas(tmp_path / "ptxas", "13.0.88"))
+    assert collect_environment("cpu").ptxas == "13.0.88"
+    monkeypatch.setattr(environment, "_tritons_ptxas", lambda: "/nonexistent")
+    assert collect_environment("cpu").ptxas is None
+
+
+def test_a_compiler_of_torchs_cannot_switch_the_assembler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What inductor does before its first compilation, where torch has a ptxas of its own."""
+    triton = pytest.importorskip("triton")
+    tasks = pytest.importorskip("torch._inductor.runtime.compile_tasks")
+    here = tmp_path / "torch"
+    # torch 2.11 looks two folders above the file, later ones one.
+    for folder in (here, here / "_inductor"):
+        (folder / "bin").mkdir(parents=True, exist_ok=True)
+        a_ptxas(folder / "bin" / "ptxas", "13.0.88")
+    monkeypatch.setattr(tasks, "__file__", str(here / "_inductor" / "runtime" / "compile_tasks.py"))
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    own = triton.knobs.nvidia.ptxas.path
+    tasks._set_triton_ptxas_path.cache_clear()
+    with measuring_settings():
+        tasks._set_triton_ptxas_path()
+        assert triton.knobs.nvidia.ptxas.path == own
+    assert "TRITON_PTXAS_PATH" not in os.environ
+    # Unless it is pinned it is switched: without this the test above would show nothing.
+    tasks._set_triton_ptxas_path.cache_clear()
+    tasks._set_triton_ptxas_path()
+    assert triton.knobs.nvidia.ptxas.path != own
+    monkeypatch.setenv("TRITON_PTXAS_PATH", mine := a_ptxas(tmp_path / "mine", "12.9.1"))
+    with environment.pinned_ptxas():
+        assert triton.knobs.nvidia.ptxas.path == mine
+    assert os.environ["TRITON_PTXAS_PATH"] == mine
 
 
 def fake_nvml(**functions: object) -> types.ModuleType:
@@ -126,6 +219,17 @@ def test_the_gpus_state_is_nvmls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu is not None
     assert (gpu.name, gpu.count, gpu.driver, gpu.power_limit_w) == ("H200", 2, "570.1", 700.0)
     assert (gpu.memory_bytes, gpu.compute_capability) == (150_000, "9.0")
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_the_tuned_table_in_use_is_told_by_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
+    assert collect_environment("cuda").tuned is None
+    (tmp_path / "h100.json").write_text("{}")
+    assert collect_environment("cuda").tuned is None
+    (tmp_path / "h200.json").write_text("{}")
+    assert collect_environment("cuda").tuned == hashlib.sha256(b"{}").hexdigest()[:16]
+    assert collect_environment("cpu").tuned is None
 
 
 @pytest.mark.usefixtures("_a_gpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels import _launch as launch
-from ldmperf.profiling.kernel_bench.selection import head_dim_jobs, jobs
+from ldmperf.profiling.kernel_bench.selection import first_of_each_key, head_dim_jobs, jobs
+from ldmperf.profiling.kernel_cases import attention_cases, family_kernel_cases
 from ldmperf.profiling.timing import Deadline
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,107 @@ def test_a_search_that_is_cut_short_chooses_from_what_it_saw() -> None:
     tried = seen[1:6]
     assert found.tried == 5
     assert found.best == min(tried, key=lambda c: c.block)
-    assert tried != [Config(i) for i in range(5)]
+
+
+def test_what_an_operator_recommends_is_tried_first_and_the_rest_in_a_fixed_random_order() -> None:
+    candidates = [Config(i) for i in range(40)]
+    order = tune.search_order(candidates, "key")
+    assert order[: tune.HEAD] == candidates[: tune.HEAD]
+    assert sorted(order, key=lambda config: config.block) == candidates
+    assert order != candidates
+    assert order == tune.search_order(candidates, "key") != tune.search_order(candidates, "other")
+
+
+def a_call(operator: str, which: int = 0, size: str = "39M") -> Any:
+    return [case for case in family_kernel_cases(size, 2, "bfloat16") if case.operator == operator][which]
+
+
+def names(case: Any) -> set[str]:
+    return {tensor.name for tensor in tune.read_once(case).tensors}
+
+
+def test_a_step_reads_weights_once_and_keys_of_a_text_but_not_of_its_own_tokens() -> None:
+    assert names(a_call("linear")) >= {"weight", "norm_weight", "norm_bias"}
+    assert "x" not in names(a_call("linear"))
+    own, text = attention_cases(40, 64, 2)
+    assert (names(own), names(text)) == (set(), {"k", "v"})
+    with_skip = next(
+        c for c in family_kernel_cases("39M", 2, "bfloat16") if any(t.name == "skip" for t in c.tensors)
+    )
+    assert {"skip", "weight", "bias"} <= names(with_skip)
+    assert not names(with_skip) & {"x"}
+
+
+def test_activations_stay_where_they_are_and_weights_rotate_past_the_cache() -> None:
+    case = a_call("linear")
+    arguments = case.arguments("cpu")
+    weights = sum(t.nbytes for t in tune.read_once(case).tensors)
+    calls = tune.as_in_a_step(case, arguments, l2_bytes=10 * weights)
+    assert len(calls) == 20
+    assert {id(call["x"]) for call in calls} == {id(arguments["x"])}
+    assert len({call["weight"].data_ptr() for call in calls}) == 20
+    assert all(call["weight"].shape == arguments["weight"].shape for call in calls)
+    assert all(call["eps"] == arguments["eps"] for call in calls if "eps" in arguments)
+    # A call without weights is repeated as it is; a few large ones are repeated in turn.
+    (own, _) = attention_cases(8, 16, 2)
+    calls = tune.as_in_a_step(own, own.arguments("cpu"), l2_bytes=2**20)
+    assert len(calls) == tune.LEAST_CALLS
+    assert len({id(call["q"]) for call in calls}) == 1
+    calls = tune.as_in_a_step(case, arguments, l2_bytes=weights)
+    assert len(calls) == tune.LEAST_CALLS
+    assert len({call["weight"].data_ptr() for call in calls}) == 2
+
+
+def test_the_table_tells_of_every_entry_what_the_cache_held() -> None:
+    table = tune.merged({}, HEAD, "geglu", "a", found(Config(8)))
+    table = tune.merged(table, HEAD, "geglu", "b", found(Config(8)), "step")
+    table = tune.merged(table, HEAD, "linear", "a", found(None, 0.5), "step")
+    assert table["l2"] == {"geglu": {"a": "cold", "b": "step"}, "linear": {"a": "step"}}
+    assert tune.merged(table, HEAD, "geglu", "b", found(Config(1)))["l2"]["geglu"]["b"] == "cold"
+    # A table from before there were two.
+    old = {"schema_version": 1, **HEAD, "kernels": {"geglu": {"old": {"block": 1}}}}
+    assert tune.merged(old, HEAD, "geglu", "a", found(Config(8)))["l2"] == {"geglu": {"a": "cold"}}
+
+
+def test_a_candidate_that_cannot_be_launched_is_counted_and_not_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
+    seen: list[Any] = []
+
+    def timer_of(case: Any) -> Callable[[Any], float]:
+        return lambda config: seen.append(config) or 1.0
+
+    def refused(case: Any, config: Any) -> str | None:
+        return "too much shared memory" if config.num_warps == 8 else None
+
+    tune.tune(given, timer_of, tmp_path / "t.json", HEAD, Deadline(None), 60.0, refused=refused)
+    assert {config.num_warps for config in seen if config is not None} == {1, 2, 4}
+    candidates = OPERATORS["geglu"].candidates(**given[0][1].case.arguments("meta"))
+    failed = sum(config.num_warps == 8 for config in candidates)
+    assert f"{len(candidates)} of {len(candidates)} tried, {failed} failed" in capsys.readouterr().err
+
+
+def test_candidates_are_compiled_in_the_order_in_which_they_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the real compiler, two of them; the third cannot be launched."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
+    case = given[0][1].case
+    operator = OPERATORS["geglu"]
+    good, bad = (
+        operator.candidates(**case.arguments("meta"))[0],
+        type(operator.candidates(**case.arguments("meta"))[0])(1, 3, 1),
+    )
+    monkeypatch.setitem(OPERATORS, "geglu", replace(operator, candidates=lambda **_: [bad, good]))
+    refused = tune.compile_ahead(given, launch.Chip("NVIDIA H200", 132), 60.0)
+    assert refused(case, good) is None
+    assert refused(case, bad) is not None
+    told = capsys.readouterr().err
+    assert "1 candidates cannot be launched" in told
+    assert tune.compile_ahead(given, launch.Chip("gpu", 132, "sm_75"), 60.0)(case, bad) is None
 
 
 def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
@@ -164,7 +265,7 @@ def test_auto_follows_what_the_tuner_found(
 ) -> None:
     chip = launch.Chip("NVIDIA H200", 132)
     path = tmp_path / f"{chip.file_name}.json"
-    given = list(tune.by_key(head_dim_jobs((8, 64), (64,), (2,), "bfloat16")))
+    given = list(first_of_each_key(head_dim_jobs((8, 64), (64,), (2,), "bfloat16")))
 
     def timer_of(case: Any) -> Callable[[Any], float]:
         torch_ms = 0.5 if case.attention.head_dim == 64 else 2.0
@@ -183,7 +284,7 @@ def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
 ) -> None:
     chip = launch.Chip("NVIDIA H200", 132)
     path = tmp_path / f"{chip.file_name}.json"
-    given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
+    given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
     on_disk: list[int] = []
 
     def timer_of(case: Any) -> Callable[[Any], float]:
@@ -208,7 +309,7 @@ def test_a_key_that_cannot_be_searched_is_passed_over(
     def fails(case: Any) -> Any:
         raise failure
 
-    given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
+    given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
     path = tmp_path / "table.json"
     assert tune.tune(given, fails, path, HEAD, Deadline(None), 60.0) == 0
     assert capsys.readouterr().err.count(str(failure)) == len(given)
@@ -219,19 +320,19 @@ def test_a_lost_device_ends_the_tuning(tmp_path: Path) -> None:
     def lost(case: Any) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    given = list(tune.by_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
+    given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))
     with pytest.raises(RuntimeError, match="illegal"):
         tune.tune(given, lost, tmp_path / "table.json", HEAD, Deadline(None), 60.0)
 
 
 def test_calls_of_one_key_are_searched_once() -> None:
-    keys = [key for key, _ in tune.by_key(jobs(("group_norm_silu",), ("39M",), (2,), "bfloat16"))]
+    keys = [key for key, _ in first_of_each_key(jobs(("group_norm_silu",), ("39M",), (2,), "bfloat16"))]
     assert len(keys) == len(set(keys)) < 22
 
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
-    for _, job in tune.by_key(jobs((name,), ("39M", "866M"), (2,), "bfloat16")):
+    for _, job in first_of_each_key(jobs((name,), ("39M", "866M"), (2,), "bfloat16")):
         operator = OPERATORS[name]
         arguments = job.case.arguments("meta")
         candidates = operator.candidates(**arguments)

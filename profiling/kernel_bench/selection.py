@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY
 
 from ..cases import DType
@@ -72,3 +73,13 @@ def head_dim_jobs(
         for queries, batch, head_dim in itertools.product(longest_first, largest_first, head_dims):
             case = attention_cases(head_dim, queries, batch, dtype)[number]
             yield Job(f"head_dim {head_dim}", batch, case)
+
+
+def first_of_each_key(found: Iterable[Job]) -> Iterator[tuple[str, Job]]:
+    """(tuning key, call): of the calls with one key the first, which is the most important."""
+    seen: set[str] = set()
+    for job in found:
+        key = OPERATORS[job.case.operator].tuning_key(**job.case.arguments("meta"))
+        if key not in seen:
+            seen.add(key)
+            yield key, job

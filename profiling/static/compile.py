@@ -6,6 +6,7 @@ pointers are marked so, integers past 32 bits are passed in 64. That is asked of
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,18 +49,35 @@ class Compiled:
     asm: dict[str, Any] = field(repr=False)
 
 
-def _bind(launch: Launch, machine: Machine) -> tuple[Any, Any, Any, Any]:
+# What a launch takes from triton's settings besides TRITON_DEBUG: all of them are in a kernel's key. Versions of
+# triton differ in which there are.
+_RUN_TIME_SETTINGS = ("instrumentation_mode", "fpsan_homomorphic_casts")
+
+
+def bind(launch: Launch, machine: Machine) -> tuple[Any, Any, Any, Any]:
     """(options, signature, constants by path, attributes by path), as a launch on that device makes them."""
-    from triton.compiler import make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from triton import knobs
 
     kernel = launch.kernel
-    backend = make_backend(target(machine))
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": False}
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    backend, binder = _binder(kernel, target(machine))
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options["debug"] = kernel.debug or knobs.runtime.debug
+    for name in _RUN_TIME_SETTINGS:
+        if hasattr(knobs.compilation, name):
+            options[name] = getattr(knobs.compilation, name)
     bound, specialization, options = binder(**launch.arguments, **options)
     packed: tuple[Any, Any, Any, Any] = kernel._pack_args(backend, options, bound, specialization, options)
     return packed
+
+
+@functools.cache
+def _binder(kernel: Any, gpu: Any) -> tuple[Any, Any]:
+    """(triton's backend, the function that specializes a kernel's arguments for it)."""
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(gpu)
+    return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def target(machine: Machine) -> Any:
@@ -70,7 +88,7 @@ def target(machine: Machine) -> Any:
 
 def specialization_of(launch: Launch, machine: Machine) -> Specialization:
     """By what `launch` would be compiled for this machine."""
-    _, signature, constants, attributes = _bind(launch, machine)
+    _, signature, constants, attributes = bind(launch, machine)
     names = [parameter.name for parameter in launch.kernel.params]
     marks = {("tt.divisibility", 16): "D", ("tt.pointer_range", 32): "S"}
     return Specialization(
@@ -92,7 +110,7 @@ def compile_launch(launch: Launch, machine: Machine) -> Compiled:
     import triton
     from triton.compiler import ASTSource
 
-    options, signature, constants, attributes = _bind(launch, machine)
+    options, signature, constants, attributes = bind(launch, machine)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     kernel = triton.compile(source, target=target(machine), options=options.__dict__)
     return Compiled(specialization_of(launch, machine), machine, int(kernel.metadata.shared), {**kernel.asm})

@@ -1,0 +1,131 @@
+"""The command `ldmperf compile`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..cases import CaseError, split_values
+
+if TYPE_CHECKING:
+    from .precompile import Done, Report, Work
+
+# Names of failures that are printed; the rest is counted.
+_SHOWN = 10
+
+
+def compile_ahead(
+    work: Annotated[
+        list[str],
+        typer.Option(
+            "--for",
+            help="What is to start at once: smoke, ladder, family, kernels, tests, "
+            "tune:OPERATOR[+OPERATOR...][:SIZE[+SIZE...][:BATCH[+BATCH...]]]. Repeat it or separate by commas.",
+            metavar="LIST",
+        ),
+    ],
+    arch: Annotated[
+        str | None,
+        typer.Option(help="sm_80, sm_90 or gfx942; none has to be there. The GPU's here unless told, else sm_90."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores unless told.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Begin nothing more after so long; the slowest come first.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only count what there is to compile.")] = False,
+) -> None:
+    """Compile kernels ahead, by all cores, into triton's own cache: a first run then compiles nothing.
+
+    It needs no GPU. Where one is, launches are those chosen for it, tuned ones included. The modules that launch
+    kernels are compiled too where libcuda.so.1 is; elsewhere the first launch does that.
+
+    The cache is TRITON_CACHE_DIR, or .triton/cache below home. It holds absolute paths and the key of this very
+    build of triton: a copy is found only at the same path, by the same triton. Exit code 1 when a kernel does not
+    compile; a tuner's candidate that does not compile is counted, and no failure.
+
+    \b
+    Examples:
+      ldmperf compile --for ladder
+      ldmperf compile --arch sm_90 --for family,kernels --jobs 8
+      ldmperf compile --for tune:group_norm_silu+linear:866M:2
+      ldmperf compile --for tests --plan
+    """
+    try:
+        import triton
+    except ImportError:
+        raise CaseError("compiling takes triton, which is not installed: pip install triton") from None
+    if triton.knobs.runtime.interpret:
+        raise CaseError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .machines import MACHINES
+    from .precompile import chip_here, compile_work, work_for
+
+    if arch is None:
+        chip = chip_here()
+        arch = "sm_90" if chip is None else chip.arch
+    if arch not in MACHINES:
+        raise CaseError(f"--arch: no architecture {arch!r}; choose from {', '.join(MACHINES)}")
+    names = split_values(work)
+    if not names:
+        raise CaseError("--for: no work given")
+    errors = Console(stderr=True)
+    try:
+        planned = work_for(names, arch, processes=jobs)
+        typer.echo(counts(planned))
+        if plan:
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Drawn from here, not by a thread of its own: a process that is forked beside one may inherit its lock.
+        with Progress(
+            *columns, console=errors, auto_refresh=False, transient=True, disable=not errors.is_terminal
+        ) as bar:
+            task = bar.add_task("", total=len(planned.stubs) + len(planned.launches))
+
+            def show(done: Done) -> None:
+                bar.update(task, advance=1, description=done.name.partition("[")[0], refresh=True)
+
+            report = compile_work(planned, processes=jobs, seconds=seconds, told=show)
+    except KeyboardInterrupt:
+        errors.print("ldmperf: stopped; what was compiled is kept", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    for line in told(report):
+        typer.echo(line)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+def counts(work: Work) -> str:
+    """One line: how many kernels and launchers there are, and how many of them are to be compiled."""
+    candidates = sum(kernel.candidate for kernel in work.launches)
+    text = f"{len(work.launches)} kernels for {work.machine.arch}"
+    text += f", {candidates} of them candidates of a tuner" if candidates else ""
+    text += f"; {len(work.stubs)} modules that launch them" if work.no_stubs is None else ""
+    text += f"; {work.missing} to compile"
+    if work.no_stubs is not None:
+        text += f"; modules that launch them are left to the first launch: {work.no_stubs}"
+    return text
+
+
+def told(report: Report) -> list[str]:
+    """What was done, in lines."""
+    from .precompile import cache_folder
+
+    stubs = [report.count(status, stubs=True) for status in ("compiled", "there")]
+    unfit = [one for one in report.done if one.candidate and one.status in ("failed", "unfit")]
+    lines = [
+        f"{report.count('compiled')} kernels compiled, {report.count('there')} were there; "
+        f"{stubs[0]} modules compiled, {stubs[1]} were there; "
+        f"{report.seconds:.0f} s; {cache_folder()}"
+    ]
+    if unfit:
+        first = f"{unfit[0].name}: {unfit[0].message}"
+        lines.append(f"{len(unfit)} candidates cannot be launched, which a tuner passes over; the first: {first}")
+    if report.left:
+        lines.append(f"{report.left} were not begun in time")
+    lines += [f"failed: {one.name}: {one.message}" for one in report.failures[:_SHOWN]]
+    if len(report.failures) > _SHOWN:
+        lines.append(f"and {len(report.failures) - _SHOWN} more failed")
+    return lines
