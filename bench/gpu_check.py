@@ -1,7 +1,7 @@
 """The one command for a GPU machine: `make gpu-check`.
 
 First whether all is right, as far as a minute tells, and the headline; then the GPU tests, the ladder, the family,
-the kernels, tuning and the compiled peers. Every part is a process of its own with a limit, and what it launches is
+the kernels, tuning and the compiled peers. Every part is a process of its own with a limit; what it launches is
 compiled ahead on all cores. Every record is on disk as it is made. A part that overruns is stopped and the next
 begins; a signal stops what runs, and the table of what is there comes last. The check needs neither network nor
 installation nor git.
