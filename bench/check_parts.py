@@ -48,8 +48,8 @@ TEST_FILES = (
 SMOKE_FILE = "test_0_smoke.py"
 # One GPU holds the contexts and tests of so many processes.
 TEST_PROCESSES = 10
-# Compiled in one go, which begins once and keeps every core busy.
-MEASURED = {"ladder", "family", "kernels"}
+# What is compiled in one go, which begins once and keeps every core busy.
+TOGETHER = ({"smoke", "ladder"}, {"family", "kernels"})
 COMPILATION_FLOOR = 5.0
 Evidence = Literal["tests", "tests or skips", "profile", "kernels", "tuning", "compilation"]
 
@@ -119,7 +119,7 @@ def parts(device: str, folder: Path) -> list[Part]:
     ladder = ("--preset", "ladder", "--backend")
     return [
         pytest_part("smoke", 60, 20, device, [SMOKE_FILE], launches=("smoke",)),
-        profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("smoke",)),
+        profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
         pytest_part("tests", 150, 40, device, marks="gpu and not alone", launches=("tests",)),
         pytest_part("tests-alone", 90, 30, device, marks="gpu and alone", launches=("tests",)),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
@@ -190,9 +190,8 @@ def with_compilations(chosen: Sequence[Part], arch: str) -> Iterator[Part]:
     for number, part in enumerate(chosen):
         names = [name for name in part.launches if name not in compiled]
         if names and part.reason is None:
-            if set(names) & MEASURED:
-                later = (name for other in chosen[number + 1 :] for name in other.launches)
-                names += [name for name in later if name in MEASURED - compiled]
+            later = [name for other in chosen[number + 1 :] for name in other.launches if name not in compiled]
+            names += [name for group in TOGETHER if group & set(names) for name in later if name in group]
             names = list(dict.fromkeys(names))
             compiled.update(names)
             yield compilation(names, arch, part)
@@ -208,10 +207,8 @@ def compilation(names: Sequence[str], arch: str, before: Part) -> Part:
 
 
 # "tests/a.py::test_b[c] PASSED [ 5%]", and of many processes "[gw0] [  5%] PASSED tests/a.py::test_b[c]".
-OUTCOME = re.compile(
-    r"^(?:\S+\.py::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*"
-    r"|\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS) .*)$"
-)
+STATUS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+OUTCOME = re.compile(rf"^(?:\S+\.py::.* {STATUS}(?: \(.*)? +\[ *\d+%\]|\[gw\d+\] \[ *\d+%\] {STATUS} .*)$")
 # A line of bench/tune.py for each key that was searched.
 SEARCHED = re.compile(r" ms now, \d+ of \d+ tried")
 

@@ -71,6 +71,13 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     return Outcome(part, text, ok, seconds, found)
 
 
+def stopped_part(part: Part, folder: Path) -> Outcome:
+    """How a part went that a signal stopped, by what is on disk of it."""
+    path = folder / f"{part.name}.log"
+    log = path.read_text(errors="replace") if path.exists() else ""
+    return Outcome(part, "stopped by a signal", ok=False, records=recorded(part, folder, log))
+
+
 def judged(part: Part, code: int | None, found: Counter[str], limit: float, has_new: bool) -> tuple[bool, str]:
     """Whether a part did what it is for, and how it ended; `code` None: stopped at its limit."""
     see = f"see {part.name}.log"

@@ -29,7 +29,7 @@ from pathlib import Path
 from check_archive import ArchiveError, import_archive, write_archive
 from check_parts import NAMES, ROOT, Part, parts, with_compilations
 from check_plan import plan_lines
-from check_run import GRACE, Outcome, Stopped, environment, find_this_checkout, run_parts, tell
+from check_run import GRACE, Outcome, Stopped, environment, find_this_checkout, run_parts, stopped_part, tell
 
 # For the summary and the last archive, at the end of the call.
 CLOSING = 15.0
@@ -191,27 +191,30 @@ def check(options: argparse.Namespace, began: float) -> int:
     outcomes: list[Outcome] = []
     code = 0
 
-    def keep() -> None:
-        write_summary(folder, device, outcomes)
-        if options.archive is not None:
-            for line in write_archive(options.archive, folder, ROOT / "kernels" / "tuned"):
-                tell(line)
+    def keep() -> bool:
+        """Writes the summary and the archive; False, with the reason told, where that fails."""
+        try:
+            write_summary(folder, device, outcomes)
+            if options.archive is not None:
+                for line in write_archive(options.archive, folder, ROOT / "kernels" / "tuned"):
+                    tell(line)
+        except OSError as failure:
+            tell(f"gpu_check.py: cannot write {failure.filename} ({failure.strerror}); records are in {folder}")
+            return False
+        return True
 
+    if not keep():
+        return 1
     try:
-        keep()
         for outcome in run_parts(chosen, 60 * options.minutes - CLOSING - (time.monotonic() - began), folder):
             outcomes.append(outcome)
             if outcome.was_begun:
                 keep()
     except Stopped as stopped:
         code = 128 + int(stopped.args[0])
-        outcomes += [Outcome(part, "stopped by a signal", ok=False) for part in chosen[len(outcomes) :][:1]]
-    except OSError as failure:
-        tell(
-            f"gpu_check.py: cannot write {failure.filename} ({failure.strerror}); what was measured is in {folder}"
-        )
-        code = 1
-    keep()
+        outcomes += [stopped_part(part, folder) for part in chosen[len(outcomes) :][:1]]
+    if not keep():
+        code = code or 1
     print_summary(folder, outcomes)
     was_begun = any(outcome.was_begun for outcome in outcomes)
     return code or int(not was_begun or not all(outcome.ok for outcome in outcomes))
