@@ -184,7 +184,7 @@ def gpu_test_files(folder: Path) -> list[str]:
     )
 
 
-def with_compilations(chosen: Sequence[Part], arch: str) -> Iterator[Part]:
+def with_compilations(chosen: Sequence[Part]) -> Iterator[Part]:
     """The parts, each behind the compilation of those of its launches that no earlier one has compiled."""
     compiled: set[str] = set()
     for number, part in enumerate(chosen):
@@ -194,16 +194,16 @@ def with_compilations(chosen: Sequence[Part], arch: str) -> Iterator[Part]:
             names += [name for group in TOGETHER if group & set(names) for name in later if name in group]
             names = list(dict.fromkeys(names))
             compiled.update(names)
-            yield compilation(names, arch, part)
+            yield compilation(names, part)
         yield part
 
 
-def compilation(names: Sequence[str], arch: str, before: Part) -> Part:
-    """Compiles in as many processes as there are cores; the rest is compiled where it is launched."""
+def compilation(names: Sequence[str], before: Part) -> Part:
+    """Compiles in as many processes as there are cores; what time leaves is compiled where it is launched."""
     limit = 90.0 if names[0].startswith(("tests", "tune")) else 60.0
-    command = (*LDMPERF, "compile", "--arch", arch, "--for", ",".join(names))
+    command = (*LDMPERF, "compile", "--for", ",".join(names))
     floor = before.floor + COMPILATION_FLOOR
-    return Part(f"compile-{before.name}", limit, floor, "compilation", command, tuple(names))
+    return Part(f"compile-{before.name}", limit, floor, "compilation", command, tuple(names), takes_seconds=True)
 
 
 # "tests/a.py::test_b[c] PASSED [ 5%]", and of many processes "[gw0] [  5%] PASSED tests/a.py::test_b[c]".

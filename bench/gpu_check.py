@@ -126,19 +126,7 @@ def chosen_parts(options: argparse.Namespace, device: str, folder: Path) -> list
     first = NAMES.index(options.first) if options.first else 0
     names = options.only.split(",") if options.only else NAMES[first:]
     chosen = [part for part in parts(device, folder) if part.name in names]
-    return chosen if device == "cpu" else list(with_compilations(chosen, architecture()))
-
-
-def architecture() -> str:
-    """The first GPU's, "sm_90"; that of an H100 where none is here. Asked of its driver: no context is made."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))
-    except Exception:  # without a driver, or without nvidia-ml-py
-        return "sm_90"
-    return f"sm_{major}{minor}"
+    return chosen if device == "cpu" else list(with_compilations(chosen))
 
 
 def main(given: Sequence[str] | None = None) -> int:

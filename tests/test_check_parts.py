@@ -129,10 +129,9 @@ def test_what_a_part_launches_is_compiled_once_and_before_it(needs: list[list[st
     chosen = [part("profile", str(i), launches=tuple(names)) for i, names in enumerate(needs)]
     compiled: list[str] = []
     others = []
-    for one in check_parts.with_compilations(chosen, "sm_90"):
+    for one in check_parts.with_compilations(chosen):
         if one.evidence == "compilation":
             assert option(one, "--for").split(",") == list(one.launches)
-            assert option(one, "--arch") == "sm_90"
             compiled += one.launches
             continue
         assert set(one.launches) <= set(compiled)
@@ -144,7 +143,7 @@ def test_what_a_part_launches_is_compiled_once_and_before_it(needs: list[list[st
 
 def test_a_part_that_cannot_run_has_nothing_compiled() -> None:
     cannot = part("tests", launches=("tests",), reason="pytest is not installed")
-    assert list(check_parts.with_compilations([cannot], "sm_90")) == [cannot]
+    assert list(check_parts.with_compilations([cannot])) == [cannot]
 
 
 def test_the_plan_counts_each_launch_once_and_ends_in_time() -> None:
@@ -159,7 +158,7 @@ def test_the_plan_counts_each_launch_once_and_ends_in_time() -> None:
         part("tests", "tests", launches=("tests",), limit=100.0, floor=40.0),
         part("profile", "ladder", launches=("ladder",), limit=100.0, floor=40.0),
     ]
-    lines = plan_lines(list(check_parts.with_compilations(chosen, "sm_90")), 300.0, 10.0, count)
+    lines = plan_lines(list(check_parts.with_compilations(chosen)), 300.0, 10.0, count)
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["compile-smoke"][2] == "700"
     assert rows["compile-tests"][2] == "2000"
@@ -168,7 +167,7 @@ def test_the_plan_counts_each_launch_once_and_ends_in_time() -> None:
     assert "2700 launches" in lines[-1]
     # 26 + 60 + 62 + 100 s leave 52 s, 10 of them for stopping: enough for the ladder's floor.
     assert float(rows["ladder"][2]) == pytest.approx(248, abs=1)
-    short = plan_lines(list(check_parts.with_compilations(chosen, "sm_90")), 290.0, 10.0, count)
+    short = plan_lines(list(check_parts.with_compilations(chosen)), 290.0, 10.0, count)
     assert short[-2].endswith("if time is left")
 
 
