@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 from check_parts import Part
 
@@ -11,12 +12,12 @@ CPU_SECONDS, START_SECONDS = 356 / 792, 6.0
 CORES = 16
 
 
-def launches_of(names: Sequence[str]) -> int:
-    """How many distinct launches `ldmperf compile --for` these names compiles for an sm_90."""
+def launches_of(names: Sequence[str]) -> Set[Any]:
+    """The distinct launches that `ldmperf compile --for` these names compiles for an sm_90."""
     from ldmperf.profiling.static.machines import MACHINES
     from ldmperf.profiling.static.precompile import work_for
 
-    return len(work_for(names, MACHINES["sm_90"]).launches)
+    return set(work_for(names, MACHINES["sm_90"]).launches)
 
 
 def seconds_on(cores: int, launches: int) -> float:
@@ -28,20 +29,20 @@ def plan_lines(
     chosen: Sequence[Part],
     seconds: float,
     grace: float,
-    count: Callable[[Sequence[str]], int] = launches_of,
+    find: Callable[[Sequence[str]], Set[Any]] = launches_of,
 ) -> list[str]:
     """A line for each part, and when it begins if those before it take their limits."""
     on_cores = f"s on {CORES} cores"
     lines = [f"{'part':28} {'limit s':>8} {'floor s':>8} {'to compile':>11} {on_cores:>14} {'begins by':>12}"]
-    known: list[str] = []
-    compiled, begins = 0, 0.0
+    compiled: set[Any] = set()
+    begins = 0.0
     for part in chosen:
         cells = [f"{part.name:28} {part.limit:8.0f} {part.floor:8.0f}"]
         takes = part.limit
         if part.evidence == "compilation":
-            known += part.launches
-            launches = count(known) - compiled
-            compiled += launches
+            new = find(part.launches) - compiled
+            compiled |= new
+            launches = len(new)
             estimate = seconds_on(CORES, launches)
             takes = min(part.limit, estimate)
             cells.append(f"{launches:11d} {estimate:14.0f}")
@@ -53,7 +54,7 @@ def plan_lines(
         if reached:
             begins += min(takes, seconds - grace - begins)
     lines.append(
-        f"{seconds:.0f} s in all; {compiled} launches to compile, estimated at {CPU_SECONDS:.2f} CPU seconds each "
+        f"{seconds:.0f} s in all; {len(compiled)} launches to compile, estimated at {CPU_SECONDS:.2f} CPU seconds each "
         f"and {START_SECONDS:.0f} s of start; parts that take less leave the rest to those behind them"
     )
     return lines
