@@ -54,7 +54,7 @@ def plan_lines(
         if reached:
             begins += min(takes, seconds - grace - begins)
     lines.append(
-        f"{seconds:.0f} s in all; {len(compiled)} launches to compile, estimated at {CPU_SECONDS:.2f} CPU seconds each "
-        f"and {START_SECONDS:.0f} s of start; parts that take less leave the rest to those behind them"
+        f"{seconds:.0f} s in all; {len(compiled)} launches to compile, estimated at {CPU_SECONDS:.2f} CPU seconds "
+        f"each and {START_SECONDS:.0f} s of start; what a part does not use, those behind it may"
     )
     return lines
