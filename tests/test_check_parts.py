@@ -231,11 +231,11 @@ def test_records_are_counted_by_status_and_a_torn_one_is_not(tmp_path: Path) -> 
         ("tests", {"skipped": 3}, False),
         ("tests", {"skipped": 3, "passed": 1}, True),
         ("tests or skips", {"skipped": 3}, True),
-        ("profile", {"unsupported": 1}, True),
+        ("profile", {"unsupported": 7, "oom": 1}, False),
+        ("kernels", {"unsupported": 7, "ok": 1}, True),
+        ("tuning", {"searched": 1}, True),
         ("profile", {}, False),
     ],
 )
-def test_a_skipped_test_shows_nothing_where_a_gpu_is(
-    evidence: str, found: dict[str, int], is_evidence: bool
-) -> None:
+def test_what_shows_that_a_part_did_its_work(evidence: str, found: dict[str, int], is_evidence: bool) -> None:
     assert check_parts.is_evidence(part(evidence), Counter(found)) == is_evidence
