@@ -58,10 +58,11 @@ Evidence = Literal["tests", "tests or skips", "profile", "kernels", "tuning", "c
 class Part:
     """A command that runs for at most `limit` seconds, and is not begun where fewer than `floor` are left.
 
-    launches     what it launches, as names for `ldmperf compile --for`: these are compiled before it begins
-    evidence     what its records are (`recorded`)
+    evidence       what its records are (`recorded`)
+    launches       what it launches, as names for `ldmperf compile --for`: these are compiled before it begins
+    own_launches   the same of what it compiles itself, on all cores
     takes_seconds  whether the command takes --seconds, after which it begins nothing new
-    reason       why it cannot run here
+    reason         why it cannot run here
     """
 
     name: str
@@ -70,6 +71,7 @@ class Part:
     evidence: Evidence
     command: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()
+    own_launches: tuple[str, ...] = ()
     takes_seconds: bool = False
     reason: str | None = None
 
@@ -98,20 +100,20 @@ def parts(device: str, folder: Path) -> list[Part]:
         least = ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
         float32 = ("--dtype", "float32")
         return [
-            pytest_part("smoke", 60, 10, device, [SMOKE_FILE]),
-            pytest_part("tests", 60, 10, device),
-            profile("ladder", 120, 10, *least, "--backend", rungs),
-            profile("family", 90, 10, *least, "--sampler", "ddim,dpmpp_2m", "--backend", "torch,diffusers"),
-            kernels("attention", 60, 10, *float32, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
-            kernels("kernels", 120, 10, *float32, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
-            profile("compiled", 240, 30, *least, "--backend", f"diffusers,diffusers-compile,{graphs}"),
+            pytest_part("smoke", 300, 10, device, [SMOKE_FILE]),
+            pytest_part("tests", 300, 10, device),
+            profile("ladder", 300, 10, *least, "--backend", rungs),
+            profile("family", 300, 10, *least, "--sampler", "ddim,dpmpp_2m", "--backend", "torch,diffusers"),
+            kernels("attention", 300, 10, *float32, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
+            kernels("kernels", 300, 10, *float32, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
+            profile("compiled", 300, 10, *least, "--backend", f"diffusers,diffusers-compile,{graphs}"),
         ]
 
     def tune(operator: str) -> Part:
-        script = str(ROOT / "bench" / "tune.py")
-        command = (sys.executable, script, operator, "--size", "866M", "--batch", "2", "--key-seconds", "8")
-        launches = (f"tune:{operator}:866M:2",)
-        return Part(f"tune-{operator}", 90, 35, "tuning", command, launches, takes_seconds=True)
+        command = (sys.executable, str(ROOT / "bench" / "tune.py"), operator, "--size", "866M", "--batch", "2")
+        command += ("--l2", "step", "--key-seconds", "8")
+        own = (f"tune:{operator}:866M:2",)
+        return Part(f"tune-{operator}", 110, 40, "tuning", command, own_launches=own, takes_seconds=True)
 
     both = ("--preset", "ladder", "--size", "866M,39M", "--dtype", "float16,bfloat16")
     few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
@@ -200,10 +202,18 @@ def with_compilations(chosen: Sequence[Part]) -> Iterator[Part]:
 
 def compilation(names: Sequence[str], before: Part) -> Part:
     """Compiles in as many processes as there are cores; what time leaves is compiled where it is launched."""
-    limit = 90.0 if names[0].startswith(("tests", "tune")) else 60.0
+    limit = 90.0 if names[0] == "tests" else 60.0
     command = (*LDMPERF, "compile", "--for", ",".join(names))
     floor = before.floor + COMPILATION_FLOOR
-    return Part(f"compile-{before.name}", limit, floor, "compilation", command, tuple(names), takes_seconds=True)
+    return Part(
+        f"compile-{before.name}",
+        limit,
+        floor,
+        "compilation",
+        command,
+        own_launches=tuple(names),
+        takes_seconds=True,
+    )
 
 
 # "tests/a.py::test_b[c] PASSED [ 5%]", and of many processes "[gw0] [  5%] PASSED tests/a.py::test_b[c]".

@@ -39,12 +39,12 @@ def plan_lines(
     for part in chosen:
         cells = [f"{part.name:28} {part.limit:8.0f} {part.floor:8.0f}"]
         takes = part.limit
-        if part.evidence == "compilation":
-            new = find(part.launches) - compiled
+        if part.own_launches:
+            new = find(part.own_launches) - compiled
             compiled |= new
             launches = len(new)
             estimate = seconds_on(CORES, launches)
-            takes = min(part.limit, estimate)
+            takes = min(part.limit, estimate) if part.evidence == "compilation" else part.limit
             cells.append(f"{launches:11d} {estimate:14.0f}")
         else:
             cells.append(f"{'':11} {'':14}")

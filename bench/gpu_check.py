@@ -9,6 +9,7 @@ installation nor git.
     python bench/gpu_check.py --plan --minutes 9
     python bench/gpu_check.py --minutes 9 --archive check.txz
     python bench/gpu_check.py --minutes 9 --archive check.txz --from ladder
+    python bench/gpu_check.py --minutes 9 --archive check.txz --only tune-linear,tune-attention,headline,ladder
     python bench/gpu_check.py --import check.txz
 
 Exit code 1 where a part failed, or ended without a record; what time did not reach is named, and is no failure.
@@ -96,7 +97,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="gpu_check.py"
     )
     named = f"of {', '.join(NAMES)}"
-    parser.add_argument("--only", help=f"Parts, comma separated, {named}.")
+    parser.add_argument("--only", help=f"Parts, comma separated, in this order, {named}.")
     parser.add_argument(
         "--from", dest="first", metavar="PART", help="The part to begin with; those before are left."
     )
@@ -125,7 +126,8 @@ def chosen_parts(options: argparse.Namespace, device: str, folder: Path) -> list
     """The parts that the options name, with their compilations on a GPU."""
     first = NAMES.index(options.first) if options.first else 0
     names = options.only.split(",") if options.only else NAMES[first:]
-    chosen = [part for part in parts(device, folder) if part.name in names]
+    known = {part.name: part for part in parts(device, folder)}
+    chosen = [known[name] for name in names if name in known]
     return chosen if device == "cpu" else list(with_compilations(chosen))
 
 
