@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -133,14 +134,14 @@ def import_archive(path: Path, root: Path, out: Path) -> list[str]:
     told: list[str] = []
     # Refused before anything is written.
     tables = dict(_new_tables(contents, root / "kernels" / "tuned"))
-    for target, lines, rejected in _record_sets(contents, root / "bench" / "results"):
-        known = set(target.read_bytes().splitlines()) if target.exists() else set()
+    sets, rejected = _record_sets(contents, root / "bench" / "results")
+    for target, lines in sets.items():
+        known = set(_lines(target))
         new = [line for line in dict.fromkeys(lines) if line not in known]
         if new:
             _replace(target, b"".join(line + b"\n" for line in [*_lines(target), *new]))
             told.append(f"{target.relative_to(root)}: {len(new)} new records")
-        if rejected:
-            told.append(f"{target.relative_to(root)}: {rejected} lines of the archive are no records")
+    told += [f"{count} lines of {name} are no records, and left out" for name, count in rejected.items()]
     for table, (content, changes) in tables.items():
         _replace(table, content)
         told.append(f"{table.relative_to(root)}: {changes}")
@@ -158,30 +159,38 @@ def import_archive(path: Path, root: Path, out: Path) -> list[str]:
     return told
 
 
-def _record_sets(contents: Mapping[str, bytes], results: Path) -> Iterator[tuple[Path, list[bytes], int]]:
-    """(Where they go, the lines that are records, how many are not) for each run of each machine and commit."""
+def _record_sets(contents: Mapping[str, bytes], results: Path) -> tuple[dict[Path, list[bytes]], dict[str, int]]:
+    """The lines that are records by where they go, in the order that their runs began; and counts of others."""
     from ldmperf.profiling import Record
     from ldmperf.profiling.kernel_bench.records import KernelRecord
 
     models: dict[str, Any] = {"records.jsonl": Record, "kernels.jsonl": KernelRecord}
+    runs: list[tuple[datetime, dict[Path, list[bytes]]]] = []
+    rejected: Counter[str] = Counter()
     for name, content in contents.items():
         kind = name.rpartition("/")[2]
         if not name.startswith("runs/") or kind not in models:
             continue
-        sets: dict[tuple[str, str], list[bytes]] = {}
-        rejected = 0
-        first = None
+        first: datetime | None = None
+        sets: dict[Path, list[bytes]] = {}
         for line in filter(None, content.splitlines()):
             try:
                 record = models[kind].model_validate_json(line)
             except ValueError:
-                rejected += 1
+                rejected[name] += 1
                 continue
             first = first or record.started_at
-            sets.setdefault(_machine_and_commit(record.environment), []).append(line)
-        for (machine, commit), lines in sets.items():
-            yield results / machine / f"{first:%Y-%m-%d}-{commit}{RECORDS[kind]}.jsonl", lines, rejected
-            rejected = 0
+            machine, commit = _machine_and_commit(record.environment)
+            path = results / machine / f"{first:%Y-%m-%d}-{commit}{RECORDS[kind]}.jsonl"
+            sets.setdefault(path, []).append(line)
+        if first is not None:
+            runs.append((first, sets))
+    merged: dict[Path, list[bytes]] = {}
+    # Of two records of a case the one behind counts, and is to be the later one.
+    for _, sets in sorted(runs, key=lambda run: run[0]):
+        for path, lines in sets.items():
+            merged.setdefault(path, []).extend(lines)
+    return merged, dict(rejected)
 
 
 def _machine_and_commit(environment: Any) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import tarfile
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -133,6 +134,17 @@ def test_a_later_archive_of_the_check_adds_what_is_new(checkout: Checkout, make_
     assert checkout.lay() == []
 
 
+def test_the_later_of_two_records_of_a_case_is_behind(checkout: Checkout, make_record: MakeRecord) -> None:
+    for hour, part in ((3, "compiled"), (1, "family"), (2, "ladder")):
+        started = datetime(2026, 11, 27, hour, tzinfo=UTC)
+        checkout.put(part, "records.jsonl", make_record(environment=environment(), started_at=started))
+    checkout.write()
+    (line,) = [line for line in checkout.lay() if "new records" in line]
+    assert "3 new records" in line
+    (path,) = (checkout.root / "bench" / "results").rglob("*.jsonl")
+    assert [record.started_at.hour for record in load_records(path)[0]] == [1, 2, 3]
+
+
 PLACES = st.tuples(
     st.sampled_from([None, H100, "NVIDIA H200"]),
     st.sampled_from([COMMIT, "1" * 40, None]),
@@ -176,7 +188,7 @@ def test_lines_that_are_no_records_are_told_and_left(checkout: Checkout, make_re
         file.write(b'{"status": "ok"}\n{"torn')
     checkout.write()
     told = checkout.lay()
-    assert any("2 lines of the archive are no records" in line for line in told)
+    assert any(re.search("2 lines of .*records.jsonl are no records", line) for line in told)
     assert list(checkout.results().values()) == [1]
 
 
