@@ -227,7 +227,7 @@ def test_a_large_archive_loses_the_middles_of_logs_and_never_records(
     assert Record.model_validate_json(contents[next(n for n in contents if n.endswith("records.jsonl"))]) == record
 
 
-def test_a_failed_write_leaves_the_archive_before_it(
+def test_an_archive_is_replaced_at_once_or_not_at_all(
     checkout: Checkout, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkout.put("ladder", "records.jsonl", make_record(environment=environment()))
@@ -240,6 +240,11 @@ def test_a_failed_write_leaves_the_archive_before_it(
     with pytest.raises(OSError, match="No space"):
         checkout.write()
     assert checkout.archive.read_bytes() == before
+    monkeypatch.undo()
+    with checkout.archive.open("rb") as reader:
+        checkout.write()
+        assert reader.read() == before
+    assert checkout.archive.read_bytes() != before
 
 
 def packed(*members: tuple[tarfile.TarInfo, bytes], mode: str = "w:xz") -> bytes:

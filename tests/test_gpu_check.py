@@ -268,6 +268,7 @@ def test_a_wrong_call_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: pytest.fail("a part was begun"))
     out = [] if "--out" in given else ["--out", str(tmp_path)]
     try:
         code = gpu_check.main([*given, *out, "--device", "cpu"])
