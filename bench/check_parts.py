@@ -62,6 +62,7 @@ class Part:
     launches       what it launches, as names for `ldmperf compile --for`: these are compiled before it begins
     own_launches   the same of what it compiles itself, on all cores
     takes_seconds  whether the command takes --seconds, after which it begins nothing new
+    processes      of how many processes its command is
     reason         why it cannot run here
     """
 
@@ -73,6 +74,7 @@ class Part:
     launches: tuple[str, ...] = ()
     own_launches: tuple[str, ...] = ()
     takes_seconds: bool = False
+    processes: int = 1
     reason: str | None = None
 
 
@@ -173,10 +175,12 @@ def pytest_part(
     command = (sys.executable, "-m", "pytest", "-m", marks, "-v", "-rfEs", "--color=no", "--tb=short")
     command += ("--durations=15", "-p", "no:cacheprovider", *found)
     # Tests that need much of the GPU's memory or its time to themselves have the mark alone.
+    processes = 1
     if "not alone" in marks and importlib.util.find_spec("xdist") is not None:
-        command += ("-n", str(min(TEST_PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal")
+        processes = min(TEST_PROCESSES, os.cpu_count() or 1)
+        command += ("-n", str(processes), "--dist", "worksteal")
     evidence: Evidence = "tests or skips" if device == "cpu" else "tests"
-    return Part(name, limit, floor, evidence, command, tuple(launches), reason=reason)
+    return Part(name, limit, floor, evidence, command, tuple(launches), processes=processes, reason=reason)
 
 
 def gpu_test_files(folder: Path) -> list[str]:

@@ -50,6 +50,10 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     command = list(part.command)
     if part.takes_seconds:
         command += ["--seconds", f"{max(limit - min(MARGIN, limit / 4), 1.0):.0f}"]
+    variables = environment()
+    if part.processes > 1:
+        # Else inductor starts a pool of its own, of as many processes as cores, in each of them.
+        variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     path = folder / f"{part.name}.log"
     before = sum(recorded(part, folder, "").values())
     start = time.monotonic()
@@ -57,7 +61,7 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
         said_before = log.tell()
         # A session of its own: its workers can be ended with it, and a terminal's Ctrl-C comes through us.
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=variables
         )
         try:
             code: int | None = process.wait(timeout=limit)
@@ -99,8 +103,6 @@ def judged(part: Part, code: int | None, found: Counter[str], limit: float, has_
 def environment() -> dict[str, str]:
     """The children's: this checkout's ldmperf, one ptxas, and unbuffered output, as a log holds what was said."""
     variables = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(python_path())}
-    # inductor's own processes, of every test process, would be more than there are cores.
-    variables.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
     # torch brings a second ptxas, to which inductor switches a process under the same cache keys.
     if (ptxas := tritons_ptxas()) is not None:
         variables.setdefault("TRITON_PTXAS_PATH", str(ptxas))

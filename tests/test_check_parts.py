@@ -97,6 +97,7 @@ def test_the_tests_run_in_many_processes_where_xdist_is(has_xdist: bool, monkeyp
     monkeypatch.setattr(check_parts.os, "cpu_count", lambda: 16)
     made = check_parts.pytest_part("tests", 60, 10, "cuda", marks="gpu and not alone")
     assert (made.command[-4:] == ("-n", "10", "--dist", "worksteal")) == has_xdist
+    assert made.processes == (10 if has_xdist else 1)
 
 
 def test_without_pytest_the_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

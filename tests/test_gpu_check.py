@@ -154,6 +154,14 @@ def test_the_deadline_is_passed_on(tmp_path: Path) -> None:
         assert (tmp_path / "part.log").read_text().strip() == f"['--seconds', '{told}']"
 
 
+def test_many_processes_have_no_pools_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    says = "import os; print(os.environ.get('TORCHINDUCTOR_COMPILE_THREADS'))"
+    for processes in (1, 10):
+        check_run.run_part(part(says, processes=processes), 60.0, tmp_path)
+    assert (tmp_path / "part.log").read_text().split() == ["None", "1"]
+
+
 def test_the_children_have_this_checkout_and_tritons_own_ptxas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     monkeypatch.setenv("PYTHONPATH", "/some/where")
