@@ -184,9 +184,15 @@ def test_it_runs_from_a_plain_checkout_without_installation_or_git(tmp_path: Pat
     where += "import ldmperf.kernels, os, subprocess; print(ldmperf.kernels.__file__, flush=True)\n"
     where += "subprocess.run([sys.executable, '-c', 'import ldmperf.profiling as p; print(p.__file__)'],"
     where += " env=check_run.environment())"
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = os.pathsep.join(path for path in given if not (Path(path) / "ldmperf").exists())
     told = subprocess.run(
-        [sys.executable, "-c", where], cwd=copy, capture_output=True, text=True, check=True, env=variables
+        [sys.executable, "-c", where],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": others},
     ).stdout
     assert [Path(line).resolve().parent for line in told.split()] == [copy / "kernels", copy / "profiling"]
 
