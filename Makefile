@@ -16,7 +16,7 @@ help:
 	@echo "make readme    write README's table from the committed records that it names"
 	@echo "make inventory write docs/step-inventory.md's tables: every launch of a step, predicted without a GPU"
 	@echo "make bench-kernels    measure each kernel beside its peers (ARGS=... goes to ldmperf kernels)"
-	@echo "make gpu-check        tests, the ladder, peers, kernels and the family on a GPU machine, within 9 minutes"
+	@echo "make gpu-check        all that a GPU machine is for, the most important first, within 9 minutes (ARGS=--plan)"
 	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
 	@echo "make static-baseline  write bench/static/ for the installed triton: what it makes of the kernels"
 	@echo "make attention-static write docs/attention.md's table: attention beside a textbook kernel, predicted without a GPU"

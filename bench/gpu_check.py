@@ -1,210 +1,39 @@
 """The one command for a GPU machine: `make gpu-check`.
 
-Runs the GPU tests, the ladder of backends at four sizes, the compiled peers, the benches of attention and of the
-other kernels and the sweep of the family, the most important first, each in a process of its own and within its
-share of the time. Every record is on disk as it is made; a part that overruns is stopped and the next begins; a
-signal stops what runs and the table of what is there comes last. What one check had no time for another takes up:
-given the folder of the one before, profiles go on where they stopped, on the same commit and machine.
+First whether all is right, as far as a minute tells, and the headline; then the GPU tests, the ladder, the family,
+the kernels, tuning and the compiled peers. Every part is a process of its own with a limit; what it launches is
+compiled ahead on all cores. Every record is on disk as it is made. A part that overruns is stopped and the next
+begins; a signal stops what runs, and the table of what is there comes last. The check needs neither network nor
+installation nor git.
 
-    python bench/gpu_check.py
-    python bench/gpu_check.py --only compiled-max,sweep-rest
-    python bench/gpu_check.py --resume runs/20260101T120000Z-gpu-check --only sweep-rest
+    python bench/gpu_check.py --plan --minutes 9
+    python bench/gpu_check.py --minutes 9 --archive check.txz
+    python bench/gpu_check.py --minutes 9 --archive check.txz --from ladder
+    python bench/gpu_check.py --minutes 9 --archive check.txz --only tune-linear,tune-attention,headline,ladder
+    python bench/gpu_check.py --import check.txz
+
+Exit code 1 where a part failed, or ended without a record; what time did not reach is named, and is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
+import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-# make's own process and Python's start fall into the nine minutes.
-SECONDS = 520.0
-# A child begins nothing new so long before its limit; stopped, it has so long to end by itself.
-MARGIN, GRACE = 20.0, 10.0
-NAMES = (
-    "tests",
-    "ladder",
-    "compiled",
-    "sweep",
-    "attention",
-    "kernels",
-    "attention-family",
-    "attention-flex",
-    "compiled-max",
-    "sweep-rest",
-)
-LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
-OTHERS = "group_norm_silu,layer_norm,linear,geglu,residual_add,sampler_update"
-ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
-# Where the bound and the largest gain are to be shown (issue 4).
-HEAD_DIMS = "40,64,80,128,160,384,8"
-# Without the compiled peers, which take minutes to compile: they come in parts of their own, beside what is best.
-LADDER = "diffusers,torch,triton,triton+hoist,triton+hoist+merge,graph"
+from check_archive import ArchiveError, import_archive, write_archive
+from check_parts import NAMES, ROOT, Part, parts, with_compilations
+from check_plan import plan_lines
+from check_run import GRACE, Outcome, Stopped, environment, find_this_checkout, run_parts, stopped_part, tell
 
-
-class Stopped(BaseException):
-    """A signal asked for the end."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A command that takes `weight` shares of the time that is left when it begins; `reason` why it cannot run."""
-
-    name: str
-    weight: float
-    command: tuple[str, ...] = ()
-    takes_seconds: bool = False
-    reason: str | None = None
-
-
-@dataclass
-class Outcome:
-    part: Part
-    text: str
-    ok: bool
-    seconds: float = 0.0
-
-
-def shares(left: float, weights: Sequence[float]) -> float:
-    """The seconds of the first of the parts that are left: what it does not use, the others get."""
-    return max(left, 0.0) * weights[0] / sum(weights)
-
-
-def gpu_test_files(tests: Path) -> list[str]:
-    """The files that hold tests for a GPU: others may need packages that a GPU machine is without."""
-    return sorted(str(path) for path in tests.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
-
-
-def parts(device: str, folder: Path) -> list[Part]:
-    """The most important first. On a CPU what a CPU can: the family's smallest size, and few calls."""
-    is_cpu = device == "cpu"
-    files = gpu_test_files(ROOT / "tests")
-    missing = None
-    if importlib.util.find_spec("pytest") is None:
-        missing = "pytest is not installed"
-    elif not files:
-        missing = "there are no tests with the mark gpu"
-    tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rs", "-p", "no:cacheprovider", *files)
-
-    def kernels(name: str, weight: float, *options: str) -> Part:
-        if is_cpu:
-            options += ("--dtype", "float32")
-        command = (*LDMPERF, "kernels", "--device", device, "--out", str(folder / name), *options)
-        return Part(name, weight, command, takes_seconds=True)
-
-    def profile(name: str, weight: float, *options: str) -> Part:
-        begun = sorted(path.parent for path in (folder / name).glob("*/run.json"))
-        if begun:
-            return Part(name, weight, (*LDMPERF, "profile", "--resume", str(begun[-1])))
-        command = (*LDMPERF, "profile", "--device", device, "--out", str(folder / name), *options)
-        return Part(name, weight, command)
-
-    first = Part("tests", 2, tests, reason=missing)
-    if is_cpu:
-        least = ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
-        return [
-            first,
-            profile("ladder", 3, *least, "--backend", LADDER),
-            profile("compiled", 1, *least, "--backend", "diffusers,diffusers-compile,graph"),
-            profile("sweep", 2, *least, "--sampler", "ddim,dpmpp_2m", "--backend", "torch,diffusers"),
-            kernels("attention", 1, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
-            kernels("kernels", 3, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
-        ]
-    attention = ("--kernel", "attention")
-    # FlexAttention compiles for tens of seconds a call: a few calls, beside all other peers.
-    few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
-    ladder = ("--preset", "ladder", "--backend")
-    return [
-        first,
-        profile("ladder", 4, *ladder, LADDER),
-        profile("compiled", 4, *ladder, "diffusers,diffusers-compile,graph"),
-        profile("sweep", 3, "--preset", "family"),
-        kernels("attention", 1, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
-        kernels("kernels", 1, "--kernel", OTHERS),
-        kernels("attention-family", 1, *attention),
-        kernels("attention-flex", 1, *attention, *few),
-        profile("compiled-max", 2, *ladder, "diffusers,diffusers-compile-max,graph"),
-        profile("sweep-rest", 1, "--preset", "family-all"),
-    ]
-
-
-def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Outcome:
-    """Runs a part for at most `limit` seconds, its output on the terminal and in a log as it comes.
-
-    Raises Stopped after ending the part, when a signal comes.
-    """
-    if part.reason is not None:
-        return Outcome(part, f"skipped: {part.reason}", ok=True)
-    command = list(part.command)
-    if part.takes_seconds:
-        command += ["--seconds", f"{max(limit - MARGIN, 1.0):.0f}"]
-    start = time.monotonic()
-    with (folder / f"{part.name}.log").open("ab") as log:
-        # A session of its own: its workers can be ended with it, and a terminal's Ctrl-C comes through us.
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
-        )
-        try:
-            code: int | None = process.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process, grace)
-    seconds = time.monotonic() - start
-    if code is None:
-        return Outcome(part, f"stopped at its limit of {limit:.0f} s", ok=True, seconds=seconds)
-    if part.name == "tests" and code == 5:
-        return Outcome(part, "there were no tests to run", ok=True, seconds=seconds)
-    text = "done" if code == 0 else f"failed (exit code {code}); see {part.name}.log"
-    return Outcome(part, text, ok=code == 0, seconds=seconds)
-
-
-def environment() -> dict[str, str]:
-    """The children's: output unbuffered, so that a log holds what was said before a part was ended."""
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
-
-
-def end(process: subprocess.Popen[bytes], grace: float) -> None:
-    """Ends a part and whatever it started: asked first, so that it can say where its records are."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=grace)
-    # Workers that outlive it are of its session, which has its number.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def run_parts(chosen: Sequence[Part], seconds: float, folder: Path) -> Iterator[Outcome]:
-    """The outcomes as they come; what is left of the time is shared anew before each part."""
-    deadline = time.monotonic() + seconds
-    for number, part in enumerate(chosen):
-        left = deadline - time.monotonic()
-        if left < 1.0:
-            yield Outcome(part, "not begun: no time was left", ok=False)
-            continue
-        limit = shares(left, [other.weight for other in chosen[number:]])
-        tell(f"{part.name}: at most {limit:.0f} s, {folder / (part.name + '.log')}")
-        outcome = run_part(part, limit, folder)
-        tell(f"{part.name}: {outcome.text}, {outcome.seconds:.0f} s")
-        yield outcome
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+# For the summary and the last archive, at the end of the call.
+CLOSING = 15.0
 
 
 def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
@@ -218,30 +47,45 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     from ldmperf.profiling.report import print_table
     from ldmperf.profiling.store import load_lines
 
-    counts: dict[str, str] = {}
     for path in sorted(folder.glob("*/*/records.jsonl")):
-        records, _ = load_records(path)
-        counts[path.parents[1].name] = by_status(record.status for record in records)
-        print_table(records, Console())
+        print_table(load_records(path)[0], Console())
         print()
     for path in sorted(folder.glob("*/*/kernels.jsonl")):
-        measured, _ = load_lines(path, KernelRecord)
-        counts[path.parents[1].name] = by_status(record.status for record in measured)
-        if measured:
+        if measured := load_lines(path, KernelRecord)[0]:
             beside_the_best = attention_lines(attention_rows(measured))
             print("\n".join([conditions(measured), *beside_the_best, *summary_lines(measured)]) + "\n")
-    if (folder / "tests.log").exists():
-        lines = (folder / "tests.log").read_text(errors="replace").split("\n")
-        counts["tests"] = next((line.strip("= ") for line in reversed(lines) if line.startswith("=")), "")
-    for outcome in outcomes:
-        name, told = outcome.part.name, counts.get(outcome.part.name, "")
-        print(f"{name:16} {outcome.seconds:4.0f} s  {outcome.text}" + (f"  [{told}]" if told else ""))
+    print("\n".join(outcome_lines(outcomes)))
+    left = [outcome.part.name for outcome in outcomes if not outcome.was_begun and outcome.ok]
+    if left := [name for name in left if name in NAMES]:
+        print(f"time did not reach: {', '.join(left)}; go on with: --only {','.join(left)}")
     print(folder)
 
 
-def by_status(statuses: Iterator[str]) -> str:
-    found = Counter(statuses)
-    return ", ".join(f"{count} {status}" for status, count in found.items()) or "no record"
+def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each part: its seconds, how it ended, its records by status."""
+    lines = []
+    for outcome in outcomes:
+        counts = ", ".join(f"{count} {status}" for status, count in outcome.records.items())
+        told = f"  [{counts}]" if counts else ""
+        lines.append(f"{outcome.part.name:28} {outcome.seconds:4.0f} s  {outcome.text}{told}")
+    return lines
+
+
+def write_summary(folder: Path, device: str, outcomes: Sequence[Outcome]) -> None:
+    """summary.json: how each part went so far, and by which command."""
+    told = [
+        {
+            "part": outcome.part.name,
+            "ok": outcome.ok,
+            "text": outcome.text,
+            "seconds": round(outcome.seconds, 1),
+            "records": dict(outcome.records),
+            "command": outcome.part.command,
+        }
+        for outcome in outcomes
+    ]
+    summary = {"device": device, "commit": os.environ.get("LDMPERF_COMMIT"), "parts": told}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def raise_stopped(number: int, _: object) -> None:
@@ -252,25 +96,71 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="gpu_check.py"
     )
-    parser.add_argument("--only", default=",".join(NAMES), help=f"Parts, comma separated: {', '.join(NAMES)}.")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="For all parts together.")
+    named = f"of {', '.join(NAMES)}"
+    parser.add_argument("--only", help=f"Parts, comma separated, in this order, {named}.")
+    parser.add_argument(
+        "--from", dest="first", metavar="PART", help="The part to begin with; those before are left."
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="For the whole call: 9 unless told.")
+    parser.add_argument("--plan", action="store_true", help="Print the parts and what they compile; run nothing.")
+    parser.add_argument(
+        "--archive", type=Path, metavar="FILE", help="Written again after each part: .txz, 16 MiB."
+    )
+    parser.add_argument(
+        "--import", dest="archives", type=Path, nargs="+", metavar="FILE", help="Lay archives into this checkout."
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="Where the folder of this check goes.")
-    parser.add_argument("--resume", type=Path, help="The folder of an earlier check, whose profiles go on.")
+    parser.add_argument("--resume", type=Path, help="The folder of an earlier check, whose runs go on.")
     options = parser.parse_args(given)
-    unknown = set(options.only.split(",")) - set(NAMES)
-    if unknown:
-        parser.error(f"--only: no part {', '.join(sorted(unknown))}; choose from {', '.join(NAMES)}")
-    if options.device is None:
-        import torch
-
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for option, names in (("--only", options.only), ("--from", options.first)):
+        unknown = set((names or NAMES[0]).split(",")) - set(NAMES)
+        if unknown:
+            parser.error(f"{option}: no part {', '.join(sorted(unknown))}; choose {named}")
+    if options.only and options.first:
+        parser.error("--only and --from both choose parts; give one of them")
     return options
+
+
+def chosen_parts(options: argparse.Namespace, device: str, folder: Path) -> list[Part]:
+    """The parts that the options name, with their compilations on a GPU."""
+    first = NAMES.index(options.first) if options.first else 0
+    names = options.only.split(",") if options.only else NAMES[first:]
+    known = {part.name: part for part in parts(device, folder)}
+    chosen = [known[name] for name in names if name in known]
+    return chosen if device == "cpu" else list(with_compilations(chosen))
 
 
 def main(given: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     options = arguments(given)
+    find_this_checkout()
+    if options.archives:
+        return import_archives(options.archives, options.out)
+    if options.plan:
+        chosen = chosen_parts(options, options.device or "cuda", options.out)
+        print("\n".join(plan_lines(chosen, 60 * options.minutes - CLOSING, GRACE)))
+        return 0
+    return check(options, began)
+
+
+def import_archives(paths: Sequence[Path], out: Path) -> int:
+    for path in paths:
+        try:
+            print("\n".join(import_archive(path, ROOT, out)) or f"{path}: nothing new")
+        except ArchiveError as wrong:
+            tell(f"gpu_check.py: {wrong}")
+            return 2
+    return 0
+
+
+def check(options: argparse.Namespace, began: float) -> int:
+    """Runs the parts; the exit code."""
+    device = options.device
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = options.out.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-gpu-check"
     if options.resume is not None:
         folder = options.resume.resolve()
@@ -282,19 +172,42 @@ def main(given: Sequence[str] | None = None) -> int:
     except OSError as failure:
         tell(f"gpu_check.py: cannot write to {options.out} ({failure.strerror}); choose another folder with --out")
         return 1
-    chosen = [part for part in parts(options.device, folder) if part.name in options.only.split(",")]
+    chosen = chosen_parts(options, device, folder)
+    tell(f"ptxas: {environment().get('TRITON_PTXAS_PATH')}; {device}; {folder}")
+    if not (ROOT / ".git").exists() and not os.environ.get("LDMPERF_COMMIT"):
+        tell("no .git here: records will name no commit; set LDMPERF_COMMIT")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, raise_stopped)
     outcomes: list[Outcome] = []
     code = 0
+
+    def keep() -> bool:
+        """Writes the summary and the archive; False, with the reason told, where that fails."""
+        try:
+            write_summary(folder, device, outcomes)
+            if options.archive is not None:
+                for line in write_archive(options.archive, folder, ROOT / "kernels" / "tuned"):
+                    tell(line)
+        except OSError as failure:
+            tell(f"gpu_check.py: cannot write {failure.filename} ({failure.strerror}); records are in {folder}")
+            return False
+        return True
+
+    if not keep():
+        return 1
     try:
-        for outcome in run_parts(chosen, options.seconds - (time.monotonic() - began), folder):
+        for outcome in run_parts(chosen, 60 * options.minutes - CLOSING - (time.monotonic() - began), folder):
             outcomes.append(outcome)
+            if outcome.was_begun:
+                keep()
     except Stopped as stopped:
         code = 128 + int(stopped.args[0])
-        outcomes += [Outcome(part, "stopped by a signal", ok=False) for part in chosen[len(outcomes) :][:1]]
+        outcomes += [stopped_part(part, folder) for part in chosen[len(outcomes) :][:1]]
+    if not keep():
+        code = code or 1
     print_summary(folder, outcomes)
-    return code or int(not all(outcome.ok for outcome in outcomes))
+    was_begun = any(outcome.was_begun for outcome in outcomes)
+    return code or int(not was_begun or not all(outcome.ok for outcome in outcomes))
 
 
 if __name__ == "__main__":

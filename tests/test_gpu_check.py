@@ -1,44 +1,38 @@
-"""gpu-check: shares of the time, parts that overrun or are interrupted, and what a light machine can import."""
+"""gpu-check: limits and floors, parts that overrun, fail or are interrupted, where it runs, its own calls."""
 
 from __future__ import annotations
 
 import ast
 import os
-import runpy
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import check_run
+import gpu_check
 import pytest
-
-from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.cases import BACKENDS
-from ldmperf.profiling.kernel_bench.peers import PEERS
-from ldmperf.profiling.kernel_bench.run import SLOW
+from check_archive import import_archive
+from check_parts import NAMES, Part, gpu_test_files, parts
+from hypothesis import given
+from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.py"
 # What a GPU machine has: everything else must be imported where it is used, or be skipped visibly.
 LIGHT = {"torch", "triton", "numpy", "safetensors", "pydantic", "typer", "rich", "pynvml", "pytest", "ldmperf"}
 
-check = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
-
-def part(code: str, name: str = "part", weight: float = 1.0, **options: Any) -> Any:
-    return check.Part(name, weight, (sys.executable, "-c", code), **options)
-
-
-def option(given: Any, name: str) -> str:
-    command = given.command
-    return str(command[command.index(name) + 1]) if name in command else ""
-
-
-def backends(given: Any) -> list[str]:
-    return option(given, "--backend").split(",")
+def part(
+    code: str, name: str = "part", evidence: Any = "compilation", limit: float = 60.0, **options: Any
+) -> Part:
+    command = (sys.executable, "-c", code)
+    return Part(name, limit, options.pop("floor", 1.0), evidence, command, **options)
 
 
 def ends(process: int) -> bool:
@@ -53,44 +47,43 @@ def ends(process: int) -> bool:
     return False
 
 
-def test_what_a_part_does_not_use_the_others_get() -> None:
-    assert check.shares(90.0, [2, 4, 3]) == 20.0
-    assert check.shares(85.0, [4, 3]) == pytest.approx(85 * 4 / 7)
-    assert check.shares(30.0, [3]) == 30.0
-    assert check.shares(-5.0, [3]) == 0.0
+@given(
+    seconds=st.floats(0, 600),
+    given=st.lists(st.tuples(st.floats(1, 200), st.floats(1, 100), st.floats(0, 300)), max_size=8),
+)
+def test_no_part_outruns_its_limit_or_the_call_or_begins_below_its_floor(
+    seconds: float, given: list[tuple[float, float, float]]
+) -> None:
+    now = 1000.0
+    limits: dict[str, float] = {}
+    takes = {str(i): wanted for i, (_, _, wanted) in enumerate(given)}
 
+    def run(one: Part, limit: float, folder: Path) -> Any:
+        nonlocal now
+        limits[one.name] = limit
+        # One that has to be stopped takes all of its grace.
+        now += takes[one.name] if takes[one.name] <= limit else limit + check_run.GRACE
+        return check_run.Outcome(one, "done", ok=True)
 
-def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Path) -> None:
-    on_gpu, on_cpu = ({p.name: p for p in check.parts(d, tmp_path)} for d in ("cuda", "cpu"))
-    assert tuple(on_gpu) == check.NAMES
-    assert list(on_cpu) == ["tests", "ladder", "compiled", "sweep", "attention", "kernels"]
-    # Every operator is in one part.
-    named = {name for p in on_gpu.values() for name in option(p, "--kernel").split(",") if name}
-    assert named == set(OPERATORS)
-    peers = option(on_gpu["attention-flex"], "--peer").split(",")
-    assert set(peers) < set(PEERS)
-    assert set(SLOW) < set(peers)
-    assert on_gpu["tests"].command[3:5] == ("-m", "gpu")
-    ladder = {name for part in on_gpu.values() if option(part, "--preset") == "ladder" for name in backends(part)}
-    assert ladder == set(BACKENDS)
-    # Ratios are of one run: who is compared with the peers runs beside them.
-    for name in ("ladder", "compiled", "compiled-max"):
-        assert {"diffusers", "graph"} <= set(backends(on_gpu[name]))
-    assert option(on_gpu["sweep"], "--preset") == "family"
-    assert option(on_gpu["sweep-rest"], "--preset") == "family-all"
-    assert all(option(on_cpu[name], "--size") == "39M" for name in ("ladder", "compiled", "sweep"))
-    assert on_gpu["kernels"].takes_seconds
-
-
-def test_a_profile_that_was_begun_goes_on(tmp_path: Path) -> None:
-    for name in ("20260101T000000Z-abc", "20260102T000000Z-abc"):
-        (tmp_path / "sweep-rest" / name).mkdir(parents=True)
-        (tmp_path / "sweep-rest" / name / "run.json").touch()
-    parts = {p.name: p for p in check.parts("cuda", tmp_path)}
-    newest = str(tmp_path / "sweep-rest" / "20260102T000000Z-abc")
-    assert parts["sweep-rest"].command[-2:] == ("--resume", newest)
-    assert "--preset" not in parts["sweep-rest"].command
-    assert "--resume" not in parts["sweep"].command
+    chosen = [part("", str(i), limit=limit, floor=floor) for i, (limit, floor, _) in enumerate(given)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_run.time, "monotonic", lambda: now)
+        patch.setattr(check_run, "run_part", run)
+        before: list[float] = []
+        outcomes = []
+        for outcome in check_run.run_parts(chosen, seconds, Path()):
+            outcomes.append(outcome)
+            before.append(now)
+    assert [outcome.part for outcome in outcomes] == chosen
+    assert now <= 1000.0 + seconds + 1e-6
+    for outcome, then in zip(outcomes, [1000.0, *before], strict=False):
+        left = 1000.0 + seconds - then - check_run.GRACE
+        assert outcome.was_begun == (left >= outcome.part.floor)
+        if outcome.was_begun:
+            assert limits[outcome.part.name] == pytest.approx(min(left, outcome.part.limit))
+        else:
+            assert outcome.ok
+            assert "not begun" in outcome.text
 
 
 def test_a_part_that_overruns_is_stopped_with_what_it_started_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -101,12 +94,12 @@ def test_a_part_that_overruns_is_stopped_with_what_it_started_and_the_rest_goes_
         "print('child', child.pid, flush=True)\n"
         "time.sleep(600)"
     )
-    outcome = check.run_part(part(ignores), 3.0, tmp_path, grace=0.2)
+    outcome = check_run.run_part(part(ignores), 3.0, tmp_path, grace=0.2)
     assert outcome.text.startswith("stopped at its limit")
     assert ends(int((tmp_path / "part.log").read_text().split()[1]))
     # A suite in the background ignores SIGINT, and so would the part.
     sleeps = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(600)"
-    first, second = check.run_parts([part(sleeps), part("print('hi')", "next")], 8.0, tmp_path)
+    first, second = check_run.run_parts([part(sleeps, limit=3.0), part("print('hi')", "next")], 60.0, tmp_path)
     assert "limit" in first.text
     assert second.text == "done"
     assert (tmp_path / "next.log").read_text() == "hi\n"
@@ -118,28 +111,96 @@ def test_workers_that_outlive_a_part_are_ended(tmp_path: Path) -> None:
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, flush=True)"
     )
-    assert check.run_part(part(leaves), 30.0, tmp_path).text == "done"
+    assert check_run.run_part(part(leaves), 30.0, tmp_path).text == "done"
     assert ends(int((tmp_path / "part.log").read_text()))
 
 
-def test_failures_and_reasons_are_told(tmp_path: Path) -> None:
-    failed = check.run_part(part("raise SystemExit(3)"), 30.0, tmp_path)
-    assert (failed.ok, "exit code 3" in failed.text) == (False, True)
-    skipped = check.run_part(part("", reason="pytest is not installed"), 30.0, tmp_path)
-    assert (skipped.ok, skipped.text) == (True, "skipped: pytest is not installed")
-    assert check.run_part(part("raise SystemExit(5)", "tests"), 30.0, tmp_path).ok
-    (late,) = check.run_parts([part("")], 0.0, tmp_path)
-    assert not late.ok
+RECORD = "import pathlib; f = pathlib.Path({folder!r}); f.mkdir(parents=True, exist_ok=True)\n"
+RECORD += "(f / 'records.jsonl').open('a').write('{{\"status\": \"{status}\"}}\\n')\n"
+
+
+def test_what_has_no_record_has_failed(tmp_path: Path) -> None:
+    def run(code: str, evidence: Any = "profile", limit: float = 30.0, **options: Any) -> tuple[bool, str]:
+        outcome = check_run.run_part(part(code, evidence=evidence, **options), limit, tmp_path, grace=5.0)
+        return outcome.ok, outcome.text
+
+    ok = RECORD.format(folder=str(tmp_path / "part" / "run"), status="ok")
+    wrong = RECORD.format(folder=str(tmp_path / "part" / "run"), status="incorrect")
+    sleeps = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(600)"
+    assert run("raise SystemExit(3)") == (False, "failed (exit code 3); see part.log")
+    assert run("") == (False, "ended without a record; see part.log")
+    assert run(sleeps, limit=1.5)[0] is False
+    assert run(ok) == (True, "done")
+    # With an earlier check's records it may have nothing left to do, but not be stopped without a new one.
+    assert run("") == (True, "done")
+    assert run(sleeps, limit=1.5) == (False, "stopped at its limit of 2 s without a record; see part.log")
+    assert run(ok + sleeps, limit=1.5) == (True, "stopped at its limit of 2 s")
+    assert run(wrong + sleeps, limit=1.5) == (False, "stopped at its limit of 2 s; see part.log")
+    assert run("", reason="pytest is not installed") == (False, "cannot run: pytest is not installed")
+    # A log goes on from check to check; what it said before counts for nothing now.
+    passed = "print('tests/test_a.py::test_b PASSED   [100%]', flush=True)\n"
+    failed = "print('tests/test_a.py::test_b FAILED   [100%]', flush=True)\n"
+    assert run(passed, "tests") == (True, "done")
+    assert run("", "tests") == (False, "ended without a record; see part.log")
+    assert run(passed + sleeps, "tests", limit=1.5)[0] is True
+    assert run(passed + failed + sleeps, "tests", limit=1.5)[0] is False
 
 
 def test_the_deadline_is_passed_on(tmp_path: Path) -> None:
     given = part("import sys; print(sys.argv[1:])", takes_seconds=True)
-    check.run_part(given, 100.0, tmp_path)
-    assert (tmp_path / "part.log").read_text().strip() == "['--seconds', '80']"
+    for limit, told in ((100.0, "80"), (40.0, "30")):
+        (tmp_path / "part.log").unlink(missing_ok=True)
+        check_run.run_part(given, limit, tmp_path)
+        assert (tmp_path / "part.log").read_text().strip() == f"['--seconds', '{told}']"
+
+
+def test_many_processes_have_no_pools_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    says = "import os; print(os.environ.get('TORCHINDUCTOR_COMPILE_THREADS'))"
+    for processes in (1, 10):
+        check_run.run_part(part(says, processes=processes), 60.0, tmp_path)
+    assert (tmp_path / "part.log").read_text().split() == ["None", "1"]
+
+
+def test_the_children_have_this_checkout_and_tritons_own_ptxas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "/some/where")
+    ptxas = Path(check_run.environment()["TRITON_PTXAS_PATH"])
+    assert ptxas.exists()
+    assert "triton" in ptxas.parts
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/my/ptxas")
+    assert check_run.environment()["TRITON_PTXAS_PATH"] == "/my/ptxas"
+    for is_elsewhere, expected in ((False, "/some/where"), (True, f"{ROOT / '.types'}:/some/where")):
+        monkeypatch.setattr(check_run, "is_elsewhere", lambda is_elsewhere=is_elsewhere: is_elsewhere)
+        assert check_run.environment()["PYTHONPATH"] == expected
+
+
+def test_it_runs_from_a_plain_checkout_without_installation_or_git(tmp_path: Path) -> None:
+    """A copy elsewhere, of which neither python nor git knows, beside another ldmperf that is installed."""
+    copy = tmp_path / "plain"
+    for name in (".types", "bench", "kernels", "model", "profiling", "samplers"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    where = "import sys; sys.path[0] = 'bench'; import check_run; check_run.find_this_checkout()\n"
+    where += "import ldmperf.kernels, os, subprocess; print(ldmperf.kernels.__file__, flush=True)\n"
+    where += "subprocess.run([sys.executable, '-c', 'import ldmperf.profiling as p; print(p.__file__)'],"
+    where += " env=check_run.environment())"
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    others = os.pathsep.join(path for path in given if not (Path(path) / "ldmperf").exists())
+    told = subprocess.run(
+        [sys.executable, "-c", where],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": others},
+    ).stdout
+    assert [Path(line).resolve().parent for line in told.split()] == [copy / "kernels", copy / "profiling"]
 
 
 def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> None:
+    archive = tmp_path / "a.txz"
     command = [sys.executable, str(SCRIPT), "--only", "kernels", "--device", "cpu", "--out", str(tmp_path)]
+    command += ["--archive", str(archive)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log: list[Path] = []
     for _ in range(1200):
@@ -151,31 +212,98 @@ def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> No
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "stopped by a signal" in out
-    assert "unsupported" in out
+    assert re.search(r"stopped by a signal  \[.*\d unsupported", out)
     assert out.strip().splitlines()[-1].endswith("-gpu-check")
+    assert "new records" in import_archive(archive, tmp_path / "checkout", tmp_path / "laid")[0]
+
+
+def outcome(name: str, **options: Any) -> Any:
+    return check_run.Outcome(part("", name), "text", **({"ok": True} | options))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        ([outcome("smoke"), outcome("ladder", was_begun=False)], 0),
+        ([outcome("smoke"), outcome("ladder", ok=False)], 1),
+        ([outcome("smoke", was_begun=False)], 1),
+        ([], 1),
+    ],
+)
+def test_the_exit_code_tells_of_failures_and_of_nothing_done(
+    outcomes: list[Any],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: iter(outcomes))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    archive = tmp_path / "archives" / "a.txz"
+    given = ["--device", "cpu", "--out", str(tmp_path / "runs"), "--archive", str(archive)]
+    assert gpu_check.main(given) == code
+    assert archive.exists()
+    told = capsys.readouterr().out
+    assert ("go on with: --only ladder" in told) == (len(outcomes) == 2 and not outcomes[1].was_begun)
+
+
+def test_parts_are_chosen_by_name_or_from_one_on(tmp_path: Path) -> None:
+    def chosen(*given: str, device: str = "cpu") -> list[str]:
+        options = gpu_check.arguments(given)
+        return [one.name for one in gpu_check.chosen_parts(options, device, tmp_path)]
+
+    on_cpu = [one.name for one in parts("cpu", tmp_path)]
+    assert chosen() == on_cpu
+    # In the order given: what was tuned is measured after it.
+    assert chosen("--only", "kernels,tests") == ["kernels", "tests"]
+    assert chosen("--from", "family") == on_cpu[on_cpu.index("family") :]
+    on_gpu = chosen("--from", "ladder", device="cuda")
+    assert on_gpu[:2] == ["compile-ladder", "ladder"]
+    assert [name for name in on_gpu if name in NAMES] == list(NAMES[NAMES.index("ladder") :])
 
 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (["--only", "charts"], "tests, ladder, "),
+        (["--only", "charts"], "smoke, headline, "),
+        (["--from", "charts"], "smoke, headline, "),
+        (["--from", "ladder", "--only", "tests"], "one of them"),
         (["--out", os.devnull], "--out"),
         (["--resume", "/no/where"], "start a new one without --resume"),
+        (["--import", "/no/where.txz"], "give a file of --archive"),
+        (["--archive", "/dev/null/a.txz", "--only", "tests"], "/dev/null"),
     ],
 )
-def test_a_wrong_call_says_what_to_do(given: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_call_says_what_to_do(
+    given: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: pytest.fail("a part was begun"))
+    out = [] if "--out" in given else ["--out", str(tmp_path)]
     try:
-        code = check.main([*given, "--device", "cpu"])
+        code = gpu_check.main([*given, *out, "--device", "cpu"])
     except SystemExit as stopped:
         code = stopped.code
     assert code in (1, 2)
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", check.gpu_test_files(ROOT / "tests"), ids=lambda path: Path(path).name)
+@pytest.mark.parametrize("path", gpu_test_files(ROOT / "tests"), ids=lambda path: Path(path).name)
 def test_gpu_tests_import_with_the_light_core(path: str) -> None:
     tree = ast.parse(Path(path).read_text())
     modules = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level}
     foreign = {name.partition(".")[0] for name in modules} - LIGHT - sys.stdlib_module_names
     assert not foreign, f"{path} imports {foreign}: use pytest.importorskip inside the tests that need it"
+
+
+def test_the_summary_counts_records(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = outcome("ladder", seconds=61.4, records=Counter(ok=3, oom=1))
+    gpu_check.print_summary(tmp_path, [found, outcome("family", was_begun=False)])
+    told = capsys.readouterr().out
+    assert "3 ok, 1 oom" in told
+    assert "time did not reach: family" in told

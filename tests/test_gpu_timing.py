@@ -28,6 +28,7 @@ from ldmperf.profiling.timing import Deadline, RepetitionRule, timed
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 

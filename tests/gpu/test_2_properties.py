@@ -238,6 +238,7 @@ def test_opcheck():
     opcheck(namespace.sampler_update.default, (*(a[key] for key in order), *rest))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("config_chunks", [0, 16])
 def test_group_norm_past_2_to_31_elements(kit, config_chunks):
     kit.needs_memory(16)
@@ -255,6 +256,7 @@ def test_group_norm_past_2_to_31_elements(kit, config_chunks):
     assert out[0].isfinite().all()
 
 
+@pytest.mark.alone
 def test_rows_past_2_to_31_elements(kit):
     kit.needs_memory(20)
     rows = 2**31 // 1024 + 3
@@ -271,6 +273,7 @@ def test_rows_past_2_to_31_elements(kit):
     assert torch.equal(out[-3:], image[-3:] * 2)
 
 
+@pytest.mark.alone
 def test_images_that_lie_past_2_to_31_elements(kit):
     """Small tensors, far apart: only the stride is large."""
     kit.needs_memory(14)
@@ -299,6 +302,7 @@ def test_images_that_lie_past_2_to_31_elements(kit):
     torch.testing.assert_close(registers.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.alone
 def test_attention_past_2_to_31_elements(kit):
     kit.needs_memory(24)
     batch = 2**31 // (4096 * 3 * 320) + 2

@@ -13,127 +13,82 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmperf.kernels import OPERATORS as OPERATORS_BY_NAME
-from ldmperf.model import FAMILY, UNet, UNetConfig
-from ldmperf.profiling.network import randomize
-from ldmperf.samplers import CaptureError, GraphedSampler, NoiseSchedule, initial_noise, make_plan, sample
+from ldmperf.kernels import OPERATORS
+from ldmperf.model import FAMILY, UNetConfig
+from ldmperf.samplers import CaptureError, GraphedSampler, initial_noise, make_plan
 
 pytestmark = pytest.mark.gpu
 
-DEVICE, OPERATORS, GRAPHS = "cuda", "triton", None
-SCHEDULE = NoiseSchedule.from_diffusers(
-    {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
-)
 TINY = UNetConfig((32, 64, 64), (4, 8, 8), (True, True, False), layers_per_block=1, context_dim=24, norm_groups=8)
 SAMPLERS = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2s", "unipc", "euler", "euler_a", "heun", "lcm")
 
 
-def network(config: UNetConfig, dtype: torch.dtype, operators: str = OPERATORS) -> UNet:
-    with torch.device(DEVICE):
-        unet = UNet(config, backend=operators).to(dtype)
-    randomize(unet, 0)
-    return unet.eval().requires_grad_(False)
+# Beside other tests a network's weights in two dtypes fit up to here.
+ALONE = ("558M", "704M", "866M", "2B", "5B")
+# Those that the smoke tests leave.
+FORWARDS = [
+    pytest.param(size, dtype, id=f"{size}-{dtype}", marks=[pytest.mark.alone] if size in ALONE else [])
+    for size in FAMILY
+    for dtype in ("float16", "bfloat16")
+    if (size, dtype) not in (("39M", "bfloat16"), ("866M", "bfloat16"))
+]
 
 
-def given(config: UNetConfig, batch: int, latents: int, tokens: int = 77) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    x = torch.randn(batch, config.in_channels, latents, latents, device=DEVICE, generator=generator)
-    return x, torch.randn(batch, tokens, config.context_dim, device=DEVICE, generator=generator)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("size", FAMILY)
-@torch.no_grad()
-def test_a_forward_errs_no_more_than_on_torchs_operators(
-    size: str, dtype: torch.dtype, kit: SimpleNamespace
-) -> None:
-    parameters = {"2B": 2.1, "5B": 4.9}.get(size, 0.9)
-    kit.needs_memory(8 * parameters + 6)
-    ours = network(FAMILY[size], dtype)
-    x, context = (value.to(dtype) for value in given(FAMILY[size], 2, 64))
-    results = [unet(x, 500.0, context).float() for unet in (ours, ours.with_backend("torch"))]
-    exact = ours.with_backend("torch").float()
-    expected = exact(x.float(), 500.0, context.float())
-    error, own = (kit.relative_rms(result, expected) for result in results)
-    assert error <= 1.5 * own, (error, own)
+@pytest.mark.parametrize(("size", "dtype"), FORWARDS)
+def test_a_forward_errs_no_more_than_on_torchs_operators(size: str, dtype: str, kit: SimpleNamespace) -> None:
+    kit.check_a_forward(size, getattr(torch, dtype))
 
 
 @torch.no_grad()
 def test_the_float32_network_is_that_of_torchs_operators(kit: SimpleNamespace) -> None:
-    ours = network(FAMILY["39M"], torch.float32)
-    x, context = given(FAMILY["39M"], 2, 64)
+    ours = kit.network(FAMILY["39M"], torch.float32)
+    x, context = kit.given(FAMILY["39M"], 2, 64)
     assert kit.relative_rms(ours(x, 981.0, context), ours.with_backend("torch")(x, 981.0, context)) < 1e-4
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e2, 1e3])
 @torch.no_grad()
-def test_fp16_extremes_give_no_nan_where_float32_gives_none(scale: float) -> None:
-    ours = network(FAMILY["39M"], torch.float16)
-    x, context = given(FAMILY["39M"], 2, 32)
+def test_fp16_extremes_give_no_nan_where_float32_gives_none(scale: float, kit: SimpleNamespace) -> None:
+    ours = kit.network(FAMILY["39M"], torch.float16)
+    x, context = kit.given(FAMILY["39M"], 2, 32)
     exact = ours.with_backend("torch").float()(x.half().float() * scale, 500.0, context.half().float())
     assert exact.isfinite().all()
     assert ours(x.half() * scale, 500.0, context.half()).isfinite().all()
 
 
-def eager(unet: UNet, conditioning: Any, plan: Any, noise: torch.Tensor, **options: Any) -> torch.Tensor:
-    return sample(
-        lambda x, step: unet.denoise(x, conditioning, step.index),
-        plan,
-        noise,
-        input_dtype=unet.dtype,
-        backend=OPERATORS,
-        **options,
-    )
-
-
-def graphed(unet: UNet, **options: Any) -> GraphedSampler[Any]:
-    return GraphedSampler(unet.denoise, input_dtype=unet.dtype, backend=OPERATORS, graphs=GRAPHS, **options)
-
-
 @torch.no_grad()
-def test_200_replays_with_changed_prompts_seeds_and_plans_have_the_bits_of_the_eager_loop() -> None:
-    unet = network(TINY, torch.bfloat16)
-    sampler = graphed(unet)
+def test_200_replays_with_changed_prompts_seeds_and_plans_have_the_bits_of_the_eager_loop(
+    kit: SimpleNamespace,
+) -> None:
+    unet = kit.network(TINY, torch.bfloat16)
+    sampler = kit.graphed(unet)
     generator = torch.Generator().manual_seed(2)
     replays = run = 0
     while replays < 200:
-        plan = make_plan(SAMPLERS[run % len(SAMPLERS)], SCHEDULE, 1 + 7 * run % 11)
+        plan = make_plan(SAMPLERS[run % len(SAMPLERS)], kit.schedule, 1 + 7 * run % 11)
         seeds = [1000 + run, 2000 + run]
-        noise = initial_noise(seeds, (4, 16, 16), device=DEVICE)
-        context = torch.randn(4, 7, TINY.context_dim, generator=generator).to(DEVICE)
+        noise = initial_noise(seeds, (4, 16, 16), device=kit.device)
+        context = torch.randn(4, 7, TINY.context_dim, generator=generator).to(kit.device)
         conditioning = unet.condition([step.timestep for step in plan.steps], context)
         options = {"guidance_scale": 1.5 + run, "seeds": seeds}
         result = sampler(conditioning, plan, noise, **options)
-        assert torch.equal(result, eager(unet, conditioning, plan, noise, **options)), (plan.name, run)
+        assert torch.equal(result, kit.eager(unet, conditioning, plan, noise, **options)), (plan.name, run)
         replays, run = replays + len(plan.steps), run + 1
     assert len(sampler.captures) == 1
 
 
-@pytest.mark.parametrize("size", ["39M", "866M"])
+@pytest.mark.alone  # bounds the memory that this process may take
 @torch.no_grad()
-def test_a_size_of_the_family_captured_has_the_bits_of_the_eager_loop(size: str) -> None:
-    unet = network(FAMILY[size], torch.bfloat16)
-    plan = make_plan("dpmpp_2m", SCHEDULE, 3)
-    noise = initial_noise([5], (4, 64, 64), device=DEVICE)
-    _, context = given(FAMILY[size], 2, 64)
-    conditioning = unet.condition([step.timestep for step in plan.steps], context)
-    expected = eager(unet, conditioning, plan, noise, guidance_scale=7.5)
-    sampler = graphed(unet)
-    for _ in range(2):
-        assert torch.equal(sampler(conditioning, plan, noise, guidance_scale=7.5), expected)
-
-
-@torch.no_grad()
-def test_a_capture_after_memory_ran_out_works() -> None:
-    unet = network(TINY, torch.bfloat16)
-    sampler = graphed(unet)
-    plan = make_plan("ddim", SCHEDULE, 2)
+def test_a_capture_after_memory_ran_out_works(kit: SimpleNamespace) -> None:
+    unet = kit.network(TINY, torch.bfloat16)
+    sampler = kit.graphed(unet)
+    plan = make_plan("ddim", kit.schedule, 2)
 
     def run(batch: int, latents: int) -> bool:
-        noise = initial_noise(list(range(batch)), (4, latents, latents), device=DEVICE)
-        context = torch.zeros(batch, 7, TINY.context_dim, device=DEVICE)
+        noise = initial_noise(list(range(batch)), (4, latents, latents), device=kit.device)
+        context = torch.zeros(batch, 7, TINY.context_dim, device=kit.device)
         conditioning = unet.condition([step.timestep for step in plan.steps], context)
-        return torch.equal(sampler(conditioning, plan, noise), eager(unet, conditioning, plan, noise))
+        return torch.equal(sampler(conditioning, plan, noise), kit.eager(unet, conditioning, plan, noise))
 
     assert run(1, 16)
     # torch's own bound: what is over it fails as if the device were full.
@@ -150,8 +105,8 @@ def test_a_capture_after_memory_ran_out_works() -> None:
 
 
 @torch.no_grad()
-def test_what_a_capture_forbids_is_told_and_the_next_capture_works() -> None:
-    unet = network(TINY, torch.bfloat16)
+def test_what_a_capture_forbids_is_told_and_the_next_capture_works(kit: SimpleNamespace) -> None:
+    unet = kit.network(TINY, torch.bfloat16)
     waits = True
 
     def denoise(x: torch.Tensor, conditioning: Any, step: torch.Tensor) -> torch.Tensor:
@@ -159,9 +114,9 @@ def test_what_a_capture_forbids_is_told_and_the_next_capture_works() -> None:
             step.item()
         return unet.denoise(x, conditioning, step)
 
-    sampler = GraphedSampler(denoise, input_dtype=unet.dtype, backend=OPERATORS, graphs=GRAPHS)
-    plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], (4, 16, 16), device=DEVICE)
-    context = torch.zeros(1, 7, TINY.context_dim, device=DEVICE)
+    sampler = GraphedSampler(denoise, input_dtype=unet.dtype, backend=kit.operators, graphs=kit.graphs)
+    plan, noise = make_plan("ddim", kit.schedule, 2), initial_noise([1], (4, 16, 16), device=kit.device)
+    context = torch.zeros(1, 7, TINY.context_dim, device=kit.device)
     conditioning = unet.condition([step.timestep for step in plan.steps], context)
     stream = torch.cuda.current_stream()
     with pytest.raises(CaptureError, match="could not be captured") as raised:
@@ -170,21 +125,21 @@ def test_what_a_capture_forbids_is_told_and_the_next_capture_works() -> None:
     # Work goes on where it was: a capture that fails to end must not leave its stream behind.
     assert torch.cuda.current_stream() == stream
     waits = False
-    assert torch.equal(sampler(conditioning, plan, noise), eager(unet, conditioning, plan, noise))
+    assert torch.equal(sampler(conditioning, plan, noise), kit.eager(unet, conditioning, plan, noise))
 
 
 def launched(func: Any, args: Sequence[Any]) -> Any:
     """What a call of one of our operators launches, less tensors and sizes; None for others."""
     name = func._schema.name.partition("::")[2]
-    operator = next((known for known in OPERATORS_BY_NAME if name == known or name.endswith(f"_{known}")), None)
+    operator = next((known for known in OPERATORS if name == known or name.endswith(f"_{known}")), None)
     if func.namespace != "ldmperf" or operator is None:
         return None
-    taken = inspect.signature(OPERATORS_BY_NAME[operator].call).parameters
+    taken = inspect.signature(OPERATORS[operator].call).parameters
     given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
     arguments = {key: value for key, value in given.items() if key in taken and key != "backend"}
     return [
         (launch.name, launch.num_warps, {k: v for k, v in launch.arguments.items() if k.isupper()})
-        for launch in OPERATORS_BY_NAME[operator].plan(**arguments)[1]
+        for launch in OPERATORS[operator].plan(**arguments)[1]
     ]
 
 
@@ -232,10 +187,10 @@ class AloneOrInABatch(TorchDispatchMode):
 
 @pytest.mark.parametrize("size", ["39M", "866M"])
 @torch.no_grad()
-def test_the_bits_of_a_sample_alone_and_in_a_batch(size: str) -> None:
+def test_the_bits_of_a_sample_alone_and_in_a_batch(size: str, kit: SimpleNamespace) -> None:
     """Ours have the same wherever they launch the same; which calls have not is told by a warning."""
-    unet = network(FAMILY[size], torch.bfloat16)
-    x, context = (value.bfloat16() for value in given(FAMILY[size], 4, 64))
+    unet = kit.network(FAMILY[size], torch.bfloat16)
+    x, context = (value.bfloat16() for value in kit.given(FAMILY[size], 4, 64))
     conditioning = unet.condition([500.0], context[:1].expand(4, -1, -1))
     x = x.contiguous(memory_format=torch.channels_last)
     seen = AloneOrInABatch(4)

@@ -1,0 +1,257 @@
+"""The parts of a GPU check: what each runs, for how long, what it must have compiled, and what its records are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).resolve().parents[1]
+LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
+NAMES = (
+    "smoke",
+    "headline",
+    "tests",
+    "tests-alone",
+    "ladder",
+    "family",
+    "attention",
+    "kernels",
+    "tune-linear",
+    "tune-attention",
+    "tune-group_norm_silu",
+    "compiled",
+    "attention-family",
+    "attention-flex",
+    "compiled-max",
+    "family-all",
+)
+OTHERS = "group_norm_silu,layer_norm,linear,geglu,residual_add,sampler_update"
+ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
+# Where the bound and the largest gain are to be shown.
+HEAD_DIMS = "40,64,80,128,160,384,8"
+# The most telling first; a file that is not named here comes behind.
+TEST_FILES = (
+    "test_3_unet.py",
+    "test_2_properties.py",
+    "test_1_family.py",
+    "test_gpu_philox.py",
+    "test_gpu_timing.py",
+)
+SMOKE_FILE = "test_0_smoke.py"
+# One GPU holds the contexts and tests of so many processes.
+TEST_PROCESSES = 10
+# What is compiled in one go, which begins once and keeps every core busy.
+TOGETHER = ({"smoke", "ladder"}, {"family", "kernels"})
+COMPILATION_FLOOR = 5.0
+Evidence = Literal["tests", "tests or skips", "profile", "kernels", "tuning", "compilation"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command that runs for at most `limit` seconds, and is not begun where fewer than `floor` are left.
+
+    evidence       what its records are (`recorded`)
+    launches       what it launches, as names for `ldmperf compile --for`: these are compiled before it begins
+    own_launches   the same of what it compiles itself, on all cores
+    takes_seconds  whether the command takes --seconds, after which it begins nothing new
+    processes      of how many processes its command is
+    reason         why it cannot run here
+    """
+
+    name: str
+    limit: float
+    floor: float
+    evidence: Evidence
+    command: tuple[str, ...] = ()
+    launches: tuple[str, ...] = ()
+    own_launches: tuple[str, ...] = ()
+    takes_seconds: bool = False
+    processes: int = 1
+    reason: str | None = None
+
+
+def parts(device: str, folder: Path) -> list[Part]:
+    """The parts in order of importance. On a CPU what a CPU can: the family's smallest size, and few calls."""
+    from ldmperf.profiling.cases import BACKENDS
+
+    # The compiled peers take minutes to compile: they come in parts of their own, beside what is best.
+    rungs = ",".join(name for name in BACKENDS if "compile" not in name)
+    graphs = ",".join(name for name in BACKENDS if name.startswith("graph"))
+
+    def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:
+        command = (*LDMPERF, "profile", *begun(folder / name, "run.json"))
+        if "--resume" not in command:
+            command += ("--device", device, "--out", str(folder / name), *options)
+        return Part(name, limit, floor, "profile", command, tuple(launches), takes_seconds=True)
+
+    def kernels(name: str, limit: float, floor: float, *options: str) -> Part:
+        command = (*LDMPERF, "kernels", "--device", device, "--out", str(folder / name), *options)
+        command += begun(folder / name, "kernels.jsonl")
+        launches = () if device == "cpu" else ("kernels",)
+        return Part(name, limit, floor, "kernels", command, launches, takes_seconds=True)
+
+    if device == "cpu":
+        least = ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
+        float32 = ("--dtype", "float32")
+        return [
+            pytest_part("smoke", 300, 10, device, [SMOKE_FILE]),
+            pytest_part("tests", 300, 10, device),
+            profile("ladder", 300, 10, *least, "--backend", rungs),
+            profile("family", 300, 10, *least, "--sampler", "ddim,dpmpp_2m", "--backend", "torch,diffusers"),
+            kernels("attention", 300, 10, *float32, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
+            kernels("kernels", 300, 10, *float32, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
+            profile("compiled", 300, 10, *least, "--backend", f"diffusers,diffusers-compile,{graphs}"),
+        ]
+
+    def tune(operator: str) -> Part:
+        command = (sys.executable, str(ROOT / "bench" / "tune.py"), operator, "--size", "866M", "--batch", "2")
+        command += ("--l2", "step", "--key-seconds", "8")
+        own = (f"tune:{operator}:866M:2",)
+        return Part(f"tune-{operator}", 110, 40, "tuning", command, own_launches=own, takes_seconds=True)
+
+    both = ("--preset", "ladder", "--size", "866M,39M", "--dtype", "float16,bfloat16")
+    few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
+    attention = ("--kernel", "attention")
+    ladder = ("--preset", "ladder", "--backend")
+    return [
+        pytest_part("smoke", 60, 20, device, [SMOKE_FILE], launches=("smoke",)),
+        profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
+        pytest_part("tests", 150, 40, device, marks="gpu and not alone", launches=("tests",)),
+        pytest_part("tests-alone", 90, 30, device, marks="gpu and alone", launches=("tests",)),
+        profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
+        profile("family", 150, 40, "--preset", "family", launches=("family",)),
+        kernels("attention", 75, 30, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
+        kernels("kernels", 90, 30, "--kernel", OTHERS),
+        tune("linear"),
+        tune("attention"),
+        tune("group_norm_silu"),
+        profile("compiled", 240, 90, *ladder, f"diffusers,diffusers-compile,{graphs}", launches=("ladder",)),
+        kernels("attention-family", 75, 30, *attention),
+        # FlexAttention compiles for tens of seconds a call: a few calls, beside all other peers.
+        kernels("attention-flex", 120, 45, *attention, *few),
+        profile(
+            "compiled-max", 300, 150, *ladder, f"diffusers,diffusers-compile-max,{graphs}", launches=("ladder",)
+        ),
+        profile("family-all", 240, 40, "--preset", "family-all", launches=("family",)),
+    ]
+
+
+def begun(folder: Path, name: str) -> tuple[str, ...]:
+    """The option with which a run of an earlier check goes on; none where none was begun."""
+    runs = sorted(path.parent for path in folder.glob(f"*/{name}"))
+    return ("--resume", str(runs[-1])) if runs else ()
+
+
+def pytest_part(
+    name: str,
+    limit: float,
+    floor: float,
+    device: str,
+    files: Sequence[str] = TEST_FILES,
+    *,
+    marks: str = "gpu",
+    launches: Sequence[str] = (),
+) -> Part:
+    """The GPU tests in these files, and where these are all in every other file but the smoke tests'."""
+    found = gpu_test_files(ROOT / "tests")
+    if tuple(files) == TEST_FILES:
+        found = [path for path in found if Path(path).name != SMOKE_FILE]
+        found.sort(key=lambda path: (*files, Path(path).name).index(Path(path).name))
+    else:
+        found = [path for path in found if Path(path).name in files]
+    reason = None
+    if importlib.util.find_spec("pytest") is None:
+        reason = "pytest is not installed"
+    elif not found:
+        reason = f"there are no tests with the mark gpu in {', '.join(files)}"
+    command = (sys.executable, "-m", "pytest", "-m", marks, "-v", "-rfEs", "--color=no", "--tb=short")
+    command += ("--durations=15", "-p", "no:cacheprovider", *found)
+    # Tests that need much of the GPU's memory or its time to themselves have the mark alone.
+    processes = 1
+    if "not alone" in marks and importlib.util.find_spec("xdist") is not None:
+        processes = min(TEST_PROCESSES, os.cpu_count() or 1)
+        command += ("-n", str(processes), "--dist", "worksteal")
+    evidence: Evidence = "tests or skips" if device == "cpu" else "tests"
+    return Part(name, limit, floor, evidence, command, tuple(launches), processes=processes, reason=reason)
+
+
+def gpu_test_files(folder: Path) -> list[str]:
+    """The files that hold tests for a GPU: others may need packages that a GPU machine is without."""
+    return sorted(
+        str(path) for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
+    )
+
+
+def with_compilations(chosen: Sequence[Part]) -> Iterator[Part]:
+    """The parts, each behind the compilation of those of its launches that no earlier one has compiled."""
+    compiled: set[str] = set()
+    for number, part in enumerate(chosen):
+        names = [name for name in part.launches if name not in compiled]
+        if names and part.reason is None:
+            later = [name for other in chosen[number + 1 :] for name in other.launches if name not in compiled]
+            names += [name for group in TOGETHER if group & set(names) for name in later if name in group]
+            names = list(dict.fromkeys(names))
+            compiled.update(names)
+            yield compilation(names, part)
+        yield part
+
+
+def compilation(names: Sequence[str], before: Part) -> Part:
+    """Compiles in as many processes as there are cores; what time leaves is compiled where it is launched."""
+    limit = 90.0 if names[0] == "tests" else 60.0
+    command = (*LDMPERF, "compile", "--for", ",".join(names))
+    floor = before.floor + COMPILATION_FLOOR
+    return Part(
+        f"compile-{before.name}",
+        limit,
+        floor,
+        "compilation",
+        command,
+        own_launches=tuple(names),
+        takes_seconds=True,
+    )
+
+
+# "tests/a.py::test_b[c] PASSED [ 5%]", and of many processes "[gw0] [  5%] PASSED tests/a.py::test_b[c]".
+STATUS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+OUTCOME = re.compile(rf"^(?:\S+\.py::.* {STATUS}(?: \(.*)? +\[ *\d+%\]|\[gw\d+\] \[ *\d+%\] {STATUS} .*)$")
+# A line of bench/tune.py for each key that was searched.
+SEARCHED = re.compile(r" ms now, \d+ of \d+ tried")
+
+
+def recorded(part: Part, folder: Path, log: str) -> Counter[str]:
+    """How many records of each status a part has on disk; `log` is what it has said in this check."""
+    if part.evidence in ("tests", "tests or skips"):
+        found = (OUTCOME.match(line) for line in log.splitlines())
+        return Counter((match[1] or match[2]).lower() for match in found if match)
+    if part.evidence == "tuning":
+        searched = sum(1 for line in log.splitlines() if SEARCHED.search(line))
+        return Counter(searched=searched) if searched else Counter()
+    if part.evidence == "compilation":
+        return Counter()
+    name = "records.jsonl" if part.evidence == "profile" else "kernels.jsonl"
+    return Counter(status for path in (folder / part.name).glob(f"*/{name}") for status in statuses(path))
+
+
+def statuses(path: Path) -> Iterator[str]:
+    """The status of each whole line of a file of records; the last may be torn."""
+    for line in path.read_bytes().splitlines():
+        try:
+            yield str(json.loads(line)["status"])
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def is_evidence(part: Part, found: Counter[str]) -> bool:
+    """Whether these records show that the part did its work: one was measured, or a test run and not skipped."""
+    if part.evidence in ("profile", "kernels"):
+        return found["ok"] > 0
+    return any(count for status, count in found.items() if part.evidence != "tests" or status != "skipped")
