@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -180,6 +181,12 @@ class NoGraphs:
     """`Graphs` that run a step where it would be captured, and never again."""
 
     def check(self, device: torch.device) -> None:
+        pass
+
+    def turn(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def settle(self) -> None:
         pass
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
