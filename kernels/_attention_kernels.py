@@ -140,6 +140,16 @@ def _store_rows(
 
 
 @jit
+def _copied(x):
+    """x [M, N] float32, through a copy that LLVM does not see through; ptxas removes it again.
+
+    Scores that a loop carries to its next pass are otherwise copied while their product runs. ptxas then lets each
+    wgmma instruction wait for the one before (its remark C7514).
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@jit
 def _tile_scores(
     q,
     k_ptr,
@@ -241,6 +251,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     MASKS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PTX_COPY: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -248,7 +259,8 @@ def attention_kernel(
 ):
     """One program does a tile of queries of one head, over all keys tile by tile.
 
-    MASKS tells which tiles may hold keys to leave out: "none", the "last", or "every".
+    MASKS tells which tiles may hold keys to leave out: "none", the "last", or "every". AHEAD computes the scores of
+    a tile during the softmax of the tile before; PTX_COPY then keeps ptxas from serializing wgmma.
     """
     blocks_m = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -273,6 +285,8 @@ def attention_kernel(
             s_next = _tile_scores(
                 q, k_ptr, start + BLOCK_N, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
             )
+            if PTX_COPY:
+                s_next = _copied(s_next)
             m_i, l_i, acc = _online_softmax(
                 s, v_ptr, start, offs_n, None, stride_vn, m_i, l_i, acc, scale_log2,
                 HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,

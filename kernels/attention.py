@@ -128,8 +128,8 @@ def plan(
         return out, []
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
+    chip = chip or chip_of(q.device)
     if config is None:
-        chip = chip or chip_of(q.device)
         key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
         config = tuned("attention", key, chip, AttentionConfig) or default_config(
             queries, keys, dim, batch * heads, q.element_size(), chip, tf32=tf32, has_mask=key_mask is not None
@@ -183,7 +183,14 @@ def plan(
         # A second copy of the tile's code, without comparisons in the first, where there are registers for it.
         last = key_mask is None and q.element_size() == 2 and part_1 + part_2 <= 96
         masks = "none" if whole else "last" if last else "every"
-        tiles = {"BLOCK_N": config.block_n, "MASKS": masks, "AHEAD": config.ahead and whole}
+        ahead = config.ahead and whole
+        # The interpreter and other architectures have no wgmma, and the interpreter runs no PTX.
+        tiles = {
+            "BLOCK_N": config.block_n,
+            "MASKS": masks,
+            "AHEAD": ahead,
+            "PTX_COPY": ahead and chip.arch == "sm_90" and not is_interpreted(attention_kernel),
+        }
         kernel = attention_kernel
     programs = batch * heads * ceil_div(queries, block_m)
     return out, [Launch(kernel, programs, arguments | tiles, config.num_warps, config.num_stages)]
