@@ -102,6 +102,8 @@ _TF32: _Table = (
     (128, (_tiles(64, 32, 4),)),
     (384, (AttentionConfig(32, 16, 8, 1), AttentionConfig(16, 16, 4, 1))),
 )
+# With a mask of every tile, padded head dimensions from 33 to 48 on sm_90: 128 queries by 4 warps would spill.
+_MASKED_48 = _tiles(64, 128, 4, 0, True, stages=3)
 # The largest padded head dimension whose keys and values a program can hold without spills.
 _SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
 
@@ -118,6 +120,8 @@ def default_config(
         one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942" and padded(dim) <= 64)
         return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
     choices = _choices(_HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32, dim)
+    if has_mask and arch == "sm_90" and itemsize == 2 and 32 < padded(dim) <= 48:
+        return _MASKED_48
     # A mask of every tile takes registers that the largest dimensions have not.
     few_registers = has_mask and padded(dim) > 192
     filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)

@@ -133,7 +133,19 @@ def print_work_list(results: Iterable[Mapping[str, Any]], console: Console) -> N
 
     overlap: exponentials issued between the score product and its wait, of all.
     """
-    names = ("D", "held", "tile", "warps", "registers", "faults", "overlap", *UNITS, "busiest", "analytic", "distance")
+    names = (
+        "D",
+        "held",
+        "tile",
+        "warps",
+        "registers",
+        "faults",
+        "overlap",
+        *UNITS,
+        "busiest",
+        "analytic",
+        "distance",
+    )
     table = Table(*names, title="PREDICTION, not measured: cycles of 128 x 128 scores", title_justify="left")
     for result in by_distance(results):
         attention = result["attention"]

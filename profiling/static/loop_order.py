@@ -90,7 +90,7 @@ def order_text(steps: Iterable[Sequence[Any]]) -> str:
 def _product(instruction: Instruction) -> str | None:
     if instruction.opcode != "HGMMA":
         return None
-    # HGMMA D, gdesc[UR4], D reads both operands from shared memory; HGMMA D, A, gdesc[UR4], D reads A from registers.
+    # HGMMA D, gdesc[UR4], D reads both operands from shared memory; HGMMA D, A, gdesc[UR4], D has A in registers.
     return SHARED if instruction.operands.split(",")[1].strip().startswith("gdesc") else REGISTERS
 
 
