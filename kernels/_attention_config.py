@@ -120,8 +120,12 @@ def default_config(
         one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942" and padded(dim) <= 64)
         return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
     choices = _choices(_HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32, dim)
-    if has_mask and arch == "sm_90" and itemsize == 2 and 32 < padded(dim) <= 48:
-        return _MASKED_48
+    if has_mask and arch == "sm_90" and itemsize == 2:
+        if 32 < padded(dim) <= 48:
+            return _MASKED_48
+        if 160 < padded(dim) <= 192:
+            # 64 queries by 4 warps spill.
+            return choices[0]
     # A mask of every tile takes registers that the largest dimensions have not.
     few_registers = has_mask and padded(dim) > 192
     filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)

@@ -151,6 +151,7 @@ def test_a_mask_of_every_tile_takes_another_tile_where_registers_end():
         64: (128, 64),
         256: (64, 64),
     }
+    assert default(256, 256, 192, 16, has_mask=True).block_m == 128
 
 
 def test_a_plan_says_what_can_be_left_out():
