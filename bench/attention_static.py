@@ -169,8 +169,8 @@ def order_lines(document: Mapping[str, Any]) -> list[str]:
     names = ("D", "tile, warps", "programs", "serialized", "exponentials beside q k^T", "the loop, in order")
     lines = [
         "One pass of each default's loop in machine code. *exponentials beside q k^T*: issued between that",
-        "product and its wait, of all. *programs*: that fit a multiprocessor; where two or more do, the products of",
-        "one can run during the exponentials of another.",
+        "product and its wait, of all. *programs*: that fit a multiprocessor; where two or more do, the products",
+        "of one can run during the exponentials of another.",
         "",
         f"| {' | '.join(names)} |",
         f"|{'---:|' * (len(names) - 1)}---|",
