@@ -102,9 +102,9 @@ _TF32: _Table = (
     (128, (_tiles(64, 32, 4),)),
     (384, (AttentionConfig(32, 16, 8, 1), AttentionConfig(16, 16, 4, 1))),
 )
-# With a mask of every tile, padded head dimensions from 33 to 48 on sm_90: 128 queries by 4 warps would spill, and
-# at 36, with triton 3.6.0, so would a third stage.
-_MASKED_48 = _tiles(64, 128, 4, 0, True)
+# Padded head dimensions from 33 to 48 on sm_90 where 128 queries by 4 warps spill: rows that are not whole pieces
+# of 16 bytes (triton 3.9.0), and masks of every tile, at 36 with two stages (triton 3.6.0).
+_FEWER_48 = _tiles(64, 128, 4, 0, True, stages=3)
 # The largest padded head dimension whose keys and values a program can hold without spills.
 _SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
 
@@ -121,16 +121,22 @@ def default_config(
         one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942" and padded(dim) <= 64)
         return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
     choices = _choices(_HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32, dim)
-    if has_mask and arch == "sm_90" and itemsize == 2:
-        if 32 < padded(dim) <= 48:
-            return _MASKED_48
-        if 160 < padded(dim) <= 192:
+    if arch == "sm_90" and itemsize == 2:
+        if 32 < padded(dim) <= 48 and has_mask:
+            return replace(_FEWER_48, num_stages=2)
+        if _spills_48(dim):
+            return _FEWER_48
+        if 160 < padded(dim) <= 192 and has_mask:
             # 64 queries by 4 warps spill.
             return choices[0]
     # A mask of every tile takes registers that the largest dimensions have not.
     few_registers = has_mask and padded(dim) > 192
     filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)
     return choices[-1] if few_registers else next(filling, choices[-1])
+
+
+def _spills_48(dim: int) -> bool:
+    return 32 < padded(dim) <= 48 and dim % 8 != 0
 
 
 def _known(arch: str) -> str:
@@ -186,7 +192,9 @@ def candidate_configs(
         if is_half and values + scores <= 208 and m == 16 * warps:
             found += [AttentionConfig(m, n, warps, stages, *option, ahead=True) for option in options]
     tables = (_HALF["sm_90"],) if is_half else (_FLOAT32, _TF32)
-    defaults = [config for table in tables for config in _choices(table, dim) if config.block_m <= rows]
+    choices = [_FEWER_48] if is_half and _spills_48(dim) else []
+    choices += [config for table in tables for config in _choices(table, dim)]
+    defaults = [config for config in choices if config.block_m <= rows]
     tiles = {(config.block_m, config.block_n, config.num_warps) for config in defaults}
     # All keys as one tile stay in front: where that is possible it is the default.
     found.sort(key=lambda c: c.block_n != 0 and (c.block_m, c.block_n, c.num_warps) not in tiles)

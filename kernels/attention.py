@@ -186,8 +186,9 @@ def plan(
         last = key_mask is None and q.element_size() == 2 and part_1 + part_2 <= 96
         masks = "none" if whole else "last" if last else "every"
         ahead = config.ahead and whole
-        # Where the machine code shows that it is needed. The interpreter runs no PTX.
-        serialized = chip.arch == "sm_90" and (ahead or (key_mask is not None and part_1 + part_2 <= 48))
+        # By the machine code: a mask needs it too, but at 64, where it takes too many registers.
+        # The interpreter runs no PTX.
+        serialized = chip.arch == "sm_90" and (ahead or (key_mask is not None and part_1 + part_2 != 64))
         tiles = {
             "BLOCK_N": config.block_n,
             "MASKS": masks,

@@ -109,8 +109,8 @@ def test_the_variants_of_a_default_s_tile_come_before_other_tiles(dim, itemsize)
     tiles = {(c.block_m, c.block_n, c.num_warps) for c in defaults}
     assert set(defaults) <= set(found)
     of_defaults = [(c.block_m, c.block_n, c.num_warps) in tiles for c in found]
-    # float32's table lists more tiles than these two calls take.
-    assert of_defaults == sorted(of_defaults, reverse=True) or itemsize == 4
+    # float32's tables, and the one at 36, list more tiles than these two calls take.
+    assert of_defaults == sorted(of_defaults, reverse=True) or itemsize == 4 or dim == 36
 
 
 def test_tiles_of_128_queries_by_4_warps_are_tried():
@@ -130,7 +130,9 @@ def test_products_run_ahead_only_in_tiles_of_64_queries_a_warp_group():
     ("dim", "tile", "ahead"),
     [
         *((dim, (64, 128, 4), False) for dim in (8, 16, 20, 24, 28, 32)),
-        *((dim, (128, 64, 4), False) for dim in (36, 40, 48, 56, 64)),
+        # Rows of 72 bytes: with triton 3.9.0, 128 queries by 4 warps would spill.
+        (36, (64, 128, 4), False),
+        *((dim, (128, 64, 4), False) for dim in (40, 48, 56, 64)),
         *((dim, (128, 64, 8), False) for dim in (72, 80, 96)),
         *((dim, (128, 64, 8), True) for dim in (112, 128, 144, 160, 192)),
         (256, (128, 32, 8), True),
@@ -182,5 +184,6 @@ def test_values_are_copied_by_ptx_only_where_wgmma_would_be_serialized():
     assert not any(copied(arch) for arch in ("sm_80", "gfx942", "sm_120", ""))
     mask = torch.empty(2, 256, dtype=torch.bool, device="meta")
     assert copied("sm_90", dim=40, key_mask=mask)
-    assert not copied("sm_90", dim=160, key_mask=mask)
+    assert copied("sm_90", dim=160, key_mask=mask)
+    assert not copied("sm_90", dim=64, key_mask=mask)
     assert not copied("sm_80", dim=40, key_mask=mask)
