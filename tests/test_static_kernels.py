@@ -206,7 +206,7 @@ def test_no_product_is_serialized(results):
 
 
 def test_scores_are_computed_ahead_only_where_exponentials_run_beside_them(results):
-    """Two of five at least between the score product and its wait (the baseline holds each); D = 112 to 256 are."""
+    """Two of five at least between the score product and its wait (the baseline has each); D = 112 to 256 are."""
     ahead = {}
     for result in results:
         if result["constants"].get("AHEAD") == "True" and result["arch"] == "sm_90":
