@@ -18,7 +18,7 @@ class AttentionConfig:
 
     polynomial   how many of every eight exponentials are a polynomial on the multiply-add units
     matrix_sums  whether row sums are products with ones instead of additions (16-bit dtypes)
-    ahead        whether scores are computed a tile ahead, beside the exponentials: for whole tiles without a mask
+    ahead        whether scores are computed a tile ahead, during the exponentials: for whole tiles without a mask
     """
 
     block_m: int
@@ -47,19 +47,18 @@ def _tiles(
     return AttentionConfig(block_m, block_n, num_warps, stages, polynomial, sums, ahead=ahead)
 
 
-# By architecture: up to a padded head dimension, tiles from many queries to few. Chosen by compiling: none spills,
-# and of the tiles left the least of the busiest unit's cycles (docs/attention.md). Three stages, for with two the
-# loads of the next tile are waited for at once. Where exponentials limit, an eighth of them are polynomials and
-# row sums are products; where one program fits a multiprocessor, scores are computed ahead, so that its own units
-# overlap; from 24 on the L2 cache's bandwidth asks for 128 queries a tile.
+# By architecture: up to a padded head dimension, tiles from many queries to few. Not measured. No tile spills.
+# For sm_90 they follow a schedule simulation of the machine code (docs/attention.md says how far to trust it):
+# two or three programs a multiprocessor, whose products and exponentials overlap, up to 96; above 96 one program
+# fits, so scores are computed ahead. `ahead` stands only where the machine code shows that overlap.
+# Three stages: with two, the copy of the next tile is waited for at once. Up to 32, where exponentials are the
+# limit, an eighth of them are polynomials; up to 48 row sums are products.
 _HALF: Mapping[str, _Table] = {
     "sm_90": (
-        (16, (_tiles(64, 128, 4, 1, True, stages=3),)),
-        (32, (_tiles(128, 128, 8, 1, True, stages=3, ahead=True), _tiles(64, 128, 4, 0, True, stages=3))),
-        (48, (_tiles(128, 128, 8, 0, True, stages=3, ahead=True), _tiles(64, 64, 4, 0, True, stages=3))),
-        (64, (_tiles(128, 128, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3))),
-        (80, (_tiles(128, 128, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
-        (96, (_tiles(128, 128, 8, 0, True, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
+        (32, (_tiles(64, 128, 4, 1, True, stages=3),)),
+        (48, (_tiles(128, 64, 4, 0, True, stages=3), _tiles(64, 64, 4, 0, True, stages=3))),
+        (64, (_tiles(128, 64, 4, stages=3), _tiles(64, 64, 4, stages=3))),
+        (96, (_tiles(128, 64, 8, stages=3), _tiles(64, 64, 4, stages=3))),
         (128, (_tiles(128, 64, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3, ahead=True))),
         (192, (_tiles(128, 64, 8, stages=3, ahead=True), _tiles(64, 64, 4, stages=3))),
         (256, (_tiles(128, 32, 8, stages=3, ahead=True), _tiles(64, 64, 8))),
@@ -103,6 +102,9 @@ _TF32: _Table = (
     (128, (_tiles(64, 32, 4),)),
     (384, (AttentionConfig(32, 16, 8, 1), AttentionConfig(16, 16, 4, 1))),
 )
+# Padded head dimensions from 33 to 48 on sm_90 where 128 queries by 4 warps spill: rows that are not whole pieces
+# of 16 bytes (triton 3.9.0), and masks of every tile, at 36 with two stages (triton 3.6.0).
+_FEWER_48 = _tiles(64, 128, 4, 0, True, stages=3)
 # The largest padded head dimension whose keys and values a program can hold without spills.
 _SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
 
@@ -111,24 +113,43 @@ def default_config(
     queries: int, keys: int, dim: int, heads: int, itemsize: int, chip: Chip, *, tf32: bool, has_mask: bool
 ) -> AttentionConfig:
     """The tile for `heads` heads (of all samples) of `dim`, on a chip that nothing was measured on."""
-    arch = chip.arch if chip.arch in _HALF else ""
+    arch = _known(chip.arch)
     if itemsize == 2 and keys <= MAX_SHORT_KEYS and padded(dim) <= _SHORT[arch]:
         tiles = ceil_div(queries, 64)
         # Several tiles for each load of the keys, and four programs for each multiprocessor.
         query_tiles = min(max(tiles * heads // (4 * chip.multiprocessors), 1), tiles, 16)
         one_tile = AttentionConfig(64, 0, 4, 2, matrix_sums=arch != "gfx942" and padded(dim) <= 64)
         return replace(one_tile, query_tiles=next_power_of_two(query_tiles + 1) // 2)
-    table = _HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32
-    choices = next(configs for largest, configs in table if padded(dim) <= largest)
+    choices = _choices(_HALF[arch] if itemsize == 2 else _TF32 if tf32 else _FLOAT32, dim)
+    if arch == "sm_90" and itemsize == 2:
+        if 32 < padded(dim) <= 48 and has_mask:
+            return replace(_FEWER_48, num_stages=2)
+        if _spills_48(dim):
+            return _FEWER_48
+        if 160 < padded(dim) <= 192 and has_mask:
+            # 64 queries by 4 warps spill.
+            return choices[0]
     # A mask of every tile takes registers that the largest dimensions have not.
     few_registers = has_mask and padded(dim) > 192
     filling = (c for c in choices if ceil_div(queries, c.block_m) * heads >= chip.multiprocessors)
     return choices[-1] if few_registers else next(filling, choices[-1])
 
 
+def _spills_48(dim: int) -> bool:
+    return 32 < padded(dim) <= 48 and dim % 8 != 0
+
+
+def _known(arch: str) -> str:
+    return arch if arch in _HALF else ""
+
+
+def _choices(table: _Table, dim: int) -> Sequence[AttentionConfig]:
+    return next(configs for largest, configs in table if padded(dim) <= largest)
+
+
 # Queries and keys of a tile, and warps, that a tuner tries.
 _HALF_SHAPES = (
-    *((64, 128, 4), (128, 128, 8), (64, 64, 4), (128, 64, 8), (256, 64, 8), (256, 64, 16)),
+    *((64, 128, 4), (128, 64, 4), (128, 128, 8), (64, 64, 4), (128, 64, 8), (256, 64, 8), (256, 64, 16)),
     *((64, 64, 8), (64, 32, 4), (128, 32, 8), (256, 32, 16), (64, 32, 8), (128, 16, 8)),
 )
 _FLOAT32_SHAPES = ((32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 32, 8), (32, 32, 8), (32, 16, 8), (64, 16, 8))
@@ -137,7 +158,11 @@ _FLOAT32_SHAPES = ((32, 32, 4), (64, 32, 4), (64, 64, 4), (64, 32, 8), (32, 32, 
 def candidate_configs(
     queries: int, keys: int, dim: int, itemsize: int, shared_bytes: int = 227 * 1024
 ) -> list[AttentionConfig]:
-    """What a tuner tries: tiles whose accumulators and buffers fit registers and shared memory."""
+    """What a tuner tries: tiles whose accumulators and buffers fit registers and shared memory.
+
+    The most promising first, for a search that is cut short: the defaults of sm_90, then their tiles in other
+    variants, then the rest.
+    """
     width, is_half = padded(dim), itemsize == 2
     rows = max(next_power_of_two(queries), 64)
     # Products for row sums, and polynomials, where the matrix unit or issue slots are left for them.
@@ -151,7 +176,7 @@ def candidate_configs(
             for m, warps in ((64, 4), (128, 8))
             for stages in (2, 3)
             for tiles in (1, 2, 4, 8, 16)
-            for sums in sorted({sums for _, sums in options})
+            for sums in sorted({sums for _, sums in options}, reverse=width <= 64)
             if m * tiles <= rows and (2 * padded(keys) + stages * m) * width * itemsize <= shared_bytes
         ]
     for m, n, warps in _HALF_SHAPES if is_half else _FLOAT32_SHAPES:
@@ -163,6 +188,15 @@ def candidate_configs(
         if stages is None or m > rows or n > max(2 * keys, 32) or values > 208:
             continue
         found += [AttentionConfig(m, n, warps, stages, *option) for option in options]
-        if is_half and values + scores <= 208:
+        # With more or fewer than 64 queries a warp group, ptxas serializes products that run ahead.
+        if is_half and values + scores <= 208 and m == 16 * warps:
             found += [AttentionConfig(m, n, warps, stages, *option, ahead=True) for option in options]
-    return found
+    tables = (_HALF["sm_90"],) if is_half else (_FLOAT32, _TF32)
+    choices = [_FEWER_48] if is_half and _spills_48(dim) else []
+    choices += [config for table in tables for config in _choices(table, dim)]
+    defaults = [config for config in choices if config.block_m <= rows]
+    tiles = {(config.block_m, config.block_n, config.num_warps) for config in defaults}
+    # All keys as one tile stay in front: where that is possible it is the default.
+    found.sort(key=lambda c: c.block_n != 0 and (c.block_m, c.block_n, c.num_warps) not in tiles)
+    short = [config for config in found if config.block_n == 0]
+    return list(dict.fromkeys([*short, *defaults, *found]))

@@ -140,6 +140,24 @@ def _store_rows(
 
 
 @jit
+def _copied(x):
+    """x [M, N] float32 through a `mov` of PTX, which LLVM does not see through; ptxas needs no instruction for it.
+
+    Without it ptxas finds reads or writes of accumulators between a wgmma and its wait, and serializes them all:
+    each waits for the one before (remarks C7514, C7515). Found by trial; `ldmperf inspect` shows the order.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def _copied_parts(parts):
+    copies = ()
+    for i in tl.static_range(len(parts)):
+        copies += (_copied(parts[i]),)
+    return copies
+
+
+@jit
 def _tile_scores(
     q,
     k_ptr,
@@ -241,6 +259,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     MASKS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PTX_COPY: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -248,7 +267,8 @@ def attention_kernel(
 ):
     """One program does a tile of queries of one head, over all keys tile by tile.
 
-    MASKS tells which tiles may hold keys to leave out: "none", the "last", or "every".
+    MASKS tells which tiles may hold keys to leave out: "none", the "last", or "every". AHEAD computes the scores
+    of a tile during the softmax of the tile before. PTX_COPY keeps ptxas from serializing wgmma (`_copied`).
     """
     blocks_m = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
@@ -265,7 +285,10 @@ def attention_kernel(
     l_i, acc = _zeros(BLOCK_M, PART_1, PART_2, MATRIX_SUMS)
 
     keys = _key_count(lengths_ptr, b, keys, stride_lb)
-    attended = keys if mask_ptr is None else 0
+    if mask_ptr is None:
+        attended = keys
+    else:
+        attended = tl.zeros([BLOCK_N], tl.int32)
     if AHEAD:
         # The matrix unit computes the scores of the next tile while this one's exponentials are made.
         s = _tile_scores(q, k_ptr, 0, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN)
@@ -273,6 +296,8 @@ def attention_kernel(
             s_next = _tile_scores(
                 q, k_ptr, start + BLOCK_N, offs_n, None, stride_kn, HEAD_DIM, PART_1, PART_2, PRECISION, ALIGN
             )
+            if PTX_COPY:
+                s_next = _copied(s_next)
             m_i, l_i, acc = _online_softmax(
                 s, v_ptr, start, offs_n, None, stride_vn, m_i, l_i, acc, scale_log2,
                 HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
@@ -288,7 +313,8 @@ def attention_kernel(
             if MASKS == "every":
                 mask_n = _key_mask(mask_ptr, b, start + offs_n, keys, stride_mb, stride_mn)
                 if mask_ptr is not None:
-                    attended += tl.sum(mask_n.to(tl.int32))
+                    # By lane; a sum over lanes would be a barrier in every tile.
+                    attended |= mask_n.to(tl.int32)
             else:
                 mask_n = None
             s = _tile_scores(
@@ -298,6 +324,8 @@ def attention_kernel(
                 s, v_ptr, start, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
                 HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
             )  # fmt: skip
+            if PTX_COPY:
+                acc = _copied_parts(acc)
         if MASKS == "last":
             if end < keys:
                 mask_n = end + offs_n < keys
@@ -308,6 +336,8 @@ def attention_kernel(
                     s, v_ptr, end, offs_n, mask_n, stride_vn, m_i, l_i, acc, scale_log2,
                     HEAD_DIM, PART_1, PART_2, POLYNOMIAL, MATRIX_SUMS, PRECISION, ALIGN,
                 )  # fmt: skip
+    if mask_ptr is not None:
+        attended = tl.max(attended, axis=0)
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
     out_rows = row_ptrs(out_ptr, offs_m, heads * HEAD_DIM, ALIGN)
     _store_rows(out_rows, acc, l_i, attended, mask_m, HEAD_DIM, PART_1, PART_2, MATRIX_SUMS)

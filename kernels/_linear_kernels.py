@@ -227,6 +227,8 @@ def linear_kernel(
         w_mask = offs_n < columns
     w_ptrs = row_ptrs(weight_ptr, w_rows, stride_w, ALIGN)
     acc = tl.zeros([BLOCK_M, (1 + GATED) * BLOCK_N], tl.float32)
+    # No way around the loop: else triton 3.6.0 comes to wgmma that ptxas serializes in 128 x 256 tiles (C7515).
+    tl.assume(channels > 0)
     for start in range(0, channels, BLOCK_K):
         x = _load_tile(x_ptrs, None, start, offs_k, channels, EVEN_K)
         w = _load_tile(w_ptrs, w_mask, start, offs_k, channels, EVEN_K)

@@ -30,6 +30,8 @@ from ._recipes import served
 from ._triton import device_reasons, dtype_reasons, is_interpreted
 
 MAX_HEAD_DIM = 384
+# With operands of unit variance, scores times this scale stay under the 1e8 up to which the softmax is exact.
+MAX_SCALE = 2.0**16
 
 
 def attention_ref(
@@ -129,8 +131,8 @@ def plan(
         return out, []
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
+    chip = chip or chip_of(q.device)
     if config is None:
-        chip = chip or chip_of(q.device)
         key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
         config = tuned("attention", key, chip, AttentionConfig) or default_config(
             queries, keys, dim, batch * heads, q.element_size(), chip, tf32=tf32, has_mask=key_mask is not None
@@ -184,7 +186,16 @@ def plan(
         # A second copy of the tile's code, without comparisons in the first, where there are registers for it.
         last = key_mask is None and q.element_size() == 2 and part_1 + part_2 <= 96
         masks = "none" if whole else "last" if last else "every"
-        tiles = {"BLOCK_N": config.block_n, "MASKS": masks, "AHEAD": config.ahead and whole}
+        ahead = config.ahead and whole
+        # By the machine code: a mask needs it too, but at 64, where it takes too many registers.
+        # The interpreter runs no PTX.
+        serialized = chip.arch == "sm_90" and (ahead or (key_mask is not None and part_1 + part_2 != 64))
+        tiles = {
+            "BLOCK_N": config.block_n,
+            "MASKS": masks,
+            "AHEAD": ahead,
+            "PTX_COPY": serialized and not is_interpreted(attention_kernel),
+        }
         kernel = attention_kernel
     programs = batch * heads * ceil_div(queries, block_m)
     return out, [Launch(kernel, programs, arguments | tiles, config.num_warps, config.num_stages)]
@@ -207,8 +218,8 @@ def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, scale: float | None = N
         reasons.append(f"{max(q.shape[1], k.shape[1])} tokens are more than {MAX_INDEX}")
     if q.shape[0] * q.shape[2] * ceil_div(q.shape[1], 16) >= 2**31:
         reasons.append(f"{q.shape[0] * q.shape[2]} heads of {q.shape[1]} queries are more than 2^31 tiles")
-    if scale is not None and not 2.0**-126 <= scale <= 2.0**126:
-        reasons.append(f"scale {scale} is not a positive number of float32's normal range")
+    if scale is not None and not 2.0**-126 <= scale <= MAX_SCALE:
+        reasons.append(f"scale {scale} is not within 2^-126 and {MAX_SCALE:.0f}")
     return reasons
 
 
@@ -225,17 +236,20 @@ def attention(
 ) -> Tensor:
     """Attention of q [B, Nq, H, D] over k, v [B, Nk, H, D] -> contiguous [B, Nq, H, D] in q's dtype.
 
-    scale        D ** -0.5 unless given
+    scale        D ** -0.5 unless given; the kernels take 2^-126 to 65536
     key_lengths  [B] int32 or int64: sample b attends to its first key_lengths[b] keys; taken as within 0 to Nk
     key_mask     [B, Nk] bool: True for keys to attend to; instead of key_lengths
-    tf32         whether the kernels may multiply float32 in TF32; torch's own follows torch.backends
+    tf32         whether the kernels may multiply float32 in TF32, which truncates operands to 10 bits of mantissa;
+                 torch's own follows torch.backends
     backend      "triton": the kernels, for D a multiple of 4 up to 384, float32, bfloat16 and float16
                  "torch": scaled_dot_product_attention
                  "auto": the kernels where they were measured to be faster on this GPU (kernels/tuned), else torch
 
     float64, float32, bfloat16 and float16. What is masked off is not read: a NaN there does not matter; a row
-    that attends to no key is zeros. Elsewhere NaN and Inf propagate. Raises ValueError for shapes, dtypes or
-    devices that do not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
+    that attends to no key is zeros. Elsewhere NaN and Inf propagate. The kernels' softmax is exact to rounding for
+    logits (scale q k^T) up to +-1e8; from about 2e8 (float16) or 1e9 on rows may become NaN. Raises ValueError for
+    shapes, dtypes or devices that do not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot
+    serve.
     Sources: Vaswani et al., arXiv 1706.03762, eq. 1; Milakov and Gimelshein, arXiv 1805.02867 (online softmax).
     """
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:

@@ -213,7 +213,13 @@ def result(head_dim, distance, **cycles):
         "num_warps": 8,
         "resources": {"registers": 111},
         "faults": [],
-        "attention": {"tile": tile, "cycles_per_16384_scores": cycles, "bound": bound, "distance": distance},
+        "attention": {
+            "tile": tile,
+            "cycles_per_16384_scores": cycles,
+            "bound": bound,
+            "distance": distance,
+            "overlap": None if distance is None else {"beside_scores": 27, "exponentials": 34},
+        },
     }
 
 
@@ -230,6 +236,7 @@ def test_the_work_list_begins_with_the_farthest():
     # The bound of 128 x 64 scores, told of 128 x 128.
     assert "1024 exponential" in lines[1]
     assert "1.24" in lines[1]
+    assert [("27/34" in line) for line in lines] == [True, True, True, False]
 
 
 def test_the_family_s_head_dimensions_are_those_of_its_sizes():

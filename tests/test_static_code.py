@@ -329,6 +329,8 @@ def result(**changes):
         "resources": {"registers": 56, "spill_loads": 0, "spill_stores": 0},
         "occupancy": {"warps": 36},
         "region": {"loop": False, "instructions": 600},
+        "serialized": [],
+        "attention": {"overlap": {"beside_scores": 30, "exponentials": 34}},
     }
     return told | changes
 
@@ -350,6 +352,20 @@ def test_a_baseline_catches_what_got_worse_and_only_that():
     assert changed(region={"loop": False, "instructions": 612}) == []
     (longer,) = changed(region={"loop": False, "instructions": 613})
     assert "600 to 613" in longer
+
+
+def test_a_baseline_catches_products_that_are_serialized_or_waited_for_sooner():
+    (serialized,) = changed(serialized=["C7514"])
+    assert "ptxas now serializes the products (C7514)" in serialized
+    (sooner,) = changed(attention={"overlap": {"beside_scores": 29, "exponentials": 34}})
+    assert "[30, 34] -> [29, 34]" in sooner
+    (gone,) = changed(attention={"overlap": None})
+    assert "[30, 34] -> None" in gone
+    assert changed(attention={"overlap": {"beside_scores": 34, "exponentials": 34}}) == []
+    # What was serialized may be so still, or no longer.
+    before = entries([result(serialized=["C7514"])])
+    assert regressions(before, before) == []
+    assert regressions(before, entries([result()])) == []
 
 
 def test_a_baseline_catches_entries_that_only_one_side_has():

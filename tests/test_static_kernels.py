@@ -4,6 +4,8 @@ Compiled here is what `checked` selects: one launch of each tile, and attention 
 `bench/static_baseline.py --every` compiles the whole family, and attention in every dtype for every chip.
 """
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -15,12 +17,14 @@ import torch
 import triton
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.kernel_cases import family_kernel_cases
 from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
 from ldmperf.profiling.static.family import family_launches
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.sweep import inspect_items
+from ldmperf.profiling.static.tuned import tuned_items
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
 
@@ -127,9 +131,14 @@ def test_attention_is_read_and_written_as_wide_as_its_rows_allow(results):
         expected = {"q_ptr": queries, "out_ptr": queries, "k_ptr": keys, "v_ptr": keys}
         found = {name: set() for name in expected}
         for access in result["global_accesses"]:
-            found[access["argument"]].add(access["bytes"])
+            found.setdefault(access["argument"], set()).add(access["bytes"])
         for name, rows in expected.items():
-            assert found[name] == attention_widths(result, rows), (name, described(result))
+            assert found.pop(name) == attention_widths(result, rows), (name, described(result))
+        if constants.get("mask_ptr") != "None":
+            # A mask has a byte for each key.
+            assert found.keys() == {"mask_ptr"}, described(result)
+            continue
+        assert not found, described(result)
         # And so in the loop's machine code: over keys, or over queries where all keys are held.
         loop = {int(width) for width in result["region"]["global_widths"]}
         assert loop == attention_widths(result, queries if "KEYS_1" in constants else keys), described(result)
@@ -185,6 +194,28 @@ def test_the_machine_code_has_these_accesses_too(results):
             assert result["region"]["global_widths"].get("16", 0) > 0, described(result)
 
 
+def test_no_product_is_serialized(results):
+    """By ptxas: C7510 to C7519, for every default, `linear`'s too. A fault would be excused by `SPILLS`."""
+    wgmma = [result for result in results if result.get("region", {}).get("matrix", {}).get("HGMMA")]
+    assert {result["kernel"] for result in wgmma} >= {
+        "attention_kernel",
+        "short_attention_kernel",
+        "linear_kernel",
+    }
+    assert [(described(result), result["serialized"]) for result in wgmma if result["serialized"]] == []
+
+
+def test_scores_are_computed_ahead_only_where_exponentials_run_beside_them(results):
+    """Two of five at least between the score product and its wait (the baseline has each); D = 112 to 256 are."""
+    ahead = {}
+    for result in results:
+        if result["constants"].get("AHEAD") == "True" and result["arch"] == "sm_90":
+            overlap = result["attention"]["overlap"]
+            assert overlap["beside_scores"] >= 0.4 * overlap["exponentials"], described(result)
+            ahead.setdefault(result["size"], set()).add(int(result["constants"]["HEAD_DIM"]))
+    assert ahead["64x64"] == {dim for dim in FAMILY_HEAD_DIMS if 96 < dim <= 256}
+
+
 def test_nothing_got_worse_than_the_baseline(results):
     baseline = read_baseline(BASELINES, triton.__version__)
     if baseline is None:
@@ -194,6 +225,76 @@ def test_nothing_got_worse_than_the_baseline(results):
     found = regressions(baseline, entries(results))
     hint = "\nif this is meant: make static-baseline, and commit bench/static/"
     assert not found, "\n".join(found) + hint
+
+
+TUNED = Path(__file__).parents[1] / "kernels" / "tuned"
+# Calls of the 39M model at batch 2, and tiles that fit them.
+ENTRIES = {
+    "attention": {
+        "head_dim=32 queries=256 keys=256 heads=16 bfloat16": {
+            "block_m": 64,
+            "block_n": 64,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
+        "head_dim=16 queries=1024 keys=1024 heads=16 bfloat16": None,
+    },
+}
+
+
+def made_up(tmp_path, gpu="NVIDIA H200", **kernels):
+    path = tmp_path / "made-up.json"
+    path.write_text(json.dumps({"schema_version": 1, "gpu": gpu, "kernels": kernels}))
+    return path
+
+
+def faults_of(items):
+    return [(result["size"], result["faults"]) for result in inspect_items(items, 1) if result["faults"]]
+
+
+def test_no_committed_tuned_launch_has_a_fault(monkeypatch, tmp_path):
+    """Spills and serialized products; kernels/tuned may be empty."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    items = [item for path in sorted(TUNED.glob("*.json")) for item in tuned_items(path)]
+    assert not items or faults_of(items) == []
+
+
+def test_a_tuned_launch_with_a_fault_is_found(monkeypatch, tmp_path):
+    """By a table that is made up; 256 queries by 4 warps have no room for their accumulators."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (good,) = tuned_items(made_up(tmp_path, **ENTRIES))
+    assert (good.launch.name, good.launch.arguments["BLOCK_N"], good.arch) == ("attention_kernel", 64, "sm_90")
+    key, config = next(iter(ENTRIES["attention"].items()))
+    (bad,) = tuned_items(made_up(tmp_path, attention={key: config | {"block_m": 256}}))
+    assert [found for found, _ in faults_of([good, bad])] == [key]
+
+
+def test_tuned_entries_of_linear_are_launches_too(tmp_path):
+    case = next(case for case in family_kernel_cases("39M", 2, "bfloat16") if case.operator == "linear")
+    operator, arguments = OPERATORS["linear"], case.arguments("meta")
+    key, config = operator.tuning_key(**arguments), operator.candidates(**arguments)[0]
+    items = tuned_items(made_up(tmp_path, linear={key: dataclasses.asdict(config)}))
+    assert items
+    assert {item.launch.name for item in items} <= {"linear_kernel", "norm_linear_kernel", "layer_norm_kernel"}
+    assert items[-1].launch.num_warps == config.num_warps
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"gpu": "Radeon VII"}, "the architecture of Radeon VII is not known"),
+        (
+            {"attention": {"head_dim=7 bfloat16": {"block_m": 64}}},
+            "no call of attention has these keys: head_dim=7",
+        ),
+    ],
+)
+def test_a_tuned_table_that_cannot_be_compiled_is_refused(tmp_path, monkeypatch, table, message):
+    few = family_kernel_cases("39M", 2, "bfloat16")
+    few = [case for case in few if case.operator == "attention"]
+    monkeypatch.setattr("ldmperf.profiling.static.tuned._calls", lambda operator, dtypes: iter(few))
+    with pytest.raises(ValueError, match=message):
+        tuned_items(made_up(tmp_path, **table))
 
 
 def test_baselines_are_committed_for_the_oldest_release_and_another():

@@ -5,6 +5,7 @@ Another release of triton makes other code, so there is a file for each: bench/s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,9 +34,12 @@ def checked() -> list[Item | ShapeItem]:
     few = (8, 40, 160)
     items: list[Item | ShapeItem] = [*select(CHECKED)]
     items += _attention("sm_90", bf16, FAMILY_HEAD_DIMS)
-    # So few tokens that other tiles fill the chip.
+    # So few tokens that all keys are one tile, or that other tiles fill the chip.
     items += _attention("sm_90", bf16, FAMILY_HEAD_DIMS, side=8)
+    items += _attention("sm_90", bf16, [dim for dim in FAMILY_HEAD_DIMS if dim > 32], side=16)
     items += _attention("sm_90", bf16, (8, 20, 40, 64, 80, 112, 160, 256, 384), context=TEXT)
+    items += _attention("sm_90", bf16, (8, 20, 36, 40, 64, 80, 96, 160), mask=1)
+    items += _attention("sm_90", bf16, (192,), side=16, mask=1)
     # With everything beside it, as other networks call it.
     for arch in ("sm_90", "sm_80", "gfx942"):
         items.append(ShapeItem("layer_norm", "64x64", Shape(bf16), arch))
@@ -51,24 +55,29 @@ def checked() -> list[Item | ShapeItem]:
 
 
 def every_attention(dtypes: Iterable[str], archs: Iterable[str]) -> list[ShapeItem]:
-    """Attention at every head dimension, over many tokens, few, and a text."""
+    """Attention at every head dimension, over many tokens, few, a text, and with a mask of keys."""
     return [
         item
         for dtype in dtypes
         for arch in archs
-        for options in ({}, {"side": 8}, {"context": TEXT})
+        for options in (
+            {},
+            {"side": 16},
+            {"side": 8},
+            {"context": TEXT},
+            {"mask": 1},
+            {"mask": 1, "side": 16},
+        )
         for item in _attention(arch, getattr(torch, dtype), FAMILY_HEAD_DIMS, **options)
     ]
 
 
 def _attention(
-    arch: str, dtype: torch.dtype, head_dims: Iterable[int], *, side: int = 64, context: int = 0
+    arch: str, dtype: torch.dtype, head_dims: Iterable[int], *, side: int = 64, context: int = 0, mask: int = 0
 ) -> list[ShapeItem]:
-    name = f"{side}x{side}" + (f" context={context}" if context else "")
-    return [
-        ShapeItem("attention", name, Shape(dtype, height=side, width=side, head_dim=dim, context=context), arch)
-        for dim in head_dims
-    ]
+    name = f"{side}x{side}" + (f" context={context}" if context else "") + (" mask" if mask else "")
+    shape = Shape(dtype, height=side, width=side, context=context, mask=mask)
+    return [ShapeItem("attention", name, dataclasses.replace(shape, head_dim=dim), arch) for dim in head_dims]
 
 
 # A hot region may grow by this much before it counts as longer.
@@ -94,6 +103,7 @@ def entries(results: Iterable[Mapping[str, Any]]) -> dict[str, Entry]:
         if name in found:
             raise ValueError(f"two launches are labelled {name}")
         resources = result["resources"]
+        overlap = result.get("attention", {}).get("overlap")
         found[name] = {
             "registers": resources["registers"],
             "shared_bytes": result["shared_bytes"],
@@ -101,6 +111,9 @@ def entries(results: Iterable[Mapping[str, Any]]) -> dict[str, Entry]:
             "spills": resources["spill_loads"] + resources["spill_stores"],
             "loop": result["region"]["loop"],
             "hot_instructions": result["region"]["instructions"],
+            "serialized": result["serialized"],
+            # Exponentials issued between the score product and its wait, and all.
+            "overlap": None if overlap is None else [overlap["beside_scores"], overlap["exponentials"]],
         }
     return dict(sorted(found.items()))
 
@@ -126,7 +139,18 @@ def regressions(baseline: Mapping[str, Entry], now: Mapping[str, Entry]) -> list
                 f"{name}: the hot region grew from {before['hot_instructions']} to {after['hot_instructions']} "
                 "instructions"
             )
+        serialized = sorted(set(after["serialized"]) - set(before["serialized"]))
+        if serialized:
+            found.append(f"{name}: ptxas now serializes the products ({', '.join(serialized)})")
+        if _share(after["overlap"]) < _share(before["overlap"]):
+            found.append(
+                f"{name}: exponentials beside the score product, of all: {before['overlap']} -> {after['overlap']}"
+            )
     return found
+
+
+def _share(overlap: list[int] | None) -> float:
+    return overlap[0] / max(overlap[1], 1) if overlap else 0.0
 
 
 def baseline_path(folder: Path, triton_version: str) -> Path:

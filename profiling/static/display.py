@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .inspection import Inspection, NvidiaCode
+from .loop_order import order_text
 
 
 def print_inspection(inspection: Inspection, console: Console, *, sass: bool = False) -> None:
@@ -46,6 +47,7 @@ def _print_nvidia(inspection: Inspection, code: NvidiaCode, console: Console) ->
         f"  instructions  {code.instructions}, of them {len(code.region)} in the {where} ({code.mix.moves} moves)",
         f"  accesses      {_accesses(code)}",
     ]
+    lines += _order_lines(inspection)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     shares = Table(
@@ -81,6 +83,23 @@ def _print_nvidia(inspection: Inspection, code: NvidiaCode, console: Console) ->
     )
 
 
+def _order_lines(inspection: Inspection) -> list[str]:
+    """The hot loop's order, and what runs between each kind of product and its wait."""
+    order = inspection.order
+    if order is None:
+        return []
+    lines = [f"  order         {order_text(order['steps'])}"]
+    for product, beside in order["beside"].items():
+        exponentials = (
+            f"{beside['exponentials']} of {order['exponentials']} exponentials, " if order["exponentials"] else ""
+        )
+        lines.append(
+            f"  overlap       {exponentials}{beside['instructions']} of {order['instructions']} instructions are "
+            f"issued between {product} and its wait"
+        )
+    return lines
+
+
 def _print_bound(attention: Mapping[str, Any], console: Console) -> None:
     tile, bound = attention["tile"], attention["bound"]
     lines = [
@@ -110,8 +129,23 @@ def by_distance(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def print_work_list(results: Iterable[Mapping[str, Any]], console: Console) -> None:
-    """A line for each launch of attention: its tile, and cycles of 128 x 128 scores by unit beside the bound."""
-    names = ("D", "held", "tile", "warps", "registers", "faults", *UNITS, "busiest", "analytic", "distance")
+    """A line for each launch of attention: its tile, and cycles of 128 x 128 scores by unit beside the bound.
+
+    overlap: exponentials issued between the score product and its wait, of all.
+    """
+    names = (
+        "D",
+        "held",
+        "tile",
+        "warps",
+        "registers",
+        "faults",
+        "overlap",
+        *UNITS,
+        "busiest",
+        "analytic",
+        "distance",
+    )
     table = Table(*names, title="PREDICTION, not measured: cycles of 128 x 128 scores", title_justify="left")
     for result in by_distance(results):
         attention = result["attention"]
@@ -125,12 +159,17 @@ def print_work_list(results: Iterable[Mapping[str, Any]], console: Console) -> N
             str(result["num_warps"]),
             str(result["resources"]["registers"]),
             "; ".join(result["faults"]) or "-",
+            _overlap(attention["overlap"]),
             *(f"{cycles.get(unit, 0.0):.0f}" for unit in UNITS),
             max(cycles, key=lambda unit: cycles[unit]),
             "-" if bound is None else f"{per_pass * bound['cycles']:.0f} {bound['unit']}",
             "-" if bound is None else f"{attention['distance']:.2f}",
         )
     console.print(table)
+
+
+def _overlap(overlap: Mapping[str, int] | None) -> str:
+    return "-" if overlap is None else f"{overlap['beside_scores']}/{overlap['exponentials']}"
 
 
 def _accesses(code: NvidiaCode) -> str:

@@ -11,10 +11,12 @@ from ldmperf.kernels import Launch
 from .amd import AmdResources, amd_resources
 from .compile import Compiled, compile_launch
 from .launch_tensors import product_passes, tensor_bytes, tensors
+from .loop_order import ATTENTION, LoopOrder, loop_order
 from .machines import Machine
 from .model import Prediction, Traffic, asked_bytes, predict
 from .occupancy import Occupancy, occupancy
 from .ptx import Access, global_accesses
+from .ptxas import serializations
 from .sass import Region, Resources, disassemble, hot_region, parse, resources
 from .score_tile import ScoreTile, beside_its_bound, score_tile
 from .units import Mix, mix
@@ -22,7 +24,12 @@ from .units import Mix, mix
 
 @dataclass(frozen=True)
 class NvidiaCode:
-    """What machine code of an NVIDIA architecture shows. `accesses` are those of the PTX, by argument."""
+    """What machine code of an NVIDIA architecture shows.
+
+    accesses    global accesses of the PTX, by argument
+    serialized  ptxas' codes C75xx: each asynchronous product waits for the one before
+    order       of the hot loop; None without asynchronous products in a loop
+    """
 
     resources: Resources
     occupancy: Occupancy
@@ -31,6 +38,8 @@ class NvidiaCode:
     mix: Mix
     accesses: tuple[Access, ...]
     prediction: Prediction
+    serialized: tuple[str, ...]
+    order: LoopOrder | None
     text: str = field(repr=False)
 
 
@@ -46,7 +55,7 @@ class Inspection:
 
     @property
     def faults(self) -> list[str]:
-        """What no kernel may have: spills, local memory, a stack, or more than the chip has."""
+        """What no kernel may have: spills, local memory, a stack, serialized products, more than the chip has."""
         machine, found = self.compiled.machine, []
         if self.compiled.shared > machine.shared_per_block:
             found.append(f"{self.compiled.shared} bytes of shared memory are more than {machine.shared_per_block}")
@@ -61,6 +70,10 @@ class Inspection:
             }
             if self.nvidia.occupancy.programs == 0:
                 found.append(f"no program fits, for {self.nvidia.occupancy.limit}")
+            found += [
+                f"ptxas {remark}: wgmma serialized, each instruction waits for the one before"
+                for remark in self.nvidia.serialized
+            ]
         if self.amd is not None:
             counts = {
                 "vector register spills": self.amd.vgpr_spills,
@@ -78,7 +91,23 @@ class Inspection:
         if self.tile is None or self.nvidia is None:
             return None
         passes = 1 if self.nvidia.region.loop else self.tile.passes
-        return beside_its_bound(self.tile, self.compiled.machine, self.nvidia.prediction.cycles, passes)
+        told = beside_its_bound(self.tile, self.compiled.machine, self.nvidia.prediction.cycles, passes)
+        return told | {"overlap": self.overlap}
+
+    @property
+    def overlap(self) -> dict[str, int] | None:
+        """Exponentials issued between attention's score product and its wait, and all; None without wgmma."""
+        if self.tile is None or self.nvidia is None or self.nvidia.order is None:
+            return None
+        beside, total = self.nvidia.order.overlap
+        return {"beside_scores": beside, "exponentials": total}
+
+    @property
+    def order(self) -> dict[str, Any] | None:
+        """The hot loop's order as plain values, attention's products by their names."""
+        if self.nvidia is None or self.nvidia.order is None:
+            return None
+        return self.nvidia.order.named(ATTENTION if self.tile is not None else {})
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; what is predicted stands under `prediction`."""
@@ -115,7 +144,9 @@ class Inspection:
                 "spills": sum(instruction.opcode in ("LDL", "STL") for instruction in code.region.instructions),
                 "global_widths": code.mix.global_widths,
                 "matrix": code.mix.matrix,
+                "order": self.order,
             },
+            "serialized": list(code.serialized),
             "global_accesses": [dataclasses.asdict(access) for access in code.accesses],
             "prediction": {
                 "chip": machine.chip,
@@ -148,6 +179,8 @@ def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
         mix(region.instructions),
         tuple(global_accesses(compiled.asm["ptx"], parameters)),
         predict(machine, region.instructions, warps, _traffic(launch, machine, region, tile)),
+        serializations(compiled),
+        loop_order(region),
         text,
     )
     return Inspection(launch, compiled, nvidia=code, tile=tile)

@@ -12,7 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers that shapes are made of; an operator takes those that its builder names."""
+    """The numbers that shapes are made of; an operator takes those that its builder names.
+
+    mask: 1 for a mask of keys.
+    """
 
     dtype: torch.dtype = torch.bfloat16
     batch: int = 2
@@ -25,6 +28,7 @@ class Shape:
     head_dim: int = 40
     context: int = 0
     features: int = 0
+    mask: int = 0
 
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or self.dtype, device="meta")
@@ -48,7 +52,8 @@ def _attention(shape: Shape) -> Arguments:
         k, v = shape.empty(shape.batch, shape.context, 2, *heads).unbind(2)
     else:
         q, k, v = shape.empty(shape.batch, tokens, 3, *heads).unbind(2)
-    return {"q": q, "k": k, "v": v}
+    masks = {"key_mask": shape.empty(*k.shape[:2], dtype=torch.bool)} if shape.mask else {}
+    return {"q": q, "k": k, "v": v, **masks}
 
 
 def _group_norm_silu(shape: Shape) -> Arguments:

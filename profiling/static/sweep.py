@@ -17,6 +17,7 @@ from .family import family_launches, planned
 from .inspection import inspect_launch
 from .machines import MACHINES
 from .shapes import SHAPES, Shape
+from .tuned import TunedItem
 
 # Constants that decide how a program's tile lies in registers; the others change a few instructions.
 _TILE = ("BLOCK", "ONE_TILE", "SCALE", "REGISTERS")
@@ -72,16 +73,20 @@ def select(selections: Iterable[Selection]) -> list[Item]:
     return list(items.values())
 
 
-def inspect_items(items: Sequence[Item | ShapeItem], processes: int = 2) -> Iterator[dict[str, Any]]:
+def inspect_items(items: Sequence[Item | ShapeItem | TunedItem], processes: int = 2) -> Iterator[dict[str, Any]]:
     """`Inspection.as_json` of each item, in order, with the item's size, batch and dtype."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         yield from pool.map(_inspect, items, chunksize=4)
 
 
-def _inspect(item: Item | ShapeItem) -> dict[str, Any]:
+def _inspect(item: Item | ShapeItem | TunedItem) -> dict[str, Any]:
     torch.set_num_threads(1)
     machine = MACHINES[item.arch]
+    if isinstance(item, TunedItem):
+        launch = item.launch
+        named: dict[str, Any] = {"batch": None, "dtype": item.case.dtype}
+        return {"size": item.key, **named, **inspect_launch(launch, machine).as_json()}
     if isinstance(item, ShapeItem):
         launch = planned(item.operator, SHAPES[item.operator][0](item.shape), machine)[0]
         named = {"batch": item.shape.batch, "dtype": str(item.shape.dtype).removeprefix("torch.")}

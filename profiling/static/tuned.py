@@ -1,0 +1,99 @@
+"""The launches that a tuned table chooses (kernels/tuned/<gpu>.json), as items to compile and inspect."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ldmperf.kernels import OPERATORS, Launch
+from ldmperf.model import FAMILY
+
+from ..cases import DType
+from ..kernel_case import KernelCase
+from ..kernel_cases import attention_cases, family_kernel_cases, vae_kernel_cases
+from .family import planned
+from .machines import MACHINES, Machine
+from .score_tile import FAMILY_HEAD_DIMS
+
+# Architectures of the GPUs that a table can be of, by a part of their name.
+_ARCHS = {"GH200": "sm_90", "H200": "sm_90", "H100": "sm_90", "H20": "sm_90", "A100": "sm_80", "MI300": "gfx942"}
+# Batches of the UNet and tokens that a search is asked for; its own defaults first.
+_BATCHES = (2, 16, 1, 4, 8, 32, 64)
+_TOKENS = (4096, 1024, 256, 64)
+
+
+@dataclass(frozen=True)
+class TunedItem:
+    """A launch that an entry of a tuned table comes to: of a call that has its key, the `number`-th launch.
+
+    `config` holds (field, value).
+    """
+
+    key: str
+    case: KernelCase
+    config: tuple[tuple[str, Any], ...]
+    arch: str
+    number: int
+
+    @property
+    def launch(self) -> Launch:
+        return _launches(self.case, self.config, MACHINES[self.arch])[self.number]
+
+
+def tuned_items(path: Path) -> list[TunedItem]:
+    """An item for each launch of each entry that is not the kernel's default.
+
+    Raises ValueError for a GPU of unknown architecture, and for a key that no call of the family has.
+    """
+    document = json.loads(path.read_text())
+    arch = next((arch for name, arch in _ARCHS.items() if name in document["gpu"]), None)
+    if arch is None:
+        raise ValueError(f"{path.name}: the architecture of {document['gpu']} is not known; add it to _ARCHS")
+    items = []
+    for operator, entries in document["kernels"].items():
+        wanted = {key: config for key, config in entries.items() if config is not None}
+        cases = _cases_of(operator, wanted)
+        if cases.keys() != wanted.keys():
+            missing = ", ".join(sorted(wanted.keys() - cases.keys()))
+            raise ValueError(f"{path.name}: no call of {operator} has these keys: {missing}")
+        for key, config in wanted.items():
+            fields = tuple(config.items())
+            count = len(_launches(cases[key], fields, MACHINES[arch]))
+            items += [TunedItem(key, cases[key], fields, arch, number) for number in range(count)]
+    return items
+
+
+def _launches(case: KernelCase, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
+    arguments = case.arguments("meta")
+    config = type(OPERATORS[case.operator].candidates(**arguments)[0])(**dict(fields))
+    return planned(case.operator, {**arguments, "config": config}, machine)
+
+
+def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
+    """A call for each of the keys that some call of the family has."""
+    found: dict[str, KernelCase] = {}
+    # A key names the dtype; finding the calls of one takes seconds.
+    dtypes: tuple[DType, ...] = get_args(DType)
+    dtypes = tuple(dtype for dtype in dtypes if any(dtype in key for key in keys)) or dtypes
+    for case in _calls(operator, dtypes) if keys else ():
+        key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+        if key in keys:
+            found.setdefault(key, case)
+            if len(found) == len(keys):
+                break
+    return found
+
+
+def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[KernelCase]:
+    for batch, dtype in itertools.product(_BATCHES, dtypes):
+        for size in FAMILY:
+            yield from (case for case in family_kernel_cases(size, batch, dtype) if case.operator == operator)
+        if operator == "attention":
+            for dim, tokens in itertools.product(FAMILY_HEAD_DIMS, _TOKENS):
+                yield from attention_cases(dim, tokens, batch, dtype)
+    for dtype in dtypes:
+        yield from (case for case in vae_kernel_cases(dtype) if case.operator == operator)
