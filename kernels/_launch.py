@@ -108,6 +108,8 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
         launch.run()
 
 
+# A compiler that traces takes the answer and does not look inside.
+@torch.compiler.assume_constant_result
 def chip_of(device: torch.device) -> Chip:
     """The chip of a device; asked once. Of anything but a CUDA device `NO_GPU`, or that of `planned_for`."""
     return _cuda_chip(device.index) if device.type == "cuda" else _planned_chip.get()

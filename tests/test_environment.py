@@ -149,7 +149,9 @@ def test_a_compiler_of_torchs_cannot_switch_the_assembler(tmp_path: Path, monkey
         (folder / "bin").mkdir(parents=True, exist_ok=True)
         a_ptxas(folder / "bin" / "ptxas", "13.0.88")
     monkeypatch.setattr(tasks, "__file__", str(here / "_inductor" / "runtime" / "compile_tasks.py"))
-    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    # Set and deleted: what inductor sets is then undone too.
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
     own = triton.knobs.nvidia.ptxas.path
     tasks._set_triton_ptxas_path.cache_clear()
     with measuring_settings():
