@@ -217,6 +217,7 @@ def lines(size: str, found: Sequence[HostTime]) -> list[str]:
     text.append(f"  the longest: {most.operator} {most.label}, {most.call:.1f} us")
     for merged, how in ((False, "norms and gates apart"), (True, "merged into products")):
         text.append(f"  our operators in a step, {how}: {step_ms(found, merged=merged):.2f} ms")
+    text.append("  call = checks + library + rest + triton; reasons, tuned and plan are paid once for each layout")
     return text
 
 

@@ -197,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
     except _WRONG_CALL as wrong_call:
-        _stop(f"{wrong_call.format_message().rstrip('.')}; see: ldmperf --help", 2)
+        command = "ldmperf" if wrong_call.ctx is None else wrong_call.ctx.command_path
+        _stop(f"{wrong_call.format_message().rstrip('.')}; see: {command} --help", 2)
     except (CaseError, RunError, InspectError) as wrong_call:
         _stop(str(wrong_call), 2)
     except KeyboardInterrupt:

@@ -47,6 +47,7 @@ from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios
 from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
 from ldmperf.profiling.kernel_cases import family_kernel_cases, sampler_case
 from ldmperf.profiling.records import Samples
+from ldmperf.profiling.runs import RunError
 from ldmperf.profiling.store import load_lines, rejected_path
 from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed, timed
 
@@ -238,7 +239,7 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
     def run(rows: tuple[int, ...], peers: Sequence[str] = ("triton", "eager")) -> list[KernelRecord]:
         """A new process: what it measured is in `measured`."""
         measured.clear()
-        earlier = earlier_records(tmp_path, ENVIRONMENT)
+        earlier = earlier_records(tmp_path, ENVIRONMENT, "float32")
         given = [Job("39M", 2, geglu_case(n)) for n in rows]
         new = bench(PEERS["xformers"], *(peer(name, noted) for name in peers))
         return run_jobs(new, given, KernelStore(path), Deadline(None), lambda _: None, earlier)[0]
@@ -257,7 +258,9 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
     assert set(measured) == {5}
     assert len(load_lines(path, KernelRecord)[0]) == 8
     assert len({record.case_key for record in whole}) == len(whole) == 7
-    assert sorted(r.model_dump_json() for r in earlier_records(tmp_path, ENVIRONMENT)) == sorted(
+    with pytest.raises(RunError, match="is of float32, and this call of bfloat16: give --dtype float32"):
+        earlier_records(tmp_path, ENVIRONMENT, "bfloat16")
+    assert sorted(r.model_dump_json() for r in earlier_records(tmp_path, ENVIRONMENT, "float32")) == sorted(
         r.model_dump_json() for r in whole
     )
     run((3,), peers=("triton", "eager", "other"))

@@ -29,8 +29,8 @@ def kernels(
     peer: Annotated[
         list[str] | None,
         _list_option(
-            "triton, auto, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, diffusers, "
-            "diffusers-compile, xformers."
+            "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
+            "diffusers, diffusers-compile, xformers."
         ),
     ] = None,
     head_dim: Annotated[
@@ -111,7 +111,7 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | No
         errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     environment = collect_environment(choices.device)
-    earlier = [] if resume is None else earlier_records(resume, environment)
+    earlier = [] if resume is None else earlier_records(resume, environment, choices.dtype)
     try:
         folder = resume or new_folder(out, utc_now(), environment, "-kernels")
         store = KernelStore(folder / RECORDS_NAME)

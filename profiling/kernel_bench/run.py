@@ -98,10 +98,10 @@ def run_jobs(
     return list(records.values()), True
 
 
-def earlier_records(folder: Path, environment: Environment) -> list[KernelRecord]:
+def earlier_records(folder: Path, environment: Environment, dtype: DType) -> list[KernelRecord]:
     """The records in a bench's folder, of each key the last. Raises RunError where they cannot be added to.
 
-    Times from two environments in one folder would pass for a comparison.
+    Times from two environments in one folder would pass for a comparison, those of two dtypes too.
     """
     path = folder / RECORDS_NAME
     if not path.exists():
@@ -112,6 +112,11 @@ def earlier_records(folder: Path, environment: Environment) -> list[KernelRecord
             raise RunError(
                 f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
                 "start a new folder without --resume"
+            )
+        if record.case.dtype != dtype:
+            raise RunError(
+                f"{folder} is of {record.case.dtype}, and this call of {dtype}: give --dtype {record.case.dtype}, "
+                "or start a new folder without --resume"
             )
     return list({record.case_key: record for record in records}.values())
 

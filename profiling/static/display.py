@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .inspection import Inspection, NvidiaCode
@@ -88,7 +89,9 @@ def _order_lines(inspection: Inspection) -> list[str]:
     order = inspection.order
     if order is None:
         return []
-    lines = [f"  order         {order_text(order['steps'])}"]
+    lines = [f"  order         {order_text(order['steps'])}, and again: some waits are in the next pass"]
+    if inspection.nvidia is not None and not inspection.nvidia.serialized:
+        lines.append("  serialized    no: ptxas makes no remark")
     for product, beside in order["beside"].items():
         exponentials = (
             f"{beside['exponentials']} of {order['exponentials']} exponentials, " if order["exponentials"] else ""
@@ -103,8 +106,8 @@ def _order_lines(inspection: Inspection) -> list[str]:
 def _print_bound(attention: Mapping[str, Any], console: Console) -> None:
     tile, bound = attention["tile"], attention["bound"]
     lines = [
-        f"  tile          {tile['block_m']} queries x {tile['block_n']} keys ({tile['keys']} there) of one head "
-        f"of {tile['head_dim']}, held as {tile['padded']}; {tile['passes']} passes a program"
+        f"  tile          {tile['block_m']} queries x {tile['block_n']} keys ({tile['keys']} of them exist) "
+        f"of one head of {tile['head_dim']}, held as {tile['padded']}; {tile['passes']} passes a program"
     ]
     if bound is None:
         lines.append("  distance      not told: the analytic bound is of 16-bit dtypes")
@@ -113,7 +116,7 @@ def _print_bound(attention: Mapping[str, Any], console: Console) -> None:
         lines += [
             f"  analytic      {bound['cycles']:.1f} cycles a pass, {bound['unit']}: matrix {bound['matrix']:.1f} "
             f"({bound['matrix_unpadded']:.1f} without padding), exponential {bound['exponential']:.1f}{moved}",
-            f"  distance      {attention['distance']:.2f} times the analytic bound",
+            f"  distance      {attention['distance']:.2f} times the analytic bound (memory and L2 are not in it)",
         ]
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
@@ -165,7 +168,9 @@ def print_work_list(results: Iterable[Mapping[str, Any]], console: Console) -> N
             "-" if bound is None else f"{per_pass * bound['cycles']:.0f} {bound['unit']}",
             "-" if bound is None else f"{attention['distance']:.2f}",
         )
-    console.print(table)
+    # No figure is ever cut: on a narrow terminal lines are as long as the table.
+    width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    console.print(table, width=width, crop=False, soft_wrap=True)
 
 
 def _overlap(overlap: Mapping[str, int] | None) -> str:
