@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -19,7 +20,8 @@ from typing import Any
 
 TOP = "ldmperf-gpu-check"
 FORMAT = 1
-LIMIT = 16 * 2**20
+# Below the 16 MiB that a file may have on its way back.
+LIMIT = 31 * 2**19
 # Of a log that has to be shortened: so much of its beginning and of its end.
 ENDS = (256 * 2**10, 32 * 2**10, 2 * 2**10)
 # What an archive may unpack to: more is none of ours.
@@ -36,36 +38,29 @@ def write_archive(path: Path, folder: Path, tuned: Path, limit: int = LIMIT) -> 
     """Replaces the archive at once by one of what `folder` and `tuned` hold now; returns what it lacks, in lines.
 
     Records, summary and tables are whole. Where the file would be larger than `limit`, logs lose their middles,
-    then reports and other files are left out, the largest first.
+    then reports and other files are left out, the largest first. One that is larger all the same replaces none
+    that was not.
     """
     whole: dict[str, bytes] = {}
     logs: dict[str, bytes] = {}
     others: dict[str, bytes] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
+    for file in packed_files(folder):
         name = f"runs/{folder.name}/{file.relative_to(folder).as_posix()}"
-        if not all(map(NAME.fullmatch, name.split("/"))):
-            continue
         is_data = file.suffix in (".json", ".jsonl")
         (whole if is_data else logs if file.suffix == ".log" else others)[name] = file.read_bytes()
     whole |= {f"tuned/{file.name}": file.read_bytes() for file in sorted(tuned.glob("*.json"))}
-    left_out: list[str] = []
+    left_out = _shortened(whole, logs, others, limit)
     packed = _packed({**whole, **logs, **others}, left_out)
-    for ends in ENDS:
-        if len(packed) <= limit:
-            break
-        cut = {name: _without_its_middle(content, ends) for name, content in logs.items()}
-        left_out = [f"the middle of {name}" for name in logs if len(cut[name]) < len(logs[name])]
-        packed = _packed({**whole, **cut, **others}, left_out)
-        logs = cut
-    for name in sorted(others, key=lambda name: -len(others[name])):
-        if len(packed) <= limit:
-            break
-        del others[name]
-        left_out.append(name)
+    if len(packed) > limit:
+        # The estimate was too low: then the least.
+        left_out = list(dict.fromkeys([*left_out, *_shortened(whole, logs, others, 0)]))
         packed = _packed({**whole, **logs, **others}, left_out)
     told = [f"{path}: left out {', '.join(left_out)}"] if left_out else []
     if len(packed) > limit:
-        told.append(f"{path}: {len(packed) / 2**20:.1f} MiB, more than {limit / 2**20:.0f}: its records alone")
+        size = f"{len(packed) / 2**20:.1f} MiB with records alone, more than {limit / 2**20:.1f}"
+        if path.exists() and path.stat().st_size <= limit:
+            return [f"{path}: would be {size}; the one before stays, and what is new is in {folder}"]
+        told.append(f"{path}: {size}")
     replacement = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacement.open("wb") as file:
@@ -74,6 +69,54 @@ def write_archive(path: Path, folder: Path, tuned: Path, limit: int = LIMIT) -> 
         os.fsync(file.fileno())
     replacement.replace(path)
     return told
+
+
+def packed_files(folder: Path) -> list[Path]:
+    """The files of a check that its archive may hold, without references: they are large and can be made again."""
+    found = []
+    for file in sorted(folder.rglob("*")):
+        parts = (folder.name, *file.relative_to(folder).parts)
+        if (
+            file.is_file()
+            and not file.is_symlink()
+            and "references" not in parts
+            and all(map(NAME.fullmatch, parts))
+        ):
+            found.append(file)
+    return found
+
+
+def state_of(folder: Path, tuned: Path) -> list[tuple[str, int, int]]:
+    """What changes whenever a file that an archive holds does."""
+    files = [*packed_files(folder), *sorted(tuned.glob("*.json"))]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _shortened(
+    whole: Mapping[str, bytes], logs: dict[str, bytes], others: dict[str, bytes], limit: int
+) -> list[str]:
+    """Shortens `logs` and thins out `others` until all are estimated at `limit` together; what they have lost."""
+    lengths = {name: len(content) for name, content in logs.items()}
+    # A file beside others takes a header; xz packs tighter than this.
+    size = {name: _estimate(content) for name, content in {**whole, **logs, **others}.items()}
+    for ends in ENDS:
+        if sum(size.values()) <= limit:
+            break
+        for name, content in logs.items():
+            logs[name] = _without_its_middle(content, ends)
+            size[name] = _estimate(logs[name])
+    left_out = [f"the middle of {name}" for name, length in lengths.items() if len(logs[name]) < length]
+    for name in sorted(others, key=lambda name: -size[name]):
+        if sum(size.values()) <= limit:
+            break
+        del others[name], size[name]
+        left_out.append(name)
+    return left_out
+
+
+def _estimate(content: bytes) -> int:
+    """Bytes in an archive, rather too many: one fast pass of another compression, and a header."""
+    return len(zlib.compress(content, 1)) + 200
 
 
 def _packed(contents: Mapping[str, bytes], left_out: list[str]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,11 +30,16 @@ NAMES = (
     "tune-group_norm_silu",
     "compiled",
     "attention-family",
+    "kernels-compiled",
+    "conv-padding",
     "attention-flex",
     "compiled-max",
+    "sanitizer",
     "family-all",
 )
 OTHERS = "group_norm_silu,layer_norm,linear,geglu,residual_add,sampler_update"
+KERNEL_PEERS = "triton,auto,separate,eager"
+COMPILED_PEERS = "triton,auto,eager,compile,diffusers,diffusers-compile"
 ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
 # Where the bound and the largest gain are to be shown.
 HEAD_DIMS = "40,64,80,128,160,384,8"
@@ -46,12 +52,13 @@ TEST_FILES = (
     "test_gpu_timing.py",
 )
 SMOKE_FILE = "test_0_smoke.py"
+SANITIZER_FILES = ("test_2_properties.py",)
 # One GPU holds the contexts and tests of so many processes.
 TEST_PROCESSES = 10
 # What is compiled in one go, which begins once and keeps every core busy.
 TOGETHER = ({"smoke", "ladder"}, {"family", "kernels"})
 COMPILATION_FLOOR = 5.0
-Evidence = Literal["tests", "tests or skips", "profile", "kernels", "tuning", "compilation"]
+Evidence = Literal["tests", "tests or skips", "profile", "kernels", "tuning", "convolutions", "compilation"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class Part:
     evidence       what its records are (`recorded`)
     launches       what it launches, as names for `ldmperf compile --for`: these are compiled before it begins
     own_launches   the same of what it compiles itself, on all cores
+    beside         the same of what later parts launch, compiled while it runs, as it times nothing
+    resumes        the file by which a run of an earlier check is known that goes on
     takes_seconds  whether the command takes --seconds, after which it begins nothing new
     processes      of how many processes its command is
     reason         why it cannot run here
@@ -73,6 +82,8 @@ class Part:
     command: tuple[str, ...] = ()
     launches: tuple[str, ...] = ()
     own_launches: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    resumes: str = ""
     takes_seconds: bool = False
     processes: int = 1
     reason: str | None = None
@@ -87,16 +98,17 @@ def parts(device: str, folder: Path) -> list[Part]:
     graphs = ",".join(name for name in BACKENDS if name.startswith("graph"))
 
     def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:
-        command = (*LDMPERF, "profile", *begun(folder / name, "run.json"))
-        if "--resume" not in command:
-            command += ("--device", device, "--out", str(folder / name), *options)
-        return Part(name, limit, floor, "profile", command, tuple(launches), takes_seconds=True)
+        command = (*LDMPERF, "profile", "--device", device, "--out", str(folder / name), *options)
+        # One folder for all parts: they measure the same cases on several backends.
+        command += ("--references", str(folder / "references"))
+        return Part(
+            name, limit, floor, "profile", command, tuple(launches), resumes="run.json", takes_seconds=True
+        )
 
     def kernels(name: str, limit: float, floor: float, *options: str) -> Part:
         command = (*LDMPERF, "kernels", "--device", device, "--out", str(folder / name), *options)
-        command += begun(folder / name, "kernels.jsonl")
         launches = () if device == "cpu" else ("kernels",)
-        return Part(name, limit, floor, "kernels", command, launches, takes_seconds=True)
+        return Part(name, limit, floor, "kernels", command, launches, resumes="kernels.jsonl", takes_seconds=True)
 
     if device == "cpu":
         least = ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
@@ -113,7 +125,7 @@ def parts(device: str, folder: Path) -> list[Part]:
 
     def tune(operator: str) -> Part:
         command = (sys.executable, str(ROOT / "bench" / "tune.py"), operator, "--size", "866M", "--batch", "2")
-        command += ("--l2", "step", "--key-seconds", "8")
+        command += ("--l2", "step", "--key-seconds", "4")
         own = (f"tune:{operator}:866M:2",)
         return Part(f"tune-{operator}", 110, 40, "tuning", command, own_launches=own, takes_seconds=True)
 
@@ -122,32 +134,60 @@ def parts(device: str, folder: Path) -> list[Part]:
     attention = ("--kernel", "attention")
     ladder = ("--preset", "ladder", "--backend")
     return [
-        pytest_part("smoke", 60, 20, device, [SMOKE_FILE], launches=("smoke",)),
+        replace(pytest_part("smoke", 55, 20, device, [SMOKE_FILE], launches=("smoke",)), beside=("tests",)),
         profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
-        pytest_part("tests", 150, 40, device, marks="gpu and not alone", launches=("tests",)),
-        pytest_part("tests-alone", 90, 30, device, marks="gpu and alone", launches=("tests",)),
+        pytest_part("tests", 100, 40, device, marks="gpu and not alone and not sanitizer", launches=("tests",)),
+        # A few tests: what they launch is compiled with `tests`, or by themselves.
+        pytest_part("tests-alone", 60, 30, device, marks="gpu and alone"),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
         profile("family", 150, 40, "--preset", "family", launches=("family",)),
         kernels("attention", 75, 30, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
-        kernels("kernels", 90, 30, "--kernel", OTHERS),
+        kernels("kernels", 90, 30, "--kernel", OTHERS, "--peer", KERNEL_PEERS),
         tune("linear"),
         tune("attention"),
         tune("group_norm_silu"),
         profile("compiled", 240, 90, *ladder, f"diffusers,diffusers-compile,{graphs}", launches=("ladder",)),
         kernels("attention-family", 75, 30, *attention),
+        kernels("kernels-compiled", 120, 45, "--kernel", OTHERS, "--peer", COMPILED_PEERS),
+        Part("conv-padding", 60, 20, "convolutions", (sys.executable, str(ROOT / "bench" / "conv_padding.py"))),
         # FlexAttention compiles for tens of seconds a call: a few calls, beside all other peers.
         kernels("attention-flex", 120, 45, *attention, *few),
         profile(
             "compiled-max", 300, 150, *ladder, f"diffusers,diffusers-compile-max,{graphs}", launches=("ladder",)
+        ),
+        # It slows a process many times, and is not installed everywhere.
+        replace(
+            pytest_part("sanitizer", 200, 60, device, SANITIZER_FILES, marks="gpu and sanitizer"),
+            evidence="tests or skips",
         ),
         profile("family-all", 240, 40, "--preset", "family-all", launches=("family",)),
     ]
 
 
 def begun(folder: Path, name: str) -> tuple[str, ...]:
-    """The option with which a run of an earlier check goes on; none where none was begun."""
-    runs = sorted(path.parent for path in folder.glob(f"*/{name}"))
-    return ("--resume", str(runs[-1])) if runs else ()
+    """The option with which the last run of an earlier check goes on; none where a new one is to begin.
+
+    That is also where the kernels were tuned since, as no run may hold times of two tables.
+    """
+    runs = sorted(path for path in folder.glob(f"*/{name}"))
+    return ("--resume", str(runs[-1].parent)) if runs and has_todays_table(runs[-1]) else ()
+
+
+def has_todays_table(path: Path) -> bool:
+    """Whether a run was made with the tuned table that its GPU has now; `path`: its run.json or kernels.jsonl."""
+    from ldmperf.kernels import Chip, tuned_table
+
+    content = path.read_text(encoding="utf-8", errors="replace")
+    for text in [content, *reversed(content.splitlines())]:
+        try:
+            environment = json.loads(text)["environment"]
+            gpu, then = environment["gpu"], environment["tuned"]
+            table = tuned_table(Chip(gpu["name"], 1)) if gpu else None
+        except (ValueError, KeyError, TypeError):
+            continue
+        now = table is not None and table.exists() and hashlib.sha256(table.read_bytes()).hexdigest()[:16]
+        return (then or False) == now
+    return False
 
 
 def pytest_part(
@@ -191,7 +231,10 @@ def gpu_test_files(folder: Path) -> list[str]:
 
 
 def with_compilations(chosen: Sequence[Part]) -> Iterator[Part]:
-    """The parts, each behind the compilation of those of its launches that no earlier one has compiled."""
+    """The parts, each behind the compilation of those of its launches that no earlier one has compiled.
+
+    What is compiled beside a part may not be done when it ends: the rest is compiled where it belongs.
+    """
     compiled: set[str] = set()
     for number, part in enumerate(chosen):
         names = [name for name in part.launches if name not in compiled]
@@ -201,7 +244,8 @@ def with_compilations(chosen: Sequence[Part]) -> Iterator[Part]:
             names = list(dict.fromkeys(names))
             compiled.update(names)
             yield compilation(names, part)
-        yield part
+        launched = {name for other in chosen[number + 1 :] for name in other.launches} - compiled
+        yield replace(part, beside=tuple(name for name in part.beside if name in launched))
 
 
 def compilation(names: Sequence[str], before: Part) -> Part:
@@ -225,6 +269,8 @@ STATUS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
 OUTCOME = re.compile(rf"^(?:\S+\.py::.* {STATUS}(?: \(.*)? +\[ *\d+%\]|\[gw\d+\] \[ *\d+%\] {STATUS} .*)$")
 # A line of bench/tune.py for each key that was searched.
 SEARCHED = re.compile(r" ms now, \d+ of \d+ tried")
+# A line of bench/conv_padding.py for each convolution.
+CONVOLUTION = re.compile(r" \d+ channels: [\d.]+ us ")
 
 
 def recorded(part: Part, folder: Path, log: str) -> Counter[str]:
@@ -235,6 +281,9 @@ def recorded(part: Part, folder: Path, log: str) -> Counter[str]:
     if part.evidence == "tuning":
         searched = sum(1 for line in log.splitlines() if SEARCHED.search(line))
         return Counter(searched=searched) if searched else Counter()
+    if part.evidence == "convolutions":
+        timed = sum(1 for line in log.splitlines() if CONVOLUTION.search(line))
+        return Counter(timed=timed) if timed else Counter()
     if part.evidence == "compilation":
         return Counter()
     name = "records.jsonl" if part.evidence == "profile" else "kernels.jsonl"

@@ -35,6 +35,8 @@ def plan_lines(
     on_cores = f"s on {CORES} cores"
     lines = [f"{'part':28} {'limit s':>8} {'floor s':>8} {'to compile':>11} {on_cores:>14} {'begins by':>12}"]
     compiled: set[Any] = set()
+    # Seconds of compilation that go on beside another part.
+    beside: dict[str, float] = {}
     begins = 0.0
     for part in chosen:
         cells = [f"{part.name:28} {part.limit:8.0f} {part.floor:8.0f}"]
@@ -43,7 +45,8 @@ def plan_lines(
             new = find(part.own_launches) - compiled
             compiled |= new
             launches = len(new)
-            estimate = seconds_on(CORES, launches)
+            done = sum(beside.get(name, 0.0) for name in part.own_launches)
+            estimate = max(seconds_on(CORES, launches) - done, START_SECONDS)
             takes = min(part.limit, estimate) if part.evidence == "compilation" else part.limit
             cells.append(f"{launches:11d} {estimate:14.0f}")
         else:
@@ -52,7 +55,9 @@ def plan_lines(
         cells.append(f"{begins:12.0f}" if reached else f"{part.reason or 'if time is left':>12}")
         lines.append(" ".join(cells).rstrip())
         if reached:
-            begins += min(takes, seconds - grace - begins)
+            takes = min(takes, seconds - grace - begins)
+            begins += takes
+            beside |= dict.fromkeys(part.beside, max(takes - START_SECONDS, 0.0))
     lines.append(
         f"{seconds:.0f} s in all; {len(compiled)} launches to compile, estimated at {CPU_SECONDS:.2f} CPU seconds "
         f"each and {START_SECONDS:.0f} s of start; what a part does not use, those behind it may"

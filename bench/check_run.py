@@ -15,10 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from check_parts import ROOT, Part, is_evidence, recorded
+from check_parts import LDMPERF, ROOT, Part, begun, is_evidence, recorded
 
 # A child begins nothing new so long before its limit; stopped, it has so long to end by itself.
 MARGIN, GRACE = 20.0, 10.0
+# Of that, what it has after each signal.
+SIGNALS = ((signal.SIGINT, 1.0), (signal.SIGTERM, 0.3), (signal.SIGKILL, 0.1))
 # Packages as a type checker sees them: with it on its path, python finds this checkout's without an installation.
 VIEW = str(ROOT / ".types")
 
@@ -48,6 +50,8 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     if part.reason is not None:
         return Outcome(part, f"cannot run: {part.reason}", ok=False, was_begun=False)
     command = list(part.command)
+    if part.resumes:
+        command += begun(folder / part.name, part.resumes)
     if part.takes_seconds:
         command += ["--seconds", f"{max(limit - min(MARGIN, limit / 4), 1.0):.0f}"]
     variables = environment()
@@ -57,7 +61,7 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     path = folder / f"{part.name}.log"
     before = sum(recorded(part, folder, "").values())
     start = time.monotonic()
-    with path.open("ab") as log:
+    with path.open("ab") as log, compiled_beside(part, folder):
         said_before = log.tell()
         # A session of its own: its workers can be ended with it, and a terminal's Ctrl-C comes through us.
         process = subprocess.Popen(
@@ -73,6 +77,25 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     found = recorded(part, folder, path.read_bytes()[said_before:].decode(errors="replace"))
     ok, text = judged(part, code, found, limit, sum(found.values()) > before)
     return Outcome(part, text, ok, seconds, found)
+
+
+@contextlib.contextmanager
+def compiled_beside(part: Part, folder: Path) -> Iterator[None]:
+    """Inside, what later parts launch is compiled by the cores that `part` leaves; it is over when `part` is."""
+    if not part.beside:
+        yield
+        return
+    command = [*LDMPERF, "compile", "--for", ",".join(part.beside)]
+    with (folder / f"compile-beside-{part.name}.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+        )
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+            yield
+        finally:
+            end(process, 2.0)
 
 
 def stopped_part(part: Part, folder: Path) -> Outcome:
@@ -141,21 +164,28 @@ def tritons_ptxas() -> Path | None:
 
 def end(process: subprocess.Popen[bytes], grace: float) -> None:
     """Ends a part and whatever it started: asked first, so that it can say where its records are."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+    for number, share in SIGNALS:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=grace)
+                process.wait(timeout=share * grace)
     # Workers that outlive it are of its session, which has its number.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def run_parts(chosen: Sequence[Part], seconds: float, folder: Path) -> Iterator[Outcome]:
-    """The outcomes as they come. A part that is left fewer seconds than its floor is passed over."""
+def run_parts(chosen: Sequence[Part], seconds: float, folder: Path, keep_going: bool = False) -> Iterator[Outcome]:
+    """The outcomes as they come. A part that is left fewer seconds than its floor is passed over.
+
+    After a failed smoke only tests are begun, which tell more of what is wrong, unless it is to keep going.
+    """
     deadline = time.monotonic() + seconds
+    has_failed = False
     for part in chosen:
+        if has_failed and not keep_going and not is_diagnosis(part):
+            yield Outcome(part, "not begun: smoke failed, and no --keep-going", ok=False, was_begun=False)
+            continue
         # One that is stopped at its limit still has its grace.
         left = deadline - time.monotonic() - GRACE
         if left < part.floor and part.reason is None:
@@ -166,7 +196,13 @@ def run_parts(chosen: Sequence[Part], seconds: float, folder: Path) -> Iterator[
         tell(f"{part.name}: at most {limit:.0f} s, {folder / (part.name + '.log')}")
         outcome = run_part(part, limit, folder)
         tell(f"{part.name}: {outcome.text}, {outcome.seconds:.0f} s")
+        has_failed |= part.name == "smoke" and outcome.was_begun and not outcome.ok
         yield outcome
+
+
+def is_diagnosis(part: Part) -> bool:
+    """Whether a part tests or compiles for tests."""
+    return part.evidence in ("tests", "tests or skips") or "tests" in part.own_launches
 
 
 def tell(line: str) -> None:

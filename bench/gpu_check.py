@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from check_archive import ArchiveError, import_archive, write_archive
+from check_archive import ArchiveError, import_archive, state_of, write_archive
 from check_parts import NAMES, ROOT, Part, parts, with_compilations
 from check_plan import plan_lines
 from check_run import GRACE, Outcome, Stopped, environment, find_this_checkout, run_parts, stopped_part, tell
@@ -85,7 +86,10 @@ def write_summary(folder: Path, device: str, outcomes: Sequence[Outcome]) -> Non
         for outcome in outcomes
     ]
     summary = {"device": device, "commit": os.environ.get("LDMPERF_COMMIT"), "parts": told}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    path, text = folder / "summary.json", json.dumps(summary, indent=1) + "\n"
+    # One that says the same is left as it is, so that an archive need not be written again.
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def raise_stopped(number: int, _: object) -> None:
@@ -104,10 +108,13 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="For the whole call: 9 unless told.")
     parser.add_argument("--plan", action="store_true", help="Print the parts and what they compile; run nothing.")
     parser.add_argument(
-        "--archive", type=Path, metavar="FILE", help="Written again after each part: .txz, 16 MiB."
+        "--archive", type=Path, metavar="FILE", help="Written again after each part: .txz, below 16 MiB."
     )
     parser.add_argument(
         "--import", dest="archives", type=Path, nargs="+", metavar="FILE", help="Lay archives into this checkout."
+    )
+    parser.add_argument(
+        "--keep-going", action="store_true", help="Begin all parts after a failed smoke too, not the tests alone."
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="Where the folder of this check goes.")
@@ -144,6 +151,16 @@ def main(given: Sequence[str] | None = None) -> int:
     return check(options, began)
 
 
+def wrong_commit() -> str | None:
+    """What is to be done so that records name the commit that was measured; None where nothing is."""
+    commit = os.environ.get("LDMPERF_COMMIT", "").strip().lower()
+    if (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", commit):
+        return None
+    return (
+        "there is no .git here: set LDMPERF_COMMIT to what `git rev-parse HEAD` prints in the checkout it is from"
+    )
+
+
 def import_archives(paths: Sequence[Path], out: Path) -> int:
     for path in paths:
         try:
@@ -161,6 +178,9 @@ def check(options: argparse.Namespace, began: float) -> int:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and (wrong := wrong_commit()):
+        tell(f"gpu_check.py: {wrong}")
+        return 2
     folder = options.out.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-gpu-check"
     if options.resume is not None:
         folder = options.resume.resolve()
@@ -174,20 +194,22 @@ def check(options: argparse.Namespace, began: float) -> int:
         return 1
     chosen = chosen_parts(options, device, folder)
     tell(f"ptxas: {environment().get('TRITON_PTXAS_PATH')}; {device}; {folder}")
-    if not (ROOT / ".git").exists() and not os.environ.get("LDMPERF_COMMIT"):
-        tell("no .git here: records will name no commit; set LDMPERF_COMMIT")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, raise_stopped)
     outcomes: list[Outcome] = []
     code = 0
+    tuned = ROOT / "kernels" / "tuned"
+    archived: object = None
 
     def keep() -> bool:
         """Writes the summary and the archive; False, with the reason told, where that fails."""
+        nonlocal archived
         try:
             write_summary(folder, device, outcomes)
-            if options.archive is not None:
-                for line in write_archive(options.archive, folder, ROOT / "kernels" / "tuned"):
+            if options.archive is not None and (state := state_of(folder, tuned)) != archived:
+                for line in write_archive(options.archive, folder, tuned):
                     tell(line)
+                archived = state
         except OSError as failure:
             tell(f"gpu_check.py: cannot write {failure.filename} ({failure.strerror}); records are in {folder}")
             return False
@@ -196,7 +218,8 @@ def check(options: argparse.Namespace, began: float) -> int:
     if not keep():
         return 1
     try:
-        for outcome in run_parts(chosen, 60 * options.minutes - CLOSING - (time.monotonic() - began), folder):
+        seconds = 60 * options.minutes - CLOSING - (time.monotonic() - began)
+        for outcome in run_parts(chosen, seconds, folder, options.keep_going):
             outcomes.append(outcome)
             if outcome.was_begun:
                 keep()

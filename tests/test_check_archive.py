@@ -221,10 +221,46 @@ def test_a_large_archive_loses_the_middles_of_logs_and_never_records(
     # Smaller still: the page goes; and smaller than the records can be: they stay, and it says so.
     assert "page.html" in checkout.write(limit=100_000)[0]
     assert checkout.archive.stat().st_size <= 100_000
+    before = checkout.archive.read_bytes()
+    checkout.archive.write_bytes(before[:9_000])
     told = checkout.write(limit=10_000)
-    assert "its records alone" in told[-1]
+    assert "the one before stays" in told[-1]
+    assert checkout.archive.read_bytes() == before[:9_000]
+    checkout.archive.unlink()
+    told = checkout.write(limit=10_000)
+    assert "records alone" in told[-1]
     contents = read_archive(checkout.archive)
     assert Record.model_validate_json(contents[next(n for n in contents if n.endswith("records.jsonl"))]) == record
+
+
+def test_references_are_left_out_and_nothing_is_packed_more_than_twice(
+    checkout: Checkout, make_record: MakeRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("references", "ladder/20261127T010001Z-7d35813/references"):
+        (checkout.check / folder).mkdir(parents=True)
+        (checkout.check / folder / "a.safetensors").write_bytes(noise(50_000))
+    checkout.put("ladder", "records.jsonl", make_record(environment=environment()))
+    for number in range(20):
+        (checkout.check / f"{number}.html").write_bytes(noise(10_000 + number))
+    state = check_archive.state_of(checkout.check, checkout.tuned)
+    counted: list[int] = []
+    pack = check_archive._packed
+    monkeypatch.setattr(check_archive, "_packed", lambda *given: counted.append(1) or pack(*given))
+    told = checkout.write(limit=100_000)
+    assert "safetensors" not in told[0]
+    assert not any("safetensors" in name for name in read_archive(checkout.archive))
+    assert 80_000 < checkout.archive.stat().st_size <= 100_000
+    assert len(counted) == 1
+    # An estimate that is too low costs a second time, and no more.
+    monkeypatch.setattr(check_archive, "_estimate", lambda content: 0)
+    checkout.write(limit=100_000)
+    assert len(counted) == 3
+    assert checkout.archive.stat().st_size <= 100_000
+    assert state == check_archive.state_of(checkout.check, checkout.tuned)
+    (checkout.check / "references" / "b.safetensors").touch()
+    assert state == check_archive.state_of(checkout.check, checkout.tuned)
+    (checkout.check / "0.html").write_text("more")
+    assert state != check_archive.state_of(checkout.check, checkout.tuned)
 
 
 def test_an_archive_is_replaced_at_once_or_not_at_all(

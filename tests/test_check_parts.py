@@ -60,7 +60,7 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert option(on_gpu["family"], "--preset") == "family"
     assert option(on_gpu["family-all"], "--preset") == "family-all"
     assert all(option(on_cpu[name], "--size") == "39M" for name in ("ladder", "compiled", "family"))
-    assert all(p.takes_seconds for p in on_gpu.values() if p.evidence not in ("tests", "compilation"))
+    assert all(p.takes_seconds for p in on_gpu.values() if not p.evidence.startswith(("tests", "convolutions")))
     assert not any(p.launches for p in on_cpu.values())
     assert {name for p in on_gpu.values() for name in p.launches} >= {
         "smoke",
@@ -80,10 +80,16 @@ def test_every_gpu_test_is_in_one_part_and_the_smoke_comes_first(tmp_path: Path)
     found = check_parts.gpu_test_files(check_parts.ROOT / "tests")
     assert sorted(Path(path).name for path in [*files, smoke]) == sorted(Path(path).name for path in found)
     assert Path(files[0]).name == "test_3_unet.py"
+    (sanitizer,) = [path for path in parts["sanitizer"].command if path.endswith(".py")]
+    marked = [path for path in found if "mark.sanitizer" in Path(path).read_text()]
+    assert [sanitizer] == marked
     chosen = [
-        parts[name].command[parts[name].command.index("pytest") + 2] for name in ("smoke", "tests", "tests-alone")
+        parts[name].command[parts[name].command.index("pytest") + 2]
+        for name in ("smoke", "tests", "tests-alone", "sanitizer")
     ]
-    assert chosen == ["gpu", "gpu and not alone", "gpu and alone"]
+    assert chosen == ["gpu", "gpu and not alone and not sanitizer", "gpu and alone", "gpu and sanitizer"]
+    # compute-sanitizer may be missing: all skipped is no failure there.
+    assert parts["sanitizer"].evidence == "tests or skips"
     assert ("worksteal" in parts["tests"].command) == HAS_XDIST
     assert "worksteal" not in parts["tests-alone"].command
 
@@ -105,19 +111,94 @@ def test_without_pytest_the_tests_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
     assert check_parts.pytest_part("tests", 60, 10, "cuda").reason == "pytest is not installed"
 
 
+def test_profiles_share_their_references(tmp_path: Path) -> None:
+    for device in ("cpu", "cuda"):
+        profiles = [p for p in check_parts.parts(device, tmp_path) if p.evidence == "profile"]
+        assert {option(p, "--references") for p in profiles} == {str(tmp_path / "references")}
+
+
+def test_the_kernels_compiled_peers_are_apart(tmp_path: Path) -> None:
+    parts = {p.name: p for p in check_parts.parts("cuda", tmp_path)}
+    quick, compiled = (option(parts[name], "--peer").split(",") for name in ("kernels", "kernels-compiled"))
+    assert {*quick, *compiled} <= set(PEERS)
+    assert not any("compile" in peer for peer in quick)
+    assert {peer for peer in PEERS if "compile" in peer} <= set(compiled)
+    assert "triton" in quick
+    assert "triton" in compiled
+
+
+def test_the_plan_reaches_the_ladder_within_six_minutes(tmp_path: Path) -> None:
+    """By the limits, with the launches that are there today."""
+    launches = {"smoke": 40, "ladder": 331, "tests": 1586}
+
+    def find(names: Sequence[str]) -> set[Any]:
+        return {(name, number) for name in names for number in range(launches.get(name, 0))}
+
+    chosen = list(check_parts.with_compilations(check_parts.parts("cuda", tmp_path)))
+    rows = {line.split()[0]: line.split() for line in plan_lines(chosen, 525.0, 10.0, find)}
+    assert float(rows["ladder"][-1]) <= 360
+
+
+def test_what_later_parts_launch_is_compiled_beside_the_smoke(tmp_path: Path) -> None:
+    parts = {p.name: p for p in check_parts.parts("cuda", tmp_path)}
+    every = {p.name: p for p in check_parts.with_compilations(list(parts.values()))}
+    assert every["smoke"].beside == ("tests",)
+    # Not where it would serve nobody; and what it leaves is compiled before the tests.
+    (_, smoke) = check_parts.with_compilations([parts["smoke"]])
+    assert smoke.beside == ()
+    assert every["compile-tests"].own_launches == ("tests",)
+    names = [p.name for p in check_parts.with_compilations([parts["tests-alone"], parts["sanitizer"]])]
+    assert names == ["tests-alone", "sanitizer"]
+
+
+def run_of(gpu: str, tuned: str | None) -> str:
+    return json.dumps({"environment": {"gpu": {"name": gpu}, "tuned": tuned}})
+
+
+@pytest.mark.parametrize("name", ["run.json", "kernels.jsonl"])
+def test_a_run_of_another_tuned_table_does_not_go_on(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = tmp_path / "tuned.json"
+    monkeypatch.setattr(
+        "ldmperf.kernels.tuned_table", lambda chip: table if chip.name == "H100" else tmp_path / "no"
+    )
+    run = tmp_path / "ladder" / "20260101T000000Z-abc"
+    run.mkdir(parents=True)
+    path = run / name
+
+    def goes_on(text: str) -> bool:
+        path.write_text(text)
+        return check_parts.begun(tmp_path / "ladder", name) == ("--resume", str(run))
+
+    assert goes_on(run_of("H100", None))
+    table.write_bytes(b"{}")
+    digest = "44136fa355b3678a"  # sha256sum of {}
+    assert not goes_on(run_of("H100", None))
+    assert not goes_on(run_of("H100", "0" * 16))
+    assert goes_on(run_of("H100", digest))
+    assert goes_on(run_of("H200", None))
+    assert not goes_on("")
+    if name == "kernels.jsonl":
+        # The last record tells, and not a torn one.
+        assert goes_on(run_of("H100", digest) + "\n" + run_of("H100", digest)[:-9])
+
+
 def test_a_run_that_was_begun_goes_on(tmp_path: Path) -> None:
     for name in ("20260101T000000Z-abc", "20260102T000000Z-abc"):
         (tmp_path / "family-all" / name).mkdir(parents=True)
-        (tmp_path / "family-all" / name / "run.json").touch()
+        (tmp_path / "family-all" / name / "run.json").write_text('{"environment": {"gpu": null, "tuned": null}}')
     kernels = tmp_path / "kernels" / "20260101T000000Z-abc-kernels"
     kernels.mkdir(parents=True)
-    (kernels / "kernels.jsonl").touch()
+    (kernels / "kernels.jsonl").write_text('{"environment": {"gpu": null, "tuned": null}}')
     parts = {p.name: p for p in check_parts.parts("cuda", tmp_path)}
+    resumed = {name: check_parts.begun(tmp_path / name, p.resumes) for name, p in parts.items() if p.resumes}
     newest = str(tmp_path / "family-all" / "20260102T000000Z-abc")
-    assert parts["family-all"].command[-2:] == ("--resume", newest)
-    assert "--preset" not in parts["family-all"].command
-    assert parts["kernels"].command[-2:] == ("--resume", str(kernels))
-    assert not any("--resume" in parts[name].command for name in ("family", "attention"))
+    assert {name: found for name, found in resumed.items() if found} == {
+        "family-all": ("--resume", newest),
+        "kernels": ("--resume", str(kernels)),
+    }
+    assert set(resumed) == {name for name, p in parts.items() if p.evidence in ("profile", "kernels")}
 
 
 NEEDS = st.lists(
@@ -224,6 +305,8 @@ def test_records_are_counted_by_status_and_a_torn_one_is_not(tmp_path: Path) -> 
     assert check_parts.recorded(part("kernels", "ladder"), tmp_path, "") == Counter()
     log = "linear 64x320: 0.01 ms now, 3 of 40 tried, 0 failed: nothing better\nlinear: cannot run\n"
     assert check_parts.recorded(part("tuning"), tmp_path, log) == Counter(searched=1)
+    log = "NVIDIA H100 2.11.0 cuDNN 91900\n39M conv_in 4 channels: 12.3 us  sm90_xmma, nchwToNhwc\n"
+    assert check_parts.recorded(part("convolutions"), tmp_path, log) == Counter(timed=1)
 
 
 @pytest.mark.parametrize(

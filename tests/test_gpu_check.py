@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import check_run
 import gpu_check
@@ -144,6 +144,66 @@ def test_what_has_no_record_has_failed(tmp_path: Path) -> None:
     assert run("", "tests") == (False, "ended without a record; see part.log")
     assert run(passed + sleeps, "tests", limit=1.5)[0] is True
     assert run(passed + failed + sleeps, "tests", limit=1.5)[0] is False
+
+
+def test_after_a_failed_smoke_only_tests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [part("", "smoke", "tests"), part("", "headline", "profile")]
+    chosen += [part("", "compile-tests", own_launches=("tests",)), part("", "tests", "tests")]
+    chosen += [part("", "compile-family", own_launches=("family",)), part("", "sanitizer", "tests or skips")]
+
+    def begun(is_ok: bool, **options: Any) -> list[str]:
+        monkeypatch.setattr(
+            check_run, "run_part", lambda one, *_: check_run.Outcome(one, "", ok=is_ok or one.name != "smoke")
+        )
+        outcomes = list(check_run.run_parts(chosen, 600.0, tmp_path, **options))
+        assert all(outcome.was_begun or not outcome.ok for outcome in outcomes)
+        return [outcome.part.name for outcome in outcomes if outcome.was_begun]
+
+    every = [one.name for one in chosen]
+    assert begun(True) == every
+    assert begun(False, keep_going=True) == every
+    assert begun(False) == ["smoke", "compile-tests", "tests", "sanitizer"]
+
+
+def test_what_compiles_beside_a_part_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = "import os, subprocess, sys, time\nprint(os.getpid(), sys.argv[1:], flush=True)\ntime.sleep(600)"
+    monkeypatch.setattr(check_run, "LDMPERF", (sys.executable, "-c", says))
+    log = tmp_path / "compile-beside-smoke.log"
+    waits = f"import os, time\nwhile not os.path.getsize({str(log)!r}): time.sleep(0.05)\n"
+    waits += f"print(os.getpriority(os.PRIO_PROCESS, int(open({str(log)!r}).read().split()[0])))"
+    assert check_run.run_part(part(waits, "smoke", beside=("tests",)), 60.0, tmp_path).ok
+    process, told = log.read_text().splitlines()[0].split(maxsplit=1)
+    assert told == "['compile', '--for', 'tests']"
+    assert (tmp_path / "smoke.log").read_text().strip() == "19"
+    assert ends(int(process))
+
+
+def test_a_run_goes_on_as_it_is_when_its_part_begins(tmp_path: Path) -> None:
+    run = tmp_path / "ladder" / "20260101T000000Z-abc"
+    given = part("import sys; print(sys.argv[1:])", "ladder", resumes="run.json")
+    for resumed in ([], ["--resume", str(run)]):
+        check_run.run_part(given, 60.0, tmp_path)
+        assert (tmp_path / "ladder.log").read_text().splitlines()[-1] == str(resumed)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "run.json").write_text('{"environment": {"gpu": null, "tuned": null}}')
+
+
+def test_a_part_that_ignores_all_signals_ends_soon_after_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Deaf:
+        pid = 0
+        waited: ClassVar[list[float]] = []
+
+        def poll(self) -> None: ...
+
+        def wait(self, timeout: float) -> None:
+            self.waited.append(timeout)
+            raise subprocess.TimeoutExpired("deaf", timeout)
+
+    sent: list[int] = []
+    monkeypatch.setattr(check_run.os, "killpg", lambda _, number: sent.append(number))
+    check_run.end(Deaf(), check_run.GRACE)  # type: ignore[arg-type]
+    assert sent == [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL]
+    assert sum(Deaf.waited) <= check_run.GRACE + 4
 
 
 def test_the_deadline_is_passed_on(tmp_path: Path) -> None:
@@ -290,6 +350,40 @@ def test_a_wrong_call_says_what_to_do(
         code = stopped.code
     assert code in (1, 2)
     assert told in capsys.readouterr().err
+
+
+def test_on_a_gpu_records_name_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: iter([outcome("smoke")]))
+    monkeypatch.setattr(gpu_check, "chosen_parts", lambda *_: [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def code(root: Path, commit: str, device: str = "cuda") -> int:
+        monkeypatch.setattr(gpu_check, "ROOT", root)
+        monkeypatch.setenv("LDMPERF_COMMIT", commit)
+        return gpu_check.main(["--device", device, "--out", str(tmp_path / f"{root.name}-{commit}-{device}")])
+
+    assert code(tmp_path, "") == 2
+    told = capsys.readouterr().err
+    assert "set LDMPERF_COMMIT" in told
+    assert len(told.splitlines()) == 1
+    assert code(tmp_path, "main") == 2
+    assert code(tmp_path, "7d35813") == 0
+    assert code(tmp_path, "", "cpu") == 0
+    assert code(ROOT, "") == 0
+
+
+def test_an_archive_is_written_again_only_where_something_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(gpu_check, "run_parts", lambda *_: iter([outcome("smoke"), outcome("ladder")]))
+    monkeypatch.setattr(gpu_check, "write_archive", lambda *_: written.append(1) or [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    gpu_check.main(["--device", "cpu", "--out", str(tmp_path), "--archive", str(tmp_path / "a.txz")])
+    # At the start and after each part, and not at the end.
+    assert len(written) == 3
 
 
 @pytest.mark.parametrize("path", gpu_test_files(ROOT / "tests"), ids=lambda path: Path(path).name)
