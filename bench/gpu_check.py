@@ -116,7 +116,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-going", action="store_true", help="Begin all parts after a failed smoke too, not the tests alone."
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one.")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="cuda unless told; cpu rehearses the parts that a CPU can run."
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="Where the folder of this check goes.")
     parser.add_argument("--resume", type=Path, help="The folder of an earlier check, whose runs go on.")
     options = parser.parse_args(given)
@@ -135,6 +137,8 @@ def chosen_parts(options: argparse.Namespace, device: str, folder: Path) -> list
     names = options.only.split(",") if options.only else NAMES[first:]
     known = {part.name: part for part in parts(device, folder)}
     chosen = [known[name] for name in names if name in known]
+    if options.only and (left_out := [name for name in names if name not in known]):
+        tell(f"not on a CPU: {', '.join(left_out)}")
     return chosen if device == "cpu" else list(with_compilations(chosen))
 
 
@@ -177,7 +181,10 @@ def check(options: argparse.Namespace, began: float) -> int:
     if device is None:
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            tell(f"gpu_check.py: no GPU is here (torch {torch.__version__}); rehearse the check with --device cpu")
+            return 2
+        device = "cuda"
     if device == "cuda" and (wrong := wrong_commit()):
         tell(f"gpu_check.py: {wrong}")
         return 2

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import check_run
 import gpu_check
 import pytest
+import torch
 from check_archive import import_archive
 from check_parts import NAMES, Part, gpu_test_files, parts
 from hypothesis import given
@@ -401,3 +402,13 @@ def test_the_summary_counts_records(capsys: pytest.CaptureFixture[str], tmp_path
     told = capsys.readouterr().out
     assert "3 ok, 1 oom" in told
     assert "time did not reach: family" in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so_before_anything_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--out", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "no GPU is here" in told
+    assert "--device cpu" in told
+    assert not (tmp_path / "runs").exists()
