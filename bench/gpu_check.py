@@ -116,9 +116,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-going", action="store_true", help="Begin all parts after a failed smoke too, not the tests alone."
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="cuda unless told; cpu rehearses the parts that a CPU can run."
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda unless told; cpu rehearses what it can.")
     parser.add_argument("--out", type=Path, default=ROOT / "runs", help="Where the folder of this check goes.")
     parser.add_argument("--resume", type=Path, help="The folder of an earlier check, whose runs go on.")
     options = parser.parse_args(given)
