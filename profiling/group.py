@@ -7,7 +7,6 @@ that has its samples leaves the rotation and is recorded at once.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,8 +74,7 @@ def measuring_settings() -> Iterator[None]:
 
 def forget_compiled() -> None:
     """Drops what torch.compile made for an earlier group: it holds memory, and there is a limit on how much."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    torch.compiler.reset()
 
 
 class Networks:

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import KernelUnsupported
-from ldmperf.profiling import Case, Record, group, load_records, profile, runner
+from ldmperf.profiling import Case, Record, group, load_records, profile, runner, short_traces
 from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
 from ldmperf.profiling.cases import DTYPES
 from ldmperf.profiling.check import TOLERANCES, References, code_identity, relative_rms
 from ldmperf.profiling.environment import collect_environment
-from ldmperf.profiling.group import make_problem
+from ldmperf.profiling.group import Networks, make_problem
 from ldmperf.profiling.lane import Lane, failure
 from ldmperf.profiling.network import make_network
 from ldmperf.profiling.peers import DiffusersBackend
-from ldmperf.profiling.records import RecordStore, Trace
+from ldmperf.profiling.records import Phases, RecordStore, Trace
 from ldmperf.profiling.runner import groups
-from ldmperf.profiling.short_traces import Tracer, wants_trace
+from ldmperf.profiling.short_traces import Tracer, timing_deadline, wants_trace
 from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed
 from ldmperf.samplers import SAMPLERS
 
@@ -824,12 +824,86 @@ def test_a_trace_that_fails_leaves_the_record_and_resuming_makes_it(
     assert completed.model_copy(update={"trace": None}) == record
 
 
+def test_the_end_of_the_time_is_for_traces_the_most_important_first(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_traces, "is_traceable", lambda case: True)
+    names = ("torch", "graph+separate", "diffusers", "graph")
+    cases = [tiny_case(tiny_checkpoint, steps=s, backend=name) for s in (1, 2, 3) for name in names]
+    backends: dict[str, Backend] = dict.fromkeys(names, OurBackend("torch")) | {"diffusers": DiffusersBackend()}
+    log: list[str] = []
+
+    def run(seconds: float, count: int) -> list[Record]:
+        """The records; who was traced, in order, is in the log."""
+        clock = Clock()
+        records = profile(
+            cases,
+            rule=RepetitionRule(count, 0.0),
+            store=RecordStore(tmp_path / f"{seconds}.jsonl"),
+            backends=backends,
+            listener=clock,
+            deadline=Deadline(seconds, clock),
+            tracer=traced_as(Trace(launches=1, busy_ms=1.0), []),
+        )
+        log[:] = [name for name, phase in clock.heard if phase == "trace"]
+        return records
+
+    # A group takes eight seconds: two are done when the 16 of 20 are over that timing has.
+    records = run(20.0, 1)
+    assert {record.case.steps for record in records} == {1, 2}
+    assert log == ["graph", "graph", "diffusers", "diffusers"]
+    assert {(r.case.steps, r.case.backend) for r in records if r.trace is not None} == {
+        (1, "graph"), (2, "graph"), (1, "diffusers"), (2, "diffusers")
+    }  # fmt: skip
+    # A group that is cut short has a trace all the same: four seconds of closing checks, and one are left.
+    records = run(25.0, 9)
+    assert {(r.case.steps, r.harness.stopped_by) for r in records} == {(1, "seconds")}
+    assert log == ["graph"]
+
+
+def test_a_compiled_peer_is_traced_last_and_only_where_it_can_be_built_again(
+    tiny_checkpoint: Path, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_traces, "is_traceable", lambda case: True)
+    built = {"diffusers-compile-max": 120.0, "diffusers-compile": 30.0, "torch": 900.0, "graph": 900.0}
+    records = []
+    for steps in (1, 2):
+        for name, seconds in built.items():
+            case = tiny_case(tiny_checkpoint, steps=steps, backend=name)
+            phases = Phases(build_ms=400.0, first_call_ms=1e3 * seconds)
+            records.append(make_record(case, phases=phases))
+    backends: dict[str, Backend] = dict.fromkeys(built, OurBackend("torch"))
+    clock = Clock()
+
+    def tracer(call: Callable[[], object], device: torch.device, evaluations: int) -> Trace:
+        clock.now += 1.0
+        return Trace(launches=1, busy_ms=1.0)
+
+    def traced_within(seconds: float | None) -> list[tuple[str, int]]:
+        clock.now = 0.0
+        deadline = Deadline(seconds, clock)
+        found = short_traces.short_traces(records, Networks(), backends, deadline, tracer)
+        return [(record.case.backend, record.case.steps) for record in found]
+
+    eager = [("graph", 1), ("graph", 2), ("torch", 1), ("torch", 2)]
+    # Four seconds later there are 30.3 left, and it takes 30.4.
+    assert traced_within(34.3) == eager
+    assert traced_within(34.5) == [*eager, ("diffusers-compile", 1)]
+    compiled = [("diffusers-compile-max", 1), ("diffusers-compile", 1)]
+    assert traced_within(124.5) == [*eager, *compiled, ("diffusers-compile", 2)]
+    assert traced_within(None) == [*eager, *compiled, ("diffusers-compile-max", 2), ("diffusers-compile", 2)]
+
+
 def test_only_what_has_a_time_on_a_gpu_is_traced(make_record: Callable[..., Record]) -> None:
     on_gpu, on_cpu = Case(unet="39M", device="cuda"), Case(unet="39M", device="cpu")
     assert wants_trace(make_record(on_gpu))
     assert not wants_trace(make_record(on_gpu, trace=Trace(launches=1, busy_ms=1.0)))
     assert not wants_trace(make_record(on_gpu, status="oom"))
     assert not wants_trace(make_record(on_cpu))
+    deadline = Deadline(10.0, Clock())
+    assert timing_deadline([on_cpu, on_gpu], deadline).left == 8.0
+    # Nothing of the time is kept for what cannot be traced.
+    assert timing_deadline([on_cpu], deadline) is deadline
 
 
 def test_process_wide_settings_are_put_back(tiny_checkpoint: Path) -> None:
