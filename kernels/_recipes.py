@@ -27,7 +27,7 @@ _HOST = torch.device("cpu")
 def layout(value: Any) -> Hashable:
     """What a plan may see of an argument: shape, strides, dtype and device of a tensor, anything else as it is.
 
-    Python's equality makes 1, 1.0 and True one key, and 0.0 and -0.0: harmless, as schemas fix each argument's type.
+    Python takes 1, 1.0 and True for one key, and 0.0 and -0.0: harmless, as schemas fix each argument's type.
     """
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
