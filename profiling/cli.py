@@ -97,7 +97,10 @@ def profile(
     min_seconds: Annotated[float | None, typer.Option(help="Timed seconds of each case, at least.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Begin nothing after so long (on a GPU the last fifth is for traces); --resume takes up the rest."),
+        typer.Option(
+            min=0.0,
+            help="Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest.",
+        ),
     ] = None,
     references: Annotated[
         Path | None,

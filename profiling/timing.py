@@ -78,7 +78,7 @@ class Deadline:
         return self.left == 0.0
 
     def after(self, share: float) -> Deadline:
-        """The deadline that passes once this share (0 to 1) of the seconds is over, counted from the same start."""
+        """The deadline that passes when this share (0 to 1) of the seconds, from the same start, is over."""
         earlier = Deadline(self._seconds, self._clock)
         earlier._start = self._start
         if self._seconds is not None:
