@@ -25,7 +25,7 @@ from ldmperf.kernels import KernelUnsupported
 from ldmperf.profiling import Case, Record, group, load_records, profile, runner, short_traces
 from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
 from ldmperf.profiling.cases import DTYPES
-from ldmperf.profiling.check import TOLERANCES, References, code_identity, relative_rms
+from ldmperf.profiling.check import TOLERANCES, Reference, References, code_identity, relative_rms, tolerances
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.group import Networks, make_problem
 from ldmperf.profiling.lane import Lane, failure
@@ -311,6 +311,86 @@ def test_low_precision_is_checked_against_float32(tiny_checkpoint: Path, dtype: 
         assert correctness.reference == reference
         assert correctness.tolerance == TOLERANCES[case.dtype]
         assert (correctness.error_before or 0) > 1e-5
+
+
+@dataclass
+class Rounding:
+    """A backend whose half dtypes are off by a fraction, and whose float32 is by another."""
+
+    backend: Backend
+    half: float
+    single: float = 0.0
+
+    @property
+    def implementation(self) -> str:
+        return self.backend.implementation
+
+    def build(self, problem: Problem) -> Trajectory:
+        right = self.backend.build(problem)
+        off = self.single if problem.unet.dtype == torch.float32 else self.half
+        return lambda inputs: right(inputs).double() * (1.0 + off)
+
+
+# By backend the error of its half dtype, the tolerance that this gives and whether it passes.
+ROUNDED: list[tuple[str, dict[str, float], dict[str, float], set[str]]] = [
+    # Each explains the other: ours by 1.5 times, the peer, which keeps its latents in half, by four times.
+    ("both round", {"graph": 0.16, "diffusers": 0.12}, {"graph": 0.18, "diffusers": 0.5}, {"graph", "diffusers"}),
+    ("peer rounds", {"torch": 0.06, "diffusers": 0.2}, {"torch": 0.3, "diffusers": 0.24}, {"torch", "diffusers"}),
+    ("within", {"graph": 0.02, "diffusers": 0.02}, {"graph": 0.1, "diffusers": 0.1}, {"graph", "diffusers"}),
+    ("ours is off", {"graph": 0.12, "diffusers": 0.05}, {"graph": 0.1, "diffusers": 0.1}, {"diffusers"}),
+    # What fails is no yardstick either.
+    ("ours is far off", {"graph": 0.2, "diffusers": 0.12}, {"graph": 0.1, "diffusers": 0.1}, set()),
+    ("alone", {"diffusers": 0.12}, {"diffusers": 0.1}, set()),
+    ("our plain one judges", {"graph": 0.14, "torch": 0.03, "diffusers": 0.13},
+     {"graph": 0.1, "torch": 0.1, "diffusers": 0.12}, {"torch"}),
+    ("beyond the cap", {"graph": 0.45, "diffusers": 0.55}, {"graph": 0.1, "diffusers": 0.1}, set()),
+    ("capped", {"graph": 0.45, "torch": 0.3, "diffusers": 0.4},
+     {"graph": 0.5, "torch": 0.5, "diffusers": 0.5}, {"graph", "torch", "diffusers"}),
+    ("not a number", {"graph": 0.12, "diffusers": math.nan}, {"graph": 0.1, "diffusers": 0.1}, set()),
+    ("compiled is no yardstick", {"graph": 0.14, "diffusers": 0.06, "diffusers-compile": 0.12},
+     {"graph": 0.1, "diffusers": 0.1, "diffusers-compile": 0.1}, {"diffusers"}),
+    ("but where there is no other", {"graph": 0.14, "diffusers-compile": 0.12},
+     {"graph": 0.18, "diffusers-compile": 0.5}, {"graph", "diffusers-compile"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("told", ROUNDED, ids=lambda told: told[0])
+def test_in_a_half_dtype_the_rounding_of_the_other_implementation_is_a_yardstick(
+    told: tuple[str, dict[str, float], dict[str, float], set[str]],
+) -> None:
+    _, errors, expected, passing = told
+    implementations = {name: "diffusers" if "diffusers" in name else "torch" for name in errors}
+    latents = {"torch": torch.ones(64).double(), "diffusers": torch.full((64,), 1.0 + 5e-5).double()}
+    references = {
+        name: Reference("float32", latents["torch" if of == "diffusers" else "diffusers"], None)
+        for name, of in implementations.items()
+    }
+    found = tolerances("bfloat16", implementations, errors, references)
+    assert found == pytest.approx(expected)
+    assert {name for name, error in errors.items() if error <= found[name]} == passing
+    # In float32 there is no excuse, nor where the two are not the same function in float32.
+    assert set(tolerances("float32", implementations, errors, references).values()) == {1e-4}
+    latents["diffusers"] *= 1.0 + 2e-4
+    assert set(tolerances("bfloat16", implementations, errors, references).values()) == {0.1}
+
+
+def test_a_time_of_a_network_that_rounds_much_is_kept_with_the_tolerance_that_held(tiny_checkpoint: Path) -> None:
+    case = tiny_case(tiny_checkpoint, dtype="bfloat16")
+    ours, theirs = OurBackend("torch"), DiffusersBackend()
+    records = measure(case, {"torch": Rounding(ours, 0.13), "diffusers": Rounding(theirs, 0.12)})
+    for name, factor, other in (("torch", 1.5, "diffusers"), ("diffusers", 4.0, "torch")):
+        found, yardstick = records[name].correctness, records[other].correctness
+        assert records[name].status == "ok", records[name].message
+        assert found is not None
+        assert yardstick is not None
+        assert (found.error_before or 0) > 0.1
+        assert (found.error_after or 0) > 0.1
+        assert found.tolerance == pytest.approx(min(factor * (yardstick.error_before or 0), 0.5))
+    # What differs in float32 too is no rounding: neither excuses the other.
+    wrong = {"torch": Rounding(ours, 0.13, 0.13), "diffusers": Rounding(theirs, 0.0)}
+    records = measure(case, wrong)
+    assert {name: record.status for name, record in records.items()} == dict.fromkeys(wrong, "incorrect")
+    assert "at most 0.1 passes" in (records["torch"].message or "")
 
 
 def test_a_reference_that_fails_leaves_no_time(tiny_checkpoint: Path) -> None:
