@@ -25,7 +25,10 @@ _HOST = torch.device("cpu")
 
 
 def layout(value: Any) -> Hashable:
-    """What a plan may see of an argument: shape, strides, dtype and device of a tensor, anything else as it is."""
+    """What a plan may see of an argument: shape, strides, dtype and device of a tensor, anything else as it is.
+
+    Python takes 1, 1.0 and True for one key, and 0.0 and -0.0: harmless, as schemas fix each argument's type.
+    """
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
     return tuple(value) if isinstance(value, list) else value

@@ -145,6 +145,8 @@ class Preset:
 
 
 _FAMILY = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
+# Stable Diffusion's own size, then the ends of the cost curve, then its middle: a run may be cut short anywhere.
+_FAMILY_TELLING_FIRST = tuple(dict.fromkeys(("866M", "39M", "5B", "318M", "2B", *_FAMILY)))
 _CPU = Sweep(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
 _GPU = Sweep(unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers"))
 PRESETS: dict[str, Preset] = {
@@ -157,7 +159,7 @@ PRESETS: dict[str, Preset] = {
     # The family by size, then by steps, sampler and batch: first what tells most, then all there is.
     "family": Preset(
         (
-            replace(_GPU, steps=(20,)),
+            replace(_GPU, unets=_FAMILY_TELLING_FIRST, steps=(20,)),
             replace(_GPU, unets=("39M", "866M"), steps=(4, 50)),
             replace(_GPU, unets=("39M", "866M"), steps=(20,), samplers=("ddpm", "dpmpp_2m")),
             replace(_GPU, unets=("39M", "866M"), steps=(4,), batches=(4, 16)),
@@ -165,7 +167,15 @@ PRESETS: dict[str, Preset] = {
         RepetitionRule(3, 0.5),
     ),
     "family-all": Preset(
-        (replace(_GPU, steps=(4, 20, 50), batches=(1, 4, 16), samplers=("ddim", "ddpm", "dpmpp_2m")),),
+        (
+            replace(
+                _GPU,
+                unets=_FAMILY_TELLING_FIRST,
+                steps=(4, 20, 50),
+                batches=(1, 4, 16),
+                samplers=("ddim", "ddpm", "dpmpp_2m"),
+            ),
+        ),
         RepetitionRule(3, 0.5),
     ),
     # Every backend at four sizes across the family, for what each rung is worth.

@@ -97,7 +97,10 @@ def profile(
     min_seconds: Annotated[float | None, typer.Option(help="Timed seconds of each case, at least.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Begin no case and no trajectory after so long; --resume takes up the rest."),
+        typer.Option(
+            min=0.0,
+            help="Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest.",
+        ),
     ] = None,
     references: Annotated[
         Path | None,
@@ -265,6 +268,7 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
     """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
     from .progress import ProgressLines
     from .runner import profile as measure
+    from .short_traces import timing_deadline
 
     errors = Console(stderr=True)
     go_on = f"go on with: ldmperf profile --resume {folder}"
@@ -273,8 +277,9 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
         # What was cut short is measured again.
         recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
         left = [case for case in cases if case.key not in recorded]
+        until = timing_deadline(cases, deadline)
         errors.print(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded", soft_wrap=True)
-        with _terminated_as_interrupted(), ProgressLines(errors, left, rule, deadline) as lines:
+        with _terminated_as_interrupted(), ProgressLines(errors, left, rule, until) as lines:
             made = measure(
                 cases,
                 rule=rule,

@@ -7,7 +7,6 @@ that has its samples leaves the rotation and is recorded at once.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,14 @@ from ldmperf.samplers import NoiseSchedule, make_plan
 
 from .backends import Backend, Configured, Problem, Unsupported
 from .cases import Case
-from .check import Reference, References, check_inputs, make_inputs
+from .check import (
+    Reference,
+    References,
+    check_inputs,
+    make_inputs,
+    relative_rms,
+    tolerances,
+)
 from .environment import DeviceState, Environment, device_state, pinned_ptxas
 from .flops import count_gflop, count_parameters
 from .lane import Lane, release_memory
@@ -75,8 +81,7 @@ def measuring_settings() -> Iterator[None]:
 
 def forget_compiled() -> None:
     """Drops what torch.compile made for an earlier group: it holds memory, and there is a limit on how much."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+    torch.compiler.reset()
 
 
 class Networks:
@@ -226,9 +231,19 @@ class Group:
             if reference is not None:
                 self.references[lane.case.backend] = reference
         self.kept_references.release()
+        self._set_tolerances()
         for lane in self.active:
             assert lane.latents is not None
             lane.check(lane.latents, self.references[lane.case.backend], "before")
+
+    def _set_tolerances(self) -> None:
+        implementations = {name: lane.backend.implementation for name, lane in self.lanes.items()}
+        errors = {}
+        for lane in self.active:
+            assert lane.latents is not None
+            errors[lane.case.backend] = relative_rms(lane.latents, self.references[lane.case.backend].latents)
+        for name, tolerance in tolerances(self.case.dtype, implementations, errors, self.references).items():
+            self.lanes[name].tolerance = tolerance
 
     def _reference(self, lane: Lane, problem: Problem) -> Reference:
         """By another implementation: in float32 its own first call serves, else it is computed, once a profile."""

@@ -58,6 +58,7 @@ class Correctness(RecordModel):
     """How far a result is from the reference's: relative RMS error, before and after timing.
 
     An error is null when it was not reached or is not finite. `reference` names what was compared with.
+    `tolerance`: the one applied, which in a half dtype the rounding of the other implementation may have raised.
     """
 
     error_before: float | None = None

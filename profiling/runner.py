@@ -13,7 +13,7 @@ from .check import References, code_identity
 from .environment import collect_environment
 from .group import Group, Networks, measuring_settings
 from .records import Record, RecordStore
-from .short_traces import Tracer, short_traces, wants_trace
+from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .timing import Deadline, RepetitionRule
 from .trace import traced
 
@@ -62,7 +62,8 @@ def profile(
     cases whose key is in `skip` are left out. An interrupt (KeyboardInterrupt) passes through: what is in the
     store stays. `rule` defaults to three repetitions. Once `deadline` has passed, no group, backend or sample is
     begun: what has a sample by then is checked and recorded, what has none is left out. On a GPU the cases (of the
-    store too) that have a time and no trace are traced at the end, and their records written again with it.
+    store too) that have a time and no trace are traced at the end, and their records written again with it; of a
+    deadline's time the last fifth is for that (`timing_deadline`).
     `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
     profiler.
     """
@@ -82,8 +83,9 @@ def profile(
         listener.recorded(record)
 
     wanted = list(cases)
+    until = timing_deadline(wanted, deadline)
     for cases_in_flight in groups(case for case in wanted if case.key not in skip):
-        if deadline.passed:
+        if until.passed:
             break
         device = cases_in_flight[0].device
         listener.begin(cases_in_flight)
@@ -99,7 +101,7 @@ def profile(
                 kept[device],
                 ran=listener.ran,
                 recorded=recorded,
-                deadline=deadline,
+                deadline=until,
             ).measure(networks)
         listener.end()
     place = {case.key: number for number, case in enumerate(wanted)}

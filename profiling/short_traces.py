@@ -1,17 +1,19 @@
 """Traces of cases that have their times: of a short trajectory each, after all timing of the process.
 
 Once torch's profiler has run, CUPTI stays attached to the process and slows its launches by 10 to 20 percent
-(pytorch/pytorch#144455), which a time would take for the host's share. So nothing is timed after a trace.
+(pytorch/pytorch#144455), which a time would take for the host's share. So nothing is timed after a trace, and a
+profile with a deadline keeps a share of its time for them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from .backends import Backend
+from .cases import Case
 from .check import make_inputs
 from .group import Networks, forget_compiled, make_problem, measuring_settings
 from .lane import failure, release_memory
@@ -21,14 +23,39 @@ from .trace import traced
 
 # Enough for a multistep solver to reach its full order in most of them; the profiler's own work grows with each.
 TRACE_STEPS = 8
+# Of the seconds of a profile that traces: the rest is for traces.
+TIMING_SHARE = 0.8
+# Traced before all others, in this order: ours, the peer, and what merging is worth.
+FIRST_BACKENDS = ("graph", "diffusers", "graph+separate")
 
 # traced: the trace of a call on a device that evaluates a network so many times.
 Tracer = Callable[[Callable[[], object], torch.device, int], Trace | None]
 
 
+def is_traceable(case: Case) -> bool:
+    """Whether torch's profiler sees the launches of the case's device."""
+    return case.device != "cpu"
+
+
 def wants_trace(record: Record) -> bool:
     """Whether there is a time whose device can be traced, and no trace yet."""
-    return record.status == "ok" and record.trace is None and record.case.device != "cpu"
+    return record.status == "ok" and record.trace is None and is_traceable(record.case)
+
+
+def timing_deadline(cases: Iterable[Case], deadline: Deadline) -> Deadline:
+    """Until when cases are timed: a share of the time where one of them can be traced, else all of it."""
+    return deadline.after(TIMING_SHARE) if any(map(is_traceable, cases)) else deadline
+
+
+def is_compiled(case: Case) -> bool:
+    """Whether the backend's first call compiles for minutes, and does so again when it is built again."""
+    return "compile" in case.backend
+
+
+def trace_order(case: Case) -> tuple[bool, int]:
+    """Sorts cases by importance; compiled peers come last, as they are compiled anew for their trace."""
+    place = FIRST_BACKENDS.index(case.backend) if case.backend in FIRST_BACKENDS else len(FIRST_BACKENDS)
+    return is_compiled(case), place
 
 
 def short_traces(
@@ -38,14 +65,17 @@ def short_traces(
     deadline: Deadline,
     tracer: Tracer = traced,
 ) -> Iterator[Record]:
-    """The records, completed by a trace, as they come; one whose trace fails gives a warning and is left out.
+    """The records, completed by a trace, by `trace_order`; one whose trace fails gives a warning and is left out.
 
-    Neighbours of one network should be neighbours in `records`, as the last network is kept.
+    No trace is begun once `deadline` has passed. A compiled peer is passed over where less time is left than its
+    first build and call took.
     """
     group = ""
-    for record in records:
+    for record in sorted(records, key=lambda record: trace_order(record.case)):
         if deadline.passed:
             return
+        if is_compiled(record.case) and 1e3 * deadline.left < _preparation_ms(record):
+            continue
         if record.case.group_key != group:
             forget_compiled()
             group = record.case.group_key
@@ -61,6 +91,10 @@ def short_traces(
         release_memory()
         if trace is not None:
             yield record.model_copy(update={"trace": trace})
+
+
+def _preparation_ms(record: Record) -> float:
+    return (record.phases.build_ms or 0.0) + (record.phases.first_call_ms or 0.0)
 
 
 def _short_trace(

@@ -65,16 +65,25 @@ class Deadline:
 
     def __init__(self, seconds: float | None, clock: Clock = time.monotonic) -> None:
         self._clock = clock
-        self._end = None if seconds is None else clock() + seconds
+        self._start = clock()
+        self._seconds = seconds
 
     @property
     def left(self) -> float:
         """Seconds that are left; zero when it has passed."""
-        return math.inf if self._end is None else max(self._end - self._clock(), 0.0)
+        return math.inf if self._seconds is None else max(self._start + self._seconds - self._clock(), 0.0)
 
     @property
     def passed(self) -> bool:
         return self.left == 0.0
+
+    def after(self, share: float) -> Deadline:
+        """The deadline that passes when this share (0 to 1) of the seconds, from the same start, is over."""
+        earlier = Deadline(self._seconds, self._clock)
+        earlier._start = self._start
+        if self._seconds is not None:
+            earlier._seconds = share * self._seconds
+        return earlier
 
 
 @dataclass(frozen=True)

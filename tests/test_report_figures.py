@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.records import Samples
-from ldmperf.profiling.report import figures, text
+from ldmperf.profiling.records import Harness, Samples, Trace
+from ldmperf.profiling.report import figures, ladder, text
 
 MakeRecord = Callable[..., Record]
 
@@ -173,6 +173,90 @@ def test_of_a_case_measured_twice_the_later_is_shown_and_the_earlier_counted(mak
     shown = figures.overview([make_record(case(), status="oom"), timed(make_record, case(), 20.0)])
     assert [row.record.status for row in shown.rows] == ["ok"]
     assert shown.superseded == 1
+
+
+# Status, how many backends were timed in turn, whether it was cut short, and whether it was traced.
+MADE = st.tuples(
+    st.sampled_from(["ok", "ok", "ok", "oom", "incorrect"]), st.integers(1, 3), st.booleans(), st.booleans()
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(MADE, min_size=1, max_size=6))
+def test_no_other_record_of_the_case_is_better_than_the_one_shown(
+    make_record: MakeRecord, made: list[tuple[str, int, bool, bool]]
+) -> None:
+    records = []
+    for number, (status, beside, is_cut, is_traced) in enumerate(made):
+        harness = Harness(
+            min_count=3,
+            min_seconds=0.0,
+            warmup_count=1,
+            interleaved=("diffusers", "graph", "torch")[:beside],
+            stopped_by="seconds" if is_cut else None,
+        )
+        trace = Trace(launches=1, busy_ms=1.0) if is_traced and status == "ok" else None
+        records.append(make_record(case(), status=status, trace=trace, harness=harness, parameters=number))
+    shown = figures.overview(records)
+    (best,) = (row.record for row in shown.rows)
+    assert shown.superseded == len(records) - 1
+    later = records[records.index(best) + 1 :]
+    # A result that was wrong is not passed over for a time from before it.
+    assert not any(record.status == "incorrect" for record in later)
+    seen_since = records
+    for place, record in enumerate(records):
+        if record.status == "incorrect":
+            seen_since = records[place:]
+    if best.wall_ms is None:
+        assert all(record.wall_ms is None for record in seen_since)
+        return
+    rivals = [record for record in seen_since if record.wall_ms is not None]
+    if best.harness.stopped_by is not None:
+        assert all(record.harness.stopped_by is not None for record in rivals)
+    rivals = [record for record in rivals if record.harness.stopped_by == best.harness.stopped_by]
+    assert len(best.harness.interleaved) == max(len(record.harness.interleaved) for record in rivals)
+    rivals = [r for r in rivals if r.harness.interleaved == best.harness.interleaved]
+    if best.trace is None:
+        assert all(record.trace is None for record in rivals)
+    assert best == [record for record in rivals if (record.trace is None) == (best.trace is None)][-1]
+
+
+def test_a_later_part_of_two_backends_does_not_replace_the_ladder(make_record: MakeRecord) -> None:
+    def record(backend: str, *beside: str, cut: bool = False, ms: float = 100.0) -> Record:
+        harness = Harness(
+            min_count=3,
+            min_seconds=0.0,
+            warmup_count=1,
+            interleaved=beside,
+            stopped_by="seconds" if cut else None,
+        )
+        return timed(make_record, case(backend=backend), ms, harness=harness)
+
+    rungs = ("diffusers", "torch", "graph")
+    whole = [record(name, *rungs, ms=ms) for name, ms in zip(rungs, (90.0, 60.0, 30.0), strict=True)]
+    family = [record(name, "graph", "diffusers", ms=50.0) for name in ("graph", "diffusers")]
+    cut = [record(name, *rungs, "triton", cut=True, ms=70.0) for name in rungs]
+    for order in ([*whole, *family, *cut], [*cut, *family, *whole], [*family, *cut, *whole]):
+        rows = rows_by(figures.overview(order))
+        assert {name: row.record.ms_per_step for (_, name), row in rows.items()} == {
+            "diffusers": 22.5, "torch": 15.0, "graph": 7.5
+        }  # fmt: skip
+        assert rows["39M", "graph"].times_faster == 3.0
+
+
+def test_sizes_are_shown_by_size_whatever_was_measured_first_and_on_what(make_record: MakeRecord) -> None:
+    backends = ("graph", "torch", "diffusers")
+    measured = [(size, name) for size in ("866M", "39M", "5B", "318M", "2B", "83M") for name in backends]
+    # The first column of the tables lacks the smallest size, as where a group was cut short.
+    measured.remove(("39M", "torch"))
+    extra = make_record(case("39M", backend="triton"))
+    shown = figures.overview([make_record(case(size, backend=name)) for size, name in measured] + [extra])
+    by_size = ["39M", "83M", "318M", "866M", "2B", "5B"]
+    for backend in backends:
+        names = [row.name for row in shown.rows if row.record.case.backend == backend]
+        assert names == [size for size in by_size if (size, backend) in measured]
+    assert [found.name for found in ladder.ladders(shown)] == by_size
+    assert [row[0] for row in ladder.costs_grid(shown).rows] == by_size
 
 
 def test_who_was_done_first_does_not_change_the_order_of_rows(make_record: MakeRecord) -> None:

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import KernelUnsupported
-from ldmperf.profiling import Case, Record, group, load_records, profile, runner
+from ldmperf.profiling import Case, Record, group, load_records, profile, runner, short_traces
 from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
 from ldmperf.profiling.cases import DTYPES
-from ldmperf.profiling.check import TOLERANCES, References, code_identity, relative_rms
+from ldmperf.profiling.check import TOLERANCES, Reference, References, code_identity, relative_rms, tolerances
 from ldmperf.profiling.environment import collect_environment
-from ldmperf.profiling.group import make_problem
+from ldmperf.profiling.group import Networks, make_problem
 from ldmperf.profiling.lane import Lane, failure
 from ldmperf.profiling.network import make_network
 from ldmperf.profiling.peers import DiffusersBackend
-from ldmperf.profiling.records import RecordStore, Trace
+from ldmperf.profiling.records import Phases, RecordStore, Trace
 from ldmperf.profiling.runner import groups
-from ldmperf.profiling.short_traces import Tracer, wants_trace
+from ldmperf.profiling.short_traces import Tracer, timing_deadline, wants_trace
 from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed
 from ldmperf.samplers import SAMPLERS
 
@@ -311,6 +311,86 @@ def test_low_precision_is_checked_against_float32(tiny_checkpoint: Path, dtype: 
         assert correctness.reference == reference
         assert correctness.tolerance == TOLERANCES[case.dtype]
         assert (correctness.error_before or 0) > 1e-5
+
+
+@dataclass
+class Rounding:
+    """A backend whose half dtypes are off by a fraction, and whose float32 is by another."""
+
+    backend: Backend
+    half: float
+    single: float = 0.0
+
+    @property
+    def implementation(self) -> str:
+        return self.backend.implementation
+
+    def build(self, problem: Problem) -> Trajectory:
+        right = self.backend.build(problem)
+        off = self.single if problem.unet.dtype == torch.float32 else self.half
+        return lambda inputs: right(inputs).double() * (1.0 + off)
+
+
+# By backend the error of its half dtype, the tolerance that this gives and whether it passes.
+ROUNDED: list[tuple[str, dict[str, float], dict[str, float], set[str]]] = [
+    # Each explains the other: ours by 1.5 times, the peer, which keeps its latents in half, by four times.
+    ("both round", {"graph": 0.16, "diffusers": 0.12}, {"graph": 0.18, "diffusers": 0.5}, {"graph", "diffusers"}),
+    ("peer rounds", {"torch": 0.06, "diffusers": 0.2}, {"torch": 0.3, "diffusers": 0.24}, {"torch", "diffusers"}),
+    ("within", {"graph": 0.02, "diffusers": 0.02}, {"graph": 0.1, "diffusers": 0.1}, {"graph", "diffusers"}),
+    ("ours is off", {"graph": 0.12, "diffusers": 0.05}, {"graph": 0.1, "diffusers": 0.1}, {"diffusers"}),
+    # What fails is no yardstick either.
+    ("ours is far off", {"graph": 0.2, "diffusers": 0.12}, {"graph": 0.1, "diffusers": 0.1}, set()),
+    ("alone", {"diffusers": 0.12}, {"diffusers": 0.1}, set()),
+    ("our plain one judges", {"graph": 0.14, "torch": 0.03, "diffusers": 0.13},
+     {"graph": 0.1, "torch": 0.1, "diffusers": 0.12}, {"torch"}),
+    ("beyond the cap", {"graph": 0.45, "diffusers": 0.55}, {"graph": 0.1, "diffusers": 0.1}, set()),
+    ("capped", {"graph": 0.45, "torch": 0.3, "diffusers": 0.4},
+     {"graph": 0.5, "torch": 0.5, "diffusers": 0.5}, {"graph", "torch", "diffusers"}),
+    ("not a number", {"graph": 0.12, "diffusers": math.nan}, {"graph": 0.1, "diffusers": 0.1}, set()),
+    ("the plain one before one that is compiled", {"graph": 0.14, "diffusers": 0.12, "diffusers-compile": 0.06},
+     {"graph": 0.18, "diffusers": 0.5, "diffusers-compile": 0.5}, {"graph", "diffusers", "diffusers-compile"}),
+    ("which judges where there is no other", {"graph": 0.14, "diffusers-compile": 0.12},
+     {"graph": 0.18, "diffusers-compile": 0.5}, {"graph", "diffusers-compile"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("told", ROUNDED, ids=lambda told: told[0])
+def test_in_a_half_dtype_the_rounding_of_the_other_implementation_is_a_yardstick(
+    told: tuple[str, dict[str, float], dict[str, float], set[str]],
+) -> None:
+    _, errors, expected, passing = told
+    implementations = {name: "diffusers" if "diffusers" in name else "torch" for name in errors}
+    latents = {"torch": torch.ones(64).double(), "diffusers": torch.full((64,), 1.0 + 5e-5).double()}
+    references = {
+        name: Reference("float32", latents["torch" if of == "diffusers" else "diffusers"], None)
+        for name, of in implementations.items()
+    }
+    found = tolerances("bfloat16", implementations, errors, references)
+    assert found == pytest.approx(expected)
+    assert {name for name, error in errors.items() if error <= found[name]} == passing
+    # In float32 there is no excuse, nor where the two are not the same function in float32.
+    assert set(tolerances("float32", implementations, errors, references).values()) == {1e-4}
+    latents["diffusers"] *= 1.0 + 2e-4
+    assert set(tolerances("bfloat16", implementations, errors, references).values()) == {0.1}
+
+
+def test_a_time_of_a_network_that_rounds_much_is_kept_with_the_tolerance_that_held(tiny_checkpoint: Path) -> None:
+    case = tiny_case(tiny_checkpoint, dtype="bfloat16")
+    ours, theirs = OurBackend("torch"), DiffusersBackend()
+    records = measure(case, {"torch": Rounding(ours, 0.13), "diffusers": Rounding(theirs, 0.12)})
+    for name, factor, other in (("torch", 1.5, "diffusers"), ("diffusers", 4.0, "torch")):
+        found, yardstick = records[name].correctness, records[other].correctness
+        assert records[name].status == "ok", records[name].message
+        assert found is not None
+        assert yardstick is not None
+        assert (found.error_before or 0) > 0.1
+        assert (found.error_after or 0) > 0.1
+        assert found.tolerance == pytest.approx(min(factor * (yardstick.error_before or 0), 0.5))
+    # What differs in float32 too is no rounding: neither excuses the other.
+    wrong = {"torch": Rounding(ours, 0.13, 0.13), "diffusers": Rounding(theirs, 0.0)}
+    records = measure(case, wrong)
+    assert {name: record.status for name, record in records.items()} == dict.fromkeys(wrong, "incorrect")
+    assert "at most 0.1 passes" in (records["torch"].message or "")
 
 
 def test_a_reference_that_fails_leaves_no_time(tiny_checkpoint: Path) -> None:
@@ -824,12 +904,86 @@ def test_a_trace_that_fails_leaves_the_record_and_resuming_makes_it(
     assert completed.model_copy(update={"trace": None}) == record
 
 
+def test_the_end_of_the_time_is_for_traces_the_most_important_first(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_traces, "is_traceable", lambda case: True)
+    names = ("torch", "graph+separate", "diffusers", "graph")
+    cases = [tiny_case(tiny_checkpoint, steps=s, backend=name) for s in (1, 2, 3) for name in names]
+    backends: dict[str, Backend] = dict.fromkeys(names, OurBackend("torch")) | {"diffusers": DiffusersBackend()}
+    log: list[str] = []
+
+    def run(seconds: float, count: int) -> list[Record]:
+        """The records; who was traced, in order, is in the log."""
+        clock = Clock()
+        records = profile(
+            cases,
+            rule=RepetitionRule(count, 0.0),
+            store=RecordStore(tmp_path / f"{seconds}.jsonl"),
+            backends=backends,
+            listener=clock,
+            deadline=Deadline(seconds, clock),
+            tracer=traced_as(Trace(launches=1, busy_ms=1.0), []),
+        )
+        log[:] = [name for name, phase in clock.heard if phase == "trace"]
+        return records
+
+    # A group takes eight seconds: two are done when the 16 of 20 are over that timing has.
+    records = run(20.0, 1)
+    assert {record.case.steps for record in records} == {1, 2}
+    assert log == ["graph", "graph", "diffusers", "diffusers"]
+    assert {(r.case.steps, r.case.backend) for r in records if r.trace is not None} == {
+        (1, "graph"), (2, "graph"), (1, "diffusers"), (2, "diffusers")
+    }  # fmt: skip
+    # A group that is cut short has a trace all the same: four seconds of closing checks, and one are left.
+    records = run(25.0, 9)
+    assert {(r.case.steps, r.harness.stopped_by) for r in records} == {(1, "seconds")}
+    assert log == ["graph"]
+
+
+def test_a_compiled_peer_is_traced_last_and_only_where_it_can_be_built_again(
+    tiny_checkpoint: Path, make_record: Callable[..., Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_traces, "is_traceable", lambda case: True)
+    built = {"diffusers-compile-max": 120.0, "diffusers-compile": 30.0, "torch": 900.0, "graph": 900.0}
+    records = []
+    for steps in (1, 2):
+        for name, seconds in built.items():
+            case = tiny_case(tiny_checkpoint, steps=steps, backend=name)
+            phases = Phases(build_ms=400.0, first_call_ms=1e3 * seconds)
+            records.append(make_record(case, phases=phases))
+    backends: dict[str, Backend] = dict.fromkeys(built, OurBackend("torch"))
+    clock = Clock()
+
+    def tracer(call: Callable[[], object], device: torch.device, evaluations: int) -> Trace:
+        clock.now += 1.0
+        return Trace(launches=1, busy_ms=1.0)
+
+    def traced_within(seconds: float | None) -> list[tuple[str, int]]:
+        clock.now = 0.0
+        deadline = Deadline(seconds, clock)
+        found = short_traces.short_traces(records, Networks(), backends, deadline, tracer)
+        return [(record.case.backend, record.case.steps) for record in found]
+
+    eager = [("graph", 1), ("graph", 2), ("torch", 1), ("torch", 2)]
+    # Four seconds later there are 30.3 left, and it takes 30.4.
+    assert traced_within(34.3) == eager
+    assert traced_within(34.5) == [*eager, ("diffusers-compile", 1)]
+    compiled = [("diffusers-compile-max", 1), ("diffusers-compile", 1)]
+    assert traced_within(124.5) == [*eager, *compiled, ("diffusers-compile", 2)]
+    assert traced_within(None) == [*eager, *compiled, ("diffusers-compile-max", 2), ("diffusers-compile", 2)]
+
+
 def test_only_what_has_a_time_on_a_gpu_is_traced(make_record: Callable[..., Record]) -> None:
     on_gpu, on_cpu = Case(unet="39M", device="cuda"), Case(unet="39M", device="cpu")
     assert wants_trace(make_record(on_gpu))
     assert not wants_trace(make_record(on_gpu, trace=Trace(launches=1, busy_ms=1.0)))
     assert not wants_trace(make_record(on_gpu, status="oom"))
     assert not wants_trace(make_record(on_cpu))
+    deadline = Deadline(10.0, Clock())
+    assert timing_deadline([on_cpu, on_gpu], deadline).left == 8.0
+    # Nothing of the time is kept for what cannot be traced.
+    assert timing_deadline([on_cpu], deadline) is deadline
 
 
 def test_process_wide_settings_are_put_back(tiny_checkpoint: Path) -> None:

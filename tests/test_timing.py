@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -218,6 +219,17 @@ def test_no_sample_is_begun_after_the_deadline() -> None:
     assert lanes.done == []
     nothing = FakeLanes({"a": [1.0]}, clock).interleave(RepetitionRule(), deadline=Deadline(0.0, clock))
     assert nothing["a"].wall_ms == []
+
+
+def test_a_share_of_a_deadline_counts_from_its_start() -> None:
+    clock = FakeClock()
+    whole = Deadline(10.0, clock)
+    clock.now += 3.0
+    share = whole.after(0.75)
+    assert (share.left, whole.left) == (4.5, 7.0)
+    clock.now += 5.0
+    assert (share.passed, whole.passed) == (True, False)
+    assert math.isinf(Deadline(None, clock).after(0.5).left)
 
 
 def test_every_sample_is_kept_in_order() -> None:

@@ -91,7 +91,10 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             "were asked for (n in the details); --resume measures them again."
         )
     if shown.superseded:
-        found.append(f"Cases measured more than once: {shown.superseded} earlier records are not shown.")
+        found.append(
+            f"Cases measured more than once: {shown.superseded} other records are not shown (those cut short, "
+            "beside fewer backends, without a trace, or earlier)."
+        )
     return tuple(found)
 
 

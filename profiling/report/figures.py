@@ -78,7 +78,7 @@ class StepsSeries:
 
 @dataclass(frozen=True)
 class Overview:
-    """All that is said about a record set. `superseded` records were measured again in the same environment."""
+    """All that is said about a record set. `superseded`: records of cases that are shown by another record."""
 
     environments: tuple[Environment, ...]
     sections: tuple[Section, ...]
@@ -130,18 +130,40 @@ def fit_line(points: Iterable[tuple[float, float]]) -> Line | None:
 
 
 def overview(records: Sequence[Record]) -> Overview:
-    """The records in sections, each case once (its latest record per environment), with their ratios and lines."""
+    """The records in sections, each case once per environment (`best_record`), with their ratios and lines."""
     environments = tuple(dict.fromkeys(record.environment for record in records))
-    latest = {(environments.index(r.environment), r.case_key): r for r in records}
-    names = network_names(latest.values())
+    measured: dict[tuple[int, str], list[Record]] = {}
+    for record in records:
+        measured.setdefault((environments.index(record.environment), record.case_key), []).append(record)
+    best = {key: best_record(of_case) for key, of_case in measured.items()}
+    names = network_names(best.values())
     grouped: dict[tuple[object, ...], list[Record]] = {}
-    for (environment, _), record in latest.items():
+    for (environment, _), record in best.items():
         grouped.setdefault((environment, *_conditions(record.case).items()), []).append(record)
     sections = tuple(
         Section(index := environments.index(group[0].environment), group[0].case, _rows(index, group, names))
         for _, group in sorted(grouped.items(), key=lambda item: _sort_key(item[0]))
     )
-    return Overview(environments, sections, _steps_series(sections), len(records) - len(latest))
+    return Overview(environments, sections, _steps_series(sections), len(records) - len(best))
+
+
+def best_record(records: Sequence[Record]) -> Record:
+    """The record that is shown of a case, of those of one environment in the order in which they were made.
+
+    A record with a time, then one that was not cut short, then one that more backends were timed in turn with
+    (the ladder's, whose ratios are of one group), then one with a trace, then the latest. A defect (`incorrect`,
+    `error`) is shown all the same unless the case was measured again after it.
+    """
+    defects = [place for place, record in enumerate(records) if record.status in ("incorrect", "error")]
+    since = records[defects[-1] :] if defects else records
+
+    def merit(numbered: tuple[int, Record]) -> tuple[object, ...]:
+        place, record = numbered
+        harness = record.harness
+        is_timed, is_whole = record.wall_ms is not None, harness.stopped_by is None
+        return is_timed, is_whole, len(harness.interleaved), record.trace is not None, place
+
+    return max(enumerate(since), key=merit)[1]
 
 
 def network_names(records: Iterable[Record]) -> dict[str, str]:
@@ -164,6 +186,12 @@ def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
     """Sorts numbers by value and all else by text, whatever types the conditions have."""
     flat = [part[1] if isinstance(part, tuple) else part for part in condition]
     return tuple((float(value), "") if isinstance(value, int | float) else (0.0, str(value)) for value in flat)
+
+
+def names_by_size(rows: Iterable[Row]) -> list[str]:
+    """The networks' names, the smallest first, whatever backend has which."""
+    ordered = sorted(rows, key=lambda row: (_magnitude(row.record), row.record.case.unet))
+    return list(dict.fromkeys(row.name for row in ordered))
 
 
 def _magnitude(record: Record) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from ..kernel_groups import OTHER, Other, by_group
 from ..launches import GROUPS, Group
 from . import text
 from .details import GIB, Grid, largest_error
-from .figures import PEER, Overview, Row, Section, ratio, step_ms
+from .figures import PEER, Overview, Row, Section, names_by_size, ratio, step_ms
 
 # With fewer backends the table of the run tells all of it.
 MIN_RUNGS = 3
@@ -40,7 +40,7 @@ def ladders(shown: Overview) -> tuple[Ladder, ...]:
     """A ladder for each network that was tried on enough backends."""
     found = []
     for section in shown.sections:
-        for name in dict.fromkeys(row.name for row in section.rows):
+        for name in names_by_size(section.rows):
             rows = sorted((row for row in section.rows if row.name == name), key=_place)
             if len(rows) >= MIN_RUNGS:
                 found.append(Ladder(section, name, _rungs(rows)))
@@ -127,7 +127,7 @@ def costs_grid(shown: Overview) -> Grid:
     rows = []
     for section in sections:
         heading = conditions.heading(section.environment, section.case)
-        for size in dict.fromkeys(row.name for row in section.rows):
+        for size in names_by_size(section.rows):
             cells = {row.record.case.backend: row for row in section.rows if row.name == size}
             costs = [cells[name].cost if name in cells else None for name in names]
             on_paper = next((row.paper_cost for row in cells.values() if row.paper_cost is not None), None)
