@@ -3,7 +3,8 @@
 For each tuning key of the family's calls, the most important first, every candidate is compared with the float64
 reference and then timed in CUDA-graph replays; the fastest few are timed again in turn, with what is used now and
 with torch's own operator. An entry is written, at once, where one is faster than what is used now by more than the
-noise; the table names the keys where torch's operator is faster than the best of ours, which "auto" then takes.
+noise and its machine code has no fault (spills, serialized wgmma). The table names the keys where torch's operator
+is faster than the best of ours, which "auto" then takes. A 16-bit entry serves both 16-bit dtypes.
 
 All candidates are compiled first, by every core. Those that an operator lists first are tried first, the others in
 a random but fixed order. `--l2 cold` rotates all inputs past the L2 cache. `--l2 step` is as in a denoising step:
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -33,7 +35,7 @@ import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
 from ldmperf.profiling.cases import CaseError, dtype_named, known_names, split_values, whole_number
-from ldmperf.profiling.environment import collect_environment
+from ldmperf.profiling.environment import collect_environment, pinned_ptxas
 from ldmperf.profiling.group import measuring_settings
 from ldmperf.profiling.kernel_bench.device import (
     GraphCalls,
@@ -59,6 +61,7 @@ from ldmperf.profiling.static.ahead import told as compiled_told
 from ldmperf.profiling.static.launch_sets import now_launches
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.precompile import chip_here, compile_work, kernel_of, plan
+from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_HEAD_DIMS, TUNED_TOKENS, faults_of
 from ldmperf.profiling.store import write_whole
 from ldmperf.profiling.timing import Deadline
 
@@ -81,6 +84,8 @@ Config = Any
 TORCH = "torch"
 # Why a candidate of a call cannot be launched; None where it may be.
 Refused = Callable[[KernelCase, Config], str | None]
+# What its machine code has that no tuned launch may have.
+Faults = Callable[[KernelCase, Config], Sequence[str]]
 
 
 class Wrong(Exception):
@@ -92,6 +97,7 @@ class Found:
     """`best` is None where nothing beats what is used now; times in ms, `now` that of what is used now.
 
     `torch`: the time of torch's operator; None where it is wrong, cannot run or was not asked for.
+    `passed_over`: the configurations that were faster than `best`, and the faults of their code.
     """
 
     best: Config
@@ -100,6 +106,7 @@ class Found:
     tried: int
     failures: tuple[str, ...]
     torch: float | None = None
+    passed_over: tuple[str, ...] = ()
 
     @property
     def torch_is_faster(self) -> bool:
@@ -114,10 +121,12 @@ def search(
     seed: str = "",
     *,
     with_torch: bool = False,
+    faults: Callable[[Config], Sequence[str]] = lambda config: (),
 ) -> Found:
     """The fastest of the candidates that the time allows; `time_one` raises for one that is wrong or cannot run.
 
     They are tried in `search_order`. What is used now is timed first, and must be right: what it raises is raised.
+    A finalist with `faults` is passed over for the next best; only those that would be chosen are asked for them.
     """
     time_one(None)
     order = search_order(candidates, seed)
@@ -150,10 +159,16 @@ def search(
             taken.append(time_one(config))
     medians = {config: statistics.median(taken) for config, taken in again.items()}
     now = medians[None]
-    best = min(finalists, key=lambda config: medians[config], default=None)
-    if medians[best] > WORTHWHILE * now:
-        best = None
-    return Found(best, medians[best], now, tried, tuple(failures), medians.get(TORCH))
+    best: Config = None
+    passed_over: list[str] = []
+    for config in sorted(finalists, key=lambda config: medians[config]):
+        if medians[config] > WORTHWHILE * now:
+            break
+        if not (found := faults(config)):
+            best = config
+            break
+        passed_over.append(f"{config}, {medians[config]:.4g} ms: {'; '.join(found)}")
+    return Found(best, medians[best], now, tried, tuple(failures), medians.get(TORCH), tuple(passed_over))
 
 
 def search_order(candidates: Sequence[Config], seed: str) -> list[Config]:
@@ -167,8 +182,14 @@ def search_order(candidates: Sequence[Config], seed: str) -> list[Config]:
 
 
 def is_fatal(error: Exception) -> bool:
-    """Whether the device is lost to this process: after an illegal access every later call fails too."""
-    return "CUDA error" in str(error) and "out of memory" not in str(error)
+    """Whether the device is lost to this process: after an illegal access every later call fails too.
+
+    torch says "CUDA error", triton "Triton Error [CUDA]". Running out of the device's memory, or of what a program
+    may have ("out of resource"), loses nothing.
+    """
+    text = str(error)
+    told = "CUDA error" in text or "Triton Error [CUDA]" in text
+    return told and "out of memory" not in text and "out of resource" not in text
 
 
 def first_line(error: Exception) -> str:
@@ -328,6 +349,25 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
     return reason
 
 
+def faults_on(chip: Chip) -> Faults:
+    """The faults of a candidate's code on this chip; in both 16-bit dtypes where the call is in one of them."""
+    machine = MACHINES.get(chip.arch)
+    if machine is None:
+        tell(f"machine code of {chip.arch} is not inspected: an entry may spill")
+        return lambda case, config: ()
+
+    def faults(case: KernelCase, config: Config) -> Sequence[str]:
+        try:
+            with pinned_ptxas():
+                return faults_of(case, config, machine)
+        except Exception as failure:
+            if is_fatal(failure):
+                raise
+            return [f"its code cannot be inspected: {first_line(failure)}"]
+
+    return faults
+
+
 def tune(
     given: Iterable[tuple[str, Job]],
     timer_of: Callable[[KernelCase], Callable[[Config], float]],
@@ -338,10 +378,12 @@ def tune(
     *,
     l2: L2 = "cold",
     refused: Refused = lambda case, config: None,
+    faults: Faults = lambda case, config: (),
 ) -> int:
     """Searches key by key until the deadline, writing each entry as it is found; returns how many were written.
 
     refused: why a candidate cannot be launched; such a one is not tried.
+    faults: of a candidate's machine code; such a one is not written.
     """
     document = load_table(path, head["gpu"])
     written = 0
@@ -354,7 +396,8 @@ def tune(
         try:
             with_torch = operator.torchs_own is not None
             timer = passing_over(refused, job.case, timer_of(job.case))
-            found = search(candidates, timer, limit, seed=key, with_torch=with_torch)
+            faults_here = functools.partial(faults, job.case)
+            found = search(candidates, timer, limit, seed=key, with_torch=with_torch, faults=faults_here)
         except Exception as failure:
             if is_fatal(failure):
                 raise
@@ -371,6 +414,8 @@ def tune(
             write_whole(path, (json.dumps(document, indent=1) + "\n").encode())
             written += 1
         tell(f"{operator.name} {key}: {told}")
+        for passed in found.passed_over:
+            tell(f"    faster, and not taken: {passed}")
         for failure in found.failures[:3]:
             tell(f"    {failure}")
         release_memory()
@@ -435,6 +480,15 @@ def main(given: Sequence[str] | None = None) -> int:
         tokens = [whole_number("tokens", text, 2**20) for text in split_values(options.tokens)] or TOKENS
         if head_dims and kernel != "attention":
             raise CaseError("--head-dim chooses attention's calls; tune attention with it")
+        for option, asked, known in (
+            ("batch", batches, TUNED_BATCHES),
+            ("head-dim", head_dims, TUNED_HEAD_DIMS),
+            ("tokens", tokens, TUNED_TOKENS),
+        ):
+            # The tests compile every entry of a table, and look for its call among these.
+            if unknown := sorted(set(asked) - set(known)):
+                choices = ", ".join(str(value) for value in sorted(known))
+                raise CaseError(f"--{option} {unknown[0]}: tuned tables are of {choices}")
     except (CaseError, ValueError) as wrong:
         tell(f"tune.py: {wrong}")
         return 2
@@ -477,6 +531,7 @@ def main(given: Sequence[str] | None = None) -> int:
             options.key_seconds,
             l2=options.l2,
             refused=refused,
+            faults=faults_on(chip),
         )
     tell(f"{path}: {written} entries written")
     return 0

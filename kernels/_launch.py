@@ -137,9 +137,13 @@ def _cuda_chip(index: int | None) -> Chip:
 def tuned(kernel: str, key: str, chip: Chip, config: type[Config]) -> Config | None:
     """The configuration measured to be fastest for this kernel and key on this chip; None where none was.
 
-    None too where the default was.
+    None too where the default was. A 16-bit call that nobody measured takes what was measured of the same call in
+    the other 16-bit dtype (`in_other_16_bits`).
     """
-    fields = _table(TUNED_FOLDER, chip).configs.get(kernel, {}).get(key)
+    configs = _table(TUNED_FOLDER, chip).configs.get(kernel, {})
+    if configs and key not in configs:
+        key = in_other_16_bits(key) or key
+    fields = configs.get(key)
     return None if fields is None else config(**fields)
 
 
@@ -148,16 +152,35 @@ def fastest(
 ) -> Literal["torch", "triton"]:
     """Whose result was measured to come first on this chip; `unmeasured` where nothing was.
 
-    `key` is called only where the table can tell: making a key takes microseconds of a call.
+    A 16-bit call that nobody measured follows the other 16-bit dtype, as in `tuned`. `key` is called only where
+    the table can tell: making a key takes microseconds of a call.
     """
     table = _table(TUNED_FOLDER, chip)
     configs, torch_keys = table.configs.get(kernel, {}), table.torch.get(kernel, frozenset())
     if not torch_keys and (unmeasured == "triton" or not configs):
         return unmeasured
-    looked_up = key()
-    if looked_up in torch_keys:
-        return "torch"
-    return "triton" if looked_up in configs else unmeasured
+    own = key()
+    for looked_up in (own, in_other_16_bits(own)):
+        if looked_up in torch_keys:
+            return "torch"
+        if looked_up in configs:
+            return "triton"
+    return unmeasured
+
+
+_OTHER_16_BITS = {"bfloat16": "float16", "float16": "bfloat16"}
+
+
+def in_other_16_bits(key: str) -> str | None:
+    """The tuning key of the same call in float16 for one in bfloat16, and the reverse; None for other dtypes.
+
+    The same bytes move, the tensor cores take both at one rate, and a tile needs the same shared memory. Registers
+    may differ, so that the code of each dtype has to be inspected for spills and serialized wgmma
+    (profiling/static/tuned.py). The time was measured in one dtype.
+    """
+    words = key.split(" ")
+    swapped = " ".join(_OTHER_16_BITS.get(word, word) for word in words)
+    return None if swapped == key else swapped
 
 
 @dataclass(frozen=True)

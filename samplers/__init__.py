@@ -1,6 +1,6 @@
 """The mathematics of sampling: schedules, plans and the loop that runs them."""
 
-from .cuda_graphs import CaptureError, CudaGraphs, Graphs
+from .cuda_graphs import CaptureError, CudaGraphs, Graphs, own_workspaces
 from .graph import Capture, GraphedSampler
 from .plan import SAMPLERS, SamplingPlan, make_plan
 from .sample import initial_noise, sample
@@ -19,5 +19,6 @@ __all__ = [
     "Step",
     "initial_noise",
     "make_plan",
+    "own_workspaces",
     "sample",
 ]

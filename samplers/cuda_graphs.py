@@ -32,12 +32,36 @@ class Graphs(Protocol):
         """Records the launches of `work`, running nothing; what is returned replays them. May raise anything."""
 
 
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """A capture inside allocates the workspaces of cuBLAS from the graph's own memory, which lives as long as it.
+
+    torch keeps one workspace for each handle and stream, allocated at the first matmul. A workspace of a warm-up
+    is ordinary memory: `torch._C._cuda_clearCublasWorkspaces` frees it while the graph still writes to it, and
+    the CUDA graphs of torch.compile call that at every recording. Here it is called before and after a capture,
+    as they do (torch/_inductor/cudagraph_trees.py, `clear_cublas_manager`). So a foreign graph that writes to a
+    workspace of its warm-up is not safe after this.
+    """
+    _clear_workspaces()
+    try:
+        yield
+    finally:
+        _clear_workspaces()
+
+
+def _clear_workspaces() -> None:
+    # Builds without CUDA do not have it.
+    clear: Callable[[], None] | None = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
+
+
 class CudaGraphs:
     """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes.
 
-    Warm-up and capture are on one stream for each device: libraries keep a workspace for every stream that they
-    have seen, and torch's own stream for captures is of the device that captured first. All captures of a device
-    share that workspace, so turns are ordered among all of them.
+    Warm-up and capture are on one stream for each device: torch's own stream for captures is of the device that
+    captured first. The workspace of cuBLAS belongs to a capture (`own_workspaces`). Other libraries may keep
+    memory for a stream; all captures of a device then share it, so turns are ordered among all of them.
     """
 
     def __init__(self) -> None:
@@ -90,6 +114,7 @@ class CudaGraphs:
         with (
             torch.cuda.device(device),
             torch.cuda.stream(stream),
+            own_workspaces(),
             torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
         ):
             work()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldmperf.profiling.kernel_bench.device import GraphCalls
 from ldmperf.samplers import CudaGraphs
 
 DEVICE = torch.device("cuda", 0)
@@ -108,3 +110,61 @@ def test_settling_waits_for_the_end_of_the_last_turn(monkeypatch: pytest.MonkeyP
             stream.queue.append(("work", None))
     graphs.settle()
     assert [mark is machine.streams[1].queue[-1][1] for mark in SYNCHRONIZED] == [True]
+
+
+def by_sampler(work: Callable[[], None]) -> None:
+    graphs = CudaGraphs()
+    graphs.warm_up(work, DEVICE)
+    graphs.capture(work, DEVICE)()
+
+
+def by_bench(work: Callable[[], None]) -> None:
+    GraphCalls([work], DEVICE).run(1)
+
+
+@pytest.mark.parametrize("capture", [by_sampler, by_bench])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_workspace_of_a_capture_is_neither_the_warm_ups_nor_kept_for_others(
+    monkeypatch: pytest.MonkeyPatch, capture: Callable[[Callable[[], None]], None], fails: bool
+) -> None:
+    """A workspace as torch keeps it: made by the first product, in the memory of that moment, until cleared."""
+    log: list[str] = []
+    pools, workspaces = ["ordinary"], []
+
+    def product() -> None:
+        if not workspaces:
+            workspaces.append(pools[-1])
+        log.append(f"writes {workspaces[0]}")
+        if fails and pools[-1] == "graph":
+            raise RuntimeError("not while capturing")
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextmanager
+    def graph(*args: Any, **options: Any) -> Iterator[None]:
+        pools.append("graph")
+        try:
+            yield
+        finally:
+            pools.pop()
+
+    Machine(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", workspaces.clear, raising=False)
+    if fails:
+        with pytest.raises(RuntimeError, match="capturing"):
+            capture(product)
+        assert log == ["writes ordinary", "writes graph"]
+    else:
+        capture(product)
+        assert log == ["writes ordinary", "writes graph", "replay"]
+    # What comes next in that stream does not write to the graph's memory.
+    product()
+    assert log[-1] == "writes ordinary"

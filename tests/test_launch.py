@@ -138,6 +138,42 @@ def test_the_fastest_is_who_was_measured_to_be(tmp_path, monkeypatch):
     assert tuned("geglu", "theirs alone", chip, GegluConfig) is None
 
 
+@pytest.mark.parametrize(("measured", "called"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_a_16_bit_call_that_nobody_measured_takes_what_was_found_in_the_other(
+    tmp_path, monkeypatch, measured, called
+):
+    monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
+    chip = Chip("NVIDIA H200", 132)
+    config, own = ({"block_m": m, "block_n": 256, "num_warps": 2} for m in (2, 4))
+    document = {
+        "kernels": {
+            "geglu": {
+                f"a {measured} b": config,
+                f"both {measured}": config,
+                f"both {called}": own,
+                f"default {measured}": config,
+                f"default {called}": None,
+                "wide float32": config,
+            }
+        },
+        "torch": {"geglu": [f"theirs {measured}", f"both {measured}"]},
+    }
+    (tmp_path / "nvidia-h200.json").write_text(json.dumps(document))
+
+    def found(key):
+        return tuned("geglu", key, chip, GegluConfig), fastest("geglu", chip, lambda: key, unmeasured="torch")
+
+    assert found(f"a {called} b") == (GegluConfig(**config), "triton")
+    assert found(f"theirs {called}") == (None, "torch")
+    # What was measured of the call itself comes first.
+    assert found(f"both {called}") == (GegluConfig(**own), "triton")
+    assert found(f"both {measured}") == (GegluConfig(**config), "torch")
+    assert found(f"default {called}") == (None, "triton")
+    # No other dtype is served by these, nor these by another.
+    for key in ("a float32 b", "wide float16", "wide bfloat16", f"a {called}"):
+        assert found(key) == (None, "torch")
+
+
 def test_no_key_is_made_where_the_table_cannot_tell(tmp_path, monkeypatch):
     def no_key():
         raise AssertionError("a key was made")

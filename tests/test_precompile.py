@@ -537,3 +537,24 @@ def test_an_interrupt_ends_it_and_keeps_what_was_compiled(tmp_path: Path) -> Non
     assert "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_threads_of_this_process_are_as_before() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    inside: list[int] = []
+
+    def part() -> Iterator[tuple[Launch, bool]]:
+        # Raised in a process of its own, which the plan reports.
+        if torch.get_num_threads() != 1:
+            raise AssertionError("several threads")
+        yield from ()
+
+    try:
+        work = plan([part], SM_90, chips=[NO_GPU])
+        inside.append(torch.get_num_threads())
+        compile_work(work, processes=1, told=lambda done: None)
+        inside.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert inside == [2, 2]

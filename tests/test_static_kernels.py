@@ -17,6 +17,7 @@ import torch
 import triton
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.kernels._launch import in_other_16_bits
 from ldmperf.profiling.kernel_cases import family_kernel_cases
 from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
 from ldmperf.profiling.static.family import family_launches
@@ -24,7 +25,7 @@ from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.sweep import inspect_items
-from ldmperf.profiling.static.tuned import tuned_items
+from ldmperf.profiling.static.tuned import served, tuned_items
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
 
@@ -262,11 +263,35 @@ def test_no_committed_tuned_launch_has_a_fault(monkeypatch, tmp_path):
 def test_a_tuned_launch_with_a_fault_is_found(monkeypatch, tmp_path):
     """By a table that is made up; 256 queries by 4 warps have no room for their accumulators."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (good,) = tuned_items(made_up(tmp_path, **ENTRIES))
+    good, in_half = tuned_items(made_up(tmp_path, **ENTRIES))
     assert (good.launch.name, good.launch.arguments["BLOCK_N"], good.arch) == ("attention_kernel", 64, "sm_90")
     key, config = next(iter(ENTRIES["attention"].items()))
-    (bad,) = tuned_items(made_up(tmp_path, attention={key: config | {"block_m": 256}}))
-    assert [found for found, _ in faults_of([good, bad])] == [key]
+    half = key.replace("bfloat16", "float16")
+    assert (in_half.key, in_half.case.dtype) == (half, "float16")
+    assert in_half.launch.arguments["q_ptr"].dtype == torch.float16
+    bad, bad_in_half = tuned_items(made_up(tmp_path, attention={key: config | {"block_m": 256}}))
+    assert [found for found, _ in faults_of([good, in_half, bad, bad_in_half])] == [key, half]
+
+
+def test_an_entry_does_not_serve_the_other_16_bit_dtype_where_that_has_its_own(tmp_path):
+    key, config = next(iter(ENTRIES["attention"].items()))
+    half = key.replace("bfloat16", "float16")
+    for own in (config | {"num_stages": 2}, None):
+        items = tuned_items(made_up(tmp_path, attention={key: config, half: own}))
+        expected = [(key, 3)] if own is None else [(key, 3), (half, 2)]
+        assert [(item.key, item.launch.num_stages) for item in items] == expected
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_the_key_of_the_other_16_bit_dtype_is_that_of_the_same_call(name):
+    """Kernels swap a word of the key; the oracle is the key of the call in that dtype."""
+    case = next(c for c in family_kernel_cases("39M", 2, "bfloat16") if c.operator == name)
+    in_half = [c for c in family_kernel_cases("39M", 2, "float16") if c.operator == name]
+    own, other = (OPERATORS[name].tuning_key(**one.arguments("meta")) for one in served(case))
+    assert other in [OPERATORS[name].tuning_key(**c.arguments("meta")) for c in in_half]
+    # A sampler's update is float32 inside, whatever the model's dtype: one key for all.
+    assert (in_other_16_bits(own) or own) == other
+    assert (in_other_16_bits(other) or other) == own
 
 
 def test_tuned_entries_of_linear_are_launches_too(tmp_path):

@@ -196,6 +196,79 @@ def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
         tune.search([Config(1)], lost, Deadline(None))
 
 
+@pytest.mark.parametrize(
+    ("text", "fatal"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("CUDA error: out of memory", False),
+        ("Triton Error [CUDA]: out of memory", False),
+        ("out of resource: shared memory, Required: 300000, Hardware limit: 232448", False),
+        ("Triton Error [CUDA]: out of resource: shared memory", False),
+        ("off by 0.5", False),
+    ],
+)
+def test_only_what_loses_the_device_is_fatal(text: str, fatal: bool) -> None:
+    assert tune.is_fatal(RuntimeError(text)) == fatal
+
+
+def test_a_finalist_whose_code_has_faults_is_passed_over_for_the_next_best() -> None:
+    times = {None: 1.0, Config(1): 0.5, Config(2): 0.4, Config(3): 0.6, Config(4): 0.985}
+    asked: list[Any] = []
+
+    def search(faulty: set[Any]) -> Any:
+        def faults(config: Any) -> list[str]:
+            asked.append(config)
+            return ["4 spill loads", "ptxas C7510"] if config in faulty else []
+
+        asked.clear()
+        return tune.search(list(times)[1:], timer(times), Deadline(None), faults=faults)
+
+    found = search({Config(2)})
+    assert (found.best, found.ms, asked) == (Config(1), 0.5, [Config(2), Config(1)])
+    assert found.passed_over == ("Config(block=2, num_warps=4), 0.4 ms: 4 spill loads; ptxas C7510",)
+    # What is used now stays where nothing that is better by more than noise is left.
+    found = search({Config(1), Config(2), Config(3)})
+    assert (found.best, found.ms, len(found.passed_over)) == (None, 1.0, 3)
+    assert asked == [Config(2), Config(1), Config(3)]
+
+
+def test_no_entry_with_faults_is_written_and_the_output_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
+    key, job = given[0]
+    worse, best = OPERATORS["geglu"].candidates(**job.case.arguments("meta"))[:2]
+    times = {best: 0.5, worse: 0.6}
+
+    def faults(case: Any, config: Any) -> list[str]:
+        assert case == job.case
+        return ["8 spill stores"] if config == best else []
+
+    path = tmp_path / "t.json"
+    timer_of = lambda case: lambda config: times.get(config, 1.0)  # noqa: E731
+    tune.tune(given, timer_of, path, HEAD, Deadline(None), 60.0, faults=faults)
+    assert json.loads(path.read_text())["kernels"]["geglu"] == {key: vars(worse)}
+    assert f"faster, and not taken: {best}, 0.5 ms: 8 spill stores" in capsys.readouterr().err
+
+
+def test_faults_are_those_of_both_16_bit_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real compiler: 256 queries by 4 warps have no room for their accumulators."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = a_call("attention")
+    candidate = OPERATORS["attention"].candidates(**case.arguments("meta"))[0]
+    good = replace(candidate, block_m=64, block_n=64, num_warps=4, num_stages=2)
+    faults = tune.faults_on(launch.Chip("NVIDIA H200", 132))
+    assert faults(case, good) == []
+    bad = faults(case, replace(good, block_m=256))
+    assert {fault.partition(",")[0] for fault in bad} == {"bfloat16", "float16"}
+    assert all("spill" in fault or "stack" in fault or "local" in fault or "ptxas" in fault for fault in bad)
+    # What the compiler refuses is a fault as well.
+    assert "cannot be inspected" in faults(case, replace(good, block_m=3))[0]
+
+
 def test_torch_is_timed_with_the_finalists() -> None:
     times = {None: 1.0, Config(1): 0.5, Config(2): 0.7, tune.TORCH: 0.4}
     configs = [Config(1), Config(2)]
@@ -349,6 +422,9 @@ def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
         (["geglu", "--size", "1M"], "39M"),
         (["geglu", "--head-dim", "8"], "attention"),
         (["attention", "--head-dim", "0"], "from 1"),
+        (["geglu", "--batch", "2,3"], "--batch 3: tuned tables are of 1, 2, 4, 8, 16, 32, 64"),
+        (["attention", "--head-dim", "40,41"], "--head-dim 41"),
+        (["attention", "--head-dim", "40", "--tokens", "4096,2048"], "--tokens 2048"),
         (["geglu"], "GPU"),
     ],
 )

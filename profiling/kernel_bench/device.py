@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ldmperf.samplers import own_workspaces
+
 from ..environment import max_sm_clock_mhz
 from ..records import Samples
 from ..timing import RepetitionRule, Timed, timed
@@ -88,7 +90,7 @@ class GraphCalls:
         before.wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with own_workspaces(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self.results = [call() for call in calls]
         except Exception:
             # torch leaves the capturing stream current when ending the capture fails.

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -165,8 +165,7 @@ def plan(
     """
     no_stubs = reason_against(machine.backend)
     items = [(part, chip) for part in parts for chip in (chips_of(machine) if chips is None else chips)]
-    with pinned_ptxas():
-        _warm(machine)
+    with pinned_ptxas(), _about_to_fork(machine):
         kernels: dict[str, Kernel] = {}
         stubs: dict[str, Stub] = {}
         work = functools.partial(_plan_part, machine, no_stubs is None)
@@ -190,14 +189,23 @@ def _slowness(kernel: Kernel) -> int:
     return next((i for i, name in enumerate(_SLOWEST) if name in kernel.name), len(_SLOWEST))
 
 
-def _warm(machine: Machine) -> None:
-    """Computes once, before there are several processes, what all need: triton's own hash takes a second."""
+@contextmanager
+def _about_to_fork(machine: Machine) -> Iterator[None]:
+    """Computes once, before there are several processes, what all need: triton's own hash takes a second.
+
+    Inside, torch has one thread, as each of the processes then has.
+    """
     from triton.compiler import make_backend
     from triton.runtime.cache import triton_key
 
     triton_key()
     make_backend(target(machine)).hash()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _plan_part(
@@ -288,7 +296,7 @@ def compile_work(
 
     with ExitStack() as stack:
         stack.enter_context(pinned_ptxas())
-        _warm(work.machine)
+        stack.enter_context(_about_to_fork(work.machine))
         items: list[Kernel | Stub] = [*work.stubs, *work.launches]
         results = map_forked(functools.partial(_compile, work.machine), items, processes or usable_cores())
         stack.callback(results.close)

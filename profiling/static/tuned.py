@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Mapping
@@ -13,17 +14,21 @@ from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.model import FAMILY
 
 from ..cases import DType
-from ..kernel_case import KernelCase
+from ..kernel_case import KernelCase, TensorSpec
 from ..kernel_cases import attention_cases, family_kernel_cases, vae_kernel_cases
 from .family import planned
+from .inspection import inspect_launch
 from .machines import MACHINES, Machine
 from .score_tile import FAMILY_HEAD_DIMS
 
 # Architectures of the GPUs that a table can be of, by a part of their name.
 _ARCHS = {"GH200": "sm_90", "H200": "sm_90", "H100": "sm_90", "H20": "sm_90", "A100": "sm_80", "MI300": "gfx942"}
-# Batches of the UNet and tokens that a search is asked for; its own defaults first.
-_BATCHES = (2, 16, 1, 4, 8, 32, 64)
-_TOKENS = (4096, 1024, 256, 64)
+# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens and head
+# dimensions. The calls of other keys would not be found again.
+TUNED_BATCHES = (2, 16, 1, 4, 8, 32, 64)
+TUNED_TOKENS = (4096, 1024, 256, 64)
+TUNED_HEAD_DIMS = FAMILY_HEAD_DIMS
+_OTHER_16_BITS: dict[str, DType] = {"bfloat16": "float16", "float16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class TunedItem:
 def tuned_items(path: Path) -> list[TunedItem]:
     """An item for each launch of each entry that is not the kernel's default.
 
+    A 16-bit entry serves the other 16-bit dtype too, where that has none of its own; those launches are included.
     Raises ValueError for a GPU of unknown architecture, and for a key that no call of the family has.
     """
     document = json.loads(path.read_text())
@@ -62,9 +68,36 @@ def tuned_items(path: Path) -> list[TunedItem]:
             raise ValueError(f"{path.name}: no call of {operator} has these keys: {missing}")
         for key, config in wanted.items():
             fields = tuple(config.items())
-            count = len(_launches(cases[key], fields, MACHINES[arch]))
-            items += [TunedItem(key, cases[key], fields, arch, number) for number in range(count)]
+            for case in served(cases[key]):
+                its_key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+                if its_key == key or its_key not in entries:
+                    count = len(_launches(case, fields, MACHINES[arch]))
+                    items += [TunedItem(its_key, case, fields, arch, number) for number in range(count)]
     return items
+
+
+def served(case: KernelCase) -> list[KernelCase]:
+    """The calls that a tuned entry of this case serves: of a 16-bit one both the case and its 16-bit sibling."""
+    other = _OTHER_16_BITS.get(case.dtype)
+    if other is None:
+        return [case]
+
+    def swapped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(t.model_copy(update={"dtype": other}) if t.dtype == case.dtype else t for t in specs)
+
+    update = {"dtype": other, "tensors": swapped(case.tensors), "results": swapped(case.results)}
+    return [case, case.model_copy(update=update)]
+
+
+def faults_of(case: KernelCase, config: Any, machine: Machine) -> list[str]:
+    """The faults (`Inspection.faults`) of all launches that an entry of this case would serve; compiles them."""
+    fields = tuple(dataclasses.asdict(config).items())
+    return [
+        f"{one.dtype}, {launch.name}: {fault}"
+        for one in served(case)
+        for launch in _launches(one, fields, machine)
+        for fault in inspect_launch(launch, machine).faults
+    ]
 
 
 def _launches(case: KernelCase, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
@@ -89,11 +122,11 @@ def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
 
 
 def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[KernelCase]:
-    for batch, dtype in itertools.product(_BATCHES, dtypes):
+    for batch, dtype in itertools.product(TUNED_BATCHES, dtypes):
         for size in FAMILY:
             yield from (case for case in family_kernel_cases(size, batch, dtype) if case.operator == operator)
         if operator == "attention":
-            for dim, tokens in itertools.product(FAMILY_HEAD_DIMS, _TOKENS):
+            for dim, tokens in itertools.product(TUNED_HEAD_DIMS, TUNED_TOKENS):
                 yield from attention_cases(dim, tokens, batch, dtype)
     for dtype in dtypes:
         yield from (case for case in vae_kernel_cases(dtype) if case.operator == operator)
