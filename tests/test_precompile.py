@@ -14,7 +14,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,17 +119,8 @@ def looked_up(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
     return found
 
 
-class Replays:
-    """`Graphs` whose replay does the step again."""
-
-    def check(self, device: torch.device) -> None:
-        pass
-
-    def turn(self, device: torch.device) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def settle(self) -> None:
-        pass
+class Replays(launch_sets.NoGraphs):
+    """The same, but a replay does the step again."""
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
         work()
