@@ -59,6 +59,13 @@ def plausible_record(case: Case | None = None, **changes: Any) -> Record:
     return Record(**(fields | changes))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Of `-n auto`: no further process where there is a GPU, whose memory and time are one test's; else the default."""
+    torch = pytest.importorskip("torch")
+    return 0 if torch.cuda.is_available() else None
+
+
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
     """One torch thread: on a busy machine the threads of a tiny network wait for each other most of the time."""
