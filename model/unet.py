@@ -263,8 +263,8 @@ class UNet(nn.Module):
         batch = sample.shape[0]
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
-                f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, with what "
-                "the UNet was trained to see beside them"
+                f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, "
+                "with what the UNet was trained to see beside them"
             )
         if conditioning.shifts.shape[1] not in (1, batch) or any(
             packed.shape[1] != batch for packed in conditioning.context
