@@ -28,7 +28,7 @@ profile: $(STAMP)
 	$(BIN)/ldmperf profile $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +26,8 @@ class Inputs:
     noise [B, 4, H, W] float32, standard normal. context [B or 2B, T, Dctx] in the case's dtype, with guidance the
     unconditional half first. low_resolution [B, 4, H, W] for super-resolution, else None. seeds, one per image,
     are for the noise of stochastic samplers, unless step_noise(k) -> [B, 4, H, W] gives that of evaluation k.
+    added: what SDXL's networks take beside the context, by diffusers' names: text_embeds [B or 2B, P] and time_ids
+    [B or 2B, N]; empty for others.
     """
 
     noise: Tensor
@@ -33,6 +35,7 @@ class Inputs:
     low_resolution: Tensor | None
     seeds: tuple[int, ...]
     step_noise: Callable[[int], Tensor] | None = None
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values for a network in another dtype; the noise becomes float64 for that one."""
@@ -44,6 +47,7 @@ class Inputs:
             None if self.low_resolution is None else self.low_resolution.to(state),
             self.seeds,
             None if step_noise is None else lambda k: step_noise(k).to(state),
+            {name: value.to(dtype) for name, value in self.added.items()},
         )
 
 
@@ -112,14 +116,14 @@ class OurBackend:
         def trajectory(inputs: Inputs) -> Tensor:
             conditioning = None
             if self.is_hoisted:
-                conditioning = unet.condition(timesteps, inputs.context, constants=constants)
+                conditioning = unet.condition(timesteps, inputs.context, **inputs.added, constants=constants)
             beside = low_resolution(inputs, problem)
 
             def denoise(model_input: Tensor, step: Step) -> Tensor:
                 if beside is not None:
                     model_input = torch.cat([model_input, beside], dim=1)
                 if conditioning is None:
-                    return unet(model_input, step.timestep, inputs.context)  # type: ignore[no-any-return]
+                    return unet(model_input, step.timestep, inputs.context, **inputs.added)  # type: ignore[no-any-return]
                 return unet.denoise(model_input, conditioning, step.index)
 
             return sample(
@@ -177,7 +181,9 @@ class GraphTrajectory:
     @torch.inference_mode()
     def __call__(self, inputs: Inputs) -> Tensor:
         problem = self._problem
-        conditioning = self._unet.condition(self._timesteps, inputs.context, constants=self._constants)
+        conditioning = self._unet.condition(
+            self._timesteps, inputs.context, **inputs.added, constants=self._constants
+        )
         return self._sampler(
             (conditioning, low_resolution(inputs, problem)),
             problem.plan,

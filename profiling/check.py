@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ldmperf.model import UNet
+from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import initial_noise
 
 from .backends import Backend, Inputs, Problem, Unsupported
-from .cases import DType
+from .cases import Case, DType
 from .environment import Environment
 from .store import write_whole
 from .timing import timed
@@ -41,6 +41,10 @@ LARGEST_TOLERANCE = 0.5
 CHECK_ROUND = -1
 _LOW_RESOLUTION_SEEDS = 1 << 32
 
+# SDXL's pooled text embedding; base and refiner differ in how many numbers come with it.
+_POOLED_WIDTH = 1280
+_BASE_TIME_IDS, _REFINER_TIME_IDS = 6, 5
+
 
 def make_inputs(problem: Problem, number: int) -> Inputs:
     """Fresh random inputs of round `number`, the same on every device and for every backend."""
@@ -58,7 +62,34 @@ def make_inputs(problem: Problem, number: int) -> Inputs:
         context=context.to(case.device, problem.unet.dtype),
         low_resolution=low_resolution,
         seeds=seeds,
+        added={
+            name: value.to(case.device, problem.unet.dtype)
+            for name, value in added_conditions(case, config, generator).items()
+        },
     )
+
+
+def added_conditions(case: Case, config: UNetConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """What SDXL's networks take beside the context, as its pipelines make them for an image of this size.
+
+    A pooled embedding, here random; the sizes of the original and of the image, in pixels, and where it was cut,
+    or for the refiner an aesthetic score in place of the second size. Raises `Unsupported` where none of that fits.
+    """
+    if config.added_dim is None or config.added_time_dim is None:
+        return {}
+    widths = {ids: config.added_dim - ids * config.added_time_dim for ids in (_BASE_TIME_IDS, _REFINER_TIME_IDS)}
+    ids = next((ids for ids, width in widths.items() if width == _POOLED_WIDTH), _BASE_TIME_IDS)
+    if widths[ids] < 1:
+        raise Unsupported(
+            f"{case.label} has an added embedding of {config.added_dim}, too narrow for {ids} numbers of "
+            f"{config.added_time_dim}; only SDXL's base and refiner are measured"
+        )
+    size = [8.0 * case.latent_height, 8.0 * case.latent_width]
+    numbers = [*size, 0.0, 0.0, *(size if ids == _BASE_TIME_IDS else [6.0])]
+    return {
+        "text_embeds": torch.randn(case.model_batch, widths[ids], generator=generator),
+        "time_ids": torch.tensor([numbers]).repeat(case.model_batch, 1),
+    }
 
 
 def check_inputs(problem: Problem) -> Inputs:

@@ -108,6 +108,7 @@ class DiffusersBackend:
                         model_input.to(dtype),
                         timestep,
                         encoder_hidden_states=inputs.context,
+                        added_cond_kwargs=dict(inputs.added) or None,
                         return_dict=False,
                     )[0]
                     if case.guided:

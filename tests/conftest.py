@@ -66,6 +66,14 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return 0 if torch.cuda.is_available() else None
 
 
+# Files of some minutes each: begun first, so that no other process waits for them at the end.
+LONGEST = ("test_interpreter.py", "test_static_kernels.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
     """One torch thread: on a busy machine the threads of a tiny network wait for each other most of the time."""
@@ -91,6 +99,31 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers_per_block=1,
         cross_attention_dim=32,
         attention_head_dim=4,
+        norm_num_groups=8,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of SDXL's kind: added embeddings, two blocks a transformer, no attention at full resolution."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-sdxl-unet"
+    diffusers.UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=32,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
         norm_num_groups=8,
     ).save_pretrained(folder)
     return folder

@@ -81,6 +81,16 @@ def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alon
     assert graphed.phases["graph_warmup_ms"] > 0
 
 
+def test_graph_has_the_bits_of_the_eager_loop_with_what_sdxl_adds(tiny_sdxl: Path) -> None:
+    given = problem(tiny_sdxl)
+    eager, graphed = OurBackend("torch").build(given), GraphBackend(Replays(), "torch").build(given)
+    inputs = make_inputs(given, 0)
+    other = replace(inputs, added={name: value + 1.0 for name, value in inputs.added.items()})
+    for each in (inputs, other):
+        assert torch.equal(graphed(each), eager(each))
+    assert not torch.equal(eager(inputs), eager(other))
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_in_bfloat16_latents_end_no_further_from_float32_than_one_and_a_half_times_diffusers(sampler: str) -> None:
     """Over 50 steps with guidance; a network of the family, its convolutions and products those of the CPU."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,16 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(bench: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(bench), str(bench)]
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, as which this one may run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(
-        [*command, *options], cwd=bench, capture_output=True, text=True, timeout=300, check=False
+        [*command, *options],
+        cwd=bench,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from ldmperf.model import FAMILY, UNet, load_unet
 from ldmperf.profiling import Case, profile
 from ldmperf.profiling.backends import OurBackend, Problem, Unsupported
-from ldmperf.profiling.check import check_inputs, relative_rms
+from ldmperf.profiling.check import added_conditions, check_inputs, relative_rms
 from ldmperf.profiling.group import SCHEDULER_CONFIG
 from ldmperf.profiling.peers import (
     SCHEDULERS,
@@ -87,6 +87,34 @@ def test_it_is_what_diffusers_own_pipeline_does(tiny_checkpoint: Path) -> None:
     ).images
     assert relative_rms(DiffusersBackend().build(given)(inputs), expected) < 1e-5
     assert relative_rms(OurBackend("torch").build(given)(inputs), expected) < 1e-5
+
+
+def test_sdxl_networks_agree_and_see_what_is_added(tiny_sdxl: Path) -> None:
+    given = problem(tiny_sdxl, batch=2)
+    inputs = check_inputs(given)
+    # As StableDiffusionXLPipeline makes them: original size, crop and target size, in pixels.
+    assert inputs.added["time_ids"].tolist() == [[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]] * 4
+    ours, theirs = OurBackend("torch").build(given), DiffusersBackend().build(given)
+    assert relative_rms(ours(inputs), theirs(inputs)) < 1e-5
+    assert relative_rms(OurBackend("torch", is_hoisted=False).build(given)(inputs), theirs(inputs)) < 1e-5
+    for name, value in inputs.added.items():
+        other = replace(inputs, added={**inputs.added, name: value + 1.0})
+        assert relative_rms(ours(other), ours(inputs)) > 1e-4
+        assert relative_rms(ours(other), theirs(other)) < 1e-5
+
+
+@pytest.mark.parametrize(("added_dim", "expected"), [(2816, (1280, 6)), (2560, (1280, 5)), (80, (32, 6))])
+def test_what_is_added_has_the_widths_of_the_release(added_dim: int, expected: tuple[int, int]) -> None:
+    config = replace(FAMILY["39M"], added_dim=added_dim, added_time_dim=256 if added_dim > 80 else 8)
+    added = added_conditions(Case(unet="39M", batch=2), config, torch.Generator())
+    assert (added["text_embeds"].shape[1], added["time_ids"].shape[1]) == expected
+    assert all(value.shape[0] == 4 for value in added.values())
+
+
+def test_a_network_whose_added_embedding_is_no_release_has_no_time() -> None:
+    config = replace(FAMILY["39M"], added_dim=48, added_time_dim=8)
+    with pytest.raises(Unsupported, match="too narrow"):
+        added_conditions(Case(unet="39M"), config, torch.Generator())
 
 
 def test_injected_noise_is_the_schedulers_and_its_own_is_put_back(tiny_checkpoint: Path) -> None:
