@@ -61,7 +61,7 @@ def plausible_record(case: Case | None = None, **changes: Any) -> Record:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """Of `-n auto`: no further process where there is a GPU, whose memory and time are one test's; else the default."""
+    """Of `-n auto`: no further process where there is a GPU, whose memory and time are one test's."""
     torch = pytest.importorskip("torch")
     return 0 if torch.cuda.is_available() else None
 
