@@ -31,9 +31,12 @@ def _not_a_tensor(call: Callable[..., Any], name: str, value: Any) -> ValueError
 
 def one_device(name: str, arguments: tuple[Any, ...]) -> None:
     """ValueError for tensors of several devices. A kernel would read what is not there."""
-    devices = sorted({str(value.device) for value in arguments if isinstance(value, Tensor)})
-    if len(devices) > 1:
-        raise ValueError(f"{name}: the tensors must share a device; got {', '.join(devices)}: move them to one")
+    devices = [value.device for value in arguments if isinstance(value, Tensor)]
+    for device in devices:
+        if device != devices[0]:
+            raise ValueError(
+                f"{name}: the tensors must share a device; got {devices[0]} and {device}: move them to one"
+            )
 
 
 def whole(call: str, name: str, value: Any) -> Any:

@@ -87,9 +87,9 @@ def _register_gradient(library: torch.library.Library, qualified: str, reference
             for i in wanted:
                 arguments[i] = arguments[i].detach().requires_grad_()
             outputs = reference(*arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-        found = _gradients(pairs, [arguments[i] for i in wanted])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+            found = _gradients(pairs, [arguments[i] for i in wanted])
         result: list[Tensor | None] = [None] * len(arguments)
         for i, gradient in zip(wanted, found, strict=True):
             result[i] = gradient

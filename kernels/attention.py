@@ -12,8 +12,10 @@ What limits them, and what each idea gave: docs/attention.md.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -323,12 +325,16 @@ def _looks_transposed(q: Tensor, k: Tensor) -> bool:
 
 @functools.cache
 def _warn_of_layout() -> None:
-    """Warns once in a process."""
+    """Warns once in a process, of the line that called the operator: between it and here is torch's dispatcher."""
+    folders = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(folders):
+        frame, level = frame.f_back, level + 1
     warnings.warn(
         "attention: q, k and v have fewer tokens than heads, read as [B, N, H, D]. If they are [B, H, N, D], as "
         "for scaled_dot_product_attention, pass q.transpose(1, 2), k.transpose(1, 2) and v.transpose(1, 2), and "
         "transpose the result",
-        stacklevel=8,
+        stacklevel=level + 1,
     )
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import lowered
-from ._checks import real, tensors
+from ._checks import one_device, real, tensors
 from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, tuned
 from ._layout import collapse_rows, row_reasons
@@ -336,6 +336,7 @@ def _auto(
     activation: str | None,
 ) -> Literal["torch", "triton"]:
     """What "auto" takes for these arguments."""
+    one_device("linear", (x, weight, bias, norm_weight, norm_bias, x_bias))
     reasons = [] if x.is_meta else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
     normed, gated = norm_weight is not None, activation is not None
     rows = math.prod(x.shape[:-1])
