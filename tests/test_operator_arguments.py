@@ -244,6 +244,16 @@ def test_x_bias_acts_before_the_norm_and_diffusers_scale_shift_after_it():
     torch.testing.assert_close(F.silu(ours * (1 + scale[:, :, None, None]) + shift[:, :, None, None]), after)
 
 
+def test_diffusers_masks_as_the_docs_write_them():
+    q, k, v = QKV
+    keep = torch.arange(18).view(2, 9) % 4 != 1
+    bias = ((1 - keep.float()) * -10000.0)[:, None]
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=bias[:, None]).transpose(1, 2)
+    for key_mask in (keep, bias[:, 0] == 0):
+        torch.testing.assert_close(attention(q, k, v, key_mask=key_mask, backend="torch"), theirs)
+
+
 # The layout of scaled_dot_product_attention
 
 
