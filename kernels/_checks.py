@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def tensors(call: Callable[..., Any], required: Mapping[str, Any], optional: Mapping[str, Any]) -> None:
-    """ValueError, with the signature of `call`, for what is no tensor; `optional` may be None."""
-    for name, value in required.items():
+def tensors(call: Callable[..., Any], required: Sequence[Any], optional: Sequence[Any] = ()) -> None:
+    """ValueError, with the signature of `call`, for what is no tensor; `optional` may be None.
+
+    Both in the order of the parameters of `call` that are annotated as tensors: a good call is spared their names.
+    """
+    for value in required:
         if not isinstance(value, Tensor):
-            raise _not_a_tensor(call, name, value)
-    for name, value in optional.items():
+            raise _not_a_tensor(call, required, optional, value)
+    for value in optional:
         if value is not None and not isinstance(value, Tensor):
-            raise _not_a_tensor(call, name, value)
+            raise _not_a_tensor(call, required, optional, value)
 
 
-def _not_a_tensor(call: Callable[..., Any], name: str, value: Any) -> ValueError:
+def _not_a_tensor(
+    call: Callable[..., Any], required: Sequence[Any], optional: Sequence[Any], wrong: Any
+) -> ValueError:
     parameters = inspect.signature(call).parameters.values()
+    names = [p.name for p in parameters if p.annotation in ("Tensor", "Tensor | None")]
+    name = next(name for name, value in zip(names, (*required, *optional), strict=False) if value is wrong)
     bare = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
     return ValueError(
-        f"{call.__name__}: {name} must be a tensor; got {type(value).__name__}; call {call.__name__}{bare}"
+        f"{call.__name__}: {name} must be a tensor; got {type(wrong).__name__}; call {call.__name__}{bare}"
     )
 
 

@@ -251,7 +251,7 @@ def attention(
     go in as q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2); fewer tokens than heads are warned of, once.
     Sources: Vaswani et al., arXiv 1706.03762, eq. 1; Milakov and Gimelshein, arXiv 1805.02867 (online softmax).
     """
-    tensors(attention, {"q": q, "k": k, "v": v}, {"key_lengths": key_lengths, "key_mask": key_mask})
+    tensors(attention, (q, k, v), (key_lengths, key_mask))
     q, k, v = lowered(q, k, v)
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
         raise ValueError(

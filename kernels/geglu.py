@@ -167,7 +167,7 @@ def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Te
     where the kernel cannot serve.
     Source: Shazeer, arXiv 2002.05202.
     """
-    tensors(geglu, {"x": x}, {"bias": bias})
+    tensors(geglu, (x,), (bias,))
     if x.ndim < 1 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(f"geglu: x must be a float [..., 2C]; got {x.dtype} {list(x.shape)}")
     if bias is not None and (bias.shape != x.shape[-1:] or not bias.is_floating_point()):

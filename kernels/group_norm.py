@@ -367,7 +367,7 @@ def group_norm_silu(
     """
     if shift is not None:
         x_bias = _renamed(x_bias, shift)
-    tensors(group_norm_silu, {"x": x}, {"weight": weight, "bias": bias, "x_bias": x_bias, "skip": skip})
+    tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
     num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
     if skip is not None and skip.dtype != x.dtype:
         x, skip = promoted(x, skip)

@@ -262,7 +262,7 @@ def layer_norm(
     not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     Source: Ba et al., arXiv 1607.06450.
     """
-    tensors(layer_norm, {"x": x, "weight": weight, "bias": bias}, {"x_bias": x_bias, "residual": residual})
+    tensors(layer_norm, (x, weight, bias), (x_bias, residual))
     eps = real("layer_norm", "eps", eps)
     if residual is not None and residual.dtype != x.dtype:
         x, residual = promoted(x, residual)

@@ -314,8 +314,7 @@ def _prepared(
     backend: str,
 ) -> tuple[Any, ...]:
     """The arguments, checked, as autocast has them. It rounds what F.linear takes: a norm, not what that is of."""
-    vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias, "x_bias": x_bias}
-    tensors(linear, {"x": x, "weight": weight}, vectors)
+    tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
     eps = real("linear", "eps", eps)
     low, weight, bias = lowered(x, weight, bias)
     _check(low, weight, bias, norm_weight, norm_bias, x_bias, activation)

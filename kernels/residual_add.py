@@ -226,7 +226,7 @@ def residual_add(
     different dtypes in the widest, and as F.interpolate, on a GPU in float32. Raises ValueError for what does not
     fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     """
-    tensors(residual_add, {"x": x, "residual": residual}, {"bias": bias})
+    tensors(residual_add, (x, residual), (bias,))
     if x.dtype != residual.dtype:
         x, residual = promoted(x, residual)
     if x.ndim != 4 or not x.is_floating_point():

@@ -429,17 +429,8 @@ def _validate(
     input_scale: Tensor | None,
 ) -> None:
     """Raise ValueError, in one line, for the first argument that does not fit the registers."""
-    tensors(
-        sampler_update,
-        {"registers": registers, "model_output": model_output, "table": table, "step": step},
-        {
-            "guidance_scale": guidance_scale,
-            "seeds": seeds,
-            "noise": noise,
-            "model_input": model_input,
-            "input_scale": input_scale,
-        },
-    )
+    given = (guidance_scale, seeds, noise, model_input, input_scale)
+    tensors(sampler_update, (registers, model_output, table, step), given)
     if registers.dim() < 2 or registers.dtype not in _REGISTER_DTYPES:
         raise ValueError(
             f"sampler_update: registers must be float32 or float64 [R, B, ...]; got {_describe(registers)}"
