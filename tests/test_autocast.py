@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, linear, linear_separate, residual_add
+from ldmperf.model import FAMILY, UNet
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOWER = st.sampled_from([torch.bfloat16, torch.float16])
@@ -217,3 +219,19 @@ def test_off_inside_an_operator_and_in_its_backward():
     with autocast("cpu", torch.bfloat16):
         (actual,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("products", ["torch", "auto"])
+def test_our_network_takes_mixed_dtypes_there(products):
+    config = replace(FAMILY["39M"], layers_per_block=1, block_channels=(64, 64, 64, 64))
+    torch.manual_seed(0)
+    unet = UNet(config, backend="torch", products=products)
+    inputs = torch.randn(1, 4, 16, 16), 5.0, torch.randn(1, 7, config.context_dim)
+    with torch.inference_mode():
+        expected = unet(*inputs)
+        with autocast("cpu", torch.bfloat16):
+            actual = unet(*inputs)
+            half = unet(inputs[0].bfloat16(), 5.0, inputs[2].bfloat16())
+    for out in (actual, half):
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - expected).norm() / expected.norm() < 3e-2
