@@ -74,7 +74,7 @@ HEAD = 8
 L2 = Literal["cold", "step"]
 # Arguments that a step reads once: weights, what `UNet.condition` made of them and of the prompt, and a skip
 # connection, which was written long before. Keys and values of a text are recognized by their memory.
-READ_ONCE = frozenset({"weight", "bias", "norm_weight", "norm_bias", "x_bias", "shift", "skip"})
+READ_ONCE = frozenset({"weight", "bias", "norm_weight", "norm_bias", "x_bias", "skip"})
 # A graph of one call would be timed with the host's way in.
 LEAST_CALLS = 16
 # Compiling takes this part of the time at most.

@@ -1,5 +1,8 @@
 """The fused operators. Imports the standard library, torch and triton, nothing else: copy this folder anywhere."""
 
+# pyproject.toml reads it from here, without importing.
+__version__ = "0.1.0"
+
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, planned_for, tuned_table
 from .attention import attention, attention_ref
@@ -20,6 +23,7 @@ __all__ = [
     "KernelUnsupported",
     "Launch",
     "Operator",
+    "__version__",
     "attention",
     "attention_ref",
     "geglu",

@@ -91,12 +91,12 @@ def _bundle_channels(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _load_shift(shift_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
-    if shift_ptr is None:
+def _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+    if x_bias_ptr is None:
         shift = tl.zeros([BLOCK_C], dtype=tl.float32)
     else:
         offs = b * stride_tb + offs_c.to(tl.int64) * stride_tc
-        shift = tl.load(shift_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
+        shift = tl.load(x_bias_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
     return shift
 
 
@@ -226,7 +226,7 @@ def _statistics(  # type: ignore[no-untyped-def]
 def group_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     skip_ptr,
-    shift_ptr,
+    x_bias_ptr,
     weight_ptr,
     bias_ptr,
     out_ptr,
@@ -262,7 +262,7 @@ def group_norm_kernel(  # type: ignore[no-untyped-def]
     pid = tl.program_id(0)
     b = (pid // bundles).to(tl.int64)
     offs_c, mask_c, member = _bundle_channels(pid % bundles, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
-    shift = _load_shift(shift_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
+    shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
     x_ptr += b * stride_xb
     out_ptr += b * stride_ob
     if skip_ptr is not None:
@@ -300,7 +300,7 @@ def group_norm_kernel(  # type: ignore[no-untyped-def]
 def group_norm_statistics_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     skip_ptr,
-    shift_ptr,
+    x_bias_ptr,
     statistics_ptr,
     num_groups,
     bundles,
@@ -332,7 +332,7 @@ def group_norm_statistics_kernel(  # type: ignore[no-untyped-def]
     b = (pid // bundles // chunks).to(tl.int64)
     bundle = pid % bundles
     offs_c, mask_c, member = _bundle_channels(bundle, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
-    shift = _load_shift(shift_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
+    shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
     x_ptr += b * stride_xb
     if skip_ptr is not None:
         skip_ptr += b * stride_kb
@@ -355,7 +355,7 @@ def group_norm_statistics_kernel(  # type: ignore[no-untyped-def]
 def group_norm_apply_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     skip_ptr,
-    shift_ptr,
+    x_bias_ptr,
     weight_ptr,
     bias_ptr,
     statistics_ptr,
@@ -397,7 +397,7 @@ def group_norm_apply_kernel(  # type: ignore[no-untyped-def]
     b = (pid // bundles // chunks).to(tl.int64)
     bundle = pid % bundles
     offs_c, mask_c, member = _bundle_channels(bundle, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
-    shift = _load_shift(shift_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
+    shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
 
     offs_g = tl.arange(0, BLOCK_G)
     groups = bundle * GROUPS + offs_g

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _launch
+from ._checks import one_device
 from ._launch import Launch
 
 T = TypeVar("T")
@@ -129,14 +130,15 @@ class Recipe:
 Planned = tuple[Any, list[Launch]]
 
 
-def served(decided: Callable[..., Planned | None], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's implementation: what `decided` plans for the arguments, or `reference` where that is None.
+def served(name: str, decided: Callable[..., Planned | None], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation of operator `name`: what `decided` plans, or `reference` where that is None.
 
     Both take the operator's arguments by position; `decided` is asked once for each layout of them.
     """
 
     @ByLayout
     def recipe_of(*arguments: Any) -> Recipe | None:
+        one_device(name, arguments)
         # One tensor may be two arguments of a call, and two of the next: aliases tell which is which.
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
         planned = decided(*aliases)

@@ -12,7 +12,10 @@ What limits them, and what each idea gave: docs/attention.md.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +24,8 @@ from torch import Tensor
 
 from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
+from ._autocast import lowered
+from ._checks import real, tensors
 from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, tuned
 from ._layout import MAX_INDEX
@@ -53,13 +58,6 @@ def attention_ref(
     if k.shape[1] == 0:
         # A softmax over nothing: torch's backends disagree (zeros, NaN, an error); a sum over nothing is zero.
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if q.device.type == "cpu" and q.dtype == torch.float32 and q.shape[3] <= 8:
-        # torch's CPU kernel takes half the time for 16 with zeros, which change nothing.
-        channels = q.shape[3]
-        q, k, v = (F.pad(x, (0, 16 - channels)) for x in (q, k, v))
-        scale = channels**-0.5 if scale is None else scale
-        out = attention_ref(q, k, v, scale, key_lengths=key_lengths, key_mask=key_mask)
-        return out[..., :channels].contiguous()
     mask = key_mask
     if key_lengths is not None:
         mask = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
@@ -249,9 +247,12 @@ def attention(
     that attends to no key is zeros. Elsewhere NaN and Inf propagate. The kernels' softmax is exact to rounding for
     logits (scale q k^T) up to +-1e8; from about 2e8 (float16) or 1e9 on rows may become NaN. Raises ValueError for
     shapes, dtypes or devices that do not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot
-    serve.
+    serve. Under autocast as scaled_dot_product_attention, in autocast's dtype. Tensors in its layout [B, H, N, D]
+    go in as q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2); fewer tokens than heads are warned of, once.
     Sources: Vaswani et al., arXiv 1706.03762, eq. 1; Milakov and Gimelshein, arXiv 1805.02867 (online softmax).
     """
+    tensors(attention, (q, k, v), (key_lengths, key_mask))
+    q, k, v = lowered(q, k, v)
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
         raise ValueError(
             "attention: q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; "
@@ -267,6 +268,8 @@ def attention(
         raise ValueError("attention: give key_lengths or key_mask, not both")
     _expect("key_lengths", key_lengths, [k.shape[0]], (torch.int32, torch.int64), k)
     _expect("key_mask", key_mask, list(k.shape[:2]), (torch.bool,), k)
+    if scale is not None:
+        scale = real("attention", "scale", scale)
     out: Tensor = _attention(q, k, v, scale, key_lengths, key_mask, tf32, backend)
     return out
 
@@ -295,6 +298,9 @@ def _decided(
     backend: str,
 ) -> tuple[Tensor, list[Launch]] | None:
     """The plan of a call, None where torch serves it."""
+    # Here, as this runs once for each layout, and of a compiled graph when it runs.
+    if key_lengths is None and key_mask is None and _looks_transposed(q, k):
+        _warn_of_layout()
     reasons = [] if backend == "torch" else unsupported_reasons(q, k, v, scale)
     masks: dict[str, Any] = {"key_lengths": key_lengths, "key_mask": key_mask}
 
@@ -306,6 +312,30 @@ def _decided(
     if choose_backend("attention", backend, reasons, measured) == "torch":
         return None
     return plan(q, k, v, scale=scale, tf32=tf32, **masks)
+
+
+def _looks_transposed(q: Tensor, k: Tensor) -> bool:
+    """Whether q and k may be [B, H, N, D]: self-attention of fewer tokens than heads.
+
+    Not if k is a slice of a packed projection [B, N, ..., H, D], as the UNet's is: that has its tokens first.
+    """
+    sliced = k.stride(1) > k.shape[2] * k.stride(2)
+    return q.shape == k.shape and 0 < q.shape[1] < q.shape[2] and not sliced
+
+
+@functools.cache
+def _warn_of_layout() -> None:
+    """Warns once in a process, of the line that called the operator: between it and here is torch's dispatcher."""
+    folders = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(folders):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        "attention: q, k and v have fewer tokens than heads, read as [B, N, H, D]. If they are [B, H, N, D], as "
+        "for scaled_dot_product_attention, pass q.transpose(1, 2), k.transpose(1, 2) and v.transpose(1, 2), and "
+        "transpose the result",
+        stacklevel=level + 1,
+    )
 
 
 def _fake(q: Tensor, *_: object) -> Tensor:
@@ -334,8 +364,9 @@ def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
 _attention = define_operator(
     "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? key_lengths, Tensor? key_mask, bool tf32, "
     "str backend) -> Tensor",
-    served(_decided, _reference),
+    served("attention", _decided, _reference),
     fake=_fake,
+    autocast=lambda run, q, k, v, *others: run(*lowered(q, k, v), *others),
     reference=_reference,
     flops=_flops,
 )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import unchanged
+from ._checks import tensors
 from ._dispatch import choose_backend
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_offsets, row_reasons
@@ -160,10 +162,12 @@ def unsupported_reasons(x: Tensor, bias: Tensor | None = None) -> list[str]:
 def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     """x [..., 2C] -> value * gelu_erf(gate) [..., C], contiguous, in x's dtype; value is the first half.
 
-    With `bias` [2C], any float dtype, of x + bias. Raises ValueError for an odd last dimension, an integer dtype
-    or a bias that does not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    With `bias` [2C], any float dtype, of x + bias. Autocast changes nothing, as with F.gelu. Raises ValueError for
+    an odd last dimension, an integer dtype or a bias that does not fit, `KernelUnsupported` for `backend="triton"`
+    where the kernel cannot serve.
     Source: Shazeer, arXiv 2002.05202.
     """
+    tensors(geglu, (x,), (bias,))
     if x.ndim < 1 or x.shape[-1] % 2 or not x.is_floating_point():
         raise ValueError(f"geglu: x must be a float [..., 2C]; got {x.dtype} {list(x.shape)}")
     if bias is not None and (bias.shape != x.shape[-1:] or not bias.is_floating_point()):
@@ -190,8 +194,9 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 _geglu = define_operator(
     "geglu(Tensor x, Tensor? bias, str backend) -> Tensor",
-    served(_decided, _reference),
+    served("geglu", _decided, _reference),
     fake=_fake,
+    autocast=unchanged,
     reference=_reference,
 )
 

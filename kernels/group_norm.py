@@ -1,6 +1,6 @@
-"""Group normalization with an optional shift before it and an optional SiLU after it.
+"""Group normalization with an optional bias before it and an optional SiLU after it.
 
-y = act(group_norm(x + shift)), x [B, C, H, W] channels-last or contiguous. The shift [B, C] is where a residual
+y = act(group_norm(x + x_bias)), x [B, C, H, W] channels-last or contiguous. x_bias [B, C] is where a residual
 block puts its time projection and the bias of the convolution before: both would cost a pass over x of their own.
 With `skip` the input is x and skip side by side along the channels, read from both: no concatenation is written.
 Statistics are float32 (float64 for float64); the result has the memory format of x.
@@ -20,12 +20,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import in_float32, promoted
+from ._checks import real, tensors, whole
 from ._dispatch import choose_backend
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import (
@@ -56,7 +61,7 @@ def group_norm_silu_ref(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
@@ -70,8 +75,8 @@ def group_norm_silu_ref(
     # Around each group's first value: torch's CPU kernel for channels-last loses the variance at large means.
     first = x.detach()[:, :, 0, 0].unflatten(1, (num_groups, -1))[:, :, :1].to(dtype)
     center = first.expand(-1, -1, x.shape[1] // num_groups).flatten(1)
-    if shift is not None:
-        center = center - shift.to(dtype)
+    if x_bias is not None:
+        center = center - x_bias.to(dtype)
     x32 = x.to(dtype) - center[:, :, None, None]
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -195,7 +200,7 @@ def candidates(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
 ) -> list[GroupNormConfig]:
@@ -225,7 +230,7 @@ def tuning_key(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
 ) -> str:
@@ -245,7 +250,7 @@ def plan(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
     config: GroupNormConfig | None = None,
@@ -266,7 +271,7 @@ def plan(
     shared = {
         "x_ptr": x,
         "skip_ptr": skip,
-        "shift_ptr": shift,
+        "x_bias_ptr": x_bias,
         "num_groups": num_groups,
         "bundles": bundles,
         "x_channels": x.shape[1],
@@ -280,8 +285,8 @@ def plan(
         "stride_kc": of_skip.c,
         "stride_kh": of_skip.h,
         "stride_kw": of_skip.w,
-        "stride_tb": 0 if shift is None else shift.stride(0),
-        "stride_tc": 0 if shift is None else shift.stride(1),
+        "stride_tb": 0 if x_bias is None else x_bias.stride(0),
+        "stride_tc": 0 if x_bias is None else x_bias.stride(1),
         "GROUP_CHANNELS": shape.group_channels,
         "GROUPS": config.groups,
         "BLOCK_G": next_power_of_two(config.groups),
@@ -323,13 +328,13 @@ def unsupported_reasons(
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
 ) -> list[str]:
     """Every reason why the Triton kernels cannot serve this call; empty when they can."""
     reasons = [
         *device_reasons(group_norm_kernel, x),
-        *dtype_reasons(x=x, weight=weight, bias=bias, shift=shift),
+        *dtype_reasons(x=x, weight=weight, bias=bias, x_bias=x_bias),
         *image_reasons(x),
         *contiguity_reasons(weight=weight, bias=bias),
     ]
@@ -346,18 +351,26 @@ def group_norm_silu(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
     backend: str = "auto",
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """act(group_norm(x + shift) * weight + bias), in x's dtype and memory format.
+    """act(group_norm(x + x_bias) * weight + bias), in x's dtype and memory format.
 
     x [B, C, H, W], any strides; skip [B, C2, H, W] of x's dtype or None: its channels follow those of x, and C
-    below counts them too; shift [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
-    activation "silu" or None. Raises ValueError for what does not fit, `KernelUnsupported` for
+    below counts them too; x_bias [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
+    activation "silu" or None; shift is x_bias under its former name, deprecated. Under autocast as torch.cat and
+    F.group_norm: float32 on a GPU. Raises ValueError for what does not fit, `KernelUnsupported` for
     `backend="triton"` where the kernel cannot serve. Source: Wu and He, arXiv 1803.08494.
     """
+    if shift is not None:
+        x_bias = _renamed(x_bias, shift)
+    tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
+    num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
+    if skip is not None and skip.dtype != x.dtype:
+        x, skip = promoted(x, skip)
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"group_norm_silu: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
     batch, channels, height, width = x.shape
@@ -376,12 +389,22 @@ def group_norm_silu(
     for name, value, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
-        ("shift", shift, (batch, channels)),
+        ("x_bias", x_bias, (batch, channels)),
     ):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"group_norm_silu: {name} must be {list(shape)}; got {list(value.shape)}")
-    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, shift, skip, activation, backend)
+        if value is not None and (value.shape != shape or not value.is_floating_point()):
+            raise ValueError(
+                f"group_norm_silu: {name} must be a float {list(shape)}; got {value.dtype} {list(value.shape)}"
+            )
+    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend)
     return out
+
+
+def _renamed(x_bias: Tensor | None, shift: Tensor) -> Tensor:
+    if x_bias is not None:
+        raise ValueError("group_norm_silu: shift is the former name of x_bias; give x_bias alone")
+    if not torch.compiler.is_compiling():
+        warnings.warn("group_norm_silu: shift is now x_bias; pass x_bias=", DeprecationWarning, stacklevel=3)
+    return shift
 
 
 def _decided(
@@ -390,16 +413,16 @@ def _decided(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    shift: Tensor | None,
+    x_bias: Tensor | None,
     skip: Tensor | None,
     activation: str | None,
     backend: str,
 ) -> tuple[Tensor, list[Launch]] | None:
     """The plan of a call, None where torch serves it."""
-    reasons = [] if backend == "torch" else unsupported_reasons(x, num_groups, weight, bias, shift, skip)
+    reasons = [] if backend == "torch" else unsupported_reasons(x, num_groups, weight, bias, x_bias, skip)
     if choose_backend("group_norm_silu", backend, reasons) == "torch":
         return None
-    return plan(x, num_groups, weight, bias, eps, shift=shift, skip=skip, activation=activation)
+    return plan(x, num_groups, weight, bias, eps, x_bias=x_bias, skip=skip, activation=activation)
 
 
 def _reference(
@@ -408,12 +431,12 @@ def _reference(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    shift: Tensor | None,
+    x_bias: Tensor | None,
     skip: Tensor | None,
     activation: str | None,
     backend: str,
 ) -> Tensor:
-    return group_norm_silu_ref(x, num_groups, weight, bias, eps, shift=shift, skip=skip, activation=activation)
+    return group_norm_silu_ref(x, num_groups, weight, bias, eps, x_bias=x_bias, skip=skip, activation=activation)
 
 
 def _empty_result(x: Tensor, skip: Tensor | None) -> Tensor:
@@ -430,7 +453,7 @@ def _fake(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    shift: Tensor | None,
+    x_bias: Tensor | None,
     skip: Tensor | None,
     activation: str | None,
     backend: str,
@@ -438,11 +461,27 @@ def _fake(
     return _empty_result(x, skip)
 
 
+def _autocast(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    skip: Tensor | None,
+    *others: Any,
+) -> Tensor:
+    x, skip = in_float32(*promoted(x, skip))
+    return run(x, num_groups, weight, bias, eps, x_bias, skip, *others)
+
+
 _group_norm_silu = define_operator(
-    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? shift, "
+    "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? x_bias, "
     "Tensor? skip, str? activation, str backend) -> Tensor",
-    served(_decided, _reference),
+    served("group_norm_silu", _decided, _reference),
     fake=_fake,
+    autocast=_autocast,
     reference=_reference,
 )
 

@@ -11,12 +11,16 @@ float32 cannot hold a mean of 1e4 exactly enough.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import in_float32, promoted
+from ._checks import real, tensors
 from ._dispatch import choose_backend
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_offsets, row_reasons
@@ -253,10 +257,15 @@ def layer_norm(
     """Layer norm of x [..., C] with weight and bias [C]; contiguous, in x's dtype.
 
     With `x_bias` [C], any float dtype, of x + x_bias. With `residual` (shape and dtype of x) returns
-    (norm(x + x_bias + residual), x + x_bias + residual). Raises ValueError for what does not fit,
-    `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    (norm(x + x_bias + residual), x + x_bias + residual). Under autocast as a sum and F.layer_norm: x and residual
+    of different dtypes are added in the wider one, the norm is float32 on a GPU. Raises ValueError for what does
+    not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     Source: Ba et al., arXiv 1607.06450.
     """
+    tensors(layer_norm, (x, weight, bias), (x_bias, residual))
+    eps = real("layer_norm", "eps", eps)
+    if residual is not None and residual.dtype != x.dtype:
+        x, residual = promoted(x, residual)
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"layer_norm: x must be a float [..., C]; got {x.dtype} {list(x.shape)}")
     channels = x.shape[-1]
@@ -331,17 +340,27 @@ def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return _fake(x), _fake(x)
 
 
+def _add_autocast(
+    run: Callable[..., tuple[Tensor, Tensor]], x: Tensor, residual: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    x, residual = promoted(x, residual)
+    y, total = run(*in_float32(x, residual), *others)
+    return y, total.to(x.dtype)
+
+
 _layer_norm = define_operator(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? x_bias, str backend) -> Tensor",
-    served(_decided, _reference),
+    served("layer_norm", _decided, _reference),
     fake=_fake,
+    autocast=lambda run, x, *others: run(*in_float32(x), *others),
     reference=_reference,
 )
 _add_layer_norm = define_operator(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? x_bias, "
     "str backend) -> (Tensor, Tensor)",
-    served(_add_decided, _add_reference),
+    served("layer_norm", _add_decided, _add_reference),
     fake=_add_fake,
+    autocast=_add_autocast,
     reference=_add_reference,
 )
 

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import lowered
+from ._checks import one_device, real, tensors
 from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, tuned
 from ._layout import collapse_rows, row_reasons
@@ -61,10 +63,7 @@ def linear_ref(
 ) -> Tensor:
     """Reference of `linear`: torch's product, whose sums are float32 for half dtypes, between the references of
     layer_norm and geglu."""
-    return linear_separate(
-        x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, x_bias=x_bias,
-        activation=activation, backend="torch",
-    )  # fmt: skip
+    return _separate(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, "torch")
 
 
 def linear_separate(
@@ -83,11 +82,28 @@ def linear_separate(
 
     Arguments and errors as of `linear`. It is what "auto" takes where no merge pays.
     """
+    choose_backend("linear", backend, ())
+    return _separate(
+        *_prepared(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend),
+    )
+
+
+def _separate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> Tensor:
     if norm_weight is not None and norm_bias is not None:
         normalized = layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias, backend=backend)
         assert isinstance(normalized, Tensor)
         x = normalized
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y if activation is None else geglu(y, backend=backend)
 
 
@@ -267,23 +283,46 @@ def linear(
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
                 torch's product between the kernels of layer_norm and geglu
 
-    x and weight share a dtype; vectors are of any float dtype. Raises ValueError for what does not fit,
+    x and weight share a dtype; vectors are of any float dtype. Under autocast as F.linear after F.layer_norm: the
+    norm is of x as it is, the product in autocast's dtype. Raises ValueError for what does not fit,
     `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
     Sources: Ba et al., arXiv 1607.06450 (layer norm); Shazeer, arXiv 2002.05202 (GEGLU).
     """
-    _check(x, weight, bias, norm_weight, norm_bias, x_bias, activation)
+    x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend = _prepared(
+        x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend
+    )
     vectors = (bias, norm_weight, norm_bias)
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
         choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
         backend = choose(x, weight, *vectors, x_bias, activation)
         if backend == "torch":
-            return linear_separate(
-                x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, x_bias=x_bias,
-                activation=activation,
-            )  # fmt: skip
+            return _separate(x, weight, *vectors, eps, x_bias, activation, "auto")
     out: Tensor = _linear(x, weight, *vectors, eps, x_bias, activation, backend)
     return out
+
+
+def _prepared(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    activation: str | None,
+    backend: str,
+) -> tuple[Any, ...]:
+    """The arguments, checked, as autocast has them. It rounds what F.linear takes: a norm, not what that is of."""
+    tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
+    eps = real("linear", "eps", eps)
+    low, weight, bias = lowered(x, weight, bias)
+    _check(low, weight, bias, norm_weight, norm_bias, x_bias, activation)
+    if low.dtype != x.dtype and norm_weight is not None and norm_bias is not None:
+        normalized = layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias, backend=backend)
+        (low,) = lowered(normalized)
+        norm_weight = norm_bias = x_bias = None
+    return low, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend
 
 
 def _auto(
@@ -296,6 +335,7 @@ def _auto(
     activation: str | None,
 ) -> Literal["torch", "triton"]:
     """What "auto" takes for these arguments."""
+    one_device("linear", (x, weight, bias, norm_weight, norm_bias, x_bias))
     reasons = [] if x.is_meta else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
     normed, gated = norm_weight is not None, activation is not None
     rows = math.prod(x.shape[:-1])
@@ -441,8 +481,9 @@ def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
 _linear = define_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "Tensor? x_bias, str? activation, str backend) -> Tensor",
-    served(_decided, _reference),
+    served("linear", _decided, _reference),
     fake=_fake_result,
+    autocast=lambda run, *arguments: run(*_prepared(*arguments)),
     reference=_reference,
     flops=_flops,
 )

@@ -6,13 +6,15 @@ follows a residual sum at the end of a level is the upsampling, and the small su
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._autocast import in_float32, promoted
+from ._checks import tensors, whole
 from ._dispatch import choose_backend
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, pixel_offsets
@@ -220,9 +222,13 @@ def residual_add(
     """x + residual + bias per channel, in x's dtype and memory format.
 
     x [B, C, H, W] and residual of the same shape and dtype, any strides; bias [C] of any float dtype or None.
-    size (2H or 2H - 1, 2W or 2W - 1) enlarges the sum to it by nearest neighbour. Raises ValueError for what does
-    not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    size (2H or 2H - 1, 2W or 2W - 1) enlarges the sum to it by nearest neighbour. Under autocast as a sum, of
+    different dtypes in the widest, and as F.interpolate, on a GPU in float32. Raises ValueError for what does not
+    fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     """
+    tensors(residual_add, (x, residual), (bias,))
+    if x.dtype != residual.dtype:
+        x, residual = promoted(x, residual)
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"residual_add: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -232,13 +238,14 @@ def residual_add(
         )
     if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_floating_point()):
         raise ValueError(f"residual_add: bias must be a float [{x.shape[1]}]; got {bias.dtype} {list(bias.shape)}")
+    if size is not None and not isinstance(size, Iterable):
+        raise ValueError(f"residual_add: size must be (height, width); got {size!r}")
+    size = None if size is None else [whole("residual_add", "size", n) for n in size]
     if size is not None and (
         len(size) != 2 or any(to not in (2 * n, 2 * n - 1) for to, n in zip(size, x.shape[2:], strict=True))
     ):
-        raise ValueError(
-            f"residual_add: size must be twice {list(x.shape[2:])}, or one less in each; got {list(size)}"
-        )
-    out: Tensor = _residual_add(x, residual, bias, None if size is None else list(size), backend)
+        raise ValueError(f"residual_add: size must be twice {list(x.shape[2:])}, or one less in each; got {size}")
+    out: Tensor = _residual_add(x, residual, bias, size, backend)
     return out
 
 
@@ -260,6 +267,18 @@ def _reference(x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int]
     return residual_add_ref(x, residual, bias, size=size)
 
 
+def _autocast(
+    run: Callable[..., Tensor],
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None,
+    size: list[int] | None,
+    backend: str,
+) -> Tensor:
+    x, residual = promoted(x, residual)
+    return run(*(in_float32(x, residual) if size is not None else (x, residual)), bias, size, backend)
+
+
 def _fake(
     x: Tensor, residual: Tensor, bias: Tensor | None, size: Sequence[int] | None, backend: str = ""
 ) -> Tensor:
@@ -269,8 +288,9 @@ def _fake(
 
 _residual_add = define_operator(
     "residual_add(Tensor x, Tensor residual, Tensor? bias, SymInt[]? size, str backend) -> Tensor",
-    served(_decided, _reference),
+    served("residual_add", _decided, _reference),
     fake=_fake,
+    autocast=_autocast,
     reference=_reference,
 )
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autocast import unchanged
+from ._checks import tensors
 from ._dispatch import choose_backend
 from ._launch import Launch, Operator, ceil_div, chip_of, next_power_of_two, tuned
 from ._layout import MAX_INDEX
@@ -350,8 +352,8 @@ def sampler_update(
     model_input   [B, ...], or [2B, ...] with guidance, any float dtype and strides: receives the next input
     input_scale   [K] in the registers' dtype: row k scales the input of the model evaluation after step k
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, `KernelUnsupported` for `backend="triton"`
-    where the kernel cannot serve.
+    Autocast changes nothing. Raises ValueError for shapes, dtypes or devices that do not fit, `KernelUnsupported`
+    for `backend="triton"` where the kernel cannot serve.
     """
     _validate(registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale)
     _sampler_update(
@@ -427,6 +429,8 @@ def _validate(
     input_scale: Tensor | None,
 ) -> None:
     """Raise ValueError, in one line, for the first argument that does not fit the registers."""
+    given = (guidance_scale, seeds, noise, model_input, input_scale)
+    tensors(sampler_update, (registers, model_output, table, step), given)
     if registers.dim() < 2 or registers.dtype not in _REGISTER_DTYPES:
         raise ValueError(
             f"sampler_update: registers must be float32 or float64 [R, B, ...]; got {_describe(registers)}"
@@ -469,8 +473,9 @@ def _describe(tensor: Tensor) -> str:
 _sampler_update = define_operator(
     "sampler_update(Tensor(a!) registers, Tensor model_output, Tensor table, Tensor step, Tensor? guidance_scale, "
     "Tensor? seeds, Tensor? noise, Tensor(b!)? model_input, Tensor? input_scale, str backend) -> ()",
-    served(_decided, _reference),
+    served("sampler_update", _decided, _reference),
     fake=_fake,
+    autocast=unchanged,
 )
 
 OPERATOR = Operator("sampler_update", sampler_update, sampler_update_ref, plan, candidates, tuning_key)

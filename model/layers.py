@@ -59,7 +59,7 @@ class GroupNorm(nn.GroupNorm):
             self.weight,
             self.bias,
             self.eps,
-            shift=shift,
+            x_bias=shift,
             skip=skip,
             activation=self.activation,
             backend=self.backend,

@@ -51,7 +51,7 @@ def test_auto_takes_the_faster_of_two_that_can_serve_and_logs_nothing(caplog):
 
 def test_operators_go_through_the_dispatch(caplog):
     _log_fallback.cache_clear()
-    x = torch.randn(1, 2, 3, 4)
+    x = torch.randn(1, 3, 2, 4)
     with pytest.raises(KernelUnsupported, match="attention"):
         attention(x, x, x, backend="triton")
     with pytest.raises(KernelUnsupported, match="geglu"):

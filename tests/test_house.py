@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import ldmperf.kernels
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "model", "samplers", "profiling")
@@ -200,5 +204,18 @@ print("imported", len({modules!r}))
 
 
 def test_the_changelog_names_the_version():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{ldmperf.kernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_kernels_carry_their_licence_their_page_and_the_version(wheel, tmp_path):
+    """The examples of the page run in a copy, on the torch backend."""
+    for name in ("LICENSE", "README.md"):
+        carried = (ROOT / "kernels" / name).read_text()
+        assert zipfile.ZipFile(wheel).read(f"ldmperf/kernels/{name}").decode() == carried
+    assert (ROOT / "kernels" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
+    assert wheel.name.startswith(f"ldmperf-{ldmperf.kernels.__version__}-")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    (example,) = re.findall(r"```python\n(.*?)```", carried, re.DOTALL)
+    in_subprocess(
+        f"{example}\nimport kernels\nassert kernels.__version__ == {ldmperf.kernels.__version__!r}", tmp_path
+    )

@@ -127,7 +127,7 @@ def test_bytes_are_of_each_argument_once_and_each_result_once() -> None:
 
 
 def test_an_expanded_dimension_counts_once_and_reads_one_memory() -> None:
-    spec = TensorSpec(name="shift", shape=(3, 5), stride=(0, 1), dtype="float32")
+    spec = TensorSpec(name="x_bias", shape=(3, 5), stride=(0, 1), dtype="float32")
     assert spec.nbytes == 5 * 4
     made = spec.make(torch.device("cpu"))
     assert torch.equal(made[0], made[2])

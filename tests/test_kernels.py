@@ -96,10 +96,10 @@ def test_attention_survives_large_logits_and_passes_nan_on():
     assert out.isnan().sum() == 6
 
 
-def group_norm64(x, groups, weight, bias, eps, shift, activation):
+def group_norm64(x, groups, weight, bias, eps, x_bias, activation):
     x = x.double()
-    if shift is not None:
-        x = x + shift.double()[:, :, None, None]
+    if x_bias is not None:
+        x = x + x_bias.double()[:, :, None, None]
     grouped = x.reshape(x.shape[0], groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     variance = (grouped - mean).square().mean(-1, keepdim=True)
@@ -128,9 +128,9 @@ def test_group_norm_silu(batch, groups, width, size, kind, affine, shifted, acti
     channels = groups * width
     x = strided((batch, channels, *size), kind, dtype, seed)
     weight, bias = (torch.randn(2, channels).to(dtype)) if affine else (None, None)
-    shift = None if shifted is None else strided((batch, channels), shifted, dtype, seed + 1)
-    out = group_norm_silu(x, groups, weight, bias, 1e-5, shift=shift, activation=activation, backend="torch")
-    assert_close(out, group_norm64(x, groups, weight, bias, 1e-5, shift, activation), dtype, factor=2)
+    x_bias = None if shifted is None else strided((batch, channels), shifted, dtype, seed + 1)
+    out = group_norm_silu(x, groups, weight, bias, 1e-5, x_bias=x_bias, activation=activation, backend="torch")
+    assert_close(out, group_norm64(x, groups, weight, bias, 1e-5, x_bias, activation), dtype, factor=2)
     if kind == "channels_last":
         assert out.is_contiguous(memory_format=torch.channels_last)
     if kind == "plain":
@@ -209,8 +209,8 @@ def test_geglu(shape, kind, dtype, seed):
         (lambda x: group_norm_silu(x, 3), "do not divide"),
         (lambda x: group_norm_silu(x, 0), "do not divide"),
         (lambda x: group_norm_silu(x, 2, activation="relu"), "activation"),
-        (lambda x: group_norm_silu(x, 2, torch.ones(3)), r"weight must be \[4\]"),
-        (lambda x: group_norm_silu(x, 2, shift=torch.ones(4)), r"shift must be \[2, 4\]"),
+        (lambda x: group_norm_silu(x, 2, torch.ones(3)), r"weight must be a float \[4\]"),
+        (lambda x: group_norm_silu(x, 2, x_bias=torch.ones(4)), r"x_bias must be a float \[2, 4\]"),
         (lambda x: group_norm_silu(x[0], 2), r"\[B, C, H, W\]"),
         (lambda x: layer_norm(x, torch.ones(3), torch.ones(4)), r"must be a float \[4\]"),
         (lambda x: layer_norm(x, torch.ones(4), torch.ones(4), residual=x[:1]), "residual must be"),

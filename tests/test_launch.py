@@ -194,7 +194,7 @@ def meta(*shape, dtype=torch.bfloat16, channels_last=False):
 def norm_call(batch, channels, size, skip=0, channels_last=True, dtype=torch.bfloat16):
     x = meta(batch, channels, size, size, channels_last=channels_last, dtype=dtype)
     other = meta(batch, skip, size, size, channels_last=channels_last, dtype=dtype) if skip else None
-    return {"x": x, "num_groups": 32, "skip": other, "shift": meta(batch, channels + skip)}
+    return {"x": x, "num_groups": 32, "skip": other, "x_bias": meta(batch, channels + skip)}
 
 
 # Every width of the family's norms, of their concatenations, and an autoencoder's.

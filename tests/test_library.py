@@ -96,7 +96,7 @@ def test_opcheck(name):
 FUNCTIONS = {
     "attention": (lambda q, k, v: attention(q, k, v, backend="torch"), [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)]),
     "group_norm_silu": (
-        lambda x, w, b, s: group_norm_silu(x, 4, w, b, shift=s, backend="torch"),
+        lambda x, w, b, s: group_norm_silu(x, 4, w, b, x_bias=s, backend="torch"),
         [(2, 8, 4, 6), (8,), (8,), (2, 8)],
     ),
     "layer_norm": (lambda x, w, b: layer_norm(x, w, b, backend="torch"), [(2, 5, 8), (8,), (8,)]),

@@ -41,8 +41,8 @@ def norm_call(batch: int, size: int, channels: int, with_skip: bool) -> dict[str
     x = image(batch, channels, size, size)
     skip = image(batch, channels, size, size) if with_skip else None
     wide = 2 * channels if with_skip else channels
-    shift = half(batch, 2 * wide)[:, wide:]
-    return {"x": x, "num_groups": 8, "weight": half(wide), "bias": half(wide), "shift": shift, "skip": skip}
+    x_bias = half(batch, 2 * wide)[:, wide:]
+    return {"x": x, "num_groups": 8, "weight": half(wide), "bias": half(wide), "x_bias": x_bias, "skip": skip}
 
 
 def attention_call(batch: int, size: int, channels: int, with_context: bool) -> dict[str, Any]:

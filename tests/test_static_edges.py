@@ -62,7 +62,7 @@ CASES = {
     "group_norm_silu": {
         "one pixel": (norm(meta(2, 8, 1, 1), 2), None),
         "one of everything": (norm(meta(1, 1, 1, 1), 1), None),
-        "one pixel, channels-last, shifted": (norm(channels_last(2, 64, 1, 1), 32, shift=meta(2, 64)), None),
+        "one pixel, channels-last, shifted": (norm(channels_last(2, 64, 1, 1), 32, x_bias=meta(2, 64)), None),
         "one column": (norm(channels_last(2, 64, 9, 1), 32), None),
         "one channel and a skip": (norm(meta(2, 1, 4, 4), 1, skip=meta(2, 1, 4, 4)), None),
         "tiles of one pixel": (norm(channels_last(1, 64, 5, 1), 32), GroupNormConfig(8, 1, 0, 4)),
@@ -71,7 +71,7 @@ CASES = {
         "one pixel in one chunk": (norm(channels_last(1, 64, 1, 1), 32), GroupNormConfig(8, 8, 1, 4)),
         "every other column": (norm(meta(2, 8, 5, 12)[..., ::2], 2), None),
         "transposed, split": (norm(meta(2, 8, 16, 16).transpose(2, 3), 2), GroupNormConfig(1, 16, 4, 4)),
-        "expanded": (norm(meta(1, 8, 5, 6).expand(3, 8, 5, 6), 2, shift=meta(1, 8).expand(3, 8)), None),
+        "expanded": (norm(meta(1, 8, 5, 6).expand(3, 8, 5, 6), 2, x_bias=meta(1, 8).expand(3, 8)), None),
     },
     "layer_norm": {
         "one row": ({"x": meta(1, 64), "weight": meta(64), "bias": meta(64)}, None),

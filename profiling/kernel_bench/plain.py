@@ -22,14 +22,14 @@ def group_norm_silu(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
-    shift: Tensor | None = None,
+    x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
 ) -> Tensor:
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
-    if shift is not None:
-        x = x + shift[:, :, None, None]
+    if x_bias is not None:
+        x = x + x_bias[:, :, None, None]
     y = F.group_norm(x, num_groups, weight, bias, eps)
     return F.silu(y) if activation == "silu" else y
 

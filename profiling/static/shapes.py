@@ -64,7 +64,7 @@ def _group_norm_silu(shape: Shape) -> Arguments:
         "num_groups": shape.groups,
         "weight": shape.empty(channels),
         "bias": shape.empty(channels),
-        "shift": None if shape.skip_channels else shape.empty(shape.batch, channels),
+        "x_bias": None if shape.skip_channels else shape.empty(shape.batch, channels),
         "skip": skip,
     }
 

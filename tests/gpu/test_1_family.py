@@ -25,8 +25,8 @@ def torchs_own(operator, a):
     if operator == "group_norm_silu":
         if a.get("skip") is not None:
             x = torch.cat([x, a["skip"]], dim=1)
-        if a.get("shift") is not None:
-            x = x + a["shift"].to(x.dtype)[:, :, None, None]
+        if a.get("x_bias") is not None:
+            x = x + a["x_bias"].to(x.dtype)[:, :, None, None]
         y = F.group_norm(x, a["num_groups"], a.get("weight"), a.get("bias"), a.get("eps", 1e-5))
         return F.silu(y) if a.get("activation", "silu") == "silu" else y
     if operator == "layer_norm":

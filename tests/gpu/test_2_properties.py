@@ -52,7 +52,7 @@ CALLS = {
     ),
     "group_norm_silu, one launch": (
         group_norm_silu,
-        lambda: {"x": randn(2, 320, 8, 8, channels_last=True), "num_groups": 32, "shift": randn(2, 320)},
+        lambda: {"x": randn(2, 320, 8, 8, channels_last=True), "num_groups": 32, "x_bias": randn(2, 320)},
     ),
     "group_norm_silu, two launches": (
         group_norm_silu,
@@ -377,7 +377,7 @@ q, k, v = torch.randn(2, 150, 3, 2, 20, device="cuda").bfloat16().unbind(2)
 attention(q, k, v, backend="triton")
 attention(q, k[:, :77], v[:, :77], key_lengths=torch.tensor([0, 70], device="cuda"), backend="triton")
 x = torch.randn(2, 60, 7, 9, device="cuda").to(memory_format=torch.channels_last)
-group_norm_silu(x, 6, skip=x, shift=torch.randn(2, 120, device="cuda"), backend="triton")
+group_norm_silu(x, 6, skip=x, x_bias=torch.randn(2, 120, device="cuda"), backend="triton")
 group_norm_silu(torch.randn(1, 320, 64, 64, device="cuda").half(), 32, backend="triton")
 rows = torch.randn(3, 5, 130, device="cuda")
 layer_norm(rows, torch.ones(130, device="cuda"), torch.zeros(130, device="cuda"), residual=rows, backend="triton")

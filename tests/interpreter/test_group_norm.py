@@ -17,10 +17,10 @@ LAYOUTS = st.sampled_from(["plain", "channels_last", "sliced", "channel_slice", 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
-def exact_norm(x, groups, weight, bias, eps, shift, skip, activation):
+def exact_norm(x, groups, weight, bias, eps, x_bias, skip, activation):
     x = (x if skip is None else torch.cat([x, skip], dim=1)).double()
-    if shift is not None:
-        x = x + shift.double()[:, :, None, None]
+    if x_bias is not None:
+        x = x + x_bias.double()[:, :, None, None]
     grouped = x.reshape(x.shape[0], groups, -1)
     mean = grouped.mean(-1, keepdim=True)
     variance = (grouped - mean).square().mean(-1, keepdim=True)
@@ -30,11 +30,11 @@ def exact_norm(x, groups, weight, bias, eps, shift, skip, activation):
     return y / (1 + torch.exp(-y)) if activation == "silu" else y
 
 
-def torchs_own(x, groups, weight, bias, eps, shift, skip, activation):
+def torchs_own(x, groups, weight, bias, eps, x_bias, skip, activation):
     """As people write it, every step in x's dtype."""
     x = x if skip is None else torch.cat([x, skip], dim=1)
-    if shift is not None:
-        x = x + shift.to(x.dtype)[:, :, None, None]
+    if x_bias is not None:
+        x = x + x_bias.to(x.dtype)[:, :, None, None]
     if weight is not None:
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     y = F.group_norm(x, groups, weight, bias, eps)
@@ -66,10 +66,10 @@ def test_against_float64(kit, batch, grouping, size, split, layouts, affine, shi
     if not x.shape[1]:
         x, skip = skip, None
     weight, bias = (torch.randn(2, channels, generator=generator).to(dtype)) if affine else (None, None)
-    shift = None if shifted is None else torch.randn(batch, channels, generator=generator)
-    shift = shift[:1].expand(batch, -1) if shifted == "expanded" else shift
+    x_bias = None if shifted is None else torch.randn(batch, channels, generator=generator)
+    x_bias = x_bias[:1].expand(batch, -1) if shifted == "expanded" else x_bias
     arguments = (x, groups, weight, bias, 1e-3)
-    options = {"shift": shift, "skip": skip, "activation": activation}
+    options = {"x_bias": x_bias, "skip": skip, "activation": activation}
     exact = exact_norm(*arguments, *options.values())
     own = torchs_own(*arguments, *options.values())
     for config in kit.pick_configs(OPERATOR, random.Random(seed), *arguments, **options):

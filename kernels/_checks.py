@@ -1,0 +1,68 @@
+"""What arguments must be. A refusal is a ValueError of one line, and shows what is right."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensors(call: Callable[..., Any], required: Sequence[Any], optional: Sequence[Any] = ()) -> None:
+    """ValueError, with the signature of `call`, for what is no tensor; `optional` may be None.
+
+    Both in the order of the parameters of `call` that are annotated as tensors: a good call is spared their names.
+    """
+    for value in required:
+        if not isinstance(value, Tensor):
+            raise _not_a_tensor(call, required, optional, value)
+    for value in optional:
+        if value is not None and not isinstance(value, Tensor):
+            raise _not_a_tensor(call, required, optional, value)
+
+
+def _not_a_tensor(
+    call: Callable[..., Any], required: Sequence[Any], optional: Sequence[Any], wrong: Any
+) -> ValueError:
+    parameters = inspect.signature(call).parameters.values()
+    names = [p.name for p in parameters if p.annotation in ("Tensor", "Tensor | None")]
+    name = next(name for name, value in zip(names, (*required, *optional), strict=False) if value is wrong)
+    bare = inspect.Signature([p.replace(annotation=p.empty) for p in parameters])
+    return ValueError(
+        f"{call.__name__}: {name} must be a tensor; got {type(wrong).__name__}; call {call.__name__}{bare}"
+    )
+
+
+def one_device(name: str, arguments: tuple[Any, ...]) -> None:
+    """ValueError for tensors of several devices. A kernel would read what is not there."""
+    devices = [value.device for value in arguments if isinstance(value, Tensor)]
+    for device in devices:
+        if device != devices[0]:
+            raise ValueError(
+                f"{name}: the tensors must share a device; got {devices[0]} and {device}: move them to one"
+            )
+
+
+def whole(call: str, name: str, value: Any) -> Any:
+    """A whole number of Python, numpy or torch (0-d) as an int; a tracer's symbol stays one."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{call}: {name} must be a whole number; got {value!r}") from None
+
+
+def real(call: str, name: str, value: Any) -> Any:
+    """A number of Python, numpy or torch (0-d) as a float; a tracer's symbol stays one."""
+    if isinstance(value, (float, torch.SymFloat)):
+        return value
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{call}: {name} must be a number; got {value!r}") from None

@@ -1,0 +1,358 @@
+"""What operators take and refuse whatever the backend, and what torch's global state changes: nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ldmperf.kernels import (
+    OPERATORS,
+    attention,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    linear_separate,
+    sampler_update,
+)
+from ldmperf.kernels._recipes import ByLayout
+from ldmperf.kernels.attention import _warn_of_layout
+from ldmperf.model import FAMILY, UNet
+
+BACKENDS = ("torch", "auto", "triton")
+
+
+def tensors(*shapes):
+    generator = torch.Generator("cpu").manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes]
+
+
+X, IMAGE, VECTOR, QKV = *tensors((5, 8), (2, 8, 4, 6), (8,)), tensors(*[(2, 9, 3, 8)] * 3)
+
+
+def update(**changes):
+    """The registers and the next model input after a step with generated noise."""
+    registers, output, model_input = tensors((2, 3, 4, 5, 5), (6, 4, 5, 5), (6, 4, 5, 5))
+    table, guidance, scale = tensors((7, 2, 4), (7,), (7,))
+    arguments = {
+        "registers": registers,
+        "model_output": output,
+        "table": table,
+        "step": torch.tensor([3], device="cpu"),
+        "guidance_scale": guidance,
+        "seeds": torch.tensor([1, 2, 3], device="cpu"),
+        "model_input": model_input,
+        "input_scale": scale,
+        "backend": "torch",
+    }
+    sampler_update(**(arguments | changes))
+    return registers, model_input
+
+
+# All that an operator takes; sampler_update is `update`.
+ARGUMENTS = {
+    "attention": {"q": QKV[0], "k": QKV[1], "v": QKV[2], "key_lengths": torch.tensor([4, 0])},
+    "group_norm_silu": {
+        **{"x": IMAGE[:, :5], "num_groups": 4, "weight": VECTOR, "bias": VECTOR, "skip": IMAGE[:, 5:]},
+        "x_bias": IMAGE[:, :, 0, 0],
+    },
+    "layer_norm": {"x": X, "weight": VECTOR, "bias": VECTOR, "x_bias": VECTOR, "residual": X},
+    "linear": {
+        **{"x": X, "weight": X[:4], "bias": VECTOR[:4], "norm_weight": VECTOR, "norm_bias": VECTOR},
+        **{"x_bias": VECTOR, "activation": "geglu"},
+    },
+    "geglu": {"x": X, "bias": VECTOR},
+    "residual_add": {"x": IMAGE, "residual": IMAGE, "bias": VECTOR, "size": (8, 12)},
+}
+
+
+def call(name, **changes):
+    """The result of an operator, as a tuple; `changes` replace its arguments."""
+    if name == "sampler_update":
+        return update(**changes)
+    result = OPERATORS[name].call(**{"backend": "torch", **ARGUMENTS[name], **changes})
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_every_operator_is_called_here():
+    assert {*ARGUMENTS, "sampler_update"} == set(OPERATORS)
+
+
+# Numbers
+
+FLOATS = st.sampled_from(
+    [np.float32, np.float64, np.float16, torch.tensor, lambda v: torch.tensor([v])[0], lambda v: np.array(v)]
+)
+INTEGERS = st.sampled_from([np.int64, np.int8, np.uint32, torch.tensor, lambda v: np.array(v)])
+
+
+@settings(max_examples=30, deadline=None)
+@given(of_float=FLOATS, of_int=INTEGERS, backend=st.sampled_from(["torch", "auto"]))
+def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
+    # A power of two: every dtype holds it.
+    eps, scale = of_float(2.0**-10), of_float(0.25)
+    pairs = [
+        (call("attention", scale=scale, backend=backend), call("attention", scale=0.25)),
+        (call("layer_norm", eps=eps, backend=backend), call("layer_norm", eps=2.0**-10)),
+        (call("linear", eps=eps, backend=backend), call("linear", eps=2.0**-10)),
+        (
+            call("group_norm_silu", eps=eps, num_groups=of_int(4), backend=backend),
+            call("group_norm_silu", eps=2.0**-10),
+        ),
+        (call("residual_add", size=(of_int(8), of_int(12)), backend=backend), call("residual_add")),
+        (call("residual_add", size=np.array([8, 12]), backend=backend), call("residual_add")),
+    ]
+    for actual, expected in pairs:
+        assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("attention", {"scale": "0.5"}, "scale must be a number; got '0.5'"),
+        ("attention", {"scale": torch.ones(2)}, "scale must be a number"),
+        ("layer_norm", {"eps": None}, "eps must be a number; got None"),
+        ("linear", {"eps": "1e-5"}, "eps must be a number"),
+        ("group_norm_silu", {"eps": 1j}, "eps must be a number"),
+        ("group_norm_silu", {"num_groups": 4.0}, "num_groups must be a whole number; got 4.0"),
+        ("group_norm_silu", {"num_groups": torch.tensor(4.0)}, "num_groups must be a whole number"),
+        ("residual_add", {"size": 2}, r"size must be \(height, width\); got 2"),
+        ("residual_add", {"size": (8.0, 12.0)}, "size must be a whole number"),
+        ("residual_add", {"size": (8, 12, 1)}, "size must be twice"),
+    ],
+)
+def test_what_is_no_number_is_refused_by_every_backend(name, changes, message, backend):
+    with pytest.raises(ValueError, match=f"^{name}: {message}") as caught:
+        call(name, **changes, backend=backend)
+    assert "\n" not in str(caught.value)
+
+
+# Tensors
+
+
+def tensor_names(name):
+    values = inspect.signature(OPERATORS[name].call).parameters
+    numbers = ("num_groups", "eps", "scale", "tf32", "activation", "backend", "size", "shift")
+    return [parameter for parameter in values if parameter not in numbers]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_is_no_tensor_is_refused_with_the_signature(name):
+    for argument in tensor_names(name):
+        for value in ((8,), 8, [1.0], np.ones(8), "torch"):
+            for backend in BACKENDS:
+                with pytest.raises(ValueError, match=f"^{name}: {argument} must be a tensor; got ") as caught:
+                    call(name, **{argument: value}, backend=backend)
+                parameters = inspect.signature(OPERATORS[name].call).parameters
+                assert all(parameter in str(caught.value) for parameter in parameters)
+                assert "\n" not in str(caught.value)
+
+
+def test_the_habit_of_torchs_layer_norm_is_told_the_signature():
+    signature = "layer_norm(x, weight, bias, eps=1e-05, *, x_bias=None, residual=None, backend='auto')"
+    with pytest.raises(ValueError, match="weight must be a tensor; got tuple; call") as caught:
+        layer_norm(X, (8,), VECTOR, VECTOR)
+    assert signature in str(caught.value)
+    with pytest.raises(ValueError, match="weight must be a tensor; got NoneType"):
+        layer_norm(X, None, None)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_tensor_of_another_device_is_refused_by_every_backend(name):
+    """One without memory would have come back as a result that nobody computed."""
+    given = ARGUMENTS.get(name) or {"model_output": torch.empty(6, 4, 5, 5), "seeds": torch.tensor([1, 2, 3])}
+    for argument, value in given.items():
+        if isinstance(value, torch.Tensor):
+            for backend in BACKENDS:
+                with pytest.raises(ValueError, match=rf"^(add_)?{name}: .*meta"):
+                    call(name, **{argument: value.to("meta")}, backend=backend)
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "sampler_update"])
+def test_every_backend_refuses_wrong_dtypes_and_shapes_alike(name):
+    for argument, value in ARGUMENTS[name].items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        wrong = [value[None], value.to(torch.complex64), value[..., :1].repeat_interleave(7, -1)]
+        wrong += [value.int()] if value.is_floating_point() else [value.float()]
+        for other in wrong:
+            for backend in BACKENDS:
+                # More dimensions of rows are rows too.
+                if other is wrong[0] and (name, argument) in {("geglu", "x"), ("linear", "x")}:
+                    continue
+                with pytest.raises(ValueError, match=f"^{name}: ") as caught:
+                    call(name, **{argument: other}, backend=backend)
+                assert "\n" not in str(caught.value)
+
+
+def test_a_product_apart_refuses_what_a_merged_one_refuses():
+    for bad in ({"weight": X[:, :3]}, {"norm_bias": None}, {"activation": "gelu"}, {"backend": "cuda"}):
+        for function in (linear, linear_separate):
+            with pytest.raises(ValueError, match=r"^linear: "):
+                function(**ARGUMENTS["linear"] | bad)
+    with pytest.raises(ValueError, match=r"^linear: unknown backend"):
+        linear_separate(X, X, backend="cuda")
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_bias_of_another_float_dtype_is_taken(backend):
+    x, weight = X.bfloat16(), X[:4].bfloat16()
+    for function in (linear, linear_separate):
+        out = function(x, weight, VECTOR[:4], backend=backend)
+        exact = F.linear(x.double(), weight.double(), VECTOR[:4].double())
+        assert out.dtype == torch.bfloat16
+        assert (out.double() - exact).norm() / exact.norm() < 1e-2
+
+
+# The former name
+
+
+def test_shift_is_x_bias_under_its_former_name():
+    with pytest.warns(DeprecationWarning, match="pass x_bias=") as caught:
+        (former,) = call("group_norm_silu", x_bias=None, shift=IMAGE[:, :, 0, 0])
+    assert len(caught) == 1
+    assert torch.equal(former, *call("group_norm_silu"))
+    with pytest.raises(ValueError, match="shift is the former name of x_bias"):
+        call("group_norm_silu", shift=IMAGE[:, :, 0, 0])
+    function = torch.compile(
+        lambda x, s: group_norm_silu(x, 4, shift=s, backend="torch"), fullgraph=True, backend="aot_eager"
+    )
+    expected = group_norm_silu(IMAGE, 4, x_bias=IMAGE[:, :, 0, 0], backend="torch")
+    assert torch.equal(function(IMAGE, IMAGE[:, :, 0, 0]), expected)
+
+
+def test_x_bias_acts_before_the_norm_and_diffusers_scale_shift_after_it():
+    """As docs/kernels.md has both."""
+    scale, shift = tensors((2, 8), (2, 8))
+    norm = nn.GroupNorm(4, 8)
+    before = F.silu(norm(IMAGE + shift[:, :, None, None]))
+    ours = group_norm_silu(IMAGE, 4, norm.weight, norm.bias, x_bias=shift, backend="torch")
+    torch.testing.assert_close(ours, before)
+    after = F.silu(norm(IMAGE) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    ours = group_norm_silu(IMAGE, 4, norm.weight, norm.bias, activation=None, backend="torch")
+    torch.testing.assert_close(F.silu(ours * (1 + scale[:, :, None, None]) + shift[:, :, None, None]), after)
+
+
+def test_diffusers_masks_as_the_docs_write_them():
+    q, k, v = QKV
+    keep = torch.arange(18).view(2, 9) % 4 != 1
+    bias = ((1 - keep.float()) * -10000.0)[:, None]
+    heads_first = [t.transpose(1, 2) for t in (q, k, v)]
+    theirs = F.scaled_dot_product_attention(*heads_first, attn_mask=bias[:, None]).transpose(1, 2)
+    for key_mask in (keep, bias[:, 0] == 0):
+        torch.testing.assert_close(attention(q, k, v, key_mask=key_mask, backend="torch"), theirs)
+
+
+# The layout of scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_fewer_tokens_than_heads_are_warned_of_once_where_the_call_is(backend):
+    q, k, v = tensors(*[(2, 3, 77, 8)] * 3)
+    _warn_of_layout.cache_clear()
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        _warn_of_layout.cache_clear()
+        ByLayout.forget()
+        with mode(), pytest.warns(UserWarning, match=r"\[B, H, N, D\].*q.transpose\(1, 2\)") as caught:
+            attention(q, k, v, backend=backend)
+        assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(q[:, :2], k[:, :2], v[:, :2], backend=backend)
+        _warn_of_layout.cache_clear()
+        ours = attention(*(t.transpose(1, 2) for t in (q, k, v)), backend=backend).transpose(1, 2)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_slices_of_a_packed_projection_and_masked_calls_are_not_warned_of(tokens):
+    _warn_of_layout.cache_clear()
+    ByLayout.forget()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention(*torch.randn(2, tokens, 3, 8, 4).unbind(2), backend="torch")
+        attention(torch.randn(2, tokens, 8, 4), *torch.randn(2, tokens, 2, 8, 4).unbind(2), backend="torch")
+        q = torch.randn(2, tokens, 8, 4)
+        attention(q, q, q, key_mask=torch.ones(2, tokens, dtype=torch.bool), backend="torch")
+
+
+def test_our_network_is_not_warned_of_at_small_latents():
+    """At 8x8 the deepest level has one token, and the context here as many."""
+    _warn_of_layout.cache_clear()
+    ByLayout.forget()
+    config = replace(FAMILY["39M"], layers_per_block=1, block_channels=(64, 64, 64, 64))
+    unet = UNet(config, backend="torch")
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("error")
+        for size in (8, 16):
+            unet(torch.randn(1, 4, size, size), 5.0, torch.randn(1, (size // 8) ** 2, config.context_dim))
+
+
+# Global state
+
+
+@contextlib.contextmanager
+def default_device(device):
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+STATES = {
+    "default device": lambda: default_device("meta"),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "no gradients": torch.no_grad,
+    "gradients": torch.enable_grad,
+    "inference": torch.inference_mode,
+    "deterministic": deterministic,
+    "autocast elsewhere": lambda: torch.autocast("cuda", torch.bfloat16),
+    "one thread at a time": lambda: torch.autograd.set_multithreading_enabled(False),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(states=st.lists(st.sampled_from(list(STATES)), unique=True), backend=st.sampled_from(["torch", "auto"]))
+@pytest.mark.filterwarnings("ignore:.*isabling autocast:UserWarning")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_global_state_changes_no_result(name, states, backend):
+    expected = call(name)
+    with contextlib.ExitStack() as stack:
+        for state in states:
+            stack.enter_context(STATES[state]())
+        actual = call(name, backend=backend)
+    for result, wanted in zip(actual, expected, strict=True):
+        assert (result.dtype, result.device) == (wanted.dtype, wanted.device)
+        assert torch.equal(result, wanted)
+        assert not math.isnan(wanted.sum())
