@@ -282,10 +282,10 @@ class UNet(nn.Module):
                 f"the conditioning's batch is not the sample's {batch}: pass one context per sample, "
                 "with guidance both halves"
             )
-        if isinstance(step, Tensor) and step.ndim:
+        if isinstance(step, Tensor) and (step.ndim or step.device == conditioning.shifts.device):
             of_step = conditioning.shifts.index_select(0, step).squeeze(0)
         else:
-            of_step = conditioning.shifts[operator.index(step)]
+            of_step = conditioning.shifts[int(operator.index(step))]
         shifts = iter(of_step.expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
         pending, pending_out = self._pending_of(conditioning.constants)
