@@ -427,7 +427,9 @@ class UNet(nn.Module):
         with torch.device("meta"):
             other = UNet(self.config, backend=backend, products=products)
         other.load_state_dict(self.state_dict(), assign=True)
-        return other.train(self.training).requires_grad_(self.conv_in.weight.requires_grad)
+        for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        return other.train(self.training)
 
     def forward(
         self,

@@ -205,13 +205,12 @@ def test_gradients_equal_diffusers(name):
         assert (ours_by_key[key] - parameter.grad).norm() < 1e-9 * parameter.grad.norm() + 1e-12, key
 
 
-@pytest.mark.parametrize("name", ["no-middle", "sdxl-base"])
-def test_compiled_fullgraph_equals_eager(name):
-    config = CONFIGS[name]
+def test_compiled_fullgraph_equals_eager():
+    config = CONFIGS["no-middle"]
     unet, _ = pair(config, torch.float32)
     sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
     with torch.no_grad():
-        conditioning = unet.condition([5.0], context, **added_inputs(config, 1, torch.float32))
+        conditioning = unet.condition([5.0], context)
         compiled = torch.compile(unet.denoise, fullgraph=True, backend="aot_eager")
         assert relative_rms(compiled(sample, conditioning, 0), unet.denoise(sample, conditioning, 0)) < 1e-6
 
