@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from ldmperf.model import UNet, UNetConfig, diffusers_config, diffusers_state_dict
 from ldmperf.model.layers import Resample, ResBlock, Transformer, TransformerBlock
@@ -349,6 +349,40 @@ def all_checkpointed(chosen: dict[str, str], unet: UNet) -> Iterator[None]:
     others = {name: chosen[name] for name in names[1:]}
     with checkpointed(unet, names[0], chosen[names[0]]), all_checkpointed(others, unet):
         yield
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_blocks_in_checkpointed_segments_have_the_gradients_of_blocks_in_a_row(reentrant: bool) -> None:
+    unet, _, _ = pair("deep")
+    transformer = unet.up[0].transformers[0]
+    x = torch.randn(2, 30, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for run in (
+        lambda blocks, x: functools.reduce(lambda y, one: one(y), blocks, x),
+        lambda blocks, x: checkpoint_sequential(blocks, 2, x, use_reentrant=reentrant),
+    ):
+        unet.zero_grad()
+        keys = [block.project_context(arguments("deep")[1]) for block in transformer.blocks]
+        at_norms = [None, *transformer.lacking()]
+        blocks = [
+            functools.partial(call, block, keys[i], *at_norms[3 * i : 3 * i + 3])
+            for i, block in enumerate(transformer.blocks)
+        ]
+        given = x.clone().requires_grad_()
+        features = run(blocks, given)
+        features.square().sum().backward()
+        assert torch.equal(given, x)
+        found.append([features, given.grad, *(p.grad for p in transformer.parameters() if p.grad is not None)])
+    assert len(found[0]) > 20
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-10)
+
+
+def call(
+    block: nn.Module, keys_values: Tensor, before: Any, attended: Tensor, crossed: Tensor, x: Tensor
+) -> Tensor:
+    out: Tensor = block(x, keys_values, before, attended, crossed)
+    return out
 
 
 def test_a_graph_is_that_of_the_network() -> None:
