@@ -88,7 +88,7 @@ states = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(states)
 def test_global_state_changes_no_value(changed: object) -> None:
     wanted = expected()
