@@ -151,8 +151,8 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
             tableau = builder(schedule, num_steps, **resolved)
     except (ArithmeticError, np.linalg.LinAlgError):
         raise ValueError(
-            f"{name} has no finite coefficients for {num_steps} steps, two of them at one noise level or an option "
-            "out of range: choose fewer steps or another timestep_spacing, or leave the options out"
+            f"{name} has no finite coefficients for {num_steps} steps, two of them at one noise level or an "
+            "option out of range: choose fewer steps or another timestep_spacing, or leave the options out"
         ) from None
     return SamplingPlan(name, num_steps, tableau.finish(), tableau.init_noise_sigma, schedule, resolved)
 

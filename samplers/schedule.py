@@ -50,7 +50,10 @@ REFUSED_OPTIONS: Mapping[str, str] = MappingProxyType(
         "use_lu_lambdas": "use use_exponential_sigmas: it has the same noise levels",
         "use_flow_sigmas": "flow matching is not supported; use a variance-preserving schedule",
         "use_dynamic_shifting": "flow matching is not supported; use a variance-preserving schedule",
+        "shift": "flow matching is not supported; use a variance-preserving schedule",
         "shift_terminal": "flow matching is not supported; use a variance-preserving schedule",
+        "sigma_data": "EDM's scaling of the network is not supported; use a variance-preserving schedule",
+        "snr_shift_scale": "a shifted schedule is not supported; give its betas as trained_betas",
         "solver_p": "another scheduler as predictor is not supported; leave solver_p out",
     }
 )
@@ -60,12 +63,10 @@ _WITHOUT_EFFECT = frozenset(
     {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 )
 
-# Facts of the trained model, and not of a sampler.
-_NOISE_KEYS = frozenset(
-    {
-        "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-        "rescale_betas_zero_snr", "prediction_type",
-    }
+# How the names of diffusers' classes begin whose noise is another, though a config may have no key that shows it.
+_NOT_VARIANCE_PRESERVING = (
+    "CMStochastic", "CosineDPM", "DDPMWuerstchen", "EDM", "FlowM", "IPNDM", "KarrasVe", "ScoreSdeVe",
+    "VQDiffusion",
 )  # fmt: skip
 _COMMON_BETAS = (0.0001, 0.02, "linear")
 _CLASS_BETAS = {
@@ -127,20 +128,26 @@ class NoiseSchedule(Copied):
         They do not depend on torch's default device or dtype.
 
         Raises ValueError, naming the key, for what is not linear (clip_sample, thresholding), not supported
-        (flow matching, learned variances, other prediction types or beta schedules) or not known.
+        (flow matching, learned variances, other prediction types or beta schedules), out of range or not known.
         """
         if not isinstance(config, Mapping):
             raise ValueError(
                 "config must be a dict: json.load of a scheduler_config.json, or scheduler.config of a scheduler "
                 f"in memory, not {shown(config)}"
             )
-        defaults = set(config.get("_use_default_values") or ()) - _NOISE_KEYS
+        class_name = str(config.get("_class_name"))
+        if class_name.startswith(_NOT_VARIANCE_PRESERVING):
+            raise ValueError(
+                f"_class_name {shown(class_name)} is not supported: its noise is not variance-preserving; take a model "
+                "that was trained with betas"
+            )
+        defaults = SAMPLER_OPTIONS.intersection(config.get("_use_default_values") or ())
         given = {
             key: plain(value)
             for key, value in config.items()
             if value is not None and not str(key).startswith("_") and key not in defaults
         }
-        beta_defaults = _CLASS_BETAS.get(str(config.get("_class_name")), _COMMON_BETAS)
+        beta_defaults = _CLASS_BETAS.get(class_name, _COMMON_BETAS)
         num_train_timesteps = given.pop("num_train_timesteps", 1000)
         beta_start = given.pop("beta_start", beta_defaults[0])
         beta_end = given.pop("beta_end", beta_defaults[1])
