@@ -178,7 +178,8 @@ class GraphedSampler(Generic[C]):
         captured = self._kept.get(key)
         if captured is not None:
             self._kept.move_to_end(key)
-            torch._foreach_copy_(captured.conditioning, tensors)
+            if tensors:
+                torch._foreach_copy_(captured.conditioning, tensors)
             return captured
         if len(self._kept) >= self._max_captures:
             self._graphs.settle()

@@ -138,8 +138,8 @@ class NoiseSchedule(Copied):
         class_name = str(config.get("_class_name"))
         if class_name.startswith(_NOT_VARIANCE_PRESERVING):
             raise ValueError(
-                f"_class_name {shown(class_name)} is not supported: its noise is not variance-preserving; take a model "
-                "that was trained with betas"
+                f"_class_name {shown(class_name)} is not supported: its noise is not variance-preserving; take a "
+                "model that was trained with betas"
             )
         defaults = SAMPLER_OPTIONS.intersection(config.get("_use_default_values") or ())
         given = {

@@ -1,4 +1,4 @@
-"""Every combination of sampler, spacing, steps, options and training steps: a plan of finite numbers, or one line."""
+"""Every combination of sampler, spacing, steps, options and training steps: a finite plan, or one line."""
 
 import functools
 import inspect
@@ -152,7 +152,7 @@ def with_found(test):
 
 @with_found
 @given(combinations())
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_plan_is_finite_or_refused_in_one_line(combination):
     name, num_steps, config, options = combination
     try:
