@@ -161,7 +161,8 @@ def _adopt(name: str, inherited: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule's options in the words of sampler `name`."""
     words = _ADOPTS.get(name, {})
     return {
-        key: words.get(key, {}).get(value, value) if key in words else value for key, value in inherited.items()
+        key: words.get(key, {}).get(value, value) if isinstance(value, str) else value
+        for key, value in inherited.items()
     }
 
 

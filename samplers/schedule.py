@@ -161,14 +161,16 @@ class NoiseSchedule(Copied):
                 f"{shown(num_train_timesteps)}"
             )
         for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-            if not is_number(value) or not 0.0 <= value <= 1.0:
+            if not _is_beta(value):
                 raise ValueError(f"{key} must be a number from 0 to 1, not {shown(value)}")
         if type(zero_terminal_snr) is not bool:
             raise ValueError(f"rescale_betas_zero_snr must be true or false, not {shown(zero_terminal_snr)}")
         options = sampler_options(given)
         if trained_betas is not None:
-            if not isinstance(trained_betas, tuple) or not all(map(is_number, trained_betas)):
-                raise ValueError(f"trained_betas must be a list of numbers, not {shown(trained_betas)}")
+            if not isinstance(trained_betas, tuple) or not all(map(_is_beta, trained_betas)):
+                raise ValueError(
+                    f"trained_betas must be a list of numbers from 0 to 1, not {shown(trained_betas)}"
+                )
             if config.get("num_train_timesteps") is not None and len(trained_betas) != num_train_timesteps:
                 raise ValueError(
                     f"trained_betas must be num_train_timesteps = {num_train_timesteps} numbers, not "
@@ -255,6 +257,10 @@ def refuse_option(name: str, value: object) -> None:
     """ValueError for an option of `REFUSED_OPTIONS` that is set; nothing for one that is off."""
     if value:
         raise ValueError(f"{name}={shown(value)} is not supported: {REFUSED_OPTIONS[name]}")
+
+
+def _is_beta(value: Any) -> bool:
+    return is_number(value) and 0.0 <= value <= 1.0
 
 
 def _betas(beta_schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:

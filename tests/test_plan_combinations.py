@@ -147,18 +147,20 @@ FOUND = [
 
 
 def with_found(test):
-    return functools.reduce(lambda found, one: example(one)(found), FOUND, test)
+    return functools.reduce(lambda found, one: example(one, False)(found), FOUND, test)
 
 
 @with_found
-@given(combinations())
+@given(combinations(), st.booleans())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_plan_is_finite_or_refused_in_one_line(combination):
+def test_a_plan_is_finite_or_refused_in_one_line(combination, through_config):
     name, num_steps, config, options = combination
+    by_hand = {key: value for key, value in options.items() if key == "eta" or not through_config}
+    of_config = {key: value for key, value in options.items() if key not in by_hand}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            plan = make_plan(name, NoiseSchedule.from_diffusers(config), num_steps, **options)
+            plan = make_plan(name, NoiseSchedule.from_diffusers({**config, **of_config}), num_steps, **by_hand)
     except ValueError as refusal:
         message = str(refusal)
         assert "\n" not in message

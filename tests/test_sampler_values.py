@@ -302,7 +302,9 @@ REFUSALS = [
     *((read(beta_schedule="scaled_linear", beta_start=beta), "beta_start must be a number from 0") for beta in (
         -1, math.nan, 10**400, "x", True)),
     (read(beta_start=0, beta_end=1), "check the betas"),
-    *((read(trained_betas=betas), "must be a list of numbers") for betas in (["a"], [[0.1]], "no", 3)),
+    *((read(trained_betas=betas), "must be a list of numbers") for betas in (
+        ["a"], [[0.1]], "no", 3, [0.1, 10**400], [0.1, -0.1], [math.nan, 0.1])),
+    (lambda: make_plan("unipc", NoiseSchedule.from_diffusers({"solver_type": {}}), 3), "a name like its default"),
     (read(trained_betas=[0.1] * 5, num_train_timesteps=6), "must be num_train_timesteps = 6 numbers"),
     (read(trained_betas=[0.1]), "check num_train_timesteps and the betas"),
     (read(rescale_betas_zero_snr=1), "true or false"),
