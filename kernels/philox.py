@@ -15,6 +15,8 @@ Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), se
 from __future__ import annotations
 
 import math
+import operator
+import reprlib
 from collections.abc import Sequence
 
 import torch
@@ -69,21 +71,44 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor
 
 
 def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str) -> Tensor:
-    """Seeds as int64 [B] on `device`, modulo 2^64; ValueError for anything but whole numbers.
+    """Seeds as int64 [B] on `device`, modulo 2^64; ValueError for anything but integers, which may be numpy's.
 
     The host does not wait for the device, unless `device` is the CPU and the seeds are elsewhere.
     """
     if isinstance(seeds, Tensor):
         if seeds.dim() != 1 or seeds.is_floating_point() or seeds.is_complex() or seeds.dtype == torch.bool:
-            raise ValueError(f"seeds must be whole numbers [B], not {seeds.dtype} {list(seeds.shape)}")
+            raise ValueError(
+                f"seeds must be integers [B], one per image, not {seeds.dtype} {list(seeds.shape)}; for one image "
+                "give a tensor of one element"
+            )
         if seeds.device.type != "cpu":
             return seeds.to(device=device, dtype=torch.int64)
         # Of a copy in pageable memory, which is read before the call returns.
         return seeds.to(torch.int64, copy=True).to(device, non_blocking=True)
-    if not isinstance(seeds, Sequence) or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"seeds must be a sequence of whole numbers, one per image, not {seeds!r}")
-    host = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], dtype=torch.int64)
+    if isinstance(seeds, torch.Generator):
+        raise ValueError(
+            "seeds must be integers, one per image, not a generator; [generator.initial_seed()] is one"
+        )
+    # An array of numpy is no Sequence.
+    values = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    try:
+        if not isinstance(values, Sequence):
+            raise TypeError
+        numbers = [_index(value) for value in values]
+    except TypeError:
+        shown = " ".join(reprlib.repr(seeds).split())
+        raise ValueError(
+            f"seeds must be a list of integers, one per image, not {shown}; for one image give [seed]"
+        ) from None
+    host = torch.tensor([(n + 2**63) % 2**64 - 2**63 for n in numbers], dtype=torch.int64, device="cpu")
     return host.to(device, non_blocking=True)
+
+
+def _index(value: object) -> int:
+    """An integer of Python, numpy or torch as Python's; TypeError for anything else, flags and text among it."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
+        raise TypeError
+    return operator.index(value)  # type: ignore[arg-type]
 
 
 def philox_normal(
@@ -98,6 +123,8 @@ def philox_normal(
 
     Raises ValueError for seeds of another shape or dtype.
     """
+    if not isinstance(seeds, Tensor):
+        raise ValueError(f"seeds must be an int64 tensor [B], not a {type(seeds).__name__}; seed_tensor makes one")
     if seeds.dtype != torch.int64 or seeds.dim() != 1:
         raise ValueError(f"seeds must be an int64 tensor [B], not {seeds.dtype} of shape {list(seeds.shape)}")
     numel = math.prod(shape)

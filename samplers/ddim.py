@@ -5,6 +5,7 @@ import math
 from .schedule import NoiseSchedule, alpha_sigma
 from .spacing import spaced_timesteps
 from .step import Tableau, predict
+from .values import shown
 
 
 def ddim(
@@ -22,7 +23,7 @@ def ddim(
     epsilon prediction, which is NaN in diffusers.
     """
     if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta={eta!r} is not supported; choose a number from 0 to 1")
+        raise ValueError(f"eta={shown(eta)} is not supported; choose a number from 0 to 1")
     schedule.refuse_zero_snr_epsilon("ddim")
     train_steps = schedule.num_train_timesteps
     final = 1.0 if set_alpha_to_one else schedule.level(0)
@@ -36,6 +37,7 @@ def ddim(
         alpha_next, _ = alpha_sigma(level_next)
         x0, eps = predict(schedule.prediction_type, x, output, *alpha_sigma(level))
         std = eta * math.sqrt((1 - level_next) / (1 - level) * (1 - level / level_next))
-        direction = math.sqrt(1 - level_next - std**2)
+        # At eta 1 and zero SNR both are equal, to rounding.
+        direction = math.sqrt(max(1 - level_next - std**2, 0.0))
         tableau.step(timestep, x=alpha_next * x0 + direction * eps + std * noise)
     return tableau

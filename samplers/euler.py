@@ -104,6 +104,6 @@ def _log_linear_levels(schedule: NoiseSchedule, num_steps: int) -> FloatArray:
     """[num_steps + 1] levels, geometric over the training range; float32 arithmetic, as in diffusers."""
     cleanest, *_, noisiest = np.log(schedule.sigmas.astype(np.float32)).tolist()
     levels: FloatArray = (
-        torch.linspace(noisiest, cleanest, num_steps + 1, dtype=torch.float32).exp().double().numpy()
+        torch.linspace(noisiest, cleanest, num_steps + 1, dtype=torch.float32, device="cpu").exp().double().numpy()
     )
     return levels

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from .cuda_graphs import CaptureError, CudaGraphs, Graphs
 from .plan import SamplingPlan
 from .reads import Reads, Watch, modules_of
-from .state import SamplerState, check_start, guidance_scales
+from .state import Guidance, SamplerState, check_input_dtype, check_start, guidance_scales
 from .step import Step
 from .tree import buffer, check, leaves, map_tensors, padded, structure
+from .values import plain, shown
 
 C = TypeVar("C")
 
@@ -91,8 +92,10 @@ class GraphedSampler(Generic[C]):
         backend: str = "auto",
         graphs: Graphs | None = None,
     ) -> None:
-        if max_captures < 1:
-            raise ValueError(f"max_captures must be at least 1, not {max_captures}")
+        max_captures = plain(max_captures)
+        if type(max_captures) is not int or max_captures < 1:
+            raise ValueError(f"max_captures must be at least 1, an integer, not {shown(max_captures)}")
+        check_input_dtype(input_dtype)
         self._denoise = denoise
         self._given_modules = [modules] if isinstance(modules, nn.Module) else modules
         self._watch: Watch | None = None
@@ -120,7 +123,7 @@ class GraphedSampler(Generic[C]):
         plan: SamplingPlan,
         noise: Tensor,
         *,
-        guidance_scale: float | Sequence[float] = 1.0,
+        guidance_scale: Guidance = 1.0,
         seeds: Sequence[int] | Tensor | None = None,
         step_noise: Callable[[int], Tensor] | None = None,
         callback: Callable[[Step, Tensor], None] | None = None,
@@ -151,7 +154,7 @@ class GraphedSampler(Generic[C]):
                     state.load_noise(step_noise(step.index), at=step.index)
                 captured.replay()
                 if callback is not None:
-                    callback(step, state.latents.clone())
+                    callback(step, state.snapshot())
             return state.result(noise)
 
     def _captured(
@@ -175,7 +178,8 @@ class GraphedSampler(Generic[C]):
         captured = self._kept.get(key)
         if captured is not None:
             self._kept.move_to_end(key)
-            torch._foreach_copy_(captured.conditioning, tensors)
+            if tensors:
+                torch._foreach_copy_(captured.conditioning, tensors)
             return captured
         if len(self._kept) >= self._max_captures:
             self._graphs.settle()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +23,7 @@ from .pndm import pndm
 from .schedule import REFUSED_OPTIONS, FloatArray, NoiseSchedule, refuse_option
 from .step import Step, Tableau
 from .unipc import unipc
+from .values import Copied, is_number, plain, shown
 
 # builder(schedule, num_steps, **options): its keyword-only parameters are the sampler's options and defaults.
 Builder = Callable[..., Tableau]
@@ -53,9 +56,20 @@ _ADOPTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 }
 
 
+# What an option is, by the type of its default.
+_KINDS = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a name",
+    tuple: "a list of integers",
+    type(None): "a number or None",
+}
+
+
 @dataclass(frozen=True, eq=False)
-class SamplingPlan:
-    """Everything a run of a sampler needs to know, computed once on the host in float64.
+class SamplingPlan(Copied):
+    """Everything a run of a sampler needs to know, computed once on the host in float64; it can be pickled.
 
     name              in `SAMPLERS`
     num_steps         what was asked for; a method with two evaluations a step has more `steps`
@@ -71,6 +85,9 @@ class SamplingPlan:
     init_noise_sigma: float
     schedule: NoiseSchedule
     options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     @property
     def num_registers(self) -> int:
@@ -104,48 +121,64 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
     """The plan of sampler `name` for `num_steps` inference steps, counted as diffusers' `set_timesteps` does.
 
     Options carry diffusers' config names. An option that is not given takes the schedule's (what its
-    scheduler_config.json says), else the default of that sampler's diffusers class.
+    scheduler_config.json says), else the default of that sampler's diffusers class. Numbers may be numpy's or
+    torch's.
 
     Raises ValueError, in one line that names what is wrong, for an unknown sampler or option, an option value
-    out of range, and what no table can hold (clip_sample, thresholding, guidance_rescale).
+    out of range, what no table can hold (clip_sample, thresholding, guidance_rescale), and a combination that has
+    no finite coefficients.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {shown(name)}; choose one of {', '.join(SAMPLERS)}")
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"schedule must be a NoiseSchedule, not {shown(schedule)}; NoiseSchedule.from_diffusers(config) makes "
+            "one of a scheduler_config.json"
+        )
     train_steps = schedule.num_train_timesteps
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 1 <= num_steps <= train_steps:
-        raise ValueError(f"num_steps must be an integer from 1 to {train_steps}, not {num_steps!r}")
+    num_steps = plain(num_steps)
+    if type(num_steps) is not int or not 1 <= num_steps <= train_steps:
+        raise ValueError(f"num_steps must be an integer from 1 to {train_steps}, not {shown(num_steps)}")
     builder = SAMPLERS[name]
     parameters = inspect.signature(builder).parameters.values()
     defaults = {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
     inherited = {key: value for key, value in schedule.options.items() if key in defaults}
     given = _checked_options(name, options, defaults)
     resolved = {**defaults, **_checked_options(name, _adopt(name, inherited), defaults), **given}
-    tableau = builder(schedule, num_steps, **resolved)
-    return SamplingPlan(
-        name, num_steps, tableau.finish(), tableau.init_noise_sigma, schedule, MappingProxyType(resolved)
-    )
+    try:
+        # Whatever np.seterr says: the tableau looks at every coefficient.
+        with np.errstate(all="ignore"):
+            tableau = builder(schedule, num_steps, **resolved)
+    except (ArithmeticError, np.linalg.LinAlgError):
+        raise ValueError(
+            f"{name} has no finite coefficients for {num_steps} steps, two of them at one noise level or an "
+            "option out of range: choose fewer steps or another timestep_spacing, or leave the options out"
+        ) from None
+    return SamplingPlan(name, num_steps, tableau.finish(), tableau.init_noise_sigma, schedule, resolved)
 
 
 def _adopt(name: str, inherited: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule's options in the words of sampler `name`."""
     words = _ADOPTS.get(name, {})
     return {
-        key: words.get(key, {}).get(value, value) if key in words else value for key, value in inherited.items()
+        key: words.get(key, {}).get(value, value) if isinstance(value, str) else value
+        for key, value in inherited.items()
     }
 
 
 def _checked_options(name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the builder takes; ValueError for a refused or unknown name and for a wrong type."""
     checked = {}
-    for key, value in options.items():
+    for key, given in options.items():
+        value = plain(given)
         if key in REFUSED_OPTIONS:
             refuse_option(key, value)
         elif key not in defaults:
             raise ValueError(f"{name} takes no option {key!r}; it takes {', '.join(sorted(defaults))}")
         elif not _same_type(value, defaults[key]):
+            kind = _KINDS[type(defaults[key])]
             raise ValueError(
-                f"{name}: option {key} must be a {type(defaults[key]).__name__} like its default "
-                f"{defaults[key]!r}, not {value!r}"
+                f"{name}: option {key} must be {kind} like its default {defaults[key]!r}, not {shown(value)}"
             )
         else:
             checked[key] = value
@@ -154,10 +187,13 @@ def _checked_options(name: str, options: Mapping[str, Any], defaults: Mapping[st
 
 def _same_type(value: object, default: object) -> bool:
     """Whether an option's value has the type of its default; a default of None takes a number or None."""
-    if default is None:
-        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-    if isinstance(default, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if default is None or isinstance(default, float):
+        return (value is None and default is None) or (is_number(value) and _fits_float(value))
     if isinstance(default, tuple):
-        return isinstance(value, list | tuple) and all(type(item) is int for item in value)
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
     return type(value) is type(default)
+
+
+def _fits_float(value: Any) -> bool:
+    """Whether a number is no NaN and no integer that is too large for a float."""
+    return not math.isnan(value) if isinstance(value, float) else abs(value) <= sys.float_info.max

@@ -8,12 +8,16 @@ from torch import Tensor
 from ldmperf.kernels import philox_normal, seed_tensor
 
 from .plan import SamplingPlan
-from .state import SamplerState, check_start, guidance_scales
+from .state import Guidance, SamplerState, check_input_dtype, check_start, guidance_scales
 from .step import Step
+from .values import plain, shown
 
 Denoiser = Callable[[Tensor, Step], Tensor]
 
 
+# What inference mode makes cannot be used in autograd, nor written to, outside it.
+@torch.inference_mode(False)
+@torch.no_grad()
 def initial_noise(
     seeds: Sequence[int] | Tensor,
     shape: Sequence[int],
@@ -24,9 +28,15 @@ def initial_noise(
     """Standard normal noise [B, *shape] from one seed per image; `shape` is that of one image, [C, H, W].
 
     Generated in float32 and cast to `dtype`. A seed gives the same noise on every device, alone or in any batch.
-    Not scaled: `sample` multiplies by the plan's `init_noise_sigma`. Seeds are taken modulo 2^64.
+    Not scaled: `sample` multiplies by the plan's `init_noise_sigma`. Seeds are integers of Python, numpy or torch,
+    modulo 2^64. Raises ValueError for other seeds, a shape that is none, and a dtype that is no float.
     """
-    return philox_normal(seed_tensor(seeds, device), tuple(shape)).to(dtype)
+    sizes = plain(shape)
+    if not isinstance(sizes, tuple) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"shape must be that of one image, such as (4, 64, 64), not {shown(shape)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a float dtype such as torch.float32, not {shown(dtype)}")
+    return philox_normal(seed_tensor(seeds, device), sizes).to(dtype)
 
 
 @torch.no_grad()
@@ -35,7 +45,7 @@ def sample(
     plan: SamplingPlan,
     noise: Tensor,
     *,
-    guidance_scale: float | Sequence[float] = 1.0,
+    guidance_scale: Guidance = 1.0,
     seeds: Sequence[int] | Tensor | None = None,
     step_noise: Callable[[int], Tensor] | None = None,
     callback: Callable[[Step, Tensor], None] | None = None,
@@ -48,18 +58,23 @@ def sample(
                     shape, in any float dtype. model_input is c_in * x in input_dtype, channels-last if 4-D, and
                     is overwritten by the next step. With guidance it is [2B, ...], unconditional half first.
     noise           standard normal, float32 or float64: the dtype that the sampler runs in. Left unchanged.
-    guidance_scale  w in uncond + w (cond - uncond), or one w per step. 1.0 everywhere is no guidance: [B, ...].
-    seeds           one per image, for the noise of a stochastic plan (generated in float32)
+    guidance_scale  w in uncond + w (cond - uncond), or one w per step. None, and 1.0 everywhere, is no guidance:
+                    model_input is [B, ...]. 0.0 is the unconditional image, not "off" as in diffusers: a single
+                    number below 1 warns. Numbers and arrays of numpy and torch too.
+    seeds           one integer per image, for the noise of a stochastic plan (generated in float32)
     step_noise      step_noise(k) returns the [B, ...] noise of step k instead; called for the steps that add any
     callback        called as callback(step, x) after each step, with a copy of the latents
     input_dtype     a float dtype, the network's, so that it need not cast; noise's dtype unless given
     backend         of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
 
     The host never waits for the device, its copies of plan and seeds included (the driver may for those of a plan
-    over 64 KB, some hundreds of steps). An exception of denoise or callback, KeyboardInterrupt among them, passes
+    over 64 KB, some hundreds of steps), but for a guidance_scale that is on the device. denoise and callback run
+    without gradients, else in the caller's modes; the result is a tensor like any other, made in inference mode
+    too. An exception of denoise or callback, KeyboardInterrupt among them, passes
     through and leaves no state behind. Raises ValueError for a dtype, shape or count that does not fit.
     """
     check_start(plan, noise, seeds, step_noise)
+    check_input_dtype(input_dtype)
     scales = guidance_scales(guidance_scale, len(plan.steps))
     state = SamplerState(
         noise,
@@ -78,5 +93,5 @@ def sample(
             injected = step_noise(step.index)
         state.update(output, rows[2 * step.index :][:1], step.adds_noise, injected, backend, at=step.index)
         if callback is not None:
-            callback(step, state.latents.clone())
+            callback(step, state.snapshot())
     return state.result(noise)

@@ -18,10 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .values import Copied, is_number, plain, shown
+
 FloatArray = npt.NDArray[np.float64]
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# A bound on the work that a config can ask for; published models have 1000, some 4000.
+MAX_TRAIN_TIMESTEPS = 1_000_000
 
 # Stands for a signal-to-noise ratio of zero where a sampler divides by alpha: float16's smallest subnormal.
 ZERO_SNR_ALPHA_CUMPROD = 2.0**-24
@@ -46,7 +50,10 @@ REFUSED_OPTIONS: Mapping[str, str] = MappingProxyType(
         "use_lu_lambdas": "use use_exponential_sigmas: it has the same noise levels",
         "use_flow_sigmas": "flow matching is not supported; use a variance-preserving schedule",
         "use_dynamic_shifting": "flow matching is not supported; use a variance-preserving schedule",
+        "shift": "flow matching is not supported; use a variance-preserving schedule",
         "shift_terminal": "flow matching is not supported; use a variance-preserving schedule",
+        "sigma_data": "EDM's scaling of the network is not supported; use a variance-preserving schedule",
+        "snr_shift_scale": "a shifted schedule is not supported; give its betas as trained_betas",
         "solver_p": "another scheduler as predictor is not supported; leave solver_p out",
     }
 )
@@ -56,6 +63,11 @@ _WITHOUT_EFFECT = frozenset(
     {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 )
 
+# How the names of diffusers' classes begin whose noise is another, though a config may have no key that shows it.
+_NOT_VARIANCE_PRESERVING = (
+    "CMStochastic", "CosineDPM", "DDPMWuerstchen", "EDM", "FlowM", "IPNDM", "KarrasVe", "ScoreSdeVe",
+    "VQDiffusion",
+)  # fmt: skip
 _COMMON_BETAS = (0.0001, 0.02, "linear")
 _CLASS_BETAS = {
     "HeunDiscreteScheduler": (0.00085, 0.012, "linear"),
@@ -64,10 +76,11 @@ _CLASS_BETAS = {
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseSchedule:
+class NoiseSchedule(Copied):
     """The noise levels of the training timesteps 0 ... T - 1, in float64.
 
-    alphas_cumprod    [T], strictly decreasing in (0, 1]; the last may be 0 (zero terminal SNR)
+    alphas_cumprod    [T], strictly decreasing in (0, 1]; the last may be 0 (zero terminal SNR). An array, a tensor
+                      or a list; copied
     prediction_type   what the network returns: "epsilon", "sample" (x_0) or "v_prediction"
     beta_schedule     the name it was made from; samplers round Karras timesteps unless it is squaredcos_cap_v2
     options           sampler options of a scheduler_config.json: `make_plan`'s defaults where a sampler takes them
@@ -81,33 +94,60 @@ class NoiseSchedule:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        levels = np.array(self.alphas_cumprod, dtype=np.float64)
+        try:
+            levels = np.array(plain(self.alphas_cumprod), dtype=np.float64)
+        except (TypeError, ValueError):
+            levels = np.empty(0)
         levels.flags.writeable = False
         if levels.ndim != 1 or levels.size < 2 or not np.isfinite(levels).all():
-            raise ValueError("alphas_cumprod must be a vector of at least two finite numbers")
+            raise ValueError(
+                "alphas_cumprod must be a vector of at least two finite numbers, one per training timestep; "
+                "check num_train_timesteps and the betas"
+            )
         if levels[0] > 1.0 or levels[-1] < 0.0 or (np.diff(levels) >= 0.0).any():
             raise ValueError("alphas_cumprod must decrease strictly inside [0, 1]; check the betas")
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type {self.prediction_type!r} is not supported; "
+                f"prediction_type {shown(self.prediction_type)} is not supported; "
                 f"choose one of {', '.join(PREDICTION_TYPES)}"
             )
         object.__setattr__(self, "alphas_cumprod", levels)
-        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        options = {key: plain(value) for key, value in self.options.items()}
+        object.__setattr__(self, "options", MappingProxyType(options))
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a scheduler_config.json, a dict of any of diffusers' discrete VP schedulers.
 
+        config is what json.load gives, or the `config` of a scheduler in memory. The latter tells which values are
+        only defaults of its class: as in `from_config` of another class, such a sampler option is not inherited.
+
         A key that is absent takes the default of the class in `_class_name`, with one exception: without
         clip_sample there is no clipping (diffusers' DDIM and DDPM classes would clip, which suits pixels).
         Sampler options are kept in `options`. The levels are rounded to float32 where diffusers rounds them.
+        They do not depend on torch's default device or dtype.
 
         Raises ValueError, naming the key, for what is not linear (clip_sample, thresholding), not supported
-        (flow matching, learned variances, other prediction types or beta schedules) or not known.
+        (flow matching, learned variances, other prediction types or beta schedules), out of range or not known.
         """
-        given = {key: value for key, value in config.items() if value is not None and not key.startswith("_")}
-        beta_defaults = _CLASS_BETAS.get(str(config.get("_class_name")), _COMMON_BETAS)
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                "config must be a dict: json.load of a scheduler_config.json, or scheduler.config of a scheduler "
+                f"in memory, not {shown(config)}"
+            )
+        class_name = str(config.get("_class_name"))
+        if class_name.startswith(_NOT_VARIANCE_PRESERVING):
+            raise ValueError(
+                f"_class_name {shown(class_name)} is not supported: its noise is not variance-preserving; take a "
+                "model that was trained with betas"
+            )
+        defaults = SAMPLER_OPTIONS.intersection(config.get("_use_default_values") or ())
+        given = {
+            key: plain(value)
+            for key, value in config.items()
+            if value is not None and not str(key).startswith("_") and key not in defaults
+        }
+        beta_defaults = _CLASS_BETAS.get(class_name, _COMMON_BETAS)
         num_train_timesteps = given.pop("num_train_timesteps", 1000)
         beta_start = given.pop("beta_start", beta_defaults[0])
         beta_end = given.pop("beta_end", beta_defaults[1])
@@ -115,18 +155,28 @@ class NoiseSchedule:
         trained_betas = given.pop("trained_betas", None)
         zero_terminal_snr = given.pop("rescale_betas_zero_snr", False)
         prediction_type = given.pop("prediction_type", "epsilon")
-        for key, value, kinds in (
-            ("num_train_timesteps", num_train_timesteps, (int,)),
-            ("beta_start", beta_start, (int, float)),
-            ("beta_end", beta_end, (int, float)),
-            ("rescale_betas_zero_snr", zero_terminal_snr, (bool,)),
-            ("trained_betas", trained_betas, (list, tuple, np.ndarray, type(None))),
-        ):
-            if not isinstance(value, kinds) or (bool not in kinds and isinstance(value, bool)):
-                raise ValueError(f"{key} must be a {kinds[0].__name__}, not {value!r}")
+        if type(num_train_timesteps) is not int or not 2 <= num_train_timesteps <= MAX_TRAIN_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps must be an integer from 2 to {MAX_TRAIN_TIMESTEPS}, not "
+                f"{shown(num_train_timesteps)}"
+            )
+        for key, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if not _is_beta(value):
+                raise ValueError(f"{key} must be a number from 0 to 1, not {shown(value)}")
+        if type(zero_terminal_snr) is not bool:
+            raise ValueError(f"rescale_betas_zero_snr must be true or false, not {shown(zero_terminal_snr)}")
         options = sampler_options(given)
         if trained_betas is not None:
-            betas = torch.tensor(np.asarray(trained_betas), dtype=torch.float32)
+            if not isinstance(trained_betas, tuple) or not all(map(_is_beta, trained_betas)):
+                raise ValueError(
+                    f"trained_betas must be a list of numbers from 0 to 1, not {shown(trained_betas)}"
+                )
+            if config.get("num_train_timesteps") is not None and len(trained_betas) != num_train_timesteps:
+                raise ValueError(
+                    f"trained_betas must be num_train_timesteps = {num_train_timesteps} numbers, not "
+                    f"{len(trained_betas)}"
+                )
+            betas = torch.tensor(trained_betas, dtype=torch.float32, device="cpu")
         else:
             betas = _betas(beta_schedule, beta_start, beta_end, num_train_timesteps)
         if zero_terminal_snr:
@@ -206,21 +256,25 @@ def sampler_options(given: Mapping[str, Any]) -> dict[str, Any]:
 def refuse_option(name: str, value: object) -> None:
     """ValueError for an option of `REFUSED_OPTIONS` that is set; nothing for one that is off."""
     if value:
-        raise ValueError(f"{name}={value!r} is not supported: {REFUSED_OPTIONS[name]}")
+        raise ValueError(f"{name}={shown(value)} is not supported: {REFUSED_OPTIONS[name]}")
+
+
+def _is_beta(value: Any) -> bool:
+    return is_number(value) and 0.0 <= value <= 1.0
 
 
 def _betas(beta_schedule: str, beta_start: float, beta_end: float, num_train_timesteps: int) -> torch.Tensor:
-    """[T] float32."""
+    """[T] float32, on the CPU whatever torch's default device is."""
+    linspace = functools.partial(torch.linspace, steps=num_train_timesteps, dtype=torch.float32, device="cpu")
     if beta_schedule == "linear":
-        return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+        return linspace(beta_start, beta_end)
     if beta_schedule == "scaled_linear":
         # Rombach et al., arXiv 2112.10752: linear in the standard deviation.
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32)
-        return roots**2
+        return linspace(beta_start**0.5, beta_end**0.5) ** 2
     if beta_schedule == "squaredcos_cap_v2":
-        return torch.tensor(_cosine_betas(num_train_timesteps), dtype=torch.float32)
+        return torch.tensor(_cosine_betas(num_train_timesteps), dtype=torch.float32, device="cpu")
     raise ValueError(
-        f"beta_schedule {beta_schedule!r} is not supported; "
+        f"beta_schedule {shown(beta_schedule)} is not supported; "
         f"choose one of {', '.join(BETA_SCHEDULES)}, or give trained_betas"
     )
 

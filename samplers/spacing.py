@@ -12,6 +12,7 @@ import numpy as np
 
 from .schedule import FloatArray, NoiseSchedule
 from .step import choose
+from .values import shown
 
 SPACINGS = ("leading", "linspace", "trailing")
 FINAL_SIGMAS = ("zero", "sigma_min")
@@ -49,14 +50,15 @@ def spaced_timesteps(
         return timesteps[::-1][:num_steps]
     if spacing == "leading":
         timesteps = np.arange(points, dtype=np.float64)[::-1][:num_steps] * (last // points) + steps_offset
-        if timesteps[0] > num_train_timesteps or timesteps[-1] < 0:
+        if timesteps[0] > num_train_timesteps - 1 or timesteps[-1] < 0:
             raise ValueError(
-                f"steps_offset={steps_offset} leads outside the schedule's {num_train_timesteps} timesteps: "
-                "choose a smaller steps_offset or fewer steps"
+                f"steps_offset={shown(steps_offset)} leads outside the schedule's {num_train_timesteps} "
+                "timesteps: choose a smaller steps_offset or fewer steps"
             )
         return timesteps
     # The range may yield one point too many by rounding, at a timestep of -1; diffusers keeps it.
-    return np.arange(last, 0, -num_train_timesteps / num_steps).round()[:num_steps] - 1
+    ends = np.arange(last, 0, -num_train_timesteps / num_steps).round()
+    return ends[ends > 0] - 1
 
 
 def choose_ramp(*, use_karras_sigmas: bool, use_exponential_sigmas: bool, use_beta_sigmas: bool) -> Ramp | None:
@@ -100,7 +102,9 @@ def sigmas_to_timesteps(sigmas: FloatArray, schedule: NoiseSchedule) -> FloatArr
     """[K] fractional timesteps of noise levels, linear in log sigma, clamped to the training range."""
     log_table = np.log(schedule.sigmas.astype(np.float32))
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
-    low = np.clip(np.searchsorted(log_table, log_sigmas, side="right") - 1, 0, log_table.size - 2)
+    # The last level that is not above: what stands for zero SNR may lie below the level before it.
+    rising = np.minimum.accumulate(log_table[::-1])[::-1]
+    low = np.clip(np.searchsorted(rising, log_sigmas, side="right") - 1, 0, log_table.size - 2)
     span = (log_table[low] - log_table[low + 1]).astype(np.float64)
     weight = np.clip((log_table[low] - log_sigmas) / span, 0.0, 1.0)
     return (1.0 - weight) * low + weight * (low + 1)

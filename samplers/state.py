@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ldmperf.kernels import sampler_update, seed_tensor
 
 from .plan import SamplingPlan
+from .values import is_number, plain, shown
+
+# A number, one per step, or None for no guidance; numpy's and torch's numbers and arrays too.
+Guidance = float | Sequence[float] | npt.NDArray[Any] | Tensor | None
 
 
 class SamplerState:
@@ -22,6 +30,9 @@ class SamplerState:
     injected     [B, ...] like noise, where `is_injected`: the noise of a step, in place of a generated one
     """
 
+    # A tensor made in inference mode cannot be used in autograd, nor written to, outside it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __init__(
         self,
         noise: Tensor,
@@ -68,15 +79,17 @@ class SamplerState:
         # Without waiting: pageable memory is read before the call returns, and up to 64 KB of it without a stop
         # (CUDA programming guide, "Concurrent Execution between Host and Device").
         # Where there are more registers than the plan's, the output's and the noise's columns are still the last.
-        table = torch.zeros((steps, *self._table.shape[1:]), dtype=dtype)
-        exact = torch.tensor(plan.table, dtype=dtype)
+        table = torch.zeros((steps, *self._table.shape[1:]), dtype=dtype, device="cpu")
+        exact = torch.tensor(plan.table, dtype=dtype, device="cpu")
         table[:, :count, :count] = exact[..., :count]
         table[:, :count, -2:] = exact[..., count:]
         self._table[:steps].copy_(table, non_blocking=True)
         # Each update scales the input of the evaluation after it; the last one's input is never read.
-        self._next_c_in[: steps - 1].copy_(torch.tensor(plan.input_scales[1:], dtype=dtype), non_blocking=True)
+        next_c_in = torch.tensor(plan.input_scales[1:], dtype=dtype, device="cpu")
+        self._next_c_in[: steps - 1].copy_(next_c_in, non_blocking=True)
         if self._guidance is not None and scales is not None:
-            self._guidance[:steps].copy_(torch.tensor(scales, dtype=dtype), non_blocking=True)
+            weights = torch.tensor(scales, dtype=dtype, device="cpu")
+            self._guidance[:steps].copy_(weights, non_blocking=True)
         self._registers.zero_()
         self.latents.copy_(noise * plan.init_noise_sigma)
         for part in self.model_input.chunk(self._copies):
@@ -124,6 +137,14 @@ class SamplerState:
             backend=backend,
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def snapshot(self) -> Tensor:
+        """A copy of the latents."""
+        return self.latents.clone()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def result(self, noise: Tensor) -> Tensor:
         """A copy of the latents in the memory format of `noise`."""
         return torch.empty_like(noise).copy_(self.latents)
@@ -135,27 +156,47 @@ def check_start(
     seeds: Sequence[int] | Tensor | None,
     step_noise: Callable[[int], Tensor] | None,
 ) -> None:
-    """ValueError for noise of a dtype or shape that a run cannot start from, or a noise source that is missing."""
+    """ValueError for what a run cannot start from: no plan, noise that does not fit, no source of noise."""
+    if not isinstance(plan, SamplingPlan):
+        raise ValueError(f"plan must be a SamplingPlan, not {shown(plan)}; make_plan makes one")
+    if not isinstance(noise, Tensor):
+        raise ValueError(f"noise must be a tensor [B, ...], not {shown(noise)}; initial_noise makes one")
     if noise.dtype not in (torch.float32, torch.float64) or noise.dim() < 2:
         raise ValueError(
-            f"noise must be float32 or float64 [B, ...], not {noise.dtype} {list(noise.shape)}; the sampler's "
-            "state is kept in that dtype, whatever denoise computes in"
+            f"noise must be float32 or float64 [B, ...], not {noise.dtype} {list(noise.shape)}: the sampler's "
+            "state is kept in that dtype; a network of another dtype has input_dtype"
         )
     if plan.stochastic and seeds is None and step_noise is None:
         raise ValueError(f"plan {plan.name} adds noise at its steps: give seeds, one per image, or step_noise")
 
 
-def guidance_scales(guidance_scale: float | Sequence[float], num_steps: int) -> list[float] | None:
-    """One weight per step, or None when all are 1 and the unconditional half would be multiplied by zero."""
-    if isinstance(guidance_scale, int | float):
-        scales = [float(guidance_scale)] * num_steps
-    else:
-        scales = [float(scale) for scale in guidance_scale]
-    if len(scales) != num_steps:
+def check_input_dtype(input_dtype: object) -> None:
+    """ValueError unless it is a float dtype or None."""
+    if input_dtype is not None and not (isinstance(input_dtype, torch.dtype) and input_dtype.is_floating_point):
+        raise ValueError(f"input_dtype must be a float dtype such as torch.bfloat16, not {shown(input_dtype)}")
+
+
+def guidance_scales(guidance_scale: Guidance, num_steps: int) -> list[float] | None:
+    """One weight per step, or None when all are 1 and the unconditional half would be multiplied by zero.
+
+    Raises ValueError unless they are finite. Warns of one number below 1, which switches guidance off elsewhere.
+    """
+    given = 1.0 if guidance_scale is None else plain(guidance_scale)
+    scales = given if isinstance(given, tuple) else (given,) * num_steps
+    wrong = [scale for scale in scales if not is_number(scale) or not math.isfinite(scale)]
+    if wrong or len(scales) != num_steps:
         raise ValueError(
-            f"guidance_scale must be a number or {num_steps} numbers, one per step, not {len(scales)}"
+            f"guidance_scale must be a number or {num_steps} numbers, one per step, or None for no guidance, not "
+            f"{shown(wrong[0]) if wrong else f'{len(scales)} numbers'}"
         )
-    return scales if any(scale != 1.0 for scale in scales) else None
+    if not isinstance(given, tuple) and given < 1.0:
+        warnings.warn(
+            f"guidance_scale={given:g} is guidance here: 0 gives the unconditional image, below 1 the prompt is "
+            "weaker. Give None for no guidance, which any number up to 1 is in diffusers, or a list of one "
+            "number per step, which is taken without this warning",
+            stacklevel=2,
+        )
+    return list(map(float, scales)) if any(scale != 1.0 for scale in scales) else None
 
 
 def check_fits(name: str, tensor: object, like: Tensor) -> None:

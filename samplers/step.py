@@ -10,22 +10,31 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .schedule import FloatArray
+from .values import Copied, shown
+
+# The sampler's state may be float32.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class Step(Copied):
     """One model evaluation and the update that follows it.
 
     index     position in the plan
     timestep  what the network is told, a host float; may be fractional
     c_in      the network sees c_in * registers[0]
-    U         [R, R + 2] float64, maps [registers..., model output, noise] to the new registers
+    U         [R, R + 2] float64, read-only, maps [registers..., model output, noise] to the new registers
     """
 
     index: int
     timestep: float
     c_in: float
     U: FloatArray
+
+    def __post_init__(self) -> None:
+        matrix = np.array(self.U, dtype=np.float64)
+        matrix.flags.writeable = False
+        object.__setattr__(self, "U", matrix)
 
     @property
     def adds_noise(self) -> bool:
@@ -48,16 +57,17 @@ class Tableau:
     def step(self, timestep: float, *, c_in: float = 1.0, **registers: FloatArray) -> None:
         """Append a step that sets the named registers and keeps the others.
 
-        Raises ValueError for a coefficient that is not finite: no plan with NaN is ever handed out.
+        Raises ValueError for a coefficient that is not finite in float32: no plan with NaN is ever handed out.
         """
         kept = dict(zip(self.registers, self.unit_vectors(), strict=False))
         rows = np.stack([registers.pop(name, kept[name]) for name in self.registers])
         if registers:
             raise KeyError(f"no such register: {', '.join(registers)}")
-        if not (np.isfinite(rows).all() and np.isfinite([timestep, c_in]).all()):
+        scalars = [timestep, c_in, self.init_noise_sigma]
+        if not ((np.abs(rows) <= _LARGEST).all() and (np.abs(scalars) <= _LARGEST).all()):
             raise ValueError(
                 f"step {len(self.steps)} at timestep {timestep:g} has no finite coefficients: "
-                "choose another timestep_spacing, final_sigmas_type or number of steps"
+                "choose fewer steps, another timestep_spacing or final_sigmas_type, or sigma_min > 0"
             )
         self.steps.append(Step(len(self.steps), float(timestep), float(c_in), rows))
 
@@ -89,4 +99,4 @@ def choose(name: str, value: object, choices: tuple[object, ...]) -> None:
     """ValueError, naming the option, unless `value` is one of `choices`."""
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{name}={value!r} is not supported; choose one of {listed}")
+        raise ValueError(f"{name}={shown(value)} is not supported; choose one of {listed}")

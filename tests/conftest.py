@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,31 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         norm_num_groups=8,
     ).save_pretrained(folder)
     return folder
+
+
+class RunAgain:
+    """`Graphs` without a GPU: what was captured runs again where it would be replayed."""
+
+    def check(self, device: Any) -> None:
+        pass
+
+    def turn(self, device: Any) -> nullcontext[None]:
+        return nullcontext()
+
+    def settle(self) -> None:
+        pass
+
+    def warm_up(self, work: Callable[[], None], device: Any) -> None:
+        work()
+
+    def capture(self, work: Callable[[], None], device: Any) -> Callable[[], None]:
+        return work
+
+
+@pytest.fixture(scope="session")
+def run_again() -> RunAgain:
+    """A stand-in for CUDA graphs: GraphedSampler(denoise, graphs=run_again)."""
+    return RunAgain()
 
 
 @pytest.fixture

@@ -473,13 +473,38 @@ UNIPC = {
     "solver_type": "bh2", "thresholding": False, "dynamic_thresholding_ratio": 0.995, "trained_betas": None,
     "clip_sample": False,
 }  # fmt: skip
+SDXL = {**SD_TURBO, "_diffusers_version": "0.19.0.dev0", "timestep_spacing": "leading"}
+SDXL_TURBO = {**SD_TURBO, "_class_name": "EulerAncestralDiscreteScheduler"}
+LCM_DREAMSHAPER = {
+    "_class_name": "LCMScheduler", "_diffusers_version": "0.22.0.dev0", "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False, "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995, "num_train_timesteps": 1000, "original_inference_steps": 50,
+    "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "sample_max_value": 1.0,
+    "set_alpha_to_one": True, "steps_offset": 0, "thresholding": False, "timestep_scaling": 10.0,
+    "timestep_spacing": "leading", "trained_betas": None,
+}  # fmt: skip
+CONFIGS = {
+    "SD1.5": SD15, "SD2.1": SD21, "sd-turbo": SD_TURBO, "SDXL": SDXL, "SDXL-turbo": SDXL_TURBO,
+    "LCM": LCM_DREAMSHAPER, "unipc": UNIPC,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("config", [SD15, SD21, SD_TURBO, UNIPC], ids=["SD1.5", "SD2.1", "sd-turbo", "unipc"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_scheduler_configs(name, config, monkeypatch):
     """A model's scheduler_config.json read by every sampler, as `from_config` lets another class read it."""
     cls = getattr(diffusers, CLASSES[name])
     for num_steps in (1, 4, 25):
         if name != "pndm" or num_steps >= 4 or config.get("skip_prk_steps"):
             compare(name, num_steps, monkeypatch, lambda: cls.from_config(config), config, guidance_scale=5.0)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("source", CLASSES)
+def test_the_config_of_a_scheduler_in_memory(name, source, monkeypatch):
+    """`Euler.from_config(pipe.scheduler.config)`: what was only a default of the first class is not inherited."""
+    cls = getattr(diffusers, CLASSES[name])
+    config = scheduler_of(source, **SD_BETAS).config
+    # Without a word about clipping there is none here.
+    clip = {"clip_sample": False} if name in CLIPS else {}
+    compare(name, 6, monkeypatch, lambda: cls.from_config(config, **clip), config)
