@@ -259,7 +259,9 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
     assert len(load_lines(path, KernelRecord)[0]) == 8
     assert len({record.case_key for record in whole}) == len(whole) == 7
     with pytest.raises(RunError, match="is of float32, and this call of bfloat16: give --dtype float32"):
-        earlier_records(tmp_path, ENVIRONMENT, "bfloat16")
+        earlier_records(tmp_path, ENVIRONMENT, "bfloat16", "cpu")
+    with pytest.raises(RunError, match="is of cpu, and this call of cuda: give --device cpu"):
+        earlier_records(tmp_path, ENVIRONMENT, "float32", "cuda")
     assert sorted(r.model_dump_json() for r in earlier_records(tmp_path, ENVIRONMENT, "float32", "cpu")) == sorted(
         r.model_dump_json() for r in whole
     )
