@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..visible import console
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,8 +74,6 @@ def inspect(
       ldmperf inspect attention --head-dim 80 --context 77
       ldmperf inspect attention --head-dim family
     """
-    from rich.console import Console
-
     from .display import by_distance, print_inspection, print_work_list
     from .inspection import inspect_launch
 
@@ -94,21 +93,18 @@ def inspect(
         if as_json:
             typer.echo(json.dumps(by_distance(results), indent=2))
         else:
-            print_work_list(results, Console())
+            print_work_list(results, console())
         return
     numbers["head_dim"] = _head_dim(head_dim)
     machine, launches = _chosen(kernel, arch, dtype, size, numbers)
     inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
-        told = [
-            inspection.as_json() | ({"sass": inspection.nvidia.text} if sass and inspection.nvidia else {})
-            for inspection in inspections
-        ]
+        told = [one.as_json() | ({"sass": one.code} if sass else {}) for one in inspections]
         typer.echo(json.dumps(told, indent=2))
         return
-    console = Console()
+    out = console()
     for inspection in inspections:
-        print_inspection(inspection, console, sass=sass)
+        print_inspection(inspection, out, sass=sass)
 
 
 def _chosen(
@@ -149,13 +145,20 @@ def _every_head_dim(
         raise InspectError(f"no units of {arch} are modelled, so --head-dim family has no table; give one number")
     if sass:
         raise InspectError("--head-dim family prints a table; for --sass give one number")
+    from ..counting import counting
+    from .forked import usable_cores
     from .score_tile import FAMILY_HEAD_DIMS
     from .sweep import ShapeItem, inspect_items
 
     given = {name: number for name, number in numbers.items() if number is not None}
     shapes = (_shape(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
     items = [ShapeItem(kernel, f"head_dim={shape.head_dim}", shape, arch) for shape in shapes]
-    return list(inspect_items(items, min(os.cpu_count() or 1, 8)))
+    results = []
+    with counting(console(stderr=True), len(items), "head dimensions compiled") as count:
+        for result in inspect_items(items, min(usable_cores(), 8)):
+            results.append(result)
+            count(str(result["size"]))
+    return results
 
 
 def _head_dim(text: str | None) -> int | None:
