@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,12 +53,9 @@ def compile_ahead(
       ldmperf compile --for tune:group_norm_silu+linear:866M:2
       ldmperf compile --for tests --plan
     """
-    try:
-        import triton
-    except ImportError:
-        raise CaseError("compiling takes triton, which is not installed: pip install triton") from None
-    if triton.knobs.runtime.interpret:
-        raise CaseError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
+    from .compile import cache_folder, cache_refused, require_compiler
+
+    require_compiler()
     from ..counting import counting
     from .machines import MACHINES
     from .precompile import Done, chip_here, compile_work, work_for
@@ -69,13 +67,18 @@ def compile_ahead(
         raise CaseError(f"--arch: no architecture {arch!r}; choose from {', '.join(MACHINES)}")
     names = split_values(work)
     if not names:
-        raise CaseError("--for: no work given")
+        raise CaseError("--for: no work given; name some, as --for smoke (see --help)")
     errors, out = console(stderr=True), console()
     try:
         planned = work_for(names, arch, processes=jobs)
         say(out, counts(planned))
         if plan:
             return
+        try:
+            Path(cache_folder()).mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            say(errors, f"ldmperf: {cache_refused(failure)}")
+            raise typer.Exit(1) from None
         with counting(errors, len(planned.stubs) + len(planned.launches), "compilations") as count:
 
             def show(done: Done) -> None:
@@ -109,7 +112,7 @@ def counts(work: Work) -> str:
 
 def told(report: Report) -> list[str]:
     """What was done, in lines."""
-    from .precompile import cache_folder
+    from .compile import cache_folder
 
     stubs = [report.count(status, stubs=True) for status in ("compiled", "there")]
     unfit = [one for one in report.done if one.candidate and one.status in ("failed", "unfit")]
