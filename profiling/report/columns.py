@@ -149,6 +149,8 @@ def _notes(shown: Overview) -> tuple[str, ...]:
         notes.append("GFLOP ratio: GFLOP relative to that size, for networks that the paper does not have")
     if any(row.record.case.backend == figures.PEER for row in rows):
         notes.append(f"times faster: the time of {figures.PEER} over ours, same case, same run")
-    if without := text.statuses_without_time(row.record.status for row in rows):
-        notes.append(f"no time: {without}, of {counted(len(rows), 'case')}")
+    without = [row.record.status for row in rows if row.record.status != "ok"]
+    if without:
+        cases = counted(len(rows), "case")
+        notes.append(f"{len(without)} of {cases} without a time: {text.statuses_in_words(without)}")
     return tuple(notes)
