@@ -165,6 +165,19 @@ def test_a_checkpoint_whose_name_records_cannot_hold_is_a_wrong_call(run: Run, t
     assert "rename" in outcome.err
 
 
+def test_a_folder_whose_name_looks_like_markup(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "runs[" / "x]\x1b"
+    options = ("--unet", tiny_checkpoint, "--steps", "1", "--backend", "torch", *QUICK)
+    outcome = run("profile", *options, "--out", out, "--seconds", "0")
+    assert outcome.code == 1
+    (folder,) = out.iterdir()
+    shown = str(folder).replace("\x1b", r"\x1b")
+    assert outcome.err.startswith(f"{shown}: 1 case to measure")
+    assert f"--resume {shown}" in outcome.err
+    assert shown in outcome.out
+    assert "\x1b" not in outcome.out + outcome.err
+
+
 def test_the_schema_is_printed_as_json(run: Run) -> None:
     schema = json.loads(run("profile", "--schema").out)
     assert schema["title"] == "Record"
