@@ -322,4 +322,8 @@ def _checkpoint(text: str) -> str:
     path = Path(text).expanduser().resolve()
     if not path.exists():
         raise CaseError(f"--unet: nothing at {path}; give a diffusers folder or a .safetensors file")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CaseError(f"--unet: {path} is not UTF-8, as records are: rename it") from None
     return str(path)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from .cases import (
@@ -29,8 +30,9 @@ from .kernel_bench.cli import kernels
 from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
-from .static.cli import InspectError, inspect
+from .static.cli import inspect
 from .timing import Deadline, RepetitionRule
+from .visible import console, counted, never_fail_on_encoding, say
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -42,11 +44,32 @@ app = typer.Typer(
 DEFAULT_OUT = Path("runs")
 # click's ClickException, for which typer, which carries click inside, has no public name.
 _WRONG_CALL = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+# As a shell tells of a program that SIGPIPE ended.
+_READER_GONE = 141
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        say(console(), f"ldmperf {metadata.version('ldmperf')}{_commit_of_checkout()}")
+        raise typer.Exit
+
+
+def _commit_of_checkout() -> str:
+    from .environment import checkout
+
+    commit, is_dirty = checkout()
+    changed = " with uncommitted changes" if is_dirty else ""
+    return "" if commit is None else f" (commit {commit[:7]}{changed})"
+
+
+# With a callback typer keeps `profile` a command of its own, however many others there are.
 @app.callback()
-def _several_commands() -> None:
-    # With a callback typer keeps `profile` a command of its own, however many others there are.
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and the commit."),
+    ] = False,
+) -> None:
     pass
 
 
@@ -197,21 +220,40 @@ app.command("compile")(compile_ahead)
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    never_fail_on_encoding()
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
+        # Here, where it is known what a closed pipe means; at the end of the process nobody would.
+        sys.stdout.flush()
     except _WRONG_CALL as wrong_call:
         command = "ldmperf" if wrong_call.ctx is None else wrong_call.ctx.command_path
         _stop(f"{wrong_call.format_message().rstrip('.')}; see: {command} --help", 2)
-    except (CaseError, RunError, InspectError) as wrong_call:
+    except (CaseError, RunError) as wrong_call:
         _stop(str(wrong_call), 2)
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        code = _reader_gone()
+    except SystemExit as stopped:
+        # click and rich end a command so where they meet a closed pipe.
+        if not isinstance(stopped.__context__, BrokenPipeError):
+            raise
+        code = _reader_gone()
     sys.exit(code or 0)
 
 
+def _reader_gone() -> int:
+    """`ldmperf report | head -1`: no failure to tell of. What is still buffered goes nowhere."""
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return _READER_GONE
+
+
 def _stop(message: str, code: int) -> None:
-    line = " ".join(message.split())
-    sys.stderr.write(f"ldmperf: {line}\n")
+    say(console(stderr=True), f"ldmperf: {message.strip()}")
     sys.exit(code)
 
 
@@ -270,7 +312,7 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
     from .runner import profile as measure
     from .short_traces import timing_deadline
 
-    errors = Console(stderr=True)
+    errors = console(stderr=True)
     go_on = f"go on with: ldmperf profile --resume {folder}"
     try:
         store = RecordStore(folder / RECORDS_NAME)
@@ -278,7 +320,7 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
         recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
         left = [case for case in cases if case.key not in recorded]
         until = timing_deadline(cases, deadline)
-        errors.print(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded", soft_wrap=True)
+        say(errors, f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
         with _terminated_as_interrupted(), ProgressLines(errors, left, rule, until) as lines:
             made = measure(
                 cases,
@@ -325,24 +367,22 @@ def _report(folder: Path) -> list[Record]:
     from .report import print_table, write_report
 
     records, rejected = load_records(folder)
-    print_table(records, Console())
+    print_table(records, console())
+    errors = console(stderr=True)
     left = {case.key for case in open_run(folder).cases} - {record.case_key for record in records}
     if left:
-        typer.echo(
-            f"{len(left)} planned cases have no record yet; go on with: ldmperf profile --resume {folder}",
-            err=True,
-        )
+        cases = counted(len(left), "planned case has", "planned cases have")
+        say(errors, f"{cases} no record yet; go on with: ldmperf profile --resume {folder}")
     if rejected:
-        lines = "1 line" if rejected == 1 else f"{rejected} lines"
-        typer.echo(f"{lines} of {folder / RECORDS_NAME} set aside: no whole record", err=True)
+        say(errors, f"{counted(rejected, 'line')} of {folder / RECORDS_NAME} set aside: no whole record")
     try:
         for path in write_report(records, rejected, folder):
-            typer.echo(str(path))
+            say(console(), str(path))
     except ModuleNotFoundError as missing:
-        typer.echo(
+        say(
+            errors,
             f"no page and no charts: {missing.name} is not installed; "
             f"pip install altair vl-convert-python jinja2, then: ldmperf report {folder}",
-            err=True,
         )
     except OSError as failure:
         _stop(f"cannot write the report to {folder} ({failure.strerror})", 1)

@@ -179,7 +179,7 @@ def test_candidates_are_compiled_in_the_order_in_which_they_are_tried(
     assert refused(case, good) is None
     assert refused(case, bad) is not None
     told = capsys.readouterr().err
-    assert "1 candidates cannot be launched" in told
+    assert "1 candidate cannot be launched" in told
     assert tune.compile_ahead(given, launch.Chip("gpu", 132, "sm_75"), 60.0)(case, bad) is None
 
 
