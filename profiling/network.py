@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 
@@ -24,7 +23,7 @@ def make_network(case: Case) -> UNet:
     """
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.is_checkpoint:
-        unet = load_unet(Path(case.unet), dtype=dtype, device=case.device, backend="torch")
+        unet = load_unet(case.path, dtype=dtype, device=case.device, backend="torch")
     else:
         config = family_config(case)
         with torch.device(case.device):

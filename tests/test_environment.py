@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ldmperf.kernels import _launch
-from ldmperf.profiling import environment
+from ldmperf.profiling import environment, settings
 from ldmperf.profiling.cases import CaseError
 from ldmperf.profiling.environment import DeviceState, Environment, Gpu, collect_environment, device_state
-from ldmperf.profiling.group import measuring_settings
+from ldmperf.profiling.settings import measuring_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -135,7 +135,7 @@ def test_the_assembler_is_the_one_that_triton_uses(tmp_path: Path, monkeypatch: 
     assert re.fullmatch(r"\d+\.\d+\.\d+", own)
     monkeypatch.setenv("TRITON_PTXAS_PATH", a_ptxas(tmp_path / "ptxas", "13.0.88"))
     assert collect_environment("cpu").ptxas == "13.0.88"
-    monkeypatch.setattr(environment, "_tritons_ptxas", lambda: "/nonexistent")
+    monkeypatch.setattr(settings, "_tritons_ptxas", lambda: "/nonexistent")
     assert collect_environment("cpu").ptxas is None
 
 
@@ -163,7 +163,7 @@ def test_a_compiler_of_torchs_cannot_switch_the_assembler(tmp_path: Path, monkey
     tasks._set_triton_ptxas_path()
     assert triton.knobs.nvidia.ptxas.path != own
     monkeypatch.setenv("TRITON_PTXAS_PATH", mine := a_ptxas(tmp_path / "mine", "12.9.1"))
-    with environment.pinned_ptxas():
+    with settings.pinned_ptxas():
         assert triton.knobs.nvidia.ptxas.path == mine
     assert os.environ["TRITON_PTXAS_PATH"] == mine
 

@@ -10,8 +10,8 @@ import torch
 
 from ..cases import DType
 from ..environment import Environment
-from ..group import measuring_settings
 from ..runs import RunError
+from ..settings import measuring_settings
 from ..store import load_lines
 from ..timing import Deadline
 from .bench import KernelBench
