@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand
 
 from .cases import (
@@ -24,13 +23,18 @@ from .cases import (
     device_named,
     preset_named,
     select_cases,
+    time_limit,
 )
+from .checkpoints import check_unchanged, identified
 from .kernel_bench.cli import kernels
-from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
+from .locked import locked
+from .records import RECORDS_NAME, RecordStore, record_schema
+from .reporting import ReportNotWritten, report_path, report_run, resume_command
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
 from .static.cli import InspectError, inspect
 from .timing import Deadline, RepetitionRule
+from .visible import console, say
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -122,10 +126,7 @@ def profile(
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --resume
     """
-    if schema:
-        typer.echo(json.dumps(record_schema(), indent=2))
-        return
-    deadline = Deadline(seconds)
+    deadline = time_limit(seconds)
     choices = Choices(
         **{
             name: tuple(values or ())
@@ -143,6 +144,14 @@ def profile(
             }.items()
         }
     )
+    if schema:
+        others = (preset, resume, min_count, min_seconds, seconds, references)
+        if choices or out != DEFAULT_OUT or any(value is not None for value in others):
+            raise CaseError("--schema prints the schema and measures nothing: give it alone")
+        typer.echo(json.dumps(record_schema(), indent=2))
+        return
+    if references is not None and references.exists() and not references.is_dir():
+        raise CaseError(f"--references: {references} is no folder; name one, new or old")
     if resume is None:
         cases, rule = _chosen(choices, preset, min_count, min_seconds)
         folder = _create(out, cases, rule)
@@ -155,21 +164,38 @@ def profile(
 @app.command()
 def report(
     run: Annotated[
-        str, typer.Argument(help="The run folder; without it the latest in --out.", metavar="[RUN_DIR]")
+        str,
+        typer.Argument(
+            help="A run's folder, one of `ldmperf kernels`, or a file of records; without it the latest run.",
+            metavar="[FOLDER | RECORDS.jsonl]",
+        ),
     ] = "latest",
-    out: Annotated[Path, typer.Option(help="Where run folders are.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the page goes, unless into the folder; without a name, where run folders are."),
+    ] = None,
 ) -> None:
-    """Print the table of a run and write its report.html and charts anew.
+    """Print the table of a run and write its report.html and charts anew; of kernels, the tables and kernels.md.
+
+    Of a file of records only the tables are printed, unless --out says where the page goes. A line that is no
+    whole record, or one of a version to come, is told with its number and the reason. Exit code 1 when there was
+    one.
 
     \b
     Examples:
       ldmperf report
       ldmperf report runs/20261124T093000Z-1a84ffb
+      ldmperf report bench/results/h200/2026-11-24-1a84ffb.jsonl --out page
     """
-    folder = find_run(out, run)
-    if not (folder / RECORDS_NAME).exists():
-        raise RunError(f"{folder} has no record yet; measure with: ldmperf profile --resume {folder}")
-    _report(folder)
+    try:
+        if run == "latest":
+            whole = report_path(find_run(out or DEFAULT_OUT, run), None)
+        else:
+            whole = report_path(Path(run), out)
+    except ReportNotWritten as failure:
+        _stop(str(failure), 1)
+    if not whole:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -209,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
-def _stop(message: str, code: int) -> None:
+def _stop(message: str, code: int) -> NoReturn:
     line = " ".join(message.split())
     sys.stderr.write(f"ldmperf: {line}\n")
     sys.exit(code)
@@ -223,7 +249,7 @@ def _chosen(
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
-    return cases, _rule(preset_named(name).rule, min_count, min_seconds)
+    return identified(cases, _tell), _rule(preset_named(name).rule, min_count, min_seconds)
 
 
 def _rule(rule: RepetitionRule, min_count: int | None, min_seconds: float | None) -> RepetitionRule:
@@ -243,6 +269,8 @@ def _resumed(
     from .environment import collect_environment
 
     run = open_run(folder)
+    if not run.cases:
+        raise RunError(f"{folder} names no case to measure; start a new run without --resume")
     if choices or preset is not None:
         cases, _ = _chosen(choices, preset, min_count, min_seconds)
         if set(cases) != set(run.cases):
@@ -251,6 +279,7 @@ def _resumed(
                 "or start a new run without --resume"
             )
     check_resumable(folder, run, collect_environment(run.cases[0].device))
+    check_unchanged(run.cases, _tell)
     return list(run.cases), _rule(run.rule, min_count, min_seconds)
 
 
@@ -261,7 +290,10 @@ def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
         return create_run(out, cases, rule, collect_environment(cases[0].device))
     except OSError as failure:
         _stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
-        raise
+
+
+def _tell(line: str) -> None:
+    say(console(stderr=True), line)
 
 
 def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
@@ -270,30 +302,37 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
     from .runner import profile as measure
     from .short_traces import timing_deadline
 
-    errors = Console(stderr=True)
-    go_on = f"go on with: ldmperf profile --resume {folder}"
+    go_on = f"go on with: {resume_command(folder)}"
     try:
-        store = RecordStore(folder / RECORDS_NAME)
-        # What was cut short is measured again.
-        recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
-        left = [case for case in cases if case.key not in recorded]
-        until = timing_deadline(cases, deadline)
-        errors.print(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded", soft_wrap=True)
-        with _terminated_as_interrupted(), ProgressLines(errors, left, rule, until) as lines:
-            made = measure(
-                cases,
-                rule=rule,
-                store=store,
-                skip=recorded,
-                listener=lines,
-                deadline=deadline,
-                references=references,
-            )
+        with locked(folder, _tell):
+            store = RecordStore(folder / RECORDS_NAME)
+            # What was cut short is measured again.
+            recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
+            left = [case for case in cases if case.key not in recorded]
+            until = timing_deadline(cases, deadline)
+            _tell(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded")
+            lines = ProgressLines(console(stderr=True), left, rule, until)
+            with _terminated_as_interrupted(), lines:
+                made = measure(
+                    cases,
+                    rule=rule,
+                    store=store,
+                    skip=recorded,
+                    listener=lines,
+                    deadline=deadline,
+                    references=references,
+                    run_id=open_run(folder).run_id,
+                )
     except KeyboardInterrupt:
         _stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
+    except BrokenPipeError:
+        raise
     except OSError as failure:
-        _stop(f"cannot write to {folder} ({failure.strerror}); then {go_on}", 1)
-    records = _report(folder)
+        _stop(f"cannot write to {failure.filename or folder} ({failure.strerror}); then {go_on}", 1)
+    try:
+        records, _ = report_run(folder)
+    except ReportNotWritten as failure:
+        _stop(str(failure), 1)
     if left and not made:
         _stop(f"no case was done within --seconds; give more, and {go_on}", 1)
     statuses = {record.status for record in records}
@@ -318,32 +357,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _report(folder: Path) -> list[Record]:
-    """Prints the table of the folder's records and writes the page and the charts."""
-    from .report import print_table, write_report
-
-    records, rejected = load_records(folder)
-    print_table(records, Console())
-    left = {case.key for case in open_run(folder).cases} - {record.case_key for record in records}
-    if left:
-        typer.echo(
-            f"{len(left)} planned cases have no record yet; go on with: ldmperf profile --resume {folder}",
-            err=True,
-        )
-    if rejected:
-        lines = "1 line" if rejected == 1 else f"{rejected} lines"
-        typer.echo(f"{lines} of {folder / RECORDS_NAME} set aside: no whole record", err=True)
-    try:
-        for path in write_report(records, rejected, folder):
-            typer.echo(str(path))
-    except ModuleNotFoundError as missing:
-        typer.echo(
-            f"no page and no charts: {missing.name} is not installed; "
-            f"pip install altair vl-convert-python jinja2, then: ldmperf report {folder}",
-            err=True,
-        )
-    except OSError as failure:
-        _stop(f"cannot write the report to {folder} ({failure.strerror})", 1)
-    return records

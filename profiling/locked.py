@@ -7,8 +7,7 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -19,30 +18,30 @@ from .runs import RunError
 LOCK_NAME = ".lock"
 
 
-@contextmanager
-def locked(folder: Path, told: Callable[[str], None]) -> Iterator[None]:
-    """Holds the folder; the kernel lets go of it when this process ends, however it ends.
+def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
+    """Holds the folder until the file that is returned is closed, or this process ends, however it ends.
 
     Raises RunError, which says who holds it, where another process does. Where the file system has no locks (some
     network file systems), `told` is called with a line, and nothing is held. Raises OSError where the folder
     cannot be written.
     """
-    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{folder} is in use by {_holder(file)}; wait until it ends, or stop it, then run this again"
-            ) from None
-        except OSError as failure:
-            if failure.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-            told(f"{folder}: its file system has no locks; see that no other process measures into it")
-        file.truncate(0)
-        mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"}
-        file.write(json.dumps(mine))
-        file.flush()
-        yield
+    file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(file)
+        file.close()
+        raise RunError(f"{folder} is in use by {holder}; wait until it ends, or stop it, then go on") from None
+    except OSError as failure:
+        if failure.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            file.close()
+            raise
+        told(f"{folder}: its file system has no locks; see that no other process measures into it")
+    file.truncate(0)
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"}
+    file.write(json.dumps(mine))
+    file.flush()
+    return file
 
 
 def _holder(file: IO[str]) -> str:

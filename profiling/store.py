@@ -45,7 +45,7 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], list[SetAside]]:
     records: list[M] = []
     aside: list[SetAside] = []
     for number, line in _lines(path.read_bytes()):
-        record = _record(line, model)
+        record = parsed(line, model)
         if isinstance(record, str):
             aside.append(SetAside(path, number, record))
         else:
@@ -54,7 +54,7 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], list[SetAside]]:
     if moved.exists():
         whole = f"a whole record; append it to {path.name} to have it back"
         for number, line in _lines(moved.read_bytes()):
-            record = _record(line, model)
+            record = parsed(line, model)
             aside.append(SetAside(moved, number, record if isinstance(record, str) else whole))
     return records, aside
 
@@ -94,7 +94,7 @@ class Store(Generic[M]):
         kept: list[bytes] = []
         rejected: list[bytes] = []
         for _, line in _lines(content):
-            (rejected if isinstance(_record(line, self.model), str) else kept).append(line + b"\n")
+            (rejected if isinstance(parsed(line, self.model), str) else kept).append(line + b"\n")
         if b"".join(kept) == content:
             return
         # First keep the rejected lines, then drop them from the file: a crash between the two counts them twice.
@@ -115,8 +115,8 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
     return ((n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip())
 
 
-def _record(line: bytes, model: type[M]) -> M | str:
-    """The record, or in one line why there is none."""
+def parsed(line: bytes, model: type[M]) -> M | str:
+    """The model's value, or in one line why there is none."""
     try:
         return model.model_validate_json(line)
     except ValidationError as error:

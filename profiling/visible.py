@@ -6,6 +6,7 @@ import sys
 import unicodedata
 
 from rich.console import Console
+from rich.text import Text
 
 # Control, format (bidi marks among them), lone surrogates (a path's bytes that are no UTF-8), line and paragraph
 # separators. A terminal acts on them or draws nothing.
@@ -29,6 +30,11 @@ def _escaped(character: str) -> str:
 def console(*, stderr: bool = False) -> Console:
     """A console of rich on stdout or stderr that takes text as text: no markup, no emoji codes, no highlights."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def say(console: Console, line: str = "", style: str = "") -> None:
+    """Prints `visible(line)` whole: it is never cut, and its end is the only line break."""
+    console.print(Text(visible(line), style=style), soft_wrap=True)
 
 
 def never_fail_on_encoding() -> None:

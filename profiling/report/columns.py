@@ -160,7 +160,9 @@ def _notes(shown: Overview) -> tuple[str, ...]:
     if any(row.gflop_ratio is not None for row in rows):
         notes.append("GFLOP ratio: GFLOP relative to that size, for networks that the paper does not have")
     if any(row.record.case.backend == figures.PEER for row in rows):
-        notes.append(f"times faster: the time of {figures.PEER} over ours, same case, same run")
+        notes.append(
+            f"times faster: the time of {figures.PEER} over that of the row's backend, same case and environment"
+        )
     failed = sum(row.record.status != "ok" for row in rows)
     if failed:
         notes.append(f"{failed} of {len(rows)} cases failed and have no time")
