@@ -240,7 +240,8 @@ def test_killed_and_resumed_it_repeats_only_what_was_in_flight(
     assert [record.case.steps for record in records] == [1, 3]
     assert rejected == 1
     assert rejected_path(folder / RECORDS_NAME).exists()
-    assert "1 line of" in outcome.err
+    assert "records.rejected.jsonl:1: no JSON: torn" in outcome.err
+    assert "1 line set aside" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 

@@ -78,7 +78,8 @@ def test_only_a_correct_result_has_a_time(make_record: MakeRecord, status: str) 
         {"correctness": Correctness(error_before=0.0, tolerance=1e-4, reference="x")},
         {"case_key": "another"},
         {"evaluations": None},
-        {"schema_version": 2},
+        {"schema_version": 3},
+        {"schema_version": True},
         {"gflop_per_forward": math.nan},
     ],
 )
@@ -102,7 +103,7 @@ def test_a_record_survives_the_round_trip_and_json_has_no_nan(make_record: MakeR
         raise AssertionError(constant)
 
     line = json.loads(text, parse_constant=refuse)
-    assert line["schema_version"] == 1
+    assert line["schema_version"] == 2
     assert line["started_at"] == "2026-11-23T12:00:00Z"
     assert line["ms_per_step"] == record.ms_per_step
 
@@ -110,7 +111,7 @@ def test_a_record_survives_the_round_trip_and_json_has_no_nan(make_record: MakeR
 def test_the_schema_names_every_field_of_a_line(make_record: MakeRecord) -> None:
     schema = record_schema()
     assert set(json.loads(make_record().model_dump_json())) == set(schema["properties"])
-    assert schema["properties"]["schema_version"]["const"] == 1
+    assert schema["properties"]["schema_version"]["const"] == 2
 
 
 def test_committed_records_of_every_day_are_read() -> None:
