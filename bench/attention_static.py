@@ -23,19 +23,8 @@ FOLDER = Path(__file__).with_name("static")
 DOCUMENT = ROOT / "docs" / "attention.md"
 BLOCK = re.compile(r"(<!-- attention: written .*?-->\n).*?(<!-- attention: end -->)", re.DOTALL)
 ARCH = "sm_90"
-# Units of the table by its headings.
-UNITS = {
-    "matrix": "matrix",
-    "exponential": "special",
-    "issue": "issue",
-    "FMA": "fma",
-    "ALU": "alu",
-    "conversion": "conversion",
-    "load/store": "lsu",
-    "shared": "l1_bytes",
-    "L2": "l2",
-}
-NAMES = {unit: name for name, unit in UNITS.items()} | {"fma_integer": "integer FMA", "memory": "memory"}
+# The units that have a column, in its order; the names are those of `ldmperf inspect`.
+UNITS = ("matrix", "exponential", "issue", "FMA", "ALU", "conversion", "load/store", "shared memory", "L2")
 
 Entry = dict[str, Any]
 
@@ -154,8 +143,8 @@ def markdown(document: Mapping[str, Any]) -> str:
             " / ".join("+".join(map(str, found["parts"])) for found in both),
             " / ".join(f"{found['tile'][0]}x{found['tile'][1]}, {found['warps']}" for found in both),
             " / ".join(f"{found['registers']}{' (spills)' if found['spills'] else ''}" for found in both),
-            *(" / ".join(f"{found['cycles'].get(unit, 0):.0f}" for found in both) for unit in UNITS.values()),
-            " / ".join(NAMES[max(found["cycles"], key=found["cycles"].get)] for found in both),
+            *(" / ".join(f"{found['cycles'].get(unit, 0):.0f}" for found in both) for unit in UNITS),
+            " / ".join(max(found["cycles"], key=found["cycles"].get) for found in both),
             f"{ours['analytic']['cycles']:.0f} {ours['analytic']['unit']}",
             f"{ours['distance']:.2f}",
             f"{row['ratio']:.2f}",

@@ -6,9 +6,8 @@ import pytest
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.cases import CaseError, best_device, known_names, whole_number
-from ldmperf.profiling.kernel_bench.peers import PEERS
+from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 from ldmperf.profiling.kernel_bench.records import MODES
-from ldmperf.profiling.kernel_bench.run import usual_peers
 from ldmperf.profiling.kernel_bench.selection import SIZES, jobs
 
 

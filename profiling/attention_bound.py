@@ -40,7 +40,7 @@ def exponential_cycles(queries: int, keys: int, polynomial: int = 0, machine: Ma
 
     `polynomial` of every 8 exponentials are not its work. Raises ValueError unless 0 <= polynomial <= 8.
     """
-    return queries * keys * _on_the_unit(polynomial) / machine.lanes["special"]
+    return queries * keys * _on_the_unit(polynomial) / machine.lanes["exponential"]
 
 
 def bound_cycles(
@@ -65,7 +65,7 @@ class Rates:
 
     @property
     def exponentials_per_ms(self) -> float:
-        return SM_90.lanes["special"] * self.multiprocessors * self.clock_ghz * 1e6
+        return SM_90.lanes["exponential"] * self.multiprocessors * self.clock_ghz * 1e6
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -34,7 +36,7 @@ from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
 from .static.cli import InspectError, inspect
 from .timing import Deadline, RepetitionRule
-from .visible import console, say
+from .visible import console, counted, never_fail_on_encoding, say
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -46,11 +48,32 @@ app = typer.Typer(
 DEFAULT_OUT = Path("runs")
 # click's ClickException, for which typer, which carries click inside, has no public name.
 _WRONG_CALL = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+# As a shell tells of a program that SIGPIPE ended.
+_READER_GONE = 141
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        say(console(), f"ldmperf {metadata.version('ldmperf')}{_commit_of_checkout()}")
+        raise typer.Exit
+
+
+def _commit_of_checkout() -> str:
+    from .environment import checkout
+
+    commit, is_dirty = checkout()
+    changed = " with uncommitted changes" if is_dirty else ""
+    return "" if commit is None else f" (commit {commit[:7]}{changed})"
+
+
+# With a callback typer keeps `profile` a command of its own, however many others there are.
 @app.callback()
-def _several_commands() -> None:
-    # With a callback typer keeps `profile` a command of its own, however many others there are.
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and the commit."),
+    ] = False,
+) -> None:
     pass
 
 
@@ -223,8 +246,11 @@ app.command("compile")(compile_ahead)
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    never_fail_on_encoding()
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
+        # Here, where it is known what a closed pipe means; at the end of the process nobody would.
+        sys.stdout.flush()
     except _WRONG_CALL as wrong_call:
         command = "ldmperf" if wrong_call.ctx is None else wrong_call.ctx.command_path
         _stop(f"{wrong_call.format_message().rstrip('.')}; see: {command} --help", 2)
@@ -232,12 +258,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _stop(str(wrong_call), 2)
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        code = _reader_gone()
+    except SystemExit as stopped:
+        # click and rich end a command so where they meet a closed pipe.
+        if not isinstance(stopped.__context__, BrokenPipeError):
+            raise
+        code = _reader_gone()
     sys.exit(code or 0)
 
 
+def _reader_gone() -> int:
+    """`ldmperf report | head -1`: no failure to tell of. What is still buffered goes nowhere."""
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return _READER_GONE
+
+
 def _stop(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
-    sys.stderr.write(f"ldmperf: {line}\n")
+    say(console(stderr=True), f"ldmperf: {message.strip()}")
     sys.exit(code)
 
 
@@ -310,7 +352,7 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
             recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
             left = [case for case in cases if case.key not in recorded]
             until = timing_deadline(cases, deadline)
-            _tell(f"{folder}: {len(left)} cases to measure, {len(recorded)} recorded")
+            _tell(f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
             lines = ProgressLines(console(stderr=True), left, rule, until)
             with _terminated_as_interrupted(), lines:
                 made = measure(

@@ -126,7 +126,7 @@ def collect_environment(device: str = "cpu") -> Environment:
     import torch
 
     is_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
-    commit, dirty = _checkout()
+    commit, dirty = checkout()
     with measuring_settings():
         precision = _or_none(torch.get_float32_matmul_precision)
         tf32 = _or_none(lambda: bool(torch.backends.cudnn.allow_tf32))
@@ -236,7 +236,7 @@ def _git(*arguments: str) -> str | None:
     return None if answer is None else answer.stdout.strip()
 
 
-def _checkout() -> tuple[str | None, bool | None]:
+def checkout() -> tuple[str | None, bool | None]:
     """Commit and dirty flag of the checkout that holds this file; untracked files do not count as dirty."""
     # A wheel in a .venv inside some checkout is not that checkout's code: git must track this very folder.
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:

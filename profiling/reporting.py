@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .records import RECORDS_NAME, Record, read_records
 from .runs import RUN_NAME, RunError, holds, open_run
 from .store import SetAside, read_lines
-from .visible import console, say
+from .visible import console, counted, say
 
 if TYPE_CHECKING:
     from .kernel_bench.records import KernelRecord
@@ -89,7 +89,7 @@ def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path 
             say(errors, f"what the run has yet to measure is not known: {unreadable}")
         else:
             if left:
-                cases = "1 planned case has" if len(left) == 1 else f"{len(left)} planned cases have"
+                cases = counted(len(left), "planned case has", "planned cases have")
                 say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
     _tell_aside(aside)
     if out is None:
@@ -139,7 +139,4 @@ def _tell_aside(aside: Sequence[SetAside]) -> None:
     errors = console(stderr=True)
     for line in aside:
         say(errors, str(line))
-    say(
-        errors,
-        f"{'1 line' if len(aside) == 1 else f'{len(aside)} lines'} set aside; nothing above comes from them",
-    )
+    say(errors, f"{counted(len(aside), 'line')} set aside; nothing above comes from them")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import os
+import re
 import sys
+import textwrap
 import unicodedata
 
 from rich.console import Console
@@ -18,13 +22,21 @@ def visible(text: str) -> str:
 
     All else, backslashes included, stays as it is; of a visible text nothing changes.
     """
-    return "".join(
-        _escaped(character) if unicodedata.category(character) in _UNSEEN else character for character in text
-    )
+    return "".join(_escaped(c) if unicodedata.category(c) in _UNSEEN else c for c in text)
 
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def for_markdown(text: str) -> str:
+    """What GitHub markdown shows as `visible(text)`, in a table's cell too."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(visible(text), quote=False))
+
+
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """ "1 case", "2 cases"; with `plural` where an s is not enough."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -32,9 +44,31 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
+def width_of(console: Console) -> int | None:
+    """The columns to keep to: a terminal's, or those that COLUMNS tells; None for a pipe, which has no width."""
+    return console.width if console.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else None
+
+
 def say(console: Console, line: str = "", style: str = "") -> None:
     """Prints `visible(line)` whole: it is never cut, and its end is the only line break."""
     console.print(Text(visible(line), style=style), soft_wrap=True)
+
+
+def say_wrapped(console: Console, line: str, style: str = "", indent: int = 0) -> None:
+    """Prints prose, broken between words where the console has a width; lines but the first are indented."""
+    width, shown = width_of(console), visible(line)
+    parts = [shown]
+    if width is not None:
+        parts = textwrap.wrap(
+            shown,
+            max(width, indent + 20),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            drop_whitespace=True,
+        )
+    for part in parts or [""]:
+        say(console, part, style)
 
 
 def never_fail_on_encoding() -> None:

@@ -31,9 +31,8 @@ from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import Pace, unit_rates
 from ldmperf.profiling.kernel_bench.implementation import Implementation
 from ldmperf.profiling.kernel_bench.inputs import Inputs
-from ldmperf.profiling.kernel_bench.peers import PEERS, Peer
+from ldmperf.profiling.kernel_bench.peers import PEERS, Peer, usual_peers
 from ldmperf.profiling.kernel_bench.records import KernelRecord, UnitRates
-from ldmperf.profiling.kernel_bench.run import usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job, head_dim_jobs
 from ldmperf.profiling.kernel_bench.table import markdown, summary_lines
 from ldmperf.profiling.kernel_case import KernelCase
@@ -204,7 +203,7 @@ def test_xformers_is_called_with_our_layout(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "xformers.ops", operators)
     monkeypatch.setattr(attention_peers.importlib.util, "find_spec", lambda name: SimpleNamespace())
     with pytest.raises(Unsupported, match="GPU"):
-        attention_peers.xformers(OF_ITSELF, torch.device("cpu"))
+        PEERS["xformers"].build(OF_ITSELF, torch.device("cpu"))
     made = attention_peers.xformers(OF_ITSELF, torch.device("cuda"))
     arguments = OF_ITSELF.arguments("cpu")
     expected = attention(*(arguments[name] for name in "qkv"), backend="torch")
@@ -261,7 +260,9 @@ def test_our_record_tells_the_polynomials_of_its_launches() -> None:
 
 def test_what_compiles_long_runs_only_when_named() -> None:
     assert set(PEERS) - set(usual_peers("cuda")) == {"flex"}
-    assert set(PEERS) - set(usual_peers("cpu")) == {"flex", "compile", "diffusers-compile"}
+    never = {name for name, peer in PEERS.items() if peer.gpu_only is not None}
+    assert never == {"triton", "auto", "separate", "sdpa-cudnn", "sdpa-efficient", "xformers"}
+    assert set(PEERS) - set(usual_peers("cpu")) == never | {"flex", "compile", "diffusers-compile"}
 
 
 def test_the_units_of_a_cpu_have_no_rates() -> None:
@@ -306,7 +307,7 @@ def test_figures_are_means_of_their_kind_of_call() -> None:
     assert "least 0.5000: D=64, 64 queries, 64 keys, batch 2, eager" in by_itself
     assert small.startswith("self-attention, D 8 to 48: the best peer takes 2.000 times")
     assert across.startswith("cross-attention: the best peer takes 3.000 times")
-    assert "1 calls" in across
+    assert "mean of 1 call;" in across
     assert bound.endswith("D=40 50, D=64 50")
     assert "1.500 times torch's least (D=64" in error
     assert peers.endswith("eager, sdpa-flash")

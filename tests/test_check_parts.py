@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.cases import BACKENDS
-from ldmperf.profiling.kernel_bench.peers import PEERS
-from ldmperf.profiling.kernel_bench.run import SLOW
+from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 
 HAS_XDIST = importlib.util.find_spec("xdist") is not None
 
@@ -48,7 +47,7 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert named == set(OPERATORS)
     peers = option(on_gpu["attention-flex"], "--peer").split(",")
     assert set(peers) < set(PEERS)
-    assert set(SLOW) < set(peers)
+    assert set(PEERS) - set(usual_peers("cuda")) < set(peers)
     ladder = {name for part in on_gpu.values() if option(part, "--preset") == "ladder" for name in backends(part)}
     assert ladder == set(BACKENDS)
     # Ratios are of one run: who is compared with the peers runs beside them.

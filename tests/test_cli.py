@@ -288,7 +288,7 @@ def test_what_was_cut_short_is_measured_again_when_resumed(
     (folder / RECORDS_NAME).write_text(cut.model_dump_json() + "\n")
     outcome = run("profile", *options, "--resume")
     assert outcome.code == 0
-    assert "1 cases to measure, 0 recorded" in outcome.err
+    assert "1 case to measure, 0 recorded" in outcome.err
     assert [r.harness.stopped_by for r in load_records(folder)[0]] == ["seconds", None]
 
 

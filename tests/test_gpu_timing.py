@@ -20,8 +20,7 @@ from ldmperf.profiling.kernel_bench.device import (
     timed_run,
     unit_rates,
 )
-from ldmperf.profiling.kernel_bench.peers import PEERS
-from ldmperf.profiling.kernel_bench.run import usual_peers
+from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job
 from ldmperf.profiling.kernel_cases import attention_cases, family_kernel_cases
 from ldmperf.profiling.timing import Deadline, RepetitionRule, timed

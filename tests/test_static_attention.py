@@ -123,16 +123,16 @@ def test_keys_that_are_not_there_are_no_work():
 def test_float32_has_no_analytic_bound():
     tile = score_tile(launch_of(TILE, head_dim=40, dtype=torch.float32))
     assert tile_bound(tile, H200) is None
-    told = beside_its_bound(tile, H200, {"fma": 100.0})
+    told = beside_its_bound(tile, H200, {"FMA": 100.0})
     assert told["bound"] is told["distance"] is None
 
 
 def test_the_distance_is_the_busiest_unit_over_the_bound():
     tile = score_tile(launch_of(TILE, head_dim=40))
-    told = beside_its_bound(tile, H200, {"special": 544.0, "issue": 640.0, "matrix": 384.0})
+    told = beside_its_bound(tile, H200, {"exponential": 544.0, "issue": 640.0, "matrix": 384.0})
     assert told["distance"] == 640 / 512
     # Of 128 x 128 scores: twice as many.
-    assert told["cycles_per_16384_scores"] == {"special": 1088, "issue": 1280, "matrix": 768}
+    assert told["cycles_per_16384_scores"] == {"exponential": 1088, "issue": 1280, "matrix": 768}
     # Of several passes, as where a program has no loop: one of them is told.
     assert beside_its_bound(tile, H200, {"issue": 1280.0}, passes=2)["distance"] == 640 / 512
 
@@ -172,13 +172,13 @@ def test_cycles_of_a_loop_by_hand():
     found = predict(H200, region, 8, Traffic(0.0, 5120 / 132 * 7, "a pass")).cycles
     # Multiply-adds at 2048 a clock: 2 x 64 x 64 x 16, 2 x 64 x 16 x 16, and 8 x 16 x 8 x 16 of mma.sync.
     assert found["matrix"] == (2 * 64 * 64 * 16 + 2 * 64 * 16 * 16 + 8 * 16 * 8 * 16) / 2048
-    assert found["special"] == 256 / 16
+    assert found["exponential"] == 256 / 16
     assert found["issue"] == 8 * 9 / 4
     # One copy of 16 bytes a thread; operands in shared memory: a and b of the first product, b of the second.
-    assert found["lsu"] == 256 / 32
-    assert found["l1_bytes"] == (256 * 16 + 2 * (64 + 64) * 32 + 2 * 16 * 32) / 128
-    assert found["l2"] == pytest.approx(7)
-    assert "fma" not in found
+    assert found["load/store"] == 256 / 32
+    assert found["shared memory"] == (256 * 16 + 2 * (64 + 64) * 32 + 2 * 16 * 32) / 128
+    assert found["L2"] == pytest.approx(7)
+    assert "FMA" not in found
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_tf32_takes_twice_the_time():
 def result(head_dim, distance, **cycles):
     bound = None if distance is None else {"cycles": 512.0, "unit": "exponential"}
     tile = {"head_dim": head_dim, "padded": 48, "block_m": 128, "block_n": 64, "keys": 64}
-    cycles = {"special": 1088.0, "issue": 1264.0, **cycles}
+    cycles = {"exponential": 1088.0, "issue": 1264.0, **cycles}
     return {
         "num_warps": 8,
         "resources": {"registers": 111},

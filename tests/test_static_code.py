@@ -119,14 +119,14 @@ def test_of_nested_loops_the_longest_innermost_is_hot():
     [
         ("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24", "matrix"),
         ("HMMA.16816.F32.BF16 R4, R8, R12, R4", "matrix"),
-        ("MUFU.EX2 R4, R5", "special"),
-        ("FFMA R4, R5, R6, R7", "fma"),
-        ("HFMA2.MMA R2, -RZ, RZ, 0, 0", "fma"),
-        ("HFMA2.BF16_V2 R2, R3, R4, R5", "fma"),
-        ("IMAD.WIDE R2, R3, 0x2, R4", "fma"),
-        ("IADD3 R10, -R11, RZ, RZ", "alu"),
-        ("LOP3.LUT R4, R5, 0x7, RZ, 0xc0, !PT", "alu"),
-        ("FSETP.GEU.AND P0, PT, R4, R5, PT", "alu"),
+        ("MUFU.EX2 R4, R5", "exponential"),
+        ("FFMA R4, R5, R6, R7", "FMA"),
+        ("HFMA2.MMA R2, -RZ, RZ, 0, 0", "FMA"),
+        ("HFMA2.BF16_V2 R2, R3, R4, R5", "FMA"),
+        ("IMAD.WIDE R2, R3, 0x2, R4", "FMA"),
+        ("IADD3 R10, -R11, RZ, RZ", "ALU"),
+        ("LOP3.LUT R4, R5, 0x7, RZ, 0xc0, !PT", "ALU"),
+        ("FSETP.GEU.AND P0, PT, R4, R5, PT", "ALU"),
         ("STS.128 [R4], R8", "load/store"),
         ("LDGSTS.E.BYPASS.128 [R4], desc[UR4][R8.64]", "load/store"),
         ("SHFL.BFLY PT, R4, R5, 0x10, 0x1f", "load/store"),
@@ -177,12 +177,12 @@ def test_units_share_instructions():
     counts = unit_counts(
         program("FFMA R1, R2, R3, R4", "IMAD R1, R2, R3, R4", "I2F R1, R2", "LDG.E.128 R4, [R2.64]")
     )
-    assert counts == {"issue": 4, "fma": 2, "fma_integer": 1, "special": 1, "lsu": 1, "l1_bytes": 16}
+    assert counts == {"issue": 4, "FMA": 2, "integer FMA": 1, "exponential": 1, "load/store": 1, "shared memory": 16}
 
 
 def test_the_mix_counts_every_instruction_once():
     found = mix(hot_region(parse(LOOP)).instructions)
-    assert found.by_class["load/store"] == found.by_class["fma"] == found.by_class["alu"] == 1
+    assert found.by_class["load/store"] == found.by_class["FMA"] == found.by_class["ALU"] == 1
     assert found.by_class["control"] == 3
     assert sum(found.by_class.values()) == 6
     assert found.global_widths == {"16": 1}
@@ -226,24 +226,24 @@ def test_the_prediction_is_instructions_over_lanes():
     h200, a100 = MACHINES["sm_90"], MACHINES["sm_80"]
     found = predict(h200, region, 4)
     # Of one warp: 64 products on 128 lanes, 32 exponentials on 16, four instructions on four schedulers.
-    assert found.cycles["fma"] == pytest.approx(4 * 0.5)
-    assert found.cycles["special"] == pytest.approx(4 * 2.0)
+    assert found.cycles["FMA"] == pytest.approx(4 * 0.5)
+    assert found.cycles["exponential"] == pytest.approx(4 * 2.0)
     assert found.cycles["issue"] == pytest.approx(4 * 1.0)
-    assert found.cycles["l1_bytes"] == pytest.approx(4 * 4.0)
+    assert found.cycles["shared memory"] == pytest.approx(4 * 4.0)
     assert found.memory_bytes == 4 * 32 * 16
     assert found.cycles["memory"] == pytest.approx(2048 / (4.8e12 / 1.98e9 / 132))
     assert found.bound == "memory"
-    assert predict(a100, region, 4).cycles["fma"] == pytest.approx(4 * 1.0)
-    assert predict(h200, region, 4, Traffic(1.0, None, "one program")).bound == "l1_bytes"
+    assert predict(a100, region, 4).cycles["FMA"] == pytest.approx(4 * 1.0)
+    assert predict(h200, region, 4, Traffic(1.0, None, "one program")).bound == "shared memory"
 
 
 def test_dense_peaks_of_the_data_sheets():
     """TFLOP/s in 16 bits (of the H200 at the 1.83 GHz of its sheet) and in 32: lanes times chips and clock."""
     for arch, unit, clock, peak in (
         ("sm_90", "matrix", 1.83, 989),
-        ("sm_90", "fma", 1.98, 66.9),
+        ("sm_90", "FMA", 1.98, 66.9),
         ("sm_80", "matrix", 1.41, 312),
-        ("sm_80", "fma", 1.41, 19.5),
+        ("sm_80", "FMA", 1.41, 19.5),
     ):
         machine = MACHINES[arch]
         assert 2e-3 * machine.lanes[unit] * machine.multiprocessors * clock == pytest.approx(peak, rel=0.01)
@@ -405,7 +405,7 @@ def test_a_product_reads_from_memory_once_and_through_l2_for_every_program():
     )[1]
     found = inspect_launch(launch, MACHINES["sm_90"]).nvidia.prediction
     # A tile of rows and two of the weight, 64 channels of 2 bytes, in each of ten passes of 16 x 20 programs.
-    assert found.cycles["l2"] == pytest.approx(3 * 128 * 64 * 2 / (5120 / 132))
+    assert found.cycles["L2"] == pytest.approx(3 * 128 * 64 * 2 / (5120 / 132))
     assert found.memory_bytes == pytest.approx(2 * (2048 * 640 + 5120 * 640 + 2048 * 2560) / (16 * 20 * 10))
     # 2048 multiply-adds a cycle, dense, 16 bits; two accumulators.
     assert found.cycles["matrix"] == pytest.approx(2 * 128 * 128 * 64 / 2048)

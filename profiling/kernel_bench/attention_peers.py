@@ -36,12 +36,8 @@ def sdpa(name: str, case: KernelCase, device: torch.device) -> Implementation:
     """scaled_dot_product_attention with one backend allowed, chosen once for all calls."""
     backend, serves = SDPA[name]
     made = _prepared(case, case.arguments(device))
-    if device.type == "cuda":
-        refusal = _refusal(getattr(torch.backends.cuda, serves), made)
-        if refusal is not None:
-            raise Unsupported(refusal)
-    elif backend is not SDPBackend.FLASH_ATTENTION:
-        raise Unsupported(f"{name} needs a GPU")
+    if device.type == "cuda" and (refusal := _refusal(getattr(torch.backends.cuda, serves), made)) is not None:
+        raise Unsupported(refusal)
     return Implementation(
         _heads_first(F.scaled_dot_product_attention),
         functools.partial(_prepared, case),
@@ -62,8 +58,6 @@ def xformers(case: KernelCase, device: torch.device) -> Implementation:
     """memory_efficient_attention by xformers' own choice among its kernels."""
     if importlib.util.find_spec("xformers") is None:
         raise Unsupported("xformers is not installed: pip install 'ldmperf[peers]'")
-    if device.type != "cuda":
-        raise Unsupported("xformers needs a GPU")
     from xformers.ops import memory_efficient_attention
 
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Any:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
+from ..layout import laid_out
 from ..report.text import MISSING, number
+from ..visible import counted
 from .records import KernelRecord, Mode
 
+# How the calls of a mode are made. A peer is called "eager" too.
+CALLS: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 # Ours: our kernel, what our dispatch takes, and our way to torch's.
 OURS = ("triton", "auto", "reference")
 # torch's own, in whatever backend: what an error is compared with.
@@ -68,28 +72,22 @@ HEADINGS = (
     *("D", "queries", "keys", "batch", "triton us", "% of bound", "limit"),
     *("auto us", "best peer", "its us", "ratio"),
 )
-NUMBERS = tuple(i for i, heading in enumerate(HEADINGS) if heading not in ("limit", "best peer"))
+_WORDS = ("limit", "best peer")
+NUMBERS = tuple(i for i, heading in enumerate(HEADINGS) if heading not in _WORDS)
 
 
 def title(rows: Sequence[AttentionRow]) -> str:
     """Above the table of these rows."""
-    return f"attention, {rows[0].mode}: each call beside the best of its peers"
+    return f"attention, calls {CALLS[rows[0].mode]}: each beside the best of its peers"
 
 
-def attention_lines(rows: Sequence[AttentionRow]) -> list[str]:
-    """The rows as a table of text with its title and headings; empty where there are none."""
+def attention_lines(rows: Sequence[AttentionRow], width: int | None = None) -> list[str]:
+    """The rows as a table of text with its title and headings, see `laid_out`; empty where there are none."""
     if not rows:
         return []
-    table = [HEADINGS, *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADINGS))]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i in NUMBERS else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in table
-    )
-    return [title(rows), *(f"  {line.rstrip()}" for line in lines)]
+    laid = laid_out(HEADINGS, [cells(row) for row in rows], words=_WORDS, width=width, leading=4)
+    head = [] if laid.head is None else [laid.head]
+    return [title(rows), *head, *(line for lines in laid.rows for line in lines)]
 
 
 def cells(row: AttentionRow) -> tuple[str, ...]:
@@ -128,7 +126,7 @@ def attention_figures(rows: Sequence[AttentionRow]) -> list[str]:
                 least, at = min(ratios, key=lambda pair: pair[0])
                 lines.append(
                     f"{kind}: the best peer takes {number(mean)} times as long as {name} (geometric mean of "
-                    f"{len(ratios)} calls; least {number(least)}: {_call(at)}, {at.best_peer})"
+                    f"{counted(len(ratios), 'call')}; least {number(least)}: {_call(at)}, {at.best_peer})"
                 )
     bounded = [row for row in rows if row.of_itself and row.percent_of_bound is not None]
     if bounded:

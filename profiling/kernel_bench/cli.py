@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cases import best_device, device_named, dtype_named, known_names, split_values, whole_number
+from ..cases import best_device, device_named, dtype_named, known_names, split_values, time_limit, whole_number
 from ..timing import Deadline
+from ..visible import console, say
 
 if TYPE_CHECKING:
-    from .records import KernelRecord
+    from ..environment import Environment
+    from .records import KernelRecord, KernelStore, Mode
     from .run import BenchChoices
 
 DEFAULT_SECONDS = 240.0
@@ -30,7 +33,7 @@ def kernels(
         list[str] | None,
         _list_option(
             "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
-            "diffusers, diffusers-compile, xformers."
+            "diffusers, diffusers-compile, xformers; those that can run here at once unless told."
         ),
     ] = None,
     head_dim: Annotated[
@@ -44,7 +47,9 @@ def kernels(
     seconds: Annotated[
         float, typer.Option(min=0.0, help="Begin no call after so long; the most important come first.")
     ] = DEFAULT_SECONDS,
-    out: Annotated[Path, typer.Option(help="Where the folder of records goes.")] = Path("runs"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where the folder of records goes; runs unless told.", show_default=False)
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -56,9 +61,10 @@ def kernels(
     """Measure each kernel at the shapes of a denoising step, in turn with its peers, and print the table.
 
     A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
-    launched one by one ("eager") and replayed as a CUDA graph ("graph"). On a CPU by the host's clock, without our
-    kernels. FlexAttention (flex), and on a CPU all peers that compile, run only when named. Exit code 1 when a
-    call ended as error or incorrect, or none as ok. A call's records are on disk before the next call begins.
+    launched one by one and replayed as a CUDA graph; on a CPU by the host's clock. Without --peer, those peers are
+    measured that can run here at once: FlexAttention (flex), and on a CPU all that compile, only when named.
+    Exit code 1 when a call ended as error or incorrect, or none as ok. A call's records are on disk before the
+    next call begins.
 
     \b
     Examples:
@@ -73,17 +79,26 @@ def kernels(
     from ..cases import CaseError
     from .peers import PEERS
     from .run import BenchChoices
-    from .selection import SIZES
+    from .selection import SIZES, VAE
 
+    lists = {"kernel": kernel, "size": size, "batch": batch, "peer": peer, "head-dim": head_dim, "tokens": tokens}
+    for name, given in lists.items():
+        if given and not split_values(given):
+            raise CaseError(f"--{name}: no value given; leave the option out to take the usual ones")
+    if resume is not None and out is not None:
+        raise CaseError("--resume adds to its own folder: leave --out out, or --resume for a new folder")
     operators = known_names("kernel", kernel or (), OPERATORS) or tuple(OPERATORS)
     head_dims = tuple(whole_number("head-dim", text, 1024) for text in split_values(head_dim or ()))
-    if head_dims and (set(kernel or ["attention"]) != {"attention"} or size):
+    sizes = known_names("size", size or (), SIZES)
+    if head_dims and (size or (kernel and set(operators) != {"attention"})):
         raise CaseError("--head-dim chooses attention's calls: leave --size out, and --kernel or name attention")
     if tokens and not head_dims:
-        raise CaseError("--tokens goes with --head-dim")
+        raise CaseError("--tokens goes with --head-dim: name head dimensions, or leave --tokens out")
+    if batch and set(sizes) == {VAE}:
+        raise CaseError("--batch is the UNet's, and the VAE is measured at batch 1: leave --batch out")
     choices = BenchChoices(
         operators=("attention",) if head_dims else operators,
-        sizes=known_names("size", size or (), SIZES),
+        sizes=sizes,
         batches=tuple(sorted({whole_number("batch", text, 1024) for text in split_values(batch or ())})),
         peers=known_names("peer", peer or (), PEERS),
         dtype=dtype_named(dtype),
@@ -91,33 +106,45 @@ def kernels(
         head_dims=head_dims,
         tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(tokens or ())),
     )
-    _run(choices, Deadline(seconds), out, resume)
+    _run(choices, time_limit(seconds), out or Path("runs"), resume)
 
 
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:
     """Measures, with a line for each call on stderr; then the table on stdout and as kernels.md."""
-    from rich.console import Console
-
     from ..environment import collect_environment
+    from ..locked import locked
     from ..records import utc_now
     from ..runs import new_folder
     from .records import RECORDS_NAME, KernelStore
-    from .run import earlier_records, run_jobs, write_markdown
-    from .table import markdown, print_records
+    from .run import earlier_records
 
-    errors = Console(stderr=True)
-
-    def tell(text: str, style: str = "") -> None:
-        errors.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
+    tell = functools.partial(say, console(stderr=True))
     environment = collect_environment(choices.device)
-    earlier = [] if resume is None else earlier_records(resume, environment, choices.dtype)
+    earlier = [] if resume is None else earlier_records(resume, environment, choices.dtype, choices.device)
     try:
         folder = resume or new_folder(out, utc_now(), environment, "-kernels")
+        lock = locked(folder, tell)
         store = KernelStore(folder / RECORDS_NAME)
     except OSError as failure:
         tell(f"ldmperf: cannot write to {resume or out} ({failure.strerror}); choose another folder with --out")
         raise typer.Exit(1) from None
+    with lock:
+        _measure(choices, environment, folder, store, earlier, deadline)
+
+
+def _measure(
+    choices: BenchChoices,
+    environment: Environment,
+    folder: Path,
+    store: KernelStore,
+    earlier: list[KernelRecord],
+    deadline: Deadline,
+) -> None:
+    """Measures into a folder that nobody else holds; exit codes as `kernels` says."""
+    from .run import run_jobs, write_markdown
+    from .table import markdown, print_records
+
+    tell = functools.partial(say, console(stderr=True))
     tell(f"{folder}: begins no call after {deadline.left:.0f} s")
 
     def told(records: Sequence[KernelRecord]) -> None:
@@ -129,16 +156,27 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | No
             tell(f"no bounds: {bench.rates.message}", "yellow")
         records, complete = run_jobs(bench, choices.jobs, store, deadline, told, earlier)
     except KeyboardInterrupt:
-        print_records(store.load(), Console())
+        print_records(store.load(), console())
         tell(f"ldmperf: stopped; go on with the same options and --resume {folder}")
         raise typer.Exit(130) from None
-    print_records(records, Console())
+    except OSError as failure:
+        tell(
+            f"ldmperf: cannot write to {folder} ({failure.strerror}); "
+            f"make room, then go on with the same options and --resume {folder}"
+        )
+        raise typer.Exit(1) from None
+    print_records(records, console())
     if not complete:
         tell(
             f"not every call was reached in time; go on with the same options and --resume {folder}, "
             "give more --seconds, or name fewer with --kernel, --size, --batch"
         )
-    typer.echo(str(write_markdown(folder, markdown(records))))
+    try:
+        path = write_markdown(folder, markdown(records))
+    except OSError as failure:
+        tell(f"ldmperf: cannot write to {folder} ({failure.strerror}); the records there are whole")
+        raise typer.Exit(1) from None
+    say(console(), str(path))
     statuses = {record.status for record in records}
     if statuses & {"error", "incorrect"} or "ok" not in statuses:
         raise typer.Exit(1)
@@ -146,6 +184,14 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | No
 
 def progress_line(records: Sequence[KernelRecord]) -> str:
     """One line on a call: its peers and their times, or why there is none."""
+    from .attention_table import CALLS
+
     first = records[0]
-    peers = (f"{r.peer} {r.mode} " + (r.status if r.ms is None else f"{r.ms.p50:.4g} ms") for r in records)
-    return f"{first.case.operator} {first.case.label} ({first.size} batch {first.batch}): {', '.join(peers)}"
+    by_mode: dict[Mode, list[str]] = {}
+    for r in records:
+        time = r.status if r.ms is None else f"{r.ms.p50:.4g} ms"
+        by_mode.setdefault(r.mode, []).append(f"{r.peer} {time}")
+    times = [
+        ", ".join(peers) if len(by_mode) == 1 else f"{CALLS[m]} {', '.join(peers)}" for m, peers in by_mode.items()
+    ]
+    return f"{first.case.operator} {first.case.label} ({first.size} batch {first.batch}): {'; '.join(times)}"

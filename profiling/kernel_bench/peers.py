@@ -25,14 +25,26 @@ class Peer:
     """`build` raises `Unsupported` where there is nothing to time; `operators` are those it knows, None for all.
 
     `capturable`: whether a CUDA graph of its calls is tried. `measures`: those that it has something for, None for
-    all; of the others that it knows, one record an operator says all there is.
+    all; of the others that it knows, one record an operator says all there is. `gpu_only`: why nothing of it can
+    run on a CPU. `slow_on`: where it compiles for tens of seconds a call, or much longer than what is measured.
     """
 
     name: str
-    build: Callable[[KernelCase, torch.device], Implementation]
+    implement: Callable[[KernelCase, torch.device], Implementation]
     operators: frozenset[str] | None = None
     capturable: bool = True
     measures: frozenset[str] | None = None
+    gpu_only: str | None = None
+    slow_on: tuple[str, ...] = ()
+
+    def build(self, case: KernelCase, device: torch.device) -> Implementation:
+        if self.gpu_only is not None and device.type != "cuda":
+            raise Unsupported(self.gpu_only)
+        return self.implement(case, device)
+
+    def is_usual(self, device: torch.device) -> bool:
+        """Whether it is measured where no peer is named: it can run there, and at once."""
+        return device.type not in self.slow_on and (self.gpu_only is None or device.type == "cuda")
 
     def serves(self, case: KernelCase, first_of_operator: bool) -> bool:
         known = self.operators is None or case.operator in self.operators
@@ -40,23 +52,17 @@ class Peer:
 
 
 def _triton(case: KernelCase, device: torch.device) -> Implementation:
-    if device.type != "cuda":
-        raise Unsupported("the Triton kernel needs a GPU; its interpreter's time on a CPU says nothing")
     operator = OPERATORS[case.operator]
     call = functools.partial(operator.call, backend="triton")
     return Implementation(call, launches=lambda **arguments: operator.plan(**arguments)[1])
 
 
 def _auto(case: KernelCase, device: torch.device) -> Implementation:
-    if device.type != "cuda":
-        raise Unsupported("without a GPU, auto is the reference")
     return Implementation(functools.partial(OPERATORS[case.operator].call, backend="auto"))
 
 
 def _separate(case: KernelCase, device: torch.device) -> Implementation:
     """torch's product between our kernels of the norm and the gate: what a merge has to beat."""
-    if device.type != "cuda":
-        raise Unsupported("without a GPU, separate is the reference")
     return Implementation(functools.partial(linear_separate, backend="triton"))
 
 
@@ -133,22 +139,48 @@ _SAMPLER = frozenset({"sampler_update"})
 PEERS: Mapping[str, Peer] = {
     peer.name: peer
     for peer in (
-        Peer("triton", _triton),
+        Peer(
+            "triton",
+            _triton,
+            gpu_only="the Triton kernel needs a GPU; its interpreter's time on a CPU says nothing",
+        ),
         # Elsewhere the kernel serves whatever it can, so that "auto" is "triton".
-        Peer("auto", _auto, operators=_ATTENTION | _LINEAR),
-        Peer("separate", _separate, operators=_LINEAR),
+        Peer(
+            "auto",
+            _auto,
+            operators=_ATTENTION | _LINEAR,
+            gpu_only="without a GPU, auto is the reference; name reference",
+        ),
+        Peer(
+            "separate",
+            _separate,
+            operators=_LINEAR,
+            gpu_only="separate launches our kernels, which need a GPU; without one, name reference",
+        ),
         # Of attention there is one operator: nothing to fuse.
-        Peer("compile", _compiled(_eager), operators=frozenset(OPERATORS) - _ATTENTION),
+        Peer("compile", _compiled(_eager), operators=frozenset(OPERATORS) - _ATTENTION, slow_on=("cpu",)),
         Peer("eager", _eager),
         Peer("reference", _reference),
         *(
-            Peer(name, functools.partial(attention_peers.sdpa, name), operators=_ATTENTION)
+            Peer(
+                name,
+                functools.partial(attention_peers.sdpa, name),
+                operators=_ATTENTION,
+                # Of torch's backends a CPU has this one.
+                gpu_only=None if name == "sdpa-flash" else f"{name} needs a GPU",
+            )
             for name in attention_peers.SDPA
         ),
-        Peer("flex", attention_peers.flex, operators=_ATTENTION),
+        Peer("flex", attention_peers.flex, operators=_ATTENTION, slow_on=("cpu", "cuda")),
         # Its step runs host code that a capture would leave out of the time.
         Peer("diffusers", _diffusers, operators=_SAMPLER, capturable=False),
-        Peer("diffusers-compile", _compiled(_diffusers), operators=_SAMPLER),
-        Peer("xformers", _xformers, measures=_ATTENTION),
+        Peer("diffusers-compile", _compiled(_diffusers), operators=_SAMPLER, slow_on=("cpu",)),
+        Peer("xformers", _xformers, measures=_ATTENTION, gpu_only="xformers needs a GPU"),
     )
 }
+
+
+def usual_peers(device: str) -> tuple[str, ...]:
+    """Those that are measured where none is named."""
+    kind = torch.device(device)
+    return tuple(name for name, peer in PEERS.items() if peer.is_usual(kind))

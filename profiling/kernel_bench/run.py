@@ -17,19 +17,9 @@ from ..store import load_lines
 from ..timing import Deadline
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
-from .peers import PEERS
+from .peers import PEERS, usual_peers
 from .records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
 from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
-
-# Compile for tens of seconds a call, or for much longer than what is measured: only on request.
-SLOW = ("flex",)
-SLOW_ON_CPU = ("compile", "diffusers-compile")
-
-
-def usual_peers(device: str) -> tuple[str, ...]:
-    """Those that are measured where none is named."""
-    left_out = SLOW + (SLOW_ON_CPU if device == "cpu" else ())
-    return tuple(name for name in PEERS if name not in left_out)
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,8 @@ class BenchChoices:
     def bench(self, environment: Environment) -> KernelBench:
         """The bench, the device's copy bandwidth and, for attention, unit rates measured now."""
         is_cpu = self.device == "cpu"
-        names = self.peers or usual_peers(self.device)
         device = torch.device(self.device)
+        names = self.peers or usual_peers(self.device)
         return KernelBench(
             self.device,
             [PEERS[name] for name in PEERS if name in names],
@@ -101,10 +91,10 @@ def run_jobs(
     return list(records.values()), True
 
 
-def earlier_records(folder: Path, environment: Environment, dtype: DType) -> list[KernelRecord]:
+def earlier_records(folder: Path, environment: Environment, dtype: DType, device: str) -> list[KernelRecord]:
     """The records in a bench's folder, of each key the last. Raises RunError where they cannot be added to.
 
-    Times from two environments in one folder would pass for a comparison, those of two dtypes too.
+    Times from two environments in one folder would pass for a comparison, those of two dtypes or devices too.
     """
     path = folder / RECORDS_NAME
     if not path.exists():
@@ -116,16 +106,17 @@ def earlier_records(folder: Path, environment: Environment, dtype: DType) -> lis
                 f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
                 "start a new folder without --resume"
             )
-        if record.case.dtype != dtype:
-            raise RunError(
-                f"{folder} is of {record.case.dtype}, and this call of {dtype}: give --dtype {record.case.dtype}, "
-                "or start a new folder without --resume"
-            )
+        for option, theirs, given in (("dtype", record.case.dtype, dtype), ("device", record.device, device)):
+            if theirs != given:
+                raise RunError(
+                    f"{folder} is of {theirs}, and this call of {given}: give --{option} {theirs}, "
+                    "or start a new folder without --resume"
+                )
     return list({record.case_key: record for record in records}.values())
 
 
 def write_markdown(folder: Path, text: str) -> Path:
     """Writes the table beside the records."""
     path = folder / "kernels.md"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path

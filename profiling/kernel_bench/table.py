@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
 from rich.console import Console
-from rich.text import Text
 
 from ldmperf.model import FAMILY
 
-from ..report.text import MISSING, commit, number, printable
+from ..layout import laid_out
+from ..report.text import MISSING, busy_notes, commit, number
+from ..visible import counted, for_markdown, say, say_wrapped, width_of
 from . import attention_table
-from .attention_table import attention_figures, attention_lines, attention_rows
+from .attention_table import CALLS, attention_figures, attention_lines, attention_rows
 from .records import KernelRecord, Mode
 
 HEADINGS = (
-    *("peer", "mode", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"),
+    *("peer", "calls", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"),
     *("TFLOP/s", "% of bound", "error", "L2"),
 )
-_NUMBERS = range(2, 10)
+_WORDS = ("peer", "calls", "L2")
 NOTHING = "No kernel was measured."
 
 
@@ -72,31 +71,45 @@ def conditions(records: Sequence[KernelRecord]) -> str:
     return ", ".join(parts)
 
 
+def notes(records: Sequence[KernelRecord]) -> list[str]:
+    """What to know before the numbers: a busy machine."""
+    # The device's state is read around a call with all its peers.
+    calls = {(record.case.key, record.device): record for record in records}
+    return [f"Note: {note}" for note in busy_notes(list(calls.values()), "call")]
+
+
 def print_records(records: Sequence[KernelRecord], console: Console) -> None:
-    """A section per call with a line per peer and mode, then the ratios. Nothing is cut."""
+    """A section per call with a line per peer and mode, then the ratios. Nothing is cut: see `laid_out`."""
     if not records:
-        _print(console, NOTHING)
+        say(console, NOTHING)
         return
-    _print(console, conditions(records), "bold")
-    rows = [_cells(record) for record in records]
-    widths = [max(len(row[i]) for row in (HEADINGS, *rows) if i < len(row)) for i in range(len(HEADINGS))]
-    # Of failed rows the message takes the columns of numbers.
-    widths[2] = max(len(HEADINGS[2]), *(len(row[2]) for row in rows if len(row) > 3), 0)
-    _print(console, "  " + _line(HEADINGS, widths), "dim")
-    for title, group in _by_call(records):
-        _print(console)
-        _print(console, title, "bold cyan")
+    width = width_of(console)
+    say_wrapped(console, conditions(records), "bold")
+    for note in notes(records):
+        say_wrapped(console, note, "yellow")
+    headings = _headings(records)
+    sections = _by_call(records)
+    in_order = [record for _, group in sections for record in group]
+    cells = [_cells(record, headings) for record in in_order]
+    laid = laid_out(headings, cells, words=_WORDS, width=width, leading=headings.index("p20 ms"))
+    if laid.head is not None:
+        say(console, laid.head, "dim")
+    lines = iter(laid.rows)
+    for title, group in sections:
+        say(console)
+        say_wrapped(console, title, "bold cyan")
         for record in group:
-            _print(console, "  " + _line(_cells(record), widths), "" if record.ms is not None else "red")
-    beside_the_best = attention_lines(attention_rows(records))
+            for line in next(lines):
+                say(console, line, "" if record.ms is not None else "red")
+    beside_the_best = attention_lines(attention_rows(records), width)
     if beside_the_best:
-        _print(console)
-        _print(console, beside_the_best[0], "bold cyan")
+        say(console)
+        say(console, beside_the_best[0], "bold cyan")
     for line in beside_the_best[1:]:
-        _print(console, line)
-    _print(console)
+        say(console, line)
+    say(console)
     for line in summary_lines(records):
-        _print(console, line)
+        say_wrapped(console, line)
 
 
 def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
@@ -109,13 +122,13 @@ def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
         if group not in largest or record.bytes_moved > largest[group].bytes_moved:
             largest[group] = record
     bandwidths = [
-        f"{operator}, {mode}: triton has {record.percent_of_copy:.1f}% of the copy bandwidth at "
+        f"{operator}, calls {CALLS[mode]}: triton has {record.percent_of_copy:.1f}% of the copy bandwidth at "
         f"{number(record.bytes_moved / 1e6)} MB ({record.size} batch {record.batch} {record.case.label})"
         for (operator, mode), record in largest.items()
     ]
     compared = [
-        f"{r.operator}, {r.mode}: {r.peer} takes {number(r.mean)} times as long as triton "
-        f"(geometric mean of {r.calls} calls; least {number(r.worst)}: {r.worst_call})"
+        f"{r.operator}, calls {CALLS[r.mode]}: {r.peer} takes {number(r.mean)} times as long as triton "
+        f"(geometric mean of {counted(r.calls, 'call')}; least {number(r.worst)}: {r.worst_call})"
         for r in ratios(records)
     ]
     return [*bandwidths, *compared, *attention_figures(attention_rows(records))]
@@ -125,12 +138,13 @@ def markdown(records: Sequence[KernelRecord]) -> str:
     """The same figures as one GitHub markdown table, with the conditions above and the ratios below."""
     if not records:
         return NOTHING + "\n"
-    lines = [_escaped(conditions(records)), ""]
-    lines += _table_head(("call", *HEADINGS), [i + 1 for i in _NUMBERS])
+    lines = [for_markdown(line) + "\n" for line in (conditions(records), *notes(records))]
+    headings = _headings(records)
+    lines += _table_head(("call", *headings), [i + 1 for i, name in enumerate(headings) if name not in _WORDS])
     for title, group in _by_call(records):
         for record in group:
-            cells = _cells(record)
-            cells += [MISSING] * (len(HEADINGS) - len(cells))
+            cells = _cells(record, headings)
+            cells += [MISSING] * (len(headings) - len(cells))
             lines.append(_table_line((title, *cells)))
     rows = attention_rows(records)
     if rows:
@@ -141,7 +155,7 @@ def markdown(records: Sequence[KernelRecord]) -> str:
             *_table_head(attention_table.HEADINGS, attention_table.NUMBERS),
         ]
         lines += [_table_line(attention_table.cells(row)) for row in rows]
-    lines += ["", *(f"- {_escaped(line)}" for line in summary_lines(records))]
+    lines += ["", *(f"- {for_markdown(line)}" for line in summary_lines(records))]
     return "\n".join(lines) + "\n"
 
 
@@ -151,7 +165,7 @@ def _table_head(headings: Sequence[str], numbers: Sequence[int]) -> list[str]:
 
 
 def _table_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_escaped(cell) for cell in cells) + " |"
+    return "| " + " | ".join(for_markdown(cell) for cell in cells) + " |"
 
 
 def _call(record: KernelRecord) -> tuple[str, str, Mode]:
@@ -168,14 +182,21 @@ def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelReco
     return list(found.items())
 
 
-def _cells(record: KernelRecord) -> list[str]:
+def _headings(records: Sequence[KernelRecord]) -> list[str]:
+    """HEADINGS; how calls are made is said where they are made in more than one way."""
+    is_one = len({record.mode for record in records}) == 1
+    return [heading for heading in HEADINGS if not (is_one and heading == "calls")]
+
+
+def _cells(record: KernelRecord, headings: Sequence[str]) -> list[str]:
+    """A text for each heading; without a time what names the row, and its message."""
+    named = [record.peer, CALLS[record.mode]] if "calls" in headings else [record.peer]
     if record.ms is None:
-        return [record.peer, record.mode, printable(f"{record.status}: {record.message}")]
+        return [*named, f"{record.status}: {record.message}"]
     errors = record.correctness
     worst = None if errors is None else max(errors.error_before or 0.0, errors.error_after or 0.0)
     return [
-        record.peer,
-        record.mode,
+        *named,
         *(number(value) for value in (record.ms.p20, record.ms.p50, record.ms.p80, record.gb_per_s)),
         _percent(record.percent_of_copy),
         number(record.tflops),
@@ -187,20 +208,3 @@ def _cells(record: KernelRecord) -> list[str]:
 
 def _percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.1f}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    right = len(cells) == len(HEADINGS)
-    padded = (
-        cell.rjust(width) if right and i in _NUMBERS else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
-    )
-    return "  ".join(padded).rstrip()
-
-
-def _print(console: Console, line: str = "", style: str = "") -> None:
-    console.print(Text(line, style=style), soft_wrap=True)
-
-
-def _escaped(plain: str) -> str:
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(plain, quote=False))

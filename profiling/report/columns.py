@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..records import Record
+from ..visible import counted
 from . import figures, text
 from .figures import Overview, Row
 
 # Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
 WIDE_SPREAD = 0.1
-# One thread a core is ours; a quarter more on top cannot be.
-CROWDED_LOAD = 1.25
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ def warnings(shown: Overview) -> tuple[str, ...]:
     dirty = sorted({text.commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
+    cases = counted(len(shown.rows), "case")
     wide = [row for row in shown.rows if _is_wide(row.record)]
     if wide:
         heading = text.conditions(shown).heading
@@ -75,24 +75,20 @@ def warnings(shown: Overview) -> tuple[str, ...]:
         )
         found.append(
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
-            f"{len(shown.rows)} cases ({text.printable(names)}); ratios of these are no better than that."
+            f"{cases} ({text.printable(names)}); ratios of these are no better than that."
         )
-    loads = [load for row in shown.rows if (load := _crowding_load(row.record)) is not None]
-    if loads:
-        found.append(
-            f"The machine was probably busy with other work: {len(loads)} of {len(shown.rows)} cases saw "
-            f"a load average above {CROWDED_LOAD:g} per usable core, up to {max(loads):.2f}."
-        )
+    found += text.busy_notes([row.record for row in shown.rows], "case")
     timed = [row for row in shown.rows if row.record.wall_ms is not None]
     cut = [row for row in timed if row.record.harness.stopped_by is not None]
     if cut:
         found.append(
-            f"Cut short by --seconds: {len(cut)} of {len(shown.rows)} cases have fewer trajectories than "
+            f"Cut short by --seconds: {len(cut)} of {cases} with fewer trajectories than "
             "were asked for (n in the details); --resume measures them again."
         )
     if shown.superseded:
         found.append(
-            f"Cases measured more than once: {shown.superseded} other records are not shown (those cut short, "
+            "Cases measured more than once: "
+            f"{counted(shown.superseded, 'other record is', 'other records are')} not shown (those cut short, "
             "beside fewer backends, without a trace, or earlier)."
         )
     return tuple(found)
@@ -101,14 +97,6 @@ def warnings(shown: Overview) -> tuple[str, ...]:
 def _is_wide(record: Record) -> bool:
     wall = record.wall_ms
     return wall is not None and wall.p80 - wall.p20 > WIDE_SPREAD * wall.p50
-
-
-def _crowding_load(record: Record) -> float | None:
-    """The load average around the case, if it is more than our own threads make."""
-    loads = (record.device_before.load_average_1min, record.device_after.load_average_1min)
-    highest = max((load for load in loads if load is not None), default=0.0)
-    cores = record.environment.usable_cores
-    return highest if cores and highest > CROWDED_LOAD * cores else None
 
 
 def _columns(shown: Overview) -> tuple[Column, ...]:
@@ -163,7 +151,6 @@ def _notes(shown: Overview) -> tuple[str, ...]:
         notes.append(
             f"times faster: the time of {figures.PEER} over that of the row's backend, same case and environment"
         )
-    failed = sum(row.record.status != "ok" for row in rows)
-    if failed:
-        notes.append(f"{failed} of {len(rows)} cases failed and have no time")
+    if without := text.statuses_without_time(row.record.status for row in rows):
+        notes.append(f"no time: {without}, of {counted(len(rows), 'case')}")
     return tuple(notes)

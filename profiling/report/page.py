@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..cases import Case
 from ..records import Record
+from ..visible import counted, visible
 from . import details, ladder, text
 from .columns import table_of
 from .figures import PEER, Overview, Row, overview
@@ -46,7 +47,12 @@ def write_report(records: list[Record], rejected_lines: int, directory: Path) ->
     svgs = {drawing.name: drawing.svg() for drawing in charts if drawing.chart is not None}
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     engine = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Whatever text the template shows; not the charts' markup.
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     page = engine.from_string(template).render(_content(shown, rejected_lines), charts=charts, svgs=svgs)
     directory.mkdir(parents=True, exist_ok=True)
@@ -104,9 +110,9 @@ def _sentence(rows: Sequence[Row]) -> str:
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
     return (
-        f"The wall-clock time of whole sampling trajectories, from noise to latents, of {networks} "
-        f"latent-diffusion UNet{'s' if networks > 1 else ''} with {' and '.join(backends)}: {len(rows)} "
-        f"case{'s' if len(rows) > 1 else ''}, {timed} with a time and {len(rows) - timed} failed, "
+        "The wall-clock time of whole sampling trajectories, from noise to latents, of "
+        f"{counted(networks, 'latent-diffusion UNet')} with {' and '.join(backends)}: "
+        f"{counted(len(rows), 'case')}, {timed} with a time and {len(rows) - timed} without, "
         f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} (UTC)."
     )
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import re
 import textwrap
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.text import Text
 
 from ..records import Record
+from ..visible import for_markdown, say, say_wrapped
 from . import text
 from .columns import Column, Table, table_of
 from .details import Grid
@@ -26,7 +24,7 @@ def print_table(records: list[Record], console: Console) -> None:
         _print(console, NOTHING)
         return
     table = table_of(overview(records))
-    _print_wrapped(console, text.joined(table.shared), "bold")
+    say_wrapped(console, text.joined(table.shared), "bold")
     rows = [row for _, rows in table.sections for row in rows]
     widths = [
         max(*map(len, column.heading), *(len(column.cell(row)) for row in rows if _shows(column, row)))
@@ -42,14 +40,14 @@ def print_table(records: list[Record], console: Console) -> None:
     for heading, rows_of_section in table.sections:
         if heading:
             _print(console)
-            _print_wrapped(console, heading, "bold cyan")
+            say_wrapped(console, heading, "bold cyan")
         for row in rows_of_section:
             _print_row(console, row, table, widths, gap)
     _print(console)
     for note in table.notes:
-        _print_wrapped(console, note, "dim")
+        say_wrapped(console, note, "dim")
     for warning in table.warnings:
-        _print_wrapped(console, f"Note: {warning}", "yellow")
+        say_wrapped(console, f"Note: {warning}", "yellow")
     for title, grid in _grids(records):
         _print_grid(console, title, grid)
 
@@ -62,19 +60,19 @@ def markdown_table(records: list[Record]) -> str:
     has_sections = any(heading for heading, _ in table.sections)
     headings = [column.label for column in table.columns]
     rules = ["---:" if column.is_number else ":---" for column in table.columns]
-    lines = [_escaped(text.joined(table.shared)) + "\n"] if table.shared else []
+    lines = [for_markdown(text.joined(table.shared)) + "\n"] if table.shared else []
     lines += [_markdown_row(["conditions", *headings] if has_sections else headings)]
     lines += [_markdown_row([":---", *rules] if has_sections else rules)]
     for heading, rows in table.sections:
         for row in rows:
-            cells = [_escaped(cell) for cell in _cells(row, table.columns)]
-            lines.append(_markdown_row([_escaped(heading), *cells] if has_sections else cells))
+            cells = [for_markdown(cell) for cell in _cells(row, table.columns)]
+            lines.append(_markdown_row([for_markdown(heading), *cells] if has_sections else cells))
     lines.append("")
-    lines += [f"- {_escaped(note)}" for note in (*table.notes, *table.warnings)]
+    lines += [f"- {for_markdown(note)}" for note in (*table.notes, *table.warnings)]
     for title, grid in _grids(records):
         rules = [":---" if place in grid.words else "---:" for place in range(len(grid.headings))]
-        lines += ["", f"{_escaped(title)}:", "", _markdown_row(grid.headings), _markdown_row(rules)]
-        lines += [_markdown_row([_escaped(cell) for cell in row]) for row in grid.rows]
+        lines += ["", f"{for_markdown(title)}:", "", _markdown_row(grid.headings), _markdown_row(rules)]
+        lines += [_markdown_row([for_markdown(cell) for cell in row]) for row in grid.rows]
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +97,7 @@ def _print_grid(console: Console, title: str, grid: Grid) -> None:
         )
 
     _print(console)
-    _print_wrapped(console, title, "bold")
+    say_wrapped(console, title, "bold")
     _print(console, line(grid.headings), "dim")
     for row in grid.rows:
         _print(console, line(row))
@@ -145,19 +143,8 @@ def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
 
 
 def _print(console: Console, line: str = "", style: str = "") -> None:
-    # Text, not markup: a checkpoint's name may contain brackets. soft_wrap: never cut, never re-wrapped.
-    console.print(Text(line.rstrip(), style=style), soft_wrap=True)
-
-
-def _print_wrapped(console: Console, line: str, style: str) -> None:
-    for part in textwrap.wrap(line, console.width, break_on_hyphens=False) if console.is_terminal else [line]:
-        _print(console, part, style)
+    say(console, line.rstrip(), style)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _escaped(plain: str) -> str:
-    """Text that markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(plain, quote=False))

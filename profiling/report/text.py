@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..cases import Case
-from ..environment import Environment
-from ..records import Record
+from ..environment import DeviceState, Environment
+from ..layout import MISSING as MISSING
+from ..records import Record, Status
+from ..visible import counted, visible
 from .figures import Overview
 
-MISSING = "-"
+# One thread a core is ours; a quarter more on top cannot be.
+CROWDED_LOAD = 1.25
 TASKS = {"t2i": "text-to-image", "sr": "super-resolution"}
 
 
@@ -87,7 +91,8 @@ def device(case: Case, environment: Environment) -> str:
         gpu = environment.gpu.name if environment.gpu else "GPU of unknown name"
         return f"{gpu} ({case.device})" if ":" in case.device else gpu
     name = environment.cpu or "CPU of unknown name"
-    return name if environment.torch_threads is None else f"{name}, {environment.torch_threads} threads"
+    threads = environment.torch_threads
+    return name if threads is None else f"{name}, {counted(threads, 'thread')}"
 
 
 def environment_name(index: int) -> str:
@@ -113,9 +118,46 @@ def joined(parts: Iterable[str]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def printable(line: str) -> str:
-    """On one line and without control characters, which a path or a library's message may hold."""
-    return "".join(character if character.isprintable() else " " for character in line)
+# Texts that become cells of a grid or titles of a chart, which do not go through `say`.
+printable = visible
+
+
+def statuses_without_time(statuses: Iterable[Status]) -> str:
+    """ "2 failed (1 error, 1 incorrect), 1 unsupported": unsupported and oom are findings, and no failures."""
+    counts = Counter(status for status in statuses if status != "ok")
+    failed = {name: counts.pop(name) for name in ("error", "incorrect") if name in counts}
+    of_failed = ", ".join(f"{count} {name}" for name, count in failed.items())
+    said = [f"{sum(failed.values())} failed ({of_failed})"] if failed else []
+    words = {"oom": "out of memory"}
+    return joined((*said, *(f"{count} {words.get(name, name)}" for name, count in sorted(counts.items()))))
+
+
+class Measured(Protocol):
+    """A record of whatever was measured."""
+
+    @property
+    def device_before(self) -> DeviceState: ...
+    @property
+    def device_after(self) -> DeviceState: ...
+    @property
+    def environment(self) -> Environment: ...
+
+
+def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:
+    """A note where the load around some of the records is more than our own threads make."""
+    loads = []
+    for record in records:
+        states = (record.device_before.load_average_1min, record.device_after.load_average_1min)
+        highest = max((load for load in states if load is not None), default=0.0)
+        cores = record.environment.usable_cores
+        if cores and highest > CROWDED_LOAD * cores:
+            loads.append(highest)
+    if not loads:
+        return []
+    return [
+        f"The machine was probably busy with other work: {len(loads)} of {counted(len(records), noun)} saw "
+        f"a load average above {CROWDED_LOAD:g} per usable core, up to {max(loads):.2f}."
+    ]
 
 
 def failure(record: Record) -> str:
@@ -130,11 +172,11 @@ def _phrases(index: int, case: Case, environments: Sequence[Environment]) -> dic
         "dtype": case.dtype,
         "task": TASKS.get(case.task, case.task),
         "sampler": case.sampler,
-        "steps": f"{case.steps} step" + ("s" if case.steps > 1 else ""),
+        "steps": counted(case.steps, "step"),
         "batch": f"batch {case.batch}",
         "guidance_scale": f"guidance {case.guidance_scale:g}" if case.guided else "no guidance",
         "latent": f"latent {case.latent_height}x{case.latent_width}",
-        "context_tokens": f"{case.context_tokens} text tokens",
+        "context_tokens": counted(case.context_tokens, "text token"),
         "seed": f"seed {case.seed}",
     }
     said = {*known, "latent_height", "latent_width", "unet", "weights_sha256", "backend"}

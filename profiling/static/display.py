@@ -123,7 +123,7 @@ def _print_bound(attention: Mapping[str, Any], console: Console) -> None:
 
 
 # Units of the work list, in its order.
-UNITS = ("matrix", "special", "issue", "fma", "alu", "conversion", "lsu", "l1_bytes", "l2", "memory")
+UNITS = ("matrix", "exponential", "issue", "FMA", "ALU", "conversion", "load/store", "shared memory", "L2", "memory")
 
 
 def by_distance(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

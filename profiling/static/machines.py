@@ -46,22 +46,22 @@ class Machine:
         return self.l2_bytes_per_clock / self.multiprocessors
 
 
-# Lanes by unit.
-# issue       four schedulers, one warp instruction a clock each.
-# fma         32-bit add, multiply, multiply-add; HFMA2 as one lane (two results).
-# fma_integer 32-bit multiply-add (IMAD, also as a move), on one half of the fma pipe where that has two.
-# alu         integer add, logic, shift, compare, select, minimum; table: 64 for each of these.
-# special     MUFU: reciprocal, square root, exponential; conversions that are not packed (I2F, F2I, F2F) are
-#             assumed to share its 16 lanes.
-# conversion  F2FP, packing two floats to half precision: "all other type conversions".
-# lsu         load and store instructions and shuffles: 32 lanes address a clock.
-# l1_bytes    bytes between registers and L1 or shared memory, a clock; assumed to be shared by the operands that a
-#             warp group's matrix product reads from shared memory.
-# matrix      multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock); of TF32, half.
-#             Every shape at the full rate: HGMMA of few columns and, on sm_90, HMMA may reach less of it.
-_COMMON = {"issue": 128.0, "alu": 64.0, "special": 16.0, "conversion": 64.0, "lsu": 32.0, "l1_bytes": 128.0}
-_SM_80 = _COMMON | {"fma": 64.0, "fma_integer": 64.0, "matrix": 1024.0}
-_SM_90 = _COMMON | {"fma": 128.0, "fma_integer": 64.0, "matrix": 2048.0}
+# Lanes by unit, in the names that docs/attention.md has too.
+# issue          four schedulers, one warp instruction a clock each.
+# FMA            32-bit add, multiply, multiply-add; HFMA2 as one lane (two results).
+# integer FMA    32-bit multiply-add (IMAD, also as a move), on one half of the FMA pipe where that has two.
+# ALU            integer add, logic, shift, compare, select, minimum; table: 64 for each of these.
+# exponential    MUFU: exponential, reciprocal, square root; conversions that are not packed (I2F, F2I, F2F) are
+#                assumed to share its 16 lanes.
+# conversion     F2FP, packing two floats to half precision: "all other type conversions".
+# load/store     load and store instructions and shuffles: 32 lanes address a clock.
+# shared memory  bytes between registers and L1 or shared memory, a clock; assumed to be shared by the operands that
+#                a warp group's matrix product reads from shared memory.
+# matrix         multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock); of TF32, half.
+#                Every shape at the full rate: HGMMA of few columns and, on sm_90, HMMA may reach less of it.
+_COMMON = {"issue": 128.0, "ALU": 64.0, "exponential": 16.0, "conversion": 64.0, "load/store": 32.0, "shared memory": 128.0}
+_SM_80 = _COMMON | {"FMA": 64.0, "integer FMA": 64.0, "matrix": 1024.0}
+_SM_90 = _COMMON | {"FMA": 128.0, "integer FMA": 64.0, "matrix": 2048.0}
 
 MACHINES: Mapping[str, Machine] = {
     machine.arch: machine

@@ -61,5 +61,5 @@ def predict(
         traffic = Traffic(float(asked), None, "a pass of the loop by one program")
     cycles["memory"] = traffic.memory / machine.memory_bytes_per_cycle
     if traffic.l2 is not None:
-        cycles["l2"] = traffic.l2 / machine.l2_bytes_per_cycle
+        cycles["L2"] = traffic.l2 / machine.l2_bytes_per_cycle
     return Prediction(cycles, traffic.memory, traffic.per)

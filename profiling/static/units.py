@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .sass import Instruction
 
 # The classes of the instruction mix, in the order they are shown.
-CLASSES = ("matrix", "special", "fma", "alu", "load/store", "conversion", "uniform", "control", "other")
+CLASSES = ("matrix", "exponential", "FMA", "ALU", "load/store", "conversion", "uniform", "control", "other")
 
 _FMA = {
     "FFMA",
@@ -59,19 +59,19 @@ _LOCAL = {"LDL", "STL"}
 
 
 def class_of(instruction: Instruction) -> str:
-    """One of CLASSES. Moves count where they run: IMAD.MOV and HFMA2 with an immediate on the fma pipe."""
+    """One of CLASSES. Moves count where they run: IMAD.MOV and HFMA2 with an immediate on the FMA pipe."""
     opcode = instruction.opcode
     # HFMA2.MMA is no matrix instruction but a spelling of HFMA2.
     if opcode.endswith("MMA"):
         return "matrix"
     if opcode in _SPECIAL:
-        return "special"
+        return "exponential"
     if opcode in _FMA or opcode in _FMA_INTEGER:
-        return "fma"
+        return "FMA"
     if opcode in _SLOW_CONVERSION or opcode in _PACKED_CONVERSION:
         return "conversion"
     if opcode in _ALU:
-        return "alu"
+        return "ALU"
     if opcode in _GLOBAL | _SHARED | _LOCAL or opcode == "SHFL":
         return "load/store"
     if opcode in _CONTROL:
@@ -82,9 +82,9 @@ def class_of(instruction: Instruction) -> str:
 
 
 def unit_counts(instructions: Iterable[Instruction]) -> Counter[str]:
-    """Warp instructions by unit of `Machine.lanes` that they keep busy; bytes in l1_bytes, products in matrix.
+    """Warp instructions by unit of `Machine.lanes` that they keep busy; bytes in shared memory, products in matrix.
 
-    One instruction may count for several units: all for `issue`, integer multiply-adds for the whole fma pipe too.
+    One instruction may count for several units: all for `issue`, integer multiply-adds for the whole FMA pipe too.
     One that is never executed (a fence's `@!PT LDS`) is issued only.
     """
     counts: Counter[str] = Counter()
@@ -93,18 +93,18 @@ def unit_counts(instructions: Iterable[Instruction]) -> Counter[str]:
         if instruction.predicate == "!PT":
             continue
         opcode, kind = instruction.opcode, class_of(instruction)
-        if kind in ("fma", "alu", "special"):
+        if kind in ("FMA", "ALU", "exponential"):
             counts[kind] += 1
         if opcode in _FMA_INTEGER:
-            counts["fma_integer"] += 1
+            counts["integer FMA"] += 1
         if kind == "conversion":
-            counts["special" if opcode in _SLOW_CONVERSION else "conversion"] += 1
+            counts["exponential" if opcode in _SLOW_CONVERSION else "conversion"] += 1
         if kind == "load/store":
-            counts["lsu"] += 1
-            counts["l1_bytes"] += width(instruction)
+            counts["load/store"] += 1
+            counts["shared memory"] += width(instruction)
         if kind == "matrix":
             counts["matrix"] += products(instruction) // 32 * (2 if "TF32" in instruction.modifiers else 1)
-            counts["l1_bytes"] += shared_operand_bytes(instruction) // 32
+            counts["shared memory"] += shared_operand_bytes(instruction) // 32
     return counts
 
 
