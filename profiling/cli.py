@@ -260,6 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except BrokenPipeError:
         code = _reader_gone()
+    except OSError as failure:
+        _drop_output()
+        what = failure.filename or "the output"
+        _stop(f"cannot write {what} ({failure.strerror}); make room, or write elsewhere", 1)
     except SystemExit as stopped:
         # click and rich end a command so where they meet a closed pipe.
         if not isinstance(stopped.__context__, BrokenPipeError):
@@ -269,13 +273,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """`ldmperf report | head -1`: no failure to tell of. What is still buffered goes nowhere."""
+    """`ldmperf report | head -1`: no failure to tell of."""
+    _drop_output()
+    return _READER_GONE
+
+
+def _drop_output() -> None:
+    """What is still buffered for a stream that takes no more goes nowhere, and not into python's last words."""
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return _READER_GONE
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .records import RECORDS_NAME, Record, read_records
 from .runs import RUN_NAME, RunError, holds, open_run
@@ -15,6 +15,8 @@ from .visible import console, counted, say
 if TYPE_CHECKING:
     from .kernel_bench.records import KernelRecord
 
+T = TypeVar("T")
+
 KERNELS_NAME = "kernels.jsonl"
 
 
@@ -23,58 +25,67 @@ class ReportNotWritten(OSError):
 
 
 def report_path(path: Path, out: Path | None) -> bool:
-    """Reports whatever records lie at a path; whether all lines of the file were records.
+    """Reports whatever records lie at a path; whether all lines of their file were records.
 
     A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
     written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
     says where to. Raises RunError where there are no records to read, ReportNotWritten.
     """
-    try:
-        if holds(path, RECORDS_NAME):
-            return all_read(path / RECORDS_NAME, report_run(path, out)[1])
-        if holds(path, RUN_NAME):
-            raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
-        if holds(path, KERNELS_NAME):
-            kernels, aside = _read_kernels(path / KERNELS_NAME)
-            _report_kernels(kernels, aside, out or path)
-            return all_read(path / KERNELS_NAME, aside)
-        if path.is_dir() or not path.exists():
-            raise RunError(
-                f"{path} is no run folder and no file of records; give a folder with {RECORDS_NAME} or "
-                f"{KERNELS_NAME}, such a file, or no name for the latest run"
-            )
-        records, aside = read_records(path)
-        # A file's name does not say which records it has: the most of its lines do.
-        if aside:
-            kernels, aside_of_kernels = _read_kernels(path)
-            if len(kernels) > len(records):
-                _report_kernels(kernels, aside_of_kernels, out)
-                return all_read(path, aside_of_kernels)
-    except (ReportNotWritten, BrokenPipeError):
-        raise
-    except OSError as failure:
-        raise RunError(f"{path} cannot be read ({failure.strerror}); give another folder or file") from None
+    if holds(path, RECORDS_NAME):
+        return _all_read(path / RECORDS_NAME, report_run(path, out)[1])
+    if holds(path, RUN_NAME):
+        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
+    if holds(path, KERNELS_NAME):
+        kernels, aside = _readable(path / KERNELS_NAME, read_kernels)
+        _report_kernels(kernels, aside, out or path)
+        return _all_read(path / KERNELS_NAME, aside)
+    records, aside = _readable(path, read_records)
+    # A file's name does not say which records it has: the most of its lines do.
+    if aside:
+        kernels, aside_of_kernels = _readable(path, read_kernels)
+        if len(kernels) > len(records):
+            _report_kernels(kernels, aside_of_kernels, out)
+            return _all_read(path, aside_of_kernels)
     _report_records(records, aside, out, path)
-    return all_read(path, aside)
+    return _all_read(path, aside)
 
 
 def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], list[SetAside]]:
     """Prints the table of a run's records, and what it has none of; writes page and charts to it, or to `out`.
 
-    The records, and the lines that are none. Raises ReportNotWritten.
+    The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
     """
-    records, aside = read_records(folder)
+    records, aside = _readable(folder / RECORDS_NAME, read_records)
     _report_records(records, aside, out or folder, folder)
     return records, aside
 
 
-def all_read(path: Path, aside: Sequence[SetAside]) -> bool:
+def resume_command(folder: Path) -> str:
+    """What goes on with a run."""
+    return f"ldmperf profile --resume {shlex.quote(str(folder))}"
+
+
+def read_kernels(path: Path) -> tuple[list[KernelRecord], list[SetAside]]:
+    """Of each call the last record, and the lines that were set aside. Raises OSError when it cannot be read."""
+    from .kernel_bench.records import KernelRecord
+
+    records, aside = read_lines(path, KernelRecord)
+    return list({record.case_key: record for record in records}.values()), aside
+
+
+def _readable(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except OSError as failure:
+        raise RunError(
+            f"{path} is no run folder and no file of records ({failure.strerror}); give a folder with "
+            f"{RECORDS_NAME} or {KERNELS_NAME}, such a file, or no name for the latest run"
+        ) from None
+
+
+def _all_read(path: Path, aside: Sequence[SetAside]) -> bool:
     """Whether every line of the file is a record; what was moved away from it when it was opened is none of it."""
     return not any(line.path == path for line in aside)
-
-
-def resume_command(folder: Path) -> str:
-    return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 
 def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path | None, source: Path) -> None:
@@ -107,14 +118,6 @@ def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path 
         raise ReportNotWritten(f"cannot write the report to {out} ({failure.strerror})") from None
     for path in written:
         say(console(), str(path))
-
-
-def _read_kernels(path: Path) -> tuple[list[KernelRecord], list[SetAside]]:
-    """The records of each call, the last of those that were measured again."""
-    from .kernel_bench.records import KernelRecord
-
-    records, aside = read_lines(path, KernelRecord)
-    return list({record.case_key: record for record in records}.values()), aside
 
 
 def _report_kernels(records: list[KernelRecord], aside: Sequence[SetAside], out: Path | None) -> None:

@@ -140,7 +140,8 @@ def _reason(line: bytes, error: ValidationError) -> str:
         )
     place = ".".join(map(str, problems[0]["loc"]))
     others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return f"{place + ': ' if place else ''}{problems[0]['msg']}{others}"
+    said = problems[0]["msg"].removeprefix("Value error, ")
+    return f"{place + ': ' if place else ''}{said}{others}"
 
 
 def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb", "xb"]) -> None:
