@@ -104,6 +104,11 @@ class _Shared:
     evaluations: int | None = None
 
 
+def _without_place(message: str, case: Case) -> str:
+    """A message without the folders above a checkpoint: where it lies is nobody's business."""
+    return message.replace(f"{visible(str(case.path.parent))}/", "") if case.is_checkpoint else message
+
+
 class Group:
     """The cases, what they share, and a lane for each.
 
@@ -328,10 +333,9 @@ class Group:
             Record(
                 run_id=self.run_id,
                 case_key=lane.case.key,
-                case=(case := lane.case.recorded()),
+                case=lane.case.recorded(),
                 status=lane.status,
-                # Where a checkpoint lies is nobody's business.
-                message=lane.message and lane.message.replace(visible(str(lane.case.path)), case.label),
+                message=lane.message and _without_place(lane.message, lane.case),
                 correctness=lane.correctness,
                 wall_ms=Samples.of(times.wall_ms) if lane.active else None,
                 gpu_ms=Samples.of(times.gpu_ms) if lane.active and times.gpu_ms else None,
