@@ -112,6 +112,11 @@ class KernelRecord(RecordModel):
                 raise ValueError("an ok record has passed its check before and after timing")
         elif self.message is None or self.ms is not None:
             raise ValueError(f"a record with status {self.status} has a message and no time")
+        try:
+            # All that a table shows of it follows from its case and its times.
+            _ = (self.case.label, self.percent_of_copy, self.tflops, self.percent_of_bound)
+        except Exception as error:
+            raise ValueError(f"no call of an operator ({type(error).__name__}: {error})") from None
         return self
 
     @computed_field  # type: ignore[prop-decorator]
