@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from .timing import Deadline, RepetitionRule
+from .timing import RepetitionRule
 
 Task = Literal["t2i", "sr"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -352,13 +352,6 @@ def _number(option: str, text: str) -> float:
     if not (math.isfinite(value) and value >= 1):
         raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
     return value
-
-
-def time_limit(seconds: float | None) -> Deadline:
-    """What --seconds asks for, counted from now, or CaseError."""
-    if seconds is not None and math.isnan(seconds):
-        raise CaseError("--seconds: 'nan' is not a number of at least 0")
-    return Deadline(seconds)
 
 
 def dtype_named(text: str) -> DType:

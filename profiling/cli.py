@@ -25,7 +25,6 @@ from .cases import (
     device_named,
     preset_named,
     select_cases,
-    time_limit,
 )
 from .checkpoints import check_unchanged, identified
 from .kernel_bench.cli import kernels
@@ -149,7 +148,7 @@ def profile(
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --resume
     """
-    deadline = time_limit(seconds)
+    deadline = Deadline(seconds)
     choices = Choices(
         **{
             name: tuple(values or ())

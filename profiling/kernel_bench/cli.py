@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cases import best_device, device_named, dtype_named, known_names, split_values, time_limit, whole_number
+from ..cases import best_device, device_named, dtype_named, known_names, split_values, whole_number
 from ..timing import Deadline
 from ..visible import console, say
 
@@ -106,7 +106,7 @@ def kernels(
         head_dims=head_dims,
         tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(tokens or ())),
     )
-    _run(choices, time_limit(seconds), out or Path("runs"), resume)
+    _run(choices, Deadline(seconds), out or Path("runs"), resume)
 
 
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:
