@@ -97,7 +97,8 @@ def _list_option(text: str) -> Any:
 def profile(
     size: Annotated[list[str] | None, _list_option("Sizes of the family: 39M ... 5B.")] = None,
     unet: Annotated[
-        list[str] | None, _list_option("Checkpoints of your own: a diffusers folder or .safetensors.")
+        list[str] | None,
+        typer.Option(help="A checkpoint: a diffusers folder or a .safetensors file. Repeat it.", metavar="PATH"),
     ] = None,
     sampler: Annotated[list[str] | None, _list_option("Samplers: ddim, ddpm, dpmpp_2m, ...")] = None,
     steps: Annotated[list[str] | None, _list_option("Sampling steps.")] = None,
