@@ -152,6 +152,17 @@ _WITHOUT_EFFECT = {
     "projection_class_embeddings_input_dim",
 }
 
+# The state of an average of weights, which diffusers' EMAModel writes into the config of the averaged UNet.
+_OF_AN_AVERAGE = {
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+}
+
 
 def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     problems = []
@@ -159,7 +170,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     if class_name != "UNet2DConditionModel":
         problems.append(f"_class_name = {class_name!r} (only 'UNet2DConditionModel')")
     for field, value in config.items():
-        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT:
+        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT or field in _OF_AN_AVERAGE:
             continue
         if field not in _ONLY:
             problems.append(f"{field} = {value!r} (unknown field)")
@@ -186,7 +197,9 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             problems.append(f"{field} = {read[field]!r} (only one integer)")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
-        sample_size = sample_size[0] if all(side == sample_size[0] for side in sample_size) else "not square"
+        sample_size = (
+            sample_size[0] if sample_size and all(side == sample_size[0] for side in sample_size) else "not square"
+        )
     if sample_size is not None and not _is(sample_size, int):
         problems.append(f"sample_size = {read['sample_size']!r} (only square)")
     # diffusers' name is historic: the value is the number of heads.
