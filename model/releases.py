@@ -78,6 +78,32 @@ class Release:
 RELEASES = (
     Release("Stable Diffusion 1", UNetConfig(context_dim=768, conv_projection=True)),
     Release("Stable Diffusion 2", UNetConfig(num_heads=(5, 10, 20, 20)), diffusers=False),
+    Release(
+        "Stable Diffusion XL base",
+        UNetConfig(
+            block_channels=(320, 640, 1280),
+            num_heads=(5, 10, 20),
+            attention=(False, True, True),
+            context_dim=2048,
+            sample_size=128,
+            transformer_layers=(1, 2, 10),
+            added_time_dim=256,
+            added_dim=2816,
+        ),
+    ),
+    Release(
+        "Stable Diffusion XL refiner",
+        UNetConfig(
+            block_channels=(384, 768, 1536, 1536),
+            num_heads=(6, 12, 24, 24),
+            attention=(False, True, True, False),
+            context_dim=1280,
+            sample_size=128,
+            transformer_layers=4,  # type: ignore[arg-type]
+            added_time_dim=256,
+            added_dim=2560,
+        ),
+    ),
 )
 
 
@@ -104,8 +130,10 @@ def check_size(place: str, config: UNetConfig, shapes: Iterable[tuple[int, ...]]
         middle = config.has_middle and level == levels - 1
         resblocks = 2 * layers + 1 + 2 * middle
         transformers = (2 * layers + 1) * config.attention[level] + middle
-        tensors += 10 * resblocks + 26 * transformers
-        parameters += 9 * resblocks * width**2 + transformers * (18 * width**2 + 2 * width * config.context_dim)
+        blocks = transformers * config.transformer_layers[level]
+        tensors += 10 * resblocks + 6 * transformers + 20 * blocks
+        parameters += 9 * resblocks * width**2 + blocks * (18 * width**2 + 2 * width * config.context_dim)
+    parameters += config.time_dim * (config.added_dim or 0)
     held = [math.prod(shape) for shape in shapes]
     if tensors > 2 * len(held) or parameters > 2 * sum(held):
         raise CheckpointError(

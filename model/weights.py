@@ -174,11 +174,18 @@ def _checked(raw: Mapping[str, Any], place: str) -> UNetConfig:
 
 
 def _acting(config: UNetConfig) -> UNetConfig:
-    """The configuration without what changes no result: the size in training, heads where nothing attends."""
-    attends = list(config.attention)
-    attends[-1] |= config.has_middle
-    heads = tuple(count if here else 1 for count, here in zip(config.num_heads, attends, strict=True))
-    return dataclasses.replace(config, num_heads=heads, sample_size=1)
+    """The configuration without what changes no result: the size in training, transformers of levels without."""
+    attends = [*config.attention[:-1], config.attention[-1] or config.has_middle]
+
+    def acting(counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(count if here else 1 for count, here in zip(counts, attends, strict=True))
+
+    return dataclasses.replace(
+        config,
+        num_heads=acting(config.num_heads),
+        transformer_layers=acting(config.transformer_layers),
+        sample_size=1,
+    )
 
 
 def _network(path: Path, layout: Layout, config: UNetConfig, backend: str) -> tuple[UNet, list[Slot]]:
