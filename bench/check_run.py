@@ -206,4 +206,7 @@ def is_diagnosis(part: Part) -> bool:
 
 
 def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """To stderr, which writes what its encoding lacks as an escape."""
+    from ldmperf.profiling.visible import visible
+
+    print(visible(line), file=sys.stderr, flush=True)

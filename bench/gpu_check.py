@@ -39,27 +39,31 @@ CLOSING = 15.0
 
 def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """The short table: the profiles, our kernels against their peers, and how each part went."""
-    from rich.console import Console
-
     from ldmperf.profiling import load_records
     from ldmperf.profiling.kernel_bench.attention_table import attention_lines, attention_rows
     from ldmperf.profiling.kernel_bench.records import KernelRecord
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
     from ldmperf.profiling.report import print_table
     from ldmperf.profiling.store import load_lines
+    from ldmperf.profiling.visible import console, never_fail_on_encoding, say
+
+    never_fail_on_encoding()
+    out = console()
 
     for path in sorted(folder.glob("*/*/records.jsonl")):
-        print_table(load_records(path)[0], Console())
-        print()
+        print_table(load_records(path)[0], out)
+        say(out)
     for path in sorted(folder.glob("*/*/kernels.jsonl")):
         if measured := load_lines(path, KernelRecord)[0]:
             beside_the_best = attention_lines(attention_rows(measured))
-            print("\n".join([conditions(measured), *beside_the_best, *summary_lines(measured)]) + "\n")
-    print("\n".join(outcome_lines(outcomes)))
+            for line in (conditions(measured), *beside_the_best, *summary_lines(measured), ""):
+                say(out, line)
+    for line in outcome_lines(outcomes):
+        say(out, line)
     left = [outcome.part.name for outcome in outcomes if not outcome.was_begun and outcome.ok]
     if left := [name for name in left if name in NAMES]:
-        print(f"time did not reach: {', '.join(left)}; go on with: --only {','.join(left)}")
-    print(folder)
+        say(out, f"time did not reach: {', '.join(left)}; go on with: --only {','.join(left)}")
+    say(out, str(folder))
 
 
 def outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:

@@ -64,6 +64,7 @@ from ldmperf.profiling.static.precompile import chip_here, compile_work, kernel_
 from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_HEAD_DIMS, TUNED_TOKENS, faults_of
 from ldmperf.profiling.store import write_whole
 from ldmperf.profiling.timing import Deadline
+from ldmperf.profiling.visible import visible
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
 WORTHWHILE = 0.98
@@ -437,7 +438,7 @@ def passing_over(
 
 
 def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:

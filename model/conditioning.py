@@ -28,10 +28,10 @@ class Conditioning:
     """What does not change in a trajectory, from `UNet.condition`.
 
     `shifts` [K, B or 1, S]: for each of K steps the sum of time projection and first convolution's bias of every
-    ResBlock, side by side in the order in which they run. `context`: keys and values [B, T, 2, heads, D] of every
-    transformer, in that order. `constants` [N]: the biases that are passed on (`Pending`) of every ResBlock and
-    transformer as they run, then of the norm at the end; they depend on the weights alone. `made_from`: a mark
-    of the weights that all this was computed from, or None where nobody keeps it.
+    ResBlock, side by side in the order in which they run. `context`: of every transformer, in that order, the keys
+    and values [L, B, T, 2, heads, D] of its L blocks. `constants` [N]: the biases that are passed on (`Pending`)
+    of every ResBlock and transformer as they run, then of the norm at the end; they depend on the weights alone.
+    `made_from`: a mark of the weights that all this was computed from, or None where nobody keeps it.
 
     Few tensors, and dense ones, as each run of a captured step copies them.
     """
@@ -50,5 +50,7 @@ class Conditioning:
         """The same with room for `steps` steps, zeros in those beyond its own; raises ValueError for fewer."""
         missing = steps - self.shifts.shape[0]
         if missing < 0:
-            raise ValueError(f"the conditioning holds {self.shifts.shape[0]} steps, more than {steps}")
+            raise ValueError(
+                f"the conditioning holds {self.shifts.shape[0]} steps, more than {steps}: ask for more"
+            )
         return replace(self, shifts=F.pad(self.shifts, (0, 0, 0, 0, 0, missing)))

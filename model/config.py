@@ -1,6 +1,8 @@
 """What a UNet of the family is: `UNetConfig`, the paper's eleven sizes, and the fields of a diffusers config."""
 
-from collections.abc import Mapping
+import operator
+import reprlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,13 @@ class UnsupportedConfig(ValueError):
 class UNetConfig:
     """A text-conditioned latent-diffusion UNet. Levels run from the full resolution down.
 
-    `block_channels`, `num_heads` and `attention` have one entry per level; the middle has those of the last level.
-    `conv_projection` stores a transformer's input and output projections as 1x1 convolutions (Stable Diffusion 1)
-    instead of linear layers (2): the same computation, another shape in checkpoints. Raises `UnsupportedConfig`.
+    `block_channels`, `num_heads`, `attention` and `transformer_layers` have one entry per level; the middle has
+    those of the last level. `transformer_layers` counts the transformer blocks in a row, and may be given as one
+    number for all levels. `conv_projection` stores a transformer's input and output projections as 1x1
+    convolutions (Stable Diffusion 1) instead of linear layers (2): the same computation, another shape in
+    checkpoints. `added_dim` is the width of what the time embedding is added to in Stable Diffusion XL: a pooled
+    text embedding beside sinusoids of `added_time_dim` per number of an image's sizes; None for both elsewhere.
+    Integers of numpy and torch are integers. Raises `UnsupportedConfig`.
     """
 
     block_channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -30,26 +36,54 @@ class UNetConfig:
     norm_groups: int = 32
     norm_eps: float = 1e-5
     sample_size: int = 64
+    transformer_layers: tuple[int, ...] = 1  # type: ignore[assignment]  # made a tuple below
+    added_time_dim: int | None = None
+    added_dim: int | None = None
 
     def __post_init__(self) -> None:
-        levels = len(self.block_channels)
-        if not levels or len(self.num_heads) != levels or len(self.attention) != levels:
+        for name in _COUNTS:
+            self._set(name, _count(name, getattr(self, name)))
+        for name in ("added_time_dim", "added_dim"):
+            if getattr(self, name) is not None:
+                self._set(name, _count(name, getattr(self, name)))
+        if (self.added_time_dim is None) != (self.added_dim is None):
             raise UnsupportedConfig(
-                f"block_channels, num_heads and attention need one entry per level; got {levels}, "
-                f"{len(self.num_heads)} and {len(self.attention)}"
+                f"added_time_dim = {self.added_time_dim} and added_dim = {self.added_dim} go together: "
+                "give both (Stable Diffusion XL) or neither"
             )
-        counts = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise UnsupportedConfig(f"{name} must be at least 1; got {getattr(self, name)}")
-        for level, (channels, heads) in enumerate(zip(self.block_channels, self.num_heads, strict=True)):
-            if channels < 1 or channels % self.norm_groups:
+        self._set("block_channels", tuple(_count("block_channels", one) for one in _each(self, "block_channels")))
+        levels = len(self.block_channels)
+        layers: Any = self.transformer_layers
+        if (of_all := _integer(layers)) is not None:
+            self._set("transformer_layers", (of_all,) * levels)
+        layers = tuple(_count("transformer_layers", one) for one in _each(self, "transformer_layers"))
+        self._set("transformer_layers", layers)
+        # Zero where a level has no attention, and nobody reads it.
+        self._set("num_heads", tuple(_count("num_heads", one, least=0) for one in _each(self, "num_heads")))
+        self._set("attention", tuple(bool(one) for one in _each(self, "attention")))
+        self._set("has_middle", bool(self.has_middle))
+        self._set("conv_projection", bool(self.conv_projection))
+        for name in ("num_heads", "attention", "transformer_layers"):
+            if len(getattr(self, name)) != levels or not levels:
                 raise UnsupportedConfig(
-                    f"block_channels: {channels} does not divide into norm_groups = {self.norm_groups}"
+                    f"{name} has {len(getattr(self, name))} entries for the {levels} levels of block_channels: "
+                    "give one entry per level to each, and at least one level"
+                )
+        self._set("norm_eps", _small(self.norm_eps))
+        for level, (channels, heads) in enumerate(zip(self.block_channels, self.num_heads, strict=True)):
+            if channels % self.norm_groups:
+                raise UnsupportedConfig(
+                    f"block_channels: {channels} does not divide into norm_groups = {self.norm_groups}: "
+                    f"give multiples of {self.norm_groups}, or other norm_groups"
                 )
             attends = self.attention[level] or (self.has_middle and level == levels - 1)
             if attends and (heads < 1 or channels % heads):
-                raise UnsupportedConfig(f"num_heads: {heads} heads do not divide {channels} channels")
+                raise UnsupportedConfig(
+                    f"num_heads: {heads} heads do not divide {channels} channels: give a divisor of {channels}"
+                )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def time_dim(self) -> int:
@@ -64,6 +98,49 @@ class UNetConfig:
         included.
         """
         return _from_diffusers(config)
+
+
+_COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
+
+
+def _integer(value: Any) -> int | None:
+    """An integer of Python, numpy or torch as Python's; None for all else, a bool included."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") or getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    number = _integer(value)
+    if number is None or number < least:
+        raise UnsupportedConfig(f"{name} must be at least {least}; got {_shown(value)}: give a whole number")
+    return number
+
+
+def _each(config: UNetConfig, name: str) -> tuple[Any, ...]:
+    value = getattr(config, name)
+    if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "ndim", 1) != 1:
+        raise UnsupportedConfig(f"{name} = {_shown(value)}: give a tuple with one entry per level")
+    return tuple(value)
+
+
+def _small(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0.0
+    if isinstance(value, str) or not 0 < number < 1:
+        raise UnsupportedConfig(f"norm_eps = {_shown(value)}: give a small positive number, such as 1e-5")
+    return number
+
+
+# A file may hold a value of any length and depth, and an error is one line.
+_repr = reprlib.Repr()
+_repr.maxstring = 100
+_shown = _repr.repr
 
 
 def _sized(base_channels: int) -> UNetConfig:
@@ -107,6 +184,10 @@ _READ: dict[str, Any] = {
     "use_linear_projection": False,
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
+    "transformer_layers_per_block": 1,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
 }
 
 # Fields of that class with the only values that this network implements; the first is the class's default.
@@ -119,14 +200,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "dropout": (0.0,),
     "act_fn": ("silu", "swish"),
-    "transformer_layers_per_block": (1,),
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
-    "addition_embed_type": (None,),
     "num_class_embeds": (None,),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
@@ -144,61 +223,86 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "cross_attention_norm": (None,),
 }
 
-# Fields that change nothing here: the softmax is float32 anyway; the others belong to embeddings refused above.
-_WITHOUT_EFFECT = {
-    "upcast_attention",
-    "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
+# Fields that change nothing here: the softmax is float32 anyway; the other belongs to embeddings that are refused.
+_WITHOUT_EFFECT = {"upcast_attention", "addition_embed_type_num_heads"}
+
+# The state of an average of weights, which diffusers' EMAModel writes into the config of the averaged UNet.
+_OF_AN_AVERAGE = {
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
 }
 
 
 def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     problems = []
+
+    def refuse(field: str, value: Any, only: str) -> None:
+        problems.append(f"{_shown(field)[1:-1]} = {_shown(value)} ({only})")
+
     class_name = config.get("_class_name", "UNet2DConditionModel")
     if class_name != "UNet2DConditionModel":
-        problems.append(f"_class_name = {class_name!r} (only 'UNet2DConditionModel')")
+        refuse("_class_name", class_name, "only 'UNet2DConditionModel'")
     for field, value in config.items():
-        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT:
+        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT or field in _OF_AN_AVERAGE:
             continue
         if field not in _ONLY:
-            problems.append(f"{field} = {value!r} (unknown field)")
+            refuse(field, value, "unknown field")
         elif not any(_same(value, accepted) for accepted in _ONLY[field]):
-            problems.append(f"{field} = {value!r} (only {_ONLY[field][0]!r})")
+            refuse(field, value, f"only {_ONLY[field][0]!r}")
 
     read = {field: config.get(field, default) for field, default in _READ.items()}
-    for field in ("down_block_types", "up_block_types", "block_out_channels"):
-        entry = int if field == "block_out_channels" else str
-        if not isinstance(read[field], list | tuple) or not all(_is(value, entry) for value in read[field]):
-            problems.append(f"{field} = {read[field]!r} (only a list, one {entry.__name__} per level)")
+    for field, kind in (
+        ("down_block_types", "string"),
+        ("up_block_types", "string"),
+        ("block_out_channels", "integer"),
+    ):
+        accepts = _integers if kind == "integer" else _strings
+        if not accepts(read[field]):
+            refuse(field, read[field], f"only a list, one {kind} per level")
             read[field] = _READ[field]
-    if not _is(read["norm_eps"], float) or not 0 < read["norm_eps"] < 1:
-        problems.append(f"norm_eps = {read['norm_eps']!r} (only a small positive number)")
+    is_number = isinstance(read["norm_eps"], float) or _integer(read["norm_eps"]) is not None
+    if not is_number or not 0 < read["norm_eps"] < 1:
+        refuse("norm_eps", read["norm_eps"], "only a small positive number")
     down, up = list(read["down_block_types"]), list(read["up_block_types"])
-    problems += [f"down_block_types holds {name!r}" for name in down if name not in _DOWN]
-    problems += [f"up_block_types holds {name!r}" for name in up if name not in _UP]
+    problems += [f"down_block_types holds {_shown(name)}" for name in down if name not in _DOWN]
+    problems += [f"up_block_types holds {_shown(name)}" for name in up if name not in _UP]
     if not problems and [_UP[name] for name in reversed(up)] != [_DOWN[name] for name in down]:
         problems.append("up_block_types does not mirror down_block_types")
     if read["mid_block_type"] not in (None, _MIDDLE):
-        problems.append(f"mid_block_type = {read['mid_block_type']!r} (only {_MIDDLE!r} or null)")
-    for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
-        if not _is(read[field], int):
-            problems.append(f"{field} = {read[field]!r} (only one integer)")
+        refuse("mid_block_type", read["mid_block_type"], f"only {_MIDDLE!r} or null")
+    if read["addition_embed_type"] not in (None, "text_time"):
+        refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
+    integers = ["in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"]
+    is_xl = read["addition_embed_type"] == "text_time"
+    if is_xl:
+        integers += ["addition_time_embed_dim", "projection_class_embeddings_input_dim"]
+    for field in integers:
+        if _integer(read[field]) is None:
+            refuse(field, read[field], "only one integer")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
-        sample_size = sample_size[0] if all(side == sample_size[0] for side in sample_size) else "not square"
-    if sample_size is not None and not _is(sample_size, int):
-        problems.append(f"sample_size = {read['sample_size']!r} (only square)")
+        square = bool(sample_size) and all(side == sample_size[0] for side in sample_size)
+        sample_size = sample_size[0] if square else "not square"
+    if sample_size is not None and _integer(sample_size) is None:
+        refuse("sample_size", read["sample_size"], "only square")
     # diffusers' name is historic: the value is the number of heads.
-    heads = read["attention_head_dim"]
-    heads = tuple(heads) if isinstance(heads, list | tuple) else (heads,) * len(down)
-    if not all(_is(value, int) for value in heads):
-        problems.append(f"attention_head_dim = {read['attention_head_dim']!r} (only integers)")
+    for field in ("attention_head_dim", "transformer_layers_per_block"):
+        if _integer(read[field]) is not None:
+            read[field] = (read[field],) * len(down)
+        if not _integers(read[field]):
+            refuse(field, read[field], "only an integer, or one per level")
     if problems:
-        raise UnsupportedConfig("unsupported UNet config: " + "; ".join(problems))
+        raise UnsupportedConfig(
+            f"unsupported UNet config: {'; '.join(problems)}: use one with the values told, or diffusers"
+        )
     return UNetConfig(
         block_channels=tuple(read["block_out_channels"]),
-        num_heads=heads,
+        num_heads=tuple(read["attention_head_dim"]),
         attention=tuple(_DOWN[name] for name in down),
         layers_per_block=read["layers_per_block"],
         has_middle=read["mid_block_type"] is not None,
@@ -209,6 +313,9 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         norm_groups=read["norm_num_groups"],
         norm_eps=read["norm_eps"],
         sample_size=sample_size or 64,
+        transformer_layers=tuple(read["transformer_layers_per_block"]),
+        added_time_dim=read["addition_time_embed_dim"] if is_xl else None,
+        added_dim=read["projection_class_embeddings_input_dim"] if is_xl else None,
     )
 
 
@@ -228,18 +335,25 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "use_linear_projection": not config.conv_projection,
         "norm_num_groups": config.norm_groups,
         "norm_eps": config.norm_eps,
+        "transformer_layers_per_block": config.transformer_layers,
+        "addition_embed_type": None if config.added_dim is None else "text_time",
+        "addition_time_embed_dim": config.added_time_dim,
+        "projection_class_embeddings_input_dim": config.added_dim,
     }
 
 
-def _is(value: Any, kind: type) -> bool:
-    """isinstance, where a whole number is a float too and a bool is no number."""
-    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+def _integers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_integer(one) is not None for one in value)
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
 def _same(value: Any, accepted: Any) -> bool:
     # A list of one value per level says the same as the value.
-    if isinstance(value, list | tuple):
-        return len(value) > 0 and all(_same(item, accepted) for item in value)
-    if isinstance(value, bool) or isinstance(accepted, bool):
-        return value is accepted
-    return bool(value == accepted)
+    values = value if isinstance(value, list | tuple) and value else [value]
+    return all(
+        one is accepted if isinstance(one, bool) or isinstance(accepted, bool) else bool(one == accepted)
+        for one in values
+    )

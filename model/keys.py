@@ -31,7 +31,7 @@ _RENAMES = (
     (r"\.transformers\.", ".attentions."),
     (r"\.downsample\.", ".downsamplers.0."),
     (r"\.upsample\.", ".upsamplers.0."),
-    (r"\.block\.", ".transformer_blocks.0."),
+    (r"\.blocks\.", ".transformer_blocks."),
     (r"\.to_out\.", ".attn1.to_out.0."),
     (r"\.cross_q\.", ".attn2.to_q."),
     (r"\.cross_out\.", ".attn2.to_out.0."),
@@ -88,6 +88,8 @@ _COMPVIS_RESNET = {
 _COMPVIS_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",

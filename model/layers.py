@@ -7,7 +7,8 @@ norms, attention and linear layers the other, and nothing is copied between them
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,23 +20,23 @@ from ldmperf.kernels import attention, group_norm_silu, linear, linear_separate,
 TRANSFORMER_NORM_EPS = 1e-6
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(NamedTuple):
     """A block's part in passing on biases: a constant per channel need not be added where it arises.
 
     Norms take one on as their shift and residual sums as their bias; a matrix product in place takes none, so
     that what it leaves out is pending for the next block. It does not depend on a step's input, so that
     `UNet.condition` computes it once.
 
-    before    [Cin]: what the block's input lacks, its skip's channels included; None for nothing
-    bias      [Cout]: what the block's last sum adds, its own biases included; None where that sum adds nothing,
-              and leaves it pending
-    attended  [C]: of a transformer, what its tokens lack after both attentions; None for a ResBlock
+    before   [Cin]: what the block's input lacks, its skip's channels included; None for nothing
+    bias     [Cout]: what the block's last sum adds, its own biases included; None where that sum adds nothing,
+             and leaves it pending
+    lacking  [(3 L - 1) C]: of a transformer of L blocks, what its tokens lack at each norm but the first, which
+             reads them whole; None for a ResBlock
     """
 
     before: Tensor | None
     bias: Tensor | None
-    attended: Tensor | None = None
+    lacking: Tensor | None
 
 
 class GroupNorm(nn.GroupNorm):
@@ -92,34 +93,36 @@ class ResBlock(nn.Module):
         x: Tensor,
         shift: Tensor,
         skip: Tensor | None = None,
-        *,
-        pending: Pending,
+        before: Tensor | None = None,
+        bias: Tensor | None = None,
         size: torch.Size | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         """x [B, Cin, H, W], shift [B, Cout] -> [B, Cout, H, W], or [B, Cout, *size] by nearest neighbour.
 
-        With `skip` [B, Cskip, H, W] the input is both side by side, and Cin counts the channels of both.
+        With `skip` [B, Cskip, H, W] the input is both side by side, and Cin counts the channels of both. `before`
+        and `bias` as of `Pending`. Neither x nor skip is written.
         """
-        h = F.conv2d(self.norm1(x, pending.before, skip), self.conv1.weight, padding=1)
+        h = F.conv2d(self.norm1(x, before, skip), self.conv1.weight, padding=1)
         h = F.conv2d(self.norm2(h, shift), self.conv2.weight, padding=1)
         if self.shortcut is None:
-            return residual_add(x, h, pending.bias, size=size, backend=self.backend)
+            return residual_add(x, h, bias, size=size, backend=self.backend)
         # W [x; skip] = Wx x + Ws skip: no concatenation is written.
         parts = [x] if skip is None else [x, skip]
         weights = self.shortcut.weight.split([part.shape[1] for part in parts], dim=1)
-        if pending.bias is None:
+        if bias is None:
             for part, weight in zip(parts, weights, strict=True):
-                h = add_product(h, as_tokens(part), weight)
+                h = add_product(h, as_tokens(part), weight, in_place)
             return h
         size_in = x.shape[2:]
         out = as_image(F.linear(as_tokens(x), weights[0]), size_in)
         if skip is not None:
-            out = add_product(out, as_tokens(skip), weights[1])
-        return residual_add(out, h, pending.bias, size=size, backend=self.backend)
+            out = add_product(out, as_tokens(skip), weights[1], in_place)
+        return residual_add(out, h, bias, size=size, backend=self.backend)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a gated feed-forward, each added in place to the tokens it read.
+    """Self-attention, cross-attention and a gated feed-forward, each added to the tokens it read.
 
     No bias is added to the tokens: each norm takes on what the sums before it left out.
     """
@@ -146,30 +149,41 @@ class TransformerBlock(nn.Module):
         packed: Tensor = self.cross_kv(context)
         return packed.view(batch, tokens, 2, self.heads, packed.shape[-1] // (2 * self.heads))
 
-    def attended(self) -> Tensor:
-        """[C]: what the tokens lack after both attentions."""
-        return self.to_out.bias + self.cross_out.bias
+    def lacking(self, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the tokens lack after each of the three sums, [C] each, with `before` [C] lacking already."""
+        attended = self.to_out.bias if before is None else before + self.to_out.bias
+        crossed = attended + self.cross_out.bias
+        return attended, crossed, crossed + self.ff_out.bias
 
-    def forward(self, x: Tensor, context: Tensor, attended: Tensor) -> Tensor:
-        """x [B, N, C], context of `project_context`, `attended` [C] -> [B, N, C], without any block's bias.
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        before: Tensor | None,
+        attended: Tensor,
+        crossed: Tensor,
+        in_place: bool = False,
+    ) -> Tensor:
+        """x [B, N, C], context of `project_context` -> [B, N, C], without any block's bias.
 
-        x is overwritten where no gradient is recorded.
+        before, attended, crossed [C]: what the tokens lack at each of the norms, `before` None for nothing. With
+        `in_place` x is overwritten, for a caller that alone holds it.
         """
         batch, tokens, channels = x.shape
         q, k, v = (
-            self._product(x, self.norm1, self.to_qkv)
+            self._product(x, self.norm1, self.to_qkv, before)
             .view(batch, tokens, 3, self.heads, channels // self.heads)
             .unbind(2)
         )
         h = attention(q, k, v, backend=self.backend).view(batch, tokens, channels)
-        x = add_product(x, h, self.to_out.weight)
-        q = self._product(x, self.norm2, self.cross_q, self.to_out.bias).view(
+        x = add_product(x, h, self.to_out.weight, in_place)
+        q = self._product(x, self.norm2, self.cross_q, attended).view(
             batch, tokens, self.heads, channels // self.heads
         )
         h = attention(q, *context.unbind(2), backend=self.backend).view(batch, tokens, channels)
-        x = add_product(x, h, self.cross_out.weight)
-        h = self._product(x, self.norm3, self.ff_in, attended, "geglu")
-        return add_product(x, h, self.ff_out.weight)
+        x = add_product(x, h, self.cross_out.weight, in_place)
+        h = self._product(x, self.norm3, self.ff_in, crossed, "geglu")
+        return add_product(x, h, self.ff_out.weight, in_place)
 
     def _product(
         self,
@@ -196,41 +210,66 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformer block over the positions of an image, between a projection in and one out."""
+    """Transformer blocks over the positions of an image, between a projection in and one out."""
 
     def __init__(
-        self, channels: int, heads: int, context_dim: int, groups: int, backend: str, products: str
+        self, channels: int, heads: int, layers: int, context_dim: int, groups: int, backend: str, products: str
     ) -> None:
         super().__init__()
         self.backend = backend
         self.norm = GroupNorm(groups, channels, TRANSFORMER_NORM_EPS, None, backend)
         self.proj_in = nn.Linear(channels, channels)
-        self.block = TransformerBlock(channels, heads, context_dim, backend, products)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_dim, backend, products) for _ in range(layers)
+        )
         self.proj_out = nn.Linear(channels, channels)
 
     def constant(self, before: Tensor | None) -> Tensor:
         """[C]: what the sum with the input lacks where the input lacks `before` [C] (see `Pending`)."""
         bias = self.proj_out.bias if before is None else before + self.proj_out.bias
-        return torch.addmv(bias, self.proj_out.weight, self.block.attended() + self.block.ff_out.bias)
+        return torch.addmv(bias, self.proj_out.weight, self._lacking()[-1])
+
+    def lacking(self) -> list[Tensor]:
+        """What the tokens lack at each norm but the first, [C] each (see `Pending`)."""
+        return self._lacking()[:-1]
+
+    def _blocks(self) -> Iterable[TransformerBlock]:
+        return cast(Iterable[TransformerBlock], self.blocks)
+
+    def _lacking(self) -> list[Tensor]:
+        found: list[Tensor] = []
+        for block in self._blocks():
+            found += block.lacking(found[-1] if found else None)
+        return found
+
+    def project_context(self, context: Tensor) -> Tensor:
+        """Keys and values [L, B, T, 2, heads, D] of L blocks, of a context [B, T, Dctx]."""
+        found = [block.project_context(context) for block in self._blocks()]
+        return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
 
     def forward(
         self,
         x: Tensor,
         context: Tensor,
-        *,
-        pending: Pending,
+        before: Tensor | None,
+        bias: Tensor | None,
+        lacking: Tensor,
         size: torch.Size | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        """x [B, C, H, W], context of `TransformerBlock.project_context` -> [B, C, H, W], or [B, C, *size].
+        """x [B, C, H, W], context of `project_context` -> [B, C, H, W], or [B, C, *size].
 
-        x is overwritten where no gradient is recorded.
+        `before`, `bias` and `lacking` as of `Pending`. With `in_place` x is overwritten, for a caller that alone
+        holds it, and what the submodules return is too.
         """
-        tokens = self.proj_in(as_tokens(self.norm(x, pending.before)))
-        tokens = self.block(tokens, context, pending.attended)
-        if pending.bias is None:
-            return add_product(x, tokens, self.proj_out.weight)
+        tokens = self.proj_in(as_tokens(self.norm(x, before)))
+        at_norms = (None, *lacking.view(-1, x.shape[1]).unbind())
+        for i, (block, keys_values) in enumerate(zip(self.blocks, context.unbind(), strict=True)):
+            tokens = block(tokens, keys_values, *at_norms[3 * i : 3 * i + 3], in_place)
+        if bias is None:
+            return add_product(x, tokens, self.proj_out.weight, in_place)
         h = as_image(F.linear(tokens, self.proj_out.weight), x.shape[2:])
-        return residual_add(x, h, pending.bias, size=size, backend=self.backend)
+        return residual_add(x, h, bias, size=size, backend=self.backend)
 
 
 class Resample(nn.Module):
@@ -248,20 +287,26 @@ class Resample(nn.Module):
         return F.conv2d(x, self.conv.weight, stride=self.conv.stride, padding=1)
 
 
-class TimestepEmbedding(nn.Module):
-    """Sinusoids of a timestep through a two-layer MLP."""
+class EmbeddingMLP(nn.Module):
+    """Two linear layers with a SiLU between them: [N, in_dim] -> [N, out_dim]."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.in_dim = in_dim
         self.linear_1 = nn.Linear(in_dim, out_dim)
         self.linear_2 = nn.Linear(out_dim, out_dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
+        return out
+
+
+class TimestepEmbedding(EmbeddingMLP):
+    """Sinusoids of a timestep through a two-layer MLP."""
+
     def forward(self, timesteps: Tensor) -> Tensor:
         """timesteps [N] float32 -> [N, out_dim] in the layers' dtype."""
-        embedded = sinusoids(timesteps, self.in_dim).to(self.linear_1.weight.dtype)
-        out: Tensor = self.linear_2(F.silu(self.linear_1(embedded)))
-        return out
+        weight = self.linear_1.weight
+        return super().forward(sinusoids(timesteps, weight.shape[1]).to(weight.dtype))
 
 
 def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
@@ -272,15 +317,13 @@ def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
-def add_product(x: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
-    """x + tokens weight^T in one matrix product; x [B, C, H, W] or [B, N, C] is overwritten where it can be.
+def add_product(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:
+    """x + tokens weight^T in one matrix product; x [B, C, H, W] or [B, N, C], tokens [B, N, K], weight [C, K].
 
-    tokens [B, N, K], weight [C, K]. It cannot be where a gradient is recorded, as operators before keep results,
-    nor under autocast, where dtypes differ.
+    With `in_place` x is overwritten, but for autocast, where dtypes differ.
     """
     rows = (as_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
-    in_place = not torch.is_grad_enabled() and tokens.dtype == rows.dtype == weight.dtype
-    add = rows.addmm_ if in_place else rows.addmm
+    add = rows.addmm_ if in_place and tokens.dtype == rows.dtype == weight.dtype else rows.addmm
     out = add(tokens.flatten(0, 1), weight.t()).view(*tokens.shape[:2], weight.shape[0])
     return out if x.ndim == 3 else as_image(out, x.shape[2:])
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -12,7 +13,17 @@ from torch import Tensor, nn
 
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
-from .layers import GroupNorm, Pending, Resample, ResBlock, TimestepEmbedding, Transformer
+from .layers import (
+    EmbeddingMLP,
+    GroupNorm,
+    Pending,
+    Resample,
+    ResBlock,
+    TimestepEmbedding,
+    Transformer,
+    TransformerBlock,
+    sinusoids,
+)
 from .staleness import MadeFrom, Snapshot
 
 T = TypeVar("T")
@@ -63,7 +74,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, *, backend: str = "auto", products: str = "auto") -> None:
         super().__init__()
         if products not in PRODUCTS:
-            raise ValueError(f"unknown products {products!r}; choose one of {', '.join(PRODUCTS)}")
+            raise ValueError(f"unknown products {products!r}: choose one of {', '.join(PRODUCTS)}")
         self.config = config
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         last = len(channels) - 1
@@ -73,9 +84,11 @@ class UNet(nn.Module):
 
         def transformer(level: int) -> Transformer:
             heads = config.num_heads[level]
-            return Transformer(channels[level], heads, config.context_dim, groups, backend, products)
+            layers = config.transformer_layers[level]
+            return Transformer(channels[level], heads, layers, config.context_dim, groups, backend, products)
 
         self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
+        self.add_embedding = None if config.added_dim is None else EmbeddingMLP(config.added_dim, config.time_dim)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         skips = [channels[0]]
         width = channels[0]
@@ -111,10 +124,9 @@ class UNet(nn.Module):
         self.time_projection = nn.Linear(config.time_dim, sum(self.shift_channels))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         with torch.no_grad():
-            pending, out = self._pending()
+            found = self._pending()
         # Which of the constants there are, and how long they are: of the architecture, not of the weights.
-        self._constant_places = [tuple(part is not None for part in _parts(one)) for one in pending]
-        self._constant_sizes = [len(vector) for vector in _vectors(pending, out)]
+        self._constant_sizes = [sum(map(len, group)) for group in found]
         self._snapshot: Snapshot | None = None
 
     def _levels(self) -> list[Level]:
@@ -134,12 +146,16 @@ class UNet(nn.Module):
         timesteps: float | Sequence[float] | Tensor,
         context: Tensor,
         *,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
         constants: Constants | None = None,
     ) -> Conditioning:
         """Compute once what a trajectory keeps.
 
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
-        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. constants: kept of `constants()`.
+        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. Of Stable Diffusion XL,
+        text_embeds [B, P]: the pooled text embedding, and time_ids [B, N]: sizes and crops of the images, where
+        P + N * added_time_dim is the config's added_dim. constants: kept of `constants()`.
 
         Raises ValueError for shapes that do not fit, and for constants of weights that have changed since.
         """
@@ -147,32 +163,41 @@ class UNet(nn.Module):
             constants = self.constants()
         elif not torch.compiler.is_compiling():
             constants.check()
-        return self._condition(self._on_device(timesteps), context, constants)
+        return self._condition(self._on_device(timesteps), context, text_embeds, time_ids, constants)
 
-    def _condition(self, t: Tensor, context: Tensor, constants: Constants) -> Conditioning:
+    def _condition(
+        self, t: Tensor, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None, constants: Constants
+    ) -> Conditioning:
         """`condition` with the timesteps on the device, float32."""
         if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
-            raise ValueError(f"context must be [B, T, {self.config.context_dim}]; got {list(context.shape)}")
+            raise ValueError(
+                f"context must be [B, T, {self.config.context_dim}]; got {list(context.shape)}: "
+                "pass the hidden states of the text encoder that the UNet was trained with"
+            )
         if t.ndim < 2:
             t = t.reshape(-1, 1)
         if t.ndim != 2 or t.shape[1] not in (1, context.shape[0]):
             raise ValueError(
-                f"timesteps must be [K] or [K, {context.shape[0]}] as the context's batch; got {list(t.shape)}"
+                f"timesteps must be [K] or [K, {context.shape[0]}] as the context's batch; got {list(t.shape)}: "
+                "pass one row per step"
             )
         length = sum(self._constant_sizes)
         if constants.values.shape != (length,):
             raise ValueError(
-                f"constants must be [{length}], those of this network; got {list(constants.values.shape)}"
+                f"constants must be [{length}], those of this network; got {list(constants.values.shape)}: "
+                "make them with its constants()"
             )
         weight = self.time_projection.weight
-        embedding = F.silu(self.time_embedding(t.reshape(-1)))
+        added = self._added(context.shape[0], text_embeds, time_ids)
+        embedding = self.time_embedding(t.reshape(-1)).unflatten(0, tuple(t.shape))
+        embedding = F.silu(embedding if added is None else embedding + added)
         conv_bias = torch.cat([block.conv1.bias for block in self._resblocks() if block.conv1.bias is not None])
-        shifts = F.linear(embedding, weight, self.time_projection.bias + conv_bias)
+        shifts = F.linear(embedding.flatten(0, 1), weight, self.time_projection.bias + conv_bias)
         context = context.to(weight)
         return Conditioning(
-            shifts=shifts.unflatten(0, tuple(t.shape)),
+            shifts=shifts.unflatten(0, embedding.shape[:2]),
             context=tuple(
-                place.transformer.block.project_context(context)
+                place.transformer.project_context(context)
                 for level in self._levels()
                 for place in level.places()
                 if place.transformer is not None
@@ -181,12 +206,45 @@ class UNet(nn.Module):
             made_from=constants.made_from,
         )
 
+    def _added(self, batch: int, text_embeds: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
+        """[B, time_dim]: what Stable Diffusion XL adds to the time embedding; None elsewhere."""
+        config = self.config
+        got = [None if given is None else list(given.shape) for given in (text_embeds, time_ids)]
+        if self.add_embedding is None or config.added_time_dim is None:
+            if text_embeds is not None or time_ids is not None:
+                raise ValueError(
+                    f"this network adds nothing to its time embedding; got text_embeds {got[0]} and time_ids "
+                    f"{got[1]}: leave both out"
+                )
+            return None
+        if (
+            text_embeds is None
+            or time_ids is None
+            or text_embeds.ndim != 2
+            or time_ids.ndim != 2
+            or not text_embeds.shape[0] == time_ids.shape[0] == batch
+            or text_embeds.shape[1] + time_ids.shape[1] * config.added_time_dim != config.added_dim
+        ):
+            raise ValueError(
+                f"text_embeds must be [{batch}, P] and time_ids [{batch}, N] with P + {config.added_time_dim} N = "
+                f"{config.added_dim}; got {got[0]} and {got[1]}: pass the pooled text embedding, and sizes and "
+                "crops of each image"
+            )
+        weight = self.time_projection.weight
+        embedded = sinusoids(time_ids.to(weight.device).flatten(), config.added_time_dim)
+        beside = embedded.view(batch, time_ids.shape[1] * config.added_time_dim)
+        out: Tensor = self.add_embedding(torch.cat([text_embeds.to(weight), beside.to(weight)], dim=1))
+        return out
+
     def _on_device(self, timesteps: float | Sequence[float] | Tensor) -> Tensor:
         """Timesteps in float32 on the weights' device; the host does not wait for the device."""
         device = self.time_projection.weight.device
         if isinstance(timesteps, int | float):
             return torch.full((1,), timesteps, dtype=torch.float32, device=device)
-        t = torch.as_tensor(timesteps)
+        if not isinstance(timesteps, Tensor):
+            # Neither the default dtype nor the default device has a say.
+            timesteps = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu")
+        t = timesteps
         if t.device.type != "cpu":
             return t.to(device, torch.float32)
         # The copy is ours and pageable: CUDA reads it before the call returns, so that it may go.
@@ -204,29 +262,36 @@ class UNet(nn.Module):
             conditioning.check()
         batch = sample.shape[0]
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}")
+            raise ValueError(
+                f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, with what "
+                "the UNet was trained to see beside them"
+            )
         if conditioning.shifts.shape[1] not in (1, batch) or any(
-            packed.shape[0] != batch for packed in conditioning.context
+            packed.shape[1] != batch for packed in conditioning.context
         ):
             raise ValueError(
                 f"the conditioning's batch is not the sample's {batch}: pass one context per sample, "
                 "with guidance both halves"
             )
-        if isinstance(step, int):
-            of_step = conditioning.shifts[step]
-        else:
+        if isinstance(step, Tensor) and step.ndim:
             of_step = conditioning.shifts.index_select(0, step).squeeze(0)
+        else:
+            of_step = conditioning.shifts[operator.index(step)]
         shifts = iter(of_step.expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
         pending, pending_out = self._pending_of(conditioning.constants)
+        in_place = False
 
         def block(place: Place, x: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
             # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
             size = None if like is None else like.shape[2:]
+            # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
             if place.transformer is None:
-                return cast(Tensor, place.resblock(x, next(shifts), skip, pending=next(pending), size=size))
-            x = place.resblock(x, next(shifts), skip, pending=next(pending))
-            return cast(Tensor, place.transformer(x, next(context), pending=next(pending), size=size))
+                before, bias, _ = next(pending)
+                return cast(Tensor, place.resblock(x, next(shifts), skip, before, bias, size, in_place))
+            before, bias, _ = next(pending)
+            x = place.resblock(x, next(shifts), skip, before, bias, None, in_place)
+            return cast(Tensor, place.transformer(x, next(context), *next(pending), size, in_place))
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = self._run(F.conv2d(sample, self.conv_in.weight, padding=1), block, lambda module, x: module(x))
@@ -235,7 +300,7 @@ class UNet(nn.Module):
 
     def constants(self) -> Constants:
         """The biases that are passed on (`Conditioning.constants`), which depend on the weights alone."""
-        return Constants(torch.cat(_vectors(*self._pending())), self._made_from())
+        return Constants(torch.cat(list(chain(*self._pending()))), self._made_from())
 
     def _made_from(self) -> MadeFrom | None:
         """A mark of the weights as they are now; none inside torch.compile."""
@@ -247,7 +312,9 @@ class UNet(nn.Module):
 
     def _conditioning_parameters(self) -> Iterator[tuple[nn.Module, str]]:
         """What `condition` reads: each module with the name of a parameter."""
-        for module in (self.time_embedding.linear_1, self.time_embedding.linear_2, self.time_projection):
+        embeddings = [self.time_embedding, *([] if self.add_embedding is None else [self.add_embedding])]
+        layers = [layer for embedding in embeddings for layer in (embedding.linear_1, embedding.linear_2)]
+        for module in (*layers, self.time_projection):
             yield from ((module, "weight"), (module, "bias"))
         yield self.conv_in, "bias"
         for level in self._levels():
@@ -256,10 +323,10 @@ class UNet(nn.Module):
                 if resblock.shortcut is not None:
                     yield from ((resblock.shortcut, "weight"), (resblock.shortcut, "bias"))
                 if transformer is not None:
-                    block = transformer.block
                     yield from ((transformer.proj_out, "weight"), (transformer.proj_out, "bias"))
-                    yield from ((block.to_out, "bias"), (block.cross_out, "bias"), (block.ff_out, "bias"))
-                    yield block.cross_kv, "weight"
+                    for block in cast(Iterable[TransformerBlock], transformer.blocks):
+                        yield from ((block.to_out, "bias"), (block.cross_out, "bias"), (block.ff_out, "bias"))
+                        yield block.cross_kv, "weight"
             for resample in (level.downsample, level.upsample):
                 if resample is not None:
                     yield resample.conv, "bias"
@@ -270,20 +337,23 @@ class UNet(nn.Module):
 
     def _pending_of(self, constants: Tensor) -> tuple[Iterator[Pending], Tensor | None]:
         """What `_pending` returned before it was laid out as `Conditioning.constants`: views."""
-        vectors = iter(constants.split(self._constant_sizes))
-        pending = [
-            Pending(*(next(vectors) if is_there else None for is_there in places))
-            for places in self._constant_places
-        ]
-        return iter(pending), next(vectors, None)
+        pieces = iter(constants.split([size for size in self._constant_sizes if size]))
+        *found, out = [next(pieces) if size else None for size in self._constant_sizes]
+        return (Pending(*found[i : i + 3]) for i in range(0, len(found), 3)), out
 
-    def _pending(self) -> tuple[tuple[Pending, ...], Tensor | None]:
-        """The biases that are passed on: the network's own run, on what images lack in their place."""
-        found: list[Pending] = []
+    def _pending(self) -> list[list[Tensor]]:
+        """The biases that are passed on: the network's own run, on what images lack in their place.
 
-        def through(module: ResBlock | Transformer, before: Tensor | None, adds: bool) -> Tensor | None:
+        The parts of a `Pending` for every ResBlock and transformer, and what the last norm's input lacks: vectors
+        that belong side by side, none for None.
+        """
+        found: list[list[Tensor]] = []
+
+        def through(
+            module: ResBlock | Transformer, lacking: list[Tensor], before: Tensor | None, adds: bool
+        ) -> Tensor | None:
             constant = module.constant(before)
-            found.append(Pending(before, constant if adds else None, _attended(module)))
+            found.extend((_given(before), [constant] if adds else [], lacking))
             return None if adds else constant
 
         def block(place: Place, x: Tensor | None, skip: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -291,17 +361,18 @@ class UNet(nn.Module):
             before = _beside(x, skip, resblock.norm1.num_channels)
             if transformer is None:
                 # A sum of its own adds the bias for nothing; a product in place cannot.
-                return through(resblock, before, whole or resblock.shortcut is None)
+                return through(resblock, [], before, whole or resblock.shortcut is None)
             if whole and resblock.shortcut is None:
                 # The sum adds what the transformer's product will leave out, whose norm takes it off again.
                 ahead = transformer.constant(None)
-                found.append(Pending(before, resblock.constant(before) + ahead))
-                found.append(Pending(-ahead, None, _attended(transformer)))
+                found.extend((_given(before), [resblock.constant(before) + ahead], []))
+                found.extend(([-ahead], [], transformer.lacking()))
                 return None
-            return through(transformer, through(resblock, before, resblock.shortcut is None), whole)
+            before = through(resblock, [], before, resblock.shortcut is None)
+            return through(transformer, transformer.lacking(), before, whole)
 
         out = self._run(self.conv_in.bias, block, lambda module, x: module.conv.bias)
-        return tuple(found), out
+        return [*found, _given(out)]
 
     def _run(
         self,
@@ -340,29 +411,29 @@ class UNet(nn.Module):
         other.load_state_dict(self.state_dict(), assign=True)
         return other.train(self.training).requires_grad_(self.conv_in.weight.requires_grad)
 
-    def forward(self, sample: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
-        """sample [B, Cin, H, W], timestep a number or [B], context [B, T, Dctx] -> [B, Cout, H, W]."""
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: float | Tensor,
+        context: Tensor,
+        *,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """sample [B, Cin, H, W], timestep a number or [B], the others of `condition` -> [B, Cout, H, W]."""
         t = self._on_device(timestep).reshape(1, -1)
         if t.shape[1] not in (1, sample.shape[0]):
             raise ValueError(
-                f"timestep must be one number or one per sample ({sample.shape[0]}); got {t.shape[1]}"
+                f"timestep must be one number or one per sample ({sample.shape[0]}); got {t.shape[1]}: "
+                "use condition() and denoise() for several steps"
             )
         # Nobody keeps these: they need no mark.
-        constants = Constants(torch.cat(_vectors(*self._pending())))
-        return self.denoise(sample, self._condition(t, context, constants), 0)
+        constants = Constants(torch.cat(list(chain(*self._pending()))))
+        return self.denoise(sample, self._condition(t, context, text_embeds, time_ids, constants), 0)
 
 
-def _parts(pending: Pending) -> tuple[Tensor | None, ...]:
-    return pending.before, pending.bias, pending.attended
-
-
-def _vectors(pending: Iterable[Pending], out: Tensor | None) -> list[Tensor]:
-    """Those that are there, in the order of `Conditioning.constants`."""
-    return [part for part in (*(part for one in pending for part in _parts(one)), out) if part is not None]
-
-
-def _attended(module: ResBlock | Transformer) -> Tensor | None:
-    return module.block.attended() if isinstance(module, Transformer) else None
+def _given(vector: Tensor | None) -> list[Tensor]:
+    return [] if vector is None else [vector]
 
 
 def _beside(x: Tensor | None, skip: Tensor | None, channels: int) -> Tensor | None:

@@ -33,7 +33,7 @@ from .records import RECORDS_NAME, RecordStore, record_schema
 from .reporting import ReportNotWritten, report_path, report_run, resume_command
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
-from .static.cli import InspectError, inspect
+from .static.cli import inspect
 from .timing import Deadline, RepetitionRule
 from .visible import console, counted, never_fail_on_encoding, say
 
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _WRONG_CALL as wrong_call:
         command = "ldmperf" if wrong_call.ctx is None else wrong_call.ctx.command_path
         _stop(f"{wrong_call.format_message().rstrip('.')}; see: {command} --help", 2)
-    except (CaseError, RunError, InspectError) as wrong_call:
+    except (CaseError, RunError) as wrong_call:
         _stop(str(wrong_call), 2)
     except KeyboardInterrupt:
         code = 130

@@ -23,6 +23,10 @@ class Layout:
     head: str | None
     rows: tuple[tuple[str, ...], ...]
 
+    @property
+    def lines(self) -> list[str]:
+        return [*([] if self.head is None else [self.head]), *(line for row in self.rows for line in row)]
+
 
 def laid_out(
     headings: Sequence[str],

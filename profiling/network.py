@@ -30,10 +30,14 @@ def make_network(case: Case) -> UNet:
             unet = UNet(config, backend="torch").to(dtype)
         randomize(unet, case.seed)
     needed = IN_CHANNELS[case.task]
-    if (unet.config.in_channels, unet.config.out_channels) != (needed, 4):
+    channels = (unet.config.in_channels, unet.config.out_channels)
+    if channels != (needed, 4):
+        fitting = [task for task, count in IN_CHANNELS.items() if channels == (count, 4)]
+        # Nine input channels are inpainting's.
+        advice = f"give --task {fitting[0]}" if fitting else "no task here takes these: choose another checkpoint"
         raise Unsupported(
-            f"task {case.task} needs a UNet from {needed} to 4 channels; {case.label} goes from "
-            f"{unet.config.in_channels} to {unet.config.out_channels}"
+            f"task {case.task} needs a UNet from {needed} to 4 channels; {case.label} goes from {channels[0]} to "
+            f"{channels[1]}; {advice}"
         )
     return unet.eval().requires_grad_(False)
 

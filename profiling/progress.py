@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from .cases import Case
@@ -18,6 +17,7 @@ from .network import family_config
 from .records import Record
 from .runner import groups
 from .timing import Clock, Deadline, RepetitionRule
+from .visible import counted, say, visible
 
 # For a checkpoint, whose size is not known before it is loaded: a middling member of the family.
 _UNKNOWN_GFLOP = 300.0
@@ -102,10 +102,10 @@ class ProgressLines:
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
+                SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[left]}"),
+                TextColumn("{task.fields[left]}", markup=False),
                 TimeElapsedColumn(),
                 console=console,
                 transient=True,
@@ -128,10 +128,10 @@ class ProgressLines:
         self._in_flight = list(cases)
         case = cases[0]
         backends = ", ".join(c.backend for c in cases)
-        steps = "1 step" if case.steps == 1 else f"{case.steps} steps"
         self._write(
-            f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} {steps}, batch {case.batch}, "
-            f"guidance {case.guidance_scale:g}, {case.dtype} on {case.device}: {backends}"
+            f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} "
+            f"{counted(case.steps, 'step')}, batch {case.batch}, guidance {case.guidance_scale:g}, "
+            f"{case.dtype} on {case.device}: {backends}"
         )
         self._update(f"{self._number}/{self._total} {case.label}")
 
@@ -152,13 +152,13 @@ class ProgressLines:
             self._write(f"    {self._total - self._number} to go" + (f", {left}" if left else ""))
 
     def _write(self, line: str) -> None:
-        self._console.print(escape(line), highlight=False, soft_wrap=True)
+        say(self._console, line)
 
     def _update(self, text: str) -> None:
         if self._bar is not None:
             self._bar.update(
                 self._task,
-                description=escape(text),
+                description=visible(text),
                 completed=self._remaining.fraction,
                 left=readable(self._remaining.seconds),
             )

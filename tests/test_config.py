@@ -114,10 +114,14 @@ def test_absent_fields_take_diffusers_defaults():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("addition_embed_type", "text_time"),
+        ("addition_embed_type", "text"),
+        ("addition_embed_type", "image_hint"),
         ("class_embed_type", "timestep"),
         ("act_fn", "gelu"),
-        ("transformer_layers_per_block", [1, 2, 10]),
+        ("transformer_layers_per_block", [1, 2, [2, 1, 1], 10]),
+        ("transformer_layers_per_block", "2"),
+        ("transformer_layers_per_block", None),
+        ("reverse_transformer_layers_per_block", [1, 1, 1, 1]),
         ("down_block_types", ["AttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"]),
         ("mid_block_type", "UNetMidBlock2D"),
         ("resnet_time_scale_shift", "scale_shift"),
@@ -167,6 +171,15 @@ def test_unsupported_fields_are_refused_by_name(field, value):
     with pytest.raises(UnsupportedConfig, match=field) as refusal:
         UNetConfig.from_diffusers(SD15 | {field: value})
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("field", ["addition_time_embed_dim", "projection_class_embeddings_input_dim"])
+def test_text_time_embeddings_need_both_widths(field):
+    widths = {"addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+    with pytest.raises(UnsupportedConfig, match=f"{field} = None"):
+        UNetConfig.from_diffusers(SD15 | {"addition_embed_type": "text_time"} | widths | {field: None})
+    # Where nothing is added they say nothing, as in diffusers.
+    assert UNetConfig.from_diffusers(SD15 | widths) == UNetConfig.from_diffusers(SD15)
 
 
 def test_every_field_of_diffusers_class_is_known():

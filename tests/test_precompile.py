@@ -481,7 +481,7 @@ def test_the_command_counts_and_compiles(run: Run, own_cache: Path, monkeypatch:
     assert "1 to compile" in out
     code, out, _ = run("--arch", "sm_90", "--for", "smoke")
     assert code == 0
-    assert "1 kernels compiled, 0 were there; " in out
+    assert "1 kernel compiled, 0 there before; " in out
     assert str(own_cache) in out
     broken = replace(work.launches[0], digest="0" * 64)
     monkeypatch.setattr(precompile, "work_for", lambda names, arch, **_: replace(work, launches=(broken,)))

@@ -89,7 +89,10 @@ def added(unet: UNet) -> None:
         (added, "a module was replaced"),
         (lambda unet: unet.load_state_dict(unet.state_dict()), r"time_embedding\.linear_1\.weight was written"),
         (lambda unet: torch._foreach_mul_(list(unet.parameters()), 2.0), r"weight was written"),
-        (lambda unet: unet.down[0].transformers[0].block.to_out.bias.zero_(), r"block\.to_out\.bias was written"),
+        (
+            lambda unet: unet.down[0].transformers[0].blocks[0].to_out.bias.zero_(),
+            r"blocks\.0\.to_out\.bias was written",
+        ),
     ],
 )
 def test_what_changed_is_told(change: Callable[[UNet], object], told: str) -> None:

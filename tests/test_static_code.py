@@ -177,7 +177,14 @@ def test_units_share_instructions():
     counts = unit_counts(
         program("FFMA R1, R2, R3, R4", "IMAD R1, R2, R3, R4", "I2F R1, R2", "LDG.E.128 R4, [R2.64]")
     )
-    assert counts == {"issue": 4, "FMA": 2, "integer FMA": 1, "exponential": 1, "load/store": 1, "shared memory": 16}
+    assert counts == {
+        "issue": 4,
+        "FMA": 2,
+        "integer FMA": 1,
+        "exponential": 1,
+        "load/store": 1,
+        "shared memory": 16,
+    }
 
 
 def test_the_mix_counts_every_instruction_once():

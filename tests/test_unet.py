@@ -167,7 +167,7 @@ def test_gradients_equal_diffusers():
         run(x).square().sum().backward()
         grads.append(x.grad)
     assert relative_rms(*grads) < 1e-9
-    weight = ours.down[0].transformers[0].block.cross_kv.weight.grad
+    weight = ours.down[0].transformers[0].blocks[0].cross_kv.weight.grad
     attention = theirs.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     assert relative_rms(weight, torch.cat([attention.to_k.weight.grad, attention.to_v.weight.grad])) < 1e-9
 
@@ -273,7 +273,7 @@ def test_constants_that_were_kept_are_those_that_would_be_computed():
         assert torch.equal(kept.constants, fresh.constants)
         assert torch.equal(unet.denoise(sample, kept, 0), unet.denoise(sample, fresh, 0))
         # Of other weights they are others.
-        unet.up[1].transformers[0].block.ff_out.bias.add_(1.0)
+        unet.up[1].transformers[0].blocks[0].ff_out.bias.add_(1.0)
         assert not torch.equal(unet.constants().values, constants.values)
     with pytest.raises(ValueError, match=r"constants must be \["):
         unet.condition([1.0], context, constants=Constants(constants.values[1:]))

@@ -86,8 +86,7 @@ def attention_lines(rows: Sequence[AttentionRow], width: int | None = None) -> l
     if not rows:
         return []
     laid = laid_out(HEADINGS, [cells(row) for row in rows], words=_WORDS, width=width, leading=4)
-    head = [] if laid.head is None else [laid.head]
-    return [title(rows), *head, *(line for lines in laid.rows for line in lines)]
+    return [title(rows), *laid.lines]
 
 
 def cells(row: AttentionRow) -> tuple[str, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..cases import CaseError, split_values
+from ..visible import console, counted, say
 
 if TYPE_CHECKING:
-    from .precompile import Done, Report, Work
+    from .precompile import Report, Work
 
 # Names of failures that are printed; the rest is counted.
 _SHOWN = 10
@@ -51,17 +53,12 @@ def compile_ahead(
       ldmperf compile --for tune:group_norm_silu+linear:866M:2
       ldmperf compile --for tests --plan
     """
-    try:
-        import triton
-    except ImportError:
-        raise CaseError("compiling takes triton, which is not installed: pip install triton") from None
-    if triton.knobs.runtime.interpret:
-        raise CaseError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from .compile import cache_folder, cache_refused, require_compiler
 
+    require_compiler()
+    from ..counting import counting
     from .machines import MACHINES
-    from .precompile import chip_here, compile_work, work_for
+    from .precompile import Done, chip_here, compile_work, work_for
 
     if arch is None:
         chip = chip_here()
@@ -70,29 +67,29 @@ def compile_ahead(
         raise CaseError(f"--arch: no architecture {arch!r}; choose from {', '.join(MACHINES)}")
     names = split_values(work)
     if not names:
-        raise CaseError("--for: no work given")
-    errors = Console(stderr=True)
+        raise CaseError("--for: no work given; name some, as --for smoke (see --help)")
+    errors, out = console(stderr=True), console()
     try:
         planned = work_for(names, arch, processes=jobs)
-        typer.echo(counts(planned))
+        say(out, counts(planned))
         if plan:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        # Drawn from here, not by a thread of its own: a process that is forked beside one may inherit its lock.
-        with Progress(
-            *columns, console=errors, auto_refresh=False, transient=True, disable=not errors.is_terminal
-        ) as bar:
-            task = bar.add_task("", total=len(planned.stubs) + len(planned.launches))
+        try:
+            Path(cache_folder()).mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            say(errors, f"ldmperf: {cache_refused(failure)}")
+            raise typer.Exit(1) from None
+        with counting(errors, len(planned.stubs) + len(planned.launches), "compilations") as count:
 
             def show(done: Done) -> None:
-                bar.update(task, advance=1, description=done.name.partition("[")[0], refresh=True)
+                count(done.name.partition("[")[0])
 
             report = compile_work(planned, processes=jobs, seconds=seconds, told=show)
     except KeyboardInterrupt:
-        errors.print("ldmperf: stopped; what was compiled is kept", highlight=False, soft_wrap=True)
+        say(errors, "ldmperf: stopped; what was compiled is kept; go on with the same command")
         raise typer.Exit(130) from None
     for line in told(report):
-        typer.echo(line)
+        say(out, line)
     if report.failures:
         raise typer.Exit(1)
 
@@ -100,9 +97,13 @@ def compile_ahead(
 def counts(work: Work) -> str:
     """One line: how many kernels and launchers there are, and how many of them are to be compiled."""
     candidates = sum(kernel.candidate for kernel in work.launches)
-    text = f"{len(work.launches)} kernels for {work.machine.arch}"
+    text = f"{counted(len(work.launches), 'kernel')} for {work.machine.arch}"
     text += f", {candidates} of them candidates of a tuner" if candidates else ""
-    text += f"; {len(work.stubs)} modules that launch them" if work.no_stubs is None else ""
+    text += (
+        f"; {counted(len(work.stubs), 'module that launches', 'modules that launch')} them"
+        if work.no_stubs is None
+        else ""
+    )
     text += f"; {work.missing} to compile"
     if work.no_stubs is not None:
         text += f"; modules that launch them are left to the first launch: {work.no_stubs}"
@@ -111,20 +112,21 @@ def counts(work: Work) -> str:
 
 def told(report: Report) -> list[str]:
     """What was done, in lines."""
-    from .precompile import cache_folder
+    from .compile import cache_folder
 
     stubs = [report.count(status, stubs=True) for status in ("compiled", "there")]
     unfit = [one for one in report.done if one.candidate and one.status in ("failed", "unfit")]
     lines = [
-        f"{report.count('compiled')} kernels compiled, {report.count('there')} were there; "
-        f"{stubs[0]} modules compiled, {stubs[1]} were there; "
+        f"{counted(report.count('compiled'), 'kernel')} compiled, {report.count('there')} there before; "
+        f"{counted(stubs[0], 'module')} compiled, {stubs[1]} there before; "
         f"{report.seconds:.0f} s; {cache_folder()}"
     ]
     if unfit:
         first = f"{unfit[0].name}: {unfit[0].message}"
-        lines.append(f"{len(unfit)} candidates cannot be launched, which a tuner passes over; the first: {first}")
+        some = counted(len(unfit), "candidate")
+        lines.append(f"{some} cannot be launched, which a tuner passes over; the first: {first}")
     if report.left:
-        lines.append(f"{report.left} were not begun in time")
+        lines.append(f"{report.left} not begun in time; the same command goes on, or give more --seconds")
     lines += [f"failed: {one.name}: {one.message}" for one in report.failures[:_SHOWN]]
     if len(report.failures) > _SHOWN:
         lines.append(f"and {len(report.failures) - _SHOWN} more failed")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..cases import CaseError, dtype_named
+from ..visible import console, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,8 +21,8 @@ if TYPE_CHECKING:
     from .shapes import Shape
 
 
-class InspectError(Exception):
-    """A wrong call of `ldmperf inspect`, in one line."""
+# Of every number: what a program holds grows with channels, and compiling takes time and memory with it.
+_MOST = 2**14
 
 
 def inspect(
@@ -29,15 +33,20 @@ def inspect(
         str | None,
         typer.Option(help="All launches of the kernel in a step of this size, 39M ... 5B, or of `vae`."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images in the model; 2 unless told.")] = None,
-    channels: Annotated[
-        int | None, typer.Option(min=1, help="Channels of the image, or of the tokens of the result.")
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Images in the model; 2 unless told.")
     ] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; 64 unless told.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; 64 unless told.")] = None,
-    groups: Annotated[int | None, typer.Option(min=1, help="Groups of a group norm; 32 unless told.")] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Channels of the image, or of the tokens of the result.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Pixels; 64 unless told.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Pixels; 64 unless told.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=1, max=_MOST, help="Groups of a group norm; 32 unless told.")
+    ] = None,
     skip_channels: Annotated[
-        int | None, typer.Option(min=0, help="Channels of a skip connection that is normalized with the image.")
+        int | None,
+        typer.Option(min=0, max=_MOST, help="Channels of a skip connection that is normalized with the image."),
     ] = None,
     head_dim: Annotated[
         str | None,
@@ -46,15 +55,18 @@ def inspect(
             "the farthest from its bound first."
         ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Heads of attention; 8 unless told.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Heads of attention; 8 unless told.")] = None,
     context: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Tokens of the context attended to, 77 of a text; 0, unless told: the image's own."
+            min=0,
+            max=2**20,
+            help="Tokens of the context attended to, 77 of a text; 0, unless told: the image's own.",
         ),
     ] = None,
     features: Annotated[
-        int | None, typer.Option(min=1, help="Channels of a product's result; four times its own unless told.")
+        int | None,
+        typer.Option(min=1, max=_MOST, help="Channels of a product's result; four times its own unless told."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
@@ -73,8 +85,6 @@ def inspect(
       ldmperf inspect attention --head-dim 80 --context 77
       ldmperf inspect attention --head-dim family
     """
-    from rich.console import Console
-
     from .display import by_distance, print_inspection, print_work_list
     from .inspection import inspect_launch
 
@@ -90,49 +100,41 @@ def inspect(
         "features": features,
     }
     if head_dim == "family":
-        results = _every_head_dim(kernel, arch, dtype, size, numbers, sass=sass)
+        results = _every_head_dim(kernel, arch, dtype_named(dtype), size, numbers, sass=sass)
         if as_json:
             typer.echo(json.dumps(by_distance(results), indent=2))
         else:
-            print_work_list(results, Console())
+            print_work_list(results, console())
         return
     numbers["head_dim"] = _head_dim(head_dim)
-    machine, launches = _chosen(kernel, arch, dtype, size, numbers)
-    inspections = [inspect_launch(launch, machine) for launch in launches]
+    machine, launches = _chosen(kernel, arch, dtype_named(dtype), size, numbers)
+    with _told_in_one_line(kernel, arch):
+        inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
-        told = [
-            inspection.as_json() | ({"sass": inspection.nvidia.text} if sass and inspection.nvidia else {})
-            for inspection in inspections
-        ]
+        told = [one.as_json() | ({"sass": one.code} if sass else {}) for one in inspections]
         typer.echo(json.dumps(told, indent=2))
         return
-    console = Console()
+    out = console()
     for inspection in inspections:
-        print_inspection(inspection, console, sass=sass)
+        print_inspection(inspection, out, sass=sass)
 
 
 def _chosen(
     kernel: str, arch: str, dtype: str, size: str | None, numbers: dict[str, int | None]
 ) -> tuple[Machine, list[Launch]]:
     """The machine and the launches that the options name."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        raise InspectError("inspecting compiles with triton, which is not installed: pip install triton") from None
+    from .compile import require_compiler
+
+    require_compiler()
     from ldmperf.kernels import OPERATORS
 
-    from ..cases import DTYPES
     from .machines import MACHINES
     from .shapes import SHAPES
 
     known = [name for name in OPERATORS if name in SHAPES]
-    for what, name, names in (
-        ("kernel", kernel, known),
-        ("architecture", arch, MACHINES),
-        ("dtype", dtype, DTYPES),
-    ):
+    for what, name, names in (("kernel", kernel, known), ("architecture", arch, MACHINES)):
         if name not in names:
-            raise InspectError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+            raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}")
     given = {name: number for name, number in numbers.items() if number is not None}
     machine = MACHINES[arch]
     if size is None:
@@ -146,23 +148,54 @@ def _every_head_dim(
     """`Inspection.as_json` of the kernel at each head dimension of the family."""
     machine, _ = _chosen(kernel, arch, dtype, size, numbers | {"head_dim": 8})
     if machine.backend != "cuda":
-        raise InspectError(f"no units of {arch} are modelled, so --head-dim family has no table; give one number")
+        raise CaseError(f"no units of {arch} are modelled, so --head-dim family has no table; give one number")
     if sass:
-        raise InspectError("--head-dim family prints a table; for --sass give one number")
+        raise CaseError("--head-dim family prints a table; for --sass give one number")
+    from ..counting import counting
+    from .forked import usable_cores
     from .score_tile import FAMILY_HEAD_DIMS
     from .sweep import ShapeItem, inspect_items
 
     given = {name: number for name, number in numbers.items() if number is not None}
     shapes = (_shape(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
     items = [ShapeItem(kernel, f"head_dim={shape.head_dim}", shape, arch) for shape in shapes]
-    return list(inspect_items(items, min(os.cpu_count() or 1, 8)))
+    results = []
+    with (
+        _told_in_one_line(kernel, arch),
+        counting(console(stderr=True), len(items), "head dimensions compiled") as count,
+    ):
+        for result in inspect_items(items, min(usable_cores(), 8)):
+            results.append(result)
+            count(str(result["size"]))
+    return results
+
+
+@contextmanager
+def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
+    """What the compiler or the folder that it writes to refuses ends the command, with exit code 1."""
+    from triton.errors import TritonError
+
+    from .compile import cache_refused
+
+    try:
+        yield
+    except OSError as failure:
+        reason = cache_refused(failure)
+    # The compiler's passes raise RuntimeError.
+    except (TritonError, RuntimeError) as failure:
+        last = (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
+        reason = f"{kernel} of this shape does not compile for {arch} ({last.strip()}); choose a smaller one"
+    else:
+        return
+    say(console(stderr=True), f"ldmperf: {reason}")
+    raise typer.Exit(1)
 
 
 def _head_dim(text: str | None) -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or int(text) % 4 or not 4 <= int(text) <= 384:
-        raise InspectError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
+        raise CaseError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
     return int(text)
 
 
@@ -182,11 +215,11 @@ def _shape(kernel: str, dtype: str, given: dict[str, int]) -> tuple[Callable[[Sh
     build, takes, defaults = SHAPES[kernel]
     for name in given:
         if name not in takes:
-            raise InspectError(f"{kernel} takes no {_option(name)}; it takes {', '.join(map(_option, takes))}")
+            raise CaseError(f"{kernel} takes no {_option(name)}; it takes {', '.join(map(_option, takes))}")
     shape = Shape(getattr(torch, dtype), **{**defaults, **given})
     channels = shape.channels + shape.skip_channels
     if "groups" in takes and channels % shape.groups:
-        raise InspectError(f"{channels} channels do not divide into {shape.groups} groups; choose --groups")
+        raise CaseError(f"{channels} channels do not divide into {shape.groups} groups; choose --groups")
     return build, shape
 
 
@@ -198,16 +231,16 @@ def _of_size(kernel: str, dtype: Any, size: str, machine: Machine, given: dict[s
 
     for name in given:
         if name != "batch":
-            raise InspectError(f"--size brings its own shapes; leave out {_option(name)}")
+            raise CaseError(f"--size brings its own shapes; leave out {_option(name)}")
     if size == "vae":
         cases = [case for case in vae_kernel_cases(dtype, given.get("batch", 1)) if case.operator == kernel]
         found = list(distinct_launches(cases, machine).values())
     elif size in FAMILY:
         found = list(family_launches(size, given.get("batch", 2), dtype, kernel, machine).values())
     else:
-        raise InspectError(f"unknown size {size!r}; there are {', '.join(FAMILY)}, vae")
+        raise CaseError(f"unknown size {size!r}; there are {', '.join(FAMILY)}, vae")
     if not found:
-        raise InspectError(f"size {size} does not use {kernel}")
+        raise CaseError(f"size {size} does not use {kernel}")
     return found
 
 

@@ -13,7 +13,30 @@ from typing import Any
 
 from ldmperf.kernels import Launch
 
+from ..cases import CaseError
 from .machines import Machine
+
+
+def require_compiler() -> None:
+    """Raises CaseError where triton is not there to compile."""
+    try:
+        import triton
+    except ImportError:
+        raise CaseError("this compiles with triton, which is not installed: pip install triton") from None
+    if triton.knobs.runtime.interpret:
+        raise CaseError("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
+
+
+def cache_folder() -> str:
+    """Where triton keeps what it compiled: TRITON_CACHE_DIR, or a folder below home."""
+    from triton import knobs
+
+    return str(knobs.cache.dir)
+
+
+def cache_refused(failure: OSError) -> str:
+    """One line on a folder that cannot be written to."""
+    return f"cannot write to {cache_folder()} ({failure.strerror}); set TRITON_CACHE_DIR to another folder"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Inspection:
     tile: ScoreTile | None = None
 
     @property
+    def code(self) -> str:
+        """The machine code: SASS, or an AMD chip's assembly."""
+        return self.compiled.asm["amdgcn"] if self.nvidia is None else self.nvidia.text
+
+    @property
     def faults(self) -> list[str]:
         """What no kernel may have: spills, local memory, a stack, serialized products, more than the chip has."""
         machine, found = self.compiled.machine, []

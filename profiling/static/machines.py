@@ -55,11 +55,18 @@ class Machine:
 #                assumed to share its 16 lanes.
 # conversion     F2FP, packing two floats to half precision: "all other type conversions".
 # load/store     load and store instructions and shuffles: 32 lanes address a clock.
-# shared memory  bytes between registers and L1 or shared memory, a clock; assumed to be shared by the operands that
-#                a warp group's matrix product reads from shared memory.
+# shared memory  bytes between registers and L1 or shared memory, a clock; assumed to be shared by the operands
+#                that a warp group's matrix product reads from shared memory.
 # matrix         multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock); of TF32, half.
 #                Every shape at the full rate: HGMMA of few columns and, on sm_90, HMMA may reach less of it.
-_COMMON = {"issue": 128.0, "ALU": 64.0, "exponential": 16.0, "conversion": 64.0, "load/store": 32.0, "shared memory": 128.0}
+_COMMON = {
+    "issue": 128.0,
+    "ALU": 64.0,
+    "exponential": 16.0,
+    "conversion": 64.0,
+    "load/store": 32.0,
+    "shared memory": 128.0,
+}
 _SM_80 = _COMMON | {"FMA": 64.0, "integer FMA": 64.0, "matrix": 1024.0}
 _SM_90 = _COMMON | {"FMA": 128.0, "integer FMA": 64.0, "matrix": 2048.0}
 

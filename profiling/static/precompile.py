@@ -268,13 +268,6 @@ def _in_cache(digest: str, name: str) -> bool:
     return group in (get_cache_manager(digest).get_group(group) or {})
 
 
-def cache_folder() -> str:
-    """Where triton keeps what it compiled: TRITON_CACHE_DIR, or a folder below home."""
-    from triton import knobs
-
-    return str(knobs.cache.dir)
-
-
 def compile_work(
     work: Work,
     *,

@@ -82,7 +82,8 @@ def class_of(instruction: Instruction) -> str:
 
 
 def unit_counts(instructions: Iterable[Instruction]) -> Counter[str]:
-    """Warp instructions by unit of `Machine.lanes` that they keep busy; bytes in shared memory, products in matrix.
+    """Warp instructions by unit of `Machine.lanes` that they keep busy; bytes for shared memory, multiply-adds for
+    matrix.
 
     One instruction may count for several units: all for `issue`, integer multiply-adds for the whole FMA pipe too.
     One that is never executed (a fence's `@!PT LDS`) is issued only.
