@@ -2,7 +2,7 @@
 
 from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, UnsupportedConfig, diffusers_config
-from .files import CheckpointError, UnsupportedCheckpoint
+from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
 from .unet import UNet
 from .weights import diffusers_state_dict, load_unet, save_unet
 
@@ -15,6 +15,7 @@ __all__ = [
     "UNetConfig",
     "UnsupportedCheckpoint",
     "UnsupportedConfig",
+    "checkpoint_files",
     "diffusers_config",
     "diffusers_state_dict",
     "load_unet",

@@ -88,6 +88,11 @@ def find(path: Path) -> Source:
     return Source(files, weight_map, folder / "config.json", is_folder=True)
 
 
+def checkpoint_files(path: str | Path) -> tuple[Path, ...]:
+    """The files that `load_unet` reads for a path, by name. Raises `CheckpointError` where there are none."""
+    return find(Path(path)).files
+
+
 def read_json(file: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
     """The JSON object in a file of at most `most` bytes."""
     try:

@@ -41,10 +41,10 @@ def check_unchanged(cases: Iterable[Case], told: Callable[[str], None] | None = 
 
 
 def weights_sha256(path: Path, told: Callable[[str], None] | None = None) -> str:
-    """SHA-256, in hexadecimal, of a checkpoint's file or of a folder's .safetensors files, by name, in one stream.
+    """SHA-256, in hexadecimal, of the files that are loaded for a checkpoint's path, by name, in one stream.
 
-    Of a folder: those in it, or in its folder `unet`. Read once in a process while the files stay as they are.
-    Raises CaseError where there is none, or one cannot be read.
+    Read once in a process while the files stay as they are. Raises CaseError where there is none, or one cannot be
+    read.
     """
     try:
         files = _tensor_files(path)
@@ -74,14 +74,11 @@ def _digest(files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def _tensor_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    for pattern in ("diffusion_pytorch_model*.safetensors", "*.safetensors"):
-        for folder in (path, path / "unet"):
-            if files := sorted(folder.glob(pattern)):
-                return files
-    raise CaseError(
-        f"--unet: no .safetensors file in {path} or its folder unet; give a folder that diffusers saved with "
-        "safe_serialization, or a .safetensors file"
-    )
+def _tensor_files(path: Path) -> tuple[Path, ...]:
+    # Loads torch, which reading a command's options does without.
+    from ldmperf.model import CheckpointError, checkpoint_files
+
+    try:
+        return checkpoint_files(path)
+    except CheckpointError as error:
+        raise CaseError(f"--unet: {error}") from None
