@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -126,10 +127,54 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
         "import sys\nfrom ldmperf.profiling.cli import main\n"
         "try: main(['profile', '--help'])\n"
         "except SystemExit: pass\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: pass\n"
         "heavy = {'torch', 'diffusers', 'altair', 'jinja2', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_version_and_the_commit_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = metadata.version("ldmperf")
+    monkeypatch.setattr("ldmperf.profiling.environment.checkout", lambda: ("0123456789" * 4, False))
+    assert run("--version").out == f"ldmperf {known} (commit 0123456)\n"
+    monkeypatch.setattr("ldmperf.profiling.environment.checkout", lambda: (None, None))
+    outcome = run("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"ldmperf {known}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["profile", "--schema"],
+        ["env", "--device", "cpu"],
+        ["kernels", "--device", "cpu", "--seconds", "0"],
+    ],
+)
+def test_a_reader_that_has_gone_is_no_failure(arguments: list[str], tmp_path: Path) -> None:
+    """As `ldmperf ... | head -1`: nothing on stderr, and the exit code that a shell gives for SIGPIPE."""
+    more = ["--out", str(tmp_path)] if arguments[0] == "kernels" else []
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        command(*arguments, *more), stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writing)
+    assert ended.returncode == 141
+    assert not [line for line in ended.stderr.splitlines() if "Error" in line or "Traceback" in line]
+    assert more or ended.stderr == ""
+
+
+def test_a_checkpoint_whose_name_records_cannot_hold_is_a_wrong_call(run: Run, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    outcome = run("profile", "--unet", folder, "--out", tmp_path / "runs")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert r"\udcff is not UTF-8" in outcome.err
+    assert "rename" in outcome.err
 
 
 def test_the_schema_is_printed_as_json(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from ldmperf.profiling.environment import Environment, max_sm_clock_mhz
 from ldmperf.profiling.kernel_bench import bench as bench_module
 from ldmperf.profiling.kernel_bench import device as device_module
 from ldmperf.profiling.kernel_bench.bench import KernelBench
+from ldmperf.profiling.kernel_bench.cli import progress_line
 from ldmperf.profiling.kernel_bench.device import (
     DELAY_CYCLES,
     MOST_INPUT_SETS,
@@ -43,7 +45,7 @@ from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.run import earlier_records, run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
-from ldmperf.profiling.kernel_bench.table import markdown, print_records, ratios, summary_lines
+from ldmperf.profiling.kernel_bench.table import markdown, notes, print_records, ratios, summary_lines
 from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
 from ldmperf.profiling.kernel_cases import family_kernel_cases, sampler_case
 from ldmperf.profiling.records import Samples
@@ -622,6 +624,19 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
         (["--peer", "jax"], "xformers"),
         (["--dtype", "int8"], "bfloat16"),
         (["--device", "cuda:99"], "not here"),
+        # What is refused without an option is refused beside it; no option is taken for another, or for none.
+        (["--size", ","], "--size: no value given"),
+        (["--head-dim", ",", "--size", "39M"], "--head-dim: no value given"),
+        (["--head-dim", "8", "--tokens", " , "], "--tokens: no value given"),
+        (["--head-dim", "8", "--kernel", "attention,geglu"], "leave --size out, and --kernel"),
+        (["--head-dim", "8", "--dtype", "int8"], "bfloat16"),
+        (["--head-dim", "8", "--batch", "0"], "from 1"),
+        (["--head-dim", "8", "--peer", "jax"], "xformers"),
+        (["--size", "vae", "--batch", "3"], "leave --batch out"),
+        (["--resume", "/no/where", "--out", "/tmp"], "leave --out out"),
+        (["--resume", "/no/where", "--tokens", "8"], "--head-dim"),
+        (["--resume", "/no/where"], "start one without --resume"),
+        (["--seconds", "nan"], "--help"),
     ],
 )
 def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
@@ -647,6 +662,65 @@ def test_the_command_measures_records_and_shows(
     assert "unsupported" not in out + errors
     assert (folder / "kernels.md").read_text().count("\n") > 5
     assert "compile" not in errors
+
+
+def test_help_lists_every_peer(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run_command(capsys, "kernels", "--help")
+    listed = "".join(out.partition("--peer")[2].partition("; those that")[0].split())
+    assert set(listed.removeprefix("LIST").split(",")) == set(PEERS)
+
+
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.gpu_only])
+def test_a_peer_that_needs_a_gpu_says_so_when_named(name: str) -> None:
+    operator = next(iter(PEERS[name].operators or ["geglu"]))
+    with pytest.raises(Unsupported, match="GPU"):
+        PEERS[name].build(KernelCase.model_construct(operator=operator), torch.device("cpu"))
+    assert not PEERS[name].is_usual(torch.device("cpu"))
+
+
+def test_no_word_stands_twice_and_both_ways_to_call_are_told() -> None:
+    eager = _timed("eager", 2.0)
+    graph = eager.model_copy(update={"mode": "graph", "case_key": "other"})
+    assert progress_line([eager]).endswith("(39M batch 2): eager 2 ms")
+    assert progress_line([eager, graph]).endswith("one by one eager 2 ms; as a graph eager 2 ms")
+    assert "eager eager" not in printed([eager, graph], 200)
+    assert "one by one" in printed([eager, graph], 200)
+    # One way only: nothing to tell apart.
+    assert "one by one" not in printed([eager], 200).partition("calls")[0]
+
+
+def printed(records: Sequence[KernelRecord], width: int) -> str:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("COLUMNS", str(width))
+        print_records(records, Console(file=out, width=width))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_table_fits_a_narrow_terminal(width: int) -> None:
+    records = [_timed("eager", 0.012345), *bench(PEERS["triton"]).measure(Job("39M", 2, geglu_case()))]
+    shown = printed(records, width)
+    assert max(map(len, shown.splitlines())) <= width
+    for part in ("p50 ms 0.01235", "unsupported: the Triton kernel needs a GPU"):
+        assert part in " ".join(shown.split())
+
+
+def test_a_busy_machine_is_noted() -> None:
+    quiet = _timed("eager", 1.0)
+    environment = quiet.environment.model_copy(update={"usable_cores": 2})
+    loads = [quiet.device_before.model_copy(update={"load_average_1min": load}) for load in (0.5, 7.25)]
+    records = [
+        quiet.model_copy(update={"environment": environment, "device_before": loads[0], "device_after": after})
+        for after in loads
+    ]
+    assert notes(records[:1]) == []
+    (note,) = notes(records[1:])
+    assert note.startswith("Note: The machine was probably busy")
+    assert "1 of 1 call saw" in note
+    assert "up to 7.25" in note
+    for shown in (printed(records[1:], 300), markdown(records[1:])):
+        assert "probably busy" in shown
 
 
 def test_a_bench_that_measured_nothing_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
 """`ldmperf inspect`: what it prints, what it refuses, and what it compiles for."""
 
+import io
+import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.cli import main
+from ldmperf.profiling.counting import counting
 
 pytest.importorskip("triton")
 
 from ldmperf.profiling.static.compile import specialization_of
+from ldmperf.profiling.static.display import UNITS
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.shapes import SHAPES
 
@@ -83,7 +89,18 @@ def test_a_size_of_the_family_brings_all_its_launches(capsys):
     [
         (("foo",), "unknown kernel 'foo'"),
         (("geglu", "--arch", "sm_42"), "unknown architecture 'sm_42'; there are sm_80, sm_90, gfx942"),
-        (("geglu", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("geglu", "--dtype", "int8"), "no dtype 'int8'; choose from"),
+        # No option stands in for the check of another.
+        (("attention", "--head-dim", "family", "--size", "39M"), "leave out --head-dim"),
+        (("attention", "--head-dim", "family", "--dtype", "int8"), "choose from"),
+        (("attention", "--head-dim", "family", "--groups", "2"), "attention takes no --groups"),
+        (("attention", "--head-dim", "family", "--arch", "gfx942"), "give one number"),
+        (("attention", "--head-dim", "family", "--sass"), "give one number"),
+        (("attention", "--size", "39M", "--head-dim", "7"), "multiple of 4"),
+        (("geglu", "--head-dim", "family"), "geglu takes no --head-dim"),
+        (("geglu", "--size", "39M", "--dtype", "int8"), "choose from"),
+        (("group_norm_silu", "--channels", "99999999"), "16384"),
+        (("residual_add", "--height", "1000000000"), "16384"),
         (("geglu", "--groups", "2"), "geglu takes no --groups"),
         (("group_norm_silu", "--channels", "321"), "321 channels do not divide into 32 groups"),
         (("geglu", "--size", "7T"), "unknown size '7T'"),
@@ -99,6 +116,73 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(capsys, arguments, error):
     assert out == ""
     assert error in err
     assert err.count("\n") == 1
+
+
+def test_what_does_not_compile_is_one_line_and_exit_code_1(capsys, monkeypatch):
+    from triton.errors import TritonError
+
+    def refuses(error):
+        def inspect_launch(*_):
+            raise error
+
+        monkeypatch.setattr("ldmperf.profiling.static.inspection.inspect_launch", inspect_launch)
+        return inspect(capsys, "geglu")
+
+    for error, told in (
+        (TritonError("at 3:4\nnumel exceeds the maximum"), "numel exceeds the maximum); choose a smaller one"),
+        (RuntimeError("PassManager::run failed"), "geglu of this shape does not compile for sm_90"),
+        (PermissionError(13, "Permission denied"), "set TRITON_CACHE_DIR to another folder"),
+    ):
+        code, out, err = refuses(error)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert told in err
+
+
+def test_interpreted_kernels_are_not_compiled(capsys, monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    code, _, err = inspect(capsys, "geglu")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "unset it" in err
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_an_inspection_fits_a_narrow_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, _ = inspect(capsys, "attention", "--head-dim", "40")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= columns
+    assert "..." not in out
+
+
+def test_the_units_have_the_names_of_the_documentation(capsys):
+    _, out, _ = inspect(capsys, "attention", "--json")
+    told = set(json.loads(out)[0]["prediction"]["cycles"])
+    page = (Path(__file__).parents[1] / "docs" / "attention.md").read_text(encoding="utf-8")
+    columns = set(next(line for line in page.splitlines() if line.startswith("| D | held as")).split(" | "))
+    assert told - columns == {"integer FMA", "memory"}
+    assert {"exponential", "shared memory", "load/store", "FMA", "L2"} <= told & columns
+    assert set(UNITS) - columns == {"memory"}
+
+
+def test_counting_tells_now_and_then_where_there_is_no_bar():
+    now = itertools.count(0, 2)
+    out = io.StringIO()
+    with counting(Console(file=out), 7, "kernels", lambda: next(now)) as count:
+        for number in range(7):
+            count(f"kernel[{number}]\x1b")
+    lines = out.getvalue().splitlines()
+    assert lines == [r"3 of 7 kernels: kernel[2]\x1b", r"6 of 7 kernels: kernel[5]\x1b"]
+
+
+def test_counting_draws_a_bar_on_a_terminal():
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=80)
+    with counting(terminal, 3, "kernels") as count:
+        count("[red]one\x1b")
+    assert "1/3" in out.getvalue()
+    assert r"[red]one\x1b" in out.getvalue()
 
 
 def test_help_stays_light():
