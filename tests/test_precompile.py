@@ -258,7 +258,7 @@ def test_a_candidate_that_cannot_be_launched_is_no_failure(own_cache: Path) -> N
     report = compile_work(work, processes=1)
     assert (report.count("failed"), report.failures) == (1, [])
     assert list(report.useless) == [work.launches[0].digest]
-    assert any("1 candidates cannot be launched" in line for line in ahead.told(report))
+    assert any("1 candidate cannot be launched" in line for line in ahead.told(report))
     work = plan(parts_of((broken, False)), SM_90, chips=[NO_GPU])
     (failure,) = compile_work(work, processes=1).failures
     assert failure.name.startswith("residual_add_kernel[")
@@ -477,7 +477,7 @@ def test_the_command_counts_and_compiles(run: Run, own_cache: Path, monkeypatch:
     monkeypatch.setattr(precompile, "work_for", lambda names, arch, **_: work)
     code, out, _ = run("--arch", "sm_90", "--for", "smoke", "--plan")
     assert (code, own_cache.exists()) == (0, False)
-    assert out.startswith("1 kernels for sm_90")
+    assert out.startswith("1 kernel for sm_90")
     assert "1 to compile" in out
     code, out, _ = run("--arch", "sm_90", "--for", "smoke")
     assert code == 0
@@ -523,7 +523,7 @@ def test_an_interrupt_ends_it_and_keeps_what_was_compiled(tmp_path: Path) -> Non
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "ldmperf: stopped; what was compiled is kept"
+    assert err.splitlines()[-1] == "ldmperf: stopped; what was compiled is kept; go on with the same command"
     assert "Traceback" not in err
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

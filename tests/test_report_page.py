@@ -128,16 +128,17 @@ def test_no_records_and_only_failures(make_record: MakeRecord, tmp_path: Path) -
     page = written(failed, tmp_path)
     # In its row, and in the list of failures.
     assert page.text.count("oom: 5B is too large") == 2
-    assert "2 cases, 0 with a time and 2 failed" in page.text
+    assert "2 cases, 0 with a time and 2 without" in page.text
 
 
 def test_names_and_messages_are_escaped_in_page_and_charts(make_record: MakeRecord, tmp_path: Path) -> None:
-    evil = "/models/<script>alert('&1\")"
+    evil = "/models/<script>alert('&1\")\x1b\u202e"
     records = [make_record(Case(unet=unet, steps=n)) for unet in ("39M", evil) for n in (2, 4)]
     records.append(make_record(Case(unet=evil, steps=8), status="error", message="<img src=x onerror=alert(1)>"))
     page = written(records, tmp_path)
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
-    assert "<script>alert('&1\")" in page.text
+    assert "<script>alert('&1\")\\x1b\\u202e" in page.text
+    assert not {"\x1b", "\u202e"} & set(page.text)
     assert "error: <img src=x onerror=alert(1)>" in page.text
     assert "<script" not in (tmp_path / "cost.svg").read_text()
 

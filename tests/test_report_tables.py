@@ -18,6 +18,7 @@ from ldmperf.profiling.environment import DeviceState
 from ldmperf.profiling.records import Samples
 from ldmperf.profiling.report import markdown_table, print_table
 from ldmperf.profiling.report.details import harness_lines
+from ldmperf.profiling.report.text import statuses_in_words
 
 MakeRecord = Callable[..., Record]
 # Words of their own: "inf" is in "information".
@@ -58,7 +59,7 @@ def test_what_was_cut_short_is_said(make_record: MakeRecord) -> None:
     first, *others = small_set(make_record)
     harness = first.harness.model_copy(update={"stopped_by": "seconds", "order": (("torch", "diffusers"),)})
     records = [first.model_copy(update={"harness": harness}), *others]
-    said = "Cut short by --seconds: 1 of 4 cases have fewer trajectories than were asked for"
+    said = "Cut short by --seconds: 1 of 4 cases with fewer trajectories than were asked for"
     assert said in printed(records)
     assert said in markdown_table(records)
     # In the details too; alike but for the order of their rounds are one setting.
@@ -80,7 +81,12 @@ def test_a_failed_case_is_a_row_with_its_reason_and_no_time(make_record: MakeRec
     (row,) = (line for line in output.splitlines() if line.startswith("145M") and "diffusers" in line)
     assert row.split("  ")[-1] == "oom: tried to allocate 20.00 GiB"
     assert not re.search(r"\b0(\.0+)?\b ", row)
-    assert "1 of 4 cases failed" in output
+    # Out of memory is a finding, as unsupported is; wrong results and errors are failures.
+    assert "1 of 4 cases without a time: 1 out of memory" in output
+    assert "failed" not in output
+    assert statuses_in_words(["unsupported"]) == "1 unsupported"
+    found = statuses_in_words(["error", "oom", "incorrect", "unsupported", "error"])
+    assert found == "3 failed (2 error, 1 incorrect), 1 out of memory, 1 unsupported"
 
 
 def test_what_is_the_same_everywhere_is_said_once(make_record: MakeRecord) -> None:
@@ -137,14 +143,14 @@ def test_unsteady_times_are_told(make_record: MakeRecord) -> None:
 def test_a_busy_machine_is_told(make_record: MakeRecord, load: float, is_told: bool) -> None:
     # Two usable cores.
     record = make_record(device_before=DeviceState(load_average_1min=load))
-    note = f"1 of 1 cases saw a load average above 1.25 per usable core, up to {load:.2f}"
+    note = f"1 of 1 case saw a load average above 1.25 per usable core, up to {load:.2f}"
     assert (note in printed([record])) == is_told
 
 
 def test_markup_and_control_characters_in_names_are_text(make_record: MakeRecord) -> None:
     record = make_record(Case(unet="/m/[red]x[red]\x1b[2J|y", steps=4))
-    assert "[red]x[red] [2J|y" in printed([record])
-    assert r"\[red\]x\[red\] \[2J\|y" in markdown_table([record])
+    assert r"[red]x[red]\x1b[2J|y" in printed([record])
+    assert r"\[red\]x\[red\]\\x1b\[2J\|y" in markdown_table([record])
 
 
 def test_markdown_has_the_same_figures(make_record: MakeRecord) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -231,12 +232,32 @@ def test_the_work_list_begins_with_the_farthest():
     text = out.getvalue()
     assert "PREDICTION, not measured" in text
     lines = [line for line in text.splitlines() if "128x64" in line]
-    assert [line.split("│")[1].strip() for line in lines] == ["384", "40", "8", "16"]
+    assert [line.split()[0] for line in lines] == ["384", "40", "8", "16"]
     assert "issue" in lines[1]
     # The bound of 128 x 64 scores, told of 128 x 128.
     assert "1024 exponential" in lines[1]
     assert "1.24" in lines[1]
     assert [("27/34" in line) for line in lines] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_work_list_on_a_narrow_terminal_has_every_number_of_a_wide_one(columns, monkeypatch):
+    results = [result(8, 1.04), result(16, None), result(384, 1.83)]
+
+    def shown(width):
+        monkeypatch.setenv("COLUMNS", str(width))
+        out = io.StringIO()
+        print_work_list(results, Console(file=out))
+        return out.getvalue()
+
+    narrow, wide = shown(columns), shown(300)
+    assert max(map(len, narrow.splitlines())) <= columns
+    assert "..." not in narrow
+    assert "…" not in narrow
+    numbers = re.compile(r"\d[\d./x]*")
+    # Below the title; "L2" is the name of a unit.
+    told = [sorted(numbers.findall(text.partition("\n")[2].replace("L2", ""))) for text in (wide, narrow)]
+    assert told[0] == told[1]
 
 
 def test_the_family_s_head_dimensions_are_those_of_its_sizes():

@@ -151,6 +151,8 @@ def _notes(shown: Overview) -> tuple[str, ...]:
         notes.append(
             f"times faster: the time of {figures.PEER} over that of the row's backend, same case and environment"
         )
-    if without := text.statuses_without_time(row.record.status for row in rows):
-        notes.append(f"no time: {without}, of {counted(len(rows), 'case')}")
+    without = [row.record.status for row in rows if row.record.status != "ok"]
+    if without:
+        cases = counted(len(rows), "case")
+        notes.append(f"{len(without)} of {cases} without a time: {text.statuses_in_words(without)}")
     return tuple(notes)

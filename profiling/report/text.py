@@ -122,9 +122,9 @@ def joined(parts: Iterable[str]) -> str:
 printable = visible
 
 
-def statuses_without_time(statuses: Iterable[Status]) -> str:
+def statuses_in_words(statuses: Iterable[Status]) -> str:
     """ "2 failed (1 error, 1 incorrect), 1 unsupported": unsupported and oom are findings, and no failures."""
-    counts = Counter(status for status in statuses if status != "ok")
+    counts = Counter(statuses)
     failed = {name: counts.pop(name) for name in ("error", "incorrect") if name in counts}
     of_failed = ", ".join(f"{count} {name}" for name, count in failed.items())
     said = [f"{sum(failed.values())} failed ({of_failed})"] if failed else []
