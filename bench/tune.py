@@ -35,8 +35,7 @@ import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
 from ldmperf.profiling.cases import CaseError, dtype_named, known_names, split_values, whole_number
-from ldmperf.profiling.environment import collect_environment, pinned_ptxas
-from ldmperf.profiling.group import measuring_settings
+from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.kernel_bench.device import (
     GraphCalls,
     device_ms,
@@ -57,6 +56,7 @@ from ldmperf.profiling.kernel_bench.selection import (
 )
 from ldmperf.profiling.kernel_case import KernelCase
 from ldmperf.profiling.lane import release_memory
+from ldmperf.profiling.settings import measuring_settings, pinned_ptxas
 from ldmperf.profiling.static.ahead import told as compiled_told
 from ldmperf.profiling.static.launch_sets import now_launches
 from ldmperf.profiling.static.machines import MACHINES

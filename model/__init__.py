@@ -2,8 +2,9 @@
 
 from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, UnsupportedConfig, diffusers_config
+from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
 from .unet import UNet
-from .weights import CheckpointError, diffusers_state_dict, load_unet
+from .weights import diffusers_state_dict, load_unet, save_unet
 
 __all__ = [
     "FAMILY",
@@ -12,8 +13,11 @@ __all__ = [
     "Constants",
     "UNet",
     "UNetConfig",
+    "UnsupportedCheckpoint",
     "UnsupportedConfig",
+    "checkpoint_files",
     "diffusers_config",
     "diffusers_state_dict",
     "load_unet",
+    "save_unet",
 ]

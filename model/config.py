@@ -230,6 +230,17 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 # Fields that change nothing here: the softmax is float32 anyway; the other belongs to embeddings that are refused.
 _WITHOUT_EFFECT = {"upcast_attention", "addition_embed_type_num_heads"}
 
+# The state of an average of weights, which diffusers' EMAModel writes into the config of the averaged UNet.
+_OF_AN_AVERAGE = {
+    "decay",
+    "inv_gamma",
+    "min_decay",
+    "optimization_step",
+    "power",
+    "update_after_step",
+    "use_ema_warmup",
+}
+
 
 def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     problems = []
@@ -241,7 +252,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     if class_name != "UNet2DConditionModel":
         refuse("_class_name", class_name, "only 'UNet2DConditionModel'")
     for field, value in config.items():
-        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT:
+        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT or field in _OF_AN_AVERAGE:
             continue
         if field not in _ONLY:
             refuse(field, value, "unknown field")
@@ -280,7 +291,8 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
-        sample_size = sample_size[0] if all(side == sample_size[0] for side in sample_size) else "not square"
+        square = bool(sample_size) and all(side == sample_size[0] for side in sample_size)
+        sample_size = sample_size[0] if square else "not square"
     if sample_size is not None and _integer(sample_size) is None:
         refuse("sample_size", read["sample_size"], "only square")
     # diffusers' name is historic: the value is the number of heads.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperCommand
@@ -26,8 +26,11 @@ from .cases import (
     preset_named,
     select_cases,
 )
+from .checkpoints import check_unchanged, identified
 from .kernel_bench.cli import kernels
-from .records import RECORDS_NAME, Record, RecordStore, load_records, record_schema
+from .locked import locked
+from .records import RECORDS_NAME, RecordStore, record_schema
+from .reporting import ReportNotWritten, report_path, report_run, resume_command
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
 from .static.cli import inspect
@@ -94,7 +97,8 @@ def _list_option(text: str) -> Any:
 def profile(
     size: Annotated[list[str] | None, _list_option("Sizes of the family: 39M ... 5B.")] = None,
     unet: Annotated[
-        list[str] | None, _list_option("Checkpoints of your own: a diffusers folder or .safetensors.")
+        list[str] | None,
+        typer.Option(help="A checkpoint: a diffusers folder or a .safetensors file. Repeat it.", metavar="PATH"),
     ] = None,
     sampler: Annotated[list[str] | None, _list_option("Samplers: ddim, ddpm, dpmpp_2m, ...")] = None,
     steps: Annotated[list[str] | None, _list_option("Sampling steps.")] = None,
@@ -145,9 +149,6 @@ def profile(
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --resume
     """
-    if schema:
-        typer.echo(json.dumps(record_schema(), indent=2))
-        return
     deadline = Deadline(seconds)
     choices = Choices(
         **{
@@ -166,6 +167,14 @@ def profile(
             }.items()
         }
     )
+    if schema:
+        others = (preset, resume, min_count, min_seconds, seconds, references)
+        if choices or out != DEFAULT_OUT or any(value is not None for value in others):
+            raise CaseError("--schema prints the schema and measures nothing: give it alone")
+        typer.echo(json.dumps(record_schema(), indent=2))
+        return
+    if references is not None and references.exists() and not references.is_dir():
+        raise CaseError(f"--references: {references} is no folder; name one, new or old")
     if resume is None:
         cases, rule = _chosen(choices, preset, min_count, min_seconds)
         folder = _create(out, cases, rule)
@@ -178,21 +187,38 @@ def profile(
 @app.command()
 def report(
     run: Annotated[
-        str, typer.Argument(help="The run folder; without it the latest in --out.", metavar="[RUN_DIR]")
+        str,
+        typer.Argument(
+            help="A run's folder, one of `ldmperf kernels`, or a file of records; without it the latest run.",
+            metavar="[FOLDER | RECORDS.jsonl]",
+        ),
     ] = "latest",
-    out: Annotated[Path, typer.Option(help="Where run folders are.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the page goes, unless into the folder; without a name, where run folders are."),
+    ] = None,
 ) -> None:
-    """Print the table of a run and write its report.html and charts anew.
+    """Print the table of a run and write its report.html and charts anew; of kernels, the tables and kernels.md.
+
+    Of a file of records only the tables are printed, unless --out says where the page goes. A line that is no
+    whole record, or one of a version to come, is told with its number and the reason. Exit code 1 when there was
+    one.
 
     \b
     Examples:
       ldmperf report
       ldmperf report runs/20261124T093000Z-1a84ffb
+      ldmperf report bench/results/h200/2026-11-24-1a84ffb.jsonl --out page
     """
-    folder = find_run(out, run)
-    if not (folder / RECORDS_NAME).exists():
-        raise RunError(f"{folder} has no record yet; measure with: ldmperf profile --resume {folder}")
-    _report(folder)
+    try:
+        if run == "latest":
+            whole = report_path(find_run(out or DEFAULT_OUT, run), None)
+        else:
+            whole = report_path(Path(run), out)
+    except ReportNotWritten as failure:
+        _stop(str(failure), 1)
+    if not whole:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -234,6 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except BrokenPipeError:
         code = _reader_gone()
+    except OSError as failure:
+        _drop_output()
+        what = failure.filename or "the output"
+        _stop(f"cannot write {what} ({failure.strerror}); make room, or write elsewhere", 1)
     except SystemExit as stopped:
         # click and rich end a command so where they meet a closed pipe.
         if not isinstance(stopped.__context__, BrokenPipeError):
@@ -243,16 +273,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """`ldmperf report | head -1`: no failure to tell of. What is still buffered goes nowhere."""
-    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """`ldmperf report | head -1`: no failure to tell of."""
+    _drop_output()
     return _READER_GONE
 
 
-def _stop(message: str, code: int) -> None:
+def _drop_output() -> None:
+    """What is still buffered for a stream that takes no more goes nowhere, and not into python's last words."""
+    for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _stop(message: str, code: int) -> NoReturn:
     say(console(stderr=True), f"ldmperf: {message.strip()}")
     sys.exit(code)
 
@@ -265,7 +300,7 @@ def _chosen(
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
-    return cases, _rule(preset_named(name).rule, min_count, min_seconds)
+    return identified(cases, _tell), _rule(preset_named(name).rule, min_count, min_seconds)
 
 
 def _rule(rule: RepetitionRule, min_count: int | None, min_seconds: float | None) -> RepetitionRule:
@@ -285,6 +320,8 @@ def _resumed(
     from .environment import collect_environment
 
     run = open_run(folder)
+    if not run.cases:
+        raise RunError(f"{folder} names no case to measure; start a new run without --resume")
     if choices or preset is not None:
         cases, _ = _chosen(choices, preset, min_count, min_seconds)
         if set(cases) != set(run.cases):
@@ -293,6 +330,7 @@ def _resumed(
                 "or start a new run without --resume"
             )
     check_resumable(folder, run, collect_environment(run.cases[0].device))
+    check_unchanged(run.cases, _tell)
     return list(run.cases), _rule(run.rule, min_count, min_seconds)
 
 
@@ -303,7 +341,10 @@ def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
         return create_run(out, cases, rule, collect_environment(cases[0].device))
     except OSError as failure:
         _stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
-        raise
+
+
+def _tell(line: str) -> None:
+    say(console(stderr=True), line)
 
 
 def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
@@ -312,30 +353,37 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
     from .runner import profile as measure
     from .short_traces import timing_deadline
 
-    errors = console(stderr=True)
-    go_on = f"go on with: ldmperf profile --resume {folder}"
+    go_on = f"go on with: {resume_command(folder)}"
     try:
-        store = RecordStore(folder / RECORDS_NAME)
-        # What was cut short is measured again.
-        recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
-        left = [case for case in cases if case.key not in recorded]
-        until = timing_deadline(cases, deadline)
-        say(errors, f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
-        with _terminated_as_interrupted(), ProgressLines(errors, left, rule, until) as lines:
-            made = measure(
-                cases,
-                rule=rule,
-                store=store,
-                skip=recorded,
-                listener=lines,
-                deadline=deadline,
-                references=references,
-            )
+        with locked(folder, _tell):
+            store = RecordStore(folder / RECORDS_NAME)
+            # What was cut short is measured again.
+            recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
+            left = [case for case in cases if case.key not in recorded]
+            until = timing_deadline(cases, deadline)
+            _tell(f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
+            lines = ProgressLines(console(stderr=True), left, rule, until)
+            with _terminated_as_interrupted(), lines:
+                made = measure(
+                    cases,
+                    rule=rule,
+                    store=store,
+                    skip=recorded,
+                    listener=lines,
+                    deadline=deadline,
+                    references=references,
+                    run_id=open_run(folder).run_id,
+                )
     except KeyboardInterrupt:
         _stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
+    except BrokenPipeError:
+        raise
     except OSError as failure:
-        _stop(f"cannot write to {folder} ({failure.strerror}); then {go_on}", 1)
-    records = _report(folder)
+        _stop(f"cannot write to {failure.filename or folder} ({failure.strerror}); then {go_on}", 1)
+    try:
+        records, _ = report_run(folder)
+    except ReportNotWritten as failure:
+        _stop(str(failure), 1)
     if left and not made:
         _stop(f"no case was done within --seconds; give more, and {go_on}", 1)
     statuses = {record.status for record in records}
@@ -360,30 +408,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _report(folder: Path) -> list[Record]:
-    """Prints the table of the folder's records and writes the page and the charts."""
-    from .report import print_table, write_report
-
-    records, rejected = load_records(folder)
-    print_table(records, console())
-    errors = console(stderr=True)
-    left = {case.key for case in open_run(folder).cases} - {record.case_key for record in records}
-    if left:
-        cases = counted(len(left), "planned case has", "planned cases have")
-        say(errors, f"{cases} no record yet; go on with: ldmperf profile --resume {folder}")
-    if rejected:
-        say(errors, f"{counted(rejected, 'line')} of {folder / RECORDS_NAME} set aside: no whole record")
-    try:
-        for path in write_report(records, rejected, folder):
-            say(console(), str(path))
-    except ModuleNotFoundError as missing:
-        say(
-            errors,
-            f"no page and no charts: {missing.name} is not installed; "
-            f"pip install altair vl-convert-python jinja2, then: ldmperf report {folder}",
-        )
-    except OSError as failure:
-        _stop(f"cannot write the report to {folder} ({failure.strerror})", 1)
-    return records

@@ -5,26 +5,25 @@ Nothing is queried at import, and whatever cannot be read is null: a missing dri
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 
 from .cases import CaseError
+from .settings import measuring_settings, ptxas_version
 
 T = TypeVar("T")
 # The commit of code that came without its .git.
 COMMIT_VARIABLE = "LDMPERF_COMMIT"
-# Where triton looks for ptxas before its own.
-PTXAS_VARIABLE = "TRITON_PTXAS_PATH"
 
 
 class _Value(BaseModel):
@@ -46,11 +45,16 @@ class Gpu(_Value):
 class Environment(_Value):
     """What does not change during a run.
 
-    ptxas   the version of the assembler that triton uses ("12.8.93")
-    tuned   a digest of the table of tuned launches in use; null where this GPU has none
-    git_*   null for code that runs from an installed wheel; without .git the commit is LDMPERF_COMMIT's
+    machine_id    a digest of the host's machine id and the GPU's UUID, the same in every run there; null where the
+                  host has none and no GPU is measured. A host with two GPUs has an id for each, and one without
+    ptxas         the version of the assembler that triton uses ("12.8.93")
+    tuned         a digest of the table of tuned launches in use; null where this GPU has none
+    float32_matmul_precision, cudnn_*    the switches under which all is measured
+    git_*         null for code that runs from an installed wheel; without .git the commit is LDMPERF_COMMIT's
+    commit_time   when the commit was made, in UTC; null without .git
     """
 
+    machine_id: str | None = None
     cpu: str | None = None
     logical_cores: int | None = None
     usable_cores: int | None = None
@@ -73,12 +77,13 @@ class Environment(_Value):
     gpu: Gpu | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None
+    commit_time: AwareDatetime | None = None
 
     def differences(self, other: Environment) -> list[str]:
         """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run.
 
-        Compared are the GPU, the processor, versions, settings and the commit. Memory and counts of cores and
-        devices are not: they change from one start of a machine to the next.
+        Compared are the GPU, the processor, versions, settings and the commit. Memory, counts of cores and devices
+        and the machine's id are not: they change from one start of a rented machine to the next.
         """
         mine, theirs = _compared(self), _compared(other)
         names = dict.fromkeys((*mine, *theirs))
@@ -87,7 +92,11 @@ class Environment(_Value):
         ]
 
 
-_NOT_COMPARED = {"memory_bytes", "logical_cores", "usable_cores", "gpu.memory_bytes", "gpu.count"}
+_NOT_COMPARED = {
+    *("memory_bytes", "logical_cores", "usable_cores", "gpu.memory_bytes", "gpu.count", "machine_id"),
+    # The commit says it.
+    "commit_time",
+}
 
 
 def _compared(environment: Environment) -> dict[str, Any]:
@@ -118,7 +127,13 @@ def collect_environment(device: str = "cpu") -> Environment:
 
     is_cuda = torch.device(device).type == "cuda" and torch.cuda.is_available()
     commit, dirty = checkout()
+    with measuring_settings():
+        precision = _or_none(torch.get_float32_matmul_precision)
+        tf32 = _or_none(lambda: bool(torch.backends.cudnn.allow_tf32))
+        benchmark = _or_none(lambda: bool(torch.backends.cudnn.benchmark))
+        ptxas = _or_none(ptxas_version)
     return Environment(
+        machine_id=_machine_id(device if is_cuda else None),
         cpu=_or_none(_cpu_model),
         logical_cores=os.cpu_count(),
         usable_cores=_or_none(lambda: len(os.sched_getaffinity(0))),
@@ -129,19 +144,20 @@ def collect_environment(device: str = "cpu") -> Environment:
         # torch's own string tells the CPU build from the CUDA build; its metadata may not.
         torch=str(torch.__version__),
         triton=_version("triton"),
-        ptxas=_or_none(ptxas_version),
+        ptxas=ptxas,
         tuned=_or_none(lambda: _tuned_digest(device)) if is_cuda else None,
         numpy=_version("numpy"),
         diffusers=_version("diffusers"),
         cuda=torch.version.cuda,
         cudnn=_or_none(torch.backends.cudnn.version),
         torch_threads=torch.get_num_threads(),
-        float32_matmul_precision=_or_none(torch.get_float32_matmul_precision),
-        cudnn_tf32=_or_none(lambda: bool(torch.backends.cudnn.allow_tf32)),
-        cudnn_benchmark=_or_none(lambda: bool(torch.backends.cudnn.benchmark)),
+        float32_matmul_precision=precision,
+        cudnn_tf32=tf32,
+        cudnn_benchmark=benchmark,
         gpu=_gpu(device) if is_cuda else None,
         git_commit=commit,
         git_dirty=dirty,
+        commit_time=_commit_time(commit),
     )
 
 
@@ -175,6 +191,24 @@ def _or_none(query: Callable[[], T]) -> T | None:
 
 def _version(package: str) -> str | None:
     return _or_none(lambda: metadata.version(package))
+
+
+# Where systemd and D-Bus keep what tells one installation from another.
+_MACHINE_FILES = ("/etc/machine-id", "/var/lib/dbus/machine-id")
+
+
+def _machine_id(device: str | None) -> str | None:
+    """16 hexadecimal digits that tell this host and CUDA device from others; neither can be read from them."""
+    import torch
+
+    texts = (_or_none(Path(name).read_text) for name in _MACHINE_FILES)
+    # Images that are yet to boot hold the word.
+    hosts = (text.strip() for text in texts if text is not None)
+    host = next((text for text in hosts if text not in ("", "uninitialized")), None)
+    gpu = None if device is None else _or_none(lambda: str(torch.cuda.get_device_properties(device).uuid))
+    if host is None and gpu is None:
+        return None
+    return hashlib.sha256(f"ldmperf machine {host} {gpu}".encode()).hexdigest()[:16]
 
 
 def _cpu_model() -> str | None:
@@ -211,6 +245,12 @@ def checkout() -> tuple[str | None, bool | None]:
     return _git("rev-parse", "HEAD"), None if status is None else bool(status)
 
 
+def _commit_time(commit: str | None) -> datetime | None:
+    """When the commit was made, in UTC; None where git does not know it."""
+    made = None if commit is None else _git("show", "-s", "--format=%cI", commit)
+    return None if made is None else _or_none(lambda: datetime.fromisoformat(made).astimezone(UTC))
+
+
 def _told_commit() -> str | None:
     """LDMPERF_COMMIT, None if it is not set. Raises CaseError for what is no commit's name."""
     commit = os.environ.get(COMMIT_VARIABLE, "").strip().lower()
@@ -220,40 +260,6 @@ def _told_commit() -> str | None:
             "or unset it"
         )
     return commit or None
-
-
-@contextlib.contextmanager
-def pinned_ptxas() -> Iterator[None]:
-    """Inside, triton assembles by its own ptxas, unless TRITON_PTXAS_PATH names another.
-
-    torch brings a second ptxas, and the first torch.compile of a process switches all of triton to it, by setting
-    that variable. The keys in triton's cache stay those of the first, so that a cache would hold code of both.
-    """
-    if os.environ.get(PTXAS_VARIABLE) is not None or (path := _or_none(_tritons_ptxas)) is None:
-        yield
-        return
-    os.environ[PTXAS_VARIABLE] = path
-    try:
-        yield
-    finally:
-        os.environ.pop(PTXAS_VARIABLE, None)
-
-
-def _tritons_ptxas() -> str:
-    from triton import knobs
-
-    return str(knobs.nvidia.ptxas.path)
-
-
-def ptxas_version() -> str:
-    """Of the ptxas that triton uses: "12.8.93". Raises whatever goes wrong with asking it."""
-    answer = subprocess.run(
-        [_tritons_ptxas(), "--version"], capture_output=True, text=True, timeout=20, check=True
-    )
-    found = re.search(r"\bV(\d+(?:\.\d+)+)", answer.stdout)
-    if found is None:
-        raise ValueError(f"ptxas tells no version: {answer.stdout!r}")
-    return found[1]
 
 
 def _tuned_digest(device: str) -> str | None:

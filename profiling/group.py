@@ -8,8 +8,7 @@ that has its samples leaves the rotation and is recorded at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -30,12 +29,13 @@ from .check import (
     relative_rms,
     tolerances,
 )
-from .environment import DeviceState, Environment, device_state, pinned_ptxas
+from .environment import DeviceState, Environment, device_state
 from .flops import count_gflop, count_parameters
 from .lane import Lane, release_memory
 from .network import make_network
 from .records import Harness, Phases, Record, Samples, utc_now
 from .timing import Deadline, RepetitionRule, Timed, Times, garbage_collection_paused, interleave
+from .visible import visible
 
 # The scheduler of Stable Diffusion 1 and 2; each diffusers class and each plan takes what it knows from it.
 SCHEDULER_CONFIG: Mapping[str, object] = {
@@ -58,25 +58,6 @@ Ran = Callable[[Case, str], None]
 def warmup_rounds(case: Case) -> int:
     """Untimed trajectories between the first call and timing: on the CPU the first call is warm-up enough."""
     return 0 if case.device == "cpu" else 1
-
-
-@contextmanager
-def measuring_settings() -> Iterator[None]:
-    """Process-wide switches of torch and triton while measuring, the same for all backends; put back afterwards.
-
-    float32 means float32: no TF32 in products or convolutions. cuDNN chooses its algorithms by trying them, which
-    falls into the first call. triton keeps to one ptxas, whatever a compiled peer does.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            pinned_ptxas(),
-            torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def forget_compiled() -> None:
@@ -123,6 +104,11 @@ class _Shared:
     evaluations: int | None = None
 
 
+def _without_place(message: str, case: Case) -> str:
+    """A message without the folders above a checkpoint: where it lies is nobody's business."""
+    return message.replace(f"{visible(str(case.path.parent))}/", "") if case.is_checkpoint else message
+
+
 class Group:
     """The cases, what they share, and a lane for each.
 
@@ -137,6 +123,7 @@ class Group:
         backends: Mapping[str, Backend],
         environment: Environment,
         references: References,
+        run_id: str,
         *,
         ran: Ran,
         recorded: Callable[[Record], None],
@@ -146,6 +133,7 @@ class Group:
         self.rule = rule
         self.backends = backends
         self.environment = environment
+        self.run_id = run_id
         self.kept_references = references
         self.ran = ran
         self.recorded = recorded
@@ -343,10 +331,11 @@ class Group:
         lane.is_recorded = True
         self.recorded(
             Record(
+                run_id=self.run_id,
                 case_key=lane.case.key,
-                case=lane.case,
+                case=lane.case.recorded(),
                 status=lane.status,
-                message=lane.message,
+                message=lane.message and _without_place(lane.message, lane.case),
                 correctness=lane.correctness,
                 wall_ms=Samples.of(times.wall_ms) if lane.active else None,
                 gpu_ms=Samples.of(times.gpu_ms) if lane.active and times.gpu_ms else None,

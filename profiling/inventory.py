@@ -81,7 +81,7 @@ def measured_steps(records: Iterable[Record]) -> dict[str, tuple[KernelTime, ...
         sizes = (case.batch, case.latent_height, case.latent_width, case.context_tokens)
         is_ours = case.backend == "graph" and case.guided and case.dtype == "bfloat16"
         if is_ours and sizes == (1, 64, 64, TEXT_TOKENS) and record.trace is not None:
-            found[case.unet] = record.trace.step
+            found[case.network] = record.trace.step
     return {size: step for size, step in found.items() if step}
 
 

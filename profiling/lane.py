@@ -21,6 +21,7 @@ from .cases import Case
 from .check import TOLERANCES, Reference, relative_rms
 from .records import Correctness, Status
 from .timing import Timed, Times, timed
+from .visible import visible
 
 T = TypeVar("T")
 
@@ -32,7 +33,8 @@ _LONGEST_MESSAGE = 400
 def failure(error: Exception) -> tuple[Status, str]:
     """The status that an exception stands for, and its first line with its type."""
     text = str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # A record's texts are JSON, which has no lone surrogates; a path in a message may.
+    lines = [visible(line.strip()) for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else "no message"
     if isinstance(error, Unsupported | KernelUnsupported | UnsupportedConfig):
         return "unsupported", first[:_LONGEST_MESSAGE]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 
@@ -24,17 +23,21 @@ def make_network(case: Case) -> UNet:
     """
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.is_checkpoint:
-        unet = load_unet(Path(case.unet), dtype=dtype, device=case.device, backend="torch")
+        unet = load_unet(case.path, dtype=dtype, device=case.device, backend="torch")
     else:
         config = family_config(case)
         with torch.device(case.device):
             unet = UNet(config, backend="torch").to(dtype)
         randomize(unet, case.seed)
     needed = IN_CHANNELS[case.task]
-    if (unet.config.in_channels, unet.config.out_channels) != (needed, 4):
+    channels = (unet.config.in_channels, unet.config.out_channels)
+    if channels != (needed, 4):
+        fitting = [task for task, count in IN_CHANNELS.items() if channels == (count, 4)]
+        # Nine input channels are inpainting's.
+        advice = f"give --task {fitting[0]}" if fitting else "no task here takes these: choose another checkpoint"
         raise Unsupported(
-            f"task {case.task} needs a UNet from {needed} to 4 channels; {case.label} goes from "
-            f"{unet.config.in_channels} to {unet.config.out_channels}"
+            f"task {case.task} needs a UNet from {needed} to 4 channels; {case.label} goes from {channels[0]} to "
+            f"{channels[1]}; {advice}"
         )
     return unet.eval().requires_grad_(False)
 

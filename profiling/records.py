@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, computed_field, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, computed_field, model_validator
 
 from .cases import Case
 from .environment import DeviceState, Environment
-from .store import Store, load_lines
+from .store import SetAside, Store, read_lines
 from .timing import quantile
 
 Status = Literal["ok", "incorrect", "oom", "unsupported", "error"]
 RECORDS_NAME = "records.jsonl"
 
 Milliseconds = Annotated[float, Field(ge=0)]
+# What a float holds exactly: beyond it a figure derived from a count could not be computed.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+# Version 2 has what tells runs, machines and weights apart (run_id, case_id, machine_id, commit_time,
+# weights_sha256) and checkpoints by their names. Of version 1 these are null, and checkpoints are paths.
+SCHEMA_VERSION: Final = 2
+READABLE_VERSIONS = (1, 2)
+
+
+def _readable(version: object) -> object:
+    return SCHEMA_VERSION if type(version) is int and version in READABLE_VERSIONS else version
+
+
+# Read, a record of an older version is one of this version without what came later.
+SchemaVersion = Annotated[Literal[2], BeforeValidator(_readable)]
 
 
 class RecordModel(BaseModel):
@@ -145,6 +160,10 @@ class Trace(RecordModel):
 class Record(RecordModel):
     """One measured case, or the reason why there is no time: only `ok` has one.
 
+    `run_id` is the same in all records of a run, those of --resume included; `case_id` is the same for the same
+    case on every commit and machine. `case.weights_sha256` tells checkpoints apart; `environment` has `machine_id`
+    and `commit_time`.
+
     `wall_ms` and `gpu_ms` are of whole trajectories, from noise to latents, the text conditioning included;
     `gpu_ms` is null on the CPU. `evaluations` counts model evaluations of a trajectory (a guided one, with its two
     halves in one batch, is one). `gflop_per_forward` is of one forward at batch 1. `peak_memory_bytes` is the most
@@ -153,7 +172,8 @@ class Record(RecordModel):
     CPU, where that failed, and where time ran out before it. `settings`: those that the backend states of itself.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    run_id: Annotated[str | None, Field(min_length=1)] = None
     case_key: str
     case: Case
     status: Status
@@ -162,10 +182,10 @@ class Record(RecordModel):
     wall_ms: Samples | None = None
     gpu_ms: Samples | None = None
     phases: Phases = Phases()
-    parameters: int | None = None
+    parameters: Count | None = None
     gflop_per_forward: float | None = None
-    evaluations: int | None = None
-    peak_memory_bytes: int | None = None
+    evaluations: Count | None = None
+    peak_memory_bytes: Count | None = None
     trace: Trace | None = None
     settings: tuple[str, ...] = ()
     device_before: DeviceState = DeviceState()
@@ -188,6 +208,12 @@ class Record(RecordModel):
         elif self.message is None or self.wall_ms is not None or self.gpu_ms is not None:
             raise ValueError(f"a record with status {self.status} has a message and no time")
         return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def case_id(self) -> str:
+        """What dashboards group by: the case, whatever the commit, the machine and the place of a checkpoint."""
+        return self.case.case_id
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -227,22 +253,42 @@ def utc_now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
+def new_run_id() -> str:
+    """32 hexadecimal digits, random: no two runs share them."""
+    return uuid.uuid4().hex
+
+
 def record_schema() -> dict[str, Any]:
     """The JSON Schema of a line of records.jsonl."""
-    return Record.model_json_schema(mode="serialization")
+    return schema_of(Record, "record")
+
+
+def schema_of(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """The JSON Schema of a model's lines as they are written, under a name that has the schema version."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"urn:ldmperf:schema:{name}:{SCHEMA_VERSION}",
+    } | model.model_json_schema(mode="serialization")
 
 
 def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
     A record is written before its case is traced and once more with the trace: such a pair is one record, the
-    later. Raises OSError when it cannot be read.
+    later. Raises OSError when it cannot be read. `read_records` tells which lines were set aside and why.
     """
-    records, rejected = load_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
-    return _without_completed(records), rejected
+    records, aside = read_records(path)
+    return records, len(aside)
 
 
-def _without_completed(records: Sequence[Record]) -> list[Record]:
+def read_records(path: Path) -> tuple[list[Record], list[SetAside]]:
+    """As `load_records`, with each line that was set aside."""
+    records, aside = read_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
+    return without_completed(records), aside
+
+
+def without_completed(records: Sequence[Record]) -> list[Record]:
+    """The records, but those that were written again with their trace."""
     completed: dict[str, list[Record]] = {}
     for record in records:
         if record.trace is not None:

@@ -10,9 +10,11 @@ from typing import Protocol
 from .backends import Backend, default_backends
 from .cases import Case
 from .check import References, code_identity
+from .checkpoints import identified
 from .environment import collect_environment
-from .group import Group, Networks, measuring_settings
-from .records import Record, RecordStore
+from .group import Group, Networks
+from .records import Record, RecordStore, new_run_id
+from .settings import measuring_settings
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .timing import Deadline, RepetitionRule
 from .trace import traced
@@ -55,6 +57,7 @@ def profile(
     deadline: Deadline | None = None,
     references: Path | None = None,
     tracer: Tracer | None = None,
+    run_id: str | None = None,
 ) -> list[Record]:
     """Measures the cases and returns a record for each, failures included, in the order in which they were done.
 
@@ -65,7 +68,8 @@ def profile(
     store too) that have a time and no trace are traced at the end, and their records written again with it; of a
     deadline's time the last fifth is for that (`timing_deadline`).
     `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
-    profiler.
+    profiler. `run_id` goes into the records; a new one unless told. Raises CaseError for a checkpoint that cannot
+    be read (`checkpoints.identified`).
     """
     listener = listener or _Silent()
     backends = backends or default_backends()
@@ -82,9 +86,12 @@ def profile(
         records.append(record)
         listener.recorded(record)
 
-    wanted = list(cases)
+    given = list(cases)
+    wanted = identified(given)
+    skipped = {case.key for case in identified(case for case in given if case.key in skip)} | set(skip)
+    run_id = run_id or new_run_id()
     until = timing_deadline(wanted, deadline)
-    for cases_in_flight in groups(case for case in wanted if case.key not in skip):
+    for cases_in_flight in groups(case for case in wanted if case.key not in skipped):
         if until.passed:
             break
         device = cases_in_flight[0].device
@@ -99,6 +106,7 @@ def profile(
                 backends,
                 environment,
                 kept[device],
+                run_id,
                 ran=listener.ran,
                 recorded=recorded,
                 deadline=until,
@@ -108,7 +116,8 @@ def profile(
     latest = {record.case_key: record for record in (records if store is None else store.load())}
     untraced = [record for key, record in latest.items() if key in place and wants_trace(record)]
     untraced.sort(key=lambda record: place[record.case_key])
-    for record in short_traces(untraced, networks, backends, deadline, tracer or traced):
+    located = {case.key: case for case in wanted}
+    for record in short_traces(untraced, networks, backends, deadline, tracer or traced, located):
         if store is not None:
             store.append(record)
         records = [record if other.case_key == record.case_key else other for other in records]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from .cases import Case
 from .environment import Environment
-from .records import RECORDS_NAME, utc_now
+from .records import RECORDS_NAME, SCHEMA_VERSION, SchemaVersion, new_run_id, utc_now
+from .store import parsed, write_whole
 from .timing import RepetitionRule
 
 RUN_NAME = "run.json"
@@ -22,11 +23,16 @@ class RunError(ValueError):
 
 
 class Run(BaseModel):
-    """What a run set out to do, and where: with it a killed run resumes without its options."""
+    """What a run set out to do, and where: with it a killed run resumes without its options.
+
+    `cases` have the paths of checkpoints and the digests of their weights; records have names alone. `run_id` is
+    that of its records; null in version 1.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    run_id: Annotated[str | None, Field(min_length=1)] = None
     started_at: AwareDatetime
     cases: tuple[Case, ...]
     min_count: int
@@ -42,6 +48,7 @@ def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environme
     """A new folder in `out` (made if need be), its run.json written. Raises OSError where it cannot be."""
     now = utc_now()
     run = Run(
+        run_id=new_run_id(),
         started_at=now,
         cases=tuple(cases),
         min_count=rule.min_count,
@@ -49,7 +56,7 @@ def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environme
         environment=environment,
     )
     folder = new_folder(out, now, environment)
-    (folder / RUN_NAME).write_text(run.model_dump_json(indent=2) + "\n")
+    write_whole(folder / RUN_NAME, (run.model_dump_json(indent=2) + "\n").encode())
     return folder
 
 
@@ -57,8 +64,8 @@ def find_run(out: Path, name: str) -> Path:
     """The run folder of that path, or the newest in `out` for "latest". Raises RunError when there is none."""
     if name != "latest":
         folder = Path(name)
-        if not (folder / RECORDS_NAME).exists() and not (folder / RUN_NAME).exists():
-            raise RunError(f"{folder} is no run folder: it has no {RECORDS_NAME}")
+        if not holds(folder, RECORDS_NAME) and not holds(folder, RUN_NAME):
+            raise RunError(f"{folder} is no run folder: it has no {RECORDS_NAME}; name one, or leave its name out")
         return folder
     # Names begin with the time, so the newest is the last; a name with a counter is after the one without.
     runs = sorted(path.parent for path in out.glob(f"*/{RUN_NAME}"))
@@ -67,12 +74,25 @@ def find_run(out: Path, name: str) -> Path:
     return runs[-1]
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether the folder has something of that name; no for a path that cannot be."""
+    try:
+        return (folder / name).exists()
+    except OSError:
+        # A name that is too long, a folder that may not be read.
+        return False
+
+
 def open_run(folder: Path) -> Run:
     """What the folder's run set out to do. Raises RunError when that cannot be read."""
+    path = folder / RUN_NAME
     try:
-        return Run.model_validate_json((folder / RUN_NAME).read_bytes())
-    except (OSError, ValidationError):
-        raise RunError(f"{folder / RUN_NAME} cannot be read; start a new run without --resume") from None
+        run = parsed(path.read_bytes(), Run)
+    except OSError as failure:
+        run = str(failure.strerror)
+    if isinstance(run, str):
+        raise RunError(f"{path} cannot be read ({run}); start a new run without --resume")
+    return run
 
 
 def check_resumable(folder: Path, run: Run, environment: Environment) -> None:

@@ -15,9 +15,10 @@ import torch
 from .backends import Backend
 from .cases import Case
 from .check import make_inputs
-from .group import Networks, forget_compiled, make_problem, measuring_settings
+from .group import Networks, forget_compiled, make_problem
 from .lane import failure, release_memory
 from .records import Record, Trace
+from .settings import measuring_settings
 from .timing import Deadline
 from .trace import traced
 
@@ -64,12 +65,14 @@ def short_traces(
     backends: Mapping[str, Backend],
     deadline: Deadline,
     tracer: Tracer = traced,
+    cases: Mapping[str, Case] | None = None,
 ) -> Iterator[Record]:
     """The records, completed by a trace, by `trace_order`; one whose trace fails gives a warning and is left out.
 
     No trace is begun once `deadline` has passed. A compiled peer is passed over where less time is left than its
-    first build and call took.
+    first build and call took. `cases`, by key, say where a checkpoint lies, which a record does not.
     """
+    cases = cases or {}
     group = ""
     for record in sorted(records, key=lambda record: trace_order(record.case)):
         if deadline.passed:
@@ -81,7 +84,8 @@ def short_traces(
             group = record.case.group_key
         with measuring_settings():
             try:
-                trace = _short_trace(record, networks, backends, tracer)
+                case = cases.get(record.case_key, record.case)
+                trace = _short_trace(case, networks, backends, tracer)
             except Exception as error:
                 warnings.warn(f"{record.case.key}: no trace ({failure(error)[1]})", stacklevel=2)
                 trace = None
@@ -97,10 +101,8 @@ def _preparation_ms(record: Record) -> float:
     return (record.phases.build_ms or 0.0) + (record.phases.first_call_ms or 0.0)
 
 
-def _short_trace(
-    record: Record, networks: Networks, backends: Mapping[str, Backend], tracer: Tracer
-) -> Trace | None:
-    case = record.case.model_copy(update={"steps": min(record.case.steps, TRACE_STEPS)})
+def _short_trace(case: Case, networks: Networks, backends: Mapping[str, Backend], tracer: Tracer) -> Trace | None:
+    case = case.model_copy(update={"steps": min(case.steps, TRACE_STEPS)})
     problem = make_problem(case, networks.get(case)[0])
     trajectory = backends[case.backend].build(problem)
     inputs = make_inputs(problem, 0)

@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from .visible import visible
+
 M = TypeVar("M", bound=BaseModel)
+_LONGEST_REASON = 300
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A line that is no whole record: its file, its number there from 1 on, and why, in one line."""
+
+    path: Path
+    number: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.number}: {self.reason}"
 
 
 def load_lines(path: Path, model: type[M]) -> tuple[list[M], int]:
-    """The records of a file, and how many lines were set aside. Changes nothing on disk.
+    """The records of a file, and how many lines were set aside (`read_lines`)."""
+    records, aside = read_lines(path, model)
+    return records, len(aside)
 
-    A line that is not a whole record of `model` (torn, foreign, another version) is counted, never fatal; lines
-    that a `Store` moved beside the file count too. Raises OSError when it cannot be read.
+
+def read_lines(path: Path, model: type[M]) -> tuple[list[M], list[SetAside]]:
+    """The records of a file, and the lines that were set aside. Changes nothing on disk.
+
+    A line that is not a whole record of `model` (torn, foreign, another version) is set aside, never fatal. Lines
+    that a `Store` moved beside the file are among them, and say so by their path. Raises OSError when it cannot be
+    read.
     """
-    records, rejected = _parse(path.read_bytes(), model)
-    aside = rejected_path(path)
-    moved = _lines(aside.read_bytes()) if aside.exists() else []
-    return records, len(rejected) + len(moved)
+    records: list[M] = []
+    aside: list[SetAside] = []
+    for number, line in _lines(path.read_bytes()):
+        record = parsed(line, model)
+        if isinstance(record, str):
+            aside.append(SetAside(path, number, record))
+        else:
+            records.append(record)
+    moved = rejected_path(path)
+    if moved.exists():
+        whole = f"a whole record; append it to {path.name} to have it back"
+        for number, line in _lines(moved.read_bytes()):
+            record = parsed(line, model)
+            aside.append(SetAside(moved, number, record if isinstance(record, str) else whole))
+    return records, aside
 
 
 def rejected_path(path: Path) -> Path:
@@ -57,8 +93,8 @@ class Store(Generic[M]):
         content = self.path.read_bytes()
         kept: list[bytes] = []
         rejected: list[bytes] = []
-        for line in _lines(content):
-            (kept if _record(line, self.model) else rejected).append(line + b"\n")
+        for _, line in _lines(content):
+            (rejected if isinstance(parsed(line, self.model), str) else kept).append(line + b"\n")
         if b"".join(kept) == content:
             return
         # First keep the rejected lines, then drop them from the file: a crash between the two counts them twice.
@@ -74,27 +110,38 @@ def write_whole(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _lines(content: bytes) -> list[bytes]:
-    return [line for line in content.split(b"\n") if line.strip()]
+def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, by their numbers from 1 on."""
+    return ((n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip())
 
 
-def _record(line: bytes, model: type[M]) -> M | None:
+def parsed(line: bytes, model: type[M]) -> M | str:
+    """The model's value, or in one line why there is none."""
     try:
         return model.model_validate_json(line)
-    except ValidationError:
-        return None
+    except ValidationError as error:
+        return visible(_reason(line, error))[:_LONGEST_REASON]
 
 
-def _parse(content: bytes, model: type[M]) -> tuple[list[M], list[bytes]]:
-    records: list[M] = []
-    rejected: list[bytes] = []
-    for line in _lines(content):
-        record = _record(line, model)
-        if record is None:
-            rejected.append(line)
-        else:
-            records.append(record)
-    return records, rejected
+def _reason(line: bytes, error: ValidationError) -> str:
+    try:
+        fields: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return "no JSON: torn, or no record at all"
+    if not isinstance(fields, dict):
+        return "no JSON object"
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of another version every field may differ: the version alone says what to do.
+    version = next((problem for problem in problems if problem["loc"] == ("schema_version",)), None)
+    if version is not None:
+        return (
+            f"of schema version {fields['schema_version']!r:.20}, which this ldmperf does not know; read it with "
+            "the one that wrote it, or a newer one"
+        )
+    place = ".".join(map(str, problems[0]["loc"]))
+    others = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    said = problems[0]["msg"].removeprefix("Value error, ")
+    return f"{place + ': ' if place else ''}{said}{others}"
 
 
 def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb", "xb"]) -> None:

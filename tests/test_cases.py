@@ -27,7 +27,8 @@ def test_keys_tell_apart_what_is_not_equal() -> None:
     others = [
         base.model_copy(update=change)
         for change in (
-            {"unet": "83M"}, {"task": "sr"}, {"sampler": "ddpm"}, {"steps": 5}, {"batch": 2},
+            {"unet": "83M"}, {"weights_sha256": "0" * 64}, {"task": "sr"},
+            {"sampler": "ddpm"}, {"steps": 5}, {"batch": 2},
             {"guidance_scale": 2.0}, {"dtype": "float16"}, {"device": "cuda"}, {"latent_height": 32},
             {"latent_width": 32}, {"context_tokens": 154}, {"seed": 1}, {"backend": "diffusers"},
         )

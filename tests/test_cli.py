@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -14,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ldmperf.profiling import Record, cli, load_records, runner
 from ldmperf.profiling.cases import Case
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.progress import Remaining, readable
 from ldmperf.profiling.records import RECORDS_NAME, RecordStore
-from ldmperf.profiling.runs import RUN_NAME, create_run
+from ldmperf.profiling.runs import RUN_NAME, create_run, open_run
 from ldmperf.profiling.store import rejected_path
 from ldmperf.profiling.timing import Deadline, RepetitionRule
 
@@ -65,6 +67,16 @@ Run = Callable[..., Outcome]
         (["profile", "--min-count", "x"], "valid int"),
         (["profile", "--min-seconds", "nan"], "--min-seconds"),
         (["profile", "--seconds", "-1"], "--seconds"),
+        (["profile", "--seconds", "nan"], "--seconds"),
+        # An option never switches a check off.
+        (
+            ["profile", "--schema", "--size", "7M"],
+            "prints the schema and measures nothing: give it alone",
+        ),
+        (["profile", "--schema", "--min-count", "0"], "give it alone"),
+        (["profile", "--schema", "--resume"], "give it alone"),
+        (["profile", "--schema", "--out", "elsewhere"], "give it alone"),
+        (["profile", "--size", "39M", "--references", __file__], "is no folder; name one"),
         (["profile", "--resume", "/no/where"], "no run folder"),
         (["profile", "stray"], "stray"),
         (["report", "/no/where"], "no run folder"),
@@ -155,14 +167,13 @@ def test_a_reader_that_has_gone_is_no_failure(arguments: list[str], tmp_path: Pa
     assert more or ended.stderr == ""
 
 
-def test_a_checkpoint_whose_name_records_cannot_hold_is_a_wrong_call(run: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_whose_name_is_no_utf8_is_found_and_named_in_a_refusal(run: Run, tmp_path: Path) -> None:
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/\xff"))
     folder.mkdir()
     outcome = run("profile", "--unet", folder, "--out", tmp_path / "runs")
     assert outcome.code == 2
     assert outcome.err.count("\n") == 1
-    assert r"\udcff is not UTF-8" in outcome.err
-    assert "rename" in outcome.err
+    assert r"\udcff: no config.json here" in outcome.err
 
 
 def test_a_folder_whose_name_looks_like_markup(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -189,6 +200,8 @@ def test_env_prints_the_environment_as_json(run: Run) -> None:
     assert printed["torch"] == torch.__version__
     assert printed["gpu"] is None
     assert "load_average_1min" in printed["device_now"]
+    # As a run and its records have it, whatever this process is set to.
+    assert (printed["cudnn_benchmark"], printed["cudnn_tf32"]) == (True, False)
 
 
 QUICK = ("--device", "cpu", "--min-count", "1")
@@ -298,7 +311,8 @@ def test_killed_and_resumed_it_repeats_only_what_was_in_flight(
     assert [record.case.steps for record in records] == [1, 3]
     assert rejected == 1
     assert rejected_path(folder / RECORDS_NAME).exists()
-    assert "1 line of" in outcome.err
+    assert "records.rejected.jsonl:1: no JSON: torn" in outcome.err
+    assert "1 line set aside" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
@@ -391,6 +405,72 @@ def test_a_run_of_another_commit_or_machine_is_not_resumed(run: Run, tmp_path: P
     assert "cpu: another" in outcome.err
     assert "start a new run" in outcome.err
     assert not (folder / RECORDS_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--size", "7M"], "39M, 83M"),
+        (["--min-count", "0"], "--min-count must be at least 1"),
+        (["--min-seconds", "nan"], "--min-seconds"),
+        (["--preset", "tpu"], "cpu, gpu"),
+        (["--seconds", "nan"], "--seconds"),
+        (["--references", __file__], "is no folder"),
+        (["--device", "cuda:99"], "choose cpu"),
+        (["--unet", "/no/where"], "/no/where"),
+    ],
+)
+def test_what_is_refused_without_resume_is_refused_with_it(
+    run: Run, tmp_path: Path, options: list[str], said: str
+) -> None:
+    create_run(tmp_path, [Case(unet="39M", steps=1)], RepetitionRule(1, 0.0), collect_environment("cpu"))
+    outcome = run("profile", "--resume", "--out", tmp_path, *options)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_a_run_that_names_no_case_is_not_resumed(run: Run, tmp_path: Path) -> None:
+    create_run(tmp_path, [], RepetitionRule(1, 0.0), collect_environment("cpu"))
+    outcome = run("profile", "--resume", "--out", tmp_path)
+    assert outcome.code == 2
+    assert "names no case to measure; start a new run without --resume" in outcome.err
+
+
+def test_a_run_has_one_id_and_says_of_the_machine_what_its_records_say(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two checkpoints under one name; a changed one is not resumed."""
+    paths = [tmp_path / folder / "x.safetensors" for folder in "ab"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir()
+        tensors = load_file(tiny_checkpoint / "diffusion_pytorch_model.safetensors")
+        save_file({name: tensor + 0.001 * number for name, tensor in tensors.items()}, path)
+        (path.parent / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    runs = tmp_path / "runs"
+    unets = [option for path in paths for option in ("--unet", path.parent)]
+    options = [*unets, "--steps", "1", "--backend", "torch", *QUICK, "--out", runs]
+    assert run("profile", *options, "--seconds", "0").code == 1
+    outcome = run("profile", *options, "--resume")
+    assert outcome.code == 0, outcome.err
+    (folder,) = runs.iterdir()
+    plan = open_run(folder)
+    records, _ = load_records(folder)
+    assert {record.run_id for record in records} == {plan.run_id} != {None}
+    assert {record.environment for record in records} == {plan.environment}
+    assert [case.path for case in plan.cases] == [path.parent for path in paths]
+    assert [record.case_key for record in records] == [case.key for case in plan.cases]
+    assert len({record.case_id for record in records}) == 2
+    assert {record.case.weights_sha256 for record in records} == {
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in paths
+    }
+    assert str(tmp_path) not in (folder / RECORDS_NAME).read_text()
+    paths[0].write_bytes(paths[1].read_bytes())
+    outcome = run("profile", "--resume", folder)
+    assert outcome.code == 2
+    assert outcome.err == (
+        f"ldmperf: {paths[0].parent} has changed since the run began; start a new run, or put the old file back\n"
+    )
 
 
 def test_resuming_with_other_cases_is_refused(run: Run, tmp_path: Path) -> None:

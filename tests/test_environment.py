@@ -10,16 +10,17 @@ import shutil
 import subprocess
 import sys
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from ldmperf.kernels import _launch
-from ldmperf.profiling import environment
+from ldmperf.profiling import environment, settings
 from ldmperf.profiling.cases import CaseError
 from ldmperf.profiling.environment import DeviceState, Environment, Gpu, collect_environment, device_state
-from ldmperf.profiling.group import measuring_settings
+from ldmperf.profiling.settings import measuring_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +48,65 @@ def test_commit_and_dirty_flag_are_gits() -> None:
     found = collect_environment("cpu")
     assert found.git_commit == git("rev-parse", "HEAD")
     assert found.git_dirty == bool(git("status", "--porcelain", "--untracked-files=no"))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_the_commits_time_is_gits() -> None:
+    found = collect_environment("cpu").commit_time
+    assert found is not None
+    assert found.timestamp() == int(git("show", "-s", "--format=%ct", "HEAD"))
+    assert found.utcoffset() == timedelta(0)
+
+
+def test_a_machine_has_one_id_that_says_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, other = tmp_path / "machine-id", tmp_path / "dbus"
+    monkeypatch.setattr(environment, "_MACHINE_FILES", (str(file), str(other)))
+    assert collect_environment("cpu").machine_id is None
+    for unknown in ("", "uninitialized\n"):
+        file.write_text(unknown)
+        assert collect_environment("cpu").machine_id is None
+    secret = "0123456789abcdef0123456789abcdef"
+    other.write_text(secret + "\n")
+    found = collect_environment("cpu").machine_id
+    assert found == collect_environment("cpu").machine_id
+    assert found is not None
+    assert re.fullmatch("[0-9a-f]{16}", found)
+    assert found not in secret
+    file.write_text("fedcba9876543210fedcba9876543210")
+    assert collect_environment("cpu").machine_id not in (None, found)
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_the_gpu_is_part_of_the_machines_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_MACHINE_FILES", (str(tmp_path / "machine-id"),))
+    # In a container without an id of its own the GPU's is enough.
+    alone = collect_environment("cuda").machine_id
+    (tmp_path / "machine-id").write_text("0123456789abcdef0123456789abcdef")
+    ids = [collect_environment(device).machine_id for device in ("cuda", "cpu")]
+    assert len({alone, *ids, None}) == 4
+
+
+def test_the_switches_are_those_of_measuring_and_stay_as_they_were() -> None:
+    """So that a run, its records and `ldmperf env` say the same, wherever they ask."""
+
+    def switches() -> tuple[object, ...]:
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+
+    before = switches()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        outside = collect_environment("cpu")
+        with measuring_settings():
+            assert collect_environment("cpu") == outside
+        assert switches() == ("medium", *before[1:])
+    finally:
+        torch.set_float32_matmul_precision(str(before[0]))
+    assert (outside.float32_matmul_precision, outside.cudnn_tf32, outside.cudnn_benchmark) == (
+        "highest",
+        False,
+        True,
+    )
 
 
 def test_code_that_git_does_not_track_has_no_commit(tmp_path: Path) -> None:
@@ -135,7 +195,7 @@ def test_the_assembler_is_the_one_that_triton_uses(tmp_path: Path, monkeypatch: 
     assert re.fullmatch(r"\d+\.\d+\.\d+", own)
     monkeypatch.setenv("TRITON_PTXAS_PATH", a_ptxas(tmp_path / "ptxas", "13.0.88"))
     assert collect_environment("cpu").ptxas == "13.0.88"
-    monkeypatch.setattr(environment, "_tritons_ptxas", lambda: "/nonexistent")
+    monkeypatch.setattr(settings, "_tritons_ptxas", lambda: "/nonexistent")
     assert collect_environment("cpu").ptxas is None
 
 
@@ -163,7 +223,7 @@ def test_a_compiler_of_torchs_cannot_switch_the_assembler(tmp_path: Path, monkey
     tasks._set_triton_ptxas_path()
     assert triton.knobs.nvidia.ptxas.path != own
     monkeypatch.setenv("TRITON_PTXAS_PATH", mine := a_ptxas(tmp_path / "mine", "12.9.1"))
-    with environment.pinned_ptxas():
+    with settings.pinned_ptxas():
         assert triton.knobs.nvidia.ptxas.path == mine
     assert os.environ["TRITON_PTXAS_PATH"] == mine
 

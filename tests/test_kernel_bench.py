@@ -254,6 +254,10 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
     # Of xformers one record an operator says all there is.
     assert [record.peer for record in again].count("xformers") == 1
     assert load_lines(path, KernelRecord) == (again, 0)
+    # Of one folder, and resuming does not change it.
+    (run_id,) = {record.run_id for record in again}
+    assert run_id is not None
+    assert len({record.case_id for record in again}) == len(again)
     # A torn record, or a new peer: the call is measured again as a whole, and its last records count.
     path.write_bytes(path.read_bytes()[:-20])
     whole = run((3, 4, 5))

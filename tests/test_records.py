@@ -20,6 +20,7 @@ from ldmperf.profiling.records import (
     RecordStore,
     Samples,
     Trace,
+    new_run_id,
     record_schema,
 )
 from ldmperf.profiling.store import rejected_path
@@ -78,7 +79,8 @@ def test_only_a_correct_result_has_a_time(make_record: MakeRecord, status: str) 
         {"correctness": Correctness(error_before=0.0, tolerance=1e-4, reference="x")},
         {"case_key": "another"},
         {"evaluations": None},
-        {"schema_version": 2},
+        {"schema_version": 3},
+        {"schema_version": True},
         {"gflop_per_forward": math.nan},
     ],
 )
@@ -102,7 +104,7 @@ def test_a_record_survives_the_round_trip_and_json_has_no_nan(make_record: MakeR
         raise AssertionError(constant)
 
     line = json.loads(text, parse_constant=refuse)
-    assert line["schema_version"] == 1
+    assert line["schema_version"] == 2
     assert line["started_at"] == "2026-11-23T12:00:00Z"
     assert line["ms_per_step"] == record.ms_per_step
 
@@ -110,7 +112,75 @@ def test_a_record_survives_the_round_trip_and_json_has_no_nan(make_record: MakeR
 def test_the_schema_names_every_field_of_a_line(make_record: MakeRecord) -> None:
     schema = record_schema()
     assert set(json.loads(make_record().model_dump_json())) == set(schema["properties"])
-    assert schema["properties"]["schema_version"]["const"] == 1
+    assert schema["properties"]["schema_version"]["const"] == 2
+    assert {"run_id", "case_id"} < set(schema["properties"])
+    assert "weights_sha256" in schema["$defs"]["Case"]["properties"]
+    assert {"machine_id", "commit_time"} < set(schema["$defs"]["Environment"]["properties"])
+
+
+def test_the_schema_says_which_it_is_and_others_validate_lines_by_it(make_record: MakeRecord) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = record_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert schema["$id"] == "urn:ldmperf:schema:record:2"
+    jsonschema.Draft202012Validator.check_schema(schema)
+    checkpoint = Case(unet="x", weights_sha256="0" * 64)
+    for record in (make_record(), make_record(checkpoint, run_id=new_run_id()), make_record(status="oom")):
+        jsonschema.validate(json.loads(record.model_dump_json()), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(make_record().model_dump_json()) | {"schema_version": 1}, schema)
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+CASES = st.builds(
+    Case,
+    unet=TEXTS,
+    weights_sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+    task=st.sampled_from(["t2i", "sr"]),
+    sampler=TEXTS,
+    steps=st.integers(1, 1000),
+    batch=st.integers(1, 10**6),
+    guidance_scale=st.floats(1, allow_infinity=False),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    device=st.sampled_from(["cpu", "cuda", "cuda:7"]),
+    latent_height=st.integers(1, 2**32 - 1),
+    latent_width=st.integers(1, 2**32 - 1),
+    context_tokens=st.integers(1, 2**32 - 1),
+    seed=st.integers(0, 2**64 - 1),
+    backend=TEXTS,
+)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=CASES,
+    ms=st.lists(st.floats(0, allow_infinity=False), min_size=1, max_size=5),
+    evaluations=st.integers(1, 2**53),
+    memory=st.none() | st.integers(0, 2**53),
+    message=st.none() | st.from_regex(r"[^\r\n\ud800-\udfff]+", fullmatch=True),
+    run_id=st.none() | TEXTS,
+)
+def test_every_record_comes_back_as_it_was_written(
+    make_record: MakeRecord,
+    tmp_path_factory: pytest.TempPathFactory,
+    case: Case,
+    ms: list[float],
+    evaluations: int,
+    memory: int | None,
+    message: str | None,
+    run_id: str | None,
+) -> None:
+    changes: dict[str, object] = {"evaluations": evaluations, "peak_memory_bytes": memory, "run_id": run_id}
+    changes |= {"wall_ms": Samples.of(ms)} if message is None else {"status": "error", "message": message}
+    record = make_record(case, **changes)
+    path = tmp_path_factory.mktemp("run") / RECORDS_NAME
+    RecordStore(path).append(record)
+    RecordStore(path).append(record)
+    assert load_records(path) == ([record, record], 0)
+    (line, _) = path.read_text(encoding="utf-8").split("\n")[:2]
+    assert json.loads(line)["case_id"] == case.case_id
+    # A name alone: whatever it is, the weights tell it apart.
+    assert case.recorded().key == case.key
 
 
 def test_committed_records_of_every_day_are_read() -> None:

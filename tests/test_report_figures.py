@@ -128,10 +128,18 @@ def test_a_checkpoint_has_no_paper_cost_and_is_no_reference_beside_the_papers_si
 def test_names_of_checkpoints_are_told_apart(make_record: MakeRecord) -> None:
     unets = ("/a/unet", "/b/unet", "/c/other", "/d/39M", "39M")
     names = figures.network_names([make_record(case(unet)) for unet in unets])
-    assert [names[unet] for unet in unets] == ["/a/unet", "/b/unet", "other", "/d/39M", "39M"]
+    assert [names[unet] for unet in unets] == ["a/unet", "b/unet", "other", "/d/39M", "39M"]
+    # Recorded, two that share a name are told apart by their weights, and none passes for a size.
+    recorded = [case(unet, weights_sha256=digit * 64) for unet, digit in (("x", "1"), ("x", "2"), ("39M", "3"))]
+    names = figures.network_names([make_record(of) for of in (*recorded, case("39M"), case("other"))])
+    assert list(names.values()) == [
+        "x weights=1111111111111111", "x weights=2222222222222222", "39M weights=3333333333333333", "39M", "other"
+    ]  # fmt: skip
+    shown = figures.overview([make_record(recorded[2])])
+    assert shown.rows[0].paper_cost is None
 
 
-@pytest.mark.parametrize("field", sorted(set(Case.model_fields) - {"unet", "backend"}))
+@pytest.mark.parametrize("field", sorted(set(Case.model_fields) - {"unet", "weights_sha256", "backend"}))
 def test_no_condition_is_averaged_over_or_left_unsaid(make_record: MakeRecord, field: str) -> None:
     other: dict[str, object] = {
         "task": "sr", "sampler": "ddpm", "dtype": "bfloat16", "device": "cuda", "guidance_scale": 1.0,

@@ -239,3 +239,15 @@ def test_any_record_set_prints_every_case_and_only_numbers(
     assert sum(line.startswith("| ") for line in markdown.splitlines()) == (2 + len(expected) if records else 0)
     rows = re.findall(r"^\S+ +(?:torch|diffusers|graph) +(?:-|38\.8M) +(?:-|[\d.]+)(?: |$)", output, re.MULTILINE)
     assert len(rows) == len(expected)
+
+
+def test_times_faster_is_of_each_rows_backend_another_peer_too(make_record: MakeRecord) -> None:
+    times = {"graph": 10.0, "diffusers-compile": 20.0, "diffusers": 40.0}
+    records = [make_record(Case(unet="39M", backend=b), wall_ms=Samples.of([ms])) for b, ms in times.items()]
+    lines = printed(records).splitlines()
+    # The table is first, the ladder below it.
+    said = {line.split()[1]: line.split()[-1] for line in lines[: lines.index("", 3)] if line.startswith("39M")}
+    # Four times and twice as fast as the peer; the peer itself has no such figure.
+    assert said == {"graph": "4.00x", "diffusers-compile": "2.00x", "diffusers": "-"}
+    note = next(line for line in lines if line.startswith("times faster"))
+    assert note == "times faster: the time of diffusers over that of the row's backend, same case and environment"

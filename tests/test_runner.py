@@ -26,6 +26,7 @@ from ldmperf.profiling import Case, Record, group, load_records, profile, runner
 from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
 from ldmperf.profiling.cases import DTYPES
 from ldmperf.profiling.check import TOLERANCES, Reference, References, code_identity, relative_rms, tolerances
+from ldmperf.profiling.checkpoints import identified
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.group import Networks, make_problem
 from ldmperf.profiling.lane import Lane, failure
@@ -55,7 +56,7 @@ BOTH: dict[str, Backend] = {"torch": OurBackend("torch"), "diffusers": Diffusers
 
 def tiny_case(checkpoint: Path, **changes: object) -> Case:
     fields: dict[str, object] = {"unet": str(checkpoint), "steps": 2, "latent_height": 16, "latent_width": 16}
-    return Case(**(fields | changes))
+    return identified([Case(**(fields | changes))])[0]
 
 
 @dataclass
@@ -89,7 +90,7 @@ def measure(case: Case, backends: dict[str, Backend], rule: RepetitionRule = TWI
     """The records of the case on each of the backends, with the real ones for references."""
     cases = [case.model_copy(update={"backend": name}) for name in backends]
     records = profile(cases, rule=rule, backends=BOTH | backends)
-    assert {record.case for record in records} == set(cases)
+    assert {record.case for record in records} == {case.recorded() for case in cases}
     assert len(records) == len(cases)
     return {record.case.backend: record for record in records}
 
@@ -479,11 +480,11 @@ def test_an_interrupt_keeps_what_is_done_and_skip_goes_on(tiny_checkpoint: Path,
     store = RecordStore(tmp_path / "records.jsonl")
     with pytest.raises(KeyboardInterrupt):
         profile(cases, rule=TWICE, store=store, listener=Heard(2), backends=backends)
-    assert [record.case for record in store.load()] == cases[:1]
+    assert [record.case for record in store.load()] == [case.recorded() for case in cases[:1]]
     done = {record.case_key for record in store.load()}
     profile(cases, rule=TWICE, store=store, skip=done, backends=backends)
     records, rejected = load_records(tmp_path)
-    assert ([record.case for record in records], rejected) == (cases, 0)
+    assert ([record.case_key for record in records], rejected) == ([case.key for case in cases], 0)
 
 
 @contextmanager
@@ -628,7 +629,7 @@ def test_what_has_a_sample_at_the_deadline_is_checked_and_recorded_as_cut_short(
         listener=clock,
         deadline=Deadline(5.5, clock),
     )
-    assert [record.case for record in records] == first
+    assert [record.case for record in records] == [case.recorded() for case in first]
     # Of the next group not even the network is made.
     assert clock.began == 1
     for record in records:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..backends import Unsupported
 from ..environment import DeviceState, Environment, device_state
-from ..group import measuring_settings
 from ..lane import Outcome, release_memory
 from ..records import Correctness, Samples, utc_now
+from ..settings import measuring_settings
 from ..timing import Timed, Times, garbage_collection_paused, interleave, timed
 from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, input_sets, l2_cache_bytes, timed_run
 from .implementation import Arguments, Implementation

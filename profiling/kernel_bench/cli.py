@@ -14,7 +14,8 @@ from ..timing import Deadline
 from ..visible import console, say
 
 if TYPE_CHECKING:
-    from .records import KernelRecord, Mode
+    from ..environment import Environment
+    from .records import KernelRecord, KernelStore, Mode
     from .run import BenchChoices
 
 DEFAULT_SECONDS = 240.0
@@ -111,21 +112,39 @@ def kernels(
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:
     """Measures, with a line for each call on stderr; then the table on stdout and as kernels.md."""
     from ..environment import collect_environment
+    from ..locked import locked
     from ..records import utc_now
     from ..runs import new_folder
     from .records import RECORDS_NAME, KernelStore
-    from .run import earlier_records, run_jobs, write_markdown
-    from .table import markdown, print_records
+    from .run import earlier_records
 
     tell = functools.partial(say, console(stderr=True))
     environment = collect_environment(choices.device)
     earlier = [] if resume is None else earlier_records(resume, environment, choices.dtype, choices.device)
     try:
         folder = resume or new_folder(out, utc_now(), environment, "-kernels")
+        lock = locked(folder, tell)
         store = KernelStore(folder / RECORDS_NAME)
     except OSError as failure:
         tell(f"ldmperf: cannot write to {resume or out} ({failure.strerror}); choose another folder with --out")
         raise typer.Exit(1) from None
+    with lock:
+        _measure(choices, environment, folder, store, earlier, deadline)
+
+
+def _measure(
+    choices: BenchChoices,
+    environment: Environment,
+    folder: Path,
+    store: KernelStore,
+    earlier: list[KernelRecord],
+    deadline: Deadline,
+) -> None:
+    """Measures into a folder that nobody else holds; exit codes as `kernels` says."""
+    from .run import run_jobs, write_markdown
+    from .table import markdown, print_records
+
+    tell = functools.partial(say, console(stderr=True))
     tell(f"{folder}: begins no call after {deadline.left:.0f} s")
 
     def told(records: Sequence[KernelRecord]) -> None:

@@ -9,10 +9,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AwareDatetime, Field, computed_field, model_validator
 
 from ..attention_bound import Bound, Rates, attention_bound
-from ..cases import DEVICE_PATTERN
+from ..cases import DEVICE_PATTERN, device_kind, short_id
 from ..environment import DeviceState, Environment
 from ..kernel_case import KernelCase
-from ..records import Correctness, Milliseconds, RecordModel, Samples, Status
+from ..records import SCHEMA_VERSION, Correctness, Milliseconds, RecordModel, Samples, SchemaVersion, Status
 from ..store import Store
 
 RECORDS_NAME = "kernels.jsonl"
@@ -58,6 +58,9 @@ class UnitRates(RecordModel):
 class KernelRecord(RecordModel):
     """One measured call, or the reason why there is no time: only `ok` has one.
 
+    `run_id` is the same in all records of a folder, those of --resume included; `case_id` is the same for the same
+    call, peer and mode on every commit and machine.
+
     `ms` is of one call; each sample is the mean over `calls_per_sample` calls in a row. `clock` "device": CUDA
     events around them; "host": the host's clock, on the CPU. `mode` "eager": launched one by one, so that a call
     shorter than its launch shows the launch; "graph": `input_sets` calls captured and replayed as a CUDA graph.
@@ -67,7 +70,8 @@ class KernelRecord(RecordModel):
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    run_id: Annotated[str | None, Field(min_length=1)] = None
     case_key: str
     size: str
     batch: int
@@ -108,7 +112,19 @@ class KernelRecord(RecordModel):
                 raise ValueError("an ok record has passed its check before and after timing")
         elif self.message is None or self.ms is not None:
             raise ValueError(f"a record with status {self.status} has a message and no time")
+        try:
+            # All that a table shows of it follows from its case and its times.
+            _ = (self.case.label, self.percent_of_copy, self.tflops, self.percent_of_bound)
+        except Exception as error:
+            raise ValueError(f"no call of an operator ({type(error).__name__}: {error})") from None
         return self
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def case_id(self) -> str:
+        """16 hexadecimal digits of the call, the device without its number, the peer and the mode (`short_id`)."""
+        case = self.case.model_dump(mode="json", exclude_none=True)
+        return short_id({"case": case, "device": device_kind(self.device), "peer": self.peer, "mode": self.mode})
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -10,8 +10,9 @@ import torch
 
 from ..cases import DType
 from ..environment import Environment
-from ..group import measuring_settings
+from ..records import new_run_id
 from ..runs import RunError
+from ..settings import measuring_settings
 from ..store import load_lines
 from ..timing import Deadline
 from .bench import KernelBench
@@ -74,13 +75,15 @@ def run_jobs(
     A job of which `earlier` has all records is not measured again; of each key the last record is returned.
     """
     records = {record.case_key: record for record in earlier}
+    # The same in a whole folder.
+    run_id = next((record.run_id for record in earlier if record.run_id is not None), new_run_id())
     for job in jobs:
         if bench.keys(job) <= records.keys():
             bench.skip(job)
             continue
         if deadline.passed:
             return list(records.values()), False
-        done = bench.measure(job)
+        done = [record.model_copy(update={"run_id": run_id}) for record in bench.measure(job)]
         if store is not None:
             store.append(*done)
         records |= {record.case_key: record for record in done}

@@ -148,7 +148,9 @@ def _notes(shown: Overview) -> tuple[str, ...]:
     if any(row.gflop_ratio is not None for row in rows):
         notes.append("GFLOP ratio: GFLOP relative to that size, for networks that the paper does not have")
     if any(row.record.case.backend == figures.PEER for row in rows):
-        notes.append(f"times faster: the time of {figures.PEER} over ours, same case, same run")
+        notes.append(
+            f"times faster: the time of {figures.PEER} over that of the row's backend, same case and environment"
+        )
     without = [row.record.status for row in rows if row.record.status != "ok"]
     if without:
         cases = counted(len(rows), "case")

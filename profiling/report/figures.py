@@ -167,19 +167,19 @@ def best_record(records: Sequence[Record]) -> Record:
 
 
 def network_names(records: Iterable[Record]) -> dict[str, str]:
-    """A short name for each network; the path of a checkpoint whose short name is another's or a size's."""
-    networks = {record.case.unet: record.case for record in records}
+    """A short name for each network (`Case.network`); the whole of it where the short name is another's too."""
+    networks = {record.case.network: record.case for record in records}
     labels = [case.label for case in networks.values()]
 
     def is_taken(case: Case) -> bool:
         return case.is_checkpoint and (labels.count(case.label) > 1 or case.label in paper_costs())
 
-    return {unet: case.unet if is_taken(case) else case.label for unet, case in networks.items()}
+    return {network: network if is_taken(case) else case.label for network, case in networks.items()}
 
 
 def _conditions(case: Case) -> dict[str, object]:
     # Taken from the model, so that a condition added to cases one day is never averaged over.
-    return case.model_dump(exclude={"unet", "backend"})
+    return case.model_dump(exclude={"unet", "weights_sha256", "backend"})
 
 
 def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
@@ -190,14 +190,14 @@ def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
 
 def names_by_size(rows: Iterable[Row]) -> list[str]:
     """The networks' names, the smallest first, whatever backend has which."""
-    ordered = sorted(rows, key=lambda row: (_magnitude(row.record), row.record.case.unet))
+    ordered = sorted(rows, key=lambda row: (_magnitude(row.record), row.record.case.network))
     return list(dict.fromkeys(row.name for row in ordered))
 
 
 def _magnitude(record: Record) -> tuple[float, float]:
     """Orders networks by what they cost on paper: the paper's own for its sizes, in its unit, else by GFLOP."""
     gflop_of_866m = 804.3
-    cost = paper_costs().get(record.case.unet)
+    cost = paper_costs().get(record.case.network)
     return (
         cost if cost is not None else (record.gflop_per_forward or 0.0) / gflop_of_866m,
         record.parameters or 0.0,
@@ -206,7 +206,7 @@ def _magnitude(record: Record) -> tuple[float, float]:
 
 def _reference(timed: Sequence[Record]) -> Record:
     """The largest network, of the paper's sizes if one is there: the paper's costs are rescaled to it."""
-    in_paper = [record for record in timed if record.case.unet in paper_costs()]
+    in_paper = [record for record in timed if record.case.network in paper_costs()]
     return max(in_paper or timed, key=_magnitude)
 
 
@@ -220,26 +220,27 @@ def _references(section: Sequence[Record]) -> dict[str, Record]:
 
 
 def _rows(environment: int, section: Sequence[Record], names: dict[str, str]) -> tuple[Row, ...]:
+    paper = paper_costs()
     references = _references(section)
-    peers = {record.case.unet: record for record in section if record.case.backend == PEER}
+    peers = {record.case.network: record for record in section if record.case.backend == PEER}
     backends = list(dict.fromkeys(record.case.backend for record in section))
     # The peer last: ours is read against the paper first, and then against the peer. The others in the order of
     # the ladder: records come as they were done.
     backends.sort(key=lambda name: (name == PEER, BACKENDS.index(name) if name in BACKENDS else len(BACKENDS)))
-    ordered = sorted(section, key=lambda r: (backends.index(r.case.backend), _magnitude(r), r.case.unet))
+    ordered = sorted(section, key=lambda r: (backends.index(r.case.backend), _magnitude(r), r.case.network))
     rows = []
     for record in ordered:
-        row = Row(record, environment, names[record.case.unet])
+        row = Row(record, environment, names[record.case.network])
         reference = references.get(record.case.backend)
         if record.wall_ms is not None and reference is not None:
             row = replace(
                 row,
                 cost=_cost(record, reference),
-                reference=names[reference.case.unet],
-                paper_cost=ratio(paper_costs().get(record.case.unet), paper_costs().get(reference.case.unet)),
-                times_faster=_times_faster(record, peers.get(record.case.unet)),
+                reference=names[reference.case.network],
+                paper_cost=ratio(paper.get(record.case.network), paper.get(reference.case.network)),
+                times_faster=_times_faster(record, peers.get(record.case.network)),
             )
-            if record.case.unet not in paper_costs():
+            if record.case.network not in paper_costs():
                 row = replace(row, gflop_ratio=ratio(record.gflop_per_forward, reference.gflop_per_forward))
         rows.append(row)
     return tuple(rows)

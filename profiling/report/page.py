@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cases import Case
 from ..records import Record
 from ..visible import counted, visible
 from . import details, ladder, text
@@ -73,7 +74,7 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
         "checkpoints": sorted(
             {
-                (text.printable(r.name), text.printable(r.record.case.unet))
+                (text.printable(r.name), text.printable(_origin(r.record.case)))
                 for r in rows
                 if r.record.case.is_checkpoint
             }
@@ -104,7 +105,7 @@ def _sentence(rows: Sequence[Row]) -> str:
     """What was measured, how much of it, and when."""
     if not rows:
         return NOTHING
-    networks = len({row.record.case.unet for row in rows})
+    networks = len({row.record.case.network for row in rows})
     backends = list(dict.fromkeys(text.printable(row.record.case.backend) for row in rows))
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
@@ -114,6 +115,11 @@ def _sentence(rows: Sequence[Row]) -> str:
         f"{counted(len(rows), 'case')}, {timed} with a time and {len(rows) - timed} without, "
         f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} (UTC)."
     )
+
+
+def _origin(case: Case) -> str:
+    """Which checkpoint it is: where it lay, as older records have it, or what its files add up to."""
+    return case.unet if case.weights_sha256 is None else f"whose weights have the SHA-256 {case.weights_sha256}"
 
 
 def _case(row: Row, shown: Overview) -> str:

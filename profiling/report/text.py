@@ -103,7 +103,7 @@ def environment_name(index: int) -> str:
 def differences(first: Environment, other: Environment) -> list[str]:
     """What differs between two environments, as "field: first's, other's"."""
     mine, theirs = (
-        _flat(e.model_dump(exclude={"git_commit"}) | {"commit": (e.git_commit or "unknown")[:12]})
+        _flat(e.model_dump(exclude={"git_commit", "commit_time"}) | {"commit": (e.git_commit or "unknown")[:12]})
         for e in (first, other)
     )
     fields = list(dict.fromkeys([*mine, *theirs]))
@@ -179,7 +179,7 @@ def _phrases(index: int, case: Case, environments: Sequence[Environment]) -> dic
         "context_tokens": counted(case.context_tokens, "text token"),
         "seed": f"seed {case.seed}",
     }
-    said = {*known, "latent_height", "latent_width", "unet", "backend"}
+    said = {*known, "latent_height", "latent_width", "unet", "weights_sha256", "backend"}
     others = case.model_dump(exclude=said)
     return known | {name: f"{name.replace('_', ' ')} {value_of(value)}" for name, value in others.items()}
 

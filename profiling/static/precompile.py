@@ -25,7 +25,7 @@ import torch
 
 from ldmperf.kernels import Chip, Launch, planned_for, tuned_table
 
-from ..environment import pinned_ptxas
+from ..settings import pinned_ptxas
 from .compile import bind, target
 from .forked import Lost, map_forked, usable_cores
 from .machines import MACHINES, Machine

@@ -1,0 +1,148 @@
+"""What the tensors of a checkpoint say of its UNet: under which names they are, and of which published release."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .config import UNetConfig
+from .files import CheckpointError, some
+from .keys import compvis_key
+
+# What training code puts before the names: DataParallel, torch.compile, Lightning, a pipeline or a whole model.
+_PREFIXED = re.compile(
+    r"((?:(?:module|_orig_mod|model|diffusion_model|unet)\.)*)(conv_in|input_blocks\.0\.0)\.weight"
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of a checkpoint that belong to the UNet: their shapes under the names that the file has."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    prefix: str
+    compvis: bool
+
+    def stored(self, key: str, config: UNetConfig) -> str:
+        """The file's name of a diffusers key."""
+        return self.prefix + (compvis_key(key, config.layers_per_block, config.attention) if self.compvis else key)
+
+    def shape(self, key: str, config: UNetConfig) -> tuple[int, ...]:
+        """The shape under a diffusers key; () where there is no such tensor."""
+        return self.shapes.get(self.stored(key, config), ())
+
+
+def find_layout(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+    """The UNet among the tensors of a checkpoint, with any prefix of training code before its names."""
+    found = [match for key in shapes if (match := _PREFIXED.fullmatch(key))]
+    if not found:
+        raise CheckpointError(
+            f"{place}: no UNet in diffusers (conv_in.weight) or CompVis (input_blocks.0.0.weight) layout among "
+            f"its {len(shapes)} tensors ({some(sorted(shapes), 3)}); give a UNet's file or folder"
+        )
+    if len(found) > 1:
+        names = some(match[0] for match in found)
+        raise CheckpointError(f"{place}: more than one UNet: {names}; keep one of them in the file")
+    prefix = found[0][1]
+    own = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+    return Layout(own, prefix, compvis=found[0][2] != "conv_in")
+
+
+@dataclass(frozen=True)
+class Release:
+    """Published weights whose shapes tell their configuration, head counts included.
+
+    diffusers: in diffusers layout too. Other UNets have the shapes of Stable Diffusion 2 there, with other heads.
+    """
+
+    name: str
+    config: UNetConfig
+    diffusers: bool = True
+
+    def has(self, layout: Layout) -> bool:
+        """Whether the layout has what tells this release from all others."""
+        level = self.config.attention.index(True)
+        width = self.config.block_channels[level]
+        place = f"down_blocks.{level}.attentions.0"
+        return (
+            (layout.compvis or self.diffusers)
+            and layout.shape("conv_in.weight", self.config)[:1] == self.config.block_channels[:1]
+            and layout.shape(f"{place}.transformer_blocks.0.attn2.to_k.weight", self.config)
+            == (width, self.config.context_dim)
+            and len(layout.shape(f"{place}.proj_in.weight", self.config))
+            == (4 if self.config.conv_projection else 2)
+        )
+
+
+RELEASES = (
+    Release("Stable Diffusion 1", UNetConfig(context_dim=768, conv_projection=True)),
+    Release("Stable Diffusion 2", UNetConfig(num_heads=(5, 10, 20, 20)), diffusers=False),
+    Release(
+        "Stable Diffusion XL base",
+        UNetConfig(
+            block_channels=(320, 640, 1280),
+            num_heads=(5, 10, 20),
+            attention=(False, True, True),
+            context_dim=2048,
+            sample_size=128,
+            transformer_layers=(1, 2, 10),
+            added_time_dim=256,
+            added_dim=2816,
+        ),
+    ),
+    Release(
+        "Stable Diffusion XL refiner",
+        UNetConfig(
+            block_channels=(384, 768, 1536, 1536),
+            num_heads=(6, 12, 24, 24),
+            attention=(False, True, True, False),
+            context_dim=1280,
+            sample_size=128,
+            transformer_layers=4,  # type: ignore[arg-type]
+            added_time_dim=256,
+            added_dim=2560,
+        ),
+    ),
+)
+
+
+def published(layout: Layout) -> Release | None:
+    """The release that a file without configuration is of, with the file's own number of input channels."""
+    for release in RELEASES:
+        if release.has(layout):
+            shape = layout.shape("conv_in.weight", release.config)
+            # A shape that is none of a convolution's is left to the check of all tensors.
+            channels = shape[1] if len(shape) == 4 and shape[1] else release.config.in_channels
+            config = dataclasses.replace(release.config, in_channels=channels)
+            return dataclasses.replace(release, config=config)
+    return None
+
+
+def check_size(place: str, config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> None:
+    """Refuse a configuration far beyond the tensors at hand, before a network of its size is built.
+
+    The counts are lower bounds, by arithmetic: shortcuts, norms and biases are not counted in the parameters.
+    """
+    layers, levels = config.layers_per_block, len(config.block_channels)
+    tensors, parameters = 10, 9 * config.block_channels[0] * (config.in_channels + config.out_channels)
+    for level, width in enumerate(config.block_channels):
+        middle = config.has_middle and level == levels - 1
+        resblocks = 2 * layers + 1 + 2 * middle
+        transformers = (2 * layers + 1) * config.attention[level] + middle
+        blocks = transformers * config.transformer_layers[level]
+        tensors += 10 * resblocks + 6 * transformers + 20 * blocks
+        parameters += 9 * resblocks * width**2 + blocks * (18 * width**2 + 2 * width * config.context_dim)
+    parameters += config.time_dim * (config.added_dim or 0)
+    held = [math.prod(shape) for shape in shapes]
+    if tensors > 2 * len(held) or parameters > 2 * sum(held):
+        raise CheckpointError(
+            f"{place}: the configuration asks for at least {_digits(tensors)} tensors with "
+            f"{_digits(parameters)} parameters, the checkpoint holds {len(held)} with {sum(held)}; give the "
+            "configuration of these weights"
+        )
+
+
+def _digits(count: int) -> str:
+    # Python refuses to print integers of thousands of digits.
+    return str(count) if count < 10**18 else "10^18 and more"

@@ -1,0 +1,145 @@
+"""`ldmperf report`: from a path to the table, the files beside it, and the lines that are no records."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from .records import RECORDS_NAME, Record, read_records
+from .runs import RUN_NAME, RunError, holds, open_run
+from .store import SetAside, read_lines
+from .visible import console, counted, say
+
+if TYPE_CHECKING:
+    from .kernel_bench.records import KernelRecord
+
+T = TypeVar("T")
+
+KERNELS_NAME = "kernels.jsonl"
+
+
+class ReportNotWritten(OSError):
+    """A folder that the page or a table cannot be written to; the text is one line."""
+
+
+def report_path(path: Path, out: Path | None) -> bool:
+    """Reports whatever records lie at a path; whether all lines of their file were records.
+
+    A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
+    written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
+    says where to. Raises RunError where there are no records to read, ReportNotWritten.
+    """
+    if holds(path, RECORDS_NAME):
+        return _all_read(path / RECORDS_NAME, report_run(path, out)[1])
+    if holds(path, RUN_NAME):
+        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
+    if holds(path, KERNELS_NAME):
+        kernels, aside = _readable(path / KERNELS_NAME, read_kernels)
+        _report_kernels(kernels, aside, out or path)
+        return _all_read(path / KERNELS_NAME, aside)
+    records, aside = _readable(path, read_records)
+    # A file's name does not say which records it has: the most of its lines do.
+    if aside:
+        kernels, aside_of_kernels = _readable(path, read_kernels)
+        if len(kernels) > len(records):
+            _report_kernels(kernels, aside_of_kernels, out)
+            return _all_read(path, aside_of_kernels)
+    _report_records(records, aside, out, path)
+    return _all_read(path, aside)
+
+
+def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], list[SetAside]]:
+    """Prints the table of a run's records, and what it has none of; writes page and charts to it, or to `out`.
+
+    The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
+    """
+    records, aside = _readable(folder / RECORDS_NAME, read_records)
+    _report_records(records, aside, out or folder, folder)
+    return records, aside
+
+
+def resume_command(folder: Path) -> str:
+    """What goes on with a run."""
+    return f"ldmperf profile --resume {shlex.quote(str(folder))}"
+
+
+def read_kernels(path: Path) -> tuple[list[KernelRecord], list[SetAside]]:
+    """Of each call the last record, and the lines that were set aside. Raises OSError when it cannot be read."""
+    from .kernel_bench.records import KernelRecord
+
+    records, aside = read_lines(path, KernelRecord)
+    return list({record.case_key: record for record in records}.values()), aside
+
+
+def _readable(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path)
+    except OSError as failure:
+        raise RunError(
+            f"{path} is no run folder and no file of records ({failure.strerror}); give a folder with "
+            f"{RECORDS_NAME} or {KERNELS_NAME}, such a file, or no name for the latest run"
+        ) from None
+
+
+def _all_read(path: Path, aside: Sequence[SetAside]) -> bool:
+    """Whether every line of the file is a record; what was moved away from it when it was opened is none of it."""
+    return not any(line.path == path for line in aside)
+
+
+def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path | None, source: Path) -> None:
+    from .report import print_table, write_report
+
+    errors = console(stderr=True)
+    print_table(records, console())
+    if holds(source, RUN_NAME):
+        try:
+            left = {case.key for case in open_run(source).cases} - {record.case_key for record in records}
+        except RunError as unreadable:
+            say(errors, f"what the run has yet to measure is not known: {unreadable}")
+        else:
+            if left:
+                cases = counted(len(left), "planned case has", "planned cases have")
+                say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
+    _tell_aside(aside)
+    if out is None:
+        return
+    try:
+        written = write_report(records, len(aside), out)
+    except ModuleNotFoundError as missing:
+        say(
+            errors,
+            f"no page and no charts: {missing.name} is not installed; "
+            f"pip install altair vl-convert-python jinja2, then: ldmperf report {shlex.quote(str(source))}",
+        )
+        return
+    except OSError as failure:
+        raise ReportNotWritten(f"cannot write the report to {out} ({failure.strerror})") from None
+    for path in written:
+        say(console(), str(path))
+
+
+def _report_kernels(records: list[KernelRecord], aside: Sequence[SetAside], out: Path | None) -> None:
+    from .kernel_bench.run import write_markdown
+    from .kernel_bench.table import markdown, print_records
+
+    print_records(records, console())
+    _tell_aside(aside)
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written = write_markdown(out, markdown(records))
+    except OSError as failure:
+        raise ReportNotWritten(f"cannot write the table to {out} ({failure.strerror})") from None
+    say(console(), str(written))
+
+
+def _tell_aside(aside: Sequence[SetAside]) -> None:
+    if not aside:
+        return
+    errors = console(stderr=True)
+    for line in aside:
+        say(errors, str(line))
+    say(errors, f"{counted(len(aside), 'line')} set aside; nothing above comes from them")
