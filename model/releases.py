@@ -119,7 +119,7 @@ def published(layout: Layout) -> Release | None:
     return None
 
 
-def check_size(place: str, config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> None:
+def check_size(place: str, config: UNetConfig, origin: str, shapes: Iterable[tuple[int, ...]]) -> None:
     """Refuse a configuration far beyond the tensors at hand, before a network of its size is built.
 
     The counts are lower bounds, by arithmetic: shortcuts, norms and biases are not counted in the parameters.
@@ -137,7 +137,7 @@ def check_size(place: str, config: UNetConfig, shapes: Iterable[tuple[int, ...]]
     held = [math.prod(shape) for shape in shapes]
     if tensors > 2 * len(held) or parameters > 2 * sum(held):
         raise CheckpointError(
-            f"{place}: the configuration asks for at least {_digits(tensors)} tensors with "
+            f"{place}: the configuration ({origin}) asks for at least {_digits(tensors)} tensors with "
             f"{_digits(parameters)} parameters, the checkpoint holds {len(held)} with {sum(held)}; give the "
             "configuration of these weights"
         )

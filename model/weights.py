@@ -75,7 +75,7 @@ def load_unet(
                 "its config.json beside it, name the folder with both, write it with ldmperf.model.save_unet, or "
                 "pass config=UNetConfig(...) in Python"
             )
-        unet, slots = _network(path, layout, stated, backend)
+        unet, slots = _network(path, layout, stated, origin, backend)
         if problem := _mismatch(slots, layout, stated):
             raise CheckpointError(f"{path}: the tensors are not those of the configuration ({origin}): {problem}")
         stored = [tensors[layout.stored(slot.key, stated)] for slot in slots]
@@ -153,7 +153,7 @@ def _stated(
         raise CheckpointError(f"{source.files[0]}: its metadata and {at} differ; remove the one that is wrong")
     if layout.compvis and not source.is_folder and release is not None:
         # Stable Diffusion's file often lies in a folder with other networks.
-        _, slots = _network(path, layout, beside, "auto")
+        _, slots = _network(path, layout, beside, at, "auto")
         if _mismatch(slots, layout, beside):
             return release.config, f"that of {release.name}"
         if _acting(beside) != _acting(release.config):
@@ -188,9 +188,9 @@ def _acting(config: UNetConfig) -> UNetConfig:
     )
 
 
-def _network(path: Path, layout: Layout, config: UNetConfig, backend: str) -> tuple[UNet, list[Slot]]:
+def _network(path: Path, layout: Layout, config: UNetConfig, origin: str, backend: str) -> tuple[UNet, list[Slot]]:
     """The network without memory, and its tensors' places."""
-    check_size(str(path), config, layout.shapes.values())
+    check_size(str(path), config, origin, layout.shapes.values())
     with torch.device("meta"):
         unet = UNet(config, backend=backend)
     return unet, weight_slots(unet)
