@@ -105,7 +105,11 @@ _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "no
 
 def _integer(value: Any) -> int | None:
     """An integer of Python, numpy or torch as Python's; None for all else, a bool included."""
-    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool") or getattr(value, "ndim", 0):
+    if (
+        isinstance(value, bool)
+        or str(getattr(value, "dtype", "")).endswith("bool")
+        or len(getattr(value, "shape", ()))
+    ):
         return None
     try:
         return operator.index(value)

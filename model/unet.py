@@ -24,6 +24,7 @@ from .layers import (
     TransformerBlock,
     sinusoids,
 )
+from .private import Privacy
 from .staleness import MadeFrom, Snapshot
 
 T = TypeVar("T")
@@ -60,6 +61,13 @@ class Level(nn.Module):
             Place(cast(ResBlock, resblock), cast(Transformer | None, transformer), resampled and i == last)
             for i, (resblock, transformer) in enumerate(zip_longest(self.resblocks, self.transformers))
         ]
+
+
+# Modules whose code is known: none keeps what it is given or returns.
+OWN_CLASSES = (
+    *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
+    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+)
 
 
 class UNet(nn.Module):
@@ -128,6 +136,7 @@ class UNet(nn.Module):
         # Which of the constants there are, and how long they are: of the architecture, not of the weights.
         self._constant_sizes = [sum(map(len, group)) for group in found]
         self._snapshot: Snapshot | None = None
+        self._privacy: Privacy | None = None
 
     def _levels(self) -> list[Level]:
         middle = [] if self.middle is None else [self.middle]
@@ -231,7 +240,7 @@ class UNet(nn.Module):
                 "crops of each image"
             )
         weight = self.time_projection.weight
-        embedded = sinusoids(time_ids.to(weight.device).flatten(), config.added_time_dim)
+        embedded = sinusoids(self._on_device(time_ids).flatten(), config.added_time_dim)
         beside = embedded.view(batch, time_ids.shape[1] * config.added_time_dim)
         out: Tensor = self.add_embedding(torch.cat([text_embeds.to(weight), beside.to(weight)], dim=1))
         return out
@@ -263,8 +272,8 @@ class UNet(nn.Module):
         batch = sample.shape[0]
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
-                f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, with what "
-                "the UNet was trained to see beside them"
+                f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, "
+                "with what the UNet was trained to see beside them"
             )
         if conditioning.shifts.shape[1] not in (1, batch) or any(
             packed.shape[1] != batch for packed in conditioning.context
@@ -273,14 +282,14 @@ class UNet(nn.Module):
                 f"the conditioning's batch is not the sample's {batch}: pass one context per sample, "
                 "with guidance both halves"
             )
-        if isinstance(step, Tensor) and step.ndim:
+        if isinstance(step, Tensor) and (step.ndim or step.device == conditioning.shifts.device):
             of_step = conditioning.shifts.index_select(0, step).squeeze(0)
         else:
-            of_step = conditioning.shifts[operator.index(step)]
+            of_step = conditioning.shifts[int(operator.index(step))]
         shifts = iter(of_step.expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
         pending, pending_out = self._pending_of(conditioning.constants)
-        in_place = False
+        in_place = not torch.is_grad_enabled() and self._is_private()
 
         def block(place: Place, x: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
             # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
@@ -297,6 +306,15 @@ class UNet(nn.Module):
         x = self._run(F.conv2d(sample, self.conv_in.weight, padding=1), block, lambda module, x: module(x))
         out: Tensor = self.conv_out(self.norm_out(x, pending_out))
         return out
+
+    def _is_private(self) -> bool:
+        """Whether nobody but `denoise` holds what its modules pass on, so that sums may overwrite it."""
+        if torch.compiler.is_compiling():
+            # A graph has no sums in place, and plans its memory itself.
+            return False
+        if self._privacy is None or not self._privacy.knows_all():
+            self._privacy = Privacy(self, OWN_CLASSES)
+        return self._privacy.holds()
 
     def constants(self) -> Constants:
         """The biases that are passed on (`Conditioning.constants`), which depend on the weights alone."""
@@ -332,8 +350,8 @@ class UNet(nn.Module):
                     yield resample.conv, "bias"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's weights are its own.
-        return {**self.__dict__, "_snapshot": None}
+        # A copy's weights and modules are its own.
+        return {**self.__dict__, "_snapshot": None, "_privacy": None}
 
     def _pending_of(self, constants: Tensor) -> tuple[Iterator[Pending], Tensor | None]:
         """What `_pending` returned before it was laid out as `Conditioning.constants`: views."""
@@ -409,7 +427,9 @@ class UNet(nn.Module):
         with torch.device("meta"):
             other = UNet(self.config, backend=backend, products=products)
         other.load_state_dict(self.state_dict(), assign=True)
-        return other.train(self.training).requires_grad_(self.conv_in.weight.requires_grad)
+        for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
+            theirs.requires_grad_(mine.requires_grad)
+        return other.train(self.training)
 
     def forward(
         self,

@@ -1,15 +1,18 @@
 """The family against the paper's table, and what a diffusers config may say."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
 from ldmperf.model.config import _ONLY, _READ, _WITHOUT_EFFECT
-from ldmperf.profiling.flops import flop_counter
+from ldmperf.profiling.flops import count_gflop, count_parameters, flop_counter
 
 PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]
 
@@ -70,6 +73,31 @@ SD21 = SD15 | {
     "use_linear_projection": True,
     "upcast_attention": True,
 }
+SDXL = SD21 | {  # Of base and turbo; turbo's sample_size is 64.
+    "addition_embed_type": "text_time",
+    "addition_embed_type_num_heads": 64,
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_only_cross_attention": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+}
+SDXL_REFINER = SDXL | {
+    "attention_head_dim": [6, 12, 24, 24],
+    "block_out_channels": [384, 768, 1536, 1536],
+    "cross_attention_dim": 1280,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "projection_class_embeddings_input_dim": 2560,
+    "transformer_layers_per_block": 4,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
 BK_SDM_BASE = SD15 | {"layers_per_block": 1}
 BK_SDM_SMALL = BK_SDM_BASE | {"mid_block_type": None}
 BK_SDM_TINY = BK_SDM_SMALL | {
@@ -87,8 +115,10 @@ BK_SDM_TINY = BK_SDM_SMALL | {
         (BK_SDM_BASE, 579_384_964),
         (BK_SDM_SMALL, 482_346_884),
         (BK_SDM_TINY, 323_384_964),
+        (SDXL, 2_567_463_684),
+        (SDXL_REFINER, 2_259_526_660),
     ],
-    ids=["sd15", "sd21", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"],
+    ids=["sd15", "sd21", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "sdxl", "sdxl-refiner"],
 )
 def test_published_configs_have_their_published_size(config, parameters):
     with torch.device("meta"):
@@ -96,13 +126,30 @@ def test_published_configs_have_their_published_size(config, parameters):
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
 
 
-def test_from_diffusers_reads_what_diffusers_writes():
-    config = UNetConfig.from_diffusers(SD21)
+@pytest.mark.parametrize(("published", "text"), [(SDXL, 1280), (SDXL_REFINER, 1280)], ids=["base", "refiner"])
+def test_sdxl_costs_what_it_costs_in_diffusers(published, text):
+    config = UNetConfig.from_diffusers(published)
+    with torch.device("meta"), torch.no_grad(), flop_counter() as theirs:
+        reference = UNet2DConditionModel.from_config(published)
+        sizes = (published["projection_class_embeddings_input_dim"] - text) // 256
+        added = {"text_embeds": torch.empty(1, text), "time_ids": torch.empty(1, sizes)}
+        context = torch.empty(1, 77, config.context_dim)
+        reference(torch.empty(1, 4, 128, 128), torch.empty(1), context, added_cond_kwargs=added)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in reference.parameters())
+    assert count_gflop(config, 128, 128, 77) * 1e9 == theirs.get_total_flops()
+
+
+@pytest.mark.parametrize("published", [SD21, SDXL, SDXL_REFINER], ids=["sd21", "sdxl", "sdxl-refiner"])
+def test_from_diffusers_reads_what_diffusers_class_writes(published):
+    config = UNetConfig.from_diffusers(published)
     with torch.device("meta"):
-        written = dict(UNet2DConditionModel(**diffusers_config(config)).config)
-    assert UNetConfig.from_diffusers(written) == config
-    assert config.num_heads == (5, 10, 20, 20)
-    assert config.sample_size == 96
+        for other in (
+            UNet2DConditionModel.from_config(published),
+            UNet2DConditionModel(**diffusers_config(config)),
+        ):
+            assert UNetConfig.from_diffusers(dict(other.config)) == config
+    assert config.num_heads == tuple(published["attention_head_dim"])
+    assert config.sample_size == published["sample_size"]
 
 
 def test_absent_fields_take_diffusers_defaults():
@@ -190,9 +237,14 @@ def test_every_field_of_diffusers_class_is_known():
 
 def test_every_unsupported_field_is_named_at_once():
     with pytest.raises(UnsupportedConfig) as refusal:
-        UNetConfig.from_diffusers(SD15 | {"act_fn": "gelu", "time_embedding_type": "fourier"})
+        UNetConfig.from_diffusers(
+            SD15 | {"act_fn": "gelu", "time_embedding_type": "fourier", "a\nfield": "x" * 9999}
+        )
     assert "act_fn" in str(refusal.value)
     assert "time_embedding_type" in str(refusal.value)
+    assert str(refusal.value).endswith(": use one with the values told, or diffusers")
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 500
 
 
 @pytest.mark.parametrize(
@@ -202,9 +254,53 @@ def test_every_unsupported_field_is_named_at_once():
         {"block_channels": (100, 640, 1280, 1280)},
         {"num_heads": (7, 8, 8, 8)},
         {"layers_per_block": 0},
+        {"layers_per_block": True},
+        {"layers_per_block": 2.0},
         {"context_dim": 0},
+        {"in_channels": "4"},
+        {"norm_eps": float("nan")},
+        {"norm_eps": "1e-5"},
+        {"num_heads": 8},
+        {"transformer_layers": 0},
+        {"transformer_layers": (1, 2, 10)},
+        {"transformer_layers": (1, 2, (1, 1), 10)},
+        {"transformer_layers": "1111"},
+        {"added_time_dim": 256},
+        {"added_dim": 2816},
+        {"added_time_dim": 0, "added_dim": 2816},
     ],
 )
 def test_impossible_configs_are_refused(wrong):
-    with pytest.raises(UnsupportedConfig, match=next(iter(wrong))):
+    with pytest.raises(UnsupportedConfig, match=next(iter(wrong))) as refusal:
         UNetConfig(**wrong)
+    assert re.search(r": (give|make) [^:]+$", str(refusal.value))
+    assert "\n" not in str(refusal.value)
+
+
+def test_one_number_of_transformer_blocks_is_that_of_every_level():
+    assert UNetConfig().transformer_layers == (1, 1, 1, 1)
+    assert UNetConfig(transformer_layers=2) == UNetConfig(transformer_layers=(2, 2, 2, 2))
+
+
+@pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor, np.array], ids=lambda kind: kind.__name__)
+def test_integers_of_numpy_and_torch_are_integers(number):
+    fields = dataclasses.asdict(UNetConfig.from_diffusers(SDXL))
+    given = {
+        name: tuple(map(number, value))
+        if name in ("block_channels", "num_heads", "transformer_layers")
+        else number(value)
+        for name, value in fields.items()
+        if name not in ("attention", "has_middle", "conv_projection", "norm_eps")
+    }
+    kept = {name: fields[name] for name in ("has_middle", "conv_projection")}
+    config = UNetConfig(**given, **kept, attention=np.array(fields["attention"]), norm_eps=np.float64(1e-5))
+    assert config == UNetConfig(**fields)
+    assert hash(config) == hash(UNetConfig(**fields))
+    assert {type(value) for value in dataclasses.asdict(config).values()} == {int, float, bool, tuple}
+    assert UNetConfig(transformer_layers=number(3)).transformer_layers == (3, 3, 3, 3)
+    written = {
+        **SDXL,
+        "layers_per_block": number(2),
+        "transformer_layers_per_block": [number(n) for n in (1, 2, 10)],
+    }
+    assert UNetConfig.from_diffusers(written) == UNetConfig.from_diffusers(SDXL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -20,6 +21,9 @@ SMALL = {"norm_groups": 4, "context_dim": 12, "layers_per_block": 1}
 CONFIGS = {
     "attention": UNetConfig((16, 32), (2, 4), (True, False), **SMALL),
     "no-middle": UNetConfig((16, 16), (2, 2), (True, True), has_middle=False, **SMALL),
+    "sdxl": UNetConfig(
+        (16, 32), (2, 4), (False, True), transformer_layers=2, added_time_dim=4, added_dim=14, **SMALL
+    ),
 }
 SAMPLE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 CONTEXT = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
@@ -48,17 +52,21 @@ def is_refused(unet: UNet, conditioning: Conditioning) -> bool:
 def test_a_conditioning_is_refused_just_where_it_would_be_another(name: str) -> None:
     """Every parameter is written in turn: those that `condition` reads make it stale, and no other."""
     unet = network(name)
+    added = (
+        {"text_embeds": CONTEXT[:, 0, :6], "time_ids": torch.tensor([[64, 9], [7, 0]])} if name == "sdxl" else {}
+    )
+    condition = functools.partial(unet.condition, [500.0, 3.0], CONTEXT, **added)
     stale = 0
     for parameter_name, parameter in unet.named_parameters():
-        kept, constants = unet.condition([500.0, 3.0], CONTEXT), unet.constants()
+        kept, constants = condition(), unet.constants()
         parameter.add_(0.5)
-        fresh = unet.condition([500.0, 3.0], CONTEXT)
+        fresh = condition()
         differs = any(not torch.equal(a, b) for a, b in zip(values(kept), values(fresh), strict=True))
         assert is_refused(unet, kept) == differs, parameter_name
         assert not is_refused(unet, fresh)
         if not torch.equal(constants.values, unet.constants().values):
             with pytest.raises(ValueError, match=r"the constants are not .* make them anew with UNet\.constants"):
-                unet.condition([1.0], CONTEXT, constants=constants)
+                condition(constants=constants)
         stale += differs
     assert 20 < stale < len(list(unet.parameters())) - 20
 

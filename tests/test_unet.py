@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ldmperf.model import FAMILY, Constants, UNet, UNetConfig, diffusers_config, diffusers_state_dict
 
 SMALL = {"norm_groups": 8, "context_dim": 24}
+# A pooled text embedding of 10 and 3 sizes, of 8 sinusoids each.
+ADDED = {"added_time_dim": 8, "added_dim": 34}
 CONFIGS = {
     "sd15": UNetConfig((32, 64, 64, 64), (8, 8, 8, 8), (True, True, True, False), conv_projection=True, **SMALL),
     "sd21": UNetConfig((32, 64, 96, 96), (2, 4, 6, 6), (True, True, True, False), **SMALL),
@@ -19,7 +21,15 @@ CONFIGS = {
     "three-levels": UNetConfig((24, 48, 48), (3, 3, 3), (True, True, True), has_middle=False, **SMALL),
     "super-resolution": UNetConfig((32, 64), (4, 4), (True, False), in_channels=8, **SMALL),
     "one-level": UNetConfig((32,), (4,), (False,), **SMALL),
+    # Stable Diffusion XL; turbo is base.
+    "sdxl-base": UNetConfig(
+        (32, 64, 96), (2, 4, 6), (False, True, True), transformer_layers=(1, 2, 3), **ADDED, **SMALL
+    ),
+    "sdxl-refiner": UNetConfig(
+        (24, 48, 72, 72), (2, 4, 6, 6), (False, True, True, False), transformer_layers=2, **ADDED, **SMALL
+    ),
 }
+SDXL = ["sdxl-base", "sdxl-refiner"]
 
 
 def pair(config, dtype, seed=0):
@@ -35,6 +45,15 @@ def pair(config, dtype, seed=0):
     return ours, theirs
 
 
+def diffusers_gradients(ours):
+    """The gradients of our parameters under diffusers' names."""
+    with torch.device("meta"):
+        other = UNet(ours.config)
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in ours.named_parameters()}
+    other.load_state_dict(gradients, assign=True)
+    return diffusers_state_dict(other)
+
+
 def relative_rms(a, b):
     return ((a - b).double().norm() / b.double().norm()).item()
 
@@ -45,6 +64,23 @@ def inputs(config, batch, size, tokens, dtype):
     return sample, context
 
 
+def added_inputs(config, batch, dtype):
+    """What Stable Diffusion XL takes besides, another for every sample; nothing elsewhere."""
+    if config.added_dim is None:
+        return {}
+    sizes = torch.randint(0, 1025, (batch, 3))
+    return {"text_embeds": torch.randn(batch, 10, dtype=dtype), "time_ids": sizes}
+
+
+@torch.no_grad()
+def error(ours, theirs, batch, size, tokens, timestep):
+    """Of ours against diffusers' on random inputs."""
+    sample, context = inputs(ours.config, batch, size, tokens, ours.dtype)
+    added = added_inputs(ours.config, batch, ours.dtype)
+    expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample
+    return relative_rms(ours(sample, timestep, context, **added), expected)
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["f64", "f32"]
 )
@@ -53,48 +89,39 @@ def test_equals_diffusers(name, dtype, tolerance):
     config = CONFIGS[name]
     ours, theirs = pair(config, dtype)
     for batch, size, tokens in ((1, (16, 16), 77), (2, (24, 8), 1), (3, (8, 16), 154)):
-        sample, context = inputs(config, batch, size, tokens, dtype)
-        timestep = torch.rand(batch) * 1000
-        with torch.no_grad():
-            assert (
-                relative_rms(ours(sample, timestep, context), theirs(sample, timestep, context).sample) < tolerance
-            )
-            assert relative_rms(ours(sample, 37.25, context), theirs(sample, 37.25, context).sample) < tolerance
+        for timestep in (torch.rand(batch) * 1000, 37.25):
+            assert error(ours, theirs, batch, size, tokens, timestep) < tolerance
 
 
 @pytest.mark.parametrize("size", [(15, 17), (9, 12), (5, 5), (1, 3)])
-@pytest.mark.parametrize("name", ["sd15", "three-levels"])
+@pytest.mark.parametrize("name", ["sd15", "three-levels", *SDXL])
 def test_odd_latent_sizes_equal_diffusers(name, size):
-    config = CONFIGS[name]
-    ours, theirs = pair(config, torch.float64)
-    sample, context = inputs(config, 2, size, 5, torch.float64)
-    with torch.no_grad():
-        assert relative_rms(ours(sample, 500.0, context), theirs(sample, 500.0, context).sample) < 1e-9
+    ours, theirs = pair(CONFIGS[name], torch.float64)
+    assert error(ours, theirs, 2, size, 5, 500.0) < 1e-9
 
 
 def test_39m_at_full_width_equals_diffusers():
-    config = FAMILY["39M"]
-    ours, theirs = pair(config, torch.float32)
-    sample, context = inputs(config, 1, (64, 64), 77, torch.float32)
-    with torch.no_grad():
-        assert relative_rms(ours(sample, 981.0, context), theirs(sample, 981.0, context).sample) < 1e-5
+    ours, theirs = pair(FAMILY["39M"], torch.float32)
+    assert error(ours, theirs, 1, (64, 64), 77, 981.0) < 1e-5
 
 
-def test_condition_and_denoise_are_forward():
+@pytest.mark.parametrize("name", ["sd15", *SDXL])
+def test_condition_and_denoise_are_forward(name):
     """A hoisted trajectory gives what single evaluations give, whatever the other steps are."""
-    config = CONFIGS["sd15"]
+    config = CONFIGS[name]
     unet, _ = pair(config, torch.float64)
     sample, context = inputs(config, 3, (16, 16), 7, torch.float64)
+    added = added_inputs(config, 3, torch.float64)
     timesteps = [999.0, 640.5, 3.0]
     with torch.no_grad():
-        conditioning = unet.condition(timesteps, context)
+        conditioning = unet.condition(timesteps, context, **added, constants=unet.constants())
         for step, timestep in enumerate(timesteps):
-            expected = unet(sample, timestep, context)
+            expected = unet(sample, timestep, context, **added)
             assert relative_rms(unet.denoise(sample, conditioning, step), expected) < 1e-13
         per_sample = torch.tensor([[1.0, 2.0, 3.0], [700.0, 800.0, 900.0]])
-        conditioning = unet.condition(per_sample, context)
+        conditioning = unet.condition(per_sample, context, **added)
         for step in range(2):
-            expected = unet(sample, per_sample[step], context)
+            expected = unet(sample, per_sample[step], context, **added)
             assert relative_rms(unet.denoise(sample, conditioning, step), expected) < 1e-13
 
 
@@ -120,7 +147,7 @@ def test_a_denoising_step_makes_no_layout_copy(name, batch):
     unet = UNet(config, backend="torch").eval()
     sample, context = inputs(config, batch, (16, 24), 7, torch.float32)
     with torch.no_grad():
-        conditioning = unet.condition([5.0], context)
+        conditioning = unet.condition([5.0], context, **added_inputs(config, batch, torch.float32))
         channels_last = sample.contiguous(memory_format=torch.channels_last)
         with CountCopies() as counter:
             out = unet.denoise(channels_last, conditioning, 0)
@@ -157,19 +184,25 @@ def test_activations_stay_channels_last():
     assert all(all(flags) for name, flags in layouts.items() if name != "conv_in")
 
 
-def test_gradients_equal_diffusers():
-    config = CONFIGS["one-layer"]
+@pytest.mark.parametrize("name", ["one-layer", *SDXL])
+def test_gradients_equal_diffusers(name):
+    config = CONFIGS[name]
     ours, theirs = pair(config, torch.float64)
     sample, context = inputs(config, 2, (8, 8), 5, torch.float64)
+    added = added_inputs(config, 2, torch.float64)
     grads = []
-    for run in (lambda x: ours(x, 10.0, context), lambda x: theirs(x, 10.0, context).sample):
-        x = sample.clone().requires_grad_()
-        run(x).square().sum().backward()
-        grads.append(x.grad)
-    assert relative_rms(*grads) < 1e-9
-    weight = ours.down[0].transformers[0].blocks[0].cross_kv.weight.grad
-    attention = theirs.down_blocks[0].attentions[0].transformer_blocks[0].attn2
-    assert relative_rms(weight, torch.cat([attention.to_k.weight.grad, attention.to_v.weight.grad])) < 1e-9
+    for run in (
+        lambda x, c, **added: ours(x, 10.0, c, **added),
+        lambda x, c, **added: theirs(x, 10.0, c, added_cond_kwargs=added).sample,
+    ):
+        given = [x.clone().requires_grad_() for x in (sample, context, *list(added.values())[:1])]
+        run(*given[:2], **added | dict(zip(added, given[2:], strict=False))).square().sum().backward()
+        grads.append([x.grad for x in given])
+    for mine, reference in zip(*grads, strict=True):
+        assert relative_rms(mine, reference) < 1e-9
+    ours_by_key = diffusers_gradients(ours)
+    for key, parameter in theirs.named_parameters():
+        assert (ours_by_key[key] - parameter.grad).norm() < 1e-9 * parameter.grad.norm() + 1e-12, key
 
 
 def test_compiled_fullgraph_equals_eager():
@@ -198,6 +231,37 @@ def test_wrong_shapes_are_named():
         unet.condition(torch.zeros(4, 3), context)
 
 
+@pytest.mark.parametrize("name", SDXL)
+def test_wrong_added_inputs_are_named(name):
+    config = CONFIGS[name]
+    unet = UNet(config, backend="torch")
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float32)
+    added = added_inputs(config, 2, torch.float32)
+    embeds, sizes = added["text_embeds"], added["time_ids"]
+    for wrong in (
+        {},
+        {"text_embeds": embeds},
+        {"time_ids": sizes},
+        added | {"text_embeds": embeds[:, :9]},
+        added | {"text_embeds": embeds[:1]},
+        added | {"text_embeds": embeds[0]},
+        added | {"time_ids": sizes[:, :2]},
+        added | {"time_ids": sizes[:1]},
+        added | {"time_ids": sizes.flatten()},
+    ):
+        for call in (lambda w: unet(sample, 1.0, context, **w), lambda w: unet.condition([1.0], context, **w)):
+            with pytest.raises(
+                ValueError, match=r"text_embeds must be \[2, P\] and time_ids \[2, N\] with P \+ 8 N"
+            ):
+                call(wrong)
+    plain = UNet(CONFIGS["one-layer"], backend="torch")
+    for wrong in (added, {"text_embeds": embeds}, {"time_ids": sizes}):
+        with pytest.raises(
+            ValueError, match=r"adds nothing to its time embedding; got text_embeds .*: leave both out"
+        ):
+            plain(sample, 1.0, context, **wrong)
+
+
 def test_a_step_held_by_a_tensor_is_that_step():
     config = CONFIGS["one-layer"]
     unet, _ = pair(config, torch.float32)
@@ -214,8 +278,9 @@ def test_a_step_held_by_a_tensor_is_that_step():
             conditioning.padded(2)
 
 
-def test_another_backend_works_on_the_same_memory():
-    config = CONFIGS["one-layer"]
+@pytest.mark.parametrize("name", ["one-layer", *SDXL])
+def test_another_backend_works_on_the_same_memory(name):
+    config = CONFIGS[name]
     unet, _ = pair(config, torch.bfloat16)
     other = unet.requires_grad_(False).with_backend("auto")
     assert {module.backend for module in other.modules() if hasattr(module, "backend")} == {"auto"}
@@ -242,24 +307,11 @@ def test_no_bias_but_the_last_convolutions_has_a_launch_of_its_own(name):
             return function(*args, **(kwargs or {}))
 
     with torch.no_grad():
-        conditioning = unet.condition([5.0], context)
+        conditioning = unet.condition([5.0], context, **added_inputs(config, 2, torch.float32))
         with Calls():
             unet.denoise(sample, conditioning, 0)
     assert biased.count(True) == 1
     assert biased[-1]
-
-
-def test_what_a_hook_saw_is_not_changed_where_a_gradient_is_recorded():
-    config = CONFIGS["no-middle"]
-    unet = UNet(config, backend="torch")
-    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
-    seen = []
-    for level in unet.down:
-        for block in level.resblocks:
-            block.register_forward_hook(lambda module, args, out: seen.append((out, out.detach().clone())))
-    unet(sample, 1.0, context)
-    assert seen
-    assert all(torch.equal(out, before) for out, before in seen)
 
 
 def test_constants_that_were_kept_are_those_that_would_be_computed():
@@ -290,25 +342,27 @@ def test_every_bias_gets_a_gradient():
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_a_copy_and_a_pickle_are_networks_of_their_own():
-    config = CONFIGS["no-middle"]
+@pytest.mark.parametrize("name", ["no-middle", "sdxl-base"])
+def test_a_copy_and_a_pickle_are_networks_of_their_own(name):
+    config = CONFIGS[name]
     unet, _ = pair(config, torch.float32)
     sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    added = added_inputs(config, 1, torch.float32)
     with torch.no_grad():
-        expected = unet(sample, 1.0, context)
+        expected = unet(sample, 1.0, context, **added)
         for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
-            assert torch.equal(other(sample, 1.0, context), expected)
+            assert torch.equal(other(sample, 1.0, context, **added), expected)
             other.conv_in.bias.add_(1.0)
-            assert not torch.equal(other(sample, 1.0, context), expected)
-        assert torch.equal(unet(sample, 1.0, context), expected)
+            assert not torch.equal(other(sample, 1.0, context, **added), expected)
+        assert torch.equal(unet(sample, 1.0, context, **added), expected)
 
 
 def test_a_context_of_no_tokens_and_a_batch_of_none():
     config = CONFIGS["sd21"]
     ours, theirs = pair(config, torch.float64)
+    assert error(ours, theirs, 2, (8, 8), 0, 5.0) < 1e-9
     sample, context = inputs(config, 2, (8, 8), 0, torch.float64)
     with torch.no_grad():
-        assert relative_rms(ours(sample, 5.0, context), theirs(sample, 5.0, context).sample) < 1e-9
         assert ours(sample[:0], 5.0, context[:0]).shape == (0, 4, 8, 8)
 
 
