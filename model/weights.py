@@ -28,7 +28,7 @@ from .files import (
     some,
 )
 from .keys import Slot, weight_slots
-from .releases import Layout, check_size, find_layout, published
+from .releases import Layout, beyond, find_layout, published
 from .unet import UNet
 
 # Where `save_unet` keeps the configuration in the header of its file: JSON with the fields of a config.json.
@@ -53,7 +53,8 @@ def load_unet(
 
     The configuration is the folder's config.json, that in a file's metadata (`save_unet`), or the config.json
     beside a file; beside a CompVis file only where it fits the tensors. A file without any is loaded if its shapes
-    are those of a published release whose head counts are known: shapes do not tell the heads. `config` overrides.
+    are those of a published release whose head counts are known: shapes do not tell the heads. `config` replaces
+    it; what the checkpoint itself states is checked all the same.
 
     dtype: float64, float32, float16 or bfloat16; the file's own unless given. Raises `CheckpointError` before
     memory is taken: missing, unexpected or misshapen tensors, other dtypes, truncated files, nothing to load, a
@@ -75,9 +76,12 @@ def load_unet(
                 "its config.json beside it, name the folder with both, write it with ldmperf.model.save_unet, or "
                 "pass config=UNetConfig(...) in Python"
             )
-        unet, slots = _network(path, layout, stated, origin, backend)
-        if problem := _mismatch(slots, layout, stated):
-            raise CheckpointError(f"{path}: the tensors are not those of the configuration ({origin}): {problem}")
+        unet, slots, problem = _network(layout, stated, backend)
+        if unet is None or problem:
+            raise CheckpointError(
+                f"{path}: the tensors are not those of the configuration ({origin}): {problem}; give the whole "
+                "checkpoint and the configuration that it was made with"
+            )
         stored = [tensors[layout.stored(slot.key, stated)] for slot in slots]
         dtype = _one_dtype(path, slots, stored, dtype)
         state = {
@@ -153,8 +157,8 @@ def _stated(
         raise CheckpointError(f"{source.files[0]}: its metadata and {at} differ; remove the one that is wrong")
     if layout.compvis and not source.is_folder and release is not None:
         # Stable Diffusion's file often lies in a folder with other networks.
-        _, slots = _network(path, layout, beside, at, "auto")
-        if _mismatch(slots, layout, beside):
+        _, _, problem = _network(layout, beside, "auto")
+        if problem:
             return release.config, f"that of {release.name}"
         if _acting(beside) != _acting(release.config):
             raise CheckpointError(
@@ -188,12 +192,14 @@ def _acting(config: UNetConfig) -> UNetConfig:
     )
 
 
-def _network(path: Path, layout: Layout, config: UNetConfig, origin: str, backend: str) -> tuple[UNet, list[Slot]]:
-    """The network without memory, and its tensors' places."""
-    check_size(str(path), config, origin, layout.shapes.values())
+def _network(layout: Layout, config: UNetConfig, backend: str) -> tuple[UNet | None, list[Slot], str]:
+    """The network without memory, its tensors' places, and how the file's tensors differ (empty: not at all)."""
+    if problem := beyond(config, layout.shapes.values()):
+        return None, [], problem
     with torch.device("meta"):
         unet = UNet(config, backend=backend)
-    return unet, weight_slots(unet)
+    slots = weight_slots(unet)
+    return unet, slots, _mismatch(slots, layout, config)
 
 
 def _mismatch(slots: list[Slot], layout: Layout, config: UNetConfig) -> str:
