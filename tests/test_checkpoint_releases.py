@@ -141,10 +141,10 @@ def test_a_damaged_release_is_told_by_its_name(tmp_path):
     assert some(sorted(gone)) in str(caught.value)
 
 
-# The levels, blocks and head widths of the releases at a fifth of their width and below.
+# The levels, blocks and head widths of the releases at a tenth of their width.
 SMALL = {
     "base": UNetConfig(
-        block_channels=(64, 128, 256),
+        block_channels=(32, 64, 128),
         num_heads=(1, 2, 4),
         attention=(False, True, True),
         context_dim=24,
@@ -153,7 +153,7 @@ SMALL = {
         added_dim=16 + 6 * 8,
     ),
     "refiner": UNetConfig(
-        block_channels=(64, 128, 256, 256),
+        block_channels=(32, 64, 128, 128),
         num_heads=(1, 2, 4, 4),
         attention=(False, True, True, False),
         context_dim=24,
