@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import UNetConfig, UnsupportedConfig, diffusers_config
@@ -116,6 +117,8 @@ def save_unet(unet: UNet, path: str | Path, *, dtype: torch.dtype | None = None)
     try:
         safetensors.torch.save_file(state, unfinished, {"format": "pt", METADATA_KEY: json.dumps(config)})
         os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

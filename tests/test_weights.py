@@ -189,6 +189,8 @@ def test_a_file_that_cannot_be_saved_is_refused(tmp_path):
         save_unet(ours, tmp_path / "x.safetensors", dtype=torch.int8)
     with pytest.raises(ValueError, match="dtype must be one of"):
         load_unet(tmp_path, dtype=torch.float8_e4m3fn)
+    with pytest.raises(OSError, match="cannot be written"):
+        save_unet(ours, tmp_path / "nowhere" / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 
