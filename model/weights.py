@@ -65,7 +65,8 @@ def load_unet(
     _check_dtype(dtype)
     path = Path(path)
     source = find(path)
-    with ExitStack() as stack:
+    # A default device of the caller's would be asked for the file's tensors.
+    with ExitStack() as stack, torch.device("cpu"):
         tensors, metadata = open_all(source, stack)
         layout = find_layout(str(path), {key: tuple(tensors[key].get_shape()) for key in tensors})
         stated, origin = _stated(path, source, layout, metadata)
