@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 
 import torch.nn.functional as F
@@ -48,9 +49,9 @@ class Conditioning:
 
     def padded(self, steps: int) -> Conditioning:
         """The same with room for `steps` steps, zeros in those beyond its own; raises ValueError for fewer."""
-        missing = steps - self.shifts.shape[0]
+        missing = operator.index(steps) - self.shifts.shape[0]
         if missing < 0:
             raise ValueError(
-                f"the conditioning holds {self.shifts.shape[0]} steps, more than {steps}: ask for more"
+                f"the conditioning holds {self.shifts.shape[0]} steps, more than {steps}: give as many at least"
             )
         return replace(self, shifts=F.pad(self.shifts, (0, 0, 0, 0, 0, missing)))

@@ -283,11 +283,12 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
     integers = ["in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"]
     is_xl = read["addition_embed_type"] == "text_time"
-    if is_xl:
-        integers += ["addition_time_embed_dim", "projection_class_embeddings_input_dim"]
     for field in integers:
         if _integer(read[field]) is None:
             refuse(field, read[field], "only one integer")
+    for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if is_xl else ():
+        if _integer(read[field]) is None:
+            refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
         square = bool(sample_size) and all(side == sample_size[0] for side in sample_size)
@@ -302,7 +303,8 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             refuse(field, read[field], "only an integer, or one per level")
     if problems:
         raise UnsupportedConfig(
-            f"unsupported UNet config: {'; '.join(problems)}: use one with the values told, or diffusers"
+            f"unsupported UNet config: {'; '.join(problems)}: "
+            "use a UNet with the values told, or run this one in diffusers"
         )
     return UNetConfig(
         block_channels=tuple(read["block_out_channels"]),

@@ -264,17 +264,18 @@ class UNet(nn.Module):
 
         step: a number from 0 to K - 1, or an int64 tensor [1] on the device that holds one: a CUDA graph captured
         with a tensor evaluates whatever step that holds at a replay. The result is channels-last and in the
-        network's dtype. A sample in that dtype and channels-last is read in place. Raises ValueError for shapes
+        network's dtype. A sample in that dtype and channels-last is read in place; neither it nor the conditioning
+        is written, nor anything that a hook or a module of another class keeps. Raises ValueError for shapes
         that do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
         """
         if not torch.compiler.is_compiling():
             conditioning.check()
-        batch = sample.shape[0]
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, "
                 "with what the UNet was trained to see beside them"
             )
+        batch = sample.shape[0]
         if conditioning.shifts.shape[1] not in (1, batch) or any(
             packed.shape[1] != batch for packed in conditioning.context
         ):
@@ -295,10 +296,9 @@ class UNet(nn.Module):
             # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
             size = None if like is None else like.shape[2:]
             # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
-            if place.transformer is None:
-                before, bias, _ = next(pending)
-                return cast(Tensor, place.resblock(x, next(shifts), skip, before, bias, size, in_place))
             before, bias, _ = next(pending)
+            if place.transformer is None:
+                return cast(Tensor, place.resblock(x, next(shifts), skip, before, bias, size, in_place))
             x = place.resblock(x, next(shifts), skip, before, bias, None, in_place)
             return cast(Tensor, place.transformer(x, next(context), *next(pending), size, in_place))
 

@@ -242,7 +242,7 @@ def test_every_unsupported_field_is_named_at_once():
         )
     assert "act_fn" in str(refusal.value)
     assert "time_embedding_type" in str(refusal.value)
-    assert str(refusal.value).endswith(": use one with the values told, or diffusers")
+    assert str(refusal.value).endswith(": use a UNet with the values told, or run this one in diffusers")
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 500
 

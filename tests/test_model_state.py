@@ -88,7 +88,7 @@ states = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(states)
 def test_global_state_changes_no_value(changed: object) -> None:
     wanted = expected()
@@ -156,5 +156,6 @@ def test_integers_of_numpy_and_torch_are_steps(number: Callable[[int], object]) 
         assert torch.equal(
             unet.denoise(SAMPLE, conditioning, number(step)), unet.denoise(SAMPLE, conditioning, step)
         )
+        assert torch.equal(conditioning.padded(number(step) + 3).shifts, conditioning.padded(step + 3).shifts)
     with pytest.raises(TypeError):
         unet.denoise(SAMPLE, conditioning, 0.5)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from ldmperf.model import UNet, UNetConfig, diffusers_config, diffusers_state_dict
 from ldmperf.model.layers import Resample, ResBlock, Transformer, TransformerBlock
@@ -206,7 +206,7 @@ def step(unet: UNet, name: str) -> Tensor:
 def test_what_anyone_keeps_of_a_module_is_not_overwritten(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(CONFIGS)))
     unet, _, expected = pair(name)
-    watched = data.draw(st.lists(st.tuples(st.sampled_from(called(unet)), st.sampled_from(WAYS)), max_size=4))
+    watched = data.draw(st.dictionaries(st.sampled_from(called(unet)), st.sampled_from(WAYS), max_size=4))
     mode = data.draw(st.sampled_from([torch.no_grad, torch.inference_mode, torch.enable_grad]))
     kept = Kept()
     with mode():
@@ -219,13 +219,16 @@ def test_what_anyone_keeps_of_a_module_is_not_overwritten(data: st.DataObject) -
 
 
 @contextmanager
-def all_looked_at(watched: list[tuple[str, str]], unet: UNet, kept: Kept) -> Iterator[None]:
-    if not watched:
+def all_looked_at(watched: dict[str, str], unet: UNet, kept: Kept) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in inner_first(watched):
+            stack.enter_context(looked_at(unet, name, watched[name], kept))
         yield
-        return
-    (name, way), *others = watched
-    with all_looked_at(others, unet, kept), looked_at(unet, name, way, kept):
-        yield
+
+
+def inner_first(names: Iterable[str]) -> list[str]:
+    """A module in another's place changes what is found below it."""
+    return sorted(names, key=lambda name: -name.count("."))
 
 
 class InPlace(TorchDispatchMode):
@@ -300,17 +303,21 @@ CHECKPOINTS = ("reentrant", "not reentrant", "reentrant wrapper", "wrapper")
 def checkpointed(unet: UNet, name: str, kind: str) -> Iterator[None]:
     """The module `name` is run again in the backward pass."""
     module = unet.get_submodule(name)
-    parent = unet.get_submodule(name.rpartition(".")[0])
     if "wrapper" in kind:
         implementation = CheckpointImpl.REENTRANT if kind.startswith("re") else CheckpointImpl.NO_REENTRANT
-        setattr(parent, name.rpartition(".")[2], checkpoint_wrapper(module, implementation))
+        path, _, last = name.rpartition(".")
+        place, wrapper = (unet.get_submodule(path), last), checkpoint_wrapper(module, implementation)
+    else:
+        again = functools.partial(checkpoint, module.forward, use_reentrant=kind == "reentrant")
+        place, wrapper = (module, "forward"), again
+    setattr(*place, wrapper)
+    try:
         yield
-        setattr(parent, name.rpartition(".")[2], module)
-        return
-    plain = module.forward
-    module.forward = functools.partial(checkpoint, plain, use_reentrant=kind == "reentrant")  # type: ignore[method-assign]
-    yield
-    del module.forward
+    finally:
+        if "wrapper" in kind:
+            setattr(*place, module)
+        else:
+            delattr(*place)
 
 
 @ignored
@@ -341,14 +348,44 @@ def test_gradients_under_checkpointing_are_those_of_the_plain_network(data: st.D
 
 @contextmanager
 def all_checkpointed(chosen: dict[str, str], unet: UNet) -> Iterator[None]:
-    # Inner modules first: a wrapper changes the names below it.
-    names = sorted(chosen, key=lambda name: -name.count("."))
-    if not names:
+    with ExitStack() as stack:
+        for name in inner_first(chosen):
+            stack.enter_context(checkpointed(unet, name, chosen[name]))
         yield
-        return
-    others = {name: chosen[name] for name in names[1:]}
-    with checkpointed(unet, names[0], chosen[names[0]]), all_checkpointed(others, unet):
-        yield
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_blocks_in_checkpointed_segments_have_the_gradients_of_blocks_in_a_row(reentrant: bool) -> None:
+    unet, _, _ = pair("deep")
+    transformer = unet.up[0].transformers[0]
+    x = torch.randn(2, 30, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    found = []
+    for run in (
+        lambda blocks, x: functools.reduce(lambda y, one: one(y), blocks, x),
+        lambda blocks, x: checkpoint_sequential(blocks, 2, x, use_reentrant=reentrant),
+    ):
+        unet.zero_grad()
+        keys = [block.project_context(arguments("deep")[1]) for block in transformer.blocks]
+        at_norms = [None, *transformer.lacking()]
+        blocks = [
+            functools.partial(call, block, keys[i], *at_norms[3 * i : 3 * i + 3])
+            for i, block in enumerate(transformer.blocks)
+        ]
+        given = x.clone().requires_grad_()
+        features = run(blocks, given)
+        features.square().sum().backward()
+        assert torch.equal(given, x)
+        found.append([features, given.grad, *(p.grad for p in transformer.parameters() if p.grad is not None)])
+    assert len(found[0]) > 20
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-10)
+
+
+def call(
+    block: nn.Module, keys_values: Tensor, before: Any, attended: Tensor, crossed: Tensor, x: Tensor
+) -> Tensor:
+    out: Tensor = block(x, keys_values, before, attended, crossed)
+    return out
 
 
 def test_a_graph_is_that_of_the_network() -> None:
