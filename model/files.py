@@ -97,7 +97,8 @@ def read_json(file: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
     """The JSON object in a file of at most `most` bytes."""
     try:
         with open(file, "rb") as opened:
-            content = opened.read(most + 1)
+            # A buffer of what is asked for is taken at once.
+            content = opened.read(min(os.fstat(opened.fileno()).st_size, most) + 1)
     except OSError as error:
         raise CheckpointError(f"{file}: not readable: {error.strerror}; check its permissions") from error
     return parse_json(content, str(file), most)
@@ -163,8 +164,11 @@ def some(names: Iterable[str], most: int = 5) -> str:
 def _what_it_is(file: Path) -> str:
     """What a file is that safetensors cannot read, and what to do."""
     try:
+        str(file).encode()
         with open(file, "rb") as opened:
             head = opened.read(64)
+    except UnicodeEncodeError:
+        return "safetensors opens no path that is not UTF-8; rename the file or its folder"
     except OSError:
         return "not readable; check its permissions"
     if file.suffix in _UNFINISHED or os.path.exists(f"{file}.aria2"):

@@ -119,8 +119,8 @@ def published(layout: Layout) -> Release | None:
     return None
 
 
-def check_size(place: str, config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> None:
-    """Refuse a configuration far beyond the tensors at hand, before a network of its size is built.
+def beyond(config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> str:
+    """How far a configuration is beyond the tensors at hand; empty where a network of it may be built.
 
     The counts are lower bounds, by arithmetic: shortcuts, norms and biases are not counted in the parameters.
     """
@@ -135,12 +135,10 @@ def check_size(place: str, config: UNetConfig, shapes: Iterable[tuple[int, ...]]
         parameters += 9 * resblocks * width**2 + blocks * (18 * width**2 + 2 * width * config.context_dim)
     parameters += config.time_dim * (config.added_dim or 0)
     held = [math.prod(shape) for shape in shapes]
-    if tensors > 2 * len(held) or parameters > 2 * sum(held):
-        raise CheckpointError(
-            f"{place}: the configuration asks for at least {_digits(tensors)} tensors with "
-            f"{_digits(parameters)} parameters, the checkpoint holds {len(held)} with {sum(held)}; give the "
-            "configuration of these weights"
-        )
+    if tensors <= 2 * len(held) and parameters <= 2 * sum(held):
+        return ""
+    needed = f"{_digits(tensors)} with {_digits(parameters)}"
+    return f"{len(held)} with {sum(held)} parameters instead of at least {needed}"
 
 
 def _digits(count: int) -> str:

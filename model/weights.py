@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import UNetConfig, UnsupportedConfig, diffusers_config
@@ -28,7 +29,7 @@ from .files import (
     some,
 )
 from .keys import Slot, weight_slots
-from .releases import Layout, check_size, find_layout, published
+from .releases import Layout, beyond, find_layout, published
 from .unet import UNet
 
 # Where `save_unet` keeps the configuration in the header of its file: JSON with the fields of a config.json.
@@ -53,7 +54,8 @@ def load_unet(
 
     The configuration is the folder's config.json, that in a file's metadata (`save_unet`), or the config.json
     beside a file; beside a CompVis file only where it fits the tensors. A file without any is loaded if its shapes
-    are those of a published release whose head counts are known: shapes do not tell the heads. `config` overrides.
+    are those of a published release whose head counts are known: shapes do not tell the heads. `config` replaces
+    it; what the checkpoint itself states is checked all the same.
 
     dtype: float64, float32, float16 or bfloat16; the file's own unless given. Raises `CheckpointError` before
     memory is taken: missing, unexpected or misshapen tensors, other dtypes, truncated files, nothing to load, a
@@ -63,7 +65,8 @@ def load_unet(
     _check_dtype(dtype)
     path = Path(path)
     source = find(path)
-    with ExitStack() as stack:
+    # A default device of the caller's would be asked for the file's tensors.
+    with ExitStack() as stack, torch.device("cpu"):
         tensors, metadata = open_all(source, stack)
         layout = find_layout(str(path), {key: tuple(tensors[key].get_shape()) for key in tensors})
         stated, origin = _stated(path, source, layout, metadata)
@@ -75,9 +78,12 @@ def load_unet(
                 "its config.json beside it, name the folder with both, write it with ldmperf.model.save_unet, or "
                 "pass config=UNetConfig(...) in Python"
             )
-        unet, slots = _network(path, layout, stated, backend)
-        if problem := _mismatch(slots, layout, stated):
-            raise CheckpointError(f"{path}: the tensors are not those of the configuration ({origin}): {problem}")
+        unet, slots, problem = _network(layout, stated, backend)
+        if unet is None or problem:
+            raise CheckpointError(
+                f"{path}: the tensors are not those of the configuration ({origin}): {problem}; give the whole "
+                "checkpoint and the configuration that it was made with"
+            )
         stored = [tensors[layout.stored(slot.key, stated)] for slot in slots]
         dtype = _one_dtype(path, slots, stored, dtype)
         state = {
@@ -112,6 +118,8 @@ def save_unet(unet: UNet, path: str | Path, *, dtype: torch.dtype | None = None)
     try:
         safetensors.torch.save_file(state, unfinished, {"format": "pt", METADATA_KEY: json.dumps(config)})
         os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -153,8 +161,8 @@ def _stated(
         raise CheckpointError(f"{source.files[0]}: its metadata and {at} differ; remove the one that is wrong")
     if layout.compvis and not source.is_folder and release is not None:
         # Stable Diffusion's file often lies in a folder with other networks.
-        _, slots = _network(path, layout, beside, "auto")
-        if _mismatch(slots, layout, beside):
+        _, _, problem = _network(layout, beside, "auto")
+        if problem:
             return release.config, f"that of {release.name}"
         if _acting(beside) != _acting(release.config):
             raise CheckpointError(
@@ -188,12 +196,14 @@ def _acting(config: UNetConfig) -> UNetConfig:
     )
 
 
-def _network(path: Path, layout: Layout, config: UNetConfig, backend: str) -> tuple[UNet, list[Slot]]:
-    """The network without memory, and its tensors' places."""
-    check_size(str(path), config, layout.shapes.values())
+def _network(layout: Layout, config: UNetConfig, backend: str) -> tuple[UNet | None, list[Slot], str]:
+    """The network without memory, its tensors' places, and how the file's tensors differ (empty: not at all)."""
+    if problem := beyond(config, layout.shapes.values()):
+        return None, [], problem
     with torch.device("meta"):
         unet = UNet(config, backend=backend)
-    return unet, weight_slots(unet)
+    slots = weight_slots(unet)
+    return unet, slots, _mismatch(slots, layout, config)
 
 
 def _mismatch(slots: list[Slot], layout: Layout, config: UNetConfig) -> str:

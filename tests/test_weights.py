@@ -181,6 +181,25 @@ def test_a_saved_unet_is_loaded_with_the_same_bits(reference, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]
 
 
+def test_no_global_state_of_torch_changes_what_is_loaded(tmp_path):
+    ours = UNet(TINY)
+    save_unet(ours, tmp_path / "x.safetensors")
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        again = load_unet(tmp_path / "x.safetensors")
+        save_unet(again, tmp_path / "y.safetensors")
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+    assert again.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    saved, saved_again = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in "xy")
+    assert saved.keys() == saved_again.keys()
+    assert all(torch.equal(saved[key], value) for key, value in saved_again.items())
+
+
 def test_a_file_that_cannot_be_saved_is_refused(tmp_path):
     ours = UNet(TINY)
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
@@ -189,6 +208,8 @@ def test_a_file_that_cannot_be_saved_is_refused(tmp_path):
         save_unet(ours, tmp_path / "x.safetensors", dtype=torch.int8)
     with pytest.raises(ValueError, match="dtype must be one of"):
         load_unet(tmp_path, dtype=torch.float8_e4m3fn)
+    with pytest.raises(OSError, match="cannot be written"):
+        save_unet(ours, tmp_path / "nowhere" / "x.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,32 @@
+"""The network of a case: its checkpoint must fit its task."""
+
+import pytest
+from diffusers import UNet2DConditionModel
+
+from ldmperf.model import UNetConfig, diffusers_config
+from ldmperf.profiling import Case
+from ldmperf.profiling.backends import Unsupported
+from ldmperf.profiling.network import make_network
+
+
+@pytest.mark.parametrize(
+    ("channels", "task", "advice"),
+    [
+        ((8, 4), "t2i", "give --task sr"),
+        ((4, 4), "sr", "give --task t2i"),
+        ((9, 4), "t2i", "choose another checkpoint"),
+        ((9, 4), "sr", "choose another checkpoint"),
+        ((4, 8), "t2i", "choose another checkpoint"),
+    ],
+)
+def test_channels_that_do_not_fit_the_task_say_what_to_do(tmp_path, channels, task, advice):
+    config = UNetConfig((8,), (2,), (True,), 1, True, *channels, context_dim=8, norm_groups=4)
+    UNet2DConditionModel(**diffusers_config(config)).save_pretrained(tmp_path)
+    with pytest.raises(Unsupported) as caught:
+        make_network(Case(unet=str(tmp_path), task=task, guidance_scale=1.0))
+    message = str(caught.value)
+    assert advice in message
+    assert f"goes from {channels[0]} to {channels[1]}" in message
+    # The same checkpoint with the task that it was trained for.
+    if "--task" in advice:
+        assert make_network(Case(unet=str(tmp_path), task=advice.split()[-1])).config == config
