@@ -144,7 +144,7 @@ def test_tables_progress_and_errors_take_any_name(name: str, make_record: Callab
         assert "\x1b" not in told + markdown_table([record])
 
         with pytest.raises(SystemExit) as stopped:
-            main(["inspect", "--", name])
+            main(["inspect", "--", f"no {name}"])
         assert stopped.value.code == 2
         told = terminal.text()
         assert told.count("\n") == 1
