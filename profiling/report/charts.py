@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
+from ..visible import visible
 from . import text
 from .figures import PEER, Overview, Row, Section, StepsSeries, step_ms
 from .ladder import MIN_RUNGS, ladders
@@ -117,7 +118,7 @@ def _cost_points(section: Section) -> list[Point]:
             continue
         points.append(
             {
-                "size": text.printable(row.name) + (" (by GFLOP)" if row.paper_cost is None else ""),
+                "size": visible(row.name) + (" (by GFLOP)" if row.paper_cost is None else ""),
                 "backend": row.record.case.backend,
                 "paper": on_paper,
                 "p20": row.cost.p20,
@@ -133,7 +134,7 @@ def _cost_panel(points: list[Point], palette: Palette, low: float, high: float) 
     ticks = [tick for tick in (LOG_TICKS if high > 20 * low else FINE_TICKS) if low <= tick <= high]
     scale = alt.Scale(type="log", domain=[low, high], nice=False)
     axis = alt.Axis(values=ticks, format="~g")
-    reference = text.printable(points[0]["reference"])
+    reference = visible(points[0]["reference"])
     x = alt.X("paper:Q", scale=scale, axis=axis, title=f"the paper's cost (FLOPs), {reference} = 1")
     y = alt.Y("p50:Q", scale=scale, axis=axis, title=f"measured ms per step, {reference} = 1")
     diagonal = alt.Chart(alt.InlineData(values=[{"paper": low, "p50": low}, {"paper": high, "p50": high}]))
@@ -181,7 +182,7 @@ def _steps_drawing(shown: Overview) -> Drawing:
     charts = []
     for group in panels.values():
         heading = conditions.heading(group[0].environment, group[0].case, without=("steps",))
-        title_of_panel = text.joined((text.printable(group[0].name), heading))
+        title_of_panel = text.joined((visible(group[0].name), heading))
         charts.append(_steps_panel(group, palette).properties(width=230, height=190, title=title_of_panel))
     return Drawing(name, title, summary, _finished(charts, columns=3))
 
@@ -238,7 +239,7 @@ def _ladder_drawing(shown: Overview) -> Drawing:
         if points:
             heading = conditions.heading(ladder.section.environment, ladder.section.case)
             panel = _ladder_panel(points, palette).properties(
-                width=300, title=text.joined((text.printable(ladder.name), heading))
+                width=300, title=text.joined((visible(ladder.name), heading))
             )
             charts.append(panel)
     if not charts:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..records import Record
-from ..visible import counted
+from ..visible import counted, visible
 from . import figures, text
 from .figures import Overview, Row
 
@@ -75,7 +75,7 @@ def warnings(shown: Overview) -> tuple[str, ...]:
         )
         found.append(
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
-            f"{cases} ({text.printable(names)}); ratios of these are no better than that."
+            f"{cases} ({visible(names)}); ratios of these are no better than that."
         )
     found += text.busy_notes([row.record for row in shown.rows], "case")
     timed = [row for row in shown.rows if row.record.wall_ms is not None]
@@ -101,9 +101,9 @@ def _is_wide(record: Record) -> bool:
 
 def _columns(shown: Overview) -> tuple[Column, ...]:
     columns = [
-        Column(("", "size"), lambda row: text.printable(row.name), is_number=False, is_fact=True),
+        Column(("", "size"), lambda row: visible(row.name), is_number=False, is_fact=True),
         Column(
-            ("", "backend"), lambda row: text.printable(row.record.case.backend), is_number=False, is_fact=True
+            ("", "backend"), lambda row: visible(row.record.case.backend), is_number=False, is_fact=True
         ),
         Column(("para-", "meters"), lambda row: text.count(row.record.parameters), is_fact=True),
         Column(("", "GFLOP"), lambda row: text.gflop(row.record.gflop_per_forward), is_fact=True),

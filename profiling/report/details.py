@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..environment import DeviceState, Environment
 from ..records import Record
+from ..visible import visible
 from . import text
 from .figures import Overview, Row, ratio
 
@@ -31,7 +32,7 @@ def cases_grid(shown: Overview) -> Grid:
         return conditions.heading(row.environment, row.record.case) or text.MISSING
 
     columns: dict[str, Callable[[Row], str]] = {
-        "case": lambda row: text.printable(f"{row.name}, {row.record.case.backend}"),
+        "case": lambda row: visible(f"{row.name}, {row.record.case.backend}"),
         "conditions": heading,
         "status": lambda row: row.record.status,
         "relative RMS error": lambda row: largest_error(row.record),
@@ -39,7 +40,7 @@ def cases_grid(shown: Overview) -> Grid:
             row.record.correctness.tolerance if row.record.correctness else None, "{:.1e}"
         ),
         "reference": lambda row: (
-            text.printable(row.record.correctness.reference) if row.record.correctness else "-"
+            visible(row.record.correctness.reference) if row.record.correctness else "-"
         ),
         "n": lambda row: str(row.record.wall_ms.n) if row.record.wall_ms else text.MISSING,
         "wall ms p20": lambda row: text.number(row.record.wall_ms.p20 if row.record.wall_ms else None),
@@ -53,7 +54,7 @@ def cases_grid(shown: Overview) -> Grid:
         "first call ms": lambda row: text.number(row.record.phases.first_call_ms),
         "warm-up ms": lambda row: text.number(row.record.phases.warmup_ms),
         "peak memory GiB": lambda row: text.number(ratio(row.record.peak_memory_bytes, GIB)),
-        "settings": lambda row: text.printable("; ".join(row.record.settings)) or text.MISSING,
+        "settings": lambda row: visible("; ".join(row.record.settings)) or text.MISSING,
         "cut short by": lambda row: row.record.harness.stopped_by or text.MISSING,
         "load before, after": lambda row: _states(row.record, lambda s: _of(s.load_average_1min, "{:.2f}")),
         "SM MHz before, after": lambda row: _states(row.record, lambda s: _of(s.sm_clock_mhz, "{:d}")),
@@ -91,7 +92,7 @@ def lines_grid(shown: Overview) -> Grid:
         r2 = f"{len(series.rows)} points only" if line.r2 is None else _r2(line.r2)
         rows.append(
             (
-                text.printable(case),
+                visible(case),
                 counts,
                 text.number(line.slope),
                 text.number(line.intercept),
@@ -122,7 +123,7 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
     told = {"cpu", "logical_cores", "usable_cores", "memory_bytes", "gpu", "git_commit", "git_dirty", "ldmperf"}
     others = environment.model_dump(exclude=told | {"torch_threads"})
     lines += [(name.replace("_", " "), value) for name, value in others.items()]
-    return [(name, text.printable(text.value_of(value))) for name, value in lines if value is not None]
+    return [(name, visible(text.value_of(value))) for name, value in lines if value is not None]
 
 
 def device_lines(records: Iterable[Record]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..cases import BACKENDS
 from ..kernel_groups import OTHER, Other, by_group
 from ..launches import GROUPS, Group
+from ..visible import visible
 from . import text
 from .details import GIB, Grid, largest_error
 from .figures import PEER, Overview, Row, Section, names_by_size, ratio, step_ms
@@ -67,7 +68,7 @@ def ladder_grid(shown: Overview) -> Grid:
     """A line for each rung of each ladder; a rung without a time says why."""
     conditions = text.conditions(shown)
     columns: dict[str, Callable[[Rung], str]] = {
-        "rung": lambda rung: text.printable(rung.row.record.case.backend),
+        "rung": lambda rung: visible(rung.row.record.case.backend),
         "ms per step": lambda rung: text.number(rung.row.record.ms_per_step),
         "gain over the rung before": lambda rung: _times(rung.gain),
         f"gain over {PEER}": lambda rung: _times(rung.row.times_faster),
@@ -82,7 +83,7 @@ def ladder_grid(shown: Overview) -> Grid:
     rows = []
     for ladder in ladders(shown):
         heading = conditions.heading(ladder.section.environment, ladder.section.case)
-        size = text.printable(text.joined((ladder.name, heading)))
+        size = visible(text.joined((ladder.name, heading)))
         rows += [(size, *(cell(rung) for cell in columns.values())) for rung in ladder.rungs]
     return _without_empty(Grid(("size", *columns), tuple(rows), frozenset({0, 1, len(columns)})))
 
@@ -93,11 +94,11 @@ def groups_grid(shown: Overview) -> Grid:
     found = []
     for ladder in ladders(shown):
         heading = conditions.heading(ladder.section.environment, ladder.section.case)
-        size = text.printable(text.joined((ladder.name, heading)))
+        size = visible(text.joined((ladder.name, heading)))
         for rung in ladder.rungs:
             trace = rung.row.record.trace
             if trace is not None and trace.step:
-                found.append((size, text.printable(rung.row.record.case.backend), by_group(trace.step)))
+                found.append((size, visible(rung.row.record.case.backend), by_group(trace.step)))
     groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of in found)]
 
     def cell(of: Mapping[Group | Other, tuple[float, float]], group: Group | Other) -> str:
@@ -133,12 +134,12 @@ def costs_grid(shown: Overview) -> Grid:
             on_paper = next((row.paper_cost for row in cells.values() if row.paper_cost is not None), None)
             rows.append(
                 (
-                    text.printable(text.joined((size, heading))),
+                    visible(text.joined((size, heading))),
                     text.short_ratio(on_paper),
                     *(text.short_ratio(None if cost is None else cost.p50) for cost in costs),
                 )
             )
-    grid = Grid(("size", "the paper's", *map(text.printable, names)), tuple(rows), frozenset({0}))
+    grid = Grid(("size", "the paper's", *map(visible, names)), tuple(rows), frozenset({0}))
     # One size is 1 by definition.
     return grid if len({row[0] for row in rows}) > 1 else Grid(grid.headings, ())
 

@@ -74,7 +74,7 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
         "checkpoints": sorted(
             {
-                (text.printable(r.name), text.printable(_origin(r.record.case)))
+                (visible(r.name), visible(_origin(r.record.case)))
                 for r in rows
                 if r.record.case.is_checkpoint
             }
@@ -106,7 +106,7 @@ def _sentence(rows: Sequence[Row]) -> str:
     if not rows:
         return NOTHING
     networks = len({row.record.case.network for row in rows})
-    backends = list(dict.fromkeys(text.printable(row.record.case.backend) for row in rows))
+    backends = list(dict.fromkeys(visible(row.record.case.backend) for row in rows))
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
     return (
@@ -124,7 +124,7 @@ def _origin(case: Case) -> str:
 
 def _case(row: Row, shown: Overview) -> str:
     heading = text.conditions(shown).heading(row.environment, row.record.case)
-    return text.printable(text.joined((row.name, row.record.case.backend, heading)))
+    return visible(text.joined((row.name, row.record.case.backend, heading)))
 
 
 def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:

@@ -118,10 +118,6 @@ def joined(parts: Iterable[str]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-# Texts that become cells of a grid or titles of a chart, which do not go through `say`.
-printable = visible
-
-
 def statuses_in_words(statuses: Iterable[Status]) -> str:
     """ "2 failed (1 error, 1 incorrect), 1 unsupported": unsupported and oom are findings, and no failures."""
     counts = Counter(statuses)
@@ -162,7 +158,7 @@ def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:
 
 def failure(record: Record) -> str:
     """Status and message of a failed case, on one line."""
-    return printable(f"{record.status}: {record.message or 'no message'}")
+    return visible(f"{record.status}: {record.message or 'no message'}")
 
 
 def _phrases(index: int, case: Case, environments: Sequence[Environment]) -> dict[str, str]:
