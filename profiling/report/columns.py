@@ -102,9 +102,7 @@ def _is_wide(record: Record) -> bool:
 def _columns(shown: Overview) -> tuple[Column, ...]:
     columns = [
         Column(("", "size"), lambda row: visible(row.name), is_number=False, is_fact=True),
-        Column(
-            ("", "backend"), lambda row: visible(row.record.case.backend), is_number=False, is_fact=True
-        ),
+        Column(("", "backend"), lambda row: visible(row.record.case.backend), is_number=False, is_fact=True),
         Column(("para-", "meters"), lambda row: text.count(row.record.parameters), is_fact=True),
         Column(("", "GFLOP"), lambda row: text.gflop(row.record.gflop_per_forward), is_fact=True),
         Column(("ms per", "step"), lambda row: text.number(row.record.ms_per_step)),

@@ -39,9 +39,7 @@ def cases_grid(shown: Overview) -> Grid:
         "tolerance": lambda row: _of(
             row.record.correctness.tolerance if row.record.correctness else None, "{:.1e}"
         ),
-        "reference": lambda row: (
-            visible(row.record.correctness.reference) if row.record.correctness else "-"
-        ),
+        "reference": lambda row: visible(row.record.correctness.reference) if row.record.correctness else "-",
         "n": lambda row: str(row.record.wall_ms.n) if row.record.wall_ms else text.MISSING,
         "wall ms p20": lambda row: text.number(row.record.wall_ms.p20 if row.record.wall_ms else None),
         "wall ms p50": lambda row: text.number(row.record.wall_ms.p50 if row.record.wall_ms else None),

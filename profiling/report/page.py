@@ -73,11 +73,7 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "times": [column for column in table.columns if not column.is_fact],
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
         "checkpoints": sorted(
-            {
-                (visible(r.name), visible(_origin(r.record.case)))
-                for r in rows
-                if r.record.case.is_checkpoint
-            }
+            {(visible(r.name), visible(_origin(r.record.case))) for r in rows if r.record.case.is_checkpoint}
         ),
         "lines": details.lines_grid(shown),
         "ladder": ladder.ladder_grid(shown),
