@@ -37,12 +37,20 @@ def failure(error: Exception) -> tuple[Status, str]:
     lines = [visible(line.strip()) for line in text.splitlines() if line.strip()]
     first = lines[0] if lines else "no message"
     if isinstance(error, Unsupported | KernelUnsupported | UnsupportedConfig):
-        return "unsupported", first[:_LONGEST_MESSAGE]
-    message = f"{type(error).__name__}: {first}"[:_LONGEST_MESSAGE]
+        return "unsupported", _shortened(first)
+    message = _shortened(f"{type(error).__name__}: {first}")
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
     )
     return ("oom" if out_of_memory else "error"), message
+
+
+def _shortened(text: str) -> str:
+    """At most so long, without its middle: a message begins with the cause and ends with what to do."""
+    if len(text) <= _LONGEST_MESSAGE:
+        return text
+    half = _LONGEST_MESSAGE // 2 - 2
+    return f"{text[:half]}... {text[-half:]}"
 
 
 def graph_memory(device: torch.device) -> int:

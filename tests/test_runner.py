@@ -263,6 +263,14 @@ def test_failures_become_a_status_and_one_line(error: Exception, expected: tuple
     assert "\n" not in message
 
 
+def test_a_long_message_keeps_its_cause_and_what_to_do() -> None:
+    cause, advice = "no network fits", "give --task sr"
+    _, message = failure(Unsupported(f"{cause}: {'/long/path' * 100}: {advice}"))
+    assert message.startswith(cause)
+    assert message.endswith(advice)
+    assert len(message) <= 400
+
+
 def test_a_real_allocation_that_fails_is_oom(tiny_checkpoint: Path) -> None:
     def change(latents: Tensor, call: int) -> Tensor:
         return torch.empty(1 << 60, dtype=torch.uint8)
