@@ -45,6 +45,8 @@ DEVICE_PATTERN = r"^(cpu|cuda(:\d+)?)$"
 
 # Of a batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
 MOST_IMAGES = 1_000_000
+# A side, in latent pixels: an image of 32768.
+LARGEST_LATENT = 4096
 # In front of a path that is no UTF-8: JSON has no way to hold such a text.
 _ENCODED = "file://"
 
@@ -151,7 +153,8 @@ class Case(BaseModel):
         """A short name of the network: the size, or the last part of the checkpoint's path.
 
         The names that diffusers gives to folders and files of every checkpoint come with the folder above them:
-        "my-model/unet". Bytes that are no UTF-8 are written as escapes.
+        "my-model/unet". A snapshot in the Hugging Face cache has its repository's name. Bytes that are no UTF-8
+        are written as escapes.
         """
         if not self.unet.startswith(("/", _ENCODED)):
             return self.unet if self.weights_sha256 is not None else self.unet.rpartition("/")[2] or self.unet
@@ -159,6 +162,9 @@ class Case(BaseModel):
         first = len(parts) - 1
         while first and (parts[first] == "unet" or parts[first].startswith("diffusion_pytorch_model.")):
             first -= 1
+        if parts[max(first - 1, 0)] == "snapshots" and parts[first - 2].startswith("models--"):
+            # The Hugging Face cache: models--ORGANIZATION--NAME/snapshots/COMMIT.
+            return "/".join((*parts[first - 2].split("--")[1:], *parts[first + 1 :]))
         return "/".join(parts[first:])
 
     def recorded(self) -> Case:
@@ -189,13 +195,14 @@ class Sweep:
     tasks: tuple[Task, ...] = ("t2i",)
     guidance_scales: tuple[float, ...] | None = None
     backends: tuple[str, ...] = DEFAULT_BACKENDS
+    latents: tuple[tuple[int, int], ...] = ((64, 64),)
 
     def cases(self) -> Iterator[Case]:
         """The product: networks outermost, as they are dear to build; backends innermost, as they interleave."""
         for unet, task, dtype, device in itertools.product(self.unets, self.tasks, self.dtypes, self.devices):
             scales = (DEFAULT_GUIDANCE[task],) if self.guidance_scales is None else self.guidance_scales
-            for batch, scale, sampler, steps, backend in itertools.product(
-                self.batches, scales, self.samplers, self.steps, self.backends
+            for (height, width), batch, scale, sampler, steps, backend in itertools.product(
+                self.latents, self.batches, scales, self.samplers, self.steps, self.backends
             ):
                 yield Case(
                     unet=unet,
@@ -206,6 +213,8 @@ class Sweep:
                     guidance_scale=float(scale),
                     dtype=dtype,
                     device=device,
+                    latent_height=height,
+                    latent_width=width,
                     backend=backend,
                 )
 
@@ -274,6 +283,7 @@ class Choices:
     device: Sequence[str] = ()
     backend: Sequence[str] = ()
     task: Sequence[str] = ()
+    latent: Sequence[str] = ()
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
@@ -300,6 +310,7 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
         "devices": tuple(device_named(text) for text in split_values(choices.device)),
         "backends": known_names("backend", choices.backend, BACKENDS),
         "tasks": known_names("task", choices.task, TASKS),
+        "latents": tuple(_latent(text) for text in split_values(choices.latent)),
         "unets": known_names("size", choices.size, FAMILY) + tuple(_checkpoint(path) for path in choices.unet),
     }
     given: dict[str, Any] = {name: values for name, values in overrides.items() if values}
@@ -352,6 +363,15 @@ def _number(option: str, text: str) -> float:
     if not (math.isfinite(value) and value >= 1):
         raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
     return value
+
+
+def _latent(text: str) -> tuple[int, int]:
+    """Height and width of "64x96", or of a square "64"."""
+    sides = text.split("x")
+    if len(sides) > 2:
+        raise CaseError(f"--latent: {text!r} is no size; give height x width in latent pixels, as in 64x96")
+    height, width = (whole_number("latent", side, LARGEST_LATENT) for side in (sides[0], sides[-1]))
+    return height, width
 
 
 def dtype_named(text: str) -> DType:

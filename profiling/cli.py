@@ -110,6 +110,12 @@ def profile(
         list[str] | None, _list_option(f"{', '.join(BACKENDS)}; torch and diffusers unless told.")
     ] = None,
     task: Annotated[list[str] | None, _list_option("t2i; sr: 8 input channels, without guidance.")] = None,
+    latent: Annotated[
+        list[str] | None,
+        _list_option(
+            "Latent sizes, height x width: 64x64 (unless told) is an image of 512x512, 128x128 of 1024x1024."
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -146,6 +152,7 @@ def profile(
       ldmperf profile
       ldmperf profile --size 39M,866M --steps 4,20,50 --batch 1,8 --dtype bfloat16
       ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
+      ldmperf profile --unet ./my-sdxl --latent 128x128 --steps 20
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --resume
     """
@@ -164,6 +171,7 @@ def profile(
                 "device": device,
                 "backend": backend,
                 "task": task,
+                "latent": latent,
             }.items()
         }
     )

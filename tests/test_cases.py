@@ -129,6 +129,26 @@ def test_super_resolution_samples_without_guidance_unless_told() -> None:
     assert {case.guidance_scale for case in told} == {2.0}
 
 
+def test_latent_sizes_are_a_list_of_the_sweep() -> None:
+    cases = select_cases("cpu", Choices(size=["39M"], latent=["64x96,128", "64"], steps=["2"], backend=["torch"]))
+    assert [(case.latent_height, case.latent_width) for case in cases] == [(64, 96), (128, 128), (64, 64)]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("hub/models--some-org--sdxl-base/snapshots/462165984030d82259a11f4367a4", "some-org/sdxl-base"),
+        ("hub/models--gpt2/snapshots/0123abc/unet", "gpt2/unet"),
+        ("hub/models--a--b/snapshots/0123abc/unet/diffusion_pytorch_model.safetensors",
+         "a/b/unet/diffusion_pytorch_model.safetensors"),
+        ("hub/models--a--b/snapshots/0123abc/sd.safetensors", "sd.safetensors"),
+        ("snapshots/mine", "mine"),
+    ],
+)  # fmt: skip
+def test_a_snapshot_in_the_cache_of_hugging_face_has_the_repositorys_name(path: str, name: str) -> None:
+    assert Case(unet=f"/{path}").label == name
+
+
 def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -152,6 +172,9 @@ def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch:
         (Choices(device=["cuda:99"]), "choose cpu"),
         (Choices(backend=["tensorrt"]), ", ".join(BACKENDS)),
         (Choices(task=["video"]), "t2i, sr"),
+        (Choices(latent=["64x64x64"]), "height x width"),
+        (Choices(latent=["64x"]), "from 1 to 4096"),
+        (Choices(latent=["0x64"]), "from 1 to 4096"),
         (Choices(unet=["/nowhere"]), "/nowhere"),
     ],
 )
