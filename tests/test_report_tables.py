@@ -139,6 +139,13 @@ def test_unsteady_times_are_told(make_record: MakeRecord) -> None:
     assert "Unsteady" not in printed([steady])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_too_few_samples_for_a_spread_are_told(make_record: MakeRecord, count: int) -> None:
+    few = make_record(wall_ms=Samples.of([100.0] * count))
+    note = "Fewer than 3 samples in 1 of 2 cases: their p20 to p80 says nothing"
+    assert (note in printed([few, make_record(Case(unet="83M"))])) == (count < 3)
+
+
 @pytest.mark.parametrize(("load", "is_told"), [(2.4, False), (2.6, True)])
 def test_a_busy_machine_is_told(make_record: MakeRecord, load: float, is_told: bool) -> None:
     # Two usable cores.

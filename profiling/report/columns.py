@@ -12,6 +12,8 @@ from .figures import Overview, Row
 
 # Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
 WIDE_SPREAD = 0.1
+# Samples: of fewer, quantiles tell no spread.
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ def warnings(shown: Overview) -> tuple[str, ...]:
     found += text.busy_notes([row.record for row in shown.rows], "case")
     timed = [row for row in shown.rows if row.record.wall_ms is not None]
     cut = [row for row in timed if row.record.harness.stopped_by is not None]
+    few = [row for row in timed if row.record.wall_ms and row.record.wall_ms.n < FEWEST]
+    if few:
+        found.append(
+            f"Fewer than {FEWEST} samples in {len(few)} of {cases}: their p20 to p80 says nothing of the spread; "
+            "--min-count asks for more."
+        )
     if cut:
         found.append(
             f"Cut short by --seconds: {len(cut)} of {cases} with fewer trajectories than "
