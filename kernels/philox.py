@@ -105,7 +105,7 @@ def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str) -> Te
 
 
 def _index(value: object) -> int:
-    """An integer of Python, numpy or torch as Python's; TypeError for anything else, flags and text among it."""
+    """An integer of Python, numpy or torch as Python's; TypeError for anything else, flags and text included."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
         raise TypeError
     return operator.index(value)  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def philox_normal(
 
     seeds   int64 [B], one per image; every bit counts, the sign among them
     shape   of one image
-    step    a host integer, or an int64 tensor of one element on that device (never read by the host)
+    step    an integer, or an int64 tensor of one element on that device (never read by the host); modulo 2^32
     stream  INITIAL_NOISE (0) or STEP_NOISE (1)
 
     Raises ValueError for seeds of another shape or dtype.
@@ -129,7 +129,9 @@ def philox_normal(
         raise ValueError(f"seeds must be an int64 tensor [B], not {seeds.dtype} of shape {list(seeds.shape)}")
     numel = math.prod(shape)
     group = torch.arange((numel + 3) // 4, dtype=torch.int64, device=seeds.device)[None, :]
-    step_word = (step.reshape(1, 1) if isinstance(step, Tensor) else torch.full_like(group, step)) & _MASK
+    step_word = (
+        step.reshape(1, 1) if isinstance(step, Tensor) else torch.full_like(group, operator.index(step) & _MASK)
+    ) & _MASK
     key = ((seeds & _MASK)[:, None], ((seeds >> 32) & _MASK)[:, None])
     words = philox4x32((group & _MASK, group >> 32, step_word, torch.full_like(group, stream)), key)
     lanes = torch.stack([*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])], dim=-1)

@@ -37,7 +37,7 @@ def ddim(
         alpha_next, _ = alpha_sigma(level_next)
         x0, eps = predict(schedule.prediction_type, x, output, *alpha_sigma(level))
         std = eta * math.sqrt((1 - level_next) / (1 - level) * (1 - level / level_next))
-        # At eta 1 and zero SNR both are equal, to rounding.
+        # At eta 1 and zero SNR the difference is 0, or just below it by rounding.
         direction = math.sqrt(max(1 - level_next - std**2, 0.0))
         tableau.step(timestep, x=alpha_next * x0 + direction * eps + std * noise)
     return tableau

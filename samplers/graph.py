@@ -105,6 +105,12 @@ class GraphedSampler(Generic[C]):
         self._graphs = graphs or CudaGraphs()
         self._kept: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
 
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "a GraphedSampler cannot be copied or pickled, because its captures work on its own memory: make "
+            "another with GraphedSampler(denoise)"
+        )
+
     @property
     def captures(self) -> tuple[Capture, ...]:
         """Those that are kept, the one used last at the end."""
@@ -140,14 +146,14 @@ class GraphedSampler(Generic[C]):
         """
         check_start(plan, noise, seeds, step_noise)
         self._graphs.check(noise.device)
-        scales = guidance_scales(guidance_scale, len(plan.steps))
+        scales = guidance_scales(guidance_scale, len(plan.steps), noise.dtype)
         injects = plan.stochastic and step_noise is not None
         check(conditioning)
         # What is kept must serve calls outside inference mode too.
         with torch.inference_mode(False), torch.no_grad(), self._graphs.turn(noise.device):
             captured = self._captured(conditioning, plan, noise, scales is not None, injects)
             state = captured.state
-            state.load(plan, noise, scales, seeds if plan.stochastic and not injects else None)
+            state.load(plan, noise, scales, seeds)
             captured.step.zero_()
             for step in plan.steps:
                 if state.injected is not None and step_noise is not None and step.adds_noise:

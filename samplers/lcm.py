@@ -9,6 +9,7 @@ import numpy as np
 
 from .schedule import NoiseSchedule, alpha_sigma
 from .step import Tableau, predict
+from .values import shown
 
 # The standard deviation that the boundary condition's scalings assume of the data.
 SIGMA_DATA = 0.5
@@ -29,8 +30,8 @@ def lcm(
     train_steps = schedule.num_train_timesteps
     if not num_steps <= original_inference_steps <= train_steps:
         raise ValueError(
-            f"original_inference_steps={original_inference_steps} must lie between num_steps {num_steps} and "
-            f"{train_steps} training timesteps"
+            f"original_inference_steps={shown(original_inference_steps)} must lie between num_steps {num_steps} "
+            f"and {train_steps} training timesteps"
         )
     schedule.refuse_zero_snr_epsilon("lcm")
     distilled = np.arange(original_inference_steps, 0, -1) * (train_steps // original_inference_steps) - 1

@@ -56,7 +56,7 @@ _ADOPTS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 }
 
 
-# What an option is, by the type of its default.
+# How messages describe an option's values, by the type of its default.
 _KINDS = {
     bool: "True or False",
     int: "an integer",
@@ -146,7 +146,7 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
     given = _checked_options(name, options, defaults)
     resolved = {**defaults, **_checked_options(name, _adopt(name, inherited), defaults), **given}
     try:
-        # Whatever np.seterr says: the tableau looks at every coefficient.
+        # The caller's np.seterr must not matter: Tableau.step checks every coefficient.
         with np.errstate(all="ignore"):
             tableau = builder(schedule, num_steps, **resolved)
     except (ArithmeticError, np.linalg.LinAlgError):
@@ -195,5 +195,5 @@ def _same_type(value: object, default: object) -> bool:
 
 
 def _fits_float(value: Any) -> bool:
-    """Whether a number is no NaN and no integer that is too large for a float."""
+    """False for a NaN, and for an integer that is too large for a float."""
     return not math.isnan(value) if isinstance(value, float) else abs(value) <= sys.float_info.max

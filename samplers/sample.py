@@ -1,5 +1,6 @@
 """`sample`: run a plan with any network, and the noise it starts from."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from .values import plain, shown
 Denoiser = Callable[[Tensor, Step], Tensor]
 
 
-# What inference mode makes cannot be used in autograd, nor written to, outside it.
+# Outside inference mode, a tensor made inside it can neither be written to nor used in autograd.
 @torch.inference_mode(False)
 @torch.no_grad()
 def initial_noise(
@@ -29,10 +30,12 @@ def initial_noise(
 
     Generated in float32 and cast to `dtype`. A seed gives the same noise on every device, alone or in any batch.
     Not scaled: `sample` multiplies by the plan's `init_noise_sigma`. Seeds are integers of Python, numpy or torch,
-    modulo 2^64. Raises ValueError for other seeds, a shape that is none, and a dtype that is no float.
+    modulo 2^64. Raises ValueError for other seeds, a shape that is not one of sizes, and a dtype that is
+    not a float's.
     """
     sizes = plain(shape)
-    if not isinstance(sizes, tuple) or not all(type(size) is int and size >= 0 for size in sizes):
+    counts = isinstance(sizes, tuple) and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+    if not counts or math.prod(sizes) >= 2**63:
         raise ValueError(f"shape must be that of one image, such as (4, 64, 64), not {shown(shape)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a float dtype such as torch.float32, not {shown(dtype)}")
@@ -58,24 +61,26 @@ def sample(
                     shape, in any float dtype. model_input is c_in * x in input_dtype, channels-last if 4-D, and
                     is overwritten by the next step. With guidance it is [2B, ...], unconditional half first.
     noise           standard normal, float32 or float64: the dtype that the sampler runs in. Left unchanged.
-    guidance_scale  w in uncond + w (cond - uncond), or one w per step. None, and 1.0 everywhere, is no guidance:
-                    model_input is [B, ...]. 0.0 is the unconditional image, not "off" as in diffusers: a single
-                    number below 1 warns. Numbers and arrays of numpy and torch too.
+    guidance_scale  w in uncond + w (cond - uncond), or one w per step; of Python, numpy or torch. Without guidance
+                    (None, or 1.0 at every step) model_input is [B, ...]. 0.0 gives the unconditional image; in
+                    diffusers it switches guidance off, so a single number below 1 warns.
     seeds           one integer per image, for the noise of a stochastic plan (generated in float32)
     step_noise      step_noise(k) returns the [B, ...] noise of step k instead; called for the steps that add any
     callback        called as callback(step, x) after each step, with a copy of the latents
     input_dtype     a float dtype, the network's, so that it need not cast; noise's dtype unless given
     backend         of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
 
-    The host never waits for the device, its copies of plan and seeds included (the driver may for those of a plan
-    over 64 KB, some hundreds of steps), but for a guidance_scale that is on the device. denoise and callback run
-    without gradients, else in the caller's modes; the result is a tensor like any other, made in inference mode
-    too. An exception of denoise or callback, KeyboardInterrupt among them, passes
-    through and leaves no state behind. Raises ValueError for a dtype, shape or count that does not fit.
+    The host does not wait for the device, with two exceptions: a guidance_scale on the device is read, and the
+    driver may wait while it copies a plan above 64 KB (some hundreds of steps). denoise and callback run without
+    gradients, otherwise in the caller's modes. The result is an ordinary tensor, in inference mode too. Exceptions
+    of denoise and callback, KeyboardInterrupt included, reach the caller and leave no state behind.
+
+    Raises ValueError for a dtype, shape or count that does not fit, whether the plan uses the argument or not, and
+    for a weight so large that the latents would not be finite.
     """
     check_start(plan, noise, seeds, step_noise)
     check_input_dtype(input_dtype)
-    scales = guidance_scales(guidance_scale, len(plan.steps))
+    scales = guidance_scales(guidance_scale, len(plan.steps), noise.dtype)
     state = SamplerState(
         noise,
         input_dtype or noise.dtype,
@@ -83,7 +88,7 @@ def sample(
         num_steps=len(plan.steps),
         is_guided=scales is not None,
     )
-    state.load(plan, noise, scales, seeds if plan.stochastic and step_noise is None else None)
+    state.load(plan, noise, scales, seeds)
     # 16 bytes apart: Triton compiles a kernel anew for a pointer that is not divisible by 16.
     rows = torch.arange(2 * len(plan.steps), device=noise.device) // 2
     for step in plan.steps:

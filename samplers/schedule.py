@@ -63,7 +63,7 @@ _WITHOUT_EFFECT = frozenset(
     {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 )
 
-# How the names of diffusers' classes begin whose noise is another, though a config may have no key that shows it.
+# Prefixes of diffusers' classes that are not variance-preserving: their configs may have no key that shows it.
 _NOT_VARIANCE_PRESERVING = (
     "CMStochastic", "CosineDPM", "DDPMWuerstchen", "EDM", "FlowM", "IPNDM", "KarrasVe", "ScoreSdeVe",
     "VQDiffusion",
@@ -96,7 +96,7 @@ class NoiseSchedule(Copied):
     def __post_init__(self) -> None:
         try:
             levels = np.array(plain(self.alphas_cumprod), dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             levels = np.empty(0)
         levels.flags.writeable = False
         if levels.ndim != 1 or levels.size < 2 or not np.isfinite(levels).all():
@@ -119,13 +119,13 @@ class NoiseSchedule(Copied):
     def from_diffusers(cls, config: Mapping[str, Any]) -> NoiseSchedule:
         """The schedule of a scheduler_config.json, a dict of any of diffusers' discrete VP schedulers.
 
-        config is what json.load gives, or the `config` of a scheduler in memory. The latter tells which values are
-        only defaults of its class: as in `from_config` of another class, such a sampler option is not inherited.
+        config is the result of json.load, or the `config` of a scheduler in memory. A scheduler in memory records
+        which values are defaults of its class; as in diffusers' `from_config`, these sampler options are ignored.
 
         A key that is absent takes the default of the class in `_class_name`, with one exception: without
         clip_sample there is no clipping (diffusers' DDIM and DDPM classes would clip, which suits pixels).
         Sampler options are kept in `options`. The levels are rounded to float32 where diffusers rounds them.
-        They do not depend on torch's default device or dtype.
+        Torch's default device and dtype do not change them.
 
         Raises ValueError, naming the key, for what is not linear (clip_sample, thresholding), not supported
         (flow matching, learned variances, other prediction types or beta schedules), out of range or not known.

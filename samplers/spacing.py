@@ -102,7 +102,7 @@ def sigmas_to_timesteps(sigmas: FloatArray, schedule: NoiseSchedule) -> FloatArr
     """[K] fractional timesteps of noise levels, linear in log sigma, clamped to the training range."""
     log_table = np.log(schedule.sigmas.astype(np.float32))
     log_sigmas = np.log(np.maximum(sigmas, 1e-10))
-    # The last level that is not above: what stands for zero SNR may lie below the level before it.
+    # The finite level that replaces zero SNR may lie below the level before it; the search needs a sorted table.
     rising = np.minimum.accumulate(log_table[::-1])[::-1]
     low = np.clip(np.searchsorted(rising, log_sigmas, side="right") - 1, 0, log_table.size - 2)
     span = (log_table[low] - log_table[low + 1]).astype(np.float64)

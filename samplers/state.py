@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ldmperf.kernels import sampler_update, seed_tensor
 
 from .plan import SamplingPlan
-from .values import is_number, plain, shown
+from .values import is_number, plain, shown, warn
 
 # A number, one per step, or None for no guidance; numpy's and torch's numbers and arrays too.
 Guidance = float | Sequence[float] | npt.NDArray[Any] | Tensor | None
@@ -30,7 +29,7 @@ class SamplerState:
     injected     [B, ...] like noise, where `is_injected`: the noise of a step, in place of a generated one
     """
 
-    # A tensor made in inference mode cannot be used in autograd, nor written to, outside it.
+    # Outside inference mode, a tensor made inside it can neither be written to nor used in autograd.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
@@ -67,7 +66,7 @@ class SamplerState:
     ) -> None:
         """Starts a plan from `noise`; `scales` of `guidance_scales`, None just where this state is not guided.
 
-        Raises ValueError unless there are no seeds or one per image.
+        Raises ValueError for seeds that are not one integer per image; a plan that needs none ignores them.
         """
         dtype, device = noise.dtype, noise.device
         count, steps = plan.num_registers, len(plan.steps)
@@ -156,7 +155,7 @@ def check_start(
     seeds: Sequence[int] | Tensor | None,
     step_noise: Callable[[int], Tensor] | None,
 ) -> None:
-    """ValueError for what a run cannot start from: no plan, noise that does not fit, no source of noise."""
+    """ValueError unless there are a plan, noise that fits, and, for a stochastic plan, seeds or step noise."""
     if not isinstance(plan, SamplingPlan):
         raise ValueError(f"plan must be a SamplingPlan, not {shown(plan)}; make_plan makes one")
     if not isinstance(noise, Tensor):
@@ -164,7 +163,7 @@ def check_start(
     if noise.dtype not in (torch.float32, torch.float64) or noise.dim() < 2:
         raise ValueError(
             f"noise must be float32 or float64 [B, ...], not {noise.dtype} {list(noise.shape)}: the sampler's "
-            "state is kept in that dtype; a network of another dtype has input_dtype"
+            "state is kept in that dtype; set input_dtype to the network's, if it is another"
         )
     if plan.stochastic and seeds is None and step_noise is None:
         raise ValueError(f"plan {plan.name} adds noise at its steps: give seeds, one per image, or step_noise")
@@ -176,25 +175,26 @@ def check_input_dtype(input_dtype: object) -> None:
         raise ValueError(f"input_dtype must be a float dtype such as torch.bfloat16, not {shown(input_dtype)}")
 
 
-def guidance_scales(guidance_scale: Guidance, num_steps: int) -> list[float] | None:
+def guidance_scales(guidance_scale: Guidance, num_steps: int, dtype: torch.dtype) -> list[float] | None:
     """One weight per step, or None when all are 1 and the unconditional half would be multiplied by zero.
 
-    Raises ValueError unless they are finite. Warns of one number below 1, which switches guidance off elsewhere.
+    Raises ValueError for a weight above the root of the largest number of `dtype`, the sampler's: an output of the
+    network times the weight must be finite. Warns of a single number below 1: in diffusers it is no guidance.
     """
     given = 1.0 if guidance_scale is None else plain(guidance_scale)
     scales = given if isinstance(given, tuple) else (given,) * num_steps
-    wrong = [scale for scale in scales if not is_number(scale) or not math.isfinite(scale)]
+    largest = math.sqrt(torch.finfo(dtype).max)
+    wrong = [scale for scale in scales if not is_number(scale) or not abs(scale) <= largest]
     if wrong or len(scales) != num_steps:
         raise ValueError(
             f"guidance_scale must be a number or {num_steps} numbers, one per step, or None for no guidance, not "
-            f"{shown(wrong[0]) if wrong else f'{len(scales)} numbers'}"
+            f"{shown(wrong[0]) if wrong else f'{len(scales)} numbers'}; the largest in {dtype} is {largest:.1e}"
         )
     if not isinstance(given, tuple) and given < 1.0:
-        warnings.warn(
+        warn(
             f"guidance_scale={given:g} is guidance here: 0 gives the unconditional image, below 1 the prompt is "
             "weaker. Give None for no guidance, which any number up to 1 is in diffusers, or a list of one "
-            "number per step, which is taken without this warning",
-            stacklevel=2,
+            "number per step, which is taken without this warning"
         )
     return list(map(float, scales)) if any(scale != 1.0 for scale in scales) else None
 

@@ -5,6 +5,7 @@ of coefficients over [registers..., model output, noise]. A `Tableau` hands out 
 the paper combine them; the new registers, stacked, are the matrix `U` of a step.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy as np
 from .schedule import FloatArray
 from .values import Copied, shown
 
-# The sampler's state may be float32.
-_LARGEST = float(np.finfo(np.float32).max)
+# The sampler's state may be float32: the root leaves room for what a coefficient multiplies.
+_LARGEST = math.sqrt(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class Tableau:
     def step(self, timestep: float, *, c_in: float = 1.0, **registers: FloatArray) -> None:
         """Append a step that sets the named registers and keeps the others.
 
-        Raises ValueError for a coefficient that is not finite in float32: no plan with NaN is ever handed out.
+        Raises ValueError for a coefficient that is not finite, or so large that latents in float32 would not be.
         """
         kept = dict(zip(self.registers, self.unit_vectors(), strict=False))
         rows = np.stack([registers.pop(name, kept[name]) for name in self.registers])

@@ -1,18 +1,22 @@
-"""What callers hand over, as Python's own values; and frozen dataclasses that can be copied and pickled."""
+"""Arguments as values of Python, warnings of the caller's line, and frozen dataclasses that can be pickled."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import os.path
 import reprlib
+import warnings
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
 def plain(value: Any) -> Any:
-    """Numbers, flags, text and arrays of numpy and torch as Python's own; lists become tuples; all else as it is.
+    """A number, flag, text or array of numpy or torch as a value of Python; a list as a tuple; others unchanged.
 
     Waits for a tensor on a GPU. Raises ValueError for a tensor on the meta device.
     """
@@ -20,7 +24,7 @@ def plain(value: Any) -> Any:
         return tuple(map(plain, value))
     if isinstance(value, Tensor) and value.is_meta:
         raise ValueError("a tensor on the meta device holds no numbers: make it on the CPU")
-    # Its item() is a longdouble again.
+    # tolist() of a longdouble returns a longdouble.
     if isinstance(value, np.longdouble):
         return float(value)
     if isinstance(value, np.ndarray | np.generic | Tensor):
@@ -36,13 +40,26 @@ def is_number(value: object) -> bool:
 
 def shown(value: object) -> str:
     """A short repr in one line, for messages."""
-    return " ".join(reprlib.repr(value).split())
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except ValueError:
+        # Python writes out no integer of more than 4300 digits.
+        return f"{type(value).__name__} of too many digits"
+
+
+def warn(message: str) -> None:
+    """Warns of the caller's line, the first outside this package and torch, whose decorators lie in between."""
+    folders = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(folders):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
 
 
 class Copied:
-    """For frozen dataclasses: copies and pickles are made by the constructor.
+    """A base for frozen dataclasses: the constructor makes their copies and pickles.
 
-    In a plain copy a read-only array is writeable, and a mapping proxy cannot be pickled.
+    Without it a copy's read-only arrays would be writeable, and a mapping proxy cannot be pickled.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

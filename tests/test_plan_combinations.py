@@ -168,11 +168,13 @@ def test_a_plan_is_finite_or_refused_in_one_line(combination, through_config):
         return
     numbers = [*plan.table.flat, *plan.input_scales, *plan.timesteps, plan.init_noise_sigma]
     assert np.isfinite(np.array(numbers, dtype=np.float32)).all()
-    if options.get("timestep_type") != "continuous":
+    # The one exception: 0.25 ln sigma, in place of a timestep.
+    continuous = options.get("timestep_type") == "continuous" and config["prediction_type"] == "v_prediction"
+    if not continuous:
         assert 0 <= plan.timesteps.min() <= plan.timesteps.max() <= config["num_train_timesteps"] - 1
     expected = theirs(*combination)
     if expected is not None:
-        if options.get("timestep_type") != "continuous":
+        if not continuous:
             # Where diffusers' "trailing" has one point too many it is a timestep of -1.
             expected = expected[expected >= 0]
         # Some of theirs are logarithms in float32.
@@ -189,6 +191,14 @@ def test_the_property_sees_plans_and_refusals():
         except ValueError:
             found["refused"] += 1
     assert found == {"plan": 4, "refused": 14}
+
+
+def test_continuous_timesteps_are_a_quarter_of_the_logarithm_of_sigma():
+    schedule = NoiseSchedule.from_diffusers({**SD, "prediction_type": "v_prediction"})
+    plan = make_plan("euler", schedule, 5, timestep_type="continuous")
+    # c_in = 1 / sqrt(sigma^2 + 1)
+    np.testing.assert_allclose(plan.timesteps, 0.25 * np.log(np.sqrt(plan.input_scales**-2 - 1)))
+    np.testing.assert_allclose(plan.timesteps[-2:], [-0.0909, -0.8837], atol=1e-4)
 
 
 def test_ddim_of_eta_1_keeps_no_direction_at_zero_snr():
