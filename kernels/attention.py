@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
@@ -355,6 +356,12 @@ def _reference(
     return attention_ref(q, k, v, scale, key_lengths=key_lengths, key_mask=key_mask)
 
 
+def _composite(*arguments: Any) -> Tensor:
+    """Torch's fused attention has no forward mode, and its gradient no gradient."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return _reference(*arguments)
+
+
 def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
     """Two matrix products of Nq x Nk x D per head, 2 FLOP per multiply-add, as torch counts its own operator."""
     batch, queries, heads, dim = q
@@ -368,6 +375,7 @@ _attention = define_operator(
     fake=_fake,
     autocast=lambda run, q, k, v, *others: run(*lowered(q, k, v), *others),
     reference=_reference,
+    composite=_composite,
     flops=_flops,
 )
 
