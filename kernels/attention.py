@@ -260,7 +260,10 @@ def attention(
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} differ in B, H or D")
+        raise ValueError(
+            f"attention: k must be [{q.shape[0]}, Nk, {q.shape[2]}, {q.shape[3]}] for q {list(q.shape)}; "
+            f"got {list(k.shape)}; of the layout [B, H, N, D] give q.transpose(1, 2), k and v too"
+        )
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"attention: q, k, v must share one float dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (q.device == k.device == v.device):

@@ -383,7 +383,10 @@ def group_norm_silu(
             )
         channels += skip.shape[1]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")
+        raise ValueError(
+            f"group_norm_silu: {channels} channels do not divide into {num_groups} groups; num_groups must be a "
+            f"divisor of {channels}"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f'group_norm_silu: activation must be "silu" or None; got {activation!r}')
     for name, value, shape in (
