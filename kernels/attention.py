@@ -166,7 +166,8 @@ def plan(
         "POLYNOMIAL": config.polynomial,
         "MATRIX_SUMS": config.matrix_sums,
         "PRECISION": "tf32" if tf32 else "ieee",
-        # Of every offset but those of keys in a tile: what the compiler cannot see of a stride of 40 elements.
+        # Largest power of two up to 8 that divides head_dim and all strides. The compiler cannot infer it for a
+        # stride of 40.
         "ALIGN": math.gcd(8, dim, *strided),
     }
     tiles: dict[str, Any]
