@@ -52,7 +52,7 @@ def whole(call: str, name: str, value: Any) -> Any:
         return value
     try:
         # operator.index takes flags, and arrays of one element.
-        if isinstance(value, bool) or getattr(value, "ndim", 0) or getattr(value, "dtype", None) == torch.bool:
+        if isinstance(value, bool) or getattr(value, "ndim", 0) > 0 or getattr(value, "dtype", None) == torch.bool:
             raise TypeError
         return operator.index(value)
     except TypeError:

@@ -5,11 +5,10 @@ norm is neither written nor read. With a gate, neither are values and gates, whi
 the widest tensors of the network.
 
 Two kernels (_linear_kernels.py). Where a program can keep whole rows, up to 512 channels, it normalizes them once
-and multiplies them with tile after tile of the weight. Wider rows are multiplied piece by piece; their
-norm is a launch of its own, layer_norm's.
+and multiplies them with tile after tile of the weight. Wider rows are multiplied piece by piece; their norm is a
+launch of its own, layer_norm's.
 
-cuBLAS has the faster matmul, so that fusing pays only where it saves more time than our matmul loses: the tuned
-table tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
+A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses: the tuned table tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
 """
 
 from __future__ import annotations
