@@ -8,7 +8,8 @@ Two kernels (_linear_kernels.py). Where a program can keep whole rows, up to 512
 and multiplies them with tile after tile of the weight. Wider rows are multiplied piece by piece; their norm is a
 launch of its own, layer_norm's.
 
-A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses: the tuned table tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
+A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses: the tuned table
+tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
 """
 
 from __future__ import annotations
