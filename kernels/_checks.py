@@ -48,9 +48,12 @@ def one_device(name: str, arguments: tuple[Any, ...]) -> None:
 
 def whole(call: str, name: str, value: Any) -> Any:
     """A whole number of Python, numpy or torch (0-d) as an int; a tracer's symbol stays one."""
-    if isinstance(value, (int, torch.SymInt)):
+    if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
+        # operator.index takes flags, and arrays of one element.
+        if isinstance(value, bool) or getattr(value, "ndim", 0) > 0 or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{call}: {name} must be a whole number; got {value!r}") from None

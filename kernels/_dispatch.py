@@ -17,7 +17,10 @@ class KernelUnsupported(RuntimeError):
     def __init__(self, operator: str, reasons: Sequence[str]) -> None:
         self.operator = operator
         self.reasons = tuple(reasons)
-        super().__init__(f"{operator}: the Triton kernel cannot serve this call: {'; '.join(self.reasons)}")
+        listed = "; ".join(self.reasons)
+        super().__init__(
+            f'{operator}: the Triton kernel cannot serve this call: {listed}; backend="auto" takes torch for it'
+        )
 
 
 def choose_backend(

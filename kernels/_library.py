@@ -2,6 +2,9 @@
 
 `torch.library.custom_op` would do the same; the plain `Library` adds less host time to a call, and a small UNet
 waits for the host.
+
+Derivatives are those of the reference. In plain reverse mode the operator runs, and the reference in its backward;
+where forward mode or torch.func differentiates, the reference runs instead of the operator.
 """
 
 import itertools
@@ -11,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _autocast
 from ._checks import one_device
+from ._dispatch import choose_backend
 
 # The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A
 # folder's name may hold what a schema may not.
@@ -36,14 +41,15 @@ def define_operator(
     fake: Callable[..., Any],
     autocast: Callable[..., Any],
     reference: Callable[..., Any] | None = None,
+    composite: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
     """Register `name(arguments) -> returns` and return the callable.
 
     `fake` gives the outputs' shapes, dtypes and strides; `autocast` is the rule there (see `_autocast.register`).
-    With `reference`, a function of the same arguments, gradients come from running it again under autograd;
-    without, the operator has none. `flops` counts from the arguments' shapes (see
-    `torch.utils.flop_counter.register_flop_formula`).
+    With `reference`, a function of the same arguments, derivatives are those of the reference; without, there are
+    none. `composite` stands for a reference that has no forward mode or no second derivative. The last argument is
+    the backend. `flops` counts from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
     """
     name = schema.partition("(")[0]
     IMPLEMENTATIONS[name] = implementation
@@ -60,46 +66,100 @@ def define_operator(
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake_of_one_device, lib=library)
-    if reference is not None:
-        _register_gradient(library, qualified, reference)
     packet = getattr(getattr(torch.ops, namespace), name)
     if flops is not None:
         register_flop_formula(packet)(flops)
     operator: Callable[..., Any] = packet.default
+    if reference is not None:
+        kernel = _differentiable(name, packet.default, reference, composite or reference)
+        library.impl(name, kernel, "Autograd", with_keyset=True)
     _autocast.register(library, name, operator, autocast)
     # The library takes its registrations with it when nobody holds it.
     packet.library = library
     return operator
 
 
-def _register_gradient(library: torch.library.Library, qualified: str, reference: Callable[..., Any]) -> None:
-    """Backward by recomputing: nothing but the inputs is kept between forward and backward."""
+def _has_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether forward mode (torch.autograd.forward_ad, torch.func.jvp) differentiates by one of these."""
+    return any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None
+        for value in arguments
+    )
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-        ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        with torch.enable_grad(), _autocast.excluded():
-            for i in wanted:
-                arguments[i] = arguments[i].detach().requires_grad_()
-            outputs = reference(*arguments)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
-            found = _gradients(pairs, [arguments[i] for i in wanted])
+def refuse_forward_mode(name: str, arguments: Sequence[Any]) -> None:
+    """NotImplementedError where forward mode differentiates by one of these."""
+    if forward_ad._current_level >= 0 and _has_tangent(arguments):
+        raise NotImplementedError(f"{name}: it has no derivatives; in forward mode call {name}_ref")
+
+
+def _differentiable(
+    name: str, operator: Any, reference: Callable[..., Any], composite: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The kernel of the Autograd keys."""
+
+    def below_autograd(keys: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    class Recomputed(torch.autograd.Function):
+        """Only the inputs are kept between forward and backward, which runs the reference."""
+
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
+            ctx.save_for_backward(*(value for value in arguments if isinstance(value, Tensor)))
+            ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in arguments]
+            return below_autograd(keys, *arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = iter(ctx.saved_tensors)
+            arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
+            _, *needed = ctx.needs_input_grad
+            # With create_graph=True the gradients are differentiated too.
+            again = torch.is_grad_enabled()
+            return None, *_gradients(composite if again else reference, arguments, needed, grads, again)
+
+    def kernel(keys: Any, *arguments: Any) -> Any:
+        followed = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        transformed = torch._C._are_functorch_transforms_active()
+        # AOTAutograd, in a mode of its own, enters a level of forward mode that Python is not told of.
+        traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+        unusual = transformed or forward_ad._current_level >= 0 or traced is not None
+        # torch.func takes no such Function, whose derivatives are of reverse mode alone.
+        if unusual and ((transformed and followed) or _has_tangent(arguments)):
+            choose_backend(name, arguments[-1], ())
+            one_device(name, arguments)
+            return composite(*arguments)
+        if not followed:
+            return below_autograd(keys, *arguments)
+        return Recomputed.apply(keys, *arguments)  # type: ignore[no-untyped-call]
+
+    return kernel
+
+
+def _gradients(
+    function: Callable[..., Any],
+    arguments: list[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    again: bool,
+) -> list[Tensor | None]:
+    """The gradients of the arguments that need one, by those of the outputs; `again` with a graph of their own."""
+    wanted = [i for i, need in enumerate(needed) if need]
+    with torch.enable_grad(), _autocast.excluded():
+        for i in wanted:
+            # A tensor of its own for each argument: one tensor may be two arguments.
+            alias = arguments[i].view_as(arguments[i]) if again else arguments[i].detach().requires_grad_()
+            arguments[i] = alias
+        outputs = function(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         result: list[Tensor | None] = [None] * len(arguments)
-        for i, gradient in zip(wanted, found, strict=True):
-            result[i] = gradient
-        return tuple(result)
-
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=library)
-
-
-def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    if not pairs or not inputs:
-        return [None] * len(inputs)
-    outputs, grads = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, inputs, grads, allow_unused=True)
+        if pairs and wanted:
+            outs, out_grads = zip(*pairs, strict=True)
+            inputs = [arguments[i] for i in wanted]
+            found = torch.autograd.grad(outs, inputs, out_grads, allow_unused=True, create_graph=again)
+            for i, gradient in zip(wanted, found, strict=True):
+                result[i] = gradient
+    return result

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
@@ -165,7 +166,8 @@ def plan(
         "POLYNOMIAL": config.polynomial,
         "MATRIX_SUMS": config.matrix_sums,
         "PRECISION": "tf32" if tf32 else "ieee",
-        # Of every offset but those of keys in a tile: what the compiler cannot see of a stride of 40 elements.
+        # Largest power of two up to 8 that divides head_dim and all strides. The compiler cannot infer it for a
+        # stride of 40.
         "ALIGN": math.gcd(8, dim, *strided),
     }
     tiles: dict[str, Any]
@@ -259,7 +261,10 @@ def attention(
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ValueError(f"attention: q {list(q.shape)} and k {list(k.shape)} differ in B, H or D")
+        raise ValueError(
+            f"attention: k must be [{q.shape[0]}, Nk, {q.shape[2]}, {q.shape[3]}] for q {list(q.shape)}; "
+            f"got {list(k.shape)}; of the layout [B, H, N, D] give q.transpose(1, 2), k and v too"
+        )
     if not (q.dtype == k.dtype == v.dtype) or not q.is_floating_point():
         raise ValueError(f"attention: q, k, v must share one float dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
     if not (q.device == k.device == v.device):
@@ -355,6 +360,12 @@ def _reference(
     return attention_ref(q, k, v, scale, key_lengths=key_lengths, key_mask=key_mask)
 
 
+def _composite(*arguments: Any) -> Tensor:
+    """Torch's fused attention has no forward mode, and its gradient no gradient."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return _reference(*arguments)
+
+
 def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
     """Two matrix products of Nq x Nk x D per head, 2 FLOP per multiply-add, as torch counts its own operator."""
     batch, queries, heads, dim = q
@@ -368,6 +379,7 @@ _attention = define_operator(
     fake=_fake,
     autocast=lambda run, q, k, v, *others: run(*lowered(q, k, v), *others),
     reference=_reference,
+    composite=_composite,
     flops=_flops,
 )
 

@@ -383,7 +383,10 @@ def group_norm_silu(
             )
         channels += skip.shape[1]
     if num_groups < 1 or channels % num_groups:
-        raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")
+        raise ValueError(
+            f"group_norm_silu: {channels} channels do not divide into {num_groups} groups; num_groups must be a "
+            f"divisor of {channels}"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f'group_norm_silu: activation must be "silu" or None; got {activation!r}')
     for name, value, shape in (
@@ -439,6 +442,24 @@ def _reference(
     return group_norm_silu_ref(x, num_groups, weight, bias, eps, x_bias=x_bias, skip=skip, activation=activation)
 
 
+def _composite(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    skip: Tensor | None,
+    *others: Any,
+) -> Tensor:
+    """In forward mode torch's group norm takes contiguous images alone, and vmap no memory format."""
+    beside = None if skip is None else skip.contiguous()
+    out = _reference(x.contiguous(), num_groups, weight, bias, eps, x_bias, beside, *others)
+    if memory_format(x) == torch.channels_last:
+        out = out.movedim(1, -1).contiguous().movedim(-1, 1)
+    return out
+
+
 def _empty_result(x: Tensor, skip: Tensor | None) -> Tensor:
     batch, channels, height, width = x.shape
     channels += 0 if skip is None else skip.shape[1]
@@ -483,6 +504,7 @@ _group_norm_silu = define_operator(
     fake=_fake,
     autocast=_autocast,
     reference=_reference,
+    composite=_composite,
 )
 
 OPERATOR = Operator("group_norm_silu", group_norm_silu, group_norm_silu_ref, plan, candidates, tuning_key)

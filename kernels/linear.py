@@ -1,15 +1,15 @@
 """A linear layer together with what stands beside it: a layer norm before it, a gated GELU after it.
 
 y = x' W^T + b, x' = layer_norm(x + x_bias) or x; gated, with W and b of 2C rows, y[:C] * gelu(y[C:]). Merged, a
-norm is neither written nor read, and of a gated product neither are the values and gates, twice as wide as the
-result: the widest tensors of the network.
+norm is neither written nor read. With a gate, neither are values and gates, which are twice as wide as the result:
+the widest tensors of the network.
 
 Two kernels (_linear_kernels.py). Where a program can keep whole rows, up to 512 channels, it normalizes them once
-and multiplies them with tile after tile of the weight. Wider rows go through the product piece by piece; their
-norm is a launch of its own, layer_norm's.
+and multiplies them with tile after tile of the weight. Wider rows are multiplied piece by piece; their norm is a
+launch of its own, layer_norm's.
 
-A product alone is cuBLAS's trade, so that a merge pays only where it spares more than our product loses: the tuned
-table tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
+A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses: the tuned table
+tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def linear_ref(
     x_bias: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Reference of `linear`: torch's product, whose sums are float32 for half dtypes, between the references of
+    """Reference of `linear`: torch's matmul, whose sums are float32 for half dtypes, between the references of
     layer_norm and geglu."""
     return _separate(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, "torch")
 
@@ -78,9 +78,10 @@ def linear_separate(
     activation: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The same by torch's own product, with norm and gate in launches of their own, on `backend`.
+    """The same by torch's own matmul, with norm and gate in launches of their own, on `backend`.
 
-    Arguments and errors as of `linear`. It is what "auto" takes where no merge pays.
+    Arguments and errors as of `linear`, whose backend "auto" takes this where a fused kernel is not expected to
+    be faster.
     """
     choose_backend("linear", backend, ())
     return _separate(
@@ -205,7 +206,7 @@ def plan(
         "EVEN_N": shape.columns % (config.block_n * config.tiles_n) == 0,
         "FLAT": rows.flat,
         "PRECISION": "ieee",
-        # Of the offsets of rows: what the compiler cannot see of a stride of 40 elements.
+        # Largest power of two up to 8 that divides all strides. The compiler cannot infer it for a stride of 40.
         "ALIGN": math.gcd(8, stride_outer, stride_inner, weight.stride(0)),
     }
     programs = ceil_div(rows.count, config.block_m) * ceil_div(shape.columns, config.block_n * config.tiles_n)
@@ -279,13 +280,13 @@ def linear(
     x_bias      [K], with a norm: added to x before it
     activation  "geglu": the result is [..., N / 2], the first half of the columns times gelu_erf of the second
     backend     "triton": the kernels; a norm of rows too wide to keep is a launch of its own
-                "torch": torch's product between the references of layer_norm and geglu
+                "torch": torch's matmul between the references of layer_norm and geglu
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
-                torch's product between the kernels of layer_norm and geglu
+                torch's matmul between the kernels of layer_norm and geglu
 
     x and weight share a dtype; vectors are of any float dtype. Under autocast as F.linear after F.layer_norm: the
-    norm is of x as it is, the product in autocast's dtype. Raises ValueError for what does not fit,
-    `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
+    norm is of x before autocast rounds it, the matmul in autocast's dtype. Raises ValueError for what does not
+    fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
     Sources: Ba et al., arXiv 1607.06450 (layer norm); Shazeer, arXiv 2002.05202 (GEGLU).
     """
     x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend = _prepared(
@@ -313,7 +314,7 @@ def _prepared(
     activation: str | None,
     backend: str,
 ) -> tuple[Any, ...]:
-    """The arguments, checked, as autocast has them. It rounds what F.linear takes: a norm, not what that is of."""
+    """The arguments, checked and cast as autocast does. It rounds the result of a norm, not the norm's input."""
     tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
     eps = real("linear", "eps", eps)
     low, weight, bias = lowered(x, weight, bias)

@@ -23,7 +23,7 @@ from ._checks import tensors
 from ._dispatch import choose_backend
 from ._launch import Launch, Operator, ceil_div, chip_of, next_power_of_two, tuned
 from ._layout import MAX_INDEX
-from ._library import define_operator
+from ._library import define_operator, refuse_forward_mode
 from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
 from .philox import STEP_NOISE, philox_normal, philox_normal_lanes
@@ -352,8 +352,9 @@ def sampler_update(
     model_input   [B, ...], or [2B, ...] with guidance, any float dtype and strides: receives the next input
     input_scale   [K] in the registers' dtype: row k scales the input of the model evaluation after step k
 
-    Autocast changes nothing. Raises ValueError for shapes, dtypes or devices that do not fit, `KernelUnsupported`
-    for `backend="triton"` where the kernel cannot serve.
+    Autocast changes nothing. There are no derivatives. Raises ValueError for shapes, dtypes or devices that do not
+    fit, NotImplementedError in forward mode, `KernelUnsupported` for `backend="triton"` where the kernel cannot
+    serve.
     """
     _validate(registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale)
     _sampler_update(
@@ -428,9 +429,10 @@ def _validate(
     model_input: Tensor | None,
     input_scale: Tensor | None,
 ) -> None:
-    """Raise ValueError, in one line, for the first argument that does not fit the registers."""
+    """Raise an error of one line for the first argument that does not fit the registers, or that has a tangent."""
     given = (guidance_scale, seeds, noise, model_input, input_scale)
     tensors(sampler_update, (registers, model_output, table, step), given)
+    refuse_forward_mode("sampler_update", (registers, model_output, table, step, *given))
     if registers.dim() < 2 or registers.dtype not in _REGISTER_DTYPES:
         raise ValueError(
             f"sampler_update: registers must be float32 or float64 [R, B, ...]; got {_describe(registers)}"

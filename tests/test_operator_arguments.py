@@ -127,12 +127,19 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
         ("group_norm_silu", {"eps": 1j}, "eps must be a number"),
         ("group_norm_silu", {"num_groups": 4.0}, "num_groups must be a whole number; got 4.0"),
         ("group_norm_silu", {"num_groups": torch.tensor(4.0)}, "num_groups must be a whole number"),
+        ("group_norm_silu", {"num_groups": True}, "num_groups must be a whole number; got True"),
+        ("group_norm_silu", {"num_groups": np.bool_(True)}, "num_groups must be a whole number"),
+        ("group_norm_silu", {"num_groups": torch.tensor(True)}, "num_groups must be a whole number"),
+        ("group_norm_silu", {"num_groups": torch.tensor([4])}, "num_groups must be a whole number"),
+        ("group_norm_silu", {"num_groups": np.array([4])}, "num_groups must be a whole number"),
+        ("group_norm_silu", {"num_groups": 3}, "8 channels .* must be a divisor of 8$"),
+        ("attention", {"q": QKV[0][:, :, :2]}, r"k must be \[2, Nk, 2, 8\] .*transpose\(1, 2\)"),
         ("residual_add", {"size": 2}, r"size must be \(height, width\); got 2"),
         ("residual_add", {"size": (8.0, 12.0)}, "size must be a whole number"),
         ("residual_add", {"size": (8, 12, 1)}, "size must be twice"),
     ],
 )
-def test_what_is_no_number_is_refused_by_every_backend(name, changes, message, backend):
+def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, changes, message, backend):
     with pytest.raises(ValueError, match=f"^{name}: {message}") as caught:
         call(name, **changes, backend=backend)
     assert "\n" not in str(caught.value)
