@@ -1,7 +1,7 @@
 """The choice between an operator's Triton kernel and its torch reference, and the reasons against the kernel."""
 
-import functools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -33,8 +33,8 @@ def choose_backend(
 
     `reasons` are those against the Triton kernel, empty when it can serve; `fastest` tells which of two that can
     serve "auto" takes, the kernel without it. Raises `KernelUnsupported` when "triton" is asked for in vain,
-    `ValueError` for an unknown backend. The fall back of "auto" is logged once for each operator and set of
-    reasons; a choice for speed is none.
+    `ValueError` for an unknown backend. The fall back of "auto" is logged once for each operator and kind of
+    reasons, whatever the sizes in them; a choice for speed is none.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{operator}: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -48,6 +48,13 @@ def choose_backend(
     return "triton" if fastest is None else fastest()
 
 
-@functools.cache
 def _log_fallback(operator: str, reasons: tuple[str, ...]) -> None:
-    logger.warning("%s: falling back to the torch reference: %s", operator, "; ".join(reasons))
+    text = "; ".join(reasons)
+    # Images of many sizes have strides of many sizes, and one reason.
+    kind = (operator, re.sub(r"\d+", "N", text))
+    if kind not in _logged:
+        _logged.add(kind)
+        logger.warning("%s: falling back to the torch reference: %s", operator, text)
+
+
+_logged: set[tuple[str, str]] = set()

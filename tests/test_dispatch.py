@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldmperf.kernels import KernelUnsupported, attention, geglu
-from ldmperf.kernels._dispatch import _log_fallback, choose_backend
+from ldmperf.kernels._dispatch import _logged, choose_backend
 
 
 def test_a_named_backend_is_taken_or_refused_with_every_reason():
@@ -22,16 +22,19 @@ def test_a_named_backend_is_taken_or_refused_with_every_reason():
 
 
 def test_auto_takes_the_kernel_where_it_can_and_logs_a_fallback_once(caplog):
-    _log_fallback.cache_clear()
+    _logged.clear()
     with caplog.at_level(logging.WARNING):
         assert choose_backend("op", "auto", []) == "triton"
         assert caplog.records == []
         for _ in range(3):
             assert choose_backend("op", "auto", ["tensors are on the CPU"]) == "torch"
         assert choose_backend("op", "auto", ["another reason"]) == "torch"
+        for stride in (64, 255):
+            assert choose_backend("op", "auto", [f"stride {stride}, not 1"]) == "torch"
     assert [record.message for record in caplog.records] == [
         "op: falling back to the torch reference: tensors are on the CPU",
         "op: falling back to the torch reference: another reason",
+        "op: falling back to the torch reference: stride 64, not 1",
     ]
 
 
@@ -50,7 +53,7 @@ def test_auto_takes_the_faster_of_two_that_can_serve_and_logs_nothing(caplog):
 
 
 def test_operators_go_through_the_dispatch(caplog):
-    _log_fallback.cache_clear()
+    _logged.clear()
     x = torch.randn(1, 3, 2, 4)
     with pytest.raises(KernelUnsupported, match="attention"):
         attention(x, x, x, backend="triton")

@@ -103,7 +103,7 @@ def test_a_wrong_call_is_one_line(arguments: dict[str, Any], said: str) -> None:
 def test_on_a_cpu_the_kernels_are_refused_and_auto_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(KernelUnsupported, match="need a GPU"):
         linear(X, W, backend="triton")
-    _dispatch._log_fallback.cache_clear()
+    _dispatch._logged.clear()
     ByLayout.forget()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
