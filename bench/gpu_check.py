@@ -45,9 +45,9 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
     from ldmperf.profiling.report import print_table
     from ldmperf.profiling.store import load_lines
-    from ldmperf.profiling.visible import console, never_fail_on_encoding, say
+    from ldmperf.profiling.visible import console, prepare_streams, say
 
-    never_fail_on_encoding()
+    prepare_streams()
     out = console()
 
     for path in sorted(folder.glob("*/*/records.jsonl")):

@@ -332,23 +332,30 @@ def known_names(option: str, values: Iterable[str], valid: Iterable[str]) -> tup
     return tuple(chosen)
 
 
+def whole(text: str) -> int | None:
+    """The number that ASCII digits write; None for any other text, a sign or an underscore in it included."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def real(text: str) -> float:
+    """The number that ASCII text writes, as python does but without underscores; NaN for any other text."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
+
+
 def whole_number(option: str, text: str, most: int | None = None) -> int:
     """The number of at least 1 and at most `most`, or CaseError."""
     limits = "of at least 1" if most is None else f"from 1 to {most}"
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1 or (most is not None and value > most):
+    value = whole(text)
+    if value is None or value < 1 or (most is not None and value > most):
         raise CaseError(f"--{option}: {text!r} is not a whole number {limits}")
     return value
 
 
 def _number(option: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = real(text)
     if not (math.isfinite(value) and value >= 1):
         raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
     return value

@@ -31,6 +31,20 @@ def identified(cases: Iterable[Case], told: Callable[[str], None] | None = None)
     return list(found.values())
 
 
+def check_loadable(cases: Iterable[Case]) -> None:
+    """Raises CaseError for a checkpoint that cannot be loaded. Only headers and configurations are read."""
+    # Here, as reading a command's options does without torch.
+    import torch
+
+    from ldmperf.model import CheckpointError, load_unet
+
+    for path in dict.fromkeys(case.path for case in cases if case.is_checkpoint):
+        try:
+            load_unet(path, dtype=torch.float32, device="meta", backend="torch")
+        except CheckpointError as error:
+            raise CaseError(f"--unet: {error}") from None
+
+
 def check_unchanged(cases: Iterable[Case], told: Callable[[str], None] | None = None) -> None:
     """Raises CaseError where the files of a case's checkpoint are not those that its digest is of."""
     for path, digest in dict.fromkeys((case.path, case.weights_sha256) for case in cases if case.is_checkpoint):

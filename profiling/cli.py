@@ -26,16 +26,17 @@ from .cases import (
     preset_named,
     select_cases,
 )
-from .checkpoints import check_unchanged, identified
+from .checkpoints import check_loadable, check_unchanged, identified
 from .kernel_bench.cli import kernels
 from .locked import locked
+from .options import seconds_option, whole_option
 from .records import RECORDS_NAME, RecordStore, record_schema
 from .reporting import ReportNotWritten, report_path, report_run, resume_command
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
 from .static.cli import inspect
 from .timing import Deadline, RepetitionRule
-from .visible import console, counted, never_fail_on_encoding, say
+from .visible import console, counted, prepare_streams, say
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -120,13 +121,12 @@ def profile(
     resume: Annotated[
         str | None, typer.Option(help="Go on with a run folder that was stopped; alone, the latest in --out.")
     ] = None,
-    min_count: Annotated[int | None, typer.Option(help="Timed trajectories of each case, at least.")] = None,
-    min_seconds: Annotated[float | None, typer.Option(help="Timed seconds of each case, at least.")] = None,
+    min_count: Annotated[int | None, whole_option("Timed trajectories of each case, at least.")] = None,
+    min_seconds: Annotated[float | None, seconds_option("Timed seconds of each case, at least.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            help="Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest.",
+        seconds_option(
+            "Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest."
         ),
     ] = None,
     references: Annotated[
@@ -201,8 +201,8 @@ def report(
     """Print the table of a run and write its report.html and charts anew; of kernels, the tables and kernels.md.
 
     Of a file of records only the tables are printed, unless --out says where the page goes. A line that is no
-    whole record, or one of a version to come, is told with its number and the reason. Exit code 1 when there was
-    one.
+    whole record, or one of a later version, is set aside: the first 20 are named with number and reason, and the
+    exit code is 1. A file without any record is a wrong call.
 
     \b
     Examples:
@@ -246,10 +246,10 @@ app.command("compile")(compile_ahead)
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    never_fail_on_encoding()
+    prepare_streams()
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
-        # Here, where it is known what a closed pipe means; at the end of the process nobody would.
+        # Flushed here, where a closed pipe is understood; at the end of the process python would report it.
         sys.stdout.flush()
     except _WRONG_CALL as wrong_call:
         command = "ldmperf" if wrong_call.ctx is None else wrong_call.ctx.command_path
@@ -300,6 +300,7 @@ def _chosen(
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
+    check_loadable(cases)
     return identified(cases, _tell), _rule(preset_named(name).rule, min_count, min_seconds)
 
 

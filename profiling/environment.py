@@ -83,7 +83,7 @@ class Environment(_Value):
         """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run.
 
         Compared are the GPU, the processor, versions, settings and the commit. Memory, counts of cores and devices
-        and the machine's id are not: they change from one start of a rented machine to the next.
+        and the machine's id are not: they change from one start of a cloud machine to the next.
         """
         mine, theirs = _compared(self), _compared(other)
         names = dict.fromkeys((*mine, *theirs))
