@@ -168,9 +168,13 @@ def wrong_commit() -> str | None:
 
 
 def import_archives(paths: Sequence[Path], out: Path) -> int:
+    from ldmperf.profiling.visible import console, prepare_streams, say
+
+    prepare_streams()
     for path in paths:
         try:
-            print("\n".join(import_archive(path, ROOT, out)) or f"{path}: nothing new")
+            for line in import_archive(path, ROOT, out) or [f"{path}: nothing new"]:
+                say(console(), line)
         except ArchiveError as wrong:
             tell(f"gpu_check.py: {wrong}")
             return 2

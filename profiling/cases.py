@@ -43,7 +43,7 @@ DEFAULT_GUIDANCE: dict[Task, float] = {"t2i": 7.5, "sr": 1.0}
 DEVICE_PATTERN = r"^(cpu|cuda(:\d+)?)$"
 
 
-# Of a batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
+# The largest batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
 MOST_IMAGES = 1_000_000
 # In front of a path that is no UTF-8: JSON has no way to hold such a text.
 _ENCODED = "file://"
@@ -408,7 +408,7 @@ def _checkpoint(text: str) -> str:
             path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
         is_there = path.exists()
     except (OSError, RuntimeError):
-        # A name that is too long, a loop of links, a home of nobody.
+        # A name that is too long, a loop of links, the home folder of an unknown user.
         path, is_there = Path(text), False
     if not is_there:
         raise CaseError(f"--unet: nothing at {path}; give a diffusers folder or a .safetensors file")

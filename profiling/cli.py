@@ -48,7 +48,7 @@ app = typer.Typer(
 DEFAULT_OUT = Path("runs")
 # click's ClickException, for which typer, which carries click inside, has no public name.
 _WRONG_CALL = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
-# As a shell tells of a program that SIGPIPE ended.
+# The exit code that a shell reports for a program ended by SIGPIPE.
 _READER_GONE = 141
 
 
@@ -195,7 +195,9 @@ def report(
     ] = "latest",
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the page goes, unless into the folder; without a name, where run folders are."),
+        typer.Option(
+            help="Where the page is written; the folder itself unless told. Without FOLDER: where run folders are."
+        ),
     ] = None,
 ) -> None:
     """Print the table of a run and write its report.html and charts anew; of kernels, the tables and kernels.md.
@@ -265,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what = failure.filename or "the output"
         _stop(f"cannot write {what} ({failure.strerror}); make room, or write elsewhere", 1)
     except SystemExit as stopped:
-        # click and rich end a command so where they meet a closed pipe.
+        # What click and rich raise where they meet a closed pipe.
         if not isinstance(stopped.__context__, BrokenPipeError):
             raise
         code = _reader_gone()
@@ -273,13 +275,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """`ldmperf report | head -1`: no failure to tell of."""
+    """The exit code where a reader had enough (`ldmperf report | head -1`), which is no failure to report."""
     _drop_output()
     return _READER_GONE
 
 
 def _drop_output() -> None:
-    """What is still buffered for a stream that takes no more goes nowhere, and not into python's last words."""
+    """Discards what is buffered for a closed stream, so that python does not complain about it at its exit."""
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         try:
             stream.flush()

@@ -105,7 +105,7 @@ class _Shared:
 
 
 def _without_place(message: str, case: Case) -> str:
-    """A message without the folders above a checkpoint: where it lies is nobody's business."""
+    """A message without the folders above a checkpoint: records are shared, and do not say where it lies."""
     if case.is_checkpoint:
         # A CheckpointError escapes more of a path than `visible`.
         for shown in (visible(str(case.path.parent)), str(CheckpointError(str(case.path.parent)))):

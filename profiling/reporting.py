@@ -27,7 +27,7 @@ class ReportNotWritten(OSError):
 
 
 def report_path(path: Path, out: Path | None) -> bool:
-    """Reports whatever records lie at a path; whether all lines of their file were records.
+    """Prints whatever records lie at a path. True where all lines of their file are records.
 
     A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
     written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
@@ -42,7 +42,7 @@ def report_path(path: Path, out: Path | None) -> bool:
         _report_kernels(kernels, aside, out or path)
         return not aside.in_file
     records, aside = _readable(path, read_records)
-    # A file's name does not say which records it has: the most of its lines do.
+    # A file's name does not say which records it has: most of its lines do.
     if aside.in_file:
         kernels, aside_of_kernels = _readable(path, read_kernels)
         if len(kernels) > len(records):
@@ -56,7 +56,7 @@ def report_path(path: Path, out: Path | None) -> bool:
 
 
 def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Aside]:
-    """Prints the table of a run's records, and what it has none of; writes page and charts to it, or to `out`.
+    """Prints the table of a run and how many cases have no record; writes page and charts to it, or to `out`.
 
     The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
     """
@@ -66,7 +66,7 @@ def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Asi
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with a run."""
+    """The command that goes on with a run."""
     return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .shapes import Shape
 
 
-# Of every number: what a program holds grows with channels, and compiling takes time and memory with it.
+# The largest number that most options take: a program grows with the channels, and compiling it takes time
+# and memory.
 _MOST = 2**14
 
 
@@ -167,7 +168,7 @@ def _every_head_dim(
 
 @contextmanager
 def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
-    """What the compiler or the folder that it writes to refuses ends the command, with exit code 1."""
+    """Ends the command with one line and exit code 1 where the compiler, or the folder it writes to, refuses."""
     from triton.errors import TritonError
 
     from .compile import cache_refused
