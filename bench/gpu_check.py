@@ -45,9 +45,9 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
     from ldmperf.profiling.report import print_table
     from ldmperf.profiling.store import load_lines
-    from ldmperf.profiling.visible import console, never_fail_on_encoding, say
+    from ldmperf.profiling.visible import console, prepare_streams, say
 
-    never_fail_on_encoding()
+    prepare_streams()
     out = console()
 
     for path in sorted(folder.glob("*/*/records.jsonl")):
@@ -168,9 +168,13 @@ def wrong_commit() -> str | None:
 
 
 def import_archives(paths: Sequence[Path], out: Path) -> int:
+    from ldmperf.profiling.visible import console, prepare_streams, say
+
+    prepare_streams()
     for path in paths:
         try:
-            print("\n".join(import_archive(path, ROOT, out)) or f"{path}: nothing new")
+            for line in import_archive(path, ROOT, out) or [f"{path}: nothing new"]:
+                say(console(), line)
         except ArchiveError as wrong:
             tell(f"gpu_check.py: {wrong}")
             return 2

@@ -23,6 +23,7 @@ from ldmperf.profiling.static.baseline import (
 )
 from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.sweep import Selection, inspect_items, select
+from ldmperf.profiling.visible import console, prepare_streams, say
 
 FOLDER = Path(__file__).parent / "static"
 
@@ -41,10 +42,12 @@ def main() -> int:
         return check_every(dtypes, tuple(options.arch or MACHINES), options.processes)
     found = entries(inspect_items(checked(), options.processes))
     before = read_baseline(FOLDER, triton.__version__)
+    prepare_streams()
+    out = console()
     for line in [] if before is None else regressions(before, found):
-        print(line)
+        say(out, line)
     path = write_baseline(FOLDER, triton.__version__, found)
-    print(f"{path}: {len(found)} entries")
+    say(out, f"{path}: {len(found)} entries")
     return 0
 
 

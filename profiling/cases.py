@@ -43,7 +43,7 @@ DEFAULT_GUIDANCE: dict[Task, float] = {"t2i": 7.5, "sr": 1.0}
 DEVICE_PATTERN = r"^(cpu|cuda(:\d+)?)$"
 
 
-# Of a batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
+# The largest batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
 MOST_IMAGES = 1_000_000
 # A side, in latent pixels: an image of 32768.
 LARGEST_LATENT = 4096
@@ -343,23 +343,30 @@ def known_names(option: str, values: Iterable[str], valid: Iterable[str]) -> tup
     return tuple(chosen)
 
 
+def whole(text: str) -> int | None:
+    """The number that ASCII digits write; None for any other text, a sign or an underscore in it included."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def real(text: str) -> float:
+    """The number that ASCII text writes, as python does but without underscores; NaN for any other text."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
+
+
 def whole_number(option: str, text: str, most: int | None = None) -> int:
     """The number of at least 1 and at most `most`, or CaseError."""
     limits = "of at least 1" if most is None else f"from 1 to {most}"
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1 or (most is not None and value > most):
+    value = whole(text)
+    if value is None or value < 1 or (most is not None and value > most):
         raise CaseError(f"--{option}: {text!r} is not a whole number {limits}")
     return value
 
 
 def _number(option: str, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = real(text)
     if not (math.isfinite(value) and value >= 1):
         raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
     return value
@@ -421,7 +428,7 @@ def _checkpoint(text: str) -> str:
             path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
         is_there = path.exists()
     except (OSError, RuntimeError):
-        # A name that is too long, a loop of links, a home of nobody.
+        # A name that is too long, a loop of links, the home folder of an unknown user.
         path, is_there = Path(text), False
     if not is_there:
         raise CaseError(f"--unet: nothing at {path}; give a diffusers folder or a .safetensors file")

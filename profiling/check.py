@@ -72,8 +72,8 @@ def make_inputs(problem: Problem, number: int) -> Inputs:
 def added_conditions(case: Case, config: UNetConfig, generator: torch.Generator) -> dict[str, Tensor]:
     """What SDXL's networks take beside the context, as its pipelines make them for an image of this size.
 
-    A random pooled embedding; the sizes of the original and of the image in pixels, and where it was cut,
-    for the refiner an aesthetic score in place of the second size. Raises `Unsupported` where none of that fits.
+    A random pooled embedding, and time ids: the original size, the corner of the crop and the target size, in
+    pixels; the refiner has an aesthetic score instead of the target size. Raises `Unsupported` where neither fits.
     """
     if config.added_dim is None or config.added_time_dim is None:
         return {}

@@ -13,7 +13,7 @@ QUIET_BYTES = 2**28
 
 
 def identified(cases: Iterable[Case], told: Callable[[str], None] | None = None) -> list[Case]:
-    """The cases, each with its weights' digest: what a record and its key are made of. Each case once.
+    """The cases, each with its weights' digest: what a record and its key are made of. Duplicates are left out.
 
     `told` is called with a line before large files are read. Raises CaseError for a checkpoint that cannot be
     read, and where two paths hold the same weights under one name: no record could tell which it is of.
@@ -29,6 +29,20 @@ def identified(cases: Iterable[Case], told: Callable[[str], None] | None = None)
                 "leave one out, or rename one"
             )
     return list(found.values())
+
+
+def check_loadable(cases: Iterable[Case]) -> None:
+    """Raises CaseError for a checkpoint that cannot be loaded. Only headers and configurations are read."""
+    # Here, as reading a command's options does without torch.
+    import torch
+
+    from ldmperf.model import CheckpointError, load_unet
+
+    for path in dict.fromkeys(case.path for case in cases if case.is_checkpoint):
+        try:
+            load_unet(path, dtype=torch.float32, device="meta", backend="torch")
+        except CheckpointError as error:
+            raise CaseError(f"--unet: {error}") from None
 
 
 def check_unchanged(cases: Iterable[Case], told: Callable[[str], None] | None = None) -> None:
@@ -60,7 +74,7 @@ def weights_sha256(path: Path, told: Callable[[str], None] | None = None) -> str
         raise CaseError(f"--unet: {path} cannot be read ({failure.strerror}); give another path") from None
 
 
-# By what tells that a file is still the one that was read.
+# Digests by path, inode, size and time of change of the files: what has all of these was not changed.
 _digests: dict[tuple[tuple[Path, int, int, int], ...], str] = {}
 
 

@@ -26,16 +26,17 @@ from .cases import (
     preset_named,
     select_cases,
 )
-from .checkpoints import check_unchanged, identified
+from .checkpoints import check_loadable, check_unchanged, identified
 from .kernel_bench.cli import kernels
 from .locked import locked
+from .options import seconds_option, whole_option
 from .records import RECORDS_NAME, RecordStore, record_schema
 from .reporting import ReportNotWritten, report_path, report_run, resume_command
 from .runs import RunError, check_resumable, create_run, find_run, open_run
 from .static.ahead import compile_ahead
 from .static.cli import inspect
 from .timing import Deadline, RepetitionRule
-from .visible import console, counted, never_fail_on_encoding, say
+from .visible import console, counted, prepare_streams, say
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -47,7 +48,7 @@ app = typer.Typer(
 DEFAULT_OUT = Path("runs")
 # click's ClickException, for which typer, which carries click inside, has no public name.
 _WRONG_CALL = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
-# As a shell tells of a program that SIGPIPE ended.
+# The exit code that a shell reports for a program ended by SIGPIPE.
 _READER_GONE = 141
 
 
@@ -126,13 +127,12 @@ def profile(
     resume: Annotated[
         str | None, typer.Option(help="Go on with a run folder that was stopped; alone, the latest in --out.")
     ] = None,
-    min_count: Annotated[int | None, typer.Option(help="Timed trajectories of each case, at least.")] = None,
-    min_seconds: Annotated[float | None, typer.Option(help="Timed seconds of each case, at least.")] = None,
+    min_count: Annotated[int | None, whole_option("Timed trajectories of each case, at least.")] = None,
+    min_seconds: Annotated[float | None, seconds_option("Timed seconds of each case, at least.")] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            help="Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest.",
+        seconds_option(
+            "Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest."
         ),
     ] = None,
     references: Annotated[
@@ -203,14 +203,16 @@ def report(
     ] = "latest",
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the page goes, unless into the folder; without a name, where run folders are."),
+        typer.Option(
+            help="Where the page is written; the folder itself unless told. Without FOLDER: where run folders are."
+        ),
     ] = None,
 ) -> None:
     """Print the table of a run and write its report.html and charts anew; of kernels, the tables and kernels.md.
 
     Of a file of records only the tables are printed, unless --out says where the page goes. A line that is no
-    whole record, or one of a version to come, is told with its number and the reason. Exit code 1 when there was
-    one.
+    whole record, or one of a later version, is set aside: the first 20 are named with number and reason, and the
+    exit code is 1. A file without any record is a wrong call.
 
     \b
     Examples:
@@ -254,10 +256,10 @@ app.command("compile")(compile_ahead)
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    never_fail_on_encoding()
+    prepare_streams()
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
-        # Here, where it is known what a closed pipe means; at the end of the process nobody would.
+        # Flushed here, where a closed pipe is understood; at the end of the process python would report it.
         sys.stdout.flush()
     except _WRONG_CALL as wrong_call:
         command = "ldmperf" if wrong_call.ctx is None else wrong_call.ctx.command_path
@@ -273,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         what = failure.filename or "the output"
         _stop(f"cannot write {what} ({failure.strerror}); make room, or write elsewhere", 1)
     except SystemExit as stopped:
-        # click and rich end a command so where they meet a closed pipe.
+        # What click and rich raise where they meet a closed pipe.
         if not isinstance(stopped.__context__, BrokenPipeError):
             raise
         code = _reader_gone()
@@ -281,13 +283,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """`ldmperf report | head -1`: no failure to tell of."""
+    """The exit code where a reader had enough (`ldmperf report | head -1`), which is no failure to report."""
     _drop_output()
     return _READER_GONE
 
 
 def _drop_output() -> None:
-    """What is still buffered for a stream that takes no more goes nowhere, and not into python's last words."""
+    """Discards what is buffered for a closed stream, so that python does not complain about it at its exit."""
     for stream in filter(None, (sys.__stdout__, sys.__stderr__)):
         try:
             stream.flush()
@@ -308,6 +310,7 @@ def _chosen(
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
+    check_loadable(cases)
     return identified(cases, _tell), _rule(preset_named(name).rule, min_count, min_seconds)
 
 

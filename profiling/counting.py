@@ -19,9 +19,9 @@ INTERVAL = 5.0
 def counting(
     console: Console, total: int, what: str, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[str], None]]:
-    """What is called with the name of each thing that is done; `what` it is that is counted, in the plural.
+    """A function to call with the name of each thing that is done. `what`: the plural noun of what is counted.
 
-    Drawn by who calls it, not by a thread: a process that is forked beside one may inherit its lock.
+    The caller's calls draw the bar, no thread does: a process forked beside one might inherit its lock.
     """
     if console.is_terminal:
         columns = (

@@ -83,7 +83,7 @@ class Environment(_Value):
         """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run.
 
         Compared are the GPU, the processor, versions, settings and the commit. Memory, counts of cores and devices
-        and the machine's id are not: they change from one start of a rented machine to the next.
+        and the machine's id are not: they change from one start of a cloud machine to the next.
         """
         mine, theirs = _compared(self), _compared(other)
         names = dict.fromkeys((*mine, *theirs))
@@ -94,7 +94,7 @@ class Environment(_Value):
 
 _NOT_COMPARED = {
     *("memory_bytes", "logical_cores", "usable_cores", "gpu.memory_bytes", "gpu.count", "machine_id"),
-    # The commit says it.
+    # `git_commit` is compared.
     "commit_time",
 }
 
@@ -202,7 +202,7 @@ def _machine_id(device: str | None) -> str | None:
     import torch
 
     texts = (_or_none(Path(name).read_text) for name in _MACHINE_FILES)
-    # Images that are yet to boot hold the word.
+    # A disk image that has not been booted says "uninitialized".
     hosts = (text.strip() for text in texts if text is not None)
     host = next((text for text in hosts if text not in ("", "uninitialized")), None)
     gpu = None if device is None else _or_none(lambda: str(torch.cuda.get_device_properties(device).uuid))

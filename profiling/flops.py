@@ -29,7 +29,7 @@ def count_gflop(config: UNetConfig, height: int = 64, width: int = 64, context_t
         unet = UNet(config, backend="torch")
         sample = torch.empty(1, config.in_channels, height, width)
         context = torch.empty(1, context_tokens, config.context_dim)
-        # How the added width is divided between text and sizes costs nothing.
+        # How the added width divides into text and sizes does not change the cost.
         added = (
             {"text_embeds": torch.empty(1, config.added_dim), "time_ids": torch.empty(1, 0)}
             if config.added_dim

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ldmperf.model import UNet
+from ldmperf.model import CheckpointError, UNet
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 from .backends import Backend, Configured, Problem, Unsupported
@@ -105,8 +105,12 @@ class _Shared:
 
 
 def _without_place(message: str, case: Case) -> str:
-    """A message without the folders above a checkpoint: where it lies is nobody's business."""
-    return message.replace(f"{visible(str(case.path.parent))}/", "") if case.is_checkpoint else message
+    """A message without the folders above a checkpoint: records are shared, and do not say where it lies."""
+    if case.is_checkpoint:
+        # A CheckpointError escapes more of a path than `visible`.
+        for shown in (visible(str(case.path.parent)), str(CheckpointError(str(case.path.parent)))):
+            message = message.replace(f"{shown}/", "")
+    return message
 
 
 class Group:

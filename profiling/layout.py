@@ -12,7 +12,7 @@ from .visible import visible
 MISSING = "-"
 _GAP = "  "
 _BLOCK = " " * 4
-# Beside its row a message needs so many columns; with fewer it stands below.
+# Columns that a message needs to stand beside its row; with fewer it stands below.
 _ROOM = 30
 
 

@@ -45,7 +45,7 @@ def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
 
 
 def _holder(file: IO[str]) -> str:
-    """Who holds the lock, as the file says; it may be on its way to say so."""
+    """Who holds the lock, as the file says; the holder may not have written it yet."""
     try:
         file.seek(0)
         told = json.loads(file.read())

@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 
 from .cases import Case
 from .environment import DeviceState, Environment
-from .store import SetAside, Store, read_lines
+from .store import Aside, Store, read_lines
 from .timing import quantile
 
 Status = Literal["ok", "incorrect", "oom", "unsupported", "error"]
@@ -275,14 +275,14 @@ def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
     A record is written before its case is traced and once more with the trace: such a pair is one record, the
-    later. Raises OSError when it cannot be read. `read_records` tells which lines were set aside and why.
+    later. Raises OSError when it cannot be read. `read_records` tells which lines those are, and why.
     """
     records, aside = read_records(path)
-    return records, len(aside)
+    return records, aside.count
 
 
-def read_records(path: Path) -> tuple[list[Record], list[SetAside]]:
-    """As `load_records`, with each line that was set aside."""
+def read_records(path: Path) -> tuple[list[Record], Aside]:
+    """As `load_records`, with the first of the lines set aside and the reason of each."""
     records, aside = read_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
     return without_completed(records), aside
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from .records import RECORDS_NAME, Record, read_records
 from .runs import RUN_NAME, RunError, holds, open_run
-from .store import SetAside, read_lines
+from .store import Aside, read_lines
 from .visible import console, counted, say
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 KERNELS_NAME = "kernels.jsonl"
+_GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
 
 
 class ReportNotWritten(OSError):
@@ -25,33 +27,36 @@ class ReportNotWritten(OSError):
 
 
 def report_path(path: Path, out: Path | None) -> bool:
-    """Reports whatever records lie at a path; whether all lines of their file were records.
+    """Prints whatever records lie at a path. True where all lines of their file are records.
 
     A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
     written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
     says where to. Raises RunError where there are no records to read, ReportNotWritten.
     """
     if holds(path, RECORDS_NAME):
-        return _all_read(path / RECORDS_NAME, report_run(path, out)[1])
+        return not report_run(path, out)[1].in_file
     if holds(path, RUN_NAME):
         raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
     if holds(path, KERNELS_NAME):
         kernels, aside = _readable(path / KERNELS_NAME, read_kernels)
         _report_kernels(kernels, aside, out or path)
-        return _all_read(path / KERNELS_NAME, aside)
+        return not aside.in_file
     records, aside = _readable(path, read_records)
-    # A file's name does not say which records it has: the most of its lines do.
-    if aside:
+    # A file's name does not say which records it has: most of its lines do.
+    if aside.in_file:
         kernels, aside_of_kernels = _readable(path, read_kernels)
         if len(kernels) > len(records):
             _report_kernels(kernels, aside_of_kernels, out)
-            return _all_read(path, aside_of_kernels)
+            return not aside_of_kernels.in_file
+    if not records:
+        why = f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
+        raise RunError(f"{path}: no record in it ({why}); {_GIVE}")
     _report_records(records, aside, out, path)
-    return _all_read(path, aside)
+    return not aside.in_file
 
 
-def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], list[SetAside]]:
-    """Prints the table of a run's records, and what it has none of; writes page and charts to it, or to `out`.
+def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Aside]:
+    """Prints the table of a run and how many cases have no record; writes page and charts to it, or to `out`.
 
     The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
     """
@@ -61,11 +66,11 @@ def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], lis
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with a run."""
+    """The command that goes on with a run."""
     return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 
-def read_kernels(path: Path) -> tuple[list[KernelRecord], list[SetAside]]:
+def read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
     """Of each call the last record, and the lines that were set aside. Raises OSError when it cannot be read."""
     from .kernel_bench.records import KernelRecord
 
@@ -75,20 +80,16 @@ def read_kernels(path: Path) -> tuple[list[KernelRecord], list[SetAside]]:
 
 def _readable(path: Path, read: Callable[[Path], T]) -> T:
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            # It is read twice, and a pipe nobody writes to would be waited for.
+            raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
         return read(path)
     except OSError as failure:
-        raise RunError(
-            f"{path} is no run folder and no file of records ({failure.strerror}); give a folder with "
-            f"{RECORDS_NAME} or {KERNELS_NAME}, such a file, or no name for the latest run"
-        ) from None
+        raise RunError(f"{path} is no run folder and no file of records ({failure.strerror}); {_GIVE}") from None
 
 
-def _all_read(path: Path, aside: Sequence[SetAside]) -> bool:
-    """Whether every line of the file is a record; what was moved away from it when it was opened is none of it."""
-    return not any(line.path == path for line in aside)
-
-
-def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path | None, source: Path) -> None:
+def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
     from .report import print_table, write_report
 
     errors = console(stderr=True)
@@ -106,7 +107,7 @@ def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path 
     if out is None:
         return
     try:
-        written = write_report(records, len(aside), out)
+        written = write_report(records, aside.count, out)
     except ModuleNotFoundError as missing:
         say(
             errors,
@@ -120,7 +121,7 @@ def _report_records(records: list[Record], aside: Sequence[SetAside], out: Path 
         say(console(), str(path))
 
 
-def _report_kernels(records: list[KernelRecord], aside: Sequence[SetAside], out: Path | None) -> None:
+def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None) -> None:
     from .kernel_bench.run import write_markdown
     from .kernel_bench.table import markdown, print_records
 
@@ -136,10 +137,11 @@ def _report_kernels(records: list[KernelRecord], aside: Sequence[SetAside], out:
     say(console(), str(written))
 
 
-def _tell_aside(aside: Sequence[SetAside]) -> None:
-    if not aside:
+def _tell_aside(aside: Aside) -> None:
+    if not aside.count:
         return
     errors = console(stderr=True)
-    for line in aside:
+    for line in aside.first:
         say(errors, str(line))
-    say(errors, f"{counted(len(aside), 'line')} set aside; nothing above comes from them")
+    named = f", of which the first {len(aside.first)} are named" if len(aside.first) < aside.count else ""
+    say(errors, f"{counted(aside.count, 'line')} set aside{named}; nothing above comes from them")

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Where triton looks for ptxas before its own.
+# Names the ptxas that triton takes instead of its own.
 PTXAS_VARIABLE = "TRITON_PTXAS_PATH"
 
 
@@ -57,7 +57,7 @@ def _tritons_ptxas() -> str:
 
 
 def ptxas_version() -> str:
-    """Of the ptxas that triton uses: "12.8.93". Raises whatever goes wrong with asking it."""
+    """The version of the ptxas that triton uses: "12.8.93". Raises whatever goes wrong with asking it."""
     answer = subprocess.run(
         [_tritons_ptxas(), "--version"], capture_output=True, text=True, timeout=20, check=True
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -15,6 +15,8 @@ from .visible import visible
 
 M = TypeVar("M", bound=BaseModel)
 _LONGEST_REASON = 300
+# Of the lines set aside so many are kept to be named; the rest is counted.
+MOST_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,27 @@ class SetAside:
         return f"{self.path}:{self.number}: {self.reason}"
 
 
+@dataclass
+class Aside:
+    """The lines set aside while a file was read: how many, how many of them in the file itself, and the first."""
+
+    count: int = 0
+    in_file: int = 0
+    first: list[SetAside] = field(default_factory=list)
+
+    def add(self, path: Path, number: int, reason: str) -> None:
+        self.count += 1
+        if len(self.first) < MOST_NAMED:
+            self.first.append(SetAside(path, number, reason))
+
+
 def load_lines(path: Path, model: type[M]) -> tuple[list[M], int]:
     """The records of a file, and how many lines were set aside (`read_lines`)."""
     records, aside = read_lines(path, model)
-    return records, len(aside)
+    return records, aside.count
 
 
-def read_lines(path: Path, model: type[M]) -> tuple[list[M], list[SetAside]]:
+def read_lines(path: Path, model: type[M]) -> tuple[list[M], Aside]:
     """The records of a file, and the lines that were set aside. Changes nothing on disk.
 
     A line that is not a whole record of `model` (torn, foreign, another version) is set aside, never fatal. Lines
@@ -43,19 +59,22 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], list[SetAside]]:
     read.
     """
     records: list[M] = []
-    aside: list[SetAside] = []
-    for number, line in _lines(path.read_bytes()):
-        record = parsed(line, model)
-        if isinstance(record, str):
-            aside.append(SetAside(path, number, record))
-        else:
-            records.append(record)
-    moved = rejected_path(path)
-    if moved.exists():
-        whole = f"a whole record; append it to {path.name} to have it back"
-        for number, line in _lines(moved.read_bytes()):
+    aside = Aside()
+    with path.open("rb") as file:
+        for number, line in _lines(file):
             record = parsed(line, model)
-            aside.append(SetAside(moved, number, record if isinstance(record, str) else whole))
+            if isinstance(record, str):
+                aside.add(path, number, record)
+            else:
+                records.append(record)
+    aside.in_file = aside.count
+    moved = rejected_path(path)
+    if moved.is_file():
+        whole = f"a whole record; append it to {path.name} to have it back"
+        with moved.open("rb") as file:
+            for number, line in _lines(file):
+                record = parsed(line, model)
+                aside.add(moved, number, record if isinstance(record, str) else whole)
     return records, aside
 
 
@@ -93,7 +112,7 @@ class Store(Generic[M]):
         content = self.path.read_bytes()
         kept: list[bytes] = []
         rejected: list[bytes] = []
-        for _, line in _lines(content):
+        for _, line in _lines(content.split(b"\n")):
             (rejected if isinstance(parsed(line, self.model), str) else kept).append(line + b"\n")
         if b"".join(kept) == content:
             return
@@ -110,13 +129,16 @@ def write_whole(path: Path, content: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+def _lines(content: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, by their numbers from 1 on."""
-    return ((n, line) for n, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    return ((n, line) for n, line in enumerate(content, 1) if line.strip())
 
 
 def parsed(line: bytes, model: type[M]) -> M | str:
-    """The model's value, or in one line why there is none."""
+    """The model's value, or in one short line why there is none."""
+    # Most lines of a foreign file end here, and it may have millions.
+    if not line.lstrip().startswith(b"{"):
+        return "no JSON object: torn, or no record at all"
     try:
         return model.model_validate_json(line)
     except ValidationError as error:
@@ -128,8 +150,6 @@ def _reason(line: bytes, error: ValidationError) -> str:
         fields: Any = json.loads(line)
     except (ValueError, RecursionError):
         return "no JSON: torn, or no record at all"
-    if not isinstance(fields, dict):
-        return "no JSON object"
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     # Of another version every field may differ: the version alone says what to do.
     version = next((problem for problem in problems if problem["loc"] == ("schema_version",)), None)

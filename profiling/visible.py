@@ -71,8 +71,13 @@ def say_wrapped(console: Console, line: str, style: str = "", indent: int = 0) -
         say(console, part, style)
 
 
-def never_fail_on_encoding() -> None:
-    """From here on stdout and stderr write what their encoding lacks as an escape; the encoding stays."""
+def prepare_streams() -> None:
+    """From here on stdout and stderr write what their encoding lacks as an escape; the encoding stays.
+
+    Where one was closed before the start (`>&-`), what is written to it goes nowhere.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         # A stand-in for a stream may have no encoding to fail on.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ldmperf.model import CheckpointError, load_unet
 from ldmperf.profiling import Record, cli, load_records, runner
 from ldmperf.profiling.cases import Case
 from ldmperf.profiling.environment import collect_environment
@@ -27,6 +30,7 @@ from ldmperf.profiling.store import rejected_path
 from ldmperf.profiling.timing import Deadline, RepetitionRule
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
+ROOT = Path(__file__).parents[1]
 
 
 class Outcome:
@@ -64,7 +68,7 @@ Run = Callable[..., Outcome]
         (["profile", "--preset", "tpu"], "cpu, gpu"),
         (["profile", "--unet", "/no/where"], "/no/where"),
         (["profile", "--min-count", "0"], "--min-count must be at least 1"),
-        (["profile", "--min-count", "x"], "valid int"),
+        (["profile", "--min-count", "x"], "'x' is not a whole number"),
         (["profile", "--min-seconds", "nan"], "--min-seconds"),
         (["profile", "--seconds", "-1"], "--seconds"),
         (["profile", "--seconds", "nan"], "--seconds"),
@@ -184,7 +188,7 @@ def test_a_folder_whose_name_looks_like_markup(run: Run, tiny_checkpoint: Path, 
     (folder,) = out.iterdir()
     shown = str(folder).replace("\x1b", r"\x1b")
     assert outcome.err.startswith(f"{shown}: 1 case to measure")
-    assert f"--resume {shown}" in outcome.err
+    assert f"--resume '{shown}'" in outcome.err
     assert shown in outcome.out
     assert "\x1b" not in outcome.out + outcome.err
 
@@ -524,3 +528,104 @@ def test_times_are_readable() -> None:
     assert (readable(None), readable(0.2), readable(61), readable(125)) == (
         "", "about 1 s left", "about 61 s left", "about 2 min left"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["report", ROOT / "bench" / "results" / "cpu-amd-epyc-2-cores" / "2026-11-25-ec91de2.jsonl"],
+        ["env", "--device", "cpu"],
+        ["profile", "--schema"],
+        ["profile", "--size", "7M"],
+        ["kernels", "--kernel", "none"],
+        ["inspect", "none"],
+        ["compile", "--for", "none"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_stream_that_was_closed_is_no_failure(
+    run: Run, arguments: list[str | Path], closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = run(*arguments).code
+    # What python has there when the process was begun so.
+    for stream in ["stderr"] * ("2" in closed) + ["stdout"] * closed.startswith(">"):
+        monkeypatch.setattr(sys, stream, None)
+        monkeypatch.setattr(sys, f"__{stream}__", None)
+    assert run(*arguments).code == code
+
+
+def test_a_process_begun_without_stdout_and_stderr() -> None:
+    line = shlex.join(command("--version"))
+    assert subprocess.run(f"{line} >&- 2>&-", shell=True, check=False).returncode == 0
+    told = subprocess.run(f"{line} >&-", shell=True, check=False, capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("text", ["١", "1_0", "+1", "²"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["profile", "--steps"],
+        ["profile", "--batch"],
+        ["profile", "--guidance"],
+        ["profile", "--min-count"],
+        ["profile", "--min-seconds"],
+        ["profile", "--seconds"],
+        ["kernels", "--batch"],
+        ["kernels", "--head-dim"],
+        ["kernels", "--seconds"],
+        ["kernels", "--head-dim", "40", "--tokens"],
+        ["inspect", "geglu", "--batch"],
+        ["inspect", "attention", "--context"],
+        ["inspect", "attention", "--head-dim"],
+        ["compile", "--for", "smoke", "--jobs"],
+        ["compile", "--for", "smoke", "--seconds"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_are_written_in_ascii_digits(
+    run: Run, arguments: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text == "+1" and arguments[-1] in ("--seconds", "--min-seconds", "--guidance"):
+        pytest.skip("a float may have a sign")
+    monkeypatch.chdir(tmp_path)
+    outcome = run(*arguments, text)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert arguments[-1] in outcome.err
+    assert text in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "misshapen", "config"])
+def test_a_checkpoint_that_cannot_be_loaded_is_a_wrong_call_before_anything_is_made(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path, damage: str
+) -> None:
+    folder = tmp_path / "a\xa0b\x1b"
+    shutil.copytree(tiny_checkpoint, folder)
+    weights, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+    if damage == "garbage":
+        weights.write_bytes(b"garbage\n" * 100)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        changes = {"norm_eps": "no"} if damage == "config" else {"cross_attention_dim": 64}
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(CheckpointError) as refused:
+        load_unet(folder)
+    outcome = run("profile", "--unet", folder, "--steps", "1", *QUICK, "--out", tmp_path / "runs")
+    assert (outcome.code, outcome.out) == (2, "")
+    # Nothing is escaped twice: what the error spells out is printed as it is.
+    assert outcome.err == f"ldmperf: --unet: {refused.value}\n"
+    assert r"a\xa0b\x1b" in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_sdxl_checkpoint_end_to_end(run: Run, tiny_sdxl: Path, tmp_path: Path) -> None:
+    outcome = run("profile", "--unet", tiny_sdxl, "--steps", "1", *QUICK, "--out", tmp_path)
+    assert outcome.code == 0, outcome.err
+    (folder,) = tmp_path.iterdir()
+    records, _ = load_records(folder)
+    assert [(r.case.backend, r.status) for r in records] == [("torch", "ok"), ("diffusers", "ok")]
+    assert "tiny-sdxl-unet" in outcome.out

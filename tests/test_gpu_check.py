@@ -278,6 +278,17 @@ def test_a_signal_stops_what_runs_and_the_table_comes_last(tmp_path: Path) -> No
     assert "new records" in import_archive(archive, tmp_path / "checkout", tmp_path / "laid")[0]
 
 
+def test_unseen_characters_of_an_archive_are_spelled_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        gpu_check, "import_archive", lambda path, root, out: ["\x1b[2J: 3 files"] * (out == tmp_path)
+    )
+    assert gpu_check.import_archives([tmp_path / "a\x1b.txz"], tmp_path) == 0
+    assert gpu_check.import_archives([tmp_path / "a\x1b.txz"], tmp_path / "other") == 0
+    assert capsys.readouterr().out == "\\x1b[2J: 3 files\n" + f"{tmp_path}/a\\x1b.txz: nothing new\n"
+
+
 def outcome(name: str, **options: Any) -> Any:
     return check_run.Outcome(part("", name), "text", **({"ok": True} | options))
 

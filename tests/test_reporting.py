@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from ldmperf.profiling.kernel_bench.records import KernelRecord, record_key
 from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
 from ldmperf.profiling.records import RECORDS_NAME, Correctness, RecordStore, Samples
 from ldmperf.profiling.runs import Run, RunError, create_run, open_run
+from ldmperf.profiling.store import read_lines
 from ldmperf.profiling.timing import RepetitionRule
 
 MakeRecord = Callable[..., Record]
@@ -392,6 +394,8 @@ def test_a_profile_into_a_path_of_any_name(
     with monkeypatch.context() as patch:
         patch.setattr(environment, "collect_environment", lambda device: make_record().environment)
         patch.setattr(runner, "profile", measured)
+        # An empty file is enough: names are the subject, and safetensors opens none that is not UTF-8.
+        patch.setattr(cli, "check_loadable", lambda cases: None)
         patch.setattr(report, "write_report", lambda records, rejected, folder: [folder / "report.html"])
         unet = out / "mine.safetensors"
         unet.write_bytes(b"")
@@ -409,3 +413,57 @@ def test_a_profile_into_a_path_of_any_name(
     line = json.loads((folder / RECORDS_NAME).read_text())
     assert line["run_id"] == run.run_id
     assert line["case"]["unet"] == "mine.safetensors"
+
+
+def test_of_many_lines_set_aside_the_first_are_named_and_the_rest_is_counted(
+    run: Run_, make_record: MakeRecord, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    # Long, and unseen characters in it: what a line holds may not flood the terminal.
+    forged = json.dumps(json.loads(make_record().model_dump_json()) | {"schema_version": "\x1b" * 5000})
+    path.write_bytes(lines_of(make_record(), *[forged] * 5, *["torn"] * 95))
+    outcome = run("report", path)
+    assert outcome.code == 1
+    said = outcome.err.splitlines()
+    assert [line.partition(": ")[0] for line in said[:-1]] == [f"{path}:{n}" for n in range(2, 22)]
+    assert max(map(len, said)) < len(str(path)) + 310
+    assert said[-1] == "100 lines set aside, of which the first 20 are named; nothing above comes from them"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\x80\x00{\n" * 40_000, "line 1: no JSON object"),
+        (b"\n\n{\x1b\n", "line 3: no JSON"),
+        (b'{"schema_version": 9}\n', "line 1: of schema version 9"),
+        (b"\n", "it is empty"),
+    ],
+)
+def test_a_file_without_a_record_is_a_wrong_call(run: Run_, tmp_path: Path, content: bytes, why: str) -> None:
+    path = tmp_path / "xl.safetensors"
+    path.write_bytes(content)
+    outcome = run("report", path)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert f"no record in it ({why}" in outcome.err
+    assert "give a folder with records.jsonl" in outcome.err
+
+
+def test_memory_is_that_of_the_longest_line_of_a_foreign_file(tmp_path: Path) -> None:
+    path = tmp_path / "many-lines"
+    path.write_bytes(b"a\n" * 500_000)
+    tracemalloc.start()
+    try:
+        records, aside = read_lines(path, Record)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (records, aside.count, len(aside.first)) == ([], 500_000, 20)
+    assert peak < path.stat().st_size
+
+
+@pytest.mark.parametrize("inside", ["", RECORDS_NAME, "kernels.jsonl"])
+def test_a_pipe_is_refused_and_not_waited_for(run: Run_, tmp_path: Path, inside: str) -> None:
+    os.mkfifo(tmp_path / (inside or "pipe"))
+    outcome = run("report", tmp_path if inside else tmp_path / "pipe")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert "is a pipe or a device; write its records to a file" in outcome.err

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,6 +277,19 @@ def test_a_real_allocation_that_fails_is_oom(tiny_checkpoint: Path) -> None:
         return torch.empty(1 << 60, dtype=torch.uint8)
 
     assert measure(tiny_case(tiny_checkpoint), {"greedy": Changed(change)})["greedy"].status == "oom"
+
+
+@pytest.mark.parametrize("name", ["plain", "a\xa0b\x1b", "\u3000"])
+def test_no_record_says_where_a_checkpoint_lies_whatever_its_path(
+    tiny_checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name / "mine"
+    shutil.copytree(tiny_checkpoint, folder)
+    case = tiny_case(folder)
+    (folder / "config.json").write_text("{")
+    message = measure(case, {"torch": OurBackend("torch")})["torch"].message
+    assert message is not None
+    assert message.startswith("CheckpointError: mine/config.json: not readable as JSON")
 
 
 def test_an_error_names_its_type_and_stops_nobody_else(tiny_checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ from ..report.text import MISSING, number
 from ..visible import counted
 from .records import KernelRecord, Mode
 
-# How the calls of a mode are made. A peer is called "eager" too.
+# What tables call a mode: "eager" is the name of a peer, too.
 CALLS: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 # Ours: our kernel, what our dispatch takes, and our way to torch's.
 OURS = ("triton", "auto", "reference")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..cases import best_device, device_named, dtype_named, known_names, split_values, whole_number
+from ..options import seconds_option
 from ..timing import Deadline
 from ..visible import console, say
 
@@ -33,7 +34,7 @@ def kernels(
         list[str] | None,
         _list_option(
             "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
-            "diffusers, diffusers-compile, xformers; those that can run here at once unless told."
+            "diffusers, diffusers-compile, xformers; those that this machine can run unless told."
         ),
     ] = None,
     head_dim: Annotated[
@@ -45,7 +46,7 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.")] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="Begin no call after so long; the most important come first.")
+        float, seconds_option("Begin no call after so long; the most important come first.")
     ] = DEFAULT_SECONDS,
     out: Annotated[
         Path | None, typer.Option(help="Where the folder of records goes; runs unless told.", show_default=False)
@@ -61,8 +62,8 @@ def kernels(
     """Measure each kernel at the shapes of a denoising step, in turn with its peers, and print the table.
 
     A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
-    launched one by one and replayed as a CUDA graph; on a CPU by the host's clock. Without --peer, those peers are
-    measured that can run here at once: FlexAttention (flex), and on a CPU all that compile, only when named.
+    launched one by one and replayed as a CUDA graph; on a CPU by the host's clock. Without --peer: the peers that
+    this machine can run, but for FlexAttention (flex), and on a CPU those that compile: these only when named.
     Exit code 1 when a call ended as error or incorrect, or none as ok. A call's records are on disk before the
     next call begins.
 

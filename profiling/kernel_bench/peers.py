@@ -43,7 +43,7 @@ class Peer:
         return self.implement(case, device)
 
     def is_usual(self, device: torch.device) -> bool:
-        """Whether it is measured where no peer is named: it can run there, and at once."""
+        """Whether it is measured where no peer is named: the device can run it, and without a long compilation."""
         return device.type not in self.slow_on and (self.gpu_only is None or device.type == "cuda")
 
     def serves(self, case: KernelCase, first_of_operator: bool) -> bool:
@@ -166,7 +166,7 @@ PEERS: Mapping[str, Peer] = {
                 name,
                 functools.partial(attention_peers.sdpa, name),
                 operators=_ATTENTION,
-                # Of torch's backends a CPU has this one.
+                # A CPU has this one of torch's SDPA backends.
                 gpu_only=None if name == "sdpa-flash" else f"{name} needs a GPU",
             )
             for name in attention_peers.SDPA

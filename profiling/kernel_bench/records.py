@@ -113,7 +113,7 @@ class KernelRecord(RecordModel):
         elif self.message is None or self.ms is not None:
             raise ValueError(f"a record with status {self.status} has a message and no time")
         try:
-            # All that a table shows of it follows from its case and its times.
+            # Computed once, so that no table fails on what is derived from the case and the times.
             _ = (self.case.label, self.percent_of_copy, self.tflops, self.percent_of_bound)
         except Exception as error:
             raise ValueError(f"no call of an operator ({type(error).__name__}: {error})") from None

@@ -75,7 +75,7 @@ def run_jobs(
     A job of which `earlier` has all records is not measured again; of each key the last record is returned.
     """
     records = {record.case_key: record for record in earlier}
-    # The same in a whole folder.
+    # All records of a folder have the same.
     run_id = next((record.run_id for record in earlier if record.run_id is not None), new_run_id())
     for job in jobs:
         if bench.keys(job) <= records.keys():

@@ -189,7 +189,7 @@ def _headings(records: Sequence[KernelRecord]) -> list[str]:
 
 
 def _cells(record: KernelRecord, headings: Sequence[str]) -> list[str]:
-    """A text for each heading; without a time what names the row, and its message."""
+    """A cell for each heading; of a record without a time, the cells that name the row and its message."""
     named = [record.peer, CALLS[record.mode]] if "calls" in headings else [record.peer]
     if record.ms is None:
         return [*named, f"{record.status}: {record.message}"]

@@ -14,7 +14,7 @@ from ..records import Record, Status
 from ..visible import counted, visible
 from .figures import Overview
 
-# One thread a core is ours; a quarter more on top cannot be.
+# Our own threads make a load of 1 for each core; a quarter above is somebody else's.
 CROWDED_LOAD = 1.25
 TASKS = {"t2i": "text-to-image", "sr": "super-resolution"}
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..cases import CaseError, split_values
+from ..options import seconds_option, whole_option
 from ..visible import console, counted, say
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ def compile_ahead(
         str | None,
         typer.Option(help="sm_80, sm_90 or gfx942; none has to be there. The GPU's here unless told, else sm_90."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; as many as cores unless told.")] = None,
+    jobs: Annotated[int | None, whole_option("Processes; as many as cores unless told.", 1)] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.0, help="Begin nothing more after so long; the slowest come first.")
+        float | None, seconds_option("Begin nothing more after so long; the slowest come first.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only count what there is to compile.")] = False,
 ) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..cases import CaseError, dtype_named
+from ..cases import CaseError, dtype_named, whole
+from ..options import whole_option
 from ..visible import console, say
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from .shapes import Shape
 
 
-# Of every number: what a program holds grows with channels, and compiling takes time and memory with it.
+# The largest number that most options take: a program grows with the channels, and compiling it takes time
+# and memory.
 _MOST = 2**14
 
 
@@ -33,20 +35,16 @@ def inspect(
         str | None,
         typer.Option(help="All launches of the kernel in a step of this size, 39M ... 5B, or of `vae`."),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Images in the model; 2 unless told.")
-    ] = None,
+    batch: Annotated[int | None, whole_option("Images in the model; 2 unless told.", 1, _MOST)] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Channels of the image, or of the tokens of the result.")
+        int | None, whole_option("Channels of the image, or of the tokens of the result.", 1, _MOST)
     ] = None,
-    height: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Pixels; 64 unless told.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Pixels; 64 unless told.")] = None,
-    groups: Annotated[
-        int | None, typer.Option(min=1, max=_MOST, help="Groups of a group norm; 32 unless told.")
-    ] = None,
+    height: Annotated[int | None, whole_option("Pixels; 64 unless told.", 1, _MOST)] = None,
+    width: Annotated[int | None, whole_option("Pixels; 64 unless told.", 1, _MOST)] = None,
+    groups: Annotated[int | None, whole_option("Groups of a group norm; 32 unless told.", 1, _MOST)] = None,
     skip_channels: Annotated[
         int | None,
-        typer.Option(min=0, max=_MOST, help="Channels of a skip connection that is normalized with the image."),
+        whole_option("Channels of a skip connection that is normalized with the image.", 0, _MOST),
     ] = None,
     head_dim: Annotated[
         str | None,
@@ -55,18 +53,16 @@ def inspect(
             "the farthest from its bound first."
         ),
     ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, max=_MOST, help="Heads of attention; 8 unless told.")] = None,
+    heads: Annotated[int | None, whole_option("Heads of attention; 8 unless told.", 1, _MOST)] = None,
     context: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            max=2**20,
-            help="Tokens of the context attended to, 77 of a text; 0, unless told: the image's own.",
+        whole_option(
+            "Tokens of the context attended to, 77 of a text; 0, unless told: the image's own.", 0, 2**20
         ),
     ] = None,
     features: Annotated[
         int | None,
-        typer.Option(min=1, max=_MOST, help="Channels of a product's result; four times its own unless told."),
+        whole_option("Channels of a product's result; four times its own unless told.", 1, _MOST),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
@@ -172,7 +168,7 @@ def _every_head_dim(
 
 @contextmanager
 def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
-    """What the compiler or the folder that it writes to refuses ends the command, with exit code 1."""
+    """Ends the command with one line and exit code 1 where the compiler, or the folder it writes to, refuses."""
     from triton.errors import TritonError
 
     from .compile import cache_refused
@@ -194,9 +190,10 @@ def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
 def _head_dim(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal() or int(text) % 4 or not 4 <= int(text) <= 384:
+    value = whole(text)
+    if value is None or value % 4 or not 4 <= value <= 384:
         raise CaseError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
-    return int(text)
+    return value
 
 
 def _of_shape(kernel: str, dtype: str, machine: Machine, given: dict[str, int]) -> list[Launch]:

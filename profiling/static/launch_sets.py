@@ -21,7 +21,7 @@ from ldmperf.model import FAMILY, UNet, UNetConfig
 from ldmperf.samplers import GraphedSampler, NoiseSchedule, make_plan, sample
 
 from ..backends import GraphBackend, Inputs, OurBackend, Problem, default_backends
-from ..cases import PRESETS, Case, CaseError, DType
+from ..cases import PRESETS, Case, CaseError, DType, whole_number
 from ..group import SCHEDULER_CONFIG
 from ..kernel_bench.selection import (
     BATCHES,
@@ -108,7 +108,7 @@ def tuning_parts(operators: str, sizes: str = "", batches: str = "") -> list[Par
     """What bench/tune.py tries: every candidate at each tuning key, what is used now and torch's own operator."""
     chosen = _known("operator", operators, tuple(OPERATORS))
     of_sizes = _known("size", sizes, SIZES) if sizes else SIZES
-    of_batches = tuple(_number(text) for text in batches.split("+")) if batches else BATCHES
+    of_batches = tuple(whole_number("for tune", text, 1024) for text in batches.split("+")) if batches else BATCHES
     return [
         partial(candidates, partial(jobs, (operator,), (size,), (batch,), "bfloat16"))
         for operator in chosen
@@ -122,12 +122,6 @@ def _known(what: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
         if name not in known:
             raise CaseError(f"--for tune: there is no {what} {name!r}; choose from {', '.join(known)}")
     return chosen
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 1024:
-        raise CaseError(f"--for tune: batch {text!r} is not a whole number from 1 to 1024")
-    return int(text)
 
 
 def candidates(given: Callable[[], Iterable[Job]]) -> Planned:

@@ -77,7 +77,7 @@ def inspect_items(items: Sequence[Item | ShapeItem | TunedItem], processes: int 
     """`Inspection.as_json` of each item, in order, with the item's size, batch and dtype."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        # Few at a time: who waits sees each as it is done.
+        # In small chunks: results arrive chunk by chunk.
         yield from pool.map(_inspect, items, chunksize=4 if len(items) > 100 else 1)
 
 
