@@ -24,7 +24,7 @@ from .layers import (
     TransformerBlock,
     sinusoids,
 )
-from .private import Privacy
+from .private import OwnClasses, Privacy
 from .staleness import MadeFrom, Snapshot
 
 T = TypeVar("T")
@@ -64,9 +64,11 @@ class Level(nn.Module):
 
 
 # Modules whose code is known: none keeps what it is given or returns.
-OWN_CLASSES = (
-    *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
-    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+OWN_CLASSES = OwnClasses(
+    (
+        *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
+        *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+    )
 )
 
 
@@ -265,8 +267,8 @@ class UNet(nn.Module):
         step: a number from 0 to K - 1, or an int64 tensor [1] on the device that holds one: a CUDA graph captured
         with a tensor evaluates whatever step that holds at a replay. The result is channels-last and in the
         network's dtype. A sample in that dtype and channels-last is read in place; neither it nor the conditioning
-        is written, nor anything that a hook or a module of another class keeps. Raises ValueError for shapes
-        that do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
+        is written, nor anything that a hook, a module of another class, a replaced method or a TorchFunctionMode
+        keeps; a TorchDispatchMode sees sums in place. Raises ValueError for shapes that do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
         """
         if not torch.compiler.is_compiling():
             conditioning.check()
