@@ -156,14 +156,14 @@ def _small(value: Any) -> float:
 
 # A file may hold a value of any length and depth, and an error is one line.
 class _Repr(reprlib.Repr):
-    maxstring = 100
-
     def repr_int(self, x: int, level: int) -> str:
         # Python refuses to print integers of thousands of digits.
         return "an integer of thousands of digits" if abs(x) > 10**1000 else super().repr_int(x, level)
 
 
-shown = _Repr().repr
+_repr = _Repr()
+_repr.maxstring = 100
+shown = _repr.repr
 
 
 def _sized(base_channels: int) -> UNetConfig:
