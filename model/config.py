@@ -337,7 +337,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         conv_projection=not read["use_linear_projection"],
         norm_groups=read["norm_num_groups"],
         norm_eps=read["norm_eps"],
-        sample_size=sample_size or 64,
+        sample_size=64 if sample_size is None else sample_size,
         transformer_layers=tuple(read["transformer_layers_per_block"]),
         added_time_dim=read["addition_time_embed_dim"] if is_xl else None,
         added_dim=read["projection_class_embeddings_input_dim"] if is_xl else None,
