@@ -51,6 +51,15 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} and added_dim = {self.added_dim} go together: "
                 "give both (Stable Diffusion XL) or neither"
             )
+        if (
+            self.added_time_dim is not None
+            and self.added_dim is not None
+            and self.added_time_dim >= self.added_dim
+        ):
+            raise UnsupportedConfig(
+                f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
+                "give the width of one number's sinusoids, and that of all of them beside the text embedding"
+            )
         self._set("block_channels", tuple(_count("block_channels", one) for one in _each(self, "block_channels")))
         levels = len(self.block_channels)
         layers: Any = self.transformer_layers
@@ -100,6 +109,8 @@ class UNetConfig:
         return _from_diffusers(config)
 
 
+# Far above every field of a published UNet, and small enough that no product of fields overflows.
+_MOST = 2**16
 _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
 
 
@@ -119,15 +130,17 @@ def _integer(value: Any) -> int | None:
 
 def _count(name: str, value: Any, least: int = 1) -> int:
     number = _integer(value)
-    if number is None or number < least:
-        raise UnsupportedConfig(f"{name} must be at least {least}; got {_shown(value)}: give a whole number")
+    if number is None or not least <= number <= _MOST:
+        raise UnsupportedConfig(
+            f"{name} must be from {least} to {_MOST}; got {shown(value)}: give a whole number in that range"
+        )
     return number
 
 
 def _each(config: UNetConfig, name: str) -> tuple[Any, ...]:
     value = getattr(config, name)
     if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "ndim", 1) != 1:
-        raise UnsupportedConfig(f"{name} = {_shown(value)}: give a tuple with one entry per level")
+        raise UnsupportedConfig(f"{name} = {shown(value)}: give a tuple with one entry per level")
     return tuple(value)
 
 
@@ -137,14 +150,20 @@ def _small(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = 0.0
     if isinstance(value, str) or not 0 < number < 1:
-        raise UnsupportedConfig(f"norm_eps = {_shown(value)}: give a small positive number, such as 1e-5")
+        raise UnsupportedConfig(f"norm_eps = {shown(value)}: give a small positive number, such as 1e-5")
     return number
 
 
 # A file may hold a value of any length and depth, and an error is one line.
-_repr = reprlib.Repr()
+class _Repr(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to print integers of thousands of digits.
+        return "an integer of thousands of digits" if abs(x) > 10**1000 else super().repr_int(x, level)
+
+
+_repr = _Repr()
 _repr.maxstring = 100
-_shown = _repr.repr
+shown = _repr.repr
 
 
 def _sized(base_channels: int) -> UNetConfig:
@@ -246,7 +265,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     problems = []
 
     def refuse(field: str, value: Any, only: str) -> None:
-        problems.append(f"{_shown(field)[1:-1]} = {_shown(value)} ({only})")
+        problems.append(f"{shown(field)[1:-1]} = {shown(value)} ({only})")
 
     class_name = config.get("_class_name", "UNet2DConditionModel")
     if class_name != "UNet2DConditionModel":
@@ -273,8 +292,8 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     if not is_number or not 0 < read["norm_eps"] < 1:
         refuse("norm_eps", read["norm_eps"], "only a small positive number")
     down, up = list(read["down_block_types"]), list(read["up_block_types"])
-    problems += [f"down_block_types holds {_shown(name)}" for name in down if name not in _DOWN]
-    problems += [f"up_block_types holds {_shown(name)}" for name in up if name not in _UP]
+    problems += [f"down_block_types holds {shown(name)}" for name in down if name not in _DOWN]
+    problems += [f"up_block_types holds {shown(name)}" for name in up if name not in _UP]
     if not problems and [_UP[name] for name in reversed(up)] != [_DOWN[name] for name in down]:
         problems.append("up_block_types does not mirror down_block_types")
     if read["mid_block_type"] not in (None, _MIDDLE):
@@ -318,7 +337,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         conv_projection=not read["use_linear_projection"],
         norm_groups=read["norm_num_groups"],
         norm_eps=read["norm_eps"],
-        sample_size=sample_size or 64,
+        sample_size=64 if sample_size is None else sample_size,
         transformer_layers=tuple(read["transformer_layers_per_block"]),
         added_time_dim=read["addition_time_embed_dim"] if is_xl else None,
         added_dim=read["projection_class_embeddings_input_dim"] if is_xl else None,

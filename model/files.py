@@ -112,9 +112,10 @@ def parse_json(content: bytes, place: str, most: int = LARGEST_CONFIG) -> dict[s
         raise CheckpointError(f"{place}: {_OTHER_KINDS[0][1]}")
     try:
         raw = json.loads(content.decode("utf-8"))
-    # ValueError: no UTF-8, no JSON, or an integer of thousands of digits.
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{place}: not readable as JSON: {error}; download or write it again") from error
+        # Neither UnicodeDecodeError nor JSONDecodeError: Python's advice on long integers is for programmers.
+        why = "an integer of thousands of digits" if type(error) is ValueError else error
+        raise CheckpointError(f"{place}: not readable as JSON: {why}; download or write it again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{place}: not a JSON object; download or write it again")
     return raw

@@ -21,17 +21,16 @@ TRANSFORMER_NORM_EPS = 1e-6
 
 
 class Pending(NamedTuple):
-    """A block's part in passing on biases: a constant per channel need not be added where it arises.
+    """Biases that a block defers: a later norm takes them as its shift, a residual add as its bias.
 
-    Norms take one on as their shift and residual sums as their bias; a matrix product in place takes none, so
-    that what it leaves out is pending for the next block. It does not depend on a step's input, so that
-    `UNet.condition` computes it once.
+    A constant per channel need not be added where it arises. An in-place matmul cannot add it, so it stays pending
+    for the next block. It does not depend on a step's input, so `UNet.condition` computes it once.
 
-    before   [Cin]: what the block's input lacks, its skip's channels included; None for nothing
-    bias     [Cout]: what the block's last sum adds, its own biases included; None where that sum adds nothing,
-             and leaves it pending
-    lacking  [(3 L - 1) C]: of a transformer of L blocks, what its tokens lack at each norm but the first, which
-             reads them whole; None for a ResBlock
+    before   [Cin]: the bias missing from the block's input, its skip's channels included; None for nothing
+    bias     [Cout]: the bias that the block's last sum adds, its own biases included; None where that sum adds
+             nothing and leaves it pending
+    lacking  [(3 L - 1) C]: of a transformer of L blocks, the bias missing from its tokens at each norm but the
+             first, whose input is complete; None for a ResBlock
     """
 
     before: Tensor | None
@@ -80,7 +79,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
 
     def constant(self, before: Tensor | None) -> Tensor:
-        """[Cout]: what the sum of both branches lacks where the input lacks `before` [Cin] (see `Pending`)."""
+        """[Cout]: the bias missing from the sum of both branches if `before` [Cin] is missing from the input."""
         bias = self.conv2.bias
         assert bias is not None
         if self.shortcut is None:
@@ -124,7 +123,7 @@ class ResBlock(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a gated feed-forward, each added to the tokens it read.
 
-    No bias is added to the tokens: each norm takes on what the sums before it left out.
+    No bias is added to the tokens: each norm takes the biases that the sums before it left out as its shift.
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, backend: str, products: str) -> None:
@@ -150,7 +149,7 @@ class TransformerBlock(nn.Module):
         return packed.view(batch, tokens, 2, self.heads, packed.shape[-1] // (2 * self.heads))
 
     def lacking(self, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the tokens lack after each of the three sums, [C] each, with `before` [C] lacking already."""
+        """The bias missing from the tokens after each of the three sums, [C] each; `before` [C] from the input."""
         attended = self.to_out.bias if before is None else before + self.to_out.bias
         crossed = attended + self.cross_out.bias
         return attended, crossed, crossed + self.ff_out.bias
@@ -166,8 +165,8 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """x [B, N, C], context of `project_context` -> [B, N, C], without any block's bias.
 
-        before, attended, crossed [C]: what the tokens lack at each of the norms, `before` None for nothing. With
-        `in_place` x is overwritten, for a caller that alone holds it.
+        before, attended, crossed [C]: the bias missing from the tokens at each of the norms, `before` None for
+        nothing. `in_place` overwrites x, for a caller that alone holds it.
         """
         batch, tokens, channels = x.shape
         q, k, v = (
@@ -225,12 +224,12 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def constant(self, before: Tensor | None) -> Tensor:
-        """[C]: what the sum with the input lacks where the input lacks `before` [C] (see `Pending`)."""
+        """[C]: the bias missing from the sum with the input if `before` [C] is missing from the input."""
         bias = self.proj_out.bias if before is None else before + self.proj_out.bias
         return torch.addmv(bias, self.proj_out.weight, self._lacking()[-1])
 
     def lacking(self) -> list[Tensor]:
-        """What the tokens lack at each norm but the first, [C] each (see `Pending`)."""
+        """The bias missing from the tokens at each norm but the first, [C] each (see `Pending`)."""
         return self._lacking()[:-1]
 
     def _blocks(self) -> Iterable[TransformerBlock]:
@@ -259,8 +258,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """x [B, C, H, W], context of `project_context` -> [B, C, H, W], or [B, C, *size].
 
-        `before`, `bias` and `lacking` as of `Pending`. With `in_place` x is overwritten, for a caller that alone
-        holds it, and what the submodules return is too.
+        `before`, `bias` and `lacking` as of `Pending`. `in_place` overwrites x and the results of submodules, for
+        a caller that alone holds them.
         """
         tokens = self.proj_in(as_tokens(self.norm(x, before)))
         at_norms = (None, *lacking.view(-1, x.shape[1]).unbind())
@@ -275,8 +274,8 @@ class Transformer(nn.Module):
 class Resample(nn.Module):
     """The 3x3 convolution between two levels, without its bias, which stays pending.
 
-    With stride 2 it halves the resolution, rounded up; with stride 1 it follows an enlargement, which what comes
-    before does as it writes (`size` of the blocks).
+    Stride 2 halves the resolution, rounded up. Stride 1 follows an enlargement, which the block before it does as
+    it writes (`size`).
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -320,7 +319,7 @@ def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
 def add_product(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:
     """x + tokens weight^T in one matrix product; x [B, C, H, W] or [B, N, C], tokens [B, N, K], weight [C, K].
 
-    With `in_place` x is overwritten, but for autocast, where dtypes differ.
+    `in_place` overwrites x, except under autocast, where dtypes differ.
     """
     rows = (as_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
     add = rows.addmm_ if in_place and tokens.dtype == rows.dtype == weight.dtype else rows.addmm

@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from itertools import repeat
-from operator import contains, itemgetter
+from operator import attrgetter, contains, itemgetter
+from types import FunctionType
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _torch
+from torch.utils._device import DeviceContext
 
 from .staleness import Structure
 
 _hooks, _pre_hooks = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+# What runs when a module is called.
+_code = attrgetter("__call__", "_call_impl", "forward")
+
+
+class OwnClasses:
+    """Module classes that keep nothing they are given or return, with their code as it is now."""
+
+    def __init__(self, classes: Iterable[type[nn.Module]]) -> None:
+        self._classes = list(classes)
+        self._set = frozenset(self._classes)
+        self._code = self._current()
+
+    def include_all(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether each module is of one of these classes, and not of a subclass."""
+        return self._set.issuperset(map(type, modules))
+
+    def are_kept(self) -> bool:
+        """Whether no method that runs in a call has been replaced."""
+        return self._current() == self._code
+
+    def _current(self) -> list[tuple[FunctionType, ...]]:
+        return list(map(_code, self._classes))
 
 
 class Privacy:
-    """Watches the modules below a network, which are of `own_classes`, for who sees what they pass on.
+    """Watches the modules below a network for who sees what they pass on.
 
-    Hooks keep what they see, and so may a `forward` that is set on an instance (accelerate, gradient
-    checkpointing) or a module of a class that is not ours (a wrapper). Hooks of all modules count too.
+    Seen by: a forward hook, of one module or of all; a `forward` set on an instance (accelerate, gradient
+    checkpointing); a module of another class (a wrapper); a method replaced in one of `own_classes`; an active
+    TorchFunctionMode, except for `torch.device`, which keeps nothing.
+
+    Not counted: a TorchDispatchMode. It is shown `aten::addmm_` itself, and its counts are to be those of the step
+    as it runs without it.
     """
 
-    def __init__(self, network: nn.Module, own_classes: Collection[type[nn.Module]]) -> None:
+    def __init__(self, network: nn.Module, own_classes: OwnClasses) -> None:
         self._structure = Structure(network)
-        self._own_classes = frozenset(own_classes)
+        self._own_classes = own_classes
         # Without the network, which keeps this: its memory goes when it goes.
         self._modules = list(network.modules())[1:]
         self._attributes = [vars(module) for module in self._modules]
@@ -38,7 +67,14 @@ class Privacy:
             any(map(_hooks, self._attributes))
             or any(map(_pre_hooks, self._attributes))
             or any(map(contains, self._attributes, repeat("forward")))
-            or not self._own_classes.issuperset(map(type, self._modules))
+            or not self._own_classes.include_all(self._modules)
+            or not self._own_classes.are_kept()
             or _torch._global_forward_hooks
             or _torch._global_forward_pre_hooks
+            or any(type(mode) is not DeviceContext for mode in _function_modes())
         )
+
+
+def _function_modes() -> list[object]:
+    count = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(count)]

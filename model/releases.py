@@ -37,6 +37,11 @@ def find_layout(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     """The UNet among the tensors of a checkpoint, with any prefix of training code before its names."""
     found = [match for key in shapes if (match := _PREFIXED.fullmatch(key))]
     if not found:
+        if other := _other_prefix(shapes):
+            raise CheckpointError(
+                f"{place}: the UNet's tensors begin with {other!r}, a prefix that is not known; strip it and save "
+                f"the file again: {{key.removeprefix({other!r}): value for key, value in tensors.items()}}"
+            )
         raise CheckpointError(
             f"{place}: no UNet in diffusers (conv_in.weight) or CompVis (input_blocks.0.0.weight) layout among "
             f"its {len(shapes)} tensors ({some(sorted(shapes), 3)}); give a UNet's file or folder"
@@ -47,6 +52,16 @@ def find_layout(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     prefix = found[0][1]
     own = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
     return Layout(own, prefix, compvis=found[0][2] != "conv_in")
+
+
+def _other_prefix(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What stands before the names of a UNet, if there is one; an autoencoder has no time embedding."""
+    for first, time in (("conv_in", "time_embedding.linear_1"), ("input_blocks.0.0", "time_embed.0")):
+        for key in shapes:
+            prefix = key.removesuffix(f"{first}.weight")
+            if key.endswith(f".{first}.weight") and f"{prefix}{time}.weight" in shapes:
+                return prefix
+    return ""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conditioning import Conditioning, Constants
-from .config import UNetConfig
+from .config import UNetConfig, shown
 from .layers import (
     EmbeddingMLP,
     GroupNorm,
@@ -24,18 +24,18 @@ from .layers import (
     TransformerBlock,
     sinusoids,
 )
-from .private import Privacy
+from .private import OwnClasses, Privacy
 from .staleness import MadeFrom, Snapshot
 
 T = TypeVar("T")
 
-PRODUCTS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton")
 
 
 class Place(NamedTuple):
     """A ResBlock and the transformer behind it, if there is one.
 
-    whole: a convolution reads what they return, and pads it with zeros, so that it may lack nothing
+    whole: no bias may be missing from their result, since the convolution that reads it pads with zeros
     """
 
     resblock: ResBlock
@@ -64,10 +64,18 @@ class Level(nn.Module):
 
 
 # Modules whose code is known: none keeps what it is given or returns.
-OWN_CLASSES = (
-    *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
-    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+OWN_CLASSES = OwnClasses(
+    (
+        *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
+        *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+    )
 )
+
+
+def check_backend(option: str, value: str) -> None:
+    """Raises ValueError for the value of an option that is not one of `BACKENDS`."""
+    if value not in BACKENDS:
+        raise ValueError(f"unknown {option} {value!r}: choose one of {', '.join(BACKENDS)}")
 
 
 class UNet(nn.Module):
@@ -76,13 +84,14 @@ class UNet(nn.Module):
     `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` is that of
     the matrix products with a norm or a gate beside them (`ldmperf.kernels.linear`): "auto" merges them where that
     is measured or predicted to be faster, "triton" wherever it can, "torch" nowhere. With `backend="torch"`
-    nothing is merged. Convolution weights are kept channels-last, as the activations are.
+    nothing is merged. Convolution weights are kept channels-last, as the activations are. Raises ValueError for
+    another `backend` or `products`.
     """
 
     def __init__(self, config: UNetConfig, *, backend: str = "auto", products: str = "auto") -> None:
         super().__init__()
-        if products not in PRODUCTS:
-            raise ValueError(f"unknown products {products!r}: choose one of {', '.join(PRODUCTS)}")
+        check_backend("backend", backend)
+        check_backend("products", products)
         self.config = config
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         last = len(channels) - 1
@@ -133,7 +142,7 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         with torch.no_grad():
             found = self._pending()
-        # Which of the constants there are, and how long they are: of the architecture, not of the weights.
+        # The length of each constant, 0 where there is none: set by the architecture, not by the weights.
         self._constant_sizes = [sum(map(len, group)) for group in found]
         self._snapshot: Snapshot | None = None
         self._privacy: Privacy | None = None
@@ -178,9 +187,9 @@ class UNet(nn.Module):
         self, t: Tensor, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None, constants: Constants
     ) -> Conditioning:
         """`condition` with the timesteps on the device, float32."""
-        if context.ndim != 3 or context.shape[-1] != self.config.context_dim:
+        if not isinstance(context, Tensor) or context.ndim != 3 or context.shape[-1] != self.config.context_dim:
             raise ValueError(
-                f"context must be [B, T, {self.config.context_dim}]; got {list(context.shape)}: "
+                f"context must be [B, T, {self.config.context_dim}]; got {_shape(context)}: "
                 "pass the hidden states of the text encoder that the UNet was trained with"
             )
         if t.ndim < 2:
@@ -218,7 +227,7 @@ class UNet(nn.Module):
     def _added(self, batch: int, text_embeds: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
         """[B, time_dim]: what Stable Diffusion XL adds to the time embedding; None elsewhere."""
         config = self.config
-        got = [None if given is None else list(given.shape) for given in (text_embeds, time_ids)]
+        got = [_shape(given) for given in (text_embeds, time_ids)]
         if self.add_embedding is None or config.added_time_dim is None:
             if text_embeds is not None or time_ids is not None:
                 raise ValueError(
@@ -227,8 +236,8 @@ class UNet(nn.Module):
                 )
             return None
         if (
-            text_embeds is None
-            or time_ids is None
+            not isinstance(text_embeds, Tensor)
+            or not isinstance(time_ids, Tensor)
             or text_embeds.ndim != 2
             or time_ids.ndim != 2
             or not text_embeds.shape[0] == time_ids.shape[0] == batch
@@ -248,11 +257,16 @@ class UNet(nn.Module):
     def _on_device(self, timesteps: float | Sequence[float] | Tensor) -> Tensor:
         """Timesteps in float32 on the weights' device; the host does not wait for the device."""
         device = self.time_projection.weight.device
-        if isinstance(timesteps, int | float):
-            return torch.full((1,), timesteps, dtype=torch.float32, device=device)
-        if not isinstance(timesteps, Tensor):
-            # Neither the default dtype nor the default device has a say.
-            timesteps = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu")
+        try:
+            if isinstance(timesteps, int | float):
+                return torch.full((1,), timesteps, dtype=torch.float32, device=device)
+            if not isinstance(timesteps, Tensor):
+                # Neither the default dtype nor the default device has a say.
+                timesteps = torch.as_tensor(timesteps, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"timesteps must be numbers; got {shown(timesteps)}: pass a number, a sequence or a tensor of them"
+            ) from error
         t = timesteps
         if t.device.type != "cpu":
             return t.to(device, torch.float32)
@@ -264,17 +278,16 @@ class UNet(nn.Module):
 
         step: a number from 0 to K - 1, or an int64 tensor [1] on the device that holds one: a CUDA graph captured
         with a tensor evaluates whatever step that holds at a replay. The result is channels-last and in the
-        network's dtype. A sample in that dtype and channels-last is read in place; neither it nor the conditioning
-        is written, nor anything that a hook or a module of another class keeps. Raises ValueError for shapes
+        network's dtype. A sample in that dtype and channels-last is read in place. Neither the sample nor the
+        conditioning is written, nor anything that a hook, a module of another class, a replaced method or a
+        TorchFunctionMode keeps; a TorchDispatchMode sees sums in place.
+
+        Raises ValueError for a step that is none of the conditioning's (a tensor's number is not read), for shapes
         that do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
         """
         if not torch.compiler.is_compiling():
             conditioning.check()
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample must be [B, {self.config.in_channels}, H, W]; got {list(sample.shape)}: pass latents, "
-                "with what the UNet was trained to see beside them"
-            )
+        self._check_sample(sample)
         batch = sample.shape[0]
         if conditioning.shifts.shape[1] not in (1, batch) or any(
             packed.shape[1] != batch for packed in conditioning.context
@@ -283,17 +296,13 @@ class UNet(nn.Module):
                 f"the conditioning's batch is not the sample's {batch}: pass one context per sample, "
                 "with guidance both halves"
             )
-        if isinstance(step, Tensor) and (step.ndim or step.device == conditioning.shifts.device):
-            of_step = conditioning.shifts.index_select(0, step).squeeze(0)
-        else:
-            of_step = conditioning.shifts[int(operator.index(step))]
-        shifts = iter(of_step.expand(batch, -1).split(self.shift_channels, dim=1))
+        shifts = iter(_of_step(conditioning.shifts, step).expand(batch, -1).split(self.shift_channels, dim=1))
         context = iter(conditioning.context)
         pending, pending_out = self._pending_of(conditioning.constants)
         in_place = not torch.is_grad_enabled() and self._is_private()
 
         def block(place: Place, x: Tensor, skip: Tensor | None, like: Tensor | None) -> Tensor:
-            # The size of the skip to come, not twice ours: an odd size was rounded up on the way down.
+            # The next skip's size, not twice x's: an odd size was rounded up on the way down.
             size = None if like is None else like.shape[2:]
             # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
             before, bias, _ = next(pending)
@@ -307,10 +316,18 @@ class UNet(nn.Module):
         out: Tensor = self.conv_out(self.norm_out(x, pending_out))
         return out
 
+    def _check_sample(self, sample: Tensor) -> None:
+        fits = isinstance(sample, Tensor) and sample.ndim == 4 and sample.shape[1] == self.config.in_channels
+        if not fits or 0 in sample.shape[2:]:
+            raise ValueError(
+                f"sample must be [B, {self.config.in_channels}, H, W], not empty in H or W; got {_shape(sample)}: "
+                "pass latents, with what the UNet was trained to see beside them"
+            )
+
     def _is_private(self) -> bool:
-        """Whether nobody but `denoise` holds what its modules pass on, so that sums may overwrite it."""
+        """Whether only `denoise` holds what its modules pass on, so that sums may overwrite it."""
         if torch.compiler.is_compiling():
-            # A graph has no sums in place, and plans its memory itself.
+            # A compiled graph plans its memory itself, and needs no in-place sums.
             return False
         if self._privacy is None or not self._privacy.knows_all():
             self._privacy = Privacy(self, OWN_CLASSES)
@@ -354,16 +371,16 @@ class UNet(nn.Module):
         return {**self.__dict__, "_snapshot": None, "_privacy": None}
 
     def _pending_of(self, constants: Tensor) -> tuple[Iterator[Pending], Tensor | None]:
-        """What `_pending` returned before it was laid out as `Conditioning.constants`: views."""
+        """What `_pending` returned, as views of `Conditioning.constants`."""
         pieces = iter(constants.split([size for size in self._constant_sizes if size]))
         *found, out = [next(pieces) if size else None for size in self._constant_sizes]
         return (Pending(*found[i : i + 3]) for i in range(0, len(found), 3)), out
 
     def _pending(self) -> list[list[Tensor]]:
-        """The biases that are passed on: the network's own run, on what images lack in their place.
+        """The deferred biases: the parts of a `Pending` of every ResBlock and transformer, then the last norm's.
 
-        The parts of a `Pending` for every ResBlock and transformer, and what the last norm's input lacks: vectors
-        that belong side by side, none for None.
+        Computed by the network's own traversal, which carries each image's missing bias instead of the image. Each
+        part is a list of vectors to be concatenated, empty for None.
         """
         found: list[list[Tensor]] = []
 
@@ -378,10 +395,10 @@ class UNet(nn.Module):
             resblock, transformer, whole = place
             before = _beside(x, skip, resblock.norm1.num_channels)
             if transformer is None:
-                # A sum of its own adds the bias for nothing; a product in place cannot.
+                # A separate residual add takes a bias at no cost; an in-place matmul takes none.
                 return through(resblock, [], before, whole or resblock.shortcut is None)
             if whole and resblock.shortcut is None:
-                # The sum adds what the transformer's product will leave out, whose norm takes it off again.
+                # Adds early the bias that the in-place matmul omits; the transformer's norm subtracts it.
                 ahead = transformer.constant(None)
                 found.extend((_given(before), [resblock.constant(before) + ahead], []))
                 found.extend(([-ahead], [], transformer.lacking()))
@@ -398,9 +415,10 @@ class UNet(nn.Module):
         block: Callable[[Place, T, T | None, T | None], T],
         resample: Callable[[Resample, T], T],
     ) -> T:
-        """What is between the first convolution and the last norm, on what T stands for in place of images.
+        """The network between the first convolution and the last norm.
 
-        block(place, x, skip, like): `like` is the skip to come where the result is to be enlarged to its size.
+        T is an image in a step, and the bias that an image lacks in `_pending`. block(place, x, skip, like):
+        `like` is the next skip where the result is enlarged to that skip's size, else None.
         """
         skips = [x]
         for level in cast(Iterable[Level], self.down):
@@ -441,15 +459,43 @@ class UNet(nn.Module):
         time_ids: Tensor | None = None,
     ) -> Tensor:
         """sample [B, Cin, H, W], timestep a number or [B], the others of `condition` -> [B, Cout, H, W]."""
+        self._check_sample(sample)
         t = self._on_device(timestep).reshape(1, -1)
         if t.shape[1] not in (1, sample.shape[0]):
             raise ValueError(
                 f"timestep must be one number or one per sample ({sample.shape[0]}); got {t.shape[1]}: "
                 "use condition() and denoise() for several steps"
             )
-        # Nobody keeps these: they need no mark.
+        # These constants are used once, so they need no mark of the weights.
         constants = Constants(torch.cat(list(chain(*self._pending()))))
         return self.denoise(sample, self._condition(t, context, text_embeds, time_ids, constants), 0)
+
+
+def _of_step(shifts: Tensor, step: int | Tensor) -> Tensor:
+    """The row of `shifts` [K, B, S] of a step."""
+    steps = shifts.shape[0]
+    if isinstance(step, Tensor) and (step.ndim or step.device == shifts.device):
+        if step.numel() == 1 and step.dtype in (torch.int64, torch.int32):
+            return shifts.index_select(0, step).squeeze(0)
+    elif not isinstance(step, bool):
+        try:
+            number = operator.index(step)
+        except TypeError:
+            number = -1
+        if 0 <= number < steps:
+            return shifts[number]
+    got = f"{step.dtype} {list(step.shape)}" if isinstance(step, Tensor) else shown(step)
+    raise ValueError(
+        f"step must be a whole number from 0 to {steps - 1}, or an int64 tensor [1] of it; got {got}: "
+        "make a conditioning of as many timesteps as there are steps"
+    )
+
+
+def _shape(value: object) -> object:
+    """What an error shows of a tensor, or of what stands in its place."""
+    if value is None:
+        return None
+    return list(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _given(vector: Tensor | None) -> list[Tensor]:

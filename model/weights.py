@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .config import UNetConfig, UnsupportedConfig, diffusers_config
+from .config import UNetConfig, UnsupportedConfig, diffusers_config, shown
 from .files import (
     CheckpointError,
     Source,
@@ -30,7 +30,7 @@ from .files import (
 )
 from .keys import Slot, weight_slots
 from .releases import Layout, beyond, find_layout, published
-from .unet import UNet
+from .unet import UNet, check_backend
 
 # Where `save_unet` keeps the configuration in the header of its file: JSON with the fields of a config.json.
 METADATA_KEY = "ldmperf.unet_config"
@@ -60,13 +60,22 @@ def load_unet(
     dtype: float64, float32, float16 or bfloat16; the file's own unless given. Raises `CheckpointError` before
     memory is taken: missing, unexpected or misshapen tensors, other dtypes, truncated files, nothing to load, a
     configuration that is not implemented (`UnsupportedCheckpoint`, an `UnsupportedConfig` too). ValueError for
-    another `dtype`.
+    another argument of the wrong kind, and for a device that is not there.
     """
     _check_dtype(dtype)
+    _check_device(device)
+    check_backend("backend", backend)
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be a str or a Path; got {shown(path)}: give a checkpoint's file or folder")
+    if not isinstance(config, UNetConfig | None):
+        raise ValueError(
+            f"config must be a UNetConfig; got a {type(config).__name__}: pass UNetConfig.from_diffusers(...) of "
+            "the fields of a config.json"
+        )
     path = Path(path)
     source = find(path)
-    # A default device of the caller's would be asked for the file's tensors.
-    with ExitStack() as stack, torch.device("cpu"):
+    # A default device of the caller's would be asked for the file's tensors. Inference tensors get no gradients.
+    with ExitStack() as stack, torch.device("cpu"), torch.inference_mode(False):
         tensors, metadata = open_all(source, stack)
         layout = find_layout(str(path), {key: tuple(tensors[key].get_shape()) for key in tensors})
         stated, origin = _stated(path, source, layout, metadata)
@@ -93,7 +102,7 @@ def load_unet(
         for slot, tensor in zip(slots, stored, strict=True):
             target = state[slot.parameter].narrow(0, slot.start, slot.rows)
             target.copy_(tensor[:].reshape(target.shape))
-    unet.load_state_dict(state, assign=True)
+        unet.load_state_dict(state, assign=True)
     return unet.eval().requires_grad_(False)
 
 
@@ -158,7 +167,10 @@ def _stated(
         return (None, "") if release is None else (release.config, f"that of {release.name}")
     at = str(source.config_file)
     if within is not None and _acting(within) != _acting(beside):
-        raise CheckpointError(f"{source.files[0]}: its metadata and {at} differ; remove the one that is wrong")
+        raise CheckpointError(
+            f"{source.files[0]}: its metadata and {at} differ; remove config.json, or write the file again with "
+            "save_unet"
+        )
     if layout.compvis and not source.is_folder and release is not None:
         # Stable Diffusion's file often lies in a folder with other networks.
         _, _, problem = _network(layout, beside, "auto")
@@ -225,6 +237,17 @@ def _mismatch(slots: list[Slot], layout: Layout, config: UNetConfig) -> str:
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in _DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES.values()))}; got {dtype}")
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=torch.device(device))
+    # AssertionError: a torch without CUDA.
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {shown(device)} is not there: {str(error).splitlines()[0][:200]}; give 'cpu', or 'cuda' on a "
+            "machine with a GPU that torch sees"
+        ) from error
 
 
 def _one_dtype(path: Path, slots: list[Slot], stored: list[Any], wanted: torch.dtype | None) -> torch.dtype:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ldmperf.model import CheckpointError, UNetConfig, diffusers_config, diffusers_state_dict, load_unet, save_unet
 from ldmperf.model.files import LARGEST_CONFIG
+from ldmperf.model.keys import compvis_key
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -250,7 +251,7 @@ def test_metadata_goes_before_a_config_beside_and_must_agree_with_a_folders(thei
     assert_loads(tmp_path, theirs)
     (tmp_path / "config.json").write_text(json.dumps(raw | {"attention_head_dim": 1}))
     assert_loads(file, theirs)
-    assert "differ" in refusal(tmp_path)
+    assert "differ; remove config.json, or write the file again with save_unet" in refusal(tmp_path)
 
 
 TOKENS = ("module.", "_orig_mod.", "diffusion_model.", "model.", "unet.")
@@ -264,6 +265,23 @@ def test_prefixes_of_training_code_are_understood(theirs, tmp_path_factory, toke
     others = {"first_stage_model.decoder.conv_in.weight": torch.zeros(1)} if prefix else {}
     safetensors.torch.save_file({prefix + key: value for key, value in state_of(theirs).items()} | others, file)
     assert_loads(file, theirs, config=CONFIG)
+
+
+@pytest.mark.parametrize("compvis", [False, True])
+@pytest.mark.parametrize("prefix", ["net.", "ema.", "model.ema.net."])
+def test_a_prefix_that_is_not_known_is_named(theirs, tmp_path, prefix, compvis):
+    state = state_of(theirs)
+    if compvis:
+        state = {compvis_key(key, CONFIG.layers_per_block, CONFIG.attention): v for key, v in state.items()}
+    # An autoencoder has a conv_in too, and begins with no prefix of a UNet.
+    others = {f"{part}.conv_in.weight": torch.zeros(1) for part in ("encoder", "vae.decoder")}
+    file = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(others | {prefix + key: value for key, value in state.items()}, file)
+    message = refusal(file)
+    assert f"begin with {prefix!r}" in message
+    assert f"removeprefix({prefix!r})" in message
+    safetensors.torch.save_file(others, file)
+    assert "no UNet in diffusers" in refusal(file)
 
 
 @pytest.mark.parametrize(("one", "two"), list(itertools.combinations(("", *TOKENS, "module.unet."), 2)))
@@ -338,6 +356,7 @@ def test_json_of_other_kinds_is_told_in_plain_words(sharded, name):
         (sharded / name).write_bytes(content)
         message = refusal(sharded)
         assert "not readable as JSON" in message
+        assert "set_int_max_str_digits" not in message
         assert len(message) < 2500
 
 

@@ -172,7 +172,7 @@ def assert_as_others_load(ours, raw, tensors):
             their_value = bool(their_value)
         if field == "sample_size":
             their_value = 64 if their_value is None else their_value
-            value = their_value if their_value in (0, [value], [value] * 2) else value
+            value = their_value if their_value in ([value], [value] * 2) else value
         if field in ("attention_head_dim", "transformer_layers_per_block") and isinstance(their_value, int):
             their_value = (their_value,) * levels
         assert value == (tuple(their_value) if isinstance(value, tuple) else their_value), field

@@ -268,6 +268,12 @@ def test_every_unsupported_field_is_named_at_once():
         {"added_time_dim": 256},
         {"added_dim": 2816},
         {"added_time_dim": 0, "added_dim": 2816},
+        {"added_time_dim": 10**9, "added_dim": 2816},
+        {"added_time_dim": 2816, "added_dim": 2816},
+        {"sample_size": 10**9},
+        *({name: 10**5000} for name in ("sample_size", "layers_per_block", "transformer_layers", "norm_groups")),
+        {"block_channels": (10**5000, 640, 1280, 1280)},
+        {"num_heads": (10**5000, 8, 8, 8)},
     ],
 )
 def test_impossible_configs_are_refused(wrong):
@@ -275,6 +281,15 @@ def test_impossible_configs_are_refused(wrong):
         UNetConfig(**wrong)
     assert re.search(r": (give|make) [^:]+$", str(refusal.value))
     assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("field", ["sample_size", "layers_per_block", "attention_head_dim", "act_fn", "norm_eps"])
+def test_an_integer_of_thousands_of_digits_is_refused_in_a_short_line(field):
+    with pytest.raises(UnsupportedConfig) as refusal:
+        UNetConfig.from_diffusers(SD15 | {field: 10**5000})
+    assert "an integer of thousands of digits" in str(refusal.value)
+    assert "set_int_max_str_digits" not in str(refusal.value)
 
 
 def test_one_number_of_transformer_blocks_is_that_of_every_level():

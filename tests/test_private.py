@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -112,7 +114,17 @@ class Kept:
         assert all(torch.equal(tensor, copy) for tensor, copy in self.seen)
 
 
-WAYS = ("hook", "pre-hook", "forward", "wrapper", "class", "global hook", "global pre-hook")
+# Methods that a call runs, by the class or base class that they are replaced in.
+METHODS: dict[str, Callable[[nn.Module], type[nn.Module]]] = {
+    "forward": type,
+    "_call_impl": lambda module: nn.Module,
+    "__call__": lambda module: nn.Module,
+    "own __call__": type,
+}
+WAYS = (
+    *("hook", "pre-hook", "forward", "wrapper", "class", "global hook", "global pre-hook", "function mode"),
+    *(f"replaced {method}" for method in METHODS),
+)
 
 
 @contextmanager
@@ -139,6 +151,12 @@ def looked_at(unet: UNet, name: str, way: str, kept: Kept) -> Iterator[None]:
 
         module.forward = forward  # type: ignore[method-assign]
         undo = functools.partial(delattr, module, "forward")
+    elif way == "function mode":
+        mode = Watching(kept)
+        mode.__enter__()
+        undo = functools.partial(mode.__exit__, None, None, None)
+    elif way.startswith("replaced "):
+        undo = replaced(METHODS[way.removeprefix("replaced ")](module), way.split()[-1], kept)
     elif way == "wrapper":
         setattr(parent, name.rpartition(".")[2], Wrapper(module, kept))
         undo = functools.partial(setattr, parent, name.rpartition(".")[2], module)
@@ -157,6 +175,33 @@ def looked_at(unet: UNet, name: str, way: str, kept: Kept) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+def replaced(cls: type[nn.Module], method: str, kept: Kept) -> Callable[[], None]:
+    """A method of a class is another that keeps what passes; returns what undoes it."""
+    plain, is_own = getattr(cls, method), method in vars(cls)
+
+    def watched(self: nn.Module, *given: Any, **named: Any) -> Any:
+        out = plain(self, *given, **named)
+        kept.hook(self, given, out)
+        return out
+
+    setattr(cls, method, watched)
+    return functools.partial(setattr, cls, method, plain) if is_own else functools.partial(delattr, cls, method)
+
+
+class Watching(TorchFunctionMode):
+    """Keeps what torch's functions return."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is F.conv2d:
+            self.kept.keep(out)
+        return out
 
 
 class Wrapper(nn.Module):
@@ -254,7 +299,9 @@ def test_a_step_sums_in_place_just_while_nobody_looks(way: str) -> None:
     assert private > 10
     with looked_at(unet, "down.0.transformers.0.blocks.0", way, Kept()):
         assert sums() == 0
-    assert sums() == private
+    # A default device is a function mode too, and keeps nothing.
+    with torch.device("cpu"):
+        assert sums() == private
     with InPlace() as counted:
         step(unet, "plain")
     assert counted.sums == 0

@@ -231,6 +231,55 @@ def test_wrong_shapes_are_named():
         unet.condition(torch.zeros(4, 3), context)
 
 
+@pytest.mark.parametrize(
+    "step",
+    [3, -1, pytest.param(10**5000, id="long"), True, 1.0, None, "1", torch.tensor([1.0]), torch.tensor([0, 1])],
+)
+def test_a_step_that_the_conditioning_does_not_hold_is_refused(step):
+    config = CONFIGS["one-layer"]
+    unet = UNet(config, backend="torch")
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float32)
+    with pytest.raises(ValueError, match=r"step must be a whole number from 0 to 2, .*: make [^\n]*\Z"):
+        unet.denoise(sample, unet.condition([1.0, 2.0, 3.0], context), step)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"sample": None}, "sample must be .*got None"),
+        ({"sample": "x"}, "sample must be .*got str"),
+        ({"sample": torch.zeros(2, 4, 0, 8)}, "sample must be .*not empty in H or W"),
+        ({"sample": torch.zeros(2, 4, 8, 0)}, "sample must be .*not empty in H or W"),
+        ({"context": None}, "context must be .*got None"),
+        ({"context": [[[1.0]]]}, "context must be .*got list"),
+        ({"timestep": None}, "timesteps must be numbers; got None"),
+        ({"timestep": "abc"}, "timesteps must be numbers; got 'abc'"),
+        ({"timestep": ["abc"]}, "timesteps must be numbers"),
+        ({"timestep": [[1.0, 2.0], [3.0]]}, "timesteps must be numbers"),
+        ({"timestep": 1j}, "timesteps must be numbers"),
+        ({"timestep": 10**5000}, "timesteps must be numbers"),
+        ({"text_embeds": "x"}, "got text_embeds str"),
+    ],
+)
+def test_what_is_no_argument_is_refused_in_one_line(wrong, told):
+    config = CONFIGS["one-layer"]
+    sample, context = inputs(config, 2, (8, 8), 5, torch.float32)
+    arguments = {"sample": sample, "timestep": 1.0, "context": context, **wrong}
+    with pytest.raises(ValueError, match=rf"{told}.*: (pass|leave) [^\n]*\Z"):
+        UNet(config, backend="torch")(**arguments)
+
+
+@pytest.mark.parametrize("option", ["backend", "products"])
+@pytest.mark.parametrize("value", ["zzz", None, "Triton"])
+def test_an_unknown_backend_is_refused_as_it_is_given(tmp_path, option, value):
+    config = CONFIGS["one-layer"]
+    told = f"unknown {option} .*: choose one of auto, torch, triton"
+    with pytest.raises(ValueError, match=told):
+        UNet(config, **{option: value})
+    with pytest.raises(ValueError, match=told):
+        UNet(config).with_backend(**{"backend": "torch", option: value})
+
+
 @pytest.mark.parametrize("name", SDXL)
 def test_wrong_added_inputs_are_named(name):
     config = CONFIGS[name]

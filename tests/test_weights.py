@@ -200,6 +200,41 @@ def test_no_global_state_of_torch_changes_what_is_loaded(tmp_path):
     assert all(torch.equal(saved[key], value) for key, value in saved_again.items())
 
 
+def test_what_is_loaded_in_inference_mode_has_gradients(tmp_path):
+    save_unet(UNet(TINY), tmp_path / "x.safetensors")
+    with torch.inference_mode():
+        unet = load_unet(tmp_path / "x.safetensors")
+    sample = torch.randn(1, 4, 4, 4, requires_grad=True)
+    unet(sample, 1.0, torch.randn(1, 2, 4)).square().sum().backward()
+    plain = sample.detach().clone().requires_grad_()
+    unet(plain, 1.0, torch.randn(1, 2, 4)).square().sum().backward()
+    assert sample.grad.abs().sum() > 0
+    torch.testing.assert_close(sample.grad, plain.grad)
+    assert not any(parameter.is_inference() for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"path": None}, "path must be .*: give"),
+        ({"path": 3}, "path must be .*: give"),
+        (
+            {"config": {"in_channels": 4}},
+            r"config must be a UNetConfig; got a dict: pass UNetConfig\.from_diffusers",
+        ),
+        ({"device": "cuda:9"}, "device 'cuda:9' is not there: .*; give 'cpu'"),
+        ({"device": "nonsense"}, "device 'nonsense' is not there: .*; give 'cpu'"),
+        ({"device": None}, "device None is not there: .*; give 'cpu'"),
+        ({"backend": "zzz"}, "unknown backend 'zzz': choose one of"),
+        ({"dtype": torch.int8}, "dtype must be one of"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, monkeypatch, wrong, told):
+    monkeypatch.setattr("ldmperf.model.weights.find", lambda path: pytest.fail("read"))
+    with pytest.raises(ValueError, match=rf"{told}[^\n]*\Z"):
+        load_unet(**{"path": tmp_path / "x.safetensors", **wrong})
+
+
 def test_a_file_that_cannot_be_saved_is_refused(tmp_path):
     ours = UNet(TINY)
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
