@@ -84,6 +84,8 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             # It is read twice, and a pipe nobody writes to would be waited for.
             raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
+        if stat.S_ISDIR(mode):
+            raise RunError(f"{path} is a folder without records; {_GIVE}")
         return read(path)
     except OSError as failure:
         raise RunError(f"{path} is no run folder and no file of records ({failure.strerror}); {_GIVE}") from None
@@ -93,6 +95,8 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
     from .report import print_table, write_report
 
     errors = console(stderr=True)
+    # First: the reader of the table may be gone after a few of its lines.
+    _tell_aside(aside)
     print_table(records, console())
     if holds(source, RUN_NAME):
         try:
@@ -103,7 +107,6 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
             if left:
                 cases = counted(len(left), "planned case has", "planned cases have")
                 say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
-    _tell_aside(aside)
     if out is None:
         return
     try:
@@ -125,8 +128,8 @@ def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None)
     from .kernel_bench.run import write_markdown
     from .kernel_bench.table import markdown, print_records
 
-    print_records(records, console())
     _tell_aside(aside)
+    print_records(records, console())
     if out is None:
         return
     try:
@@ -144,4 +147,4 @@ def _tell_aside(aside: Aside) -> None:
     for line in aside.first:
         say(errors, str(line))
     named = f", of which the first {len(aside.first)} are named" if len(aside.first) < aside.count else ""
-    say(errors, f"{counted(aside.count, 'line')} set aside{named}; nothing above comes from them")
+    say(errors, f"{counted(aside.count, 'line')} set aside{named}; no figure comes from them")

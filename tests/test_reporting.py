@@ -134,7 +134,7 @@ def test_each_line_set_aside_has_its_number_and_its_reason(
     outcome = run("report", path)
     assert outcome.code == 1
     said = outcome.err.splitlines()
-    assert said[-1] == "7 lines set aside; nothing above comes from them"
+    assert said[-1] == "7 lines set aside; no figure comes from them"
     for number, (reason, line) in enumerate(zip(lines, said[:-1], strict=True), 3):
         assert line.startswith(f"{path}:{number}: ")
         assert reason in line
@@ -427,7 +427,7 @@ def test_of_many_lines_set_aside_the_first_are_named_and_the_rest_is_counted(
     said = outcome.err.splitlines()
     assert [line.partition(": ")[0] for line in said[:-1]] == [f"{path}:{n}" for n in range(2, 22)]
     assert max(map(len, said)) < len(str(path)) + 310
-    assert said[-1] == "100 lines set aside, of which the first 20 are named; nothing above comes from them"
+    assert said[-1] == "100 lines set aside, of which the first 20 are named; no figure comes from them"
 
 
 @pytest.mark.parametrize(
@@ -446,6 +446,12 @@ def test_a_file_without_a_record_is_a_wrong_call(run: Run_, tmp_path: Path, cont
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
     assert f"no record in it ({why}" in outcome.err
     assert "give a folder with records.jsonl" in outcome.err
+
+
+def test_a_folder_without_records_is_called_one(run: Run_, tmp_path: Path) -> None:
+    outcome = run("report", tmp_path)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"{tmp_path} is a folder without records; give" in outcome.err
 
 
 def test_memory_is_that_of_the_longest_line_of_a_foreign_file(tmp_path: Path) -> None:
