@@ -310,7 +310,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
-        square = bool(sample_size) and all(side == sample_size[0] for side in sample_size)
+        square = _integers(sample_size) and len(sample_size) <= 2 and len(set(map(int, sample_size))) == 1
         sample_size = sample_size[0] if square else "not square"
     if sample_size is not None and _integer(sample_size) is None:
         refuse("sample_size", read["sample_size"], "only square")
