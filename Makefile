@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
-# Processes of make test: as many as cores, one where there is a GPU; 0 for none beside pytest's own (a debugger).
+# Processes of make test, of one thread each: as many as cores, one where there is a GPU; 0 for pytest's own alone (a
+# debugger).
 WORKERS ?= auto
 
 .PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static clean
@@ -28,7 +29,7 @@ profile: $(STAMP)
 	$(BIN)/ldmperf profile $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

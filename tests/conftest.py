@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -65,6 +66,11 @@ def pytest_xdist_auto_num_workers() -> int | None:
     """Of `-n auto`: no further process where there is a GPU, whose memory and time are one test's."""
     torch = pytest.importorskip("torch")
     return 0 if torch.cuda.is_available() else None
+
+
+def pytest_sessionstart() -> None:
+    # A worker of pytest-xdist sets it, and whoever runs the tests may: how wide a table is, each test says itself.
+    os.environ.pop("COLUMNS", None)
 
 
 # Files of some minutes each: begun first, so that no other process waits for them at the end.

@@ -101,6 +101,7 @@ def two_halves(x, step):
     return torch.cat([network(x[:half], step), torch.sin(x[half:]) + 0.2])
 
 
+@pytest.mark.filterwarnings("ignore:guidance_scale=0")
 @pytest.mark.parametrize("name", ["ddim", "heun", "unipc"])
 def test_guidance(name):
     plan = make_plan(name, SCHEDULE, 6)

@@ -232,6 +232,7 @@ def test_beta_schedules(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.filterwarnings("ignore:guidance_scale=0")
 @pytest.mark.parametrize("guidance_scale", [0.0, 3.0, 7.5])
 def test_guidance(name, guidance_scale, monkeypatch):
     for prediction_type in predictions_of(name):
