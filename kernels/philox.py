@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._checks import whole
 from ._triton import jit, tl
 
 INITIAL_NOISE = 0
@@ -94,21 +95,14 @@ def seed_tensor(seeds: Sequence[int] | Tensor, device: torch.device | str) -> Te
     try:
         if not isinstance(values, Sequence):
             raise TypeError
-        numbers = [_index(value) for value in values]
-    except TypeError:
+        numbers = [whole("seed_tensor", "seeds", value) for value in values]
+    except (TypeError, ValueError):
         shown = " ".join(reprlib.repr(seeds).split())
         raise ValueError(
             f"seeds must be a list of integers, one per image, not {shown}; for one image give [seed]"
         ) from None
     host = torch.tensor([(n + 2**63) % 2**64 - 2**63 for n in numbers], dtype=torch.int64, device="cpu")
     return host.to(device, non_blocking=True)
-
-
-def _index(value: object) -> int:
-    """An integer of Python, numpy or torch as Python's; TypeError for anything else, flags and text included."""
-    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
-        raise TypeError
-    return operator.index(value)  # type: ignore[arg-type]
 
 
 def philox_normal(

@@ -300,9 +300,8 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         refuse("mid_block_type", read["mid_block_type"], f"only {_MIDDLE!r} or null")
     if read["addition_embed_type"] not in (None, "text_time"):
         refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
-    integers = ["in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"]
     is_xl = read["addition_embed_type"] == "text_time"
-    for field in integers:
+    for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
         if _integer(read[field]) is None:
             refuse(field, read[field], "only one integer")
     for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if is_xl else ():

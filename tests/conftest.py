@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldmperf.profiling import Case, Record
+from ldmperf.profiling import Case, Record, cli
 from ldmperf.profiling.environment import DeviceState, Environment
 from ldmperf.profiling.records import Correctness, Harness, Phases, Samples
 
@@ -139,6 +140,8 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class RunAgain:
     """`Graphs` without a GPU: what was captured runs again where it would be replayed."""
 
+    captured = 0
+
     def check(self, device: Any) -> None:
         pass
 
@@ -152,6 +155,7 @@ class RunAgain:
         work()
 
     def capture(self, work: Callable[[], None], device: Any) -> Callable[[], None]:
+        self.captured += 1
         return work
 
 
@@ -159,6 +163,29 @@ class RunAgain:
 def run_again() -> RunAgain:
     """A stand-in for CUDA graphs: GraphedSampler(denoise, graphs=run_again)."""
     return RunAgain()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The exit code of a command and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command `ldmperf` in this process: run("report", path)."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        with pytest.raises(SystemExit) as exited:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert isinstance(exited.value.code, int)
+        return Outcome(exited.value.code, captured.out, captured.err)
+
+    return run
 
 
 @pytest.fixture

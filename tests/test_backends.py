@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,31 +26,9 @@ from ldmperf.profiling.lane import unused_in_pools
 from ldmperf.profiling.network import make_network
 from ldmperf.profiling.peers import diffusers_unet, fuse_projections
 from ldmperf.profiling.timing import RepetitionRule
-from ldmperf.samplers import NoiseSchedule, make_plan
+from ldmperf.samplers import Graphs, NoiseSchedule, make_plan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
-
-
-class Replays:
-    """Stands for CUDA graphs: the captured work is called again."""
-
-    captured = 0
-
-    def check(self, device: torch.device) -> None:
-        pass
-
-    def turn(self, device: torch.device) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def settle(self) -> None:
-        pass
-
-    def warm_up(self, work: Any, device: torch.device) -> None:
-        work()
-
-    def capture(self, work: Any, device: torch.device) -> Any:
-        self.captured += 1
-        return work
 
 
 def problem(checkpoint: Path, **changes: Any) -> Problem:
@@ -64,26 +41,26 @@ def problem(checkpoint: Path, **changes: Any) -> Problem:
     "changes", [{}, {"sampler": "ddpm"}, {"sampler": "dpmpp_2m", "batch": 2}, {"guidance_scale": 1.0}]
 )
 def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alone(
-    tiny_checkpoint: Path, changes: dict[str, Any]
+    tiny_checkpoint: Path, changes: dict[str, Any], run_again: Graphs
 ) -> None:
     given = problem(tiny_checkpoint, **changes)
-    graphs = Replays()
+    captured = run_again.captured
     eager = OurBackend("torch").build(given)
     unhoisted = OurBackend("torch", is_hoisted=False).build(given)
-    graphed = cast(GraphTrajectory, GraphBackend(graphs, "torch").build(given))
+    graphed = cast(GraphTrajectory, GraphBackend(run_again, "torch").build(given))
     for inputs in (check_inputs(given), make_inputs(given, 0), make_inputs(given, 1)):
         expected = eager(inputs)
         assert torch.equal(graphed(inputs), expected)
         assert relative_rms(unhoisted(inputs), expected) < 1e-5
     # Injected noise, of the check of a stochastic sampler, is read by launches of its own.
-    assert graphs.captured == (2 if given.plan.stochastic else 1)
+    assert run_again.captured - captured == (2 if given.plan.stochastic else 1)
     assert set(graphed.phases) == {"graph_warmup_ms", "capture_ms"}
     assert graphed.phases["graph_warmup_ms"] > 0
 
 
-def test_graph_has_the_bits_of_the_eager_loop_with_what_sdxl_adds(tiny_sdxl: Path) -> None:
+def test_graph_has_the_bits_of_the_eager_loop_with_what_sdxl_adds(tiny_sdxl: Path, run_again: Graphs) -> None:
     given = problem(tiny_sdxl)
-    eager, graphed = OurBackend("torch").build(given), GraphBackend(Replays(), "torch").build(given)
+    eager, graphed = OurBackend("torch").build(given), GraphBackend(run_again, "torch").build(given)
     inputs = make_inputs(given, 0)
     other = replace(inputs, added={name: value + 1.0 for name, value in inputs.added.items()})
     for each in (inputs, other):
@@ -107,12 +84,12 @@ def test_in_bfloat16_latents_end_no_further_from_float32_than_one_and_a_half_tim
     assert 0 < error <= 1.5 * own, (error, own)
 
 
-def test_graph_reads_the_low_resolution_latents_where_they_are_now() -> None:
+def test_graph_reads_the_low_resolution_latents_where_they_are_now(run_again: Graphs) -> None:
     case = Case(unet="39M", task="sr", steps=1, guidance_scale=3.0, latent_height=8, latent_width=8)
 
     plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
     given = Problem(case, make_network(case), plan, SCHEDULER_CONFIG)
-    eager, graphed = OurBackend("torch").build(given), GraphBackend(Replays(), "torch").build(given)
+    eager, graphed = OurBackend("torch").build(given), GraphBackend(run_again, "torch").build(given)
     for number in (0, 1):
         assert torch.equal(graphed(make_inputs(given, number)), eager(make_inputs(given, number)))
 
@@ -137,9 +114,9 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
     assert records["torch"].host_gap is None
 
 
-def test_what_a_graph_took_to_make_is_in_its_record(tiny_checkpoint: Path) -> None:
+def test_what_a_graph_took_to_make_is_in_its_record(tiny_checkpoint: Path, run_again: Graphs) -> None:
     case = problem(tiny_checkpoint, steps=1, backend="graph").case
-    backends = default_backends() | {"graph": GraphBackend(Replays(), "torch")}
+    backends = default_backends() | {"graph": GraphBackend(run_again, "torch")}
     (record,) = profile([case], rule=RepetitionRule(1, 0.0), backends=backends)
     assert record.status == "ok", record.message
     assert record.phases.graph_warmup_ms is not None
@@ -168,7 +145,7 @@ def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
 
 
 def test_the_graphs_differ_in_the_merging_of_products_alone(
-    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run_again: Graphs
 ) -> None:
     """`graph+separate` tells what `graph` owes to merges: the same kernels and capture, products of cuBLAS."""
     asked: list[tuple[str, str]] = []
@@ -183,7 +160,7 @@ def test_the_graphs_differ_in_the_merging_of_products_alone(
     for name in ("graph+separate", "graph"):
         backend = default_backends()[name]
         assert isinstance(backend, GraphBackend)
-        replace(backend, graphs=Replays()).build(given)
+        replace(backend, graphs=run_again).build(given)
     assert asked == [("triton", "torch"), ("triton", "auto")]
 
 

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ldmperf.model import CheckpointError, load_unet
-from ldmperf.profiling import Record, cli, load_records, runner
+from ldmperf.profiling import Record, load_records, runner
 from ldmperf.profiling.cases import Case
 from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.progress import Remaining, readable
@@ -33,24 +34,7 @@ pytestmark = pytest.mark.usefixtures("_one_thread")
 ROOT = Path(__file__).parents[1]
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    def run(*arguments: str | Path) -> Outcome:
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(exited.value.code, int)
-        return Outcome(exited.value.code, captured.out, captured.err)
-
-    return run
-
-
-Run = Callable[..., Outcome]
+Run = Callable[..., Any]
 
 
 @pytest.mark.parametrize(

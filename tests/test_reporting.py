@@ -30,24 +30,7 @@ ROOT = Path(__file__).parents[1]
 SETS = sorted((ROOT / "bench" / "results").glob("*/*.jsonl*"))
 
 
-class Outcome:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-Run_ = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run_:
-    def run(*arguments: str | Path) -> Outcome:
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(exited.value.code, int)
-        return Outcome(exited.value.code, captured.out, captured.err)
-
-    return run
+Run_ = Callable[..., Any]
 
 
 def kernel_record(rows: int = 6, **changes: Any) -> KernelRecord:
