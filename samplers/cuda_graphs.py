@@ -1,4 +1,4 @@
-"""How a step is captured: the interface `Graphs`, and `CudaGraphs`."""
+"""The interface `Graphs`, by which a step is captured, and `CudaGraphs`, which implements it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class CaptureError(RuntimeError):
-    """A step that could not be captured; the text is one line that says why. The sampler stays usable."""
+    """A step could not be captured; the message is one line that says why. The sampler stays usable."""
 
 
 class Graphs(Protocol):
@@ -20,16 +20,16 @@ class Graphs(Protocol):
         """Raises CaptureError for a device that it cannot capture on."""
 
     def turn(self, device: torch.device) -> AbstractContextManager[None]:
-        """Orders runs: device work queued inside begins after that of the turn before, whatever their streams."""
+        """Orders runs: device work queued inside begins after the device work of earlier turns, on any stream."""
 
     def settle(self) -> None:
-        """Has the host wait for the device work of all turns: afterwards their memory may go."""
+        """Waits on the host for the device work of all turns; afterwards their memory may be freed."""
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
         """Runs `work` as it will be captured, outside a capture, and waits for it."""
 
     def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        """Records the launches of `work`, running nothing; what is returned replays them. May raise anything."""
+        """Records the launches of `work` without running them; returns their replay. May raise anything."""
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def own_workspaces() -> Iterator[None]:
 
     torch keeps one workspace for each handle and stream, allocated at the first matmul. A workspace of a warm-up
     is ordinary memory: `torch._C._cuda_clearCublasWorkspaces` frees it while the graph still writes to it, and
-    the CUDA graphs of torch.compile call that at every recording. Here it is called before and after a capture,
-    as they do (torch/_inductor/cudagraph_trees.py, `clear_cublas_manager`). So a foreign graph that writes to a
+    the CUDA graphs of torch.compile call that function at every recording. Here it is called before and after a
+    capture, as in torch/_inductor/cudagraph_trees.py, `clear_cublas_manager`. So a foreign graph that writes to a
     workspace of its warm-up is not safe after this.
     """
     _clear_workspaces()
@@ -50,18 +50,18 @@ def own_workspaces() -> Iterator[None]:
 
 
 def _clear_workspaces() -> None:
-    # Builds without CUDA do not have it.
+    # Builds without CUDA do not have this function.
     clear: Callable[[], None] | None = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
     if clear is not None:
         clear()
 
 
 class CudaGraphs:
-    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own that goes when it goes.
+    """Captures by `torch.cuda.CUDAGraph`, each with memory of its own, freed with the capture.
 
-    Warm-up and capture are on one stream for each device: torch's own stream for captures is of the device that
+    Warm-up and capture run on one stream per device: torch's own stream for captures is of the device that
     captured first. The workspace of cuBLAS belongs to a capture (`own_workspaces`). Other libraries may keep
-    memory for a stream; all captures of a device then share it, so turns are ordered among all of them.
+    memory for a stream, which all captures of a device then share; so turns are ordered among all captures.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class CudaGraphs:
         try:
             yield
         finally:
-            # A run that fails may have queued replays.
+            # Also after an error: the run may have queued replays.
             with torch.cuda.device(device):
                 self._ends.setdefault(index, torch.cuda.Event()).record(stream)
 
@@ -98,7 +98,7 @@ class CudaGraphs:
             end.synchronize()
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
-        # On a side stream, as torch asks.
+        # On a side stream, as torch's documentation of graphs requires.
         side = self._stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -109,8 +109,8 @@ class CudaGraphs:
     def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         stream = self._stream(device)
-        # The outer `stream` leaves it again where torch's own does not: where ending the capture fails.
-        # Other threads, a data loader's for one, may go on calling what a capture forbids.
+        # The outer `stream` restores the caller's stream where torch's own does not: if ending the capture fails.
+        # thread_local: other threads, such as a data loader's, may call what a capture forbids.
         with (
             torch.cuda.device(device),
             torch.cuda.stream(stream),

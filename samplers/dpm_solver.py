@@ -1,7 +1,8 @@
 """DPM-Solver and DPM-Solver++, multistep (`dpmpp_2m`) and singlestep (`dpmpp_2s`), as ODE and as SDE.
 
-A step goes from s to t; lambda = log(alpha / sigma), h = lambda_t - lambda_s. D_0 is the prediction (DPM-Solver: of
-the noise; DPM-Solver++: of the sample). D_1 and D_2 are its derivatives in lambda times h and h^2, by differences.
+A step goes from s to t; lambda = log(alpha / sigma), h = lambda_t - lambda_s. D_0 is the prediction, of the noise
+in DPM-Solver and of the sample in DPM-Solver++. D_1 is h times the derivative of the prediction in lambda, D_2 is
+h^2 times the second derivative, both by finite differences.
 
     x_t = a x_s + c z (phi_1(z) D_0 + phi_2(z) D_1 + phi_3(z) D_2)      phi_1(z) = (e^z - 1) / z, see `phi`
     DPM-Solver:   a = alpha_t / alpha_s,  c = -sigma_t,  z = h          SDE: 2 c, and noise
@@ -132,7 +133,7 @@ def dpmpp_2m(
             new = new + weights.slope * slope
         if order == 3:
             h1 = levels[index - 1].lambda_ - levels[index - 2].lambda_
-            # Half of Taylor's second-order term, as in the authors' code and diffusers: the order stays 2.
+            # Half of Taylor's second-order term, as in the authors' code and diffusers; so the order stays 2.
             bend = slope - h / h1 * (m1 - m2)
             new = new + weights.second * (slope + h0 / (h0 + h1) * bend) + weights.third * h / (h0 + h1) * bend
         tableau.step(timestep, x=new, previous=m0, before_previous=m1)
@@ -149,7 +150,7 @@ def dpmpp_2s(
 ) -> Tableau:
     """Options and defaults of diffusers' DPMSolverSinglestepScheduler; num_steps counts model evaluations.
 
-    As there, lower_order_final is on where it must be: final_sigmas_type zero, or steps that fill no whole block.
+    As there, lower_order_final is on where final_sigmas_type is zero and where num_steps fills no whole block.
     """
     to_zero, solver_order = spacing.final_sigmas_type == "zero", algorithm.solver_order
     algorithm.check(spacing.final_sigmas_type, ("dpmsolver", "dpmsolver++", "sde-dpmsolver++"))

@@ -1,9 +1,9 @@
 """`GraphedSampler`: `sample` with the step captured once as a CUDA graph and replayed for every step of every run.
 
-All that a run may change lies in device memory that the captured step reads where it is: registers, table,
-guidance, seeds, the conditioning, and the number of the step, which the step itself counts on. Another plan,
-prompt, seed or guidance is a copy into that memory. What would change the launches themselves is a capture of its
-own: shapes, dtypes, whether there is guidance, where the noise comes from, and room for more steps or registers.
+A captured step reads fixed device memory: registers, table, guidance, seeds, conditioning, and the step's number,
+which the step itself increments. Another plan, prompt, seed or guidance is a copy into that memory. What changes
+the launches needs a capture of its own: shapes, dtypes, guidance or none, generated or injected noise, and more
+steps or registers than a capture has room for.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .values import plain, shown
 
 C = TypeVar("C")
 
-# Room for any plan of so many evaluations and registers is made at once: it costs kilobytes, a capture seconds.
+# Every capture has room for plans of this size, at least: room costs kilobytes, another capture seconds.
 MIN_STEPS = 128
 MIN_REGISTERS = 4
-# cuDNN tries its algorithms and Triton compiles at the first call; the second finds all that done.
+# The first call tunes cuDNN and compiles Triton's kernels; the second runs as the capture will.
 WARM_UP_CALLS = 2
 
 
 @dataclass(frozen=True)
 class Capture:
-    """A capture that is kept: what it is for, and what making it took on the host's clock."""
+    """A capture that is kept: its description, and the host times of its warm-up and of the capture itself."""
 
     description: str
     warm_up_ms: float
@@ -52,7 +52,7 @@ class _Captured:
     conditioning: list[Tensor]
     step: Tensor
     replay: Callable[[], None]
-    # A graph does not keep what it reads.
+    # What the graph reads: a graph itself keeps none of it alive.
     memory: list[torch.UntypedStorage]
     report: Capture
 
@@ -62,24 +62,24 @@ class GraphedSampler(Generic[C]):
 
     denoise       called as denoise(model_input, conditioning, step), like `UNet.denoise`, only while a step is
                   warmed up and captured: it must do the same launches for any values and never wait for the
-                  device. `step` is an int64 tensor [1] there. What is no tensor is as it was at the capture.
-    modules       those whose parameters denoise reads: looked at before each run. Found, unless given, where
-                  denoise is a module or a method of one, has one as an attribute of its object, or is a function
-                  that reads one from outside.
-    max_captures  how many captures are kept; one more drops the one that was used longest ago
-    input_dtype   of model_input: the network's, so that it need not cast; noise's dtype unless given
+                  device. `step` is an int64 tensor [1] there. Values other than tensors stay those of the capture.
+    modules       the modules whose parameters denoise reads; each run checks them for changes. Unless given, they
+                  are found where denoise is a module or a method of one, where its object has one as an attribute,
+                  and where it is a function that reads one from outside.
+    max_captures  how many captures are kept; one more drops the least recently used
+    input_dtype   of model_input: the network's float dtype, so that it need not cast; noise's unless given
     backend       of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
     graphs        how to capture
 
-    Weights: a run sees what was written into parameters in place. Parameters, buffers or submodules that were
+    Weights: a run reads what was written into parameters in place. Parameters, buffers or submodules that were
     replaced or moved (`load_state_dict(assign=True)`, `.to()`, an adapter swapped in) lead to new captures, as do
-    forward hooks that were added; the memory of the old ones stays until then. Any other tensor that denoise
-    closes over is kept, and read where it was.
+    added forward hooks; the old captures keep their memory until then. Any other tensor that denoise closes over
+    is kept alive and read in place.
 
-    Streams: a run waits, on the device, for the run before, whatever the streams of both.
+    Streams: a run waits, on the device, for the run before, on whatever streams both are.
 
-    cuDNN chooses its algorithms at the warm-up under the switches that are set then (torch.backends.cudnn): set
-    the same for an eager loop whose bits are to be the same. Not for two threads at once.
+    cuDNN selects algorithms at the warm-up, under the switches set then (torch.backends.cudnn); an eager loop has
+    the same bits under the same switches. Not for two threads at once.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class GraphedSampler(Generic[C]):
 
     @property
     def captures(self) -> tuple[Capture, ...]:
-        """Those that are kept, the one used last at the end."""
+        """The captures that are kept; the last used is at the end."""
         return tuple(captured.report for captured in self._kept.values())
 
     def clear(self) -> None:
-        """Drops all captures, once the device is done with them, and gives their memory back."""
+        """Waits until the device is done with all captures, drops them and releases their memory."""
         self._graphs.settle()
         self._kept.clear()
         self._watch = None
@@ -136,10 +136,9 @@ class GraphedSampler(Generic[C]):
     ) -> Tensor:
         """The latents [B, ...] that `plan` makes of `noise`; arguments and errors as of `sample`.
 
-        conditioning: tensors, in tuples, lists, dicts and dataclasses; their values are copied at each call. One
-        with a method padded(steps), like `ldmperf.model.Conditioning`, is asked for room for that many steps; one
-        with a method check() may refuse to be used. A dataclass's field with metadata {"tensors": False} is left
-        alone.
+        conditioning: tensors, in tuples, lists, dicts and dataclasses; each call copies their values. A part's
+        method padded(steps), if any, returns the part with room for so many steps, as `ldmperf.model.Conditioning`
+        does; a part's method check() may raise. Dataclass fields with metadata {"tensors": False} are not copied.
 
         Raises CaptureError, in one line, where a step cannot be captured; later calls work. Raises ValueError
         where denoise reads parameters of modules that it does not show.
@@ -149,7 +148,7 @@ class GraphedSampler(Generic[C]):
         scales = guidance_scales(guidance_scale, len(plan.steps), noise.dtype)
         injects = plan.stochastic and step_noise is not None
         check(conditioning)
-        # What is kept must serve calls outside inference mode too.
+        # A later call outside inference mode uses the same tensors.
         with torch.inference_mode(False), torch.no_grad(), self._graphs.turn(noise.device):
             captured = self._captured(conditioning, plan, noise, scales is not None, injects)
             state = captured.state
@@ -166,7 +165,7 @@ class GraphedSampler(Generic[C]):
     def _captured(
         self, conditioning: C, plan: SamplingPlan, noise: Tensor, is_guided: bool, is_injected: bool
     ) -> _Captured:
-        """The capture for such a call, made if there is none, with the conditioning's values in its memory."""
+        """The capture for such a call, kept or new, with the conditioning's values in its memory."""
         room = _Room(
             num_steps=max(MIN_STEPS, 1 << (len(plan.steps) - 1).bit_length()),
             num_registers=max(MIN_REGISTERS, plan.num_registers),
@@ -197,11 +196,11 @@ class GraphedSampler(Generic[C]):
             if not self._kept:
                 raise
         if captured is None:
-            # The captures that are kept hold memory: this one is wanted now.
+            # Out of memory beside the captures that are kept: drop them for this one.
             self.clear()
             captured = self._capture(roomy, noise, is_guided, is_injected, room)
         self._kept[key] = captured
-        # Taken once: what this capture's own run of denoise replaced makes those before it stale.
+        # Not renewed: parameters that denoise itself replaced in this capture make the earlier captures stale.
         self._watch = self._watch or Watch(self._modules())
         return captured
 
@@ -229,7 +228,7 @@ class GraphedSampler(Generic[C]):
 
         def work() -> None:
             output = self._denoise(state.model_input, kept, step)
-            # A deterministic plan has zeros for the noise's coefficients: it needs no capture of its own.
+            # In a deterministic plan the coefficients of the noise are zero: it needs no capture of its own.
             state.update(output, step, True, state.injected, self._backend, at="in the capture")
             step.add_(1)
 
@@ -241,13 +240,11 @@ class GraphedSampler(Generic[C]):
 
         start = time.perf_counter()
         for call in range(WARM_UP_CALLS):
-            # The last: what torch.compile made runs uncompiled where operators are noted.
+            # Reads are noted in the last call: under a dispatch mode, compiled functions run uncompiled.
             self._graphs.warm_up(noted if call == WARM_UP_CALLS - 1 else work, noise.device)
         warm = time.perf_counter()
-        shown = {id(parameter) for module in self._modules() for parameter in module.parameters()}
-        if unseen := sum(
-            id(parameter) not in shown for parameter in {id(p): p for p in reads.parameters}.values()
-        ):
+        found = {parameter for module in self._modules() for parameter in module.parameters()}
+        if unseen := len({*reads.parameters} - found):
             raise ValueError(
                 f"denoise reads {unseen} parameters of modules that it does not show: pass these to "
                 "GraphedSampler as modules=, so that it notices weights that were replaced"
@@ -255,12 +252,12 @@ class GraphedSampler(Generic[C]):
         try:
             replay = self._graphs.capture(work, noise.device)
         except Exception as error:
-            # Ending the capture fails too, and its error, which tells of the capture alone, would hide the cause.
+            # Ending the capture fails too; its error would hide the cause, which is in the chain before it.
             chain = _chain(error)
             cause = next((one for one in chain if "captur" not in str(one)), chain[-1])
             reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
             out_of_memory = isinstance(cause, torch.OutOfMemoryError)
-            # What the failed capture allocated goes with its frames.
+            # The frames of the failed capture hold what it allocated.
             for one in chain:
                 one.__traceback__ = None
             del error, chain, cause, one
@@ -273,7 +270,7 @@ class GraphedSampler(Generic[C]):
 
 
 class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):
-    """A capture that ran out of memory: both errors."""
+    """A capture that ran out of memory, which is both errors."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +286,7 @@ def _release_memory() -> None:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error, and those in whose handling it was raised, back to the first."""
+    """An error and its contexts, back to the first."""
     chain = [error]
     while chain[-1].__context__ is not None:
         chain.append(chain[-1].__context__)

@@ -1,4 +1,4 @@
-"""`SamplingPlan`: a sampler as a table, and `make_plan`, which has it built."""
+"""`SamplingPlan`, a sampler as a table, and `make_plan`, which builds one."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SAMPLERS: Mapping[str, Builder] = MappingProxyType(
 )
 
 
-# A config written by one class and read by another: diffusers maps these values to the reader's nearest own.
+# Option values in configs of other classes, and the values that the sampler takes for them, as diffusers does.
 _DPM_ADOPTS = {
     "solver_type": {"bh1": "midpoint", "bh2": "midpoint", "logrho": "midpoint"},
     "algorithm_type": {"deis": "dpmsolver++"},
@@ -70,13 +70,13 @@ _KINDS = {
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan(Copied):
-    """Everything a run of a sampler needs to know, computed once on the host in float64; it can be pickled.
+    """A sampler's coefficients for every step, computed once on the host in float64; can be pickled.
 
     name              in `SAMPLERS`
-    num_steps         what was asked for; a method with two evaluations a step has more `steps`
+    num_steps         as asked for; a method with two evaluations per step has more `steps`
     steps             one per model evaluation, in order
     init_noise_sigma  the latents start as init_noise_sigma * standard normal noise
-    schedule          the noise schedule it was made for
+    schedule          the noise schedule
     options           every option of the sampler, given or default
     """
 
@@ -126,13 +126,13 @@ class SamplingPlan(Copied):
 def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any) -> SamplingPlan:
     """The plan of sampler `name` for `num_steps` inference steps, counted as diffusers' `set_timesteps` does.
 
-    Options carry diffusers' config names. An option that is not given takes the schedule's (what its
-    scheduler_config.json says), else the default of that sampler's diffusers class. Numbers may be numpy's or
+    Options have diffusers' config names. An option that is not given comes from the schedule (from its
+    scheduler_config.json), else it is the default of that sampler's diffusers class. Numbers may be numpy's or
     torch's.
 
-    Raises ValueError, in one line that names what is wrong, for an unknown sampler or option, an option value
-    out of range, what no table can hold (clip_sample, thresholding, guidance_rescale), and a combination that has
-    no finite coefficients.
+    Raises ValueError, in one line that names the option, for an unknown sampler or option, a value out of range,
+    an option that is not linear (clip_sample, thresholding, guidance_rescale), and a combination without finite
+    coefficients.
     """
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"unknown sampler {shown(name)}; choose one of {', '.join(SAMPLERS)}")
@@ -153,7 +153,7 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
     given = _checked_options(name, options, defaults)
     resolved = {**defaults, **_checked_options(name, _adopt(name, inherited), defaults), **given}
     try:
-        # The caller's np.seterr must not matter: Tableau.step checks every coefficient.
+        # Whatever the caller's np.seterr: Tableau.step checks every coefficient.
         with np.errstate(all="ignore"):
             tableau = builder(schedule, num_steps, **_with_options(keywords, resolved))
     except (ArithmeticError, np.linalg.LinAlgError):
@@ -183,7 +183,7 @@ def _with_options(keywords: Mapping[str, Any], options: Mapping[str, Any]) -> di
 
 
 def _adopt(name: str, inherited: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule's options in the words of sampler `name`."""
+    """Options of a config, with the values that sampler `name` takes for those of other classes."""
     words = _ADOPTS.get(name, {})
     return {
         key: words.get(key, {}).get(value, value) if isinstance(value, str) else value

@@ -64,7 +64,7 @@ def pndm(
         first = timesteps[0]
         tableau.step(first, x=move(x, output, first, first - stride), start=x, e1=output)
         if num_steps > 1:
-            # The second point is evaluated twice: once to correct the first step, once to go on.
+            # Two evaluations at the second timestep: the first corrects the first step, the second goes on.
             second = timesteps[1]
             tableau.step(second, x=move(start, 0.5 * (output + e1), second + stride, second))
         multistep, known = timesteps[1:], 1

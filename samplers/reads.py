@@ -1,4 +1,4 @@
-"""What a captured step reads: the memory that it must keep, and the modules whose changes make it stale."""
+"""What a captured step reads: memory to keep alive, and modules whose changes make the capture stale."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 
 class Reads(TorchDispatchMode):
-    """Notes, while it is on, what operators are given and did not make themselves.
+    """The tensors that operators read in this mode, without those that operators made in it.
 
-    memory      the storages of such tensors, and of those made that somebody still keeps at the end, for the next
-                call to read; they stay for as long as this does
-    parameters  those tensors that are parameters of a module
+    memory      storages of these tensors, and of tensors made in the mode that are alive at its end (the next call
+                may read them); kept alive by this object
+    parameters  these tensors that are parameters of a module
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.memory: dict[int, torch.UntypedStorage] = {}
         self.parameters: list[nn.Parameter] = []
-        # Weak: a step's activations are not to be kept. The reference keeps their numbers from being used again.
+        # Weak references keep no activations alive, but keep the address of a storage from being used again.
         self._made: dict[int, StorageWeakRef] = {}
 
     def __exit__(self, *error: Any) -> None:
@@ -57,14 +57,14 @@ class Reads(TorchDispatchMode):
 
 
 class Watch:
-    """Parameters, buffers, submodules and forward hooks of modules as they are now."""
+    """The parameters, buffers, submodules and forward hooks of modules at one moment."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._roots = list(modules)
         every = dict.fromkeys(module for root in self._roots for module in root.modules())
         kinds = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
         dicts: list[dict[Any, Any]] = [getattr(module, kind) for module in every for kind in kinds]
-        # Lists for loops in C: a network of 400 modules is looked at before each run.
+        # Flat lists, compared by loops in C: every run checks a network of 400 modules.
         self._full = [entries for entries in dicts if entries]
         self._empty = [entries for entries in dicts if not entries]
         self._entries = self._current()
@@ -72,7 +72,7 @@ class Watch:
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def is_same(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether `modules` are those watched, with nothing in them replaced or moved. Values may differ."""
+        """Whether `modules` are the watched ones, with nothing in them replaced or moved. Values may differ."""
         roots, entries = list(modules), self._current()
         return (
             len(roots) == len(self._roots)
@@ -88,10 +88,10 @@ class Watch:
 
 
 def modules_of(call: Callable[..., Any]) -> list[nn.Module]:
-    """The modules that a callable shows to work with, each once.
+    """The modules that can be found in a callable, each once.
 
-    Itself, the owner of a bound method or what that has as attributes, the variables that a function reads from
-    outside, and what a partial holds.
+    These are the callable itself, the owner of a bound method or the owner's attributes, the variables that a
+    function reads from outside, and the parts of a partial.
     """
     return list(dict.fromkeys(_modules_of(call)))
 

@@ -1,4 +1,4 @@
-"""`sample`: run a plan with any network, and the noise it starts from."""
+"""`sample`, which runs a plan with any network, and `initial_noise`, from which a run starts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from .values import plain, shown
 Denoiser = Callable[[Tensor, Step], Tensor]
 
 
-# Outside inference mode, a tensor made inside it can neither be written to nor used in autograd.
+# A tensor made in inference mode can be neither written to nor used in autograd outside it.
 @torch.inference_mode(False)
 @torch.no_grad()
 def initial_noise(
@@ -30,8 +30,8 @@ def initial_noise(
 
     Generated in float32 and cast to `dtype`. A seed gives the same noise on every device, alone or in any batch.
     Not scaled: `sample` multiplies by the plan's `init_noise_sigma`. Seeds are integers of Python, numpy or torch,
-    modulo 2^64. Raises ValueError for other seeds, a shape that is not one of sizes, and a dtype that is
-    not a float's.
+    modulo 2^64. Raises ValueError for other seeds, for a shape with other values than sizes, and for a dtype that
+    is not a float dtype.
     """
     sizes = plain(shape)
     counts = isinstance(sizes, tuple) and all(type(size) is int and 0 <= size < 2**63 for size in sizes)
@@ -58,8 +58,8 @@ def sample(
     """The latents [B, ...] that `plan` makes of `noise` [B, ...], in noise's dtype and memory format.
 
     denoise         called as denoise(model_input, step) once per step; returns the network's output, of the same
-                    shape, in any float dtype. model_input is c_in * x in input_dtype, channels-last if 4-D, and
-                    is overwritten by the next step. With guidance it is [2B, ...], unconditional half first.
+                    shape, in any float dtype. model_input is c_in * x in input_dtype, channels-last if 4-D; the
+                    next step overwrites it. With guidance model_input is [2B, ...], unconditional half first.
     noise           standard normal, float32 or float64: the dtype that the sampler runs in. Left unchanged.
     guidance_scale  w in uncond + w (cond - uncond), or one w per step; of Python, numpy or torch. Without guidance
                     (None, or 1.0 at every step) model_input is [B, ...]. 0.0 gives the unconditional image; in
@@ -67,13 +67,13 @@ def sample(
     seeds           one integer per image, for the noise of a stochastic plan (generated in float32)
     step_noise      step_noise(k) returns the [B, ...] noise of step k instead; called for the steps that add any
     callback        called as callback(step, x) after each step, with a copy of the latents
-    input_dtype     a float dtype, the network's, so that it need not cast; noise's dtype unless given
+    input_dtype     of model_input: the network's float dtype, so that it need not cast; noise's unless given
     backend         of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
 
     The host does not wait for the device, with two exceptions: a guidance_scale on the device is read, and the
     driver may wait while it copies a plan above 64 KB (some hundreds of steps). denoise and callback run without
     gradients, otherwise in the caller's modes. The result is an ordinary tensor, in inference mode too. Exceptions
-    of denoise and callback, KeyboardInterrupt included, reach the caller and leave no state behind.
+    of denoise and callback, KeyboardInterrupt included, reach the caller; the next run starts afresh.
 
     Raises ValueError for a dtype, shape or count that does not fit, whether the plan uses the argument or not, and
     for a weight so large that the latents would not be finite.

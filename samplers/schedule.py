@@ -1,6 +1,6 @@
-"""`NoiseSchedule`: the noise at every training timestep, and what a scheduler_config.json says about it.
+"""`NoiseSchedule`: the noise at every training timestep, from betas or from a scheduler_config.json.
 
-A variance-preserving schedule: x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = alphas_cumprod[t] and
+The schedule is variance-preserving: x_t = alpha_t x_0 + sigma_t eps with alpha_t^2 = alphas_cumprod[t] and
 sigma_t^2 = 1 - alpha_t^2.
 """
 
@@ -27,10 +27,10 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # A bound on the work that a config can ask for; published models have 1000, some 4000.
 MAX_TRAIN_TIMESTEPS = 1_000_000
 
-# Stands for a signal-to-noise ratio of zero where a sampler divides by alpha: float16's smallest subnormal.
+# In place of alphas_cumprod = 0 (zero SNR) where a sampler divides by alpha: float16's smallest subnormal.
 ZERO_SNR_ALPHA_CUMPROD = 2.0**-24
 
-# What a config may say to a sampler. make_plan hands each sampler those that it takes.
+# Sampler options that a config may hold; make_plan passes each sampler those that it takes.
 SAMPLER_OPTIONS = frozenset(
     {
         "timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "variance_type",
@@ -41,7 +41,7 @@ SAMPLER_OPTIONS = frozenset(
     }
 )  # fmt: skip
 
-# What no table can hold, or no plan here supports, with what to do about it. A false value is always accepted.
+# Options that are not linear or not supported, and what to do instead. A false value is always accepted.
 REFUSED_OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "clip_sample": "clipping is not linear; set clip_sample to false (latents are not clipped)",
@@ -58,12 +58,12 @@ REFUSED_OPTIONS: Mapping[str, str] = MappingProxyType(
     }
 )
 
-# Read only together with an option that is refused, so they say nothing on their own.
+# Keys that have an effect only together with a refused option.
 _WITHOUT_EFFECT = frozenset(
     {"clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "flow_shift", "time_shift_type"}
 )
 
-# Prefixes of diffusers' classes that are not variance-preserving: their configs may have no key that shows it.
+# Prefixes of diffusers' classes that are not variance-preserving; their configs may have no key that shows it.
 _NOT_VARIANCE_PRESERVING = (
     "CMStochastic", "CosineDPM", "DDPMWuerstchen", "EDM", "FlowM", "IPNDM", "KarrasVe", "ScoreSdeVe",
     "VQDiffusion",
@@ -82,10 +82,11 @@ class NoiseSchedule(Copied):
     alphas_cumprod    [T], strictly decreasing in (0, 1]; the last may be 0 (zero terminal SNR). An array, a tensor
                       or a list; copied
     prediction_type   what the network returns: "epsilon", "sample" (x_0) or "v_prediction"
-    beta_schedule     the name it was made from; samplers round Karras timesteps unless it is squaredcos_cap_v2
+    beta_schedule     name of the formula of the betas; dpmpp_2m rounds Karras timesteps unless it is
+                      squaredcos_cap_v2
     options           sampler options of a scheduler_config.json: `make_plan`'s defaults where a sampler takes them
 
-    Raises ValueError for levels that do not decrease, are not finite, or an unknown prediction_type.
+    Raises ValueError for levels that do not decrease or are not finite, and for an unknown prediction_type.
     """
 
     alphas_cumprod: FloatArray
@@ -217,7 +218,7 @@ class NoiseSchedule(Copied):
         return float(self.alphas_cumprod[timestep])
 
     def refuse_zero_snr(self, sampler: str) -> None:
-        """ValueError for zero terminal SNR, where a sampler has no answer to it (nor does diffusers' class)."""
+        """ValueError for zero terminal SNR, of a sampler that does not support it (nor does diffusers' class)."""
         if self.zero_terminal_snr:
             raise ValueError(
                 f"{sampler} does not support rescale_betas_zero_snr: choose ddim, dpmpp_2m, unipc or euler, "

@@ -62,7 +62,7 @@ class Spacing:
         """[num_steps] timesteps, descending. Lin et al., arXiv 2305.08891, table 2.
 
         drop_last  space one more point than asked for and leave out the lowest (DPM family)
-        integer    round linspace's points; otherwise they are rounded to float32 (Euler family)
+        integer    round linspace's points to integers, or else to float32 (Euler family)
 
         steps_offset is added to leading's points only. lambda_min_clipped leaves out the noisiest timesteps; of
         those that are left, trailing may visit fewer than num_steps.
@@ -88,7 +88,7 @@ class Spacing:
                     "timesteps: choose a smaller steps_offset or fewer steps"
                 )
             return timesteps
-        # The range may yield one point too many by rounding, at a timestep of -1; diffusers keeps it.
+        # Rounding may give one point too many, at timestep -1; diffusers keeps that point.
         ends = np.arange(last, 0, -train_steps / num_steps).round()
         return ends[ends > 0] - 1
 
@@ -136,7 +136,7 @@ class Spacing:
         return ramp_sigmas(self.ramp, top, bottom, num_steps)
 
 
-# What samplers take, with their defaults, which are those of diffusers' classes.
+# What samplers take and the defaults, as in diffusers' classes.
 LEADING = Spacing(("timestep_spacing", "steps_offset"), timestep_spacing="leading")
 LINSPACE = Spacing(LEADING.takes)
 RAMPED = Spacing((*LINSPACE.takes, *_RAMP_OPTIONS, "sigma_min", "sigma_max"))

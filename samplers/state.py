@@ -1,4 +1,4 @@
-"""What a run of a plan holds in device memory, and how a step changes it, in `sample` and in a captured graph."""
+"""`SamplerState`: the device memory of a run and the update of a step, for `sample` and for captured graphs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Guidance = float | Sequence[float] | npt.NDArray[Any] | Tensor | None
 class SamplerState:
     """Registers, table, scales, seeds and the next model input, for images like `noise` [B, ...].
 
-    It has room for `num_registers` and `num_steps`: a plan with fewer leaves the rest zero, which changes nothing.
-    `load` puts a plan and its noise in; a captured step reads them where they are.
+    The state has room for `num_registers` and `num_steps`; what a smaller plan leaves zero changes no result.
+    `load` copies a plan and its noise into this memory, where a captured step reads them.
 
     model_input  [B, ...], or [2B, ...] where `is_guided`, of `input_dtype`; channels-last for images
-    injected     [B, ...] like noise, where `is_injected`: the noise of a step, in place of a generated one
+    injected     [B, ...] like noise, where `is_injected`: a step's noise from the caller, not generated
     """
 
-    # Outside inference mode, a tensor made inside it can neither be written to nor used in autograd.
+    # A tensor made in inference mode can be neither written to nor used in autograd outside it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(
@@ -64,7 +64,7 @@ class SamplerState:
         scales: Sequence[float] | None,
         seeds: Sequence[int] | Tensor | None,
     ) -> None:
-        """Starts a plan from `noise`; `scales` of `guidance_scales`, None just where this state is not guided.
+        """Starts a plan from `noise`; `scales` as from `guidance_scales`, None exactly where this is not guided.
 
         Raises ValueError for seeds that are not one integer per image; a plan that needs none ignores them.
         """
@@ -75,9 +75,9 @@ class SamplerState:
             if keys.shape != self._seeds.shape:
                 raise ValueError(f"seeds must be one per image: {len(self._seeds)} images, {keys.shape[0]} seeds")
             self._seeds.copy_(keys)
-        # Without waiting: pageable memory is read before the call returns, and up to 64 KB of it without a stop
+        # Copies do not wait: the driver has read pageable memory when the call returns, up to 64 KB without a stop
         # (CUDA programming guide, "Concurrent Execution between Host and Device").
-        # Where there are more registers than the plan's, the output's and the noise's columns are still the last.
+        # The columns of the output and the noise are the last, behind the registers that this plan does not use.
         table = torch.zeros((steps, *self._table.shape[1:]), dtype=dtype, device="cpu")
         exact = torch.tensor(plan.table, dtype=dtype, device="cpu")
         table[:, :count, :count] = exact[..., :count]
@@ -94,12 +94,12 @@ class SamplerState:
             part.copy_(self.latents * plan.steps[0].c_in)
 
     def fill(self) -> None:
-        """Zeros in place of a run's values, for a step whose result does not matter."""
+        """Zeros in place of a run's values, for the steps of a warm-up."""
         self._registers.zero_()
         self.model_input.zero_()
 
     def load_noise(self, noise: Tensor, *, at: int) -> None:
-        """Takes the noise of step `at` for a state that is injected."""
+        """Copies the caller's noise of step `at` into `injected`."""
         check_fits(f"step_noise({at})", noise, self.latents)
         assert self.injected is not None
         self.injected.copy_(noise)
@@ -114,10 +114,9 @@ class SamplerState:
         *,
         at: int | str,
     ) -> None:
-        """Applies the table's row `step` [1] int64 to the network's output.
+        """Applies the table's row `step` [1] int64 to the network's output, with `injected` or generated noise.
 
-        Where it adds noise that is `injected`, or generated from the seeds. Raises ValueError for tensors that do
-        not fit, naming the step as `at`.
+        Raises ValueError for tensors that do not fit, naming the step as `at`.
         """
         check_fits(f"denoise's output at step {at}", output, self.model_input)
         if injected is not None:
@@ -154,7 +153,7 @@ def check_start(
     seeds: Sequence[int] | Tensor | None,
     step_noise: Callable[[int], Tensor] | None,
 ) -> None:
-    """ValueError unless there are a plan, noise that fits, and, for a stochastic plan, seeds or step noise."""
+    """ValueError unless there is a plan, noise of its form, and, for a stochastic plan, seeds or step noise."""
     if not isinstance(plan, SamplingPlan):
         raise ValueError(f"plan must be a SamplingPlan, not {shown(plan)}; make_plan makes one")
     if not isinstance(noise, Tensor):
@@ -175,10 +174,10 @@ def check_input_dtype(input_dtype: object) -> None:
 
 
 def guidance_scales(guidance_scale: Guidance, num_steps: int, dtype: torch.dtype) -> list[float] | None:
-    """One weight per step, or None when all are 1 and the unconditional half would be multiplied by zero.
+    """One weight w per step, or None where all are 1: 1 - w, the unconditional half's factor, is zero.
 
-    Raises ValueError for a weight above the root of the largest number of `dtype`, the sampler's: an output of the
-    network times the weight must be finite. Warns of a single number below 1: in diffusers it is no guidance.
+    Raises ValueError for a weight above the root of the largest number of `dtype`, the sampler's: a weight times
+    the network's output must be finite. Warns of a single number below 1, which is no guidance in diffusers.
     """
     given = 1.0 if guidance_scale is None else plain(guidance_scale)
     scales = given if isinstance(given, tuple) else (given,) * num_steps

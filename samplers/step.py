@@ -1,8 +1,8 @@
-"""`Step`, and the little algebra that builders write their formulas in.
+"""`Step`, and `Tableau`, in which builders write their formulas.
 
-A sampler is linear in what it holds, so every quantity of a formula (x, a prediction, a derivative) is a vector
-of coefficients over [registers..., model output, noise]. A `Tableau` hands out the unit vectors; the formulas of
-the paper combine them; the new registers, stacked, are the matrix `U` of a step.
+A sampler is linear in its registers, so every quantity of a formula (x, a prediction, a derivative) is a vector of
+coefficients over [registers..., model output, noise]. A `Tableau` hands out the unit vectors; the formulas of the
+paper combine them; the new registers, stacked, are the matrix `U` of a step.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from .schedule import FloatArray
 from .values import Copied, shown
 
-# The sampler's state may be float32: the root leaves room for what a coefficient multiplies.
+# The registers may be float32: the root leaves room for what a coefficient multiplies.
 _LARGEST = math.sqrt(np.finfo(np.float32).max)
 
 
@@ -22,8 +22,8 @@ class Step(Copied):
     """One model evaluation and the update that follows it.
 
     index     position in the plan
-    timestep  what the network is told, a host float; may be fractional
-    c_in      the network sees c_in * registers[0]
+    timestep  the network's timestep, a host float; may be fractional
+    c_in      the network's input is c_in * registers[0]
     U         [R, R + 2] float64, read-only, maps [registers..., model output, noise] to the new registers
     """
 
@@ -39,12 +39,12 @@ class Step(Copied):
 
     @property
     def adds_noise(self) -> bool:
-        """Whether any register takes some of the noise column."""
+        """Whether the noise has a coefficient other than zero."""
         return bool((self.U[:, -1] != 0.0).any())
 
 
 class Tableau:
-    """The steps of a plan in the making, over named registers; the first is x, the sampler's current sample."""
+    """A plan under construction: steps over named registers, of which the first is x, the current sample."""
 
     def __init__(self, *registers: str, init_noise_sigma: float = 1.0) -> None:
         self.registers = registers
@@ -73,7 +73,7 @@ class Tableau:
         self.steps.append(Step(len(self.steps), float(timestep), float(c_in), rows))
 
     def finish(self) -> tuple[Step, ...]:
-        """The steps over the registers that x depends on: a register nobody reads would be traffic for nothing."""
+        """The steps without the registers that x never depends on, which would only cost memory traffic."""
         reads = np.any([step.U[:, :-2] != 0.0 for step in self.steps], axis=0)
         live = np.arange(len(self.registers)) == 0
         while not np.array_equal(live, grown := live | reads[live].any(0)):
@@ -85,7 +85,7 @@ class Tableau:
 def predict(
     prediction_type: str, sample: FloatArray, model_output: FloatArray, alpha: float, sigma: float
 ) -> tuple[FloatArray, FloatArray]:
-    """(x_0, eps) that the network's output stands for, given the sample alpha x_0 + sigma eps that it saw.
+    """(x_0, eps) of a network's output, where the network saw `sample` = alpha x_0 + sigma eps.
 
     Source: Salimans and Ho, arXiv 2202.00512, section 4 and appendix D.
     """

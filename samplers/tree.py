@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def padded(tree: Any, steps: int) -> Any:
-    """The same with room for `steps` steps, of the parts that have a method padded(steps)."""
+    """The tree with room for `steps` steps, made by the method padded(steps) of the parts that have one."""
     if hasattr(tree, "padded"):
         return tree.padded(steps)
     if isinstance(tree, tuple | list):
@@ -29,7 +29,7 @@ def check(tree: Any) -> None:
 
 
 def leaves(tree: Any) -> list[Tensor]:
-    """Its tensors, in order. Raises ValueError as `map_tensors`."""
+    """The tree's tensors, in order. Raises ValueError as `map_tensors`."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def leaves(tree: Any) -> list[Tensor]:
 
 
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with every tensor changed. Raises ValueError for what is neither a tensor, None nor a tree."""
+    """The tree with every tensor changed. Raises ValueError for what is neither a tensor, None nor a tree."""
     if isinstance(tree, Tensor):
         return change(tree)
     if tree is None:
@@ -60,7 +60,7 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def structure(tree: Any) -> object:
-    """What of a tree a capture depends on, as a key: layouts, types, names and the places of None."""
+    """What a capture depends on, as a key: a tree's layouts, types, names and places of None."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype
     if isinstance(tree, tuple | list):
@@ -73,9 +73,9 @@ def structure(tree: Any) -> object:
 
 
 def buffer(tensor: Tensor) -> Tensor:
-    """Memory of its own with the tensor's values and strides: with other strides other kernels might run.
+    """A copy of the tensor with the same strides, on which the choice of kernels may depend.
 
-    Of an expanded tensor it has every element, so that values can be copied into it.
+    The copy of an expanded tensor is contiguous: every element has memory, so that values can be copied in.
     """
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         return tensor.contiguous().clone()
@@ -85,7 +85,7 @@ def buffer(tensor: Tensor) -> Tensor:
 
 
 def _tensor_fields(tree: Any) -> list[str]:
-    """The fields of a dataclass but those whose metadata says {"tensors": False}."""
+    """The fields of a dataclass, without those whose metadata says {"tensors": False}."""
     return [field.name for field in dataclasses.fields(tree) if field.metadata.get("tensors", True)]
 
 

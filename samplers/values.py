@@ -1,9 +1,10 @@
-"""Arguments as values of Python, warnings of the caller's line, and frozen dataclasses that can be pickled."""
+"""Plain Python values of arguments, warnings at the caller's line, and a base for frozen dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os.path
 import reprlib
 import warnings
@@ -48,18 +49,16 @@ def shown(value: object) -> str:
 
 
 def warn(message: str) -> None:
-    """Warns of the caller's line, the first outside this package and torch, whose decorators lie in between."""
+    """Warns at the caller's line: the first outside this package and torch, which has decorators in between."""
     folders = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_code.co_filename.startswith(folders):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level + 1)
+    ours = itertools.takewhile(lambda frame: frame.filename.startswith(folders), inspect.stack(context=0))
+    warnings.warn(message, stacklevel=len(list(ours)) + 1)
 
 
 class Copied:
-    """A base for frozen dataclasses: the constructor makes their copies and pickles.
+    """A base for frozen dataclasses: their copies and pickles go through the constructor.
 
-    Without it a copy's read-only arrays would be writeable, and a mapping proxy cannot be pickled.
+    Otherwise the arrays of a copy would be writeable, and a mapping proxy cannot be pickled.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
