@@ -27,7 +27,7 @@ FEW_STEPS = 15
 
 
 @dataclass(frozen=True)
-class Weights:
+class _Weights:
     """x_t = sample x_s + first D_0 + second D_1 + third D_2 + noise z.
 
     slope  the weight of D_1 in a second-order step: `second`, or half of `first` (solver_type "midpoint")
@@ -61,7 +61,7 @@ class Algorithm:
                 "is infinite; set final_sigmas_type to 'sigma_min'"
             )
 
-    def weights(self, start: NoiseLevel, end: NoiseLevel) -> Weights:
+    def weights(self, start: NoiseLevel, end: NoiseLevel) -> _Weights:
         """The weights of a step from s = `start` to t = `end`."""
         h = end.lambda_ - start.lambda_
         is_sde = self.algorithm_type.startswith("sde-")
@@ -74,12 +74,12 @@ class Algorithm:
             sample = end.alpha / start.alpha
             noise = end.sigma * math.sqrt(max(math.expm1(2.0 * h), 0.0)) if is_sde else 0.0
         if math.isinf(z):
-            return Weights(sample, -scale, 0.0, 0.0, 0.0, noise)
+            return _Weights(sample, -scale, 0.0, 0.0, 0.0, noise)
         first, second = scale * math.expm1(z), scale * z * phi(2, z)
         # z phi_3(z) = phi_2(z) - 1/2, for the SDE as well. diffusers has +1/2 there, which is kept for parity: it
         # costs the multistep solver an order, and the singlestep one with solver_type "heun" its convergence.
         third = scale * (phi(2, z) + (0.5 if is_sde else -0.5))
-        return Weights(
+        return _Weights(
             sample, first, 0.5 * first if self.solver_type == "midpoint" else second, second, third, noise
         )
 

@@ -91,8 +91,11 @@ def test_none_and_one_are_no_guidance_and_zero_is_the_unconditional_image(run_ag
     torch.testing.assert_close(halves, unconditional)
     for below in (0.0, 0, np.float32(0), torch.tensor(0), 0.5, -1.0):
         for run in (sample, lambda _, *rest, **options: sampler((), *rest, **options)):
-            with pytest.warns(UserWarning, match=r"0 gives the unconditional image.*Give None for no guidance"):
+            with pytest.warns(
+                UserWarning, match=r"0 gives the unconditional.*Give None for no guidance"
+            ) as caught:
                 result = run(denoise, plan, NOISE, guidance_scale=below)
+            assert caught[0].filename == __file__
             assert torch.equal(result, halves) == (float(below) == 0.0)
 
 
