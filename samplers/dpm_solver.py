@@ -66,22 +66,21 @@ class Algorithm:
         h = end.lambda_ - start.lambda_
         is_sde = self.algorithm_type.startswith("sde-")
         if self.algorithm_type.endswith("++"):
-            z, scale = (-2.0 * h if is_sde else -h), -end.alpha
-            sample = end.sigma / start.sigma * (math.exp(-h) if is_sde else 1.0)
+            z, c = (-2.0 * h if is_sde else -h), -end.alpha
+            a = end.sigma / start.sigma * (math.exp(-h) if is_sde else 1.0)
             noise = end.sigma * math.sqrt(max(-math.expm1(-2.0 * h), 0.0)) if is_sde else 0.0
         else:
-            z, scale = h, -end.sigma * (2.0 if is_sde else 1.0)
-            sample = end.alpha / start.alpha
+            z, c = h, -end.sigma * (2.0 if is_sde else 1.0)
+            a = end.alpha / start.alpha
             noise = end.sigma * math.sqrt(max(math.expm1(2.0 * h), 0.0)) if is_sde else 0.0
         if math.isinf(z):
-            return _Weights(sample, -scale, 0.0, 0.0, 0.0, noise)
-        first, second = scale * math.expm1(z), scale * z * phi(2, z)
+            return _Weights(a, -c, 0.0, 0.0, 0.0, noise)
+        first, second = c * math.expm1(z), c * z * phi(2, z)
+        slope = 0.5 * first if self.solver_type == "midpoint" else second
         # z phi_3(z) = phi_2(z) - 1/2, for the SDE as well. diffusers has +1/2 there, which is kept for parity: it
         # costs the multistep solver an order, and the singlestep one with solver_type "heun" its convergence.
-        third = scale * (phi(2, z) + (0.5 if is_sde else -0.5))
-        return _Weights(
-            sample, first, 0.5 * first if self.solver_type == "midpoint" else second, second, third, noise
-        )
+        third = c * (phi(2, z) + (0.5 if is_sde else -0.5))
+        return _Weights(a, first, slope, second, third, noise)
 
     def prediction(
         self, schedule: NoiseSchedule, x: FloatArray, output: FloatArray, level: NoiseLevel

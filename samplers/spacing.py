@@ -29,9 +29,9 @@ BETA_SHAPE = 0.6
 class Spacing:
     """The options for timesteps and noise levels, by diffusers' names.
 
-    takes  the fields that are options of a sampler, with its defaults; the other fields keep theirs
+    takes  names of the fields that are options of a sampler, whose defaults they hold; other fields never change
 
-    Raises ValueError for an unknown name, and for more than one ramp.
+    Raises ValueError for an unknown timestep_spacing or final_sigmas_type, and for more than one ramp.
     """
 
     takes: tuple[str, ...]
