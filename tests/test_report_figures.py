@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.records import Harness, Samples, Trace
+from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.report import figures, ladder, text
+from ldmperf.profiling.terminal.layout import number
+from ldmperf.profiling.trajectory.records import Harness, Trace
 
 MakeRecord = Callable[..., Record]
 
@@ -339,7 +341,7 @@ def test_lines_over_steps_are_of_one_size_and_backend(make_record: MakeRecord) -
     ],
 )  # fmt: skip
 def test_numbers_as_text(value: float | None, expected: str) -> None:
-    assert text.number(value) == expected
+    assert number(value) == expected
 
 
 @pytest.mark.parametrize(
