@@ -118,7 +118,9 @@ def test_code_that_git_does_not_track_has_no_commit(tmp_path: Path) -> None:
     )
     package = tmp_path / "site-packages" / "profiling"
     shutil.copytree(ROOT / "profiling", package)
-    code = "from profiling.measure.environment import collect_environment as c; e = c(); print(e.git_commit, e.git_dirty)"
+    code = (
+        "from profiling.measure.environment import collect_environment as c; print(c().git_commit, c().git_dirty)"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=package.parent, capture_output=True, text=True, check=True
     )

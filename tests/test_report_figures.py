@@ -197,7 +197,7 @@ def test_no_other_record_of_the_case_is_better_than_the_one_shown(
     make_record: MakeRecord, made: list[tuple[str, int, bool, bool]]
 ) -> None:
     records = []
-    for number, (status, beside, is_cut, is_traced) in enumerate(made):
+    for position, (status, beside, is_cut, is_traced) in enumerate(made):
         harness = Harness(
             min_count=3,
             min_seconds=0.0,
@@ -206,7 +206,7 @@ def test_no_other_record_of_the_case_is_better_than_the_one_shown(
             stopped_by="seconds" if is_cut else None,
         )
         trace = Trace(launches=1, busy_ms=1.0) if is_traced and status == "ok" else None
-        records.append(make_record(case(), status=status, trace=trace, harness=harness, parameters=number))
+        records.append(make_record(case(), status=status, trace=trace, harness=harness, parameters=position))
     shown = figures.overview(records)
     (best,) = (row.record for row in shown.rows)
     assert shown.superseded == len(records) - 1
