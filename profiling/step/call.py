@@ -225,11 +225,9 @@ def sampling_plan(name: str) -> SamplingPlan:
 
 def plan_tensors(plan: SamplingPlan) -> dict[str, Tensor]:
     """What a plan says of `sampler_update`'s arguments, as float64 or int64 tensors of the CPU."""
-    scales = torch.tensor(plan.input_scales)
     return {
         "table": torch.tensor(plan.table),
         "step": torch.tensor([PLAN_ROW]),
         "guidance_scale": torch.full((len(plan.steps),), GUIDANCE_SCALE, dtype=torch.float64),
-        # The input of the evaluation after each step, as `sample` has it.
-        "input_scale": torch.cat([scales[1:], torch.ones(1, dtype=torch.float64)]),
+        "input_scale": torch.tensor(plan.next_input_scales),
     }
