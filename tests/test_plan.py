@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan, sample
+from ldmperf.samplers.schedule import SAMPLER_OPTIONS
 from ldmperf.samplers.step import Tableau
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -150,6 +151,11 @@ def test_options_given_by_hand_equal_options_of_the_config():
 )
 def test_words_of_another_class_are_translated_as_diffusers_does(name, config, option, value):
     assert make_plan(name, of(**config), 5).options[option] == value
+
+
+def test_a_config_may_hold_every_option_of_a_sampler_but_eta():
+    taken = {option for name in SAMPLERS for option in make_plan(name, SCHEDULE, 4).options}
+    assert taken == SAMPLER_OPTIONS | {"eta"}
 
 
 CASES = st.sampled_from(
