@@ -30,8 +30,8 @@ class Conditioning:
 
     `shifts` [K, B or 1, S]: for each of K steps the sum of time projection and first convolution's bias of every
     ResBlock, side by side in the order in which they run. `context`: of every transformer, in that order, the keys
-    and values [L, B, T, 2, heads, D] of its L blocks. `constants` [N]: the biases that are passed on (`Pending`)
-    of every ResBlock and transformer as they run, then of the norm at the end; they depend on the weights alone.
+    and values [L, B, T, 2, heads, D] of its L blocks. `constants` [N]: the deferred biases (`Biases`) of every stop
+    of the route, then of the norm at the end; they depend on the weights alone.
     `made_from`: a mark of the weights that all this was computed from, or None where nobody keeps it.
 
     Few tensors, and dense ones, as each run of a captured step copies them.

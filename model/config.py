@@ -51,11 +51,7 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} and added_dim = {self.added_dim} go together: "
                 "give both (Stable Diffusion XL) or neither"
             )
-        if (
-            self.added_time_dim is not None
-            and self.added_dim is not None
-            and self.added_time_dim >= self.added_dim
-        ):
+        if self.added_dim is not None and (self.added_time_dim or 0) >= self.added_dim:
             raise UnsupportedConfig(
                 f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
                 "give the width of one number's sinusoids, and that of all of them beside the text embedding"
@@ -166,14 +162,10 @@ _repr.maxstring = 100
 shown = _repr.repr
 
 
-def _sized(base_channels: int) -> UNetConfig:
-    return UNetConfig(block_channels=tuple(base_channels * m for m in (1, 2, 4, 4)))
-
-
 # The paper's names by the width of the first level (arXiv 2404.01367, Table 1): heads stay 8, the rest scales.
 FAMILY: dict[str, UNetConfig] = {
-    name: _sized(base_channels)
-    for name, base_channels in {
+    name: UNetConfig(block_channels=(width, 2 * width, 4 * width, 4 * width))
+    for name, width in {
         "39M": 64,
         "83M": 96,
         "145M": 128,

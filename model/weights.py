@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .arguments import check_backend
 from .config import UNetConfig, UnsupportedConfig, diffusers_config, shown
 from .files import (
     CheckpointError,
@@ -30,7 +31,7 @@ from .files import (
 )
 from .keys import Slot, weight_slots
 from .releases import Layout, beyond, find_layout, published
-from .unet import UNet, check_backend
+from .unet import UNet
 
 # Where `save_unet` keeps the configuration in the header of its file: JSON with the fields of a config.json.
 METADATA_KEY = "ldmperf.unet_config"

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from ldmperf.model import UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.model.deferred import missing_in_tokens
 from ldmperf.model.layers import Resample, ResBlock, Transformer, TransformerBlock
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -413,7 +414,7 @@ def test_blocks_in_checkpointed_segments_have_the_gradients_of_blocks_in_a_row(r
     ):
         unet.zero_grad()
         keys = [block.project_context(arguments("deep")[1]) for block in transformer.blocks]
-        at_norms = [None, *transformer.lacking()]
+        at_norms = [None, *missing_in_tokens(transformer)]
         blocks = [
             functools.partial(call, block, keys[i], *at_norms[3 * i : 3 * i + 3])
             for i, block in enumerate(transformer.blocks)
