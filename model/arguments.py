@@ -1,4 +1,4 @@
-"""The arguments of the network's calls: what is refused, and timesteps and steps as tensors.
+"""The arguments of the network's calls: checks, and timesteps and steps as tensors.
 
 Every refusal is a ValueError of one line that says what to pass.
 """
@@ -76,7 +76,7 @@ def check_added(config: UNetConfig, batch: int, text_embeds: Tensor | None, time
 
 
 def check_batch(conditioning: Conditioning, batch: int) -> None:
-    """The batch of the conditioning: the sample's."""
+    """conditioning: of the sample's batch, or shifts of a batch of one."""
     if conditioning.shifts.shape[1] not in (1, batch) or any(
         packed.shape[1] != batch for packed in conditioning.context
     ):
@@ -137,7 +137,7 @@ def of_step(shifts: Tensor, step: int | Tensor) -> Tensor:
 
 
 def _shape(value: object) -> object:
-    """What an error shows of a tensor, or of what stands in its place."""
+    """A tensor's shape for an error message, or the type of another object."""
     if value is None:
         return None
     return list(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -27,7 +27,7 @@ TRANSFORMER_NORM_EPS = 1e-6
 class GroupNorm(nn.GroupNorm):
     """Group norm with an optional shift [B, C] or [C] before it and an optional SiLU after it.
 
-    With `skip` it is of x and skip side by side along the channels, which are read where they are.
+    With `skip` the norm is that of x and skip concatenated along the channels; no concatenation is written.
     """
 
     def __init__(self, groups: int, channels: int, eps: float, activation: str | None, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether anything but the network itself can hold what passes between its modules."""
+"""Whether anything but the network can hold the activations that its modules pass on."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .layers import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbeddi
 from .route import Level
 from .staleness import Structure
 
-# Classes that keep nothing they are given or return.
+# Module classes that keep no activation; a subclass may.
 _CLASSES = (
     *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
     *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
 )
-# What runs when a module is called.
+# The methods that a call of a module runs.
 _METHODS = attrgetter("__call__", "_call_impl", "forward")
 _CODE = list(map(_METHODS, _CLASSES))
 _KNOWN = frozenset(_CLASSES)
@@ -27,14 +27,13 @@ _hooks, _pre_hooks = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hook
 
 
 class Privacy:
-    """Watches the modules below a network for who sees what they pass on.
+    """A watch on the modules below a network: does anyone else see their activations?
 
-    Seen by: a forward hook, of one module or of all; a `forward` set on an instance (accelerate, gradient
-    checkpointing); a module of another class (a wrapper); a method replaced in one of those classes; an active
+    A forward hook does, of one module or of all; a `forward` set on an instance (accelerate, gradient
+    checkpointing); a module of another class (a wrapper); a method replaced in a known class; an active
     TorchFunctionMode, except for `torch.device`, which keeps nothing.
 
-    Not counted: a TorchDispatchMode. It is shown `aten::addmm_` itself, and its counts are to be those of the step
-    as it runs without it.
+    A TorchDispatchMode does not count: it sees `aten::addmm_` itself, and is to count the step as it runs alone.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -48,7 +47,7 @@ class Privacy:
         return self._structure.is_kept()
 
     def holds(self) -> bool:
-        """Whether nobody sees what the modules pass on. In C, as every eager step asks."""
+        """Whether nobody else sees the activations. Loops in C, because every eager step asks."""
         return not (
             any(map(_hooks, self._attributes))
             or any(map(_pre_hooks, self._attributes))

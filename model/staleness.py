@@ -1,4 +1,4 @@
-"""Whether what was computed from a network's weights is still that of its weights."""
+"""Whether a network's weights have changed since a value was computed from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Structure:
 
 
 class Snapshot:
-    """Parameters of a network as they are now; `names` tells which, by the last name of their module.
+    """Parameters of a network as they are now: of every module whose last name is in `names`, the ones listed.
 
     `change` compares identities, addresses and torch's version counters. It misses writes that no counter counts:
     through `.data`, by a kernel that torch does not know, and to a tensor that was made in inference mode.
@@ -55,7 +55,7 @@ class Snapshot:
         self._versions = list(map(_version, self._counted))
 
     def change(self) -> str | None:
-        """What has changed since, in a few words; None for nothing."""
+        """The first change since, in a few words; None for no change."""
         if not self._structure.is_kept():
             return "a module was replaced"
         tensors = self._current_tensors()
@@ -78,8 +78,8 @@ class Snapshot:
 class MadeFrom:
     """Marks a value as computed from a network whose weights were those of `snapshot`.
 
-    It keeps neither alive. The network holds the snapshot until it takes another, which it does when its weights
-    have changed. A pickled mark knows of no network, and never complains.
+    The mark keeps neither alive. The network holds the snapshot until its weights have changed and it takes
+    another. A pickled mark knows of no network, and never raises.
     """
 
     def __init__(self, network: nn.Module | None = None, snapshot: Snapshot | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The UNet: `condition` computes once what a trajectory keeps, `denoise` is a step, `forward` is both in a row."""
+"""The UNet: `condition` computes the values that a trajectory keeps, `denoise` is a step, `forward` is both."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CONDITIONING_PARAMETERS = {
 class UNet(nn.Module):
     """A text-conditioned latent-diffusion UNet (Rombach et al., arXiv 2112.10752).
 
-    `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` is that of
-    the matrix products with a norm or a gate beside them (`ldmperf.kernels.linear`): "auto" merges them where that
-    is measured or predicted to be faster, "triton" wherever it can, "torch" nowhere. With `backend="torch"`
-    nothing is merged. Convolution weights are kept channels-last, as the activations are. Raises ValueError for
+    `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` goes to the
+    matmuls that can be merged with their norm or gate (`ldmperf.kernels.linear`): "auto" merges where this is
+    measured or predicted to be faster, "triton" wherever the kernel can, "torch" nowhere. With `backend="torch"`
+    nothing is merged. Weights of convolutions are channels-last, as the activations are. Raises ValueError for
     another `backend` or `products`.
     """
 
@@ -107,12 +107,12 @@ class UNet(nn.Module):
         time_ids: Tensor | None = None,
         constants: Constants | None = None,
     ) -> Conditioning:
-        """Compute once what a trajectory keeps.
+        """The values that a trajectory keeps.
 
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
-        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. Of Stable Diffusion XL,
-        text_embeds [B, P]: the pooled text embedding, and time_ids [B, N]: sizes and crops of the images, where
-        P + N * added_time_dim is the config's added_dim. constants: kept of `constants()`.
+        [B, T, Dctx], any float dtype; with guidance the batch holds both halves. Stable Diffusion XL alone takes
+        text_embeds [B, P], the pooled text embedding, and time_ids [B, N], sizes and crops of the images:
+        P + N * added_time_dim is the config's added_dim. constants: a kept result of `constants()`.
 
         Raises ValueError for shapes that do not fit, and for constants of weights that have changed since.
         """
@@ -148,7 +148,7 @@ class UNet(nn.Module):
         )
 
     def _added(self, text_embeds: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
-        """[B, time_dim]: what Stable Diffusion XL adds to the time embedding; None elsewhere."""
+        """[B, time_dim]: the summand of the time embedding in Stable Diffusion XL; None for other networks."""
         size, weight = self.config.added_time_dim, self.time_projection.weight
         if self.add_embedding is None or size is None or text_embeds is None or time_ids is None:
             return None
@@ -160,14 +160,14 @@ class UNet(nn.Module):
     def denoise(self, sample: Tensor, conditioning: Conditioning, step: int | Tensor) -> Tensor:
         """One evaluation: sample [B, Cin, H, W] at the step's timestep -> [B, Cout, H, W].
 
-        step: a number from 0 to K - 1, or an int64 tensor [1] on the device that holds one: a CUDA graph captured
-        with a tensor evaluates whatever step that holds at a replay. The result is channels-last and in the
-        network's dtype. A sample in that dtype and channels-last is read in place. Neither the sample nor the
-        conditioning is written, nor anything that a hook, a module of another class, a replaced method or a
-        TorchFunctionMode keeps; a TorchDispatchMode sees sums in place.
+        step: a number from 0 to K - 1, or an int64 tensor [1] of it on the device: a captured CUDA graph reads the
+        tensor at each replay. The result is channels-last and in the network's dtype; a sample of that layout and
+        dtype is read without a copy. Nothing that the caller holds is written: neither the sample, nor the
+        conditioning, nor an activation seen by a hook, a module of another class, a replaced method or a
+        TorchFunctionMode. A TorchDispatchMode sees sums in place.
 
-        Raises ValueError for a step that is none of the conditioning's (a tensor's number is not read), for shapes
-        that do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
+        Raises ValueError for a step outside the conditioning (the number in a tensor is not read), for shapes that
+        do not fit the network or the conditioning, and for a conditioning of weights that have changed since.
         """
         if not torch.compiler.is_compiling():
             conditioning.check()
@@ -201,7 +201,7 @@ class UNet(nn.Module):
         return out
 
     def _is_private(self) -> bool:
-        """Whether only `denoise` holds what its modules pass on, so that sums may overwrite it."""
+        """Whether only `denoise` holds the activations between its modules, so that sums may overwrite them."""
         if torch.compiler.is_compiling():
             # A compiled graph plans its memory itself, and needs no in-place sums.
             return False
@@ -229,7 +229,7 @@ class UNet(nn.Module):
         return {**self.__dict__, "_snapshot": None, "_privacy": None}
 
     def with_backend(self, backend: str, products: str = "auto") -> UNet:
-        """The same network, on the same memory, with its operators and products on other backends."""
+        """The same network on the same memory, with other values of `backend` and `products`."""
         with torch.device("meta"):
             other = UNet(self.config, backend=backend, products=products)
         other.load_state_dict(self.state_dict(), assign=True)

@@ -326,7 +326,7 @@ def test_a_hook_is_seen_in_a_table_that_was_replaced(reset: str) -> None:
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_module_used_as_one_writes_nothing_that_it_is_given(name: str, kind: type[nn.Module]) -> None:
-    """Called once more with what a step gave it, on its own, in every grad mode."""
+    """Called once more with what a step gave it, and as a user does, without `in_place`, in every grad mode."""
     unet, _, _ = pair(name)
     module = next(module for module in unet.modules() if isinstance(module, kind))
     calls: list[tuple[Any, ...]] = []
@@ -339,6 +339,7 @@ def test_a_module_used_as_one_writes_nothing_that_it_is_given(name: str, kind: t
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             module(*calls[0])
+            module(*(calls[0] if kind is Resample else calls[0][:-1]))
         kept.assert_unchanged()
 
 
