@@ -49,8 +49,10 @@ def route(down: Iterable[Level], middle: Iterable[Level], up: Iterable[Level]) -
     stops: list[Stop] = []
     for levels, pops, pushes in ((down, False, True), (middle, False, False), (up, True, False)):
         for level in levels:
-            for resblock, transformer in cast(Any, zip_longest(level.resblocks, level.transformers)):
-                stops.append(Stop(resblock, transformer, None, pops, pushes, enlarges=False))
-            if (resample := level.upsample if pops else level.downsample) is not None:
-                stops[-1] = stops[-1]._replace(resample=resample, enlarges=pops)
+            last = len(level.resblocks) - 1
+            blocks = zip_longest(level.resblocks, level.transformers)
+            for i, (resblock, transformer) in enumerate(cast(Any, blocks)):
+                resample = None if i < last else level.upsample if pops else level.downsample
+                enlarges = pops and resample is not None
+                stops.append(Stop(resblock, transformer, resample, pops, pushes, enlarges))
     return tuple(stops)
