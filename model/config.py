@@ -112,11 +112,8 @@ _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "no
 
 def _integer(value: Any) -> int | None:
     """An integer of Python, numpy or torch as Python's; None for all else, a bool included."""
-    if (
-        isinstance(value, bool)
-        or str(getattr(value, "dtype", "")).endswith("bool")
-        or len(getattr(value, "shape", ()))
-    ):
+    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    if is_bool or len(getattr(value, "shape", ())):
         return None
     try:
         return operator.index(value)
@@ -271,12 +268,8 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             refuse(field, value, f"only {_ONLY[field][0]!r}")
 
     read = {field: config.get(field, default) for field, default in _READ.items()}
-    for field, kind in (
-        ("down_block_types", "string"),
-        ("up_block_types", "string"),
-        ("block_out_channels", "integer"),
-    ):
-        accepts = _integers if kind == "integer" else _strings
+    for field in ("down_block_types", "up_block_types", "block_out_channels"):
+        kind, accepts = ("integer", _integers) if field == "block_out_channels" else ("string", _strings)
         if not accepts(read[field]):
             refuse(field, read[field], f"only a list, one {kind} per level")
             read[field] = _READ[field]

@@ -187,10 +187,12 @@ class UNet(nn.Module):
             # The next skip's size, not twice x's: an odd size was rounded up on the way down.
             size = skips[-1].shape[2:] if stop.enlarges else None
             # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
-            before, bias, *of_transformer = biases
-            x = stop.resblock(x, shift, skip, before, bias, size if stop.transformer is None else None, in_place)
+            sized = size if stop.transformer is None else None
+            x = stop.resblock(x, shift, skip, biases.before, biases.bias, sized, in_place)
             if stop.transformer is not None:
-                x = stop.transformer(x, next(context), *of_transformer, size, in_place)
+                x = stop.transformer(
+                    x, next(context), biases.between, biases.closing, biases.tokens, size, in_place
+                )
             if stop.pushes:
                 skips.append(x)
             if stop.resample is not None:
