@@ -287,7 +287,7 @@ def _read_index(index: Path) -> dict[str, str]:
     # A name with a folder in it would lead out of the checkpoint.
     odd = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
     if odd or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: lists files other than its folder's .safetensors: {some(odd or names)}")
+        raise CheckpointError(f"{index}: lists what is no .safetensors file of its folder: {some(odd or names)}")
     return weight_map
 
 
