@@ -45,7 +45,7 @@ def finding(records: list[Record]) -> str:
         f"runs on torch's operators there: {short_ratio(min(faster))}x to {short_ratio(max(faster))}x as fast as "
         f"{PEER}."
     )
-    return "\n".join([textwrap.fill(words, 125), "", *lines, "", textwrap.fill(below, 125), "[All cases](docs/results.md)"])
+    return "\n".join([textwrap.fill(words, 125), "", *lines, "", textwrap.fill(below, 125)])
 
 
 def _both(section: Section) -> list[tuple[Row, Row]]:

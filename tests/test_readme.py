@@ -1,4 +1,4 @@
-"""The figures of README and docs are those of the committed records; their examples run; links and paths lead somewhere."""
+"""README and docs: figures are those of the committed records, examples run, links and paths lead somewhere."""
 
 import json
 import re
@@ -77,7 +77,9 @@ def test_links_lead_somewhere(page, link):
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
 def test_paths_of_the_checkout_exist(page):
     """Files and folders that a page names: those without a placeholder, of the folders that are committed."""
-    paths = re.findall(r"(?<![\w/.~-])((?:kernels|model|samplers|profiling|tests|bench|docs)/[\w./-]+)(?![\w<*-])", text_of(page))
+    paths = re.findall(
+        r"(?<![\w/.~-])((?:kernels|model|samplers|profiling|tests|bench|docs)/[\w./-]+)(?![\w<*-])", text_of(page)
+    )
     missing = {path for path in paths if not (ROOT / path.rstrip(".")).exists()}
     assert not {path for path in missing if not path.startswith(("bench/results/", "kernels/tuned"))}
 
