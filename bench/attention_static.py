@@ -155,9 +155,9 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def order_lines(document: Mapping[str, Any]) -> list[str]:
     """The second table: one pass of each default's loop, as its machine code stands."""
-    names = ("D", "tile, warps", "programs", "serialized", "exponentials beside q k^T", "the loop, in order")
+    names = ("D", "tile, warps", "programs", "serialized", "exponentials during q k^T", "the loop, in order")
     lines = [
-        "One pass of each default's loop in machine code. *exponentials beside q k^T*: those issued between that",
+        "One pass of each default's loop in machine code. *exponentials during q k^T*: those issued between that",
         "matmul and its wait, of all. *programs*: how many fit a multiprocessor. Where two or more fit, the",
         "matmuls of one can run during the exponentials of another.",
         "",
