@@ -11,7 +11,8 @@ from pathlib import Path
 from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.report.figures import PEER, Row, Section, overview
-from ldmperf.profiling.report.text import conditions, gflop, joined, number, short_ratio
+from ldmperf.profiling.report.text import conditions, gflop, joined, short_ratio
+from ldmperf.profiling.terminal.layout import number
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
