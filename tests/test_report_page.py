@@ -13,6 +13,7 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.environment import DeviceState, Gpu
 from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.report import figures, write_report
+from ldmperf.profiling.report import page as page_module
 from ldmperf.profiling.report.charts import drawings
 
 MakeRecord = Callable[..., Record]
@@ -248,12 +249,12 @@ def test_a_failed_write_leaves_the_earlier_page(
     write_report([make_record()], 0, tmp_path)
     before = (tmp_path / "report.html").read_bytes()
 
-    def torn(path: Path, content: bytes, mode: str) -> None:
-        with path.open(mode) as file:
+    def torn(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
             file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldmperf.profiling.measure.store._write_durably", torn)
+    monkeypatch.setattr(page_module.Path, "write_bytes", torn)
     with pytest.raises(OSError, match="No space left"):
         write_report([make_record(Case(unet="83M"))], 0, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

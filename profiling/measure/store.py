@@ -122,10 +122,8 @@ class Store(Generic[M]):
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file, its folder made if need be; whoever reads it, even after a crash, meets the old content or
-    the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and no two processes share it.
+    """Replaces a file's content at once: who reads it, or a crash, meets the old or the new, never a part."""
+    # No two processes share it.
     replacement = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         _write_durably(replacement, content, "wb")

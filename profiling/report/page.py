@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..measure.store import write_whole
 from ..report import details, ladder, text
 from ..terminal.visible import counted, visible
 from ..trajectory.case import Case
@@ -58,7 +58,7 @@ def write_report(records: list[Record], rejected_lines: int, directory: Path) ->
     directory.mkdir(parents=True, exist_ok=True)
     written = _write_charts(charts, svgs, directory)
     # The page last: whoever sees it finds the charts that it links.
-    write_whole(directory / PAGE_NAME, page.encode())
+    _replace_file(directory / PAGE_NAME, page.encode())
     return [directory / PAGE_NAME, *written]
 
 
@@ -132,7 +132,17 @@ def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Pa
             png.unlink(missing_ok=True)
             svg.unlink(missing_ok=True)
             continue
-        write_whole(png, drawing.png())
-        write_whole(svg, svgs[drawing.name].encode())
+        _replace_file(png, drawing.png())
+        _replace_file(svg, svgs[drawing.name].encode())
         written += [png, svg]
     return written
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """The file holds its old content or the new, never a part; no two processes share the temporary file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -243,6 +243,7 @@ class References:
 
     def _write(self, path: Path, key: str, reference: Reference) -> None:
         told = {"key": key, "code": str(self._code), "name": reference.name}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, save({"latents": reference.latents.contiguous()}, metadata=told))
 
 
