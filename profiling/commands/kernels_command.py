@@ -11,7 +11,7 @@ import typer
 from ..measure.timing import Deadline
 from ..options import best_device, device_named, dtype_named, known_names, split_values, whole_number
 from ..terminal.visible import console, say
-from .shared import DEFAULT_OUT, list_option, seconds_option, tell
+from .shared import DEFAULT_OUT, seconds_option, tell, with_lists
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
@@ -21,23 +21,20 @@ if TYPE_CHECKING:
 DEFAULT_SECONDS = 240.0
 
 
+LISTS = {
+    "kernel": "Operators: group_norm_silu, layer_norm, ...",
+    "size": "Sizes of the family, or vae; all unless told.",
+    "batch": "The UNet's batch: 2 and 16 unless told.",
+    "peer": "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
+    "diffusers, diffusers-compile, xformers; those that this machine can run unless told.",
+    "head-dim": "Attention of 8 heads of these sizes, instead of the family's calls.",
+    "tokens": "With --head-dim: sequence lengths; 4096, 1024, 256 and 64 unless told.",
+}
+
+
+@with_lists(LISTS)
 def kernels(
-    kernel: Annotated[list[str] | None, list_option("Operators: group_norm_silu, layer_norm, ...")] = None,
-    size: Annotated[list[str] | None, list_option("Sizes of the family, or vae; all unless told.")] = None,
-    batch: Annotated[list[str] | None, list_option("The UNet's batch: 2 and 16 unless told.")] = None,
-    peer: Annotated[
-        list[str] | None,
-        list_option(
-            "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
-            "diffusers, diffusers-compile, xformers; those that this machine can run unless told."
-        ),
-    ] = None,
-    head_dim: Annotated[
-        list[str] | None, list_option("Attention of 8 heads of these sizes, instead of the family's calls.")
-    ] = None,
-    tokens: Annotated[
-        list[str] | None, list_option("With --head-dim: sequence lengths; 4096, 1024, 256 and 64 unless told.")
-    ] = None,
+    lists: dict[str, list[str]],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.")] = None,
     seconds: Annotated[
@@ -77,30 +74,29 @@ def kernels(
     from ..kernel_bench.selection import SIZES, VAE
     from ..options import CaseError
 
-    lists = {"kernel": kernel, "size": size, "batch": batch, "peer": peer, "head-dim": head_dim, "tokens": tokens}
     for name, given in lists.items():
         if given and not split_values(given):
             raise CaseError(f"--{name}: no value given; leave the option out to take the usual ones")
     if resume is not None and out is not None:
         raise CaseError("--resume adds to its own folder: leave --out out, or --resume for a new folder")
-    operators = known_names("kernel", kernel or (), OPERATORS) or tuple(OPERATORS)
-    head_dims = tuple(whole_number("head-dim", text, 1024) for text in split_values(head_dim or ()))
-    sizes = known_names("size", size or (), SIZES)
-    if head_dims and (size or (kernel and set(operators) != {"attention"})):
+    operators = known_names("kernel", lists["kernel"], OPERATORS) or tuple(OPERATORS)
+    head_dims = tuple(whole_number("head-dim", text, 1024) for text in split_values(lists["head-dim"]))
+    sizes = known_names("size", lists["size"], SIZES)
+    if head_dims and (sizes or (lists["kernel"] and set(operators) != {"attention"})):
         raise CaseError("--head-dim chooses attention's calls: leave --size out, and --kernel or name attention")
-    if tokens and not head_dims:
+    if lists["tokens"] and not head_dims:
         raise CaseError("--tokens goes with --head-dim: name head dimensions, or leave --tokens out")
-    if batch and set(sizes) == {VAE}:
+    if lists["batch"] and set(sizes) == {VAE}:
         raise CaseError("--batch is the UNet's, and the VAE is measured at batch 1: leave --batch out")
     choices = BenchChoices(
         operators=("attention",) if head_dims else operators,
         sizes=sizes,
-        batches=tuple(sorted({whole_number("batch", text, 1024) for text in split_values(batch or ())})),
-        peers=known_names("peer", peer or (), PEERS),
+        batches=tuple(sorted({whole_number("batch", text, 1024) for text in split_values(lists["batch"])})),
+        peers=known_names("peer", lists["peer"], PEERS),
         dtype=dtype_named(dtype),
         device=best_device() if device is None else device_named(device),
         head_dims=head_dims,
-        tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(tokens or ())),
+        tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(lists["tokens"])),
     )
     _run(choices, Deadline(seconds), out or DEFAULT_OUT, resume)
 

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..options import real, whole
+from ..options import real, whole_within
 from ..terminal.visible import console, say
 
 DEFAULT_OUT = Path("runs")
 
 
-def list_option(text: str) -> Any:
-    """An option that takes a list of values; `text` is its help."""
+def with_lists(options: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command, for each name with its help, an option that takes a list of values.
+
+    The command's first argument is then what was typed, by the options' names; empty where one is left out.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            command({name: given.pop(name.replace("-", "_")) or [] for name in options}, **given)
+
+        _, *others = inspect.signature(command, eval_str=True).parameters.values()
+        lists = [
+            inspect.Parameter(
+                name.replace("-", "_"),
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=None,
+                annotation=Annotated[list[str] | None, _list_option(text)],
+            )
+            for name, text in options.items()
+        ]
+        # What typer reads.
+        called.__signature__ = inspect.Signature([*lists, *others])  # type: ignore[attr-defined]
+        return called
+
+    return decorated
+
+
+def _list_option(text: str) -> Any:
     return typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
 
 
@@ -26,11 +55,10 @@ def whole_option(text: str, least: int = 0, most: int | None = None) -> Any:
     """An option that takes a whole number from `least` to `most`; `text` is its help."""
 
     def parse(given: str) -> int:
-        value = whole(given)
-        if value is None or value < least or (most is not None and value > most):
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise typer.BadParameter(f"{given!r} is not a whole number {limits}")
-        return value
+        try:
+            return whole_within(given, least, most)
+        except ValueError as wrong:
+            raise typer.BadParameter(str(wrong)) from None
 
     return typer.Option(help=text, parser=parse, metavar="NUMBER")
 

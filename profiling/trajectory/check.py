@@ -51,7 +51,7 @@ _BASE_TIME_IDS, _REFINER_TIME_IDS = 6, 5
 def make_inputs(problem: Problem, number: int) -> Inputs:
     """Fresh random inputs of round `number`, the same on every device and for every backend."""
     case, config = problem.case, problem.unet.config
-    first = case.seed + (number + 1) * case.batch
+    first = (case.seed + (number + 1) * case.batch) % 2**64
     seeds = tuple(range(first, first + case.batch))
     shape = (4, case.latent_height, case.latent_width)
     low_resolution = None
@@ -99,7 +99,7 @@ def check_inputs(problem: Problem) -> Inputs:
     case = problem.case
 
     def step_noise(index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(case.seed + index)
+        generator = torch.Generator().manual_seed((case.seed + index) % 2**64)
         shape = (case.batch, 4, case.latent_height, case.latent_width)
         return torch.randn(shape, generator=generator).to(case.device)
 
