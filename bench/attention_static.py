@@ -34,9 +34,9 @@ def compiled(head_dim: int) -> dict[str, Any]:
     import torch
     from naive_attention import naive_launches
 
-    from ldmperf.profiling.static.family import planned
+    from ldmperf.profiling.machines import MACHINES
     from ldmperf.profiling.static.inspection import inspect_launch
-    from ldmperf.profiling.static.machines import MACHINES
+    from ldmperf.profiling.static.planned import planned
     from ldmperf.profiling.static.shapes import SHAPES, Shape
 
     torch.set_num_threads(1)

@@ -205,7 +205,7 @@ def import_archive(path: Path, root: Path, out: Path) -> list[str]:
 def _record_sets(contents: Mapping[str, bytes], results: Path) -> tuple[dict[Path, list[bytes]], dict[str, int]]:
     """The lines that are records by where they go, in the order that their runs began; and counts of others."""
     from ldmperf.profiling import Record
-    from ldmperf.profiling.kernel_bench.records import KernelRecord
+    from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
 
     models: dict[str, Any] = {"records.jsonl": Record, "kernels.jsonl": KernelRecord}
     runs: list[tuple[datetime, dict[Path, list[bytes]]]] = []

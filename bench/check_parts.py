@@ -91,7 +91,7 @@ class Part:
 
 def parts(device: str, folder: Path) -> list[Part]:
     """The parts in order of importance. On a CPU what a CPU can: the family's smallest size, and few calls."""
-    from ldmperf.profiling.cases import BACKENDS
+    from ldmperf.profiling.trajectory.case import BACKENDS
 
     # The compiled peers take minutes to compile: they come in parts of their own, beside what is best.
     rungs = ",".join(name for name in BACKENDS if "compile" not in name)

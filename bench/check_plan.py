@@ -14,8 +14,8 @@ CORES = 16
 
 def launches_of(names: Sequence[str]) -> Set[Any]:
     """The distinct launches that `ldmperf compile --for` these names compiles for an sm_90."""
-    from ldmperf.profiling.static.machines import MACHINES
-    from ldmperf.profiling.static.precompile import work_for
+    from ldmperf.profiling.ahead.launch_sets import work_for
+    from ldmperf.profiling.machines import MACHINES
 
     return set(work_for(names, MACHINES["sm_90"]).launches)
 

@@ -207,6 +207,6 @@ def is_diagnosis(part: Part) -> bool:
 
 def tell(line: str) -> None:
     """To stderr, which writes what its encoding lacks as an escape."""
-    from ldmperf.profiling.visible import visible
+    from ldmperf.profiling.terminal.visible import visible
 
     print(visible(line), file=sys.stderr, flush=True)

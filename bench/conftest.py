@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.cases import CaseError, best_device, known_names, whole_number
+from ldmperf.profiling.kernel_bench.kernel_records import MODES
 from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
-from ldmperf.profiling.kernel_bench.records import MODES
 from ldmperf.profiling.kernel_bench.selection import SIZES, jobs
+from ldmperf.profiling.options import CaseError, best_device, known_names, whole_number
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -41,11 +41,11 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """The short table: the profiles, our kernels against their peers, and how each part went."""
     from ldmperf.profiling import load_records
     from ldmperf.profiling.kernel_bench.attention_table import attention_lines, attention_rows
-    from ldmperf.profiling.kernel_bench.records import KernelRecord
+    from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
+    from ldmperf.profiling.measure.store import load_lines
     from ldmperf.profiling.report import print_table
-    from ldmperf.profiling.store import load_lines
-    from ldmperf.profiling.visible import console, prepare_streams, say
+    from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
     prepare_streams()
     out = console()
@@ -168,7 +168,7 @@ def wrong_commit() -> str | None:
 
 
 def import_archives(paths: Sequence[Path], out: Path) -> int:
-    from ldmperf.profiling.visible import console, prepare_streams, say
+    from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
     prepare_streams()
     for path in paths:

@@ -34,11 +34,11 @@ from triton.compiler import CompiledKernel
 from ldmperf.kernels import OPERATORS, _launch, _triton
 from ldmperf.kernels._library import IMPLEMENTATIONS
 from ldmperf.kernels._recipes import ByLayout, recipe
-from ldmperf.profiling.cases import CaseError, known_names, whole_number
-from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.kernel_bench.selection import SIZES, VAE
-from ldmperf.profiling.kernel_case import KernelCase
-from ldmperf.profiling.kernel_cases import family_kernel_cases
+from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.options import CaseError, known_names, whole_number
+from ldmperf.profiling.step.call import KernelCase
+from ldmperf.profiling.step.calls import family_kernel_cases
 
 CALLS, ROUNDS = 100, 7
 # The sampler of a step's sum, one of those that are cases.

@@ -7,12 +7,12 @@ writes.
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ldmperf.profiling import load_records
-from ldmperf.profiling.inventory import SIZES, Inventory, floors_markdown, inventory, markdown, measured_steps
-from ldmperf.profiling.records import KernelTime
+from ldmperf.profiling import Record, load_records
+from ldmperf.profiling.measure.recorded import KernelTime
+from ldmperf.profiling.step.inventory import SIZES, TEXT_TOKENS, Inventory, floors_markdown, inventory, markdown
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,6 +37,18 @@ def measured(marker: str) -> Measured:
     """The steps of the record set that a marker names, none where it names none."""
     named = re.search(r"measured: (\S+\.jsonl)", marker)
     return {} if named is None else measured_steps(load_records(ROOT / named[1])[0])
+
+
+def measured_steps(records: Iterable[Record]) -> dict[str, tuple[KernelTime, ...]]:
+    """By size, the kernels of our captured step in the inventory's case: guided, one image, bf16, 64x64."""
+    found = {}
+    for record in records:
+        case = record.case
+        sizes = (case.batch, case.latent_height, case.latent_width, case.context_tokens)
+        is_ours = case.backend == "graph" and case.guided and case.dtype == "bfloat16"
+        if is_ours and sizes == (1, 64, 64, TEXT_TOKENS) and record.trace is not None:
+            found[case.network] = record.trace.step
+    return {size: step for size, step in found.items() if step}
 
 
 def main() -> None:

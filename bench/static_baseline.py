@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from ldmperf.model import FAMILY
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.baseline import (
     checked,
     entries,
@@ -21,9 +22,8 @@ from ldmperf.profiling.static.baseline import (
     regressions,
     write_baseline,
 )
-from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.sweep import Selection, inspect_items, select
-from ldmperf.profiling.visible import console, prepare_streams, say
+from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
 FOLDER = Path(__file__).parent / "static"
 

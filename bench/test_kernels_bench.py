@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.cases import best_device
-from ldmperf.profiling.environment import collect_environment
 from ldmperf.profiling.kernel_bench.bench import KernelBench
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
 from ldmperf.profiling.kernel_bench.peers import Peer
-from ldmperf.profiling.kernel_bench.records import KernelRecord, KernelStore, Mode
 from ldmperf.profiling.kernel_bench.run import BenchChoices
 from ldmperf.profiling.kernel_bench.selection import Job
-from ldmperf.profiling.records import utc_now
+from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.measure.recorded import utc_now
+from ldmperf.profiling.options import best_device
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -34,8 +34,9 @@ from typing import Any, Literal
 import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
-from ldmperf.profiling.cases import CaseError, dtype_named, known_names, split_values, whole_number
-from ldmperf.profiling.environment import collect_environment
+from ldmperf.profiling.ahead.launch_sets import now_launches
+from ldmperf.profiling.ahead.precompile import chip_here, compile_work, kernel_of, plan
+from ldmperf.profiling.commands.compile_command import told as compiled_told
 from ldmperf.profiling.kernel_bench.device import (
     GraphCalls,
     device_ms,
@@ -44,7 +45,7 @@ from ldmperf.profiling.kernel_bench.device import (
     runs_per_sample,
     timed_run,
 )
-from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
+from ldmperf.profiling.kernel_bench.inputs import CallInputs, tolerance_of
 from ldmperf.profiling.kernel_bench.selection import (
     BATCHES,
     SIZES,
@@ -54,17 +55,16 @@ from ldmperf.profiling.kernel_bench.selection import (
     head_dim_jobs,
     jobs,
 )
-from ldmperf.profiling.kernel_case import KernelCase
-from ldmperf.profiling.lane import release_memory
-from ldmperf.profiling.settings import measuring_settings, pinned_ptxas
-from ldmperf.profiling.static.ahead import told as compiled_told
-from ldmperf.profiling.static.launch_sets import now_launches
-from ldmperf.profiling.static.machines import MACHINES
-from ldmperf.profiling.static.precompile import chip_here, compile_work, kernel_of, plan
+from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.measure.outcomes import release_memory
+from ldmperf.profiling.measure.settings import measuring_settings, pinned_ptxas
+from ldmperf.profiling.measure.store import write_whole
+from ldmperf.profiling.measure.timing import Deadline
+from ldmperf.profiling.options import CaseError, dtype_named, known_names, split_values, whole_number
 from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_HEAD_DIMS, TUNED_TOKENS, faults_of
-from ldmperf.profiling.store import write_whole
-from ldmperf.profiling.timing import Deadline
-from ldmperf.profiling.visible import visible
+from ldmperf.profiling.step.call import KernelCase
+from ldmperf.profiling.terminal.visible import visible
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
 WORTHWHILE = 0.98
@@ -273,7 +273,7 @@ class GpuTimer:
         l2_bytes = l2_cache_bytes(device)
         self.keeps_results = l2 == "cold"
         sets = input_sets(case.bytes_moved, l2_bytes)[0] if l2 == "cold" else 1
-        self.inputs = Inputs(case, sets, device, seed=0)
+        self.inputs = CallInputs(case, sets, device, seed=0)
         self.reference = self.inputs.reference()
         self.calls = self.inputs.sets
         if l2 == "step":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .cases import Case
-from .records import Record, load_records
+from .trajectory.case import Case
+from .trajectory.records import Record, load_records
 
 if TYPE_CHECKING:
-    from .runner import profile
+    from .trajectory.runner import profile
 
 __all__ = ["Case", "Record", "load_records", "profile"]
 
@@ -16,7 +16,7 @@ __all__ = ["Case", "Record", "load_records", "profile"]
 def __getattr__(name: str) -> object:
     # The runner brings torch along, which reading records and `ldmperf --help` do without.
     if name == "profile":
-        from .runner import profile
+        from .trajectory.runner import profile
 
         return profile
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,35 +1,87 @@
-"""Number options of the commands: their texts are read here, so that all take ASCII digits alone."""
+"""The values of options, read from their texts: one line that lists the valid ones where a text is none."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import re
+from collections.abc import Iterable
+from typing import Literal, get_args
 
-import typer
-
-from .cases import real, whole
-
-
-def whole_option(text: str, least: int = 0, most: int | None = None) -> Any:
-    """An option that takes a whole number from `least` to `most`; `text` is its help."""
-
-    def parse(given: str) -> int:
-        value = whole(given)
-        if value is None or value < least or (most is not None and value > most):
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise typer.BadParameter(f"{given!r} is not a whole number {limits}")
-        return value
-
-    return typer.Option(help=text, parser=parse, metavar="NUMBER")
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[DType, ...] = get_args(DType)
+DEVICE_PATTERN = r"^(cpu|cuda(:\d+)?)$"
 
 
-def seconds_option(text: str) -> Any:
-    """An option that takes seconds, of at least 0; `text` is its help."""
+class CaseError(ValueError):
+    """A wrong value for a case; its text is one line that lists the valid ones."""
 
-    def parse(given: object) -> float:
-        # A default comes as the number that it is.
-        value = real(str(given))
-        if not value >= 0:
-            raise typer.BadParameter(f"{given!r} is not a number of seconds of at least 0")
-        return value
 
-    return typer.Option(help=text, parser=parse, metavar="SECONDS")
+def device_kind(device: str) -> str:
+    """ "cpu" or "cuda", without the number."""
+    return device.partition(":")[0]
+
+
+_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def split_values(values: Iterable[str]) -> list[str]:
+    """What a repeated option was given, its commas taken apart."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def known_names(option: str, values: Iterable[str], valid: Iterable[str]) -> tuple[str, ...]:
+    """The names given, or CaseError for one that is not valid."""
+    known = tuple(valid)
+    chosen = split_values(values)
+    for name in chosen:
+        if name not in known:
+            raise CaseError(f"--{option}: no {option} {name!r}; choose from {', '.join(known)}")
+    return tuple(chosen)
+
+
+def whole(text: str) -> int | None:
+    """The number that ASCII digits write; None for any other text, a sign or an underscore in it included."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def real(text: str) -> float:
+    """The number that ASCII text writes, as python does but without underscores; NaN for any other text."""
+    try:
+        return float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        return math.nan
+
+
+def whole_number(option: str, text: str, most: int | None = None) -> int:
+    """The number of at least 1 and at most `most`, or CaseError."""
+    limits = "of at least 1" if most is None else f"from 1 to {most}"
+    value = whole(text)
+    if value is None or value < 1 or (most is not None and value > most):
+        raise CaseError(f"--{option}: {text!r} is not a whole number {limits}")
+    return value
+
+
+def dtype_named(text: str) -> DType:
+    """The dtype of that name or short name, or CaseError."""
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise CaseError(f"--dtype: no dtype {text!r}; choose from {', '.join(DTYPES)}")
+    return name
+
+
+def best_device() -> str:
+    """ "cuda" where there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_named(text: str) -> str:
+    """The device, if it is here; else CaseError."""
+    import torch
+
+    if re.fullmatch(DEVICE_PATTERN, text) is None:
+        raise CaseError(f"--device: no device {text!r}; choose from cpu, cuda, cuda:N")
+    if text != "cpu" and (torch.device(text).index or 0) >= torch.cuda.device_count():
+        raise CaseError(f"--device: {text} is not here ({torch.cuda.device_count()} CUDA devices); choose cpu")
+    return text

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from ldmperf.profiling import Case, Record, cli
-from ldmperf.profiling.environment import DeviceState, Environment
-from ldmperf.profiling.records import Correctness, Harness, Phases, Samples
+from ldmperf.profiling.measure.environment import DeviceState, Environment
+from ldmperf.profiling.measure.recorded import Correctness, Samples
+from ldmperf.profiling.trajectory.records import Harness, Phases
 
 
 def plausible_record(case: Case | None = None, **changes: Any) -> Record:

@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ldmperf.kernels import attention
-from ldmperf.profiling.backends import Unsupported
 from ldmperf.profiling.cli import main
-from ldmperf.profiling.environment import Environment
 from ldmperf.profiling.kernel_bench import attention_peers
 from ldmperf.profiling.kernel_bench.attention_table import (
     AttentionRow,
@@ -30,15 +28,17 @@ from ldmperf.profiling.kernel_bench.attention_table import (
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import Pace, unit_rates
 from ldmperf.profiling.kernel_bench.implementation import Implementation
-from ldmperf.profiling.kernel_bench.inputs import Inputs
+from ldmperf.profiling.kernel_bench.inputs import CallInputs
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, UnitRates
 from ldmperf.profiling.kernel_bench.peers import PEERS, Peer, usual_peers
-from ldmperf.profiling.kernel_bench.records import KernelRecord, UnitRates
 from ldmperf.profiling.kernel_bench.selection import Job, head_dim_jobs
 from ldmperf.profiling.kernel_bench.table import markdown, summary_lines
-from ldmperf.profiling.kernel_case import KernelCase
-from ldmperf.profiling.kernel_cases import attention_cases
-from ldmperf.profiling.records import Samples
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.measure.recorded import Samples
+from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.step.call import KernelCase
+from ldmperf.profiling.step.calls import attention_cases
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -211,7 +211,7 @@ def test_xformers_is_called_with_our_layout(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_reference_is_that_of_the_whole_batch() -> None:
-    inputs = Inputs(OF_TEXT, 1, torch.device("cpu"), seed=0)
+    inputs = CallInputs(OF_TEXT, 1, torch.device("cpu"), seed=0)
     q, k, v = (inputs.sets[0][name].double() for name in "qkv")
     weights = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k) * 12**-0.5, dim=-1)
     (found,) = inputs.reference()

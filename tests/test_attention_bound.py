@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ldmperf.profiling.attention_bound import (
+from ldmperf.profiling.machines import (
+    MACHINES,
     Rates,
     attention_bound,
     bound_cycles,
@@ -13,7 +14,6 @@ from ldmperf.profiling.attention_bound import (
     matrix_cycles,
     padded_head_dim,
 )
-from ldmperf.profiling.static.machines import MACHINES
 
 # 1000 TFLOP/s, and 16 * 125 * 2 = 4000 exponentials a nanosecond: 4e9 a millisecond.
 RATES = Rates(matrix_tflops=1000.0, multiprocessors=125, clock_ghz=2.0)

@@ -11,21 +11,18 @@ import torch
 
 from ldmperf.model import UNet, load_unet
 from ldmperf.profiling import Case, profile
-from ldmperf.profiling.backends import (
-    GraphBackend,
-    GraphTrajectory,
-    OurBackend,
-    Problem,
-    Unsupported,
-    default_backends,
-)
-from ldmperf.profiling.cases import BACKENDS
-from ldmperf.profiling.check import check_inputs, make_inputs, relative_rms
-from ldmperf.profiling.group import SCHEDULER_CONFIG
-from ldmperf.profiling.lane import unused_in_pools
-from ldmperf.profiling.network import make_network
-from ldmperf.profiling.peers import diffusers_unet, fuse_projections
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling.measure.error import relative_rms
+from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
+from ldmperf.profiling.trajectory.backend import Problem
+from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.check import check_inputs, make_inputs
+from ldmperf.profiling.trajectory.lane import unused_in_pools
+from ldmperf.profiling.trajectory.network import make_network
+from ldmperf.profiling.trajectory.ours import GraphBackend, GraphTrajectory, OurBackend
+from ldmperf.profiling.trajectory.rungs import default_backends
+from ldmperf.profiling.trajectory.theirs import fuse_projections
 from ldmperf.samplers import Graphs, NoiseSchedule, make_plan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")

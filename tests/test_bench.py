@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ldmperf.profiling.kernel_bench.records import KernelRecord
-from ldmperf.profiling.store import load_lines
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
+from ldmperf.profiling.measure.store import load_lines
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,10 @@ from pydantic import ValidationError
 
 from ldmperf.model import FAMILY
 from ldmperf.profiling import Case
-from ldmperf.profiling.backends import default_backends
-from ldmperf.profiling.cases import BACKENDS, PRESETS, CaseError, Choices, check_devices, select_cases
+from ldmperf.profiling.options import CaseError
+from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.presets import PRESETS, Choices, check_devices, select_cases
+from ldmperf.profiling.trajectory.rungs import default_backends
 from ldmperf.samplers import SAMPLERS
 
 

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Record, load_records
-from ldmperf.profiling.environment import Environment, Gpu
-from ldmperf.profiling.kernel_bench.records import KernelRecord, record_key
-from ldmperf.profiling.kernel_cases import sampler_case
-from ldmperf.profiling.store import load_lines
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
+from ldmperf.profiling.measure.environment import Environment, Gpu
+from ldmperf.profiling.measure.store import load_lines
+from ldmperf.profiling.step.calls import sampler_case
 
 MakeRecord = Callable[..., Record]
 COMMIT = "7d35813a1b2c3d4e5f60718293a4b5c6d7e8f901"

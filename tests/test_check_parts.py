@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.cases import BACKENDS
 from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
+from ldmperf.profiling.trajectory.case import BACKENDS
 
 HAS_XDIST = importlib.util.find_spec("xdist") is not None
 

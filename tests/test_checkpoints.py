@@ -10,10 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ldmperf.profiling import checkpoints, profile
-from ldmperf.profiling.cases import Case, CaseError, Choices, path_text, select_cases
-from ldmperf.profiling.checkpoints import check_unchanged, identified, weights_sha256
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling import profile
+from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.options import CaseError
+from ldmperf.profiling.trajectory import checkpoints
+from ldmperf.profiling.trajectory.case import Case, path_text
+from ldmperf.profiling.trajectory.checkpoints import check_unchanged, identified, weights_sha256
+from ldmperf.profiling.trajectory.presets import Choices, select_cases
 
 
 def of_path(path: Path, **changes: object) -> Case:

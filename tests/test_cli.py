@@ -21,14 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ldmperf.model import CheckpointError, load_unet
-from ldmperf.profiling import Record, load_records, runner
-from ldmperf.profiling.cases import Case
-from ldmperf.profiling.environment import collect_environment
-from ldmperf.profiling.progress import Remaining, readable
-from ldmperf.profiling.records import RECORDS_NAME, RecordStore
-from ldmperf.profiling.runs import RUN_NAME, create_run, open_run
-from ldmperf.profiling.store import rejected_path
-from ldmperf.profiling.timing import Deadline, RepetitionRule
+from ldmperf.profiling import Record, load_records
+from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.measure.store import rejected_path
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
+from ldmperf.profiling.trajectory import runner
+from ldmperf.profiling.trajectory.case import Case
+from ldmperf.profiling.trajectory.progress import Remaining, readable
+from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore
+from ldmperf.profiling.trajectory.runs import RUN_NAME, create_run, open_run
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 ROOT = Path(__file__).parents[1]
@@ -125,9 +126,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 
 def test_the_version_and_the_commit_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     known = metadata.version("ldmperf")
-    monkeypatch.setattr("ldmperf.profiling.environment.checkout", lambda: ("0123456789" * 4, False))
+    monkeypatch.setattr("ldmperf.profiling.measure.environment.checkout", lambda: ("0123456789" * 4, False))
     assert run("--version").out == f"ldmperf {known} (commit 0123456)\n"
-    monkeypatch.setattr("ldmperf.profiling.environment.checkout", lambda: (None, None))
+    monkeypatch.setattr("ldmperf.profiling.measure.environment.checkout", lambda: (None, None))
     outcome = run("--version")
     assert (outcome.code, outcome.out, outcome.err) == (0, f"ldmperf {known}\n", "")
 
@@ -473,7 +474,7 @@ def test_the_latest_run_is_the_newest(run: Run, tmp_path: Path) -> None:
     environment = collect_environment("cpu").model_copy(update={"git_commit": None, "ldmperf": "9"})
     made = [create_run(tmp_path, [], RepetitionRule(1, 0.0), environment) for _ in range(3)]
     assert len(set(made)) == 3
-    from ldmperf.profiling.runs import find_run
+    from ldmperf.profiling.trajectory.runs import find_run
 
     assert find_run(tmp_path, "latest") == made[-1]
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
 from ldmperf.model.config import _ONLY, _READ, _WITHOUT_EFFECT
-from ldmperf.profiling.flops import count_gflop, count_parameters, flop_counter
+from ldmperf.profiling.step.flops import count_gflop, count_parameters, flop_counter
 
 PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]
 

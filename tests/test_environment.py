@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from ldmperf.kernels import _launch
-from ldmperf.profiling import environment, settings
-from ldmperf.profiling.cases import CaseError
-from ldmperf.profiling.environment import DeviceState, Environment, Gpu, collect_environment, device_state
-from ldmperf.profiling.settings import measuring_settings
+from ldmperf.profiling.measure import environment, settings
+from ldmperf.profiling.measure.environment import DeviceState, Environment, Gpu, collect_environment, device_state
+from ldmperf.profiling.measure.settings import measuring_settings
+from ldmperf.profiling.options import CaseError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,7 +118,9 @@ def test_code_that_git_does_not_track_has_no_commit(tmp_path: Path) -> None:
     )
     package = tmp_path / "site-packages" / "profiling"
     shutil.copytree(ROOT / "profiling", package)
-    code = "from profiling.environment import collect_environment as c; e = c(); print(e.git_commit, e.git_dirty)"
+    code = (
+        "from profiling.measure.environment import collect_environment as c; print(c().git_commit, c().git_dirty)"
+    )
     answer = subprocess.run(
         [sys.executable, "-c", code], cwd=package.parent, capture_output=True, text=True, check=True
     )
@@ -313,7 +315,7 @@ def test_a_driver_that_answers_nothing_gives_nulls(monkeypatch: pytest.MonkeyPat
 
 def test_importing_it_queries_nothing() -> None:
     code = (
-        "import sys, ldmperf.profiling.environment as e; "
+        "import sys, ldmperf.profiling.measure.environment as e; "
         "assert not {'torch', 'pynvml', 'altair', 'diffusers'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.environment import Environment
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
     DELAY_CYCLES,
@@ -22,8 +21,9 @@ from ldmperf.profiling.kernel_bench.device import (
 )
 from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job
-from ldmperf.profiling.kernel_cases import attention_cases, family_kernel_cases
-from ldmperf.profiling.timing import Deadline, RepetitionRule, timed
+from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, timed
+from ldmperf.profiling.step.calls import attention_cases, family_kernel_cases
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,6 +1,7 @@
 """The house itself: who may import whom, what importing does, and what the wheel holds."""
 
 import ast
+import graphlib
 import importlib.util
 import re
 import shutil
@@ -10,6 +11,7 @@ import sysconfig
 import tomllib
 import venv
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,12 @@ ALLOWED = {
         *("ldmperf.kernels", "ldmperf.model", "ldmperf.samplers"),
     },
 }
+
+# The rooms of profiling and the files beside them, in their order: each imports only those above it.
+ROOMS = (
+    *("terminal", "options", "machines", "measure", "peer", "step", "static"),
+    *("trajectory", "kernel_bench", "ahead", "report", "commands", "cli"),
+)
 
 
 def imports(path):
@@ -64,6 +72,55 @@ def test_imports_keep_to_the_folder_and_run_one_way(path):
             assert module in ALLOWED[folder], f"{folder} may not import {module}"
         elif top not in sys.stdlib_module_names:
             assert top in ALLOWED[folder], f"{folder} may not import {module}"
+
+
+def inner_imports(path):
+    """The modules of its own folder that a file imports, dotted, those inside functions and for types too."""
+    folder, *place = path.relative_to(ROOT).with_suffix("").parts
+    modules = {".".join(p.relative_to(ROOT / folder).with_suffix("").parts) for p in (ROOT / folder).rglob("*.py")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = place[: len(place) - node.level]
+            target = [*base, *filter(None, [node.module])]
+            for name in [a.name for a in node.names]:
+                inside = [[*target, name], target, [*target, "__init__"]]
+                yield next(dotted for found in inside if (dotted := ".".join(found)) in modules)
+
+
+def test_rooms_of_profiling_import_only_those_above_them():
+    files = sorted((ROOT / "profiling").rglob("*.py"))
+    assert {path.relative_to(ROOT / "profiling").with_suffix("").parts[0] for path in files} == {
+        *ROOMS,
+        "__init__",
+    }
+    for path in files:
+        room = path.relative_to(ROOT / "profiling").with_suffix("").parts[0]
+        for module in inner_imports(path):
+            above = module.partition(".")[0]
+            if room != "__init__":
+                assert ROOMS.index(above) <= ROOMS.index(room), f"{path} imports {module}, which is below it"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_import_goes_in_a_circle(folder):
+    def name(path):
+        return ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+
+    graph = {name(path): set(inner_imports(path)) - {name(path)} for path in (ROOT / folder).rglob("*.py")}
+    # Raises CycleError, which names the circle.
+    tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_no_two_files_or_classes_have_the_same_name():
+    """Across all folders, but for `__init__.py`; a name with an underscore is its own file's."""
+    files = Counter(path.name for path in MODULES if path.name != "__init__.py")
+    classes = Counter(
+        node.name
+        for path in MODULES
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in (files + classes).items() if count > 1] == []
 
 
 def test_there_is_no_package_at_the_root():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -14,24 +13,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from inventory import measured_steps, with_inventory
 
 pytest.importorskip("diffusers")
 
 from ldmperf.kernels import linear
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.inventory import (
+from ldmperf.profiling.measure.recorded import KernelTime
+from ldmperf.profiling.step.inventory import (
     LAUNCHES_OF_A_CAPTURE,
     SIZES,
     Inventory,
     floors_markdown,
     inventory,
-    measured_steps,
 )
-from ldmperf.profiling.launch_rules import UnknownOperator, flash_splits, launches_of, nbytes
-from ldmperf.profiling.launches import GpuLaunch, total
-from ldmperf.profiling.opstream import OpStream, diffusers_step, our_step
-from ldmperf.profiling.records import KernelTime, Trace
+from ldmperf.profiling.step.launches import GpuLaunch, total
+from ldmperf.profiling.step.recording import OpStream, diffusers_step, our_step
+from ldmperf.profiling.step.rules import UnknownOperator, flash_splits, launches_of, nbytes
+from ldmperf.profiling.trajectory.records import Trace
 
 ROOT = Path(__file__).parents[1]
 BF16 = torch.bfloat16
@@ -311,7 +311,7 @@ def test_the_document_is_what_make_inventory_writes(name: str) -> None:
     if recorded.groups() != installed:
         pytest.skip(f"the document was made with diffusers and torch {recorded.groups()}, here are {installed}")
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    assert runpy.run_path(str(ROOT / "bench" / "inventory.py"))["with_inventory"](name, text) == text
+    assert with_inventory(name, text) == text
 
 
 def test_measured_times_of_our_captured_step_go_beside_their_floors(

@@ -20,13 +20,11 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.backends import Unsupported
 from ldmperf.profiling.cli import main
-from ldmperf.profiling.environment import Environment, max_sm_clock_mhz
+from ldmperf.profiling.commands.kernels_command import progress_line
 from ldmperf.profiling.kernel_bench import bench as bench_module
 from ldmperf.profiling.kernel_bench import device as device_module
 from ldmperf.profiling.kernel_bench.bench import KernelBench
-from ldmperf.profiling.kernel_bench.cli import progress_line
 from ldmperf.profiling.kernel_bench.device import (
     DELAY_CYCLES,
     MOST_INPUT_SETS,
@@ -40,18 +38,20 @@ from ldmperf.profiling.kernel_bench.device import (
     timed_run,
     unit_rates,
 )
-from ldmperf.profiling.kernel_bench.inputs import Inputs, by_sample, tolerance_of
+from ldmperf.profiling.kernel_bench.inputs import CallInputs, by_sample, tolerance_of
+from ldmperf.profiling.kernel_bench.kernel_records import CopyBandwidth, KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
-from ldmperf.profiling.kernel_bench.records import CopyBandwidth, KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.run import earlier_records, run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
 from ldmperf.profiling.kernel_bench.table import markdown, notes, print_records, ratios, summary_lines
-from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
-from ldmperf.profiling.kernel_cases import family_kernel_cases, sampler_case
-from ldmperf.profiling.records import Samples
-from ldmperf.profiling.runs import RunError
-from ldmperf.profiling.store import load_lines, rejected_path
-from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed, timed
+from ldmperf.profiling.measure.environment import Environment, max_sm_clock_mhz
+from ldmperf.profiling.measure.folders import RunError
+from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.measure.recorded import Samples
+from ldmperf.profiling.measure.store import load_lines, rejected_path
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, timed
+from ldmperf.profiling.step.call import KernelCase, TensorSpec
+from ldmperf.profiling.step.calls import family_kernel_cases, sampler_case
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -137,7 +137,7 @@ def test_the_check_sees_what_a_call_does_not_write() -> None:
 
 
 def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> None:
-    inputs = Inputs(sampler_case("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
+    inputs = CallInputs(sampler_case("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
     first = inputs.sets[0]
     registers = first["registers"].clone()
     assert not torch.equal(registers, inputs.sets[1]["registers"])
@@ -479,7 +479,7 @@ def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.Monke
         warm.add(name)
         return right(**arguments)
 
-    monkeypatch.setattr("ldmperf.profiling.lane.release_memory", released)
+    monkeypatch.setattr("ldmperf.profiling.measure.outcomes.release_memory", released)
     monkeypatch.setattr(bench_module, "release_memory", released)
     monkeypatch.setattr(bench_module, "timed_run", sample)
     # One call is checked, six calibrate, one is untimed: the tenth is the second sample, the third calibrates.

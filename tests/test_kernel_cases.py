@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
-from ldmperf.profiling.kernel_cases import (
-    attention_cases,
-    family_kernel_cases,
-    sampler_case,
-    vae_kernel_cases,
-)
+from ldmperf.profiling.step.call import KernelCase, TensorSpec
+from ldmperf.profiling.step.calls import attention_cases, family_kernel_cases, sampler_case, vae_kernel_cases
 
 CASES = family_kernel_cases("39M", 2, "float32", latents=16)
 

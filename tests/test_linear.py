@@ -27,7 +27,7 @@ from ldmperf.kernels._linear_config import (
 from ldmperf.kernels._parts import padded
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.kernels.linear import plan, tuning_key
-from ldmperf.profiling.opstream import OpStream
+from ldmperf.profiling.step.recording import OpStream
 
 ARCHS = ("sm_90", "sm_80", "gfx942", "sm_86")
 # Bytes of shared memory that a program may have.

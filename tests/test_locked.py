@@ -13,18 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from ldmperf.profiling import cli, locked
-from ldmperf.profiling.cases import Case
-from ldmperf.profiling.environment import collect_environment
-from ldmperf.profiling.records import RECORDS_NAME
-from ldmperf.profiling.runs import RunError, create_run
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling import cli
+from ldmperf.profiling.measure import folders as locked
+from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.measure.folders import RunError
+from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.trajectory.case import Case
+from ldmperf.profiling.trajectory.records import RECORDS_NAME
+from ldmperf.profiling.trajectory.runs import create_run
 
 HOLD = """
 import sys, time
 from collections.abc import Iterator
 from pathlib import Path
-from ldmperf.profiling.locked import locked
+from ldmperf.profiling.measure.folders import locked
 lock = locked(Path(sys.argv[1]), print)
 print("held", flush=True)
 time.sleep(600)

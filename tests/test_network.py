@@ -5,8 +5,8 @@ from diffusers import UNet2DConditionModel
 
 from ldmperf.model import UNetConfig, diffusers_config
 from ldmperf.profiling import Case
-from ldmperf.profiling.backends import Unsupported
-from ldmperf.profiling.network import make_network
+from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.trajectory.network import make_network
 
 
 @pytest.mark.parametrize(

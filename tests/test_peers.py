@@ -14,19 +14,20 @@ import torch
 
 from ldmperf.model import FAMILY, UNet, load_unet
 from ldmperf.profiling import Case, profile
-from ldmperf.profiling.backends import OurBackend, Problem, Unsupported
-from ldmperf.profiling.check import added_conditions, check_inputs, relative_rms
-from ldmperf.profiling.group import SCHEDULER_CONFIG
-from ldmperf.profiling.peers import (
-    SCHEDULERS,
+from ldmperf.profiling.measure.error import relative_rms
+from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.peer import SCHEDULER_CONFIG, SCHEDULERS, diffusers_unet
+from ldmperf.profiling.trajectory.backend import Problem
+from ldmperf.profiling.trajectory.check import added_conditions, check_inputs
+from ldmperf.profiling.trajectory.ours import OurBackend
+from ldmperf.profiling.trajectory.theirs import (
     CompileMode,
     DiffusersBackend,
     compiled,
-    diffusers_unet,
     fuse_projections,
     side_by_side,
 )
-from ldmperf.profiling.timing import RepetitionRule
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -267,7 +268,7 @@ def test_importing_the_peers_does_not_import_diffusers() -> None:
 
     builtins.__import__ = listening
     try:
-        importlib.reload(importlib.import_module("ldmperf.profiling.peers"))
+        importlib.reload(importlib.import_module("ldmperf.profiling.trajectory.theirs"))
     finally:
         builtins.__import__ = real
     assert imported

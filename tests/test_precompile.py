@@ -31,14 +31,15 @@ from ldmperf.kernels import OPERATORS, Chip, Launch, layer_norm, residual_add
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
-from ldmperf.profiling.backends import Inputs, Problem
-from ldmperf.profiling.cases import Case
-from ldmperf.profiling.group import SCHEDULER_CONFIG
-from ldmperf.profiling.network import make_network
-from ldmperf.profiling.static import ahead, launch_sets, precompile, stubs
+from ldmperf.profiling.ahead import launch_sets, precompile, stubs
+from ldmperf.profiling.ahead.precompile import compile_work, kernel_of, plan
+from ldmperf.profiling.commands import compile_command as ahead
+from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.peer import SCHEDULER_CONFIG
 from ldmperf.profiling.static.forked import Lost, map_forked
-from ldmperf.profiling.static.machines import MACHINES
-from ldmperf.profiling.static.precompile import compile_work, kernel_of, plan
+from ldmperf.profiling.trajectory.backend import Inputs, Problem
+from ldmperf.profiling.trajectory.case import Case
+from ldmperf.profiling.trajectory.network import make_network
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -474,7 +475,7 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(run: Run, arguments: Sequence[
 
 def test_the_command_counts_and_compiles(run: Run, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = plan(parts_of((an_addition(), False)), SM_90, chips=[NO_GPU])
-    monkeypatch.setattr(precompile, "work_for", lambda names, arch, **_: work)
+    monkeypatch.setattr(launch_sets, "work_for", lambda names, arch, **_: work)
     code, out, _ = run("--arch", "sm_90", "--for", "smoke", "--plan")
     assert (code, own_cache.exists()) == (0, False)
     assert out.startswith("1 kernel for sm_90")
@@ -484,7 +485,7 @@ def test_the_command_counts_and_compiles(run: Run, own_cache: Path, monkeypatch:
     assert "1 kernel compiled, 0 there before; " in out
     assert str(own_cache) in out
     broken = replace(work.launches[0], digest="0" * 64)
-    monkeypatch.setattr(precompile, "work_for", lambda names, arch, **_: replace(work, launches=(broken,)))
+    monkeypatch.setattr(launch_sets, "work_for", lambda names, arch, **_: replace(work, launches=(broken,)))
     code, out, _ = run("--arch", "sm_90", "--for", "smoke")
     assert code == 1
     assert "failed: residual_add_kernel[" in out

@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ldmperf.profiling import Case, Record, load_records
-from ldmperf.profiling.records import (
-    RECORDS_NAME,
-    Correctness,
-    RecordStore,
-    Samples,
-    Trace,
-    new_run_id,
-    record_schema,
-)
-from ldmperf.profiling.store import rejected_path
+from ldmperf.profiling.measure.recorded import Correctness, Samples, new_run_id
+from ldmperf.profiling.measure.store import rejected_path
+from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore, Trace, record_schema
 
 MakeRecord = Callable[..., Record]
 

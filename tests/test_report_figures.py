@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.records import Harness, Samples, Trace
+from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.report import figures, ladder, text
+from ldmperf.profiling.terminal.layout import number
+from ldmperf.profiling.trajectory.records import Harness, Trace
 
 MakeRecord = Callable[..., Record]
 
@@ -195,7 +197,7 @@ def test_no_other_record_of_the_case_is_better_than_the_one_shown(
     make_record: MakeRecord, made: list[tuple[str, int, bool, bool]]
 ) -> None:
     records = []
-    for number, (status, beside, is_cut, is_traced) in enumerate(made):
+    for position, (status, beside, is_cut, is_traced) in enumerate(made):
         harness = Harness(
             min_count=3,
             min_seconds=0.0,
@@ -204,7 +206,7 @@ def test_no_other_record_of_the_case_is_better_than_the_one_shown(
             stopped_by="seconds" if is_cut else None,
         )
         trace = Trace(launches=1, busy_ms=1.0) if is_traced and status == "ok" else None
-        records.append(make_record(case(), status=status, trace=trace, harness=harness, parameters=number))
+        records.append(make_record(case(), status=status, trace=trace, harness=harness, parameters=position))
     shown = figures.overview(records)
     (best,) = (row.record for row in shown.rows)
     assert shown.superseded == len(records) - 1
@@ -339,7 +341,7 @@ def test_lines_over_steps_are_of_one_size_and_backend(make_record: MakeRecord) -
     ],
 )  # fmt: skip
 def test_numbers_as_text(value: float | None, expected: str) -> None:
-    assert text.number(value) == expected
+    assert number(value) == expected
 
 
 @pytest.mark.parametrize(

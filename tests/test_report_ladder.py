@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.cases import BACKENDS
-from ldmperf.profiling.records import KernelTime, Samples, Trace
+from ldmperf.profiling.measure.recorded import KernelTime, Samples
 from ldmperf.profiling.report import figures, markdown_table, print_table, write_report
 from ldmperf.profiling.report.charts import drawings
 from ldmperf.profiling.report.ladder import costs_grid, groups_grid, ladder_grid, ladders
+from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.records import Trace
 
 MakeRecord = Callable[..., Record]
 # Milliseconds of a trajectory of ten steps.

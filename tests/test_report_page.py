@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.environment import DeviceState, Gpu
-from ldmperf.profiling.records import Correctness, Samples
+from ldmperf.profiling.measure.environment import DeviceState, Gpu
+from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.report import figures, write_report
 from ldmperf.profiling.report import page as page_module
 from ldmperf.profiling.report.charts import drawings

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.environment import DeviceState
-from ldmperf.profiling.records import Samples
+from ldmperf.profiling.measure.environment import DeviceState
+from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.report import markdown_table, print_table
 from ldmperf.profiling.report.details import harness_lines
 from ldmperf.profiling.report.text import statuses_in_words

@@ -17,13 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record, cli, report
-from ldmperf.profiling.environment import Environment
-from ldmperf.profiling.kernel_bench.records import KernelRecord, record_key
-from ldmperf.profiling.kernel_case import KernelCase, TensorSpec
-from ldmperf.profiling.records import RECORDS_NAME, Correctness, RecordStore, Samples
-from ldmperf.profiling.runs import Run, RunError, create_run, open_run
-from ldmperf.profiling.store import read_lines
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling.commands import profile_command
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
+from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.measure.folders import RunError
+from ldmperf.profiling.measure.recorded import Correctness, Samples
+from ldmperf.profiling.measure.store import read_lines
+from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.step.call import KernelCase, TensorSpec
+from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore
+from ldmperf.profiling.trajectory.runs import Run, create_run, open_run
 
 MakeRecord = Callable[..., Record]
 ROOT = Path(__file__).parents[1]
@@ -359,8 +362,9 @@ def test_a_profile_into_a_path_of_any_name(
     name: str,
 ) -> None:
     """The path is printed on one line, without markup and with what is unseen made visible."""
-    from ldmperf.profiling import environment, runner
-    from ldmperf.profiling.visible import visible
+    from ldmperf.profiling.measure import environment
+    from ldmperf.profiling.terminal.visible import visible
+    from ldmperf.profiling.trajectory import runner
 
     out = tmp_path_factory.mktemp("any") / name
     try:
@@ -378,7 +382,7 @@ def test_a_profile_into_a_path_of_any_name(
         patch.setattr(environment, "collect_environment", lambda device: make_record().environment)
         patch.setattr(runner, "profile", measured)
         # An empty file is enough: names are the subject, and safetensors opens none that is not UTF-8.
-        patch.setattr(cli, "check_loadable", lambda cases: None)
+        patch.setattr(profile_command, "check_loadable", lambda cases: None)
         patch.setattr(report, "write_report", lambda records, rejected, folder: [folder / "report.html"])
         unet = out / "mine.safetensors"
         unet.write_bytes(b"")

@@ -23,20 +23,24 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import KernelUnsupported
-from ldmperf.profiling import Case, Record, group, load_records, profile, runner, short_traces
-from ldmperf.profiling.backends import Backend, Inputs, OurBackend, Problem, Trajectory, Unsupported
-from ldmperf.profiling.cases import DTYPES
-from ldmperf.profiling.check import TOLERANCES, Reference, References, code_identity, relative_rms, tolerances
-from ldmperf.profiling.checkpoints import identified
-from ldmperf.profiling.environment import collect_environment
-from ldmperf.profiling.group import Networks, make_problem
-from ldmperf.profiling.lane import Lane, failure
-from ldmperf.profiling.network import make_network
-from ldmperf.profiling.peers import DiffusersBackend
-from ldmperf.profiling.records import Phases, RecordStore, Trace
-from ldmperf.profiling.runner import groups
-from ldmperf.profiling.short_traces import Tracer, timing_deadline, wants_trace
-from ldmperf.profiling.timing import Deadline, RepetitionRule, Timed
+from ldmperf.profiling import Case, Record, load_records, profile
+from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.measure.error import relative_rms
+from ldmperf.profiling.measure.outcomes import Unsupported, failure
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed
+from ldmperf.profiling.options import DTYPES
+from ldmperf.profiling.trajectory import group, runner, short_traces
+from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
+from ldmperf.profiling.trajectory.check import TOLERANCES, Reference, References, code_identity, tolerances
+from ldmperf.profiling.trajectory.checkpoints import identified
+from ldmperf.profiling.trajectory.group import Networks, make_problem
+from ldmperf.profiling.trajectory.lane import Lane
+from ldmperf.profiling.trajectory.network import make_network
+from ldmperf.profiling.trajectory.ours import OurBackend
+from ldmperf.profiling.trajectory.records import Phases, RecordStore, Trace
+from ldmperf.profiling.trajectory.runner import groups
+from ldmperf.profiling.trajectory.short_traces import Tracer, timing_deadline, wants_trace
+from ldmperf.profiling.trajectory.theirs import DiffusersBackend
 from ldmperf.samplers import SAMPLERS
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -563,11 +567,11 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from ldmperf.profiling import Case, profile
-from ldmperf.profiling.backends import OurBackend
-from ldmperf.profiling.lane import Lane
-from ldmperf.profiling.peers import DiffusersBackend
-from ldmperf.profiling.records import RecordStore
-from ldmperf.profiling.timing import RepetitionRule
+from ldmperf.profiling.trajectory.backend import OurBackend
+from ldmperf.profiling.trajectory.lane import Lane
+from ldmperf.profiling.trajectory.theirs import DiffusersBackend
+from ldmperf.profiling.trajectory.records import RecordStore
+from ldmperf.profiling.measure.timing import RepetitionRule
 
 class Hangs:
     implementation = "torch"
@@ -730,7 +734,7 @@ def settling(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(Lane, "run", run)
     monkeypatch.setattr(Lane, "run_measured", run_measured)
     monkeypatch.setattr(group, "release_memory", release)
-    monkeypatch.setattr("ldmperf.profiling.lane.release_memory", release)
+    monkeypatch.setattr("ldmperf.profiling.measure.outcomes.release_memory", release)
     monkeypatch.setattr(group, "warmup_rounds", lambda case: 1)
     return log
 
@@ -833,7 +837,7 @@ def test_the_float32_network_is_made_once_a_group_and_given_up(
         copies.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr("ldmperf.profiling.check.copy.deepcopy", deepcopy)
+    monkeypatch.setattr("ldmperf.profiling.trajectory.check.copy.deepcopy", deepcopy)
     alive: list[int] = []
 
     class Listening(Heard):

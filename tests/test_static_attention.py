@@ -17,10 +17,10 @@ from ldmperf.profiling.cli import main
 pytest.importorskip("triton")
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.display import by_distance, print_work_list
-from ldmperf.profiling.static.family import planned
-from ldmperf.profiling.static.machines import MACHINES
-from ldmperf.profiling.static.model import Traffic, predict
+from ldmperf.profiling.static.planned import planned
+from ldmperf.profiling.static.prediction import Traffic, predict
 from ldmperf.profiling.static.sass import hot_region, parse
 from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, beside_its_bound, score_tile, tile_bound
 from ldmperf.profiling.static.shapes import SHAPES, Shape

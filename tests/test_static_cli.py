@@ -13,13 +13,13 @@ from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.cli import main
-from ldmperf.profiling.counting import counting
+from ldmperf.profiling.terminal.counting import counting
 
 pytest.importorskip("triton")
 
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import specialization_of
 from ldmperf.profiling.static.display import UNITS
-from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.shapes import SHAPES
 
 

@@ -8,13 +8,13 @@ import torch
 
 from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.kernels._linear_config import LinearConfig
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.amd import AmdResources, amd_resources
 from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
 from ldmperf.profiling.static.compile import Compiled, Specialization, compile_launch
 from ldmperf.profiling.static.inspection import Inspection, inspect_launch
-from ldmperf.profiling.static.machines import MACHINES
-from ldmperf.profiling.static.model import Traffic, predict
 from ldmperf.profiling.static.occupancy import occupancy
+from ldmperf.profiling.static.prediction import Traffic, predict
 from ldmperf.profiling.static.ptx import Access, global_accesses
 from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
 from ldmperf.profiling.static.shapes import SHAPES, Shape

@@ -9,8 +9,8 @@ import torch
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.kernels.group_norm import GroupNormConfig
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import compile_launch
-from ldmperf.profiling.static.machines import MACHINES
 
 
 @pytest.fixture(autouse=True)

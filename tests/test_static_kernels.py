@@ -18,14 +18,14 @@ import triton
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels._launch import in_other_16_bits
-from ldmperf.profiling.kernel_cases import family_kernel_cases
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
-from ldmperf.profiling.static.family import family_launches
-from ldmperf.profiling.static.machines import MACHINES
+from ldmperf.profiling.static.planned import family_launches
 from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.sweep import inspect_items
 from ldmperf.profiling.static.tuned import served, tuned_items
+from ldmperf.profiling.step.calls import family_kernel_cases
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
 

@@ -18,11 +18,11 @@ pytest.importorskip("triton")
 
 from ldmperf.kernels import OPERATORS, Chip
 from ldmperf.kernels.attention import MAX_SCALE
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import compile_launch
 from ldmperf.profiling.static.display import print_inspection
 from ldmperf.profiling.static.inspection import inspect_launch
 from ldmperf.profiling.static.loop_order import Beside, loop_order, order_text
-from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.ptxas import serializations
 from ldmperf.profiling.static.sass import Region, parse
 from ldmperf.profiling.static.shapes import SHAPES, Shape

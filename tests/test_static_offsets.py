@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from ldmperf.kernels import OPERATORS, Launch
+from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import compile_launch
-from ldmperf.profiling.static.machines import MACHINES
 from ldmperf.profiling.static.offsets import address_count, int32_overflows
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 

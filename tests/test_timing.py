@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmperf.profiling.timing import (
+from ldmperf.profiling.measure.timing import (
     Deadline,
     RepetitionRule,
     Timed,

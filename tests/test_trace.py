@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ldmperf.profiling.kernel_groups import by_group, group_of
-from ldmperf.profiling.records import KernelTime
-from ldmperf.profiling.trace import DeviceEvent, busy_us, mean_step, steps_of, trace_of, traced
+from ldmperf.profiling.measure.recorded import KernelTime
+from ldmperf.profiling.step.groups import by_group, group_of
+from ldmperf.profiling.trajectory.trace import DeviceEvent, busy_us, mean_step, steps_of, trace_of, traced
 
 
 def test_overlapping_events_are_counted_once() -> None:

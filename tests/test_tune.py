@@ -16,8 +16,8 @@ import torch
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels import _launch as launch
 from ldmperf.profiling.kernel_bench.selection import first_of_each_key, head_dim_jobs, jobs
-from ldmperf.profiling.kernel_cases import attention_cases, family_kernel_cases
-from ldmperf.profiling.timing import Deadline
+from ldmperf.profiling.measure.timing import Deadline
+from ldmperf.profiling.step.calls import attention_cases, family_kernel_cases
 
 ROOT = Path(__file__).parents[1]
 tune = SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "tune.py"), run_name="tune"))

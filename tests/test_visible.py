@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ldmperf.profiling import Record
-from ldmperf.profiling.cases import Case
 from ldmperf.profiling.cli import main
-from ldmperf.profiling.layout import MISSING, laid_out
-from ldmperf.profiling.progress import ProgressLines
+from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.report import print_table
 from ldmperf.profiling.report.tables import markdown_table
-from ldmperf.profiling.timing import RepetitionRule
-from ldmperf.profiling.visible import console, counted, for_markdown, say_wrapped, visible, width_of
+from ldmperf.profiling.terminal.layout import MISSING, laid_out
+from ldmperf.profiling.terminal.visible import console, counted, for_markdown, say_wrapped, visible, width_of
+from ldmperf.profiling.trajectory.case import Case
+from ldmperf.profiling.trajectory.progress import ProgressLines
 
 ROOT = Path(__file__).parents[1]
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backends import Unsupported
-from ..kernel_case import KernelCase
+from ..measure.outcomes import Unsupported
+from ..step.call import KernelCase
 from .implementation import Arguments, Implementation
 
 # By peer: torch's name of the backend, and what tells whether it serves a call on a GPU.

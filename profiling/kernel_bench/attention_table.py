@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
-from ..layout import laid_out
-from ..report.text import MISSING, number
-from ..visible import counted
-from .records import KernelRecord, Mode
+from ..terminal.layout import MISSING, laid_out, number
+from ..terminal.visible import counted
+from .kernel_records import KernelRecord, Mode
 
 # What tables call a mode: "eager" is the name of a peer, too.
 CALLS: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}

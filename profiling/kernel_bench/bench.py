@@ -13,17 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..backends import Unsupported
-from ..environment import DeviceState, Environment, device_state
-from ..lane import Outcome, release_memory
-from ..records import Correctness, Samples, utc_now
-from ..settings import measuring_settings
-from ..timing import Timed, Times, garbage_collection_paused, interleave, timed
+from ..measure.environment import DeviceState, Environment, device_state
+from ..measure.outcomes import Outcome, Unsupported, release_memory
+from ..measure.recorded import Correctness, Samples, utc_now
+from ..measure.settings import measuring_settings
+from ..measure.timing import Timed, Times, garbage_collection_paused, interleave, timed
 from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, input_sets, l2_cache_bytes, timed_run
 from .implementation import Arguments, Implementation
-from .inputs import Inputs, tolerance_of
+from .inputs import CallInputs, tolerance_of
+from .kernel_records import CopyBandwidth, KernelRecord, Mode, UnitRates, record_key
 from .peers import Peer
-from .records import CopyBandwidth, KernelRecord, Mode, UnitRates, record_key
 from .selection import Job
 
 _REFERENCE = "ours, float64"
@@ -49,7 +48,7 @@ class _Contestant(Outcome):
 
 
 @dataclass
-class _Lane(Outcome):
+class _Contender(Outcome):
     """A contestant in one mode."""
 
     contestant: _Contestant
@@ -107,13 +106,13 @@ class KernelBench:
         case = job.case
         contestants = [_Contestant(peer) for peer in self._peers_of(job)]
         self._operators.add(case.operator)
-        lanes = [_Lane(contestant, mode) for mode in self.modes for contestant in contestants]
+        lanes = [_Contender(contestant, mode) for mode in self.modes for contestant in contestants]
         started_at, before = utc_now(), device_state(self.device_name)
         moved = case.bytes_moved
         count, cold = input_sets(moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
-                inputs = Inputs(case, count, self.device, seed=0)
+                inputs = CallInputs(case, count, self.device, seed=0)
                 reference = inputs.reference()
             except Exception as error:
                 for contestant in contestants:
@@ -135,7 +134,7 @@ class KernelBench:
         release_memory()
         return records
 
-    def _build_and_check(self, contestant: _Contestant, inputs: Inputs, reference: tuple[Tensor, ...]) -> None:
+    def _build_and_check(self, contestant: _Contestant, inputs: CallInputs, reference: tuple[Tensor, ...]) -> None:
         implementation = contestant.attempt(lambda: contestant.peer.build(inputs.case, self.device))
         if implementation is None:
             return
@@ -153,7 +152,7 @@ class KernelBench:
         contestant.first_call_ms = result.wall_ms
         contestant.error = _checked(contestant, inputs, result.value, reference, "before")
 
-    def _time(self, lanes: Sequence[_Lane], inputs: Inputs, reference: tuple[Tensor, ...]) -> None:
+    def _time(self, lanes: Sequence[_Contender], inputs: CallInputs, reference: tuple[Tensor, ...]) -> None:
         lanes = [lane for lane in lanes if lane.contestant.active]
         for lane in lanes:
             with lane.contestant.setting():
@@ -164,7 +163,7 @@ class KernelBench:
                 lane.delay_cycles = lane.workload.delay_cycles if self.device.type == "cuda" else 0
         running = {lane.contestant.peer.name: lane for lane in lanes if lane.active}
 
-        def one_sample(lane: _Lane, *_: object) -> Timed[object]:
+        def one_sample(lane: _Contender, *_: object) -> Timed[object]:
             workload = lane.workload
             assert workload is not None
             with lane.contestant.setting():
@@ -192,7 +191,7 @@ class KernelBench:
             lane.release()
         release_memory()
 
-    def _workload(self, lane: _Lane) -> Workload:
+    def _workload(self, lane: _Contender) -> Workload:
         if lane.mode == "eager":
             return EagerCalls(lane.contestant.calls)
         if self.device.type != "cuda":
@@ -208,11 +207,11 @@ class KernelBench:
                 f"cannot be captured: {str(error).splitlines()[0] if str(error) else error!r}"
             ) from None
 
-    def _calibrated(self, lane: _Lane) -> int:
+    def _calibrated(self, lane: _Contender) -> int:
         assert lane.workload is not None
         return calibrated(lane.workload, self.pace, self.device)
 
-    def _check_again(self, lane: _Lane, inputs: Inputs, reference: tuple[Tensor, ...]) -> float | None:
+    def _check_again(self, lane: _Contender, inputs: CallInputs, reference: tuple[Tensor, ...]) -> float | None:
         """The first set's result once more, by the very workload that was timed."""
         inputs.restore()
         workload = lane.workload
@@ -232,7 +231,7 @@ class KernelBench:
     def _record(
         self,
         job: Job,
-        lane: _Lane,
+        lane: _Contender,
         started_at: datetime,
         before: DeviceState,
         after: DeviceState,
@@ -294,7 +293,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 def _checked(
     checked: Outcome,
-    inputs: Inputs,
+    inputs: CallInputs,
     result: Any,
     reference: tuple[Tensor, ...],
     when: Literal["before", "after"],

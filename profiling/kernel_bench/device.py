@@ -11,10 +11,10 @@ import torch
 
 from ldmperf.samplers import own_workspaces
 
-from ..environment import max_sm_clock_mhz
-from ..records import Samples
-from ..timing import RepetitionRule, Timed, timed
-from .records import CopyBandwidth, UnitRates
+from ..measure.environment import max_sm_clock_mhz
+from ..measure.recorded import Samples
+from ..measure.timing import RepetitionRule, Timed, timed
+from .kernel_records import CopyBandwidth, UnitRates
 
 Call = Callable[[], Any]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ldmperf.kernels import OPERATORS
 
-from ..cases import DType
-from ..check import relative_rms
-from ..kernel_case import KernelCase
+from ..measure.error import relative_rms
+from ..options import DType
+from ..step.call import KernelCase
 
 # Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
 # parts, and far less than a wrong formula gives.
@@ -26,7 +26,7 @@ SCORES_BYTES = 2**30
 _MASKS = ("key_lengths", "key_mask")
 
 
-class Inputs:
+class CallInputs:
     """Sets of arguments; the first is the one that results are checked on, restored before each check."""
 
     def __init__(self, case: KernelCase, sets: int, device: torch.device, seed: int) -> None:

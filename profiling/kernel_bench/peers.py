@@ -11,11 +11,10 @@ import torch
 
 from ldmperf.kernels import OPERATORS, linear_separate
 
-from ..backends import Unsupported
-from ..group import SCHEDULER_CONFIG
-from ..kernel_case import PLAN_ROW, PLAN_STEPS, KernelCase
-from ..peers import SCHEDULERS, import_diffusers
-from . import attention_peers
+from ..kernel_bench import attention_peers
+from ..measure.outcomes import Unsupported
+from ..peer import SCHEDULER_CONFIG, SCHEDULERS, import_diffusers
+from ..step.call import PLAN_ROW, PLAN_STEPS, KernelCase
 from .implementation import Arguments, Implementation
 from .plain import PLAIN, STEPS, guided, with_input
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernel_case import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
+from ..step.call import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
 
 Function = Callable[..., Any]
 

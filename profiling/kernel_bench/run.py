@@ -8,17 +8,17 @@ from pathlib import Path
 
 import torch
 
-from ..cases import DType
-from ..environment import Environment
-from ..records import new_run_id
-from ..runs import RunError
-from ..settings import measuring_settings
-from ..store import load_lines
-from ..timing import Deadline
+from ..measure.environment import Environment
+from ..measure.folders import RunError
+from ..measure.recorded import new_run_id
+from ..measure.settings import measuring_settings
+from ..measure.store import load_lines
+from ..measure.timing import Deadline
+from ..options import DType
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
+from .kernel_records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
 from .peers import PEERS, usual_peers
-from .records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
 from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 

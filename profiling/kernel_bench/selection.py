@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY
 
-from ..cases import DType
-from ..kernel_case import KernelCase
-from ..kernel_cases import attention_cases, family_kernel_cases, vae_kernel_cases
+from ..options import DType
+from ..step.call import KernelCase
+from ..step.calls import attention_cases, family_kernel_cases, vae_kernel_cases
 
 VAE = "vae"
 SIZES = (*FAMILY, VAE)

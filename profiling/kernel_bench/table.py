@@ -10,12 +10,12 @@ from rich.console import Console
 
 from ldmperf.model import FAMILY
 
-from ..layout import laid_out
-from ..report.text import MISSING, busy_notes, commit, number
-from ..visible import counted, for_markdown, say, say_wrapped, width_of
-from . import attention_table
+from ..kernel_bench import attention_table
+from ..measure.conditions import busy_notes, commit
+from ..terminal.layout import MISSING, laid_out, number
+from ..terminal.visible import counted, for_markdown, say, say_wrapped, width_of
 from .attention_table import CALLS, attention_figures, attention_lines, attention_rows
-from .records import KernelRecord, Mode
+from .kernel_records import KernelRecord, Mode
 
 HEADINGS = (
     *("peer", "calls", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..records import Record
-from ..visible import counted, visible
-from . import figures, text
+from ..measure.conditions import busy_notes, commit
+from ..report import figures, text
+from ..terminal.layout import number
+from ..terminal.visible import counted, visible
+from ..trajectory.records import Record
 from .figures import Overview, Row
 
 # Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
@@ -60,7 +62,7 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             f"Environment {text.environment_name(index)} is not environment A ({differing}). "
             "Nothing is compared across environments."
         )
-    dirty = sorted({text.commit(e) for e in shown.environments if e.git_dirty})
+    dirty = sorted({commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
     cases = counted(len(shown.rows), "case")
@@ -79,7 +81,7 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
             f"{cases} ({visible(names)}); ratios of these are no better than that."
         )
-    found += text.busy_notes([row.record for row in shown.rows], "case")
+    found += busy_notes([row.record for row in shown.rows], "case")
     timed = [row for row in shown.rows if row.record.wall_ms is not None]
     cut = [row for row in timed if row.record.harness.stopped_by is not None]
     few = [row for row in timed if row.record.wall_ms and row.record.wall_ms.n < FEWEST]
@@ -113,10 +115,10 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
         Column(("", "backend"), lambda row: visible(row.record.case.backend), is_number=False, is_fact=True),
         Column(("para-", "meters"), lambda row: text.count(row.record.parameters), is_fact=True),
         Column(("", "GFLOP"), lambda row: text.gflop(row.record.gflop_per_forward), is_fact=True),
-        Column(("ms per", "step"), lambda row: text.number(row.record.ms_per_step)),
+        Column(("ms per", "step"), lambda row: number(row.record.ms_per_step)),
         Column(("ms per step", "p20..p80"), lambda row: _spread(row.record)),
-        Column(("ms per", "image"), lambda row: text.number(row.record.ms_per_image)),
-        Column(("images", "per s"), lambda row: text.number(figures.ratio(1e3, row.record.ms_per_image))),
+        Column(("ms per", "image"), lambda row: number(row.record.ms_per_image)),
+        Column(("images", "per s"), lambda row: number(figures.ratio(1e3, row.record.ms_per_image))),
         Column(("cost", "here"), lambda row: text.short_ratio(None if row.cost is None else row.cost.p50)),
         Column(("cost", "paper"), lambda row: text.short_ratio(row.paper_cost)),
     ]
@@ -129,7 +131,7 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
 
 def _spread(record: Record) -> str:
     spread = figures.step_ms(record)
-    return text.MISSING if spread is None else f"{text.number(spread.p20)}..{text.number(spread.p80)}"
+    return text.MISSING if spread is None else f"{number(spread.p20)}..{number(spread.p80)}"
 
 
 def _times_faster(row: Row) -> str:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ..environment import DeviceState, Environment
-from ..records import Record
-from ..visible import visible
-from . import text
+from ..measure.conditions import commit
+from ..measure.environment import DeviceState, Environment
+from ..report import text
+from ..terminal.layout import number
+from ..terminal.visible import visible
+from ..trajectory.records import Record
 from .figures import Overview, Row, ratio
 
 GIB = 2**30
@@ -41,17 +43,17 @@ def cases_grid(shown: Overview) -> Grid:
         ),
         "reference": lambda row: visible(row.record.correctness.reference) if row.record.correctness else "-",
         "n": lambda row: str(row.record.wall_ms.n) if row.record.wall_ms else text.MISSING,
-        "wall ms p20": lambda row: text.number(row.record.wall_ms.p20 if row.record.wall_ms else None),
-        "wall ms p50": lambda row: text.number(row.record.wall_ms.p50 if row.record.wall_ms else None),
-        "wall ms p80": lambda row: text.number(row.record.wall_ms.p80 if row.record.wall_ms else None),
-        "wall ms min": lambda row: text.number(row.record.wall_ms.min if row.record.wall_ms else None),
-        "GPU ms p50": lambda row: text.number(row.record.gpu_ms.p50 if row.record.gpu_ms else None),
+        "wall ms p20": lambda row: number(row.record.wall_ms.p20 if row.record.wall_ms else None),
+        "wall ms p50": lambda row: number(row.record.wall_ms.p50 if row.record.wall_ms else None),
+        "wall ms p80": lambda row: number(row.record.wall_ms.p80 if row.record.wall_ms else None),
+        "wall ms min": lambda row: number(row.record.wall_ms.min if row.record.wall_ms else None),
+        "GPU ms p50": lambda row: number(row.record.gpu_ms.p50 if row.record.gpu_ms else None),
         "wall beyond GPU": lambda row: _wall_beyond_gpu(row.record),
-        "weights ms": lambda row: text.number(row.record.phases.weights_ms),
-        "build ms": lambda row: text.number(row.record.phases.build_ms),
-        "first call ms": lambda row: text.number(row.record.phases.first_call_ms),
-        "warm-up ms": lambda row: text.number(row.record.phases.warmup_ms),
-        "peak memory GiB": lambda row: text.number(ratio(row.record.peak_memory_bytes, GIB)),
+        "weights ms": lambda row: number(row.record.phases.weights_ms),
+        "build ms": lambda row: number(row.record.phases.build_ms),
+        "first call ms": lambda row: number(row.record.phases.first_call_ms),
+        "warm-up ms": lambda row: number(row.record.phases.warmup_ms),
+        "peak memory GiB": lambda row: number(ratio(row.record.peak_memory_bytes, GIB)),
         "settings": lambda row: visible("; ".join(row.record.settings)) or text.MISSING,
         "cut short by": lambda row: row.record.harness.stopped_by or text.MISSING,
         "load before, after": lambda row: _states(row.record, lambda s: _of(s.load_average_1min, "{:.2f}")),
@@ -92,8 +94,8 @@ def lines_grid(shown: Overview) -> Grid:
             (
                 visible(case),
                 counts,
-                text.number(line.slope),
-                text.number(line.intercept),
+                number(line.slope),
+                number(line.intercept),
                 text.short_ratio(in_steps),
                 r2,
             )
@@ -115,7 +117,7 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
         ("compute capability", gpu and gpu.compute_capability),
         ("driver", gpu and gpu.driver),
         ("power limit", f"{gpu.power_limit_w:.0f} W" if gpu and gpu.power_limit_w is not None else None),
-        ("commit", text.commit(environment)),
+        ("commit", commit(environment)),
         ("ldmperf", environment.ldmperf),
     ]
     told = {"cpu", "logical_cores", "usable_cores", "memory_bytes", "gpu", "git_commit", "git_dirty", "ldmperf"}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
-from ..cases import BACKENDS, Case
-from ..environment import Environment
-from ..records import Record
+from ..measure.environment import Environment
+from ..trajectory.case import BACKENDS, Case
+from ..trajectory.records import Record
 
 PEER = "diffusers"
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..cases import BACKENDS
-from ..kernel_groups import OTHER, Other, by_group
-from ..launches import GROUPS, Group
-from ..visible import visible
-from . import text
+from ..report import text
+from ..step.groups import OTHER, Other, by_group
+from ..step.launches import GROUPS, Group
+from ..terminal.layout import number
+from ..terminal.visible import visible
+from ..trajectory.case import BACKENDS
 from .details import GIB, Grid, largest_error
 from .figures import PEER, Overview, Row, Section, names_by_size, ratio, step_ms
 
@@ -69,12 +70,12 @@ def ladder_grid(shown: Overview) -> Grid:
     conditions = text.conditions(shown)
     columns: dict[str, Callable[[Rung], str]] = {
         "rung": lambda rung: visible(rung.row.record.case.backend),
-        "ms per step": lambda rung: text.number(rung.row.record.ms_per_step),
+        "ms per step": lambda rung: number(rung.row.record.ms_per_step),
         "gain over the rung before": lambda rung: _times(rung.gain),
         f"gain over {PEER}": lambda rung: _times(rung.row.times_faster),
         "launches per step": lambda rung: _launches(rung.row),
         "host gap": lambda rung: _percent(rung.row.record.host_gap),
-        "peak memory GiB": lambda rung: text.number(ratio(rung.row.record.peak_memory_bytes, GIB)),
+        "peak memory GiB": lambda rung: number(ratio(rung.row.record.peak_memory_bytes, GIB)),
         "relative RMS error": lambda rung: largest_error(rung.row.record),
         "no time because": lambda rung: (
             text.MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
@@ -105,7 +106,7 @@ def groups_grid(shown: Overview) -> Grid:
         if group not in of:
             return text.MISSING
         launches, ms = of[group]
-        return f"{text.number(ms)} ({launches:.0f})"
+        return f"{number(ms)} ({launches:.0f})"
 
     rows = tuple((size, rung, *(cell(of, group) for group in groups)) for size, rung, of in found)
     return Grid(("size", "rung", *groups), rows, frozenset({0, 1}))

@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cases import Case
-from ..records import Record
-from ..visible import counted, visible
-from . import details, ladder, text
+from ..report import details, ladder, text
+from ..terminal.visible import counted, visible
+from ..trajectory.case import Case
+from ..trajectory.records import Record
 from .columns import table_of
 from .figures import PEER, Overview, Row, overview
 from .tables import NOTHING

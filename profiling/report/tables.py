@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ..records import Record
-from ..visible import for_markdown, say, say_wrapped
-from . import text
+from ..report import text
+from ..terminal.visible import for_markdown, say, say_wrapped
+from ..trajectory.records import Record
 from .columns import Column, Table, table_of
 from .details import Grid
 from .figures import Row, overview

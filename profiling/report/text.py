@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from ..cases import Case
-from ..environment import DeviceState, Environment
-from ..layout import MISSING as MISSING
-from ..records import Record, Status
-from ..visible import counted, visible
+from ..measure.environment import Environment
+from ..measure.recorded import Status
+from ..terminal.layout import MISSING as MISSING
+from ..terminal.visible import counted, visible
+from ..trajectory.case import Case
+from ..trajectory.records import Record
 from .figures import Overview
 
-# Our own threads make a load of 1 for each core; a quarter above is somebody else's.
-CROWDED_LOAD = 1.25
 TASKS = {"t2i": "text-to-image", "sr": "super-resolution"}
 
 
@@ -42,17 +41,6 @@ def conditions(shown: Overview) -> Conditions:
     return Conditions(shown.environments, shared, varying)
 
 
-def number(value: float | None) -> str:
-    """Four significant digits; whole from a thousand on, with an exponent only where it is very small or large."""
-    if value is None:
-        return MISSING
-    if not value:
-        return "0"
-    if abs(value) >= 1e3:
-        return f"{value:.0f}" if abs(value) < 1e9 else f"{value:.3e}"
-    return f"{value:#.4g}".rstrip(".")
-
-
 def short_ratio(value: float | None) -> str:
     """Two decimals, or two significant digits where those are more."""
     if value is None:
@@ -76,13 +64,6 @@ def count(value: int | None) -> str:
             scaled = value / limit
             return f"{scaled:.2f}{letter}" if scaled < 10 else f"{scaled:.1f}{letter}"
     return str(value)
-
-
-def commit(environment: Environment) -> str:
-    """The short commit, marked when the checkout had changes on top."""
-    if environment.git_commit is None:
-        return "unknown commit"
-    return environment.git_commit[:7] + (" with uncommitted changes" if environment.git_dirty else "")
 
 
 def device(case: Case, environment: Environment) -> str:
@@ -126,34 +107,6 @@ def statuses_in_words(statuses: Iterable[Status]) -> str:
     said = [f"{sum(failed.values())} failed ({of_failed})"] if failed else []
     words = {"oom": "out of memory"}
     return joined((*said, *(f"{count} {words.get(name, name)}" for name, count in sorted(counts.items()))))
-
-
-class Measured(Protocol):
-    """A record of whatever was measured."""
-
-    @property
-    def device_before(self) -> DeviceState: ...
-    @property
-    def device_after(self) -> DeviceState: ...
-    @property
-    def environment(self) -> Environment: ...
-
-
-def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:
-    """A note where the load around some of the records is more than our own threads make."""
-    loads = []
-    for record in records:
-        states = (record.device_before.load_average_1min, record.device_after.load_average_1min)
-        highest = max((load for load in states if load is not None), default=0.0)
-        cores = record.environment.usable_cores
-        if cores and highest > CROWDED_LOAD * cores:
-            loads.append(highest)
-    if not loads:
-        return []
-    return [
-        f"The machine was probably busy with other work: {len(loads)} of {counted(len(records), noun)} saw "
-        f"a load average above {CROWDED_LOAD:g} per usable core, up to {max(loads):.2f}."
-    ]
 
 
 def failure(record: Record) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 from ldmperf.kernels import Launch
 
-from ..cases import CaseError
-from .machines import Machine
+from ..machines import Machine
+from ..options import CaseError
 
 
 def require_compiler() -> None:

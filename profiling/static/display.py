@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..layout import MISSING, laid_out
-from ..visible import counted, say, say_wrapped, width_of
+from ..terminal.layout import MISSING, laid_out
+from ..terminal.visible import counted, say, say_wrapped, width_of
 from .inspection import Inspection, NvidiaCode
 from .loop_order import order_text
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from ldmperf.kernels import Launch
 
+from ..machines import Machine
 from .amd import AmdResources, amd_resources
 from .compile import Compiled, compile_launch
-from .launch_tensors import product_passes, tensor_bytes, tensors
 from .loop_order import ATTENTION, LoopOrder, loop_order
-from .machines import Machine
-from .model import Prediction, Traffic, asked_bytes, predict
 from .occupancy import Occupancy, occupancy
+from .planned import product_passes, tensor_bytes, tensors
+from .prediction import Prediction, Traffic, asked_bytes, predict
 from .ptx import Access, global_accesses
 from .ptxas import serializations
 from .sass import Region, Resources, disassemble, hot_region, parse, resources

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .machines import Machine
+from ..machines import Machine
 
 # Registers are handed out by the warp in units of 256, and a warp belongs to one of four partitions.
 _REGISTER_UNIT = 256

@@ -14,8 +14,6 @@ _LINE = re.compile(
 )
 _TARGET = re.compile(r"(?:^|[\s(])(0x[0-9a-f]+)\)?$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-
-
 # What a warp repeats until a barrier lets it pass: a copy that has not landed, another partition's work.
 _WAITING = {"SYNCS", "BRA", "PLOP3", "USETMAXREG", "NANOSLEEP", "WARPSYNC", "NOP", "YIELD"}
 

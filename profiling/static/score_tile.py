@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ldmperf.kernels import Launch
 
-from ..attention_bound import bound_cycles, exponential_cycles, matrix_cycles, padded_head_dim
-from .launch_tensors import tensor_bytes
-from .machines import Machine
+from ..machines import Machine, bound_cycles, exponential_cycles, matrix_cycles, padded_head_dim
+from .planned import tensor_bytes
 
 # Head dimensions of the family: its widths over 8 heads.
 FAMILY_HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import torch
 
-from ..cases import DType
+from ..machines import MACHINES
+from ..options import DType
 from .compile import Specialization
-from .family import family_launches, planned
 from .inspection import inspect_launch
-from .machines import MACHINES
+from .planned import family_launches, planned
 from .shapes import SHAPES, Shape
 from .tuned import TunedItem
 

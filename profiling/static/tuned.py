@@ -13,12 +13,12 @@ from typing import Any, get_args
 from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.model import FAMILY
 
-from ..cases import DType
-from ..kernel_case import KernelCase, TensorSpec
-from ..kernel_cases import attention_cases, family_kernel_cases, vae_kernel_cases
-from .family import planned
+from ..machines import MACHINES, Machine
+from ..options import DType
+from ..step.call import KernelCase, TensorSpec
+from ..step.calls import attention_cases, family_kernel_cases, vae_kernel_cases
 from .inspection import inspect_launch
-from .machines import MACHINES, Machine
+from .planned import planned
 from .score_tile import FAMILY_HEAD_DIMS
 
 # Architectures of the GPUs that a table can be of, by a part of their name.

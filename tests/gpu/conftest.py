@@ -13,7 +13,7 @@ import torch
 
 from ldmperf.model import FAMILY, UNet, UNetConfig
 from ldmperf.profiling.kernel_bench.inputs import by_sample
-from ldmperf.profiling.network import randomize
+from ldmperf.profiling.trajectory.network import randomize
 from ldmperf.samplers import GraphedSampler, NoiseSchedule, sample
 
 DEVICE, OPERATORS, GRAPHS = "cuda", "triton", None

@@ -9,8 +9,8 @@ import torch
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY
-from ldmperf.profiling.kernel_bench.inputs import Inputs, tolerance_of
-from ldmperf.profiling.kernel_cases import family_kernel_cases
+from ldmperf.profiling.kernel_bench.inputs import CallInputs, tolerance_of
+from ldmperf.profiling.step.calls import family_kernel_cases
 from ldmperf.samplers import initial_noise, make_plan
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +24,7 @@ def test_an_operator_at_two_calls_of_a_step(operator: str, size: str, kit: Simpl
     """The step's first and last of it against float64; what is written was NaN before."""
     cases = [case for case in family_kernel_cases(size, 2, "bfloat16") if case.operator == operator]
     for case in (cases[0], cases[-1]):
-        inputs = Inputs(case, 1, torch.device(kit.device), seed=0)
+        inputs = CallInputs(case, 1, torch.device(kit.device), seed=0)
         exact = inputs.reference()
         inputs.restore()
         result = OPERATORS[operator].call(**inputs.sets[0], backend=kit.operators)

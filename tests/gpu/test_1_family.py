@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ldmperf.kernels import OPERATORS, philox_normal, sampler_update
 from ldmperf.kernels.philox import STEP_NOISE
-from ldmperf.profiling.kernel_cases import family_kernel_cases, vae_kernel_cases
+from ldmperf.profiling.step.calls import family_kernel_cases, vae_kernel_cases
 from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
 
 pytestmark = pytest.mark.gpu

@@ -1,0 +1,1 @@
+"""`ldmperf compile`: what a run launches, compiled before."""

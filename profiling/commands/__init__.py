@@ -1,0 +1,1 @@
+"""The commands of `ldmperf`: options read, then handed over."""

@@ -1,0 +1,228 @@
+"""The command `ldmperf profile`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ..measure.folders import RunError, locked
+from ..measure.timing import Deadline, RepetitionRule
+from ..options import CaseError, best_device
+from ..report.reporting import ReportNotWritten, report_run, resume_command
+from ..terminal.visible import console, counted
+from ..trajectory.case import BACKENDS, Case
+from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
+from ..trajectory.presets import Choices, check_devices, preset_named, select_cases
+from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
+from ..trajectory.runs import check_resumable, create_run, find_run, open_run
+from .shared import DEFAULT_OUT, list_option, seconds_option, stop, tell, terminated_as_interrupted, whole_option
+
+
+class ResumeTakesAnOptionalValue(TyperCommand):
+    """`--resume` alone means the latest run; neither typer nor its options have optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spelled = []
+        for position, argument in enumerate(args):
+            spelled.append(argument)
+            alone = position + 1 == len(args) or args[position + 1].startswith("-")
+            if argument == "--resume" and alone:
+                spelled.append("latest")
+        return super().parse_args(ctx, spelled)
+
+
+def profile(
+    size: Annotated[list[str] | None, list_option("Sizes of the family: 39M ... 5B.")] = None,
+    unet: Annotated[
+        list[str] | None,
+        typer.Option(help="A checkpoint: a diffusers folder or a .safetensors file. Repeat it.", metavar="PATH"),
+    ] = None,
+    sampler: Annotated[list[str] | None, list_option("Samplers: ddim, ddpm, dpmpp_2m, ...")] = None,
+    steps: Annotated[list[str] | None, list_option("Sampling steps.")] = None,
+    batch: Annotated[list[str] | None, list_option("Images made at once.")] = None,
+    guidance: Annotated[list[str] | None, list_option("Guidance scales; 1 is without.")] = None,
+    dtype: Annotated[list[str] | None, list_option("float32, bfloat16, float16.")] = None,
+    device: Annotated[list[str] | None, list_option("cpu, cuda, cuda:N.")] = None,
+    backend: Annotated[
+        list[str] | None, list_option(f"{', '.join(BACKENDS)}; torch and diffusers unless told.")
+    ] = None,
+    task: Annotated[list[str] | None, list_option("t2i; sr: 8 input channels, without guidance.")] = None,
+    latent: Annotated[
+        list[str] | None,
+        list_option(
+            "Latent sizes, height x width: 64x64 (unless told) is an image of 512x512, 128x128 of 1024x1024."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, gpu, ladder, family or family-all: what is measured unless told; cpu or gpu by the device."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with a run folder that was stopped; alone, the latest in --out.")
+    ] = None,
+    min_count: Annotated[int | None, whole_option("Timed trajectories of each case, at least.")] = None,
+    min_seconds: Annotated[float | None, seconds_option("Timed seconds of each case, at least.")] = None,
+    seconds: Annotated[
+        float | None,
+        seconds_option(
+            "Begin nothing after so long (on a GPU a fifth of it is for traces); --resume does the rest."
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="Where float32 references are kept and found; in the run folder unless told."),
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
+) -> None:
+    """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
+
+    Without options it takes the preset for this machine; options replace the preset's lists, and their product is
+    measured. Exit code 1 when a case ended as error or incorrect, none as ok, or no record was made in --seconds;
+    oom and unsupported are data.
+
+    \b
+    Examples:
+      ldmperf profile
+      ldmperf profile --size 39M,866M --steps 4,20,50 --batch 1,8 --dtype bfloat16
+      ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
+      ldmperf profile --unet ./my-sdxl --latent 128x128 --steps 20
+      ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
+      ldmperf profile --resume
+    """
+    deadline = Deadline(seconds)
+    choices = Choices(
+        **{
+            name: tuple(values or ())
+            for name, values in {
+                "size": size,
+                "unet": unet,
+                "sampler": sampler,
+                "steps": steps,
+                "batch": batch,
+                "guidance": guidance,
+                "dtype": dtype,
+                "device": device,
+                "backend": backend,
+                "task": task,
+                "latent": latent,
+            }.items()
+        }
+    )
+    if schema:
+        others = (preset, resume, min_count, min_seconds, seconds, references)
+        if choices or out != DEFAULT_OUT or any(value is not None for value in others):
+            raise CaseError("--schema prints the schema and measures nothing: give it alone")
+        typer.echo(json.dumps(record_schema(), indent=2))
+        return
+    if references is not None and references.exists() and not references.is_dir():
+        raise CaseError(f"--references: {references} is no folder; name one, new or old")
+    if resume is None:
+        cases, rule = _chosen(choices, preset, min_count, min_seconds)
+        folder = _create(out, cases, rule)
+    else:
+        folder = find_run(out, resume)
+        cases, rule = _resumed(folder, choices, preset, min_count, min_seconds)
+    _run(folder, cases, rule, deadline, references or folder / "references")
+
+
+def _chosen(
+    choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
+) -> tuple[list[Case], RepetitionRule]:
+    """The cases of a new run and how often they are repeated."""
+    devices = ",".join(choices.device) or best_device()
+    name = preset or ("gpu" if "cuda" in devices else "cpu")
+    cases = select_cases(name, choices)
+    check_devices(name, cases)
+    check_loadable(cases)
+    return identified(cases, tell), _rule(preset_named(name).rule, min_count, min_seconds)
+
+
+def _rule(rule: RepetitionRule, min_count: int | None, min_seconds: float | None) -> RepetitionRule:
+    try:
+        return RepetitionRule(
+            rule.min_count if min_count is None else min_count,
+            rule.min_seconds if min_seconds is None else min_seconds,
+        )
+    except ValueError as wrong:
+        raise CaseError(str(wrong).replace("min_", "--min-")) from None
+
+
+def _resumed(
+    folder: Path, choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
+) -> tuple[list[Case], RepetitionRule]:
+    """The cases and the rule that the run began with; options beside --resume may repeat them, not change them."""
+    from ..measure.environment import collect_environment
+
+    run = open_run(folder)
+    if not run.cases:
+        raise RunError(f"{folder} names no case to measure; start a new run without --resume")
+    if choices or preset is not None:
+        cases, _ = _chosen(choices, preset, min_count, min_seconds)
+        if set(cases) != set(run.cases):
+            raise RunError(
+                f"{folder} has other cases than these options name; give --resume without them, "
+                "or start a new run without --resume"
+            )
+    check_resumable(folder, run, collect_environment(run.cases[0].device))
+    check_unchanged(run.cases, tell)
+    return list(run.cases), _rule(run.rule, min_count, min_seconds)
+
+
+def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
+    from ..measure.environment import collect_environment
+
+    try:
+        return create_run(out, cases, rule, collect_environment(cases[0].device))
+    except OSError as failure:
+        stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
+
+
+def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
+    """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
+    from ..trajectory.progress import ProgressLines
+    from ..trajectory.runner import profile as measure
+    from ..trajectory.short_traces import timing_deadline
+
+    go_on = f"go on with: {resume_command(folder)}"
+    try:
+        with locked(folder, tell):
+            store = RecordStore(folder / RECORDS_NAME)
+            # What was cut short is measured again.
+            recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
+            left = [case for case in cases if case.key not in recorded]
+            until = timing_deadline(cases, deadline)
+            tell(f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
+            lines = ProgressLines(console(stderr=True), left, rule, until)
+            with terminated_as_interrupted(), lines:
+                made = measure(
+                    cases,
+                    rule=rule,
+                    store=store,
+                    skip=recorded,
+                    listener=lines,
+                    deadline=deadline,
+                    references=references,
+                    run_id=open_run(folder).run_id,
+                )
+    except KeyboardInterrupt:
+        stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
+    except BrokenPipeError:
+        raise
+    except OSError as failure:
+        stop(f"cannot write to {failure.filename or folder} ({failure.strerror}); then {go_on}", 1)
+    try:
+        records, _ = report_run(folder)
+    except ReportNotWritten as failure:
+        stop(str(failure), 1)
+    if left and not made:
+        stop(f"no case was done within --seconds; give more, and {go_on}", 1)
+    statuses = {record.status for record in records}
+    if statuses & {"error", "incorrect"} or "ok" not in statuses:
+        raise typer.Exit(1)

@@ -1,0 +1,84 @@
+"""Folders of records: made under a new name, held by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from .environment import Environment
+from .recorded import utc_now
+
+# Hidden, so that neither a listing nor an archive of a run has it.
+LOCK_NAME = ".lock"
+
+
+def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
+    """Holds the folder until the file that is returned is closed, or this process ends, however it ends.
+
+    Raises RunError, which says who holds it, where another process does. Where the file system has no locks (some
+    network file systems), `told` is called with a line, and nothing is held. Raises OSError where the folder
+    cannot be written.
+    """
+    file = (folder / LOCK_NAME).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(file)
+        file.close()
+        raise RunError(f"{folder} is in use by {holder}; wait until it ends, or stop it, then go on") from None
+    except OSError as failure:
+        if failure.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            file.close()
+            raise
+        told(f"{folder}: its file system has no locks; see that no other process measures into it")
+    file.truncate(0)
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"}
+    file.write(json.dumps(mine))
+    file.flush()
+    return file
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds the lock, as the file says; the holder may not have written it yet."""
+    try:
+        file.seek(0)
+        told = json.loads(file.read())
+        return f"process {told['pid']} on {told['host']} since {told['since']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked; the text is one line that says what to do."""
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether the folder has something of that name; no for a path that cannot be."""
+    try:
+        return (folder / name).exists()
+    except OSError:
+        # A name that is too long, a folder that may not be read.
+        return False
+
+
+def new_folder(out: Path, now: datetime, environment: Environment, suffix: str = "") -> Path:
+    """A new folder in `out` (made if need be): <time>-<commit><suffix>, with a counter where that is taken."""
+    commit = environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
+    name = f"{now:%Y%m%dT%H%M%SZ}-{commit}{suffix}"
+    out.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = out / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -1,0 +1,151 @@
+"""`ldmperf report`: from a path to the table, the files beside it, and the lines that are no records."""
+
+from __future__ import annotations
+
+import shlex
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..measure.folders import RunError, holds
+from ..measure.store import Aside, read_lines
+from ..terminal.visible import console, counted, say
+from ..trajectory.records import RECORDS_NAME, Record, read_records
+from ..trajectory.runs import RUN_NAME, open_run
+
+if TYPE_CHECKING:
+    from ..kernel_bench.kernel_records import KernelRecord
+
+T = TypeVar("T")
+
+KERNELS_NAME = "kernels.jsonl"
+_GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
+
+
+class ReportNotWritten(OSError):
+    """A folder that the page or a table cannot be written to; the text is one line."""
+
+
+def report_path(path: Path, out: Path | None) -> bool:
+    """Prints whatever records lie at a path. True where all lines of their file are records.
+
+    A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
+    written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
+    says where to. Raises RunError where there are no records to read, ReportNotWritten.
+    """
+    if holds(path, RECORDS_NAME):
+        return not report_run(path, out)[1].in_file
+    if holds(path, RUN_NAME):
+        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
+    if holds(path, KERNELS_NAME):
+        kernels, aside = _readable(path / KERNELS_NAME, read_kernels)
+        _report_kernels(kernels, aside, out or path)
+        return not aside.in_file
+    records, aside = _readable(path, read_records)
+    # A file's name does not say which records it has: most of its lines do.
+    if aside.in_file:
+        kernels, aside_of_kernels = _readable(path, read_kernels)
+        if len(kernels) > len(records):
+            _report_kernels(kernels, aside_of_kernels, out)
+            return not aside_of_kernels.in_file
+    if not records:
+        why = f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
+        raise RunError(f"{path}: no record in it ({why}); {_GIVE}")
+    _report_records(records, aside, out, path)
+    return not aside.in_file
+
+
+def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Aside]:
+    """Prints the table of a run and how many cases have no record; writes page and charts to it, or to `out`.
+
+    The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
+    """
+    records, aside = _readable(folder / RECORDS_NAME, read_records)
+    _report_records(records, aside, out or folder, folder)
+    return records, aside
+
+
+def resume_command(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"ldmperf profile --resume {shlex.quote(str(folder))}"
+
+
+def read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
+    """Of each call the last record, and the lines that were set aside. Raises OSError when it cannot be read."""
+    from ..kernel_bench.kernel_records import KernelRecord
+
+    records, aside = read_lines(path, KernelRecord)
+    return list({record.case_key: record for record in records}.values()), aside
+
+
+def _readable(path: Path, read: Callable[[Path], T]) -> T:
+    try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            # It is read twice, and a pipe nobody writes to would be waited for.
+            raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
+        if stat.S_ISDIR(mode):
+            raise RunError(f"{path} is a folder without records; {_GIVE}")
+        return read(path)
+    except OSError as failure:
+        raise RunError(f"{path} is no run folder and no file of records ({failure.strerror}); {_GIVE}") from None
+
+
+def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
+    from ..report import print_table, write_report
+
+    errors = console(stderr=True)
+    # First: the reader of the table may be gone after a few of its lines.
+    _tell_aside(aside)
+    print_table(records, console())
+    if holds(source, RUN_NAME):
+        try:
+            left = {case.key for case in open_run(source).cases} - {record.case_key for record in records}
+        except RunError as unreadable:
+            say(errors, f"what the run has yet to measure is not known: {unreadable}")
+        else:
+            if left:
+                cases = counted(len(left), "planned case has", "planned cases have")
+                say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
+    if out is None:
+        return
+    try:
+        written = write_report(records, aside.count, out)
+    except ModuleNotFoundError as missing:
+        say(
+            errors,
+            f"no page and no charts: {missing.name} is not installed; "
+            f"pip install altair vl-convert-python jinja2, then: ldmperf report {shlex.quote(str(source))}",
+        )
+        return
+    except OSError as failure:
+        raise ReportNotWritten(f"cannot write the report to {out} ({failure.strerror})") from None
+    for path in written:
+        say(console(), str(path))
+
+
+def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None) -> None:
+    from ..kernel_bench.run import write_markdown
+    from ..kernel_bench.table import markdown, print_records
+
+    _tell_aside(aside)
+    print_records(records, console())
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written = write_markdown(out, markdown(records))
+    except OSError as failure:
+        raise ReportNotWritten(f"cannot write the table to {out} ({failure.strerror})") from None
+    say(console(), str(written))
+
+
+def _tell_aside(aside: Aside) -> None:
+    if not aside.count:
+        return
+    errors = console(stderr=True)
+    for line in aside.first:
+        say(errors, str(line))
+    named = f", of which the first {len(aside.first)} are named" if len(aside.first) < aside.count else ""
+    say(errors, f"{counted(aside.count, 'line')} set aside{named}; no figure comes from them")

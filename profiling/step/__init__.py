@@ -1,0 +1,1 @@
+"""What one step calls and launches."""

@@ -1,0 +1,1 @@
+"""Text for people: visible, laid out, counted."""

@@ -1,0 +1,1 @@
+"""`ldmperf profile`: whole trajectories, measured."""

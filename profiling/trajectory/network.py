@@ -1,0 +1,66 @@
+"""The weights of a case: a checkpoint's, or seeded random ones under which a trajectory means something."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from ldmperf.model import FAMILY, UNet, UNetConfig, load_unet
+
+from ..measure.outcomes import Unsupported
+from .case import Case
+
+# A super-resolution UNet reads the low-resolution latent beside its own.
+IN_CHANNELS = {"t2i": 4, "sr": 8}
+
+
+def make_network(case: Case) -> UNet:
+    """The case's UNet in its dtype on its device, in eval mode; the same weights for the same case and seed.
+
+    Raises `Unsupported` for a checkpoint whose channels do not fit the task, and what `load_unet` raises.
+    """
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    if case.is_checkpoint:
+        unet = load_unet(case.path, dtype=dtype, device=case.device, backend="torch")
+    else:
+        config = family_config(case)
+        with torch.device(case.device):
+            unet = UNet(config, backend="torch").to(dtype)
+        randomize(unet, case.seed)
+    needed = IN_CHANNELS[case.task]
+    channels = (unet.config.in_channels, unet.config.out_channels)
+    if channels != (needed, 4):
+        fitting = [task for task, count in IN_CHANNELS.items() if channels == (count, 4)]
+        # Nine input channels are inpainting's.
+        advice = f"give --task {fitting[0]}" if fitting else "no task here takes these: choose another checkpoint"
+        raise Unsupported(
+            f"task {case.task} needs a UNet from {needed} to 4 channels; {case.label} goes from {channels[0]} to "
+            f"{channels[1]}; {advice}"
+        )
+    return unet.eval().requires_grad_(False)
+
+
+def family_config(case: Case) -> UNetConfig:
+    """The configuration of the case's size for its task."""
+    return dataclasses.replace(FAMILY[case.unet], in_channels=IN_CHANNELS[case.task])
+
+
+@torch.no_grad()
+def randomize(unet: UNet, seed: int) -> None:
+    """Fills the UNet in place with random weights of unit gain: activations and the output stay of order one.
+
+    Matrices and convolutions get variance 1 / fan_in, biases and norms are drawn too, so that one that is left out
+    or misplaced shows in the result. torch's default weights would shrink the signal until the output hardly
+    depends on the input, and a wrong network would pass.
+    """
+    generator = torch.Generator(unet.conv_in.weight.device).manual_seed(seed)
+    for name, parameter in unet.named_parameters():
+        if parameter.ndim >= 2:
+            bound = math.sqrt(3.0 / parameter[0].numel())
+            parameter.uniform_(-bound, bound, generator=generator)
+        else:
+            parameter.uniform_(-0.1, 0.1, generator=generator)
+            if name.endswith("weight"):
+                parameter.add_(1.0)

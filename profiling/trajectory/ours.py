@@ -1,0 +1,142 @@
+"""Our own backends: the kernels or their references, eager, hoisted, or captured as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ldmperf.model import Conditioning, Constants, UNet
+from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
+
+from ..measure.outcomes import Unsupported
+from .backend import Inputs, Problem, Trajectory
+
+
+@dataclass(frozen=True)
+class OurBackend:
+    """Our network and `sample`, eager. `operators` is the kernels' backend; hoisted, what a trajectory keeps is
+    computed once, else the whole of `UNet.forward` runs at each step; `products` as of `UNet`."""
+
+    operators: Literal["torch", "triton"]
+    is_hoisted: bool = True
+    products: Literal["auto", "torch", "triton"] = "torch"
+    implementation = "torch"
+
+    def build(self, problem: Problem) -> Trajectory:
+        unet, plan, case = our_unet(problem, self.operators, self.products), problem.plan, problem.case
+        timesteps = [step.timestep for step in plan.steps]
+        constants = kept_constants(unet) if self.is_hoisted else None
+
+        @torch.inference_mode()
+        def trajectory(inputs: Inputs) -> Tensor:
+            conditioning = None
+            if self.is_hoisted:
+                conditioning = unet.condition(timesteps, inputs.context, **inputs.added, constants=constants)
+            beside = low_resolution(inputs, problem)
+
+            def denoise(model_input: Tensor, step: Step) -> Tensor:
+                if beside is not None:
+                    model_input = torch.cat([model_input, beside], dim=1)
+                if conditioning is None:
+                    return unet(model_input, step.timestep, inputs.context, **inputs.added)  # type: ignore[no-any-return]
+                return unet.denoise(model_input, conditioning, step.index)
+
+            return sample(
+                denoise,
+                plan,
+                inputs.noise,
+                guidance_scale=case.guidance_scale,
+                seeds=inputs.seeds,
+                step_noise=inputs.step_noise,
+                input_dtype=unet.dtype,
+                backend=self.operators,
+            )
+
+        return trajectory
+
+
+@dataclass(frozen=True)
+class GraphBackend:
+    """Ours with everything: the kernels, hoisted, every step the replay of one captured graph; `products` as of
+    `UNet`, "auto" merges them with norms and gates."""
+
+    graphs: Graphs | None = None
+    operators: Literal["torch", "triton"] = "triton"
+    products: Literal["auto", "torch", "triton"] = "auto"
+    implementation = "torch"
+
+    def build(self, problem: Problem) -> Trajectory:
+        graphs = self.graphs or CudaGraphs()
+        try:
+            graphs.check(torch.device(problem.case.device))
+        except CaptureError as reason:
+            raise Unsupported(str(reason)) from None
+        return GraphTrajectory(problem, self.operators, self.products, graphs)
+
+
+class GraphTrajectory:
+    """Of `GraphBackend`; the first call captures. One capture is kept: that of a stochastic plan with injected
+    noise is another, which a check needs and whose memory a timed run must not hold."""
+
+    def __init__(self, problem: Problem, operators: str, products: str, graphs: Graphs) -> None:
+        self._problem = problem
+        self._timesteps = [step.timestep for step in problem.plan.steps]
+        self._unet = our_unet(problem, operators, products)
+        self._constants = kept_constants(self._unet)
+        self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
+            self._denoise, max_captures=1, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
+        )
+
+    def _denoise(self, model_input: Tensor, held: tuple[Conditioning, Tensor | None], step: Tensor) -> Tensor:
+        conditioning, beside = held
+        if beside is not None:
+            model_input = torch.cat([model_input, beside], dim=1)
+        return self._unet.denoise(model_input, conditioning, step)
+
+    @torch.inference_mode()
+    def __call__(self, inputs: Inputs) -> Tensor:
+        problem = self._problem
+        conditioning = self._unet.condition(
+            self._timesteps, inputs.context, **inputs.added, constants=self._constants
+        )
+        return self._sampler(
+            (conditioning, low_resolution(inputs, problem)),
+            problem.plan,
+            inputs.noise,
+            guidance_scale=problem.case.guidance_scale,
+            seeds=inputs.seeds,
+            step_noise=inputs.step_noise,
+        )
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        captures = self._sampler.captures
+        return {
+            "graph_warmup_ms": sum(capture.warm_up_ms for capture in captures),
+            "capture_ms": sum(capture.capture_ms for capture in captures),
+        }
+
+
+def our_unet(problem: Problem, operators: str, products: str) -> UNet:
+    """The problem's network with its operators and products on those backends; its memory is shared."""
+    # Of the reference operators the network is made already.
+    return problem.unet if operators == "torch" else problem.unet.with_backend(operators, products)
+
+
+@torch.no_grad()
+def kept_constants(unet: UNet) -> Constants:
+    """What of the conditioning depends on the weights alone: made once, when a backend is built."""
+    return unet.constants()
+
+
+def low_resolution(inputs: Inputs, problem: Problem) -> Tensor | None:
+    """What the network of super-resolution reads beside the latents, for its whole batch and in its dtype."""
+    if inputs.low_resolution is None:
+        return None
+    case = problem.case
+    copies = inputs.low_resolution.repeat(case.model_batch // case.batch, 1, 1, 1)
+    return copies.to(problem.unet.dtype, memory_format=torch.channels_last)

@@ -1,0 +1,23 @@
+"""Every backend by its name: the rungs of the ladder."""
+
+from __future__ import annotations
+
+from .backend import Backend
+from .ours import GraphBackend, OurBackend
+
+
+def default_backends() -> dict[str, Backend]:
+    """Every backend by its name, in the order of the ladder: each of ours does more than the one before."""
+    from .theirs import DiffusersBackend
+
+    return {
+        "diffusers": DiffusersBackend(),
+        "diffusers-compile": DiffusersBackend("reduce-overhead"),
+        "diffusers-compile-max": DiffusersBackend("max-autotune"),
+        "torch": OurBackend("torch"),
+        "triton": OurBackend("triton", is_hoisted=False),
+        "triton+hoist": OurBackend("triton"),
+        "triton+hoist+merge": OurBackend("triton", products="auto"),
+        "graph+separate": GraphBackend(products="torch"),
+        "graph": GraphBackend(),
+    }

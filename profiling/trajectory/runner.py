@@ -1,0 +1,135 @@
+"""Cases to records, group by group."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..measure.environment import collect_environment
+from ..measure.recorded import new_run_id
+from ..measure.settings import measuring_settings
+from ..measure.timing import Deadline, RepetitionRule
+from .backend import Backend
+from .case import Case
+from .check import References, code_identity
+from .checkpoints import identified
+from .group import Group, Networks
+from .records import Record, RecordStore
+from .rungs import default_backends
+from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
+from .trace import traced
+
+
+class Listener(Protocol):
+    """Who is told how a profile goes on; called between measurements, never inside one."""
+
+    def begin(self, cases: Sequence[Case]) -> None:
+        """These cases, of one group, are in flight now."""
+
+    def ran(self, case: Case, phase: str) -> None:
+        """One more trajectory is done; `phase` is "first call", "warm-up", "timing", "check" or "trace"."""
+
+    def recorded(self, record: Record) -> None:
+        """The case is measured and, given a store, its record on disk; others of its group may be in flight."""
+
+    def end(self) -> None:
+        """The group is done; of a case that there was no time for there is no record."""
+
+
+class _Silent:
+    def begin(self, cases: Sequence[Case]) -> None: ...
+
+    def ran(self, case: Case, phase: str) -> None: ...
+
+    def recorded(self, record: Record) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def profile(
+    cases: Iterable[Case],
+    *,
+    rule: RepetitionRule | None = None,
+    store: RecordStore | None = None,
+    skip: Collection[str] = (),
+    listener: Listener | None = None,
+    backends: Mapping[str, Backend] | None = None,
+    deadline: Deadline | None = None,
+    references: Path | None = None,
+    tracer: Tracer | None = None,
+    run_id: str | None = None,
+) -> list[Record]:
+    """Measures the cases and returns a record for each, failures included, in the order in which they were done.
+
+    Cases that differ only in the backend run interleaved. Each record goes to `store` as soon as its case is done;
+    cases whose key is in `skip` are left out. An interrupt (KeyboardInterrupt) passes through: what is in the
+    store stays. `rule` defaults to three repetitions. Once `deadline` has passed, no group, backend or sample is
+    begun: what has a sample by then is checked and recorded, what has none is left out. On a GPU the cases (of the
+    store too) that have a time and no trace are traced at the end, and their records written again with it; of a
+    deadline's time the last fifth is for that (`timing_deadline`).
+    `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
+    profiler. `run_id` goes into the records; a new one unless told. Raises CaseError for a checkpoint that cannot
+    be read (`checkpoints.identified`).
+    """
+    listener = listener or _Silent()
+    backends = backends or default_backends()
+    deadline = deadline or Deadline(None)
+    networks = Networks()
+    # Once: the code that runs is what was loaded, whatever is committed meanwhile.
+    environment_of = functools.cache(collect_environment)
+    kept: dict[str, References] = {}
+    records: list[Record] = []
+
+    def recorded(record: Record) -> None:
+        if store is not None:
+            store.append(record)
+        records.append(record)
+        listener.recorded(record)
+
+    given = list(cases)
+    wanted = identified(given)
+    skipped = {case.key for case in identified(case for case in given if case.key in skip)} | set(skip)
+    run_id = run_id or new_run_id()
+    until = timing_deadline(wanted, deadline)
+    for cases_in_flight in groups(case for case in wanted if case.key not in skipped):
+        if until.passed:
+            break
+        device = cases_in_flight[0].device
+        listener.begin(cases_in_flight)
+        with measuring_settings():
+            environment = environment_of(device)
+            if device not in kept:
+                kept[device] = References(references, code_identity(environment))
+            Group(
+                cases_in_flight,
+                rule or RepetitionRule(),
+                backends,
+                environment,
+                kept[device],
+                run_id,
+                ran=listener.ran,
+                recorded=recorded,
+                deadline=until,
+            ).measure(networks)
+        listener.end()
+    place = {case.key: number for number, case in enumerate(wanted)}
+    latest = {record.case_key: record for record in (records if store is None else store.load())}
+    untraced = [record for key, record in latest.items() if key in place and wants_trace(record)]
+    untraced.sort(key=lambda record: place[record.case_key])
+    located = {case.key: case for case in wanted}
+    for record in short_traces(untraced, networks, backends, deadline, tracer or traced, located):
+        if store is not None:
+            store.append(record)
+        records = [record if other.case_key == record.case_key else other for other in records]
+        listener.ran(record.case, "trace")
+    return records
+
+
+def groups(cases: Iterable[Case]) -> list[list[Case]]:
+    """The cases by what they share but the backend, in the order of first appearance, each case once."""
+    found: dict[str, list[Case]] = {}
+    for case in dict.fromkeys(cases):
+        found.setdefault(case.group_key, []).append(case)
+    return list(found.values())

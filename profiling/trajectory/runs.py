@@ -1,0 +1,96 @@
+"""Run folders: runs/<UTC time>-<commit>/ with run.json (what was to be measured, and where) and records.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from ..measure.environment import Environment
+from ..measure.folders import RunError, holds, new_folder
+from ..measure.recorded import SCHEMA_VERSION, SchemaVersion, new_run_id, utc_now
+from ..measure.store import parsed, write_whole
+from ..measure.timing import RepetitionRule
+from .case import Case
+from .records import RECORDS_NAME
+
+RUN_NAME = "run.json"
+
+
+class Run(BaseModel):
+    """What a run set out to do, and where: with it a killed run resumes without its options.
+
+    `cases` have the paths of checkpoints and the digests of their weights; records have names alone. `run_id` is
+    that of its records; null in version 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+    schema_version: SchemaVersion = SCHEMA_VERSION
+    run_id: Annotated[str | None, Field(min_length=1)] = None
+    started_at: AwareDatetime
+    cases: tuple[Case, ...]
+    min_count: int
+    min_seconds: float
+    environment: Environment
+
+    @property
+    def rule(self) -> RepetitionRule:
+        return RepetitionRule(self.min_count, self.min_seconds)
+
+
+def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environment: Environment) -> Path:
+    """A new folder in `out` (made if need be), its run.json written. Raises OSError where it cannot be."""
+    now = utc_now()
+    run = Run(
+        run_id=new_run_id(),
+        started_at=now,
+        cases=tuple(cases),
+        min_count=rule.min_count,
+        min_seconds=rule.min_seconds,
+        environment=environment,
+    )
+    folder = new_folder(out, now, environment)
+    write_whole(folder / RUN_NAME, (run.model_dump_json(indent=2) + "\n").encode())
+    return folder
+
+
+def find_run(out: Path, name: str) -> Path:
+    """The run folder of that path, or the newest in `out` for "latest". Raises RunError when there is none."""
+    if name != "latest":
+        folder = Path(name)
+        if not holds(folder, RECORDS_NAME) and not holds(folder, RUN_NAME):
+            raise RunError(f"{folder} is no run folder: it has no {RECORDS_NAME}; name one, or leave its name out")
+        return folder
+    # Names begin with the time, so the newest is the last; a name with a counter is after the one without.
+    runs = sorted(path.parent for path in out.glob(f"*/{RUN_NAME}"))
+    if not runs:
+        raise RunError(f"there is no run in {out}; start one with: ldmperf profile --out {out}")
+    return runs[-1]
+
+
+def open_run(folder: Path) -> Run:
+    """What the folder's run set out to do. Raises RunError when that cannot be read."""
+    path = folder / RUN_NAME
+    try:
+        run = parsed(path.read_bytes(), Run)
+    except OSError as failure:
+        run = str(failure.strerror)
+    if isinstance(run, str):
+        raise RunError(f"{path} cannot be read ({run}); start a new run without --resume")
+    return run
+
+
+def check_resumable(folder: Path, run: Run, environment: Environment) -> None:
+    """Raises RunError when the run was begun elsewhere: on another commit, machine or version.
+
+    Times from two environments side by side in one run would pass for a comparison.
+    """
+    differences = run.environment.differences(environment)
+    if differences:
+        raise RunError(
+            f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
+            "start a new run without --resume"
+        )
