@@ -12,8 +12,8 @@ from ldmperf.kernels import OPERATORS, Chip, Launch
 
 from ..machines import MACHINES, Machine
 from ..options import DType
-from ..step.call import KernelCase
-from ..step.calls import family_kernel_cases
+from ..step.call import OperatorCall
+from ..step.calls import family_calls
 from .compile import Specialization, specialization_of
 
 SM_90 = MACHINES["sm_90"]
@@ -31,11 +31,11 @@ def family_launches(
     size: str, batch: int, dtype: DType, operator: str | None = None, machine: Machine = SM_90
 ) -> dict[Specialization, Launch]:
     """Those of a step of `size`, `batch` images in the model; of one operator or of all."""
-    cases = family_kernel_cases(size, batch, dtype)
+    cases = family_calls(size, batch, dtype)
     return distinct_launches((case for case in cases if operator in (None, case.operator)), machine)
 
 
-def distinct_launches(cases: Iterable[KernelCase], machine: Machine = SM_90) -> dict[Specialization, Launch]:
+def distinct_launches(cases: Iterable[OperatorCall], machine: Machine = SM_90) -> dict[Specialization, Launch]:
     """The launches of calls, one of each specialization."""
     launches: dict[Specialization, Launch] = {}
     for case in cases:

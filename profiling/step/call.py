@@ -99,7 +99,7 @@ class AttentionSizes(NamedTuple):
     head_dim: int
 
 
-class KernelCase(_Value):
+class OperatorCall(_Value):
     """One call of an operator: what it is called with, what it returns, and how often a step makes it.
 
     `count` does not tell cases apart. `plan` names the sampler whose table of `PLAN_STEPS` steps a sampler_update

@@ -22,7 +22,7 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY, UNet
 
 from ..options import DType
-from .call import Access, KernelCase, Scalar, TensorSpec, sampling_plan
+from .call import Access, OperatorCall, Scalar, TensorSpec, sampling_plan
 
 # The plans whose updates are cases: one register, two, four, and one with generated noise.
 PLANS = ("ddim", "dpmpp_2m", "unipc", "euler_a")
@@ -31,7 +31,7 @@ _VAE = ((512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (64, 512))
 
 
 @functools.lru_cache(maxsize=64)
-def family_kernel_cases(size: str, batch: int, dtype: DType, latents: int = 64) -> tuple[KernelCase, ...]:
+def family_calls(size: str, batch: int, dtype: DType, latents: int = 64) -> tuple[OperatorCall, ...]:
     """The distinct calls of a step of `size`, first the UNet's in order, then the sampler's.
 
     `batch` is the UNet's: twice the images with guidance. Sampler updates are of batch // 2 guided images, or of
@@ -52,13 +52,13 @@ def family_kernel_cases(size: str, batch: int, dtype: DType, latents: int = 64) 
             for case in _record(lambda: merged.denoise(sample, conditioning, 0), dtype)
             if case.operator == "linear"
         ]
-    return (*found, *(sampler_case(plan, batch, dtype, latents) for plan in PLANS))
+    return (*found, *(sampler_call(plan, batch, dtype, latents) for plan in PLANS))
 
 
-def vae_kernel_cases(dtype: DType = "bfloat16", batch: int = 1) -> tuple[KernelCase, ...]:
+def vae_calls(dtype: DType = "bfloat16", batch: int = 1) -> tuple[OperatorCall, ...]:
     """The group norms of Stable Diffusion's VAE decoder at 512x512 pixels."""
     norm = OPERATORS["group_norm_silu"].call
-    cases: list[KernelCase] = []
+    cases: list[OperatorCall] = []
     for side, channels in _VAE:
         x = torch.empty(batch, channels, side, side, dtype=getattr(torch, dtype), device="meta")
         x, weight = x.to(memory_format=torch.channels_last), x.new_empty(channels)
@@ -66,23 +66,23 @@ def vae_kernel_cases(dtype: DType = "bfloat16", batch: int = 1) -> tuple[KernelC
     return tuple(cases)
 
 
-def attention_cases(
+def attention_calls(
     head_dim: int, queries: int, batch: int, dtype: DType = "bfloat16", *, heads: int = 8, context: int = 77
-) -> tuple[KernelCase, KernelCase]:
+) -> tuple[OperatorCall, OperatorCall]:
     """Self-attention of so many tokens and their attention over a context, in memory as the UNet has them."""
 
     def packed(tokens: int, parts: int) -> tuple[Tensor, ...]:
         shape = (batch, tokens, parts, heads, head_dim)
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta").unbind(2)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> KernelCase:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> OperatorCall:
         (case,) = _record(lambda: OPERATORS["attention"].call(q, k, v, backend="torch"), dtype)
         return case
 
     return call(*packed(queries, 3)), call(*packed(queries, 1), *packed(context, 2))
 
 
-def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> KernelCase:
+def sampler_call(plan: str, batch: int, dtype: DType, latents: int = 64) -> OperatorCall:
     """One update of `plan`, with guidance where the UNet's batch is even; registers are float32."""
     made = sampling_plan(plan)
     images, guided = (batch // 2, True) if batch % 2 == 0 else (batch, False)
@@ -109,7 +109,7 @@ def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> Kern
     if made.stochastic:
         tensors.append(TensorSpec(name="seeds", shape=(images,), stride=(1,), dtype="int64", below=2**62))
     tensors += [image("model_input", batch, dtype=dtype, access="write"), row("input_scale", steps)]
-    return KernelCase(operator="sampler_update", dtype=dtype, tensors=tuple(tensors), plan=plan)
+    return OperatorCall(operator="sampler_update", dtype=dtype, tensors=tuple(tensors), plan=plan)
 
 
 class Calls(TorchDispatchMode):
@@ -148,7 +148,7 @@ def _public_name(name: str) -> str | None:
     return next((operator for operator in OPERATORS if name.endswith(f"_{operator}")), None)
 
 
-def _record(run: Callable[[], Any], dtype: DType) -> list[KernelCase]:
+def _record(run: Callable[[], Any], dtype: DType) -> list[OperatorCall]:
     """The distinct calls that `run` makes, in order, with their counts."""
     with Calls() as noted:
         run()
@@ -156,12 +156,12 @@ def _record(run: Callable[[], Any], dtype: DType) -> list[KernelCase]:
     return [case.model_copy(update={"count": count}) for case, count in cases.items()]
 
 
-def _case(dtype: DType, operator: str, arguments: dict[str, Any], result: Any) -> KernelCase:
+def _case(dtype: DType, operator: str, arguments: dict[str, Any], result: Any) -> OperatorCall:
     # In the order of the public function, whose first tensor is the one a label tells.
     parameters = inspect.signature(OPERATORS[operator].call).parameters
     ordered = {name: arguments[name] for name in parameters if name in arguments}
     results = result if isinstance(result, tuple | list) else () if result is None else (result,)
-    return KernelCase(
+    return OperatorCall(
         operator=operator,
         dtype=dtype,
         tensors=_specs({name: value for name, value in ordered.items() if isinstance(value, Tensor)}),
