@@ -43,7 +43,7 @@ def test_a_case_can_be_called_and_planned(case: OperatorCall) -> None:
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     # The layout that the recording on "meta" says is the one on a device.
     assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in case.results]
-    assert operator.plan(**case.arguments("meta"))[1]
+    assert case.launches
     assert OperatorCall.model_validate_json(case.model_dump_json()) == case
 
 
@@ -124,13 +124,14 @@ def test_bytes_are_of_each_argument_once_and_each_result_once() -> None:
 def test_an_expanded_dimension_counts_once_and_reads_one_memory() -> None:
     spec = TensorSpec(name="x_bias", shape=(3, 5), stride=(0, 1), dtype="float32")
     assert spec.nbytes == 5 * 4
-    made = spec.make(torch.device("cpu"))
+    made = OperatorCall(operator="layer_norm", dtype="float32", tensors=(spec,)).arguments("cpu")["x_bias"]
     assert torch.equal(made[0], made[2])
 
 
 def test_integers_stay_below_their_bound() -> None:
     spec = TensorSpec(name="step", shape=(1000,), stride=(1,), dtype="int64", below=7)
-    assert set(spec.make(torch.device("cpu")).tolist()) == set(range(7))
+    made = OperatorCall(operator="sampler_update", dtype="float32", tensors=(spec,)).arguments("cpu")["step"]
+    assert set(made.tolist()) == set(range(7))
 
 
 def test_a_batch_of_one_is_without_guidance() -> None:
