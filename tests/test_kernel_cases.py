@@ -43,7 +43,7 @@ def test_a_case_can_be_called_and_planned(case: KernelCase) -> None:
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     # The layout that the recording on "meta" says is the one on a device.
     assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in case.results]
-    assert operator.plan(**case.arguments("meta"))[1]
+    assert operator.plan(case.bound("meta"))[1]
     assert KernelCase.model_validate_json(case.model_dump_json()) == case
 
 

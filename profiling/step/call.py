@@ -190,6 +190,10 @@ class KernelCase(_Value):
             return None
         return sizes.batch * sizes.heads * sizes.queries * sizes.keys
 
+    def bound(self, device: torch.device | str) -> Any:
+        """The call as its operator's value, with arguments as `arguments` makes them."""
+        return OPERATORS[self.operator].bind(**self.arguments(device))
+
     def arguments(self, device: torch.device | str, generator: torch.Generator | None = None) -> dict[str, Any]:
         """Arguments by name of the operator's public function: fresh random numbers, or empty on "meta"."""
         device = torch.device(device)

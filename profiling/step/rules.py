@@ -240,7 +240,7 @@ def _ours(op: Op, operator: str) -> list[GpuLaunch]:
     arguments = {name: value for name, value in op.arguments.items() if name in taken and name != "backend"}
     softmax = math.prod(_attention_sizes(op)[:3]) if operator == "attention" else 0
     launches: list[GpuLaunch] = []
-    planned = OPERATORS[operator].plan(**arguments)[1]
+    planned = OPERATORS[operator].plan(OPERATORS[operator].bind(**arguments))[1]
     for launch in planned:
         tensors = {id(value): value for value in launch.arguments.values() if isinstance(value, Tensor)}
         moved = _bytes(*tensors.values(), *([op.arguments["registers"]] if operator == "sampler_update" else []))
