@@ -305,12 +305,11 @@ class GpuTimer:
         self._right.add(config)
 
     def _call(self, config: Config, arguments: dict[str, Any]) -> Any:
+        operator = OPERATORS[self.case.operator]
         if config == TORCH:
-            torchs_own = OPERATORS[self.case.operator].torchs_own
-            assert torchs_own is not None
-            return torchs_own(**arguments)
-        chosen = {} if config is None else {"config": config}
-        result, launches = OPERATORS[self.case.operator].plan(**arguments, **chosen)
+            assert operator.torchs_own is not None
+            return operator.torchs_own(**arguments)
+        result, launches = operator.plan(operator.bind(**arguments), config=config)
         for launch in launches:
             launch.run()
         return result
@@ -329,10 +328,9 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
     def tried() -> Iterator[tuple[Launch, bool]]:
         for key, job in given:
             yield from now_launches(job.case)
-            arguments = job.case.arguments("meta")
-            operator = OPERATORS[job.case.operator]
-            for config in search_order(operator.candidates(**arguments), key):
-                yield from ((launch, True) for launch in operator.plan(**arguments, config=config)[1])
+            operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
+            for config in search_order(operator.candidates(call), key):
+                yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
 
     work = plan([tried], machine, chips=[chip], in_order=True)
     report = compile_work(work, seconds=seconds)
@@ -343,7 +341,7 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
     def reason(case: OperatorCall, config: Config) -> str | None:
         if not useless:
             return None
-        launches = OPERATORS[case.operator].plan(**case.arguments("meta"), config=config)[1]
+        launches = OPERATORS[case.operator].plan(case.bound("meta"), config=config)[1]
         digests = (kernel_of(launch, machine).digest for launch in launches)
         return next((useless[digest] for digest in digests if digest in useless), None)
 
@@ -392,7 +390,7 @@ def tune(
         if deadline.passed:
             break
         operator = OPERATORS[job.case.operator]
-        candidates = operator.candidates(**job.case.arguments("meta"))
+        candidates = operator.candidates(job.case.bound("meta"))
         limit = Deadline(min(deadline.left, key_seconds))
         try:
             with_torch = operator.torchs_own is not None

@@ -81,14 +81,21 @@ def define_operator(
     packet = getattr(getattr(torch.ops, namespace), name)
     if flops is not None:
         register_flop_formula(packet)(flops)
-    overload: Callable[..., Any] = packet.default
     if differentiable:
         kernel = _differentiable(name, packet.default, reference_of, composite_of)
         library.impl(name, kernel, "Autograd", with_keyset=True)
-    _autocast.register(library, name, overload, autocast)
+    _autocast.register(library, name, packet.default, autocast)
     # The library takes its registrations with it when nobody holds it.
     packet.library = library
-    return overload
+    overload = packet.default
+
+    def run(*arguments: Any) -> Any:
+        # A ValueError of the fake would be one of the compiler's. What autocast casts is checked afterwards.
+        if torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+            checked(operator, bind(*arguments[:-1]))
+        return overload(*arguments)
+
+    return run
 
 
 def _has_tangent(arguments: Sequence[Any]) -> bool:

@@ -116,7 +116,7 @@ def test_attentions_peers_are_timed_or_say_why_not(head_dim: int) -> None:
 def test_the_tuner_times_torchs_attention_too() -> None:
     tune = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "tune.py"), run_name="tune")
     case = attention_calls(40, 256, 2)[0]
-    candidates = OPERATORS["attention"].candidates(**case.arguments("meta"))[:2]
+    candidates = OPERATORS["attention"].candidates(case.bound("meta"))[:2]
     with torch.inference_mode():
         timer = tune["GpuTimer"](case, torch.device("cuda"))
         found = tune["search"](candidates, timer, Deadline(None), with_torch=True)
@@ -127,7 +127,7 @@ def test_the_tuner_times_torchs_attention_too() -> None:
 def test_the_tuner_checks_and_times_candidates() -> None:
     tune = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "tune.py"), run_name="tune")
     case = next(case for case in family_calls("39M", 2, "bfloat16") if case.operator == "geglu")
-    candidates = OPERATORS["geglu"].candidates(**case.arguments("meta"))[:3]
+    candidates = OPERATORS["geglu"].candidates(case.bound("meta"))[:3]
     with torch.inference_mode():
         found = tune["search"](candidates, tune["GpuTimer"](case, torch.device("cuda")), Deadline(None))
     assert (found.tried, found.failures) == (3, ())

@@ -154,7 +154,7 @@ def test_a_candidate_that_cannot_be_launched_is_counted_and_not_tried(
 
     tune.tune(given, timer_of, tmp_path / "t.json", HEAD, Deadline(None), 60.0, refused=refused)
     assert {config.num_warps for config in seen if config is not None} == {1, 2, 4}
-    candidates = OPERATORS["geglu"].candidates(**given[0][1].case.arguments("meta"))
+    candidates = OPERATORS["geglu"].candidates(given[0][1].case.bound("meta"))
     failed = sum(config.num_warps == 8 for config in candidates)
     assert f"{len(candidates)} of {len(candidates)} tried, {failed} failed" in capsys.readouterr().err
 
@@ -169,10 +169,10 @@ def test_candidates_are_compiled_in_the_order_in_which_they_are_tried(
     case = given[0][1].case
     operator = OPERATORS["geglu"]
     good, bad = (
-        operator.candidates(**case.arguments("meta"))[0],
-        type(operator.candidates(**case.arguments("meta"))[0])(1, 3, 1),
+        operator.candidates(case.bound("meta"))[0],
+        type(operator.candidates(case.bound("meta"))[0])(1, 3, 1),
     )
-    monkeypatch.setitem(OPERATORS, "geglu", replace(operator, candidates=lambda **_: [bad, good]))
+    monkeypatch.setitem(OPERATORS, "geglu", replace(operator, candidates=lambda call: [bad, good]))
     refused = tune.compile_ahead(given, launch.Chip("NVIDIA H200", 132), 60.0)
     assert refused(case, good) is None
     assert refused(case, bad) is not None
@@ -237,7 +237,7 @@ def test_no_entry_with_faults_is_written_and_the_output_says_so(
 ) -> None:
     given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
     key, job = given[0]
-    worse, best = OPERATORS["geglu"].candidates(**job.case.arguments("meta"))[:2]
+    worse, best = OPERATORS["geglu"].candidates(job.case.bound("meta"))[:2]
     times = {best: 0.5, worse: 0.6}
 
     def faults(case: Any, config: Any) -> list[str]:
@@ -256,7 +256,7 @@ def test_faults_are_those_of_both_16_bit_dtypes(tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     case = a_call("attention")
-    candidate = OPERATORS["attention"].candidates(**case.arguments("meta"))[0]
+    candidate = OPERATORS["attention"].candidates(case.bound("meta"))[0]
     good = replace(candidate, block_m=64, block_n=64, num_warps=4, num_stages=2)
     faults = tune.faults_on(launch.Chip("NVIDIA H200", 132))
     assert faults(case, good) == []
@@ -360,14 +360,14 @@ def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
 
     def timer_of(case: Any) -> Callable[[Any], float]:
         on_disk.append(len(json.loads(path.read_text())["kernels"]["geglu"]) if path.exists() else 0)
-        best = OPERATORS["geglu"].candidates(**case.arguments("meta"))[-1]
+        best = OPERATORS["geglu"].candidates(case.bound("meta"))[-1]
         return lambda config: 0.5 if config == best else 1.0
 
     assert tune.tune(given, timer_of, path, HEAD, Deadline(None), 60.0) == len(given) == 4
     assert on_disk == [0, 1, 2, 3]
     monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
     for key, job in given:
-        candidates = OPERATORS["geglu"].candidates(**job.case.arguments("meta"))
+        candidates = OPERATORS["geglu"].candidates(job.case.bound("meta"))
         assert launch.tuned("geglu", key, chip, type(candidates[0])) == candidates[-1]
 
 
@@ -404,13 +404,12 @@ def test_calls_of_one_key_are_searched_once() -> None:
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
     for _, job in first_of_each_key(jobs((name,), ("39M", "866M"), (2,), "bfloat16")):
-        operator = OPERATORS[name]
-        arguments = job.case.arguments("meta")
-        candidates = operator.candidates(**arguments)
+        operator, call = OPERATORS[name], job.case.bound("meta")
+        candidates = operator.candidates(call)
         assert candidates
         assert len(set(candidates)) == len(candidates)
         for config in candidates:
-            assert operator.plan(**arguments, config=config)[1]
+            assert operator.plan(call, config=config)[1]
 
 
 @pytest.mark.parametrize(

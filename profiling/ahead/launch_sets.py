@@ -141,11 +141,10 @@ def _known(what: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 def candidates(given: Callable[[], Iterable[Job]]) -> Planned:
     """The launches that a tuner tries for these jobs, in its order of keys."""
     for _, job in first_of_each_key(given()):
-        operator = OPERATORS[job.case.operator]
-        arguments = job.case.arguments("meta")
+        operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
         yield from now_launches(job.case)
-        for config in operator.candidates(**arguments):
-            yield from ((launch, True) for launch in operator.plan(**arguments, config=config)[1])
+        for config in operator.candidates(call):
+            yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
 
 
 def now_launches(case: OperatorCall) -> Planned:
@@ -162,8 +161,9 @@ def _calls_of_cases(cases: Callable[[], Iterable[OperatorCall]]) -> Planned:
             yield from _recorded(partial(linear_separate, **arguments, backend="triton"))
 
 
-def _launches(operator: str, arguments: Mapping[str, Any], **options: Any) -> Planned:
-    yield from ((launch, False) for launch in OPERATORS[operator].plan(**arguments, **options)[1])
+def _launches(operator: str, arguments: Mapping[str, Any], config: Any = None) -> Planned:
+    made = OPERATORS[operator]
+    yield from ((launch, False) for launch in made.plan(made.bind(**arguments), config=config)[1])
 
 
 def _recorded(run: Callable[[], Any]) -> Planned:
@@ -319,7 +319,7 @@ def _tested_configurations(operator: str) -> Planned:
     cases = [case for case in family_calls("866M", 2, "bfloat16") if case.operator == operator]
     for case in (cases[0], cases[-1]):
         arguments = case.arguments("meta")
-        for config in OPERATORS[operator].candidates(**arguments)[::10]:
+        for config in OPERATORS[operator].candidates(case.bound("meta"))[::10]:
             yield from ((launch, True) for launch, _ in _launches(operator, arguments, config=config))
 
 

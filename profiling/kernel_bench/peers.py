@@ -53,7 +53,7 @@ class Peer:
 def _triton(case: OperatorCall, device: torch.device) -> Implementation:
     operator = OPERATORS[case.operator]
     call = functools.partial(operator.call, backend="triton")
-    return Implementation(call, launches=lambda **arguments: operator.plan(**arguments)[1])
+    return Implementation(call, launches=lambda **arguments: operator.plan(operator.bind(**arguments))[1])
 
 
 def _auto(case: OperatorCall, device: torch.device) -> Implementation:

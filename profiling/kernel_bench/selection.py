@@ -79,7 +79,7 @@ def first_of_each_key(found: Iterable[Job]) -> Iterator[tuple[str, Job]]:
     """(tuning key, call): of the calls with one key the first, which is the most important."""
     seen: set[str] = set()
     for job in found:
-        key = OPERATORS[job.case.operator].tuning_key(**job.case.arguments("meta"))
+        key = OPERATORS[job.case.operator].tuning_key(job.case.bound("meta"))
         if key not in seen:
             seen.add(key)
             yield key, job

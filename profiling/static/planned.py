@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,14 +16,15 @@ from ..step.calls import family_calls
 from .compile import Specialization, specialization_of
 
 SM_90 = MACHINES["sm_90"]
+_OF_ARCH = ("attention", "linear")
 
 
-def planned(operator: str, arguments: Mapping[str, Any], machine: Machine) -> list[Launch]:
+def planned(operator: str, arguments: Mapping[str, Any], machine: Machine, config: Any = None) -> list[Launch]:
     """The launches of a call as they are planned for a chip that need not be there."""
-    plan = OPERATORS[operator].plan
+    made = OPERATORS[operator]
     chip = Chip(machine.chip, machine.multiprocessors, machine.arch)
-    options = {"chip": chip} if "chip" in inspect.signature(plan).parameters else {}
-    return plan(**arguments, **options)[1]
+    # The others' configurations do not depend on the architecture: they are those of 132 multiprocessors.
+    return made.plan(made.bind(**arguments), config=config, chip=chip if operator in _OF_ARCH else None)[1]
 
 
 def family_launches(

@@ -69,7 +69,7 @@ def tuned_items(path: Path) -> list[TunedItem]:
         for key, config in wanted.items():
             fields = tuple(config.items())
             for case in served(cases[key]):
-                its_key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+                its_key = OPERATORS[operator].tuning_key(case.bound("meta"))
                 if its_key == key or its_key not in entries:
                     count = len(_launches(case, fields, MACHINES[arch]))
                     items += [TunedItem(its_key, case, fields, arch, number) for number in range(count)]
@@ -101,9 +101,8 @@ def faults_of(case: OperatorCall, config: Any, machine: Machine) -> list[str]:
 
 
 def _launches(case: OperatorCall, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
-    arguments = case.arguments("meta")
-    config = type(OPERATORS[case.operator].candidates(**arguments)[0])(**dict(fields))
-    return planned(case.operator, {**arguments, "config": config}, machine)
+    config = type(OPERATORS[case.operator].candidates(case.bound("meta"))[0])(**dict(fields))
+    return planned(case.operator, case.arguments("meta"), machine, config)
 
 
 def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]:
@@ -113,7 +112,7 @@ def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]
     dtypes: tuple[DType, ...] = get_args(DType)
     dtypes = tuple(dtype for dtype in dtypes if any(dtype in key for key in keys)) or dtypes
     for case in _calls(operator, dtypes) if keys else ():
-        key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+        key = OPERATORS[operator].tuning_key(case.bound("meta"))
         if key in keys:
             found.setdefault(key, case)
             if len(found) == len(keys):

@@ -182,7 +182,7 @@ class OperatorCall(_Value):
         return sum(launch.exponentials for launch in self.launches) or None
 
     def bound(self, device: torch.device | str) -> Any:
-        """The call as its operator's own value, with arguments as `arguments` makes them."""
+        """The call as its operator's value, with arguments as `arguments` makes them."""
         return OPERATORS[self.operator].bind(**self.arguments(device))
 
     def arguments(self, device: torch.device | str, generator: torch.Generator | None = None) -> dict[str, Any]:

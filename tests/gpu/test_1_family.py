@@ -180,5 +180,5 @@ def test_every_configuration_a_tuner_may_choose(kit, operator):
         arguments = case.arguments("cuda")
         exact = kit.exact_of(OPERATORS[operator], arguments)
         own = torchs_own(operator, arguments)
-        for config in OPERATORS[operator].candidates(**arguments)[::10]:
+        for config in OPERATORS[operator].candidates(OPERATORS[operator].bind(**arguments))[::10]:
             kit.judge(kit.launch(OPERATORS[operator], config, **arguments), exact, own, FACTOR[operator])
