@@ -31,12 +31,14 @@ from ldmperf.kernels import OPERATORS, Chip, Launch, layer_norm, residual_add
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
-from ldmperf.profiling.ahead import launch_sets, precompile, stubs
+from ldmperf.profiling.ahead import launch_sets, precompile, stubs, tested_launches
+from ldmperf.profiling.ahead.meta_runs import NoGraphs, our_backends, run_parts
 from ldmperf.profiling.ahead.precompile import compile_work, kernel_of, plan
 from ldmperf.profiling.commands import compile_command as ahead
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.peer import SCHEDULER_CONFIG
 from ldmperf.profiling.static.forked import Lost, map_forked
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.trajectory.backend import Inputs, Problem
 from ldmperf.profiling.trajectory.case import Case
 from ldmperf.profiling.trajectory.network import make_network
@@ -120,7 +122,7 @@ def looked_up(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
     return found
 
 
-class Replays(launch_sets.NoGraphs):
+class Replays(NoGraphs):
     """The same, but a replay does the step again."""
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
@@ -143,7 +145,7 @@ def cases(sampler: str = "ddim", **changes: Any) -> list[Case]:
             backend=backend,
             **changes,
         )
-        for backend in launch_sets._ours()
+        for backend in our_backends()
     ]
 
 
@@ -161,13 +163,13 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
     if problem.plan.stochastic:
         inputs.append(replace(inputs[0], step_noise=lambda index: torch.randn(1, 4, 16, 16)))
     for one in given:
-        backend = launch_sets._ours()[one.backend]
+        backend = our_backends()[one.backend]
         if hasattr(backend, "graphs"):
             backend = replace(backend, graphs=Replays())
         trajectory = backend.build(problem)
         for value in inputs:
             trajectory(value)
-    planned = {k.digest: k.name for k in plan(launch_sets.run_parts(given), SM_90, chips=[NO_GPU]).launches}
+    planned = {k.digest: k.name for k in plan(run_parts(given), SM_90, chips=[NO_GPU]).launches}
     assert len(looked_up) > 40
     assert {key: name for key, name in looked_up.items() if key not in planned} == {}
     assert {key: name for key, name in planned.items() if key not in looked_up} == {}
@@ -319,9 +321,9 @@ def test_closing_ends_the_processes() -> None:
 def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
     family = runpy.run_path(str(ROOT / "tests/gpu/test_1_family.py"), run_name="family")
     unet = runpy.run_path(str(ROOT / "tests/gpu/test_3_unet.py"), run_name="unet")
-    assert family["HEAD_DIMS"] == launch_sets.TESTED_HEAD_DIMS
-    assert unet["TINY"] == launch_sets.TESTED_TINY
-    assert unet["SAMPLERS"] == launch_sets.TESTED_SAMPLERS
+    assert family["HEAD_DIMS"] == FAMILY_HEAD_DIMS
+    assert unet["TINY"] == tested_launches.TESTED_TINY
+    assert unet["SAMPLERS"] == tested_launches.TESTED_SAMPLERS
     check = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("*check*.py")))
     assert re.findall(r'^HEAD_DIMS = "([\d,]+)"', check, re.MULTILINE) == [
         ",".join(map(str, launch_sets.CHECKED_HEAD_DIMS))
