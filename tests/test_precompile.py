@@ -31,12 +31,14 @@ from ldmperf.kernels import OPERATORS, Chip, Launch, layer_norm, residual_add
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
-from ldmperf.profiling.ahead import launch_sets, precompile, stubs
+from ldmperf.profiling.ahead import launch_sets, precompile, stubs, tested_launches
+from ldmperf.profiling.ahead.meta_runs import NoGraphs, our_backends, run_parts
 from ldmperf.profiling.ahead.precompile import compile_work, kernel_of, plan
 from ldmperf.profiling.commands import compile_command as ahead
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.peer import SCHEDULER_CONFIG
 from ldmperf.profiling.static.forked import Lost, map_forked
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.trajectory.backend import Inputs, Problem
 from ldmperf.profiling.trajectory.case import Case
 from ldmperf.profiling.trajectory.network import make_network
@@ -120,7 +122,7 @@ def looked_up(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
     return found
 
 
-class Replays(launch_sets.NoGraphs):
+class Replays(NoGraphs):
     """The same, but a replay does the step again."""
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
@@ -143,7 +145,7 @@ def cases(sampler: str = "ddim", **changes: Any) -> list[Case]:
             backend=backend,
             **changes,
         )
-        for backend in launch_sets._ours()
+        for backend in our_backends()
     ]
 
 
@@ -161,13 +163,13 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
     if problem.plan.stochastic:
         inputs.append(replace(inputs[0], step_noise=lambda index: torch.randn(1, 4, 16, 16)))
     for one in given:
-        backend = launch_sets._ours()[one.backend]
+        backend = our_backends()[one.backend]
         if hasattr(backend, "graphs"):
             backend = replace(backend, graphs=Replays())
         trajectory = backend.build(problem)
         for value in inputs:
             trajectory(value)
-    planned = {k.digest: k.name for k in plan(launch_sets.run_parts(given), SM_90, chips=[NO_GPU]).launches}
+    planned = {k.digest: k.name for k in plan(run_parts(given), SM_90, chips=[NO_GPU]).launches}
     assert len(looked_up) > 40
     assert {key: name for key, name in looked_up.items() if key not in planned} == {}
     assert {key: name for key, name in planned.items() if key not in looked_up} == {}
@@ -183,7 +185,7 @@ def test_a_slice_that_is_not_aligned_is_another_kernel_here_and_there(looked_up:
     planned = set()
     for offset in (0, 8, 3):
         layer_norm(**call("cpu", offset), backend="triton")
-        (launch,) = OPERATORS["layer_norm"].plan(**call("meta", offset))[1]
+        (launch,) = OPERATORS["layer_norm"].plan(OPERATORS["layer_norm"].bind(**call("meta", offset)))[1]
         planned.add(kernel_of(launch, SM_90).digest)
     assert len(planned) == 2
     assert planned == set(looked_up)
@@ -204,7 +206,7 @@ def test_settings_of_triton_are_in_the_key_as_at_run_time(
 
 def an_addition(**changes: Any) -> Launch:
     x = torch.zeros(2, 16, 4, 4, device="meta")
-    (launch,) = OPERATORS["residual_add"].plan(x, x)[1]
+    (launch,) = OPERATORS["residual_add"].plan(OPERATORS["residual_add"].bind(x, x))[1]
     return replace(launch, **changes)
 
 
@@ -319,9 +321,9 @@ def test_closing_ends_the_processes() -> None:
 def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
     family = runpy.run_path(str(ROOT / "tests/gpu/test_1_family.py"), run_name="family")
     unet = runpy.run_path(str(ROOT / "tests/gpu/test_3_unet.py"), run_name="unet")
-    assert family["HEAD_DIMS"] == launch_sets.TESTED_HEAD_DIMS
-    assert unet["TINY"] == launch_sets.TESTED_TINY
-    assert unet["SAMPLERS"] == launch_sets.TESTED_SAMPLERS
+    assert family["HEAD_DIMS"] == FAMILY_HEAD_DIMS
+    assert unet["TINY"] == tested_launches.TESTED_TINY
+    assert unet["SAMPLERS"] == tested_launches.TESTED_SAMPLERS
     check = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("*check*.py")))
     assert re.findall(r'^HEAD_DIMS = "([\d,]+)"', check, re.MULTILINE) == [
         ",".join(map(str, launch_sets.CHECKED_HEAD_DIMS))
@@ -332,9 +334,9 @@ def test_candidates_are_those_that_the_tuner_tries() -> None:
     work = plan(launch_sets.parts_of("tune:geglu:39M:2"), SM_90, chips=[NO_GPU])
     expected = set()
     for _, job in launch_sets.first_of_each_key(launch_sets.jobs(("geglu",), ("39M",), (2,), "bfloat16")):
-        arguments = job.case.arguments("meta")
-        for config in [None, *OPERATORS["geglu"].candidates(**arguments)]:
-            for launch in OPERATORS["geglu"].plan(**arguments, config=config)[1]:
+        call = job.case.bound("meta")
+        for config in [None, *OPERATORS["geglu"].candidates(call)]:
+            for launch in OPERATORS["geglu"].plan(call, config=config)[1]:
                 expected.add(kernel_of(launch, SM_90).digest)
     assert {kernel.digest for kernel in work.launches} == expected
     assert 0 < sum(not kernel.candidate for kernel in work.launches) < len(expected)
