@@ -384,7 +384,7 @@ def test_the_command_takes_head_dimensions(
         (["--head-dim", "0"], "from 1"),
         (["--head-dim", "8", "--kernel", "geglu"], "attention"),
         (["--head-dim", "8", "--size", "39M"], "--size"),
-        (["--tokens", "64"], "--head-dim"),
+        (["--head-dim", "8", "--latent", "64"], "leave --latent out"),
     ],
 )
 def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:

@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..measure.timing import Deadline
-from ..options import best_device, device_named, dtype_named, known_names, split_values, whole_number
+from ..options import (
+    LARGEST_SEED,
+    LONGEST_SEQUENCE,
+    CaseError,
+    best_device,
+    device_named,
+    dtype_named,
+    known_names,
+    latent_size,
+    split_values,
+    whole_number,
+)
 from ..terminal.visible import console, say
-from .shared import DEFAULT_OUT, seconds_option, tell, with_lists
+from .shared import DEFAULT_OUT, seconds_option, tell, whole_option, with_lists
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
@@ -28,7 +39,9 @@ LISTS = {
     "peer": "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
     "diffusers, diffusers-compile, xformers; those that this machine can run unless told.",
     "head-dim": "Attention of 8 heads of these sizes, instead of the family's calls.",
-    "tokens": "With --head-dim: sequence lengths; 4096, 1024, 256 and 64 unless told.",
+    "latent": "The UNet's latent sizes, height x width; 64x64 unless told.",
+    "tokens": "Tokens of the text, 77 unless told; with --head-dim sequence lengths: 4096, 1024, 256 and 64 "
+    "unless told.",
 }
 
 
@@ -37,6 +50,7 @@ def kernels(
     lists: dict[str, list[str]],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.")] = None,
+    seed: Annotated[int | None, whole_option("Seed of the random inputs; 0 unless told.", 0, LARGEST_SEED)] = None,
     seconds: Annotated[
         float, seconds_option("Begin no call after so long; the most important come first.")
     ] = DEFAULT_SECONDS,
@@ -63,6 +77,7 @@ def kernels(
     Examples:
       ldmperf kernels
       ldmperf kernels --kernel group_norm_silu,geglu --size 39M,866M --batch 2 --seconds 60
+      ldmperf kernels --size 866M --latent 96x128 --tokens 154
       ldmperf kernels --kernel attention --head-dim 40,64,80,128,160 --batch 16 --tokens 4096
       ldmperf kernels --device cpu --size 39M --peer eager,reference --dtype float32
       ldmperf kernels --resume runs/20260101T000000Z-1a2b3c4-kernels
@@ -72,31 +87,40 @@ def kernels(
     from ..kernel_bench.peers import PEERS
     from ..kernel_bench.run import BenchChoices
     from ..kernel_bench.selection import SIZES, VAE
-    from ..options import CaseError
 
-    for name, given in lists.items():
-        if given and not split_values(given):
+    given = {name: split_values(values) for name, values in lists.items()}
+    for name, values in lists.items():
+        if values and not given[name]:
             raise CaseError(f"--{name}: no value given; leave the option out to take the usual ones")
     if resume is not None and out is not None:
         raise CaseError("--resume adds to its own folder: leave --out out, or --resume for a new folder")
-    operators = known_names("kernel", lists["kernel"], OPERATORS) or tuple(OPERATORS)
-    head_dims = tuple(whole_number("head-dim", text, 1024) for text in split_values(lists["head-dim"]))
-    sizes = known_names("size", lists["size"], SIZES)
-    if head_dims and (sizes or (lists["kernel"] and set(operators) != {"attention"})):
+
+    def numbers(name: str, most: int) -> tuple[int, ...]:
+        return tuple(whole_number(name, text, most) for text in given[name])
+
+    operators = known_names("kernel", given["kernel"], OPERATORS) or tuple(OPERATORS)
+    head_dims = numbers("head-dim", 1024)
+    sizes = known_names("size", given["size"], SIZES)
+    if head_dims and (sizes or (given["kernel"] and set(operators) != {"attention"})):
         raise CaseError("--head-dim chooses attention's calls: leave --size out, and --kernel or name attention")
-    if lists["tokens"] and not head_dims:
-        raise CaseError("--tokens goes with --head-dim: name head dimensions, or leave --tokens out")
-    if lists["batch"] and set(sizes) == {VAE}:
-        raise CaseError("--batch is the UNet's, and the VAE is measured at batch 1: leave --batch out")
+    if head_dims and given["latent"]:
+        raise CaseError("--head-dim has no latent: give sequence lengths with --tokens, and leave --latent out")
+    for name in ("batch", "latent", "tokens"):
+        if given[name] and set(sizes) == {VAE}:
+            raise CaseError(
+                f"--{name} is the UNet's, and the VAE is measured at batch 1, 512x512 pixels: leave --{name} out"
+            )
     choices = BenchChoices(
         operators=("attention",) if head_dims else operators,
         sizes=sizes,
-        batches=tuple(sorted({whole_number("batch", text, 1024) for text in split_values(lists["batch"])})),
-        peers=known_names("peer", lists["peer"], PEERS),
+        batches=tuple(sorted(set(numbers("batch", 1024)))),
+        peers=known_names("peer", given["peer"], PEERS),
         dtype=dtype_named(dtype),
         device=best_device() if device is None else device_named(device),
         head_dims=head_dims,
-        tokens=tuple(whole_number("tokens", text, 2**20) for text in split_values(lists["tokens"])),
+        tokens=numbers("tokens", LONGEST_SEQUENCE),
+        latents=tuple(latent_size("latent", text) for text in given["latent"]),
+        seed=seed or 0,
     )
     _run(choices, Deadline(seconds), out or DEFAULT_OUT, resume)
 
@@ -110,7 +134,9 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | No
     from ..measure.recorded import utc_now
 
     environment = collect_environment(choices.device)
-    earlier = [] if resume is None else earlier_records(resume, environment, choices.dtype, choices.device)
+    earlier = (
+        [] if resume is None else earlier_records(resume, environment, choices.dtype, choices.device, choices.seed)
+    )
     try:
         folder = resume or new_folder(out, utc_now(), environment, "-kernels")
         lock = locked(folder, tell)

@@ -78,16 +78,17 @@ class KernelBench:
         environment: Environment,
         copy: CopyBandwidth | None,
         rates: UnitRates | None = None,
+        seed: int = 0,
     ) -> None:
         self.device_name, self.device = device, torch.device(device)
         self.peers, self.modes, self.pace = peers, modes, pace
-        self.environment, self.copy, self.rates = environment, copy, rates
+        self.environment, self.copy, self.rates, self.seed = environment, copy, rates, seed
         self._operators: set[str] = set()
 
     def keys(self, job: Job) -> set[str]:
         """The keys of the records that `measure` would make of it now."""
         return {
-            record_key(job.case, self.device_name, peer.name, mode)
+            record_key(job.case, self.device_name, peer.name, mode, self.seed)
             for peer in self._peers_of(job)
             for mode in self.modes
         }
@@ -112,7 +113,7 @@ class KernelBench:
         count, cold = input_sets(moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
-                inputs = CallInputs(case, count, self.device, seed=0)
+                inputs = CallInputs(case, count, self.device, self.seed)
                 reference = inputs.reference()
             except Exception as error:
                 for contestant in contestants:
@@ -248,13 +249,14 @@ class KernelBench:
             )
         ok = lane.active
         return KernelRecord(
-            case_key=record_key(job.case, self.device_name, contestant.peer.name, lane.mode),
+            case_key=record_key(job.case, self.device_name, contestant.peer.name, lane.mode, self.seed),
             size=job.size,
             batch=job.batch,
             case=job.case,
             peer=contestant.peer.name,
             mode=lane.mode,
             device=self.device_name,
+            seed=self.seed,
             status=lane.status,
             message=lane.message,
             correctness=correctness,
