@@ -22,7 +22,7 @@ from ..options import (
     whole_number,
 )
 from ..terminal.visible import console, say
-from .shared import DEFAULT_OUT, seconds_option, tell, whole_option, with_lists
+from .shared import DEFAULT_OUT, list_option, seconds_option, stop, tell, whole_option, with_options
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
@@ -33,19 +33,22 @@ DEFAULT_SECONDS = 240.0
 
 
 LISTS = {
-    "kernel": "Operators: group_norm_silu, layer_norm, ...",
-    "size": "Sizes of the family, or vae; all unless told.",
-    "batch": "The UNet's batch: 2 and 16 unless told.",
-    "peer": "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
-    "diffusers, diffusers-compile, xformers; those that this machine can run unless told.",
-    "head-dim": "Attention of 8 heads of these sizes, instead of the family's calls.",
-    "latent": "The UNet's latent sizes, height x width; 64x64 unless told.",
-    "tokens": "Tokens of the text, 77 unless told; with --head-dim sequence lengths: 4096, 1024, 256 and 64 "
-    "unless told.",
+    name: list_option(text)
+    for name, text in {
+        "kernel": "Operators: group_norm_silu, layer_norm, ...",
+        "size": "Sizes of the family, or vae; all unless told.",
+        "batch": "The UNet's batch: 2 and 16 unless told.",
+        "peer": "triton, auto, separate, compile, eager, reference, sdpa-cudnn, sdpa-flash, sdpa-efficient, flex, "
+        "diffusers, diffusers-compile, xformers; those that this machine can run unless told.",
+        "head-dim": "Attention of 8 heads of these sizes, instead of the family's calls.",
+        "latent": "The UNet's latent sizes, height x width; 64x64 unless told.",
+        "tokens": "Tokens of the text, 77 unless told; with --head-dim sequence lengths: 4096, 1024, 256 and 64 "
+        "unless told.",
+    }.items()
 }
 
 
-@with_lists(LISTS)
+@with_options("lists", LISTS)
 def kernels(
     lists: dict[str, list[str]],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
@@ -88,9 +91,9 @@ def kernels(
     from ..kernel_bench.run import BenchChoices
     from ..kernel_bench.selection import SIZES, VAE
 
-    given = {name: split_values(values) for name, values in lists.items()}
-    for name, values in lists.items():
-        if values and not given[name]:
+    given = {name: split_values(lists.get(name, ())) for name in LISTS}
+    for name in lists:
+        if not given[name]:
             raise CaseError(f"--{name}: no value given; leave the option out to take the usual ones")
     if resume is not None and out is not None:
         raise CaseError("--resume adds to its own folder: leave --out out, or --resume for a new folder")
@@ -142,8 +145,7 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | No
         lock = locked(folder, tell)
         store = KernelStore(folder / RECORDS_NAME)
     except OSError as failure:
-        tell(f"ldmperf: cannot write to {resume or out} ({failure.strerror}); choose another folder with --out")
-        raise typer.Exit(1) from None
+        stop(f"cannot write to {resume or out} ({failure.strerror}); choose another folder with --out", 1)
     with lock:
         _measure(choices, environment, folder, store, earlier, deadline)
 
@@ -172,14 +174,13 @@ def _measure(
         records, complete = run_jobs(bench, choices.jobs, store, deadline, told, earlier)
     except KeyboardInterrupt:
         print_records(store.load(), console())
-        tell(f"ldmperf: stopped; go on with the same options and --resume {folder}")
-        raise typer.Exit(130) from None
+        stop(f"stopped; go on with the same options and --resume {folder}", 130)
     except OSError as failure:
-        tell(
-            f"ldmperf: cannot write to {folder} ({failure.strerror}); "
-            f"make room, then go on with the same options and --resume {folder}"
+        stop(
+            f"cannot write to {folder} ({failure.strerror}); make room, then go on with the same options and "
+            f"--resume {folder}",
+            1,
         )
-        raise typer.Exit(1) from None
     print_records(records, console())
     if not complete:
         tell(
@@ -189,8 +190,7 @@ def _measure(
     try:
         path = write_markdown(folder, markdown(records))
     except OSError as failure:
-        tell(f"ldmperf: cannot write to {folder} ({failure.strerror}); the records there are whole")
-        raise typer.Exit(1) from None
+        stop(f"cannot write to {folder} ({failure.strerror}); the records there are whole", 1)
     say(console(), str(path))
     statuses = {record.status for record in records}
     if statuses & {"error", "incorrect"} or "ok" not in statuses:

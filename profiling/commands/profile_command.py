@@ -19,7 +19,16 @@ from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
 from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
 from ..trajectory.runs import check_resumable, create_run, find_run, open_run
-from .shared import DEFAULT_OUT, seconds_option, stop, tell, terminated_as_interrupted, whole_option, with_lists
+from .shared import (
+    DEFAULT_OUT,
+    list_option,
+    seconds_option,
+    stop,
+    tell,
+    terminated_as_interrupted,
+    whole_option,
+    with_options,
+)
 
 
 class ResumeTakesAnOptionalValue(TyperCommand):
@@ -35,7 +44,7 @@ class ResumeTakesAnOptionalValue(TyperCommand):
         return super().parse_args(ctx, spelled)
 
 
-@with_lists({name: option.help for name, option in OPTIONS.items()})
+@with_options("choices", {name: list_option(option.help) for name, option in OPTIONS.items()})
 def profile(
     choices: Choices,
     preset: Annotated[
@@ -80,7 +89,7 @@ def profile(
     deadline = Deadline(seconds)
     if schema:
         others = (preset, resume, min_count, min_seconds, seconds, references)
-        if any(choices.values()) or out != DEFAULT_OUT or any(value is not None for value in others):
+        if choices or out != DEFAULT_OUT or any(value is not None for value in others):
             raise CaseError("--schema prints the schema and measures nothing: give it alone")
         typer.echo(json.dumps(record_schema(), indent=2))
         return
@@ -99,7 +108,7 @@ def _chosen(
     choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
 ) -> tuple[list[Case], RepetitionRule]:
     """The cases of a new run and how often they are repeated."""
-    devices = ",".join(choices["device"]) or best_device()
+    devices = ",".join(choices.get("device", ())) or best_device()
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
@@ -126,7 +135,7 @@ def _resumed(
     run = open_run(folder)
     if not run.cases:
         raise RunError(f"{folder} names no case to measure; start a new run without --resume")
-    if any(choices.values()) or preset is not None:
+    if choices or preset is not None:
         cases, _ = _chosen(choices, preset, min_count, min_seconds)
         if set(cases) != set(run.cases):
             raise RunError(

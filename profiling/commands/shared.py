@@ -19,36 +19,38 @@ from ..terminal.visible import console, say
 DEFAULT_OUT = Path("runs")
 
 
-def with_lists(options: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command, for each name with its help, an option that takes a list of values.
+def with_options(place: str, options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these options (by name, their types as typer takes them) where its parameter `place` stands.
 
-    The command's first argument is then what was typed, by the options' names; empty where one is left out.
+    That parameter gets the values of the options that were given, by name.
     """
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def called(**given: Any) -> None:
-            command({name: given.pop(name.replace("-", "_")) or [] for name in options}, **given)
+            values = {name: given.pop(name.replace("-", "_")) for name in options}
+            command(**given, **{place: {name: value for name, value in values.items() if value is not None}})
 
-        _, *others = inspect.signature(command, eval_str=True).parameters.values()
-        lists = [
-            inspect.Parameter(
-                name.replace("-", "_"),
-                inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=None,
-                annotation=Annotated[list[str] | None, _list_option(text)],
-            )
-            for name, text in options.items()
-        ]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name != place:
+                parameters.append(parameter.replace(kind=kind))
+                continue
+            for name, option in options.items():
+                spelled = name.replace("-", "_")
+                parameters.append(inspect.Parameter(spelled, kind, default=None, annotation=option))
         # What typer reads.
-        called.__signature__ = inspect.Signature([*lists, *others])  # type: ignore[attr-defined]
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return called
 
     return decorated
 
 
-def _list_option(text: str) -> Any:
-    return typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
+def list_option(text: str) -> Any:
+    """The type of an option that takes a list of values; `text` is its help."""
+    option = typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
+    return Annotated[list[str] | None, option]
 
 
 def whole_option(text: str, least: int = 0, most: int | None = None) -> Any:

@@ -77,7 +77,8 @@ def short_traces(
     for record in sorted(records, key=lambda record: trace_order(record.case)):
         if deadline.passed:
             return
-        if is_compiled(record.case) and 1e3 * deadline.left < _preparation_ms(record):
+        preparation_ms = (record.phases.build_ms or 0.0) + (record.phases.first_call_ms or 0.0)
+        if is_compiled(record.case) and 1e3 * deadline.left < preparation_ms:
             continue
         if record.case.group_key != group:
             torch.compiler.reset()
@@ -95,10 +96,6 @@ def short_traces(
         release_memory()
         if trace is not None:
             yield record.model_copy(update={"trace": trace})
-
-
-def _preparation_ms(record: Record) -> float:
-    return (record.phases.build_ms or 0.0) + (record.phases.first_call_ms or 0.0)
 
 
 def _short_trace(case: Case, networks: Networks, backends: Mapping[str, Backend], tracer: Tracer) -> Trace | None:
