@@ -96,47 +96,41 @@ def profile(
     if references is not None and references.exists() and not references.is_dir():
         raise CaseError(f"--references: {references} is no folder; name one, new or old")
     if resume is None:
-        cases, rule = _chosen(choices, preset, min_count, min_seconds)
-        folder = _create(out, cases, rule)
+        cases, usual = _chosen(choices, preset)
     else:
         folder = find_run(out, resume)
-        cases, rule = _resumed(folder, choices, preset, min_count, min_seconds)
+        cases, usual = _resumed(folder, choices, preset)
+    try:
+        rule = RepetitionRule(
+            usual.min_count if min_count is None else min_count,
+            usual.min_seconds if min_seconds is None else min_seconds,
+        )
+    except ValueError as wrong:
+        raise CaseError(str(wrong).replace("min_", "--min-")) from None
+    if resume is None:
+        folder = _create(out, cases, rule)
     _run(folder, cases, rule, deadline, references or folder / "references")
 
 
-def _chosen(
-    choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
-) -> tuple[list[Case], RepetitionRule]:
-    """The cases of a new run and how often they are repeated."""
+def _chosen(choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
+    """The cases of a new run, and how often the preset repeats them."""
     devices = ",".join(choices.get("device", ())) or best_device()
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
     check_loadable(cases)
-    return identified(cases, tell), _rule(preset_named(name).rule, min_count, min_seconds)
+    return identified(cases, tell), preset_named(name).rule
 
 
-def _rule(rule: RepetitionRule, min_count: int | None, min_seconds: float | None) -> RepetitionRule:
-    try:
-        return RepetitionRule(
-            rule.min_count if min_count is None else min_count,
-            rule.min_seconds if min_seconds is None else min_seconds,
-        )
-    except ValueError as wrong:
-        raise CaseError(str(wrong).replace("min_", "--min-")) from None
-
-
-def _resumed(
-    folder: Path, choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
-) -> tuple[list[Case], RepetitionRule]:
-    """The cases and the rule that the run began with; options beside --resume may repeat them, not change them."""
+def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
+    """The cases and the rule that the run began with; options may repeat the cases, not change them."""
     from ..measure.environment import collect_environment
 
     run = open_run(folder)
     if not run.cases:
         raise RunError(f"{folder} names no case to measure; start a new run without --resume")
     if choices or preset is not None:
-        cases, _ = _chosen(choices, preset, min_count, min_seconds)
+        cases, _ = _chosen(choices, preset)
         if set(cases) != set(run.cases):
             raise RunError(
                 f"{folder} has other cases than these options name; give --resume without them, "
@@ -144,7 +138,7 @@ def _resumed(
             )
     check_resumable(folder, run, collect_environment(run.cases[0].device))
     check_unchanged(run.cases, tell)
-    return list(run.cases), _rule(run.rule, min_count, min_seconds)
+    return list(run.cases), run.rule
 
 
 def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
