@@ -29,6 +29,7 @@ from ..machines import Machine
 from ..measure.settings import pinned_ptxas
 from ..static.compile import bind, target
 from ..static.forked import Lost, map_forked, usable_cores
+from ..static.planned import chip_of
 from .stubs import Stub, build, driver_stub, is_there, launcher_stub, reason_against
 
 # Plans launches on "meta" tensors, with whether each is a candidate, which may not compile. Called for each chip.
@@ -134,7 +135,7 @@ def chips_of(machine: Machine) -> tuple[Chip, ...]:
     here = chip_here()
     if here is not None and here.arch == machine.arch:
         return (here,)
-    chips = [Chip(machine.chip, machine.multiprocessors, machine.arch)]
+    chips = [chip_of(machine)]
     for path in sorted(tuned_table(chips[0]).parent.glob("*.json")):
         chip = json.loads(path.read_text()).get("chip", {})
         if chip.get("arch") == machine.arch:
