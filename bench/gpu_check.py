@@ -44,14 +44,14 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
     from ldmperf.profiling.measure.store import load_lines
-    from ldmperf.profiling.report import print_table
+    from ldmperf.profiling.report import overview, print_table
     from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
     prepare_streams()
     out = console()
 
     for path in sorted(folder.glob("*/*/records.jsonl")):
-        print_table(load_records(path)[0], out)
+        print_table(overview(load_records(path)[0]), out)
         say(out)
     for path in sorted(folder.glob("*/*/kernels.jsonl")):
         if measured := load_lines(path, KernelRecord)[0]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ldmperf.profiling import load_records
-from ldmperf.profiling.report import markdown_table
+from ldmperf.profiling.report import markdown_table, overview
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) .*?-->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -22,7 +22,7 @@ def with_table(readme: str) -> str:
     records, rejected = load_records(ROOT / match.group(2))
     if rejected:
         raise SystemExit(f"{match.group(2)}: {rejected} lines are not records")
-    table = markdown_table(records)
+    table = markdown_table(overview(records))
     return readme[: match.end(1)] + "\n" + table.strip() + "\n\n" + readme[match.start(3) :]
 
 

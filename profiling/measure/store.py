@@ -123,9 +123,13 @@ class Store(Generic[M]):
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file's content at once: who reads it, or a crash, meets the old or the new, never a part."""
-    replacement = path.with_suffix(".tmp")
-    _write_durably(replacement, content, "wb")
-    replacement.replace(path)
+    # No two processes share it.
+    replacement = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_durably(replacement, content, "wb")
+        replacement.replace(path)
+    finally:
+        replacement.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

@@ -93,12 +93,13 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
-    from ..report import print_table, write_report
+    from ..report import overview, print_table, write_report
 
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.
     _tell_aside(aside)
-    print_table(records, console())
+    shown = overview(records)
+    print_table(shown, console())
     if holds(source, RUN_NAME):
         try:
             left = {case.key for case in open_run(source).cases} - {record.case_key for record in records}
@@ -111,7 +112,7 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
     if out is None:
         return
     try:
-        written = write_report(records, aside.count, out)
+        written = write_report(shown, aside.count, out)
     except ModuleNotFoundError as missing:
         say(
             errors,
