@@ -183,7 +183,7 @@ def test_a_slice_that_is_not_aligned_is_another_kernel_here_and_there(looked_up:
     planned = set()
     for offset in (0, 8, 3):
         layer_norm(**call("cpu", offset), backend="triton")
-        (launch,) = OPERATORS["layer_norm"].plan(**call("meta", offset))[1]
+        (launch,) = OPERATORS["layer_norm"].plan(OPERATORS["layer_norm"].bind(**call("meta", offset)))[1]
         planned.add(kernel_of(launch, SM_90).digest)
     assert len(planned) == 2
     assert planned == set(looked_up)
@@ -204,7 +204,7 @@ def test_settings_of_triton_are_in_the_key_as_at_run_time(
 
 def an_addition(**changes: Any) -> Launch:
     x = torch.zeros(2, 16, 4, 4, device="meta")
-    (launch,) = OPERATORS["residual_add"].plan(x, x)[1]
+    (launch,) = OPERATORS["residual_add"].plan(OPERATORS["residual_add"].bind(x, x))[1]
     return replace(launch, **changes)
 
 
@@ -332,9 +332,9 @@ def test_candidates_are_those_that_the_tuner_tries() -> None:
     work = plan(launch_sets.parts_of("tune:geglu:39M:2"), SM_90, chips=[NO_GPU])
     expected = set()
     for _, job in launch_sets.first_of_each_key(launch_sets.jobs(("geglu",), ("39M",), (2,), "bfloat16")):
-        arguments = job.case.arguments("meta")
-        for config in [None, *OPERATORS["geglu"].candidates(**arguments)]:
-            for launch in OPERATORS["geglu"].plan(**arguments, config=config)[1]:
+        call = job.case.bound("meta")
+        for config in [None, *OPERATORS["geglu"].candidates(call)]:
+            for launch in OPERATORS["geglu"].plan(call, config=config)[1]:
                 expected.add(kernel_of(launch, SM_90).digest)
     assert {kernel.digest for kernel in work.launches} == expected
     assert 0 < sum(not kernel.candidate for kernel in work.launches) < len(expected)

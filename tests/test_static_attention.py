@@ -40,12 +40,11 @@ def arguments(**numbers):
 
 def launch_of(config=None, **numbers):
     """The launch for these numbers, with fields of the default configuration replaced."""
-    call = arguments(**numbers)
-    plan = OPERATORS["attention"].plan
+    operator = OPERATORS["attention"]
+    call = operator.bind(**arguments(**numbers))
     if config is not None:
-        first = OPERATORS["attention"].candidates(**call)[0]
-        config = type(first)(**config)
-    (launch,) = plan(**call, config=config)[1]
+        config = type(operator.candidates(call)[0])(**config)
+    (launch,) = operator.plan(call, config=config)[1]
     return launch
 
 

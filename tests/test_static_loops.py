@@ -16,8 +16,9 @@ from rich.console import Console
 
 pytest.importorskip("triton")
 
-from ldmperf.kernels import OPERATORS, Chip
+from ldmperf.kernels import Chip
 from ldmperf.kernels.attention import MAX_SCALE
+from ldmperf.kernels.operators import ATTENTION
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import compile_launch
 from ldmperf.profiling.static.display import print_inspection
@@ -87,7 +88,7 @@ def launch_of(arch="sm_90", config=None, tf32=False, **numbers):
     machine = MACHINES[arch]
     call = SHAPES["attention"][0](Shape(**numbers))
     chip = Chip(machine.chip, machine.multiprocessors, machine.arch)
-    (launch,) = OPERATORS["attention"].plan(**call, tf32=tf32, config=config, chip=chip)[1]
+    (launch,) = ATTENTION.plan(ATTENTION.bind(**call, tf32=tf32), config=config, chip=chip)[1]
     return launch
 
 

@@ -98,7 +98,7 @@ def overflows(launch):
 
 @pytest.mark.parametrize(("operator", "arguments"), list(huge_calls()))
 def test_no_address_overflows_past_2_31_elements(operator, arguments):
-    result, launches = OPERATORS[operator].plan(**arguments)
+    result, launches = OPERATORS[operator].plan(OPERATORS[operator].bind(**arguments))
     sizes = [value.numel() for value in (*arguments.values(), result) if isinstance(value, torch.Tensor)]
     assert launches
     assert max(sizes) > 2**31

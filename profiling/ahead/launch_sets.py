@@ -33,8 +33,8 @@ from ..kernel_bench.selection import (
 from ..machines import MACHINES, Machine
 from ..options import CaseError, DType, whole_number
 from ..peer import SCHEDULER_CONFIG
-from ..step.call import KernelCase
-from ..step.calls import Calls, family_kernel_cases, vae_kernel_cases
+from ..step.call import OperatorCall
+from ..step.calls import Calls, family_calls, vae_calls
 from ..trajectory.backend import Inputs, Problem
 from ..trajectory.case import Case
 from ..trajectory.network import IN_CHANNELS, family_config
@@ -78,7 +78,7 @@ def _smoke() -> list[Part]:
         for size in sizes
         for backend in _ours()
     )
-    calls = [partial(_calls_of_cases, partial(family_kernel_cases, size, 2, "bfloat16")) for size in sizes]
+    calls = [partial(_calls_of_cases, partial(family_calls, size, 2, "bfloat16")) for size in sizes]
     # tests/gpu/test_0_smoke.py
     tested = [
         part
@@ -107,8 +107,8 @@ def _kernels() -> list[Part]:
     """`ldmperf kernels`, and attention by head dimension as the GPU check has it."""
     parts: list[Part] = []
     for size, batch in steps_in_order(SIZES, BATCHES):
-        cases = partial(vae_kernel_cases, "bfloat16") if size == VAE else None
-        parts.append(partial(_calls_of_cases, cases or partial(family_kernel_cases, size, batch, "bfloat16")))
+        cases = partial(vae_calls, "bfloat16") if size == VAE else None
+        parts.append(partial(_calls_of_cases, cases or partial(family_calls, size, batch, "bfloat16")))
     parts.append(
         partial(
             _calls_of_cases,
@@ -141,19 +141,18 @@ def _known(what: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 def candidates(given: Callable[[], Iterable[Job]]) -> Planned:
     """The launches that a tuner tries for these jobs, in its order of keys."""
     for _, job in first_of_each_key(given()):
-        operator = OPERATORS[job.case.operator]
-        arguments = job.case.arguments("meta")
+        operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
         yield from now_launches(job.case)
-        for config in operator.candidates(**arguments):
-            yield from ((launch, True) for launch in operator.plan(**arguments, config=config)[1])
+        for config in operator.candidates(call):
+            yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
 
 
-def now_launches(case: KernelCase) -> Planned:
+def now_launches(case: OperatorCall) -> Planned:
     """The launches of a call as it is now, and of what it is timed beside."""
     return _calls_of_cases(lambda: [case])
 
 
-def _calls_of_cases(cases: Callable[[], Iterable[KernelCase]]) -> Planned:
+def _calls_of_cases(cases: Callable[[], Iterable[OperatorCall]]) -> Planned:
     """The launches of calls as the benches make them; of a linear layer also those beside torch's product."""
     for case in cases():
         arguments = case.arguments("meta")
@@ -162,8 +161,9 @@ def _calls_of_cases(cases: Callable[[], Iterable[KernelCase]]) -> Planned:
             yield from _recorded(partial(linear_separate, **arguments, backend="triton"))
 
 
-def _launches(operator: str, arguments: Mapping[str, Any], **options: Any) -> Planned:
-    yield from ((launch, False) for launch in OPERATORS[operator].plan(**arguments, **options)[1])
+def _launches(operator: str, arguments: Mapping[str, Any], config: Any = None) -> Planned:
+    made = OPERATORS[operator]
+    yield from ((launch, False) for launch in made.plan(made.bind(**arguments), config=config)[1])
 
 
 def _recorded(run: Callable[[], Any]) -> Planned:
@@ -285,10 +285,10 @@ def _tests() -> list[Part]:
     ]
     steps: list[tuple[str, int, DType]] = [(size, 2, "bfloat16") for size in FAMILY]
     steps += [("866M", 2, "float16"), ("866M", 2, "float32"), ("39M", 16, "bfloat16")]
-    parts += [partial(_calls_of_cases, partial(family_kernel_cases, *step)) for step in steps]
-    parts.append(partial(_calls_of_cases, partial(vae_kernel_cases, "bfloat16")))
+    parts += [partial(_calls_of_cases, partial(family_calls, *step)) for step in steps]
+    parts.append(partial(_calls_of_cases, partial(vae_calls, "bfloat16")))
     # tests/test_gpu_timing.py
-    parts.append(partial(_calls_of_cases, partial(family_kernel_cases, "39M", 2, "bfloat16", latents=16)))
+    parts.append(partial(_calls_of_cases, partial(family_calls, "39M", 2, "bfloat16", latents=16)))
     parts += [partial(_tested_configurations, operator) for operator in _EVERY_CONFIGURATION]
     forwards: list[tuple[str, DType, int, int]] = [(size, dtype, 2, 64) for size in FAMILY for dtype in _HALF]
     forwards += [("39M", "float32", 2, 64), ("39M", "float16", 2, 32)]
@@ -316,10 +316,10 @@ def _tested_attention(dim: int, dtype: torch.dtype) -> Planned:
 
 def _tested_configurations(operator: str) -> Planned:
     """Every tenth of a tuner's choices."""
-    cases = [case for case in family_kernel_cases("866M", 2, "bfloat16") if case.operator == operator]
+    cases = [case for case in family_calls("866M", 2, "bfloat16") if case.operator == operator]
     for case in (cases[0], cases[-1]):
         arguments = case.arguments("meta")
-        for config in OPERATORS[operator].candidates(**arguments)[::10]:
+        for config in OPERATORS[operator].candidates(case.bound("meta"))[::10]:
             yield from ((launch, True) for launch, _ in _launches(operator, arguments, config=config))
 
 

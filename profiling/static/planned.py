@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,30 +11,31 @@ from ldmperf.kernels import OPERATORS, Chip, Launch
 
 from ..machines import MACHINES, Machine
 from ..options import DType
-from ..step.call import KernelCase
-from ..step.calls import family_kernel_cases
+from ..step.call import OperatorCall
+from ..step.calls import family_calls
 from .compile import Specialization, specialization_of
 
 SM_90 = MACHINES["sm_90"]
+_OF_ARCH = ("attention", "linear")
 
 
-def planned(operator: str, arguments: Mapping[str, Any], machine: Machine) -> list[Launch]:
+def planned(operator: str, arguments: Mapping[str, Any], machine: Machine, config: Any = None) -> list[Launch]:
     """The launches of a call as they are planned for a chip that need not be there."""
-    plan = OPERATORS[operator].plan
+    made = OPERATORS[operator]
     chip = Chip(machine.chip, machine.multiprocessors, machine.arch)
-    options = {"chip": chip} if "chip" in inspect.signature(plan).parameters else {}
-    return plan(**arguments, **options)[1]
+    # The others' configurations do not depend on the architecture: they are those of 132 multiprocessors.
+    return made.plan(made.bind(**arguments), config=config, chip=chip if operator in _OF_ARCH else None)[1]
 
 
 def family_launches(
     size: str, batch: int, dtype: DType, operator: str | None = None, machine: Machine = SM_90
 ) -> dict[Specialization, Launch]:
     """Those of a step of `size`, `batch` images in the model; of one operator or of all."""
-    cases = family_kernel_cases(size, batch, dtype)
+    cases = family_calls(size, batch, dtype)
     return distinct_launches((case for case in cases if operator in (None, case.operator)), machine)
 
 
-def distinct_launches(cases: Iterable[KernelCase], machine: Machine = SM_90) -> dict[Specialization, Launch]:
+def distinct_launches(cases: Iterable[OperatorCall], machine: Machine = SM_90) -> dict[Specialization, Launch]:
     """The launches of calls, one of each specialization."""
     launches: dict[Specialization, Launch] = {}
     for case in cases:

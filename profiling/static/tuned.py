@@ -15,8 +15,8 @@ from ldmperf.model import FAMILY
 
 from ..machines import MACHINES, Machine
 from ..options import DType
-from ..step.call import KernelCase, TensorSpec
-from ..step.calls import attention_cases, family_kernel_cases, vae_kernel_cases
+from ..step.call import OperatorCall, TensorSpec
+from ..step.calls import attention_calls, family_calls, vae_calls
 from .inspection import inspect_launch
 from .planned import planned
 from .score_tile import FAMILY_HEAD_DIMS
@@ -39,7 +39,7 @@ class TunedItem:
     """
 
     key: str
-    case: KernelCase
+    case: OperatorCall
     config: tuple[tuple[str, Any], ...]
     arch: str
     number: int
@@ -69,14 +69,14 @@ def tuned_items(path: Path) -> list[TunedItem]:
         for key, config in wanted.items():
             fields = tuple(config.items())
             for case in served(cases[key]):
-                its_key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+                its_key = OPERATORS[operator].tuning_key(case.bound("meta"))
                 if its_key == key or its_key not in entries:
                     count = len(_launches(case, fields, MACHINES[arch]))
                     items += [TunedItem(its_key, case, fields, arch, number) for number in range(count)]
     return items
 
 
-def served(case: KernelCase) -> list[KernelCase]:
+def served(case: OperatorCall) -> list[OperatorCall]:
     """The calls that a tuned entry of this case serves: of a 16-bit one both the case and its 16-bit sibling."""
     other = _OTHER_16_BITS.get(case.dtype)
     if other is None:
@@ -89,7 +89,7 @@ def served(case: KernelCase) -> list[KernelCase]:
     return [case, case.model_copy(update=update)]
 
 
-def faults_of(case: KernelCase, config: Any, machine: Machine) -> list[str]:
+def faults_of(case: OperatorCall, config: Any, machine: Machine) -> list[str]:
     """The faults (`Inspection.faults`) of all launches that an entry of this case would serve; compiles them."""
     fields = tuple(dataclasses.asdict(config).items())
     return [
@@ -100,20 +100,19 @@ def faults_of(case: KernelCase, config: Any, machine: Machine) -> list[str]:
     ]
 
 
-def _launches(case: KernelCase, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
-    arguments = case.arguments("meta")
-    config = type(OPERATORS[case.operator].candidates(**arguments)[0])(**dict(fields))
-    return planned(case.operator, {**arguments, "config": config}, machine)
+def _launches(case: OperatorCall, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
+    config = type(OPERATORS[case.operator].candidates(case.bound("meta"))[0])(**dict(fields))
+    return planned(case.operator, case.arguments("meta"), machine, config)
 
 
-def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
+def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]:
     """A call for each of the keys that some call of the family has."""
-    found: dict[str, KernelCase] = {}
+    found: dict[str, OperatorCall] = {}
     # A key names the dtype; finding the calls of one takes seconds.
     dtypes: tuple[DType, ...] = get_args(DType)
     dtypes = tuple(dtype for dtype in dtypes if any(dtype in key for key in keys)) or dtypes
     for case in _calls(operator, dtypes) if keys else ():
-        key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+        key = OPERATORS[operator].tuning_key(case.bound("meta"))
         if key in keys:
             found.setdefault(key, case)
             if len(found) == len(keys):
@@ -121,12 +120,12 @@ def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
     return found
 
 
-def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[KernelCase]:
+def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[OperatorCall]:
     for batch, dtype in itertools.product(TUNED_BATCHES, dtypes):
         for size in FAMILY:
-            yield from (case for case in family_kernel_cases(size, batch, dtype) if case.operator == operator)
+            yield from (case for case in family_calls(size, batch, dtype) if case.operator == operator)
         if operator == "attention":
             for dim, tokens in itertools.product(TUNED_HEAD_DIMS, TUNED_TOKENS):
-                yield from attention_cases(dim, tokens, batch, dtype)
+                yield from attention_calls(dim, tokens, batch, dtype)
     for dtype in dtypes:
-        yield from (case for case in vae_kernel_cases(dtype) if case.operator == operator)
+        yield from (case for case in vae_calls(dtype) if case.operator == operator)

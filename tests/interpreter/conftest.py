@@ -106,7 +106,7 @@ def launch(operator, *args, config=None, **kwargs):
     """The operator's result by its kernels, under a configuration; every result and workspace was NaN before."""
     from ldmperf.kernels._launch import run
 
-    result, launches = operator.plan(*args, config=config, **kwargs)
+    result, launches = operator.plan(operator.bind(*args, **kwargs), config=config)
     for tensor in result if isinstance(result, tuple) else (result,):
         tensor.fill_(torch.nan)
     for one in launches:
@@ -131,7 +131,7 @@ def judge(actual, exact, own, dtype, factor=2.0):
 
 def pick_configs(operator, choose, *args, **kwargs):
     """The default configuration and some that a tuner may choose."""
-    found = operator.candidates(*args, **kwargs)
+    found = operator.candidates(operator.bind(*args, **kwargs))
     return [None, *(found[choose.randrange(len(found))] for _ in range(2))]
 
 
