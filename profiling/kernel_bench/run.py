@@ -12,7 +12,7 @@ from ..measure.environment import Environment
 from ..measure.folders import RunError
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
-from ..measure.store import load_lines
+from ..measure.store import load_lines, write_whole
 from ..measure.timing import Deadline
 from ..options import DType
 from .bench import KernelBench
@@ -118,5 +118,5 @@ def earlier_records(folder: Path, environment: Environment, dtype: DType, device
 def write_markdown(folder: Path, text: str) -> Path:
     """Writes the table beside the records."""
     path = folder / "kernels.md"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text.encode())
     return path

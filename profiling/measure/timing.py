@@ -189,9 +189,8 @@ def interleave(
     on_failure: Callable[[str, Exception], None],
     *,
     closing: bool = False,
-    on_done: Callable[[Sequence[str]], None] | None = None,
+    on_done: Callable[[Mapping[str, Times]], None] | None = None,
     deadline: Deadline | None = None,
-    times: dict[str, Times] | None = None,
 ) -> dict[str, Times]:
     """Times backends in turn, so that a drifting clock or a busy neighbour meets all alike.
 
@@ -201,12 +200,11 @@ def interleave(
     the count is reached by it and the time by those before it. Without, `is_last` is False.
 
     A backend that raises goes to `on_failure(name, exception)` and takes no further part. Between rounds, never
-    inside one, `on_done(names)` hears who has left with its samples. No sample is begun once `deadline` has
-    passed: those that are still in the rotation then have fewer. Returns the samples of all but those that failed;
-    given `times` (empty), that is filled and returned, so that `on_done` can read it.
+    inside one, `on_done` gets the samples of those that have left with them, by name. No sample is begun once
+    `deadline` has passed: those that are still in the rotation then have fewer. Returns the samples of all but
+    those that failed.
     """
-    times = {} if times is None else times
-    times.update({name: Times() for name in run_once})
+    times = {name: Times() for name in run_once}
     queue = list(run_once)
     led = dict.fromkeys(queue, 0)
     number = 0
@@ -239,7 +237,7 @@ def interleave(
             queue.append(queue.pop(0))
         queue = [name for name in queue if name not in done]
         if done and on_done is not None:
-            on_done([name for name in run_once if name in done])
+            on_done({name: times[name] for name in run_once if name in done})
         if deadline is not None and deadline.passed:
             break
         number += 1

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from ..measure.environment import collect_environment
+from ..measure.environment import collect_environment, device_state
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
 from ..measure.timing import Deadline, RepetitionRule
@@ -15,7 +15,9 @@ from .backend import Backend
 from .case import Case
 from .check import References, code_identity
 from .checkpoints import identified
-from .group import Group, Networks
+from .group import Group
+from .lane import Shared
+from .network import Networks
 from .records import Record, RecordStore
 from .rungs import default_backends
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
@@ -102,17 +104,15 @@ def profile(
             environment = environment_of(device)
             if device not in kept:
                 kept[device] = References(references, code_identity(environment))
-            Group(
-                cases_in_flight,
-                rule or RepetitionRule(),
-                backends,
-                environment,
-                kept[device],
+            shared = Shared(
                 run_id,
-                ran=listener.ran,
-                recorded=recorded,
-                deadline=until,
-            ).measure(networks)
+                environment,
+                rule or RepetitionRule(),
+                tuple(case.backend for case in cases_in_flight),
+                listener.ran,
+                device_state(device),
+            )
+            Group(cases_in_flight, backends, shared, kept[device], recorded, until).measure(networks)
         listener.end()
     place = {case.key: number for number, case in enumerate(wanted)}
     latest = {record.case_key: record for record in (records if store is None else store.load())}

@@ -18,7 +18,7 @@ from ..measure.timing import Deadline
 from .backend import Backend
 from .case import Case
 from .check import make_inputs
-from .group import Networks, forget_compiled, make_problem
+from .network import Networks, make_problem
 from .records import Record, Trace
 from .trace import traced
 
@@ -80,7 +80,7 @@ def short_traces(
         if is_compiled(record.case) and 1e3 * deadline.left < _preparation_ms(record):
             continue
         if record.case.group_key != group:
-            forget_compiled()
+            torch.compiler.reset()
             group = record.case.group_key
         with measuring_settings():
             try:
