@@ -84,18 +84,18 @@ def loop(inspection: Mapping[str, Any]) -> Entry:
 
 
 def condensed(steps: Sequence[Sequence[Any]]) -> str:
-    """Steps between waits and products in one line: "q k^T x8 with exponential x34, wait, p v x8"."""
+    """Steps between waits and matmuls in one line: "q k^T x8 with exponential x34, wait, p v x8"."""
     segments: list[dict[str, int]] = [{}]
-    products = ("q k^T", "p v")
+    matmuls = ("q k^T", "p v")
     for name, count in steps:
         if name == "barrier":
             continue
-        ends = name.startswith("wait") or (name in products and name not in segments[-1])
+        ends = name.startswith("wait") or (name in matmuls and name not in segments[-1])
         if (ends or any(key.startswith("wait") for key in segments[-1])) and segments[-1]:
             segments.append({})
         segments[-1][name] = segments[-1].get(name, 0) + count
     times = (
-        [f"{name} x{count}" if count > 1 else name for name, count in sorted(segment.items(), key=_products_first)]
+        [f"{name} x{count}" if count > 1 else name for name, count in sorted(segment.items(), key=_matmuls_first)]
         for segment in segments
     )
     return ", ".join(
@@ -103,7 +103,7 @@ def condensed(steps: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def _products_first(item: tuple[str, int]) -> bool:
+def _matmuls_first(item: tuple[str, int]) -> bool:
     return item[0] not in ("q k^T", "p v")
 
 
@@ -127,10 +127,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     ]
     lines = [
         f"*Predicted* by compiling for {document['arch']} with triton {document['triton']}, 4096 tokens, bf16:",
-        "cycles of one multiprocessor for 128 x 128 scores of one head, ours / naive. The longest is the limit,",
-        "all others hidden beside it; no time is shorter, and latency is not in it. *of it*: our limit over the",
-        "analytic bound. Naive is a textbook kernel (bench/naive_attention.py): D padded to a power of two,",
-        "scale, mask and row sum as instructions of their own, every tile masked; its best tile by this count.",
+        "cycles of one multiprocessor for 128 x 128 scores of one head, ours / naive. The limit is the unit with",
+        "most cycles, all others hidden beside it: a lower bound, without latency. *of it*: our limit over the",
+        "analytic bound. Naive is a textbook kernel (bench/naive_attention.py) at its best tile by this count: D",
+        "padded to a power of two, scale, mask and row sum as instructions of their own, every tile masked.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---:|' * len(heads)}",
@@ -155,11 +155,11 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def order_lines(document: Mapping[str, Any]) -> list[str]:
     """The second table: one pass of each default's loop, as its machine code stands."""
-    names = ("D", "tile, warps", "programs", "serialized", "exponentials beside q k^T", "the loop, in order")
+    names = ("D", "tile, warps", "programs", "serialized", "exponentials during q k^T", "the loop, in order")
     lines = [
-        "One pass of each default's loop in machine code. *exponentials beside q k^T*: issued between that",
-        "product and its wait, of all. *programs*: that fit a multiprocessor; where two or more do, the products",
-        "of one can run during the exponentials of another.",
+        "One pass of each default's loop in machine code. *exponentials during q k^T*: those issued between that",
+        "matmul and its wait, of all. *programs*: how many fit a multiprocessor. Where two or more fit, the",
+        "matmuls of one can run during the exponentials of another.",
         "",
         f"| {' | '.join(names)} |",
         f"|{'---:|' * (len(names) - 1)}---|",
