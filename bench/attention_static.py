@@ -18,10 +18,11 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from markers import with_blocks
+
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).with_name("static")
 DOCUMENT = ROOT / "docs" / "attention.md"
-BLOCK = re.compile(r"(<!-- attention: written .*?-->\n).*?(<!-- attention: end -->)", re.DOTALL)
 ARCH = "sm_90"
 # The units that have a column, in its order; the names are those of `ldmperf inspect`.
 UNITS = ("matrix", "exponential", "issue", "FMA", "ALU", "conversion", "load/store", "shared memory", "L2")
@@ -180,10 +181,7 @@ def order_lines(document: Mapping[str, Any]) -> list[str]:
 
 def with_table(text: str, document: Mapping[str, Any]) -> str:
     """The text of docs/attention.md with the table between its markers."""
-    match = BLOCK.search(text)
-    if match is None:
-        raise SystemExit(f"{DOCUMENT.name}: no '<!-- attention: written ... -->' ... '<!-- attention: end -->'")
-    return f"{text[: match.end(1)]}\n{markdown(document)}\n\n{text[match.start(2) :]}"
+    return with_blocks(text, {"attention": lambda _: markdown(document)})
 
 
 def latest(folder: Path = FOLDER) -> Path:

@@ -3,10 +3,10 @@
 tests/test_readme.py fails while a page differs from what this writes, so no figure there was typed by hand.
 """
 
-import re
 import textwrap
-from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from markers import with_blocks
 
 from ldmperf.profiling import load_records
 from ldmperf.profiling.report import markdown_table, overview
@@ -17,7 +17,6 @@ from ldmperf.profiling.terminal.layout import formatted, number
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
 OURS = "torch"
-BLOCK = re.compile(r"(<!-- (finding|table): (\S+) .*?-->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
 def finding(shown: Overview) -> str:
@@ -59,22 +58,22 @@ def _cost(row: Row) -> str:
     return short_ratio(None if row.cost is None else row.cost.p50)
 
 
-WRITERS: Mapping[str, Callable[[Overview], str]] = {"finding": finding, "table": markdown_table}
+def _shown(marker: str) -> Overview:
+    """The records that a marker names."""
+    path = marker.split()[0]
+    records, rejected = load_records(ROOT / path)
+    if rejected:
+        raise SystemExit(f"{path}: {rejected} lines are not records")
+    return overview(records)
 
 
 def with_figures(page: str) -> str:
     """The text of a page with the figures of the records between its markers."""
-
-    def written(match: re.Match[str]) -> str:
-        records, rejected = load_records(ROOT / match[3])
-        if rejected:
-            raise SystemExit(f"{match[3]}: {rejected} lines are not records")
-        return f"{match[1]}\n{WRITERS[match[2]](overview(records)).strip()}\n\n{match[4]}"
-
-    text, found = BLOCK.subn(written, page)
-    if not found:
-        raise SystemExit("no '<!-- finding|table: PATH ... -->' ... '<!-- end of ... -->'")
-    return text
+    writers = {
+        "finding": lambda marker: finding(_shown(marker)),
+        "table": lambda marker: markdown_table(_shown(marker)),
+    }
+    return with_blocks(page, writers)
 
 
 def main() -> None:
