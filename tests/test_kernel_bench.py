@@ -24,6 +24,7 @@ from ldmperf.profiling.cli import main
 from ldmperf.profiling.commands.kernels_command import progress_line
 from ldmperf.profiling.kernel_bench import bench as bench_module
 from ldmperf.profiling.kernel_bench import device as device_module
+from ldmperf.profiling.kernel_bench import peer_lane
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
     DELAY_CYCLES,
@@ -479,7 +480,7 @@ def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ldmperf.profiling.measure.outcomes.release_memory", released)
     monkeypatch.setattr(bench_module, "release_memory", released)
-    monkeypatch.setattr(bench_module, "timed_run", sample)
+    monkeypatch.setattr(peer_lane, "timed_run", sample)
     # One call is checked, six calibrate, one is untimed: the tenth is the second sample, the third calibrates.
     peers = [peer(name, functools.partial(call, name, fails)) for name, fails in (("a", 0), ("b", 10), ("c", 3))]
     statuses = [record.status for record in bench(*peers).measure(Job("39M", 2, geglu_case()))]

@@ -1,4 +1,4 @@
-"""What a peer does with a kernel case: how its arguments are made ready, and the call that is timed."""
+"""What a peer makes of a call: how its arguments are prepared, and the callable that is timed."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ class Implementation:
     prepare: Callable[[Arguments], Arguments] = _as_they_are
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext
     launches: Callable[..., Sequence[Launch]] | None = None
+
+    def polynomial(self, arguments: Arguments) -> int | None:
+        """How many of every eight exponentials its launches evaluate as a polynomial, where they say so."""
+        launches = [] if self.launches is None else self.launches(**arguments)
+        found = [launch.arguments.get("POLYNOMIAL") for launch in launches]
+        return max((int(share) for share in found if share is not None), default=None)
