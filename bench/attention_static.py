@@ -203,7 +203,7 @@ def write(path: Path, version: str, entries: Sequence[Entry]) -> None:
 def main() -> int:
     import triton
 
-    from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS
+    from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(

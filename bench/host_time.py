@@ -76,7 +76,7 @@ class NoKernel(CompiledKernel):  # type: ignore[misc]
 def stand_in_device() -> Iterator[None]:
     """Within, kernels take CPU tensors and are launched on nothing."""
     compiled, devices, driver = triton.compiler.compile, _triton.DEVICES, triton.runtime.driver._active
-    kernels = _jit_functions()
+    kernels = jit_functions()
     caches = [kernel.device_caches.copy() for kernel in kernels]
     triton.compiler.compile = lambda *_, options, **__: NoKernel(options)
     triton.runtime.driver.set_active(StandInDriver())
@@ -95,7 +95,7 @@ def stand_in_device() -> Iterator[None]:
             kernel.device_caches.update(cache)
 
 
-def _jit_functions() -> list[Any]:
+def jit_functions() -> list[Any]:
     modules = [module for name, module in sys.modules.items() if name.startswith("ldmperf.kernels")]
     found = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)}
     return list(found.values())

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
-from ldmperf.profiling.ahead.launch_sets import now_launches
+from ldmperf.profiling.ahead.meta_runs import now_launches
 from ldmperf.profiling.ahead.precompile import chip_here, compile_work, kernel_of, plan
 from ldmperf.profiling.commands.compile_command import told as compiled_told
 from ldmperf.profiling.kernel_bench.device import (
@@ -62,8 +62,9 @@ from ldmperf.profiling.measure.settings import measuring_settings, pinned_ptxas
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.measure.timing import Deadline
 from ldmperf.profiling.options import CaseError, dtype_named, known_names, split_values, whole_number
-from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_HEAD_DIMS, TUNED_TOKENS, faults_of
+from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_TOKENS, faults_of
 from ldmperf.profiling.step.call import OperatorCall
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.terminal.visible import visible
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
@@ -481,7 +482,7 @@ def main(given: Sequence[str] | None = None) -> int:
             raise CaseError("--head-dim chooses attention's calls; tune attention with it")
         for option, asked, known in (
             ("batch", batches, TUNED_BATCHES),
-            ("head-dim", head_dims, TUNED_HEAD_DIMS),
+            ("head-dim", head_dims, FAMILY_HEAD_DIMS),
             ("tokens", tokens, TUNED_TOKENS),
         ):
             # The tests compile every entry of a table, and look for its call among these.

@@ -21,11 +21,11 @@ from ldmperf.kernels._launch import in_other_16_bits
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
 from ldmperf.profiling.static.planned import family_launches
-from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, score_tile
+from ldmperf.profiling.static.score_tile import score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.sweep import inspect_items
 from ldmperf.profiling.static.tuned import served, tuned_items
-from ldmperf.profiling.step.calls import family_calls
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS, family_calls
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
 

@@ -148,8 +148,8 @@ def _every_head_dim(
     if sass:
         raise CaseError("--head-dim family prints a table; for --sass give one number")
     from ..static.forked import usable_cores
-    from ..static.score_tile import FAMILY_HEAD_DIMS
     from ..static.sweep import ShapeItem, inspect_items
+    from ..step.calls import FAMILY_HEAD_DIMS
     from ..terminal.counting import counting
 
     given = {name: number for name, number in numbers.items() if number is not None}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .score_tile import FAMILY_HEAD_DIMS
+from ..step.calls import FAMILY_HEAD_DIMS
 from .shapes import Shape
 from .sweep import Item, Selection, ShapeItem, select
 

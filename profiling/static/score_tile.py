@@ -14,8 +14,6 @@ from ldmperf.kernels import Launch
 from ..machines import Machine, bound_cycles, exponential_cycles, matrix_cycles, padded_head_dim
 from .planned import tensor_bytes
 
-# Head dimensions of the family: its widths over 8 heads.
-FAMILY_HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)
 # What L2 hands out at once.
 _SECTOR = 32
 # Tiles of different sizes are compared by so many scores.

@@ -16,18 +16,16 @@ from ldmperf.model import FAMILY
 from ..machines import MACHINES, Machine
 from ..options import DType
 from ..step.call import OperatorCall, TensorSpec
-from ..step.calls import attention_calls, family_calls, vae_calls
+from ..step.calls import FAMILY_HEAD_DIMS, attention_calls, family_calls, vae_calls
 from .inspection import inspect_launch
 from .planned import planned
-from .score_tile import FAMILY_HEAD_DIMS
 
 # Architectures of the GPUs that a table can be of, by a part of their name.
 _ARCHS = {"GH200": "sm_90", "H200": "sm_90", "H100": "sm_90", "H20": "sm_90", "A100": "sm_80", "MI300": "gfx942"}
-# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens and head
-# dimensions. The calls of other keys would not be found again.
+# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens, at the
+# family's head dimensions. The calls of other keys would not be found again.
 TUNED_BATCHES = (2, 16, 1, 4, 8, 32, 64)
 TUNED_TOKENS = (4096, 1024, 256, 64)
-TUNED_HEAD_DIMS = FAMILY_HEAD_DIMS
 _OTHER_16_BITS: dict[str, DType] = {"bfloat16": "float16", "float16": "bfloat16"}
 
 
@@ -125,7 +123,7 @@ def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[OperatorCall]:
         for size in FAMILY:
             yield from (case for case in family_calls(size, batch, dtype) if case.operator == operator)
         if operator == "attention":
-            for dim, tokens in itertools.product(TUNED_HEAD_DIMS, TUNED_TOKENS):
+            for dim, tokens in itertools.product(FAMILY_HEAD_DIMS, TUNED_TOKENS):
                 yield from attention_calls(dim, tokens, batch, dtype)
     for dtype in dtypes:
         yield from (case for case in vae_calls(dtype) if case.operator == operator)

@@ -26,6 +26,16 @@ from .recording import RecordedCall, calls_of_ours
 
 # The plans whose updates are calls of a step: one register, two, four, and one with generated noise.
 PLANS = ("ddim", "dpmpp_2m", "unipc", "euler_a")
+# Of attention in the family: its widths over 8 heads.
+FAMILY_HEAD_DIMS = tuple(
+    sorted(
+        {
+            width // heads
+            for config in FAMILY.values()
+            for width, heads in zip(config.block_channels, config.num_heads, strict=True)
+        }
+    )
+)
 # The group norms of Stable Diffusion's VAE decoder at 512x512: (pixels a side, channels).
 _VAE = ((512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (64, 512))
 
