@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -20,14 +21,13 @@ from ..measure.recorded import (
     Status,
     short_id,
 )
-from ..measure.store import Store
+from ..measure.store import Aside, Store, read_lines
 from ..options import DEVICE_PATTERN, device_kind
 from ..step.call import OperatorCall
 
-RECORDS_NAME = "kernels.jsonl"
-
 Mode = Literal["eager", "graph"]
-MODES: tuple[Mode, ...] = ("eager", "graph")
+# How calls are made in a mode, as tables say it: "eager" is the name of a peer, too.
+MODES: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 
 
 class CopyBandwidth(RecordModel):
@@ -191,3 +191,9 @@ class KernelStore(Store[KernelRecord]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KernelRecord)
+
+
+def read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
+    """The last record of each key, and the lines that were set aside. Raises OSError when it cannot be read."""
+    records, aside = read_lines(path, KernelRecord)
+    return list({record.case_key: record for record in records}.values()), aside

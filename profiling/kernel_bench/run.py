@@ -12,12 +12,13 @@ from ..measure.environment import Environment
 from ..measure.folders import RunError
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
-from ..measure.store import load_lines, write_whole
+from ..measure.store import write_whole
 from ..measure.timing import Deadline
 from ..options import DType
+from . import KERNELS_NAME
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
-from .kernel_records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
+from .kernel_records import MODES, KernelRecord, KernelStore, UnitRates, read_kernels
 from .peers import PEERS, usual_peers
 from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
@@ -50,7 +51,7 @@ class BenchChoices:
         return KernelBench(
             self.device,
             [PEERS[name] for name in PEERS if name in names],
-            ("eager",) if is_cpu else MODES,
+            ("eager",) if is_cpu else tuple(MODES),
             PACES[device.type],
             environment,
             copy_bandwidth(device),
@@ -96,10 +97,10 @@ def earlier_records(folder: Path, environment: Environment, dtype: DType, device
 
     Times from two environments in one folder would pass for a comparison, those of two dtypes or devices too.
     """
-    path = folder / RECORDS_NAME
+    path = folder / KERNELS_NAME
     if not path.exists():
-        raise RunError(f"{folder} is no folder of a bench: it has no {RECORDS_NAME}; start one without --resume")
-    records = load_lines(path, KernelRecord)[0]
+        raise RunError(f"{folder} is no folder of a bench: it has no {KERNELS_NAME}; start one without --resume")
+    records = read_kernels(path)[0]
     for record in records:
         if differences := record.environment.differences(environment):
             raise RunError(
@@ -112,7 +113,7 @@ def earlier_records(folder: Path, environment: Environment, dtype: DType, device
                     f"{folder} is of {theirs}, and this call of {given}: give --{option} {theirs}, "
                     "or start a new folder without --resume"
                 )
-    return list({record.case_key: record for record in records}.values())
+    return records
 
 
 def write_markdown(folder: Path, text: str) -> Path:
