@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import os
 import re
 import tarfile
 import zlib
@@ -272,11 +271,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """As `ldmperf.profiling.measure.store.write_whole`; this script runs where ldmperf may not be installed."""
+    from ldmperf.profiling.measure.store import write_whole
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_name(path.name + ".tmp")
-    with replacement.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    write_whole(path, content)

@@ -41,9 +41,8 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """The short table: the profiles, our kernels against their peers, and how each part went."""
     from ldmperf.profiling import load_records
     from ldmperf.profiling.kernel_bench.attention_table import attention_lines, attention_rows
-    from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
+    from ldmperf.profiling.kernel_bench.kernel_records import read_kernels
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
-    from ldmperf.profiling.measure.store import load_lines
     from ldmperf.profiling.report import overview, print_table
     from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
@@ -54,7 +53,7 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
         print_table(overview(load_records(path)[0]), out)
         say(out)
     for path in sorted(folder.glob("*/*/kernels.jsonl")):
-        if measured := load_lines(path, KernelRecord)[0]:
+        if measured := read_kernels(path)[0]:
             beside_the_best = attention_lines(attention_rows(measured))
             for line in (conditions(measured), *beside_the_best, *summary_lines(measured), ""):
                 say(out, line)
