@@ -18,10 +18,10 @@ def _as_they_are(arguments: Arguments) -> Arguments:
 
 @dataclass(frozen=True)
 class Implementation:
-    """`call(**prepare(arguments))` is timed, `prepare` apart; it returns None where it updates its arguments.
+    """`call(**prepare(arguments))`, of which `call` is timed; it returns None where it updates its arguments.
 
-    `setting` is entered around calls, once for many: a switch that a program sets at its start. `launches`: of our
-    kernels, what a call with arguments that are not prepared launches.
+    `setting` is entered once around many calls: a switch that a program sets at its start. `launches`: what a call
+    of our kernel launches, for arguments that are not prepared.
     """
 
     call: Callable[..., Any]

@@ -31,7 +31,7 @@ MODES: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 
 
 class CopyBandwidth(RecordModel):
-    """A copy from device memory to device memory in the same run: `ms` of one copy of `bytes_each`."""
+    """A copy within device memory, timed in the same run: `ms` of one copy of `bytes_each`."""
 
     bytes_each: int
     ms: Samples
@@ -43,11 +43,11 @@ class CopyBandwidth(RecordModel):
 
 
 class UnitRates(RecordModel):
-    """What the units that limit attention do on this device, in this run.
+    """Rates of the units that limit attention, on this device and in this run.
 
-    `matrix_ms`: of one product of two square matrices of `matrix_size` rows in the case's dtype. The exponential
-    unit's rate follows from the number of multiprocessors and the highest clock that the device may take; where
-    that is null, `message` says why.
+    `matrix_ms`: one matmul of two square matrices of `matrix_size` rows in the case's dtype. The exponential
+    unit's rate follows from the number of multiprocessors and the highest clock of the device; where the clock is
+    null, `message` says why.
     """
 
     matrix_size: int
@@ -158,7 +158,7 @@ class KernelRecord(RecordModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tflops(self) -> float | None:
-        """1e12 FLOP a second of its matrix products without padding; None for what they do not limit."""
+        """1e12 FLOP a second of its matmuls without padding; None for an operator that matmuls do not limit."""
         if self.ms is None or not self.ms.p50 or self.case.flops is None:
             return None
         return self.case.flops / self.ms.p50 / 1e9
@@ -182,7 +182,7 @@ class KernelRecord(RecordModel):
 
 
 def record_key(case: OperatorCall, device: str, peer: str, mode: Mode) -> str:
-    """What a record is of, as text."""
+    """What tells a record from others, as text."""
     return f"{case.key} device={device} peer={peer} mode={mode}"
 
 

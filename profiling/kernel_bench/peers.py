@@ -1,4 +1,4 @@
-"""Who computes a kernel case: our kernel, our reference, torch as people write it, and other libraries."""
+"""The peers of an operator: our kernel, our reference, torch as people write it, and other libraries."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from .plain import PLAIN, STEPS, guided, with_input
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` raises `Unsupported` where there is nothing to time; `operators` are those it knows, None for all.
+    """One way to compute calls; `build` raises `Unsupported` where there is nothing to time.
 
-    `capturable`: whether a CUDA graph of its calls is tried. `measures`: those that it has something for, None for
-    all; of the others that it knows, one record an operator says all there is. `gpu_only`: why nothing of it can
-    run on a CPU. `slow_on`: where it compiles for tens of seconds a call, or much longer than what is measured.
+    operators   those that the peer knows, None for all
+    capturable  whether a CUDA graph of its calls is tried
+    measures    those that the peer can compute, None for all; of the others that it knows, one record says why not
+    gpu_only    why nothing of it can run on a CPU
+    slow_on     devices where it compiles for tens of seconds a call, or much longer than what is measured
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the page tells beyond the table: each case with its check and raw spread, the lines, the environments."""
+"""What the page shows below the table: each case with its check and spread, lines over steps, environments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def cases_grid(shown: Overview) -> Grid:
-    """A line per case, failed ones too: its check, raw spread, both clocks, what happened once, memory, clocks."""
+    """A row per case, failed ones too: check, spread, both clocks, phases, memory, the device's state."""
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: visible(f"{row.name}, {row.case.backend}"),
         "conditions": lambda row: shown.conditions.heading(row) or MISSING,
@@ -50,7 +50,7 @@ def cases_grid(shown: Overview) -> Grid:
 
 
 def lines_grid(shown: Overview) -> Grid:
-    """The lines over steps: slope, fixed part, that in units of a step, and R2 where three points define it."""
+    """The lines over steps: slope, fixed part in ms and in steps, and R2 where there are three points."""
     rows = []
     for series in shown.series:
         line, heading = series.line, shown.conditions.heading(series, "steps")
@@ -110,7 +110,7 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
     """How often trajectories were repeated, in the words of each distinct setting."""
     lines = []
     timed = [record for record in records if record.wall_ms is not None] or records
-    # Alike but for the order of their rounds, which is in the records.
+    # The order of rounds differs from case to case; it is in the records.
     for harness in dict.fromkeys(record.harness.model_copy(update={"order": ()}) for record in timed):
         beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
         cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"

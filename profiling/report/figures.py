@@ -29,11 +29,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """A record, the index of its environment, and its ratios; each is null where a time it needs is missing.
+    """A record, the index of its environment, and its ratios, each null where a time is missing.
 
-    `cost` is time over the time of the network `reference`; `paper_cost` the paper's normalized cost over that of
-    the same reference; `gflop_ratio` the GFLOP over those of the reference, for networks that the paper has not.
-    `times_faster` is the peer's time over this one.
+    reference     name of the network that ratios are relative to
+    cost          time over the reference's time
+    paper_cost    the paper's normalized cost over the reference's
+    gflop_ratio   GFLOP over the reference's, for a network that is not in the paper
+    times_faster  the peer's time over this one
     """
 
     record: Record
@@ -81,7 +83,7 @@ class StepsSeries:
 
 @dataclass(frozen=True)
 class Overview:
-    """All that is said about a record set. `superseded`: records of cases that are shown by another record."""
+    """A record set as a report shows it. `superseded`: how many records give way to another of the same case."""
 
     environments: tuple[Environment, ...]
     conditions: Conditions
@@ -146,11 +148,11 @@ def overview(records: Sequence[Record]) -> Overview:
 
 
 def best_record(records: Sequence[Record]) -> Record:
-    """The record that is shown of a case, of those of one environment in the order in which they were made.
+    """The record to show of a case, out of those of one environment in the order in which they were made.
 
-    A record with a time, then one that was not cut short, then one that more backends were timed in turn with
-    (the ladder's, whose ratios are of one group), then one with a trace, then the latest. A defect (`incorrect`,
-    `error`) is shown all the same unless the case was measured again after it.
+    Preferred in this order: a record with a time; one that was not cut short; one timed in turn with more backends
+    (the ladder's ratios are within one group); one with a trace; the latest. What was measured before a defect
+    (`incorrect`, `error`) does not count: the defect is shown until the case is measured again.
     """
     defects = [place for place, record in enumerate(records) if record.status in ("incorrect", "error")]
     since = records[defects[-1] :] if defects else records
@@ -165,7 +167,7 @@ def best_record(records: Sequence[Record]) -> Record:
 
 
 def network_names(records: Iterable[Record]) -> dict[str, str]:
-    """A short name for each network (`Case.network`); the whole of it where the short name is another's too."""
+    """The short name of each network (`Case.network`), or all of its name where two share the short one."""
     networks = {record.case.network: record.case for record in records}
     labels = [case.label for case in networks.values()]
 

@@ -13,7 +13,7 @@ from ..terminal.visible import visible
 from .details import GIB, largest_error
 from .figures import PEER, Overview, Row, Section, names_by_size, ratio, rung_place, step_ms
 
-# With fewer backends the table of the run tells all of it.
+# Fewer backends are told apart by the table of the run.
 MIN_RUNGS = 3
 LADDER_TITLE = "What each rung gains, at each size"
 GROUPS_TITLE = "Where a step's device time goes: ms (launches)"
@@ -86,7 +86,7 @@ def ladder_grid(shown: Overview) -> Grid:
 
 
 def groups_grid(shown: Overview) -> Grid:
-    """Where a step's device time goes, by group of kernels, for every rung that was traced."""
+    """Device time of a step by group of kernels, for every rung that was traced."""
     found = []
     for ladder in ladders(shown):
         size = visible(text.joined((ladder.name, shown.conditions.heading(ladder.section))))
@@ -113,7 +113,7 @@ def costs_title(shown: Overview) -> str:
 
 
 def costs_grid(shown: Overview) -> Grid:
-    """The project's headline: cost by the clock beside cost on paper, sizes down, rungs across."""
+    """The project's headline: measured cost beside the paper's, a row for each size, a column for each rung."""
     sections = list(dict.fromkeys(ladder.section for ladder in ladders(shown)))
     backends = sorted({row.case.backend: row for section in sections for row in section.rows}.values(), key=_place)
     names = [row.case.backend for row in backends]

@@ -70,7 +70,7 @@ def markdown_table(shown: Overview) -> str:
 
 
 def _grids(shown: Overview) -> list[tuple[str, Grid]]:
-    """What is told beyond the table where there are more backends than it can compare: titles and grids."""
+    """Titles and grids of the ladder, where there are enough backends for one."""
     found = [
         (LADDER_TITLE, ladder_grid(shown)),
         (GROUPS_TITLE, groups_grid(shown)),
@@ -100,7 +100,7 @@ def _shows(column: Column, row: Row) -> bool:
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
-    """One text per column; of a failed case the status and message in the first column that needs a time."""
+    """A text per column; a failed case has its status and message in the first column that needs a time."""
     cells = [column.cell(row) if _shows(column, row) else MISSING for column in columns]
     if row.record.wall_ms is None:
         cells[[column.is_fact for column in columns].index(False)] = text.failure(row.record)
