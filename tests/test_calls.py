@@ -9,7 +9,7 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import attention_calls, family_calls, sampler_call, vae_calls
 
-CASES = family_calls("39M", 2, "float32", latents=16)
+CASES = family_calls("39M", 2, "float32", latent=(16, 16))
 
 
 def test_the_calls_of_a_step_are_those_of_the_network() -> None:

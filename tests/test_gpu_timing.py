@@ -86,7 +86,7 @@ def test_our_kernels_are_timed_in_both_modes() -> None:
     bench = KernelBench(
         "cuda", [PEERS["triton"], PEERS["eager"]], ("eager", "graph"), pace, environment, bandwidth
     )
-    for case in family_calls("39M", 2, "bfloat16", latents=16):
+    for case in family_calls("39M", 2, "bfloat16", latent=(16, 16)):
         for record in bench.measure(Job("39M", 2, case)):
             if record.peer == "triton":
                 assert record.status == "ok", f"{record.case.label} {record.mode}: {record.message}"

@@ -126,7 +126,7 @@ def test_only_a_right_result_gets_a_time() -> None:
 
 def test_the_check_sees_what_a_call_does_not_write() -> None:
     """model_input is full of NaN before the check, so that a call that leaves it alone is wrong."""
-    case = sampler_call("ddim", 2, "float32", 8)
+    case = sampler_call("ddim", 2, "float32", (8, 8))
 
     def forgets(**arguments: Any) -> None:
         OPERATORS["sampler_update"].reference(**arguments | {"model_input": None, "input_scale": None})
@@ -137,7 +137,7 @@ def test_the_check_sees_what_a_call_does_not_write() -> None:
 
 
 def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> None:
-    inputs = CallInputs(sampler_call("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
+    inputs = CallInputs(sampler_call("ddim", 2, "float32", (8, 8)), 2, torch.device("cpu"), seed=0)
     first = inputs.sets[0]
     registers = first["registers"].clone()
     assert not torch.equal(registers, inputs.sets[1]["registers"])
@@ -151,7 +151,7 @@ def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> No
 def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
     """Wrong formulas of the peers would make our kernels look wrong, or slow."""
     peers = [PEERS[name] for name in ("eager", "reference")]
-    for case in family_calls("39M", 2, "float32", latents=8):
+    for case in family_calls("39M", 2, "float32", latent=(8, 8)):
         for record in bench(*peers).measure(Job("39M", 2, case)):
             expected = "unsupported" if case.plan in ("unipc", "euler_a") and record.peer == "eager" else "ok"
             assert record.status == expected, record.message
@@ -161,7 +161,7 @@ def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_of_diffusers_is_ours(plan: str, batch: int) -> None:
     pytest.importorskip("diffusers")
-    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_call(plan, batch, "float32", 8)))
+    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_call(plan, batch, "float32", (8, 8))))
     assert record.status == "ok", record.message
 
 
@@ -268,6 +268,8 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
         earlier_records(tmp_path, ENVIRONMENT, "bfloat16", "cpu")
     with pytest.raises(RunError, match="is of cpu, and this call of cuda: give --device cpu"):
         earlier_records(tmp_path, ENVIRONMENT, "float32", "cuda")
+    with pytest.raises(RunError, match="is of 0, and this call of 3: give --seed 0"):
+        earlier_records(tmp_path, ENVIRONMENT, "float32", "cpu", 3)
     assert sorted(r.model_dump_json() for r in earlier_records(tmp_path, ENVIRONMENT, "float32", "cpu")) == sorted(
         r.model_dump_json() for r in whole
     )
@@ -308,6 +310,46 @@ def test_a_call_that_several_sizes_make_is_measured_once() -> None:
     found = list(jobs(("sampler_update",), ("39M", "83M"), (2,), "bfloat16"))
     assert {job.size for job in found} == {"39M"}
     assert len(found) == 4
+
+
+def test_calls_at_another_latent_and_context() -> None:
+    """Both sides of a latent are halved at each level; the context's length is that of k and v alone."""
+    usual, tall, long = (
+        list(jobs(OPERATORS, ("39M", "vae"), (2,), "float32", latents, contexts))
+        for latents, contexts in ((((16, 16),), (77,)), (((24, 8),), (77,)), (((16, 16),), (5, 77)))
+    )
+    of_vae = [job for job in usual if job.size == "vae"]
+    assert of_vae == [job for job in tall if job.size == "vae"]
+    pixels = {job.case.tensors[0].shape[2:] for job in tall if job.case.operator == "group_norm_silu"}
+    assert pixels >= {(24, 8), (12, 4), (6, 2), (3, 1)}
+    registers = {job.case.tensors[0].shape[3:] for job in tall if job.case.operator == "sampler_update"}
+    assert registers == {(24, 8)}
+    added = [job.case for job in long if job not in usual]
+    assert {case.operator for case in added} >= {"attention"}
+    assert {case.attention.keys for case in added if case.attention is not None} == {5}
+    assert len({job.case.key for job in long}) == len(long)
+
+
+def test_the_command_takes_latents_context_lengths_and_a_seed(run: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--dtype", "float32", "--size", "39M", "--batch", "1", "--peer", "eager"]
+    options += ["--kernel", "attention", "--latent", "8x16,8", "--tokens", "5", "--seed", "7"]
+    found = run("kernels", *options, "--out", tmp_path)
+    assert found.code == 0, found.err
+    (folder,) = tmp_path.iterdir()
+    records, _ = load_lines(folder / "kernels.jsonl", KernelRecord)
+    sizes = {(r.case.attention.queries, r.case.attention.keys) for r in records if r.case.attention is not None}
+    assert sizes == {(n, keys) for n in (128, 64, 32, 16, 8, 4, 2, 1) for keys in (n, 5)}
+    assert {(r.seed, r.case_key.endswith("mode=eager seed=7"), r.status) for r in records} == {(7, True, "ok")}
+    other = records[0].model_copy(update={"seed": 0})
+    assert other.case_id != records[0].case_id
+    refused = run("kernels", *options, "--seed", "8", "--resume", folder)
+    assert (refused.code, "give --seed 7" in refused.err) == (2, True)
+
+
+def test_a_seed_chooses_the_inputs() -> None:
+    first, again, other = (CallInputs(geglu_case(), 1, torch.device("cpu"), seed) for seed in (0, 0, 2**64 - 1))
+    assert torch.equal(first.sets[0]["x"], again.sets[0]["x"])
+    assert not torch.equal(first.sets[0]["x"], other.sets[0]["x"])
 
 
 @pytest.mark.parametrize(
@@ -603,7 +645,7 @@ def test_the_table_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_sampler_may_round_more_than_others() -> None:
-    assert tolerance_of(sampler_call("ddim", 2, "bfloat16", 8)) > tolerance_of(geglu_case(dtype="bfloat16"))
+    assert tolerance_of(sampler_call("ddim", 2, "bfloat16", (8, 8))) > tolerance_of(geglu_case(dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -623,13 +665,17 @@ def test_a_sampler_may_round_more_than_others() -> None:
         (["--head-dim", "0"], "from 1"),
         (["--head-dim", "8", "--kernel", "geglu"], "attention"),
         (["--head-dim", "8", "--size", "39M"], "--size"),
-        (["--tokens", "64"], "--head-dim"),
+        (["--head-dim", "8", "--latent", "64"], "leave --latent out"),
         (["--head-dim", "8", "--dtype", "int8"], "bfloat16"),
         (["--head-dim", "8", "--batch", "0"], "from 1"),
         (["--head-dim", "8", "--peer", "jax"], "xformers"),
         (["--size", "vae", "--batch", "3"], "leave --batch out"),
         (["--resume", "/no/where", "--out", "/tmp"], "leave --out out"),
-        (["--resume", "/no/where", "--tokens", "8"], "--head-dim"),
+        (["--resume", "/no/where", "--tokens", "8", "--size", "vae"], "leave --tokens out"),
+        (["--size", "vae", "--latent", "8"], "leave --latent out"),
+        (["--latent", "8x8x8"], "height x width"),
+        (["--tokens", "0"], "from 1 to 1048576"),
+        (["--seed", "-1"], "from 0 to 18446744073709551615"),
         (["--resume", "/no/where"], "start one without --resume"),
         (["--seconds", "nan"], "--help"),
     ],
@@ -644,7 +690,7 @@ def test_a_wrong_call_is_one_line(run: Callable[..., Any], arguments: list[str],
 def test_the_command_measures_records_and_shows(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = [Job("39M", 2, case) for case in family_calls("39M", 2, "float32", latents=8)[:4]]
+    small = [Job("39M", 2, case) for case in family_calls("39M", 2, "float32", latent=(8, 8))[:4]]
     monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: small)
     found = run("kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", tmp_path)
     assert found.code == 0, found.err

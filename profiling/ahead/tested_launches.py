@@ -53,7 +53,7 @@ def tested_parts() -> list[Part]:
     parts += [partial(launches_of_calls, partial(family_calls, *step)) for step in steps]
     parts.append(partial(launches_of_calls, partial(vae_calls, "bfloat16")))
     # tests/test_gpu_timing.py
-    parts.append(partial(launches_of_calls, partial(family_calls, "39M", 2, "bfloat16", latents=16)))
+    parts.append(partial(launches_of_calls, partial(family_calls, "39M", 2, "bfloat16", latent=(16, 16))))
     parts += [partial(_configurations, operator) for operator in _EVERY_CONFIGURATION]
     forwards: list[tuple[str, DType, int, int]] = [(size, dtype, 2, 64) for size in FAMILY for dtype in _HALF]
     forwards += [("39M", "float32", 2, 64), ("39M", "float16", 2, 32)]

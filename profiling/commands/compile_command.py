@@ -9,7 +9,7 @@ import typer
 
 from ..options import CaseError, split_values
 from ..terminal.visible import console, counted, say
-from .shared import seconds_option, whole_option
+from .shared import seconds_option, stop, whole_option
 
 if TYPE_CHECKING:
     from ..ahead.precompile import Report, Work
@@ -79,8 +79,7 @@ def compile_ahead(
         try:
             Path(cache_folder()).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            say(errors, f"ldmperf: {cache_refused(failure)}")
-            raise typer.Exit(1) from None
+            stop(cache_refused(failure), 1)
         with counting(errors, len(planned.stubs) + len(planned.launches), "compilations") as count:
 
             def show(done: Done) -> None:
@@ -88,8 +87,7 @@ def compile_ahead(
 
             report = compile_work(planned, processes=jobs, seconds=seconds, told=show)
     except KeyboardInterrupt:
-        say(errors, "ldmperf: stopped; what was compiled is kept; go on with the same command")
-        raise typer.Exit(130) from None
+        stop("stopped; what was compiled is kept; go on with the same command", 130)
     for line in told(report):
         say(out, line)
     if report.failures:

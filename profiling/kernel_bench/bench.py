@@ -32,16 +32,17 @@ class KernelBench:
         environment: Environment,
         copy: CopyBandwidth | None,
         rates: UnitRates | None = None,
+        seed: int = 0,
     ) -> None:
         self.device_name, self.device = device, torch.device(device)
         self.peers, self.modes, self.pace = peers, modes, pace
-        self.environment, self.copy, self.rates = environment, copy, rates
+        self.environment, self.copy, self.rates, self.seed = environment, copy, rates, seed
         self._operators: set[str] = set()
 
     def keys(self, job: Job) -> set[str]:
         """The keys of the records that `measure` would make of it now."""
         return {
-            record_key(job.case, self.device_name, peer.name, mode)
+            record_key(job.case, self.device_name, peer.name, mode, self.seed)
             for peer in self._peers_of(job)
             for mode in self.modes
         }
@@ -64,7 +65,7 @@ class KernelBench:
         count, is_cold = input_sets(case.bytes_moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
-                inputs = CallInputs(case, count, self.device, seed=0)
+                inputs = CallInputs(case, count, self.device, self.seed)
                 check = Check(inputs, inputs.reference())
             except Exception as error:
                 for built in peers:
@@ -82,6 +83,7 @@ class KernelBench:
             "batch": job.batch,
             "case": case,
             "device": self.device_name,
+            "seed": self.seed,
             "copy_bandwidth": self.copy,
             "unit_rates": self.rates if case.attention is not None else None,
             "device_before": before,
@@ -127,7 +129,7 @@ def _record(lane: PeerLane, shared: Mapping[str, Any], timing: Mapping[str, Any]
         own = {"calls_per_sample": lane.calls_per_sample, "delay_cycles": lane.delay_cycles}
         timing = {**timing, **own, "ms": Samples.of(lane.ms)}
     return KernelRecord(
-        case_key=record_key(case, shared["device"], built.peer.name, lane.mode),
+        case_key=record_key(case, shared["device"], built.peer.name, lane.mode, shared["seed"]),
         peer=built.peer.name,
         mode=lane.mode,
         status=lane.status,

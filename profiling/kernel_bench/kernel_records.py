@@ -77,6 +77,7 @@ class KernelRecord(RecordModel):
     `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
     family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
+    `seed`: of the random inputs.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -88,6 +89,7 @@ class KernelRecord(RecordModel):
     peer: str
     mode: Mode
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)]
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     status: Status
     message: Annotated[str | None, Field(pattern=r"^[^\r\n]+$")] = None
     correctness: Correctness | None = None
@@ -109,8 +111,8 @@ class KernelRecord(RecordModel):
 
     @model_validator(mode="after")
     def _a_time_only_on_a_correct_result(self) -> Self:
-        if self.case_key != record_key(self.case, self.device, self.peer, self.mode):
-            raise ValueError("case_key is not the key of the case, device, peer and mode")
+        if self.case_key != record_key(self.case, self.device, self.peer, self.mode, self.seed):
+            raise ValueError("case_key is not the key of the case, device, peer, mode and seed")
         if self.started_at.utcoffset() != UTC.utcoffset(None):
             raise ValueError("started_at must be in UTC")
         if self.status == "ok":
@@ -131,9 +133,10 @@ class KernelRecord(RecordModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def case_id(self) -> str:
-        """16 hexadecimal digits of the call, the device without its number, the peer and the mode (`short_id`)."""
+        """16 hexadecimal digits of the call, the device without its number, peer, mode and seed (`short_id`)."""
         case = self.case.model_dump(mode="json", exclude_none=True)
-        return short_id({"case": case, "device": device_kind(self.device), "peer": self.peer, "mode": self.mode})
+        of = {"case": case, "device": device_kind(self.device), "peer": self.peer, "mode": self.mode}
+        return short_id(of | {"seed": self.seed} if self.seed else of)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -181,9 +184,9 @@ class KernelRecord(RecordModel):
         return None if bound is None or self.ms is None or not self.ms.p50 else 100 * bound.ms / self.ms.p50
 
 
-def record_key(case: OperatorCall, device: str, peer: str, mode: Mode) -> str:
+def record_key(case: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
     """What tells a record from others, as text."""
-    return f"{case.key} device={device} peer={peer} mode={mode}"
+    return f"{case.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
 
 
 class KernelStore(Store[KernelRecord]):

@@ -25,7 +25,8 @@ from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 @dataclass(frozen=True)
 class BenchChoices:
-    """What to measure; empty takes what suits the device. With `head_dims` attention at these and at `tokens`."""
+    """What to measure; empty is what suits the device. With `head_dims` attention at these and at `tokens`, else
+    the family's calls at `latents` (height, width) and at contexts of `tokens`."""
 
     operators: tuple[str, ...]
     sizes: tuple[str, ...] = ()
@@ -35,13 +36,16 @@ class BenchChoices:
     device: str = "cuda"
     head_dims: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
+    latents: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
 
     @property
     def jobs(self) -> Iterable[Job]:
         batches = self.batches or BATCHES
         if self.head_dims:
             return head_dim_jobs(self.head_dims, self.tokens or TOKENS, batches, self.dtype)
-        return jobs(self.operators, self.sizes or SIZES, batches, self.dtype)
+        latents, contexts = self.latents or ((64, 64),), self.tokens or (77,)
+        return jobs(self.operators, self.sizes or SIZES, batches, self.dtype, latents, contexts)
 
     def bench(self, environment: Environment) -> KernelBench:
         """The bench, the device's copy bandwidth and, for attention, unit rates measured now."""
@@ -56,6 +60,7 @@ class BenchChoices:
             environment,
             copy_bandwidth(device),
             self._unit_rates(device) if "attention" in self.operators else None,
+            self.seed,
         )
 
     def _unit_rates(self, device: torch.device) -> UnitRates | None:
@@ -92,10 +97,12 @@ def run_jobs(
     return list(records.values()), True
 
 
-def earlier_records(folder: Path, environment: Environment, dtype: DType, device: str) -> list[KernelRecord]:
+def earlier_records(
+    folder: Path, environment: Environment, dtype: DType, device: str, seed: int = 0
+) -> list[KernelRecord]:
     """The records in a bench's folder, of each key the last. Raises RunError where they cannot be added to.
 
-    Times from two environments in one folder would pass for a comparison, those of two dtypes or devices too.
+    Times from two environments in one folder would pass for a comparison, two dtypes, devices or seeds too.
     """
     path = folder / KERNELS_NAME
     if not path.exists():
@@ -107,7 +114,8 @@ def earlier_records(folder: Path, environment: Environment, dtype: DType, device
                 f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
                 "start a new folder without --resume"
             )
-        for option, theirs, given in (("dtype", record.case.dtype, dtype), ("device", record.device, device)):
+        there, now = (record.case.dtype, record.device, record.seed), (dtype, device, seed)
+        for option, theirs, given in zip(("dtype", "device", "seed"), there, now, strict=True):
             if theirs != given:
                 raise RunError(
                     f"{folder} is of {theirs}, and this call of {given}: give --{option} {theirs}, "

@@ -53,11 +53,19 @@ def by_importance(cases: Iterable[OperatorCall]) -> list[OperatorCall]:
     return [case for turn in itertools.zip_longest(*lines) for case in turn if case is not None]
 
 
-def jobs(operators: Sequence[str], sizes: Sequence[str], batches: Sequence[int], dtype: DType) -> Iterator[Job]:
+def jobs(
+    operators: Sequence[str],
+    sizes: Sequence[str],
+    batches: Sequence[int],
+    dtype: DType,
+    latents: Sequence[tuple[int, int]] = ((64, 64),),
+    contexts: Sequence[int] = (77,),
+) -> Iterator[Job]:
     """Every distinct call of these operators, once, in the order to measure them; found as they are asked for."""
     seen: set[str] = set()
-    for size, batch in steps_in_order(sizes, batches):
-        cases = vae_calls(dtype) if size == VAE else family_calls(size, batch, dtype)
+    steps = steps_in_order(sizes, batches)
+    for (size, batch), latent, tokens in itertools.product(steps, latents, contexts):
+        cases = vae_calls(dtype) if size == VAE else family_calls(size, batch, dtype, latent, tokens)
         for case in by_importance(case for case in cases if case.operator in operators):
             if case.key not in seen:
                 seen.add(case.key)

@@ -1,4 +1,4 @@
-"""What of a machine's state a reader of its times has to know, in words."""
+"""The state of a machine that a reader of its times has to know, in words."""
 
 from __future__ import annotations
 

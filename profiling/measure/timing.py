@@ -108,9 +108,9 @@ def timed(
 ) -> Timed[T]:
     """Runs `call` once and times it on both clocks; `clock` returns seconds.
 
-    With `delay_cycles` the device first waits for so many of its cycles, before its clock starts: meanwhile the
-    host hands over what `call` launches, and its way there is in `wall_ms` only, as the wait is. What a user waits
-    for is timed without.
+    With `delay_cycles` the device first waits for that many of its cycles, before its clock starts. Meanwhile the
+    host launches, so that `gpu_ms` holds no launch overhead; `wall_ms` holds both. What a user waits for is timed
+    without a delay.
     """
     import torch
 
@@ -200,9 +200,9 @@ def interleave(
     the count is reached by it and the time by those before it. Without, `is_last` is False.
 
     A backend that raises goes to `on_failure(name, exception)` and takes no further part. Between rounds, never
-    inside one, `on_done` gets the samples of those that have left with them, by name. No sample is begun once
-    `deadline` has passed: those that are still in the rotation then have fewer. Returns the samples of all but
-    those that failed.
+    inside one, `on_done` gets the samples of the backends that have left, by name. No sample is begun once
+    `deadline` has passed: the backends still in the rotation then have fewer. Returns the samples of all backends
+    but those that failed.
     """
     times = {name: Times() for name in run_once}
     queue = list(run_once)
@@ -232,7 +232,7 @@ def interleave(
         for name in ran:
             if name in times:
                 times[name].order.append(tuple(ran))
-        # Who led goes to the back. Where it has left, the next is at the front already.
+        # The leader goes to the back; where it has left, the next one leads already.
         if queue and queue[0] == head:
             queue.append(queue.pop(0))
         queue = [name for name in queue if name not in done]

@@ -41,25 +41,28 @@ _VAE = ((512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (64, 512))
 
 
 @functools.lru_cache(maxsize=64)
-def family_calls(size: str, batch: int, dtype: DType, latents: int = 64) -> tuple[OperatorCall, ...]:
+def family_calls(
+    size: str, batch: int, dtype: DType, latent: tuple[int, int] = (64, 64), context_tokens: int = 77
+) -> tuple[OperatorCall, ...]:
     """The distinct calls of a step of `size`, first the UNet's in order, then the sampler's.
 
     `batch` is the UNet's: twice the images with guidance. Sampler updates are of batch // 2 guided images, or of
-    one image without guidance at batch 1.
+    one image without guidance at batch 1. `latent` is height and width.
     """
     config = FAMILY[size]
     torch_dtype: torch.dtype = getattr(torch, dtype)
     with torch.device("meta"), torch.no_grad():
         unet = UNet(config, backend="torch").to(torch_dtype)
-        conditioning = unet.condition([500.0], torch.empty(batch, 77, config.context_dim, dtype=torch_dtype))
-        sample = torch.empty(batch, config.in_channels, latents, latents, dtype=torch_dtype)
+        context = torch.empty(batch, context_tokens, config.context_dim, dtype=torch_dtype)
+        conditioning = unet.condition([500.0], context)
+        sample = torch.empty(batch, config.in_channels, *latent, dtype=torch_dtype)
         sample = sample.to(memory_format=torch.channels_last)
         found = _distinct(lambda: unet.denoise(sample, conditioning, 0), dtype)
         # What the same step calls where matmuls are fused with the norms and gates beside them.
         fused = UNet(config, products="triton").to(torch_dtype)
         calls = _distinct(lambda: fused.denoise(sample, conditioning, 0), dtype)
         found += [call for call in calls if call.operator == "linear"]
-    return (*found, *(sampler_call(plan, batch, dtype, latents) for plan in PLANS))
+    return (*found, *(sampler_call(plan, batch, dtype, latent) for plan in PLANS))
 
 
 def vae_calls(dtype: DType = "bfloat16", batch: int = 1) -> tuple[OperatorCall, ...]:
@@ -89,16 +92,16 @@ def attention_calls(
     return call(*packed(queries, 3)), call(*packed(queries, 1), *packed(context, 2))
 
 
-def sampler_call(plan: str, batch: int, dtype: DType, latents: int = 64) -> OperatorCall:
+def sampler_call(plan: str, batch: int, dtype: DType, latent: tuple[int, int] = (64, 64)) -> OperatorCall:
     """One update of `plan`, with guidance where the UNet's batch is even; registers are float32."""
     made = sampling_plan(plan)
     images, guided = (batch // 2, True) if batch % 2 == 0 else (batch, False)
-    registers, steps = made.num_registers, len(made.steps)
+    registers, steps, (height, width) = made.num_registers, len(made.steps), latent
 
     def image(name: str, *leading: int, dtype: str, access: Access) -> TensorSpec:
-        strides = [4 * latents * latents * math.prod(leading[i + 1 :]) for i in range(len(leading))]
-        shape = (*leading, 4, latents, latents)
-        stride = (*strides, 1, 4 * latents, 4)
+        strides = [4 * height * width * math.prod(leading[i + 1 :]) for i in range(len(leading))]
+        shape = (*leading, 4, height, width)
+        stride = (*strides, 1, 4 * width, 4)
         return TensorSpec(name=name, shape=shape, stride=stride, dtype=dtype, access=access)
 
     def row(name: str, *shape: int) -> TensorSpec:

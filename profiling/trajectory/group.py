@@ -95,12 +95,12 @@ class Group:
             for lane in self.active:
                 if self.deadline.passed:
                     break
-                lane.prepare(problem)
+                lane.warm_up(problem)
                 if not lane.active:
                     self._unsettle()
                 self._record_failed()
         if problem.plan.stochastic:
-            # A capture gives memory back too, that of those that are warm already.
+            # A capture takes memory away from lanes that are warm already.
             self._unsettle()
 
     def _check_first_calls(self, problem: Problem) -> None:
@@ -121,7 +121,7 @@ class Group:
             lane.check("before")
 
     def _reference(self, lane: Lane, problem: Problem) -> Reference:
-        """By another implementation: in float32 its own first call serves, else it is computed, once a profile."""
+        """Another implementation's latents: in float32 those of its first call, else computed, once a profile."""
         implementation = lane.backend.implementation
         if problem.case.dtype == "float32":
             for other in self.lanes:
@@ -139,7 +139,7 @@ class Group:
             lane.is_unsettled = warmup_rounds(lane.case) > 0
 
     def _time(self, problem: Problem) -> None:
-        # With noise that is given a stochastic sampler's check is no run of those that are timed.
+        # A stochastic sampler's check has given noise, unlike what is timed: it cannot be a sample.
         closing = not problem.plan.stochastic
         lanes = {lane.name: lane for lane in self.active}
 

@@ -56,7 +56,7 @@ class Lane(Outcome):
     backend: Backend
     shared: Shared
     trajectory: Trajectory | None = None
-    # From the check's inputs: of the first call, and of the last timed trajectory or one after it.
+    # Of the check's inputs: from the first call, and from the last timed trajectory or one after it.
     first_latents: Tensor | None = None
     last_latents: Tensor | None = None
     reference: Reference | None = None
@@ -102,10 +102,11 @@ class Lane(Outcome):
         self.first_latents = first.value.double().cpu()
         self.shared.ran(self.case, "first call")
 
-    def prepare(self, problem: Problem) -> None:
-        """Warms up: of a stochastic sampler the check was captured with given noise, and what is timed is now."""
+    def warm_up(self, problem: Problem) -> None:
+        """Runs once before timing."""
+        # A stochastic check was captured with given noise: the graph that is timed is captured now.
         with self._graph_memory_counted():
-            self.attempt(lambda: self._warm_up(problem))
+            self.attempt(lambda: self._settle(problem))
         self._take_phases()
         if self.active:
             self.shared.ran(self.case, "warm-up")
@@ -113,7 +114,7 @@ class Lane(Outcome):
     def sample(self, problem: Problem, number: int, is_last: bool) -> Timed[object]:
         """The sample of round `number`; the last one is of the check's inputs."""
         if self.is_unsettled:
-            self._warm_up(problem)
+            self._settle(problem)
             self.is_unsettled = False
         result = self.run_measured(check_inputs(problem) if is_last else make_inputs(problem, 1 + number))
         if is_last:
@@ -122,7 +123,7 @@ class Lane(Outcome):
         return Timed(None, result.wall_ms, result.gpu_ms)
 
     def finish(self, problem: Problem, times: Times) -> None:
-        """Takes its times, and checks it again: by its last sample, or by a trajectory of its own, untimed."""
+        """Keeps its times and checks it again: by its last sample, or by an untimed trajectory."""
         self.times = times
         if self.last_latents is None:
             self.last_latents = self.attempt(lambda: self.run(check_inputs(problem)).value.double().cpu())
@@ -209,13 +210,13 @@ class Lane(Outcome):
 
     @contextmanager
     def _graph_memory_counted(self) -> Iterator[None]:
-        """What is set aside for captured graphs meanwhile is this lane's."""
+        """Counts the memory that is set aside for captured graphs meanwhile as this lane's."""
         before = _graph_memory(self.device)
         yield
         self.graph_memory_bytes += max(_graph_memory(self.device) - before, 0)
 
-    def _warm_up(self, problem: Problem) -> None:
-        """One trajectory that is no sample, as what was freed has to be allocated again and captured anew."""
+    def _settle(self, problem: Problem) -> None:
+        """Runs a trajectory that is no sample: it allocates again what was freed, and captures anew."""
         wall_ms = self.run(make_inputs(problem, 0)).wall_ms
         self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + wall_ms
         self.warmup_count += 1

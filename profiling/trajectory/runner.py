@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ..measure.environment import collect_environment, device_state
 from ..measure.recorded import new_run_id
@@ -24,8 +23,8 @@ from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .trace import traced
 
 
-class Listener(Protocol):
-    """Who is told how a profile goes on; called between measurements, never inside one."""
+class Listener:
+    """Who is told how a profile goes on; called between measurements, never inside one. This one says nothing."""
 
     def begin(self, cases: Sequence[Case]) -> None:
         """These cases, of one group, are in flight now."""
@@ -38,16 +37,6 @@ class Listener(Protocol):
 
     def end(self) -> None:
         """The group is done; of a case that there was no time for there is no record."""
-
-
-class _Silent:
-    def begin(self, cases: Sequence[Case]) -> None: ...
-
-    def ran(self, case: Case, phase: str) -> None: ...
-
-    def recorded(self, record: Record) -> None: ...
-
-    def end(self) -> None: ...
 
 
 def profile(
@@ -75,7 +64,7 @@ def profile(
     profiler. `run_id` goes into the records; a new one unless told. Raises CaseError for a checkpoint that cannot
     be read (`checkpoints.identified`).
     """
-    listener = listener or _Silent()
+    listener = listener or Listener()
     backends = backends or default_backends()
     deadline = deadline or Deadline(None)
     networks = Networks()
