@@ -35,7 +35,8 @@ import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
 from ldmperf.profiling.ahead.meta_runs import now_launches
-from ldmperf.profiling.ahead.precompile import chip_here, compile_work, kernel_of, plan
+from ldmperf.profiling.ahead.precompile import compile_work
+from ldmperf.profiling.ahead.work import chip_here, kernel_of, plan
 from ldmperf.profiling.commands.compile_command import told as compiled_told
 from ldmperf.profiling.kernel_bench.device import (
     GraphCalls,

@@ -30,9 +30,11 @@ from ldmperf.kernels import OPERATORS, Chip, Launch, _triton, layer_norm, residu
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
-from ldmperf.profiling.ahead import launch_sets, precompile, stubs, tested_launches
+from ldmperf.profiling.ahead import launch_sets, stubs, tested_launches
+from ldmperf.profiling.ahead import work as planned_work
 from ldmperf.profiling.ahead.meta_runs import NoGraphs, our_backends, run_parts
-from ldmperf.profiling.ahead.precompile import compile_work, kernel_of, plan
+from ldmperf.profiling.ahead.precompile import compile_work
+from ldmperf.profiling.ahead.work import kernel_of, plan
 from ldmperf.profiling.commands import compile_command as ahead
 from ldmperf.profiling.kernel_bench.selection import first_of_each_key, jobs
 from ldmperf.profiling.machines import MACHINES
@@ -197,7 +199,7 @@ def an_addition(**changes: Any) -> Launch:
     return replace(launch, **changes)
 
 
-def parts_of(*launches: tuple[Launch, bool]) -> list[precompile.Part]:
+def parts_of(*launches: tuple[Launch, bool]) -> list[planned_work.Part]:
     return [lambda: iter(launches)]
 
 
@@ -343,8 +345,8 @@ def test_launches_are_those_of_the_chip_that_they_are_planned_for(
         kernels = f'{{"residual_add": {{"{key}": {config}}}}}'
         path.write_text(f'{{"schema_version": 1, "gpu": "{name}", "chip": {chip}, "kernels": {kernels}}}')
     monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
-    monkeypatch.setattr(precompile, "chip_here", lambda: None)
-    assert [chip.name for chip in precompile.chips_of(SM_90)] == ["H200 SXM", "NVIDIA H200"]
+    monkeypatch.setattr(planned_work, "chip_here", lambda: None)
+    assert [chip.name for chip in planned_work.chips_of(SM_90)] == ["H200 SXM", "NVIDIA H200"]
 
     def part() -> Iterator[tuple[Launch, bool]]:
         yield an_addition(), False
@@ -352,8 +354,8 @@ def test_launches_are_those_of_the_chip_that_they_are_planned_for(
     work = plan([part], SM_90)
     assert sorted(kernel.options["num_warps"] for kernel in work.launches) == [an_addition().num_warps, 8]
     here = _launch.Chip("NVIDIA H200", 132)
-    monkeypatch.setattr(precompile, "chip_here", lambda: here)
-    assert precompile.chips_of(SM_90) == (here,)
+    monkeypatch.setattr(planned_work, "chip_here", lambda: here)
+    assert planned_work.chips_of(SM_90) == (here,)
 
 
 DRIVER = """
@@ -383,17 +385,17 @@ def test_the_gpu_that_is_here_is_asked_by_another_process(tmp_path: Path, monkey
         command = ["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(folder / "driver.c")]
         subprocess.run(command, check=True)
         monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
-        precompile.chip_here.cache_clear()
+        planned_work.chip_here.cache_clear()
         expected = Chip("NVIDIA H200", 132, "sm_90") if code == 0 else None
-        assert precompile.chip_here() == expected
-    precompile.chip_here.cache_clear()
+        assert planned_work.chip_here() == expected
+    planned_work.chip_here.cache_clear()
 
 
 def test_stubs_are_named_as_triton_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.nvidia import driver
     from triton.runtime.build import platform_key
 
-    _, signature, constants, _ = precompile.bind(an_addition(), SM_90)
+    _, signature, constants, _ = planned_work.bind(an_addition(), SM_90)
     if not hasattr(driver, "make_launcher"):
         assert stubs.launcher_stub(an_addition().kernel, signature, constants) is None
         monkeypatch.setattr(driver, "make_launcher", lambda *given: f"int {len(given[1])};", raising=False)

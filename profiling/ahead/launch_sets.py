@@ -15,8 +15,8 @@ from ..step.calls import family_calls, vae_calls
 from ..trajectory.case import Case
 from ..trajectory.presets import PRESETS
 from .meta_runs import FEW_STEPS, candidates, launches_of_calls, our_backends, run_parts
-from .precompile import Part, Work, plan
 from .tested_launches import smoke_parts, tested_parts
+from .work import Part, Work, plan
 
 NAMES = ("smoke", "ladder", "family", "kernels", "tests", "tune:OPERATOR[+...][:SIZE[+...][:BATCH[+...]]]")
 # Of attention in the GPU check (bench/gpu_check.py).

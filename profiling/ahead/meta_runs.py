@@ -28,7 +28,7 @@ from ..trajectory.case import Case
 from ..trajectory.network import IN_CHANNELS, family_config
 from ..trajectory.ours import GraphBackend, OurBackend
 from ..trajectory.rungs import default_backends
-from .precompile import Part
+from .work import Part
 
 Planned = Iterator[tuple[Launch, bool]]
 SCHEDULE = NoiseSchedule.from_diffusers(SCHEDULER_CONFIG)

@@ -19,7 +19,7 @@ from ldmperf.samplers import GraphedSampler, make_plan, sample
 from ..options import DType
 from ..step.calls import FAMILY_HEAD_DIMS, family_calls, vae_calls
 from .meta_runs import FEW_STEPS, SCHEDULE, NoGraphs, Planned, launches_of_calls, launches_of_run, meta_unet
-from .precompile import Part
+from .work import Part
 
 # The queries of attention, and the tokens that they attend to where those are others.
 TESTED_TOKENS: tuple[tuple[int, int | None], ...] = ((1024, None), (250, None), (250, 77), (64, 64))

@@ -12,7 +12,6 @@ from torch import Tensor
 from ldmperf.kernels import Launch
 
 from ..machines import Machine, bound_cycles, exponential_cycles, matrix_cycles, padded_head_dim
-from .planned import tensor_bytes
 
 # What L2 hands out at once.
 _SECTOR = 32
@@ -66,13 +65,13 @@ class TileBound:
 
 
 def score_tile(launch: Launch) -> ScoreTile | None:
-    """Of a launch of an attention kernel, whose arguments it reads by their names; None of another kernel.
+    """The tile of an attention launch, read from the arguments by their names; None of another operator's launch.
 
     The head dimension is held in PART_1 and PART_2, or in BLOCK_D.
     """
-    given = launch.arguments
-    if "HEAD_DIM" not in given:
+    if launch.operator != "attention":
         return None
+    given = launch.arguments
     # A kernel that holds all keys walks over queries, another one over keys.
     short = "KEYS_1" in given
     block_m, block_n = given["BLOCK_M"], given["KEYS_1"] + given["KEYS_2"] if short else given["BLOCK_N"]
@@ -90,7 +89,7 @@ def score_tile(launch: Launch) -> ScoreTile | None:
         bits=8 * given["q_ptr"].element_size(),
         passes=passes,
         l2_bytes=program / passes,
-        memory_bytes=tensor_bytes(launch) / launch.programs / passes,
+        memory_bytes=launch.nbytes / launch.programs / passes,
     )
 
 
