@@ -20,7 +20,7 @@ from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
 from .kernel_records import MODES, KernelRecord, KernelStore, UnitRates, read_kernels
 from .peers import PEERS, usual_peers
-from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
+from .selection import BATCHES, CONTEXTS, LATENTS, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class BenchChoices:
         batches = self.batches or BATCHES
         if self.head_dims:
             return head_dim_jobs(self.head_dims, self.tokens or TOKENS, batches, self.dtype)
-        latents, contexts = self.latents or ((64, 64),), self.tokens or (77,)
+        latents, contexts = self.latents or LATENTS, self.tokens or CONTEXTS
         return jobs(self.operators, self.sizes or SIZES, batches, self.dtype, latents, contexts)
 
     def bench(self, environment: Environment) -> KernelBench:
