@@ -276,7 +276,6 @@ def row(of_itself: bool = True, head_dim: int = 40, batch: int = 2, **us: float)
         queries=64,
         keys=64 if of_itself else 77,
         batch=batch,
-        dtype="bfloat16",
         mode="graph",
         us=times,
         errors={name: error for name, error in errors.items() if name in times},

@@ -25,7 +25,6 @@ class AttentionRow:
     queries: int
     keys: int
     batch: int
-    dtype: str
     mode: Mode
     us: dict[str, float]
     errors: dict[str, float]
@@ -150,7 +149,6 @@ def _row(group: Sequence[KernelRecord]) -> AttentionRow:
         queries=sizes.queries,
         keys=sizes.keys,
         batch=sizes.batch,
-        dtype=first.case.dtype,
         mode=first.mode,
         us={record.peer: 1e3 * record.ms.p50 for record in group if record.ms is not None},
         errors={
