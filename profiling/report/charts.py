@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -127,9 +127,7 @@ def _cost_points(section: Section) -> list[Point]:
                 "size": visible(row.name) + (" (by GFLOP)" if row.paper_cost is None else ""),
                 "backend": row.case.backend,
                 "paper": on_paper,
-                "p20": row.cost.p20,
-                "p50": row.cost.p50,
-                "p80": row.cost.p80,
+                **asdict(row.cost),
                 "reference": row.reference,
             }
         )
@@ -231,7 +229,7 @@ def _ladder_drawing(shown: Overview, palette: Palette) -> Drawing:
     charts = []
     for ladder in ladders(shown):
         points = [
-            {"backend": rung.row.case.backend, "p20": spread.p20, "p50": spread.p50, "p80": spread.p80}
+            {"backend": rung.row.case.backend, **asdict(spread)}
             for rung in ladder.rungs
             if (spread := step_ms(rung.row.record))
         ]
