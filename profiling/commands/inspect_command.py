@@ -116,6 +116,7 @@ def _chosen(
     from ldmperf.kernels import OPERATORS
 
     from ..machines import MACHINES
+    from ..static.planned import planned
     from ..static.shapes import SHAPES
 
     known = [name for name in OPERATORS if name in SHAPES]
@@ -124,7 +125,8 @@ def _chosen(
             raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}")
     machine = MACHINES[arch]
     if size is None:
-        return machine, _of_shape(kernel, dtype, machine, given)
+        build, shape = _shape(kernel, dtype, given)
+        return machine, planned(kernel, build(shape), machine)
     return machine, _of_size(kernel, dtype, size, machine, given)
 
 
@@ -180,13 +182,6 @@ def _head_dim(text: str) -> int:
     if value is None or value % 4 or not 4 <= value <= 384:
         raise CaseError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
     return value
-
-
-def _of_shape(kernel: str, dtype: str, machine: Machine, given: dict[str, int]) -> list[Launch]:
-    from ..static.planned import planned
-
-    build, shape = _shape(kernel, dtype, given)
-    return planned(kernel, build(shape), machine)
 
 
 def _shape(kernel: str, dtype: str, given: dict[str, int]) -> tuple[Callable[[Shape], dict[str, Any]], Shape]:

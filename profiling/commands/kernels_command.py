@@ -165,14 +165,13 @@ def _measure(
 
     tell(f"{folder}: begins no call after {deadline.left:.0f} s")
 
-    def told(records: Sequence[KernelRecord]) -> None:
-        tell(progress_line(records))
-
     try:
         bench = choices.bench(environment)
         if bench.rates is not None and bench.rates.message is not None:
             tell(f"no bounds: {bench.rates.message}", "yellow")
-        records, complete = run_jobs(bench, choices.jobs, store, deadline, told, earlier)
+        records, complete = run_jobs(
+            bench, choices.jobs, store, deadline, lambda done: tell(progress_line(done)), earlier
+        )
     except KeyboardInterrupt:
         print_records(store.load(), console())
         stop(f"stopped; go on with the same options and --resume {folder}", 130)

@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime
 
 from ..options import CaseError
+from .recorded import RecordModel
 from .settings import measuring_settings, ptxas_version
 
 T = TypeVar("T")
@@ -26,12 +27,7 @@ T = TypeVar("T")
 COMMIT_VARIABLE = "LDMPERF_COMMIT"
 
 
-class _Value(BaseModel):
-    # Ignoring extra fields lets an older reader take records that a newer writer of the same schema has added to.
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class Gpu(_Value):
+class Gpu(RecordModel):
     """The CUDA device measured on; `count` is how many the process sees."""
 
     name: str
@@ -42,7 +38,7 @@ class Gpu(_Value):
     power_limit_w: float | None = None
 
 
-class Environment(_Value):
+class Environment(RecordModel):
     """What does not change during a run.
 
     machine_id    a digest of the host's machine id and the GPU's UUID, the same in every run there; null where the
@@ -107,7 +103,7 @@ def _compared(environment: Environment) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _NOT_COMPARED}
 
 
-class DeviceState(_Value):
+class DeviceState(RecordModel):
     """What changes during a run, read just before and just after a case. Units are in the names."""
 
     load_average_1min: float | None = None

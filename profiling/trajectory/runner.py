@@ -103,11 +103,9 @@ def profile(
             )
             Group(cases_in_flight, backends, shared, kept[device], recorded, until).measure(networks)
         listener.end()
-    place = {case.key: number for number, case in enumerate(wanted)}
-    latest = {record.case_key: record for record in (records if store is None else store.load())}
-    untraced = [record for key, record in latest.items() if key in place and wants_trace(record)]
-    untraced.sort(key=lambda record: place[record.case_key])
     located = {case.key: case for case in wanted}
+    latest = {record.case_key: record for record in (records if store is None else store.load())}
+    untraced = [latest[key] for key in located if key in latest and wants_trace(latest[key])]
     for record in short_traces(untraced, networks, backends, deadline, tracer or traced, located):
         if store is not None:
             store.append(record)
