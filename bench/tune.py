@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
-from ldmperf.profiling.ahead.meta_runs import now_launches
+from ldmperf.profiling.ahead.meta_runs import launches_of_call
 from ldmperf.profiling.ahead.precompile import compile_work
 from ldmperf.profiling.ahead.work import chip_here, kernel_of, plan
 from ldmperf.profiling.commands.compile_command import told as compiled_told
@@ -329,7 +329,7 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
 
     def tried() -> Iterator[tuple[Launch, bool]]:
         for key, job in given:
-            yield from now_launches(job.case)
+            yield from launches_of_call(job.case)
             operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
             for config in search_order(operator.candidates(call), key):
                 yield from ((launch, True) for launch in operator.plan(call, config=config)[1])

@@ -29,10 +29,10 @@ class Machine:
     arch: str
     backend: str
     capability: int | str
-    warp_size: int
-    max_registers: int
     shared_per_block: int
     shared_per_multiprocessor: int
+    warp_size: int = 32
+    max_registers: int = 255
     chip: str = ""
     multiprocessors: int = 0
     clock_ghz: float = 0.0
@@ -85,8 +85,6 @@ MACHINES: Mapping[str, Machine] = {
             "sm_80",
             "cuda",
             80,
-            warp_size=32,
-            max_registers=255,
             shared_per_block=163 * 1024,
             shared_per_multiprocessor=164 * 1024,
             chip="A100 SXM 80 GB",
@@ -100,8 +98,6 @@ MACHINES: Mapping[str, Machine] = {
             "sm_90",
             "cuda",
             90,
-            warp_size=32,
-            max_registers=255,
             shared_per_block=227 * 1024,
             shared_per_multiprocessor=228 * 1024,
             chip="H200 SXM",
@@ -117,10 +113,10 @@ MACHINES: Mapping[str, Machine] = {
             "gfx942",
             "hip",
             "gfx942",
-            warp_size=64,
-            max_registers=512,
             shared_per_block=64 * 1024,
             shared_per_multiprocessor=64 * 1024,
+            warp_size=64,
+            max_registers=512,
             chip="MI300X",
             multiprocessors=304,
         ),
@@ -129,8 +125,8 @@ MACHINES: Mapping[str, Machine] = {
 
 SM_90 = MACHINES["sm_90"]
 
-# What an H200 reaches in practice; all else here is of data sheets. Of its sheet, 85% of the memory's bandwidth
-# and 75% of the 16-bit matmul rate; all of the exponentials, at the clock of that rate (1.83 GHz).
+# What an H200 reaches in practice: 85% of its sheet's bandwidth, 75% of its sheet's 16-bit FLOP, 16 exponentials a
+# clock and multiprocessor at the clock of those FLOP (1.83 GHz). All else here is of sheets.
 BYTES_PER_S = 4.07e12
 FLOP_PER_S = 742e12
 EXPONENTIALS_PER_S = 3.87e12
@@ -163,10 +159,9 @@ def bound_cycles(
     queries: int, keys: int, head_dim: int, polynomial: int = 0, machine: Machine = SM_90
 ) -> tuple[float, Unit]:
     """The longer of the two times of one head (or tile) on one multiprocessor, and whose it is."""
-    return _longer(
-        matrix_cycles(queries, keys, padded_head_dim(head_dim), machine),
-        exponential_cycles(queries, keys, polynomial, machine),
-    )
+    matrix = matrix_cycles(queries, keys, padded_head_dim(head_dim), machine)
+    exponential = exponential_cycles(queries, keys, polynomial, machine)
+    return (matrix, "matrix") if matrix >= exponential else (exponential, "exponential")
 
 
 @dataclass(frozen=True)
@@ -194,11 +189,11 @@ class Bound:
 
     @property
     def ms(self) -> float:
-        return _longer(self.matrix_ms, self.exponential_ms)[0]
+        return max(self.matrix_ms, self.exponential_ms)
 
     @property
     def unit(self) -> Unit:
-        return _longer(self.matrix_ms, self.exponential_ms)[1]
+        return "matrix" if self.matrix_ms >= self.exponential_ms else "exponential"
 
 
 def attention_bound(
@@ -210,10 +205,6 @@ def attention_bound(
         matrix_ms=4 * scores * padded_head_dim(head_dim) / (rates.matrix_tflops * 1e9),
         exponential_ms=scores * _on_the_unit(polynomial) / rates.exponentials_per_ms,
     )
-
-
-def _longer(matrix: float, exponential: float) -> tuple[float, Unit]:
-    return (matrix, "matrix") if matrix >= exponential else (exponential, "exponential")
 
 
 def _on_the_unit(polynomial: int) -> float:

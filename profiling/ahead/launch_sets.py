@@ -9,13 +9,13 @@ from functools import partial
 from ldmperf.kernels import OPERATORS
 
 from ..kernel_bench.selection import BATCHES, SIZES, VAE, head_dim_jobs, jobs, steps_in_order
-from ..machines import MACHINES, Machine
+from ..machines import Machine
 from ..options import CaseError, whole_number
 from ..step.calls import family_calls, vae_calls
 from ..trajectory.case import Case
 from ..trajectory.presets import PRESETS
 from .meta_runs import FEW_STEPS, candidates, launches_of_calls, our_backends, run_parts
-from .tested_launches import smoke_parts, tested_parts
+from .tested_launches import SMOKE_SIZES, smoke_parts, tested_parts
 from .work import Part, Work, plan
 
 NAMES = ("smoke", "ladder", "family", "kernels", "tests", "tune:OPERATOR[+...][:SIZE[+...][:BATCH[+...]]]")
@@ -23,13 +23,9 @@ NAMES = ("smoke", "ladder", "family", "kernels", "tests", "tune:OPERATOR[+...][:
 CHECKED_HEAD_DIMS = (40, 64, 80, 128, 160, 384, 8)
 
 
-def work_for(names: Iterable[str], machine: Machine | str, *, processes: int | None = None) -> Work:
-    """The launches of the named work: smoke, ladder, family, kernels, tests, tune:OPERATOR[:SIZE[:BATCH]].
-
-    Raises CaseError for a name that is none.
-    """
-    chosen = [part for name in names for part in parts_of(name)]
-    return plan(chosen, MACHINES[machine] if isinstance(machine, str) else machine, processes=processes)
+def work_for(names: Iterable[str], machine: Machine, *, processes: int | None = None) -> Work:
+    """The launches of the named work (`NAMES`). Raises CaseError for a name that is none."""
+    return plan([part for name in names for part in parts_of(name)], machine, processes=processes)
 
 
 def parts_of(name: str) -> list[Part]:
@@ -44,13 +40,12 @@ def parts_of(name: str) -> list[Part]:
 
 def _smoke() -> list[Part]:
     """Every operator at the calls of the smallest size and of Stable Diffusion's, and a trajectory of each."""
-    sizes = ("39M", "866M")
     cases = (
         Case(unet=size, steps=FEW_STEPS, dtype="bfloat16", device="cuda", backend=backend)
-        for size in sizes
+        for size in SMOKE_SIZES
         for backend in our_backends()
     )
-    calls = [partial(launches_of_calls, partial(family_calls, size, 2, "bfloat16")) for size in sizes]
+    calls = [partial(launches_of_calls, partial(family_calls, size, 2, "bfloat16")) for size in SMOKE_SIZES]
     return [*calls, *run_parts(cases), *smoke_parts()]
 
 

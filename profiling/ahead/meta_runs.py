@@ -6,6 +6,7 @@ slices, and every call of an operator is planned.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -130,23 +131,22 @@ def _layout(call: RecordedCall) -> object:
     )
 
 
+def launches_of_call(call: OperatorCall) -> Planned:
+    """The launches of a call as the benches make it; of a linear layer also those beside torch's matmul."""
+    yield from ((launch, False) for launch in call.launches)
+    if call.operator == "linear":
+        yield from launches_of_run(partial(linear_separate, **call.arguments("meta"), backend="triton"))
+
+
 def launches_of_calls(calls: Callable[[], Iterable[OperatorCall]]) -> Planned:
-    """The launches of calls as the benches make them; of a linear layer also those beside torch's matmul."""
-    for call in calls():
-        yield from ((launch, False) for launch in call.launches)
-        if call.operator == "linear":
-            yield from launches_of_run(partial(linear_separate, **call.arguments("meta"), backend="triton"))
+    """The same of several, which are found only then."""
+    return itertools.chain.from_iterable(map(launches_of_call, calls()))
 
 
 def candidates(given: Callable[[], Iterable[Job]]) -> Planned:
     """The launches that a tuner tries for these jobs, in its order of keys."""
     for _, job in first_of_each_key(given()):
         operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
-        yield from now_launches(job.case)
+        yield from launches_of_call(job.case)
         for config in operator.candidates(call):
             yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
-
-
-def now_launches(call: OperatorCall) -> Planned:
-    """The launches of a call as it is now, and of what it is timed beside."""
-    return launches_of_calls(lambda: [call])

@@ -30,19 +30,13 @@ TESTED_TINY = UNetConfig(
 _EVERY_CONFIGURATION = ("attention", "group_norm_silu", "layer_norm", "linear", "geglu", "residual_add")
 _HALF: tuple[DType, ...] = ("bfloat16", "float16")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SMOKE_SIZES = ("39M", "866M")
+SMOKE_SIZES = ("39M", "866M")
 
 
 def smoke_parts() -> list[Part]:
     """What tests/gpu/test_0_smoke.py launches beside single calls."""
-    return [
-        part
-        for size in _SMOKE_SIZES
-        for part in (
-            partial(_forward, size, "bfloat16", 2, 64),
-            partial(_sampling, FAMILY[size], "dpmpp_2m", 1, 64, 77),
-        )
-    ]
+    parts: list[Part] = [partial(_forward, size, "bfloat16", 2, 64) for size in SMOKE_SIZES]
+    return parts + [partial(_sampling, FAMILY[size], "dpmpp_2m", 1, 64, 77) for size in SMOKE_SIZES]
 
 
 def tested_parts() -> list[Part]:
@@ -58,7 +52,7 @@ def tested_parts() -> list[Part]:
     forwards: list[tuple[str, DType, int, int]] = [(size, dtype, 2, 64) for size in FAMILY for dtype in _HALF]
     forwards += [("39M", "float32", 2, 64), ("39M", "float16", 2, 32)]
     # A sample alone, and in a batch.
-    forwards += [(size, "bfloat16", batch, 64) for size in _SMOKE_SIZES for batch in (1, 4)]
+    forwards += [(size, "bfloat16", batch, 64) for size in SMOKE_SIZES for batch in (1, 4)]
     parts += [partial(_forward, *forward) for forward in forwards]
     parts += [partial(_sampling, TESTED_TINY, sampler, 2, 16, 7) for sampler in TESTED_SAMPLERS]
     return [*parts, _samplers_alone]

@@ -96,12 +96,10 @@ def chips_of(machine: Machine) -> tuple[Chip, ...]:
     here = chip_here()
     if here is not None and here.arch == machine.arch:
         return (here,)
-    chips = [chip_of(machine)]
-    for path in sorted(tuned_table(chips[0]).parent.glob("*.json")):
-        chip = json.loads(path.read_text()).get("chip", {})
-        if chip.get("arch") == machine.arch:
-            chips.append(Chip(**chip))
-    return tuple(chips)
+    unmeasured = chip_of(machine)
+    paths = sorted(tuned_table(unmeasured).parent.glob("*.json"))
+    tuned = (json.loads(path.read_text()).get("chip", {}) for path in paths)
+    return unmeasured, *(Chip(**chip) for chip in tuned if chip.get("arch") == machine.arch)
 
 
 @functools.cache

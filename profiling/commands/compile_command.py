@@ -74,7 +74,7 @@ def compile_ahead(
         raise CaseError("--for: no work given; name some, as --for smoke (see --help)")
     errors, out = console(stderr=True), console()
     try:
-        planned = work_for(names, arch, processes=jobs)
+        planned = work_for(names, MACHINES[arch], processes=jobs)
         say(out, counts(planned))
         if plan:
             return

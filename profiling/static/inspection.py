@@ -26,8 +26,8 @@ class NvidiaCode:
     """What machine code of an NVIDIA architecture shows.
 
     accesses    global accesses of the PTX, by argument
-    serialized  ptxas' codes C75xx: each asynchronous product waits for the one before
-    order       of the hot loop; None without asynchronous products in a loop
+    serialized  ptxas' codes C75xx: each asynchronous matmul waits for the one before
+    order       of the hot loop; None without asynchronous matmuls in a loop
     """
 
     resources: Resources
@@ -59,7 +59,7 @@ class Inspection:
 
     @property
     def faults(self) -> list[str]:
-        """What no kernel may have: spills, local memory, a stack, serialized products, more than the chip has."""
+        """What no kernel may have: spills, local memory, a stack, serialized matmuls, more than the chip has."""
         machine, found = self.compiled.machine, []
         if self.compiled.shared > machine.shared_per_block:
             found.append(f"{self.compiled.shared} bytes of shared memory are more than {machine.shared_per_block}")
@@ -100,7 +100,7 @@ class Inspection:
 
     @property
     def overlap(self) -> dict[str, int] | None:
-        """Exponentials issued between attention's score product and its wait, and all; None without wgmma."""
+        """Exponentials issued between attention's q k^T and its wait, and all; None without wgmma."""
         if self.tile is None or self.nvidia is None or self.nvidia.order is None:
             return None
         beside, total = self.nvidia.order.overlap
@@ -108,7 +108,7 @@ class Inspection:
 
     @property
     def order(self) -> dict[str, Any] | None:
-        """The hot loop's order as plain values, attention's products by their names."""
+        """The hot loop's order as plain values, attention's matmuls by their names."""
         if self.nvidia is None or self.nvidia.order is None:
             return None
         return self.nvidia.order.named(ATTENTION if self.tile is not None else {})

@@ -53,7 +53,7 @@ class ScoreTile:
 class TileBound:
     """The least cycles of a pass by unit, and the longer of the two with padding: the bound.
 
-    matrix_unpadded and matrix: both products, of the head dimension and of the next multiple of 16.
+    matrix_unpadded and matrix: both matmuls, of the head dimension and of the next multiple of 16.
     exponential: those that are not polynomials.
     """
 
@@ -94,7 +94,7 @@ def score_tile(launch: Launch) -> ScoreTile | None:
 
 
 def tile_bound(tile: ScoreTile, machine: Machine) -> TileBound | None:
-    """The analytic bound of a pass. None for float32, whose products take another unit or rate."""
+    """The analytic bound of a pass. None for float32, whose matmuls take another unit or rate."""
     if tile.bits != 16:
         return None
     scores = (tile.block_m, tile.keys)
