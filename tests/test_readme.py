@@ -89,6 +89,11 @@ def test_the_index_names_every_page_of_docs():
     assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 
+def test_contributing_names_every_room():
+    rooms = {path.stem for path in (ROOT / "profiling").glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
+    assert rooms <= set(re.findall(r"`(\w+)(?:/|\.py)`", text_of("CONTRIBUTING.md")))
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
