@@ -16,7 +16,7 @@ help:
 	@echo "make test      run the whole test suite"
 	@echo "make check     lint, format and types"
 	@echo "make format    rewrite the code in the house format"
-	@echo "make readme    write README's table from the committed records that it names"
+	@echo "make readme    write the figures of README.md and docs/results.md from committed records"
 	@echo "make inventory write docs/step-inventory.md's tables: every launch of a step, predicted without a GPU"
 	@echo "make bench-kernels    measure each kernel beside its peers (ARGS=... goes to ldmperf kernels)"
 	@echo "make gpu-check        all that a GPU machine is for, the most important first, within 9 minutes (ARGS=--plan)"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markers import with_blocks
 
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.display import UNITS
@@ -31,7 +32,6 @@ from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).with_name("static")
 DOCUMENT = ROOT / "docs" / "attention.md"
-BLOCK = re.compile(r"(<!-- attention: written .*?-->\n).*?(<!-- attention: end -->)", re.DOTALL)
 ARCH = "sm_90"
 # The units that have a column.
 COLUMNS = [unit for unit in UNITS if unit != "memory"]
@@ -128,10 +128,10 @@ def markdown(document: Mapping[str, Any]) -> str:
     ]
     lines = [
         f"*Predicted* by compiling for {document['arch']} with triton {document['triton']}, 4096 tokens, bf16:",
-        "cycles of one multiprocessor for 128 x 128 scores of one head, ours / naive. The longest is the limit,",
-        "all others hidden beside it; no time is shorter, and latency is not in it. *of it*: our limit over the",
-        "analytic bound. Naive is a textbook kernel (bench/naive_attention.py): D padded to a power of two,",
-        "scale, mask and row sum as instructions of their own, every tile masked; its best tile by this count.",
+        "cycles of one multiprocessor for 128 x 128 scores of one head, ours / naive. The limit is the unit with",
+        "most cycles, all others hidden beside it: a lower bound, without latency. *of it*: our limit over the",
+        "analytic bound. Naive is a textbook kernel (bench/naive_attention.py) at its best tile by this count: D",
+        "padded to a power of two, scale, mask and row sum as instructions of their own, every tile masked.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---:|' * len(heads)}",
@@ -156,11 +156,11 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def order_lines(document: Mapping[str, Any]) -> list[str]:
     """The second table: one pass of each default's loop, as its machine code stands."""
-    names = ("D", "tile, warps", "programs", "serialized", "exponentials beside q k^T", "the loop, in order")
+    names = ("D", "tile, warps", "programs", "serialized", "exponentials during q k^T", "the loop, in order")
     lines = [
-        "One pass of each default's loop in machine code. *exponentials beside q k^T*: issued between that",
-        "product and its wait, of all. *programs*: that fit a multiprocessor; where two or more do, the products",
-        "of one can run during the exponentials of another.",
+        "One pass of each default's loop in machine code. *exponentials during q k^T*: those issued between that",
+        "matmul and its wait, of all. *programs*: how many fit a multiprocessor. Where two or more fit, the",
+        "matmuls of one can run during the exponentials of another.",
         "",
         f"| {' | '.join(names)} |",
         f"|{'---:|' * (len(names) - 1)}---|",
@@ -181,10 +181,7 @@ def order_lines(document: Mapping[str, Any]) -> list[str]:
 
 def with_table(text: str, document: Mapping[str, Any]) -> str:
     """The text of docs/attention.md with the table between its markers."""
-    match = BLOCK.search(text)
-    if match is None:
-        raise SystemExit(f"{DOCUMENT.name}: no '<!-- attention: written ... -->' ... '<!-- attention: end -->'")
-    return f"{text[: match.end(1)]}\n{markdown(document)}\n\n{text[match.start(2) :]}"
+    return with_blocks(text, {"attention": lambda _: markdown(document)})
 
 
 def latest(folder: Path = FOLDER) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import os
 import re
 import tarfile
 import zlib
@@ -233,11 +232,10 @@ def _record_sets(contents: Mapping[str, bytes], results: Path) -> tuple[dict[Pat
 def _machine_and_commit(environment: Any) -> tuple[str, str]:
     """The folder and the name of what was measured there: what differs in one is never merged."""
     from ldmperf.kernels import Chip
+    from ldmperf.profiling.measure.conditions import commit_name
 
     name = environment.gpu.name if environment.gpu else f"cpu {environment.cpu}"
-    commit = (environment.git_commit or f"v{environment.ldmperf}")[:7]
-    dirty = "-dirty" if environment.git_dirty else ""
-    return Chip(name, 0).file_name, commit + dirty
+    return Chip(name, 0).file_name, commit_name(environment) + ("-dirty" if environment.git_dirty else "")
 
 
 def _new_tables(contents: Mapping[str, bytes], tuned: Path) -> Iterator[tuple[Path, tuple[bytes, str]]]:
@@ -272,11 +270,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """As `ldmperf.profiling.measure.store.write_whole`; this script runs where ldmperf may not be installed."""
+    from ldmperf.profiling.measure.store import write_whole
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_name(path.name + ".tmp")
-    with replacement.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    write_whole(path, content)

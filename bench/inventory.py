@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from markers import with_blocks
 
 from ldmperf.model import FAMILY
 from ldmperf.profiling import Record, load_records
@@ -25,7 +26,6 @@ from ldmperf.profiling.step.recorded_steps import diffusers_step, our_step
 from ldmperf.profiling.step.rules import READ_BACK, launches_of
 
 DOCS = Path(__file__).parents[1] / "docs"
-BLOCK = re.compile(r"(<!-- inventory: (.*?)-->\n).*?(<!-- end of inventory -->)", re.DOTALL)
 SIZES = ("39M", "866M")
 TEXT_TOKENS = 77
 # What a captured step launches beside the eager one's: the gather of its shifts, and its count.
@@ -232,11 +232,8 @@ WRITERS: dict[str, Callable[[Sequence[Inventory], Measured], str]] = {
 
 def with_inventory(name: str, document: str) -> str:
     """The text of a document of that name with the tables between its markers."""
-    match = BLOCK.search(document)
-    if match is None:
-        raise SystemExit(f"{name}: no '<!-- inventory: ... -->' ... '<!-- end of inventory -->'")
-    tables = WRITERS[name]([inventory(size) for size in SIZES], measured(match[2]))
-    return f"{document[: match.end(1)]}\n{tables}\n\n{document[match.start(3) :]}"
+    inventories = [inventory(size) for size in SIZES]
+    return with_blocks(document, {"inventory": lambda marker: WRITERS[name](inventories, measured(marker))})
 
 
 def measured(marker: str) -> Measured:

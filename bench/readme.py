@@ -1,35 +1,86 @@
-"""Write the table of README.md from the record set that its marker names: `make readme`.
+"""Write the figures of README.md and docs/results.md from the record sets that their markers name: `make readme`.
 
-tests/test_readme.py fails while the two differ, so no figure in the table was typed by hand.
+tests/test_readme.py fails while a page differs from what this writes, so no figure there was typed by hand.
 """
 
-import re
-import sys
+import textwrap
 from pathlib import Path
 
+from markers import with_blocks
+
 from ldmperf.profiling import load_records
-from ldmperf.profiling.report import markdown_table
+from ldmperf.profiling.report import markdown_table, overview
+from ldmperf.profiling.report.figures import PEER, Overview, Row, Section
+from ldmperf.profiling.report.text import joined, short_ratio
+from ldmperf.profiling.terminal.layout import formatted, number
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(<!-- table: (\S+) .*?-->\n).*?(<!-- end of table -->)", re.DOTALL)
+PAGES = ("README.md", "docs/results.md")
+OURS = "torch"
 
 
-def with_table(readme: str) -> str:
-    """README's text with the table of the records between its markers."""
-    match = BLOCK.search(readme)
-    if match is None:
-        raise SystemExit("README.md: no '<!-- table: PATH ... -->' ... '<!-- end of table -->'")
-    records, rejected = load_records(ROOT / match.group(2))
+def finding(shown: Overview) -> str:
+    """The finding in words, and at most four rows: the step count at which most sizes were measured on both."""
+    section = max(shown.sections, key=lambda of: len(_both(of)))
+    sizes = _both(section)
+    (small, of_peer), (large, _) = sizes[0], sizes[-1]
+    saves = "less" if small.cost and small.cost.p50 > (small.paper_cost or 0) else "more"
+    words = (
+        f"**A small network saves {saves} time than FLOPs promise.** A sampling step of the {small.name} network "
+        f"takes {_cost(small)} of the time of the {large.name} network ({PEER}: {_cost(of_peer)}). The paper's "
+        f"cost, which counts FLOPs, says {short_ratio(small.paper_cost)}."
+    )
+    heads = ("GFLOP", "ms per step: ours", PEER, f"time relative to {large.name}: ours", PEER, "cost in the paper")
+    lines = [f"| size | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for ours, peer in (sizes[i] for i in sorted({round(part * (len(sizes) - 1) / 3) for part in range(4)})):
+        times = (number(row.record.ms_per_step) for row in (ours, peer))
+        shares = (_cost(ours), _cost(peer), short_ratio(ours.paper_cost))
+        cells = (ours.name, formatted(ours.record.gflop_per_forward, ".1f"), *times, *shares)
+        lines.append(f"| {' | '.join(cells)} |")
+    faster = [row.times_faster for row in shown.rows if row.case.backend == OURS and row.times_faster]
+    below = (
+        f"**Measured**: {joined((*shown.conditions.shared, shown.conditions.heading(section)))}; medians. "
+        "The Triton kernels need a GPU, so ours runs torch's operators there: "
+        f"{short_ratio(min(faster))}x to {short_ratio(max(faster))}x as fast as {PEER}."
+    )
+    return "\n".join([textwrap.fill(words, 125), "", *lines, "", textwrap.fill(below, 125)])
+
+
+def _both(section: Section) -> list[tuple[Row, Row]]:
+    """The rows of ours and of diffusers for each size that both have a time for, the smallest first."""
+    rows = {(row.case.backend, row.name): row for row in section.rows if row.cost is not None}
+    return [
+        (rows[OURS, name], rows[PEER, name]) for backend, name in rows if backend == OURS and (PEER, name) in rows
+    ]
+
+
+def _cost(row: Row) -> str:
+    return short_ratio(None if row.cost is None else row.cost.p50)
+
+
+def _shown(marker: str) -> Overview:
+    """The records that a marker names."""
+    path = marker.split()[0]
+    records, rejected = load_records(ROOT / path)
     if rejected:
-        raise SystemExit(f"{match.group(2)}: {rejected} lines are not records")
-    table = markdown_table(records)
-    return readme[: match.end(1)] + "\n" + table.strip() + "\n\n" + readme[match.start(3) :]
+        raise SystemExit(f"{path}: {rejected} lines are not records")
+    return overview(records)
+
+
+def with_figures(page: str) -> str:
+    """The text of a page with the figures of the records between its markers."""
+    writers = {
+        "finding": lambda marker: finding(_shown(marker)),
+        "table": lambda marker: markdown_table(_shown(marker)),
+    }
+    return with_blocks(page, writers)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(with_figures(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""What `UNet.condition` and `UNet.constants` return: values that are computed once and kept."""
+"""The values that a trajectory keeps: `Conditioning` from `UNet.condition`, `Constants` from `UNet.constants`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .staleness import MadeFrom
 
 @dataclass(frozen=True)
 class Constants:
-    """What of a conditioning depends on the weights alone, from `UNet.constants`: `values` [N]."""
+    """The part of a conditioning that depends on the weights alone: `values` [N], the deferred biases."""
 
     values: Tensor
     made_from: MadeFrom | None = None
@@ -26,15 +26,14 @@ class Constants:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What does not change in a trajectory, from `UNet.condition`.
+    """The inputs of `UNet.denoise` that do not change in a trajectory.
 
-    `shifts` [K, B or 1, S]: for each of K steps the sum of time projection and first convolution's bias of every
-    ResBlock, side by side in the order in which they run. `context`: of every transformer, in that order, the keys
-    and values [L, B, T, 2, heads, D] of its L blocks. `constants` [N]: the biases that are passed on (`Pending`)
-    of every ResBlock and transformer as they run, then of the norm at the end; they depend on the weights alone.
-    `made_from`: a mark of the weights that all this was computed from, or None where nobody keeps it.
+    `shifts` [K, B or 1, S]: for each of K steps the time projection plus the first convolution's bias of every
+    ResBlock, side by side in the order of the route. `context`: for every transformer, in the same order, the keys
+    and values [L, B, T, 2, heads, D] of its L blocks. `constants` [N]: the deferred biases, those of each stop
+    (`Biases`) and the last norm's. `made_from`: a mark of the weights that these values were computed from.
 
-    Few tensors, and dense ones, as each run of a captured step copies them.
+    The tensors are few and dense, because each run of a captured step copies them.
     """
 
     shifts: Tensor
@@ -48,7 +47,7 @@ class Conditioning:
             self.made_from.check("the values of this conditioning", "make it anew with UNet.condition()")
 
     def padded(self, steps: int) -> Conditioning:
-        """The same with room for `steps` steps, zeros in those beyond its own; raises ValueError for fewer."""
+        """The same for `steps` steps, with zeros beyond its own; raises ValueError for fewer than its own."""
         missing = operator.index(steps) - self.shifts.shape[0]
         if missing < 0:
             raise ValueError(

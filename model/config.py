@@ -1,4 +1,4 @@
-"""What a UNet of the family is: `UNetConfig`, the paper's eleven sizes, and the fields of a diffusers config."""
+"""`UNetConfig`: the sizes of a UNet; the paper's eleven sizes; the fields of a diffusers config."""
 
 import operator
 import reprlib
@@ -19,8 +19,8 @@ class UNetConfig:
     those of the last level. `transformer_layers` counts the transformer blocks in a row, and may be given as one
     number for all levels. `conv_projection` stores a transformer's input and output projections as 1x1
     convolutions (Stable Diffusion 1) instead of linear layers (2): the same computation, another shape in
-    checkpoints. `added_dim` is the width of what the time embedding is added to in Stable Diffusion XL: a pooled
-    text embedding beside sinusoids of `added_time_dim` per number of an image's sizes; None for both elsewhere.
+    checkpoints. `added_dim` is the width of the second embedding in Stable Diffusion XL: a pooled text embedding
+    beside `added_time_dim` sinusoids for each number of an image's sizes. Both are None elsewhere.
     Integers of numpy and torch are integers. Raises `UnsupportedConfig`.
     """
 
@@ -51,11 +51,7 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} and added_dim = {self.added_dim} go together: "
                 "give both (Stable Diffusion XL) or neither"
             )
-        if (
-            self.added_time_dim is not None
-            and self.added_dim is not None
-            and self.added_time_dim >= self.added_dim
-        ):
+        if self.added_dim is not None and (self.added_time_dim or 0) >= self.added_dim:
             raise UnsupportedConfig(
                 f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
                 "give the width of one number's sinusoids, and that of all of them beside the text embedding"
@@ -67,7 +63,7 @@ class UNetConfig:
             self._set("transformer_layers", (of_all,) * levels)
         layers = tuple(_count("transformer_layers", one) for one in _each(self, "transformer_layers"))
         self._set("transformer_layers", layers)
-        # Zero where a level has no attention, and nobody reads it.
+        # A level without attention may give zero heads.
         self._set("num_heads", tuple(_count("num_heads", one, least=0) for one in _each(self, "num_heads")))
         self._set("attention", tuple(bool(one) for one in _each(self, "attention")))
         self._set("has_middle", bool(self.has_middle))
@@ -109,7 +105,7 @@ class UNetConfig:
         return _from_diffusers(config)
 
 
-# Far above every field of a published UNet, and small enough that no product of fields overflows.
+# Far above every field of a published UNet; products of fields still fit into 64 bits.
 _MOST = 2**16
 _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
 
@@ -166,14 +162,10 @@ _repr.maxstring = 100
 shown = _repr.repr
 
 
-def _sized(base_channels: int) -> UNetConfig:
-    return UNetConfig(block_channels=tuple(base_channels * m for m in (1, 2, 4, 4)))
-
-
 # The paper's names by the width of the first level (arXiv 2404.01367, Table 1): heads stay 8, the rest scales.
 FAMILY: dict[str, UNetConfig] = {
-    name: _sized(base_channels)
-    for name, base_channels in {
+    name: UNetConfig(block_channels=(width, 2 * width, 4 * width, 4 * width))
+    for name, width in {
         "39M": 64,
         "83M": 96,
         "145M": 128,
@@ -249,7 +241,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 # Fields that change nothing here: the softmax is float32 anyway; the other belongs to embeddings that are refused.
 _WITHOUT_EFFECT = {"upcast_attention", "addition_embed_type_num_heads"}
 
-# The state of an average of weights, which diffusers' EMAModel writes into the config of the averaged UNet.
+# State of diffusers' EMAModel, which it writes into the config of the averaged UNet.
 _OF_AN_AVERAGE = {
     "decay",
     "inv_gamma",

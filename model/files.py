@@ -1,4 +1,4 @@
-"""The files of a checkpoint: which ones a path stands for, their headers, and what is wrong with them.
+"""The files of a checkpoint: which ones a path stands for, their headers, and their faults.
 
 Headers are read, data is not: a tensor is a lazy slice of its file.
 """
@@ -26,7 +26,7 @@ LARGEST_INDEX = 1 << 24
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})((?:\.[^.]+)?)\.safetensors", re.ASCII | re.DOTALL)
 _INDEX = re.compile(r"(.+)\.safetensors\.index((?:\.[^.]+)?)\.json", re.DOTALL)
 _UNFINISHED = (".incomplete", ".aria2", ".part", ".crdownload", ".download")
-# What other files begin with, and what to do about them.
+# The first bytes of other kinds of file, and the advice for each.
 _OTHER_KINDS = (
     (rb"version https://git-lfs", "a git-lfs pointer to the file; run `git lfs pull` in its repository"),
     (rb"PK\x03\x04", "a zip archive, as torch.save writes; save the weights as .safetensors"),
@@ -55,7 +55,7 @@ class UnsupportedCheckpoint(CheckpointError, UnsupportedConfig):
 
 @dataclass(frozen=True)
 class Source:
-    """What a path stands for.
+    """The files that a path stands for.
 
     files: one whole file or all shards of one set. weight_map: the index file's, from tensor to file name.
     config_file: the config.json beside the files, if there is one. is_folder: the path named a folder.
@@ -97,7 +97,7 @@ def read_json(file: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
     """The JSON object in a file of at most `most` bytes."""
     try:
         with open(file, "rb") as opened:
-            # A buffer of what is asked for is taken at once.
+            # `read` takes a buffer of the size that it is given.
             content = opened.read(min(os.fstat(opened.fileno()).st_size, most) + 1)
     except OSError as error:
         raise CheckpointError(f"{file}: not readable: {error.strerror}; check its permissions") from error
@@ -163,7 +163,7 @@ def some(names: Iterable[str], most: int = 5) -> str:
 
 
 def _what_it_is(file: Path) -> str:
-    """What a file is that safetensors cannot read, and what to do."""
+    """The kind of a file that safetensors cannot read, and the advice for it."""
     try:
         str(file).encode()
         with open(file, "rb") as opened:
@@ -189,7 +189,7 @@ def _unet_folder(path: Path) -> Path:
             is_unets = os.path.isfile(own) and is_unet_config(read_json(own))
         except CheckpointError:
             is_unets = False
-        # A pipeline's folder may have a config.json of its own, which is nobody's: diffusers does not read it.
+        # A pipeline's folder may have a config.json that belongs to no network: diffusers does not read it.
         return path if is_unets else nested.parent
     if os.path.isfile(own):
         return path
@@ -209,7 +209,7 @@ class _Set:
 
     @property
     def paths(self) -> list[Path]:
-        """All by which the set can be named, the simplest first."""
+        """The paths that name the set, the simplest first."""
         return [*([self.whole] if self.whole else []), *self.indexes, *(file for file, _, _ in self.shards)]
 
 
@@ -287,7 +287,9 @@ def _read_index(index: Path) -> dict[str, str]:
     # A name with a folder in it would lead out of the checkpoint.
     odd = sorted(name for name in names if Path(name).name != name or not name.endswith(".safetensors"))
     if odd or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index}: lists what is no .safetensors file of its folder: {some(odd or names)}")
+        raise CheckpointError(
+            f"{index}: lists names that are no .safetensors files of its folder: {some(odd or names)}"
+        )
     return weight_map
 
 

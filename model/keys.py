@@ -38,7 +38,7 @@ _RENAMES = (
     (r"\.ff_in\.", ".ff.net.0.proj."),
     (r"\.ff_out\.", ".ff.net.2."),
 )
-# Ours packs what diffusers keeps apart.
+# One parameter of ours holds several of diffusers', row after row.
 _PACKED = {
     ".to_qkv.": (".attn1.to_q.", ".attn1.to_k.", ".attn1.to_v."),
     ".cross_kv.": (".attn2.to_k.", ".attn2.to_v."),
@@ -121,7 +121,7 @@ def compvis_key(key: str, layers_per_block: int, attention: tuple[bool, ...]) ->
         return f"input_blocks.{(layers_per_block + 1) * level + int(index) + 1}.{position}.{rest}"
     block = (layers_per_block + 1) * level + int(index)
     if group == "upsamplers":
-        # Behind the last ResBlock of the level, and behind its transformer where there is one.
+        # After the last ResBlock of the level, and after its transformer where there is one.
         position = 2 if attention[len(attention) - 1 - level] else 1
         block += layers_per_block
     return f"output_blocks.{block}.{position}.{rest}"

@@ -1,14 +1,18 @@
-"""The blocks of the UNet, each reading and writing channels-last activations in place.
+"""The blocks of the UNet.
 
-[B, C, H, W] in channels-last memory is [B, H * W, C] tokens read another way: convolutions take the one view,
-norms, attention and linear layers the other, and nothing is copied between them.
+Activations are [B, C, H, W] in channels-last memory, which is [B, H * W, C] tokens read another way. Convolutions
+take the image, linear layers and attention the tokens; no layout is copied.
+
+A block leaves some biases to later stops, and takes those of earlier ones as arguments (deferred.py). A block
+overwrites nothing that its caller holds: only `UNet.denoise` passes `in_place`, where nobody else sees the
+activations.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +24,10 @@ from ldmperf.kernels import attention, group_norm_silu, linear, linear_separate,
 TRANSFORMER_NORM_EPS = 1e-6
 
 
-class Pending(NamedTuple):
-    """Biases that a block defers: a later norm takes them as its shift, a residual add as its bias.
-
-    A constant per channel need not be added where it arises. An in-place matmul cannot add it, so it stays pending
-    for the next block. It does not depend on a step's input, so `UNet.condition` computes it once.
-
-    before   [Cin]: the bias missing from the block's input, its skip's channels included; None for nothing
-    bias     [Cout]: the bias that the block's last sum adds, its own biases included; None where that sum adds
-             nothing and leaves it pending
-    lacking  [(3 L - 1) C]: of a transformer of L blocks, the bias missing from its tokens at each norm but the
-             first, whose input is complete; None for a ResBlock
-    """
-
-    before: Tensor | None
-    bias: Tensor | None
-    lacking: Tensor | None
-
-
 class GroupNorm(nn.GroupNorm):
     """Group norm with an optional shift [B, C] or [C] before it and an optional SiLU after it.
 
-    With `skip` it is of x and skip side by side along the channels, which are read where they are.
+    With `skip` the norm is that of x and skip concatenated along the channels; no concatenation is written.
     """
 
     def __init__(self, groups: int, channels: int, eps: float, activation: str | None, backend: str) -> None:
@@ -78,15 +64,6 @@ class ResBlock(nn.Module):
         # A 1x1 convolution of channels-last memory is a linear layer of its tokens.
         self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
 
-    def constant(self, before: Tensor | None) -> Tensor:
-        """[Cout]: the bias missing from the sum of both branches if `before` [Cin] is missing from the input."""
-        bias = self.conv2.bias
-        assert bias is not None
-        if self.shortcut is None:
-            return bias if before is None else before + bias
-        bias = bias + self.shortcut.bias
-        return bias if before is None else torch.addmv(bias, self.shortcut.weight, before)
-
     def forward(
         self,
         x: Tensor,
@@ -100,30 +77,33 @@ class ResBlock(nn.Module):
         """x [B, Cin, H, W], shift [B, Cout] -> [B, Cout, H, W], or [B, Cout, *size] by nearest neighbour.
 
         With `skip` [B, Cskip, H, W] the input is both side by side, and Cin counts the channels of both. `before`
-        and `bias` as of `Pending`. Neither x nor skip is written.
+        [Cin] and `bias` [Cout] as of `Biases`; a result of another size needs `bias`. `in_place` overwrites the
+        results of the block's own layers, never x or skip.
         """
         h = F.conv2d(self.norm1(x, before, skip), self.conv1.weight, padding=1)
         h = F.conv2d(self.norm2(h, shift), self.conv2.weight, padding=1)
-        if self.shortcut is None:
-            return residual_add(x, h, bias, size=size, backend=self.backend)
-        # W [x; skip] = Wx x + Ws skip: no concatenation is written.
+        if self.shortcut is not None:
+            if bias is None:
+                return self._add_shortcut(h, x, skip, in_place)
+            x = self._add_shortcut(None, x, skip, in_place)
+        return residual_add(x, h, bias, size=size, backend=self.backend)
+
+    def _add_shortcut(self, h: Tensor | None, x: Tensor, skip: Tensor | None, in_place: bool) -> Tensor:
+        """h + W [x; skip] as Wx x + Ws skip: no concatenation is written. Without h the shortcut alone."""
         parts = [x] if skip is None else [x, skip]
-        weights = self.shortcut.weight.split([part.shape[1] for part in parts], dim=1)
-        if bias is None:
-            for part, weight in zip(parts, weights, strict=True):
-                h = add_product(h, as_tokens(part), weight, in_place)
-            return h
-        size_in = x.shape[2:]
-        out = as_image(F.linear(as_tokens(x), weights[0]), size_in)
-        if skip is not None:
-            out = add_product(out, as_tokens(skip), weights[1], in_place)
-        return residual_add(out, h, bias, size=size, backend=self.backend)
+        weights = cast(nn.Linear, self.shortcut).weight.split([part.shape[1] for part in parts], dim=1)
+        for part, weight in zip(parts, weights, strict=True):
+            if h is None:
+                h = as_image(F.linear(as_tokens(part), weight), x.shape[2:])
+            else:
+                h = matmul_add(h, as_tokens(part), weight, in_place)
+        return cast(Tensor, h)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a gated feed-forward, each added to the tokens it read.
+    """Self-attention, cross-attention and a gated feed-forward, each added to the residual stream.
 
-    No bias is added to the tokens: each norm takes the biases that the sums before it left out as its shift.
+    The residual stream misses the bias of every sum: each norm takes the missing biases as its shift.
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, backend: str, products: str) -> None:
@@ -148,12 +128,6 @@ class TransformerBlock(nn.Module):
         packed: Tensor = self.cross_kv(context)
         return packed.view(batch, tokens, 2, self.heads, packed.shape[-1] // (2 * self.heads))
 
-    def lacking(self, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The bias missing from the tokens after each of the three sums, [C] each; `before` [C] from the input."""
-        attended = self.to_out.bias if before is None else before + self.to_out.bias
-        crossed = attended + self.cross_out.bias
-        return attended, crossed, crossed + self.ff_out.bias
-
     def forward(
         self,
         x: Tensor,
@@ -169,30 +143,25 @@ class TransformerBlock(nn.Module):
         nothing. `in_place` overwrites x, for a caller that alone holds it.
         """
         batch, tokens, channels = x.shape
-        q, k, v = (
-            self._product(x, self.norm1, self.to_qkv, before)
-            .view(batch, tokens, 3, self.heads, channels // self.heads)
-            .unbind(2)
-        )
-        h = attention(q, k, v, backend=self.backend).view(batch, tokens, channels)
-        x = add_product(x, h, self.to_out.weight, in_place)
-        q = self._product(x, self.norm2, self.cross_q, attended).view(
-            batch, tokens, self.heads, channels // self.heads
-        )
-        h = attention(q, *context.unbind(2), backend=self.backend).view(batch, tokens, channels)
-        x = add_product(x, h, self.cross_out.weight, in_place)
-        h = self._product(x, self.norm3, self.ff_in, crossed, "geglu")
-        return add_product(x, h, self.ff_out.weight, in_place)
+        heads = self.heads, channels // self.heads
+        qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads)
+        h = attention(*qkv.unbind(2), backend=self.backend).view(x.shape)
+        x = matmul_add(x, h, self.to_out.weight, in_place)
+        q = self._linear(x, self.norm2, self.cross_q, attended).view(batch, tokens, *heads)
+        h = attention(q, *context.unbind(2), backend=self.backend).view(x.shape)
+        x = matmul_add(x, h, self.cross_out.weight, in_place)
+        h = self._linear(x, self.norm3, self.ff_in, crossed, "geglu")
+        return matmul_add(x, h, self.ff_out.weight, in_place)
 
-    def _product(
+    def _linear(
         self,
         x: Tensor,
         norm: nn.LayerNorm,
         layer: nn.Linear,
-        x_bias: Tensor | None = None,
+        x_bias: Tensor | None,
         activation: str | None = None,
     ) -> Tensor:
-        """`layer` of the norm of x + x_bias, and its activation."""
+        """activation(layer(norm(x + x_bias)))."""
         separate = self.backend == "torch" or self.products == "torch"
         call = linear_separate if separate else linear
         return call(
@@ -223,59 +192,41 @@ class Transformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels)
 
-    def constant(self, before: Tensor | None) -> Tensor:
-        """[C]: the bias missing from the sum with the input if `before` [C] is missing from the input."""
-        bias = self.proj_out.bias if before is None else before + self.proj_out.bias
-        return torch.addmv(bias, self.proj_out.weight, self._lacking()[-1])
-
-    def lacking(self) -> list[Tensor]:
-        """The bias missing from the tokens at each norm but the first, [C] each (see `Pending`)."""
-        return self._lacking()[:-1]
-
-    def _blocks(self) -> Iterable[TransformerBlock]:
-        return cast(Iterable[TransformerBlock], self.blocks)
-
-    def _lacking(self) -> list[Tensor]:
-        found: list[Tensor] = []
-        for block in self._blocks():
-            found += block.lacking(found[-1] if found else None)
-        return found
-
     def project_context(self, context: Tensor) -> Tensor:
         """Keys and values [L, B, T, 2, heads, D] of L blocks, of a context [B, T, Dctx]."""
-        found = [block.project_context(context) for block in self._blocks()]
+        found = [block.project_context(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
         return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
 
     def forward(
         self,
         x: Tensor,
         context: Tensor,
-        before: Tensor | None,
-        bias: Tensor | None,
-        lacking: Tensor,
+        between: Tensor | None,
+        closing: Tensor | None,
+        tokens: Tensor,
         size: torch.Size | None = None,
         in_place: bool = False,
     ) -> Tensor:
         """x [B, C, H, W], context of `project_context` -> [B, C, H, W], or [B, C, *size].
 
-        `before`, `bias` and `lacking` as of `Pending`. `in_place` overwrites x and the results of submodules, for
-        a caller that alone holds them.
+        `between`, `closing` and `tokens` as of `Biases`; a result of another size needs `closing`. `in_place`
+        overwrites x and the results of submodules, for a caller that alone holds them.
         """
-        tokens = self.proj_in(as_tokens(self.norm(x, before)))
-        at_norms = (None, *lacking.view(-1, x.shape[1]).unbind())
+        h = self.proj_in(as_tokens(self.norm(x, between)))
+        at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
         for i, (block, keys_values) in enumerate(zip(self.blocks, context.unbind(), strict=True)):
-            tokens = block(tokens, keys_values, *at_norms[3 * i : 3 * i + 3], in_place)
-        if bias is None:
-            return add_product(x, tokens, self.proj_out.weight, in_place)
-        h = as_image(F.linear(tokens, self.proj_out.weight), x.shape[2:])
-        return residual_add(x, h, bias, size=size, backend=self.backend)
+            h = block(h, keys_values, *at_norms[3 * i : 3 * i + 3], in_place)
+        if closing is None:
+            return matmul_add(x, h, self.proj_out.weight, in_place)
+        h = as_image(F.linear(h, self.proj_out.weight), x.shape[2:])
+        return residual_add(x, h, closing, size=size, backend=self.backend)
 
 
 class Resample(nn.Module):
-    """The 3x3 convolution between two levels, without its bias, which stays pending.
+    """The 3x3 convolution between two levels, without its bias, which is deferred.
 
-    Stride 2 halves the resolution, rounded up. Stride 1 follows an enlargement, which the block before it does as
-    it writes (`size`).
+    Stride 2 halves the resolution, rounded up. Stride 1 follows an enlargement: the block before it writes its
+    result at the new size.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -316,8 +267,8 @@ def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
-def add_product(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:
-    """x + tokens weight^T in one matrix product; x [B, C, H, W] or [B, N, C], tokens [B, N, K], weight [C, K].
+def matmul_add(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:
+    """x + tokens weight^T in one matmul; x [B, C, H, W] or [B, N, C], tokens [B, N, K], weight [C, K].
 
     `in_place` overwrites x, except under autocast, where dtypes differ.
     """

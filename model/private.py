@@ -1,58 +1,43 @@
-"""Whether anything but the network itself can hold what passes between its modules."""
+"""Whether anything but the network can hold the activations that its modules pass on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import repeat
 from operator import attrgetter, contains, itemgetter
-from types import FunctionType
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _torch
 from torch.utils._device import DeviceContext
 
+from .layers import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from .route import Level
 from .staleness import Structure
 
+# Module classes that keep no activation; a subclass may.
+_CLASSES = (
+    *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
+    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+)
+# The methods that a call of a module runs.
+_METHODS = attrgetter("__call__", "_call_impl", "forward")
+_CODE = list(map(_METHODS, _CLASSES))
+_KNOWN = frozenset(_CLASSES)
 _hooks, _pre_hooks = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
-# What runs when a module is called.
-_code = attrgetter("__call__", "_call_impl", "forward")
-
-
-class OwnClasses:
-    """Module classes that keep nothing they are given or return, with their code as it is now."""
-
-    def __init__(self, classes: Iterable[type[nn.Module]]) -> None:
-        self._classes = list(classes)
-        self._set = frozenset(self._classes)
-        self._code = self._current()
-
-    def include_all(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether each module is of one of these classes, and not of a subclass."""
-        return self._set.issuperset(map(type, modules))
-
-    def are_kept(self) -> bool:
-        """Whether no method that runs in a call has been replaced."""
-        return self._current() == self._code
-
-    def _current(self) -> list[tuple[FunctionType, ...]]:
-        return list(map(_code, self._classes))
 
 
 class Privacy:
-    """Watches the modules below a network for who sees what they pass on.
+    """A watch on the modules below a network: does anyone else see their activations?
 
-    Seen by: a forward hook, of one module or of all; a `forward` set on an instance (accelerate, gradient
-    checkpointing); a module of another class (a wrapper); a method replaced in one of `own_classes`; an active
+    A forward hook does, of one module or of all; a `forward` set on an instance (accelerate, gradient
+    checkpointing); a module of another class (a wrapper); a method replaced in a known class; an active
     TorchFunctionMode, except for `torch.device`, which keeps nothing.
 
-    Not counted: a TorchDispatchMode. It is shown `aten::addmm_` itself, and its counts are to be those of the step
-    as it runs without it.
+    A TorchDispatchMode does not count: it sees `aten::addmm_` itself, and is to count the step as it runs alone.
     """
 
-    def __init__(self, network: nn.Module, own_classes: OwnClasses) -> None:
+    def __init__(self, network: nn.Module) -> None:
         self._structure = Structure(network)
-        self._own_classes = own_classes
         # Without the network, which keeps this: its memory goes when it goes.
         self._modules = list(network.modules())[1:]
         self._attributes = [vars(module) for module in self._modules]
@@ -62,13 +47,13 @@ class Privacy:
         return self._structure.is_kept()
 
     def holds(self) -> bool:
-        """Whether nobody sees what the modules pass on. In C, as every eager step asks."""
+        """Whether nobody else sees the activations. Loops in C, because every eager step asks."""
         return not (
             any(map(_hooks, self._attributes))
             or any(map(_pre_hooks, self._attributes))
             or any(map(contains, self._attributes, repeat("forward")))
-            or not self._own_classes.include_all(self._modules)
-            or not self._own_classes.are_kept()
+            or not _KNOWN.issuperset(map(type, self._modules))
+            or list(map(_METHODS, _CLASSES)) != _CODE
             or _torch._global_forward_hooks
             or _torch._global_forward_pre_hooks
             or any(type(mode) is not DeviceContext for mode in _function_modes())

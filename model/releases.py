@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint say of its UNet: under which names they are, and of which published release."""
+"""The layout of a checkpoint, from the names of its tensors, and its published release, from their shapes."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from .config import UNetConfig
 from .files import CheckpointError, some
 from .keys import compvis_key
 
-# What training code puts before the names: DataParallel, torch.compile, Lightning, a pipeline or a whole model.
+# Prefixes of training code: DataParallel, torch.compile, Lightning, a pipeline or a whole model.
 _PREFIXED = re.compile(
     r"((?:(?:module|_orig_mod|model|diffusion_model|unet)\.)*)(conv_in|input_blocks\.0\.0)\.weight"
 )
@@ -55,7 +55,7 @@ def find_layout(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
 
 
 def _other_prefix(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """What stands before the names of a UNet, if there is one; an autoencoder has no time embedding."""
+    """The prefix of a UNet's names, empty where there is none; an autoencoder has no time embedding."""
     for first, time in (("conv_in", "time_embedding.linear_1"), ("input_blocks.0.0", "time_embed.0")):
         for key in shapes:
             prefix = key.removesuffix(f"{first}.weight")
@@ -76,7 +76,7 @@ class Release:
     diffusers: bool = True
 
     def has(self, layout: Layout) -> bool:
-        """Whether the layout has what tells this release from all others."""
+        """Whether the layout has the shapes that distinguish this release from all others."""
         level = self.config.attention.index(True)
         width = self.config.block_channels[level]
         place = f"down_blocks.{level}.attentions.0"
@@ -127,7 +127,7 @@ def published(layout: Layout) -> Release | None:
     for release in RELEASES:
         if release.has(layout):
             shape = layout.shape("conv_in.weight", release.config)
-            # A shape that is none of a convolution's is left to the check of all tensors.
+            # The check of all tensors refuses a shape that is no convolution's.
             channels = shape[1] if len(shape) == 4 and shape[1] else release.config.in_channels
             config = dataclasses.replace(release.config, in_channels=channels)
             return dataclasses.replace(release, config=config)

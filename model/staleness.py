@@ -1,9 +1,9 @@
-"""Whether what was computed from a network's weights is still that of its weights."""
+"""Whether a network's weights have changed since a value was computed from them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
@@ -31,20 +31,21 @@ class Structure:
 
 
 class Snapshot:
-    """Parameters of a network as they are now, given as pairs of a module and the parameter's name.
+    """Parameters of a network as they are now: of every module whose last name is in `names`, the ones listed.
 
     `change` compares identities, addresses and torch's version counters. It misses writes that no counter counts:
     through `.data`, by a kernel that torch does not know, and to a tensor that was made in inference mode.
     """
 
-    def __init__(self, network: nn.Module, parameters: Iterable[tuple[nn.Module, str]]) -> None:
-        places = {module: place for place, module in network.named_modules()}
-        pairs = list(parameters)
+    def __init__(self, network: nn.Module, names: Mapping[str, Iterable[str]]) -> None:
         self._structure = Structure(network)
+        found = [
+            (module._parameters, name, f"{place}.{name}")
+            for place, module in network.named_modules()
+            for name in names.get(place.rpartition(".")[2], ())
+        ]
         # Lists for loops in C: every eager step compares about 200 parameters.
-        self._dicts = [module._parameters for module, _ in pairs]
-        self._names = [name for _, name in pairs]
-        self._full_names = [f"{places[module]}.{name}" for module, name in pairs]
+        self._dicts, self._names, self._full_names = map(list, zip(*found, strict=True))
         self._tensors = self._current_tensors()
         there = [tensor for tensor in self._tensors if tensor is not None]
         # A subclass may have no address.
@@ -54,7 +55,7 @@ class Snapshot:
         self._versions = list(map(_version, self._counted))
 
     def change(self) -> str | None:
-        """What has changed since, in a few words; None for nothing."""
+        """The first change since, in a few words; None for no change."""
         if not self._structure.is_kept():
             return "a module was replaced"
         tensors = self._current_tensors()
@@ -77,8 +78,8 @@ class Snapshot:
 class MadeFrom:
     """Marks a value as computed from a network whose weights were those of `snapshot`.
 
-    It keeps neither alive. The network holds the snapshot until it takes another, which it does when its weights
-    have changed. A pickled mark knows of no network, and never complains.
+    The mark keeps neither alive. The network holds the snapshot until its weights have changed and it takes
+    another. A pickled mark knows of no network, and never raises.
     """
 
     def __init__(self, network: nn.Module | None = None, snapshot: Snapshot | None = None) -> None:

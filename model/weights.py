@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .arguments import check_backend
 from .config import UNetConfig, UnsupportedConfig, diffusers_config, shown
 from .files import (
     CheckpointError,
@@ -30,7 +31,7 @@ from .files import (
 )
 from .keys import Slot, weight_slots
 from .releases import Layout, beyond, find_layout, published
-from .unet import UNet, check_backend
+from .unet import UNet
 
 # Where `save_unet` keeps the configuration in the header of its file: JSON with the fields of a config.json.
 METADATA_KEY = "ldmperf.unet_config"
@@ -48,8 +49,8 @@ def load_unet(
     """A UNet in eval mode from a checkpoint on disk.
 
     path: a folder written by diffusers' `save_pretrained` (the UNet's, or a pipeline's with a `unet` folder in
-    it), a .safetensors file in diffusers or CompVis key layout (a whole Stable Diffusion checkpoint too; what is
-    not the UNet is left alone), or one shard or the index file of a set of shards, which stand for the set.
+    it), a .safetensors file in diffusers or CompVis key layout (a whole Stable Diffusion checkpoint too, of which
+    only the UNet is read), or one shard or the index file of a set of shards, which stand for the set.
     Prefixes of training code (`module.`, `_orig_mod.`, `model.diffusion_model.` and the like) are understood.
 
     The configuration is the folder's config.json, that in a file's metadata (`save_unet`), or the config.json
@@ -74,7 +75,7 @@ def load_unet(
         )
     path = Path(path)
     source = find(path)
-    # A default device of the caller's would be asked for the file's tensors. Inference tensors get no gradients.
+    # Neither the caller's default device nor its inference mode reaches the weights.
     with ExitStack() as stack, torch.device("cpu"), torch.inference_mode(False):
         tensors, metadata = open_all(source, stack)
         layout = find_layout(str(path), {key: tuple(tensors[key].get_shape()) for key in tensors})
@@ -194,7 +195,7 @@ def _checked(raw: Mapping[str, Any], place: str) -> UNetConfig:
 
 
 def _acting(config: UNetConfig) -> UNetConfig:
-    """The configuration without what changes no result: the size in training, transformers of levels without."""
+    """The configuration without fields that change no result: sample_size, heads of levels without attention."""
     attends = [*config.attention[:-1], config.attention[-1] or config.has_middle]
 
     def acting(counts: tuple[int, ...]) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ def _check_device(device: torch.device | str) -> None:
 def _one_dtype(path: Path, slots: list[Slot], stored: list[Any], wanted: torch.dtype | None) -> torch.dtype:
     """The dtype to load in; the file's dtypes are checked whatever is wanted."""
     names = [tensor.get_dtype() for tensor in stored]
-    # A cast of quantized weights is not what they stand for: their scales are elsewhere.
+    # Quantized weights need their scales, which other tensors hold: a cast alone is wrong.
     if unknown := [f"{slot.key} ({name})" for slot, name in zip(slots, names, strict=True) if name not in _DTYPES]:
         raise CheckpointError(
             f"{path}: not a float dtype in {some(unknown)}; only {', '.join(_DTYPES)} are read: convert the file"

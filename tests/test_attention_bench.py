@@ -7,7 +7,7 @@ import functools
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from ldmperf.kernels import attention
-from ldmperf.profiling.cli import main
 from ldmperf.profiling.kernel_bench import attention_peers
 from ldmperf.profiling.kernel_bench.attention_table import (
     AttentionRow,
@@ -277,7 +276,6 @@ def row(of_itself: bool = True, head_dim: int = 40, batch: int = 2, **us: float)
         queries=64,
         keys=64 if of_itself else 77,
         batch=batch,
-        dtype="bfloat16",
         mode="graph",
         us=times,
         errors={name: error for name, error in errors.items() if name in times},
@@ -360,35 +358,12 @@ def test_calls_by_head_dimension_begin_with_the_longest() -> None:
     assert [s is not None and s.keys == 77 for s in sizes] == [False] * 8 + [True] * 8
 
 
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(["kernels", *arguments])
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out, captured.err
-
-
 def test_the_command_takes_head_dimensions(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldmperf.profiling.kernel_bench.device._COPY_BYTES", {"cpu": 4096})
-    options = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--out", str(tmp_path), "--seconds", "60"]
-    code, out, errors = run_command(capsys, "--head-dim", "8,12", "--tokens", "16", *options)
-    assert code == 0, errors
+    options = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--out", tmp_path, "--seconds", "60"]
+    found = run("kernels", "--head-dim", "8,12", "--tokens", "16", *options)
+    assert found.code == 0, found.err
     for part in ("attention 1x16x8x8 ", "attention 1x16x8x12 over 77", "best peer", "peers with a time are eager"):
-        assert part in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--head-dim", "0"], "from 1"),
-        (["--head-dim", "8", "--kernel", "geglu"], "attention"),
-        (["--head-dim", "8", "--size", "39M"], "--size"),
-        (["--head-dim", "8", "--latent", "64"], "leave --latent out"),
-    ],
-)
-def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
-    code, _, errors = run_command(capsys, *arguments)
-    assert code == 2
-    assert told in errors
-    assert len(errors.strip().splitlines()) == 1
+        assert part in found.out

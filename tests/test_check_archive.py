@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import re
 import tarfile
@@ -269,9 +270,7 @@ def test_an_archive_is_replaced_at_once_or_not_at_all(
     checkout.put("ladder", "records.jsonl", make_record(environment=environment()))
     checkout.write()
     before = checkout.archive.read_bytes()
-    monkeypatch.setattr(
-        check_archive.os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space left")))
     (checkout.check / "more.log").write_text("more")
     with pytest.raises(OSError, match="No space"):
         checkout.write()

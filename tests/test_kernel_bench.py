@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.cli import main
 from ldmperf.profiling.commands.kernels_command import progress_line
 from ldmperf.profiling.kernel_bench import bench as bench_module
 from ldmperf.profiling.kernel_bench import device as device_module
+from ldmperf.profiling.kernel_bench import peer_lane
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
     DELAY_CYCLES,
@@ -330,13 +330,11 @@ def test_calls_at_another_latent_and_context() -> None:
     assert len({job.case.key for job in long}) == len(long)
 
 
-def test_the_command_takes_latents_context_lengths_and_a_seed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_takes_latents_context_lengths_and_a_seed(run: Callable[..., Any], tmp_path: Path) -> None:
     options = ["--device", "cpu", "--dtype", "float32", "--size", "39M", "--batch", "1", "--peer", "eager"]
     options += ["--kernel", "attention", "--latent", "8x16,8", "--tokens", "5", "--seed", "7"]
-    code, _, errors = run_command(capsys, "kernels", *options, "--out", str(tmp_path))
-    assert code == 0, errors
+    found = run("kernels", *options, "--out", tmp_path)
+    assert found.code == 0, found.err
     (folder,) = tmp_path.iterdir()
     records, _ = load_lines(folder / "kernels.jsonl", KernelRecord)
     sizes = {(r.case.attention.queries, r.case.attention.keys) for r in records if r.case.attention is not None}
@@ -344,8 +342,8 @@ def test_the_command_takes_latents_context_lengths_and_a_seed(
     assert {(r.seed, r.case_key.endswith("mode=eager seed=7"), r.status) for r in records} == {(7, True, "ok")}
     other = records[0].model_copy(update={"seed": 0})
     assert other.case_id != records[0].case_id
-    code, _, errors = run_command(capsys, "kernels", *options, "--seed", "8", "--resume", str(folder))
-    assert (code, "give --seed 7" in errors) == (2, True)
+    refused = run("kernels", *options, "--seed", "8", "--resume", folder)
+    assert (refused.code, "give --seed 7" in refused.err) == (2, True)
 
 
 def test_a_seed_chooses_the_inputs() -> None:
@@ -523,7 +521,7 @@ def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ldmperf.profiling.measure.outcomes.release_memory", released)
     monkeypatch.setattr(bench_module, "release_memory", released)
-    monkeypatch.setattr(bench_module, "timed_run", sample)
+    monkeypatch.setattr(peer_lane, "timed_run", sample)
     # One call is checked, six calibrate, one is untimed: the tenth is the second sample, the third calibrates.
     peers = [peer(name, functools.partial(call, name, fails)) for name, fails in (("a", 0), ("b", 10), ("c", 3))]
     statuses = [record.status for record in bench(*peers).measure(Job("39M", 2, geglu_case()))]
@@ -650,13 +648,6 @@ def test_a_sampler_may_round_more_than_others() -> None:
     assert tolerance_of(sampler_call("ddim", 2, "bfloat16", (8, 8))) > tolerance_of(geglu_case(dtype="bfloat16"))
 
 
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out, captured.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -671,6 +662,10 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
         (["--head-dim", ",", "--size", "39M"], "--head-dim: no value given"),
         (["--head-dim", "8", "--tokens", " , "], "--tokens: no value given"),
         (["--head-dim", "8", "--kernel", "attention,geglu"], "leave --size out, and --kernel"),
+        (["--head-dim", "0"], "from 1"),
+        (["--head-dim", "8", "--kernel", "geglu"], "attention"),
+        (["--head-dim", "8", "--size", "39M"], "--size"),
+        (["--head-dim", "8", "--latent", "64"], "leave --latent out"),
         (["--head-dim", "8", "--dtype", "int8"], "bfloat16"),
         (["--head-dim", "8", "--batch", "0"], "from 1"),
         (["--head-dim", "8", "--peer", "jax"], "xformers"),
@@ -685,34 +680,31 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
         (["--seconds", "nan"], "--help"),
     ],
 )
-def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
-    code, _, errors = run_command(capsys, "kernels", *arguments)
-    assert code == 2
-    assert told in errors
-    assert len(errors.strip().splitlines()) == 1
+def test_a_wrong_call_is_one_line(run: Callable[..., Any], arguments: list[str], told: str) -> None:
+    found = run("kernels", *arguments)
+    assert found.code == 2
+    assert told in found.err
+    assert len(found.err.strip().splitlines()) == 1
 
 
 def test_the_command_measures_records_and_shows(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = [Job("39M", 2, case) for case in family_calls("39M", 2, "float32", latent=(8, 8))[:4]]
     monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: small)
-    code, out, errors = run_command(
-        capsys, "kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", str(tmp_path)
-    )
-    assert code == 0, errors
+    found = run("kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", tmp_path)
+    assert found.code == 0, found.err
     (folder,) = tmp_path.iterdir()
     records, rejected = load_lines(folder / "kernels.jsonl", KernelRecord)
     assert rejected == 0
     assert {record.peer for record in records} == {"eager", "reference"}
-    assert "unsupported" not in out + errors
+    assert "unsupported" not in found.out + found.err
     assert (folder / "kernels.md").read_text().count("\n") > 5
-    assert "compile" not in errors
+    assert "compile" not in found.err
 
 
-def test_help_lists_every_peer(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run_command(capsys, "kernels", "--help")
-    options = out.partition("Options:")[2]
+def test_help_lists_every_peer(run: Callable[..., Any]) -> None:
+    options = run("kernels", "--help").out.partition("Options:")[2]
     listed = "".join(options.partition("--peer")[2].partition("; those that")[0].split())
     assert set(listed.removeprefix("LIST").split(",")) == set(PEERS)
 
@@ -771,40 +763,38 @@ def test_a_busy_machine_is_noted() -> None:
         assert "probably busy" in shown
 
 
-def test_a_bench_that_measured_nothing_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, errors = run_command(
-        capsys, "kernels", "--device", "cpu", "--seconds", "0", "--size", "39M", "--out", str(tmp_path)
-    )
-    assert code == 1
-    assert "No kernel" in out
-    assert "--seconds" in errors
+def test_a_bench_that_measured_nothing_fails(run: Callable[..., Any], tmp_path: Path) -> None:
+    found = run("kernels", "--device", "cpu", "--seconds", "0", "--size", "39M", "--out", tmp_path)
+    assert found.code == 1
+    assert "No kernel" in found.out
+    assert "--seconds" in found.err
 
 
 def test_a_bench_is_taken_up_in_its_folder(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = [Job("39M", 2, geglu_case(rows)) for rows in (3, 4)]
     options = ["--device", "cpu", "--dtype", "float32", "--peer", "eager,reference"]
 
-    def run(jobs: Sequence[Job], *more: str) -> tuple[int, str, str]:
+    def bench_of(jobs: Sequence[Job], *more: str | Path) -> Any:
         monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: jobs)
-        return run_command(capsys, "kernels", *options, *more)
+        return run("kernels", *options, *more)
 
-    code, _, errors = run(small[:1], "--out", str(tmp_path / "runs"))
-    assert code == 0, errors
+    begun = bench_of(small[:1], "--out", tmp_path / "runs")
+    assert begun.code == 0, begun.err
     (folder,) = (tmp_path / "runs").iterdir()
-    code, out, errors = run(small, "--resume", str(folder))
-    assert code == 0, errors
+    resumed = bench_of(small, "--resume", folder)
+    assert resumed.code == 0, resumed.err
     records, rejected = load_lines(folder / "kernels.jsonl", KernelRecord)
     assert ([record.case.tensors[0].shape[0] for record in records], rejected) == ([3, 3, 4, 4], 0)
     assert list((tmp_path / "runs").iterdir()) == [folder]
-    assert "3x16" in out
-    assert "geglu 3x16" not in errors
+    assert "3x16" in resumed.out
+    assert "geglu 3x16" not in resumed.err
     # Begun elsewhere, or no folder of a bench: one line, and nothing is measured.
     text = (folder / "kernels.jsonl").read_text()
     (folder / "kernels.jsonl").write_text(text.replace(f'"python":"{sys.version.split()[0]}"', '"python":"2.7"'))
     for wrong, told in ((folder, "another environment (python"), (tmp_path, "no folder of a bench")):
-        code, _, errors = run(small, "--resume", str(wrong))
-        assert code == 2
-        assert told in errors
-        assert len(errors.strip().splitlines()) == 1
+        refused = bench_of(small, "--resume", wrong)
+        assert refused.code == 2
+        assert told in refused.err
+        assert len(refused.err.strip().splitlines()) == 1

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from ldmperf.model import UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.model.deferred import missing_in_tokens
 from ldmperf.model.layers import Resample, ResBlock, Transformer, TransformerBlock
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -325,7 +326,7 @@ def test_a_hook_is_seen_in_a_table_that_was_replaced(reset: str) -> None:
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_module_used_as_one_writes_nothing_that_it_is_given(name: str, kind: type[nn.Module]) -> None:
-    """Called once more with what a step gave it, on its own, in every grad mode."""
+    """Called once more with what a step gave it, and as a user does, without `in_place`, in every grad mode."""
     unet, _, _ = pair(name)
     module = next(module for module in unet.modules() if isinstance(module, kind))
     calls: list[tuple[Any, ...]] = []
@@ -338,6 +339,7 @@ def test_a_module_used_as_one_writes_nothing_that_it_is_given(name: str, kind: t
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             module(*calls[0])
+            module(*(calls[0] if kind is Resample else calls[0][:-1]))
         kept.assert_unchanged()
 
 
@@ -413,7 +415,7 @@ def test_blocks_in_checkpointed_segments_have_the_gradients_of_blocks_in_a_row(r
     ):
         unet.zero_grad()
         keys = [block.project_context(arguments("deep")[1]) for block in transformer.blocks]
-        at_norms = [None, *transformer.lacking()]
+        at_norms = [None, *missing_in_tokens(transformer)]
         blocks = [
             functools.partial(call, block, keys[i], *at_norms[3 * i : 3 * i + 3])
             for i, block in enumerate(transformer.blocks)

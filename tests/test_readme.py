@@ -1,23 +1,97 @@
-"""README's figures are those of the committed records, and its examples run."""
+"""README and docs: figures are those of the committed records, examples run, links and paths lead somewhere."""
 
+import json
 import re
 import runpy
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    path.relative_to(ROOT) for folder in (".", "docs", "bench", "kernels") for path in (ROOT / folder).glob("*.md")
+)
+# The first screen: up to the first heading below the title.
+SCREEN = README.split("\n## ")[0]
 
 
-def test_the_table_is_that_of_the_committed_records():
-    with_table = runpy.run_path(str(ROOT / "bench" / "readme.py"))["with_table"]
-    assert with_table(README) == README
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README))
-def test_local_links_lead_somewhere(link):
-    assert link.startswith("https://") or (ROOT / link).exists()
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_figures_are_those_of_the_committed_records(page):
+    tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))
+    assert page in tool["PAGES"]
+    assert tool["with_figures"](text_of(page)) == text_of(page)
+
+
+def test_the_finding_follows_from_the_raw_samples():
+    """Counted here from the lines of the file, by the formulas of docs/measuring.md."""
+    (path,) = re.findall(r"<!-- finding: (\S+)", README)
+    ms = {}
+    for record in map(json.loads, text_of(path).splitlines()):
+        case = record["case"]
+        if case["steps"] == 2:
+            ms[case["unet"], case["backend"]] = median(record["wall_ms"]["samples"]) / record["evaluations"]
+    costs = {
+        size["name"]: size["paper_normalized_cost"]
+        for size in json.loads(next((ROOT / "profiling").rglob("paper.json")).read_text())["sizes"]
+    }
+    words = " ".join(SCREEN.split())
+    ours, theirs = (ms["39M", backend] / ms["145M", backend] for backend in ("torch", "diffusers"))
+    assert f"takes {ours:.2f} of the time of the 145M network (diffusers: {theirs:.2f})" in words
+    assert f"says {costs['39M'] / costs['145M']:.2f}." in words
+
+
+def test_the_first_screen_is_short():
+    """At most four rows of figures, three commands, and no figure typed by hand: all are in the written block."""
+    rows = [line for line in SCREEN.splitlines() if line.startswith("| ")]
+    assert 1 < len(rows) <= 1 + 4
+    (commands,) = re.findall(r"```console\n(.*?)```", SCREEN, re.DOTALL)
+    assert len(commands.splitlines()) == 3
+    by_hand = re.sub(r"<!-- finding.*?end of finding -->|\(https://.*?\)", "", SCREEN, flags=re.DOTALL)
+    assert set(re.findall(r"\d[\d.]*", by_hand)) <= {"2404.01367"}
+
+
+@pytest.mark.parametrize(
+    ("page", "link"), [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page))]
+)
+def test_links_lead_somewhere(page, link):
+    if link.startswith("https://"):
+        return
+    target, _, anchor = link.partition("#")
+    found = (ROOT / page).parent / target if target else ROOT / page
+    assert found.exists()
+    assert not anchor or anchor in anchors(found)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=str)
+def test_paths_of_the_checkout_exist(page):
+    """Files and folders that a page names: those without a placeholder, of the folders that are committed."""
+    paths = re.findall(
+        r"(?<![\w/.~-])((?:kernels|model|samplers|profiling|tests|bench|docs)/[\w./-]+)(?![\w<*-])", text_of(page)
+    )
+    missing = {path for path in paths if not (ROOT / path.rstrip(".")).exists()}
+    assert not {path for path in missing if not path.startswith(("bench/results/", "kernels/tuned"))}
+
+
+def test_the_index_names_every_page_of_docs():
+    linked = set(re.findall(r"\]\(([\w-]+\.md)", text_of("docs/README.md")))
+    assert linked == {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+
+
+def test_contributing_names_every_room():
+    rooms = {path.stem for path in (ROOT / "profiling").glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
+    assert rooms <= set(re.findall(r"`(\w+)(?:/|\.py)`", text_of("CONTRIBUTING.md")))
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

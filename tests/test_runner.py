@@ -45,15 +45,6 @@ from ldmperf.samplers import SAMPLERS
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """What the imports made is not gone through at each of the many collections."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 TWICE = RepetitionRule(2, 0.0)
 BOTH: dict[str, Backend] = {"torch": OurBackend("torch"), "diffusers": DiffusersBackend()}
 

@@ -130,7 +130,8 @@ def kernels(
 
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:
     """Measures, with a line for each call on stderr; then the table on stdout and as kernels.md."""
-    from ..kernel_bench.kernel_records import RECORDS_NAME, KernelStore
+    from ..kernel_bench import KERNELS_NAME
+    from ..kernel_bench.kernel_records import KernelStore
     from ..kernel_bench.run import earlier_records
     from ..measure.environment import collect_environment
     from ..measure.folders import locked, new_folder
@@ -143,7 +144,7 @@ def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | No
     try:
         folder = resume or new_folder(out, utc_now(), environment, "-kernels")
         lock = locked(folder, tell)
-        store = KernelStore(folder / RECORDS_NAME)
+        store = KernelStore(folder / KERNELS_NAME)
     except OSError as failure:
         stop(f"cannot write to {resume or out} ({failure.strerror}); choose another folder with --out", 1)
     with lock:
@@ -198,7 +199,7 @@ def _measure(
 
 def progress_line(records: Sequence[KernelRecord]) -> str:
     """One line on a call: its peers and their times, or why there is none."""
-    from ..kernel_bench.attention_table import CALLS
+    from ..kernel_bench.kernel_records import MODES
 
     first = records[0]
     by_mode: dict[Mode, list[str]] = {}
@@ -206,6 +207,6 @@ def progress_line(records: Sequence[KernelRecord]) -> str:
         time = r.status if r.ms is None else f"{r.ms.p50:.4g} ms"
         by_mode.setdefault(r.mode, []).append(f"{r.peer} {time}")
     times = [
-        ", ".join(peers) if len(by_mode) == 1 else f"{CALLS[m]} {', '.join(peers)}" for m, peers in by_mode.items()
+        ", ".join(peers) if len(by_mode) == 1 else f"{MODES[m]} {', '.join(peers)}" for m, peers in by_mode.items()
     ]
     return f"{first.case.operator} {first.case.label} ({first.size} batch {first.batch}): {'; '.join(times)}"

@@ -1,7 +1,7 @@
-"""Who else computes attention: torch's kernels by name, FlexAttention and xformers, each as its users call it.
+"""Peers of attention: torch's kernels by name, FlexAttention and xformers, each called as its users call it.
 
-All of them take views of q, k, v [B, N, H, D] in the order of dimensions that they know, so that nothing is copied
-before them, and give their result in the memory that they like; it is compared as [B, N, H, D].
+A peer gets views of q, k, v [B, N, H, D] in its own order of dimensions, so nothing is copied before its call. Its
+result may have any strides; it is compared as [B, N, H, D].
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SDPA: Mapping[str, tuple[SDPBackend, str]] = {
     "sdpa-efficient": (SDPBackend.EFFICIENT_ATTENTION, "can_use_efficient_attention"),
 }
 _MASKS = ("key_lengths", "key_mask")
-# How FlexAttention and xformers word it where they cannot serve a call.
+# Words of FlexAttention and xformers for a call that they cannot serve.
 _REFUSALS = ("NYI", "not implemented", "NotImplementedError", "not supported", "unsupported", "No operator found")
 
 
@@ -96,7 +96,7 @@ def _refusal(serves: Callable[..., bool], arguments: Arguments) -> str | None:
 
 
 def _or_refused(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, whose refusal to serve is no error."""
+    """`call`, with Unsupported in place of its refusal to serve."""
 
     def called(*arguments: Any, **options: Any) -> Any:
         try:

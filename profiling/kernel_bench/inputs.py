@@ -1,4 +1,4 @@
-"""The inputs of a kernel case, what its result is compared with, and how far off it may be."""
+"""The inputs of a call, its exact outputs in float64, and the error that passes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..measure.error import relative_rms
 from ..options import DType
 from ..step.call import OperatorCall
 
-# Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
-# parts, and far less than a wrong formula gives.
+# Relative RMS error that passes: several roundings of the dtype (torch's own operators round between their parts),
+# and far less than a wrong formula gives.
 _TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 # Pipelines keep latents in the network's dtype, and guidance multiplies the rounding of its difference by 7.5.
 _SAMPLER_FACTOR = 5.0
@@ -99,7 +99,7 @@ def tolerance_of(case: OperatorCall) -> float:
 
 
 def outputs(arguments: Mapping[str, Any], result: Any) -> tuple[Tensor, ...]:
-    """What a call computed: its result, or what it updated: the latents, the next model input, other registers."""
+    """The outputs of a call: its result, or what it updated: latents, next model input, other registers."""
     if isinstance(result, Tensor):
         return (result,)
     if result is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -20,18 +21,17 @@ from ..measure.recorded import (
     Status,
     short_id,
 )
-from ..measure.store import Store
+from ..measure.store import Aside, Store, read_lines
 from ..options import DEVICE_PATTERN, device_kind
 from ..step.call import OperatorCall
 
-RECORDS_NAME = "kernels.jsonl"
-
 Mode = Literal["eager", "graph"]
-MODES: tuple[Mode, ...] = ("eager", "graph")
+# How calls are made in a mode, as tables say it: "eager" is the name of a peer, too.
+MODES: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 
 
 class CopyBandwidth(RecordModel):
-    """A copy from device memory to device memory in the same run: `ms` of one copy of `bytes_each`."""
+    """A copy within device memory, timed in the same run: `ms` of one copy of `bytes_each`."""
 
     bytes_each: int
     ms: Samples
@@ -43,11 +43,11 @@ class CopyBandwidth(RecordModel):
 
 
 class UnitRates(RecordModel):
-    """What the units that limit attention do on this device, in this run.
+    """Rates of the units that limit attention, on this device and in this run.
 
-    `matrix_ms`: of one product of two square matrices of `matrix_size` rows in the case's dtype. The exponential
-    unit's rate follows from the number of multiprocessors and the highest clock that the device may take; where
-    that is null, `message` says why.
+    `matrix_ms`: one matmul of two square matrices of `matrix_size` rows in the case's dtype. The exponential
+    unit's rate follows from the number of multiprocessors and the highest clock of the device; where the clock is
+    null, `message` says why.
     """
 
     matrix_size: int
@@ -161,7 +161,7 @@ class KernelRecord(RecordModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tflops(self) -> float | None:
-        """1e12 FLOP a second of its matrix products without padding; None for what they do not limit."""
+        """1e12 FLOP a second of its matmuls without padding; None for an operator that matmuls do not limit."""
         if self.ms is None or not self.ms.p50 or self.case.flops is None:
             return None
         return self.case.flops / self.ms.p50 / 1e9
@@ -185,7 +185,7 @@ class KernelRecord(RecordModel):
 
 
 def record_key(case: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
-    """What a record is of, as text."""
+    """What tells a record from others, as text."""
     return f"{case.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
 
 
@@ -194,3 +194,9 @@ class KernelStore(Store[KernelRecord]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KernelRecord)
+
+
+def read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
+    """The last record of each key, and the lines that were set aside. Raises OSError when it cannot be read."""
+    records, aside = read_lines(path, KernelRecord)
+    return list({record.case_key: record for record in records}.values()), aside

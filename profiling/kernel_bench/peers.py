@@ -1,15 +1,15 @@
-"""Who computes a kernel case: our kernel, our reference, torch as people write it, and other libraries."""
+"""The peers of an operator: our kernel, our reference, torch as people write it, and other libraries."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ldmperf.kernels import OPERATORS, linear_separate
+from ldmperf.kernels import OPERATORS, Launch, linear_separate
 
 from ..kernel_bench import attention_peers
 from ..measure.outcomes import Unsupported
@@ -21,11 +21,13 @@ from .plain import PLAIN, STEPS, guided, with_input
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` raises `Unsupported` where there is nothing to time; `operators` are those it knows, None for all.
+    """One way to compute calls; `build` raises `Unsupported` where there is nothing to time.
 
-    `capturable`: whether a CUDA graph of its calls is tried. `measures`: those that it has something for, None for
-    all; of the others that it knows, one record an operator says all there is. `gpu_only`: why nothing of it can
-    run on a CPU. `slow_on`: where it compiles for tens of seconds a call, or much longer than what is measured.
+    operators   those that the peer knows, None for all
+    capturable  whether a CUDA graph of its calls is tried
+    measures    those that the peer can compute, None for all; of the others that it knows, one record says why not
+    gpu_only    why nothing of it can run on a CPU
+    slow_on     devices where it compiles for tens of seconds a call, or much longer than what is measured
     """
 
     name: str
@@ -50,23 +52,20 @@ class Peer:
         return known and (first_of_operator or self.measures is None or case.operator in self.measures)
 
 
-def _triton(case: OperatorCall, device: torch.device) -> Implementation:
+def _ours(backend: str, case: OperatorCall, device: torch.device) -> Implementation:
+    """Our operator by one of its backends; of the kernel, its launches too."""
     operator = OPERATORS[case.operator]
-    call = functools.partial(operator.call, backend="triton")
-    return Implementation(call, launches=lambda **arguments: operator.plan(operator.bind(**arguments))[1])
 
+    def launches(**arguments: Any) -> Sequence[Launch]:
+        return operator.plan(operator.bind(**arguments))[1]
 
-def _auto(case: OperatorCall, device: torch.device) -> Implementation:
-    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="auto"))
+    call = functools.partial(operator.call, backend=backend)
+    return Implementation(call, launches=launches if backend == "triton" else None)
 
 
 def _separate(case: OperatorCall, device: torch.device) -> Implementation:
-    """torch's product between our kernels of the norm and the gate: what a merge has to beat."""
+    """torch's matmul between our kernels of the norm and the gate: what the merged kernel has to beat."""
     return Implementation(functools.partial(linear_separate, backend="triton"))
-
-
-def _reference(case: OperatorCall, device: torch.device) -> Implementation:
-    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="torch"))
 
 
 def _eager(case: OperatorCall, device: torch.device) -> Implementation:
@@ -140,13 +139,13 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer(
             "triton",
-            _triton,
+            functools.partial(_ours, "triton"),
             gpu_only="the Triton kernel needs a GPU; its interpreter's time on a CPU says nothing",
         ),
         # Elsewhere the kernel serves whatever it can, so that "auto" is "triton".
         Peer(
             "auto",
-            _auto,
+            functools.partial(_ours, "auto"),
             operators=_ATTENTION | _LINEAR,
             gpu_only="without a GPU, auto is the reference; name reference",
         ),
@@ -159,7 +158,7 @@ PEERS: Mapping[str, Peer] = {
         # Of attention there is one operator: nothing to fuse.
         Peer("compile", _compiled(_eager), operators=frozenset(OPERATORS) - _ATTENTION, slow_on=("cpu",)),
         Peer("eager", _eager),
-        Peer("reference", _reference),
+        Peer("reference", functools.partial(_ours, "torch")),
         *(
             Peer(
                 name,

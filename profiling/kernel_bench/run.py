@@ -12,14 +12,15 @@ from ..measure.environment import Environment
 from ..measure.folders import RunError
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
-from ..measure.store import load_lines, write_whole
+from ..measure.store import write_whole
 from ..measure.timing import Deadline
 from ..options import DType
+from . import KERNELS_NAME
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
-from .kernel_records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
+from .kernel_records import MODES, KernelRecord, KernelStore, UnitRates, read_kernels
 from .peers import PEERS, usual_peers
-from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
+from .selection import BATCHES, CONTEXTS, LATENTS, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class BenchChoices:
         batches = self.batches or BATCHES
         if self.head_dims:
             return head_dim_jobs(self.head_dims, self.tokens or TOKENS, batches, self.dtype)
-        latents, contexts = self.latents or ((64, 64),), self.tokens or (77,)
+        latents, contexts = self.latents or LATENTS, self.tokens or CONTEXTS
         return jobs(self.operators, self.sizes or SIZES, batches, self.dtype, latents, contexts)
 
     def bench(self, environment: Environment) -> KernelBench:
@@ -54,7 +55,7 @@ class BenchChoices:
         return KernelBench(
             self.device,
             [PEERS[name] for name in PEERS if name in names],
-            ("eager",) if is_cpu else MODES,
+            ("eager",) if is_cpu else tuple(MODES),
             PACES[device.type],
             environment,
             copy_bandwidth(device),
@@ -103,10 +104,10 @@ def earlier_records(
 
     Times from two environments in one folder would pass for a comparison, two dtypes, devices or seeds too.
     """
-    path = folder / RECORDS_NAME
+    path = folder / KERNELS_NAME
     if not path.exists():
-        raise RunError(f"{folder} is no folder of a bench: it has no {RECORDS_NAME}; start one without --resume")
-    records = load_lines(path, KernelRecord)[0]
+        raise RunError(f"{folder} is no folder of a bench: it has no {KERNELS_NAME}; start one without --resume")
+    records = read_kernels(path)[0]
     for record in records:
         if differences := record.environment.differences(environment):
             raise RunError(
@@ -120,7 +121,7 @@ def earlier_records(
                     f"{folder} is of {theirs}, and this call of {given}: give --{option} {theirs}, "
                     "or start a new folder without --resume"
                 )
-    return list({record.case_key: record for record in records}.values())
+    return records
 
 
 def write_markdown(folder: Path, text: str) -> Path:

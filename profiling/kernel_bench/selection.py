@@ -16,6 +16,8 @@ from ..step.calls import attention_calls, family_calls, vae_calls
 VAE = "vae"
 SIZES = (*FAMILY, VAE)
 BATCHES = (2, 16)
+# Height and width, and text tokens.
+LATENTS, CONTEXTS = ((64, 64),), (77,)
 # Of the family's attention at 64x64 latents: one level of the UNet each.
 TOKENS = (4096, 1024, 256, 64)
 # Stable Diffusion's own size, then the ends of the family, then what lies between.
@@ -58,8 +60,8 @@ def jobs(
     sizes: Sequence[str],
     batches: Sequence[int],
     dtype: DType,
-    latents: Sequence[tuple[int, int]] = ((64, 64),),
-    contexts: Sequence[int] = (77,),
+    latents: Sequence[tuple[int, int]] = LATENTS,
+    contexts: Sequence[int] = CONTEXTS,
 ) -> Iterator[Job]:
     """Every distinct call of these operators, once, in the order to measure them; found as they are asked for."""
     seen: set[str] = set()

@@ -19,6 +19,11 @@ def commit(environment: Environment) -> str:
     return environment.git_commit[:7] + (" with uncommitted changes" if environment.git_dirty else "")
 
 
+def commit_name(environment: Environment) -> str:
+    """The short commit as a part of file names; the version where there is no commit."""
+    return environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
+
+
 class Measured(Protocol):
     """A record of whatever was measured."""
 

@@ -57,8 +57,25 @@ def _bfloat16_as_on_a_gpu():
     InterpreterBuilder.get_bf16 = get_bf16
 
 
+def _patched_once_a_launch():
+    """Spares the interpreter half its time: every call in a kernel patches triton.language, as the launch has."""
+    from triton.runtime import interpreter
+
+    patch, execute, scopes = interpreter._patch_lang, interpreter.GridExecutor.__call__, {}
+
+    def patch_once(fn):
+        return scopes[fn.__module__] if fn.__module__ in scopes else scopes.setdefault(fn.__module__, patch(fn))
+
+    def execute_afresh(self, *args, **kwargs):
+        scopes.clear()
+        return execute(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_afresh
+
+
 if not collect_ignore_glob:
     _bfloat16_as_on_a_gpu()
+    _patched_once_a_launch()
 
 LAYOUTS = ("plain", "channels_last", "sliced", "channel_slice", "expanded", "transposed")
 
