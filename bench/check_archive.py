@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import lzma
-import os
 import re
 import tarfile
 import zlib
@@ -61,13 +60,7 @@ def write_archive(path: Path, folder: Path, tuned: Path, limit: int = LIMIT) -> 
         if path.exists() and path.stat().st_size <= limit:
             return [f"{path}: would be {size}; the one before stays, and what is new is in {folder}"]
         told.append(f"{path}: {size}")
-    replacement = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacement.open("wb") as file:
-        file.write(packed)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    _write_whole(path, packed)
     return told
 
 
@@ -182,11 +175,11 @@ def import_archive(path: Path, root: Path, out: Path) -> list[str]:
         known = set(_lines(target))
         new = [line for line in dict.fromkeys(lines) if line not in known]
         if new:
-            _replace(target, b"".join(line + b"\n" for line in [*_lines(target), *new]))
+            _write_whole(target, b"".join(line + b"\n" for line in [*_lines(target), *new]))
             told.append(f"{target.relative_to(root)}: {len(new)} new records")
     told += [f"{count} lines of {name} are no records, and left out" for name, count in rejected.items()]
     for table, (content, changes) in tables.items():
-        _replace(table, content)
+        _write_whole(table, content)
         told.append(f"{table.relative_to(root)}: {changes}")
     written = 0
     for name, content in contents.items():
@@ -194,7 +187,7 @@ def import_archive(path: Path, root: Path, out: Path) -> list[str]:
             place = out.joinpath(*PurePosixPath(name).parts[1:])
             # A check's files grow: of two of a name the longer is the later one, or the one that is whole.
             if not place.exists() or len(place.read_bytes()) < len(content):
-                _replace(place, content)
+                _write_whole(place, content)
                 written += 1
     checks = sorted({name.split("/")[1] for name in contents if name.startswith("runs/")})
     if written:
@@ -239,11 +232,10 @@ def _record_sets(contents: Mapping[str, bytes], results: Path) -> tuple[dict[Pat
 def _machine_and_commit(environment: Any) -> tuple[str, str]:
     """The folder and the name of what was measured there: what differs in one is never merged."""
     from ldmperf.kernels import Chip
+    from ldmperf.profiling.measure.conditions import commit_name
 
     name = environment.gpu.name if environment.gpu else f"cpu {environment.cpu}"
-    commit = (environment.git_commit or f"v{environment.ldmperf}")[:7]
-    dirty = "-dirty" if environment.git_dirty else ""
-    return Chip(name, 0).file_name, commit + dirty
+    return Chip(name, 0).file_name, commit_name(environment) + ("-dirty" if environment.git_dirty else "")
 
 
 def _new_tables(contents: Mapping[str, bytes], tuned: Path) -> Iterator[tuple[Path, tuple[bytes, str]]]:
@@ -277,8 +269,8 @@ def _lines(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines() if path.exists() else []
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, content: bytes) -> None:
+    from ldmperf.profiling.measure.store import write_whole
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_name(path.name + ".tmp")
-    replacement.write_bytes(content)
-    replacement.replace(path)
+    write_whole(path, content)

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
-from check_parts import LDMPERF, ROOT, Part, begun, is_evidence, recorded
+from check_evidence import begun, is_evidence, recorded
+from check_parts import LDMPERF, ROOT, Part
 
 # A child begins nothing new so long before its limit; stopped, it has so long to end by itself.
 MARGIN, GRACE = 20.0, 10.0
@@ -63,10 +65,7 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     start = time.monotonic()
     with path.open("ab") as log, compiled_beside(part, folder):
         said_before = log.tell()
-        # A session of its own: its workers can be ended with it, and a terminal's Ctrl-C comes through us.
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=variables
-        )
+        process = started(command, log, variables)
         try:
             code: int | None = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -79,6 +78,13 @@ def run_part(part: Part, limit: float, folder: Path, grace: float = GRACE) -> Ou
     return Outcome(part, text, ok, seconds, found)
 
 
+def started(command: Sequence[str], log: IO[bytes], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own: its workers can be ended with it, and a Ctrl-C comes through us."""
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=variables
+    )
+
+
 @contextlib.contextmanager
 def compiled_beside(part: Part, folder: Path) -> Iterator[None]:
     """Inside, what later parts launch is compiled by the cores that `part` leaves; it is over when `part` is."""
@@ -87,9 +93,7 @@ def compiled_beside(part: Part, folder: Path) -> Iterator[None]:
         return
     command = [*LDMPERF, "compile", "--for", ",".join(part.beside)]
     with (folder / f"compile-beside-{part.name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
-        )
+        process = started(command, log, environment())
         try:
             with contextlib.suppress(ProcessLookupError):
                 os.setpriority(os.PRIO_PROCESS, process.pid, 19)

@@ -41,20 +41,19 @@ def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """The short table: the profiles, our kernels against their peers, and how each part went."""
     from ldmperf.profiling import load_records
     from ldmperf.profiling.kernel_bench.attention_table import attention_lines, attention_rows
-    from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
+    from ldmperf.profiling.kernel_bench.kernel_records import read_kernels
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
-    from ldmperf.profiling.measure.store import load_lines
-    from ldmperf.profiling.report import print_table
+    from ldmperf.profiling.report import overview, print_table
     from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
     prepare_streams()
     out = console()
 
     for path in sorted(folder.glob("*/*/records.jsonl")):
-        print_table(load_records(path)[0], out)
+        print_table(overview(load_records(path)[0]), out)
         say(out)
     for path in sorted(folder.glob("*/*/kernels.jsonl")):
-        if measured := load_lines(path, KernelRecord)[0]:
+        if measured := read_kernels(path)[0]:
             beside_the_best = attention_lines(attention_rows(measured))
             for line in (conditions(measured), *beside_the_best, *summary_lines(measured), ""):
                 say(out, line)
@@ -157,14 +156,16 @@ def main(given: Sequence[str] | None = None) -> int:
     return check(options, began)
 
 
-def wrong_commit() -> str | None:
-    """What is to be done so that records name the commit that was measured; None where nothing is."""
+def has_commit() -> bool:
+    """Whether records can name the commit that is measured."""
     commit = os.environ.get("LDMPERF_COMMIT", "").strip().lower()
-    if (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", commit):
-        return None
-    return (
-        "there is no .git here: set LDMPERF_COMMIT to what `git rev-parse HEAD` prints in the checkout it is from"
-    )
+    return (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", commit) is not None
+
+
+def ended(code: int, why: str) -> int:
+    """The exit code, with the reason told."""
+    tell(f"gpu_check.py: {why}")
+    return code
 
 
 def import_archives(paths: Sequence[Path], out: Path) -> int:
@@ -176,8 +177,7 @@ def import_archives(paths: Sequence[Path], out: Path) -> int:
             for line in import_archive(path, ROOT, out) or [f"{path}: nothing new"]:
                 say(console(), line)
         except ArchiveError as wrong:
-            tell(f"gpu_check.py: {wrong}")
-            return 2
+            return ended(2, str(wrong))
     return 0
 
 
@@ -188,23 +188,20 @@ def check(options: argparse.Namespace, began: float) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            tell(f"gpu_check.py: no GPU is here (torch {torch.__version__}); rehearse the check with --device cpu")
-            return 2
+            return ended(2, f"no GPU is here (torch {torch.__version__}); rehearse the check with --device cpu")
         device = "cuda"
-    if device == "cuda" and (wrong := wrong_commit()):
-        tell(f"gpu_check.py: {wrong}")
-        return 2
+    if device == "cuda" and not has_commit():
+        what = "set LDMPERF_COMMIT to what `git rev-parse HEAD` prints in the checkout it is from"
+        return ended(2, f"there is no .git here: {what}")
     folder = options.out.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-gpu-check"
     if options.resume is not None:
         folder = options.resume.resolve()
         if not folder.is_dir():
-            tell(f"gpu_check.py: {options.resume} is no folder of a check; start a new one without --resume")
-            return 2
+            return ended(2, f"{options.resume} is no folder of a check; start a new one without --resume")
     try:
         folder.mkdir(parents=True, exist_ok=options.resume is not None)
     except OSError as failure:
-        tell(f"gpu_check.py: cannot write to {options.out} ({failure.strerror}); choose another folder with --out")
-        return 1
+        return ended(1, f"cannot write to {options.out} ({failure.strerror}); choose another folder with --out")
     chosen = chosen_parts(options, device, folder)
     tell(f"ptxas: {environment().get('TRITON_PTXAS_PATH')}; {device}; {folder}")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -29,6 +29,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 
 from ldmperf.kernels import OPERATORS, _launch, _triton
 from ldmperf.kernels._library import IMPLEMENTATIONS
@@ -36,8 +37,8 @@ from ldmperf.kernels._recipes import ByLayout, recipe
 from ldmperf.profiling.kernel_bench.selection import SIZES, VAE
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.options import CaseError, known_names, whole_number
-from ldmperf.profiling.step.call import KernelCase
-from ldmperf.profiling.step.calls import family_kernel_cases
+from ldmperf.profiling.step.call import OperatorCall
+from ldmperf.profiling.step.calls import family_calls
 
 CALLS, ROUNDS = 100, 7
 # The sampler of a step's sum, one of those that are cases.
@@ -57,13 +58,12 @@ class StandInDriver:
         return 0
 
 
-class NoKernel:
-    """A compiled kernel as JITFunction.run sees it, whose launch does nothing."""
-
-    name, function, packed_metadata = "none", 0, ()
+class NoKernel(CompiledKernel):  # type: ignore[misc]
+    """A compiled kernel whose launch does nothing."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
+        self.name, self.module, self.function, self.packed_metadata = "none", 0, 0, ()
 
     def launch_metadata(self, grid: tuple[int, ...], stream: int, *arguments: object) -> None:
         return None
@@ -76,7 +76,7 @@ class NoKernel:
 def stand_in_device() -> Iterator[None]:
     """Within, kernels take CPU tensors and are launched on nothing."""
     compiled, devices, driver = triton.compiler.compile, _triton.DEVICES, triton.runtime.driver._active
-    kernels = _jit_functions()
+    kernels = jit_functions()
     caches = [kernel.device_caches.copy() for kernel in kernels]
     triton.compiler.compile = lambda *_, options, **__: NoKernel(options)
     triton.runtime.driver.set_active(StandInDriver())
@@ -95,7 +95,7 @@ def stand_in_device() -> Iterator[None]:
             kernel.device_caches.update(cache)
 
 
-def _jit_functions() -> list[Any]:
+def jit_functions() -> list[Any]:
     modules = [module for name, module in sys.modules.items() if name.startswith("ldmperf.kernels")]
     found = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)}
     return list(found.values())
@@ -149,12 +149,11 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_time(case: KernelCase) -> HostTime:
+def host_time(case: OperatorCall) -> HostTime:
     """Of one case, within `stand_in_device`."""
     operator = OPERATORS[case.operator]
-    module = sys.modules[operator.call.__module__]
     arguments = case.arguments("cpu")
-    unsupported = {name: arguments[name] for name in _parameters(module.unsupported_reasons) if name in arguments}
+    bound = operator.bind(**arguments)
     chip = _launch.chip_of(torch.device("cpu"))
     with torch.inference_mode():
         with _Dispatched() as noted:
@@ -162,7 +161,7 @@ def host_time(case: KernelCase) -> HostTime:
         ((overload, positional),) = noted.found
         name = overload._schema.name.partition("::")[2]
         implementation = IMPLEMENTATIONS[name]
-        kept = recipe(positional, *operator.plan(**arguments))
+        kept = recipe(positional, *operator.plan(bound))
         tensors = kept.tensors(positional)
         call = least_us(lambda: operator.call(**arguments, backend="triton"))
         dispatched = least_us(lambda: overload(*positional))
@@ -173,22 +172,17 @@ def host_time(case: KernelCase) -> HostTime:
             label=case.label,
             count=case.count,
             launches=len(kept.steps),
-            reasons=least_us(lambda: module.unsupported_reasons(**unsupported)),
+            reasons=least_us(lambda: operator.unsupported_reasons(bound)),
             tuned=least_us(
-                lambda: _launch.tuned(case.operator, operator.tuning_key(**arguments), chip, dict)  # type: ignore[arg-type]
+                lambda: _launch.tuned(case.operator, operator.tuning_key(bound), chip, dict)  # type: ignore[arg-type]
             ),
-            plan=least_us(lambda: operator.plan(**arguments)),
+            plan=least_us(lambda: operator.plan(bound)),
             checks=call - dispatched,
             library=dispatched - alone,
             rest=alone - launched,
             triton=launched,
             call=call,
         )
-
-
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    code = function.__code__
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def step_ms(found: Sequence[HostTime], *, merged: bool) -> float:
@@ -246,7 +240,7 @@ def main() -> int:
     gc.disable()
     with stand_in_device():
         for size in sizes:
-            cases = [c for c in family_kernel_cases(size, batch, "bfloat16") if c.operator in operators]
+            cases = [c for c in family_calls(size, batch, "bfloat16") if c.operator in operators]
             found = [host_time(case) for case in cases]
             if options.json:
                 print(*(json.dumps({"size": size} | asdict(one)) for one in found), sep="\n")

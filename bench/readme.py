@@ -3,26 +3,24 @@
 tests/test_readme.py fails while a page differs from what this writes, so no figure there was typed by hand.
 """
 
-import re
 import textwrap
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ldmperf.profiling import Record, load_records
-from ldmperf.profiling.report import markdown_table
-from ldmperf.profiling.report.figures import PEER, Row, Section, overview
-from ldmperf.profiling.report.text import conditions, gflop, joined, short_ratio
-from ldmperf.profiling.terminal.layout import number
+from markers import with_blocks
+
+from ldmperf.profiling import load_records
+from ldmperf.profiling.report import markdown_table, overview
+from ldmperf.profiling.report.figures import PEER, Overview, Row, Section
+from ldmperf.profiling.report.text import joined, short_ratio
+from ldmperf.profiling.terminal.layout import formatted, number
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md")
 OURS = "torch"
-BLOCK = re.compile(r"(<!-- (finding|table): (\S+) .*?-->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
-def finding(records: list[Record]) -> str:
+def finding(shown: Overview) -> str:
     """The finding in words, and at most four rows: the step count at which most sizes were measured on both."""
-    shown = overview(records)
     section = max(shown.sections, key=lambda of: len(_both(of)))
     sizes = _both(section)
     (small, of_peer), (large, _) = sizes[0], sizes[-1]
@@ -37,12 +35,11 @@ def finding(records: list[Record]) -> str:
     for ours, peer in (sizes[i] for i in sorted({round(part * (len(sizes) - 1) / 3) for part in range(4)})):
         times = (number(row.record.ms_per_step) for row in (ours, peer))
         shares = (_cost(ours), _cost(peer), short_ratio(ours.paper_cost))
-        cells = (ours.name, gflop(ours.record.gflop_per_forward), *times, *shares)
+        cells = (ours.name, formatted(ours.record.gflop_per_forward, ".1f"), *times, *shares)
         lines.append(f"| {' | '.join(cells)} |")
-    said = conditions(shown)
-    faster = [row.times_faster for row in shown.rows if row.record.case.backend == OURS and row.times_faster]
+    faster = [row.times_faster for row in shown.rows if row.case.backend == OURS and row.times_faster]
     below = (
-        f"**Measured**: {joined((*said.shared, said.heading(section.environment, section.case)))}; medians. "
+        f"**Measured**: {joined((*shown.conditions.shared, shown.conditions.heading(section)))}; medians. "
         "The Triton kernels need a GPU, so ours runs torch's operators there: "
         f"{short_ratio(min(faster))}x to {short_ratio(max(faster))}x as fast as {PEER}."
     )
@@ -51,7 +48,7 @@ def finding(records: list[Record]) -> str:
 
 def _both(section: Section) -> list[tuple[Row, Row]]:
     """The rows of ours and of diffusers for each size that both have a time for, the smallest first."""
-    rows = {(row.record.case.backend, row.name): row for row in section.rows if row.cost is not None}
+    rows = {(row.case.backend, row.name): row for row in section.rows if row.cost is not None}
     return [
         (rows[OURS, name], rows[PEER, name]) for backend, name in rows if backend == OURS and (PEER, name) in rows
     ]
@@ -61,22 +58,22 @@ def _cost(row: Row) -> str:
     return short_ratio(None if row.cost is None else row.cost.p50)
 
 
-WRITERS: Mapping[str, Callable[[list[Record]], str]] = {"finding": finding, "table": markdown_table}
+def _shown(marker: str) -> Overview:
+    """The records that a marker names."""
+    path = marker.split()[0]
+    records, rejected = load_records(ROOT / path)
+    if rejected:
+        raise SystemExit(f"{path}: {rejected} lines are not records")
+    return overview(records)
 
 
 def with_figures(page: str) -> str:
     """The text of a page with the figures of the records between its markers."""
-
-    def written(match: re.Match[str]) -> str:
-        records, rejected = load_records(ROOT / match[3])
-        if rejected:
-            raise SystemExit(f"{match[3]}: {rejected} lines are not records")
-        return f"{match[1]}\n{WRITERS[match[2]](records).strip()}\n\n{match[4]}"
-
-    text, found = BLOCK.subn(written, page)
-    if not found:
-        raise SystemExit("no '<!-- finding|table: PATH ... -->' ... '<!-- end of ... -->'")
-    return text
+    writers = {
+        "finding": lambda marker: finding(_shown(marker)),
+        "table": lambda marker: markdown_table(_shown(marker)),
+    }
+    return with_blocks(page, writers)
 
 
 def main() -> None:

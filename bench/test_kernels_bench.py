@@ -7,19 +7,19 @@ fails its test. With --records, the records and their raw samples go to bench/re
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import OPERATORS, Chip
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
 from ldmperf.profiling.kernel_bench.peers import Peer
 from ldmperf.profiling.kernel_bench.run import BenchChoices
 from ldmperf.profiling.kernel_bench.selection import Job
+from ldmperf.profiling.measure.conditions import commit_name
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.measure.recorded import utc_now
 from ldmperf.profiling.options import best_device
@@ -51,10 +51,9 @@ def kernel_bench() -> KernelBench:
 def store() -> KernelStore:
     environment = kernel_bench().environment
     name = environment.gpu.name if environment.gpu else f"cpu {environment.cpu}"
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = RESULTS / Chip(name, 0).file_name
     folder.mkdir(parents=True, exist_ok=True)
-    commit = (environment.git_commit or f"v{environment.ldmperf}")[:7]
-    return KernelStore(folder / f"{utc_now():%Y-%m-%d}-{commit}-kernels.jsonl")
+    return KernelStore(folder / f"{utc_now():%Y-%m-%d}-{commit_name(environment)}-kernels.jsonl")
 
 
 @cache

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -52,7 +53,13 @@ _planned_chip: ContextVar[Chip] = ContextVar("_planned_chip", default=NO_GPU)
 class Launch:
     """One launch of `kernel` over `programs` programs in one dimension (so no grid limit but 2^31 - 1).
 
-    `arguments` by name: tensors, numbers, compile-time constants and None.
+    arguments     by name: tensors, numbers, compile-time constants and None
+    operator      whose kernel it is: of the two launches of a `linear` the first may be layer_norm's
+    role          what it computes, where its operator's name does not tell: "group_norm_statistics",
+                  "cross-attention", "layer_norm + linear + geglu"
+    flops         of its matmuls, a multiply-add being two
+    exponentials  of its softmax
+    updated       the arguments that it reads and writes
     """
 
     kernel: Any
@@ -60,6 +67,11 @@ class Launch:
     arguments: Mapping[str, Any] = field(repr=False)
     num_warps: int = 4
     num_stages: int = 1
+    operator: str = ""
+    role: str = ""
+    flops: int = 0
+    exponentials: int = 0
+    updated: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -67,33 +79,56 @@ class Launch:
         name: str = self.kernel.__name__
         return name
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors among its arguments, by name."""
+        return {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every tensor once, of one that is updated twice: the least that it moves."""
+        distinct = {id(tensor): tensor for tensor in self.tensors.values()}.values()
+        return sum(map(nbytes, [*distinct, *(self.arguments[name] for name in self.updated)]))
+
     def run(self) -> None:
         """Launch on the current device and stream."""
         if self.programs:
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of memory that a tensor has elements in: an expanded dimension (stride 0) counts once."""
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.itemsize
+
+
 @dataclass(frozen=True)
 class Operator:
-    """An operator and its parts. All functions take the arguments of `call`, without `backend`.
+    """An operator and its parts. Parts from `check` on take a call, a value that holds the arguments once.
 
     call          the public function
     reference     the same in torch, float32 inside
-    plan          with `config=` one of `candidates`, or by default the tuned or the default one: (the result, not
-                  yet computed, and the launches that compute it). Takes tensors of any device, "meta" too, and
-                  launches nothing
-    candidates    the launch configurations worth trying for a call (frozen dataclasses of numbers)
-    tuning_key    what a tuned configuration of a call is looked up by
-    torchs_own    the same by an operator of torch's that may be the faster one, which "auto" then takes; None
-                  where torch has no such operator
+    bind          the call of these arguments, without `backend`: the class of the operator's calls
+    check         raises ValueError for a call whose shapes, dtypes or devices do not fit
+    plan          (the result, not yet computed, and the launches that compute it). `config=` is of `candidates`,
+                  by default the one tuned for `chip=`, or the default one. Takes tensors of any device, "meta"
+                  too, and launches nothing
+    candidates    the launch configurations worth trying (frozen dataclasses of numbers)
+    tuning_key    what a tuned configuration is looked up by
+    unsupported_reasons  every reason why the Triton kernels cannot serve a call; empty when they can
+    torchs_own    `call` by an operator of torch's that may be the faster one, which "auto" then takes; None where
+                  torch has no such operator
     """
 
     name: str
     call: Callable[..., Any]
     reference: Callable[..., Any]
+    bind: Callable[..., Any]
+    check: Callable[[Any], None]
     plan: Callable[..., tuple[Any, list[Launch]]]
-    candidates: Callable[..., list[Any]]
-    tuning_key: Callable[..., str]
+    candidates: Callable[[Any], list[Any]]
+    tuning_key: Callable[[Any], str]
+    unsupported_reasons: Callable[[Any], list[str]]
     torchs_own: Callable[..., Any] | None = None
 
 

@@ -47,6 +47,11 @@ def collapse_rows(tensors: Sequence[Tensor]) -> Rows | None:
     return Rows(outer_size * inner, inner, tuple(zip(outer_strides, inner_strides, strict=True)))
 
 
+def row_count(x: Tensor) -> int:
+    """The rows of a tensor [..., C]."""
+    return x.numel() // max(x.shape[-1], 1)
+
+
 def row_reasons(rows: Rows | None, **tensors: Tensor | None) -> list[str]:
     """Why kernels over rows cannot address these tensors [..., C]; empty if they can."""
     reasons = [
@@ -79,6 +84,11 @@ def image_strides(x: Tensor) -> ImageStrides:
     if width == 1:
         w = h
     return ImageStrides(b, c, h, w, flat=height == 1 or width == 1 or h == w * width)
+
+
+def named_strides(letter: str, strides: ImageStrides, axes: str = "bchw") -> dict[str, int]:
+    """Those of these axes as a kernel's arguments: {"stride_xb": ...} for the letter x."""
+    return {f"stride_{letter}{axis}": getattr(strides, axis) for axis in axes}
 
 
 def image_reasons(x: Tensor) -> list[str]:

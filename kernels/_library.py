@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _autocast
-from ._checks import one_device
 from ._dispatch import choose_backend
+from ._launch import Operator
+from ._recipes import Decided, checked, decided, served
 
 # The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A
 # folder's name may hold what a schema may not.
@@ -36,47 +37,65 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def define_operator(
     schema: str,
-    implementation: Callable[..., Any],
+    operator: Operator,
     *,
-    fake: Callable[..., Any],
-    autocast: Callable[..., Any],
-    reference: Callable[..., Any] | None = None,
-    composite: Callable[..., Any] | None = None,
+    reference: Callable[[Any], Any],
+    fake: Callable[[Any], Any],
+    bind: Callable[..., Any] | None = None,
+    decide: Decided = decided,
+    autocast: Callable[..., Any] = _autocast.unchanged,
+    differentiable: bool = True,
+    composite: Callable[[Any], Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable[..., Any]:
-    """Register `name(arguments) -> returns` and return the callable.
+    """Register `name(arguments) -> returns`, whose last argument is the backend, and return the callable.
 
-    `fake` gives the outputs' shapes, dtypes and strides; `autocast` is the rule there (see `_autocast.register`).
-    With `reference`, a function of the same arguments, derivatives are those of the reference; without, there are
-    none. `composite` stands for a reference that has no forward mode or no second derivative. The last argument is
-    the backend. `flops` counts from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
+    `bind` makes a call of the arguments without the backend: the operator's own unless given. `reference` computes
+    a call, and its derivatives are the operator's if it is `differentiable`; `composite` stands for a reference
+    that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
+    `decide` is as in `served`, `autocast` the rule there (see `_autocast.register`). `flops` counts from the
+    arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
     """
     name = schema.partition("(")[0]
+    bind = bind or operator.bind
+    implementation = served(operator, bind, reference, decide)
     IMPLEMENTATIONS[name] = implementation
     # A module may be loaded again. What the first load made may be held by callers, so that it stays.
     numbered = (NAMESPACE if n == 1 else f"{NAMESPACE}_{n}" for n in itertools.count(1))
     namespace = next(space for space in numbered if not hasattr(getattr(torch.ops, space), name))
     qualified = f"{namespace}::{name}"
 
-    def fake_of_one_device(*arguments: Any) -> Any:
-        one_device(name, arguments)
-        return fake(*arguments)
+    def reference_of(*arguments: Any) -> Any:
+        return reference(bind(*arguments[:-1]))
+
+    def composite_of(*arguments: Any) -> Any:
+        return (composite or reference)(checked(operator, bind(*arguments[:-1])))
+
+    def fake_of(*arguments: Any) -> Any:
+        return fake(checked(operator, bind(*arguments[:-1])))
 
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake_of_one_device, lib=library)
+    torch.library.register_fake(qualified, fake_of, lib=library)
     packet = getattr(getattr(torch.ops, namespace), name)
     if flops is not None:
         register_flop_formula(packet)(flops)
-    operator: Callable[..., Any] = packet.default
-    if reference is not None:
-        kernel = _differentiable(name, packet.default, reference, composite or reference)
+    if differentiable:
+        kernel = _differentiable(name, packet.default, reference_of, composite_of)
         library.impl(name, kernel, "Autograd", with_keyset=True)
-    _autocast.register(library, name, operator, autocast)
+    _autocast.register(library, name, packet.default, autocast)
     # The library takes its registrations with it when nobody holds it.
     packet.library = library
-    return operator
+    overload = packet.default
+
+    def run(*arguments: Any) -> Any:
+        # A ValueError of the fake would be one of the compiler's. What autocast casts is checked afterwards.
+        if torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+            checked(operator, bind(*arguments[:-1]))
+        return overload(*arguments)
+
+    return run
 
 
 def _has_tangent(arguments: Sequence[Any]) -> bool:
@@ -129,7 +148,6 @@ def _differentiable(
         # torch.func takes no such Function, whose derivatives are of reverse mode alone.
         if unusual and ((transformed and followed) or _has_tangent(arguments)):
             choose_backend(name, arguments[-1], ())
-            one_device(name, arguments)
             return composite(*arguments)
         if not followed:
             return below_autograd(keys, *arguments)

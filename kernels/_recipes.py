@@ -1,15 +1,15 @@
 """What a call launches, planned once for each layout of its tensors: a repeated call only fills in their pointers.
 
-Reasons, the configuration and the launches' arguments follow from shapes, strides, dtypes and the device, never
-from values. Planning takes tens of microseconds, hundreds where a configuration is searched for, and a small UNet
-waits for the host. A plan is taken once with aliases of a call's tensors; of its launches the places of those
-aliases, and of the memory that the plan made, are kept, and no tensor.
+What is wrong with a call, reasons against the kernels, the configuration and the launches' arguments follow from
+shapes, strides, dtypes and the device, never from values. Planning takes tens of microseconds, hundreds where a
+configuration is searched for, and a small UNet waits for the host. A plan is made once with aliases of a call's
+tensors. Kept are its launches without tensors, which of its tensors go where, and each launch's compiled kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -17,22 +17,33 @@ from torch import Tensor
 
 from . import _launch
 from ._checks import one_device
-from ._launch import Launch
+from ._dispatch import choose_backend
+from ._launch import Launch, Operator
 
 T = TypeVar("T")
 # Layouts that an operator keeps. A step of the family has less than forty for each; the oldest go first.
 MOST = 1024
+# Triton compiles one kernel for pointers that are multiples of it, and another for those that are not.
+ALIGNMENT = 16
 _HOST = torch.device("cpu")
 
 
-def layout(value: Any) -> Hashable:
-    """What a plan may see of an argument: shape, strides, dtype and device of a tensor, anything else as it is.
+def layout(arguments: Sequence[Any]) -> Hashable:
+    """What a plan may see of a call: shape, strides, dtype and device of a tensor, anything else as it is.
 
     Python takes 1, 1.0 and True for one key, and 0.0 and -0.0: harmless, as schemas fix each argument's type.
     """
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return tuple(value) if isinstance(value, list) else value
+    # What else a plan reads: the table of tuned configurations, and which chip stands for none.
+    chip = _launch.chip_of(_HOST)
+    key: list[Hashable] = [_launch.TUNED_FOLDER, None if chip is _launch.NO_GPU else chip]
+    for value in arguments:
+        if value is None:
+            key.append(None)
+        elif isinstance(value, Tensor):
+            key += (value.shape, value.stride(), value.dtype, value.device)
+        else:
+            key.append(tuple(value) if isinstance(value, list) else value)
+    return tuple(key)
 
 
 class ByLayout(Generic[T]):
@@ -49,8 +60,7 @@ class ByLayout(Generic[T]):
         ByLayout._all.append(self)
 
     def __call__(self, *arguments: Any) -> T:
-        # What else a plan reads: the table of tuned configurations, and which chip stands for none.
-        key = (_launch.TUNED_FOLDER, _launch.chip_of(_HOST), *map(layout, arguments))
+        key = layout(arguments)
         try:
             return self._found[key]
         except KeyError:
@@ -81,14 +91,37 @@ class _Memory:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Step:
-    """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors."""
+    """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors.
 
-    launch: Callable[..., None]
+    `compiled` launches the kernel that the first launch with aligned pointers compiled. Triton's binder, which
+    would find that kernel again, takes longer than all else of a call.
+    """
+
+    kernel: Any
+    programs: int
     values: tuple[Any, ...]
     tensors: tuple[tuple[int, int], ...]
     options: dict[str, int]
+    compiled: Callable[..., None] | None = field(default=None, compare=False)
+
+    def run(self, tensors: Sequence[Any]) -> None:
+        """Launches with the tensors of these numbers, on the current device and stream."""
+        values = list(self.values)
+        pointers = 0
+        for place, number in self.tensors:
+            tensor = values[place] = tensors[number]
+            pointers |= tensor.data_ptr()
+        if pointers % ALIGNMENT:
+            self.kernel[(self.programs,)](*values, **self.options)
+        elif self.compiled is not None:
+            self.compiled(*values)
+        else:
+            kernel = self.kernel[(self.programs,)](*values, **self.options)
+            # The interpreter compiles nothing. On AMD a kernel depends on the size of its tensors' memory too.
+            if kernel is not None and torch.version.hip is None:
+                self.compiled = kernel[(self.programs, 1, 1)]
 
 
 @dataclass(frozen=True)
@@ -121,32 +154,47 @@ class Recipe:
     def launch(self, tensors: Sequence[Any]) -> None:
         """Launches with the tensors of these numbers, on the current device and stream."""
         for step in self.steps:
-            values = list(step.values)
-            for place, number in step.tensors:
-                values[place] = tensors[number]
-            step.launch(*values, **step.options)
+            step.run(tensors)
 
 
 Planned = tuple[Any, list[Launch]]
+Decided = Callable[[Operator, Any, str], Planned | None]
 
 
-def served(name: str, decided: Callable[..., Planned | None], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation of operator `name`: what `decided` plans, or `reference` where that is None.
+def checked(operator: Operator, call: Any) -> Any:
+    """The call. ValueError where it does not fit its operator, or its tensors are on several devices."""
+    operator.check(call)
+    one_device(operator.name, call)
+    return call
 
-    Both take the operator's arguments by position; `decided` is asked once for each layout of them.
+
+def decided(operator: Operator, call: Any, backend: str, fastest: Any = None) -> Planned | None:
+    """The plan of a call, None where torch serves it; `fastest` as `choose_backend` takes it."""
+    reasons = [] if backend == "torch" else operator.unsupported_reasons(call)
+    if choose_backend(operator.name, backend, reasons, fastest) == "torch":
+        return None
+    return operator.plan(call)
+
+
+def served(
+    operator: Operator, bind: Callable[..., Any], reference: Callable[[Any], Any], decide: Decided = decided
+) -> Callable[..., Any]:
+    """The implementation of an operator: what `decide` plans, or `reference` where that is None.
+
+    It takes the operator's arguments by position, the backend last, of which `bind` makes the call without it.
+    What is wrong with a call and what is planned for it are asked once for each layout.
     """
 
     @ByLayout
     def recipe_of(*arguments: Any) -> Recipe | None:
-        one_device(name, arguments)
         # One tensor may be two arguments of a call, and two of the next: aliases tell which is which.
         aliases = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
-        planned = decided(*aliases)
+        planned = decide(operator, checked(operator, bind(*aliases[:-1])), arguments[-1])
         return None if planned is None else recipe(aliases, *planned)
 
     def implementation(*arguments: Any) -> Any:
         found = recipe_of(*arguments)
-        return reference(*arguments) if found is None else found.run(arguments)
+        return reference(bind(*arguments[:-1])) if found is None else found.run(arguments)
 
     return implementation
 
@@ -178,7 +226,8 @@ def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> R
         places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
         steps.append(
             _Step(
-                launch.kernel[(launch.programs,)],
+                launch.kernel,
+                launch.programs,
                 tuple(None if isinstance(value, Tensor) else value for value in values),
                 tuple((place, number_of(values[place])) for place in places),
                 {"num_warps": launch.num_warps, "num_stages": launch.num_stages},

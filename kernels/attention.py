@@ -16,7 +16,7 @@ import inspect
 import math
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +27,28 @@ from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._autocast import lowered
 from ._checks import real, tensors
-from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
 from ._parts import parts
-from ._recipes import served
+from ._recipes import Planned, decided
 from ._triton import device_reasons, dtype_reasons, is_interpreted
 
 MAX_HEAD_DIM = 384
 # With operands of unit variance, scores times this scale stay under the 1e8 up to which the softmax is exact.
 MAX_SCALE = 2.0**16
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of `attention`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float | None = None
+    key_lengths: Tensor | None = None
+    key_mask: Tensor | None = None
+    tf32: bool = False
 
 
 def attention_ref(
@@ -80,62 +91,36 @@ def attention_ref(
     return torch.where(attends[:, None, None, None], out.transpose(1, 2), 0).contiguous()
 
 
-def candidates(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    tf32: bool = False,
-) -> list[AttentionConfig]:
+def candidates(call: AttentionCall) -> list[AttentionConfig]:
     """The configurations that bench/tune.py tries for this call."""
+    q, k = call.q, call.k
     return candidate_configs(q.shape[1], k.shape[1], q.shape[3], q.element_size())
 
 
-def tuning_key(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    tf32: bool = False,
-) -> str:
+def tuning_key(call: AttentionCall) -> str:
     """What a tuned configuration is looked up by: a class of shapes, sizes rounded up to powers of two."""
-    batch, queries, heads, dim = q.shape
-    keys = k.shape[1] if k.shape[1] <= MAX_SHORT_KEYS else next_power_of_two(k.shape[1])
-    masked = " masked" if key_mask is not None else " lengths" if key_lengths is not None else ""
+    batch, queries, heads, dim = call.q.shape
+    keys = call.k.shape[1] if call.k.shape[1] <= MAX_SHORT_KEYS else next_power_of_two(call.k.shape[1])
+    masked = " masked" if call.key_mask is not None else " lengths" if call.key_lengths is not None else ""
     sizes = f"queries={next_power_of_two(queries)} keys={keys} heads={next_power_of_two(batch * heads)}"
-    return f"head_dim={dim} {sizes} {dtype_name(q)}{' tf32' if tf32 else ''}{masked}"
+    return f"head_dim={dim} {sizes} {dtype_name(call.q)}{' tf32' if call.tf32 else ''}{masked}"
 
 
 def plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    key_lengths: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    tf32: bool = False,
-    config: AttentionConfig | None = None,
-    chip: Chip | None = None,
+    call: AttentionCall, *, config: AttentionConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor, list[Launch]]:
-    """The result, not yet computed, and the launch that computes it; arguments as of `attention`."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    """The result, not yet computed, and the launch that computes it."""
+    q, k, v, scale, key_lengths, key_mask, tf32 = call
+    out = _empty_result(call)
     if not out.numel():
         return out, []
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     chip = chip or chip_of(q.device)
-    if config is None:
-        key = tuning_key(q, k, v, key_lengths=key_lengths, key_mask=key_mask, tf32=tf32)
-        config = tuned("attention", key, chip, AttentionConfig) or default_config(
-            queries, keys, dim, batch * heads, q.element_size(), chip, tf32=tf32, has_mask=key_mask is not None
-        )
+    config = config or tuned("attention", tuning_key(call), chip, AttentionConfig)
+    config = config or default_config(
+        queries, keys, dim, batch * heads, q.element_size(), chip, tf32=tf32, has_mask=key_mask is not None
+    )
     part_1, part_2 = parts(dim)
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)
@@ -197,12 +182,23 @@ def plan(
             "PTX_COPY": serialized and not is_interpreted(attention_kernel),
         }
         kernel = attention_kernel
-    programs = batch * heads * ceil_div(queries, block_m)
-    return out, [Launch(kernel, programs, arguments | tiles, config.num_warps, config.num_stages)]
+    launch = Launch(
+        kernel,
+        batch * heads * ceil_div(queries, block_m),
+        arguments | tiles,
+        config.num_warps,
+        config.num_stages,
+        operator="attention",
+        role="" if keys == queries else "cross-attention",
+        flops=_flops(q.shape, k.shape),
+        exponentials=batch * heads * queries * keys,
+    )
+    return out, [launch]
 
 
-def unsupported_reasons(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> list[str]:
+def unsupported_reasons(call: AttentionCall) -> list[str]:
     """Every reason why the Triton kernels cannot serve this call; empty when they can."""
+    q, k, v, scale, *_ = call
     dim = q.shape[3]
     reasons = [*device_reasons(attention_kernel, q), *dtype_reasons(q=q, k=k, v=v)]
     if q.dtype == torch.bfloat16 and is_interpreted(attention_kernel):
@@ -254,7 +250,14 @@ def attention(
     Sources: Vaswani et al., arXiv 1706.03762, eq. 1; Milakov and Gimelshein, arXiv 1805.02867 (online softmax).
     """
     tensors(attention, (q, k, v), (key_lengths, key_mask))
-    q, k, v = lowered(q, k, v)
+    if scale is not None:
+        scale = real("attention", "scale", scale)
+    out: Tensor = _attention(q, k, v, scale, key_lengths, key_mask, tf32, backend)
+    return out
+
+
+def _check(call: AttentionCall) -> None:
+    q, k, v, _, key_lengths, key_mask, _ = call
     if q.ndim != 4 or k.ndim != 4 or v.shape != k.shape:
         raise ValueError(
             "attention: q must be [B, Nq, H, D] and k, v [B, Nk, H, D]; "
@@ -273,10 +276,6 @@ def attention(
         raise ValueError("attention: give key_lengths or key_mask, not both")
     _expect("key_lengths", key_lengths, [k.shape[0]], (torch.int32, torch.int64), k)
     _expect("key_mask", key_mask, list(k.shape[:2]), (torch.bool,), k)
-    if scale is not None:
-        scale = real("attention", "scale", scale)
-    out: Tensor = _attention(q, k, v, scale, key_lengths, key_mask, tf32, backend)
-    return out
 
 
 def _expect(
@@ -292,31 +291,17 @@ def _expect(
         )
 
 
-def _decided(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    tf32: bool,
-    backend: str,
-) -> tuple[Tensor, list[Launch]] | None:
+def _decided(operator: Operator, call: AttentionCall, backend: str) -> Planned | None:
     """The plan of a call, None where torch serves it."""
     # Here, as this runs once for each layout, and of a compiled graph when it runs.
-    if key_lengths is None and key_mask is None and _looks_transposed(q, k):
+    if call.key_lengths is None and call.key_mask is None and _looks_transposed(call.q, call.k):
         _warn_of_layout()
-    reasons = [] if backend == "torch" else unsupported_reasons(q, k, v, scale)
-    masks: dict[str, Any] = {"key_lengths": key_lengths, "key_mask": key_mask}
 
     def measured() -> Literal["torch", "triton"]:
         # Torch's own is fast at the head dimensions that it was made for: ours has to have been measured to win.
-        key = functools.partial(tuning_key, q, k, v, tf32=tf32, **masks)
-        return fastest("attention", chip_of(q.device), key, unmeasured="torch")
+        return fastest("attention", chip_of(call.q.device), lambda: tuning_key(call), unmeasured="torch")
 
-    if choose_backend("attention", backend, reasons, measured) == "torch":
-        return None
-    return plan(q, k, v, scale=scale, tf32=tf32, **masks)
+    return decided(operator, call, backend, measured)
 
 
 def _looks_transposed(q: Tensor, k: Tensor) -> bool:
@@ -343,44 +328,46 @@ def _warn_of_layout() -> None:
     )
 
 
-def _fake(q: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+def _empty_result(call: AttentionCall) -> Tensor:
+    return torch.empty_like(call.q, memory_format=torch.contiguous_format)
 
 
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | None,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    tf32: bool,
-    backend: str,
-) -> Tensor:
-    return attention_ref(q, k, v, scale, key_lengths=key_lengths, key_mask=key_mask)
+def _reference(call: AttentionCall) -> Tensor:
+    return attention_ref(**call._asdict())
 
 
-def _composite(*arguments: Any) -> Tensor:
+def _composite(call: AttentionCall) -> Tensor:
     """Torch's fused attention has no forward mode, and its gradient no gradient."""
     with sdpa_kernel(SDPBackend.MATH):
-        return _reference(*arguments)
+        return _reference(call)
 
 
 def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
-    """Two matrix products of Nq x Nk x D per head, 2 FLOP per multiply-add, as torch counts its own operator."""
+    """Two matmuls of Nq x Nk x D per head, 2 FLOP per multiply-add, as torch counts its own operator."""
     batch, queries, heads, dim = q
     return 4 * batch * heads * queries * k[1] * dim
 
 
+OPERATOR = Operator(
+    "attention",
+    attention,
+    attention_ref,
+    AttentionCall,
+    _check,
+    plan,
+    candidates,
+    tuning_key,
+    unsupported_reasons,
+    torchs_own=attention_ref,
+)
 _attention = define_operator(
     "attention(Tensor q, Tensor k, Tensor v, float? scale, Tensor? key_lengths, Tensor? key_mask, bool tf32, "
     "str backend) -> Tensor",
-    served("attention", _decided, _reference),
-    fake=_fake,
-    autocast=lambda run, q, k, v, *others: run(*lowered(q, k, v), *others),
+    OPERATOR,
     reference=_reference,
+    fake=_empty_result,
+    decide=_decided,
+    autocast=lambda run, q, k, v, *others: run(*lowered(q, k, v), *others),
     composite=_composite,
     flops=_flops,
 )
-
-OPERATOR = Operator("attention", attention, attention_ref, plan, candidates, tuning_key, attention_ref)

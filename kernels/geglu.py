@@ -7,18 +7,23 @@ Rows of 2C columns; a program takes a tile of rows and columns of both halves.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autocast import unchanged
 from ._checks import tensors
-from ._dispatch import choose_backend
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
-from ._layout import collapse_rows, column_block, row_offsets, row_reasons
+from ._layout import collapse_rows, column_block, row_count, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
-from ._recipes import served
 from ._triton import device_reasons, dtype_reasons, jit, tl
+
+
+class GegluCall(NamedTuple):
+    """The arguments of `geglu`."""
+
+    x: Tensor
+    bias: Tensor | None = None
 
 
 def geglu_ref(x: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -100,9 +105,9 @@ def default_config(rows: int, columns: int, chip: Chip) -> GegluConfig:
     return GegluConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 512, 1), 8))
 
 
-def candidates(x: Tensor, *, bias: Tensor | None = None) -> list[GegluConfig]:
+def candidates(call: GegluCall) -> list[GegluConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    columns = x.shape[-1] // 2
+    columns = call.x.shape[-1] // 2
     widest = next_power_of_two(columns)
     return [
         GegluConfig(m, n, warps)
@@ -110,32 +115,31 @@ def candidates(x: Tensor, *, bias: Tensor | None = None) -> list[GegluConfig]:
         for n in (128, 256, 512, 1024)
         for warps in (1, 2, 4, 8)
         if n <= widest and 8 <= m * n // (32 * warps) <= 32
-    ] or [default_config(x.numel() // max(x.shape[-1], 1), columns, NO_GPU)]
+    ] or [default_config(row_count(call.x), columns, NO_GPU)]
 
 
-def tuning_key(x: Tensor, *, bias: Tensor | None = None) -> str:
+def tuning_key(call: GegluCall) -> str:
     """What a tuned configuration is looked up by."""
-    columns = x.shape[-1] // 2
-    return f"rows={x.numel() // max(x.shape[-1], 1)} columns={columns} {dtype_name(x)}"
+    return f"rows={row_count(call.x)} columns={call.x.shape[-1] // 2} {dtype_name(call.x)}"
 
 
 def plan(
-    x: Tensor, *, bias: Tensor | None = None, config: GegluConfig | None = None
+    call: GegluCall, *, config: GegluConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor, list[Launch]]:
-    """The result, not yet computed, and the launches that compute it; arguments as of `geglu`."""
-    out = _fake(x)
-    rows = collapse_rows([x])
+    """The result, not yet computed, and the launch that computes it."""
+    out = _empty_result(call)
+    rows = collapse_rows([call.x])
     columns = out.shape[-1]
     if rows is None or not out.numel():
         return out, []
-    if config is None:
-        chip = chip_of(x.device)
-        tuned_config = tuned("geglu", tuning_key(x), chip, GegluConfig)
-        config = tuned_config or default_config(rows.count, columns, chip)
+    chip = chip or chip_of(call.x.device)
+    config = (
+        config or tuned("geglu", tuning_key(call), chip, GegluConfig) or default_config(rows.count, columns, chip)
+    )
     ((stride_outer, stride_inner),) = rows.strides
     arguments = {
-        "x_ptr": x,
-        "bias_ptr": bias,
+        "x_ptr": call.x,
+        "bias_ptr": call.bias,
         "out_ptr": out,
         "rows": rows.count,
         "columns": columns,
@@ -147,15 +151,15 @@ def plan(
         "FLAT": rows.flat,
     }
     programs = ceil_div(rows.count, config.block_m) * ceil_div(columns, config.block_n)
-    return out, [Launch(geglu_kernel, programs, arguments, config.num_warps)]
+    return out, [Launch(geglu_kernel, programs, arguments, config.num_warps, operator="geglu")]
 
 
-def unsupported_reasons(x: Tensor, bias: Tensor | None = None) -> list[str]:
-    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
+def unsupported_reasons(call: GegluCall) -> list[str]:
+    """Every reason why the Triton kernel cannot serve this call; empty when it can."""
     return [
-        *device_reasons(geglu_kernel, x),
-        *dtype_reasons(x=x, bias=bias),
-        *row_reasons(collapse_rows([x]), x=x, bias=bias),
+        *device_reasons(geglu_kernel, call.x),
+        *dtype_reasons(x=call.x, bias=call.bias),
+        *row_reasons(collapse_rows([call.x]), x=call.x, bias=call.bias),
     ]
 
 
@@ -168,36 +172,28 @@ def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Te
     Source: Shazeer, arXiv 2002.05202.
     """
     tensors(geglu, (x,), (bias,))
-    if x.ndim < 1 or x.shape[-1] % 2 or not x.is_floating_point():
-        raise ValueError(f"geglu: x must be a float [..., 2C]; got {x.dtype} {list(x.shape)}")
-    if bias is not None and (bias.shape != x.shape[-1:] or not bias.is_floating_point()):
-        raise ValueError(f"geglu: bias must be a float [{x.shape[-1]}]; got {bias.dtype} {list(bias.shape)}")
     out: Tensor = _geglu(x, bias, backend)
     return out
 
 
-def _decided(x: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, list[Launch]] | None:
-    """The plan of a call, None where torch serves it."""
-    reasons = [] if backend == "torch" else unsupported_reasons(x, bias)
-    if choose_backend("geglu", backend, reasons) == "torch":
-        return None
-    return plan(x, bias=bias)
+def _check(call: GegluCall) -> None:
+    x, bias = call
+    if x.ndim < 1 or x.shape[-1] % 2 or not x.is_floating_point():
+        raise ValueError(f"geglu: x must be a float [..., 2C]; got {x.dtype} {list(x.shape)}")
+    if bias is not None and (bias.shape != x.shape[-1:] or not bias.is_floating_point()):
+        raise ValueError(f"geglu: bias must be a float [{x.shape[-1]}]; got {bias.dtype} {list(bias.shape)}")
 
 
-def _reference(x: Tensor, bias: Tensor | None, backend: str) -> Tensor:
-    return geglu_ref(x, bias=bias).contiguous()
+def _empty_result(call: GegluCall) -> Tensor:
+    return call.x.new_empty((*call.x.shape[:-1], call.x.shape[-1] // 2))
 
 
-def _fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-
-
+OPERATOR = Operator(
+    "geglu", geglu, geglu_ref, GegluCall, _check, plan, candidates, tuning_key, unsupported_reasons
+)
 _geglu = define_operator(
     "geglu(Tensor x, Tensor? bias, str backend) -> Tensor",
-    served("geglu", _decided, _reference),
-    fake=_fake,
-    autocast=unchanged,
-    reference=_reference,
+    OPERATOR,
+    reference=lambda call: geglu_ref(**call._asdict()).contiguous(),
+    fake=_empty_result,
 )
-
-OPERATOR = Operator("geglu", geglu, geglu_ref, plan, candidates, tuning_key)

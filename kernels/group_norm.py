@@ -23,7 +23,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import real, tensors, whole
-from ._dispatch import choose_backend
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import (
     LAUNCH_NS,
@@ -45,13 +44,30 @@ from ._launch import (
     next_power_of_two,
     tuned,
 )
-from ._layout import image_reasons, image_strides, memory_format
+from ._layout import image_reasons, image_strides, memory_format, named_strides
 from ._library import compute_dtype, define_operator
-from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
 ACTIVATIONS = ("silu", None)
 MAX_GROUP_CHANNELS = 8192
+
+
+class GroupNormSiluCall(NamedTuple):
+    """The arguments of `group_norm_silu`."""
+
+    x: Tensor
+    num_groups: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 1e-5
+    x_bias: Tensor | None = None
+    skip: Tensor | None = None
+    activation: str | None = "silu"
+
+    @property
+    def channels(self) -> int:
+        """Those of x and of the skip connection beside it."""
+        return self.x.shape[1] + (0 if self.skip is None else self.skip.shape[1])
 
 
 def group_norm_silu_ref(
@@ -180,36 +196,25 @@ def _bundled(shape: _Shape, groups: int, chip: Chip) -> list[tuple[float, GroupN
     return options
 
 
-def _shape(x: Tensor, num_groups: int, skip: Tensor | None) -> _Shape:
-    batch, channels, height, width = x.shape
-    channels += 0 if skip is None else skip.shape[1]
+def _shape(call: GroupNormSiluCall) -> _Shape:
+    batch, _, height, width = call.x.shape
     return _Shape(
         batch,
         height * width,
-        num_groups,
-        channels // num_groups,
-        x.element_size(),
-        interleaved=memory_format(x) == torch.channels_last or height * width == 1,
+        call.num_groups,
+        call.channels // call.num_groups,
+        call.x.element_size(),
+        interleaved=memory_format(call.x) == torch.channels_last or height * width == 1,
     )
 
 
-def candidates(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    x_bias: Tensor | None = None,
-    skip: Tensor | None = None,
-    activation: str | None = "silu",
-) -> list[GroupNormConfig]:
+def candidates(call: GroupNormSiluCall) -> list[GroupNormConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    shape = _shape(x, num_groups, skip)
+    shape = _shape(call)
 
     def wasted(groups: int) -> float:
-        lanes = ceil_div(num_groups, groups) * next_power_of_two(groups * shape.group_channels)
-        return lanes / (num_groups * shape.group_channels)
+        lanes = ceil_div(shape.num_groups, groups) * next_power_of_two(groups * shape.group_channels)
+        return lanes / call.channels
 
     configs = [default_config(shape, NO_GPU)]
     for groups in sorted(_bundles(shape), key=lambda n: (wasted(n), n))[:4]:
@@ -223,68 +228,40 @@ def candidates(
     return list(dict.fromkeys(configs))
 
 
-def tuning_key(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    x_bias: Tensor | None = None,
-    skip: Tensor | None = None,
-    activation: str | None = "silu",
-) -> str:
+def tuning_key(call: GroupNormSiluCall) -> str:
     """What a tuned configuration is looked up by."""
-    shape = _shape(x, num_groups, skip)
-    layout = "channels_last" if shape.interleaved else "contiguous"
-    return (
-        f"batch={shape.batch} pixels={shape.pixels} groups={num_groups}x{shape.group_channels} "
-        f"{dtype_name(x)} {layout}"
-    )
+    shape = _shape(call)
+    sizes = f"batch={shape.batch} pixels={shape.pixels} groups={shape.num_groups}x{shape.group_channels}"
+    return f"{sizes} {dtype_name(call.x)} {'channels_last' if shape.interleaved else 'contiguous'}"
 
 
 def plan(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    x_bias: Tensor | None = None,
-    skip: Tensor | None = None,
-    activation: str | None = "silu",
-    config: GroupNormConfig | None = None,
+    call: GroupNormSiluCall, *, config: GroupNormConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor, list[Launch]]:
-    """The result, not yet computed, and the launches that compute it; arguments as of `group_norm_silu`."""
-    out = _empty_result(x, skip)
+    """The result, not yet computed, and the launches that compute it: one, or statistics and their application."""
+    x, skip, x_bias = call.x, call.skip, call.x_bias
+    out = _empty_result(call)
     if not out.numel():
         return out, []
-    shape = _shape(x, num_groups, skip)
-    if config is None:
-        chip = chip_of(x.device)
-        key = tuning_key(x, num_groups, skip=skip)
-        config = tuned("group_norm_silu", key, chip, GroupNormConfig) or default_config(shape, chip)
+    shape = _shape(call)
+    chip = chip or chip_of(x.device)
+    config = (
+        config or tuned("group_norm_silu", tuning_key(call), chip, GroupNormConfig) or default_config(shape, chip)
+    )
     of_x = image_strides(x)
     of_skip = of_x if skip is None else image_strides(skip)
-    of_out = image_strides(out)
-    bundles = ceil_div(num_groups, config.groups)
+    bundles = ceil_div(shape.num_groups, config.groups)
     shared = {
         "x_ptr": x,
         "skip_ptr": skip,
         "x_bias_ptr": x_bias,
-        "num_groups": num_groups,
+        "num_groups": shape.num_groups,
         "bundles": bundles,
         "x_channels": x.shape[1],
         "pixels": shape.pixels,
         "width": x.shape[3],
-        "stride_xb": of_x.b,
-        "stride_xc": of_x.c,
-        "stride_xh": of_x.h,
-        "stride_xw": of_x.w,
-        "stride_kb": of_skip.b,
-        "stride_kc": of_skip.c,
-        "stride_kh": of_skip.h,
-        "stride_kw": of_skip.w,
+        **named_strides("x", of_x),
+        **named_strides("k", of_skip),
         "stride_tb": 0 if x_bias is None else x_bias.stride(0),
         "stride_tc": 0 if x_bias is None else x_bias.stride(1),
         "GROUP_CHANNELS": shape.group_channels,
@@ -295,50 +272,38 @@ def plan(
         "FLAT": of_x.flat and of_skip.flat,
     }
     result = {
-        "weight_ptr": weight,
-        "bias_ptr": bias,
+        "weight_ptr": call.weight,
+        "bias_ptr": call.bias,
         "out_ptr": out,
-        "eps": eps,
-        "stride_ob": of_out.b,
-        "stride_oc": of_out.c,
-        "stride_ow": of_out.w,
-        "SILU": activation == "silu",
+        "eps": call.eps,
+        **named_strides("o", image_strides(out), "bcw"),
+        "SILU": call.activation == "silu",
     }
+    launch = functools.partial(Launch, num_warps=config.num_warps, operator="group_norm_silu")
     if config.chunks == 0:
         arguments = shared | result | {"ONE_TILE": config.block_hw >= shape.pixels}
-        return out, [Launch(group_norm_kernel, shape.batch * bundles, arguments, config.num_warps)]
+        return out, [launch(group_norm_kernel, shape.batch * bundles, arguments, role="group_norm")]
     chunk_pixels = ceil_div(ceil_div(shape.pixels, config.chunks), config.block_hw) * config.block_hw
     chunks = ceil_div(shape.pixels, chunk_pixels)
-    statistics = x.new_empty((shape.batch, chunks, 3, num_groups), dtype=torch.float32)
+    statistics = x.new_empty((shape.batch, chunks, 3, shape.num_groups), dtype=torch.float32)
     shared |= {"statistics_ptr": statistics, "chunks": chunks, "chunk_pixels": chunk_pixels}
+    arguments = shared | result | {"BLOCK_CHUNKS": next_power_of_two(chunks)}
     programs = shape.batch * chunks * bundles
     return out, [
-        Launch(group_norm_statistics_kernel, programs, shared, config.num_warps),
-        Launch(
-            group_norm_apply_kernel,
-            programs,
-            shared | result | {"BLOCK_CHUNKS": next_power_of_two(chunks)},
-            config.num_warps,
-        ),
+        launch(group_norm_statistics_kernel, programs, shared, role="group_norm_statistics"),
+        launch(group_norm_apply_kernel, programs, arguments, role="group_norm_apply"),
     ]
 
 
-def unsupported_reasons(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    x_bias: Tensor | None = None,
-    skip: Tensor | None = None,
-) -> list[str]:
+def unsupported_reasons(call: GroupNormSiluCall) -> list[str]:
     """Every reason why the Triton kernels cannot serve this call; empty when they can."""
     reasons = [
-        *device_reasons(group_norm_kernel, x),
-        *dtype_reasons(x=x, weight=weight, bias=bias, x_bias=x_bias),
-        *image_reasons(x),
-        *contiguity_reasons(weight=weight, bias=bias),
+        *device_reasons(group_norm_kernel, call.x),
+        *dtype_reasons(x=call.x, weight=call.weight, bias=call.bias, x_bias=call.x_bias),
+        *image_reasons(call.x),
+        *contiguity_reasons(weight=call.weight, bias=call.bias),
     ]
-    group_channels = (x.shape[1] + (0 if skip is None else skip.shape[1])) // num_groups
+    group_channels = call.channels // call.num_groups
     if group_channels > MAX_GROUP_CHANNELS:
         reasons.append(f"a group has {group_channels} channels, more than {MAX_GROUP_CHANNELS}")
     return reasons
@@ -369,35 +334,6 @@ def group_norm_silu(
         x_bias = _renamed(x_bias, shift)
     tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
     num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
-    if skip is not None and skip.dtype != x.dtype:
-        x, skip = promoted(x, skip)
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"group_norm_silu: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
-    batch, channels, height, width = x.shape
-    if skip is not None:
-        fits = skip.ndim == 4 and (skip.shape[0], *skip.shape[2:]) == (batch, height, width)
-        if not fits or skip.dtype != x.dtype:
-            raise ValueError(
-                f"group_norm_silu: skip must be {x.dtype} [{batch}, C2, {height}, {width}]; "
-                f"got {skip.dtype} {list(skip.shape)}"
-            )
-        channels += skip.shape[1]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"group_norm_silu: {channels} channels do not divide into {num_groups} groups; num_groups must be a "
-            f"divisor of {channels}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f'group_norm_silu: activation must be "silu" or None; got {activation!r}')
-    for name, value, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("x_bias", x_bias, (batch, channels)),
-    ):
-        if value is not None and (value.shape != shape or not value.is_floating_point()):
-            raise ValueError(
-                f"group_norm_silu: {name} must be a float {list(shape)}; got {value.dtype} {list(value.shape)}"
-            )
     out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend)
     return out
 
@@ -410,101 +346,79 @@ def _renamed(x_bias: Tensor | None, shift: Tensor) -> Tensor:
     return shift
 
 
-def _decided(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    skip: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> tuple[Tensor, list[Launch]] | None:
-    """The plan of a call, None where torch serves it."""
-    reasons = [] if backend == "torch" else unsupported_reasons(x, num_groups, weight, bias, x_bias, skip)
-    if choose_backend("group_norm_silu", backend, reasons) == "torch":
-        return None
-    return plan(x, num_groups, weight, bias, eps, x_bias=x_bias, skip=skip, activation=activation)
+def _check(call: GroupNormSiluCall) -> None:
+    x, skip, num_groups = call.x, call.skip, call.num_groups
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"group_norm_silu: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
+    batch, _, height, width = x.shape
+    if skip is not None:
+        fits = skip.ndim == 4 and (skip.shape[0], *skip.shape[2:]) == (batch, height, width)
+        if not fits or skip.dtype != x.dtype:
+            raise ValueError(
+                f"group_norm_silu: skip must be {x.dtype} [{batch}, C2, {height}, {width}]; "
+                f"got {skip.dtype} {list(skip.shape)}"
+            )
+    channels = call.channels
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"group_norm_silu: {channels} channels do not divide into {num_groups} groups; num_groups must be a "
+            f"divisor of {channels}"
+        )
+    if call.activation not in ACTIVATIONS:
+        raise ValueError(f'group_norm_silu: activation must be "silu" or None; got {call.activation!r}')
+    for name, value, shape in (
+        ("weight", call.weight, (channels,)),
+        ("bias", call.bias, (channels,)),
+        ("x_bias", call.x_bias, (batch, channels)),
+    ):
+        if value is not None and (value.shape != shape or not value.is_floating_point()):
+            raise ValueError(
+                f"group_norm_silu: {name} must be a float {list(shape)}; got {value.dtype} {list(value.shape)}"
+            )
 
 
-def _reference(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    skip: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    return group_norm_silu_ref(x, num_groups, weight, bias, eps, x_bias=x_bias, skip=skip, activation=activation)
+def _reference(call: GroupNormSiluCall) -> Tensor:
+    return group_norm_silu_ref(**call._asdict())
 
 
-def _composite(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    skip: Tensor | None,
-    *others: Any,
-) -> Tensor:
+def _composite(call: GroupNormSiluCall) -> Tensor:
     """In forward mode torch's group norm takes contiguous images alone, and vmap no memory format."""
-    beside = None if skip is None else skip.contiguous()
-    out = _reference(x.contiguous(), num_groups, weight, bias, eps, x_bias, beside, *others)
-    if memory_format(x) == torch.channels_last:
+    skip = None if call.skip is None else call.skip.contiguous()
+    out = _reference(call._replace(x=call.x.contiguous(), skip=skip))
+    if memory_format(call.x) == torch.channels_last:
         out = out.movedim(1, -1).contiguous().movedim(-1, 1)
     return out
 
 
-def _empty_result(x: Tensor, skip: Tensor | None) -> Tensor:
-    batch, channels, height, width = x.shape
-    channels += 0 if skip is None else skip.shape[1]
-    return torch.empty(
-        (batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x)
-    )
+def _empty_result(call: GroupNormSiluCall) -> Tensor:
+    x = call.x
+    shape = (x.shape[0], call.channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _fake(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    skip: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    return _empty_result(x, skip)
+def _autocast(run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    call = GroupNormSiluCall(*arguments[:-1])
+    x, skip = in_float32(*promoted(call.x, call.skip))
+    return run(*call._replace(x=x, skip=skip), arguments[-1])
 
 
-def _autocast(
-    run: Callable[..., Tensor],
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    skip: Tensor | None,
-    *others: Any,
-) -> Tensor:
-    x, skip = in_float32(*promoted(x, skip))
-    return run(x, num_groups, weight, bias, eps, x_bias, skip, *others)
-
-
+OPERATOR = Operator(
+    "group_norm_silu",
+    group_norm_silu,
+    group_norm_silu_ref,
+    GroupNormSiluCall,
+    _check,
+    plan,
+    candidates,
+    tuning_key,
+    unsupported_reasons,
+)
 _group_norm_silu = define_operator(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? x_bias, "
     "Tensor? skip, str? activation, str backend) -> Tensor",
-    served("group_norm_silu", _decided, _reference),
-    fake=_fake,
-    autocast=_autocast,
+    OPERATOR,
     reference=_reference,
+    fake=_empty_result,
+    autocast=_autocast,
     composite=_composite,
 )
-
-OPERATOR = Operator("group_norm_silu", group_norm_silu, group_norm_silu_ref, plan, candidates, tuning_key)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,28 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import real, tensors
-from ._dispatch import choose_backend
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
-from ._layout import collapse_rows, column_block, row_offsets, row_reasons
+from ._layout import Rows, collapse_rows, column_block, row_count, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
-from ._recipes import served
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 MAX_CHANNELS = 16384
+
+
+class LayerNormCall(NamedTuple):
+    """The arguments of `layer_norm`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+    x_bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    @property
+    def rows(self) -> Rows | None:
+        """The rows of x and of the residual, which is x where there is none."""
+        return collapse_rows([self.x, self.x if self.residual is None else self.residual])
 
 
 def layer_norm_ref(
@@ -142,17 +156,9 @@ def default_config(rows: int, columns: int, chip: Chip) -> LayerNormConfig:
     return LayerNormConfig(block_m, block_n, min(max(block_m * block_n // (32 * of_a_tile), 1), 16))
 
 
-def candidates(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    x_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> list[LayerNormConfig]:
+def candidates(call: LayerNormCall) -> list[LayerNormConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    columns = x.shape[-1]
+    columns = call.x.shape[-1]
     widest = next_power_of_two(columns)
     return [
         LayerNormConfig(block_m, block_n, warps)
@@ -162,46 +168,29 @@ def candidates(
         if ceil_div(columns, block_n) <= MAX_CHUNKS
         and block_m * block_n // (32 * warps) in (4, 8, 16)
         and ceil_div(columns, block_n) * block_m * block_n // (32 * warps) <= 96
-    ] or [default_config(x.numel() // max(columns, 1), columns, NO_GPU)]
+    ] or [default_config(row_count(call.x), columns, NO_GPU)]
 
 
-def tuning_key(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    x_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> str:
+def tuning_key(call: LayerNormCall) -> str:
     """What a tuned configuration is looked up by."""
-    columns = x.shape[-1]
-    with_sum = "" if residual is None else " with residual"
-    return f"rows={x.numel() // max(columns, 1)} columns={columns} {dtype_name(x)}{with_sum}"
+    with_sum = "" if call.residual is None else " with residual"
+    return f"rows={row_count(call.x)} columns={call.x.shape[-1]} {dtype_name(call.x)}{with_sum}"
 
 
 def plan(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    x_bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    config: LayerNormConfig | None = None,
+    call: LayerNormCall, *, config: LayerNormConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]:
-    """The result, not yet computed, and the launches that compute it; arguments as of `layer_norm`."""
-    out = _fake(x)
-    total = None if residual is None else _fake(x)
-    result = out if total is None else (out, total)
-    rows = collapse_rows([x, x if residual is None else residual])
+    """The result, not yet computed, and the launch that computes it."""
+    x, weight, bias, eps, x_bias, residual = call
+    result = _empty_result(call)
+    out, total = result if isinstance(result, tuple) else (result, None)
+    rows = call.rows
     if rows is None or not x.numel():
         return result, []
     columns = x.shape[-1]
-    if config is None:
-        chip = chip_of(x.device)
-        key = tuning_key(x, weight, bias, residual=residual)
-        config = tuned("layer_norm", key, chip, LayerNormConfig) or default_config(rows.count, columns, chip)
+    chip = chip or chip_of(x.device)
+    config = config or tuned("layer_norm", tuning_key(call), chip, LayerNormConfig)
+    config = config or default_config(rows.count, columns, chip)
     of_x, of_residual = rows.strides
     arguments = {
         "x_ptr": x,
@@ -224,21 +213,18 @@ def plan(
         "BLOCK_N": config.block_n,
         "FLAT": rows.flat,
     }
-    return result, [Launch(layer_norm_kernel, ceil_div(rows.count, config.block_m), arguments, config.num_warps)]
+    programs = ceil_div(rows.count, config.block_m)
+    return result, [Launch(layer_norm_kernel, programs, arguments, config.num_warps, operator="layer_norm")]
 
 
-def unsupported_reasons(
-    x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None, residual: Tensor | None = None
-) -> list[str]:
-    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
+def unsupported_reasons(call: LayerNormCall) -> list[str]:
+    """Every reason why the Triton kernel cannot serve this call; empty when it can."""
+    x, weight, bias, _, x_bias, residual = call
     reasons = [
         *device_reasons(layer_norm_kernel, x),
         *dtype_reasons(x=x, weight=weight, bias=bias, x_bias=x_bias),
-        *row_reasons(
-            collapse_rows([x, x if residual is None else residual]),
-            x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual,
-        ),
-    ]  # fmt: skip
+        *row_reasons(call.rows, x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual),
+    ]
     if x.shape[-1] > MAX_CHANNELS:
         reasons.append(f"{x.shape[-1]} channels are more than {MAX_CHANNELS}")
     return reasons
@@ -264,80 +250,37 @@ def layer_norm(
     """
     tensors(layer_norm, (x, weight, bias), (x_bias, residual))
     eps = real("layer_norm", "eps", eps)
-    if residual is not None and residual.dtype != x.dtype:
-        x, residual = promoted(x, residual)
-    if x.ndim < 1 or not x.is_floating_point():
-        raise ValueError(f"layer_norm: x must be a float [..., C]; got {x.dtype} {list(x.shape)}")
-    channels = x.shape[-1]
-    for name, value in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
-        if value is not None and (value.shape != (channels,) or not value.is_floating_point()):
-            raise ValueError(
-                f"layer_norm: {name} must be a float [{channels}]; got {value.dtype} {list(value.shape)}"
-            )
     if residual is None:
         out: Tensor = _layer_norm(x, weight, bias, eps, x_bias, backend)
         return out
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"layer_norm: residual must be {x.dtype} {list(x.shape)}; got {residual.dtype} {list(residual.shape)}"
-        )
     both: tuple[Tensor, Tensor] = _add_layer_norm(x, residual, weight, bias, eps, x_bias, backend)
     return both
 
 
-_Planned = tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]
+def _check(call: LayerNormCall) -> None:
+    x, residual = call.x, call.residual
+    if x.ndim < 1 or not x.is_floating_point():
+        raise ValueError(f"layer_norm: x must be a float [..., C]; got {x.dtype} {list(x.shape)}")
+    channels = x.shape[-1]
+    for name, value in (("weight", call.weight), ("bias", call.bias), ("x_bias", call.x_bias)):
+        if value is not None and (value.shape != (channels,) or not value.is_floating_point()):
+            raise ValueError(
+                f"layer_norm: {name} must be a float [{channels}]; got {value.dtype} {list(value.shape)}"
+            )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"layer_norm: residual must be {x.dtype} {list(x.shape)}; got {residual.dtype} {list(residual.shape)}"
+        )
 
 
-def _decided(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None, backend: str
-) -> _Planned | None:
-    """The plan of a call, None where torch serves it."""
-    reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, x_bias)
-    if choose_backend("layer_norm", backend, reasons) == "torch":
-        return None
-    return plan(x, weight, bias, eps, x_bias=x_bias)
+def _empty_result(call: LayerNormCall) -> Tensor | tuple[Tensor, Tensor]:
+    out = torch.empty_like(call.x, memory_format=torch.contiguous_format)
+    return out if call.residual is None else (out, torch.empty_like(out))
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, x_bias: Tensor | None, backend: str) -> Tensor:
-    out = layer_norm_ref(x, weight, bias, eps, x_bias=x_bias)
-    assert isinstance(out, Tensor)
-    return out.contiguous()
-
-
-def _fake(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _add_decided(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    x_bias: Tensor | None,
-    backend: str,
-) -> _Planned | None:
-    reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, x_bias, residual)
-    if choose_backend("layer_norm", backend, reasons) == "torch":
-        return None
-    return plan(x, weight, bias, eps, x_bias=x_bias, residual=residual)
-
-
-def _add_reference(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    x_bias: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    y, total = layer_norm_ref(x, weight, bias, eps, x_bias=x_bias, residual=residual)
-    return y.contiguous(), total.contiguous()
-
-
-def _add_fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _fake(x), _fake(x)
+def _reference(call: LayerNormCall) -> Tensor | tuple[Tensor, Tensor]:
+    out = layer_norm_ref(**call._asdict())
+    return (out[0].contiguous(), out[1].contiguous()) if isinstance(out, tuple) else out.contiguous()
 
 
 def _add_autocast(
@@ -348,20 +291,30 @@ def _add_autocast(
     return y, total.to(x.dtype)
 
 
+OPERATOR = Operator(
+    "layer_norm",
+    layer_norm,
+    layer_norm_ref,
+    LayerNormCall,
+    _check,
+    plan,
+    candidates,
+    tuning_key,
+    unsupported_reasons,
+)
 _layer_norm = define_operator(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? x_bias, str backend) -> Tensor",
-    served("layer_norm", _decided, _reference),
-    fake=_fake,
-    autocast=lambda run, x, *others: run(*in_float32(x), *others),
+    OPERATOR,
     reference=_reference,
+    fake=_empty_result,
+    autocast=lambda run, x, *others: run(*in_float32(x), *others),
 )
 _add_layer_norm = define_operator(
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, Tensor? x_bias, "
     "str backend) -> (Tensor, Tensor)",
-    served("layer_norm", _add_decided, _add_reference),
-    fake=_add_fake,
+    OPERATOR,
+    reference=_reference,
+    fake=_empty_result,
+    bind=lambda x, residual, weight, bias, eps, x_bias: LayerNormCall(x, weight, bias, eps, x_bias, residual),
     autocast=_add_autocast,
-    reference=_add_reference,
 )
-
-OPERATOR = Operator("layer_norm", layer_norm, layer_norm_ref, plan, candidates, tuning_key)

@@ -14,16 +14,15 @@ tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py)
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import lowered
-from ._checks import one_device, real, tensors
+from ._checks import real, tensors
 from ._dispatch import choose_backend
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, tuned
 from ._layout import collapse_rows, row_reasons
@@ -38,16 +37,48 @@ from ._linear_config import (
 )
 from ._linear_kernels import linear_kernel, norm_linear_kernel
 from ._parts import parts
-from ._recipes import ByLayout, served
+from ._recipes import ByLayout, checked
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 from .geglu import geglu
-from .layer_norm import layer_norm
-from .layer_norm import plan as plan_layer_norm
-from .layer_norm import unsupported_reasons as layer_norm_reasons
+from .layer_norm import OPERATOR as LAYER_NORM
+from .layer_norm import LayerNormCall, layer_norm
 
 ACTIVATIONS = ("geglu", None)
 # Tiles of rows that run beside each other on the same columns.
 GROUP_M = 8
+
+
+class LinearCall(NamedTuple):
+    """The arguments of `linear`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    eps: float = 1e-5
+    x_bias: Tensor | None = None
+    activation: str | None = None
+
+    @property
+    def norm(self) -> LayerNormCall | None:
+        """The layer norm before the matmul."""
+        if self.norm_weight is None or self.norm_bias is None:
+            return None
+        return LayerNormCall(self.x, self.norm_weight, self.norm_bias, self.eps, self.x_bias)
+
+    @property
+    def shape(self) -> LinearShape:
+        """What a configuration depends on."""
+        gated = self.activation is not None
+        return LinearShape(
+            rows=math.prod(self.x.shape[:-1]),
+            channels=self.x.shape[-1],
+            columns=self.weight.shape[0] // (2 if gated else 1),
+            gated=gated,
+            normed=self.norm_weight is not None,
+            itemsize=self.x.element_size(),
+        )
 
 
 def linear_ref(
@@ -63,7 +94,8 @@ def linear_ref(
 ) -> Tensor:
     """Reference of `linear`: torch's matmul, whose sums are float32 for half dtypes, between the references of
     layer_norm and geglu."""
-    return _separate(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, "torch")
+    call = LinearCall(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation)
+    return _separate(call, "torch")
 
 
 def linear_separate(
@@ -84,70 +116,31 @@ def linear_separate(
     be faster.
     """
     choose_backend("linear", backend, ())
-    return _separate(
-        *_prepared(x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend),
-    )
+    tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
+    call = LinearCall(x, weight, bias, norm_weight, norm_bias, real("linear", "eps", eps), x_bias, activation)
+    return _separate(_lowered(call, backend, check=True), backend)
 
 
-def _separate(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    if norm_weight is not None and norm_bias is not None:
-        normalized = layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias, backend=backend)
-        assert isinstance(normalized, Tensor)
-        x = normalized
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y if activation is None else geglu(y, backend=backend)
+def _separate(call: LinearCall, backend: str) -> Tensor:
+    x, bias = call.x if call.norm is None else _normalized(call.norm, backend), call.bias
+    y = F.linear(x, call.weight, None if bias is None else bias.to(x.dtype))
+    return y if call.activation is None else geglu(y, backend=backend)
 
 
-def _shape(x: Tensor, weight: Tensor, norm_weight: Tensor | None, activation: str | None) -> LinearShape:
-    gated = activation is not None
-    return LinearShape(
-        rows=math.prod(x.shape[:-1]),
-        channels=x.shape[-1],
-        columns=weight.shape[0] // (2 if gated else 1),
-        gated=gated,
-        normed=norm_weight is not None,
-        itemsize=x.element_size(),
-    )
+def _normalized(norm: LayerNormCall, backend: str) -> Tensor:
+    out = layer_norm(norm.x, norm.weight, norm.bias, norm.eps, x_bias=norm.x_bias, backend=backend)
+    assert isinstance(out, Tensor)
+    return out
 
 
-def candidates(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    x_bias: Tensor | None = None,
-    activation: str | None = None,
-) -> list[LinearConfig]:
+def candidates(call: LinearCall) -> list[LinearConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    return candidate_configs(_shape(x, weight, norm_weight, activation), chip_of(x.device))
+    return candidate_configs(call.shape, chip_of(call.x.device))
 
 
-def tuning_key(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    x_bias: Tensor | None = None,
-    activation: str | None = None,
-) -> str:
+def tuning_key(call: LinearCall) -> str:
     """What a tuned configuration is looked up by."""
-    return _key(_shape(x, weight, norm_weight, activation), x.dtype)
+    return _key(call.shape, call.x.dtype)
 
 
 def _key(shape: LinearShape, dtype: torch.dtype) -> str:
@@ -157,42 +150,28 @@ def _key(shape: LinearShape, dtype: torch.dtype) -> str:
 
 
 def plan(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    x_bias: Tensor | None = None,
-    activation: str | None = None,
-    config: LinearConfig | None = None,
-    chip: Chip | None = None,
+    call: LinearCall, *, config: LinearConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor, list[Launch]]:
     """The result, not yet computed, and the launches that compute it: one, or two where rows are too wide to keep
-    for their norm. Arguments as of `linear`."""
-    out = _empty_result(x, weight, activation)
-    shape = _shape(x, weight, norm_weight, activation)
+    for their norm."""
+    x, weight, norm, shape = call.x, call.weight, call.norm, call.shape
+    out = _empty_result(call)
     if not out.numel():
         return out, []
-    if config is None:
-        chip = chip or chip_of(x.device)
-        key = tuning_key(x, weight, norm_weight=norm_weight, activation=activation)
-        config = tuned("linear", key, chip, LinearConfig) or default_config(shape, chip)
+    chip = chip or chip_of(x.device)
+    config = config or tuned("linear", tuning_key(call), chip, LinearConfig) or default_config(shape, chip)
     if not config.block_k and not shape.normed:
         raise ValueError(f"linear: {config} keeps rows for their norm, and there is none")
     launches: list[Launch] = []
-    if norm_weight is not None and norm_bias is not None and config.block_k:
-        normalized, launches = plan_layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias)
-        assert isinstance(normalized, Tensor)
-        x = normalized
+    if norm is not None and config.block_k:
+        x, launches = LAYER_NORM.plan(norm)
     rows = collapse_rows([x])
     assert rows is not None
     ((stride_outer, stride_inner),) = rows.strides
     arguments: dict[str, Any] = {
         "x_ptr": x,
         "weight_ptr": weight,
-        "bias_ptr": bias,
+        "bias_ptr": call.bias,
         "out_ptr": out,
         "rows": rows.count,
         "columns": shape.columns,
@@ -222,27 +201,32 @@ def plan(
         kernel = norm_linear_kernel
         part_1, part_2 = parts(shape.channels)
         arguments |= {
-            "x_bias_ptr": x_bias,
-            "norm_weight_ptr": norm_weight,
-            "norm_bias_ptr": norm_bias,
-            "eps": eps,
+            "x_bias_ptr": call.x_bias,
+            "norm_weight_ptr": call.norm_weight,
+            "norm_bias_ptr": call.norm_bias,
+            "eps": call.eps,
             "tiles_n": config.tiles_n,
             "CHANNELS": shape.channels,
             "PART_1": part_1,
             "PART_2": part_2,
         }
-    return out, [*launches, Launch(kernel, programs, arguments, config.num_warps, config.num_stages)]
+    fused = (None if config.block_k else "layer_norm", "linear", call.activation)
+    launch = Launch(
+        kernel,
+        programs,
+        arguments,
+        config.num_warps,
+        config.num_stages,
+        operator="linear",
+        role=" + ".join(name for name in fused if name),
+        flops=_flops(x.shape, weight.shape),
+    )
+    return out, [*launches, launch]
 
 
-def unsupported_reasons(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    x_bias: Tensor | None = None,
-) -> list[str]:
+def unsupported_reasons(call: LinearCall) -> list[str]:
     """Every reason why the Triton kernels cannot serve this call; empty when they can."""
+    x, weight, bias, norm_weight, norm_bias, _, x_bias, _ = call
     reasons = [
         *device_reasons(linear_kernel, x),
         *dtype_reasons(x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, x_bias=x_bias),
@@ -253,12 +237,8 @@ def unsupported_reasons(
         reasons.append("there are no channels")
     if x.dtype == torch.bfloat16 and is_interpreted(linear_kernel):
         reasons.append("triton's interpreter multiplies bfloat16 as if it were integers")
-    if (
-        norm_weight is not None
-        and norm_bias is not None
-        and not keeps_rows(x.shape[-1], x.element_size(), chip_of(x.device).arch)
-    ):
-        reasons += [text for text in layer_norm_reasons(x, norm_weight, norm_bias, x_bias) if text not in reasons]
+    if call.norm is not None and not keeps_rows(x.shape[-1], x.element_size(), chip_of(x.device).arch):
+        reasons += [text for text in LAYER_NORM.unsupported_reasons(call.norm) if text not in reasons]
     return reasons
 
 
@@ -289,59 +269,42 @@ def linear(
     fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
     Sources: Ba et al., arXiv 1607.06450 (layer norm); Shazeer, arXiv 2002.05202 (GEGLU).
     """
-    x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend = _prepared(
-        x, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend
-    )
-    vectors = (bias, norm_weight, norm_bias)
+    tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
+    call = LinearCall(x, weight, bias, norm_weight, norm_bias, real("linear", "eps", eps), x_bias, activation)
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
+        call = _lowered(call, backend)
         choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-        backend = choose(x, weight, *vectors, x_bias, activation)
+        backend = choose(*call)
         if backend == "torch":
-            return _separate(x, weight, *vectors, eps, x_bias, activation, "auto")
-    out: Tensor = _linear(x, weight, *vectors, eps, x_bias, activation, backend)
+            return _separate(call, "auto")
+    out: Tensor = _linear(*call, backend)
     return out
 
 
-def _prepared(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> tuple[Any, ...]:
-    """The arguments, checked and cast as autocast does. It rounds the result of a norm, not the norm's input."""
-    tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
-    eps = real("linear", "eps", eps)
-    low, weight, bias = lowered(x, weight, bias)
-    _check(low, weight, bias, norm_weight, norm_bias, x_bias, activation)
-    if low.dtype != x.dtype and norm_weight is not None and norm_bias is not None:
-        normalized = layer_norm(x, norm_weight, norm_bias, eps, x_bias=x_bias, backend=backend)
-        (low,) = lowered(normalized)
-        norm_weight = norm_bias = x_bias = None
-    return low, weight, bias, norm_weight, norm_bias, eps, x_bias, activation, backend
+def _lowered(call: LinearCall, backend: str, check: bool = False) -> LinearCall:
+    """The call as autocast makes it, which rounds the result of a norm, not the norm's input.
+
+    Checked if asked, and where a norm is computed.
+    """
+    x, weight, bias = lowered(call.x, call.weight, call.bias)
+    low, is_lower = call._replace(x=x, weight=weight, bias=bias), x.dtype != call.x.dtype
+    if check or is_lower:
+        checked(OPERATOR, low)
+    if is_lower and call.norm is not None:
+        (x,) = lowered(_normalized(call.norm, backend))
+        low = low._replace(x=x, norm_weight=None, norm_bias=None, x_bias=None)
+    return low
 
 
-def _auto(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    x_bias: Tensor | None,
-    activation: str | None,
-) -> Literal["torch", "triton"]:
-    """What "auto" takes for these arguments."""
-    one_device("linear", (x, weight, bias, norm_weight, norm_bias, x_bias))
-    reasons = [] if x.is_meta else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
-    normed, gated = norm_weight is not None, activation is not None
-    rows = math.prod(x.shape[:-1])
+def _auto(*arguments: Any) -> Literal["torch", "triton"]:
+    """What "auto" takes for the call of these arguments."""
+    call = checked(OPERATOR, LinearCall(*arguments))
+    x, rows = call.x, math.prod(call.x.shape[:-1])
+    reasons = () if x.is_meta else tuple(unsupported_reasons(call))
+    of_shape = {"gated": call.activation is not None, "normed": call.norm_weight is not None}
     chosen: Literal["torch", "triton"] = _chosen(
-        tuple(reasons), x.device, x.dtype, rows, x.shape[-1], weight.shape[0], gated=gated, normed=normed
+        reasons, x.device, x.dtype, rows, x.shape[-1], call.weight.shape[0], **of_shape
     )
     return chosen
 
@@ -365,19 +328,15 @@ def _chosen(
     chip = chip_of(device)
     shape = LinearShape(rows, channels, weight_rows // (2 if gated else 1), gated, normed, dtype.itemsize)
     unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(shape, chip) else "torch"
-    measured = functools.partial(fastest, "linear", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
+
+    def measured() -> Literal["torch", "triton"]:
+        return fastest("linear", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
+
     return choose_backend("linear", "auto", reasons, measured)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    x_bias: Tensor | None,
-    activation: str | None,
-) -> None:
+def _check(call: LinearCall) -> None:
+    x, weight, bias, norm_weight, norm_bias, _, x_bias, activation = call
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"linear: x must be a float [..., K]; got {x.dtype} {list(x.shape)}")
     channels = x.shape[-1]
@@ -405,73 +364,8 @@ def _check(
             )
 
 
-def _decided(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> tuple[Tensor, list[Launch]] | None:
-    """The plan of a call, None where torch serves it."""
-    reasons = [] if backend == "torch" else unsupported_reasons(x, weight, bias, norm_weight, norm_bias, x_bias)
-    if choose_backend("linear", backend, reasons) == "torch":
-        return None
-    return plan(
-        x,
-        weight,
-        bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        eps=eps,
-        x_bias=x_bias,
-        activation=activation,
-    )
-
-
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    out = linear_ref(
-        x,
-        weight,
-        bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        eps=eps,
-        x_bias=x_bias,
-        activation=activation,
-    )
-    return out.contiguous()
-
-
-def _fake_result(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    x_bias: Tensor | None,
-    activation: str | None,
-    backend: str,
-) -> Tensor:
-    return _empty_result(x, weight, activation)
-
-
-def _empty_result(x: Tensor, weight: Tensor, activation: str | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2)))
+def _empty_result(call: LinearCall) -> Tensor:
+    return call.x.new_empty((*call.x.shape[:-1], call.shape.columns))
 
 
 def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
@@ -479,14 +373,24 @@ def _flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[0]
 
 
+OPERATOR = Operator(
+    "linear",
+    linear,
+    linear_ref,
+    LinearCall,
+    _check,
+    plan,
+    candidates,
+    tuning_key,
+    unsupported_reasons,
+    torchs_own=linear_separate,
+)
 _linear = define_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "
     "Tensor? x_bias, str? activation, str backend) -> Tensor",
-    served("linear", _decided, _reference),
-    fake=_fake_result,
-    autocast=lambda run, *arguments: run(*_prepared(*arguments)),
-    reference=_reference,
+    OPERATOR,
+    reference=lambda call: _separate(call, "torch").contiguous(),
+    fake=_empty_result,
+    autocast=lambda run, *arguments: run(*_lowered(LinearCall(*arguments[:-1]), arguments[-1]), arguments[-1]),
     flops=_flops,
 )
-
-OPERATOR = Operator("linear", linear, linear_ref, plan, candidates, tuning_key, linear_separate)

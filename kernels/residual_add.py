@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,29 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import tensors, whole
-from ._dispatch import choose_backend
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
-from ._layout import column_block, image_reasons, image_strides, memory_format, pixel_offsets
+from ._layout import column_block, image_reasons, image_strides, memory_format, named_strides, pixel_offsets
 from ._library import compute_dtype, define_operator
-from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
+
+
+class ResidualAddCall(NamedTuple):
+    """The arguments of `residual_add`."""
+
+    x: Tensor
+    residual: Tensor
+    bias: Tensor | None = None
+    size: Sequence[int] | None = None
+
+    @property
+    def pixels(self) -> int:
+        """Those of an image of x."""
+        return self.x.shape[2] * self.x.shape[3]
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether the channels of a pixel lie side by side (channels-last)."""
+        return memory_format(self.x) == torch.channels_last
 
 
 def residual_add_ref(
@@ -108,12 +126,12 @@ class ResidualAddConfig:
     num_warps: int
 
 
-def default_config(batch: int, channels: int, pixels: int, interleaved: bool, chip: Chip) -> ResidualAddConfig:
+def default_config(call: ResidualAddCall, chip: Chip) -> ResidualAddConfig:
     """16 elements a thread along what is contiguous; smaller tiles where the chip would not be filled."""
-    elements = 2048
+    batch, channels, pixels, elements = *call.x.shape[:2], call.pixels, 2048
     while elements > 512 and ceil_div(batch * channels * pixels, elements) < 2 * chip.multiprocessors:
         elements //= 2
-    if interleaved:
+    if call.interleaved:
         block_c = column_block(channels, most=min(512, elements))
         block_hw = min(max(elements // block_c, 1), next_power_of_two(pixels))
     else:
@@ -122,11 +140,9 @@ def default_config(batch: int, channels: int, pixels: int, interleaved: bool, ch
     return ResidualAddConfig(block_hw, block_c, num_warps=min(max(block_hw * block_c // 512, 1), 8))
 
 
-def candidates(
-    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: Sequence[int] | None = None
-) -> list[ResidualAddConfig]:
+def candidates(call: ResidualAddCall) -> list[ResidualAddConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    channels, pixels, interleaved = call.x.shape[1], call.pixels, call.interleaved
     return [
         ResidualAddConfig(block_hw, block_c, warps)
         for block_c in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -135,79 +151,61 @@ def candidates(
         if block_c <= next_power_of_two(channels)
         and block_hw <= next_power_of_two(pixels)
         and 8 <= block_hw * block_c // (32 * warps) <= 32
-        and (block_c if _interleaved(x) else block_hw) >= min(64, channels if _interleaved(x) else pixels)
-    ] or [default_config(x.shape[0], channels, pixels, _interleaved(x), NO_GPU)]
+        and (block_c if interleaved else block_hw) >= min(64, channels if interleaved else pixels)
+    ] or [default_config(call, NO_GPU)]
 
 
-def tuning_key(
-    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: Sequence[int] | None = None
-) -> str:
+def tuning_key(call: ResidualAddCall) -> str:
     """What a tuned configuration is looked up by."""
-    layout = "channels_last" if _interleaved(x) else "contiguous"
-    doubled = "" if size is None else " doubled"
-    return (
-        f"batch={x.shape[0]} channels={x.shape[1]} pixels={x.shape[2] * x.shape[3]} {dtype_name(x)} "
-        f"{layout}{doubled}"
-    )
+    layout = "channels_last" if call.interleaved else "contiguous"
+    doubled = "" if call.size is None else " doubled"
+    batch, channels = call.x.shape[:2]
+    return f"batch={batch} channels={channels} pixels={call.pixels} {dtype_name(call.x)} {layout}{doubled}"
 
 
 def plan(
-    x: Tensor,
-    residual: Tensor,
-    bias: Tensor | None = None,
-    *,
-    size: Sequence[int] | None = None,
-    config: ResidualAddConfig | None = None,
+    call: ResidualAddCall, *, config: ResidualAddConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor, list[Launch]]:
-    """The result, not yet computed, and the launches that compute it; arguments as of `residual_add`."""
-    out = _fake(x, residual, bias, size)
+    """The result, not yet computed, and the launch that computes it."""
+    x, residual, bias, size = call
+    out = _empty_result(call)
     if not out.numel():
         return out, []
-    batch, channels, height, width = x.shape
-    pixels = height * width
-    if config is None:
-        chip = chip_of(x.device)
-        key = tuning_key(x, residual, bias, size=size)
-        config = tuned("residual_add", key, chip, ResidualAddConfig)
-        config = config or default_config(batch, channels, pixels, _interleaved(x), chip)
-    of_x, of_residual, of_out = image_strides(x), image_strides(residual), image_strides(out)
+    batch, channels, _, width = x.shape
+    chip = chip or chip_of(x.device)
+    config = (
+        config or tuned("residual_add", tuning_key(call), chip, ResidualAddConfig) or default_config(call, chip)
+    )
+    of_x, of_residual = image_strides(x), image_strides(residual)
     arguments = {
         "x_ptr": x,
         "residual_ptr": residual,
         "bias_ptr": bias,
         "out_ptr": out,
         "channels": channels,
-        "pixels": pixels,
+        "pixels": call.pixels,
         "width": width,
         "out_height": out.shape[2],
         "out_width": out.shape[3],
-        "stride_xb": of_x.b,
-        "stride_xc": of_x.c,
-        "stride_xh": of_x.h,
-        "stride_xw": of_x.w,
-        "stride_rb": of_residual.b,
-        "stride_rc": of_residual.c,
-        "stride_rh": of_residual.h,
-        "stride_rw": of_residual.w,
-        "stride_ob": of_out.b,
-        "stride_oc": of_out.c,
-        "stride_ow": of_out.w,
+        **named_strides("x", of_x),
+        **named_strides("r", of_residual),
+        **named_strides("o", image_strides(out), "bcw"),
         "SCALE": 1 if size is None else 2,
         "BLOCK_HW": config.block_hw,
         "BLOCK_C": config.block_c,
         "FLAT": of_x.flat and of_residual.flat,
     }
-    programs = batch * ceil_div(pixels, config.block_hw) * ceil_div(channels, config.block_c)
-    return out, [Launch(residual_add_kernel, programs, arguments, config.num_warps)]
+    programs = batch * ceil_div(call.pixels, config.block_hw) * ceil_div(channels, config.block_c)
+    return out, [Launch(residual_add_kernel, programs, arguments, config.num_warps, operator="residual_add")]
 
 
-def unsupported_reasons(x: Tensor, residual: Tensor, bias: Tensor | None = None) -> list[str]:
-    """Every reason why the Triton kernel cannot serve these tensors; empty when it can."""
+def unsupported_reasons(call: ResidualAddCall) -> list[str]:
+    """Every reason why the Triton kernel cannot serve this call; empty when it can."""
     return [
-        *device_reasons(residual_add_kernel, x),
-        *dtype_reasons(x=x, bias=bias),
-        *image_reasons(x),
-        *contiguity_reasons(bias=bias),
+        *device_reasons(residual_add_kernel, call.x),
+        *dtype_reasons(x=call.x, bias=call.bias),
+        *image_reasons(call.x),
+        *contiguity_reasons(bias=call.bias),
     ]
 
 
@@ -227,8 +225,16 @@ def residual_add(
     fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     """
     tensors(residual_add, (x, residual), (bias,))
-    if x.dtype != residual.dtype:
-        x, residual = promoted(x, residual)
+    if size is not None:
+        if not isinstance(size, Iterable):
+            raise ValueError(f"residual_add: size must be (height, width); got {size!r}")
+        size = [whole("residual_add", "size", n) for n in size]
+    out: Tensor = _residual_add(x, residual, bias, size, backend)
+    return out
+
+
+def _check(call: ResidualAddCall) -> None:
+    x, residual, bias, size = call
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"residual_add: x must be a float [B, C, H, W]; got {x.dtype} {list(x.shape)}")
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -238,60 +244,39 @@ def residual_add(
         )
     if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_floating_point()):
         raise ValueError(f"residual_add: bias must be a float [{x.shape[1]}]; got {bias.dtype} {list(bias.shape)}")
-    if size is not None and not isinstance(size, Iterable):
-        raise ValueError(f"residual_add: size must be (height, width); got {size!r}")
-    size = None if size is None else [whole("residual_add", "size", n) for n in size]
     if size is not None and (
         len(size) != 2 or any(to not in (2 * n, 2 * n - 1) for to, n in zip(size, x.shape[2:], strict=True))
     ):
         raise ValueError(f"residual_add: size must be twice {list(x.shape[2:])}, or one less in each; got {size}")
-    out: Tensor = _residual_add(x, residual, bias, size, backend)
-    return out
 
 
-def _interleaved(x: Tensor) -> bool:
-    return memory_format(x) == torch.channels_last
-
-
-def _decided(
-    x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int] | None, backend: str
-) -> tuple[Tensor, list[Launch]] | None:
-    """The plan of a call, None where torch serves it."""
-    reasons = [] if backend == "torch" else unsupported_reasons(x, residual, bias)
-    if choose_backend("residual_add", backend, reasons) == "torch":
-        return None
-    return plan(x, residual, bias, size=size)
-
-
-def _reference(x: Tensor, residual: Tensor, bias: Tensor | None, size: list[int] | None, backend: str) -> Tensor:
-    return residual_add_ref(x, residual, bias, size=size)
-
-
-def _autocast(
-    run: Callable[..., Tensor],
-    x: Tensor,
-    residual: Tensor,
-    bias: Tensor | None,
-    size: list[int] | None,
-    backend: str,
-) -> Tensor:
-    x, residual = promoted(x, residual)
-    return run(*(in_float32(x, residual) if size is not None else (x, residual)), bias, size, backend)
-
-
-def _fake(
-    x: Tensor, residual: Tensor, bias: Tensor | None, size: Sequence[int] | None, backend: str = ""
-) -> Tensor:
-    shape = (*x.shape[:2], *(x.shape[2:] if size is None else size))
+def _empty_result(call: ResidualAddCall) -> Tensor:
+    x = call.x
+    shape = (*x.shape[:2], *(x.shape[2:] if call.size is None else call.size))
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
+def _autocast(run: Callable[..., Tensor], x: Tensor, residual: Tensor, *others: Any) -> Tensor:
+    x, residual = promoted(x, residual)
+    _, size, _ = others
+    return run(*(in_float32(x, residual) if size is not None else (x, residual)), *others)
+
+
+OPERATOR = Operator(
+    "residual_add",
+    residual_add,
+    residual_add_ref,
+    ResidualAddCall,
+    _check,
+    plan,
+    candidates,
+    tuning_key,
+    unsupported_reasons,
+)
 _residual_add = define_operator(
     "residual_add(Tensor x, Tensor residual, Tensor? bias, SymInt[]? size, str backend) -> Tensor",
-    served("residual_add", _decided, _reference),
-    fake=_fake,
+    OPERATOR,
+    reference=lambda call: residual_add_ref(**call._asdict()),
+    fake=_empty_result,
     autocast=_autocast,
-    reference=_reference,
 )
-
-OPERATOR = Operator("residual_add", residual_add, residual_add_ref, plan, candidates, tuning_key)

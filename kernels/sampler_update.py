@@ -13,23 +13,41 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._autocast import unchanged
 from ._checks import tensors
-from ._dispatch import choose_backend
-from ._launch import Launch, Operator, ceil_div, chip_of, next_power_of_two, tuned
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, next_power_of_two, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator, refuse_forward_mode
-from ._recipes import served
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
 from .philox import STEP_NOISE, philox_normal, philox_normal_lanes
 
 MAX_CHANNELS = 4096
 _REGISTER_DTYPES = (torch.float32, torch.float64)
+
+
+class SamplerUpdateCall(NamedTuple):
+    """The arguments of `sampler_update`."""
+
+    registers: Tensor
+    model_output: Tensor
+    table: Tensor
+    step: Tensor
+    guidance_scale: Tensor | None = None
+    seeds: Tensor | None = None
+    noise: Tensor | None = None
+    model_input: Tensor | None = None
+    input_scale: Tensor | None = None
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """The image's shape as [C, H, W], with ones in front of shorter ones."""
+        image = self.registers.shape[2:]
+        channels, height, width = (*[1] * (3 - len(image)), *image)
+        return channels, height, width
 
 
 def sampler_update_ref(
@@ -188,20 +206,9 @@ def default_config(channels: int, pixels: int) -> SamplerUpdateConfig:
     return SamplerUpdateConfig(block_hw, min(max(block_hw * block_c // 128, 1), 4))
 
 
-def candidates(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    *,
-    guidance_scale: Tensor | None = None,
-    seeds: Tensor | None = None,
-    noise: Tensor | None = None,
-    model_input: Tensor | None = None,
-    input_scale: Tensor | None = None,
-) -> list[SamplerUpdateConfig]:
+def candidates(call: SamplerUpdateCall) -> list[SamplerUpdateConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    channels, height, width = _image(registers)
+    channels, height, width = call.image
     block_c = next_power_of_two(channels)
     return [
         SamplerUpdateConfig(block_hw, warps)
@@ -211,30 +218,12 @@ def candidates(
     ] or [default_config(channels, height * width)]
 
 
-def tuning_key(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    *,
-    guidance_scale: Tensor | None = None,
-    seeds: Tensor | None = None,
-    noise: Tensor | None = None,
-    model_input: Tensor | None = None,
-    input_scale: Tensor | None = None,
-) -> str:
+def tuning_key(call: SamplerUpdateCall) -> str:
     """What a tuned configuration is looked up by."""
-    channels, height, width = _image(registers)
-    count, batch = registers.shape[:2]
-    generated = " philox" if seeds is not None and noise is None else ""
+    channels, height, width = call.image
+    count, batch = call.registers.shape[:2]
+    generated = " philox" if call.seeds is not None and call.noise is None else ""
     return f"registers={count} batch={batch} channels={channels} pixels={height * width}{generated}"
-
-
-def _image(registers: Tensor) -> tuple[int, int, int]:
-    """The image's shape as [C, H, W], with ones in front of shorter ones."""
-    image = registers.shape[2:]
-    channels, height, width = (*[1] * (3 - len(image)), *image)
-    return channels, height, width
 
 
 def _strides(names: Sequence[str], tensor: Tensor | None, rank: int) -> dict[str, int]:
@@ -247,26 +236,16 @@ def _strides(names: Sequence[str], tensor: Tensor | None, rank: int) -> dict[str
 
 
 def plan(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    *,
-    guidance_scale: Tensor | None = None,
-    seeds: Tensor | None = None,
-    noise: Tensor | None = None,
-    model_input: Tensor | None = None,
-    input_scale: Tensor | None = None,
-    config: SamplerUpdateConfig | None = None,
+    call: SamplerUpdateCall, *, config: SamplerUpdateConfig | None = None, chip: Chip | None = None
 ) -> tuple[None, list[Launch]]:
-    """The launch that updates registers and model_input in place; arguments as of `sampler_update`."""
+    """The launch that updates registers and model_input in place."""
+    registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale = call
     if not registers.numel():
         return None, []
-    channels, height, width = _image(registers)
-    if config is None:
-        key = tuning_key(registers, model_output, table, step, seeds=seeds, noise=noise)
-        found = tuned("sampler_update", key, chip_of(registers.device), SamplerUpdateConfig)
-        config = found or default_config(channels, height * width)
+    channels, height, width = call.image
+    chip = chip or chip_of(registers.device)
+    config = config or tuned("sampler_update", tuning_key(call), chip, SamplerUpdateConfig)
+    config = config or default_config(channels, height * width)
     rank = registers.dim() - 2
     strides = {
         **_strides(("stride_gr", "stride_gb", "stride_gc", "stride_gh", "stride_gw"), registers, rank),
@@ -296,22 +275,20 @@ def plan(
         "ALIGN": math.gcd(8, *(strides[f"stride_{name}{axis}"] for name in "goni" for axis in "hw")),
     }
     programs = registers.shape[1] * ceil_div(height * width, config.block_hw)
-    return None, [Launch(sampler_update_kernel, programs, arguments, config.num_warps)]
+    launch = Launch(
+        sampler_update_kernel,
+        programs,
+        arguments,
+        config.num_warps,
+        operator="sampler_update",
+        updated=("registers_ptr",),
+    )
+    return None, [launch]
 
 
-def unsupported_reasons(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    *,
-    guidance_scale: Tensor | None = None,
-    seeds: Tensor | None = None,
-    noise: Tensor | None = None,
-    model_input: Tensor | None = None,
-    input_scale: Tensor | None = None,
-) -> list[str]:
+def unsupported_reasons(call: SamplerUpdateCall) -> list[str]:
     """Every reason why the Triton kernel cannot serve this call; empty when it can."""
+    registers, model_output, table, _, guidance_scale, seeds, noise, model_input, input_scale = call
     reasons = [
         *device_reasons(sampler_update_kernel, registers),
         *dtype_reasons(registers=registers, model_output=model_output, noise=noise, model_input=model_input),
@@ -319,7 +296,7 @@ def unsupported_reasons(
     ]
     if registers.dim() > 5:
         return [*reasons, f"images of {registers.dim() - 2} dimensions, more than 3"]
-    channels, height, width = _image(registers)
+    channels, height, width = call.image
     if channels > MAX_CHANNELS:
         reasons.append(f"{channels} channels are more than {MAX_CHANNELS}")
     if height * width > MAX_INDEX:
@@ -356,83 +333,17 @@ def sampler_update(
     fit, NotImplementedError in forward mode, `KernelUnsupported` for `backend="triton"` where the kernel cannot
     serve.
     """
-    _validate(registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale)
-    _sampler_update(
-        registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale, backend
+    call = SamplerUpdateCall(
+        registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale
     )
+    tensors(sampler_update, call[:4], call[4:])
+    refuse_forward_mode("sampler_update", call)
+    _sampler_update(*call, backend)
 
 
-def _decided(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    guidance_scale: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    model_input: Tensor | None,
-    input_scale: Tensor | None,
-    backend: str,
-) -> tuple[None, list[Launch]] | None:
-    """The plan of a call, None where torch serves it."""
-    arguments = (registers, model_output, table, step)
-    options: dict[str, Any] = {
-        "guidance_scale": guidance_scale,
-        "seeds": seeds,
-        "noise": noise,
-        "model_input": model_input,
-        "input_scale": input_scale,
-    }
-    reasons = [] if backend == "torch" else unsupported_reasons(*arguments, **options)
-    if choose_backend("sampler_update", backend, reasons) == "torch":
-        return None
-    return plan(*arguments, **options)
-
-
-def _reference(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    guidance_scale: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    model_input: Tensor | None,
-    input_scale: Tensor | None,
-    backend: str,
-) -> None:
-    sampler_update_ref(
-        registers,
-        model_output,
-        table,
-        step,
-        guidance_scale=guidance_scale,
-        seeds=seeds,
-        noise=noise,
-        model_input=model_input,
-        input_scale=input_scale,
-    )
-
-
-def _fake(registers: Tensor, *_: object) -> None:
-    return None
-
-
-def _validate(
-    registers: Tensor,
-    model_output: Tensor,
-    table: Tensor,
-    step: Tensor,
-    guidance_scale: Tensor | None,
-    seeds: Tensor | None,
-    noise: Tensor | None,
-    model_input: Tensor | None,
-    input_scale: Tensor | None,
-) -> None:
-    """Raise an error of one line for the first argument that does not fit the registers, or that has a tangent."""
-    given = (guidance_scale, seeds, noise, model_input, input_scale)
-    tensors(sampler_update, (registers, model_output, table, step), given)
-    refuse_forward_mode("sampler_update", (registers, model_output, table, step, *given))
+def _check(call: SamplerUpdateCall) -> None:
+    """ValueError of one line for the first argument that does not fit the registers."""
+    registers, model_output, table, step, guidance_scale, seeds, noise, model_input, input_scale = call
     if registers.dim() < 2 or registers.dtype not in _REGISTER_DTYPES:
         raise ValueError(
             f"sampler_update: registers must be float32 or float64 [R, B, ...]; got {_describe(registers)}"
@@ -472,12 +383,22 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
+OPERATOR = Operator(
+    "sampler_update",
+    sampler_update,
+    sampler_update_ref,
+    SamplerUpdateCall,
+    _check,
+    plan,
+    candidates,
+    tuning_key,
+    unsupported_reasons,
+)
 _sampler_update = define_operator(
     "sampler_update(Tensor(a!) registers, Tensor model_output, Tensor table, Tensor step, Tensor? guidance_scale, "
     "Tensor? seeds, Tensor? noise, Tensor(b!)? model_input, Tensor? input_scale, str backend) -> ()",
-    served("sampler_update", _decided, _reference),
-    fake=_fake,
-    autocast=unchanged,
+    OPERATOR,
+    reference=lambda call: sampler_update_ref(**call._asdict()),
+    fake=lambda call: None,
+    differentiable=False,
 )
-
-OPERATOR = Operator("sampler_update", sampler_update, sampler_update_ref, plan, candidates, tuning_key)

@@ -36,16 +36,13 @@ _READER_GONE = 141
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        say(console(), f"ldmperf {metadata.version('ldmperf')}{_commit_of_checkout()}")
+        from .measure.environment import checkout
+
+        commit, is_dirty = checkout()
+        changed = " with uncommitted changes" if is_dirty else ""
+        told = "" if commit is None else f" (commit {commit[:7]}{changed})"
+        say(console(), f"ldmperf {metadata.version('ldmperf')}{told}")
         raise typer.Exit
-
-
-def _commit_of_checkout() -> str:
-    from .measure.environment import checkout
-
-    commit, is_dirty = checkout()
-    changed = " with uncommitted changes" if is_dirty else ""
-    return "" if commit is None else f" (commit {commit[:7]}{changed})"
 
 
 # With a callback typer keeps `profile` a command of its own, however many others there are.

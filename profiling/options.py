@@ -10,6 +10,11 @@ from typing import Literal, get_args
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = get_args(DType)
 DEVICE_PATTERN = r"^(cpu|cuda(:\d+)?)$"
+# A side, in latent pixels: an image of 32768.
+LARGEST_LATENT = 4096
+# Of a text or an image, in tokens.
+LONGEST_SEQUENCE = 2**20
+LARGEST_SEED = 2**64 - 1
 
 
 class CaseError(ValueError):
@@ -25,23 +30,27 @@ _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def split_values(values: Iterable[str]) -> list[str]:
-    """What a repeated option was given, its commas taken apart."""
+    """The values of an option that may be repeated, split at commas."""
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def known_name(option: str, name: str, valid: Iterable[str]) -> str:
+    """The name, or CaseError where it is none of the valid ones."""
+    known = tuple(valid)
+    if name not in known:
+        raise CaseError(f"--{option}: no {option} {name!r}; choose from {', '.join(known)}")
+    return name
 
 
 def known_names(option: str, values: Iterable[str], valid: Iterable[str]) -> tuple[str, ...]:
     """The names given, or CaseError for one that is not valid."""
     known = tuple(valid)
-    chosen = split_values(values)
-    for name in chosen:
-        if name not in known:
-            raise CaseError(f"--{option}: no {option} {name!r}; choose from {', '.join(known)}")
-    return tuple(chosen)
+    return tuple(known_name(option, name, known) for name in split_values(values))
 
 
 def whole(text: str) -> int | None:
     """The number that ASCII digits write; None for any other text, a sign or an underscore in it included."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else None
 
 
 def real(text: str) -> float:
@@ -52,13 +61,29 @@ def real(text: str) -> float:
         return math.nan
 
 
-def whole_number(option: str, text: str, most: int | None = None) -> int:
-    """The number of at least 1 and at most `most`, or CaseError."""
-    limits = "of at least 1" if most is None else f"from 1 to {most}"
+def whole_within(text: str, least: int, most: int | None = None) -> int:
+    """The number within those limits, or ValueError."""
     value = whole(text)
-    if value is None or value < 1 or (most is not None and value > most):
-        raise CaseError(f"--{option}: {text!r} is not a whole number {limits}")
+    if value is None or value < least or (most is not None and value > most):
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{text!r} is not a whole number {limits}")
     return value
+
+
+def whole_number(option: str, text: str, most: int | None = None, *, least: int = 1) -> int:
+    """The number within those limits, or CaseError."""
+    try:
+        return whole_within(text, least, most)
+    except ValueError as wrong:
+        raise CaseError(f"--{option}: {wrong}") from None
+
+
+def latent_size(option: str, text: str) -> tuple[int, int]:
+    """Height and width of "64x96", or of a square "64"; or CaseError."""
+    sides = text.split("x")
+    if len(sides) > 2:
+        raise CaseError(f"--{option}: {text!r} is no size; give height x width in latent pixels, as in 64x96")
+    return whole_number(option, sides[0], LARGEST_LATENT), whole_number(option, sides[-1], LARGEST_LATENT)
 
 
 def dtype_named(text: str) -> DType:

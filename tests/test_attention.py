@@ -8,7 +8,7 @@ import torch
 
 from ldmperf.kernels import KernelUnsupported, _launch, attention
 from ldmperf.kernels._launch import Chip
-from ldmperf.kernels.attention import AttentionConfig, plan, tuning_key
+from ldmperf.kernels.attention import AttentionCall, AttentionConfig, plan, tuning_key
 
 
 def exact(q, k, v, attended, scale=None):
@@ -89,7 +89,7 @@ def test_the_kernel_names_what_it_cannot_serve():
 def test_classes_of_shapes_share_a_key_and_others_do_not():
     def key(batch=2, queries=4096, keys=4096, dim=40, dtype=torch.bfloat16, **options):
         q = torch.empty(batch, queries, 8, dim, dtype=dtype, device="meta")
-        return tuning_key(q, *[q[:, :1].expand(-1, keys, -1, -1)] * 2, **options)
+        return tuning_key(AttentionCall(q, *[q[:, :1].expand(-1, keys, -1, -1)] * 2, **options))
 
     assert key(queries=4000, keys=3000) == key()
     lengths = torch.empty(2, dtype=torch.int64, device="meta")
@@ -109,13 +109,14 @@ def test_classes_of_shapes_share_a_key_and_others_do_not():
 def test_auto_takes_what_was_measured(tmp_path, monkeypatch):
     """Without a measurement torch's; with one the faster; and "triton" the tuned tile in any case."""
     q = torch.empty(2, 256, 8, 40, dtype=torch.bfloat16, device="meta")
-    key, tile = tuning_key(q, q, q), {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
+    call = AttentionCall(q, q, q)
+    key, tile = tuning_key(call), {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
 
     def fastest(name, table):
         chip = Chip(name, 132)
         (tmp_path / f"{chip.file_name}.json").write_text(json.dumps(table))
-        return _launch.fastest("attention", chip, lambda: key, unmeasured="torch"), plan(q, q, q, chip=chip)[1][0]
+        return _launch.fastest("attention", chip, lambda: key, unmeasured="torch"), plan(call, chip=chip)[1][0]
 
     chosen, launch = fastest("a", {"kernels": {}})
     assert chosen == "torch"

@@ -7,7 +7,7 @@ import functools
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from ldmperf.kernels import attention
-from ldmperf.profiling.cli import main
 from ldmperf.profiling.kernel_bench import attention_peers
 from ldmperf.profiling.kernel_bench.attention_table import (
     AttentionRow,
@@ -37,14 +36,14 @@ from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.step.call import KernelCase
-from ldmperf.profiling.step.calls import attention_cases
+from ldmperf.profiling.step.call import OperatorCall
+from ldmperf.profiling.step.calls import attention_calls
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 ENVIRONMENT = Environment(os="Linux", python="3.11", torch="2.13.0", git_commit="a" * 40, git_dirty=False)
 QUICK = Pace(RepetitionRule(3, 0.0), 0.0)
-OF_ITSELF, OF_TEXT = attention_cases(12, 64, 2, "float32")
+OF_ITSELF, OF_TEXT = attention_calls(12, 64, 2, "float32")
 # 1000 TFLOP/s (2 * 1000**3 FLOP in 0.002 ms), and 16 * 125 * 2e6 exponentials a millisecond.
 RATES = UnitRates(matrix_size=1000, matrix_ms=Samples.of([0.002]), multiprocessors=125, clock_ghz=2.0)
 
@@ -53,12 +52,12 @@ def bench(*peers: Peer) -> KernelBench:
     return KernelBench("cpu", peers, ("eager",), QUICK, ENVIRONMENT, None, RATES)
 
 
-def measured(case: KernelCase, *peers: Peer) -> dict[str, KernelRecord]:
+def measured(case: OperatorCall, *peers: Peer) -> dict[str, KernelRecord]:
     return {record.peer: record for record in bench(*peers).measure(Job("39M", 2, case))}
 
 
 @pytest.mark.parametrize("case", [OF_ITSELF, OF_TEXT], ids=lambda case: case.label)
-def test_every_peer_is_right_or_says_why_not(case: KernelCase) -> None:
+def test_every_peer_is_right_or_says_why_not(case: OperatorCall) -> None:
     records = measured(case, *(peer for name, peer in PEERS.items() if name != "flex"))
     assert {name: record.status for name, record in records.items()} == {
         "triton": "unsupported",
@@ -75,7 +74,7 @@ def test_every_peer_is_right_or_says_why_not(case: KernelCase) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on a CPU needs a C++ compiler")
 def test_flex_attention_is_right() -> None:
-    (record,) = measured(attention_cases(12, 64, 1, "float32")[0], PEERS["flex"]).values()
+    (record,) = measured(attention_calls(12, 64, 1, "float32")[0], PEERS["flex"]).values()
     assert record.status == "ok", record.message
 
 
@@ -104,7 +103,7 @@ def test_one_backend_of_torch_is_allowed(name: str, monkeypatch: pytest.MonkeyPa
         "math": torch.backends.cuda.math_sdp_enabled,
     }
     arguments = OF_ITSELF.arguments("cpu")
-    monkeypatch.setattr(KernelCase, "arguments", lambda case, device: arguments)
+    monkeypatch.setattr(OperatorCall, "arguments", lambda case, device: arguments)
     # It is asked whether it serves the call, and no other is.
     asked: list[str] = []
     for other, (_, serves) in attention_peers.SDPA.items():
@@ -219,7 +218,7 @@ def test_the_reference_is_that_of_the_whole_batch() -> None:
     torch.testing.assert_close(found, torch.einsum("bhqk,bkhd->bqhd", weights, v))
 
 
-def timed(case: KernelCase, peer: str, ms: float, error: float = 1e-6, **changes: Any) -> KernelRecord:
+def timed(case: OperatorCall, peer: str, ms: float, error: float = 1e-6, **changes: Any) -> KernelRecord:
     right = Peer(peer, lambda case, device: Implementation(functools.partial(attention, backend="torch")))
     (record,) = bench(right).measure(Job("39M", 2, case))
     assert record.correctness is not None
@@ -277,7 +276,6 @@ def row(of_itself: bool = True, head_dim: int = 40, batch: int = 2, **us: float)
         queries=64,
         keys=64 if of_itself else 77,
         batch=batch,
-        dtype="bfloat16",
         mode="graph",
         us=times,
         errors={name: error for name, error in errors.items() if name in times},
@@ -360,35 +358,12 @@ def test_calls_by_head_dimension_begin_with_the_longest() -> None:
     assert [s is not None and s.keys == 77 for s in sizes] == [False] * 8 + [True] * 8
 
 
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(["kernels", *arguments])
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out, captured.err
-
-
 def test_the_command_takes_head_dimensions(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ldmperf.profiling.kernel_bench.device._COPY_BYTES", {"cpu": 4096})
-    options = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--out", str(tmp_path), "--seconds", "60"]
-    code, out, errors = run_command(capsys, "--head-dim", "8,12", "--tokens", "16", *options)
-    assert code == 0, errors
+    options = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--out", tmp_path, "--seconds", "60"]
+    found = run("kernels", "--head-dim", "8,12", "--tokens", "16", *options)
+    assert found.code == 0, found.err
     for part in ("attention 1x16x8x8 ", "attention 1x16x8x12 over 77", "best peer", "peers with a time are eager"):
-        assert part in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--head-dim", "0"], "from 1"),
-        (["--head-dim", "8", "--kernel", "geglu"], "attention"),
-        (["--head-dim", "8", "--size", "39M"], "--size"),
-        (["--tokens", "64"], "--head-dim"),
-    ],
-)
-def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
-    code, _, errors = run_command(capsys, *arguments)
-    assert code == 2
-    assert told in errors
-    assert len(errors.strip().splitlines()) == 1
+        assert part in found.out

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ldmperf.kernels._attention_config import candidate_configs, default_config
 from ldmperf.kernels._launch import Chip
 from ldmperf.kernels._parts import padded, parts
-from ldmperf.kernels.attention import plan
+from ldmperf.kernels.attention import AttentionCall, plan
 
 HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)
 ARCHS = ("sm_90", "sm_80", "gfx942", "sm_86", "sm_120")
@@ -162,7 +162,7 @@ def test_a_plan_says_what_can_be_left_out():
     def masks(keys, dim=40, **given):
         q, k = (torch.empty(2, n, 8, dim, dtype=torch.bfloat16, device="meta") for n in (256, keys))
         config = dataclasses.replace(default(256, keys, dim, 16), block_n=64, ahead=True)
-        arguments = plan(q, k, k, config=config, **given)[1][0].arguments
+        arguments = plan(AttentionCall(q, k, k, **given), config=config)[1][0].arguments
         return arguments["MASKS"], arguments["AHEAD"]
 
     lengths = torch.empty(2, dtype=torch.int64, device="meta")
@@ -177,7 +177,9 @@ def test_values_are_copied_by_ptx_only_where_wgmma_would_be_serialized():
     def copied(arch, dim=160, **given):
         q = torch.empty(2, 256, 8, dim, dtype=torch.bfloat16, device="meta")
         config = dataclasses.replace(default(256, 256, dim, 16), ahead=given.pop("ahead", True))
-        return plan(q, q, q, config=config, chip=Chip("any", 132, arch), **given)[1][0].arguments["PTX_COPY"]
+        return plan(AttentionCall(q, q, q, **given), config=config, chip=Chip("any", 132, arch))[1][0].arguments[
+            "PTX_COPY"
+        ]
 
     assert copied("sm_90")
     assert not copied("sm_90", ahead=False)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ldmperf.model import FAMILY
 from ldmperf.profiling import Case
-from ldmperf.profiling.options import CaseError
+from ldmperf.profiling.options import CaseError, split_values
 from ldmperf.profiling.trajectory.case import BACKENDS
-from ldmperf.profiling.trajectory.presets import PRESETS, Choices, check_devices, select_cases
+from ldmperf.profiling.trajectory.presets import (
+    OPTIONS,
+    PRESETS,
+    Choices,
+    check_devices,
+    select_cases,
+    split_paths,
+)
 from ldmperf.profiling.trajectory.rungs import default_backends
 from ldmperf.samplers import SAMPLERS
 
@@ -136,6 +146,41 @@ def test_latent_sizes_are_a_list_of_the_sweep() -> None:
     assert [(case.latent_height, case.latent_width) for case in cases] == [(64, 96), (128, 128), (64, 64)]
 
 
+def test_context_lengths_and_seeds_are_lists_of_the_sweep() -> None:
+    """Seeds vary slower than lengths: a size's weights are made anew for each."""
+    cases = select_cases("cpu", Choices(size=["39M"], tokens=["1,154"], seed=["0", f"{2**64 - 1}"], steps=["2"]))
+    assert [(case.seed, case.context_tokens, case.backend) for case in cases] == [
+        (seed, tokens, backend)
+        for seed in (0, 2**64 - 1)
+        for tokens in (1, 154)
+        for backend in ("torch", "diffusers")
+    ]
+    assert {(case.context_tokens, case.seed) for case in select_cases("cpu", Choices(size=["39M"]))} == {(77, 0)}
+
+
+PATHS = st.sampled_from(["a", "b", "a,b", "b,a", "a,", ",b", "a,,b", "b,a,b"])
+
+
+@given(files=st.sets(PATHS, max_size=4), value=st.lists(PATHS, min_size=1, max_size=2).map(",".join))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_paths_are_split_at_commas_that_are_in_none_of_them(
+    tmp_path_factory: pytest.TempPathFactory, files: set[str], value: str
+) -> None:
+    folder, before = tmp_path_factory.mktemp("files"), Path.cwd()
+    for name in files:
+        (folder / name).touch()
+    os.chdir(folder)
+    try:
+        found = split_paths([value, value])
+    finally:
+        os.chdir(before)
+    assert found == found[: len(found) // 2] * 2
+    assert split_values(found) == split_values([value, value])
+    assert value not in files or found == [value, value]
+    assert all(path in files or "," not in path for path in found)
+    assert any("," in name for name in files) or found == split_values([value, value])
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
@@ -154,10 +199,14 @@ def test_a_snapshot_in_the_cache_of_hugging_face_has_the_repositorys_name(path: 
 def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     cases = select_cases("cpu", Choices(unet=["mine"], steps=["2"], backend=["torch"]))
     assert [(case.unet, case.label, case.is_checkpoint) for case in cases] == [
         (str(tmp_path / "mine"), "mine", True)
     ]
+    (tmp_path / "mine,too").mkdir()
+    cases = select_cases("cpu", Choices(unet=["mine,too, mine", "~/mine"], steps=["2"], backend=["torch"]))
+    assert [case.label for case in cases] == ["mine,too", "mine"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +226,12 @@ def test_a_checkpoint_is_named_by_its_absolute_path(tmp_path: Path, monkeypatch:
         (Choices(latent=["64x64x64"]), "height x width"),
         (Choices(latent=["64x"]), "from 1 to 4096"),
         (Choices(latent=["0x64"]), "from 1 to 4096"),
+        (Choices(tokens=["0"]), "from 1 to 1048576"),
+        (Choices(tokens=["77.0"]), "from 1 to 1048576"),
+        (Choices(seed=["-1"]), "from 0 to 18446744073709551615"),
+        (Choices(seed=[f"{2**64}"]), "from 0 to 18446744073709551615"),
         (Choices(unet=["/nowhere"]), "/nowhere"),
+        (Choices(unet=["/,/nowhere"]), "/nowhere"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_lists_the_valid_ones(choices: Choices, said: str) -> None:
@@ -192,7 +246,7 @@ def test_short_dtype_names() -> None:
     assert {case.dtype for case in cases} == {"bfloat16", "float32"}
 
 
-@pytest.mark.parametrize("option", ["size", "unet", "sampler", "steps", "batch", "guidance", "backend", "task"])
+@pytest.mark.parametrize("option", list(OPTIONS))
 def test_an_option_without_a_value_is_refused_and_not_left_out(option: str) -> None:
     with pytest.raises(CaseError, match=f"--{option}: no value given"):
         select_cases("cpu", Choices(**{option: ("",)}))

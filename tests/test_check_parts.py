@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import check_evidence
 import check_parts
 import pytest
 from check_plan import CORES, CPU_SECONDS, START_SECONDS, plan_lines
@@ -168,7 +169,7 @@ def test_a_run_of_another_tuned_table_does_not_go_on(
 
     def goes_on(text: str) -> bool:
         path.write_text(text)
-        return check_parts.begun(tmp_path / "ladder", name) == ("--resume", str(run))
+        return check_evidence.begun(tmp_path / "ladder", name) == ("--resume", str(run))
 
     assert goes_on(run_of("H100", None))
     table.write_bytes(b"{}")
@@ -191,7 +192,7 @@ def test_a_run_that_was_begun_goes_on(tmp_path: Path) -> None:
     kernels.mkdir(parents=True)
     (kernels / "kernels.jsonl").write_text('{"environment": {"gpu": null, "tuned": null}}')
     parts = {p.name: p for p in check_parts.parts("cuda", tmp_path)}
-    resumed = {name: check_parts.begun(tmp_path / name, p.resumes) for name, p in parts.items() if p.resumes}
+    resumed = {name: check_evidence.begun(tmp_path / name, p.resumes) for name, p in parts.items() if p.resumes}
     newest = str(tmp_path / "family-all" / "20260102T000000Z-abc")
     assert {name: found for name, found in resumed.items() if found} == {
         "family-all": ("--resume", newest),
@@ -291,7 +292,7 @@ def test_outcomes_are_counted_as_pytest_prints_them(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-rfEs", "--color=no", "-p", "no:cacheprovider", "."]
     told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False).stdout
     for log in (told, OF_TWO_PROCESSES):
-        found = check_parts.recorded(part("tests"), tmp_path, log)
+        found = check_evidence.recorded(part("tests"), tmp_path, log)
         assert found == Counter(passed=2, failed=1, skipped=1, error=1), log
 
 
@@ -300,12 +301,12 @@ def test_records_are_counted_by_status_and_a_torn_one_is_not(tmp_path: Path) -> 
     run.mkdir(parents=True)
     line = json.dumps({"status": "ok"})
     (run / "records.jsonl").write_text(f'{line}\n{{"status": "oom"}}\n{line}\n[]\n{line[:-4]}')
-    assert check_parts.recorded(part("profile", "ladder"), tmp_path, "") == Counter(ok=2, oom=1)
-    assert check_parts.recorded(part("kernels", "ladder"), tmp_path, "") == Counter()
+    assert check_evidence.recorded(part("profile", "ladder"), tmp_path, "") == Counter(ok=2, oom=1)
+    assert check_evidence.recorded(part("kernels", "ladder"), tmp_path, "") == Counter()
     log = "linear 64x320: 0.01 ms now, 3 of 40 tried, 0 failed: nothing better\nlinear: cannot run\n"
-    assert check_parts.recorded(part("tuning"), tmp_path, log) == Counter(searched=1)
+    assert check_evidence.recorded(part("tuning"), tmp_path, log) == Counter(searched=1)
     log = "NVIDIA H100 2.11.0 cuDNN 91900\n39M conv_in 4 channels: 12.3 us  sm90_xmma, nchwToNhwc\n"
-    assert check_parts.recorded(part("convolutions"), tmp_path, log) == Counter(timed=1)
+    assert check_evidence.recorded(part("convolutions"), tmp_path, log) == Counter(timed=1)
 
 
 @pytest.mark.parametrize(
@@ -321,4 +322,4 @@ def test_records_are_counted_by_status_and_a_torn_one_is_not(tmp_path: Path) -> 
     ],
 )
 def test_what_shows_that_a_part_did_its_work(evidence: str, found: dict[str, int], is_evidence: bool) -> None:
-    assert check_parts.is_evidence(part(evidence), Counter(found)) == is_evidence
+    assert check_evidence.is_evidence(part(evidence), Counter(found)) == is_evidence

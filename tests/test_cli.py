@@ -52,6 +52,9 @@ Run = Callable[..., Any]
         (["profile", "--backend", "tensorrt"], "torch, triton, triton+hoist, triton+hoist+merge, graph"),
         (["profile", "--preset", "tpu"], "cpu, gpu"),
         (["profile", "--unet", "/no/where"], "/no/where"),
+        (["profile", "--unet", "/,/no/where"], "/no/where"),
+        (["profile", "--tokens", "0"], "from 1 to 1048576"),
+        (["profile", "--seed", "-1"], "from 0 to 18446744073709551615"),
         (["profile", "--min-count", "0"], "--min-count must be at least 1"),
         (["profile", "--min-count", "x"], "'x' is not a whole number"),
         (["profile", "--min-seconds", "nan"], "--min-seconds"),
@@ -224,6 +227,22 @@ def test_a_checkpoint_that_diffusers_wrote_end_to_end(run: Run, tiny_checkpoint:
     before = (folder / RECORDS_NAME).read_bytes()
     assert run("profile", "--resume", "--out", tmp_path).code == 0
     assert (folder / RECORDS_NAME).read_bytes() == before
+
+
+def test_a_context_length_and_a_seed_end_to_end(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The largest seed too, whose later rounds and images begin again at 0; a resumed run has to name the same."""
+    options = ("--unet", tiny_checkpoint, "--steps", "1", "--sampler", "ddpm", "--batch", "2", *QUICK)
+    named = (*options, "--tokens", "5", "--seed", f"3,{2**64 - 1}", "--latent", "8x16", "--out", tmp_path)
+    outcome = run("profile", *named)
+    assert outcome.code == 0, outcome.err
+    (folder,) = tmp_path.iterdir()
+    records = load_records(folder)[0]
+    assert [(r.case.context_tokens, r.case.seed, r.status) for r in records] == [
+        (5, seed, "ok") for seed in (3, 2**64 - 1) for _ in ("torch", "diffusers")
+    ]
+    assert run("profile", *named, "--resume").code == 0
+    for other in ("6", "77"):
+        assert "other cases" in run("profile", *named, "--tokens", other, "--resume").err
 
 
 def test_out_of_memory_is_data_but_a_run_with_no_time_at_all_has_failed(
@@ -554,6 +573,8 @@ def test_a_process_begun_without_stdout_and_stderr() -> None:
     [
         ["profile", "--steps"],
         ["profile", "--batch"],
+        ["profile", "--tokens"],
+        ["profile", "--seed"],
         ["profile", "--guidance"],
         ["profile", "--min-count"],
         ["profile", "--min-seconds"],

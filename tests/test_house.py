@@ -36,7 +36,7 @@ ALLOWED = {
 
 # The rooms of profiling and the files beside them, in their order: each imports only those above it.
 ROOMS = (
-    *("terminal", "options", "machines", "measure", "peer", "step", "static"),
+    *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static"),
     *("trajectory", "kernel_bench", "ahead", "report", "commands", "cli"),
 )
 

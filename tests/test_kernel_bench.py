@@ -20,10 +20,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.profiling.cli import main
 from ldmperf.profiling.commands.kernels_command import progress_line
 from ldmperf.profiling.kernel_bench import bench as bench_module
 from ldmperf.profiling.kernel_bench import device as device_module
+from ldmperf.profiling.kernel_bench import peer_lane
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
     DELAY_CYCLES,
@@ -50,8 +50,8 @@ from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.store import load_lines, rejected_path
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, timed
-from ldmperf.profiling.step.call import KernelCase, TensorSpec
-from ldmperf.profiling.step.calls import family_kernel_cases, sampler_case
+from ldmperf.profiling.step.call import OperatorCall, TensorSpec
+from ldmperf.profiling.step.calls import family_calls, sampler_call
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -60,10 +60,10 @@ COPY = CopyBandwidth(bytes_each=10**6, ms=Samples.of([1.0, 2.0, 3.0]))
 QUICK = Pace(RepetitionRule(3, 0.0), 0.0)
 
 
-def geglu_case(rows: int = 6, dtype: Any = "float32") -> KernelCase:
+def geglu_case(rows: int = 6, dtype: Any = "float32") -> OperatorCall:
     x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype=dtype)
     out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype=dtype)
-    return KernelCase(operator="geglu", dtype=dtype, tensors=(x,), results=(out,))
+    return OperatorCall(operator="geglu", dtype=dtype, tensors=(x,), results=(out,))
 
 
 def peer(name: str, call: Callable[..., Any]) -> Peer:
@@ -126,7 +126,7 @@ def test_only_a_right_result_gets_a_time() -> None:
 
 def test_the_check_sees_what_a_call_does_not_write() -> None:
     """model_input is full of NaN before the check, so that a call that leaves it alone is wrong."""
-    case = sampler_case("ddim", 2, "float32", 8)
+    case = sampler_call("ddim", 2, "float32", (8, 8))
 
     def forgets(**arguments: Any) -> None:
         OPERATORS["sampler_update"].reference(**arguments | {"model_input": None, "input_scale": None})
@@ -137,7 +137,7 @@ def test_the_check_sees_what_a_call_does_not_write() -> None:
 
 
 def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> None:
-    inputs = CallInputs(sampler_case("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
+    inputs = CallInputs(sampler_call("ddim", 2, "float32", (8, 8)), 2, torch.device("cpu"), seed=0)
     first = inputs.sets[0]
     registers = first["registers"].clone()
     assert not torch.equal(registers, inputs.sets[1]["registers"])
@@ -151,7 +151,7 @@ def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> No
 def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
     """Wrong formulas of the peers would make our kernels look wrong, or slow."""
     peers = [PEERS[name] for name in ("eager", "reference")]
-    for case in family_kernel_cases("39M", 2, "float32", latents=8):
+    for case in family_calls("39M", 2, "float32", latent=(8, 8)):
         for record in bench(*peers).measure(Job("39M", 2, case)):
             expected = "unsupported" if case.plan in ("unipc", "euler_a") and record.peer == "eager" else "ok"
             assert record.status == expected, record.message
@@ -161,7 +161,7 @@ def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_of_diffusers_is_ours(plan: str, batch: int) -> None:
     pytest.importorskip("diffusers")
-    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_case(plan, batch, "float32", 8)))
+    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_call(plan, batch, "float32", (8, 8))))
     assert record.status == "ok", record.message
 
 
@@ -179,7 +179,7 @@ def test_a_call_that_cannot_be_set_up_is_a_record_for_every_peer(monkeypatch: py
     def no_room(*_: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(KernelCase, "arguments", no_room)
+    monkeypatch.setattr(OperatorCall, "arguments", no_room)
     found = bench(peer("triton", right), peer("eager", right)).measure(Job("39M", 2, geglu_case()))
     assert [(record.peer, record.status) for record in found] == [("triton", "oom"), ("eager", "oom")]
 
@@ -268,6 +268,8 @@ def test_what_is_recorded_is_not_measured_again(tmp_path: Path, monkeypatch: pyt
         earlier_records(tmp_path, ENVIRONMENT, "bfloat16", "cpu")
     with pytest.raises(RunError, match="is of cpu, and this call of cuda: give --device cpu"):
         earlier_records(tmp_path, ENVIRONMENT, "float32", "cuda")
+    with pytest.raises(RunError, match="is of 0, and this call of 3: give --seed 0"):
+        earlier_records(tmp_path, ENVIRONMENT, "float32", "cpu", 3)
     assert sorted(r.model_dump_json() for r in earlier_records(tmp_path, ENVIRONMENT, "float32", "cpu")) == sorted(
         r.model_dump_json() for r in whole
     )
@@ -296,20 +298,63 @@ def test_important_steps_and_calls_come_first() -> None:
     order = steps_in_order(("39M", "866M", "83M", "vae"), (2, 16))
     assert order[:4] == [("866M", 2), ("39M", 2), ("866M", 16), ("vae", 1)]
     assert len(order) == len(set(order)) == 7
-    cases = by_importance(family_kernel_cases("39M", 2, "bfloat16"))
+    cases = by_importance(family_calls("39M", 2, "bfloat16"))
     assert {case.operator for case in cases[: len(OPERATORS)]} == set(OPERATORS)
     for operator in OPERATORS:
         moved = [case.count * case.bytes_moved for case in cases if case.operator == operator]
         assert moved == sorted(moved, reverse=True)
-    assert sorted(cases, key=lambda c: c.key) == sorted(
-        family_kernel_cases("39M", 2, "bfloat16"), key=lambda c: c.key
-    )
+    assert sorted(cases, key=lambda c: c.key) == sorted(family_calls("39M", 2, "bfloat16"), key=lambda c: c.key)
 
 
 def test_a_call_that_several_sizes_make_is_measured_once() -> None:
     found = list(jobs(("sampler_update",), ("39M", "83M"), (2,), "bfloat16"))
     assert {job.size for job in found} == {"39M"}
     assert len(found) == 4
+
+
+def test_calls_at_another_latent_and_context() -> None:
+    """Both sides of a latent are halved at each level; the context's length is that of k and v alone."""
+    usual, tall, long = (
+        list(jobs(OPERATORS, ("39M", "vae"), (2,), "float32", latents, contexts))
+        for latents, contexts in ((((16, 16),), (77,)), (((24, 8),), (77,)), (((16, 16),), (5, 77)))
+    )
+    of_vae = [job for job in usual if job.size == "vae"]
+    assert of_vae == [job for job in tall if job.size == "vae"]
+    pixels = {job.case.tensors[0].shape[2:] for job in tall if job.case.operator == "group_norm_silu"}
+    assert pixels >= {(24, 8), (12, 4), (6, 2), (3, 1)}
+    registers = {job.case.tensors[0].shape[3:] for job in tall if job.case.operator == "sampler_update"}
+    assert registers == {(24, 8)}
+    added = [job.case for job in long if job not in usual]
+    assert {case.operator for case in added} >= {"attention"}
+    assert {case.attention.keys for case in added if case.attention is not None} == {5}
+    assert len({job.case.key for job in long}) == len(long)
+
+
+def test_the_command_takes_latents_context_lengths_and_a_seed(run: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--dtype", "float32", "--size", "39M", "--batch", "1", "--peer", "eager"]
+    options += ["--kernel", "attention", "--latent", "8x16,8", "--tokens", "5", "--seed", "7"]
+    found = run("kernels", *options, "--out", tmp_path)
+    assert found.code == 0, found.err
+    (folder,) = tmp_path.iterdir()
+    records, _ = load_lines(folder / "kernels.jsonl", KernelRecord)
+    sizes = {(r.case.attention.queries, r.case.attention.keys) for r in records if r.case.attention is not None}
+    assert sizes == {(n, keys) for n in (128, 64, 32, 16, 8, 4, 2, 1) for keys in (n, 5)}
+    assert {(r.seed, r.case_key.endswith("mode=eager seed=7"), r.status) for r in records} == {(7, True, "ok")}
+    other = records[0].model_copy(update={"seed": 0})
+    assert other.case_id != records[0].case_id
+    refused = run("kernels", *options, "--seed", "8", "--resume", folder)
+    assert (refused.code, "give --seed 7" in refused.err) == (2, True)
+
+
+def test_a_seed_chooses_the_inputs() -> None:
+    errors = []
+    for seed in (0, 0, 2**64 - 1):
+        seeded = KernelBench("cpu", [PEERS["eager"]], ("eager",), QUICK, ENVIRONMENT, COPY, seed=seed)
+        (record,) = seeded.measure(Job("39M", 2, geglu_case()))
+        assert (record.status, record.seed) == ("ok", seed)
+        assert record.correctness is not None
+        errors.append(record.correctness.error_before)
+    assert errors[0] == errors[1] != errors[2]
 
 
 @pytest.mark.parametrize(
@@ -481,7 +526,7 @@ def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("ldmperf.profiling.measure.outcomes.release_memory", released)
     monkeypatch.setattr(bench_module, "release_memory", released)
-    monkeypatch.setattr(bench_module, "timed_run", sample)
+    monkeypatch.setattr(peer_lane, "timed_run", sample)
     # One call is checked, six calibrate, one is untimed: the tenth is the second sample, the third calibrates.
     peers = [peer(name, functools.partial(call, name, fails)) for name, fails in (("a", 0), ("b", 10), ("c", 3))]
     statuses = [record.status for record in bench(*peers).measure(Job("39M", 2, geglu_case()))]
@@ -605,14 +650,7 @@ def test_the_table_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_sampler_may_round_more_than_others() -> None:
-    assert tolerance_of(sampler_case("ddim", 2, "bfloat16", 8)) > tolerance_of(geglu_case(dtype="bfloat16"))
-
-
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    captured = capsys.readouterr()
-    return int(stopped.value.code or 0), captured.out, captured.err
+    assert tolerance_of(sampler_call("ddim", 2, "bfloat16", (8, 8))) > tolerance_of(geglu_case(dtype="bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -629,44 +667,49 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[in
         (["--head-dim", ",", "--size", "39M"], "--head-dim: no value given"),
         (["--head-dim", "8", "--tokens", " , "], "--tokens: no value given"),
         (["--head-dim", "8", "--kernel", "attention,geglu"], "leave --size out, and --kernel"),
+        (["--head-dim", "0"], "from 1"),
+        (["--head-dim", "8", "--kernel", "geglu"], "attention"),
+        (["--head-dim", "8", "--size", "39M"], "--size"),
+        (["--head-dim", "8", "--latent", "64"], "leave --latent out"),
         (["--head-dim", "8", "--dtype", "int8"], "bfloat16"),
         (["--head-dim", "8", "--batch", "0"], "from 1"),
         (["--head-dim", "8", "--peer", "jax"], "xformers"),
         (["--size", "vae", "--batch", "3"], "leave --batch out"),
         (["--resume", "/no/where", "--out", "/tmp"], "leave --out out"),
-        (["--resume", "/no/where", "--tokens", "8"], "--head-dim"),
+        (["--resume", "/no/where", "--tokens", "8", "--size", "vae"], "leave --tokens out"),
+        (["--size", "vae", "--latent", "8"], "leave --latent out"),
+        (["--latent", "8x8x8"], "height x width"),
+        (["--tokens", "0"], "from 1 to 1048576"),
+        (["--seed", "-1"], "from 0 to 18446744073709551615"),
         (["--resume", "/no/where"], "start one without --resume"),
         (["--seconds", "nan"], "--help"),
     ],
 )
-def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
-    code, _, errors = run_command(capsys, "kernels", *arguments)
-    assert code == 2
-    assert told in errors
-    assert len(errors.strip().splitlines()) == 1
+def test_a_wrong_call_is_one_line(run: Callable[..., Any], arguments: list[str], told: str) -> None:
+    found = run("kernels", *arguments)
+    assert found.code == 2
+    assert told in found.err
+    assert len(found.err.strip().splitlines()) == 1
 
 
 def test_the_command_measures_records_and_shows(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = [Job("39M", 2, case) for case in family_kernel_cases("39M", 2, "float32", latents=8)[:4]]
+    small = [Job("39M", 2, case) for case in family_calls("39M", 2, "float32", latent=(8, 8))[:4]]
     monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: small)
-    code, out, errors = run_command(
-        capsys, "kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", str(tmp_path)
-    )
-    assert code == 0, errors
+    found = run("kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", tmp_path)
+    assert found.code == 0, found.err
     (folder,) = tmp_path.iterdir()
     records, rejected = load_lines(folder / "kernels.jsonl", KernelRecord)
     assert rejected == 0
     assert {record.peer for record in records} == {"eager", "reference"}
-    assert "unsupported" not in out + errors
+    assert "unsupported" not in found.out + found.err
     assert (folder / "kernels.md").read_text().count("\n") > 5
-    assert "compile" not in errors
+    assert "compile" not in found.err
 
 
-def test_help_lists_every_peer(capsys: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run_command(capsys, "kernels", "--help")
-    options = out.partition("Options:")[2]
+def test_help_lists_every_peer(run: Callable[..., Any]) -> None:
+    options = run("kernels", "--help").out.partition("Options:")[2]
     listed = "".join(options.partition("--peer")[2].partition("; those that")[0].split())
     assert set(listed.removeprefix("LIST").split(",")) == set(PEERS)
 
@@ -675,7 +718,7 @@ def test_help_lists_every_peer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_peer_that_needs_a_gpu_says_so_when_named(name: str) -> None:
     operator = next(iter(PEERS[name].operators or ["geglu"]))
     with pytest.raises(Unsupported, match="GPU"):
-        PEERS[name].build(KernelCase.model_construct(operator=operator), torch.device("cpu"))
+        PEERS[name].build(OperatorCall.model_construct(operator=operator), torch.device("cpu"))
     assert not PEERS[name].is_usual(torch.device("cpu"))
 
 
@@ -725,40 +768,38 @@ def test_a_busy_machine_is_noted() -> None:
         assert "probably busy" in shown
 
 
-def test_a_bench_that_measured_nothing_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, errors = run_command(
-        capsys, "kernels", "--device", "cpu", "--seconds", "0", "--size", "39M", "--out", str(tmp_path)
-    )
-    assert code == 1
-    assert "No kernel" in out
-    assert "--seconds" in errors
+def test_a_bench_that_measured_nothing_fails(run: Callable[..., Any], tmp_path: Path) -> None:
+    found = run("kernels", "--device", "cpu", "--seconds", "0", "--size", "39M", "--out", tmp_path)
+    assert found.code == 1
+    assert "No kernel" in found.out
+    assert "--seconds" in found.err
 
 
 def test_a_bench_is_taken_up_in_its_folder(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = [Job("39M", 2, geglu_case(rows)) for rows in (3, 4)]
     options = ["--device", "cpu", "--dtype", "float32", "--peer", "eager,reference"]
 
-    def run(jobs: Sequence[Job], *more: str) -> tuple[int, str, str]:
+    def bench_of(jobs: Sequence[Job], *more: str | Path) -> Any:
         monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: jobs)
-        return run_command(capsys, "kernels", *options, *more)
+        return run("kernels", *options, *more)
 
-    code, _, errors = run(small[:1], "--out", str(tmp_path / "runs"))
-    assert code == 0, errors
+    begun = bench_of(small[:1], "--out", tmp_path / "runs")
+    assert begun.code == 0, begun.err
     (folder,) = (tmp_path / "runs").iterdir()
-    code, out, errors = run(small, "--resume", str(folder))
-    assert code == 0, errors
+    resumed = bench_of(small, "--resume", folder)
+    assert resumed.code == 0, resumed.err
     records, rejected = load_lines(folder / "kernels.jsonl", KernelRecord)
     assert ([record.case.tensors[0].shape[0] for record in records], rejected) == ([3, 3, 4, 4], 0)
     assert list((tmp_path / "runs").iterdir()) == [folder]
-    assert "3x16" in out
-    assert "geglu 3x16" not in errors
+    assert "3x16" in resumed.out
+    assert "geglu 3x16" not in resumed.err
     # Begun elsewhere, or no folder of a bench: one line, and nothing is measured.
     text = (folder / "kernels.jsonl").read_text()
     (folder / "kernels.jsonl").write_text(text.replace(f'"python":"{sys.version.split()[0]}"', '"python":"2.7"'))
     for wrong, told in ((folder, "another environment (python"), (tmp_path, "no folder of a bench")):
-        code, _, errors = run(small, "--resume", str(wrong))
-        assert code == 2
-        assert told in errors
-        assert len(errors.strip().splitlines()) == 1
+        refused = bench_of(small, "--resume", wrong)
+        assert refused.code == 2
+        assert told in refused.err
+        assert len(refused.err.strip().splitlines()) == 1

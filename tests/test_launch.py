@@ -11,7 +11,7 @@ from ldmperf.kernels import OPERATORS, _launch
 from ldmperf.kernels._launch import NO_GPU, Chip, fastest, next_power_of_two, tuned
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
-from ldmperf.kernels.group_norm import GroupNormConfig, _shape, default_config
+from ldmperf.kernels.group_norm import GroupNormConfig, GroupNormSiluCall, _shape, default_config, plan
 
 fuzz = settings(max_examples=200, deadline=None)
 
@@ -215,7 +215,7 @@ NORMS = [
 @pytest.mark.parametrize("call", NORMS, ids=lambda call: "-".join(map(str, call["x"].shape)))
 def test_group_norm_configurations_are_sound(call):
     """Programs cover all groups, tiles and statistics stay small, and rows of channels-last memory are whole."""
-    _, launches = OPERATORS["group_norm_silu"].plan(**call)
+    _, launches = plan(GroupNormSiluCall(**call))
     x, skip = call["x"], call["skip"]
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     assert len(launches) in (1, 2)
@@ -235,22 +235,21 @@ def test_group_norm_configurations_are_sound(call):
 
 def test_a_configuration_that_is_searched_for_is_searched_for_once():
     x = norm_call(2, 320, 64)["x"]
-    first, second = (default_config(_shape(x, 32, None), Chip("NVIDIA H200", 132)) for _ in range(2))
+    first, second = (default_config(_shape(GroupNormSiluCall(x, 32)), Chip("NVIDIA H200", 132)) for _ in range(2))
     assert first is second
 
 
 def test_small_norms_take_one_launch_and_large_ones_fill_the_chip():
-    plan = OPERATORS["group_norm_silu"].plan
-    assert len(plan(**norm_call(2, 1280, 8))[1]) == 1
-    assert len(plan(**norm_call(2, 1280, 16))[1]) == 1
+    assert len(plan(GroupNormSiluCall(**norm_call(2, 1280, 8)))[1]) == 1
+    assert len(plan(GroupNormSiluCall(**norm_call(2, 1280, 16)))[1]) == 1
     for call in (norm_call(2, 320, 64), norm_call(1, 128, 512)):
-        statistics, apply = plan(**call)[1]
+        statistics, apply = plan(GroupNormSiluCall(**call))[1]
         assert min(statistics.programs, apply.programs) >= NO_GPU.multiprocessors
 
 
 def test_a_named_configuration_is_the_one_that_runs():
     config = GroupNormConfig(groups=4, block_hw=32, chunks=5, num_warps=8)
-    _, launches = OPERATORS["group_norm_silu"].plan(**norm_call(2, 320, 64), config=config)
+    _, launches = plan(GroupNormSiluCall(**norm_call(2, 320, 64)), config=config)
     assert [launch.num_warps for launch in launches] == [8, 8]
     assert all(launch.arguments["GROUPS"] == 4 and launch.arguments["BLOCK_HW"] == 32 for launch in launches)
 
@@ -278,9 +277,10 @@ def test_candidates_are_distinct_and_include_no_absurd_ones(name):
         },
     }
     operator = OPERATORS[name]
-    found = operator.candidates(**calls[name])
+    call = operator.bind(**calls[name])
+    found = operator.candidates(call)
     assert len(set(found)) == len(found) >= 4
     for config in found:
-        _, launches = operator.plan(**calls[name], config=config)
+        _, launches = operator.plan(call, config=config)
         assert all(0 < launch.programs < 2**31 for launch in launches)
-    assert "\n" not in operator.tuning_key(**calls[name])
+    assert "\n" not in operator.tuning_key(call)

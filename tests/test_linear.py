@@ -26,8 +26,8 @@ from ldmperf.kernels._linear_config import (
 )
 from ldmperf.kernels._parts import padded
 from ldmperf.kernels._recipes import ByLayout
-from ldmperf.kernels.linear import plan, tuning_key
-from ldmperf.profiling.step.recording import OpStream
+from ldmperf.kernels.linear import LinearCall, plan, tuning_key
+from ldmperf.profiling.step.recording import Recorder
 
 ARCHS = ("sm_90", "sm_80", "gfx942", "sm_86")
 # Bytes of shared memory that a program may have.
@@ -114,10 +114,10 @@ def test_on_a_cpu_the_kernels_are_refused_and_auto_says_so_once(caplog: pytest.L
 
 def operators(arguments: dict[str, Any], **options: Any) -> list[str]:
     """The operators that a call comes to."""
-    stream = OpStream()
-    with stream:
+    recorder = Recorder()
+    with recorder:
         linear(**arguments, **options)
-    return [op.name.partition("::")[2] for op in stream.ops if not op.is_view]
+    return [call.name.partition("::")[2] for call in recorder.calls if not call.is_view]
 
 
 @pytest.fixture
@@ -134,25 +134,25 @@ def test_auto_takes_what_is_predicted_until_it_was_measured(table: Path) -> None
     assert operators(narrow) == ["linear"]
     assert operators(wide) == ["layer_norm", "mm"]
     assert operators(call(8192, 64, 512, torch.float32)) == ["layer_norm", "mm"]
-    keys = [tuning_key(**arguments) for arguments in (narrow, wide)]
+    keys = [tuning_key(LinearCall(**arguments)) for arguments in (narrow, wide)]
     fields = {"block_m": 64, "block_n": 64, "block_k": 32, "tiles_n": 1, "num_warps": 8, "num_stages": 2}
     table.write_text(json.dumps({"kernels": {"linear": {keys[1]: fields}}, "torch": {"linear": keys[:1]}}))
     ByLayout.forget()
     assert operators(narrow) == ["layer_norm", "mm", "geglu"]
     assert operators(wide) == ["linear"]
-    (_, product) = plan(**wide)[1]
+    (_, product) = plan(LinearCall(**wide))[1]
     assert (product.arguments["BLOCK_K"], product.num_warps) == (32, 8)
 
 
 def test_a_norm_is_in_the_product_where_rows_can_be_kept_and_else_before_it() -> None:
-    (both,) = plan(**call(512, 512, 1536))[1]
+    (both,) = plan(LinearCall(**call(512, 512, 1536)))[1]
     assert both.name == "norm_linear_kernel"
     x_bias = meta(640)
-    norm, product = plan(**call(512, 640, 1920, x_bias=x_bias))[1]
+    norm, product = plan(LinearCall(**call(512, 640, 1920, x_bias=x_bias)))[1]
     assert [norm.name, product.name] == ["layer_norm_kernel", "linear_kernel"]
     assert norm.arguments["x_bias_ptr"] is x_bias
     assert product.arguments["x_ptr"] is norm.arguments["out_ptr"]
-    (alone,) = plan(meta(512, 640), meta(1920, 640))[1]
+    (alone,) = plan(LinearCall(meta(512, 640), meta(1920, 640)))[1]
     assert alone.name == "linear_kernel"
 
 

@@ -33,15 +33,6 @@ NOISE = initial_noise([1, 2], (4, 5, 6))
 TINY = UNetConfig((16, 32), (2, 4), (True, False), layers_per_block=1, context_dim=12, norm_groups=4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Garbage is looked for among what this file makes, not in all that was imported before."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class FreedMemory(Exception):
     pass
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from ldmperf.kernels import OPERATORS, Chip, _launch, _recipes, geglu, linear, residual_add
 from ldmperf.kernels._recipes import ByLayout, recipe
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 host_time = SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "host_time.py"), run_name="host_time"))
 
@@ -143,7 +143,7 @@ def test_a_kept_call_launches_what_a_new_plan_would(name: str, launched: list[li
             result = operator.call(**arguments, backend="triton")
             called = [[described(value, names) for value in values] for values in launched]
             launched.clear()
-            planned, launches = operator.plan(**arguments)
+            planned, launches = operator.plan(operator.bind(**arguments))
             _launch.run(launches, torch.device("cpu"))
             assert called == [[described(value, names) for value in values] for values in launched]
             assert called
@@ -174,6 +174,24 @@ def test_a_tensor_given_twice_is_two_arguments_of_the_next_call(launched: list[l
         [x.data_ptr(), other.data_ptr()],
         [other.data_ptr(), other.data_ptr()],
     ]
+
+
+def test_a_kept_kernel_is_launched_on_the_pointers_that_it_was_compiled_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And without triton's binder; pointers that are no multiples of 16 take another kernel, by the binder."""
+    kernels: list[Any] = []
+    aligned = half(4, 16)
+    odd = half(4 * 16 + 1)[1:].view(4, 16)
+    with host_time.stand_in_device():
+        monkeypatch.setattr(host_time.NoKernel, "run", lambda kernel, *_: kernels.append(kernel))
+        for x in (odd, aligned, aligned, odd, aligned):
+            geglu(x, backend="triton")
+        monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: pytest.fail("bound again"))
+        geglu(half(4, 16), backend="triton")
+    first, second = kernels[:2]
+    assert first is not second
+    assert kernels == [first, second, second, first, second, second]
 
 
 def counted(function: Callable[..., Any]) -> tuple[ByLayout[Any], list[Any]]:
@@ -266,7 +284,7 @@ def test_another_folder_of_tuned_tables_or_chip_is_another_plan(
 
 def test_a_plan_on_a_view_of_its_arguments_is_refused() -> None:
     x = half(4, 16)
-    result, launches = OPERATORS["geglu"].plan(x[:2])
+    result, launches = OPERATORS["geglu"].plan(OPERATORS["geglu"].bind(x[:2]))
     with pytest.raises(AssertionError, match="view"):
         recipe([x], result, launches)
 
@@ -283,7 +301,7 @@ def test_launches_are_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     seen: list[int] = []
-    step = _recipes._Step(lambda: seen.append(current[-1]), (), (), {})
+    step = _recipes._Step({(1,): lambda: seen.append(current[-1])}, 1, (), (), {})
     for index in (1, 0, 1):
         _recipes.Recipe(torch.device("cuda", index), (), (step,), None).run(())
     assert seen == [1, 0, 1]
@@ -304,6 +322,7 @@ def test_a_call_asks_for_reasons_and_plans_once(
             return original(*arguments, **options)
 
         monkeypatch.setattr(module, name, counting)
+        monkeypatch.setitem(vars(module.OPERATOR), name, counting)
     for _ in range(5):
         linear(**linear_call(2, 64, 64, True))
     assert asked["plan"] == asked["tuning_key"] == 1
@@ -312,9 +331,9 @@ def test_a_call_asks_for_reasons_and_plans_once(
 
 
 def test_the_bench_counts_every_operator() -> None:
-    from ldmperf.profiling.step.calls import attention_cases, sampler_case, vae_kernel_cases
+    from ldmperf.profiling.step.calls import attention_calls, sampler_call, vae_calls
 
-    cases = [attention_cases(8, 64, 1)[0], sampler_case("ddim", 2, "bfloat16", 8), vae_kernel_cases()[-1]]
+    cases = [attention_calls(8, 64, 1)[0], sampler_call("ddim", 2, "bfloat16", (8, 8)), vae_calls()[-1]]
     with host_time.stand_in_device():
         found = [host_time.host_time(case) for case in cases]
     assert [time.operator for time in found] == [case.operator for case in cases]

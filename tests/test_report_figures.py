@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.recorded import Samples
+from ldmperf.profiling.paper import paper_sizes
 from ldmperf.profiling.report import figures, ladder, text
+from ldmperf.profiling.report.phrases import differences
 from ldmperf.profiling.terminal.layout import number
 from ldmperf.profiling.trajectory.records import Harness, Trace
 
@@ -31,9 +33,9 @@ def rows_by(shown: figures.Overview) -> dict[tuple[str, str], figures.Row]:
 
 
 def test_paper_costs_are_the_table() -> None:
-    costs = figures.paper_costs()
-    assert len(costs) == 11
-    assert (costs["39M"], costs["866M"], costs["5B"]) == (0.07, 1.0, 5.17)
+    sizes = paper_sizes()
+    assert len(sizes) == 11
+    assert [sizes[name].paper_normalized_cost for name in ("39M", "866M", "5B")] == [0.07, 1.0, 5.17]
 
 
 @pytest.mark.parametrize(
@@ -157,8 +159,7 @@ def test_no_condition_is_averaged_over_or_left_unsaid(make_record: MakeRecord, f
     assert sorted(len(section.rows) for section in shown.sections) == [1, 2]
     alone = next(section for section in shown.sections if len(section.rows) == 1)
     assert alone.rows[0].cost == figures.Spread(1.0, 1.0, 1.0)
-    conditions = text.conditions(shown)
-    headings = {conditions.heading(section.environment, section.case) for section in shown.sections}
+    headings = {shown.conditions.heading(section) for section in shown.sections}
     assert len(headings) == 2
 
 
@@ -176,7 +177,7 @@ def test_environments_are_kept_apart(make_record: MakeRecord) -> None:
     rows = rows_by(shown)
     assert rows["39M", "torch"].cost == figures.Spread(1.0, 1.0, 1.0)
     assert rows["39M", "torch"].times_faster is None
-    assert text.differences(here, there) == ["torch: 2.13.0+cpu, 2.12.0", "commit: 7d35813a1b2c, ffffffffffff"]
+    assert differences(here, there) == ["torch: 2.13.0+cpu, 2.12.0", "commit: 7d35813a1b2c, ffffffffffff"]
 
 
 def test_of_a_case_measured_twice_the_later_is_shown_and_the_earlier_counted(make_record: MakeRecord) -> None:

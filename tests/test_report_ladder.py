@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.recorded import KernelTime, Samples
-from ldmperf.profiling.report import figures, markdown_table, print_table, write_report
+from ldmperf.profiling.report import markdown_table, overview, print_table, write_report
 from ldmperf.profiling.report.charts import drawings
 from ldmperf.profiling.report.ladder import costs_grid, groups_grid, ladder_grid, ladders
 from ldmperf.profiling.trajectory.case import BACKENDS
@@ -71,7 +71,7 @@ def records(make_record: MakeRecord) -> list[Record]:
 
 
 def test_rungs_are_in_order_and_gain_over_the_last_that_has_a_time(records: list[Record]) -> None:
-    small, large = ladders(figures.overview(records))
+    small, large = ladders(overview(records))
     assert (small.name, large.name) == ("39M", "866M")
     assert [rung.row.record.case.backend for rung in small.rungs] == list(BACKENDS)
     gains = {rung.row.record.case.backend: rung.gain for rung in small.rungs}
@@ -90,7 +90,7 @@ def test_rungs_are_in_order_and_gain_over_the_last_that_has_a_time(records: list
 
 
 def test_the_grid_shows_every_rung_and_why_one_has_no_time(records: list[Record]) -> None:
-    grid = ladder_grid(figures.overview(records))
+    grid = ladder_grid(overview(records))
     rows = {(row[0], row[1]): row for row in grid.rows}
     assert len(rows) == 2 * len(BACKENDS)
     assert grid.headings == (
@@ -106,7 +106,7 @@ def test_the_grid_shows_every_rung_and_why_one_has_no_time(records: list[Record]
 
 
 def test_a_steps_device_time_is_told_by_group_of_kernels(records: list[Record]) -> None:
-    grid = groups_grid(figures.overview(records))
+    grid = groups_grid(overview(records))
     assert grid.headings == ("size", "rung", "convolution", "linear")
     # Of a compiled peer that failed there is no trace.
     assert len(grid.rows) == 2 * (len(BACKENDS) - 2)
@@ -114,7 +114,7 @@ def test_a_steps_device_time_is_told_by_group_of_kernels(records: list[Record]) 
 
 
 def test_the_headline_sets_the_clock_beside_the_paper(records: list[Record]) -> None:
-    grid = costs_grid(figures.overview(records))
+    grid = costs_grid(overview(records))
     assert grid.headings == ("size", "the paper's", *BACKENDS)
     assert grid.rows == (
         ("39M", "0.070", "0.50", "-", "-", "0.40", "0.48", "0.45", "0.38", "0.10", "0.10"),
@@ -124,27 +124,27 @@ def test_the_headline_sets_the_clock_beside_the_paper(records: list[Record]) -> 
 
 def test_a_run_of_two_backends_has_no_ladder(make_record: MakeRecord, tmp_path: Path) -> None:
     two = [make_record(Case(unet=u, steps=2, backend=b)) for u in ("39M", "83M") for b in ("torch", "diffusers")]
-    shown = figures.overview(two)
+    shown = overview(two)
     assert ladders(shown) == ()
     assert ladder_grid(shown).rows == groups_grid(shown).rows == costs_grid(shown).rows == ()
     (drawing,) = (drawing for drawing in drawings(shown) if drawing.name == "ladder")
     assert drawing.chart is None
     assert "3 backends" in drawing.reason
-    assert "rung" not in markdown_table(two)
+    assert "rung" not in markdown_table(overview(two))
 
 
 def test_terminal_markdown_page_and_chart_show_it(
     records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    print_table(records, Console(width=400))
-    printed, markdown = capsys.readouterr().out, markdown_table(records)
+    print_table(overview(records), Console(width=400))
+    printed, markdown = capsys.readouterr().out, markdown_table(overview(records))
     for shown in (printed, markdown):
         assert "What each rung gains, at each size" in shown
         assert "Measured cost of a step relative to 866M, beside the paper's" in shown
         assert "1.25x" in shown
         assert "Where a step's device time goes: ms (launches)" in shown
     assert re.search(r"39M +graph +2\.000 +1\.25x +10\.00x +394 +1\.0% +1\.500", printed)
-    paths = write_report(records, 0, tmp_path)
+    paths = write_report(overview(records), 0, tmp_path)
     assert {"ladder.png", "ladder.svg"} <= {path.name for path in paths}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<h2>The ladder</h2>" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -12,8 +13,8 @@ import pytest
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.environment import DeviceState, Gpu
 from ldmperf.profiling.measure.recorded import Correctness, Samples
-from ldmperf.profiling.report import figures, write_report
-from ldmperf.profiling.report import page as page_module
+from ldmperf.profiling.paper import paper_sizes
+from ldmperf.profiling.report import overview, write_report
 from ldmperf.profiling.report.charts import drawings
 
 MakeRecord = Callable[..., Record]
@@ -54,7 +55,7 @@ class Page(HTMLParser):
 
 
 def written(records: list[Record], folder: Path, rejected: int = 0) -> Page:
-    write_report(records, rejected, folder)
+    write_report(overview(records), rejected, folder)
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
@@ -68,7 +69,7 @@ def cpu_set(make_record: MakeRecord) -> list[Record]:
 
 
 def test_the_page_and_the_charts_are_written(make_record: MakeRecord, tmp_path: Path) -> None:
-    paths = write_report(cpu_set(make_record), 0, tmp_path / "new")
+    paths = write_report(overview(cpu_set(make_record)), 0, tmp_path / "new")
     assert [path.name for path in paths] == ["report.html", *CHARTS]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(["report.html", *CHARTS])
     for path in paths:
@@ -179,7 +180,7 @@ def test_a_gpus_state_both_clocks_and_memory_are_shown(make_record: MakeRecord, 
 def test_the_whole_family_with_batches_tasks_and_samplers(make_record: MakeRecord, tmp_path: Path) -> None:
     cases = [
         Case(unet=unet, steps=2, batch=batch, sampler=sampler, task=task, backend=backend)
-        for unet in figures.paper_costs()
+        for unet in paper_sizes()
         for batch in (1, 8)
         for sampler in ("ddim", "heun")
         for task in ("t2i", "sr")
@@ -194,7 +195,7 @@ def test_the_whole_family_with_batches_tasks_and_samplers(make_record: MakeRecor
 
 def points_of(name: str, records: list[Record]) -> list[dict[str, float | str]]:
     """What the marks of a chart stand for."""
-    (drawing,) = (drawing for drawing in drawings(figures.overview(records)) if drawing.name == name)
+    (drawing,) = (drawing for drawing in drawings(overview(records)) if drawing.name == name)
     assert drawing.chart is not None
     spec = drawing.chart.to_dict()
     layers = [layer for panel in spec["concat"] for layer in panel["layer"] if layer["mark"]["type"] == "point"]
@@ -224,7 +225,7 @@ def test_backends_relative_to_different_sizes_have_panels_of_their_own(make_reco
         Case(unet=unet, steps=2, backend=b) for unet in ("39M", "83M", "145M") for b in ("torch", "diffusers")
     ]
     records = [make_record(case) for case in cases[:-1]] + [make_record(cases[-1], status="oom")]
-    cost, *_ = drawings(figures.overview(records))
+    cost, *_ = drawings(overview(records))
     assert cost.chart is not None
     panels = cost.chart.to_dict()["concat"]
     titles = [(panel["title"], panel["layer"][0]["encoding"]["x"]["title"]) for panel in panels]
@@ -246,22 +247,21 @@ def test_a_zero_time_or_an_instant_step_breaks_no_chart(make_record: MakeRecord,
 def test_a_failed_write_leaves_the_earlier_page(
     make_record: MakeRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_report([make_record()], 0, tmp_path)
+    write_report(overview([make_record()]), 0, tmp_path)
     before = (tmp_path / "report.html").read_bytes()
 
-    def torn(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def torn(descriptor: int) -> None:
+        os.truncate(descriptor, os.fstat(descriptor).st_size // 2)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page_module.Path, "write_bytes", torn)
+    monkeypatch.setattr(os, "fsync", torn)
     with pytest.raises(OSError, match="No space left"):
-        write_report([make_record(Case(unet="83M"))], 0, tmp_path)
+        write_report(overview([make_record(Case(unet="83M"))]), 0, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_bytes() == before
 
 
 def test_the_same_records_give_the_same_page(make_record: MakeRecord, tmp_path: Path) -> None:
     records = cpu_set(make_record)
-    first = [path.read_bytes() for path in write_report(records, 0, tmp_path)]
-    assert [path.read_bytes() for path in write_report(records, 0, tmp_path)] == first
+    first = [path.read_bytes() for path in write_report(overview(records), 0, tmp_path)]
+    assert [path.read_bytes() for path in write_report(overview(records), 0, tmp_path)] == first

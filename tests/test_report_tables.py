@@ -16,7 +16,7 @@ from rich.console import Console
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.environment import DeviceState
 from ldmperf.profiling.measure.recorded import Samples
-from ldmperf.profiling.report import markdown_table, print_table
+from ldmperf.profiling.report import markdown_table, overview, print_table
 from ldmperf.profiling.report.details import harness_lines
 from ldmperf.profiling.report.text import statuses_in_words
 
@@ -29,7 +29,7 @@ def printed(records: list[Record], width: int | None = None) -> str:
     """What a pipe gets, or with a width what a terminal of that width shows, its styles taken away."""
     stream = io.StringIO()
     console = Console(file=stream) if width is None else Console(file=stream, force_terminal=True, width=width)
-    print_table(records, console)
+    print_table(overview(records), console)
     return re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
 
 
@@ -61,7 +61,7 @@ def test_what_was_cut_short_is_said(make_record: MakeRecord) -> None:
     records = [first.model_copy(update={"harness": harness}), *others]
     said = "Cut short by --seconds: 1 of 4 cases with fewer trajectories than were asked for"
     assert said in printed(records)
-    assert said in markdown_table(records)
+    assert said in markdown_table(overview(records))
     # In the details too; alike but for the order of their rounds are one setting.
     assert harness_lines(records) == [
         "at least 3 trajectories and 0 s of them, after 0 for warm-up; timed in turn: torch, diffusers"
@@ -157,12 +157,12 @@ def test_a_busy_machine_is_told(make_record: MakeRecord, load: float, is_told: b
 def test_markup_and_control_characters_in_names_are_text(make_record: MakeRecord) -> None:
     record = make_record(Case(unet="/m/[red]x[red]\x1b[2J|y", steps=4))
     assert r"[red]x[red]\x1b[2J|y" in printed([record])
-    assert r"\[red\]x\[red\]\\x1b\[2J\|y" in markdown_table([record])
+    assert r"\[red\]x\[red\]\\x1b\[2J\|y" in markdown_table(overview([record]))
 
 
 def test_markdown_has_the_same_figures(make_record: MakeRecord) -> None:
     records = small_set(make_record)
-    lines = markdown_table(records).splitlines()
+    lines = markdown_table(overview(records)).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + len(records)
     assert len({line.count("|") for line in table}) == 1
@@ -176,7 +176,7 @@ def test_markdown_has_the_same_figures(make_record: MakeRecord) -> None:
 
 
 def test_no_records(make_record: MakeRecord) -> None:
-    assert printed([]).strip() == markdown_table([]).strip() == "No cases were measured."
+    assert printed([]).strip() == markdown_table(overview([])).strip() == "No cases were measured."
 
 
 def test_the_tables_need_neither_charts_nor_page() -> None:
@@ -185,11 +185,11 @@ import sys
 for name in ("altair", "vl_convert", "jinja2"):
     sys.modules[name] = None
 from pathlib import Path
-from ldmperf.profiling.report import ReportUnavailable, markdown_table, print_table, write_report
+from ldmperf.profiling.report import ReportUnavailable, markdown_table, overview, print_table, write_report
 assert "ldmperf.profiling.report.charts" not in sys.modules and "torch" not in sys.modules
-print(markdown_table([]))
+print(markdown_table(overview([])))
 try:
-    write_report([], 0, Path("never"))
+    write_report(overview([]), 0, Path("never"))
 except ReportUnavailable as missing:
     print(missing)
     assert isinstance(missing, ModuleNotFoundError) and missing.name == "jinja2"
@@ -240,7 +240,7 @@ def test_any_record_set_prints_every_case_and_only_numbers(
 ) -> None:
     records = data.draw(record_sets(make_record))
     expected = {(record.environment, record.case_key) for record in records}
-    output, markdown = printed(records, width), markdown_table(records)
+    output, markdown = printed(records, width), markdown_table(overview(records))
     assert not NO_NUMBER.search(output)
     assert not NO_NUMBER.search(markdown)
     assert sum(line.startswith("| ") for line in markdown.splitlines()) == (2 + len(expected) if records else 0)

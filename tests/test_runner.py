@@ -33,9 +33,8 @@ from ldmperf.profiling.trajectory import group, runner, short_traces
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 from ldmperf.profiling.trajectory.check import TOLERANCES, Reference, References, code_identity, tolerances
 from ldmperf.profiling.trajectory.checkpoints import identified
-from ldmperf.profiling.trajectory.group import Networks, make_problem
 from ldmperf.profiling.trajectory.lane import Lane
-from ldmperf.profiling.trajectory.network import make_network
+from ldmperf.profiling.trajectory.network import Networks, make_network, make_problem
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.records import Phases, RecordStore, Trace
 from ldmperf.profiling.trajectory.runner import groups
@@ -44,15 +43,6 @@ from ldmperf.profiling.trajectory.theirs import DiffusersBackend
 from ldmperf.samplers import SAMPLERS
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """What the imports made is not gone through at each of the many collections."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 TWICE = RepetitionRule(2, 0.0)
@@ -567,7 +557,7 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 from ldmperf.profiling import Case, profile
-from ldmperf.profiling.trajectory.backend import OurBackend
+from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.lane import Lane
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
 from ldmperf.profiling.trajectory.records import RecordStore

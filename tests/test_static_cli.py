@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.kernels.operators import RESIDUAL_ADD
 from ldmperf.profiling.cli import main
 from ldmperf.profiling.terminal.counting import counting
 
@@ -202,7 +203,7 @@ def test_a_launch_is_specialized_as_the_jit_does():
     x = torch.empty(2, 320, 7, 9, device="meta", dtype=torch.float16).to(memory_format=torch.channels_last)
     # From the second channel: two bytes past an aligned address.
     residual = torch.empty(2, 7, 9, 321, device="meta", dtype=torch.float16)[..., 1:].permute(0, 3, 1, 2)
-    (launch,) = OPERATORS["residual_add"].plan(x=x, residual=residual)[1]
+    (launch,) = RESIDUAL_ADD.plan(RESIDUAL_ADD.bind(x=x, residual=residual))[1]
     found = specialization_of(launch, MACHINES["sm_90"])
     constants, attributes, signature = dict(found.constants), dict(found.attributes), dict(found.signature)
     assert constants["bias_ptr"] is None
@@ -214,7 +215,7 @@ def test_a_launch_is_specialized_as_the_jit_does():
 
 def test_numbers_past_32_bits_are_passed_in_64():
     x = torch.empty(2, 32, 8192, 16384, device="meta", dtype=torch.float16).to(memory_format=torch.channels_last)
-    (launch,) = OPERATORS["residual_add"].plan(x=x, residual=x)[1]
+    (launch,) = RESIDUAL_ADD.plan(RESIDUAL_ADD.bind(x=x, residual=x))[1]
     signature = dict(specialization_of(launch, MACHINES["sm_90"]).signature)
     assert signature["stride_xb"] == "i64"
     assert signature["stride_xh"] == "i32"

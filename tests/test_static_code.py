@@ -18,7 +18,7 @@ from ldmperf.profiling.static.prediction import Traffic, predict
 from ldmperf.profiling.static.ptx import Access, global_accesses
 from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
 from ldmperf.profiling.static.shapes import SHAPES, Shape
-from ldmperf.profiling.static.units import class_of, is_move, mix, products, unit_counts, width
+from ldmperf.profiling.static.units import class_of, is_move, mix, multiply_adds, unit_counts, width
 
 # Lines as cuobjdump prints them, with their encodings.
 LOOP = """
@@ -197,8 +197,8 @@ def test_the_mix_counts_every_instruction_once():
 
 def test_matrix_instructions_by_their_shape():
     # 64 x 256 x 16 by four warps; m16n8k16 by one.
-    assert products(instruction("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24")) == 64 * 256 * 16 // 4
-    assert products(instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")) == 2048
+    assert multiply_adds(instruction("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24")) == 64 * 256 * 16 // 4
+    assert multiply_adds(instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")) == 2048
 
 
 # Of the CUDA occupancy calculator; and the programming guide's example: of a kernel of 64 registers and 512
@@ -407,9 +407,9 @@ def test_a_product_reads_from_memory_once_and_through_l2_for_every_program():
         torch.empty(2, 1024, 640, device="meta").bfloat16(),
         torch.empty(5120, 640, device="meta").bfloat16(),
     )
-    (launch,) = OPERATORS["linear"].plan(
-        x, weight, activation="geglu", config=LinearConfig(128, 128, 64, 1, 8, 3)
-    )[1]
+    operator = OPERATORS["linear"]
+    call = operator.bind(x, weight, activation="geglu")
+    (launch,) = operator.plan(call, config=LinearConfig(128, 128, 64, 1, 8, 3))[1]
     found = inspect_launch(launch, MACHINES["sm_90"]).nvidia.prediction
     # A tile of rows and two of the weight, 64 channels of 2 bytes, in each of ten passes of 16 x 20 programs.
     assert found.cycles["L2"] == pytest.approx(3 * 128 * 64 * 2 / (5120 / 132))
@@ -425,9 +425,9 @@ def test_every_term_of_an_update_is_rounded_once_whatever_the_number_of_register
     arguments = SHAPES["sampler_update"][0](shape)
     memory = torch.empty(registers, 1, 64, 64, 4, device="meta")
     table = torch.empty(50, registers, registers + 2, device="meta")
-    (launch,) = OPERATORS["sampler_update"].plan(
-        **arguments | {"registers": memory.permute(0, 1, 4, 2, 3), "table": table}
-    )[1]
+    operator = OPERATORS["sampler_update"]
+    call = operator.bind(**arguments | {"registers": memory.permute(0, 1, 4, 2, 3), "table": table})
+    (launch,) = operator.plan(call)[1]
     ttir = compile_launch(launch, MACHINES["sm_90"]).asm["ttir"]
     # Guidance, and each register's terms but the first: of every register and of the noise.
     assert ttir.count("= math.fma ") == 1 + registers * (registers + 1)

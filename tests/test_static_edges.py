@@ -126,7 +126,7 @@ CASES = {
 @pytest.mark.parametrize(("operator", "case"), [(o, c) for o in OPERATORS for c in CASES[o]])
 def test_sizes_of_one_compile(operator, case):
     arguments, config = CASES[operator][case]
-    _, launches = OPERATORS[operator].plan(**arguments, config=config)
+    _, launches = OPERATORS[operator].plan(OPERATORS[operator].bind(**arguments), config=config)
     assert launches
     for launch in launches:
         compile_launch(launch, MACHINES["sm_90"])

@@ -17,7 +17,7 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.kernels import _launch as launch
 from ldmperf.profiling.kernel_bench.selection import first_of_each_key, head_dim_jobs, jobs
 from ldmperf.profiling.measure.timing import Deadline
-from ldmperf.profiling.step.calls import attention_cases, family_kernel_cases
+from ldmperf.profiling.step.calls import attention_calls, family_calls
 
 ROOT = Path(__file__).parents[1]
 tune = SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "tune.py"), run_name="tune"))
@@ -92,7 +92,7 @@ def test_what_an_operator_recommends_is_tried_first_and_the_rest_in_a_fixed_rand
 
 
 def a_call(operator: str, which: int = 0, size: str = "39M") -> Any:
-    return [case for case in family_kernel_cases(size, 2, "bfloat16") if case.operator == operator][which]
+    return [case for case in family_calls(size, 2, "bfloat16") if case.operator == operator][which]
 
 
 def names(case: Any) -> set[str]:
@@ -102,11 +102,9 @@ def names(case: Any) -> set[str]:
 def test_a_step_reads_weights_once_and_keys_of_a_text_but_not_of_its_own_tokens() -> None:
     assert names(a_call("linear")) >= {"weight", "norm_weight", "norm_bias"}
     assert "x" not in names(a_call("linear"))
-    own, text = attention_cases(40, 64, 2)
+    own, text = attention_calls(40, 64, 2)
     assert (names(own), names(text)) == (set(), {"k", "v"})
-    with_skip = next(
-        c for c in family_kernel_cases("39M", 2, "bfloat16") if any(t.name == "skip" for t in c.tensors)
-    )
+    with_skip = next(c for c in family_calls("39M", 2, "bfloat16") if any(t.name == "skip" for t in c.tensors))
     assert {"skip", "weight", "bias"} <= names(with_skip)
     assert not names(with_skip) & {"x"}
 
@@ -122,7 +120,7 @@ def test_activations_stay_where_they_are_and_weights_rotate_past_the_cache() -> 
     assert all(call["weight"].shape == arguments["weight"].shape for call in calls)
     assert all(call["eps"] == arguments["eps"] for call in calls if "eps" in arguments)
     # A call without weights is repeated as it is; a few large ones are repeated in turn.
-    (own, _) = attention_cases(8, 16, 2)
+    (own, _) = attention_calls(8, 16, 2)
     calls = tune.as_in_a_step(own, own.arguments("cpu"), l2_bytes=2**20)
     assert len(calls) == tune.LEAST_CALLS
     assert len({id(call["q"]) for call in calls}) == 1
@@ -156,7 +154,7 @@ def test_a_candidate_that_cannot_be_launched_is_counted_and_not_tried(
 
     tune.tune(given, timer_of, tmp_path / "t.json", HEAD, Deadline(None), 60.0, refused=refused)
     assert {config.num_warps for config in seen if config is not None} == {1, 2, 4}
-    candidates = OPERATORS["geglu"].candidates(**given[0][1].case.arguments("meta"))
+    candidates = OPERATORS["geglu"].candidates(given[0][1].case.bound("meta"))
     failed = sum(config.num_warps == 8 for config in candidates)
     assert f"{len(candidates)} of {len(candidates)} tried, {failed} failed" in capsys.readouterr().err
 
@@ -171,10 +169,10 @@ def test_candidates_are_compiled_in_the_order_in_which_they_are_tried(
     case = given[0][1].case
     operator = OPERATORS["geglu"]
     good, bad = (
-        operator.candidates(**case.arguments("meta"))[0],
-        type(operator.candidates(**case.arguments("meta"))[0])(1, 3, 1),
+        operator.candidates(case.bound("meta"))[0],
+        type(operator.candidates(case.bound("meta"))[0])(1, 3, 1),
     )
-    monkeypatch.setitem(OPERATORS, "geglu", replace(operator, candidates=lambda **_: [bad, good]))
+    monkeypatch.setitem(OPERATORS, "geglu", replace(operator, candidates=lambda call: [bad, good]))
     refused = tune.compile_ahead(given, launch.Chip("NVIDIA H200", 132), 60.0)
     assert refused(case, good) is None
     assert refused(case, bad) is not None
@@ -239,7 +237,7 @@ def test_no_entry_with_faults_is_written_and_the_output_says_so(
 ) -> None:
     given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
     key, job = given[0]
-    worse, best = OPERATORS["geglu"].candidates(**job.case.arguments("meta"))[:2]
+    worse, best = OPERATORS["geglu"].candidates(job.case.bound("meta"))[:2]
     times = {best: 0.5, worse: 0.6}
 
     def faults(case: Any, config: Any) -> list[str]:
@@ -258,7 +256,7 @@ def test_faults_are_those_of_both_16_bit_dtypes(tmp_path: Path, monkeypatch: pyt
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     case = a_call("attention")
-    candidate = OPERATORS["attention"].candidates(**case.arguments("meta"))[0]
+    candidate = OPERATORS["attention"].candidates(case.bound("meta"))[0]
     good = replace(candidate, block_m=64, block_n=64, num_warps=4, num_stages=2)
     faults = tune.faults_on(launch.Chip("NVIDIA H200", 132))
     assert faults(case, good) == []
@@ -362,14 +360,14 @@ def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
 
     def timer_of(case: Any) -> Callable[[Any], float]:
         on_disk.append(len(json.loads(path.read_text())["kernels"]["geglu"]) if path.exists() else 0)
-        best = OPERATORS["geglu"].candidates(**case.arguments("meta"))[-1]
+        best = OPERATORS["geglu"].candidates(case.bound("meta"))[-1]
         return lambda config: 0.5 if config == best else 1.0
 
     assert tune.tune(given, timer_of, path, HEAD, Deadline(None), 60.0) == len(given) == 4
     assert on_disk == [0, 1, 2, 3]
     monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
     for key, job in given:
-        candidates = OPERATORS["geglu"].candidates(**job.case.arguments("meta"))
+        candidates = OPERATORS["geglu"].candidates(job.case.bound("meta"))
         assert launch.tuned("geglu", key, chip, type(candidates[0])) == candidates[-1]
 
 
@@ -406,13 +404,12 @@ def test_calls_of_one_key_are_searched_once() -> None:
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
     for _, job in first_of_each_key(jobs((name,), ("39M", "866M"), (2,), "bfloat16")):
-        operator = OPERATORS[name]
-        arguments = job.case.arguments("meta")
-        candidates = operator.candidates(**arguments)
+        operator, call = OPERATORS[name], job.case.bound("meta")
+        candidates = operator.candidates(call)
         assert candidates
         assert len(set(candidates)) == len(candidates)
         for config in candidates:
-            assert operator.plan(**arguments, config=config)[1]
+            assert operator.plan(call, config=config)[1]
 
 
 @pytest.mark.parametrize(

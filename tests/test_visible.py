@@ -20,7 +20,7 @@ from rich.console import Console
 from ldmperf.profiling import Record
 from ldmperf.profiling.cli import main
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.report import print_table
+from ldmperf.profiling.report import overview, print_table
 from ldmperf.profiling.report.tables import markdown_table
 from ldmperf.profiling.terminal.layout import MISSING, laid_out
 from ldmperf.profiling.terminal.visible import console, counted, for_markdown, say_wrapped, visible, width_of
@@ -138,10 +138,10 @@ def test_tables_progress_and_errors_take_any_name(name: str, make_record: Callab
         told = terminal.text()
         assert told.count("\n") == 2
         assert as_ascii(label) in told
-        print_table([record], console())
+        print_table(overview([record]), console())
         told = terminal.text()
         assert as_ascii(label) in told
-        assert "\x1b" not in told + markdown_table([record])
+        assert "\x1b" not in told + markdown_table(overview([record]))
 
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", "--", f"no {name}"])

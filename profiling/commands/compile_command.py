@@ -9,10 +9,11 @@ import typer
 
 from ..options import CaseError, split_values
 from ..terminal.visible import console, counted, say
-from .shared import seconds_option, whole_option
+from .shared import seconds_option, stop, whole_option
 
 if TYPE_CHECKING:
-    from ..ahead.precompile import Report, Work
+    from ..ahead.precompile import Report
+    from ..ahead.work import Work
 
 # Names of failures that are printed; the rest is counted.
 _SHOWN = 10
@@ -58,7 +59,8 @@ def compile_ahead(
 
     require_compiler()
     from ..ahead.launch_sets import work_for
-    from ..ahead.precompile import Done, chip_here, compile_work
+    from ..ahead.precompile import compile_work
+    from ..ahead.work import chip_here
     from ..machines import MACHINES
     from ..terminal.counting import counting
 
@@ -72,24 +74,20 @@ def compile_ahead(
         raise CaseError("--for: no work given; name some, as --for smoke (see --help)")
     errors, out = console(stderr=True), console()
     try:
-        planned = work_for(names, arch, processes=jobs)
+        planned = work_for(names, MACHINES[arch], processes=jobs)
         say(out, counts(planned))
         if plan:
             return
         try:
             Path(cache_folder()).mkdir(parents=True, exist_ok=True)
         except OSError as failure:
-            say(errors, f"ldmperf: {cache_refused(failure)}")
-            raise typer.Exit(1) from None
+            stop(cache_refused(failure), 1)
         with counting(errors, len(planned.stubs) + len(planned.launches), "compilations") as count:
-
-            def show(done: Done) -> None:
-                count(done.name.partition("[")[0])
-
-            report = compile_work(planned, processes=jobs, seconds=seconds, told=show)
+            report = compile_work(
+                planned, processes=jobs, seconds=seconds, told=lambda done: count(done.name.partition("[")[0])
+            )
     except KeyboardInterrupt:
-        say(errors, "ldmperf: stopped; what was compiled is kept; go on with the same command")
-        raise typer.Exit(130) from None
+        stop("stopped; what was compiled is kept; go on with the same command", 130)
     for line in told(report):
         say(out, line)
     if report.failures:
@@ -101,15 +99,11 @@ def counts(work: Work) -> str:
     candidates = sum(kernel.candidate for kernel in work.launches)
     text = f"{counted(len(work.launches), 'kernel')} for {work.machine.arch}"
     text += f", {candidates} of them candidates of a tuner" if candidates else ""
-    text += (
-        f"; {counted(len(work.stubs), 'module that launches', 'modules that launch')} them"
-        if work.no_stubs is None
-        else ""
-    )
-    text += f"; {work.missing} to compile"
-    if work.no_stubs is not None:
-        text += f"; modules that launch them are left to the first launch: {work.no_stubs}"
-    return text
+    if work.no_stubs is None:
+        stubs = counted(len(work.stubs), "module that launches", "modules that launch")
+        return f"{text}; {stubs} them; {work.missing} to compile"
+    left = f"modules that launch them are left to the first launch: {work.no_stubs}"
+    return f"{text}; {work.missing} to compile; {left}"
 
 
 def told(report: Report) -> list[str]:

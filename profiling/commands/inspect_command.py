@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..options import CaseError, dtype_named, whole
-from ..terminal.visible import console, say
-from .shared import whole_option
+from ..options import LONGEST_SEQUENCE, CaseError, dtype_named, whole
+from ..terminal.visible import console
+from .shared import stop, whole_option, with_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,34 @@ if TYPE_CHECKING:
 _MOST = 2**14
 
 
+def _number(text: str, least: int = 1, most: int = _MOST) -> Any:
+    return Annotated[int | None, whole_option(text, least, most)]
+
+
+# By the names that `Shape` has for them.
+SIZES = {
+    "batch": _number("Images in the model; 2 unless told."),
+    "channels": _number("Channels of the image, or of the tokens of the result."),
+    "height": _number("Pixels; 64 unless told."),
+    "width": _number("Pixels; 64 unless told."),
+    "groups": _number("Groups of a group norm; 32 unless told."),
+    "skip_channels": _number("Channels of a skip connection that is normalized with the image.", 0),
+    "head_dim": Annotated[
+        str | None,
+        typer.Option(
+            help="Size of a head of attention, 40 unless told; `family`: every one of the family in one table, "
+            "the farthest from its bound first."
+        ),
+    ],
+    "heads": _number("Heads of attention; 8 unless told."),
+    "context": _number(
+        "Tokens of the context attended to, 77 of a text; 0, unless told: the image's own.", 0, LONGEST_SEQUENCE
+    ),
+    "features": _number("Channels of a matmul's result; four times its own unless told."),
+}
+
+
+@with_options("sizes", SIZES)
 def inspect(
     kernel: Annotated[str, typer.Argument(help="An operator: attention, group_norm_silu, layer_norm, geglu, ...")],
     arch: Annotated[str, typer.Option(help="sm_80, sm_90 or gfx942; none has to be there.")] = "sm_90",
@@ -35,35 +63,8 @@ def inspect(
         str | None,
         typer.Option(help="All launches of the kernel in a step of this size, 39M ... 5B, or of `vae`."),
     ] = None,
-    batch: Annotated[int | None, whole_option("Images in the model; 2 unless told.", 1, _MOST)] = None,
-    channels: Annotated[
-        int | None, whole_option("Channels of the image, or of the tokens of the result.", 1, _MOST)
-    ] = None,
-    height: Annotated[int | None, whole_option("Pixels; 64 unless told.", 1, _MOST)] = None,
-    width: Annotated[int | None, whole_option("Pixels; 64 unless told.", 1, _MOST)] = None,
-    groups: Annotated[int | None, whole_option("Groups of a group norm; 32 unless told.", 1, _MOST)] = None,
-    skip_channels: Annotated[
-        int | None,
-        whole_option("Channels of a skip connection that is normalized with the image.", 0, _MOST),
-    ] = None,
-    head_dim: Annotated[
-        str | None,
-        typer.Option(
-            help="Size of a head of attention, 40 unless told; `family`: every one of the family in one table, "
-            "the farthest from its bound first."
-        ),
-    ] = None,
-    heads: Annotated[int | None, whole_option("Heads of attention; 8 unless told.", 1, _MOST)] = None,
-    context: Annotated[
-        int | None,
-        whole_option(
-            "Tokens of the context attended to, 77 of a text; 0, unless told: the image's own.", 0, 2**20
-        ),
-    ] = None,
-    features: Annotated[
-        int | None,
-        whole_option("Channels of a product's result; four times its own unless told.", 1, _MOST),
-    ] = None,
+    *,
+    sizes: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
 ) -> None:
@@ -84,26 +85,16 @@ def inspect(
     from ..static.display import by_distance, print_inspection, print_work_list
     from ..static.inspection import inspect_launch
 
-    numbers = {
-        "batch": batch,
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "groups": groups,
-        "skip_channels": skip_channels,
-        "heads": heads,
-        "context": context,
-        "features": features,
-    }
-    if head_dim == "family":
-        results = _every_head_dim(kernel, arch, dtype_named(dtype), size, numbers, sass=sass)
+    if sizes.get("head_dim") == "family":
+        results = _every_head_dim(kernel, arch, dtype_named(dtype), size, sizes, sass=sass)
         if as_json:
             typer.echo(json.dumps(by_distance(results), indent=2))
         else:
             print_work_list(results, console())
         return
-    numbers["head_dim"] = _head_dim(head_dim)
-    machine, launches = _chosen(kernel, arch, dtype_named(dtype), size, numbers)
+    if "head_dim" in sizes:
+        sizes["head_dim"] = _head_dim(sizes["head_dim"])
+    machine, launches = _chosen(kernel, arch, dtype_named(dtype), size, sizes)
     with _told_in_one_line(kernel, arch):
         inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
@@ -116,7 +107,7 @@ def inspect(
 
 
 def _chosen(
-    kernel: str, arch: str, dtype: str, size: str | None, numbers: dict[str, int | None]
+    kernel: str, arch: str, dtype: str, size: str | None, given: dict[str, int]
 ) -> tuple[Machine, list[Launch]]:
     """The machine and the launches that the options name."""
     from ..static.compile import require_compiler
@@ -125,34 +116,34 @@ def _chosen(
     from ldmperf.kernels import OPERATORS
 
     from ..machines import MACHINES
+    from ..static.planned import planned
     from ..static.shapes import SHAPES
 
     known = [name for name in OPERATORS if name in SHAPES]
     for what, name, names in (("kernel", kernel, known), ("architecture", arch, MACHINES)):
         if name not in names:
             raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}")
-    given = {name: number for name, number in numbers.items() if number is not None}
     machine = MACHINES[arch]
     if size is None:
-        return machine, _of_shape(kernel, dtype, machine, given)
+        build, shape = _shape(kernel, dtype, given)
+        return machine, planned(kernel, build(shape), machine)
     return machine, _of_size(kernel, dtype, size, machine, given)
 
 
 def _every_head_dim(
-    kernel: str, arch: str, dtype: str, size: str | None, numbers: dict[str, int | None], *, sass: bool
+    kernel: str, arch: str, dtype: str, size: str | None, given: dict[str, int], *, sass: bool
 ) -> list[dict[str, Any]]:
     """`Inspection.as_json` of the kernel at each head dimension of the family."""
-    machine, _ = _chosen(kernel, arch, dtype, size, numbers | {"head_dim": 8})
+    machine, _ = _chosen(kernel, arch, dtype, size, given | {"head_dim": 8})
     if machine.backend != "cuda":
         raise CaseError(f"no units of {arch} are modelled, so --head-dim family has no table; give one number")
     if sass:
         raise CaseError("--head-dim family prints a table; for --sass give one number")
     from ..static.forked import usable_cores
-    from ..static.score_tile import FAMILY_HEAD_DIMS
     from ..static.sweep import ShapeItem, inspect_items
+    from ..step.calls import FAMILY_HEAD_DIMS
     from ..terminal.counting import counting
 
-    given = {name: number for name, number in numbers.items() if number is not None}
     shapes = (_shape(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
     items = [ShapeItem(kernel, f"head_dim={shape.head_dim}", shape, arch) for shape in shapes]
     results = []
@@ -183,24 +174,14 @@ def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
         reason = f"{kernel} of this shape does not compile for {arch} ({last.strip()}); choose a smaller one"
     else:
         return
-    say(console(stderr=True), f"ldmperf: {reason}")
-    raise typer.Exit(1)
+    stop(reason, 1)
 
 
-def _head_dim(text: str | None) -> int | None:
-    if text is None:
-        return None
+def _head_dim(text: str) -> int:
     value = whole(text)
     if value is None or value % 4 or not 4 <= value <= 384:
         raise CaseError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
     return value
-
-
-def _of_shape(kernel: str, dtype: str, machine: Machine, given: dict[str, int]) -> list[Launch]:
-    from ..static.planned import planned
-
-    build, shape = _shape(kernel, dtype, given)
-    return planned(kernel, build(shape), machine)
 
 
 def _shape(kernel: str, dtype: str, given: dict[str, int]) -> tuple[Callable[[Shape], dict[str, Any]], Shape]:
@@ -224,13 +205,13 @@ def _of_size(kernel: str, dtype: Any, size: str, machine: Machine, given: dict[s
     from ldmperf.model import FAMILY
 
     from ..static.planned import distinct_launches, family_launches
-    from ..step.calls import vae_kernel_cases
+    from ..step.calls import vae_calls
 
     for name in given:
         if name != "batch":
             raise CaseError(f"--size brings its own shapes; leave out {_option(name)}")
     if size == "vae":
-        cases = [case for case in vae_kernel_cases(dtype, given.get("batch", 1)) if case.operator == kernel]
+        cases = [case for case in vae_calls(dtype, given.get("batch", 1)) if case.operator == kernel]
         found = list(distinct_launches(cases, machine).values())
     elif size in FAMILY:
         found = list(family_launches(size, given.get("batch", 2), dtype, kernel, machine).values())

@@ -14,12 +14,21 @@ from ..measure.timing import Deadline, RepetitionRule
 from ..options import CaseError, best_device
 from ..report.reporting import ReportNotWritten, report_run, resume_command
 from ..terminal.visible import console, counted
-from ..trajectory.case import BACKENDS, Case
+from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
-from ..trajectory.presets import Choices, check_devices, preset_named, select_cases
+from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
 from ..trajectory.runs import check_resumable, create_run, find_run, open_run
-from .shared import DEFAULT_OUT, list_option, seconds_option, stop, tell, terminated_as_interrupted, whole_option
+from .shared import (
+    DEFAULT_OUT,
+    list_option,
+    seconds_option,
+    stop,
+    tell,
+    terminated_as_interrupted,
+    whole_option,
+    with_options,
+)
 
 
 class ResumeTakesAnOptionalValue(TyperCommand):
@@ -35,28 +44,9 @@ class ResumeTakesAnOptionalValue(TyperCommand):
         return super().parse_args(ctx, spelled)
 
 
+@with_options("choices", {name: list_option(option.help) for name, option in OPTIONS.items()})
 def profile(
-    size: Annotated[list[str] | None, list_option("Sizes of the family: 39M ... 5B.")] = None,
-    unet: Annotated[
-        list[str] | None,
-        typer.Option(help="A checkpoint: a diffusers folder or a .safetensors file. Repeat it.", metavar="PATH"),
-    ] = None,
-    sampler: Annotated[list[str] | None, list_option("Samplers: ddim, ddpm, dpmpp_2m, ...")] = None,
-    steps: Annotated[list[str] | None, list_option("Sampling steps.")] = None,
-    batch: Annotated[list[str] | None, list_option("Images made at once.")] = None,
-    guidance: Annotated[list[str] | None, list_option("Guidance scales; 1 is without.")] = None,
-    dtype: Annotated[list[str] | None, list_option("float32, bfloat16, float16.")] = None,
-    device: Annotated[list[str] | None, list_option("cpu, cuda, cuda:N.")] = None,
-    backend: Annotated[
-        list[str] | None, list_option(f"{', '.join(BACKENDS)}; torch and diffusers unless told.")
-    ] = None,
-    task: Annotated[list[str] | None, list_option("t2i; sr: 8 input channels, without guidance.")] = None,
-    latent: Annotated[
-        list[str] | None,
-        list_option(
-            "Latent sizes, height x width: 64x64 (unless told) is an image of 512x512, 128x128 of 1024x1024."
-        ),
-    ] = None,
+    choices: Choices,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -83,38 +73,20 @@ def profile(
 ) -> None:
     """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
 
-    Without options it takes the preset for this machine; options replace the preset's lists, and their product is
-    measured. Exit code 1 when a case ended as error or incorrect, none as ok, or no record was made in --seconds;
-    oom and unsupported are data.
+    Without options it takes the preset for this machine; options replace the preset's lists, and all combinations
+    are measured. Exit code 1 when a case ended as error or incorrect, none as ok, or no record was made in
+    --seconds; oom and unsupported are data.
 
     \b
     Examples:
       ldmperf profile
       ldmperf profile --size 39M,866M --steps 4,20,50 --batch 1,8 --dtype bfloat16
       ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
-      ldmperf profile --unet ./my-sdxl --latent 128x128 --steps 20
+      ldmperf profile --unet ./my-sdxl,./my-other --latent 128x128 --tokens 77,154 --steps 20
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --resume
     """
     deadline = Deadline(seconds)
-    choices = Choices(
-        **{
-            name: tuple(values or ())
-            for name, values in {
-                "size": size,
-                "unet": unet,
-                "sampler": sampler,
-                "steps": steps,
-                "batch": batch,
-                "guidance": guidance,
-                "dtype": dtype,
-                "device": device,
-                "backend": backend,
-                "task": task,
-                "latent": latent,
-            }.items()
-        }
-    )
     if schema:
         others = (preset, resume, min_count, min_seconds, seconds, references)
         if choices or out != DEFAULT_OUT or any(value is not None for value in others):
@@ -124,47 +96,46 @@ def profile(
     if references is not None and references.exists() and not references.is_dir():
         raise CaseError(f"--references: {references} is no folder; name one, new or old")
     if resume is None:
-        cases, rule = _chosen(choices, preset, min_count, min_seconds)
-        folder = _create(out, cases, rule)
+        cases, usual = _chosen(choices, preset)
     else:
         folder = find_run(out, resume)
-        cases, rule = _resumed(folder, choices, preset, min_count, min_seconds)
+        cases, usual = _resumed(folder, choices, preset)
+    try:
+        rule = RepetitionRule(
+            usual.min_count if min_count is None else min_count,
+            usual.min_seconds if min_seconds is None else min_seconds,
+        )
+    except ValueError as wrong:
+        raise CaseError(str(wrong).replace("min_", "--min-")) from None
+    if resume is None:
+        from ..measure.environment import collect_environment
+
+        try:
+            folder = create_run(out, cases, rule, collect_environment(cases[0].device))
+        except OSError as failure:
+            stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
     _run(folder, cases, rule, deadline, references or folder / "references")
 
 
-def _chosen(
-    choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
-) -> tuple[list[Case], RepetitionRule]:
-    """The cases of a new run and how often they are repeated."""
-    devices = ",".join(choices.device) or best_device()
+def _chosen(choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
+    """The cases of a new run, and how often the preset repeats them."""
+    devices = ",".join(choices.get("device", ())) or best_device()
     name = preset or ("gpu" if "cuda" in devices else "cpu")
     cases = select_cases(name, choices)
     check_devices(name, cases)
     check_loadable(cases)
-    return identified(cases, tell), _rule(preset_named(name).rule, min_count, min_seconds)
+    return identified(cases, tell), preset_named(name).rule
 
 
-def _rule(rule: RepetitionRule, min_count: int | None, min_seconds: float | None) -> RepetitionRule:
-    try:
-        return RepetitionRule(
-            rule.min_count if min_count is None else min_count,
-            rule.min_seconds if min_seconds is None else min_seconds,
-        )
-    except ValueError as wrong:
-        raise CaseError(str(wrong).replace("min_", "--min-")) from None
-
-
-def _resumed(
-    folder: Path, choices: Choices, preset: str | None, min_count: int | None, min_seconds: float | None
-) -> tuple[list[Case], RepetitionRule]:
-    """The cases and the rule that the run began with; options beside --resume may repeat them, not change them."""
+def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
+    """The cases and the rule that the run began with; options may repeat the cases, not change them."""
     from ..measure.environment import collect_environment
 
     run = open_run(folder)
     if not run.cases:
         raise RunError(f"{folder} names no case to measure; start a new run without --resume")
     if choices or preset is not None:
-        cases, _ = _chosen(choices, preset, min_count, min_seconds)
+        cases, _ = _chosen(choices, preset)
         if set(cases) != set(run.cases):
             raise RunError(
                 f"{folder} has other cases than these options name; give --resume without them, "
@@ -172,16 +143,7 @@ def _resumed(
             )
     check_resumable(folder, run, collect_environment(run.cases[0].device))
     check_unchanged(run.cases, tell)
-    return list(run.cases), _rule(run.rule, min_count, min_seconds)
-
-
-def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
-    from ..measure.environment import collect_environment
-
-    try:
-        return create_run(out, cases, rule, collect_environment(cases[0].device))
-    except OSError as failure:
-        stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
+    return list(run.cases), run.rule
 
 
 def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:

@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..options import real, whole
+from ..options import real, whole_within
 from ..terminal.visible import console, say
 
 DEFAULT_OUT = Path("runs")
 
 
+def with_options(place: str, options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these options (by name, their types as typer takes them) where its parameter `place` stands.
+
+    That parameter gets the values of the options that were given, by name.
+    """
+
+    def decorated(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            values = {name: given.pop(name.replace("-", "_")) for name in options}
+            command(**given, **{place: {name: value for name, value in values.items() if value is not None}})
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            if parameter.name != place:
+                parameters.append(parameter.replace(kind=kind))
+                continue
+            for name, option in options.items():
+                spelled = name.replace("-", "_")
+                parameters.append(inspect.Parameter(spelled, kind, default=None, annotation=option))
+        # What typer reads.
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return called
+
+    return decorated
+
+
 def list_option(text: str) -> Any:
-    """An option that takes a list of values; `text` is its help."""
-    return typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
+    """The type of an option that takes a list of values; `text` is its help."""
+    option = typer.Option(help=f"{text} Repeat it or separate values by commas.", metavar="LIST")
+    return Annotated[list[str] | None, option]
 
 
 def whole_option(text: str, least: int = 0, most: int | None = None) -> Any:
     """An option that takes a whole number from `least` to `most`; `text` is its help."""
 
     def parse(given: str) -> int:
-        value = whole(given)
-        if value is None or value < least or (most is not None and value > most):
-            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise typer.BadParameter(f"{given!r} is not a whole number {limits}")
-        return value
+        try:
+            return whole_within(given, least, most)
+        except ValueError as wrong:
+            raise typer.BadParameter(str(wrong)) from None
 
     return typer.Option(help=text, parser=parse, metavar="NUMBER")
 

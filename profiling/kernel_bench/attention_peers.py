@@ -1,7 +1,7 @@
-"""Who else computes attention: torch's kernels by name, FlexAttention and xformers, each as its users call it.
+"""Peers of attention: torch's kernels by name, FlexAttention and xformers, each called as its users call it.
 
-All of them take views of q, k, v [B, N, H, D] in the order of dimensions that they know, so that nothing is copied
-before them, and give their result in the memory that they like; it is compared as [B, N, H, D].
+A peer gets views of q, k, v [B, N, H, D] in its own order of dimensions, so nothing is copied before its call. Its
+result may have any strides; it is compared as [B, N, H, D].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..measure.outcomes import Unsupported
-from ..step.call import KernelCase
+from ..step.call import OperatorCall
 from .implementation import Arguments, Implementation
 
 # By peer: torch's name of the backend, and what tells whether it serves a call on a GPU.
@@ -28,11 +28,11 @@ SDPA: Mapping[str, tuple[SDPBackend, str]] = {
     "sdpa-efficient": (SDPBackend.EFFICIENT_ATTENTION, "can_use_efficient_attention"),
 }
 _MASKS = ("key_lengths", "key_mask")
-# How FlexAttention and xformers word it where they cannot serve a call.
+# Words of FlexAttention and xformers for a call that they cannot serve.
 _REFUSALS = ("NYI", "not implemented", "NotImplementedError", "not supported", "unsupported", "No operator found")
 
 
-def sdpa(name: str, case: KernelCase, device: torch.device) -> Implementation:
+def sdpa(name: str, case: OperatorCall, device: torch.device) -> Implementation:
     """scaled_dot_product_attention with one backend allowed, chosen once for all calls."""
     backend, serves = SDPA[name]
     made = _prepared(case, case.arguments(device))
@@ -45,7 +45,7 @@ def sdpa(name: str, case: KernelCase, device: torch.device) -> Implementation:
     )
 
 
-def flex(case: KernelCase, device: torch.device) -> Implementation:
+def flex(case: OperatorCall, device: torch.device) -> Implementation:
     """FlexAttention as its page says to call it: compiled; for these sizes, its tiles chosen by trying them."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -54,7 +54,7 @@ def flex(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(_heads_first(_or_refused(compiled)), functools.partial(_prepared, case))
 
 
-def xformers(case: KernelCase, device: torch.device) -> Implementation:
+def xformers(case: OperatorCall, device: torch.device) -> Implementation:
     """memory_efficient_attention by xformers' own choice among its kernels."""
     if importlib.util.find_spec("xformers") is None:
         raise Unsupported("xformers is not installed: pip install 'ldmperf[peers]'")
@@ -66,7 +66,7 @@ def xformers(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(_or_refused(call), functools.partial(_prepared, case))
 
 
-def _prepared(case: KernelCase, arguments: Arguments) -> Arguments:
+def _prepared(case: OperatorCall, arguments: Arguments) -> Arguments:
     """What peers take: q, k, v and the scale. Unsupported for a call with a mask."""
     masks = [tensor.name for tensor in case.tensors if tensor.name in _MASKS]
     if masks:
@@ -96,7 +96,7 @@ def _refusal(serves: Callable[..., bool], arguments: Arguments) -> str | None:
 
 
 def _or_refused(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, whose refusal to serve is no error."""
+    """`call`, with Unsupported in place of its refusal to serve."""
 
     def called(*arguments: Any, **options: Any) -> Any:
         try:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from statistics import geometric_mean
 
-from ..terminal.layout import MISSING, laid_out, number
+from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
 from ..terminal.visible import counted
-from .kernel_records import KernelRecord, Mode
+from .kernel_records import MODES, KernelRecord, Mode
 
-# What tables call a mode: "eager" is the name of a peer, too.
-CALLS: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 # Ours: our kernel, what our dispatch takes, and our way to torch's.
 OURS = ("triton", "auto", "reference")
 # torch's own, in whatever backend: what an error is compared with.
@@ -27,7 +25,6 @@ class AttentionRow:
     queries: int
     keys: int
     batch: int
-    dtype: str
     mode: Mode
     us: dict[str, float]
     errors: dict[str, float]
@@ -67,39 +64,38 @@ def attention_rows(records: Iterable[KernelRecord]) -> list[AttentionRow]:
     return sorted(rows, key=lambda row: (not row.of_itself, -row.queries, row.head_dim, row.batch))
 
 
-HEADINGS = (
-    *("D", "queries", "keys", "batch", "triton us", "% of bound", "limit"),
-    *("auto us", "best peer", "its us", "ratio"),
-)
-_WORDS = ("limit", "best peer")
-NUMBERS = tuple(i for i, heading in enumerate(HEADINGS) if heading not in _WORDS)
-
-
-def title(rows: Sequence[AttentionRow]) -> str:
+def attention_title(rows: Sequence[AttentionRow]) -> str:
     """Above the table of these rows."""
-    return f"attention, calls {CALLS[rows[0].mode]}: each beside the best of its peers"
+    return f"attention, calls {MODES[rows[0].mode]}: each beside the best of its peers"
+
+
+def attention_grid(rows: Sequence[AttentionRow]) -> Grid:
+    """Ours beside the best peer, a line for each row."""
+    sizes = ("D", "queries", "keys", "batch")
+    headings = (*sizes, "triton us", "% of bound", "limit", "auto us", "best peer", "its us", "ratio")
+    return Grid(headings, tuple(_cells(row) for row in rows), ("limit", "best peer"))
 
 
 def attention_lines(rows: Sequence[AttentionRow], width: int | None = None) -> list[str]:
     """The rows as a table of text with its title and headings, see `laid_out`; empty where there are none."""
     if not rows:
         return []
-    laid = laid_out(HEADINGS, [cells(row) for row in rows], words=_WORDS, width=width, leading=4)
-    return [title(rows), *laid.lines]
+    grid = attention_grid(rows)
+    laid = laid_out(grid.headings, grid.rows, words=grid.words, width=width, leading=4)
+    return [attention_title(rows), *laid.lines]
 
 
-def cells(row: AttentionRow) -> tuple[str, ...]:
-    """A row as text, in the order of `HEADINGS`."""
+def _cells(row: AttentionRow) -> tuple[str, ...]:
     best = row.best_peer
     return (
         *(str(size) for size in (row.head_dim, row.queries, row.keys, row.batch)),
-        _us(row.us.get("triton")),
-        MISSING if row.percent_of_bound is None else f"{row.percent_of_bound:.1f}",
+        number(row.us.get("triton")),
+        formatted(row.percent_of_bound, ".1f"),
         row.unit or MISSING,
-        _us(row.us.get("auto")),
+        number(row.us.get("auto")),
         best or MISSING,
-        _us(None if best is None else row.us[best]),
-        _ratio(row.ratio()),
+        number(None if best is None else row.us[best]),
+        formatted(row.ratio(), ".2f"),
     )
 
 
@@ -120,7 +116,7 @@ def attention_figures(rows: Sequence[AttentionRow]) -> list[str]:
         for name in ("triton", "auto"):
             ratios = [(ratio, row) for row in rows if belongs(row) and (ratio := row.ratio(name))]
             if ratios:
-                mean = exp(sum(log(ratio) for ratio, _ in ratios) / len(ratios))
+                mean = geometric_mean(ratio for ratio, _ in ratios)
                 least, at = min(ratios, key=lambda pair: pair[0])
                 lines.append(
                     f"{kind}: the best peer takes {number(mean)} times as long as {name} (geometric mean of "
@@ -153,7 +149,6 @@ def _row(group: Sequence[KernelRecord]) -> AttentionRow:
         queries=sizes.queries,
         keys=sizes.keys,
         batch=sizes.batch,
-        dtype=first.case.dtype,
         mode=first.mode,
         us={record.peer: 1e3 * record.ms.p50 for record in group if record.ms is not None},
         errors={
@@ -168,11 +163,3 @@ def _row(group: Sequence[KernelRecord]) -> AttentionRow:
 
 def _call(row: AttentionRow) -> str:
     return f"D={row.head_dim}, {row.queries} queries, {row.keys} keys, batch {row.batch}"
-
-
-def _us(us: float | None) -> str:
-    return MISSING if us is None else number(us)
-
-
-def _ratio(ratio: float | None) -> str:
-    return MISSING if ratio is None else f"{ratio:.2f}"

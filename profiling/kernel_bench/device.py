@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 # More would take longer to make than to measure with.
 MOST_INPUT_SETS = 256
 MOST_CALLS = 10_000
-# Rows of a square matrix whose product keeps every multiprocessor busy for a while.
+# Rows of the square matrices whose matmul keeps every multiprocessor busy for a while.
 _MATRIX_SIZE = 8192
 _COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
 NO_CLOCK = "NVML does not tell the highest clock of this GPU's multiprocessors (pip install nvidia-ml-py)"
@@ -31,7 +31,7 @@ DELAY_CYCLES = 500_000
 
 @dataclass(frozen=True)
 class Pace:
-    """How often: a sample is as many calls as take `sample_ms`, so that the clock's resolution does not matter."""
+    """Repetition: a sample is as many calls as fill `sample_ms`, many times the clock's resolution."""
 
     rule: RepetitionRule
     sample_ms: float
@@ -43,7 +43,7 @@ PACES = {"cuda": Pace(RepetitionRule(20, 0.02), 1.0), "cpu": Pace(RepetitionRule
 class Workload(Protocol):
     """Something to repeat; a run is `calls_per_run` calls.
 
-    Before a timed sample the device waits for `delay_cycles`, see `timed`; 0 where the host's way is to be seen.
+    Before a timed sample the device waits for `delay_cycles`, see `timed`; 0 where the launch is to be seen.
     """
 
     calls_per_run: int
@@ -119,7 +119,7 @@ def l2_cache_bytes(device: torch.device) -> int | None:
 
 
 def runs_per_sample(run_ms: float, sample_ms: float) -> int:
-    """How many runs of so many ms fill a sample."""
+    """How many runs of `run_ms` each fill a sample."""
     if not run_ms > 0:
         return MOST_CALLS
     return min(max(math.ceil(sample_ms / run_ms), 1), MOST_CALLS)
@@ -131,7 +131,7 @@ def device_ms(sample: Timed[Any]) -> float:
 
 
 def timed_run(workload: Workload, runs: int, device: torch.device) -> Timed[object]:
-    """So many runs in a row, timed as one sample."""
+    """`runs` runs in a row, timed as one sample."""
     return timed(lambda: workload.run(runs), device, delay_cycles=workload.delay_cycles)
 
 
@@ -155,7 +155,7 @@ def copy_bandwidth(device: torch.device, count: int = 20) -> CopyBandwidth:
 
 
 def unit_rates(dtype: torch.dtype, device: torch.device, count: int = 20) -> UnitRates | None:
-    """`count` large matrix products timed one by one after three others; None but on a CUDA device."""
+    """`count` large matmuls timed one by one after three others; None but on a CUDA device."""
     if device.type != "cuda":
         return None
     size = _MATRIX_SIZE

@@ -1,4 +1,4 @@
-"""The inputs of a kernel case, what its result is compared with, and how far off it may be."""
+"""The inputs of a call, its exact outputs in float64, and the error that passes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ldmperf.kernels import OPERATORS
 
 from ..measure.error import relative_rms
 from ..options import DType
-from ..step.call import KernelCase
+from ..step.call import OperatorCall
 
-# Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
-# parts, and far less than a wrong formula gives.
+# Relative RMS error that passes: several roundings of the dtype (torch's own operators round between their parts),
+# and far less than a wrong formula gives.
 _TOLERANCES: dict[DType, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 # Pipelines keep latents in the network's dtype, and guidance multiplies the rounding of its difference by 7.5.
 _SAMPLER_FACTOR = 5.0
@@ -29,7 +29,7 @@ _MASKS = ("key_lengths", "key_mask")
 class CallInputs:
     """Sets of arguments; the first is the one that results are checked on, restored before each check."""
 
-    def __init__(self, case: KernelCase, sets: int, device: torch.device, seed: int) -> None:
+    def __init__(self, case: OperatorCall, sets: int, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self.case = case
         self.sets = [case.arguments(device, generator) for _ in range(sets)]
@@ -93,13 +93,13 @@ def by_sample(
     return out
 
 
-def tolerance_of(case: KernelCase) -> float:
+def tolerance_of(case: OperatorCall) -> float:
     """The relative RMS error of a case's result that passes."""
     return _TOLERANCES[case.dtype] * (_SAMPLER_FACTOR if case.operator == "sampler_update" else 1.0)
 
 
 def outputs(arguments: Mapping[str, Any], result: Any) -> tuple[Tensor, ...]:
-    """What a call computed: its result, or what it updated: the latents, the next model input, other registers."""
+    """The outputs of a call: its result, or what it updated: latents, next model input, other registers."""
     if isinstance(result, Tensor):
         return (result,)
     if result is not None:

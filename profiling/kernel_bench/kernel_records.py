@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -20,18 +21,17 @@ from ..measure.recorded import (
     Status,
     short_id,
 )
-from ..measure.store import Store
+from ..measure.store import Aside, Store, read_lines
 from ..options import DEVICE_PATTERN, device_kind
-from ..step.call import KernelCase
-
-RECORDS_NAME = "kernels.jsonl"
+from ..step.call import OperatorCall
 
 Mode = Literal["eager", "graph"]
-MODES: tuple[Mode, ...] = ("eager", "graph")
+# How calls are made in a mode, as tables say it: "eager" is the name of a peer, too.
+MODES: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
 
 
 class CopyBandwidth(RecordModel):
-    """A copy from device memory to device memory in the same run: `ms` of one copy of `bytes_each`."""
+    """A copy within device memory, timed in the same run: `ms` of one copy of `bytes_each`."""
 
     bytes_each: int
     ms: Samples
@@ -43,11 +43,11 @@ class CopyBandwidth(RecordModel):
 
 
 class UnitRates(RecordModel):
-    """What the units that limit attention do on this device, in this run.
+    """Rates of the units that limit attention, on this device and in this run.
 
-    `matrix_ms`: of one product of two square matrices of `matrix_size` rows in the case's dtype. The exponential
-    unit's rate follows from the number of multiprocessors and the highest clock that the device may take; where
-    that is null, `message` says why.
+    `matrix_ms`: one matmul of two square matrices of `matrix_size` rows in the case's dtype. The exponential
+    unit's rate follows from the number of multiprocessors and the highest clock of the device; where the clock is
+    null, `message` says why.
     """
 
     matrix_size: int
@@ -77,6 +77,7 @@ class KernelRecord(RecordModel):
     `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
     family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
+    `seed`: of the random inputs.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -84,10 +85,11 @@ class KernelRecord(RecordModel):
     case_key: str
     size: str
     batch: int
-    case: KernelCase
+    case: OperatorCall
     peer: str
     mode: Mode
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)]
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     status: Status
     message: Annotated[str | None, Field(pattern=r"^[^\r\n]+$")] = None
     correctness: Correctness | None = None
@@ -109,8 +111,8 @@ class KernelRecord(RecordModel):
 
     @model_validator(mode="after")
     def _a_time_only_on_a_correct_result(self) -> Self:
-        if self.case_key != record_key(self.case, self.device, self.peer, self.mode):
-            raise ValueError("case_key is not the key of the case, device, peer and mode")
+        if self.case_key != record_key(self.case, self.device, self.peer, self.mode, self.seed):
+            raise ValueError("case_key is not the key of the case, device, peer, mode and seed")
         if self.started_at.utcoffset() != UTC.utcoffset(None):
             raise ValueError("started_at must be in UTC")
         if self.status == "ok":
@@ -131,9 +133,10 @@ class KernelRecord(RecordModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def case_id(self) -> str:
-        """16 hexadecimal digits of the call, the device without its number, the peer and the mode (`short_id`)."""
+        """16 hexadecimal digits of the call, the device without its number, peer, mode and seed (`short_id`)."""
         case = self.case.model_dump(mode="json", exclude_none=True)
-        return short_id({"case": case, "device": device_kind(self.device), "peer": self.peer, "mode": self.mode})
+        of = {"case": case, "device": device_kind(self.device), "peer": self.peer, "mode": self.mode}
+        return short_id(of | {"seed": self.seed} if self.seed else of)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -158,7 +161,7 @@ class KernelRecord(RecordModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tflops(self) -> float | None:
-        """1e12 FLOP a second of its matrix products without padding; None for what they do not limit."""
+        """1e12 FLOP a second of its matmuls without padding; None for an operator that matmuls do not limit."""
         if self.ms is None or not self.ms.p50 or self.case.flops is None:
             return None
         return self.case.flops / self.ms.p50 / 1e9
@@ -181,9 +184,9 @@ class KernelRecord(RecordModel):
         return None if bound is None or self.ms is None or not self.ms.p50 else 100 * bound.ms / self.ms.p50
 
 
-def record_key(case: KernelCase, device: str, peer: str, mode: Mode) -> str:
-    """What a record is of, as text."""
-    return f"{case.key} device={device} peer={peer} mode={mode}"
+def record_key(case: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
+    """What tells a record from others, as text."""
+    return f"{case.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
 
 
 class KernelStore(Store[KernelRecord]):
@@ -191,3 +194,9 @@ class KernelStore(Store[KernelRecord]):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KernelRecord)
+
+
+def read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
+    """The last record of each key, and the lines that were set aside. Raises OSError when it cannot be read."""
+    records, aside = read_lines(path, KernelRecord)
+    return list({record.case_key: record for record in records}.values()), aside

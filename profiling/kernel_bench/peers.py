@@ -1,42 +1,44 @@
-"""Who computes a kernel case: our kernel, our reference, torch as people write it, and other libraries."""
+"""The peers of an operator: our kernel, our reference, torch as people write it, and other libraries."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ldmperf.kernels import OPERATORS, linear_separate
+from ldmperf.kernels import OPERATORS, Launch, linear_separate
 
 from ..kernel_bench import attention_peers
 from ..measure.outcomes import Unsupported
 from ..peer import SCHEDULER_CONFIG, SCHEDULERS, import_diffusers
-from ..step.call import PLAN_ROW, PLAN_STEPS, KernelCase
+from ..step.call import PLAN_ROW, PLAN_STEPS, OperatorCall
 from .implementation import Arguments, Implementation
 from .plain import PLAIN, STEPS, guided, with_input
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`build` raises `Unsupported` where there is nothing to time; `operators` are those it knows, None for all.
+    """One way to compute calls; `build` raises `Unsupported` where there is nothing to time.
 
-    `capturable`: whether a CUDA graph of its calls is tried. `measures`: those that it has something for, None for
-    all; of the others that it knows, one record an operator says all there is. `gpu_only`: why nothing of it can
-    run on a CPU. `slow_on`: where it compiles for tens of seconds a call, or much longer than what is measured.
+    operators   those that the peer knows, None for all
+    capturable  whether a CUDA graph of its calls is tried
+    measures    those that the peer can compute, None for all; of the others that it knows, one record says why not
+    gpu_only    why nothing of it can run on a CPU
+    slow_on     devices where it compiles for tens of seconds a call, or much longer than what is measured
     """
 
     name: str
-    implement: Callable[[KernelCase, torch.device], Implementation]
+    implement: Callable[[OperatorCall, torch.device], Implementation]
     operators: frozenset[str] | None = None
     capturable: bool = True
     measures: frozenset[str] | None = None
     gpu_only: str | None = None
     slow_on: tuple[str, ...] = ()
 
-    def build(self, case: KernelCase, device: torch.device) -> Implementation:
+    def build(self, case: OperatorCall, device: torch.device) -> Implementation:
         if self.gpu_only is not None and device.type != "cuda":
             raise Unsupported(self.gpu_only)
         return self.implement(case, device)
@@ -45,31 +47,28 @@ class Peer:
         """Whether it is measured where no peer is named: the device can run it, and without a long compilation."""
         return device.type not in self.slow_on and (self.gpu_only is None or device.type == "cuda")
 
-    def serves(self, case: KernelCase, first_of_operator: bool) -> bool:
+    def serves(self, case: OperatorCall, first_of_operator: bool) -> bool:
         known = self.operators is None or case.operator in self.operators
         return known and (first_of_operator or self.measures is None or case.operator in self.measures)
 
 
-def _triton(case: KernelCase, device: torch.device) -> Implementation:
+def _ours(backend: str, case: OperatorCall, device: torch.device) -> Implementation:
+    """Our operator by one of its backends; of the kernel, its launches too."""
     operator = OPERATORS[case.operator]
-    call = functools.partial(operator.call, backend="triton")
-    return Implementation(call, launches=lambda **arguments: operator.plan(**arguments)[1])
+
+    def launches(**arguments: Any) -> Sequence[Launch]:
+        return operator.plan(operator.bind(**arguments))[1]
+
+    call = functools.partial(operator.call, backend=backend)
+    return Implementation(call, launches=launches if backend == "triton" else None)
 
 
-def _auto(case: KernelCase, device: torch.device) -> Implementation:
-    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="auto"))
-
-
-def _separate(case: KernelCase, device: torch.device) -> Implementation:
-    """torch's product between our kernels of the norm and the gate: what a merge has to beat."""
+def _separate(case: OperatorCall, device: torch.device) -> Implementation:
+    """torch's matmul between our kernels of the norm and the gate: what the merged kernel has to beat."""
     return Implementation(functools.partial(linear_separate, backend="triton"))
 
 
-def _reference(case: KernelCase, device: torch.device) -> Implementation:
-    return Implementation(functools.partial(OPERATORS[case.operator].call, backend="torch"))
-
-
-def _eager(case: KernelCase, device: torch.device) -> Implementation:
+def _eager(case: OperatorCall, device: torch.device) -> Implementation:
     if case.plan is not None:
         if case.plan not in STEPS:
             raise Unsupported(f"no plain version of a {case.plan} step; there are {', '.join(STEPS)}")
@@ -79,8 +78,8 @@ def _eager(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(PLAIN[case.operator])
 
 
-def _compiled(build: Callable[[KernelCase, torch.device], Implementation]) -> Any:
-    def compiled(case: KernelCase, device: torch.device) -> Implementation:
+def _compiled(build: Callable[[OperatorCall, torch.device], Implementation]) -> Any:
+    def compiled(case: OperatorCall, device: torch.device) -> Implementation:
         implementation = build(case, device)
         # Each case's own shapes and code: nothing of an earlier one may make these dynamic or hit a limit.
         torch.compiler.reset()
@@ -89,13 +88,13 @@ def _compiled(build: Callable[[KernelCase, torch.device], Implementation]) -> An
     return compiled
 
 
-def _xformers(case: KernelCase, device: torch.device) -> Implementation:
+def _xformers(case: OperatorCall, device: torch.device) -> Implementation:
     if case.operator == "attention":
         return attention_peers.xformers(case, device)
     raise Unsupported(f"xformers has no public operator that computes {case.operator}")
 
 
-def _diffusers(case: KernelCase, device: torch.device) -> Implementation:
+def _diffusers(case: OperatorCall, device: torch.device) -> Implementation:
     """diffusers' scheduler step between guidance combine and next model input, as in its pipelines.
 
     The timestep is a host number, the cheapest that the scheduler takes. The scheduler counts its own steps, so it
@@ -122,7 +121,7 @@ def _diffusers(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(step, functools.partial(_sampler_inputs, case))
 
 
-def _sampler_inputs(case: KernelCase, arguments: Arguments) -> Arguments:
+def _sampler_inputs(case: OperatorCall, arguments: Arguments) -> Arguments:
     """Latents and the previous prediction in the network's dtype, which pipelines keep them in."""
     registers, model_output = arguments["registers"], arguments["model_output"]
     kept = [register.to(model_output.dtype) for register in registers.unbind(0)]
@@ -140,13 +139,13 @@ PEERS: Mapping[str, Peer] = {
     for peer in (
         Peer(
             "triton",
-            _triton,
+            functools.partial(_ours, "triton"),
             gpu_only="the Triton kernel needs a GPU; its interpreter's time on a CPU says nothing",
         ),
         # Elsewhere the kernel serves whatever it can, so that "auto" is "triton".
         Peer(
             "auto",
-            _auto,
+            functools.partial(_ours, "auto"),
             operators=_ATTENTION | _LINEAR,
             gpu_only="without a GPU, auto is the reference; name reference",
         ),
@@ -159,7 +158,7 @@ PEERS: Mapping[str, Peer] = {
         # Of attention there is one operator: nothing to fuse.
         Peer("compile", _compiled(_eager), operators=frozenset(OPERATORS) - _ATTENTION, slow_on=("cpu",)),
         Peer("eager", _eager),
-        Peer("reference", _reference),
+        Peer("reference", functools.partial(_ours, "torch")),
         *(
             Peer(
                 name,

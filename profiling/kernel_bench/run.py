@@ -12,19 +12,21 @@ from ..measure.environment import Environment
 from ..measure.folders import RunError
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
-from ..measure.store import load_lines
+from ..measure.store import write_whole
 from ..measure.timing import Deadline
 from ..options import DType
+from . import KERNELS_NAME
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
-from .kernel_records import MODES, RECORDS_NAME, KernelRecord, KernelStore, UnitRates
+from .kernel_records import MODES, KernelRecord, KernelStore, UnitRates, read_kernels
 from .peers import PEERS, usual_peers
-from .selection import BATCHES, SIZES, TOKENS, Job, head_dim_jobs, jobs
+from .selection import BATCHES, CONTEXTS, LATENTS, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
 
 @dataclass(frozen=True)
 class BenchChoices:
-    """What to measure; empty takes what suits the device. With `head_dims` attention at these and at `tokens`."""
+    """What to measure; empty is what suits the device. With `head_dims` attention at these and at `tokens`, else
+    the family's calls at `latents` (height, width) and at contexts of `tokens`."""
 
     operators: tuple[str, ...]
     sizes: tuple[str, ...] = ()
@@ -34,13 +36,16 @@ class BenchChoices:
     device: str = "cuda"
     head_dims: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
+    latents: tuple[tuple[int, int], ...] = ()
+    seed: int = 0
 
     @property
     def jobs(self) -> Iterable[Job]:
         batches = self.batches or BATCHES
         if self.head_dims:
             return head_dim_jobs(self.head_dims, self.tokens or TOKENS, batches, self.dtype)
-        return jobs(self.operators, self.sizes or SIZES, batches, self.dtype)
+        latents, contexts = self.latents or LATENTS, self.tokens or CONTEXTS
+        return jobs(self.operators, self.sizes or SIZES, batches, self.dtype, latents, contexts)
 
     def bench(self, environment: Environment) -> KernelBench:
         """The bench, the device's copy bandwidth and, for attention, unit rates measured now."""
@@ -50,11 +55,12 @@ class BenchChoices:
         return KernelBench(
             self.device,
             [PEERS[name] for name in PEERS if name in names],
-            ("eager",) if is_cpu else MODES,
+            ("eager",) if is_cpu else tuple(MODES),
             PACES[device.type],
             environment,
             copy_bandwidth(device),
             self._unit_rates(device) if "attention" in self.operators else None,
+            self.seed,
         )
 
     def _unit_rates(self, device: torch.device) -> UnitRates | None:
@@ -91,32 +97,35 @@ def run_jobs(
     return list(records.values()), True
 
 
-def earlier_records(folder: Path, environment: Environment, dtype: DType, device: str) -> list[KernelRecord]:
+def earlier_records(
+    folder: Path, environment: Environment, dtype: DType, device: str, seed: int = 0
+) -> list[KernelRecord]:
     """The records in a bench's folder, of each key the last. Raises RunError where they cannot be added to.
 
-    Times from two environments in one folder would pass for a comparison, those of two dtypes or devices too.
+    Times from two environments in one folder would pass for a comparison, two dtypes, devices or seeds too.
     """
-    path = folder / RECORDS_NAME
+    path = folder / KERNELS_NAME
     if not path.exists():
-        raise RunError(f"{folder} is no folder of a bench: it has no {RECORDS_NAME}; start one without --resume")
-    records = load_lines(path, KernelRecord)[0]
+        raise RunError(f"{folder} is no folder of a bench: it has no {KERNELS_NAME}; start one without --resume")
+    records = read_kernels(path)[0]
     for record in records:
         if differences := record.environment.differences(environment):
             raise RunError(
                 f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
                 "start a new folder without --resume"
             )
-        for option, theirs, given in (("dtype", record.case.dtype, dtype), ("device", record.device, device)):
+        there, now = (record.case.dtype, record.device, record.seed), (dtype, device, seed)
+        for option, theirs, given in zip(("dtype", "device", "seed"), there, now, strict=True):
             if theirs != given:
                 raise RunError(
                     f"{folder} is of {theirs}, and this call of {given}: give --{option} {theirs}, "
                     "or start a new folder without --resume"
                 )
-    return list({record.case_key: record for record in records}.values())
+    return records
 
 
 def write_markdown(folder: Path, text: str) -> Path:
     """Writes the table beside the records."""
     path = folder / "kernels.md"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text.encode())
     return path

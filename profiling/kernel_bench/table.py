@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from math import exp, log
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from ldmperf.model import FAMILY
 
-from ..kernel_bench import attention_table
 from ..measure.conditions import busy_notes, commit
-from ..terminal.layout import MISSING, laid_out, number
+from ..options import device_kind
+from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
 from ..terminal.visible import counted, for_markdown, say, say_wrapped, width_of
-from .attention_table import CALLS, attention_figures, attention_lines, attention_rows
-from .kernel_records import KernelRecord, Mode
+from .attention_table import attention_figures, attention_grid, attention_lines, attention_rows, attention_title
+from .kernel_records import MODES, KernelRecord, Mode
+from .ratios import ratios
 
 HEADINGS = (
     *("peer", "calls", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"),
@@ -25,42 +24,13 @@ _WORDS = ("peer", "calls", "L2")
 NOTHING = "No kernel was measured."
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as long as ours a peer takes: geometric mean over the calls where both have a time."""
-
-    operator: str
-    peer: str
-    mode: Mode
-    mean: float
-    worst: float
-    worst_call: str
-    calls: int
-
-
-def ratios(records: Sequence[KernelRecord]) -> list[Ratio]:
-    """Peers against our kernel, by operator and mode, in the order in which they first appear."""
-    ours = {_call(r): r.ms.p50 for r in records if r.peer == "triton" and r.ms is not None}
-    found: dict[tuple[str, str, Mode], list[tuple[float, str]]] = {}
-    for record in records:
-        if record.peer != "triton" and record.ms is not None and ours.get(_call(record)):
-            ratio = record.ms.p50 / ours[_call(record)]
-            group = (record.case.operator, record.peer, record.mode)
-            found.setdefault(group, []).append((ratio, f"{record.size} batch {record.batch} {record.case.label}"))
-    return [
-        Ratio(*group, exp(sum(log(ratio) for ratio, _ in of) / len(of)), *min(of), len(of))
-        for group, of in found.items()
-        if all(ratio > 0 for ratio, _ in of)
-    ]
-
-
 def conditions(records: Sequence[KernelRecord]) -> str:
     """Device, dtype, versions, commit and the copy bandwidth that percentages are of."""
     first = records[0]
     environment = first.environment
-    name = environment.gpu.name if environment.gpu else environment.cpu or "CPU of unknown name"
+    gpu = environment.gpu if device_kind(first.device) == "cuda" else None
     parts = [
-        name if first.device.startswith("cuda") else f"{environment.cpu or 'CPU of unknown name'}",
+        gpu.name if gpu else environment.cpu or "CPU of unknown name",
         ", ".join(dict.fromkeys(record.case.dtype for record in records)),
         f"torch {environment.torch}",
         f"triton {environment.triton}" if environment.triton else "no triton",
@@ -122,12 +92,12 @@ def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
         if group not in largest or record.bytes_moved > largest[group].bytes_moved:
             largest[group] = record
     bandwidths = [
-        f"{operator}, calls {CALLS[mode]}: triton has {record.percent_of_copy:.1f}% of the copy bandwidth at "
+        f"{operator}, calls {MODES[mode]}: triton has {record.percent_of_copy:.1f}% of the copy bandwidth at "
         f"{number(record.bytes_moved / 1e6)} MB ({record.size} batch {record.batch} {record.case.label})"
         for (operator, mode), record in largest.items()
     ]
     compared = [
-        f"{r.operator}, calls {CALLS[r.mode]}: {r.peer} takes {number(r.mean)} times as long as triton "
+        f"{r.operator}, calls {MODES[r.mode]}: {r.peer} takes {number(r.mean)} times as long as triton "
         f"(geometric mean of {counted(r.calls, 'call')}; least {number(r.worst)}: {r.worst_call})"
         for r in ratios(records)
     ]
@@ -140,36 +110,13 @@ def markdown(records: Sequence[KernelRecord]) -> str:
         return NOTHING + "\n"
     lines = [for_markdown(line) + "\n" for line in (conditions(records), *notes(records))]
     headings = _headings(records)
-    lines += _table_head(("call", *headings), [i + 1 for i, name in enumerate(headings) if name not in _WORDS])
-    for title, group in _by_call(records):
-        for record in group:
-            cells = _cells(record, headings)
-            cells += [MISSING] * (len(headings) - len(cells))
-            lines.append(_table_line((title, *cells)))
-    rows = attention_rows(records)
-    if rows:
-        lines += [
-            "",
-            attention_table.title(rows),
-            "",
-            *_table_head(attention_table.HEADINGS, attention_table.NUMBERS),
-        ]
-        lines += [_table_line(attention_table.cells(row)) for row in rows]
+    cells = [(title, *_cells(record, headings)) for title, group in _by_call(records) for record in group]
+    rows = tuple((*row, *[MISSING] * (1 + len(headings) - len(row))) for row in cells)
+    lines += Grid(("call", *headings), rows, ("call", *_WORDS)).markdown()
+    if of_attention := attention_rows(records):
+        lines += ["", attention_title(of_attention), "", *attention_grid(of_attention).markdown()]
     lines += ["", *(f"- {for_markdown(line)}" for line in summary_lines(records))]
     return "\n".join(lines) + "\n"
-
-
-def _table_head(headings: Sequence[str], numbers: Sequence[int]) -> list[str]:
-    rules = ("---:" if i in numbers else ":---" for i in range(len(headings)))
-    return [_table_line(headings), "| " + " | ".join(rules) + " |"]
-
-
-def _table_line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(for_markdown(cell) for cell in cells) + " |"
-
-
-def _call(record: KernelRecord) -> tuple[str, str, Mode]:
-    return record.case.key, record.device, record.mode
 
 
 def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelRecord]]]:
@@ -190,7 +137,7 @@ def _headings(records: Sequence[KernelRecord]) -> list[str]:
 
 def _cells(record: KernelRecord, headings: Sequence[str]) -> list[str]:
     """A cell for each heading; of a record without a time, the cells that name the row and its message."""
-    named = [record.peer, CALLS[record.mode]] if "calls" in headings else [record.peer]
+    named = [record.peer, MODES[record.mode]] if "calls" in headings else [record.peer]
     if record.ms is None:
         return [*named, f"{record.status}: {record.message}"]
     errors = record.correctness
@@ -198,13 +145,9 @@ def _cells(record: KernelRecord, headings: Sequence[str]) -> list[str]:
     return [
         *named,
         *(number(value) for value in (record.ms.p20, record.ms.p50, record.ms.p80, record.gb_per_s)),
-        _percent(record.percent_of_copy),
+        formatted(record.percent_of_copy, ".1f"),
         number(record.tflops),
-        _percent(record.percent_of_bound),
-        MISSING if worst is None else f"{worst:.1e}",
+        formatted(record.percent_of_bound, ".1f"),
+        formatted(worst, ".1e"),
         record.l2 or MISSING,
     ]
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}"

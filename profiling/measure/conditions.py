@@ -1,4 +1,4 @@
-"""What of a machine's state a reader of its times has to know, in words."""
+"""The state of a machine that a reader of its times has to know, in words."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def commit(environment: Environment) -> str:
     if environment.git_commit is None:
         return "unknown commit"
     return environment.git_commit[:7] + (" with uncommitted changes" if environment.git_dirty else "")
+
+
+def commit_name(environment: Environment) -> str:
+    """The short commit as a part of file names; the version where there is no commit."""
+    return environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
 
 
 class Measured(Protocol):

@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime
 
 from ..options import CaseError
+from .recorded import RecordModel
 from .settings import measuring_settings, ptxas_version
 
 T = TypeVar("T")
@@ -26,12 +27,7 @@ T = TypeVar("T")
 COMMIT_VARIABLE = "LDMPERF_COMMIT"
 
 
-class _Value(BaseModel):
-    # Ignoring extra fields lets an older reader take records that a newer writer of the same schema has added to.
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-class Gpu(_Value):
+class Gpu(RecordModel):
     """The CUDA device measured on; `count` is how many the process sees."""
 
     name: str
@@ -42,7 +38,7 @@ class Gpu(_Value):
     power_limit_w: float | None = None
 
 
-class Environment(_Value):
+class Environment(RecordModel):
     """What does not change during a run.
 
     machine_id    a digest of the host's machine id and the GPU's UUID, the same in every run there; null where the
@@ -107,7 +103,7 @@ def _compared(environment: Environment) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _NOT_COMPARED}
 
 
-class DeviceState(_Value):
+class DeviceState(RecordModel):
     """What changes during a run, read just before and just after a case. Units are in the names."""
 
     load_average_1min: float | None = None
@@ -163,21 +159,14 @@ def collect_environment(device: str = "cpu") -> Environment:
 
 def device_state(device: str = "cpu") -> DeviceState:
     """The load of the host and, on CUDA, clocks, throttling, temperature and power of `device` now."""
-    load = _or_none(lambda: round(os.getloadavg()[0], 2))
-    if not device.startswith("cuda"):
-        return DeviceState(load_average_1min=load)
-    handle = _nvml_handle(device)
-    if handle is None:
-        return DeviceState(load_average_1min=load)
-    import pynvml
-
+    nvml, handle = _nvml(device)
     return DeviceState(
-        load_average_1min=load,
-        sm_clock_mhz=_or_none(lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))),
-        memory_clock_mhz=_or_none(lambda: int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM))),
-        throttle_reasons=_or_none(lambda: _throttle_reasons(handle)),
-        temperature_c=_or_none(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
-        power_w=_or_none(lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+        load_average_1min=_or_none(lambda: round(os.getloadavg()[0], 2)),
+        sm_clock_mhz=_or_none(lambda: int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))),
+        memory_clock_mhz=_or_none(lambda: int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM))),
+        throttle_reasons=_or_none(lambda: _throttle_reasons(nvml, handle)),
+        temperature_c=_or_none(lambda: int(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))),
+        power_w=_or_none(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
     )
 
 
@@ -278,28 +267,30 @@ def _gpu(device: str) -> Gpu | None:
     properties = _or_none(lambda: torch.cuda.get_device_properties(device))
     if properties is None:
         return None
-    handle = _nvml_handle(device)
+    nvml, handle = _nvml(device)
     return Gpu(
         name=properties.name,
         count=torch.cuda.device_count(),
         memory_bytes=properties.total_memory,
         compute_capability=f"{properties.major}.{properties.minor}",
-        driver=_or_none(_driver_version),
-        power_limit_w=None if handle is None else _or_none(lambda: _power_limit_w(handle)),
+        driver=_or_none(lambda: str(nvml.nvmlSystemGetDriverVersion())),
+        power_limit_w=_or_none(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
     )
 
 
-def _nvml_handle(device: str) -> Any:
-    """NVML's handle of a torch device, None if unknown; by UUID, as torch's index counts visible devices only."""
+def _nvml(device: str) -> tuple[Any, Any]:
+    """NVML and its handle of a torch device, or None; by UUID, as torch's index counts visible devices only."""
     import torch
 
-    def by_uuid() -> Any:
+    def started() -> Any:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml
 
-    return _or_none(by_uuid)
+    nvml: Any = _or_none(started) if device.startswith("cuda") else None
+    uuid = _or_none(lambda: torch.cuda.get_device_properties(device).uuid)
+    return nvml, _or_none(lambda: nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
 
 
 def max_sm_clock_mhz(device: str) -> int | None:
@@ -307,31 +298,13 @@ def max_sm_clock_mhz(device: str) -> int | None:
 
     CUDA 13 has taken it out of the device's properties.
     """
-    handle = _nvml_handle(device)
-    if handle is None:
-        return None
-    import pynvml
-
-    return _or_none(lambda: int(pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)))
+    nvml, handle = _nvml(device)
+    return _or_none(lambda: int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)))
 
 
-def _driver_version() -> str:
-    import pynvml
-
-    return str(pynvml.nvmlSystemGetDriverVersion())
-
-
-def _power_limit_w(handle: Any) -> float:
-    import pynvml
-
-    return float(pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1e3
-
-
-def _throttle_reasons(handle: Any) -> tuple[str, ...]:
+def _throttle_reasons(nvml: Any, handle: Any) -> tuple[str, ...]:
     """Names of the reasons that hold now ("SwPowerCap", ...); an idle GPU's own reason is among them."""
-    import pynvml
-
-    active = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+    active = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
     prefix = "nvmlClocksThrottleReason"
-    bits = {name[len(prefix) :]: getattr(pynvml, name) for name in dir(pynvml) if name.startswith(prefix)}
+    bits = {name[len(prefix) :]: getattr(nvml, name) for name in dir(nvml) if name.startswith(prefix)}
     return tuple(sorted(name for name, bit in bits.items() if name not in ("All", "None") and active & bit))

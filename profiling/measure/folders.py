@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from .conditions import commit_name
 from .environment import Environment
 from .recorded import utc_now
 
@@ -70,8 +71,7 @@ def holds(folder: Path, name: str) -> bool:
 
 def new_folder(out: Path, now: datetime, environment: Environment, suffix: str = "") -> Path:
     """A new folder in `out` (made if need be): <time>-<commit><suffix>, with a counter where that is taken."""
-    commit = environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
-    name = f"{now:%Y%m%dT%H%M%SZ}-{commit}{suffix}"
+    name = f"{now:%Y%m%dT%H%M%SZ}-{commit_name(environment)}{suffix}"
     out.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

@@ -16,8 +16,8 @@ PTXAS_VARIABLE = "TRITON_PTXAS_PATH"
 def measuring_settings() -> Iterator[None]:
     """Process-wide switches of torch and triton while measuring, the same for all backends; put back afterwards.
 
-    float32 means float32: no TF32 in products or convolutions. cuDNN chooses its algorithms by trying them, which
-    falls into the first call. triton keeps to one ptxas, whatever a compiled peer does.
+    float32 means float32: no TF32 in matmuls or convolutions. cuDNN chooses its algorithms by trying them, in the
+    first call. triton keeps to one ptxas, whatever a compiled peer does.
     """
     import torch
 

@@ -15,7 +15,7 @@ from ..terminal.visible import visible
 
 M = TypeVar("M", bound=BaseModel)
 _LONGEST_REASON = 300
-# Of the lines set aside so many are kept to be named; the rest is counted.
+# The lines set aside that are kept to be named; the others are counted.
 MOST_NAMED = 20
 
 
@@ -123,9 +123,13 @@ class Store(Generic[M]):
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file's content at once: who reads it, or a crash, meets the old or the new, never a part."""
-    replacement = path.with_suffix(".tmp")
-    _write_durably(replacement, content, "wb")
-    replacement.replace(path)
+    # No two processes share it.
+    replacement = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_durably(replacement, content, "wb")
+        replacement.replace(path)
+    finally:
+        replacement.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

@@ -108,9 +108,9 @@ def timed(
 ) -> Timed[T]:
     """Runs `call` once and times it on both clocks; `clock` returns seconds.
 
-    With `delay_cycles` the device first waits for so many of its cycles, before its clock starts: meanwhile the
-    host hands over what `call` launches, and its way there is in `wall_ms` only, as the wait is. What a user waits
-    for is timed without.
+    With `delay_cycles` the device first waits for that many of its cycles, before its clock starts. Meanwhile the
+    host launches, so that `gpu_ms` holds no launch overhead; `wall_ms` holds both. What a user waits for is timed
+    without a delay.
     """
     import torch
 
@@ -189,9 +189,8 @@ def interleave(
     on_failure: Callable[[str, Exception], None],
     *,
     closing: bool = False,
-    on_done: Callable[[Sequence[str]], None] | None = None,
+    on_done: Callable[[Mapping[str, Times]], None] | None = None,
     deadline: Deadline | None = None,
-    times: dict[str, Times] | None = None,
 ) -> dict[str, Times]:
     """Times backends in turn, so that a drifting clock or a busy neighbour meets all alike.
 
@@ -201,12 +200,11 @@ def interleave(
     the count is reached by it and the time by those before it. Without, `is_last` is False.
 
     A backend that raises goes to `on_failure(name, exception)` and takes no further part. Between rounds, never
-    inside one, `on_done(names)` hears who has left with its samples. No sample is begun once `deadline` has
-    passed: those that are still in the rotation then have fewer. Returns the samples of all but those that failed;
-    given `times` (empty), that is filled and returned, so that `on_done` can read it.
+    inside one, `on_done` gets the samples of the backends that have left, by name. No sample is begun once
+    `deadline` has passed: the backends still in the rotation then have fewer. Returns the samples of all backends
+    but those that failed.
     """
-    times = {} if times is None else times
-    times.update({name: Times() for name in run_once})
+    times = {name: Times() for name in run_once}
     queue = list(run_once)
     led = dict.fromkeys(queue, 0)
     number = 0
@@ -234,12 +232,12 @@ def interleave(
         for name in ran:
             if name in times:
                 times[name].order.append(tuple(ran))
-        # Who led goes to the back. Where it has left, the next is at the front already.
+        # The leader goes to the back; where it has left, the next one leads already.
         if queue and queue[0] == head:
             queue.append(queue.pop(0))
         queue = [name for name in queue if name not in done]
         if done and on_done is not None:
-            on_done([name for name in run_once if name in done])
+            on_done({name: times[name] for name in run_once if name in done})
         if deadline is not None and deadline.passed:
             break
         number += 1

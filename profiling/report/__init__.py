@@ -1,6 +1,7 @@
 """Terminal tables, charts and the HTML page of a run. The tables need neither of the others' packages."""
 
+from .figures import overview
 from .page import ReportUnavailable, write_report
 from .tables import markdown_table, print_table
 
-__all__ = ["ReportUnavailable", "markdown_table", "print_table", "write_report"]
+__all__ = ["ReportUnavailable", "markdown_table", "overview", "print_table", "write_report"]

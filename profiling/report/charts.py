@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
 import altair as alt
@@ -65,7 +65,7 @@ class Palette:
     @classmethod
     def of(cls, shown: Overview) -> Palette:
         """The peer has its own; the others take theirs in the order of the records."""
-        names = list(dict.fromkeys(row.record.case.backend for row in shown.rows))
+        names = list(dict.fromkeys(row.case.backend for row in shown.rows))
         others = [name for name in names if name != PEER]
         colours = [PEER_COLOUR if name == PEER else COLOURS[others.index(name) % len(COLOURS)] for name in names]
         shapes = [PEER_SHAPE if name == PEER else SHAPES[others.index(name) % len(SHAPES)] for name in names]
@@ -74,23 +74,29 @@ class Palette:
             alt.Shape("backend:N", scale=alt.Scale(domain=names, range=shapes)),
         )
 
+    def marks(self, points: list[Point], x: alt.X, y: alt.Y, scale: alt.Scale) -> tuple[alt.Chart, alt.Chart]:
+        """A bar from p20 to p80 and a mark at p50 for each point."""
+        chart = alt.Chart(alt.InlineData(values=points))
+        bars = chart.mark_rule(strokeWidth=2).encode(x, alt.Y("p20:Q", scale=scale), y2="p80:Q", color=self.colour)
+        return bars, chart.mark_point(**MARK).encode(x, y, color=self.colour, shape=self.shape)
+
 
 def drawings(shown: Overview) -> tuple[Drawing, ...]:
     """The charts of a run, drawn or with the reason why not."""
-    return _cost_drawing(shown), _steps_drawing(shown), _ladder_drawing(shown)
+    palette = Palette.of(shown)
+    return _cost_drawing(shown, palette), _steps_drawing(shown, palette), _ladder_drawing(shown, palette)
 
 
-def _cost_drawing(shown: Overview) -> Drawing:
+def _cost_drawing(shown: Overview, palette: Palette) -> Drawing:
     name, title = "cost", "Measured cost against the paper's cost"
     summary = (
         "Wall-clock time of a step relative to the largest size, over the paper's normalized cost relative to the "
         "same size, both on logarithmic axes. On the dashed line time follows FLOPs; above it a small model costs "
         "more than the paper's measure says. Bars are p20 to p80."
     )
-    conditions, palette = text.conditions(shown), Palette.of(shown)
     panels: list[tuple[str, list[Point]]] = []
     for section in shown.sections:
-        heading = conditions.heading(section.environment, section.case)
+        heading = shown.conditions.heading(section)
         points = _cost_points(section)
         references = dict.fromkeys(point["reference"] for point in points)
         for reference in references:
@@ -119,11 +125,9 @@ def _cost_points(section: Section) -> list[Point]:
         points.append(
             {
                 "size": visible(row.name) + (" (by GFLOP)" if row.paper_cost is None else ""),
-                "backend": row.record.case.backend,
+                "backend": row.case.backend,
                 "paper": on_paper,
-                "p20": row.cost.p20,
-                "p50": row.cost.p50,
-                "p80": row.cost.p80,
+                **asdict(row.cost),
                 "reference": row.reference,
             }
         )
@@ -144,14 +148,12 @@ def _cost_panel(points: list[Point], palette: Palette, low: float, high: float) 
         (point["size"], point["paper"]): point for point in sorted(points, key=lambda point: float(point["p80"]))
     }
     labels = alt.Chart(alt.InlineData(values=list(tops.values())))
-    marks = alt.Chart(alt.InlineData(values=points))
     return alt.layer(
         diagonal.mark_line(color="#767676", strokeDash=[5, 4], strokeWidth=1.5).encode(x, y),
         corner.mark_text(align="left", baseline="top", angle=315, dx=14, dy=5, color="#595959").encode(
             x, y, text=alt.value("time follows FLOPs")
         ),
-        marks.mark_rule(strokeWidth=2).encode(x, alt.Y("p20:Q", scale=scale), y2="p80:Q", color=palette.colour),
-        marks.mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
+        *palette.marks(points, x, y, scale),
         # Across the diagonal, where neighbours are furthest apart.
         labels.mark_text(align="right", baseline="middle", angle=60, dx=-11, limit=160, color="#222222").encode(
             x, alt.Y("p80:Q", scale=scale), text="size:N"
@@ -165,7 +167,7 @@ def _log_domain(points: list[Point]) -> tuple[float, float]:
     return math.exp(math.log(min(values)) - 0.5), math.exp(math.log(max(values)) + 0.5)
 
 
-def _steps_drawing(shown: Overview) -> Drawing:
+def _steps_drawing(shown: Overview, palette: Palette) -> Drawing:
     name, title = "steps", "Time of a trajectory over its steps"
     summary = (
         "Wall-clock time from noise to latents over the number of steps, for each size and backend, with the "
@@ -178,12 +180,10 @@ def _steps_drawing(shown: Overview) -> Drawing:
     for series in shown.series:
         same = series.case.model_dump(exclude={"steps", "backend"})
         panels.setdefault((series.environment, *same.items()), []).append(series)
-    conditions, palette = text.conditions(shown), Palette.of(shown)
     charts = []
     for group in panels.values():
-        heading = conditions.heading(group[0].environment, group[0].case, without=("steps",))
-        title_of_panel = text.joined((visible(group[0].name), heading))
-        charts.append(_steps_panel(group, palette).properties(width=230, height=190, title=title_of_panel))
+        of_panel = text.joined((visible(group[0].name), shown.conditions.heading(group[0], "steps")))
+        charts.append(_steps_panel(group, palette).properties(width=230, height=190, title=of_panel))
     return Drawing(name, title, summary, _finished(charts, columns=3))
 
 
@@ -196,7 +196,7 @@ def _steps_panel(group: Sequence[StepsSeries], palette: Palette) -> Panel:
         # Two points say nothing of the fixed part: their line is not carried on to zero.
         for at in (0 if len(series.rows) > 2 else min(row.record.evaluations or 0 for row in series.rows), most)
     ]
-    plain = all(row.record.evaluations == row.record.case.steps for series in group for row in series.rows)
+    plain = all(row.record.evaluations == row.case.steps for series in group for row in series.rows)
     x = alt.X(
         "evaluations:Q",
         title="steps" if plain else "model evaluations",
@@ -206,11 +206,9 @@ def _steps_panel(group: Sequence[StepsSeries], palette: Palette) -> Panel:
     heights = [0.0, *(point["p80"] for point in points), *(line["p50"] for line in lines)]
     scale = alt.Scale(domain=[min(heights), max(heights) * 1.08], nice=False)
     y = alt.Y("p50:Q", title="ms of a trajectory", scale=scale, axis=alt.Axis(tickCount=5))
-    marks = alt.Chart(alt.InlineData(values=points))
     return alt.layer(
         alt.Chart(alt.InlineData(values=lines)).mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
-        marks.mark_rule(strokeWidth=2).encode(x, alt.Y("p20:Q", scale=scale), y2="p80:Q", color=palette.colour),
-        marks.mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
+        *palette.marks(points, x, y, scale),
     )
 
 
@@ -218,30 +216,26 @@ def _steps_point(row: Row) -> Point | None:
     wall = row.record.wall_ms
     if wall is None:
         return None
-    backend, evaluations = row.record.case.backend, row.record.evaluations
+    backend, evaluations = row.case.backend, row.record.evaluations
     return {"backend": backend, "evaluations": evaluations, "p20": wall.p20, "p50": wall.p50, "p80": wall.p80}
 
 
-def _ladder_drawing(shown: Overview) -> Drawing:
+def _ladder_drawing(shown: Overview, palette: Palette) -> Drawing:
     name, title = "ladder", "The ladder at each size"
     summary = (
         "Wall-clock time of a step on each backend, from the peer to all of ours, a panel for each size. "
         "Bars are medians, the lines on them p20 to p80."
     )
-    conditions, palette = text.conditions(shown), Palette.of(shown)
     charts = []
     for ladder in ladders(shown):
         points = [
-            {"backend": rung.row.record.case.backend, "p20": spread.p20, "p50": spread.p50, "p80": spread.p80}
+            {"backend": rung.row.case.backend, **asdict(spread)}
             for rung in ladder.rungs
             if (spread := step_ms(rung.row.record))
         ]
         if points:
-            heading = conditions.heading(ladder.section.environment, ladder.section.case)
-            panel = _ladder_panel(points, palette).properties(
-                width=300, title=text.joined((visible(ladder.name), heading))
-            )
-            charts.append(panel)
+            of_panel = text.joined((visible(ladder.name), shown.conditions.heading(ladder.section)))
+            charts.append(_ladder_panel(points, palette).properties(width=300, title=of_panel))
     if not charts:
         reason = f"it takes a size tried on {MIN_RUNGS} backends under the same conditions"
         return Drawing(name, title, summary, reason=reason)

@@ -1,15 +1,14 @@
-"""What the page tells beyond the table: each case with its check and raw spread, the lines, the environments."""
+"""What the page shows below the table: each case with its check and spread, lines over steps, environments."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from ..measure.conditions import commit
 from ..measure.environment import DeviceState, Environment
 from ..report import text
-from ..terminal.layout import number
+from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
 from ..trajectory.records import Record
 from .figures import Overview, Row, ratio
@@ -17,32 +16,16 @@ from .figures import Overview, Row, ratio
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A table of texts; the first column heads its row, and the columns in `words` are no numbers."""
-
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: frozenset[int] = frozenset()
-
-
 def cases_grid(shown: Overview) -> Grid:
-    """A line per case, failed ones too: its check, raw spread, both clocks, what happened once, memory, clocks."""
-    conditions = text.conditions(shown)
-
-    def heading(row: Row) -> str:
-        return conditions.heading(row.environment, row.record.case) or text.MISSING
-
+    """A row per case, failed ones too: check, spread, both clocks, phases, memory, the device's state."""
     columns: dict[str, Callable[[Row], str]] = {
-        "case": lambda row: visible(f"{row.name}, {row.record.case.backend}"),
-        "conditions": heading,
+        "case": lambda row: visible(f"{row.name}, {row.case.backend}"),
+        "conditions": lambda row: shown.conditions.heading(row) or MISSING,
         "status": lambda row: row.record.status,
         "relative RMS error": lambda row: largest_error(row.record),
-        "tolerance": lambda row: _of(
-            row.record.correctness.tolerance if row.record.correctness else None, "{:.1e}"
-        ),
-        "reference": lambda row: visible(row.record.correctness.reference) if row.record.correctness else "-",
-        "n": lambda row: str(row.record.wall_ms.n) if row.record.wall_ms else text.MISSING,
+        "tolerance": lambda row: f"{check.tolerance:.1e}" if (check := row.record.correctness) else MISSING,
+        "reference": lambda row: visible(row.record.correctness.reference) if row.record.correctness else MISSING,
+        "n": lambda row: str(row.record.wall_ms.n) if row.record.wall_ms else MISSING,
         "wall ms p20": lambda row: number(row.record.wall_ms.p20 if row.record.wall_ms else None),
         "wall ms p50": lambda row: number(row.record.wall_ms.p50 if row.record.wall_ms else None),
         "wall ms p80": lambda row: number(row.record.wall_ms.p80 if row.record.wall_ms else None),
@@ -54,54 +37,34 @@ def cases_grid(shown: Overview) -> Grid:
         "first call ms": lambda row: number(row.record.phases.first_call_ms),
         "warm-up ms": lambda row: number(row.record.phases.warmup_ms),
         "peak memory GiB": lambda row: number(ratio(row.record.peak_memory_bytes, GIB)),
-        "settings": lambda row: visible("; ".join(row.record.settings)) or text.MISSING,
-        "cut short by": lambda row: row.record.harness.stopped_by or text.MISSING,
-        "load before, after": lambda row: _states(row.record, lambda s: _of(s.load_average_1min, "{:.2f}")),
-        "SM MHz before, after": lambda row: _states(row.record, lambda s: _of(s.sm_clock_mhz, "{:d}")),
-        "throttle reasons after": lambda row: (
-            ", ".join(row.record.device_after.throttle_reasons or ()) or text.MISSING
-        ),
+        "settings": lambda row: visible("; ".join(row.record.settings)) or MISSING,
+        "cut short by": lambda row: row.record.harness.stopped_by or MISSING,
+        "load before, after": lambda row: _states(row.record, lambda s: formatted(s.load_average_1min, ".2f")),
+        "SM MHz before, after": lambda row: _states(row.record, lambda s: formatted(s.sm_clock_mhz, "d")),
+        "throttle reasons after": lambda row: ", ".join(row.record.device_after.throttle_reasons or ()) or MISSING,
     }
     rows = [tuple(cell(row) for cell in columns.values()) for row in shown.rows]
-    # A column that nobody could fill (the GPU's, on a CPU) is no column.
-    kept = [i for i in range(len(columns)) if any(row[i] != text.MISSING for row in rows)]
-    headings = tuple(name for i, name in enumerate(columns) if i in kept)
     words = ("case", "conditions", "status", "reference", "settings", "cut short by", "throttle reasons after")
-    return Grid(
-        headings,
-        tuple(tuple(row[i] for i in kept) for row in rows),
-        frozenset(i for i, name in enumerate(headings) if name in words),
-    )
+    # On a CPU nothing fills the GPU's columns.
+    return Grid(tuple(columns), tuple(rows), words).without_empty()
 
 
 def lines_grid(shown: Overview) -> Grid:
-    """The lines over steps: slope, fixed part, that in units of a step, and R2 where three points define it."""
-    conditions = text.conditions(shown)
+    """The lines over steps: slope, fixed part in ms and in steps, and R2 where there are three points."""
     rows = []
     for series in shown.series:
-        line = series.line
-        case = text.joined(
-            (
-                series.name,
-                series.case.backend,
-                conditions.heading(series.environment, series.case, without=("steps",)),
-            )
+        line, heading = series.line, shown.conditions.heading(series, "steps")
+        cells = (
+            visible(text.joined((series.name, series.case.backend, heading))),
+            ", ".join(str(row.record.evaluations) for row in series.rows),
+            number(line.slope),
+            number(line.intercept),
+            text.short_ratio(ratio(line.intercept, line.slope) if line.slope > 0 else None),
+            f"{len(series.rows)} points only" if line.r2 is None else _r2(line.r2),
         )
-        in_steps = ratio(line.intercept, line.slope) if line.slope > 0 else None
-        counts = ", ".join(str(row.record.evaluations) for row in series.rows)
-        r2 = f"{len(series.rows)} points only" if line.r2 is None else _r2(line.r2)
-        rows.append(
-            (
-                visible(case),
-                counts,
-                number(line.slope),
-                number(line.intercept),
-                text.short_ratio(in_steps),
-                r2,
-            )
-        )
+        rows.append(cells)
     headings = ("case", "evaluations", "slope, ms per step", "fixed part, ms", "fixed part, steps", "R²")
-    return Grid(headings, tuple(rows), frozenset({0}))
+    return Grid(headings, tuple(rows), ("case",))
 
 
 def environment_lines(environment: Environment) -> list[tuple[str, str]]:
@@ -147,7 +110,7 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
     """How often trajectories were repeated, in the words of each distinct setting."""
     lines = []
     timed = [record for record in records if record.wall_ms is not None] or records
-    # Alike but for the order of their rounds, which is in the records.
+    # The order of rounds differs from case to case; it is in the records.
     for harness in dict.fromkeys(record.harness.model_copy(update={"order": ()}) for record in timed):
         beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
         cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"
@@ -162,24 +125,19 @@ def largest_error(record: Record) -> str:
     """Of the latents against the reference's, before timing and after."""
     check = record.correctness
     errors = [e for e in (check.error_before, check.error_after) if e is not None] if check else []
-    return f"{max(errors):.1e}" if errors else text.MISSING
+    return formatted(max(errors, default=None), ".1e")
 
 
 def _wall_beyond_gpu(record: Record) -> str:
     """The share of the wall clock's median that the device events do not span."""
     if record.wall_ms is None or record.gpu_ms is None:
-        return text.MISSING
-    share = ratio(record.wall_ms.p50 - record.gpu_ms.p50, record.wall_ms.p50)
-    return text.MISSING if share is None else f"{100 * share:.1f}%"
+        return MISSING
+    return formatted(ratio(record.wall_ms.p50 - record.gpu_ms.p50, record.wall_ms.p50), ".1%")
 
 
 def _states(record: Record, reading: Callable[[DeviceState], str]) -> str:
     before, after = reading(record.device_before), reading(record.device_after)
-    return text.MISSING if before == after == text.MISSING else f"{before}, {after}"
-
-
-def _of(value: float | None, form: str) -> str:
-    return text.MISSING if value is None else form.format(value)
+    return MISSING if before == after == MISSING else f"{before}, {after}"
 
 
 def _r2(r2: float) -> str:

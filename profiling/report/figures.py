@@ -5,16 +5,15 @@ A number is only ever compared with one measured in the same environment under t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 
 from ..measure.environment import Environment
+from ..paper import paper_sizes
 from ..trajectory.case import BACKENDS, Case
 from ..trajectory.records import Record
+from .phrases import Conditions
 
 PEER = "diffusers"
 
@@ -30,11 +29,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """A record, the index of its environment, and its ratios; each is null where a time it needs is missing.
+    """A record, the index of its environment, and its ratios, each null where a time is missing.
 
-    `cost` is time over the time of the network `reference`; `paper_cost` the paper's normalized cost over that of
-    the same reference; `gflop_ratio` the GFLOP over those of the reference, for networks that the paper has not.
-    `times_faster` is the peer's time over this one.
+    reference     name of the network that ratios are relative to
+    cost          time over the reference's time
+    paper_cost    the paper's normalized cost over the reference's
+    gflop_ratio   GFLOP over the reference's, for a network that is not in the paper
+    times_faster  the peer's time over this one
     """
 
     record: Record
@@ -45,6 +46,10 @@ class Row:
     paper_cost: float | None = None
     gflop_ratio: float | None = None
     times_faster: float | None = None
+
+    @property
+    def case(self) -> Case:
+        return self.record.case
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,10 @@ class StepsSeries:
 
 @dataclass(frozen=True)
 class Overview:
-    """All that is said about a record set. `superseded`: records of cases that are shown by another record."""
+    """A record set as a report shows it. `superseded`: how many records give way to another of the same case."""
 
     environments: tuple[Environment, ...]
+    conditions: Conditions
     sections: tuple[Section, ...]
     series: tuple[StepsSeries, ...]
     superseded: int
@@ -88,13 +94,6 @@ class Overview:
     @property
     def rows(self) -> list[Row]:
         return [row for section in self.sections for row in section.rows]
-
-
-@cache
-def paper_costs() -> dict[str, float]:
-    """The paper's normalized cost of each size (866M is 1)."""
-    text = resources.files("ldmperf.profiling").joinpath("paper.json").read_text(encoding="utf-8")
-    return {size["name"]: size["paper_normalized_cost"] for size in json.loads(text)["sizes"]}
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -144,15 +143,16 @@ def overview(records: Sequence[Record]) -> Overview:
         Section(index := environments.index(group[0].environment), group[0].case, _rows(index, group, names))
         for _, group in sorted(grouped.items(), key=lambda item: _sort_key(item[0]))
     )
-    return Overview(environments, sections, _steps_series(sections), len(records) - len(best))
+    conditions = Conditions.of(environments, sections)
+    return Overview(environments, conditions, sections, _steps_series(sections), len(records) - len(best))
 
 
 def best_record(records: Sequence[Record]) -> Record:
-    """The record that is shown of a case, of those of one environment in the order in which they were made.
+    """The record to show of a case, out of those of one environment in the order in which they were made.
 
-    A record with a time, then one that was not cut short, then one that more backends were timed in turn with
-    (the ladder's, whose ratios are of one group), then one with a trace, then the latest. A defect (`incorrect`,
-    `error`) is shown all the same unless the case was measured again after it.
+    Preferred in this order: a record with a time; one that was not cut short; one timed in turn with more backends
+    (the ladder's ratios are within one group); one with a trace; the latest. What was measured before a defect
+    (`incorrect`, `error`) does not count: the defect is shown until the case is measured again.
     """
     defects = [place for place, record in enumerate(records) if record.status in ("incorrect", "error")]
     since = records[defects[-1] :] if defects else records
@@ -167,12 +167,12 @@ def best_record(records: Sequence[Record]) -> Record:
 
 
 def network_names(records: Iterable[Record]) -> dict[str, str]:
-    """A short name for each network (`Case.network`); the whole of it where the short name is another's too."""
+    """The short name of each network (`Case.network`), or all of its name where two share the short one."""
     networks = {record.case.network: record.case for record in records}
     labels = [case.label for case in networks.values()]
 
     def is_taken(case: Case) -> bool:
-        return case.is_checkpoint and (labels.count(case.label) > 1 or case.label in paper_costs())
+        return case.is_checkpoint and (labels.count(case.label) > 1 or case.label in paper_sizes())
 
     return {network: network if is_taken(case) else case.label for network, case in networks.items()}
 
@@ -190,23 +190,27 @@ def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
 
 def names_by_size(rows: Iterable[Row]) -> list[str]:
     """The networks' names, the smallest first, whatever backend has which."""
-    ordered = sorted(rows, key=lambda row: (_magnitude(row.record), row.record.case.network))
+    ordered = sorted(rows, key=lambda row: (_magnitude(row.record), row.case.network))
     return list(dict.fromkeys(row.name for row in ordered))
 
 
+def _paper_cost(record: Record) -> float | None:
+    """The paper's normalized cost of a network; null for one that the paper does not have."""
+    size = paper_sizes().get(record.case.network)
+    return None if size is None else size.paper_normalized_cost
+
+
 def _magnitude(record: Record) -> tuple[float, float]:
-    """Orders networks by what they cost on paper: the paper's own for its sizes, in its unit, else by GFLOP."""
-    gflop_of_866m = 804.3
-    cost = paper_costs().get(record.case.network)
-    return (
-        cost if cost is not None else (record.gflop_per_forward or 0.0) / gflop_of_866m,
-        record.parameters or 0.0,
-    )
+    """Orders networks by their cost on paper: normalized for the paper's sizes, else GFLOP in the same unit."""
+    cost = _paper_cost(record)
+    if cost is None:
+        cost = (record.gflop_per_forward or 0.0) / paper_sizes()["866M"].gflop
+    return cost, record.parameters or 0.0
 
 
 def _reference(timed: Sequence[Record]) -> Record:
     """The largest network, of the paper's sizes if one is there: the paper's costs are rescaled to it."""
-    in_paper = [record for record in timed if record.case.network in paper_costs()]
+    in_paper = [record for record in timed if record.case.network in paper_sizes()]
     return max(in_paper or timed, key=_magnitude)
 
 
@@ -219,29 +223,33 @@ def _references(section: Sequence[Record]) -> dict[str, Record]:
     return {backend: _reference(of) for backend, of in timed.items()}
 
 
+def rung_place(backend: str) -> int:
+    """A backend's place on the ladder; those that are not on it come behind all others."""
+    return BACKENDS.index(backend) if backend in BACKENDS else len(BACKENDS)
+
+
 def _rows(environment: int, section: Sequence[Record], names: dict[str, str]) -> tuple[Row, ...]:
-    paper = paper_costs()
     references = _references(section)
     peers = {record.case.network: record for record in section if record.case.backend == PEER}
-    backends = list(dict.fromkeys(record.case.backend for record in section))
-    # The peer last: ours is read against the paper first, and then against the peer. The others in the order of
-    # the ladder: records come as they were done.
-    backends.sort(key=lambda name: (name == PEER, BACKENDS.index(name) if name in BACKENDS else len(BACKENDS)))
+    # The peer last: ours are read against the paper first, then against the peer. Records come in the order of
+    # measuring, which is not the ladder's.
+    found = dict.fromkeys(record.case.backend for record in section)
+    backends = sorted(found, key=lambda name: (name == PEER, rung_place(name)))
     ordered = sorted(section, key=lambda r: (backends.index(r.case.backend), _magnitude(r), r.case.network))
     rows = []
     for record in ordered:
         row = Row(record, environment, names[record.case.network])
         reference = references.get(record.case.backend)
         if record.wall_ms is not None and reference is not None:
+            cost, gflop = _paper_cost(record), record.gflop_per_forward
             row = replace(
                 row,
                 cost=_cost(record, reference),
                 reference=names[reference.case.network],
-                paper_cost=ratio(paper.get(record.case.network), paper.get(reference.case.network)),
+                paper_cost=ratio(cost, _paper_cost(reference)),
+                gflop_ratio=ratio(gflop, reference.gflop_per_forward) if cost is None else None,
                 times_faster=_times_faster(record, peers.get(record.case.network)),
             )
-            if record.case.network not in paper_costs():
-                row = replace(row, gflop_ratio=ratio(record.gflop_per_forward, reference.gflop_per_forward))
         rows.append(row)
     return tuple(rows)
 
@@ -265,14 +273,12 @@ def _steps_series(sections: Sequence[Section]) -> tuple[StepsSeries, ...]:
     grouped: dict[tuple[object, ...], list[Row]] = {}
     for section in sections:
         for row in section.rows:
-            conditions = row.record.case.model_dump(exclude={"steps"})
+            conditions = row.case.model_dump(exclude={"steps"})
             grouped.setdefault((section.environment, *conditions.items()), []).append(row)
     series = []
     for rows in grouped.values():
         timed = [row for row in rows if row.record.wall_ms is not None]
         line = fit_line((r.record.evaluations or 0, r.record.wall_ms.p50) for r in timed if r.record.wall_ms)
         if line is not None:
-            series.append(
-                StepsSeries(timed[0].environment, timed[0].record.case, timed[0].name, tuple(timed), line)
-            )
+            series.append(StepsSeries(timed[0].environment, timed[0].case, timed[0].name, tuple(timed), line))
     return tuple(series)

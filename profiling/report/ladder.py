@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 from ..report import text
 from ..step.groups import OTHER, Other, by_group
-from ..step.launches import GROUPS, Group
-from ..terminal.layout import number
+from ..step.launches import GROUPS, LaunchGroup
+from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from ..trajectory.case import BACKENDS
-from .details import GIB, Grid, largest_error
-from .figures import PEER, Overview, Row, Section, names_by_size, ratio, step_ms
+from .details import GIB, largest_error
+from .figures import PEER, Overview, Row, Section, names_by_size, ratio, rung_place, step_ms
 
-# With fewer backends the table of the run tells all of it.
+# Fewer backends are told apart by the table of the run.
 MIN_RUNGS = 3
 LADDER_TITLE = "What each rung gains, at each size"
 GROUPS_TITLE = "Where a step's device time goes: ms (launches)"
@@ -51,8 +50,7 @@ def ladders(shown: Overview) -> tuple[Ladder, ...]:
 
 def _place(row: Row) -> tuple[int, str]:
     """The rungs in their order; backends of others behind them."""
-    backend = row.record.case.backend
-    return (BACKENDS.index(backend) if backend in BACKENDS else len(BACKENDS), backend)
+    return rung_place(row.case.backend), row.case.backend
 
 
 def _rungs(rows: list[Row]) -> tuple[Rung, ...]:
@@ -67,49 +65,45 @@ def _rungs(rows: list[Row]) -> tuple[Rung, ...]:
 
 def ladder_grid(shown: Overview) -> Grid:
     """A line for each rung of each ladder; a rung without a time says why."""
-    conditions = text.conditions(shown)
     columns: dict[str, Callable[[Rung], str]] = {
-        "rung": lambda rung: visible(rung.row.record.case.backend),
+        "rung": lambda rung: visible(rung.row.case.backend),
         "ms per step": lambda rung: number(rung.row.record.ms_per_step),
-        "gain over the rung before": lambda rung: _times(rung.gain),
-        f"gain over {PEER}": lambda rung: _times(rung.row.times_faster),
+        "gain over the rung before": lambda rung: text.times(rung.gain),
+        f"gain over {PEER}": lambda rung: text.times(rung.row.times_faster),
         "launches per step": lambda rung: _launches(rung.row),
-        "host gap": lambda rung: _percent(rung.row.record.host_gap),
+        "host gap": lambda rung: formatted(rung.row.record.host_gap, ".1%"),
         "peak memory GiB": lambda rung: number(ratio(rung.row.record.peak_memory_bytes, GIB)),
         "relative RMS error": lambda rung: largest_error(rung.row.record),
         "no time because": lambda rung: (
-            text.MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
+            MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
         ),
     }
     rows = []
     for ladder in ladders(shown):
-        heading = conditions.heading(ladder.section.environment, ladder.section.case)
-        size = visible(text.joined((ladder.name, heading)))
+        size = visible(text.joined((ladder.name, shown.conditions.heading(ladder.section))))
         rows += [(size, *(cell(rung) for cell in columns.values())) for rung in ladder.rungs]
-    return _without_empty(Grid(("size", *columns), tuple(rows), frozenset({0, 1, len(columns)})))
+    return Grid(("size", *columns), tuple(rows), ("size", "rung", "no time because")).without_empty()
 
 
 def groups_grid(shown: Overview) -> Grid:
-    """Where a step's device time goes, by group of kernels, for every rung that was traced."""
-    conditions = text.conditions(shown)
+    """Device time of a step by group of kernels, for every rung that was traced."""
     found = []
     for ladder in ladders(shown):
-        heading = conditions.heading(ladder.section.environment, ladder.section.case)
-        size = visible(text.joined((ladder.name, heading)))
+        size = visible(text.joined((ladder.name, shown.conditions.heading(ladder.section))))
         for rung in ladder.rungs:
             trace = rung.row.record.trace
             if trace is not None and trace.step:
-                found.append((size, visible(rung.row.record.case.backend), by_group(trace.step)))
+                found.append((size, visible(rung.row.case.backend), by_group(trace.step)))
     groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of in found)]
 
-    def cell(of: Mapping[Group | Other, tuple[float, float]], group: Group | Other) -> str:
+    def cell(of: Mapping[LaunchGroup | Other, tuple[float, float]], group: LaunchGroup | Other) -> str:
         if group not in of:
-            return text.MISSING
+            return MISSING
         launches, ms = of[group]
         return f"{number(ms)} ({launches:.0f})"
 
     rows = tuple((size, rung, *(cell(of, group) for group in groups)) for size, rung, of in found)
-    return Grid(("size", "rung", *groups), rows, frozenset({0, 1}))
+    return Grid(("size", "rung", *groups), rows, ("size", "rung"))
 
 
 def costs_title(shown: Overview) -> str:
@@ -119,18 +113,15 @@ def costs_title(shown: Overview) -> str:
 
 
 def costs_grid(shown: Overview) -> Grid:
-    """The project's headline: cost by the clock beside cost on paper, sizes down, rungs across."""
-    conditions = text.conditions(shown)
+    """The project's headline: measured cost beside the paper's, a row for each size, a column for each rung."""
     sections = list(dict.fromkeys(ladder.section for ladder in ladders(shown)))
-    backends = sorted(
-        {row.record.case.backend: row for section in sections for row in section.rows}.values(), key=_place
-    )
-    names = [row.record.case.backend for row in backends]
+    backends = sorted({row.case.backend: row for section in sections for row in section.rows}.values(), key=_place)
+    names = [row.case.backend for row in backends]
     rows = []
     for section in sections:
-        heading = conditions.heading(section.environment, section.case)
+        heading = shown.conditions.heading(section)
         for size in names_by_size(section.rows):
-            cells = {row.record.case.backend: row for row in section.rows if row.name == size}
+            cells = {row.case.backend: row for row in section.rows if row.name == size}
             costs = [cells[name].cost if name in cells else None for name in names]
             on_paper = next((row.paper_cost for row in cells.values() if row.paper_cost is not None), None)
             rows.append(
@@ -140,29 +131,11 @@ def costs_grid(shown: Overview) -> Grid:
                     *(text.short_ratio(None if cost is None else cost.p50) for cost in costs),
                 )
             )
-    grid = Grid(("size", "the paper's", *map(visible, names)), tuple(rows), frozenset({0}))
+    grid = Grid(("size", "the paper's", *map(visible, names)), tuple(rows), ("size",))
     # One size is 1 by definition.
     return grid if len({row[0] for row in rows}) > 1 else Grid(grid.headings, ())
 
 
-def _times(value: float | None) -> str:
-    return text.MISSING if value is None else f"{text.short_ratio(value)}x"
-
-
 def _launches(row: Row) -> str:
     trace = row.record.trace
-    return text.MISSING if trace is None or trace.launches_per_step is None else str(trace.launches_per_step)
-
-
-def _percent(value: float | None) -> str:
-    return text.MISSING if value is None else f"{value:.1%}"
-
-
-def _without_empty(grid: Grid) -> Grid:
-    """Without the columns that nobody could fill: those of a device, on a CPU."""
-    kept = [i for i in range(len(grid.headings)) if any(row[i] != text.MISSING for row in grid.rows)]
-    return Grid(
-        tuple(grid.headings[i] for i in kept),
-        tuple(tuple(row[i] for i in kept) for row in grid.rows),
-        frozenset(place for place, i in enumerate(kept) if i in grid.words),
-    )
+    return MISSING if trace is None or trace.launches_per_step is None else str(trace.launches_per_step)

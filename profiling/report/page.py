@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..measure.store import write_whole
 from ..report import details, ladder, text
 from ..terminal.visible import counted, visible
 from ..trajectory.case import Case
-from ..trajectory.records import Record
 from .columns import table_of
-from .figures import PEER, Overview, Row, overview
+from .figures import PEER, Overview, Row
+from .phrases import environment_name
 from .tables import NOTHING
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ class ReportUnavailable(ModuleNotFoundError):
     """A package that charts or page need (`name`) is not installed; the text is one line on how to install it."""
 
 
-def write_report(records: list[Record], rejected_lines: int, directory: Path) -> list[Path]:
+def write_report(shown: Overview, rejected_lines: int, directory: Path) -> list[Path]:
     """Writes report.html and the charts (PNG and SVG) to the folder; returns their paths, the page first.
 
-    Each file is replaced whole or not at all. Charts of an earlier report that these records have no data for are
-    removed. Raises ReportUnavailable when a package is missing, OSError when the folder cannot be written.
+    Each file is replaced whole or not at all. A chart of an earlier report is removed where these records have no
+    data for it. Raises ReportUnavailable when a package is missing, OSError when the folder cannot be written.
     """
     try:
         import jinja2
@@ -42,7 +42,6 @@ def write_report(records: list[Record], rejected_lines: int, directory: Path) ->
         raise ReportUnavailable(
             f"charts and page need {name}: pip install altair vl-convert-python jinja2", name=name
         ) from missing
-    shown = overview(records)
     charts = drawings(shown)
     svgs = {drawing.name: drawing.svg() for drawing in charts if drawing.chart is not None}
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
@@ -58,7 +57,7 @@ def write_report(records: list[Record], rejected_lines: int, directory: Path) ->
     directory.mkdir(parents=True, exist_ok=True)
     written = _write_charts(charts, svgs, directory)
     # The page last: whoever sees it finds the charts that it links.
-    _replace_file(directory / PAGE_NAME, page.encode())
+    write_whole(directory / PAGE_NAME, page.encode())
     return [directory / PAGE_NAME, *written]
 
 
@@ -72,9 +71,7 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "facts": [column for column in table.columns if column.is_fact],
         "times": [column for column in table.columns if not column.is_fact],
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
-        "checkpoints": sorted(
-            {(visible(r.name), visible(_origin(r.record.case))) for r in rows if r.record.case.is_checkpoint}
-        ),
+        "checkpoints": sorted({(visible(r.name), visible(_origin(r.case))) for r in rows if r.case.is_checkpoint}),
         "lines": details.lines_grid(shown),
         "ladder": ladder.ladder_grid(shown),
         "ladder_title": ladder.LADDER_TITLE,
@@ -85,7 +82,7 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         "cases": details.cases_grid(shown),
         "environments": [
             (
-                f"Environment {text.environment_name(index)}" if len(shown.environments) > 1 else "",
+                f"Environment {environment_name(index)}" if len(shown.environments) > 1 else "",
                 details.environment_lines(environment)
                 + details.device_lines(row.record for row in rows if row.environment == index),
             )
@@ -93,7 +90,7 @@ def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
         ],
         "harness": details.harness_lines([row.record for row in rows]),
         "rejected_lines": rejected_lines,
-        "peer": PEER if any(row.record.case.backend == PEER for row in rows) else "",
+        "peer": PEER if any(row.case.backend == PEER for row in rows) else "",
     }
 
 
@@ -101,8 +98,8 @@ def _sentence(rows: Sequence[Row]) -> str:
     """What was measured, how much of it, and when."""
     if not rows:
         return NOTHING
-    networks = len({row.record.case.network for row in rows})
-    backends = list(dict.fromkeys(visible(row.record.case.backend) for row in rows))
+    networks = len({row.case.network for row in rows})
+    backends = list(dict.fromkeys(visible(row.case.backend) for row in rows))
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
     return (
@@ -119,8 +116,8 @@ def _origin(case: Case) -> str:
 
 
 def _case(row: Row, shown: Overview) -> str:
-    heading = text.conditions(shown).heading(row.environment, row.record.case)
-    return visible(text.joined((row.name, row.record.case.backend, heading)))
+    heading = shown.conditions.heading(row)
+    return visible(text.joined((row.name, row.case.backend, heading)))
 
 
 def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
@@ -132,17 +129,7 @@ def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Pa
             png.unlink(missing_ok=True)
             svg.unlink(missing_ok=True)
             continue
-        _replace_file(png, drawing.png())
-        _replace_file(svg, svgs[drawing.name].encode())
+        write_whole(png, drawing.png())
+        write_whole(svg, svgs[drawing.name].encode())
         written += [png, svg]
     return written
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """The file holds its old content or the new, never a part; no two processes share the temporary file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from ..kernel_bench import KERNELS_NAME
 from ..measure.folders import RunError, holds
-from ..measure.store import Aside, read_lines
+from ..measure.store import Aside
 from ..terminal.visible import console, counted, say
 from ..trajectory.records import RECORDS_NAME, Record, read_records
 from ..trajectory.runs import RUN_NAME, open_run
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-KERNELS_NAME = "kernels.jsonl"
 _GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
 
 
@@ -39,13 +39,13 @@ def report_path(path: Path, out: Path | None) -> bool:
     if holds(path, RUN_NAME):
         raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
     if holds(path, KERNELS_NAME):
-        kernels, aside = _readable(path / KERNELS_NAME, read_kernels)
+        kernels, aside = _readable(path / KERNELS_NAME, _read_kernels)
         _report_kernels(kernels, aside, out or path)
         return not aside.in_file
     records, aside = _readable(path, read_records)
     # A file's name does not say which records it has: most of its lines do.
     if aside.in_file:
-        kernels, aside_of_kernels = _readable(path, read_kernels)
+        kernels, aside_of_kernels = _readable(path, _read_kernels)
         if len(kernels) > len(records):
             _report_kernels(kernels, aside_of_kernels, out)
             return not aside_of_kernels.in_file
@@ -71,12 +71,11 @@ def resume_command(folder: Path) -> str:
     return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 
-def read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
-    """Of each call the last record, and the lines that were set aside. Raises OSError when it cannot be read."""
-    from ..kernel_bench.kernel_records import KernelRecord
+def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
+    # Loads torch, which a trajectory's records do not need.
+    from ..kernel_bench.kernel_records import read_kernels
 
-    records, aside = read_lines(path, KernelRecord)
-    return list({record.case_key: record for record in records}.values()), aside
+    return read_kernels(path)
 
 
 def _readable(path: Path, read: Callable[[Path], T]) -> T:
@@ -93,12 +92,13 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
-    from ..report import print_table, write_report
+    from ..report import overview, print_table, write_report
 
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.
     _tell_aside(aside)
-    print_table(records, console())
+    shown = overview(records)
+    print_table(shown, console())
     if holds(source, RUN_NAME):
         try:
             left = {case.key for case in open_run(source).cases} - {record.case_key for record in records}
@@ -111,7 +111,7 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
     if out is None:
         return
     try:
-        written = write_report(records, aside.count, out)
+        written = write_report(shown, aside.count, out)
     except ModuleNotFoundError as missing:
         say(
             errors,

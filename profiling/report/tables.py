@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ..report import text
+from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import for_markdown, say, say_wrapped
-from ..trajectory.records import Record
 from .columns import Column, Table, table_of
-from .details import Grid
-from .figures import Row, overview
+from .figures import Overview, Row
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
 
 NOTHING = "No cases were measured."
 
 
-def print_table(records: list[Record], console: Console) -> None:
+def print_table(shown: Overview, console: Console) -> None:
     """Prints the final table. No number is ever cut: lines are as long as the numbers need, plain where piped."""
-    if not records:
+    if not shown.sections:
         _print(console, NOTHING)
         return
-    table = table_of(overview(records))
+    table = table_of(shown)
     say_wrapped(console, text.joined(table.shared), "bold")
     rows = [row for _, rows in table.sections for row in rows]
     widths = [
@@ -48,37 +47,30 @@ def print_table(records: list[Record], console: Console) -> None:
         say_wrapped(console, note, "dim")
     for warning in table.warnings:
         say_wrapped(console, f"Note: {warning}", "yellow")
-    for title, grid in _grids(records):
+    for title, grid in _grids(shown):
         _print_grid(console, title, grid)
 
 
-def markdown_table(records: list[Record]) -> str:
+def markdown_table(shown: Overview) -> str:
     """The same figures as a GitHub markdown table, with the conditions above and the notes below."""
-    if not records:
+    if not shown.sections:
         return NOTHING + "\n"
-    table = table_of(overview(records))
-    has_sections = any(heading for heading, _ in table.sections)
-    headings = [column.label for column in table.columns]
-    rules = ["---:" if column.is_number else ":---" for column in table.columns]
+    table = table_of(shown)
+    words = ("conditions", *(column.label for column in table.columns if not column.is_number))
+    headings = ("conditions", *(column.label for column in table.columns))
+    rows = [(heading, *_cells(row, table.columns)) for heading, rows in table.sections for row in rows]
+    if not any(heading for heading, _ in table.sections):
+        headings, rows = headings[1:], [row[1:] for row in rows]
     lines = [for_markdown(text.joined(table.shared)) + "\n"] if table.shared else []
-    lines += [_markdown_row(["conditions", *headings] if has_sections else headings)]
-    lines += [_markdown_row([":---", *rules] if has_sections else rules)]
-    for heading, rows in table.sections:
-        for row in rows:
-            cells = [for_markdown(cell) for cell in _cells(row, table.columns)]
-            lines.append(_markdown_row([for_markdown(heading), *cells] if has_sections else cells))
-    lines.append("")
+    lines += [*Grid(headings, tuple(rows), words).markdown(), ""]
     lines += [f"- {for_markdown(note)}" for note in (*table.notes, *table.warnings)]
-    for title, grid in _grids(records):
-        rules = [":---" if place in grid.words else "---:" for place in range(len(grid.headings))]
-        lines += ["", f"{for_markdown(title)}:", "", _markdown_row(grid.headings), _markdown_row(rules)]
-        lines += [_markdown_row([for_markdown(cell) for cell in row]) for row in grid.rows]
+    for title, grid in _grids(shown):
+        lines += ["", f"{for_markdown(title)}:", "", *grid.markdown()]
     return "\n".join(lines) + "\n"
 
 
-def _grids(records: list[Record]) -> list[tuple[str, Grid]]:
-    """What is told beyond the table where there are more backends than it can compare: titles and grids."""
-    shown = overview(records)
+def _grids(shown: Overview) -> list[tuple[str, Grid]]:
+    """Titles and grids of the ladder, where there are enough backends for one."""
     found = [
         (LADDER_TITLE, ladder_grid(shown)),
         (GROUPS_TITLE, groups_grid(shown)),
@@ -92,8 +84,8 @@ def _print_grid(console: Console, title: str, grid: Grid) -> None:
 
     def line(cells: Sequence[str]) -> str:
         return "  ".join(
-            cell.ljust(width) if place in grid.words else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(width) if heading in grid.words else cell.rjust(width)
+            for heading, cell, width in zip(grid.headings, cells, widths, strict=True)
         )
 
     _print(console)
@@ -108,8 +100,8 @@ def _shows(column: Column, row: Row) -> bool:
 
 
 def _cells(row: Row, columns: Sequence[Column]) -> list[str]:
-    """One text per column; of a failed case the status and message in the first column that needs a time."""
-    cells = [column.cell(row) if _shows(column, row) else text.MISSING for column in columns]
+    """A text per column; a failed case has its status and message in the first column that needs a time."""
+    cells = [column.cell(row) if _shows(column, row) else MISSING for column in columns]
     if row.record.wall_ms is None:
         cells[[column.is_fact for column in columns].index(False)] = text.failure(row.record)
     return cells
@@ -144,7 +136,3 @@ def _line(cells: Sequence[str], columns: Sequence[Column], widths: Sequence[int]
 
 def _print(console: Console, line: str = "", style: str = "") -> None:
     say(console, line.rstrip(), style)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

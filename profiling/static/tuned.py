@@ -15,19 +15,17 @@ from ldmperf.model import FAMILY
 
 from ..machines import MACHINES, Machine
 from ..options import DType
-from ..step.call import KernelCase, TensorSpec
-from ..step.calls import attention_cases, family_kernel_cases, vae_kernel_cases
+from ..step.call import OperatorCall, TensorSpec
+from ..step.calls import FAMILY_HEAD_DIMS, attention_calls, family_calls, vae_calls
 from .inspection import inspect_launch
 from .planned import planned
-from .score_tile import FAMILY_HEAD_DIMS
 
 # Architectures of the GPUs that a table can be of, by a part of their name.
 _ARCHS = {"GH200": "sm_90", "H200": "sm_90", "H100": "sm_90", "H20": "sm_90", "A100": "sm_80", "MI300": "gfx942"}
-# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens and head
-# dimensions. The calls of other keys would not be found again.
+# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens, at the
+# family's head dimensions. The calls of other keys would not be found again.
 TUNED_BATCHES = (2, 16, 1, 4, 8, 32, 64)
 TUNED_TOKENS = (4096, 1024, 256, 64)
-TUNED_HEAD_DIMS = FAMILY_HEAD_DIMS
 _OTHER_16_BITS: dict[str, DType] = {"bfloat16": "float16", "float16": "bfloat16"}
 
 
@@ -39,14 +37,14 @@ class TunedItem:
     """
 
     key: str
-    case: KernelCase
+    call: OperatorCall
     config: tuple[tuple[str, Any], ...]
     arch: str
     number: int
 
     @property
     def launch(self) -> Launch:
-        return _launches(self.case, self.config, MACHINES[self.arch])[self.number]
+        return _launches(self.call, self.config, MACHINES[self.arch])[self.number]
 
 
 def tuned_items(path: Path) -> list[TunedItem]:
@@ -62,71 +60,70 @@ def tuned_items(path: Path) -> list[TunedItem]:
     items = []
     for operator, entries in document["kernels"].items():
         wanted = {key: config for key, config in entries.items() if config is not None}
-        cases = _cases_of(operator, wanted)
-        if cases.keys() != wanted.keys():
-            missing = ", ".join(sorted(wanted.keys() - cases.keys()))
+        calls = _calls_by_key(operator, wanted)
+        if calls.keys() != wanted.keys():
+            missing = ", ".join(sorted(wanted.keys() - calls.keys()))
             raise ValueError(f"{path.name}: no call of {operator} has these keys: {missing}")
         for key, config in wanted.items():
             fields = tuple(config.items())
-            for case in served(cases[key]):
-                its_key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+            for call in served(calls[key]):
+                its_key = OPERATORS[operator].tuning_key(call.bound("meta"))
                 if its_key == key or its_key not in entries:
-                    count = len(_launches(case, fields, MACHINES[arch]))
-                    items += [TunedItem(its_key, case, fields, arch, number) for number in range(count)]
+                    count = len(_launches(call, fields, MACHINES[arch]))
+                    items += [TunedItem(its_key, call, fields, arch, number) for number in range(count)]
     return items
 
 
-def served(case: KernelCase) -> list[KernelCase]:
-    """The calls that a tuned entry of this case serves: of a 16-bit one both the case and its 16-bit sibling."""
-    other = _OTHER_16_BITS.get(case.dtype)
+def served(call: OperatorCall) -> list[OperatorCall]:
+    """The calls that a tuned entry of this call serves: of a 16-bit one both the call and its 16-bit sibling."""
+    other = _OTHER_16_BITS.get(call.dtype)
     if other is None:
-        return [case]
+        return [call]
 
     def swapped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(t.model_copy(update={"dtype": other}) if t.dtype == case.dtype else t for t in specs)
+        return tuple(t.model_copy(update={"dtype": other}) if t.dtype == call.dtype else t for t in specs)
 
-    update = {"dtype": other, "tensors": swapped(case.tensors), "results": swapped(case.results)}
-    return [case, case.model_copy(update=update)]
+    update = {"dtype": other, "tensors": swapped(call.tensors), "results": swapped(call.results)}
+    return [call, call.model_copy(update=update)]
 
 
-def faults_of(case: KernelCase, config: Any, machine: Machine) -> list[str]:
-    """The faults (`Inspection.faults`) of all launches that an entry of this case would serve; compiles them."""
+def faults_of(call: OperatorCall, config: Any, machine: Machine) -> list[str]:
+    """The faults (`Inspection.faults`) of all launches that an entry of this call would serve; compiles them."""
     fields = tuple(dataclasses.asdict(config).items())
     return [
         f"{one.dtype}, {launch.name}: {fault}"
-        for one in served(case)
+        for one in served(call)
         for launch in _launches(one, fields, machine)
         for fault in inspect_launch(launch, machine).faults
     ]
 
 
-def _launches(case: KernelCase, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
-    arguments = case.arguments("meta")
-    config = type(OPERATORS[case.operator].candidates(**arguments)[0])(**dict(fields))
-    return planned(case.operator, {**arguments, "config": config}, machine)
+def _launches(call: OperatorCall, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
+    config = type(OPERATORS[call.operator].candidates(call.bound("meta"))[0])(**dict(fields))
+    return planned(call.operator, call.arguments("meta"), machine, config)
 
 
-def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
+def _calls_by_key(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]:
     """A call for each of the keys that some call of the family has."""
-    found: dict[str, KernelCase] = {}
+    found: dict[str, OperatorCall] = {}
     # A key names the dtype; finding the calls of one takes seconds.
     dtypes: tuple[DType, ...] = get_args(DType)
     dtypes = tuple(dtype for dtype in dtypes if any(dtype in key for key in keys)) or dtypes
-    for case in _calls(operator, dtypes) if keys else ():
-        key = OPERATORS[operator].tuning_key(**case.arguments("meta"))
+    for call in _calls(operator, dtypes) if keys else ():
+        key = OPERATORS[operator].tuning_key(call.bound("meta"))
         if key in keys:
-            found.setdefault(key, case)
+            found.setdefault(key, call)
             if len(found) == len(keys):
                 break
     return found
 
 
-def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[KernelCase]:
+def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[OperatorCall]:
     for batch, dtype in itertools.product(TUNED_BATCHES, dtypes):
         for size in FAMILY:
-            yield from (case for case in family_kernel_cases(size, batch, dtype) if case.operator == operator)
+            yield from (call for call in family_calls(size, batch, dtype) if call.operator == operator)
         if operator == "attention":
-            for dim, tokens in itertools.product(TUNED_HEAD_DIMS, TUNED_TOKENS):
-                yield from attention_cases(dim, tokens, batch, dtype)
+            for dim, tokens in itertools.product(FAMILY_HEAD_DIMS, TUNED_TOKENS):
+                yield from attention_calls(dim, tokens, batch, dtype)
     for dtype in dtypes:
-        yield from (case for case in vae_kernel_cases(dtype) if case.operator == operator)
+        yield from (call for call in vae_calls(dtype) if call.operator == operator)

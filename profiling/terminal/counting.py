@@ -1,4 +1,4 @@
-"""How many of a known number of things are done: a bar on a terminal, lines now and then elsewhere."""
+"""Progress through a known number of things: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def counting(
 ) -> Iterator[Callable[[str], None]]:
     """A function to call with the name of each thing that is done. `what`: the plural noun of what is counted.
 
-    The caller's calls draw the bar, no thread does: a process forked beside one might inherit its lock.
+    These calls draw the bar, no thread does: a process forked beside a thread could inherit the thread's lock.
     """
     if console.is_terminal:
         columns = (

@@ -1,4 +1,4 @@
-"""A table of texts as lines: columns where they fit the width, else a block of lines for each row."""
+"""Values as texts, and tables of texts as lines: columns where they fit the width, else a block for each row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from .visible import visible
+from .visible import for_markdown, visible
 
 # In place of a value that is not there.
 MISSING = "-"
@@ -14,6 +14,27 @@ _GAP = "  "
 _BLOCK = " " * 4
 # Columns that a message needs to stand beside its row; with fewer it stands below.
 _ROOM = 30
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts; the first column heads its row, and the columns in `words` hold no numbers."""
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: Collection[str] = ()
+
+    def without_empty(self) -> Grid:
+        """Without the columns that have no value in any row."""
+        kept = [i for i in range(len(self.headings)) if any(row[i] != MISSING for row in self.rows)]
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return Grid(tuple(self.headings[i] for i in kept), rows, self.words)
+
+    def markdown(self) -> list[str]:
+        """The lines of a GitHub table."""
+        rules = [":---" if heading in self.words else "---:" for heading in self.headings]
+        head, *rows = ([for_markdown(cell) for cell in cells] for cells in (self.headings, *self.rows))
+        return [f"| {' | '.join(cells)} |" for cells in (head, rules, *rows)]
 
 
 @dataclass(frozen=True)
@@ -101,6 +122,11 @@ def _wrapped(start: str, text: str, width: int | None) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def formatted(value: float | None, form: str) -> str:
+    """The value in that format, or MISSING."""
+    return MISSING if value is None else format(value, form)
 
 
 def number(value: float | None) -> str:

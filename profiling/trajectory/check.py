@@ -30,10 +30,9 @@ from .case import Case
 # DDIM trajectories of the 39M network by 5e-6 in float32, 4e-3 in float16, 4e-2 in bfloat16. Guidance that is 1 %
 # off gives 7e-3, another prompt 1. bfloat16 thus catches only what is plainly wrong; finer faults show in float32.
 TOLERANCES: dict[DType, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-# Rounding grows with the network, how far is not measured beyond 39M. So in a half dtype the rounding of the other
-# implementation is a yardstick too: an error of up to so many times it passes. diffusers rounds its latents to the
-# dtype after each step, ours stay float32: on a small network its error is 1.1 to 3.5 times ours, the more steps
-# the more.
+# Rounding grows with the network, and is not measured beyond 39M. So in a half dtype an error also passes that is
+# at most this many times the other implementation's. diffusers rounds its latents to the dtype after each step,
+# ours stay float32: on a small network its error is 1.1 to 3.5 times ours, more with more steps.
 ROUNDING_FACTOR = 1.5
 DIFFUSERS_ROUNDING_FACTOR = 4.0
 # No error above this passes, whatever the yardstick (another prompt gives 1).
@@ -51,7 +50,7 @@ _BASE_TIME_IDS, _REFINER_TIME_IDS = 6, 5
 def make_inputs(problem: Problem, number: int) -> Inputs:
     """Fresh random inputs of round `number`, the same on every device and for every backend."""
     case, config = problem.case, problem.unet.config
-    first = case.seed + (number + 1) * case.batch
+    first = (case.seed + (number + 1) * case.batch) % 2**64
     seeds = tuple(range(first, first + case.batch))
     shape = (4, case.latent_height, case.latent_width)
     low_resolution = None
@@ -99,7 +98,7 @@ def check_inputs(problem: Problem) -> Inputs:
     case = problem.case
 
     def step_noise(index: int) -> Tensor:
-        generator = torch.Generator().manual_seed(case.seed + index)
+        generator = torch.Generator().manual_seed((case.seed + index) % 2**64)
         shape = (case.batch, 4, case.latent_height, case.latent_width)
         return torch.randn(shape, generator=generator).to(case.device)
 
@@ -124,11 +123,11 @@ def tolerances(
 ) -> dict[str, float]:
     """The relative RMS error that passes, for each backend of a group: the dtype's own, or what rounding explains.
 
-    implementations, errors and references by backend: whose code it is, the error of its first call, and what that
-    was taken against. In a half dtype a backend also passes by a factor of the other implementation's error in the
-    group: of its plain eager backend, else of the best. That yardstick has to pass itself, and the float32
-    references of the two have to agree as float32 results must: then both compute the same thing, and what a half
-    dtype adds is rounding. Two implementations that disagree do not excuse each other.
+    By backend: `implementations`, whose code it is; `errors` of the first calls; `references` of these errors. In
+    a half dtype an error also passes that is at most a factor times the other implementation's: that of its plain
+    eager backend, else its least. This yardstick has to pass itself, and the float32 references of the two have to
+    agree as float32 results must: then both compute the same thing, and a half dtype adds rounding alone. Two
+    implementations that disagree do not excuse each other.
     """
     fixed = TOLERANCES[dtype]
     if dtype == "float32":
@@ -158,10 +157,10 @@ def tolerances(
 
 
 class References:
-    """Float32 references by what they depend on, each computed once a profile; in a folder, once for all of them.
+    """Float32 references, each computed once a profile, or once for all profiles that share a folder.
 
     folder: where references of the family are kept, or None. code: what the result depends on beside the case, as
-    text (commit, versions, device); None where that is not known (changed files): then nothing is kept on disk.
+    text (commit, versions, device). With None (changed files) nothing is kept on disk.
     """
 
     def __init__(self, folder: Path | None = None, code: str | None = None) -> None:
@@ -171,11 +170,11 @@ class References:
         self._wide: tuple[UNet, UNet] | None = None
 
     def get(self, problem: Problem, implementation: str, backends: Mapping[str, Backend]) -> Reference:
-        """The check's trajectory by another implementation than `implementation`, in float32.
+        """The latents of the check's inputs by another implementation than `implementation`, in float32.
 
-        The case's own weights and inputs, as rounded to its dtype, are taken up to float32: the error is that of
-        the arithmetic. Without diffusers ours is compared with itself in a wider dtype: float64 for a float32
-        case. One that was kept has no time.
+        Weights and inputs are the case's, rounded to its dtype and then widened: the error is the arithmetic's.
+        Without diffusers ours is compared with itself in a wider dtype: float64 for a float32 case. A reference
+        that was kept has no time.
         """
         key = f"{problem.case.group_key} beside={implementation}"
         if key not in self._known:
@@ -191,10 +190,9 @@ class References:
         return replace(self._known[key], ms=None)
 
     def release(self) -> None:
-        """Gives up the network in float32, which is kept between the references of a group and no longer.
+        """Frees the float32 network, which serves the references of one group.
 
-        It may be twice as large as the one that is measured, whose peak memory it would be in; making it anew is a
-        pass over the weights.
+        It may be twice as large as the measured network, and would count in its peak memory.
         """
         self._wide = None
 
@@ -248,7 +246,7 @@ class References:
 
 
 def code_identity(environment: Environment) -> str | None:
-    """What a reference depends on beside its case; None where files of the checkout have changed."""
+    """What a reference depends on beside its case, as text; None where files of the checkout have changed."""
     if environment.git_commit is None or environment.git_dirty:
         return None
     gpu = None if environment.gpu is None else environment.gpu.name

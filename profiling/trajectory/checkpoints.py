@@ -9,15 +9,15 @@ from pathlib import Path
 from ..options import CaseError
 from .case import Case, path_text
 
-# Below this a digest takes less than a second, and nothing is said.
+# A digest of fewer bytes takes less than a second: nothing is said.
 QUIET_BYTES = 2**28
 
 
 def identified(cases: Iterable[Case], told: Callable[[str], None] | None = None) -> list[Case]:
     """The cases, each with its weights' digest: what a record and its key are made of. Duplicates are left out.
 
-    `told` is called with a line before large files are read. Raises CaseError for a checkpoint that cannot be
-    read, and where two paths hold the same weights under one name: no record could tell which it is of.
+    `told` gets a line before large files are read. Raises CaseError for a checkpoint that cannot be read, and
+    where two paths hold the same weights under one name: a record could not tell them apart.
     """
     found: dict[str, Case] = {}
     for case in cases:
@@ -61,39 +61,28 @@ def weights_sha256(path: Path, told: Callable[[str], None] | None = None) -> str
     Read once in a process while the files stay as they are. Raises CaseError where there is none, or one cannot be
     read.
     """
+    # Loads torch, which reading a command's options does without.
+    from ldmperf.model import CheckpointError, checkpoint_files
+
     try:
-        files = _tensor_files(path)
+        files = checkpoint_files(path)
         states = [file.stat() for file in files]
         total = sum(state.st_size for state in states)
         stamps = tuple((f, s.st_ino, s.st_size, s.st_mtime_ns) for f, s in zip(files, states, strict=True))
         if stamps not in _digests:
             if told is not None and total >= QUIET_BYTES:
                 told(f"{path.name}: reading {total / 1e9:.1f} GB for the SHA-256 of its weights")
-            _digests[stamps] = _digest(files)
+            digest = hashlib.sha256()
+            for file in files:
+                with file.open("rb", buffering=0) as stream:
+                    hashlib.file_digest(stream, lambda: digest)
+            _digests[stamps] = digest.hexdigest()
         return _digests[stamps]
+    except CheckpointError as error:
+        raise CaseError(f"--unet: {error}") from None
     except OSError as failure:
         raise CaseError(f"--unet: {path} cannot be read ({failure.strerror}); give another path") from None
 
 
-# Digests by path, inode, size and time of change of the files: what has all of these was not changed.
+# Digests by path, inode, size and time of change of the files.
 _digests: dict[tuple[tuple[Path, int, int, int], ...], str] = {}
-
-
-def _digest(files: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    buffer = memoryview(bytearray(2**20))
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                total.update(buffer[:count])
-    return total.hexdigest()
-
-
-def _tensor_files(path: Path) -> tuple[Path, ...]:
-    # Loads torch, which reading a command's options does without.
-    from ldmperf.model import CheckpointError, checkpoint_files
-
-    try:
-        return checkpoint_files(path)
-    except CheckpointError as error:
-        raise CaseError(f"--unet: {error}") from None

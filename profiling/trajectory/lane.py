@@ -1,35 +1,51 @@
-"""One backend's way through a group: what it built, measured and got wrong, until that becomes a record."""
+"""One backend's way through a group: built, called, checked, warmed up, sampled, checked again, recorded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ldmperf.model import CheckpointError
+
+from ..measure.environment import DeviceState, Environment, device_state
 from ..measure.error import relative_rms
 from ..measure.outcomes import Outcome
-from ..measure.recorded import Correctness
-from ..measure.timing import Timed, Times, timed
-from .backend import Backend, Inputs, Phased, Trajectory
+from ..measure.recorded import Correctness, Samples, utc_now
+from ..measure.timing import RepetitionRule, Timed, Times, timed
+from ..terminal.visible import visible
+from .backend import Backend, Configured, Inputs, Phased, Problem, Trajectory
 from .case import Case
-from .check import TOLERANCES, Reference
+from .check import TOLERANCES, Reference, check_inputs, make_inputs
+from .records import Harness, Phases, Record
 
 
-def graph_memory(device: torch.device) -> int:
-    """Bytes that are set aside for captured CUDA graphs and hold no tensor that torch counts as allocated."""
-    return unused_in_pools(torch.cuda.memory_snapshot()) if device.type == "cuda" else 0
+@dataclass
+class Shared:
+    """What the lanes of a group have in common: how they are measured, and what all their records say.
 
+    backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
+    "warm-up", "timing" or "check". What the network tells is None until the network is made.
+    """
 
-def unused_in_pools(segments: Iterable[Mapping[str, Any]]) -> int:
-    """Of the allocator's segments, those outside the pool that all tensors share."""
-    return sum(
-        s["total_size"] - s["allocated_size"] for s in segments if s.get("segment_pool_id", (0, 0)) != (0, 0)
-    )
+    run_id: str
+    environment: Environment
+    rule: RepetitionRule
+    backends: tuple[str, ...]
+    ran: Callable[[Case, str], None]
+    before: DeviceState
+    started_at: datetime = field(default_factory=utc_now)
+    weights_ms: float | None = None
+    parameters: int | None = None
+    gflop: float | None = None
+    evaluations: int | None = None
 
 
 @dataclass
@@ -38,31 +54,82 @@ class Lane(Outcome):
 
     case: Case
     backend: Backend
+    shared: Shared
     trajectory: Trajectory | None = None
-    latents: Tensor | None = None
-    phases: dict[str, float] = field(default_factory=dict)
-    reference: str | None = None
+    # Of the check's inputs: from the first call, and from the last timed trajectory or one after it.
+    first_latents: Tensor | None = None
+    last_latents: Tensor | None = None
+    reference: Reference | None = None
     # The dtype's own until the group knows how the other implementation rounds.
     tolerance: float = field(init=False)
-    error_before: float | None = None
-    error_after: float | None = None
+    errors: dict[Literal["before", "after"], float | None] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
+    stopped_by: Literal["seconds"] | None = None
     peak_memory_bytes: int | None = None
     graph_memory_bytes: int = 0
     warmup_count: int = 0
-    # Of the check's inputs, run after or as the last of the timed trajectories.
-    last_latents: Tensor | None = None
+    # The next trajectory would pay for memory that was given back.
+    is_unsettled: bool = False
     is_recorded: bool = False
 
     def __post_init__(self) -> None:
         self.tolerance = TOLERANCES[self.case.dtype]
 
     @property
+    def name(self) -> str:
+        return self.case.backend
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self.case.device)
 
     def release(self) -> None:
-        self.trajectory = self.latents = self.last_latents = None
+        self.trajectory = self.first_latents = self.last_latents = None
+
+    def begin(self, problem: Problem) -> None:
+        """Builds the trajectory and calls it once, on the check's inputs."""
+        with self._graph_memory_counted():
+            self.attempt(lambda: self._build_and_call(problem))
+
+    def _build_and_call(self, problem: Problem) -> None:
+        start = time.perf_counter()
+        self.trajectory = self.backend.build(problem)
+        self.phases["build_ms"] = 1e3 * (time.perf_counter() - start)
+        first = self.run(check_inputs(problem))
+        self.phases["first_call_ms"] = first.wall_ms
+        self._take_phases()
+        self.first_latents = first.value.double().cpu()
+        self.shared.ran(self.case, "first call")
+
+    def warm_up(self, problem: Problem) -> None:
+        """Runs once before timing."""
+        # A stochastic check was captured with given noise: the graph that is timed is captured now.
+        with self._graph_memory_counted():
+            self.attempt(lambda: self._settle(problem))
+        self._take_phases()
+        if self.active:
+            self.shared.ran(self.case, "warm-up")
+
+    def sample(self, problem: Problem, number: int, is_last: bool) -> Timed[object]:
+        """The sample of round `number`; the last one is of the check's inputs."""
+        if self.is_unsettled:
+            self._settle(problem)
+            self.is_unsettled = False
+        result = self.run_measured(check_inputs(problem) if is_last else make_inputs(problem, 1 + number))
+        if is_last:
+            self.last_latents = result.value.double().cpu()
+        self.shared.ran(self.case, "check" if is_last else "timing")
+        return Timed(None, result.wall_ms, result.gpu_ms)
+
+    def finish(self, problem: Problem, times: Times) -> None:
+        """Keeps its times and checks it again: by its last sample, or by an untimed trajectory."""
+        self.times = times
+        if self.last_latents is None:
+            self.last_latents = self.attempt(lambda: self.run(check_inputs(problem)).value.double().cpu())
+            self.shared.ran(self.case, "check")
+        if self.active:
+            self.check("after")
 
     def run(self, inputs: Inputs) -> Timed[Tensor]:
         """One trajectory, on both clocks."""
@@ -81,47 +148,101 @@ class Lane(Outcome):
             self.peak_memory_bytes = max(peak, self.peak_memory_bytes or 0)
         return result
 
-    @contextmanager
-    def graph_memory_counted(self) -> Iterator[None]:
-        """What is set aside for captured graphs meanwhile is this lane's."""
-        before = graph_memory(self.device)
-        yield
-        self.graph_memory_bytes += max(graph_memory(self.device) - before, 0)
-
-    def warm_up(self, inputs: Inputs) -> None:
-        """One trajectory that is no sample, as what was freed has to be allocated again and captured anew."""
-        self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + self.run(inputs).wall_ms
-        self.warmup_count += 1
-
-    def take_phases(self) -> None:
-        """What the trajectory tells of its preparation."""
-        if isinstance(self.trajectory, Phased):
-            self.phases.update(self.trajectory.phases)
-
-    def check(self, latents: Tensor, reference: Reference, when: Literal["before", "after"]) -> None:
+    def check(self, when: Literal["before", "after"]) -> None:
         """Compares final latents with the reference's; a wrong result ends this lane."""
-        error = relative_rms(latents, reference.latents)
-        self.reference = reference.name
-        if when == "before":
-            self.error_before = error if math.isfinite(error) else None
-        else:
-            self.error_after = error if math.isfinite(error) else None
+        latents = self.first_latents if when == "before" else self.last_latents
+        assert latents is not None
+        assert self.reference is not None
+        error = relative_rms(latents, self.reference.latents)
+        self.errors[when] = error if math.isfinite(error) else None
         # A NaN is not at most the tolerance.
         if not error <= self.tolerance:
             self.fail(
                 "incorrect",
-                f"{when} timing the final latents were off {reference.name} by {error:.3g} (relative RMS); "
+                f"{when} timing the final latents were off {self.reference.name} by {error:.3g} (relative RMS); "
                 f"at most {self.tolerance:.3g} passes",
             )
 
-    @property
-    def correctness(self) -> Correctness | None:
-        """The errors seen so far; None when nothing was compared."""
-        if self.reference is None:
-            return None
-        return Correctness(
-            error_before=self.error_before,
-            error_after=self.error_after,
-            tolerance=self.tolerance,
-            reference=self.reference,
+    def record(self) -> Record:
+        """The record of the lane, which is done."""
+        self.is_recorded = True
+        shared, reference, times = self.shared, self.reference, self.times
+        beside = {name for order in times.order for name in order}
+        return Record(
+            run_id=shared.run_id,
+            case_key=self.case.key,
+            case=self.case.recorded(),
+            status=self.status,
+            message=self.message and _without_place(self.message, self.case),
+            correctness=None
+            if reference is None
+            else Correctness(
+                error_before=self.errors.get("before"),
+                error_after=self.errors.get("after"),
+                tolerance=self.tolerance,
+                reference=reference.name,
+            ),
+            wall_ms=Samples.of(times.wall_ms) if self.active else None,
+            gpu_ms=Samples.of(times.gpu_ms) if self.active and times.gpu_ms else None,
+            phases=Phases(
+                weights_ms=shared.weights_ms,
+                reference_ms=None if reference is None else reference.ms,
+                **self.phases,
+            ),
+            parameters=shared.parameters,
+            gflop_per_forward=shared.gflop,
+            evaluations=shared.evaluations,
+            peak_memory_bytes=self.peak_memory_bytes,
+            settings=self.backend.settings if isinstance(self.backend, Configured) else (),
+            device_before=shared.before,
+            device_after=device_state(self.case.device),
+            environment=shared.environment,
+            harness=Harness(
+                min_count=shared.rule.min_count,
+                min_seconds=shared.rule.min_seconds,
+                warmup_count=self.warmup_count,
+                interleaved=tuple(name for name in shared.backends if name in beside),
+                order=tuple(times.order),
+                stopped_by=self.stopped_by,
+            ),
+            started_at=shared.started_at,
         )
+
+    @contextmanager
+    def _graph_memory_counted(self) -> Iterator[None]:
+        """Counts the memory that is set aside for captured graphs meanwhile as this lane's."""
+        before = _graph_memory(self.device)
+        yield
+        self.graph_memory_bytes += max(_graph_memory(self.device) - before, 0)
+
+    def _settle(self, problem: Problem) -> None:
+        """Runs a trajectory that is no sample: it allocates again what was freed, and captures anew."""
+        wall_ms = self.run(make_inputs(problem, 0)).wall_ms
+        self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + wall_ms
+        self.warmup_count += 1
+
+    def _take_phases(self) -> None:
+        """Adds what the trajectory tells of its preparation."""
+        if isinstance(self.trajectory, Phased):
+            self.phases.update(self.trajectory.phases)
+
+
+def _graph_memory(device: torch.device) -> int:
+    """Bytes that are set aside for captured CUDA graphs and hold no tensor that torch counts as allocated."""
+    return unused_in_pools(torch.cuda.memory_snapshot()) if device.type == "cuda" else 0
+
+
+def unused_in_pools(segments: Iterable[Mapping[str, Any]]) -> int:
+    """Unused bytes in the allocator's segments outside the pool that all tensors share."""
+    return sum(
+        s["total_size"] - s["allocated_size"] for s in segments if s.get("segment_pool_id", (0, 0)) != (0, 0)
+    )
+
+
+def _without_place(message: str, case: Case) -> str:
+    """A message without the folders above a checkpoint: records are shared, and do not say where it lies."""
+    if case.is_checkpoint:
+        # A CheckpointError escapes more of a path than `visible`.
+        for shown in (visible(str(case.path.parent)), str(CheckpointError(str(case.path.parent)))):
+            message = message.replace(f"{shown}/", "")
+    return message

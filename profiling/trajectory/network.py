@@ -1,15 +1,19 @@
-"""The weights of a case: a checkpoint's, or seeded random ones under which a trajectory means something."""
+"""What the backends of a case share: the network, with a checkpoint's weights or seeded ones, and the plan."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 
 import torch
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, load_unet
+from ldmperf.samplers import NoiseSchedule, make_plan
 
-from ..measure.outcomes import Unsupported
+from ..measure.outcomes import Unsupported, release_memory
+from ..peer import SCHEDULER_CONFIG
+from .backend import Problem
 from .case import Case
 
 # A super-resolution UNet reads the low-resolution latent beside its own.
@@ -64,3 +68,31 @@ def randomize(unet: UNet, seed: int) -> None:
             parameter.uniform_(-0.1, 0.1, generator=generator)
             if name.endswith("weight"):
                 parameter.add_(1.0)
+
+
+class Networks:
+    """Makes networks and keeps the last: neighbouring groups share it, and two might not fit."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[object, ...], UNet, float] | None = None
+
+    def get(self, case: Case) -> tuple[UNet, float]:
+        """The case's network and how long making it took, in ms."""
+        seed = None if case.is_checkpoint else case.seed
+        identity = (case.unet, case.task, case.dtype, case.device, seed)
+        if self._kept is None or self._kept[0] != identity:
+            self._kept = None
+            release_memory()
+            start = time.perf_counter()
+            unet = make_network(case)
+            self._kept = (identity, unet, 1e3 * (time.perf_counter() - start))
+        return self._kept[1:]
+
+
+def make_problem(case: Case, unet: UNet) -> Problem:
+    """The case's trajectory on that network; raises `Unsupported` for steps that the sampler cannot take."""
+    try:
+        plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
+    except ValueError as refusal:
+        raise Unsupported(str(refusal)) from None
+    return Problem(case, unet, plan, SCHEDULER_CONFIG)

@@ -18,8 +18,11 @@ from .backend import Inputs, Problem, Trajectory
 
 @dataclass(frozen=True)
 class OurBackend:
-    """Our network and `sample`, eager. `operators` is the kernels' backend; hoisted, what a trajectory keeps is
-    computed once, else the whole of `UNet.forward` runs at each step; `products` as of `UNet`."""
+    """Our network and `sample`, eager.
+
+    operators: the kernels' backend. is_hoisted: whether the conditioning is computed once a trajectory, and not at
+    each step. products: UNet's option.
+    """
 
     operators: Literal["torch", "triton"]
     is_hoisted: bool = True
@@ -61,8 +64,8 @@ class OurBackend:
 
 @dataclass(frozen=True)
 class GraphBackend:
-    """Ours with everything: the kernels, hoisted, every step the replay of one captured graph; `products` as of
-    `UNet`, "auto" merges them with norms and gates."""
+    """Our kernels, hoisted, each step a replay of one captured graph; `products` is UNet's option ("auto" fuses
+    matmuls with norms and gates)."""
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
@@ -79,8 +82,10 @@ class GraphBackend:
 
 
 class GraphTrajectory:
-    """Of `GraphBackend`; the first call captures. One capture is kept: that of a stochastic plan with injected
-    noise is another, which a check needs and whose memory a timed run must not hold."""
+    """A trajectory of `GraphBackend`, captured at its first call.
+
+    One capture is kept: a stochastic check, whose noise is given, needs another, which a timed run must not hold.
+    """
 
     def __init__(self, problem: Problem, operators: str, products: str, graphs: Graphs) -> None:
         self._problem = problem
@@ -122,19 +127,19 @@ class GraphTrajectory:
 
 
 def our_unet(problem: Problem, operators: str, products: str) -> UNet:
-    """The problem's network with its operators and products on those backends; its memory is shared."""
-    # Of the reference operators the network is made already.
+    """The problem's network with its operators and matmuls on those backends; the weights are shared."""
+    # The problem's own network has the reference operators.
     return problem.unet if operators == "torch" else problem.unet.with_backend(operators, products)
 
 
 @torch.no_grad()
 def kept_constants(unet: UNet) -> Constants:
-    """What of the conditioning depends on the weights alone: made once, when a backend is built."""
+    """The part of the conditioning that depends on the weights alone; made once, when a backend is built."""
     return unet.constants()
 
 
 def low_resolution(inputs: Inputs, problem: Problem) -> Tensor | None:
-    """What the network of super-resolution reads beside the latents, for its whole batch and in its dtype."""
+    """The latents that a super-resolution network reads beside its own, for its whole batch and in its dtype."""
     if inputs.low_resolution is None:
         return None
     case = problem.case

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..measure.timing import RepetitionRule
 from ..options import (
-    _DTYPE_ALIASES,
-    DTYPES,
+    LARGEST_SEED,
+    LONGEST_SEQUENCE,
     CaseError,
     DType,
     device_named,
-    known_names,
+    dtype_named,
+    known_name,
+    latent_size,
     real,
     split_values,
     whole_number,
 )
 from .case import BACKENDS, DEFAULT_BACKENDS, DEFAULT_GUIDANCE, MOST_IMAGES, TASKS, Case, Task, path_text
 
-# A side, in latent pixels: an image of 32768.
-LARGEST_LATENT = 4096
-
 
 @dataclass(frozen=True)
 class Sweep:
-    """Lists of values whose product is measured; `guidance_scales` None takes each task's own."""
+    """Lists of values, measured in all combinations; `guidance_scales` None takes each task's own."""
 
     unets: tuple[str, ...]
     steps: tuple[int, ...]
@@ -41,13 +41,17 @@ class Sweep:
     guidance_scales: tuple[float, ...] | None = None
     backends: tuple[str, ...] = DEFAULT_BACKENDS
     latents: tuple[tuple[int, int], ...] = ((64, 64),)
+    tokens: tuple[int, ...] = (77,)
+    seeds: tuple[int, ...] = (0,)
 
     def cases(self) -> Iterator[Case]:
-        """The product: networks outermost, as they are dear to build; backends innermost, as they interleave."""
-        for unet, task, dtype, device in itertools.product(self.unets, self.tasks, self.dtypes, self.devices):
+        """Networks outermost, as they are dear to build; backends innermost, as they interleave."""
+        for unet, task, dtype, device, seed in itertools.product(
+            self.unets, self.tasks, self.dtypes, self.devices, self.seeds
+        ):
             scales = (DEFAULT_GUIDANCE[task],) if self.guidance_scales is None else self.guidance_scales
-            for (height, width), batch, scale, sampler, steps, backend in itertools.product(
-                self.latents, self.batches, scales, self.samplers, self.steps, self.backends
+            for (height, width), tokens, batch, scale, sampler, steps, backend in itertools.product(
+                self.latents, self.tokens, self.batches, scales, self.samplers, self.steps, self.backends
             ):
                 yield Case(
                     unet=unet,
@@ -60,6 +64,8 @@ class Sweep:
                     device=device,
                     latent_height=height,
                     latent_width=width,
+                    context_tokens=tokens,
+                    seed=seed,
                     backend=backend,
                 )
 
@@ -114,24 +120,105 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def _size(option: str, text: str) -> str:
+    # The names of sizes belong to a package that loads torch.
+    from ldmperf.model import FAMILY
+
+    return known_name(option, text, FAMILY)
+
+
+def _sampler(option: str, text: str) -> str:
+    from ldmperf.samplers import SAMPLERS
+
+    return known_name(option, text, SAMPLERS)
+
+
+def _guidance(option: str, text: str) -> float:
+    value = real(text)
+    if not (math.isfinite(value) and value >= 1):
+        raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
+    return value
+
+
+def _found(text: str) -> tuple[Path, bool]:
+    """The absolute path, and whether something is there; no link is followed, as the Hugging Face cache gives its
+    links the names."""
+    try:
+        path = Path(text).expanduser().absolute()
+        if ".." in path.parts:
+            # What ".." means is known to the file system alone.
+            path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+        return path, path.exists()
+    except (OSError, RuntimeError):
+        # A name that is too long, a loop of links, the home folder of an unknown user.
+        return Path(text), False
+
+
+def _checkpoint(option: str, text: str) -> str:
+    path, is_there = _found(text)
+    if not is_there:
+        raise CaseError(f"--{option}: nothing at {path}; give a diffusers folder or a .safetensors file")
+    return path_text(path)
+
+
+def split_paths(values: Iterable[str]) -> list[str]:
+    """The paths in the values, split at commas; where several parts together are a path that exists, it is one."""
+    found = []
+    for value in values:
+        parts = value.split(",")
+        while parts:
+            joined = [",".join(parts[:end]) for end in range(len(parts), 0, -1)]
+            path = next((path for path in joined if path and _found(path)[1]), parts[0].strip())
+            parts = parts[path.count(",") + 1 :]
+            found += [path] if path else []
+    return found
+
+
 @dataclass(frozen=True)
-class Choices:
-    """What the command's options say, as typed (values may be comma separated); empty leaves the preset's."""
+class CaseOption:
+    """An option that replaces a list of each sweep: that list's field, what reads one value, the option's help."""
 
-    size: Sequence[str] = ()
-    unet: Sequence[str] = ()
-    sampler: Sequence[str] = ()
-    steps: Sequence[str] = ()
-    batch: Sequence[str] = ()
-    guidance: Sequence[str] = ()
-    dtype: Sequence[str] = ()
-    device: Sequence[str] = ()
-    backend: Sequence[str] = ()
-    task: Sequence[str] = ()
-    latent: Sequence[str] = ()
+    field: str
+    read: Callable[[str, str], object]
+    help: str
+    split: Callable[[Iterable[str]], list[str]] = split_values
 
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
+
+OPTIONS: Mapping[str, CaseOption] = {
+    "size": CaseOption("unets", _size, "Sizes of the family: 39M ... 5B."),
+    "unet": CaseOption(
+        "unets",
+        _checkpoint,
+        "Checkpoints: diffusers folders or .safetensors files; a path that exists is one, its commas included.",
+        split_paths,
+    ),
+    "sampler": CaseOption("samplers", _sampler, "Samplers: ddim, ddpm, dpmpp_2m, ..."),
+    "steps": CaseOption("steps", partial(whole_number, most=1000), "Sampling steps."),
+    "batch": CaseOption("batches", partial(whole_number, most=MOST_IMAGES), "Images made at once."),
+    "guidance": CaseOption("guidance_scales", _guidance, "Guidance scales; 1 is without."),
+    "dtype": CaseOption("dtypes", lambda _, text: dtype_named(text), "float32, bfloat16, float16."),
+    "device": CaseOption("devices", lambda _, text: device_named(text), "cpu, cuda, cuda:N."),
+    "backend": CaseOption(
+        "backends", partial(known_name, valid=BACKENDS), f"{', '.join(BACKENDS)}; torch and diffusers unless told."
+    ),
+    "task": CaseOption("tasks", partial(known_name, valid=TASKS), "t2i; sr: 8 input channels, without guidance."),
+    "latent": CaseOption(
+        "latents",
+        latent_size,
+        "Latent sizes, height x width: 64x64 (unless told) is an image of 512x512, 128x128 of 1024x1024.",
+    ),
+    "tokens": CaseOption(
+        "tokens", partial(whole_number, most=LONGEST_SEQUENCE), "Tokens of the text context; 77 unless told."
+    ),
+    "seed": CaseOption(
+        "seeds",
+        partial(whole_number, least=0, most=LARGEST_SEED),
+        "Seeds of the noise, the context and a size's weights; 0 unless told.",
+    ),
+}
+
+# What the command's options say, by name, as typed: values may be comma separated, and none leaves the preset's.
+Choices = dict[str, Sequence[str]]
 
 
 def select_cases(preset: str, choices: Choices) -> list[Case]:
@@ -139,26 +226,14 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
 
     Raises CaseError for an unknown name, a number out of range, a checkpoint or device that is not there.
     """
-    # The names of sizes and samplers belong to the packages that define them, and those load torch.
-    from ldmperf.model import FAMILY
-    from ldmperf.samplers import SAMPLERS
-
-    for option, values in vars(choices).items():
+    given: dict[str, Any] = {}
+    for name, values in choices.items():
+        option = OPTIONS[name]
         if values and not split_values(values):
-            raise CaseError(f"--{option}: no value given; leave the option out to take the preset's")
-    overrides: dict[str, object] = {
-        "samplers": known_names("sampler", choices.sampler, SAMPLERS),
-        "steps": tuple(whole_number("steps", text, 1000) for text in split_values(choices.steps)),
-        "batches": tuple(whole_number("batch", text, MOST_IMAGES) for text in split_values(choices.batch)),
-        "guidance_scales": tuple(_number("guidance", text) for text in split_values(choices.guidance)),
-        "dtypes": known_names("dtype", [_DTYPE_ALIASES.get(d, d) for d in split_values(choices.dtype)], DTYPES),
-        "devices": tuple(device_named(text) for text in split_values(choices.device)),
-        "backends": known_names("backend", choices.backend, BACKENDS),
-        "tasks": known_names("task", choices.task, TASKS),
-        "latents": tuple(_latent(text) for text in split_values(choices.latent)),
-        "unets": known_names("size", choices.size, FAMILY) + tuple(_checkpoint(path) for path in choices.unet),
-    }
-    given: dict[str, Any] = {name: values for name, values in overrides.items() if values}
+            raise CaseError(f"--{name}: no value given; leave the option out to take the preset's")
+        if values:
+            read = tuple(option.read(name, text) for text in option.split(values))
+            given[option.field] = (*given.get(option.field, ()), *read)
     sweeps = preset_named(preset).sweeps
     # dict.fromkeys: a preset's second sweep may repeat cases of the first once its lists are replaced.
     return list(dict.fromkeys(case for sweep in sweeps for case in replace(sweep, **given).cases()))
@@ -166,24 +241,7 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
 
 def preset_named(name: str) -> Preset:
     """The preset of that name, or CaseError."""
-    known_names("preset", [name], PRESETS)
-    return PRESETS[name]
-
-
-def _number(option: str, text: str) -> float:
-    value = real(text)
-    if not (math.isfinite(value) and value >= 1):
-        raise CaseError(f"--{option}: {text!r} is not a number of at least 1 (1: without guidance)")
-    return value
-
-
-def _latent(text: str) -> tuple[int, int]:
-    """Height and width of "64x96", or of a square "64"."""
-    sides = text.split("x")
-    if len(sides) > 2:
-        raise CaseError(f"--latent: {text!r} is no size; give height x width in latent pixels, as in 64x96")
-    height, width = (whole_number("latent", side, LARGEST_LATENT) for side in (sides[0], sides[-1]))
-    return height, width
+    return PRESETS[known_name("preset", name, PRESETS)]
 
 
 def check_devices(preset: str, cases: Iterable[Case]) -> None:
@@ -196,19 +254,3 @@ def check_devices(preset: str, cases: Iterable[Case]) -> None:
                 f"--preset {preset} needs a GPU and {name} is not here; on this machine name --preset cpu, "
                 "or --device cpu"
             ) from None
-
-
-def _checkpoint(text: str) -> str:
-    """The absolute path, no link followed: of a file in the Hugging Face cache the link has the name."""
-    try:
-        path = Path(text).expanduser().absolute()
-        if ".." in path.parts:
-            # What ".." means is known to the file system alone.
-            path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
-        is_there = path.exists()
-    except (OSError, RuntimeError):
-        # A name that is too long, a loop of links, the home folder of an unknown user.
-        path, is_there = Path(text), False
-    if not is_there:
-        raise CaseError(f"--unet: nothing at {path}; give a diffusers folder or a .safetensors file")
-    return path_text(path)

@@ -1,10 +1,9 @@
-"""How far a profile is: a line for each case, and on a terminal a live bar with the time that remains."""
+"""A profile's progress: a line for each case, and on a terminal a live bar with the time that remains."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -17,9 +16,9 @@ from .case import Case
 from .group import warmup_rounds
 from .network import family_config
 from .records import Record
-from .runner import groups
+from .runner import Listener, groups
 
-# For a checkpoint, whose size is not known before it is loaded: a middling member of the family.
+# A checkpoint's, whose size is not known before it is loaded: that of the family's middle.
 _UNKNOWN_GFLOP = 300.0
 
 
@@ -62,7 +61,7 @@ class Remaining:
 
     @property
     def fraction(self) -> float:
-        """Of the work, what is done."""
+        """The share of the work that is done."""
         total = sum(gflop * count for gflop, count in self._work.values())
         return sum(self._done.values()) / total if total else 1.0
 
@@ -83,8 +82,8 @@ def readable(seconds: float | None) -> str:
     return f"about {round(seconds / 60)} min left"
 
 
-class ProgressLines:
-    """A `Listener` that writes a line per group begun and per record, with a live bar on a terminal."""
+class ProgressLines(Listener):
+    """Writes a line per group begun and per record, with a live bar on a terminal."""
 
     def __init__(
         self,
@@ -117,9 +116,7 @@ class ProgressLines:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

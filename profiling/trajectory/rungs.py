@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from .backend import Backend
 from .ours import GraphBackend, OurBackend
+from .theirs import DiffusersBackend
 
 
 def default_backends() -> dict[str, Backend]:
     """Every backend by its name, in the order of the ladder: each of ours does more than the one before."""
-    from .theirs import DiffusersBackend
-
     return {
         "diffusers": DiffusersBackend(),
         "diffusers-compile": DiffusersBackend("reduce-overhead"),

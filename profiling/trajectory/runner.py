@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from ..measure.environment import collect_environment
+from ..measure.environment import collect_environment, device_state
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
 from ..measure.timing import Deadline, RepetitionRule
@@ -15,15 +14,17 @@ from .backend import Backend
 from .case import Case
 from .check import References, code_identity
 from .checkpoints import identified
-from .group import Group, Networks
+from .group import Group
+from .lane import Shared
+from .network import Networks
 from .records import Record, RecordStore
 from .rungs import default_backends
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .trace import traced
 
 
-class Listener(Protocol):
-    """Who is told how a profile goes on; called between measurements, never inside one."""
+class Listener:
+    """Who is told how a profile goes on; called between measurements, never inside one. This one says nothing."""
 
     def begin(self, cases: Sequence[Case]) -> None:
         """These cases, of one group, are in flight now."""
@@ -36,16 +37,6 @@ class Listener(Protocol):
 
     def end(self) -> None:
         """The group is done; of a case that there was no time for there is no record."""
-
-
-class _Silent:
-    def begin(self, cases: Sequence[Case]) -> None: ...
-
-    def ran(self, case: Case, phase: str) -> None: ...
-
-    def recorded(self, record: Record) -> None: ...
-
-    def end(self) -> None: ...
 
 
 def profile(
@@ -73,7 +64,7 @@ def profile(
     profiler. `run_id` goes into the records; a new one unless told. Raises CaseError for a checkpoint that cannot
     be read (`checkpoints.identified`).
     """
-    listener = listener or _Silent()
+    listener = listener or Listener()
     backends = backends or default_backends()
     deadline = deadline or Deadline(None)
     networks = Networks()
@@ -102,23 +93,19 @@ def profile(
             environment = environment_of(device)
             if device not in kept:
                 kept[device] = References(references, code_identity(environment))
-            Group(
-                cases_in_flight,
-                rule or RepetitionRule(),
-                backends,
-                environment,
-                kept[device],
+            shared = Shared(
                 run_id,
-                ran=listener.ran,
-                recorded=recorded,
-                deadline=until,
-            ).measure(networks)
+                environment,
+                rule or RepetitionRule(),
+                tuple(case.backend for case in cases_in_flight),
+                listener.ran,
+                device_state(device),
+            )
+            Group(cases_in_flight, backends, shared, kept[device], recorded, until).measure(networks)
         listener.end()
-    place = {case.key: number for number, case in enumerate(wanted)}
-    latest = {record.case_key: record for record in (records if store is None else store.load())}
-    untraced = [record for key, record in latest.items() if key in place and wants_trace(record)]
-    untraced.sort(key=lambda record: place[record.case_key])
     located = {case.key: case for case in wanted}
+    latest = {record.case_key: record for record in (records if store is None else store.load())}
+    untraced = [latest[key] for key in located if key in latest and wants_trace(latest[key])]
     for record in short_traces(untraced, networks, backends, deadline, tracer or traced, located):
         if store is not None:
             store.append(record)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, Field
 
 from ..measure.environment import Environment
 from ..measure.folders import RunError, holds, new_folder
-from ..measure.recorded import SCHEMA_VERSION, SchemaVersion, new_run_id, utc_now
+from ..measure.recorded import SCHEMA_VERSION, RecordModel, SchemaVersion, new_run_id, utc_now
 from ..measure.store import parsed, write_whole
 from ..measure.timing import RepetitionRule
 from .case import Case
@@ -19,14 +19,12 @@ from .records import RECORDS_NAME
 RUN_NAME = "run.json"
 
 
-class Run(BaseModel):
+class Run(RecordModel):
     """What a run set out to do, and where: with it a killed run resumes without its options.
 
     `cases` have the paths of checkpoints and the digests of their weights; records have names alone. `run_id` is
     that of its records; null in version 1.
     """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
     schema_version: SchemaVersion = SCHEMA_VERSION
     run_id: Annotated[str | None, Field(min_length=1)] = None

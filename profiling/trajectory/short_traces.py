@@ -1,8 +1,8 @@
-"""Traces of cases that have their times: of a short trajectory each, after all timing of the process.
+"""Traces of short trajectories, one for each case that has a time, after all timing of the process.
 
 Once torch's profiler has run, CUPTI stays attached to the process and slows its launches by 10 to 20 percent
-(pytorch/pytorch#144455), which a time would take for the host's share. So nothing is timed after a trace, and a
-profile with a deadline keeps a share of its time for them.
+(pytorch/pytorch#144455). So nothing is timed after a trace, and a profile with a deadline keeps a share of its
+time for traces.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..measure.timing import Deadline
 from .backend import Backend
 from .case import Case
 from .check import make_inputs
-from .group import Networks, forget_compiled, make_problem
+from .network import Networks, make_problem
 from .records import Record, Trace
 from .trace import traced
 
-# Enough for a multistep solver to reach its full order in most of them; the profiler's own work grows with each.
+# Enough for a multistep solver to run mostly at its full order; the profiler's own work grows with each step.
 TRACE_STEPS = 8
-# Of the seconds of a profile that traces: the rest is for traces.
+# The share of a profile's seconds in which it times; the rest is for traces.
 TIMING_SHARE = 0.8
 # Traced before all others, in this order: ours, the peer, and what merging is worth.
 FIRST_BACKENDS = ("graph", "diffusers", "graph+separate")
@@ -77,10 +77,11 @@ def short_traces(
     for record in sorted(records, key=lambda record: trace_order(record.case)):
         if deadline.passed:
             return
-        if is_compiled(record.case) and 1e3 * deadline.left < _preparation_ms(record):
+        preparation_ms = (record.phases.build_ms or 0.0) + (record.phases.first_call_ms or 0.0)
+        if is_compiled(record.case) and 1e3 * deadline.left < preparation_ms:
             continue
         if record.case.group_key != group:
-            forget_compiled()
+            torch.compiler.reset()
             group = record.case.group_key
         with measuring_settings():
             try:
@@ -95,10 +96,6 @@ def short_traces(
         release_memory()
         if trace is not None:
             yield record.model_copy(update={"trace": trace})
-
-
-def _preparation_ms(record: Record) -> float:
-    return (record.phases.build_ms or 0.0) + (record.phases.first_call_ms or 0.0)
 
 
 def _short_trace(case: Case, networks: Networks, backends: Mapping[str, Backend], tracer: Tracer) -> Trace | None:

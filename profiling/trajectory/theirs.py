@@ -118,10 +118,10 @@ def compiled(module: torch.nn.Module, mode: CompileMode) -> Any:
 
 
 def fuse_projections(unet: Any) -> None:
-    """diffusers' `fuse_qkv_projections`: one product for q, k and v, for k and v of a text.
+    """Applies diffusers' `fuse_qkv_projections`: one matmul for q, k and v, and one for k and v of a text.
 
-    diffusers copies the weights. Where those of ours lie side by side the copy is given up for them, so that no
-    other backend's peak memory holds it.
+    diffusers copies the weights. Where ours lie side by side they replace the copy, which would count in the peak
+    memory of every other backend.
     """
     unet.fuse_qkv_projections()
     for attention in unet.modules():

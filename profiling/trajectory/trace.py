@@ -1,4 +1,4 @@
-"""What the device did in one call, as torch's profiler saw it: launches, how long it was busy, and with what."""
+"""The device's work in one call, as torch's profiler saw it: launches, busy time, kernels."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def trace_of(events: Iterable[DeviceEvent], evaluations: int) -> Trace | None:
 
 
 def steps_of(names: Sequence[str], evaluations: int) -> list[range]:
-    """The places of the launches from one evaluation to the next, of all that have the most frequent length.
+    """The launches from one evaluation to the next, as ranges of places; steps of an unusual length are left out.
 
-    Kernels that run exactly once an evaluation mark it: the distance that is most frequent between two marks of
-    the same name counts, and the first name that has it oftest tells the steps. So neither what comes before and
-    after the loop does, nor a step that differs. None with one evaluation, or where it cannot be told.
+    A kernel launched once per evaluation is a marker; the commonest distance between markers of one name is the
+    length of a step. The steps are those of the first name that has this distance most often. Launches before and
+    after the loop are in none. Empty with one evaluation, or without markers.
     """
     counts = Counter(names)
     places: dict[str, list[int]] = {}

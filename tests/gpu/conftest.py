@@ -52,7 +52,7 @@ def launch(operator: Any, config: Any = None, **arguments: Any) -> Any:
     """The operator's result by its kernels; every result and workspace was NaN before."""
     from ldmperf.kernels._launch import run
 
-    result, launches = operator.plan(**arguments, config=config)
+    result, launches = operator.plan(operator.bind(**arguments), config=config)
     for tensor in result if isinstance(result, tuple) else (result,):
         tensor.fill_(torch.nan)
     for one in launches:

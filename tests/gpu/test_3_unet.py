@@ -139,7 +139,7 @@ def launched(func: Any, args: Sequence[Any]) -> Any:
     arguments = {key: value for key, value in given.items() if key in taken and key != "backend"}
     return [
         (launch.name, launch.num_warps, {k: v for k, v in launch.arguments.items() if k.isupper()})
-        for launch in OPERATORS[operator].plan(**arguments)[1]
+        for launch in OPERATORS[operator].plan(OPERATORS[operator].bind(**arguments))[1]
     ]
 
 

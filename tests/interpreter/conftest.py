@@ -57,8 +57,25 @@ def _bfloat16_as_on_a_gpu():
     InterpreterBuilder.get_bf16 = get_bf16
 
 
+def _patched_once_a_launch():
+    """Spares the interpreter half its time: every call in a kernel patches triton.language, as the launch has."""
+    from triton.runtime import interpreter
+
+    patch, execute, scopes = interpreter._patch_lang, interpreter.GridExecutor.__call__, {}
+
+    def patch_once(fn):
+        return scopes[fn.__module__] if fn.__module__ in scopes else scopes.setdefault(fn.__module__, patch(fn))
+
+    def execute_afresh(self, *args, **kwargs):
+        scopes.clear()
+        return execute(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_afresh
+
+
 if not collect_ignore_glob:
     _bfloat16_as_on_a_gpu()
+    _patched_once_a_launch()
 
 LAYOUTS = ("plain", "channels_last", "sliced", "channel_slice", "expanded", "transposed")
 
@@ -106,7 +123,7 @@ def launch(operator, *args, config=None, **kwargs):
     """The operator's result by its kernels, under a configuration; every result and workspace was NaN before."""
     from ldmperf.kernels._launch import run
 
-    result, launches = operator.plan(*args, config=config, **kwargs)
+    result, launches = operator.plan(operator.bind(*args, **kwargs), config=config)
     for tensor in result if isinstance(result, tuple) else (result,):
         tensor.fill_(torch.nan)
     for one in launches:
@@ -131,7 +148,7 @@ def judge(actual, exact, own, dtype, factor=2.0):
 
 def pick_configs(operator, choose, *args, **kwargs):
     """The default configuration and some that a tuner may choose."""
-    found = operator.candidates(*args, **kwargs)
+    found = operator.candidates(operator.bind(*args, **kwargs))
     return [None, *(found[choose.randrange(len(found))] for _ in range(2))]
 
 

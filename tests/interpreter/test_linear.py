@@ -180,4 +180,4 @@ def test_a_configuration_that_would_leave_columns_out_is_refused():
     with pytest.raises(ValueError, match="several tiles"):
         LinearConfig(32, 32, 32, 2, 4, 2)
     with pytest.raises(ValueError, match="keeps rows for their norm, and there is none"):
-        LINEAR.plan(torch.randn(3, 32), torch.randn(32, 32), config=LinearConfig(32, 32, 0, 1, 4, 2))
+        LINEAR.plan(LINEAR.bind(torch.randn(3, 32), torch.randn(32, 32)), config=LinearConfig(32, 32, 0, 1, 4, 2))

@@ -76,9 +76,11 @@ def test_against_float64(
         "model_input": model_input,
         "input_scale": scales,
     }
-    found = OPERATORS["sampler_update"].candidates(*arguments, **options)
+    operator = OPERATORS["sampler_update"]
+    call = operator.bind(*arguments, **options)
+    found = operator.candidates(call)
     config = random.Random(seed).choice([None, *found])
-    _, launches = OPERATORS["sampler_update"].plan(*arguments, **options, config=config)
+    _, launches = operator.plan(call, config=config)
     run(launches, torch.device("cpu"))
 
     exact = exact_update(before, output, table, k, weights[k].double() if guided else None, noise[noise_source])

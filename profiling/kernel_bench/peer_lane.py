@@ -1,0 +1,171 @@
+"""A peer's way through a bench: built and checked on a call, then sampled and checked again in each mode."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..measure.outcomes import Outcome, Unsupported
+from ..measure.recorded import Correctness
+from ..measure.timing import Timed, Times, timed
+from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, timed_run
+from .implementation import Implementation
+from .inputs import CallInputs, tolerance_of
+from .kernel_records import Mode
+from .peers import Peer
+
+_REFERENCE = "ours, float64"
+
+
+@dataclass(frozen=True)
+class Check:
+    """The inputs of a call, and its exact outputs for the first set of them."""
+
+    inputs: CallInputs
+    exact: tuple[Tensor, ...]
+
+    @property
+    def tolerance(self) -> float:
+        return tolerance_of(self.inputs.case)
+
+    def error(self, checked: Outcome, result: Any, when: Literal["before", "after"]) -> float | None:
+        """The largest relative RMS error of the outputs, None unless finite; a wrong result ends the outcome."""
+        error = checked.attempt(lambda: self.inputs.error(result, self.exact))
+        if error is None:
+            return None
+        if error > self.tolerance:
+            checked.fail(
+                "incorrect",
+                f"{when} timing the result was off {_REFERENCE} by {error:.3g} (relative RMS); "
+                f"at most {self.tolerance:g} passes",
+            )
+        return error if math.isfinite(error) else None
+
+
+@dataclass
+class BuiltPeer(Outcome):
+    """A peer on a call: built, called once and checked; its calls on every set of inputs."""
+
+    peer: Peer
+    device: torch.device
+    implementation: Implementation | None = None
+    first_call_ms: float | None = None
+    polynomial: int | None = None
+    error: float | None = None
+    calls: list[Callable[[], Any]] = field(default_factory=list)
+
+    def release(self) -> None:
+        self.implementation, self.calls = None, []
+
+    def setting(self) -> AbstractContextManager[Any]:
+        """Within which its calls are made."""
+        return nullcontext() if self.implementation is None else self.implementation.setting()
+
+    def begin(self, check: Check) -> None:
+        """Builds the calls, makes the first and checks its result."""
+        self.attempt(lambda: self._build(check.inputs))
+        with self.setting():
+            first = self.attempt(lambda: timed(self.calls[0], self.device))
+        if first is not None:
+            self.first_call_ms = first.wall_ms
+            self.error = check.error(self, first.value, "before")
+
+    def _build(self, inputs: CallInputs) -> None:
+        self.implementation = made = self.peer.build(inputs.case, self.device)
+        self.polynomial = made.polynomial(inputs.sets[0])
+        inputs.restore()
+        prepared = [made.prepare(arguments) for arguments in inputs.sets]
+        self.calls = [functools.partial(made.call, **arguments) for arguments in prepared]
+
+
+@dataclass
+class PeerLane(Outcome):
+    """A built peer whose calls are made in one mode."""
+
+    built: BuiltPeer
+    mode: Mode
+    workload: Workload | None = None
+    # Runs of the workload in a sample.
+    runs: int = 1
+    calls_per_sample: int = 1
+    delay_cycles: int = 0
+    ms: list[float] = field(default_factory=list)
+    error_after: float | None = None
+    # Whether it ran since memory was last given back to the device; what takes memory again is no sample.
+    is_warm: bool = False
+
+    def release(self) -> None:
+        self.workload = None
+
+    def prepare(self, pace: Pace) -> None:
+        """Makes the workload, and finds how often it runs in a sample."""
+        with self.built.setting():
+            self.attempt(lambda: self._calibrate(pace))
+
+    def _calibrate(self, pace: Pace) -> None:
+        device = self.built.device
+        self.workload = self._made_workload()
+        self.runs = calibrated(self.workload, pace, device)
+        self.calls_per_sample = self.runs * self.workload.calls_per_run
+        self.delay_cycles = self.workload.delay_cycles if device.type == "cuda" else 0
+
+    def _made_workload(self) -> Workload:
+        calls, device = self.built.calls, self.built.device
+        if self.mode == "eager":
+            return EagerCalls(calls)
+        if device.type != "cuda":
+            raise Unsupported("a CUDA graph needs a GPU")
+        if not self.built.peer.capturable:
+            raise Unsupported(f"{self.built.peer.name} runs host code between its launches")
+        try:
+            return GraphCalls(calls, device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            first = str(error).splitlines()[0] if str(error) else repr(error)
+            raise Unsupported(f"cannot be captured: {first}") from None
+
+    def sample(self, *_: object) -> Timed[object]:
+        """One sample, behind an untimed one where memory was given back."""
+        assert self.workload is not None
+        with self.built.setting():
+            if not self.is_warm:
+                self.workload.run(self.runs)
+                self.is_warm = True
+            return timed_run(self.workload, self.runs, self.built.device)
+
+    def finish(self, times: Times, check: Check) -> None:
+        """Takes the times of a call, and checks the first set's result again, by the workload that was timed."""
+        self.ms = [ms / self.calls_per_sample for ms in times.gpu_ms or times.wall_ms]
+        check.inputs.restore()
+        with self.built.setting():
+            result = self.attempt(self._again)
+        if self.active:
+            self.error_after = check.error(self, result, "after")
+
+    def _again(self) -> Any:
+        if not isinstance(self.workload, GraphCalls):
+            return self.built.calls[0]()
+        result = self.workload.results[0]
+        for tensor in [result] if isinstance(result, Tensor) else result or ():
+            tensor.fill_(math.nan)
+        self.workload.run(1)
+        return result
+
+    def correctness(self, tolerance: float) -> Correctness | None:
+        """The errors of both checks; None where nothing was compared."""
+        if self.built.error is None and self.status != "incorrect":
+            return None
+        return Correctness(
+            error_before=self.built.error,
+            error_after=self.error_after,
+            tolerance=tolerance,
+            reference=_REFERENCE,
+        )

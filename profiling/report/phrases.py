@@ -1,0 +1,102 @@
+"""The conditions of cases in words: what all of them share, and what sets some of them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..measure.environment import Environment
+from ..terminal.visible import counted
+from ..trajectory.case import Case
+from .text import joined, value_of
+
+_TASKS = {"t2i": "text-to-image", "sr": "super-resolution"}
+
+
+class Placed(Protocol):
+    """Anything measured: the index of its environment, and its case."""
+
+    @property
+    def environment(self) -> int: ...
+    @property
+    def case(self) -> Case: ...
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Phrases for the conditions of the cases: `shared` by all, and the names of those that vary."""
+
+    environments: tuple[Environment, ...]
+    shared: tuple[str, ...]
+    varying: frozenset[str]
+
+    @classmethod
+    def of(cls, environments: tuple[Environment, ...], sections: Sequence[Placed]) -> Conditions:
+        """What the sections have in common and what not."""
+        phrases = [_phrases(section, environments) for section in sections]
+        first = phrases[0] if phrases else {}
+        varying = frozenset(name for name in first if len({of[name] for of in phrases}) > 1)
+        shared = tuple(phrase for name, phrase in first.items() if name not in varying and phrase)
+        return cls(environments, shared, varying)
+
+    def heading(self, of: Placed, *without: str) -> str:
+        """What sets it apart from the others; empty when nothing does."""
+        phrases = _phrases(of, self.environments)
+        return joined(phrases[name] for name in phrases if name in self.varying and name not in without)
+
+
+def environment_name(index: int) -> str:
+    """A, B, ... Z, A2, ..."""
+    return chr(ord("A") + index % 26) + (str(index // 26 + 1) if index >= 26 else "")
+
+
+def differences(first: Environment, other: Environment) -> list[str]:
+    """What differs between two environments, as "field: first's, other's"."""
+    mine, theirs = (
+        _flat(e.model_dump(exclude={"git_commit", "commit_time"}) | {"commit": (e.git_commit or "unknown")[:12]})
+        for e in (first, other)
+    )
+    fields = list(dict.fromkeys([*mine, *theirs]))
+    return [
+        f"{field.replace('_', ' ').replace('.', ' ')}: {value_of(mine.get(field))}, {value_of(theirs.get(field))}"
+        for field in fields
+        if mine.get(field) != theirs.get(field)
+    ]
+
+
+def _phrases(of: Placed, environments: Sequence[Environment]) -> dict[str, str]:
+    case = of.case
+    known = {
+        "environment": f"environment {environment_name(of.environment)}" if len(environments) > 1 else "",
+        "device": _device(case, environments[of.environment]),
+        "dtype": case.dtype,
+        "task": _TASKS.get(case.task, case.task),
+        "sampler": case.sampler,
+        "steps": counted(case.steps, "step"),
+        "batch": f"batch {case.batch}",
+        "guidance_scale": f"guidance {case.guidance_scale:g}" if case.guided else "no guidance",
+        "latent": f"latent {case.latent_height}x{case.latent_width}",
+        "context_tokens": counted(case.context_tokens, "text token"),
+        "seed": f"seed {case.seed}",
+    }
+    said = {*known, "latent_height", "latent_width", "unet", "weights_sha256", "backend"}
+    others = case.model_dump(exclude=said)
+    return known | {name: f"{name.replace('_', ' ')} {value_of(value)}" for name, value in others.items()}
+
+
+def _device(case: Case, environment: Environment) -> str:
+    """The GPU's or the CPU's name, with the threads torch used on a CPU."""
+    if case.device != "cpu":
+        gpu = environment.gpu.name if environment.gpu else "GPU of unknown name"
+        return f"{gpu} ({case.device})" if ":" in case.device else gpu
+    name = environment.cpu or "CPU of unknown name"
+    threads = environment.torch_threads
+    return name if threads is None else f"{name}, {counted(threads, 'thread')}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return {name: value for name, value in flat.items() if value is not None}
