@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 
 import torch
@@ -36,6 +37,7 @@ class Inventory:
         return self.diffusers, self.separate, self.ours
 
 
+@cache
 def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
     """The inventory of a size of the family at 64x64 latents and 77 tokens; takes diffusers, no GPU, no memory."""
     config = FAMILY[size]
@@ -51,6 +53,7 @@ def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
 LAUNCHES_OF_A_CAPTURE = 2
 
 
+@cache
 def step_launches(products: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, list[GpuLaunch]]:
     """The launches of our eager step, by size of the family; `products` as of `UNet`."""
     return {size: launches_of(our_step(config, dtype, products=products)) for size, config in FAMILY.items()}
