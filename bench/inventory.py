@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Inventory:
         return self.diffusers, self.separate, self.ours
 
 
+@cache
 def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
     """The inventory of a size of the family at 64x64 latents and 77 tokens; takes diffusers, no GPU, no memory."""
     config = FAMILY[size]
@@ -63,6 +65,7 @@ def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
     )
 
 
+@cache
 def step_launches(products: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, list[GpuLaunch]]:
     """The launches of our eager step, by size of the family; `products` as of `UNet`."""
     return {size: launches_of(our_step(config, dtype, products=products)) for size, config in FAMILY.items()}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 TUNED_FOLDER = Path(__file__).with_name("tuned")
 Config = TypeVar("Config")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,16 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
         launch.run()
 
 
-# A compiler that traces takes the answer and does not look inside.
-@torch.compiler.assume_constant_result
+def constant_to_a_compiler(function: Function) -> Function:
+    """The function, marked: a compiler that traces takes its answer and does not look inside.
+
+    The mark of `torch.compiler.assume_constant_result`, which imports a second's worth of torch to set it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_to_a_compiler
 def chip_of(device: torch.device) -> Chip:
     """The chip of a device; asked once. Of anything but a CUDA device `NO_GPU`, or that of `planned_for`."""
     return _cuda_chip(device.index) if device.type == "cuda" else _planned_chip.get()

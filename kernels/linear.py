@@ -24,7 +24,17 @@ from torch import Tensor
 from ._autocast import lowered
 from ._checks import real, tensors
 from ._dispatch import choose_backend
-from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, tuned
+from ._launch import (
+    Chip,
+    Launch,
+    Operator,
+    ceil_div,
+    chip_of,
+    constant_to_a_compiler,
+    dtype_name,
+    fastest,
+    tuned,
+)
 from ._layout import collapse_rows, row_reasons
 from ._library import define_operator
 from ._linear_config import (
@@ -312,7 +322,7 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
 _auto_by_layout = ByLayout(_auto)
 
 
-@torch.compiler.assume_constant_result
+@constant_to_a_compiler
 def _chosen(
     reasons: tuple[str, ...],
     device: torch.device,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from inventory import (
     LAUNCHES_OF_A_CAPTURE,
     SIZES,
-    Inventory,
     floors_markdown,
     inventory,
     measured_steps,
@@ -50,11 +48,6 @@ TINY = UNetConfig(
 )
 
 
-@cache
-def of_size(size: str) -> Inventory:
-    return inventory(size)
-
-
 def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -77,15 +70,15 @@ def names(found: list[GpuLaunch]) -> list[str]:
 # GFLOP of one sample in the paper's family, counted apart with diffusers' network.
 @pytest.mark.parametrize(("size", "gflop"), [("39M", 53.0), ("866M", 804.3)])
 def test_matrix_work_is_that_of_the_family(size: str, gflop: float) -> None:
-    assert round(total(of_size(size).diffusers).flops / 2e9, 1) == gflop
-    ours = total(of_size(size).ours).flops
+    assert round(total(inventory(size).diffusers).flops / 2e9, 1) == gflop
+    ours = total(inventory(size).ours).flops
     # What is computed once per trajectory is not in our step, and nothing else is missing.
     assert 0.98 * gflop < ours / 2e9 < gflop
 
 
 @pytest.mark.parametrize(("size", "floor_ms", "digits"), [("39M", 0.45, 2), ("866M", 2.2, 1)])
 def test_the_compute_floor_is_the_one_the_targets_were_set_by(size: str, floor_ms: float, digits: int) -> None:
-    for step in of_size(size).steps:
+    for step in inventory(size).steps:
         assert round(total(step).compute_floor_s * 1e3, digits) == floor_ms
 
 
@@ -93,13 +86,13 @@ def test_the_compute_floor_is_the_one_the_targets_were_set_by(size: str, floor_m
 def test_exponentials_are_the_same_at_every_width(size: str) -> None:
     # 2 samples x 8 heads; five transformers at each of 4096, 1024 and 256 tokens, one at 64; 77 keys beside those.
     expected = 16 * sum(count * n * (n + 77) for count, n in ((5, 4096), (5, 1024), (5, 256), (1, 64)))
-    for step in of_size(size).steps:
+    for step in inventory(size).steps:
         assert total(step).exponentials == expected
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_has_61_group_norms(size: str) -> None:
-    found = of_size(size)
+    found = inventory(size)
     for kind in ("moments", "coefficients", "apply"):
         assert sum(launch.name == f"group norm: {kind}" for launch in found.diffusers) == 61
     assert sum(launch.name in ("group_norm", "group_norm_apply") for launch in found.ours) == 61
@@ -299,7 +292,7 @@ def test_a_norm_of_rows_too_wide_to_keep_is_a_launch_of_its_own() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_merging_only_takes_launches_and_bytes_away(size: str) -> None:
-    before, after = total(of_size(size).separate), total(of_size(size).ours)
+    before, after = total(inventory(size).separate), total(inventory(size).ours)
     assert after.flops == before.flops
     assert after.nbytes < before.nbytes
     assert after.launches < before.launches
@@ -333,7 +326,7 @@ def test_measured_times_of_our_captured_step_go_beside_their_floors(
     others = [record("866M", backend="triton"), record("866M", batch=4), record("866M", guidance_scale=1.0)]
     steps = measured_steps([*others, record("39M"), record("866M", dtype="float16")])
     assert list(steps) == ["39M"]
-    text = floors_markdown([of_size("39M"), of_size("866M")], steps)
+    text = floors_markdown([inventory("39M"), inventory("866M")], steps)
     small, large = text.split("### 866M")
     assert re.search(r"\| convolution \|.*\| 200 us \|", small)
     assert re.search(r"\| attention \|.*\| 412 us \|", small)

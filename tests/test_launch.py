@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS, _launch
-from ldmperf.kernels._launch import NO_GPU, Chip, fastest, next_power_of_two, tuned
+from ldmperf.kernels._launch import NO_GPU, Chip, constant_to_a_compiler, fastest, next_power_of_two, tuned
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
 from ldmperf.kernels.group_norm import GroupNormConfig, GroupNormSiluCall, _shape, default_config, plan
@@ -284,3 +284,8 @@ def test_candidates_are_distinct_and_include_no_absurd_ones(name):
         _, launches = operator.plan(call, config=config)
         assert all(0 < launch.programs < 2**31 for launch in launches)
     assert "\n" not in operator.tuning_key(call)
+
+
+def test_the_mark_of_a_constant_is_torchs_own():
+    ours, theirs = (mark(lambda: 0) for mark in (constant_to_a_compiler, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from ldmperf.kernels import Launch
 
 from ..machines import MACHINES
 from ..options import DType
@@ -92,10 +95,16 @@ def _inspect(item: Item | ShapeItem | TunedItem) -> dict[str, Any]:
         launch = planned(item.operator, SHAPES[item.operator][0](item.shape), machine)[0]
         named = {"batch": item.shape.batch, "dtype": str(item.shape.dtype).removeprefix("torch.")}
     else:
-        launches = family_launches(item.size, item.batch, item.dtype, machine=machine)
-        launch = next(launch for specialization, launch in launches.items() if specialization.key == item.key)
+        launch = _launches_by_key(item.size, item.batch, item.dtype, item.arch)[item.key]
         named = {"batch": item.batch, "dtype": item.dtype}
     return {"size": item.size, **named, **inspect_launch(launch, machine).as_json()}
+
+
+@functools.lru_cache(maxsize=64)
+def _launches_by_key(size: str, batch: int, dtype: DType, arch: str) -> dict[str, Launch]:
+    """`family_launches` by the digests of their specializations."""
+    found = family_launches(size, batch, dtype, machine=MACHINES[arch])
+    return {specialization.key: launch for specialization, launch in found.items()}
 
 
 def _representatives(
