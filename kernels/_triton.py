@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def is_interpreted(kernel: Any) -> bool:
     """Whether `kernel`, a function under `jit`, runs in triton's interpreter, by TRITON_INTERPRET=1 at import."""
     return triton is not None and not isinstance(kernel, triton.JITFunction)
+
+
+def settings() -> Hashable:
+    """What of triton's own settings tells one compiled kernel from another at a launch, besides its arguments."""
+    if triton is None:
+        return None
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    return runtime.debug, compilation.instrumentation_mode, runtime.add_stages_inspection_hook
 
 
 def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
