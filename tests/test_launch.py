@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS, _launch
+from ldmperf.kernels._group_norm_config import GroupNormConfig, default_config
 from ldmperf.kernels._launch import NO_GPU, Chip, fastest, next_power_of_two, tuned
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
-from ldmperf.kernels.group_norm import GroupNormConfig, GroupNormSiluCall, _shape, default_config, plan
+from ldmperf.kernels.group_norm import GroupNormSiluCall, plan
 
 fuzz = settings(max_examples=200, deadline=None)
 
@@ -235,7 +236,7 @@ def test_group_norm_configurations_are_sound(call):
 
 def test_a_configuration_that_is_searched_for_is_searched_for_once():
     x = norm_call(2, 320, 64)["x"]
-    first, second = (default_config(_shape(GroupNormSiluCall(x, 32)), Chip("NVIDIA H200", 132)) for _ in range(2))
+    first, second = (default_config(GroupNormSiluCall(x, 32).shape, Chip("NVIDIA H200", 132)) for _ in range(2))
     assert first is second
 
 
