@@ -1,19 +1,19 @@
 """Group normalization with an optional bias before it and an optional SiLU after it.
 
-y = act(group_norm(x + x_bias)), x [B, C, H, W] channels-last or contiguous. x_bias [B, C] is where a residual
-block puts its time projection and the bias of the convolution before: both would cost a pass over x of their own.
-With `skip` the input is x and skip side by side along the channels, read from both: no concatenation is written.
-Statistics are float32 (float64 for float64); the result has the memory format of x.
+y = act(group_norm(x + x_bias)), x [B, C, H, W] channels-last or contiguous. x_bias [B, C] holds a residual block's
+time projection and the bias of the convolution before: each would cost a pass over x of its own. With `skip` the
+input is x and skip side by side along the channels, read from both: no concatenation is written. Statistics are
+float32 (float64 for float64); the result has the memory format of x.
 
 The kernels (_group_norm_kernels.py). A program takes one image and a bundle of neighbouring groups, so wide that
-channels-last memory is read in whole 16-byte pieces whatever the width of a group. It walks the pixels in tiles
-and keeps sums in every lane around that lane's first value: no cancellation at large means, no exchange between
-lanes until the end. Lanes are then merged into groups by a matrix of membership, as a group's width is no power
-of two, with the mean in two parts, because one float32 cannot hold a mean of 1e4 exactly enough.
+channels-last memory is read in whole 16-byte pieces whatever the width of a group. It walks over the pixels in
+tiles. Every lane sums around its first value: no cancellation at large means, no exchange between lanes until the
+end. A matrix of membership then merges lanes into groups, whose width is no power of two. The mean is in two
+parts, because one float32 cannot hold a mean of 1e4 exactly enough.
 
-- One launch where a bundle is small: the tile stays in registers, or is read again out of the cache.
-- Two launches where it is large, or the chip would stay empty: many programs to a bundle write partial statistics;
-  then as many merge them, each for itself, and normalize. No atomics: the order of every sum is fixed.
+- One launch where a bundle is small: the tile stays in registers, or is read again from the cache.
+- Two launches where a bundle is large, or one would leave the chip idle: many programs for each bundle write
+  partial statistics; as many then merge all of these and normalize. No atomics: the order of every sum is fixed.
 """
 
 from __future__ import annotations

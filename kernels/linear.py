@@ -1,15 +1,15 @@
 """A linear layer together with what stands beside it: a layer norm before it, a gated GELU after it.
 
-y = x' W^T + b, x' = layer_norm(x + x_bias) or x; gated, with W and b of 2C rows, y[:C] * gelu(y[C:]). Merged, a
-norm is neither written nor read. With a gate, neither are values and gates, which are twice as wide as the result:
-the widest tensors of the network.
+y = x' W^T + b, x' = layer_norm(x + x_bias) or x; gated, with W and b of 2C rows, y[:C] * gelu(y[C:]).
+As a prologue of the matmul, a norm is neither written nor read. As its epilogue, a gate spares values and gates:
+twice as wide as the result, they are the widest tensors of the network.
 
 Two kernels (_linear_kernels.py). Where a program can keep whole rows, up to 512 channels, it normalizes them once
 and multiplies them with tile after tile of the weight. Wider rows are multiplied piece by piece; their norm is a
-launch of its own, layer_norm's.
+launch of layer_norm.
 
-A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses: the tuned table
-tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
+A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses. The tuned table
+tells where that was measured; elsewhere `predicted_to_gain` (_linear_config.py) decides.
 """
 
 from __future__ import annotations
