@@ -9,7 +9,7 @@ tensors. Kept are its launches without tensors, which of its tensors go where, a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from . import _launch
 from ._checks import one_device
 from ._dispatch import choose_backend
 from ._launch import Launch, Operator
-from ._triton import settings
+from ._triton import debugs
 
 T = TypeVar("T")
 # Layouts that an operator keeps. A step of the family has less than forty for each; the oldest go first.
@@ -94,12 +94,12 @@ class _Memory:
     dtype: torch.dtype
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Step:
     """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors.
 
-    `compiled` launches the kernel that the last launch with aligned pointers found, under these triton `settings`.
-    To find the kernel again by triton's binder takes longer than all else of a call.
+    compiled: launches the kernel that triton's binder found for aligned pointers, with and without debugging. To find
+    that kernel again would take longer than all else of a call.
     """
 
     kernel: Any
@@ -107,8 +107,7 @@ class _Step:
     values: tuple[Any, ...]
     tensors: tuple[tuple[int, int], ...]
     options: dict[str, int]
-    compiled: Callable[..., None] | None = None
-    settings: Hashable = None
+    compiled: dict[bool | None, Callable[..., None]] = field(default_factory=dict)
 
     def run(self, tensors: Sequence[Any]) -> None:
         """Launches with the tensors of these numbers, on the current device and stream."""
@@ -117,14 +116,14 @@ class _Step:
         for place, number in self.tensors:
             tensor = values[place] = tensors[number]
             pointers |= tensor.data_ptr()
-        aligned, now = pointers % ALIGNMENT == 0, settings()
-        if aligned and self.compiled is not None and self.settings == now:
-            self.compiled(*values)
+        debug = debugs() if pointers % ALIGNMENT == 0 else None
+        if (launch := self.compiled.get(debug)) is not None:
+            launch(*values)
             return
         kernel = self.kernel[(self.programs,)](*values, **self.options)
         # The interpreter compiles nothing. On AMD a kernel depends on the size of its tensors' memory too.
-        if aligned and kernel is not None and torch.version.hip is None:
-            self.compiled, self.settings = kernel[(self.programs, 1, 1)], now
+        if debug is not None and kernel is not None and torch.version.hip is None:
+            self.compiled[debug] = kernel[(self.programs, 1, 1)]
 
 
 @dataclass(frozen=True)

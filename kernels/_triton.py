@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -28,12 +27,15 @@ def is_interpreted(kernel: Any) -> bool:
     return triton is not None and not isinstance(kernel, triton.JITFunction)
 
 
-def settings() -> Hashable:
-    """What of triton's own settings tells one compiled kernel from another at a launch, besides its arguments."""
-    if triton is None:
-        return None
+def debugs() -> bool | None:
+    """Whether triton compiles kernels for debugging, which it asks at every launch.
+
+    None where something instruments kernels: the next launch may then be of another kernel.
+    """
     runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
-    return runtime.debug, compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+    if compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None:
+        return None
+    return bool(runtime.debug)
 
 
 def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
