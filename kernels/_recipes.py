@@ -98,8 +98,8 @@ class _Memory:
 class _Step:
     """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors.
 
-    compiled: launches the kernel that triton's binder found for aligned pointers, with and without debugging. To find
-    that kernel again would take longer than all else of a call.
+    compiled: by triton's debug setting, what launches the kernel that its binder found for aligned pointers. The
+    binder would take longer to find that kernel again than all else of a call takes.
     """
 
     kernel: Any
