@@ -118,7 +118,7 @@ def linear_separate(
     choose_backend("linear", backend, ())
     tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
     call = LinearCall(x, weight, bias, norm_weight, norm_bias, real("linear", "eps", eps), x_bias, activation)
-    return _separate(_lowered(call, backend, check=True), backend)
+    return _separate(checked(OPERATOR, _lowered(call, backend)), backend)
 
 
 def _separate(call: LinearCall, backend: str) -> Tensor:
@@ -282,16 +282,14 @@ def linear(
     return out
 
 
-def _lowered(call: LinearCall, backend: str, check: bool = False) -> LinearCall:
-    """The call as autocast makes it, which rounds the result of a norm, not the norm's input.
-
-    Checked if asked, and where a norm is computed.
-    """
+def _lowered(call: LinearCall, backend: str) -> LinearCall:
+    """The call as autocast makes it, which rounds the result of a norm, not the norm's input."""
+    if not torch._C._is_any_autocast_enabled():
+        return call
     x, weight, bias = lowered(call.x, call.weight, call.bias)
-    low, is_lower = call._replace(x=x, weight=weight, bias=bias), x.dtype != call.x.dtype
-    if check or is_lower:
+    low = call._replace(x=x, weight=weight, bias=bias)
+    if x.dtype != call.x.dtype and call.norm is not None:
         checked(OPERATOR, low)
-    if is_lower and call.norm is not None:
         (x,) = lowered(_normalized(call.norm, backend))
         low = low._replace(x=x, norm_weight=None, norm_bias=None, x_bias=None)
     return low
