@@ -18,26 +18,31 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.static.display import UNITS
+from ldmperf.profiling.static.inspection import inspect_launch
+from ldmperf.profiling.static.loop_order import ATTENTION
+from ldmperf.profiling.static.planned import planned
+from ldmperf.profiling.static.shapes import SHAPES, Shape
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
+
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).with_name("static")
 DOCUMENT = ROOT / "docs" / "attention.md"
 BLOCK = re.compile(r"(<!-- attention: written .*?-->\n).*?(<!-- attention: end -->)", re.DOTALL)
 ARCH = "sm_90"
-# The units that have a column, in its order; the names are those of `ldmperf inspect`.
-UNITS = ("matrix", "exponential", "issue", "FMA", "ALU", "conversion", "load/store", "shared memory", "L2")
+# The units that have a column.
+COLUMNS = [unit for unit in UNITS if unit != "memory"]
+MATMULS = tuple(ATTENTION.values())
 
 Entry = dict[str, Any]
 
 
 def compiled(head_dim: int) -> dict[str, Any]:
     """{"head_dim", "ours", "naive", "ratio"} of one head dimension, 4096 tokens, batch 2, bf16."""
-    import torch
     from naive_attention import naive_launches
-
-    from ldmperf.profiling.machines import MACHINES
-    from ldmperf.profiling.static.inspection import inspect_launch
-    from ldmperf.profiling.static.planned import planned
-    from ldmperf.profiling.static.shapes import SHAPES, Shape
 
     torch.set_num_threads(1)
     machine = MACHINES[ARCH]
@@ -84,27 +89,23 @@ def loop(inspection: Mapping[str, Any]) -> Entry:
 
 
 def condensed(steps: Sequence[Sequence[Any]]) -> str:
-    """Steps between waits and products in one line: "q k^T x8 with exponential x34, wait, p v x8"."""
+    """Steps between waits and matmuls in one line: "q k^T x8 with exponential x34, wait, p v x8"."""
     segments: list[dict[str, int]] = [{}]
-    products = ("q k^T", "p v")
     for name, count in steps:
         if name == "barrier":
             continue
-        ends = name.startswith("wait") or (name in products and name not in segments[-1])
+        ends = name.startswith("wait") or (name in MATMULS and name not in segments[-1])
         if (ends or any(key.startswith("wait") for key in segments[-1])) and segments[-1]:
             segments.append({})
         segments[-1][name] = segments[-1].get(name, 0) + count
-    times = (
-        [f"{name} x{count}" if count > 1 else name for name, count in sorted(segment.items(), key=_products_first)]
-        for segment in segments
-    )
-    return ", ".join(
-        " with ".join((names[0], " and ".join(names[1:]))) if names[1:] else names[0] for names in times
-    )
+    return ", ".join(map(_segment, segments))
 
 
-def _products_first(item: tuple[str, int]) -> bool:
-    return item[0] not in ("q k^T", "p v")
+def _segment(counts: Mapping[str, int]) -> str:
+    """What stands between two waits, a matmul first: "q k^T x8 with exponential x34 and mma.sync"."""
+    names = sorted(counts, key=lambda name: name not in MATMULS)
+    first, *others = (f"{name} x{counts[name]}" if counts[name] > 1 else name for name in names)
+    return f"{first} with {' and '.join(others)}" if others else first
 
 
 def busiest(found: Entry) -> float:
@@ -119,7 +120,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         "held as",
         "tile, warps",
         "registers",
-        *UNITS,
+        *COLUMNS,
         "limit",
         "analytic bound",
         "of it",
@@ -143,7 +144,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             " / ".join("+".join(map(str, found["parts"])) for found in both),
             " / ".join(f"{found['tile'][0]}x{found['tile'][1]}, {found['warps']}" for found in both),
             " / ".join(f"{found['registers']}{' (spills)' if found['spills'] else ''}" for found in both),
-            *(" / ".join(f"{found['cycles'].get(unit, 0):.0f}" for found in both) for unit in UNITS),
+            *(" / ".join(f"{found['cycles'].get(unit, 0):.0f}" for found in both) for unit in COLUMNS),
             " / ".join(max(found["cycles"], key=found["cycles"].get) for found in both),
             f"{ours['analytic']['cycles']:.0f} {ours['analytic']['unit']}",
             f"{ours['distance']:.2f}",
@@ -204,8 +205,6 @@ def write(path: Path, version: str, entries: Sequence[Entry]) -> None:
 
 def main() -> int:
     import triton
-
-    from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(

@@ -37,8 +37,8 @@ from ldmperf.kernels._recipes import ByLayout, recipe
 from ldmperf.profiling.kernel_bench.selection import SIZES, VAE
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.options import CaseError, known_names, whole_number
-from ldmperf.profiling.step.call import KernelCase
-from ldmperf.profiling.step.calls import family_kernel_cases
+from ldmperf.profiling.step.call import OperatorCall
+from ldmperf.profiling.step.calls import family_calls
 
 CALLS, ROUNDS = 100, 7
 # The sampler of a step's sum, one of those that are cases.
@@ -76,7 +76,7 @@ class NoKernel(CompiledKernel):  # type: ignore[misc]
 def stand_in_device() -> Iterator[None]:
     """Within, kernels take CPU tensors and are launched on nothing."""
     compiled, devices, driver = triton.compiler.compile, _triton.DEVICES, triton.runtime.driver._active
-    kernels = _jit_functions()
+    kernels = jit_functions()
     caches = [kernel.device_caches.copy() for kernel in kernels]
     triton.compiler.compile = lambda *_, options, **__: NoKernel(options)
     triton.runtime.driver.set_active(StandInDriver())
@@ -95,7 +95,7 @@ def stand_in_device() -> Iterator[None]:
             kernel.device_caches.update(cache)
 
 
-def _jit_functions() -> list[Any]:
+def jit_functions() -> list[Any]:
     modules = [module for name, module in sys.modules.items() if name.startswith("ldmperf.kernels")]
     found = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)}
     return list(found.values())
@@ -149,7 +149,7 @@ class _Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_time(case: KernelCase) -> HostTime:
+def host_time(case: OperatorCall) -> HostTime:
     """Of one case, within `stand_in_device`."""
     operator = OPERATORS[case.operator]
     arguments = case.arguments("cpu")
@@ -240,7 +240,7 @@ def main() -> int:
     gc.disable()
     with stand_in_device():
         for size in sizes:
-            cases = [c for c in family_kernel_cases(size, batch, "bfloat16") if c.operator in operators]
+            cases = [c for c in family_calls(size, batch, "bfloat16") if c.operator in operators]
             found = [host_time(case) for case in cases]
             if options.json:
                 print(*(json.dumps({"size": size} | asdict(one)) for one in found), sep="\n")

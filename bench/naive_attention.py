@@ -133,4 +133,4 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, tile: Tile) -> Launch:
         "ALIGN": math.gcd(8, dim, *strides.values()),
     }
     programs = batch * heads * triton.cdiv(queries, block_m)
-    return Launch(naive_attention_kernel, programs, arguments, num_warps, num_stages)
+    return Launch(naive_attention_kernel, programs, arguments, num_warps, num_stages, operator="attention")

@@ -35,8 +35,9 @@ from typing import Any, Literal
 import torch
 
 from ldmperf.kernels import OPERATORS, Chip, Launch, tuned_table
-from ldmperf.profiling.ahead.launch_sets import now_launches
-from ldmperf.profiling.ahead.precompile import chip_here, compile_work, kernel_of, plan
+from ldmperf.profiling.ahead.meta_runs import launches_of_call
+from ldmperf.profiling.ahead.precompile import compile_work
+from ldmperf.profiling.ahead.work import chip_here, kernel_of, plan
 from ldmperf.profiling.commands.compile_command import told as compiled_told
 from ldmperf.profiling.kernel_bench.device import (
     GraphCalls,
@@ -63,8 +64,9 @@ from ldmperf.profiling.measure.settings import measuring_settings, pinned_ptxas
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.measure.timing import Deadline
 from ldmperf.profiling.options import CaseError, dtype_named, known_names, split_values, whole_number
-from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_HEAD_DIMS, TUNED_TOKENS, faults_of
-from ldmperf.profiling.step.call import KernelCase, TensorSpec
+from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_TOKENS, faults_of
+from ldmperf.profiling.step.call import OperatorCall, TensorSpec
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.terminal.visible import visible
 
 # A candidate replaces what is used now when it is faster by more than runs differ.
@@ -85,9 +87,9 @@ COMPILING = 1 / 3
 Config = Any
 TORCH = "torch"
 # Why a candidate of a call cannot be launched; None where it may be.
-Refused = Callable[[KernelCase, Config], str | None]
+Refused = Callable[[OperatorCall, Config], str | None]
 # What its machine code has that no tuned launch may have.
-Faults = Callable[[KernelCase, Config], Sequence[str]]
+Faults = Callable[[OperatorCall, Config], Sequence[str]]
 
 
 class Wrong(Exception):
@@ -239,7 +241,7 @@ def load_table(path: Path, gpu: str) -> dict[str, Any]:
     return document
 
 
-def read_once(case: KernelCase) -> KernelCase:
+def read_once(case: OperatorCall) -> OperatorCall:
     """The case with only those of its tensors that a step reads once."""
     memory_of_q = next((t.memory for t in case.tensors if t.name == "q"), None)
 
@@ -250,7 +252,7 @@ def read_once(case: KernelCase) -> KernelCase:
 
 
 def as_in_a_step(
-    case: KernelCase, arguments: dict[str, Any], l2_bytes: int | None, generator: torch.Generator | None = None
+    case: OperatorCall, arguments: dict[str, Any], l2_bytes: int | None, generator: torch.Generator | None = None
 ) -> list[dict[str, Any]]:
     """Arguments of calls in a row, all with the same activations: what is read once rotates past the L2 cache.
 
@@ -266,7 +268,7 @@ def as_in_a_step(
 class GpuTimer:
     """Times configurations of one case; a configuration is compared with the reference before its first time."""
 
-    def __init__(self, case: KernelCase, device: torch.device, l2: L2 = "cold") -> None:
+    def __init__(self, case: OperatorCall, device: torch.device, l2: L2 = "cold") -> None:
         self.case, self.device = case, device
         l2_bytes = l2_cache_bytes(device)
         self.keeps_results = l2 == "cold"
@@ -325,7 +327,7 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
 
     def tried() -> Iterator[tuple[Launch, bool]]:
         for key, job in given:
-            yield from now_launches(job.case)
+            yield from launches_of_call(job.case)
             operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
             for config in search_order(operator.candidates(call), key):
                 yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
@@ -335,7 +337,7 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
         tell(line)
     useless = report.useless
 
-    def reason(case: KernelCase, config: Config) -> str | None:
+    def reason(case: OperatorCall, config: Config) -> str | None:
         if not useless:
             return None
         launches = OPERATORS[case.operator].plan(case.bound("meta"), config=config)[1]
@@ -352,7 +354,7 @@ def faults_on(chip: Chip) -> Faults:
         tell(f"machine code of {chip.arch} is not inspected: an entry may spill")
         return lambda case, config: ()
 
-    def faults(case: KernelCase, config: Config) -> Sequence[str]:
+    def faults(case: OperatorCall, config: Config) -> Sequence[str]:
         try:
             with pinned_ptxas():
                 return faults_of(case, config, machine)
@@ -366,7 +368,7 @@ def faults_on(chip: Chip) -> Faults:
 
 def tune(
     given: Iterable[tuple[str, Job]],
-    timer_of: Callable[[KernelCase], Callable[[Config], float]],
+    timer_of: Callable[[OperatorCall], Callable[[Config], float]],
     path: Path,
     head: dict[str, Any],
     deadline: Deadline,
@@ -419,7 +421,7 @@ def tune(
 
 
 def passing_over(
-    refused: Refused, case: KernelCase, time_one: Callable[[Config], float]
+    refused: Refused, case: OperatorCall, time_one: Callable[[Config], float]
 ) -> Callable[[Config], float]:
     """`time_one`, which raises `Wrong` at once for a candidate that is refused."""
 
@@ -483,7 +485,7 @@ def run(options: argparse.Namespace) -> int:
         raise CaseError("--head-dim chooses attention's calls; tune attention with it")
     for option, asked, known in (
         ("batch", batches, TUNED_BATCHES),
-        ("head-dim", head_dims, TUNED_HEAD_DIMS),
+        ("head-dim", head_dims, FAMILY_HEAD_DIMS),
         ("tokens", tokens, TUNED_TOKENS),
     ):
         # The tests compile every entry of a table, and look for its call among these.

@@ -1,16 +1,16 @@
-"""The chips that kernels are compiled for: their limits, their units' rates, and the least time of attention.
+"""GPUs: the limits and rates of the chips that kernels are compiled for, and the least time of attention there.
 
-Sources. Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability", and the occupancy
-rules of the CUDA occupancy calculator (allocation granularity); AMD Instinct MI300 ISA guide for gfx942.
-Lanes: the guide's table "Throughput of Native Arithmetic Instructions" (results per clock and multiprocessor),
-which does not split every pipe: where an opcode is not in it, the unit below says what is assumed.
+The bound of attention is the longer time of two units that work side by side, for one head's Nq queries, Nk keys:
+    matrix unit       2 Nq Nk D multiply-adds, D padded to what a matrix instruction takes
+    exponential unit  Nq Nk exponentials, less those that a kernel evaluates as a polynomial on the FMA units
+Partly filled tiles, masks and memory are not in the bound: nothing is faster.
+
+Sources. Limits: CUDA C++ programming guide, "Technical Specifications per Compute Capability", and the CUDA
+occupancy calculator (allocation granularity); AMD Instinct MI300 ISA guide for gfx942.
+Lanes: the guide's table "Throughput of Native Arithmetic Instructions" (results per clock and multiprocessor).
+The table does not split every pipe: where it lacks an opcode, the unit below says what is assumed.
 Memory and clock: data sheets of the chip named, its peak bandwidth and boost clock; no measurement.
 L2: the A100's whitepaper gives 5120 bytes read a clock. None is published for the H200; the same is assumed.
-
-The bound of attention is the longer time of two units, which work beside each other. One head of Nq queries and Nk
-keys takes 2 Nq Nk D multiply-adds on the matrix unit, D padded to what a matrix instruction takes, and Nq Nk
-exponentials, less those that a kernel evaluates as a polynomial on the FMA units. Partly filled tiles, masks and
-memory are not in the bound: nothing is faster.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+Unit = Literal["matrix", "exponential"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,10 @@ class Machine:
     arch: str
     backend: str
     capability: int | str
-    warp_size: int
-    max_registers: int
     shared_per_block: int
     shared_per_multiprocessor: int
+    warp_size: int = 32
+    max_registers: int = 255
     chip: str = ""
     multiprocessors: int = 0
     clock_ghz: float = 0.0
@@ -62,7 +64,7 @@ class Machine:
 # conversion     F2FP, packing two floats to half precision: "all other type conversions".
 # load/store     load and store instructions and shuffles: 32 lanes address a clock.
 # shared memory  bytes between registers and L1 or shared memory, a clock; assumed to be shared by the operands
-#                that a warp group's matrix product reads from shared memory.
+#                that a warp group's matmul reads from shared memory.
 # matrix         multiply-adds of 16-bit tensor-core instructions (dense peak over chips and clock); of TF32, half.
 #                Every shape at the full rate: HGMMA of few columns and, on sm_90, HMMA may reach less of it.
 _COMMON = {
@@ -83,8 +85,6 @@ MACHINES: Mapping[str, Machine] = {
             "sm_80",
             "cuda",
             80,
-            warp_size=32,
-            max_registers=255,
             shared_per_block=163 * 1024,
             shared_per_multiprocessor=164 * 1024,
             chip="A100 SXM 80 GB",
@@ -98,8 +98,6 @@ MACHINES: Mapping[str, Machine] = {
             "sm_90",
             "cuda",
             90,
-            warp_size=32,
-            max_registers=255,
             shared_per_block=227 * 1024,
             shared_per_multiprocessor=228 * 1024,
             chip="H200 SXM",
@@ -115,18 +113,24 @@ MACHINES: Mapping[str, Machine] = {
             "gfx942",
             "hip",
             "gfx942",
-            warp_size=64,
-            max_registers=512,
             shared_per_block=64 * 1024,
             shared_per_multiprocessor=64 * 1024,
+            warp_size=64,
+            max_registers=512,
             chip="MI300X",
             multiprocessors=304,
         ),
     )
 }
 
-
 SM_90 = MACHINES["sm_90"]
+
+# What an H200 reaches in practice: 85% of its sheet's bandwidth, 75% of its sheet's 16-bit FLOP, 16 exponentials a
+# clock and multiprocessor at the clock of those FLOP (1.83 GHz). All else here is of sheets.
+BYTES_PER_S = 4.07e12
+FLOP_PER_S = 742e12
+EXPONENTIALS_PER_S = 3.87e12
+
 # Multiply-adds of a 16-bit matrix instruction come in steps of so many along the dimension that is summed over.
 _MATRIX_STEP = 16
 # A configuration says how many of every so many exponentials are a polynomial.
@@ -138,13 +142,8 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // _MATRIX_STEP) * _MATRIX_STEP
 
 
-def flops(heads: int, queries: int, keys: int, head_dim: int) -> int:
-    """Of both products, without padding: 4 Nq Nk D a head, `heads` those of all images; a multiply-add is two."""
-    return 4 * heads * queries * keys * head_dim
-
-
 def matrix_cycles(queries: int, keys: int, padded: int, machine: Machine = SM_90) -> float:
-    """Cycles of one multiprocessor's matrix unit for both products of one head (or tile) in a 16-bit dtype."""
+    """Cycles of one multiprocessor's matrix unit for both matmuls of one head (or tile) in a 16-bit dtype."""
     return 2 * queries * keys * padded / machine.lanes["matrix"]
 
 
@@ -158,7 +157,7 @@ def exponential_cycles(queries: int, keys: int, polynomial: int = 0, machine: Ma
 
 def bound_cycles(
     queries: int, keys: int, head_dim: int, polynomial: int = 0, machine: Machine = SM_90
-) -> tuple[float, Literal["matrix", "exponential"]]:
+) -> tuple[float, Unit]:
     """The longer of the two times of one head (or tile) on one multiprocessor, and whose it is."""
     matrix = matrix_cycles(queries, keys, padded_head_dim(head_dim), machine)
     exponential = exponential_cycles(queries, keys, polynomial, machine)
@@ -167,7 +166,7 @@ def bound_cycles(
 
 @dataclass(frozen=True)
 class Rates:
-    """What a chip does a second: `matrix_tflops` as a large matrix product measured it, in 1e12 FLOP.
+    """What a chip does a second: `matrix_tflops` as a large matmul measured it, in 1e12 FLOP.
 
     The exponential unit's rate is by design: 16 a clock and multiprocessor, at the clock given.
     """
@@ -183,7 +182,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Bound:
-    """The two times in ms; `ms` is the longer."""
+    """The two times in ms; `ms` is the longer, that of `unit`."""
 
     matrix_ms: float
     exponential_ms: float
@@ -193,7 +192,7 @@ class Bound:
         return max(self.matrix_ms, self.exponential_ms)
 
     @property
-    def unit(self) -> Literal["matrix", "exponential"]:
+    def unit(self) -> Unit:
         return "matrix" if self.matrix_ms >= self.exponential_ms else "exponential"
 
 
@@ -201,9 +200,10 @@ def attention_bound(
     heads: int, queries: int, keys: int, head_dim: int, rates: Rates, polynomial: int = 0
 ) -> Bound:
     """The bound of a whole call; `heads` are those of all images together."""
+    scores = heads * queries * keys
     return Bound(
-        matrix_ms=flops(heads, queries, keys, padded_head_dim(head_dim)) / (rates.matrix_tflops * 1e9),
-        exponential_ms=heads * queries * keys * _on_the_unit(polynomial) / rates.exponentials_per_ms,
+        matrix_ms=4 * scores * padded_head_dim(head_dim) / (rates.matrix_tflops * 1e9),
+        exponential_ms=scores * _on_the_unit(polynomial) / rates.exponentials_per_ms,
     )
 
 

@@ -1,14 +1,20 @@
-"""DDPM ancestral sampling. Ho, Jain and Abbeel, arXiv 2006.11239, equations 6 and 7."""
+"""DDPM ancestral sampling.
+
+Ho, Jain and Abbeel, arXiv 2006.11239, equations 6 and 7, with level = alpha^2:
+
+    mean     = sqrt(level_next) beta / (1 - level) x_0 + sqrt(1 - beta) (1 - level_next) / (1 - level) x
+    variance = (1 - level_next) / (1 - level) beta, or beta itself ("fixed_large"); beta = 1 - level / level_next
+    x_next   = mean + sqrt(variance) z
+"""
 
 import math
 
 import numpy as np
 
 from .schedule import NoiseSchedule, alpha_sigma
-from .spacing import spaced_timesteps
+from .spacing import LEADING, Spacing
 from .step import Tableau, choose, predict
 
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large")
 # The smallest variance of fixed_small, so that its logarithm exists.
 MIN_VARIANCE = 1e-20
 
@@ -18,23 +24,20 @@ def ddpm(
     num_steps: int,
     *,
     variance_type: str = "fixed_small",
-    timestep_spacing: str = "leading",
-    steps_offset: int = 0,
+    spacing: Spacing = LEADING,
 ) -> Tableau:
     """Options and defaults of diffusers' DDPMScheduler; noise at every timestep above 0.
 
     Refuses variance types that need a learned variance, and fixed_large_log, which is NaN in diffusers.
     """
-    choose("variance_type", variance_type, VARIANCE_TYPES)
+    choose("variance_type", variance_type, ("fixed_small", "fixed_small_log", "fixed_large"))
     schedule.refuse_zero_snr_epsilon("ddpm")
-    timesteps = spaced_timesteps(
-        schedule.num_train_timesteps, num_steps, timestep_spacing, steps_offset=steps_offset
-    ).astype(int)
+    timesteps = spacing.timesteps(schedule, num_steps).astype(int)
     tableau = Tableau("x")
     x, output, noise = tableau.unit_vectors()
-    for timestep, previous in zip(timesteps, np.append(timesteps[1:], -1), strict=True):
+    for timestep, following in zip(timesteps, np.append(timesteps[1:], -1), strict=True):
         level = schedule.level(timestep)
-        level_next = schedule.level(previous) if previous >= 0 else 1.0
+        level_next = schedule.level(following) if following >= 0 else 1.0
         beta = 1 - level / level_next
         x0, _ = predict(schedule.prediction_type, x, output, *alpha_sigma(level))
         mean = (

@@ -1,6 +1,10 @@
 """Multistep consistency sampling of a latent consistency model.
 
-Luo et al., arXiv 2310.04378, equation 9 and algorithm 3; Song et al., arXiv 2303.01469, algorithm 1.
+Luo et al., arXiv 2310.04378, equation 9 and algorithm 3; Song et al., arXiv 2303.01469, algorithm 1:
+
+    f      = c_skip x + c_out x_0
+    c_skip = sigma_data^2 / (s^2 + sigma_data^2),  c_out = s / sqrt(s^2 + sigma_data^2),  s = timestep_scaling t
+    x_next = alpha_next f + sigma_next z; after the last step f
 """
 
 import math

@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +25,8 @@ from .step import Step, Tableau
 from .unipc import unipc
 from .values import Copied, is_number, plain, shown
 
-# builder(schedule, num_steps, **options): its keyword-only parameters are the sampler's options and defaults.
+# builder(schedule, num_steps, **keywords): its keyword-only parameters are the sampler's options and defaults. A
+# default that has `takes`, such as a `Spacing`, stands for the options that `takes` names.
 Builder = Callable[..., Tableau]
 
 SAMPLERS: Mapping[str, Builder] = MappingProxyType(
@@ -107,6 +108,11 @@ class SamplingPlan(Copied):
         return np.array([step.c_in for step in self.steps])
 
     @property
+    def next_input_scales(self) -> FloatArray:
+        """[K] float64: the `c_in` of the evaluation after each step; 1 after the last."""
+        return np.append(self.input_scales[1:], 1.0)
+
+    @property
     def timesteps(self) -> FloatArray:
         """[K] float64: the timesteps of the steps."""
         return np.array([step.timestep for step in self.steps])
@@ -141,20 +147,39 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
         raise ValueError(f"num_steps must be an integer from 1 to {train_steps}, not {shown(num_steps)}")
     builder = SAMPLERS[name]
     parameters = inspect.signature(builder).parameters.values()
-    defaults = {option.name: option.default for option in parameters if option.kind is option.KEYWORD_ONLY}
+    keywords = {keyword.name: keyword.default for keyword in parameters if keyword.kind is keyword.KEYWORD_ONLY}
+    defaults = _options(keywords)
     inherited = {key: value for key, value in schedule.options.items() if key in defaults}
     given = _checked_options(name, options, defaults)
     resolved = {**defaults, **_checked_options(name, _adopt(name, inherited), defaults), **given}
     try:
         # The caller's np.seterr must not matter: Tableau.step checks every coefficient.
         with np.errstate(all="ignore"):
-            tableau = builder(schedule, num_steps, **resolved)
+            tableau = builder(schedule, num_steps, **_with_options(keywords, resolved))
     except (ArithmeticError, np.linalg.LinAlgError):
         raise ValueError(
             f"{name} has no finite coefficients for {num_steps} steps, two of them at one noise level or an "
             "option out of range: choose fewer steps or another timestep_spacing, or leave the options out"
         ) from None
     return SamplingPlan(name, num_steps, tableau.finish(), tableau.init_noise_sigma, schedule, resolved)
+
+
+def _options(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a builder's keywords stand for: each itself, or what its value takes."""
+    options: dict[str, Any] = {}
+    for name, value in keywords.items():
+        options |= {key: getattr(value, key) for key in value.takes} if hasattr(value, "takes") else {name: value}
+    return options
+
+
+def _with_options(keywords: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A builder's keywords with these options, the inverse of `_options`."""
+    return {
+        name: replace(value, **{key: options[key] for key in value.takes})
+        if hasattr(value, "takes")
+        else options[name]
+        for name, value in keywords.items()
+    }
 
 
 def _adopt(name: str, inherited: Mapping[str, Any]) -> dict[str, Any]:

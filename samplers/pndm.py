@@ -1,7 +1,12 @@
 """Pseudo numerical methods: Runge-Kutta or a doubled first step, then linear multistep.
 
-Liu et al., arXiv 2202.09778, equations 9, 12 and 13 and algorithm 2. The network's raw outputs are combined
-first and turned into a noise prediction after, as in diffusers.
+Liu et al., arXiv 2202.09778, equations 9, 12 and 13 and algorithm 2, with level = alpha^2:
+
+    x_next = alpha_next / alpha x - (level_next - level) / (level sigma_next + alpha sigma alpha_next) eps     (9)
+    eps    = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24, of the last four outputs e, the newest first            (12)
+    eps    = (k_1 + 2 k_2 + 2 k_3 + k_4) / 6, of outputs k at the start, twice the middle, and the end         (13)
+
+As in diffusers, the network's raw outputs are combined first and turned into a prediction of the noise after.
 """
 
 import itertools
@@ -9,7 +14,7 @@ import itertools
 import numpy as np
 
 from .schedule import FloatArray, NoiseSchedule, alpha_sigma
-from .spacing import spaced_timesteps
+from .spacing import LEADING, Spacing
 from .step import Tableau, choose, predict
 
 # Adams-Bashforth of orders 1 to 4, the newest output first.
@@ -28,8 +33,7 @@ def pndm(
     *,
     skip_prk_steps: bool = False,
     set_alpha_to_one: bool = False,
-    timestep_spacing: str = "leading",
-    steps_offset: int = 0,
+    spacing: Spacing = LEADING,
 ) -> Tableau:
     """Options and defaults of diffusers' PNDMScheduler (Stable Diffusion's default, with skip_prk_steps).
 
@@ -42,9 +46,8 @@ def pndm(
         raise ValueError(
             f"pndm with skip_prk_steps=False needs at least 4 steps, not {num_steps}; set skip_prk_steps"
         )
-    train_steps = schedule.num_train_timesteps
-    timesteps = spaced_timesteps(train_steps, num_steps, timestep_spacing, steps_offset=steps_offset).astype(int)
-    stride = train_steps // num_steps
+    timesteps = spacing.timesteps(schedule, num_steps).astype(int)
+    stride = schedule.num_train_timesteps // num_steps
     final = 1.0 if set_alpha_to_one else schedule.level(0)
     tableau = Tableau("x", "start", "slope", "e1", "e2", "e3")
     x, start, slope, e1, e2, e3, output, _ = tableau.unit_vectors()

@@ -83,9 +83,8 @@ class SamplerState:
         table[:, :count, :count] = exact[..., :count]
         table[:, :count, -2:] = exact[..., count:]
         self._table[:steps].copy_(table, non_blocking=True)
-        # Each update scales the input of the evaluation after it; the last one's input is never read.
-        next_c_in = torch.tensor(plan.input_scales[1:], dtype=dtype, device="cpu")
-        self._next_c_in[: steps - 1].copy_(next_c_in, non_blocking=True)
+        next_c_in = torch.tensor(plan.next_input_scales, dtype=dtype, device="cpu")
+        self._next_c_in[:steps].copy_(next_c_in, non_blocking=True)
         if self._guidance is not None and scales is not None:
             weights = torch.tensor(scales, dtype=dtype, device="cpu")
             self._guidance[:steps].copy_(weights, non_blocking=True)

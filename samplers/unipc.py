@@ -1,6 +1,12 @@
 """UniPC: a multistep predictor, and a corrector that reuses the network's output of the next step.
 
-Zhao et al., arXiv 2302.04867, algorithms 5 to 8 (the B(h) version), equations 3, 5 and 9.
+Zhao et al., arXiv 2302.04867, algorithms 5 to 8 (the B(h) version), equations 3, 5 and 9:
+
+    x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) m_0 - alpha_t B(h) sum_k a_k D_k / r_k
+    D_k = m_k - m_0,  r_k = (lambda_k - lambda_s) / h,  h = lambda_t - lambda_s
+
+m_0 is the prediction of x_0 at s. UniP sums over predictions before s, UniC over the prediction at t (r = 1) as
+well. For predictions of eps, alpha and sigma change places and h stands for -h.
 """
 
 import math
@@ -8,87 +14,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .dpm_solver import NoiseLevel, phi
+from .dpm_solver import phi
 from .schedule import FloatArray, NoiseSchedule
-from .spacing import choose_ramp, solver_levels, spaced_timesteps
+from .spacing import RAMPED_TO_FINAL, NoiseLevel, Spacing
 from .step import Tableau, choose, predict
-
-
-def unipc(
-    schedule: NoiseSchedule,
-    num_steps: int,
-    *,
-    solver_order: int = 2,
-    solver_type: str = "bh2",
-    predict_x0: bool = True,
-    disable_corrector: Sequence[int] = (),
-    lower_order_final: bool = True,
-    use_karras_sigmas: bool = False,
-    use_exponential_sigmas: bool = False,
-    use_beta_sigmas: bool = False,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    final_sigmas_type: str = "zero",
-    timestep_spacing: str = "linspace",
-    steps_offset: int = 0,
-) -> Tableau:
-    """Options and defaults of diffusers' UniPCMultistepScheduler; disable_corrector lists steps not to correct.
-
-    Refuses what cannot end at sigma = 0: predict_x0 False, or a last step of order above 1.
-    """
-    choose("solver_order", solver_order, (1, 2, 3))
-    choose("solver_type", solver_type, ("bh1", "bh2"))
-    if final_sigmas_type == "zero" and not predict_x0:
-        raise ValueError(
-            "predict_x0=False does not reach final_sigmas_type 'zero', where lambda is infinite; "
-            "set final_sigmas_type to 'sigma_min'"
-        )
-    timesteps, ratios = solver_levels(
-        schedule,
-        spaced_timesteps(
-            schedule.num_train_timesteps,
-            num_steps,
-            timestep_spacing,
-            steps_offset=steps_offset,
-            drop_last=True,
-        ),
-        choose_ramp(
-            use_karras_sigmas=use_karras_sigmas,
-            use_exponential_sigmas=use_exponential_sigmas,
-            use_beta_sigmas=use_beta_sigmas,
-        ),
-        final_sigmas_type,
-        round_karras=True,
-        final_of_ramp=True,
-        sigma_min=sigma_min,
-        sigma_max=sigma_max,
-    )
-    levels = [NoiseLevel.of(ratio) for ratio in ratios]
-    memory = [f"m{age}" for age in range(1, solver_order + 1)]
-    tableau = Tableau("x", "start", *memory)
-    x, start, *memories, output, _ = tableau.unit_vectors()
-    order = 1
-    for index, timestep in enumerate(timesteps):
-        x0, eps = predict(schedule.prediction_type, x, output, levels[index].alpha, levels[index].sigma)
-        prediction = x0 if predict_x0 else eps
-        corrected = x
-        if index > 0 and index - 1 not in disable_corrector:
-            move = _Move(levels[max(index - order, 0) : index + 1], predict_x0, solver_type)
-            corrected = move.correct(start, memories[:order], prediction)
-        order = min(solver_order, index + 1)
-        if lower_order_final:
-            order = min(order, num_steps - index)
-        if order > 1 and math.isinf(levels[index + 1].lambda_):
-            raise ValueError(
-                "lower_order_final=False does not reach final_sigmas_type 'zero', where lambda is infinite; "
-                "set final_sigmas_type to 'sigma_min'"
-            )
-        known = [prediction, *memories]
-        move = _Move(levels[max(index - order + 1, 0) : index + 2], predict_x0, solver_type)
-        x_next = move.predict(corrected, known[:order])
-        memories_next = dict(zip(memory, known, strict=False))
-        tableau.step(timestep, c_in=1.0, x=x_next, start=corrected, **memories_next)
-    return tableau
 
 
 class _Move:
@@ -103,37 +32,72 @@ class _Move:
         self.b_h = self.z if solver_type == "bh1" else math.expm1(self.z)
         self.gaps = [level.lambda_ - origin.lambda_ for level in reversed(earlier)]
 
-    def predict(self, sample: FloatArray, predictions: Sequence[FloatArray]) -> FloatArray:
-        """UniP, algorithm 6, of the order of the number of predictions; order 2 has the weight 1/2."""
-        first, slopes = self._start(sample, predictions)
-        if not slopes or self.h == 0.0:
-            return first
-        if len(slopes) == 1:
-            weights = np.array([0.5])
-        else:
-            matrix, moments = self._system()
-            weights = np.linalg.solve(matrix[:-1, :-1], moments[:-1])
-        return first - self.scale * self.b_h * np.tensordot(weights, slopes, 1)
-
-    def correct(
-        self, sample: FloatArray, predictions: Sequence[FloatArray], new_prediction: FloatArray
+    def __call__(
+        self, sample: FloatArray, predictions: Sequence[FloatArray], at_target: FloatArray | None = None
     ) -> FloatArray:
-        """UniC, algorithm 5: the same step with the prediction at its end. Order 1 has the weight 1/2."""
-        first, slopes = self._start(sample, predictions)
-        slopes.append(new_prediction - predictions[0])
-        weights = np.array([0.5]) if len(slopes) == 1 else np.linalg.solve(*self._system())
-        return first - self.scale * self.b_h * np.tensordot(weights, slopes, 1)
-
-    def _start(self, sample: FloatArray, predictions: Sequence[FloatArray]) -> tuple[FloatArray, list[FloatArray]]:
-        """The first-order step, and (D_m / r_m) for every earlier prediction."""
+        """x_t of UniP, algorithm 6, or with the prediction at t of UniC, algorithm 5; a single a_k is 1/2."""
         newest, *older = predictions
         first = self.decay * sample - self.scale * math.expm1(self.z) * newest
-        # D_m / r_m with r_m = gap / h, without dividing by an h of zero.
-        return first, [(m - newest) * (self.h / gap) for m, gap in zip(older, self.gaps, strict=True)]
+        # D_k / r_k with r_k = gap / h, without dividing by an h of zero.
+        slopes = [(m - newest) * (self.h / gap) for m, gap in zip(older, self.gaps, strict=True)]
+        if at_target is not None:
+            slopes.append(at_target - newest)
+        elif not slopes or self.h == 0.0:
+            return first
+        weights = np.array([0.5]) if len(slopes) == 1 else self._weights(len(slopes))
+        return first - self.scale * self.b_h * np.tensordot(weights, slopes, 1)
 
-    def _system(self) -> tuple[FloatArray, FloatArray]:
-        """R_p(h) and the moments phi_p(h) / B(h) of equation 5."""
-        ratios = np.array([*(gap / self.h for gap in self.gaps), 1.0])
-        powers = range(ratios.size)
-        moments = [math.factorial(k + 1) * self.z * phi(k + 2, self.z) / self.b_h for k in powers]
-        return np.stack([ratios**k for k in powers]), np.array(moments)
+    def _weights(self, count: int) -> FloatArray:
+        """The a_k: R_p(h) a is equal to the moments phi_p(h) / B(h), equation 5."""
+        ratios = np.array([*(gap / self.h for gap in self.gaps), 1.0][:count])
+        moments = [math.factorial(k + 1) * self.z * phi(k + 2, self.z) / self.b_h for k in range(count)]
+        return np.linalg.solve(np.stack([ratios**k for k in range(count)]), np.array(moments))
+
+
+def unipc(
+    schedule: NoiseSchedule,
+    num_steps: int,
+    *,
+    solver_order: int = 2,
+    solver_type: str = "bh2",
+    predict_x0: bool = True,
+    disable_corrector: Sequence[int] = (),
+    lower_order_final: bool = True,
+    spacing: Spacing = RAMPED_TO_FINAL,
+) -> Tableau:
+    """Options and defaults of diffusers' UniPCMultistepScheduler; disable_corrector lists steps not to correct.
+
+    Refuses what cannot end at sigma = 0: predict_x0 False, or a last step of order above 1.
+    """
+    choose("solver_order", solver_order, (1, 2, 3))
+    choose("solver_type", solver_type, ("bh1", "bh2"))
+    if spacing.final_sigmas_type == "zero" and not predict_x0:
+        raise ValueError(
+            "predict_x0=False does not reach final_sigmas_type 'zero', where lambda is infinite; "
+            "set final_sigmas_type to 'sigma_min'"
+        )
+    timesteps, levels = spacing.solver_levels(schedule, num_steps, final_of_ramp=True)
+    memory = [f"m{age}" for age in range(1, solver_order + 1)]
+    tableau = Tableau("x", "start", *memory)
+    x, start, *memories, output, _ = tableau.unit_vectors()
+    order = 1
+    for index, timestep in enumerate(timesteps):
+        x0, eps = predict(schedule.prediction_type, x, output, levels[index].alpha, levels[index].sigma)
+        prediction = x0 if predict_x0 else eps
+        corrected = x
+        if index > 0 and index - 1 not in disable_corrector:
+            unic = _Move(levels[max(index - order, 0) : index + 1], predict_x0, solver_type)
+            corrected = unic(start, memories[:order], prediction)
+        order = min(solver_order, index + 1)
+        if lower_order_final:
+            order = min(order, num_steps - index)
+        if order > 1 and math.isinf(levels[index + 1].lambda_):
+            raise ValueError(
+                "lower_order_final=False does not reach final_sigmas_type 'zero', where lambda is infinite; "
+                "set final_sigmas_type to 'sigma_min'"
+            )
+        known = [prediction, *memories]
+        unip = _Move(levels[max(index - order + 1, 0) : index + 2], predict_x0, solver_type)
+        x_next = unip(corrected, known[:order])
+        tableau.step(timestep, c_in=1.0, x=x_next, start=corrected, **dict(zip(memory, known, strict=False)))
+    return tableau

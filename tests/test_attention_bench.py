@@ -37,14 +37,14 @@ from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.step.call import KernelCase
-from ldmperf.profiling.step.calls import attention_cases
+from ldmperf.profiling.step.call import OperatorCall
+from ldmperf.profiling.step.calls import attention_calls
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 ENVIRONMENT = Environment(os="Linux", python="3.11", torch="2.13.0", git_commit="a" * 40, git_dirty=False)
 QUICK = Pace(RepetitionRule(3, 0.0), 0.0)
-OF_ITSELF, OF_TEXT = attention_cases(12, 64, 2, "float32")
+OF_ITSELF, OF_TEXT = attention_calls(12, 64, 2, "float32")
 # 1000 TFLOP/s (2 * 1000**3 FLOP in 0.002 ms), and 16 * 125 * 2e6 exponentials a millisecond.
 RATES = UnitRates(matrix_size=1000, matrix_ms=Samples.of([0.002]), multiprocessors=125, clock_ghz=2.0)
 
@@ -53,12 +53,12 @@ def bench(*peers: Peer) -> KernelBench:
     return KernelBench("cpu", peers, ("eager",), QUICK, ENVIRONMENT, None, RATES)
 
 
-def measured(case: KernelCase, *peers: Peer) -> dict[str, KernelRecord]:
+def measured(case: OperatorCall, *peers: Peer) -> dict[str, KernelRecord]:
     return {record.peer: record for record in bench(*peers).measure(Job("39M", 2, case))}
 
 
 @pytest.mark.parametrize("case", [OF_ITSELF, OF_TEXT], ids=lambda case: case.label)
-def test_every_peer_is_right_or_says_why_not(case: KernelCase) -> None:
+def test_every_peer_is_right_or_says_why_not(case: OperatorCall) -> None:
     records = measured(case, *(peer for name, peer in PEERS.items() if name != "flex"))
     assert {name: record.status for name, record in records.items()} == {
         "triton": "unsupported",
@@ -75,7 +75,7 @@ def test_every_peer_is_right_or_says_why_not(case: KernelCase) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention on a CPU needs a C++ compiler")
 def test_flex_attention_is_right() -> None:
-    (record,) = measured(attention_cases(12, 64, 1, "float32")[0], PEERS["flex"]).values()
+    (record,) = measured(attention_calls(12, 64, 1, "float32")[0], PEERS["flex"]).values()
     assert record.status == "ok", record.message
 
 
@@ -104,7 +104,7 @@ def test_one_backend_of_torch_is_allowed(name: str, monkeypatch: pytest.MonkeyPa
         "math": torch.backends.cuda.math_sdp_enabled,
     }
     arguments = OF_ITSELF.arguments("cpu")
-    monkeypatch.setattr(KernelCase, "arguments", lambda case, device: arguments)
+    monkeypatch.setattr(OperatorCall, "arguments", lambda case, device: arguments)
     # It is asked whether it serves the call, and no other is.
     asked: list[str] = []
     for other, (_, serves) in attention_peers.SDPA.items():
@@ -219,7 +219,7 @@ def test_the_reference_is_that_of_the_whole_batch() -> None:
     torch.testing.assert_close(found, torch.einsum("bhqk,bkhd->bqhd", weights, v))
 
 
-def timed(case: KernelCase, peer: str, ms: float, error: float = 1e-6, **changes: Any) -> KernelRecord:
+def timed(case: OperatorCall, peer: str, ms: float, error: float = 1e-6, **changes: Any) -> KernelRecord:
     right = Peer(peer, lambda case, device: Implementation(functools.partial(attention, backend="torch")))
     (record,) = bench(right).measure(Job("39M", 2, case))
     assert record.correctness is not None

@@ -10,10 +10,10 @@ from ldmperf.profiling.machines import (
     attention_bound,
     bound_cycles,
     exponential_cycles,
-    flops,
     matrix_cycles,
     padded_head_dim,
 )
+from ldmperf.profiling.step.calls import attention_calls
 
 # 1000 TFLOP/s, and 16 * 125 * 2 = 4000 exponentials a nanosecond: 4e9 a millisecond.
 RATES = Rates(matrix_tflops=1000.0, multiprocessors=125, clock_ghz=2.0)
@@ -55,7 +55,7 @@ def test_the_bound_is_the_longer_of_both(head_dim: int, polynomial: int, expecte
 
 def test_the_bound_of_a_call_in_milliseconds() -> None:
     # Batch 2, 8 heads, 4096 tokens, D = 40: 16 * 4096 * 4096 = 2**28 scores.
-    assert flops(16, 4096, 4096, 40) == 4 * 2**28 * 40
+    assert attention_calls(40, 4096, 2)[0].flops == 4 * 2**28 * 40
     bound = attention_bound(16, 4096, 4096, 40, RATES)
     assert bound.matrix_ms == pytest.approx(4 * 2**28 * 48 / 1e12)
     assert bound.exponential_ms == pytest.approx(2**28 / 4e9)

@@ -22,7 +22,7 @@ from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
 from ldmperf.profiling.measure.environment import Environment, Gpu
 from ldmperf.profiling.measure.store import load_lines
-from ldmperf.profiling.step.calls import sampler_case
+from ldmperf.profiling.step.calls import sampler_call
 
 MakeRecord = Callable[..., Record]
 COMMIT = "7d35813a1b2c3d4e5f60718293a4b5c6d7e8f901"
@@ -35,7 +35,7 @@ def environment(gpu: str | None = H100, commit: str | None = COMMIT, **changes: 
 
 
 def kernel_record() -> KernelRecord:
-    case = sampler_case("ddim", 2, "float32")
+    case = sampler_call("ddim", 2, "float32")
     return KernelRecord(
         case_key=record_key(case, "cuda", "triton", "graph"),
         size="39M",

@@ -23,7 +23,7 @@ from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, timed
-from ldmperf.profiling.step.calls import attention_cases, family_kernel_cases
+from ldmperf.profiling.step.calls import attention_calls, family_calls
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,7 +86,7 @@ def test_our_kernels_are_timed_in_both_modes() -> None:
     bench = KernelBench(
         "cuda", [PEERS["triton"], PEERS["eager"]], ("eager", "graph"), pace, environment, bandwidth
     )
-    for case in family_kernel_cases("39M", 2, "bfloat16", latents=16):
+    for case in family_calls("39M", 2, "bfloat16", latents=16):
         for record in bench.measure(Job("39M", 2, case)):
             if record.peer == "triton":
                 assert record.status == "ok", f"{record.case.label} {record.mode}: {record.message}"
@@ -104,7 +104,7 @@ def test_attentions_peers_are_timed_or_say_why_not(head_dim: int) -> None:
     environment = Environment(os="Linux", python="3")
     peers = [PEERS[name] for name in usual_peers("cuda")]
     bench = KernelBench("cuda", peers, ("eager", "graph"), pace, environment, None, rates)
-    for case in attention_cases(head_dim, 256, 2):
+    for case in attention_calls(head_dim, 256, 2):
         for record in bench.measure(Job(f"head_dim {head_dim}", 2, case)):
             told = f"{record.peer} {record.mode} {record.case.label}: {record.status}: {record.message}"
             assert record.status in ("ok", "unsupported"), told
@@ -115,7 +115,7 @@ def test_attentions_peers_are_timed_or_say_why_not(head_dim: int) -> None:
 
 def test_the_tuner_times_torchs_attention_too() -> None:
     tune = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "tune.py"), run_name="tune")
-    case = attention_cases(40, 256, 2)[0]
+    case = attention_calls(40, 256, 2)[0]
     candidates = OPERATORS["attention"].candidates(case.bound("meta"))[:2]
     with torch.inference_mode():
         timer = tune["GpuTimer"](case, torch.device("cuda"))
@@ -126,7 +126,7 @@ def test_the_tuner_times_torchs_attention_too() -> None:
 
 def test_the_tuner_checks_and_times_candidates() -> None:
     tune = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "tune.py"), run_name="tune")
-    case = next(case for case in family_kernel_cases("39M", 2, "bfloat16") if case.operator == "geglu")
+    case = next(case for case in family_calls("39M", 2, "bfloat16") if case.operator == "geglu")
     candidates = OPERATORS["geglu"].candidates(case.bound("meta"))[:3]
     with torch.inference_mode():
         found = tune["search"](candidates, tune["GpuTimer"](case, torch.device("cuda")), Deadline(None))

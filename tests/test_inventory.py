@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inventory import measured_steps, with_inventory
+from inventory import (
+    LAUNCHES_OF_A_CAPTURE,
+    SIZES,
+    Inventory,
+    floors_markdown,
+    inventory,
+    measured_steps,
+    with_inventory,
+)
 
 pytest.importorskip("diffusers")
 
@@ -21,16 +29,11 @@ from ldmperf.kernels import linear
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.recorded import KernelTime
-from ldmperf.profiling.step.inventory import (
-    LAUNCHES_OF_A_CAPTURE,
-    SIZES,
-    Inventory,
-    floors_markdown,
-    inventory,
-)
+from ldmperf.profiling.step.call import nbytes
 from ldmperf.profiling.step.launches import GpuLaunch, total
-from ldmperf.profiling.step.recording import OpStream, diffusers_step, our_step
-from ldmperf.profiling.step.rules import UnknownOperator, flash_splits, launches_of, nbytes
+from ldmperf.profiling.step.recorded_steps import diffusers_step, our_step
+from ldmperf.profiling.step.recording import Recorder
+from ldmperf.profiling.step.rules import UnknownOperator, flash_splits, launches_of
 from ldmperf.profiling.trajectory.records import Trace
 
 ROOT = Path(__file__).parents[1]
@@ -61,10 +64,10 @@ def image(*shape: int) -> torch.Tensor:
 
 
 def launches(function: Any, *args: Any, **kwargs: Any) -> list[GpuLaunch]:
-    stream = OpStream()
-    with stream, stream.network():
+    recorder = Recorder()
+    with recorder, recorder.network():
         function(*args, **kwargs)
-    return launches_of(stream.ops)
+    return launches_of(recorder.calls)
 
 
 def names(found: list[GpuLaunch]) -> list[str]:

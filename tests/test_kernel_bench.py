@@ -50,8 +50,8 @@ from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.store import load_lines, rejected_path
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, timed
-from ldmperf.profiling.step.call import KernelCase, TensorSpec
-from ldmperf.profiling.step.calls import family_kernel_cases, sampler_case
+from ldmperf.profiling.step.call import OperatorCall, TensorSpec
+from ldmperf.profiling.step.calls import family_calls, sampler_call
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -60,10 +60,10 @@ COPY = CopyBandwidth(bytes_each=10**6, ms=Samples.of([1.0, 2.0, 3.0]))
 QUICK = Pace(RepetitionRule(3, 0.0), 0.0)
 
 
-def geglu_case(rows: int = 6, dtype: Any = "float32") -> KernelCase:
+def geglu_case(rows: int = 6, dtype: Any = "float32") -> OperatorCall:
     x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype=dtype)
     out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype=dtype)
-    return KernelCase(operator="geglu", dtype=dtype, tensors=(x,), results=(out,))
+    return OperatorCall(operator="geglu", dtype=dtype, tensors=(x,), results=(out,))
 
 
 def peer(name: str, call: Callable[..., Any]) -> Peer:
@@ -126,7 +126,7 @@ def test_only_a_right_result_gets_a_time() -> None:
 
 def test_the_check_sees_what_a_call_does_not_write() -> None:
     """model_input is full of NaN before the check, so that a call that leaves it alone is wrong."""
-    case = sampler_case("ddim", 2, "float32", 8)
+    case = sampler_call("ddim", 2, "float32", 8)
 
     def forgets(**arguments: Any) -> None:
         OPERATORS["sampler_update"].reference(**arguments | {"model_input": None, "input_scale": None})
@@ -137,7 +137,7 @@ def test_the_check_sees_what_a_call_does_not_write() -> None:
 
 
 def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> None:
-    inputs = CallInputs(sampler_case("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
+    inputs = CallInputs(sampler_call("ddim", 2, "float32", 8), 2, torch.device("cpu"), seed=0)
     first = inputs.sets[0]
     registers = first["registers"].clone()
     assert not torch.equal(registers, inputs.sets[1]["registers"])
@@ -151,7 +151,7 @@ def test_before_a_check_inputs_are_as_they_were_and_outputs_are_poisoned() -> No
 def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
     """Wrong formulas of the peers would make our kernels look wrong, or slow."""
     peers = [PEERS[name] for name in ("eager", "reference")]
-    for case in family_kernel_cases("39M", 2, "float32", latents=8):
+    for case in family_calls("39M", 2, "float32", latents=8):
         for record in bench(*peers).measure(Job("39M", 2, case)):
             expected = "unsupported" if case.plan in ("unipc", "euler_a") and record.peer == "eager" else "ok"
             assert record.status == expected, record.message
@@ -161,7 +161,7 @@ def test_every_case_of_a_step_is_right_in_plain_torch() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_step_of_diffusers_is_ours(plan: str, batch: int) -> None:
     pytest.importorskip("diffusers")
-    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_case(plan, batch, "float32", 8)))
+    (record,) = bench(PEERS["diffusers"]).measure(Job("39M", batch, sampler_call(plan, batch, "float32", 8)))
     assert record.status == "ok", record.message
 
 
@@ -179,7 +179,7 @@ def test_a_call_that_cannot_be_set_up_is_a_record_for_every_peer(monkeypatch: py
     def no_room(*_: object) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(KernelCase, "arguments", no_room)
+    monkeypatch.setattr(OperatorCall, "arguments", no_room)
     found = bench(peer("triton", right), peer("eager", right)).measure(Job("39M", 2, geglu_case()))
     assert [(record.peer, record.status) for record in found] == [("triton", "oom"), ("eager", "oom")]
 
@@ -296,14 +296,12 @@ def test_important_steps_and_calls_come_first() -> None:
     order = steps_in_order(("39M", "866M", "83M", "vae"), (2, 16))
     assert order[:4] == [("866M", 2), ("39M", 2), ("866M", 16), ("vae", 1)]
     assert len(order) == len(set(order)) == 7
-    cases = by_importance(family_kernel_cases("39M", 2, "bfloat16"))
+    cases = by_importance(family_calls("39M", 2, "bfloat16"))
     assert {case.operator for case in cases[: len(OPERATORS)]} == set(OPERATORS)
     for operator in OPERATORS:
         moved = [case.count * case.bytes_moved for case in cases if case.operator == operator]
         assert moved == sorted(moved, reverse=True)
-    assert sorted(cases, key=lambda c: c.key) == sorted(
-        family_kernel_cases("39M", 2, "bfloat16"), key=lambda c: c.key
-    )
+    assert sorted(cases, key=lambda c: c.key) == sorted(family_calls("39M", 2, "bfloat16"), key=lambda c: c.key)
 
 
 def test_a_call_that_several_sizes_make_is_measured_once() -> None:
@@ -605,7 +603,7 @@ def test_the_table_shows_times_and_reasons(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_sampler_may_round_more_than_others() -> None:
-    assert tolerance_of(sampler_case("ddim", 2, "bfloat16", 8)) > tolerance_of(geglu_case(dtype="bfloat16"))
+    assert tolerance_of(sampler_call("ddim", 2, "bfloat16", 8)) > tolerance_of(geglu_case(dtype="bfloat16"))
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -649,7 +647,7 @@ def test_a_wrong_call_is_one_line(capsys: pytest.CaptureFixture[str], arguments:
 def test_the_command_measures_records_and_shows(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = [Job("39M", 2, case) for case in family_kernel_cases("39M", 2, "float32", latents=8)[:4]]
+    small = [Job("39M", 2, case) for case in family_calls("39M", 2, "float32", latents=8)[:4]]
     monkeypatch.setattr("ldmperf.profiling.kernel_bench.run.jobs", lambda *_: small)
     code, out, errors = run_command(
         capsys, "kernels", "--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", str(tmp_path)
@@ -675,7 +673,7 @@ def test_help_lists_every_peer(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_peer_that_needs_a_gpu_says_so_when_named(name: str) -> None:
     operator = next(iter(PEERS[name].operators or ["geglu"]))
     with pytest.raises(Unsupported, match="GPU"):
-        PEERS[name].build(KernelCase.model_construct(operator=operator), torch.device("cpu"))
+        PEERS[name].build(OperatorCall.model_construct(operator=operator), torch.device("cpu"))
     assert not PEERS[name].is_usual(torch.device("cpu"))
 
 

@@ -27,7 +27,7 @@ from ldmperf.kernels._linear_config import (
 from ldmperf.kernels._parts import padded
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.kernels.linear import LinearCall, plan, tuning_key
-from ldmperf.profiling.step.recording import OpStream
+from ldmperf.profiling.step.recording import Recorder
 
 ARCHS = ("sm_90", "sm_80", "gfx942", "sm_86")
 # Bytes of shared memory that a program may have.
@@ -114,10 +114,10 @@ def test_on_a_cpu_the_kernels_are_refused_and_auto_says_so_once(caplog: pytest.L
 
 def operators(arguments: dict[str, Any], **options: Any) -> list[str]:
     """The operators that a call comes to."""
-    stream = OpStream()
-    with stream:
+    recorder = Recorder()
+    with recorder:
         linear(**arguments, **options)
-    return [op.name.partition("::")[2] for op in stream.ops if not op.is_view]
+    return [call.name.partition("::")[2] for call in recorder.calls if not call.is_view]
 
 
 @pytest.fixture

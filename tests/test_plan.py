@@ -31,6 +31,10 @@ def of(**config):
         ("dpmpp_2m", {"use_flow_sigmas": True}, "use_flow_sigmas"),
         ("ddim", {"etaa": 1.0}, "etaa"),
         ("euler_a", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("heun", {"final_sigmas_type": "zero"}, "takes no option 'final_sigmas_type'"),
+        ("unipc", {"lambda_min_clipped": -5.1}, "takes no option 'lambda_min_clipped'"),
+        ("dpmpp_2s", {"timestep_spacing": "linspace"}, "takes no option 'timestep_spacing'"),
+        ("lcm", {"steps_offset": 0}, "it takes original_inference_steps, timestep_scaling"),
         ("ddim", {"eta": 1.5}, "eta"),
         ("ddim", {"eta": "1"}, "eta"),
         ("ddim", {"set_alpha_to_one": 1}, "set_alpha_to_one"),
@@ -180,6 +184,7 @@ def test_every_plan_is_finite_and_consistent(case, num_steps):
     assert all(type(step.timestep) is float and type(step.c_in) is float for step in plan.steps)
     assert ((plan.timesteps >= 0) & (plan.timesteps <= 999)).all()
     assert plan.stochastic == bool(np.any(plan.table[:, :, -1]))
+    assert plan.next_input_scales.tolist() == [*(step.c_in for step in plan.steps[1:]), 1.0]
     expected = {"heun": 2 * num_steps - 1, "pndm": num_steps + (9 if not options else min(num_steps - 1, 1))}
     assert k == expected.get(name, num_steps)
     # Every register but the first is read by some step: the others were left out.

@@ -53,10 +53,6 @@ RAMPS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 BETAS = [(0.00085, 0.012), (0.0001, 0.02), (1e-6, 1e-5), (0.01, 0.9)]
 
 
-def parameters_of(function):
-    return inspect.signature(function).parameters
-
-
 @st.composite
 def combinations(draw):
     """(sampler, number of steps, config of the noise, options that this sampler takes)."""
@@ -73,7 +69,7 @@ def combinations(draw):
         "rescale_betas_zero_snr": draw(st.booleans()),
         "prediction_type": draw(st.sampled_from(["epsilon", "sample", "v_prediction"])),
     }
-    taken = parameters_of(SAMPLERS[name])
+    taken = make_plan(name, NoiseSchedule.from_diffusers({}), 4).options
     options = draw(
         st.fixed_dictionaries(
             {},
@@ -88,7 +84,7 @@ def combinations(draw):
 def theirs(name, num_steps, config, options):
     """The timesteps of diffusers' class, or None where it has no such option, refuses it or is not finite."""
     given_ = {**config, **{key: value for key, value in options.items() if key != "eta"}}
-    taken = parameters_of(CLASSES[name].__init__)
+    taken = inspect.signature(CLASSES[name].__init__).parameters
     if not given_.pop("rescale_betas_zero_snr") and "rescale_betas_zero_snr" in taken:
         given_["rescale_betas_zero_snr"] = False
     elif config["rescale_betas_zero_snr"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import re
 import runpy
@@ -18,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,18 +24,23 @@ import torch
 pytest.importorskip("triton")
 
 import triton
-from triton.backends.compiler import GPUTarget
+from host_time import NoKernel, StandInDriver, jit_functions
 
-from ldmperf.kernels import OPERATORS, Chip, Launch, layer_norm, residual_add
+from ldmperf.kernels import OPERATORS, Chip, Launch, _triton, layer_norm, residual_add
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
-from ldmperf.profiling.ahead import launch_sets, precompile, stubs
-from ldmperf.profiling.ahead.precompile import compile_work, kernel_of, plan
+from ldmperf.profiling.ahead import launch_sets, stubs, tested_launches
+from ldmperf.profiling.ahead import work as planned_work
+from ldmperf.profiling.ahead.meta_runs import NoGraphs, our_backends, run_parts
+from ldmperf.profiling.ahead.precompile import compile_work
+from ldmperf.profiling.ahead.work import kernel_of, plan
 from ldmperf.profiling.commands import compile_command as ahead
+from ldmperf.profiling.kernel_bench.selection import first_of_each_key, jobs
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.peer import SCHEDULER_CONFIG
 from ldmperf.profiling.static.forked import Lost, map_forked
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.trajectory.backend import Inputs, Problem
 from ldmperf.profiling.trajectory.case import Case
 from ldmperf.profiling.trajectory.network import make_network
@@ -45,12 +48,11 @@ from ldmperf.samplers import NoiseSchedule, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SM_90 = MACHINES["sm_90"]
-FILES = ("attention", "geglu", "group_norm", "layer_norm", "linear", "residual_add", "sampler_update")
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-class StandIn:
+class StandIn(StandInDriver):
     """A driver with one GPU of compute capability 9.0 that loads nothing and launches nothing."""
 
     def __init__(self) -> None:
@@ -60,15 +62,6 @@ class StandIn:
             load_binary=lambda *_: (1, 2, 0, 0, 1024),
             unload_module=lambda *_: None,
         )
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launch(*_: Any) -> None:
@@ -82,12 +75,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """triton on the stand-in, with nothing compiled in this process; our operators take tensors on the CPU."""
     stand_in = StandIn()
     monkeypatch.setattr(triton.runtime.driver, "_active", stand_in)
-    for name in FILES:
-        module = importlib.import_module(f"ldmperf.kernels.{name}")
-        monkeypatch.setattr(module, "device_reasons", lambda *_: [])
-        for kernel in vars(module).values():
-            if isinstance(kernel, triton.JITFunction):
-                monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+    monkeypatch.setattr(_triton, "DEVICES", ("cuda", "cpu"))
+    for kernel in jit_functions():
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     # What is kept by layout was decided without the stand-in, and later with it.
     ByLayout.forget()
     yield stand_in
@@ -113,13 +103,13 @@ def looked_up(driver: StandIn, monkeypatch: pytest.MonkeyPatch) -> dict[str, str
 
     def compile_nothing(src: Any, target: Any = None, options: Any = None, **_: Any) -> Any:
         found[of_cache(src, target, options)] = src.name
-        return MagicMock(name="a compiled kernel")
+        return NoKernel(options)
 
     monkeypatch.setattr(triton.compiler, "compile", compile_nothing)
     return found
 
 
-class Replays(launch_sets.NoGraphs):
+class Replays(NoGraphs):
     """The same, but a replay does the step again."""
 
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
@@ -142,7 +132,7 @@ def cases(sampler: str = "ddim", **changes: Any) -> list[Case]:
             backend=backend,
             **changes,
         )
-        for backend in launch_sets._ours()
+        for backend in our_backends()
     ]
 
 
@@ -160,13 +150,13 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
     if problem.plan.stochastic:
         inputs.append(replace(inputs[0], step_noise=lambda index: torch.randn(1, 4, 16, 16)))
     for one in given:
-        backend = launch_sets._ours()[one.backend]
+        backend = our_backends()[one.backend]
         if hasattr(backend, "graphs"):
             backend = replace(backend, graphs=Replays())
         trajectory = backend.build(problem)
         for value in inputs:
             trajectory(value)
-    planned = {k.digest: k.name for k in plan(launch_sets.run_parts(given), SM_90, chips=[NO_GPU]).launches}
+    planned = {k.digest: k.name for k in plan(run_parts(given), SM_90, chips=[NO_GPU]).launches}
     assert len(looked_up) > 40
     assert {key: name for key, name in looked_up.items() if key not in planned} == {}
     assert {key: name for key, name in planned.items() if key not in looked_up} == {}
@@ -195,6 +185,8 @@ def test_settings_of_triton_are_in_the_key_as_at_run_time(
     digests = set()
     for debug in (False, True):
         monkeypatch.setattr(triton.knobs.runtime, "debug", debug)
+        # A kernel that is kept for a layout is not asked for again.
+        ByLayout.forget()
         residual_add(x, x, backend="triton")
         digests.add(kernel_of(an_addition(), SM_90).digest)
     assert len(digests) == 2
@@ -207,7 +199,7 @@ def an_addition(**changes: Any) -> Launch:
     return replace(launch, **changes)
 
 
-def parts_of(*launches: tuple[Launch, bool]) -> list[precompile.Part]:
+def parts_of(*launches: tuple[Launch, bool]) -> list[planned_work.Part]:
     return [lambda: iter(launches)]
 
 
@@ -318,9 +310,9 @@ def test_closing_ends_the_processes() -> None:
 def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
     family = runpy.run_path(str(ROOT / "tests/gpu/test_1_family.py"), run_name="family")
     unet = runpy.run_path(str(ROOT / "tests/gpu/test_3_unet.py"), run_name="unet")
-    assert family["HEAD_DIMS"] == launch_sets.TESTED_HEAD_DIMS
-    assert unet["TINY"] == launch_sets.TESTED_TINY
-    assert unet["SAMPLERS"] == launch_sets.TESTED_SAMPLERS
+    assert family["HEAD_DIMS"] == FAMILY_HEAD_DIMS
+    assert unet["TINY"] == tested_launches.TESTED_TINY
+    assert unet["SAMPLERS"] == tested_launches.TESTED_SAMPLERS
     check = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("*check*.py")))
     assert re.findall(r'^HEAD_DIMS = "([\d,]+)"', check, re.MULTILINE) == [
         ",".join(map(str, launch_sets.CHECKED_HEAD_DIMS))
@@ -330,7 +322,7 @@ def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
 def test_candidates_are_those_that_the_tuner_tries() -> None:
     work = plan(launch_sets.parts_of("tune:geglu:39M:2"), SM_90, chips=[NO_GPU])
     expected = set()
-    for _, job in launch_sets.first_of_each_key(launch_sets.jobs(("geglu",), ("39M",), (2,), "bfloat16")):
+    for _, job in first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")):
         call = job.case.bound("meta")
         for config in [None, *OPERATORS["geglu"].candidates(call)]:
             for launch in OPERATORS["geglu"].plan(call, config=config)[1]:
@@ -353,8 +345,8 @@ def test_launches_are_those_of_the_chip_that_they_are_planned_for(
         kernels = f'{{"residual_add": {{"{key}": {config}}}}}'
         path.write_text(f'{{"schema_version": 1, "gpu": "{name}", "chip": {chip}, "kernels": {kernels}}}')
     monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
-    monkeypatch.setattr(precompile, "chip_here", lambda: None)
-    assert [chip.name for chip in precompile.chips_of(SM_90)] == ["H200 SXM", "NVIDIA H200"]
+    monkeypatch.setattr(planned_work, "chip_here", lambda: None)
+    assert [chip.name for chip in planned_work.chips_of(SM_90)] == ["H200 SXM", "NVIDIA H200"]
 
     def part() -> Iterator[tuple[Launch, bool]]:
         yield an_addition(), False
@@ -362,8 +354,8 @@ def test_launches_are_those_of_the_chip_that_they_are_planned_for(
     work = plan([part], SM_90)
     assert sorted(kernel.options["num_warps"] for kernel in work.launches) == [an_addition().num_warps, 8]
     here = _launch.Chip("NVIDIA H200", 132)
-    monkeypatch.setattr(precompile, "chip_here", lambda: here)
-    assert precompile.chips_of(SM_90) == (here,)
+    monkeypatch.setattr(planned_work, "chip_here", lambda: here)
+    assert planned_work.chips_of(SM_90) == (here,)
 
 
 DRIVER = """
@@ -393,17 +385,17 @@ def test_the_gpu_that_is_here_is_asked_by_another_process(tmp_path: Path, monkey
         command = ["gcc", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(folder / "driver.c")]
         subprocess.run(command, check=True)
         monkeypatch.setenv("LD_LIBRARY_PATH", str(folder))
-        precompile.chip_here.cache_clear()
+        planned_work.chip_here.cache_clear()
         expected = Chip("NVIDIA H200", 132, "sm_90") if code == 0 else None
-        assert precompile.chip_here() == expected
-    precompile.chip_here.cache_clear()
+        assert planned_work.chip_here() == expected
+    planned_work.chip_here.cache_clear()
 
 
 def test_stubs_are_named_as_triton_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.nvidia import driver
     from triton.runtime.build import platform_key
 
-    _, signature, constants, _ = precompile.bind(an_addition(), SM_90)
+    _, signature, constants, _ = planned_work.bind(an_addition(), SM_90)
     if not hasattr(driver, "make_launcher"):
         assert stubs.launcher_stub(an_addition().kernel, signature, constants) is None
         monkeypatch.setattr(driver, "make_launcher", lambda *given: f"int {len(given[1])};", raising=False)

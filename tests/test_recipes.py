@@ -345,9 +345,9 @@ def test_a_call_asks_for_reasons_and_plans_once(
 
 
 def test_the_bench_counts_every_operator() -> None:
-    from ldmperf.profiling.step.calls import attention_cases, sampler_case, vae_kernel_cases
+    from ldmperf.profiling.step.calls import attention_calls, sampler_call, vae_calls
 
-    cases = [attention_cases(8, 64, 1)[0], sampler_case("ddim", 2, "bfloat16", 8), vae_kernel_cases()[-1]]
+    cases = [attention_calls(8, 64, 1)[0], sampler_call("ddim", 2, "bfloat16", 8), vae_calls()[-1]]
     with host_time.stand_in_device():
         found = [host_time.host_time(case) for case in cases]
     assert [time.operator for time in found] == [case.operator for case in cases]

@@ -24,7 +24,7 @@ from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.measure.store import read_lines
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.step.call import KernelCase, TensorSpec
+from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore
 from ldmperf.profiling.trajectory.runs import Run, create_run, open_run
 
@@ -39,7 +39,7 @@ Run_ = Callable[..., Any]
 def kernel_record(rows: int = 6, **changes: Any) -> KernelRecord:
     x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype="float32")
     out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype="float32")
-    case = KernelCase(operator="geglu", dtype="float32", tensors=(x,), results=(out,))
+    case = OperatorCall(operator="geglu", dtype="float32", tensors=(x,), results=(out,))
     fields: dict[str, Any] = {
         "case_key": record_key(case, "cpu", "eager", "eager"),
         "size": "39M",

@@ -1,5 +1,6 @@
 """`NoiseSchedule` against diffusers' own levels, and what a scheduler_config.json may and may not say."""
 
+import dataclasses
 import importlib
 import itertools
 import math
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.samplers import NoiseSchedule, make_plan
-from ldmperf.samplers.spacing import ramp_sigmas, sigmas_to_timesteps, spaced_timesteps
+from ldmperf.samplers.spacing import LINSPACE, ramp_sigmas, sigmas_to_timesteps
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -155,17 +156,20 @@ def test_spacings_equal_diffusers_at_every_number_of_steps():
         shared = {"timestep_spacing": spacing, "num_train_timesteps": train_steps}
         ddim = diffusers.DDIMScheduler(**shared)
         unipc = diffusers.UniPCMultistepScheduler(**shared)
+        schedule = NoiseSchedule.from_diffusers(shared)
+        spaced = dataclasses.replace(LINSPACE, timestep_spacing=spacing)
         for num_steps in range(1, 61):
             for scheduler, drop_last in ((ddim, False), (unipc, True)):
                 scheduler.set_timesteps(num_steps)
-                ours = spaced_timesteps(train_steps, num_steps, spacing, drop_last=drop_last)
+                ours = spaced.timesteps(schedule, num_steps, drop_last=drop_last)
                 # Some counts yield one point too many there, at timestep -1.
                 np.testing.assert_array_equal(ours, scheduler.timesteps.double().numpy()[:num_steps])
 
 
 def test_trailing_never_visits_a_timestep_below_zero():
+    schedule = NoiseSchedule.from_diffusers({})
     for num_steps in range(1, 1001):
-        timesteps = spaced_timesteps(1000, num_steps, "trailing")
+        timesteps = dataclasses.replace(LINSPACE, timestep_spacing="trailing").timesteps(schedule, num_steps)
         assert len(timesteps) == num_steps
         assert timesteps[-1] >= 0
 

@@ -22,9 +22,10 @@ from ldmperf.profiling.static.display import by_distance, print_work_list
 from ldmperf.profiling.static.planned import planned
 from ldmperf.profiling.static.prediction import Traffic, predict
 from ldmperf.profiling.static.sass import hot_region, parse
-from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, beside_its_bound, score_tile, tile_bound
+from ldmperf.profiling.static.score_tile import beside_its_bound, score_tile, tile_bound
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.units import shared_operand_bytes, unit_counts
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 
 ROOT = Path(__file__).parents[1]
 H200 = MACHINES["sm_90"]
@@ -307,7 +308,7 @@ def test_inspect_of_a_text_s_tokens_as_json(inspect):
 
 def test_inspect_of_the_family_is_sorted_by_the_distance(inspect, monkeypatch):
     """With two head dimensions in place of all."""
-    monkeypatch.setattr("ldmperf.profiling.static.score_tile.FAMILY_HEAD_DIMS", (8, 112))
+    monkeypatch.setattr("ldmperf.profiling.step.calls.FAMILY_HEAD_DIMS", (8, 112))
     code, out, _ = inspect("attention", "--head-dim", "family", "--json")
     assert code == 0
     distances = [told["attention"]["distance"] for told in json.loads(out)]

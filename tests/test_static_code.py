@@ -18,7 +18,7 @@ from ldmperf.profiling.static.prediction import Traffic, predict
 from ldmperf.profiling.static.ptx import Access, global_accesses
 from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
 from ldmperf.profiling.static.shapes import SHAPES, Shape
-from ldmperf.profiling.static.units import class_of, is_move, mix, products, unit_counts, width
+from ldmperf.profiling.static.units import class_of, is_move, mix, multiply_adds, unit_counts, width
 
 # Lines as cuobjdump prints them, with their encodings.
 LOOP = """
@@ -197,8 +197,8 @@ def test_the_mix_counts_every_instruction_once():
 
 def test_matrix_instructions_by_their_shape():
     # 64 x 256 x 16 by four warps; m16n8k16 by one.
-    assert products(instruction("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24")) == 64 * 256 * 16 // 4
-    assert products(instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")) == 2048
+    assert multiply_adds(instruction("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4], R24")) == 64 * 256 * 16 // 4
+    assert multiply_adds(instruction("HMMA.16816.F32.BF16 R4, R8, R12, R4")) == 2048
 
 
 # Of the CUDA occupancy calculator; and the programming guide's example: of a kernel of 64 registers and 512

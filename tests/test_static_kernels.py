@@ -21,11 +21,11 @@ from ldmperf.kernels._launch import in_other_16_bits
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
 from ldmperf.profiling.static.planned import family_launches
-from ldmperf.profiling.static.score_tile import FAMILY_HEAD_DIMS, score_tile
+from ldmperf.profiling.static.score_tile import score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.sweep import inspect_items
 from ldmperf.profiling.static.tuned import served, tuned_items
-from ldmperf.profiling.step.calls import family_kernel_cases
+from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS, family_calls
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
 
@@ -285,8 +285,8 @@ def test_an_entry_does_not_serve_the_other_16_bit_dtype_where_that_has_its_own(t
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_the_key_of_the_other_16_bit_dtype_is_that_of_the_same_call(name):
     """Kernels swap a word of the key; the oracle is the key of the call in that dtype."""
-    case = next(c for c in family_kernel_cases("39M", 2, "bfloat16") if c.operator == name)
-    in_half = [c for c in family_kernel_cases("39M", 2, "float16") if c.operator == name]
+    case = next(c for c in family_calls("39M", 2, "bfloat16") if c.operator == name)
+    in_half = [c for c in family_calls("39M", 2, "float16") if c.operator == name]
     own, other = (OPERATORS[name].tuning_key(one.bound("meta")) for one in served(case))
     assert other in [OPERATORS[name].tuning_key(c.bound("meta")) for c in in_half]
     # A sampler's update is float32 inside, whatever the model's dtype: one key for all.
@@ -295,7 +295,7 @@ def test_the_key_of_the_other_16_bit_dtype_is_that_of_the_same_call(name):
 
 
 def test_tuned_entries_of_linear_are_launches_too(tmp_path):
-    case = next(case for case in family_kernel_cases("39M", 2, "bfloat16") if case.operator == "linear")
+    case = next(case for case in family_calls("39M", 2, "bfloat16") if case.operator == "linear")
     operator, call = OPERATORS["linear"], case.bound("meta")
     key, config = operator.tuning_key(call), operator.candidates(call)[0]
     items = tuned_items(made_up(tmp_path, linear={key: dataclasses.asdict(config)}))
@@ -315,7 +315,7 @@ def test_tuned_entries_of_linear_are_launches_too(tmp_path):
     ],
 )
 def test_a_tuned_table_that_cannot_be_compiled_is_refused(tmp_path, monkeypatch, table, message):
-    few = family_kernel_cases("39M", 2, "bfloat16")
+    few = family_calls("39M", 2, "bfloat16")
     few = [case for case in few if case.operator == "attention"]
     monkeypatch.setattr("ldmperf.profiling.static.tuned._calls", lambda operator, dtypes: iter(few))
     with pytest.raises(ValueError, match=message):

@@ -16,14 +16,13 @@ from rich.console import Console
 
 pytest.importorskip("triton")
 
-from ldmperf.kernels import Chip
 from ldmperf.kernels.attention import MAX_SCALE
-from ldmperf.kernels.operators import ATTENTION
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import compile_launch
 from ldmperf.profiling.static.display import print_inspection
 from ldmperf.profiling.static.inspection import inspect_launch
 from ldmperf.profiling.static.loop_order import Beside, loop_order, order_text
+from ldmperf.profiling.static.planned import planned
 from ldmperf.profiling.static.ptxas import serializations
 from ldmperf.profiling.static.sass import Region, parse
 from ldmperf.profiling.static.shapes import SHAPES, Shape
@@ -87,8 +86,7 @@ def test_only_loops_with_asynchronous_products_have_an_order():
 def launch_of(arch="sm_90", config=None, tf32=False, **numbers):
     machine = MACHINES[arch]
     call = SHAPES["attention"][0](Shape(**numbers))
-    chip = Chip(machine.chip, machine.multiprocessors, machine.arch)
-    (launch,) = ATTENTION.plan(ATTENTION.bind(**call, tf32=tf32), config=config, chip=chip)[1]
+    (launch,) = planned("attention", call | {"tf32": tf32}, machine, config)
     return launch
 
 

@@ -17,7 +17,7 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.kernels import _launch as launch
 from ldmperf.profiling.kernel_bench.selection import first_of_each_key, head_dim_jobs, jobs
 from ldmperf.profiling.measure.timing import Deadline
-from ldmperf.profiling.step.calls import attention_cases, family_kernel_cases
+from ldmperf.profiling.step.calls import attention_calls, family_calls
 
 ROOT = Path(__file__).parents[1]
 tune = SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "tune.py"), run_name="tune"))
@@ -92,7 +92,7 @@ def test_what_an_operator_recommends_is_tried_first_and_the_rest_in_a_fixed_rand
 
 
 def a_call(operator: str, which: int = 0, size: str = "39M") -> Any:
-    return [case for case in family_kernel_cases(size, 2, "bfloat16") if case.operator == operator][which]
+    return [case for case in family_calls(size, 2, "bfloat16") if case.operator == operator][which]
 
 
 def names(case: Any) -> set[str]:
@@ -102,11 +102,9 @@ def names(case: Any) -> set[str]:
 def test_a_step_reads_weights_once_and_keys_of_a_text_but_not_of_its_own_tokens() -> None:
     assert names(a_call("linear")) >= {"weight", "norm_weight", "norm_bias"}
     assert "x" not in names(a_call("linear"))
-    own, text = attention_cases(40, 64, 2)
+    own, text = attention_calls(40, 64, 2)
     assert (names(own), names(text)) == (set(), {"k", "v"})
-    with_skip = next(
-        c for c in family_kernel_cases("39M", 2, "bfloat16") if any(t.name == "skip" for t in c.tensors)
-    )
+    with_skip = next(c for c in family_calls("39M", 2, "bfloat16") if any(t.name == "skip" for t in c.tensors))
     assert {"skip", "weight", "bias"} <= names(with_skip)
     assert not names(with_skip) & {"x"}
 
@@ -122,7 +120,7 @@ def test_activations_stay_where_they_are_and_weights_rotate_past_the_cache() -> 
     assert all(call["weight"].shape == arguments["weight"].shape for call in calls)
     assert all(call["eps"] == arguments["eps"] for call in calls if "eps" in arguments)
     # A call without weights is repeated as it is; a few large ones are repeated in turn.
-    (own, _) = attention_cases(8, 16, 2)
+    (own, _) = attention_calls(8, 16, 2)
     calls = tune.as_in_a_step(own, own.arguments("cpu"), l2_bytes=2**20)
     assert len(calls) == tune.LEAST_CALLS
     assert len({id(call["q"]) for call in calls}) == 1

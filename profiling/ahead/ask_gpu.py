@@ -1,7 +1,7 @@
 """Prints what the CUDA driver says of the first GPU, as JSON: name, multiprocessors, arch; null without one.
 
-Run as a script, by a process of its own: who asks the driver can no longer fork processes that use it. No imports
-of ours or of torch's, which take seconds.
+Run as a script: a process that asks the driver can no longer fork processes that use it. No imports of ours or of
+torch's, which take seconds.
 """
 
 import ctypes
@@ -25,13 +25,10 @@ def ask() -> dict[str, object] | None:
     name = ctypes.create_string_buffer(256)
     if cuda.cuDeviceGetName(name, len(name), device):
         return None
-    found = []
-    for attribute in (_MULTIPROCESSORS, _MAJOR, _MINOR):
-        value = ctypes.c_int()
-        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-            return None
-        found.append(value.value)
-    multiprocessors, major, minor = found
+    asked = {attribute: ctypes.c_int() for attribute in (_MULTIPROCESSORS, _MAJOR, _MINOR)}
+    if any(cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device) for number, value in asked.items()):
+        return None
+    multiprocessors, major, minor = (value.value for value in asked.values())
     return {"name": name.value.decode(), "multiprocessors": multiprocessors, "arch": f"sm_{major}{minor}"}
 
 

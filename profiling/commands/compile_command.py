@@ -12,7 +12,8 @@ from ..terminal.visible import console, counted, say
 from .shared import seconds_option, whole_option
 
 if TYPE_CHECKING:
-    from ..ahead.precompile import Report, Work
+    from ..ahead.precompile import Report
+    from ..ahead.work import Work
 
 # Names of failures that are printed; the rest is counted.
 _SHOWN = 10
@@ -58,7 +59,8 @@ def compile_ahead(
 
     require_compiler()
     from ..ahead.launch_sets import work_for
-    from ..ahead.precompile import Done, chip_here, compile_work
+    from ..ahead.precompile import Done, compile_work
+    from ..ahead.work import chip_here
     from ..machines import MACHINES
     from ..terminal.counting import counting
 
@@ -72,7 +74,7 @@ def compile_ahead(
         raise CaseError("--for: no work given; name some, as --for smoke (see --help)")
     errors, out = console(stderr=True), console()
     try:
-        planned = work_for(names, arch, processes=jobs)
+        planned = work_for(names, MACHINES[arch], processes=jobs)
         say(out, counts(planned))
         if plan:
             return

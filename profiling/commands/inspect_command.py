@@ -148,8 +148,8 @@ def _every_head_dim(
     if sass:
         raise CaseError("--head-dim family prints a table; for --sass give one number")
     from ..static.forked import usable_cores
-    from ..static.score_tile import FAMILY_HEAD_DIMS
     from ..static.sweep import ShapeItem, inspect_items
+    from ..step.calls import FAMILY_HEAD_DIMS
     from ..terminal.counting import counting
 
     given = {name: number for name, number in numbers.items() if number is not None}
@@ -224,13 +224,13 @@ def _of_size(kernel: str, dtype: Any, size: str, machine: Machine, given: dict[s
     from ldmperf.model import FAMILY
 
     from ..static.planned import distinct_launches, family_launches
-    from ..step.calls import vae_kernel_cases
+    from ..step.calls import vae_calls
 
     for name in given:
         if name != "batch":
             raise CaseError(f"--size brings its own shapes; leave out {_option(name)}")
     if size == "vae":
-        cases = [case for case in vae_kernel_cases(dtype, given.get("batch", 1)) if case.operator == kernel]
+        cases = [case for case in vae_calls(dtype, given.get("batch", 1)) if case.operator == kernel]
         found = list(distinct_launches(cases, machine).values())
     elif size in FAMILY:
         found = list(family_launches(size, given.get("batch", 2), dtype, kernel, machine).values())

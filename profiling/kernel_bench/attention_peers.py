@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..measure.outcomes import Unsupported
-from ..step.call import KernelCase
+from ..step.call import OperatorCall
 from .implementation import Arguments, Implementation
 
 # By peer: torch's name of the backend, and what tells whether it serves a call on a GPU.
@@ -32,7 +32,7 @@ _MASKS = ("key_lengths", "key_mask")
 _REFUSALS = ("NYI", "not implemented", "NotImplementedError", "not supported", "unsupported", "No operator found")
 
 
-def sdpa(name: str, case: KernelCase, device: torch.device) -> Implementation:
+def sdpa(name: str, case: OperatorCall, device: torch.device) -> Implementation:
     """scaled_dot_product_attention with one backend allowed, chosen once for all calls."""
     backend, serves = SDPA[name]
     made = _prepared(case, case.arguments(device))
@@ -45,7 +45,7 @@ def sdpa(name: str, case: KernelCase, device: torch.device) -> Implementation:
     )
 
 
-def flex(case: KernelCase, device: torch.device) -> Implementation:
+def flex(case: OperatorCall, device: torch.device) -> Implementation:
     """FlexAttention as its page says to call it: compiled; for these sizes, its tiles chosen by trying them."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -54,7 +54,7 @@ def flex(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(_heads_first(_or_refused(compiled)), functools.partial(_prepared, case))
 
 
-def xformers(case: KernelCase, device: torch.device) -> Implementation:
+def xformers(case: OperatorCall, device: torch.device) -> Implementation:
     """memory_efficient_attention by xformers' own choice among its kernels."""
     if importlib.util.find_spec("xformers") is None:
         raise Unsupported("xformers is not installed: pip install 'ldmperf[peers]'")
@@ -66,7 +66,7 @@ def xformers(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(_or_refused(call), functools.partial(_prepared, case))
 
 
-def _prepared(case: KernelCase, arguments: Arguments) -> Arguments:
+def _prepared(case: OperatorCall, arguments: Arguments) -> Arguments:
     """What peers take: q, k, v and the scale. Unsupported for a call with a mask."""
     masks = [tensor.name for tensor in case.tensors if tensor.name in _MASKS]
     if masks:

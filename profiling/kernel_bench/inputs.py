@@ -14,7 +14,7 @@ from ldmperf.kernels import OPERATORS
 
 from ..measure.error import relative_rms
 from ..options import DType
-from ..step.call import KernelCase
+from ..step.call import OperatorCall
 
 # Relative RMS error that passes: several roundings of the dtype, as torch's own operators round between their
 # parts, and far less than a wrong formula gives.
@@ -29,7 +29,7 @@ _MASKS = ("key_lengths", "key_mask")
 class CallInputs:
     """Sets of arguments; the first is the one that results are checked on, restored before each check."""
 
-    def __init__(self, case: KernelCase, sets: int, device: torch.device, seed: int) -> None:
+    def __init__(self, case: OperatorCall, sets: int, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
         self.case = case
         self.sets = [case.arguments(device, generator) for _ in range(sets)]
@@ -93,7 +93,7 @@ def by_sample(
     return out
 
 
-def tolerance_of(case: KernelCase) -> float:
+def tolerance_of(case: OperatorCall) -> float:
     """The relative RMS error of a case's result that passes."""
     return _TOLERANCES[case.dtype] * (_SAMPLER_FACTOR if case.operator == "sampler_update" else 1.0)
 

@@ -22,7 +22,7 @@ from ..measure.recorded import (
 )
 from ..measure.store import Store
 from ..options import DEVICE_PATTERN, device_kind
-from ..step.call import KernelCase
+from ..step.call import OperatorCall
 
 RECORDS_NAME = "kernels.jsonl"
 
@@ -84,7 +84,7 @@ class KernelRecord(RecordModel):
     case_key: str
     size: str
     batch: int
-    case: KernelCase
+    case: OperatorCall
     peer: str
     mode: Mode
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)]
@@ -181,7 +181,7 @@ class KernelRecord(RecordModel):
         return None if bound is None or self.ms is None or not self.ms.p50 else 100 * bound.ms / self.ms.p50
 
 
-def record_key(case: KernelCase, device: str, peer: str, mode: Mode) -> str:
+def record_key(case: OperatorCall, device: str, peer: str, mode: Mode) -> str:
     """What a record is of, as text."""
     return f"{case.key} device={device} peer={peer} mode={mode}"
 

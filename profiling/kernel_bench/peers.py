@@ -14,7 +14,7 @@ from ldmperf.kernels import OPERATORS, linear_separate
 from ..kernel_bench import attention_peers
 from ..measure.outcomes import Unsupported
 from ..peer import SCHEDULER_CONFIG, SCHEDULERS, import_diffusers
-from ..step.call import PLAN_ROW, PLAN_STEPS, KernelCase
+from ..step.call import PLAN_ROW, PLAN_STEPS, OperatorCall
 from .implementation import Arguments, Implementation
 from .plain import PLAIN, STEPS, guided, with_input
 
@@ -29,14 +29,14 @@ class Peer:
     """
 
     name: str
-    implement: Callable[[KernelCase, torch.device], Implementation]
+    implement: Callable[[OperatorCall, torch.device], Implementation]
     operators: frozenset[str] | None = None
     capturable: bool = True
     measures: frozenset[str] | None = None
     gpu_only: str | None = None
     slow_on: tuple[str, ...] = ()
 
-    def build(self, case: KernelCase, device: torch.device) -> Implementation:
+    def build(self, case: OperatorCall, device: torch.device) -> Implementation:
         if self.gpu_only is not None and device.type != "cuda":
             raise Unsupported(self.gpu_only)
         return self.implement(case, device)
@@ -45,31 +45,31 @@ class Peer:
         """Whether it is measured where no peer is named: the device can run it, and without a long compilation."""
         return device.type not in self.slow_on and (self.gpu_only is None or device.type == "cuda")
 
-    def serves(self, case: KernelCase, first_of_operator: bool) -> bool:
+    def serves(self, case: OperatorCall, first_of_operator: bool) -> bool:
         known = self.operators is None or case.operator in self.operators
         return known and (first_of_operator or self.measures is None or case.operator in self.measures)
 
 
-def _triton(case: KernelCase, device: torch.device) -> Implementation:
+def _triton(case: OperatorCall, device: torch.device) -> Implementation:
     operator = OPERATORS[case.operator]
     call = functools.partial(operator.call, backend="triton")
     return Implementation(call, launches=lambda **arguments: operator.plan(operator.bind(**arguments))[1])
 
 
-def _auto(case: KernelCase, device: torch.device) -> Implementation:
+def _auto(case: OperatorCall, device: torch.device) -> Implementation:
     return Implementation(functools.partial(OPERATORS[case.operator].call, backend="auto"))
 
 
-def _separate(case: KernelCase, device: torch.device) -> Implementation:
+def _separate(case: OperatorCall, device: torch.device) -> Implementation:
     """torch's product between our kernels of the norm and the gate: what a merge has to beat."""
     return Implementation(functools.partial(linear_separate, backend="triton"))
 
 
-def _reference(case: KernelCase, device: torch.device) -> Implementation:
+def _reference(case: OperatorCall, device: torch.device) -> Implementation:
     return Implementation(functools.partial(OPERATORS[case.operator].call, backend="torch"))
 
 
-def _eager(case: KernelCase, device: torch.device) -> Implementation:
+def _eager(case: OperatorCall, device: torch.device) -> Implementation:
     if case.plan is not None:
         if case.plan not in STEPS:
             raise Unsupported(f"no plain version of a {case.plan} step; there are {', '.join(STEPS)}")
@@ -79,8 +79,8 @@ def _eager(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(PLAIN[case.operator])
 
 
-def _compiled(build: Callable[[KernelCase, torch.device], Implementation]) -> Any:
-    def compiled(case: KernelCase, device: torch.device) -> Implementation:
+def _compiled(build: Callable[[OperatorCall, torch.device], Implementation]) -> Any:
+    def compiled(case: OperatorCall, device: torch.device) -> Implementation:
         implementation = build(case, device)
         # Each case's own shapes and code: nothing of an earlier one may make these dynamic or hit a limit.
         torch.compiler.reset()
@@ -89,13 +89,13 @@ def _compiled(build: Callable[[KernelCase, torch.device], Implementation]) -> An
     return compiled
 
 
-def _xformers(case: KernelCase, device: torch.device) -> Implementation:
+def _xformers(case: OperatorCall, device: torch.device) -> Implementation:
     if case.operator == "attention":
         return attention_peers.xformers(case, device)
     raise Unsupported(f"xformers has no public operator that computes {case.operator}")
 
 
-def _diffusers(case: KernelCase, device: torch.device) -> Implementation:
+def _diffusers(case: OperatorCall, device: torch.device) -> Implementation:
     """diffusers' scheduler step between guidance combine and next model input, as in its pipelines.
 
     The timestep is a host number, the cheapest that the scheduler takes. The scheduler counts its own steps, so it
@@ -122,7 +122,7 @@ def _diffusers(case: KernelCase, device: torch.device) -> Implementation:
     return Implementation(step, functools.partial(_sampler_inputs, case))
 
 
-def _sampler_inputs(case: KernelCase, arguments: Arguments) -> Arguments:
+def _sampler_inputs(case: OperatorCall, arguments: Arguments) -> Arguments:
     """Latents and the previous prediction in the network's dtype, which pipelines keep them in."""
     registers, model_output = arguments["registers"], arguments["model_output"]
     kept = [register.to(model_output.dtype) for register in registers.unbind(0)]

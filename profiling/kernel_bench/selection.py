@@ -10,8 +10,8 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY
 
 from ..options import DType
-from ..step.call import KernelCase
-from ..step.calls import attention_cases, family_kernel_cases, vae_kernel_cases
+from ..step.call import OperatorCall
+from ..step.calls import attention_calls, family_calls, vae_calls
 
 VAE = "vae"
 SIZES = (*FAMILY, VAE)
@@ -28,7 +28,7 @@ class Job:
 
     size: str
     batch: int
-    case: KernelCase
+    case: OperatorCall
 
 
 def steps_in_order(sizes: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int]]:
@@ -44,9 +44,9 @@ def steps_in_order(sizes: Sequence[str], batches: Sequence[int]) -> list[tuple[s
     return list(dict.fromkeys(ordered))
 
 
-def by_importance(cases: Iterable[KernelCase]) -> list[KernelCase]:
+def by_importance(cases: Iterable[OperatorCall]) -> list[OperatorCall]:
     """The operators in turn, of each the calls that move most in a step first."""
-    by_operator: dict[str, list[KernelCase]] = {}
+    by_operator: dict[str, list[OperatorCall]] = {}
     for case in cases:
         by_operator.setdefault(case.operator, []).append(case)
     lines = [sorted(line, key=lambda case: -case.count * case.bytes_moved) for line in by_operator.values()]
@@ -57,7 +57,7 @@ def jobs(operators: Sequence[str], sizes: Sequence[str], batches: Sequence[int],
     """Every distinct call of these operators, once, in the order to measure them; found as they are asked for."""
     seen: set[str] = set()
     for size, batch in steps_in_order(sizes, batches):
-        cases = vae_kernel_cases(dtype) if size == VAE else family_kernel_cases(size, batch, dtype)
+        cases = vae_calls(dtype) if size == VAE else family_calls(size, batch, dtype)
         for case in by_importance(case for case in cases if case.operator in operators):
             if case.key not in seen:
                 seen.add(case.key)
@@ -71,7 +71,7 @@ def head_dim_jobs(
     longest_first, largest_first = sorted(tokens, reverse=True), sorted(batches, reverse=True)
     for number in range(2):
         for queries, batch, head_dim in itertools.product(longest_first, largest_first, head_dims):
-            case = attention_cases(head_dim, queries, batch, dtype)[number]
+            case = attention_calls(head_dim, queries, batch, dtype)[number]
             yield Job(f"head_dim {head_dim}", batch, case)
 
 

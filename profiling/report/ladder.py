@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..report import text
 from ..step.groups import OTHER, Other, by_group
-from ..step.launches import GROUPS, Group
+from ..step.launches import GROUPS, LaunchGroup
 from ..terminal.layout import number
 from ..terminal.visible import visible
 from ..trajectory.case import BACKENDS
@@ -102,7 +102,7 @@ def groups_grid(shown: Overview) -> Grid:
                 found.append((size, visible(rung.row.record.case.backend), by_group(trace.step)))
     groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of in found)]
 
-    def cell(of: Mapping[Group | Other, tuple[float, float]], group: Group | Other) -> str:
+    def cell(of: Mapping[LaunchGroup | Other, tuple[float, float]], group: LaunchGroup | Other) -> str:
         if group not in of:
             return text.MISSING
         launches, ms = of[group]

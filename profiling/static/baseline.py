@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .score_tile import FAMILY_HEAD_DIMS
+from ..step.calls import FAMILY_HEAD_DIMS
 from .shapes import Shape
 from .sweep import Item, Selection, ShapeItem, select
 
@@ -29,7 +29,7 @@ TEXT = 77
 
 
 def checked() -> list[Item | ShapeItem]:
-    """What `make test` compiles: CHECKED, attention at every head dimension, products that keep their rows."""
+    """What `make test` compiles: CHECKED, attention at every head dimension, linear layers that keep rows."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     few = (8, 40, 160)
     items: list[Item | ShapeItem] = [*select(CHECKED)]
@@ -112,7 +112,7 @@ def entries(results: Iterable[Mapping[str, Any]]) -> dict[str, Entry]:
             "loop": result["region"]["loop"],
             "hot_instructions": result["region"]["instructions"],
             "serialized": result["serialized"],
-            # Exponentials issued between the score product and its wait, and all.
+            # Exponentials issued between q k^T and its wait, and all.
             "overlap": None if overlap is None else [overlap["beside_scores"], overlap["exponentials"]],
         }
     return dict(sorted(found.items()))
@@ -143,9 +143,7 @@ def regressions(baseline: Mapping[str, Entry], now: Mapping[str, Entry]) -> list
         if serialized:
             found.append(f"{name}: ptxas now serializes the products ({', '.join(serialized)})")
         if _share(after["overlap"]) < _share(before["overlap"]):
-            found.append(
-                f"{name}: exponentials beside the score product, of all: {before['overlap']} -> {after['overlap']}"
-            )
+            found.append(f"{name}: exponentials beside q k^T, of all: {before['overlap']} -> {after['overlap']}")
     return found
 
 

@@ -102,19 +102,19 @@ def _print_table(console: Console, title: str, headings: Sequence[str], rows: Se
 
 
 def _order_lines(inspection: Inspection) -> list[tuple[str, str]]:
-    """The hot loop's order, and what runs between each kind of product and its wait; names and texts."""
+    """The hot loop's order, and what runs between each kind of matmul and its wait; names and texts."""
     order = inspection.order
     if order is None:
         return []
     lines = [("order", f"{order_text(order['steps'])}, and again: some waits are in the next pass")]
     if inspection.nvidia is not None and not inspection.nvidia.serialized:
         lines.append(("serialized", "no: ptxas makes no remark"))
-    for product, beside in order["beside"].items():
+    for matmul, beside in order["beside"].items():
         exponentials = (
             f"{beside['exponentials']} of {order['exponentials']} exponentials, " if order["exponentials"] else ""
         )
         text = f"{exponentials}{beside['instructions']} of {counted(order['instructions'], 'instruction')} issued"
-        lines.append(("overlap", f"{text} between {product} and its wait"))
+        lines.append(("overlap", f"{text} between {matmul} and its wait"))
     return lines
 
 
@@ -159,7 +159,7 @@ def by_distance(results: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 def print_work_list(results: Iterable[Mapping[str, Any]], console: Console) -> None:
     """A line for each launch of attention: its tile, and cycles of 128 x 128 scores by unit beside the bound.
 
-    overlap: exponentials issued between the score product and its wait, of all.
+    overlap: exponentials issued between q k^T and its wait, of all.
     """
     names = (
         "D",

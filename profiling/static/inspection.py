@@ -13,7 +13,6 @@ from .amd import AmdResources, amd_resources
 from .compile import Compiled, compile_launch
 from .loop_order import ATTENTION, LoopOrder, loop_order
 from .occupancy import Occupancy, occupancy
-from .planned import product_passes, tensor_bytes, tensors
 from .prediction import Prediction, Traffic, asked_bytes, predict
 from .ptx import Access, global_accesses
 from .ptxas import serializations
@@ -27,8 +26,8 @@ class NvidiaCode:
     """What machine code of an NVIDIA architecture shows.
 
     accesses    global accesses of the PTX, by argument
-    serialized  ptxas' codes C75xx: each asynchronous product waits for the one before
-    order       of the hot loop; None without asynchronous products in a loop
+    serialized  ptxas' codes C75xx: each asynchronous matmul waits for the one before
+    order       of the hot loop; None without asynchronous matmuls in a loop
     """
 
     resources: Resources
@@ -60,7 +59,7 @@ class Inspection:
 
     @property
     def faults(self) -> list[str]:
-        """What no kernel may have: spills, local memory, a stack, serialized products, more than the chip has."""
+        """What no kernel may have: spills, local memory, a stack, serialized matmuls, more than the chip has."""
         machine, found = self.compiled.machine, []
         if self.compiled.shared > machine.shared_per_block:
             found.append(f"{self.compiled.shared} bytes of shared memory are more than {machine.shared_per_block}")
@@ -101,7 +100,7 @@ class Inspection:
 
     @property
     def overlap(self) -> dict[str, int] | None:
-        """Exponentials issued between attention's score product and its wait, and all; None without wgmma."""
+        """Exponentials issued between attention's q k^T and its wait, and all; None without wgmma."""
         if self.tile is None or self.nvidia is None or self.nvidia.order is None:
             return None
         beside, total = self.nvidia.order.overlap
@@ -109,7 +108,7 @@ class Inspection:
 
     @property
     def order(self) -> dict[str, Any] | None:
-        """The hot loop's order as plain values, attention's products by their names."""
+        """The hot loop's order as plain values, attention's matmuls by their names."""
         if self.nvidia is None or self.nvidia.order is None:
             return None
         return self.nvidia.order.named(ATTENTION if self.tile is not None else {})
@@ -125,7 +124,7 @@ class Inspection:
             "num_warps": specialization.num_warps,
             "constants": {name: str(value) for name, value in specialization.constants},
             "tensor_bytes": {
-                name: value.numel() * value.element_size() for name, value in tensors(self.launch).items()
+                name: value.numel() * value.element_size() for name, value in self.launch.tensors.items()
             },
             "shared_bytes": self.compiled.shared,
             "faults": self.faults,
@@ -193,14 +192,20 @@ def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
 
 def _traffic(launch: Launch, machine: Machine, region: Region, tile: ScoreTile | None) -> Traffic | None:
     """What the region moves; None for a loop whose instructions tell it."""
-    passes = product_passes(launch)
-    if passes is not None:
-        # The programs of a product read the same rows and weights: once from memory, every time through L2.
-        asked = launch.num_warps * machine.warp_size * asked_bytes(region.instructions)
-        count, per = (passes, "a pass of the loop by one program") if region.loop else (1, "one program")
-        return Traffic(tensor_bytes(launch) / max(launch.programs * count, 1), float(asked), per)
+    per = "a pass of the loop by one program" if region.loop else "one program"
     if tile is not None:
-        per = "a pass of the loop by one program" if region.loop else "one program"
         passes = 1 if region.loop else tile.passes
         return Traffic(tile.memory_bytes * passes, tile.l2_bytes * passes, per)
-    return None if region.loop else Traffic(tensor_bytes(launch) / max(launch.programs, 1), None, "one program")
+    if launch.operator == "linear":
+        # The programs of a matmul read the same rows and weights: once from memory, every time through L2.
+        asked = launch.num_warps * machine.warp_size * asked_bytes(region.instructions)
+        passes = matmul_passes(launch) if region.loop else 1
+        return Traffic(launch.nbytes / max(launch.programs * passes, 1), float(asked), per)
+    return None if region.loop else Traffic(launch.nbytes / max(launch.programs, 1), None, per)
+
+
+def matmul_passes(launch: Launch) -> int:
+    """Passes of a program's loop in a matmul: over tiles of columns, or of channels."""
+    arguments = launch.arguments
+    passes: int = arguments.get("tiles_n") or -(-arguments["channels"] // arguments["BLOCK_K"])
+    return passes

@@ -16,7 +16,7 @@ _SERIALIZED = re.compile(r"\((C75\d\d)\)")
 
 
 def serializations(compiled: Compiled) -> tuple[str, ...]:
-    """The codes C75xx for this launch, sorted; empty where its products are not serialized.
+    """The codes C75xx for this launch, sorted; empty where its matmuls are not serialized.
 
     Runs ptxas again on the PTX (about 0.2 s), by the command that Triton runs: only where the PTX has wgmma.
     """

@@ -12,10 +12,7 @@ from torch import Tensor
 from ldmperf.kernels import Launch
 
 from ..machines import Machine, bound_cycles, exponential_cycles, matrix_cycles, padded_head_dim
-from .planned import tensor_bytes
 
-# Head dimensions of the family: its widths over 8 heads.
-FAMILY_HEAD_DIMS = (8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 72, 80, 96, 112, 128, 144, 160, 192, 256, 384)
 # What L2 hands out at once.
 _SECTOR = 32
 # Tiles of different sizes are compared by so many scores.
@@ -56,7 +53,7 @@ class ScoreTile:
 class TileBound:
     """The least cycles of a pass by unit, and the longer of the two with padding: the bound.
 
-    matrix_unpadded and matrix: both products, of the head dimension and of the next multiple of 16.
+    matrix_unpadded and matrix: both matmuls, of the head dimension and of the next multiple of 16.
     exponential: those that are not polynomials.
     """
 
@@ -68,13 +65,13 @@ class TileBound:
 
 
 def score_tile(launch: Launch) -> ScoreTile | None:
-    """Of a launch of an attention kernel, whose arguments it reads by their names; None of another kernel.
+    """The tile of an attention launch, read from the arguments by their names; None of another operator's launch.
 
     The head dimension is held in PART_1 and PART_2, or in BLOCK_D.
     """
-    given = launch.arguments
-    if "HEAD_DIM" not in given:
+    if launch.operator != "attention":
         return None
+    given = launch.arguments
     # A kernel that holds all keys walks over queries, another one over keys.
     short = "KEYS_1" in given
     block_m, block_n = given["BLOCK_M"], given["KEYS_1"] + given["KEYS_2"] if short else given["BLOCK_N"]
@@ -92,12 +89,12 @@ def score_tile(launch: Launch) -> ScoreTile | None:
         bits=8 * given["q_ptr"].element_size(),
         passes=passes,
         l2_bytes=program / passes,
-        memory_bytes=tensor_bytes(launch) / launch.programs / passes,
+        memory_bytes=launch.nbytes / launch.programs / passes,
     )
 
 
 def tile_bound(tile: ScoreTile, machine: Machine) -> TileBound | None:
-    """The analytic bound of a pass. None for float32, whose products take another unit or rate."""
+    """The analytic bound of a pass. None for float32, whose matmuls take another unit or rate."""
     if tile.bits != 16:
         return None
     scores = (tile.block_m, tile.keys)

@@ -84,7 +84,7 @@ def _geglu(shape: Shape) -> Arguments:
 
 
 def _linear(shape: Shape) -> Arguments:
-    """The first product of a gated feed-forward, with the norm before it; `features` are those of its result."""
+    """The first matmul of a gated feed-forward, with the norm before it; `features` are its result's columns."""
     vector = shape.empty(shape.channels)
     features = 2 * (shape.features or 4 * shape.channels)
     return {

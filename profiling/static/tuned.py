@@ -15,19 +15,17 @@ from ldmperf.model import FAMILY
 
 from ..machines import MACHINES, Machine
 from ..options import DType
-from ..step.call import KernelCase, TensorSpec
-from ..step.calls import attention_cases, family_kernel_cases, vae_kernel_cases
+from ..step.call import OperatorCall, TensorSpec
+from ..step.calls import FAMILY_HEAD_DIMS, attention_calls, family_calls, vae_calls
 from .inspection import inspect_launch
 from .planned import planned
-from .score_tile import FAMILY_HEAD_DIMS
 
 # Architectures of the GPUs that a table can be of, by a part of their name.
 _ARCHS = {"GH200": "sm_90", "H200": "sm_90", "H100": "sm_90", "H20": "sm_90", "A100": "sm_80", "MI300": "gfx942"}
-# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens and head
-# dimensions. The calls of other keys would not be found again.
+# What a search may be asked for, its own defaults first: batches of the UNet; of attention also tokens, at the
+# family's head dimensions. The calls of other keys would not be found again.
 TUNED_BATCHES = (2, 16, 1, 4, 8, 32, 64)
 TUNED_TOKENS = (4096, 1024, 256, 64)
-TUNED_HEAD_DIMS = FAMILY_HEAD_DIMS
 _OTHER_16_BITS: dict[str, DType] = {"bfloat16": "float16", "float16": "bfloat16"}
 
 
@@ -39,7 +37,7 @@ class TunedItem:
     """
 
     key: str
-    case: KernelCase
+    case: OperatorCall
     config: tuple[tuple[str, Any], ...]
     arch: str
     number: int
@@ -76,7 +74,7 @@ def tuned_items(path: Path) -> list[TunedItem]:
     return items
 
 
-def served(case: KernelCase) -> list[KernelCase]:
+def served(case: OperatorCall) -> list[OperatorCall]:
     """The calls that a tuned entry of this case serves: of a 16-bit one both the case and its 16-bit sibling."""
     other = _OTHER_16_BITS.get(case.dtype)
     if other is None:
@@ -89,7 +87,7 @@ def served(case: KernelCase) -> list[KernelCase]:
     return [case, case.model_copy(update=update)]
 
 
-def faults_of(case: KernelCase, config: Any, machine: Machine) -> list[str]:
+def faults_of(case: OperatorCall, config: Any, machine: Machine) -> list[str]:
     """The faults (`Inspection.faults`) of all launches that an entry of this case would serve; compiles them."""
     fields = tuple(dataclasses.asdict(config).items())
     return [
@@ -100,14 +98,14 @@ def faults_of(case: KernelCase, config: Any, machine: Machine) -> list[str]:
     ]
 
 
-def _launches(case: KernelCase, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
+def _launches(case: OperatorCall, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
     config = type(OPERATORS[case.operator].candidates(case.bound("meta"))[0])(**dict(fields))
     return planned(case.operator, case.arguments("meta"), machine, config)
 
 
-def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
+def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]:
     """A call for each of the keys that some call of the family has."""
-    found: dict[str, KernelCase] = {}
+    found: dict[str, OperatorCall] = {}
     # A key names the dtype; finding the calls of one takes seconds.
     dtypes: tuple[DType, ...] = get_args(DType)
     dtypes = tuple(dtype for dtype in dtypes if any(dtype in key for key in keys)) or dtypes
@@ -120,12 +118,12 @@ def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, KernelCase]:
     return found
 
 
-def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[KernelCase]:
+def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[OperatorCall]:
     for batch, dtype in itertools.product(TUNED_BATCHES, dtypes):
         for size in FAMILY:
-            yield from (case for case in family_kernel_cases(size, batch, dtype) if case.operator == operator)
+            yield from (case for case in family_calls(size, batch, dtype) if case.operator == operator)
         if operator == "attention":
-            for dim, tokens in itertools.product(TUNED_HEAD_DIMS, TUNED_TOKENS):
-                yield from attention_cases(dim, tokens, batch, dtype)
+            for dim, tokens in itertools.product(FAMILY_HEAD_DIMS, TUNED_TOKENS):
+                yield from attention_calls(dim, tokens, batch, dtype)
     for dtype in dtypes:
-        yield from (case for case in vae_kernel_cases(dtype) if case.operator == operator)
+        yield from (case for case in vae_calls(dtype) if case.operator == operator)

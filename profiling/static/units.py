@@ -104,7 +104,7 @@ def unit_counts(instructions: Iterable[Instruction]) -> Counter[str]:
             counts["load/store"] += 1
             counts["shared memory"] += width(instruction)
         if kind == "matrix":
-            counts["matrix"] += products(instruction) // 32 * (2 if "TF32" in instruction.modifiers else 1)
+            counts["matrix"] += multiply_adds(instruction) // 32 * (2 if "TF32" in instruction.modifiers else 1)
             counts["shared memory"] += shared_operand_bytes(instruction) // 32
     return counts
 
@@ -136,7 +136,7 @@ def is_move(instruction: Instruction) -> bool:
     return instruction.opcode == "HFMA2" and ", -RZ, RZ," in instruction.operands
 
 
-def products(instruction: Instruction) -> int:
+def multiply_adds(instruction: Instruction) -> int:
     """Multiply-adds of one warp's matrix instruction; a warp group's HGMMA is shared by its four warps."""
     shape = next((m for m in instruction.modifiers if "x" in m or m.isdigit()), "")
     if "x" in shape:
@@ -147,7 +147,7 @@ def products(instruction: Instruction) -> int:
 
 
 def shared_operand_bytes(instruction: Instruction) -> int:
-    """Bytes of shared memory read for one warp's part of a warp group's product.
+    """Bytes of shared memory read for one warp's part of a warp group's matmul.
 
     A quarter of B, [n, 32 bytes], and of A, [64, 32 bytes], unless that is in registers: each operand is assumed
     to be read once an instruction.

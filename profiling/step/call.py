@@ -1,4 +1,4 @@
-"""One call of an operator as a value: its arguments without their memory, what it moves and computes."""
+"""One call of an operator as a value: its arguments without their memory, what the call moves and computes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan
 
-from ..machines import flops as attention_flops
 from ..options import DType
 from ..peer import SCHEDULER_CONFIG
 
@@ -31,8 +30,15 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def nbytes(tensor: TensorSpec | Tensor) -> int:
+    """Bytes of memory that a tensor has elements in: an expanded dimension (stride 0) counts once."""
+    strides = tensor.stride if isinstance(tensor, TensorSpec) else tensor.stride()
+    sizes = (size for size, stride in zip(tensor.shape, strides, strict=True) if stride or not size)
+    return math.prod(sizes) * tensor.itemsize
+
+
 class TensorSpec(_Value):
-    """A tensor without its memory. `below`: integers are drawn from 0 up to it, without it.
+    """A tensor without its memory. Integers are drawn from 0 up to `below`, which is not among them.
 
     Tensors with the same `memory` are slices of one, each `offset` elements from its start.
     """
@@ -47,39 +53,25 @@ class TensorSpec(_Value):
     offset: int = 0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it has elements in: an expanded dimension (stride 0) counts once."""
-        sizes = (size for size, stride in zip(self.shape, self.stride, strict=True) if stride or not size)
-        return math.prod(sizes) * self.torch_dtype.itemsize
-
-    @property
     def torch_dtype(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     @property
-    def place(self) -> str:
-        """Where it is in the memory that it shares, as text; empty if it is alone."""
-        return f"+{self.offset}in:{self.memory}" if self.memory else ""
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
 
     @property
-    def extent(self) -> int:
-        """Elements of memory from its start to the tensor's last; `offset` if it has none."""
+    def nbytes(self) -> int:
+        return nbytes(self)
+
+    @property
+    def end(self) -> int:
+        """Where the tensor ends, in elements from the start of its memory."""
         if 0 in self.shape:
             return self.offset
-        return (
-            self.offset
-            + 1
-            + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
-        )
-
-    def make(self, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
-        """The tensor alone, with these strides: standard normal, or integers below `below`; empty on "meta"."""
-        return self.within(_memory([self], device, generator))
-
-    def within(self, memory: Tensor) -> Tensor:
-        """The tensor in this memory."""
-        return memory.as_strided(self.shape, self.stride, self.offset)
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return self.offset + last + 1
 
 
 class Scalar(_Value):
@@ -99,10 +91,10 @@ class AttentionSizes(NamedTuple):
     head_dim: int
 
 
-class KernelCase(_Value):
-    """One call of an operator: what it is called with, what it returns, and how often a step makes it.
+class OperatorCall(_Value):
+    """A call of an operator: its arguments, its results, and how often a step makes it.
 
-    `count` does not tell cases apart. `plan` names the sampler whose table of `PLAN_STEPS` steps a sampler_update
+    `count` does not tell calls apart. `plan` names the sampler whose table of `PLAN_STEPS` steps a sampler_update
     applies, row `PLAN_ROW` of it.
     """
 
@@ -116,7 +108,7 @@ class KernelCase(_Value):
 
     @property
     def key(self) -> str:
-        """All that tells it from other cases, as text."""
+        """All that tells the call from others, as text."""
         tensors = [
             f"{t.name}={t.dtype}{list(t.shape)}@{list(t.stride)}"
             + (f"+{t.offset}in:{t.memory}" if t.memory else "")
@@ -174,21 +166,20 @@ class KernelCase(_Value):
         return AttentionSizes(batch=q[0], heads=q[2], queries=q[1], keys=k[1], head_dim=q[3])
 
     @property
+    def launches(self) -> list[Launch]:
+        """What the call launches, planned on "meta"."""
+        launches: list[Launch] = OPERATORS[self.operator].plan(self.bound("meta"))[1]
+        return launches
+
+    @property
     def flops(self) -> int | None:
-        """Of its matrix products, a multiply-add being two; None where it has none."""
-        if self.operator == "linear":
-            x, weight = (next(t.shape for t in self.tensors if t.name == name) for name in ("x", "weight"))
-            return 2 * math.prod(x) * weight[0]
-        if (sizes := self.attention) is None:
-            return None
-        return attention_flops(sizes.batch * sizes.heads, sizes.queries, sizes.keys, sizes.head_dim)
+        """FLOPs of the matmuls, a multiply-add being two; None where there is none."""
+        return sum(launch.flops for launch in self.launches) or None
 
     @property
     def exponentials(self) -> int | None:
-        """Of its softmax; None where none limit it."""
-        if (sizes := self.attention) is None:
-            return None
-        return sizes.batch * sizes.heads * sizes.queries * sizes.keys
+        """Exponentials of the softmax; None where there is none."""
+        return sum(launch.exponentials for launch in self.launches) or None
 
     def bound(self, device: torch.device | str) -> Any:
         """The call as its operator's value, with arguments as `arguments` makes them."""
@@ -201,7 +192,9 @@ class KernelCase(_Value):
         for tensor in self.tensors:
             shared.setdefault(tensor.memory or tensor.name, []).append(tensor)
         memories = {name: _memory(slices, device, generator) for name, slices in shared.items()}
-        made: dict[str, Any] = {t.name: t.within(memories[t.memory or t.name]) for t in self.tensors}
+        made: dict[str, Any] = {
+            t.name: memories[t.memory or t.name].as_strided(t.shape, t.stride, t.offset) for t in self.tensors
+        }
         if self.plan is not None and device.type != "meta":
             for name, value in plan_tensors(sampling_plan(self.plan)).items():
                 if name in made:
@@ -210,9 +203,9 @@ class KernelCase(_Value):
 
 
 def _memory(slices: Sequence[TensorSpec], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Memory that holds these tensors, filled as the first one says; not on "meta"."""
+    """Memory that holds these tensors, filled as the first one says; on "meta" not filled."""
     first = slices[0]
-    memory = torch.empty(max(spec.extent for spec in slices), dtype=first.torch_dtype, device=device)
+    memory = torch.empty(max(spec.end for spec in slices), dtype=first.torch_dtype, device=device)
     if device.type != "meta" and memory.numel():
         if first.below is None:
             memory.normal_(generator=generator)
@@ -223,17 +216,15 @@ def _memory(slices: Sequence[TensorSpec], device: torch.device, generator: torch
 
 @functools.cache
 def sampling_plan(name: str) -> SamplingPlan:
-    """The plan of a sampler case."""
+    """The plan that a sampler_update is of."""
     return make_plan(name, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), PLAN_STEPS)
 
 
 def plan_tensors(plan: SamplingPlan) -> dict[str, Tensor]:
     """What a plan says of `sampler_update`'s arguments, as float64 or int64 tensors of the CPU."""
-    scales = torch.tensor(plan.input_scales)
     return {
         "table": torch.tensor(plan.table),
         "step": torch.tensor([PLAN_ROW]),
         "guidance_scale": torch.full((len(plan.steps),), GUIDANCE_SCALE, dtype=torch.float64),
-        # The input of the evaluation after each step, as `sample` has it.
-        "input_scale": torch.cat([scales[1:], torch.ones(1, dtype=torch.float64)]),
+        "input_scale": torch.tensor(plan.next_input_scales),
     }

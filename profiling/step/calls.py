@@ -1,6 +1,6 @@
 """The operator calls of one denoising step, as values: found by running the UNet of a size without memory.
 
-The names of arguments come from the operators' schemas, so that a new operator or argument is in the cases as soon
+The names of arguments come from the operators' schemas, so that a new operator or argument is in the calls as soon
 as the UNet uses it.
 """
 
@@ -10,28 +10,38 @@ import functools
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY, UNet
 
 from ..options import DType
-from .call import Access, KernelCase, Scalar, TensorSpec, sampling_plan
+from .call import Access, OperatorCall, Scalar, TensorSpec, sampling_plan
+from .recording import RecordedCall, calls_of_ours
 
-# The plans whose updates are cases: one register, two, four, and one with generated noise.
+# The plans whose updates are calls of a step: one register, two, four, and one with generated noise.
 PLANS = ("ddim", "dpmpp_2m", "unipc", "euler_a")
+# Of attention in the family: its widths over 8 heads.
+FAMILY_HEAD_DIMS = tuple(
+    sorted(
+        {
+            width // heads
+            for config in FAMILY.values()
+            for width, heads in zip(config.block_channels, config.num_heads, strict=True)
+        }
+    )
+)
 # The group norms of Stable Diffusion's VAE decoder at 512x512: (pixels a side, channels).
 _VAE = ((512, 128), (512, 256), (256, 256), (256, 512), (128, 512), (64, 512))
 
 
 @functools.lru_cache(maxsize=64)
-def family_kernel_cases(size: str, batch: int, dtype: DType, latents: int = 64) -> tuple[KernelCase, ...]:
+def family_calls(size: str, batch: int, dtype: DType, latents: int = 64) -> tuple[OperatorCall, ...]:
     """The distinct calls of a step of `size`, first the UNet's in order, then the sampler's.
 
     `batch` is the UNet's: twice the images with guidance. Sampler updates are of batch // 2 guided images, or of
@@ -44,45 +54,42 @@ def family_kernel_cases(size: str, batch: int, dtype: DType, latents: int = 64) 
         conditioning = unet.condition([500.0], torch.empty(batch, 77, config.context_dim, dtype=torch_dtype))
         sample = torch.empty(batch, config.in_channels, latents, latents, dtype=torch_dtype)
         sample = sample.to(memory_format=torch.channels_last)
-        found = _record(lambda: unet.denoise(sample, conditioning, 0), dtype)
-        # What the same step calls where products are merged with what stands beside them.
-        merged = UNet(config, products="triton").to(torch_dtype)
-        found += [
-            case
-            for case in _record(lambda: merged.denoise(sample, conditioning, 0), dtype)
-            if case.operator == "linear"
-        ]
-    return (*found, *(sampler_case(plan, batch, dtype, latents) for plan in PLANS))
+        found = _distinct(lambda: unet.denoise(sample, conditioning, 0), dtype)
+        # What the same step calls where matmuls are fused with the norms and gates beside them.
+        fused = UNet(config, products="triton").to(torch_dtype)
+        calls = _distinct(lambda: fused.denoise(sample, conditioning, 0), dtype)
+        found += [call for call in calls if call.operator == "linear"]
+    return (*found, *(sampler_call(plan, batch, dtype, latents) for plan in PLANS))
 
 
-def vae_kernel_cases(dtype: DType = "bfloat16", batch: int = 1) -> tuple[KernelCase, ...]:
+def vae_calls(dtype: DType = "bfloat16", batch: int = 1) -> tuple[OperatorCall, ...]:
     """The group norms of Stable Diffusion's VAE decoder at 512x512 pixels."""
     norm = OPERATORS["group_norm_silu"].call
-    cases: list[KernelCase] = []
+    calls: list[OperatorCall] = []
     for side, channels in _VAE:
         x = torch.empty(batch, channels, side, side, dtype=getattr(torch, dtype), device="meta")
         x, weight = x.to(memory_format=torch.channels_last), x.new_empty(channels)
-        cases += _record(functools.partial(norm, x, 32, weight, weight, 1e-6, backend="torch"), dtype)
-    return tuple(cases)
+        calls += _distinct(functools.partial(norm, x, 32, weight, weight, 1e-6, backend="torch"), dtype)
+    return tuple(calls)
 
 
-def attention_cases(
+def attention_calls(
     head_dim: int, queries: int, batch: int, dtype: DType = "bfloat16", *, heads: int = 8, context: int = 77
-) -> tuple[KernelCase, KernelCase]:
+) -> tuple[OperatorCall, OperatorCall]:
     """Self-attention of so many tokens and their attention over a context, in memory as the UNet has them."""
 
     def packed(tokens: int, parts: int) -> tuple[Tensor, ...]:
         shape = (batch, tokens, parts, heads, head_dim)
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta").unbind(2)
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> KernelCase:
-        (case,) = _record(lambda: OPERATORS["attention"].call(q, k, v, backend="torch"), dtype)
-        return case
+    def call(q: Tensor, k: Tensor, v: Tensor) -> OperatorCall:
+        (found,) = _distinct(lambda: OPERATORS["attention"].call(q, k, v, backend="torch"), dtype)
+        return found
 
     return call(*packed(queries, 3)), call(*packed(queries, 1), *packed(context, 2))
 
 
-def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> KernelCase:
+def sampler_call(plan: str, batch: int, dtype: DType, latents: int = 64) -> OperatorCall:
     """One update of `plan`, with guidance where the UNet's batch is even; registers are float32."""
     made = sampling_plan(plan)
     images, guided = (batch // 2, True) if batch % 2 == 0 else (batch, False)
@@ -109,69 +116,30 @@ def sampler_case(plan: str, batch: int, dtype: DType, latents: int = 64) -> Kern
     if made.stochastic:
         tensors.append(TensorSpec(name="seeds", shape=(images,), stride=(1,), dtype="int64", below=2**62))
     tensors += [image("model_input", batch, dtype=dtype, access="write"), row("input_scale", steps)]
-    return KernelCase(operator="sampler_update", dtype=dtype, tensors=tuple(tensors), plan=plan)
+    return OperatorCall(operator="sampler_update", dtype=dtype, tensors=tuple(tensors), plan=plan)
 
 
-class Calls(TorchDispatchMode):
-    """Notes the calls of operators that have kernels: (operator, arguments, result). For "meta" tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[str, dict[str, Any], Any]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten.addmm_.default:
-            # On meta it takes milliseconds, and changes nothing.
-            return args[0]
-        result = func(*args, **(kwargs or {}))
-        schema = func._schema
-        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.conv2d):
-            # A convolution on the meta device forgets the layout that it has on every other. (In inference mode
-            # conv2d comes whole.)
-            return result.to(memory_format=torch.channels_last)
-        name = _public_name(schema.name.partition("::")[2])
-        if func.namespace != "aten" and name is not None:
-            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
-            taken = inspect.signature(OPERATORS[name].call).parameters
-            arguments = {key: value for key, value in (given | (kwargs or {})).items() if key in taken}
-            arguments.pop("backend", None)
-            self.calls.append((name, arguments, result))
-        return result
-
-
-def _public_name(name: str) -> str | None:
-    """The operator that a dispatcher entry belongs to: add_layer_norm is a part of layer_norm."""
-    if name in OPERATORS:
-        return name
-    return next((operator for operator in OPERATORS if name.endswith(f"_{operator}")), None)
-
-
-def _record(run: Callable[[], Any], dtype: DType) -> list[KernelCase]:
+def _distinct(run: Callable[[], Any], dtype: DType) -> list[OperatorCall]:
     """The distinct calls that `run` makes, in order, with their counts."""
-    with Calls() as noted:
-        run()
-    cases = Counter(_case(dtype, *call) for call in noted.calls)
-    return [case.model_copy(update={"count": count}) for case, count in cases.items()]
+    counts = Counter(_as_value(call, dtype) for call in calls_of_ours(run))
+    return [call.model_copy(update={"count": count}) for call, count in counts.items()]
 
 
-def _case(dtype: DType, operator: str, arguments: dict[str, Any], result: Any) -> KernelCase:
-    # In the order of the public function, whose first tensor is the one a label tells.
-    parameters = inspect.signature(OPERATORS[operator].call).parameters
-    ordered = {name: arguments[name] for name in parameters if name in arguments}
-    results = result if isinstance(result, tuple | list) else () if result is None else (result,)
-    return KernelCase(
-        operator=operator,
+def _as_value(call: RecordedCall, dtype: DType) -> OperatorCall:
+    assert call.operator is not None
+    given = call.given
+    parameters = inspect.signature(OPERATORS[call.operator].call).parameters
+    return OperatorCall(
+        operator=call.operator,
         dtype=dtype,
-        tensors=_specs({name: value for name, value in ordered.items() if isinstance(value, Tensor)}),
+        tensors=_specs({name: value for name, value in given.items() if isinstance(value, Tensor)}),
         scalars=tuple(
             Scalar(name=name, value=tuple(value) if isinstance(value, list) else value)
-            for name, value in ordered.items()
+            for name, value in given.items()
             # None is said where it is not the default: activation=None is a call of its own.
             if not isinstance(value, Tensor) and not (value is None and parameters[name].default is None)
         ),
-        results=tuple(_spec(f"result {i}", tensor) for i, tensor in enumerate(results)),
+        results=tuple(_spec(f"result {i}", tensor) for i, tensor in enumerate(call.results)),
     )
 
 

@@ -11,7 +11,7 @@ from ldmperf.model import UNet, UNetConfig
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which leaves out products that are added in place, with those."""
+    """torch's counter, and with it the matmuls that are added in place, which torch leaves out."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm})
 
 

@@ -1,7 +1,7 @@
-"""Which group of a step's launches a kernel belongs to, by the name that a profiler reports.
+"""The group of launches that a kernel belongs to, by the name that a profiler reports.
 
-Names are those of our kernels, of torch's (ATen and inductor), cuBLAS and cuDNN, on NVIDIA GPUs. In the first line
-that fits, so that attention of cuDNN is no convolution and its implicit products are no linear layers.
+Names are those of our kernels, of torch's (ATen and inductor), cuBLAS and cuDNN on NVIDIA GPUs. The first pattern
+that fits decides: attention of cuDNN is no convolution, an implicit GEMM of cuDNN no linear layer.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Literal
 
 from ..measure.recorded import KernelTime
-from .launches import GROUPS, Group
+from .launches import GROUPS, LaunchGroup
 
 Other = Literal["other"]
 OTHER: Other = "other"
 
-_PATTERNS: tuple[tuple[Group, str], ...] = (
+_PATTERNS: tuple[tuple[LaunchGroup, str], ...] = (
     # Inductor names a kernel by all that it merges: what a pass computes comes before what it copies.
     ("linear", r"^triton_tem_.*mm"),
     ("convolution", r"^triton_tem_.*convolution"),
@@ -39,14 +39,14 @@ _PATTERNS: tuple[tuple[Group, str], ...] = (
 _COMPILED = tuple((group, re.compile(pattern, re.IGNORECASE)) for group, pattern in _PATTERNS)
 
 
-def group_of(name: str) -> Group | Other:
+def group_of(name: str) -> LaunchGroup | Other:
     """The group of a kernel; "other" for a name that nothing tells of."""
     return next((group for group, pattern in _COMPILED if pattern.search(name)), OTHER)
 
 
-def by_group(kernels: Iterable[KernelTime]) -> dict[Group | Other, tuple[float, float]]:
+def by_group(kernels: Iterable[KernelTime]) -> dict[LaunchGroup | Other, tuple[float, float]]:
     """(launches, milliseconds) of a step by group, in the order of the inventory; groups without any left out."""
-    found: dict[Group | Other, tuple[float, float]] = dict.fromkeys((*GROUPS, OTHER), (0.0, 0.0))
+    found: dict[LaunchGroup | Other, tuple[float, float]] = dict.fromkeys((*GROUPS, OTHER), (0.0, 0.0))
     for kernel in kernels:
         launches, ms = found[group_of(kernel.name)]
         found[group_of(kernel.name)] = (launches + kernel.launches, ms + kernel.ms)

@@ -1,4 +1,4 @@
-"""A GPU launch as a value, what it takes at least, and sums over a step's launches."""
+"""A GPU launch as a value, its floor (the least time that it can take on an H200), and sums over launches."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S
+
 # "sampler" is all that is launched outside the network.
-Group = Literal[
+LaunchGroup = Literal[
     "convolution",
     "linear",
     "attention",
@@ -19,40 +21,34 @@ Group = Literal[
     "sampler",
 ]
 
-GROUPS: tuple[Group, ...] = get_args(Group)
-
-# What an H200 reaches in practice: memory, bf16 matrix products, exponentials.
-BYTES_PER_S = 4.07e12
-FLOP_PER_S = 742e12
-EXP_PER_S = 3.87e12
+GROUPS: tuple[LaunchGroup, ...] = get_args(LaunchGroup)
 
 
 @dataclass(frozen=True)
 class GpuLaunch:
-    """One launch. `reads` and `writes` tell shapes; `first_result` is the bytes of what it returns first."""
+    """One launch; `reads` and `writes` are shapes as text."""
 
     name: str
-    group: Group
+    group: LaunchGroup
     reads: str
     writes: str
     nbytes: int
     flops: int = 0
     exponentials: int = 0
-    first_result: int = 0
 
     @property
     def floor_s(self) -> float:
-        """Seconds that its bytes or its matrix work take at least, whichever is more."""
+        """The floor without softmax: seconds of its bytes or of its matmuls, the longer of both."""
         return max(self.nbytes / BYTES_PER_S, self.flops / FLOP_PER_S)
 
     @property
     def compute_floor_s(self) -> float:
-        """Seconds that its matrix work or its softmax takes at least, whichever is more."""
-        return max(self.flops / FLOP_PER_S, self.exponentials / EXP_PER_S)
+        """The floor without memory: seconds of its matmuls or of its softmax, the longer of both."""
+        return max(self.flops / FLOP_PER_S, self.exponentials / EXPONENTIALS_PER_S)
 
     @property
     def longest_floor_s(self) -> float:
-        """The longer of both."""
+        """The floor: the longest of all three."""
         return max(self.floor_s, self.compute_floor_s)
 
 
@@ -70,7 +66,7 @@ class Total:
 
 
 def total(launches: Iterable[GpuLaunch]) -> Total:
-    """The sums; every launch takes its own floor, as none overlaps another."""
+    """The sums. Every launch takes its own floor, as no launch overlaps another."""
     launches = list(launches)
     return Total(
         launches=len(launches),

@@ -1,54 +1,77 @@
-"""The operators of one denoising step in order, recorded without memory: ours, and diffusers' in eager mode.
+"""The operators that a run calls, recorded without memory.
 
-Runs on the meta device, where shapes, strides and dtypes are computed as on a GPU and nothing else is. Three
-things differ there and are put right while recording: a convolution forgets its channels-last layout, attention
-would fall apart into matrix products, and a number cannot be read back.
+On the meta device shapes, strides and dtypes are computed as on a GPU, and nothing else is. Two things differ
+there and are put right: a convolution forgets its channels-last layout, and a number cannot be read back.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmperf.model import UNet, UNetConfig
-from ldmperf.samplers import NoiseSchedule, Step, make_plan, sample
+from ldmperf.kernels import OPERATORS, Launch
 
-from ..peer import SCHEDULER_CONFIG, SCHEDULERS, diffusers_unet
 from .flops import flop_counter
 
-SAMPLER = "ddim"
-GUIDANCE_SCALE = 7.5
 # What a number that is read back is taken to be: any timestep or index but the last.
 _READ_BACK = 500
 
 
 @dataclass(frozen=True, eq=False)
-class Op:
-    """One operator call. Tensors are on the meta device, but for the host's own numbers, which are on the CPU.
+class RecordedCall:
+    """One call that torch dispatched. Tensors are on the meta device, but for the host's own numbers, on the CPU.
 
-    name        namespace::name, without overload: aten::add_, ldmperf::geglu
-    arguments   by the names of the operator's schema
-    results     the tensors it returned
+    function    torch's operator, an overload
+    arguments   by the names of its schema
+    result      what it returned
     flops       two per multiply-add, by torch's formulas
-    is_view     whether the results are arguments seen another way
     in_network  whether the network called it, and not the sampler
     """
 
-    name: str
+    function: Any
     arguments: Mapping[str, Any]
-    results: tuple[Tensor, ...]
+    result: Any
     flops: int
-    is_view: bool
     in_network: bool
+
+    @property
+    def name(self) -> str:
+        """namespace::name, without overload: aten::add_, ldmperf::geglu."""
+        name: str = self.function._schema.name
+        return name
+
+    @property
+    def operator(self) -> str | None:
+        """Which of `OPERATORS` it is, or a part of: add_layer_norm is one of layer_norm. None of torch's own."""
+        return _operator(self.function)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments of our operator's public function, in its order and without the backend."""
+        assert self.operator is not None
+        names = inspect.signature(OPERATORS[self.operator].call).parameters
+        return {name: self.arguments[name] for name in names if name in self.arguments and name != "backend"}
+
+    @property
+    def launches(self) -> list[Launch]:
+        """What our operator plans for it."""
+        assert self.operator is not None
+        operator = OPERATORS[self.operator]
+        launches: list[Launch] = operator.plan(operator.bind(**self.given))[1]
+        return launches
+
+    @property
+    def results(self) -> tuple[Tensor, ...]:
+        """The tensors that it returned."""
+        return tuple(_tensors([self.result]))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -56,13 +79,28 @@ class Op:
         found = {id(tensor): tensor for tensor in _tensors(self.arguments.values()) if tensor.is_meta}
         return tuple(found.values())
 
+    @property
+    def is_view(self) -> bool:
+        """Whether the results are arguments seen another way."""
+        aliases = [value.alias_info for value in self.function._schema.returns]
+        return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
-class OpStream(TorchDispatchMode):
-    """Notes in `ops` every operator that reads or writes device memory."""
+
+@functools.cache
+def _operator(function: Any) -> str | None:
+    """The rule for names: any namespace but torch's, as a copy or a second load of our kernels has its own."""
+    if function.namespace == "aten":
+        return None
+    name = function._schema.name.partition("::")[2]
+    return next((known for known in OPERATORS if name == known or name.endswith(f"_{known}")), None)
+
+
+class Recorder(TorchDispatchMode):
+    """Notes in `calls` every call that reads or writes device memory."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.ops: list[Op] = []
+        self.calls: list[RecordedCall] = []
         self._in_network = False
         self._formulas = flop_counter().flop_registry
 
@@ -79,116 +117,36 @@ class OpStream(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        packet, schema = func.overloadpacket, func._schema
-        names = (argument.name for argument in schema.arguments)
+        result = self._result(func, args, kwargs)
+        names = (argument.name for argument in func._schema.arguments)
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        if packet is torch.ops.aten._local_scalar_dense and args[0].is_meta:
-            result: Any = True if args[0].dtype == torch.bool else _READ_BACK
-        else:
-            result = func(*args, **kwargs)
-        if packet is torch.ops.aten.convolution and any(_channels_last(x) for x in args[:2]):
-            # cuDNN's layout is channels-last as soon as the input's or the weight's is.
+        if any(tensor.is_meta for tensor in _tensors([*arguments.values(), result])):
+            formula = self._formulas.get(func.overloadpacket)
+            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+            self.calls.append(RecordedCall(func, arguments, result, flops, self._in_network))
+        return result
+
+    def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a GPU would return."""
+        aten = torch.ops.aten
+        if func is aten.addmm_.default:
+            # On meta it takes milliseconds, and changes nothing.
+            return args[0]
+        if func.overloadpacket is aten._local_scalar_dense and args[0].is_meta:
+            return True if args[0].dtype == torch.bool else _READ_BACK
+        result = func(*args, **kwargs)
+        # In inference mode conv2d comes whole. cuDNN's layout is channels-last as soon as the input's or the
+        # weight's is.
+        if func.overloadpacket in (aten.convolution, aten.conv2d) and any(_channels_last(x) for x in args[:2]):
             result = result.contiguous(memory_format=torch.channels_last)
-        results = tuple(_tensors([result]))
-        if any(tensor.is_meta for tensor in (*_tensors(arguments.values()), *results)):
-            formula = self._formulas.get(packet)
-            aliases = [value.alias_info for value in schema.returns]
-            self.ops.append(
-                Op(
-                    name=schema.name,
-                    arguments=arguments,
-                    results=results,
-                    flops=0 if formula is None else int(formula(*args, **kwargs, out_val=result)),
-                    is_view=bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases),
-                    in_network=self._in_network,
-                )
-            )
         return result
 
 
-class _FusedAttention(TorchFunctionMode):
-    """torch's attention as the one operator that it is on a GPU."""
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _flash(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    if attn_mask is not None or dropout_p or query.shape[-1] % 8:
-        raise NotImplementedError(
-            "attention with a mask, dropout or a head dimension that is no multiple of 8 (torch pads it with "
-            f"further launches) is not in the inventory; got head dimension {query.shape[-1]}"
-        )
-    operator = torch.ops.aten._scaled_dot_product_flash_attention
-    out: Tensor = operator(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    return out
-
-
-@torch.no_grad()
-def our_step(
-    config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77, *, products: str = "auto"
-) -> tuple[Op, ...]:
-    """One guided step of one image: `UNet.denoise` and the update that makes the next model input, from `sample`.
-
-    Operators of ours are recorded whole; `products` as of `UNet`.
-    """
-    plan = make_plan(SAMPLER, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), 2)
-    with torch.device("meta"):
-        unet = UNet(config, products=products).to(dtype)
-        context = torch.empty(2, tokens, config.context_dim, dtype=dtype)
-        conditioning = unet.condition([step.timestep for step in plan.steps], context)
-        noise = torch.empty(1, config.in_channels, latents, latents)
-    stream = OpStream()
-    starts: list[int] = []
-
-    def denoise(model_input: Tensor, step: Step) -> Tensor:
-        starts.append(len(stream.ops))
-        with stream.network():
-            return unet.denoise(model_input, conditioning, step.index)
-
-    with stream:
-        sample(denoise, plan, noise, guidance_scale=GUIDANCE_SCALE, input_dtype=dtype, backend="torch")
-    return tuple(stream.ops[starts[0] : starts[1]])
-
-
-@torch.no_grad()
-def diffusers_step(config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77) -> tuple[Op, ...]:
-    """One guided step of one image as in the loop of diffusers' pipeline, eager, with channels-last weights.
-
-    The second step is recorded, as the first one's latents may have another layout. Raises `Unsupported` without
-    diffusers.
-    """
-    with torch.device("meta"):
-        unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
-    # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
-    unet = unet.to(memory_format=torch.channels_last)
-    scheduler = getattr(importlib.import_module("diffusers"), SCHEDULERS[SAMPLER]).from_config(SCHEDULER_CONFIG)
-    scheduler.set_timesteps(50, device="meta")
-    timestep = scheduler.timesteps[1]
-    context = torch.empty(2, tokens, config.context_dim, dtype=dtype, device="meta")
-    x = torch.empty(1, config.in_channels, latents, latents, dtype=dtype, device="meta")
-    for stream in (OpStream(), OpStream()):
-        with stream, _FusedAttention():
-            model_input = scheduler.scale_model_input(torch.cat([x] * 2), timestep)
-            with stream.network():
-                output = unet(model_input, timestep, encoder_hidden_states=context, return_dict=False)[0]
-            uncond, cond = output.chunk(2)
-            output = uncond + GUIDANCE_SCALE * (cond - uncond)
-            x = scheduler.step(output, timestep, x, return_dict=False)[0]
-    return tuple(stream.ops)
+def calls_of_ours(run: Callable[[], Any]) -> list[RecordedCall]:
+    """The calls of our operators that `run` makes on "meta" tensors."""
+    with Recorder() as recorder:
+        run()
+    return [call for call in recorder.calls if call.operator is not None]
 
 
 def _channels_last(x: Tensor) -> bool:

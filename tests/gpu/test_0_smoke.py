@@ -10,7 +10,7 @@ import torch
 from ldmperf.kernels import OPERATORS
 from ldmperf.model import FAMILY
 from ldmperf.profiling.kernel_bench.inputs import CallInputs, tolerance_of
-from ldmperf.profiling.step.calls import family_kernel_cases
+from ldmperf.profiling.step.calls import family_calls
 from ldmperf.samplers import initial_noise, make_plan
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ SIZES = ("866M", "39M")
 @torch.no_grad()
 def test_an_operator_at_two_calls_of_a_step(operator: str, size: str, kit: SimpleNamespace) -> None:
     """The step's first and last of it against float64; what is written was NaN before."""
-    cases = [case for case in family_kernel_cases(size, 2, "bfloat16") if case.operator == operator]
+    cases = [case for case in family_calls(size, 2, "bfloat16") if case.operator == operator]
     for case in (cases[0], cases[-1]):
         inputs = CallInputs(case, 1, torch.device(kit.device), seed=0)
         exact = inputs.reference()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ldmperf.kernels import OPERATORS, philox_normal, sampler_update
 from ldmperf.kernels.philox import STEP_NOISE
-from ldmperf.profiling.step.calls import family_kernel_cases, vae_kernel_cases
+from ldmperf.profiling.step.calls import family_calls, vae_calls
 from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
 
 pytestmark = pytest.mark.gpu
@@ -87,7 +87,7 @@ def test_attention_at_every_head_dimension(kit, dim, dtype):
     "size", [*SIZES[:-2], *(pytest.param(size, marks=pytest.mark.alone) for size in SIZES[-2:])]
 )
 def test_family_shapes_in_bfloat16(kit, size):
-    for case in family_kernel_cases(size, 2, "bfloat16"):
+    for case in family_calls(size, 2, "bfloat16"):
         if case.operator != "sampler_update":
             check(kit, case)
 
@@ -105,24 +105,24 @@ def test_layer_norm_with_a_residual(kit, channels):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_866m_in_other_dtypes(kit, dtype):
-    for case in family_kernel_cases("866M", 2, dtype):
+    for case in family_calls("866M", 2, dtype):
         if case.operator != "sampler_update":
             check(kit, case)
 
 
 def test_autoencoder_shapes(kit):
-    for case in vae_kernel_cases("bfloat16"):
+    for case in vae_calls("bfloat16"):
         check(kit, case)
 
 
 def test_large_batch(kit):
-    for case in family_kernel_cases("39M", 16, "bfloat16"):
+    for case in family_calls("39M", 16, "bfloat16"):
         if case.operator != "sampler_update":
             check(kit, case)
 
 
 def test_sampler_updates_equal_the_reference():
-    for case in family_kernel_cases("39M", 2, "bfloat16"):
+    for case in family_calls("39M", 2, "bfloat16"):
         if case.operator != "sampler_update":
             continue
         results = []
@@ -175,7 +175,7 @@ def test_trajectories_equal_those_of_the_cpu(name):
 )
 def test_every_configuration_a_tuner_may_choose(kit, operator):
     """Every tenth of them: each is a compilation."""
-    cases = [case for case in family_kernel_cases("866M", 2, "bfloat16") if case.operator == operator]
+    cases = [case for case in family_calls("866M", 2, "bfloat16") if case.operator == operator]
     for case in (cases[0], cases[-1]):
         arguments = case.arguments("cuda")
         exact = kit.exact_of(OPERATORS[operator], arguments)

@@ -1,0 +1,108 @@
+"""One guided denoising step of one image, recorded: ours, and diffusers' in eager mode."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ldmperf.model import UNet, UNetConfig
+from ldmperf.samplers import NoiseSchedule, Step, make_plan, sample
+
+from ..peer import SCHEDULER_CONFIG, SCHEDULERS, diffusers_unet
+from .call import GUIDANCE_SCALE
+from .recording import RecordedCall, Recorder
+
+SAMPLER = "ddim"
+
+
+@torch.no_grad()
+def our_step(
+    config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77, *, products: str = "auto"
+) -> tuple[RecordedCall, ...]:
+    """`UNet.denoise`, and the update by `sample` that makes the next model input; `products` as of `UNet`.
+
+    Operators of ours are recorded whole.
+    """
+    plan = make_plan(SAMPLER, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), 2)
+    with torch.device("meta"):
+        unet = UNet(config, products=products).to(dtype)
+        context = torch.empty(2, tokens, config.context_dim, dtype=dtype)
+        conditioning = unet.condition([step.timestep for step in plan.steps], context)
+        noise = torch.empty(1, config.in_channels, latents, latents)
+    recorder = Recorder()
+    starts: list[int] = []
+
+    def denoise(model_input: Tensor, step: Step) -> Tensor:
+        starts.append(len(recorder.calls))
+        with recorder.network():
+            return unet.denoise(model_input, conditioning, step.index)
+
+    with recorder:
+        sample(denoise, plan, noise, guidance_scale=GUIDANCE_SCALE, input_dtype=dtype, backend="torch")
+    return tuple(recorder.calls[starts[0] : starts[1]])
+
+
+@torch.no_grad()
+def diffusers_step(
+    config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77
+) -> tuple[RecordedCall, ...]:
+    """A step as in the loop of diffusers' pipeline, with channels-last weights.
+
+    The second step is recorded, as the first one's latents may have another layout. Raises `Unsupported` without
+    diffusers.
+    """
+    with torch.device("meta"):
+        unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
+    # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
+    unet = unet.to(memory_format=torch.channels_last)
+    scheduler = getattr(importlib.import_module("diffusers"), SCHEDULERS[SAMPLER]).from_config(SCHEDULER_CONFIG)
+    scheduler.set_timesteps(50, device="meta")
+    timestep = scheduler.timesteps[1]
+    context = torch.empty(2, tokens, config.context_dim, dtype=dtype, device="meta")
+    x = torch.empty(1, config.in_channels, latents, latents, dtype=dtype, device="meta")
+    for recorder in (Recorder(), Recorder()):
+        with recorder, _FusedAttention():
+            model_input = scheduler.scale_model_input(torch.cat([x] * 2), timestep)
+            with recorder.network():
+                output = unet(model_input, timestep, encoder_hidden_states=context, return_dict=False)[0]
+            uncond, cond = output.chunk(2)
+            output = uncond + GUIDANCE_SCALE * (cond - uncond)
+            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+    return tuple(recorder.calls)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """torch's attention as the one operator that it is on a GPU; on meta it would fall apart into matmuls."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _flash(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    if attn_mask is not None or dropout_p or query.shape[-1] % 8:
+        raise NotImplementedError(
+            "attention with a mask, dropout or a head dimension that is no multiple of 8 (torch pads it with "
+            f"further launches) is not in the inventory; got head dimension {query.shape[-1]}"
+        )
+    operator = torch.ops.aten._scaled_dot_product_flash_attention
+    out: Tensor = operator(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return out
