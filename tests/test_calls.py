@@ -9,11 +9,11 @@ from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import attention_calls, family_calls, sampler_call, vae_calls
 
-CASES = family_calls("39M", 2, "float32", latent=(16, 16))
+CALLS = family_calls("39M", 2, "float32", latent=(16, 16))
 
 
 def test_the_calls_of_a_step_are_those_of_the_network() -> None:
-    calls = {name: sum(c.count for c in CASES if c.operator == name) for name in OPERATORS}
+    calls = {name: sum(c.count for c in CALLS if c.operator == name) for name in OPERATORS}
     # Two norms in each of 22 ResBlocks, one in each of 16 transformers, one at the end.
     assert calls["group_norm_silu"] == 61
     assert calls["layer_norm"] == 3 * 16
@@ -24,27 +24,27 @@ def test_the_calls_of_a_step_are_those_of_the_network() -> None:
     assert calls["attention"] == 2 * 16
 
 
-def test_cases_are_distinct_and_named() -> None:
-    assert len({case.key for case in CASES}) == len({case.label + case.operator for case in CASES}) == len(CASES)
-    assert {case.operator for case in CASES} == set(OPERATORS)
-    assert any("+skip" in case.label for case in CASES)
-    assert any("size=" in case.label for case in CASES)
+def test_calls_are_distinct_and_named() -> None:
+    assert len({call.key for call in CALLS}) == len({call.label + call.operator for call in CALLS}) == len(CALLS)
+    assert {call.operator for call in CALLS} == set(OPERATORS)
+    assert any("+skip" in call.label for call in CALLS)
+    assert any("size=" in call.label for call in CALLS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator} {case.label}")
-def test_a_case_can_be_called_and_planned(case: OperatorCall) -> None:
-    operator = OPERATORS[case.operator]
-    arguments = case.arguments("cpu", torch.Generator().manual_seed(0))
-    for spec in case.tensors:
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.operator} {call.label}")
+def test_a_call_can_be_called_and_planned(call: OperatorCall) -> None:
+    operator = OPERATORS[call.operator]
+    arguments = call.arguments("cpu", torch.Generator().manual_seed(0))
+    for spec in call.tensors:
         made = arguments[spec.name]
         assert (tuple(made.shape), made.stride(), made.dtype) == (spec.shape, spec.stride, spec.torch_dtype)
         assert not made.is_floating_point() or spec.access == "row" or made.count_nonzero()
     result = operator.call(**arguments, backend="torch")
     results = result if isinstance(result, tuple) else () if result is None else (result,)
     # The layout that the recording on "meta" says is the one on a device.
-    assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in case.results]
-    assert case.launches
-    assert OperatorCall.model_validate_json(case.model_dump_json()) == case
+    assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in call.results]
+    assert call.launches
+    assert OperatorCall.model_validate_json(call.model_dump_json()) == call
 
 
 def test_slices_of_one_memory_stay_slices() -> None:
@@ -69,20 +69,20 @@ def test_one_memory_holds_the_slice_that_reaches_furthest() -> None:
     def slice_at(name: str, offset: int) -> TensorSpec:
         return TensorSpec(name=name, shape=(3, 2), stride=(8, 1), dtype="float32", memory="all", offset=offset)
 
-    case = OperatorCall(operator="attention", dtype="float32", tensors=(slice_at("k", 4), slice_at("q", 0)))
-    made = case.arguments("cpu")
+    call = OperatorCall(operator="attention", dtype="float32", tensors=(slice_at("k", 4), slice_at("q", 0)))
+    made = call.arguments("cpu")
     assert made["k"].untyped_storage().nbytes() == 4 * (4 + 2 * 8 + 2)
     assert made["q"].untyped_storage().data_ptr() == made["k"].untyped_storage().data_ptr()
-    alone = case.model_copy(update={"tensors": (slice_at("k", 0),)})
-    assert alone.key != case.model_copy(update={"tensors": (slice_at("k", 4),)}).key
+    alone = call.model_copy(update={"tensors": (slice_at("k", 0),)})
+    assert alone.key != call.model_copy(update={"tensors": (slice_at("k", 4),)}).key
 
 
 def test_the_same_tensor_twice_is_no_slice() -> None:
-    assert {tensor.memory for case in vae_calls() for tensor in case.tensors} == {None}
+    assert {tensor.memory for call in vae_calls() for tensor in call.tensors} == {None}
 
 
 def test_attention_by_its_sizes_is_that_of_the_network() -> None:
-    found = [case.model_copy(update={"count": 1}) for case in CASES if case.operator == "attention"]
+    found = [call.model_copy(update={"count": 1}) for call in CALLS if call.operator == "attention"]
     # 39M at 16 x 16 latents: 8 heads, width 64 at the first level.
     assert tuple(found[:2]) == attention_calls(8, 256, 2, "float32")
 
@@ -94,12 +94,12 @@ def test_attention_tells_what_it_computes() -> None:
     assert of_itself.exponentials == 16 * 8 * 1024 * 1024
     assert (of_text.exponentials, of_text.label) == (16 * 8 * 1024 * 77, "16x1024x8x40 over 77")
     assert of_itself.label == "16x1024x8x40"
-    others = [case for case in CASES if case.operator not in ("attention", "linear")]
-    assert {case.flops for case in others} == {case.exponentials for case in others} == {None}
+    others = [call for call in CALLS if call.operator not in ("attention", "linear")]
+    assert {call.flops for call in others} == {call.exponentials for call in others} == {None}
 
 
 def test_a_product_tells_what_it_computes() -> None:
-    gated = next(case for case in CASES if case.operator == "linear" and "geglu" in case.label)
+    gated = next(call for call in CALLS if call.operator == "linear" and "geglu" in call.label)
     x, weight = (tensor.shape for tensor in gated.tensors[:2])
     assert gated.flops == 2 * x[0] * x[1] * x[2] * weight[0]
     assert gated.label == f"{x[0]}x{x[1]}x{x[2]} to {weight[0] // 2} +norm_weight +x_bias activation=geglu"
@@ -108,15 +108,15 @@ def test_a_product_tells_what_it_computes() -> None:
 
 def test_the_same_seed_gives_the_same_arguments_and_another_does_not() -> None:
     first, same, other = (
-        CASES[0].arguments("cpu", torch.Generator().manual_seed(seed))["x"] for seed in (1, 1, 2)
+        CALLS[0].arguments("cpu", torch.Generator().manual_seed(seed))["x"] for seed in (1, 1, 2)
     )
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
 
 
 def test_bytes_are_of_each_argument_once_and_each_result_once() -> None:
-    case = next(c for c in vae_calls() if c.tensors[0].shape == (1, 512, 64, 64))
-    assert case.bytes_moved == 2 * (2 * 512 * 64 * 64 + 2 * 512)
+    call = next(c for c in vae_calls() if c.tensors[0].shape == (1, 512, 64, 64))
+    assert call.bytes_moved == 2 * (2 * 512 * 64 * 64 + 2 * 512)
     # Guided, one image: two halves of bfloat16 output and input, a register read and written.
     assert sampler_call("ddim", 2, "bfloat16").bytes_moved == 4 * 64 * 64 * (2 * 2 + 2 * 2 + 2 * 4)
 

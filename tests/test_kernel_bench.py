@@ -347,9 +347,14 @@ def test_the_command_takes_latents_context_lengths_and_a_seed(run: Callable[...,
 
 
 def test_a_seed_chooses_the_inputs() -> None:
-    first, again, other = (CallInputs(geglu_case(), 1, torch.device("cpu"), seed) for seed in (0, 0, 2**64 - 1))
-    assert torch.equal(first.sets[0]["x"], again.sets[0]["x"])
-    assert not torch.equal(first.sets[0]["x"], other.sets[0]["x"])
+    errors = []
+    for seed in (0, 0, 2**64 - 1):
+        seeded = KernelBench("cpu", [PEERS["eager"]], ("eager",), QUICK, ENVIRONMENT, COPY, seed=seed)
+        (record,) = seeded.measure(Job("39M", 2, geglu_case()))
+        assert (record.status, record.seed) == ("ok", seed)
+        assert record.correctness is not None
+        errors.append(record.correctness.error_before)
+    assert errors[0] == errors[1] != errors[2]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ..measure.settings import pinned_ptxas
 from ..static.compile import target
 from ..static.forked import Lost, map_forked, usable_cores
 from .stubs import Stub, build, is_there
-from .work import Kernel, Work, about_to_fork, in_cache, source_of
+from .work import Kernel, Work, about_to_fork, in_cache
 
 Status = Literal["compiled", "there", "unfit", "failed"]
 
@@ -68,11 +68,6 @@ def compile_work(
     """
     start = time.monotonic()
     done: list[Done] = []
-
-    def tell(one: Done) -> None:
-        done.append(one)
-        told(one)
-
     with ExitStack() as stack:
         stack.enter_context(pinned_ptxas())
         stack.enter_context(about_to_fork(work.machine))
@@ -84,7 +79,8 @@ def compile_work(
             name = item.name if isinstance(item, Stub) else item.label
             candidate = isinstance(item, Kernel) and item.candidate
             outcome: tuple[Status, str] = ("failed", result.reason) if isinstance(result, Lost) else result
-            tell(Done(name, item.digest, outcome[0], is_stub, candidate, outcome[1]))
+            done.append(Done(name, item.digest, outcome[0], is_stub, candidate, outcome[1]))
+            told(done[-1])
             if seconds is not None and time.monotonic() - start > seconds:
                 break
     return Report(tuple(done), time.monotonic() - start, len(items) - len(done))
@@ -99,7 +95,7 @@ def _compile(machine: Machine, item: Kernel | Stub) -> tuple[Status, str]:
         build(item)
         return ("there" if was_there else "compiled"), ""
     was_there = in_cache(item.digest, item.name)
-    compiled = triton.compile(source_of(item), target=target(machine), options=item.options)
+    compiled = triton.compile(item.source, target=target(machine), options=item.options)
     if compiled.hash != item.digest:
         return "failed", f"triton's key of it is {compiled.hash}, not {item.digest}"
     shared = int(compiled.metadata.shared)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..static.compile import cache_folder
+
 DRIVER = "cuda_utils"
 LAUNCHER = "__triton_launcher"
 
@@ -55,17 +57,17 @@ def launcher_stub(kernel: Any, signature: dict[str, Any], constants: dict[Any, A
 
 def is_there(stub: Stub) -> bool:
     """Whether triton's cache has it; of the driver's own module, one of this name, maybe another triton's."""
-    from triton import knobs
+    if stub.source is None:
+        return any(Path(cache_folder()).glob(f"*/{stub.name}*"))
+    cache = cache_of(stub.digest)
+    return cache is not None and cache.get_file(stub.name + sysconfig.get_config_var("EXT_SUFFIX")) is not None
+
+
+def cache_of(digest: str) -> Any:
+    """What triton's cache has by this key, None where it has nothing; nothing is made."""
     from triton.runtime.cache import _base32, get_cache_manager
 
-    cache = Path(knobs.cache.dir)
-    if stub.source is None:
-        return any(cache.glob(f"*/{stub.name}*"))
-    if not (cache / _base32(stub.digest)).is_dir():
-        return False
-    return (
-        get_cache_manager(stub.digest).get_file(f"{stub.name}{sysconfig.get_config_var('EXT_SUFFIX')}") is not None
-    )
+    return get_cache_manager(digest) if (Path(cache_folder()) / _base32(digest)).is_dir() else None
 
 
 def build(stub: Stub) -> None:

@@ -28,7 +28,7 @@ from ..measure.settings import pinned_ptxas
 from ..static.compile import bind, target
 from ..static.forked import Lost, map_forked, usable_cores
 from ..static.planned import chip_of
-from .stubs import Stub, driver_stub, is_there, launcher_stub, reason_against
+from .stubs import Stub, cache_of, driver_stub, is_there, launcher_stub, reason_against
 
 # Plans launches on "meta" tensors, with whether each is a candidate, which may not compile. Called for each chip.
 Part = Callable[[], Iterable[tuple[Launch, bool]]]
@@ -68,9 +68,12 @@ class Kernel:
         return f"{self.name}[{', '.join(told)}, num_warps={self.options['num_warps']}]"
 
     @property
-    def function(self) -> Any:
-        module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)
+    def source(self) -> Any:
+        """What triton.compile takes."""
+        from triton.compiler import ASTSource
+
+        function = getattr(importlib.import_module(self.path.partition(":")[0]), self.name)
+        return ASTSource(function, self.signature, self.constants, self.attributes)
 
 
 @dataclass(frozen=True)
@@ -198,12 +201,6 @@ def kernel_of(launch: Launch, machine: Machine, bound: tuple[Any, Any, Any, Any]
     return replace(kernel, digest=digest, there=in_cache(digest, launch.name))
 
 
-def source_of(kernel: Kernel) -> Any:
-    from triton.compiler import ASTSource
-
-    return ASTSource(kernel.function, kernel.signature, kernel.constants, kernel.attributes)
-
-
 def _digest(kernel: Kernel, machine: Machine) -> str:
     """As triton.compile makes it."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
@@ -212,17 +209,12 @@ def _digest(kernel: Kernel, machine: Machine) -> str:
 
     backend = make_backend(target(machine))
     key = get_cache_key(
-        source_of(kernel), backend, backend.parse_options(kernel.options), get_cache_invalidating_env_vars()
+        kernel.source, backend, backend.parse_options(kernel.options), get_cache_invalidating_env_vars()
     )
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def in_cache(digest: str, name: str) -> bool:
-    """Whether triton would find it; nothing is made where there is nothing."""
-    from triton import knobs
-    from triton.runtime.cache import _base32, get_cache_manager
-
-    if not (Path(knobs.cache.dir) / _base32(digest)).is_dir():
-        return False
-    group = f"{name[:150]}.json"
-    return group in (get_cache_manager(digest).get_group(group) or {})
+    """Whether triton would find it."""
+    cache, group = cache_of(digest), f"{name[:150]}.json"
+    return cache is not None and group in (cache.get_group(group) or {})

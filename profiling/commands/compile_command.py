@@ -59,7 +59,7 @@ def compile_ahead(
 
     require_compiler()
     from ..ahead.launch_sets import work_for
-    from ..ahead.precompile import Done, compile_work
+    from ..ahead.precompile import compile_work
     from ..ahead.work import chip_here
     from ..machines import MACHINES
     from ..terminal.counting import counting
@@ -83,11 +83,9 @@ def compile_ahead(
         except OSError as failure:
             stop(cache_refused(failure), 1)
         with counting(errors, len(planned.stubs) + len(planned.launches), "compilations") as count:
-
-            def show(done: Done) -> None:
-                count(done.name.partition("[")[0])
-
-            report = compile_work(planned, processes=jobs, seconds=seconds, told=show)
+            report = compile_work(
+                planned, processes=jobs, seconds=seconds, told=lambda done: count(done.name.partition("[")[0])
+            )
     except KeyboardInterrupt:
         stop("stopped; what was compiled is kept; go on with the same command", 130)
     for line in told(report):
@@ -101,15 +99,11 @@ def counts(work: Work) -> str:
     candidates = sum(kernel.candidate for kernel in work.launches)
     text = f"{counted(len(work.launches), 'kernel')} for {work.machine.arch}"
     text += f", {candidates} of them candidates of a tuner" if candidates else ""
-    text += (
-        f"; {counted(len(work.stubs), 'module that launches', 'modules that launch')} them"
-        if work.no_stubs is None
-        else ""
-    )
-    text += f"; {work.missing} to compile"
-    if work.no_stubs is not None:
-        text += f"; modules that launch them are left to the first launch: {work.no_stubs}"
-    return text
+    if work.no_stubs is None:
+        stubs = counted(len(work.stubs), "module that launches", "modules that launch")
+        return f"{text}; {stubs} them; {work.missing} to compile"
+    left = f"modules that launch them are left to the first launch: {work.no_stubs}"
+    return f"{text}; {work.missing} to compile; {left}"
 
 
 def told(report: Report) -> list[str]:

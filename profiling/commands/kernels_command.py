@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from ..kernel_bench.run import BenchChoices
     from ..measure.environment import Environment
 
-DEFAULT_SECONDS = 240.0
-
-
 LISTS = {
     name: list_option(text)
     for name, text in {
@@ -56,7 +53,7 @@ def kernels(
     seed: Annotated[int | None, whole_option("Seed of the random inputs; 0 unless told.", 0, LARGEST_SEED)] = None,
     seconds: Annotated[
         float, seconds_option("Begin no call after so long; the most important come first.")
-    ] = DEFAULT_SECONDS,
+    ] = 240.0,
     out: Annotated[
         Path | None, typer.Option(help="Where the folder of records goes; runs unless told.", show_default=False)
     ] = None,

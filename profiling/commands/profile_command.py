@@ -108,7 +108,12 @@ def profile(
     except ValueError as wrong:
         raise CaseError(str(wrong).replace("min_", "--min-")) from None
     if resume is None:
-        folder = _create(out, cases, rule)
+        from ..measure.environment import collect_environment
+
+        try:
+            folder = create_run(out, cases, rule, collect_environment(cases[0].device))
+        except OSError as failure:
+            stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
     _run(folder, cases, rule, deadline, references or folder / "references")
 
 
@@ -139,15 +144,6 @@ def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[C
     check_resumable(folder, run, collect_environment(run.cases[0].device))
     check_unchanged(run.cases, tell)
     return list(run.cases), run.rule
-
-
-def _create(out: Path, cases: list[Case], rule: RepetitionRule) -> Path:
-    from ..measure.environment import collect_environment
-
-    try:
-        return create_run(out, cases, rule, collect_environment(cases[0].device))
-    except OSError as failure:
-        stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
 
 
 def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:

@@ -1,4 +1,4 @@
-"""How something that may fail ends: a status and one line, with the memory it held given back."""
+"""Outcomes: the status of what may fail, with one line that says why, and its memory given back."""
 
 from __future__ import annotations
 

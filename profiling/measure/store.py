@@ -15,7 +15,7 @@ from ..terminal.visible import visible
 
 M = TypeVar("M", bound=BaseModel)
 _LONGEST_REASON = 300
-# Of the lines set aside so many are kept to be named; the rest is counted.
+# The lines set aside that are kept to be named; the others are counted.
 MOST_NAMED = 20
 
 

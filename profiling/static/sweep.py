@@ -86,7 +86,7 @@ def _inspect(item: Item | ShapeItem | TunedItem) -> dict[str, Any]:
     machine = MACHINES[item.arch]
     if isinstance(item, TunedItem):
         launch = item.launch
-        named: dict[str, Any] = {"batch": None, "dtype": item.case.dtype}
+        named: dict[str, Any] = {"batch": None, "dtype": item.call.dtype}
         return {"size": item.key, **named, **inspect_launch(launch, machine).as_json()}
     if isinstance(item, ShapeItem):
         launch = planned(item.operator, SHAPES[item.operator][0](item.shape), machine)[0]

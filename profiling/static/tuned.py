@@ -37,14 +37,14 @@ class TunedItem:
     """
 
     key: str
-    case: OperatorCall
+    call: OperatorCall
     config: tuple[tuple[str, Any], ...]
     arch: str
     number: int
 
     @property
     def launch(self) -> Launch:
-        return _launches(self.case, self.config, MACHINES[self.arch])[self.number]
+        return _launches(self.call, self.config, MACHINES[self.arch])[self.number]
 
 
 def tuned_items(path: Path) -> list[TunedItem]:
@@ -60,59 +60,59 @@ def tuned_items(path: Path) -> list[TunedItem]:
     items = []
     for operator, entries in document["kernels"].items():
         wanted = {key: config for key, config in entries.items() if config is not None}
-        cases = _cases_of(operator, wanted)
-        if cases.keys() != wanted.keys():
-            missing = ", ".join(sorted(wanted.keys() - cases.keys()))
+        calls = _calls_by_key(operator, wanted)
+        if calls.keys() != wanted.keys():
+            missing = ", ".join(sorted(wanted.keys() - calls.keys()))
             raise ValueError(f"{path.name}: no call of {operator} has these keys: {missing}")
         for key, config in wanted.items():
             fields = tuple(config.items())
-            for case in served(cases[key]):
-                its_key = OPERATORS[operator].tuning_key(case.bound("meta"))
+            for call in served(calls[key]):
+                its_key = OPERATORS[operator].tuning_key(call.bound("meta"))
                 if its_key == key or its_key not in entries:
-                    count = len(_launches(case, fields, MACHINES[arch]))
-                    items += [TunedItem(its_key, case, fields, arch, number) for number in range(count)]
+                    count = len(_launches(call, fields, MACHINES[arch]))
+                    items += [TunedItem(its_key, call, fields, arch, number) for number in range(count)]
     return items
 
 
-def served(case: OperatorCall) -> list[OperatorCall]:
-    """The calls that a tuned entry of this case serves: of a 16-bit one both the case and its 16-bit sibling."""
-    other = _OTHER_16_BITS.get(case.dtype)
+def served(call: OperatorCall) -> list[OperatorCall]:
+    """The calls that a tuned entry of this call serves: of a 16-bit one both the call and its 16-bit sibling."""
+    other = _OTHER_16_BITS.get(call.dtype)
     if other is None:
-        return [case]
+        return [call]
 
     def swapped(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
-        return tuple(t.model_copy(update={"dtype": other}) if t.dtype == case.dtype else t for t in specs)
+        return tuple(t.model_copy(update={"dtype": other}) if t.dtype == call.dtype else t for t in specs)
 
-    update = {"dtype": other, "tensors": swapped(case.tensors), "results": swapped(case.results)}
-    return [case, case.model_copy(update=update)]
+    update = {"dtype": other, "tensors": swapped(call.tensors), "results": swapped(call.results)}
+    return [call, call.model_copy(update=update)]
 
 
-def faults_of(case: OperatorCall, config: Any, machine: Machine) -> list[str]:
-    """The faults (`Inspection.faults`) of all launches that an entry of this case would serve; compiles them."""
+def faults_of(call: OperatorCall, config: Any, machine: Machine) -> list[str]:
+    """The faults (`Inspection.faults`) of all launches that an entry of this call would serve; compiles them."""
     fields = tuple(dataclasses.asdict(config).items())
     return [
         f"{one.dtype}, {launch.name}: {fault}"
-        for one in served(case)
+        for one in served(call)
         for launch in _launches(one, fields, machine)
         for fault in inspect_launch(launch, machine).faults
     ]
 
 
-def _launches(case: OperatorCall, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
-    config = type(OPERATORS[case.operator].candidates(case.bound("meta"))[0])(**dict(fields))
-    return planned(case.operator, case.arguments("meta"), machine, config)
+def _launches(call: OperatorCall, fields: tuple[tuple[str, Any], ...], machine: Machine) -> list[Launch]:
+    config = type(OPERATORS[call.operator].candidates(call.bound("meta"))[0])(**dict(fields))
+    return planned(call.operator, call.arguments("meta"), machine, config)
 
 
-def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]:
+def _calls_by_key(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]:
     """A call for each of the keys that some call of the family has."""
     found: dict[str, OperatorCall] = {}
     # A key names the dtype; finding the calls of one takes seconds.
     dtypes: tuple[DType, ...] = get_args(DType)
     dtypes = tuple(dtype for dtype in dtypes if any(dtype in key for key in keys)) or dtypes
-    for case in _calls(operator, dtypes) if keys else ():
-        key = OPERATORS[operator].tuning_key(case.bound("meta"))
+    for call in _calls(operator, dtypes) if keys else ():
+        key = OPERATORS[operator].tuning_key(call.bound("meta"))
         if key in keys:
-            found.setdefault(key, case)
+            found.setdefault(key, call)
             if len(found) == len(keys):
                 break
     return found
@@ -121,9 +121,9 @@ def _cases_of(operator: str, keys: Mapping[str, Any]) -> dict[str, OperatorCall]
 def _calls(operator: str, dtypes: tuple[DType, ...]) -> Iterator[OperatorCall]:
     for batch, dtype in itertools.product(TUNED_BATCHES, dtypes):
         for size in FAMILY:
-            yield from (case for case in family_calls(size, batch, dtype) if case.operator == operator)
+            yield from (call for call in family_calls(size, batch, dtype) if call.operator == operator)
         if operator == "attention":
             for dim, tokens in itertools.product(FAMILY_HEAD_DIMS, TUNED_TOKENS):
                 yield from attention_calls(dim, tokens, batch, dtype)
     for dtype in dtypes:
-        yield from (case for case in vae_calls(dtype) if case.operator == operator)
+        yield from (call for call in vae_calls(dtype) if call.operator == operator)

@@ -1,4 +1,4 @@
-"""What can run a trajectory: the interface of a backend, and what it is given."""
+"""The interface of a backend, which runs trajectories, and what it is given."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ Trajectory = Callable[[Inputs], Tensor]
 
 
 class Backend(Protocol):
-    """A way to run trajectories. `implementation` names the plain eager backend whose code it is: results are
-    checked against another implementation's, never against its own."""
+    """A way to run trajectories. `implementation` names the plain eager backend of the same code: results are
+    checked against those of another implementation, never against their own."""
 
     @property
     def implementation(self) -> str: ...

@@ -27,18 +27,18 @@ BACKENDS = (
     "graph+separate",
     "graph",
 )
-# What is measured unless told.
+# The backends that are measured unless told.
 DEFAULT_BACKENDS = ("torch", "diffusers")
 # The guidance of a task unless told: super-resolution samples without.
 DEFAULT_GUIDANCE: dict[Task, float] = {"t2i": 7.5, "sr": 1.0}
 # The largest batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
 MOST_IMAGES = 1_000_000
-# In front of a path that is no UTF-8: JSON has no way to hold such a text.
+# Stands before a path that is not UTF-8, which JSON cannot hold.
 _ENCODED = "file://"
 
 
 def path_text(path: Path) -> str:
-    """An absolute path as text that JSON can hold: where it is no UTF-8, a file: URI."""
+    """An absolute path as text that JSON can hold: a file: URI where it is not UTF-8."""
     raw = os.fsencode(path)
     try:
         return raw.decode()
@@ -75,9 +75,9 @@ class Case(BaseModel):
 
     @property
     def network(self) -> str:
-        """What tells networks apart: a size, or a checkpoint's name and the first digits of its weights' SHA-256.
+        """The network's identity: a size, or a checkpoint's name and the first digits of its weights' SHA-256.
 
-        Of a checkpoint whose weights are not known, as in records of schema version 1, the path.
+        The path of a checkpoint whose weights are not known, as in records of schema version 1.
         """
         return self.unet if self.weights_sha256 is None else f"{self.label} weights={self.weights_sha256[:16]}"
 
@@ -99,8 +99,8 @@ class Case(BaseModel):
     def case_id(self) -> str:
         """16 hexadecimal digits, the same on every commit and machine, wherever a checkpoint lies.
 
-        Of the SHA-256 of the fields that are not null, as JSON: the device without its number, the weights' digest
-        in place of a checkpoint's name.
+        They begin the SHA-256 of the fields that are not null, as JSON: the device without its number, the digest
+        of its weights in place of a checkpoint's name.
         """
         fields = self.model_dump(exclude_none=True) | {"device": device_kind(self.device)}
         if self.weights_sha256 is not None:

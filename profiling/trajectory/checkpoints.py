@@ -9,15 +9,15 @@ from pathlib import Path
 from ..options import CaseError
 from .case import Case, path_text
 
-# Below this a digest takes less than a second, and nothing is said.
+# A digest of fewer bytes takes less than a second: nothing is said.
 QUIET_BYTES = 2**28
 
 
 def identified(cases: Iterable[Case], told: Callable[[str], None] | None = None) -> list[Case]:
     """The cases, each with its weights' digest: what a record and its key are made of. Duplicates are left out.
 
-    `told` is called with a line before large files are read. Raises CaseError for a checkpoint that cannot be
-    read, and where two paths hold the same weights under one name: no record could tell which it is of.
+    `told` gets a line before large files are read. Raises CaseError for a checkpoint that cannot be read, and
+    where two paths hold the same weights under one name: a record could not tell them apart.
     """
     found: dict[str, Case] = {}
     for case in cases:
@@ -84,5 +84,5 @@ def weights_sha256(path: Path, told: Callable[[str], None] | None = None) -> str
         raise CaseError(f"--unet: {path} cannot be read ({failure.strerror}); give another path") from None
 
 
-# Digests by path, inode, size and time of change of the files: what has all of these was not changed.
+# Digests by path, inode, size and time of change of the files.
 _digests: dict[tuple[tuple[Path, int, int, int], ...], str] = {}

@@ -1,4 +1,4 @@
-"""How far a profile is: a line for each case, and on a terminal a live bar with the time that remains."""
+"""A profile's progress: a line for each case, and on a terminal a live bar with the time that remains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .network import family_config
 from .records import Record
 from .runner import Listener, groups
 
-# For a checkpoint, whose size is not known before it is loaded: a middling member of the family.
+# A checkpoint's, whose size is not known before it is loaded: that of the family's middle.
 _UNKNOWN_GFLOP = 300.0
 
 
@@ -61,7 +61,7 @@ class Remaining:
 
     @property
     def fraction(self) -> float:
-        """Of the work, what is done."""
+        """The share of the work that is done."""
         total = sum(gflop * count for gflop, count in self._work.values())
         return sum(self._done.values()) / total if total else 1.0
 
