@@ -320,14 +320,14 @@ def test_calls_at_another_latent_and_context() -> None:
     )
     of_vae = [job for job in usual if job.size == "vae"]
     assert of_vae == [job for job in tall if job.size == "vae"]
-    pixels = {job.case.tensors[0].shape[2:] for job in tall if job.case.operator == "group_norm_silu"}
+    pixels = {job.call.tensors[0].shape[2:] for job in tall if job.call.operator == "group_norm_silu"}
     assert pixels >= {(24, 8), (12, 4), (6, 2), (3, 1)}
-    registers = {job.case.tensors[0].shape[3:] for job in tall if job.case.operator == "sampler_update"}
+    registers = {job.call.tensors[0].shape[3:] for job in tall if job.call.operator == "sampler_update"}
     assert registers == {(24, 8)}
-    added = [job.case for job in long if job not in usual]
+    added = [job.call for job in long if job not in usual]
     assert {case.operator for case in added} >= {"attention"}
     assert {case.attention.keys for case in added if case.attention is not None} == {5}
-    assert len({job.case.key for job in long}) == len(long)
+    assert len({job.call.key for job in long}) == len(long)
 
 
 def test_the_command_takes_latents_context_lengths_and_a_seed(run: Callable[..., Any], tmp_path: Path) -> None:
