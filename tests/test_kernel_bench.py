@@ -49,7 +49,7 @@ from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.store import load_lines, rejected_path
-from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, timed
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, Times, timed
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import family_calls, sampler_call
 
@@ -534,6 +534,22 @@ def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.Monke
     assert sampled.count("a") >= 3
     assert sampled.count("b") == 1
     assert cold == []
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_graph_is_checked_again_by_a_replay(replays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its results are poisoned before, so that a replay that computes nothing is wrong."""
+    inputs = CallInputs(geglu_case(), 1, torch.device("cpu"), seed=0)
+    check = peer_lane.Check(inputs, inputs.reference())
+    _FakeCuda(monkeypatch, capture_fails=False)
+    built = peer_lane.BuiltPeer(peer("triton", right), torch.device("cpu"))
+    built.begin(check)
+    graph = GraphCalls(built.calls, torch.device("cuda"))
+    exact = graph.results[0].clone()
+    monkeypatch.setattr(graph, "run", lambda _: replays and graph.results[0].copy_(exact))
+    lane = peer_lane.PeerLane(built, "graph", workload=graph, calls_per_sample=4)
+    lane.finish(Times(wall_ms=[8.0], gpu_ms=[2.0]), check)
+    assert (lane.ms, lane.status) == ([0.5], "ok" if replays else "incorrect")
 
 
 def test_the_clock_of_the_units_is_nvmls_or_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
