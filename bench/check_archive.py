@@ -66,17 +66,12 @@ def write_archive(path: Path, folder: Path, tuned: Path, limit: int = LIMIT) -> 
 
 def packed_files(folder: Path) -> list[Path]:
     """The files of a check that its archive may hold, without references: they are large and can be made again."""
-    found = []
-    for file in sorted(folder.rglob("*")):
+
+    def is_packed(file: Path) -> bool:
         parts = (folder.name, *file.relative_to(folder).parts)
-        if (
-            file.is_file()
-            and not file.is_symlink()
-            and "references" not in parts
-            and all(map(NAME.fullmatch, parts))
-        ):
-            found.append(file)
-    return found
+        return not file.is_symlink() and "references" not in parts and all(map(NAME.fullmatch, parts))
+
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and is_packed(file)]
 
 
 def state_of(folder: Path, tuned: Path) -> list[tuple[str, int, int]]:

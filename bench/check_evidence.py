@@ -1,4 +1,4 @@
-"""What a part of a GPU check has left on disk: its records, and a run that goes on."""
+"""What a part of a GPU check has left on disk: its records, and a run that can go on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from check_parts import Part
 # "tests/a.py::test_b[c] PASSED [ 5%]", and of many processes "[gw0] [  5%] PASSED tests/a.py::test_b[c]".
 STATUS = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
 OUTCOME = re.compile(rf"^(?:\S+\.py::.* {STATUS}(?: \(.*)? +\[ *\d+%\]|\[gw\d+\] \[ *\d+%\] {STATUS} .*)$")
-# A line of bench/tune.py for each key that was searched.
-SEARCHED = re.compile(r" ms now, \d+ of \d+ tried")
-# A line of bench/conv_padding.py for each convolution.
-CONVOLUTION = re.compile(r" \d+ channels: [\d.]+ us ")
+# By evidence: a status, and the line of a log for each key of bench/tune.py or convolution of conv_padding.py.
+LINES = {
+    "tuning": ("searched", re.compile(r" ms now, \d+ of \d+ tried")),
+    "convolutions": ("timed", re.compile(r" \d+ channels: [\d.]+ us ")),
+}
 
 
 def recorded(part: Part, folder: Path, log: str) -> Counter[str]:
@@ -25,12 +26,9 @@ def recorded(part: Part, folder: Path, log: str) -> Counter[str]:
     if part.evidence in ("tests", "tests or skips"):
         found = (OUTCOME.match(line) for line in log.splitlines())
         return Counter((match[1] or match[2]).lower() for match in found if match)
-    if part.evidence == "tuning":
-        searched = sum(1 for line in log.splitlines() if SEARCHED.search(line))
-        return Counter(searched=searched) if searched else Counter()
-    if part.evidence == "convolutions":
-        timed = sum(1 for line in log.splitlines() if CONVOLUTION.search(line))
-        return Counter(timed=timed) if timed else Counter()
+    if part.evidence in LINES:
+        status, line = LINES[part.evidence]
+        return Counter(status for text in log.splitlines() if line.search(text))
     if part.evidence == "compilation":
         return Counter()
     name = "records.jsonl" if part.evidence == "profile" else "kernels.jsonl"

@@ -13,25 +13,9 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 NAMES = (
-    "smoke",
-    "headline",
-    "tests",
-    "tests-alone",
-    "ladder",
-    "family",
-    "attention",
-    "kernels",
-    "tune-linear",
-    "tune-attention",
-    "tune-group_norm_silu",
-    "compiled",
-    "attention-family",
-    "kernels-compiled",
-    "conv-padding",
-    "attention-flex",
-    "compiled-max",
-    "sanitizer",
-    "family-all",
+    *("smoke", "headline", "tests", "tests-alone", "ladder", "family", "attention", "kernels"),
+    *("tune-linear", "tune-attention", "tune-group_norm_silu", "compiled", "attention-family", "kernels-compiled"),
+    *("conv-padding", "attention-flex", "compiled-max", "sanitizer", "family-all"),
 )
 OTHERS = "group_norm_silu,layer_norm,linear,geglu,residual_add,sampler_update"
 KERNEL_PEERS = "triton,auto,separate,eager"
@@ -41,11 +25,7 @@ ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,x
 HEAD_DIMS = "40,64,80,128,160,384,8"
 # The most telling first; a file that is not named here comes behind.
 TEST_FILES = (
-    "test_3_unet.py",
-    "test_2_properties.py",
-    "test_1_family.py",
-    "test_gpu_philox.py",
-    "test_gpu_timing.py",
+    *("test_3_unet.py", "test_2_properties.py", "test_1_family.py", "test_gpu_philox.py", "test_gpu_timing.py"),
 )
 SMOKE_FILE = "test_0_smoke.py"
 SANITIZER_FILES = ("test_2_properties.py",)
@@ -222,13 +202,5 @@ def compilation(names: Sequence[str], before: Part) -> Part:
     """Compiles in as many processes as there are cores; what time leaves is compiled where it is launched."""
     limit = 90.0 if names[0] == "tests" else 60.0
     command = (*LDMPERF, "compile", "--for", ",".join(names))
-    floor = before.floor + COMPILATION_FLOOR
-    return Part(
-        f"compile-{before.name}",
-        limit,
-        floor,
-        "compilation",
-        command,
-        own_launches=tuple(names),
-        takes_seconds=True,
-    )
+    name, floor = f"compile-{before.name}", before.floor + COMPILATION_FLOOR
+    return Part(name, limit, floor, "compilation", command, own_launches=tuple(names), takes_seconds=True)

@@ -33,11 +33,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(str(wrong)) from None
     found = [
         pytest.param(
-            job, mode, peer, id=f"{job.case.operator} {job.case.label} {job.size} b{job.batch} {mode} {name}"
+            job, mode, peer, id=f"{job.call.operator} {job.call.label} {job.size} b{job.batch} {mode} {name}"
         )
         for job in jobs(operators, sizes, batches, "bfloat16" if on_gpu else "float32")
         for mode in (MODES if on_gpu else ("eager",))
         for name, peer in PEERS.items()
-        if peer.serves(job.case, first_of_operator=False) and name in usual_peers(best_device())
+        if peer.serves(job.call, first_of_operator=False) and name in usual_peers(best_device())
     ]
     metafunc.parametrize(("job", "mode", "peer"), found)

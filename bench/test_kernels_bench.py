@@ -71,7 +71,7 @@ def test_kernel(benchmark: Any, job: Job, mode: Mode, peer: Peer, request: pytes
     if record.status == "unsupported":
         pytest.skip(record.message or "")
     assert record.ms is not None, f"{record.status}: {record.message}"
-    benchmark.group = f"{job.case.operator} {job.case.label} ({job.size} batch {job.batch}, {mode})"
+    benchmark.group = f"{job.call.operator} {job.call.label} ({job.size} batch {job.batch}, {mode})"
     benchmark.extra_info |= {
         "clock": record.clock,
         "l2": record.l2,

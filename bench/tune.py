@@ -327,8 +327,8 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
 
     def tried() -> Iterator[tuple[Launch, bool]]:
         for key, job in given:
-            yield from launches_of_call(job.case)
-            operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
+            yield from launches_of_call(job.call)
+            operator, call = OPERATORS[job.call.operator], job.call.bound("meta")
             for config in search_order(operator.candidates(call), key):
                 yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
 
@@ -388,13 +388,13 @@ def tune(
     for key, job in given:
         if deadline.passed:
             break
-        operator = OPERATORS[job.case.operator]
-        candidates = operator.candidates(job.case.bound("meta"))
+        operator = OPERATORS[job.call.operator]
+        candidates = operator.candidates(job.call.bound("meta"))
         limit = Deadline(min(deadline.left, key_seconds))
         try:
             with_torch = operator.torchs_own is not None
-            timer = passing_over(refused, job.case, timer_of(job.case))
-            faults_here = functools.partial(faults, job.case)
+            timer = passing_over(refused, job.call, timer_of(job.call))
+            faults_here = functools.partial(faults, job.call)
             found = search(candidates, timer, limit, seed=key, with_torch=with_torch, faults=faults_here)
         except Exception as failure:
             if is_fatal(failure):

@@ -346,15 +346,15 @@ def test_the_table_shows_every_call_once() -> None:
 
 def test_calls_by_head_dimension_begin_with_the_longest() -> None:
     found = list(head_dim_jobs((8, 40), (64, 4096), (2, 16), "bfloat16"))
-    assert len(found) == len({job.case.key for job in found}) == 2 * 2 * 2 * 2
-    first = [job.case.attention for job in found[:4]]
+    assert len(found) == len({job.call.key for job in found}) == 2 * 2 * 2 * 2
+    first = [job.call.attention for job in found[:4]]
     assert first == [
         (16, 8, 4096, 4096, 8),
         (16, 8, 4096, 4096, 40),
         (2, 8, 4096, 4096, 8),
         (2, 8, 4096, 4096, 40),
     ]
-    sizes = [job.case.attention for job in found]
+    sizes = [job.call.attention for job in found]
     assert [s is not None and s.keys == 77 for s in sizes] == [False] * 8 + [True] * 8
 
 

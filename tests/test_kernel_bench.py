@@ -49,7 +49,7 @@ from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.store import load_lines, rejected_path
-from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, timed
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, Times, timed
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import family_calls, sampler_call
 
@@ -320,14 +320,14 @@ def test_calls_at_another_latent_and_context() -> None:
     )
     of_vae = [job for job in usual if job.size == "vae"]
     assert of_vae == [job for job in tall if job.size == "vae"]
-    pixels = {job.case.tensors[0].shape[2:] for job in tall if job.case.operator == "group_norm_silu"}
+    pixels = {job.call.tensors[0].shape[2:] for job in tall if job.call.operator == "group_norm_silu"}
     assert pixels >= {(24, 8), (12, 4), (6, 2), (3, 1)}
-    registers = {job.case.tensors[0].shape[3:] for job in tall if job.case.operator == "sampler_update"}
+    registers = {job.call.tensors[0].shape[3:] for job in tall if job.call.operator == "sampler_update"}
     assert registers == {(24, 8)}
-    added = [job.case for job in long if job not in usual]
+    added = [job.call for job in long if job not in usual]
     assert {case.operator for case in added} >= {"attention"}
     assert {case.attention.keys for case in added if case.attention is not None} == {5}
-    assert len({job.case.key for job in long}) == len(long)
+    assert len({job.call.key for job in long}) == len(long)
 
 
 def test_the_command_takes_latents_context_lengths_and_a_seed(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -534,6 +534,22 @@ def test_no_sample_pays_for_memory_that_was_given_back(monkeypatch: pytest.Monke
     assert sampled.count("a") >= 3
     assert sampled.count("b") == 1
     assert cold == []
+
+
+@pytest.mark.parametrize("replays", [True, False])
+def test_a_graph_is_checked_again_by_a_replay(replays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its results are poisoned before, so that a replay that computes nothing is wrong."""
+    inputs = CallInputs(geglu_case(), 1, torch.device("cpu"), seed=0)
+    check = peer_lane.Check(inputs, inputs.reference())
+    _FakeCuda(monkeypatch, capture_fails=False)
+    built = peer_lane.BuiltPeer(peer("triton", right), torch.device("cpu"))
+    built.begin(check)
+    graph = GraphCalls(built.calls, torch.device("cuda"))
+    exact = graph.results[0].clone()
+    monkeypatch.setattr(graph, "run", lambda _: replays and graph.results[0].copy_(exact))
+    lane = peer_lane.PeerLane(built, "graph", workload=graph, calls_per_sample=4)
+    lane.finish(Times(wall_ms=[8.0], gpu_ms=[2.0]), check)
+    assert (lane.ms, lane.status) == ([0.5], "ok" if replays else "incorrect")
 
 
 def test_the_clock_of_the_units_is_nvmls_or_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,7 +323,7 @@ def test_candidates_are_those_that_the_tuner_tries() -> None:
     work = plan(launch_sets.parts_of("tune:geglu:39M:2"), SM_90, chips=[NO_GPU])
     expected = set()
     for _, job in first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")):
-        call = job.case.bound("meta")
+        call = job.call.bound("meta")
         for config in [None, *OPERATORS["geglu"].candidates(call)]:
             for launch in OPERATORS["geglu"].plan(call, config=config)[1]:
                 expected.add(kernel_of(launch, SM_90).digest)

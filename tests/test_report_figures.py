@@ -277,6 +277,13 @@ def test_who_was_done_first_does_not_change_the_order_of_rows(make_record: MakeR
         assert [row.record.case.backend for row in figures.overview(order).rows] == expected
 
 
+def test_a_checkpoint_stands_among_the_papers_sizes_by_its_gflop(make_record: MakeRecord) -> None:
+    records = [make_record(case(unet)) for unet in ("866M", "39M")]
+    records += [make_record(case(f"/m/of-{gflop}"), gflop_per_forward=gflop) for gflop in (810.0, 40.0, 700.0)]
+    order = [row.name for row in figures.overview(records).rows]
+    assert order == ["of-40.0", "39M", "of-700.0", "866M", "of-810.0"]
+
+
 def test_rows_are_ordered_by_size_with_the_peer_last(make_record: MakeRecord) -> None:
     sizes = ["2B", "39M", "866M"]
     records = [make_record(case(size, backend=backend)) for size in sizes for backend in ("diffusers", "torch")]

@@ -154,7 +154,7 @@ def test_a_candidate_that_cannot_be_launched_is_counted_and_not_tried(
 
     tune.tune(given, timer_of, tmp_path / "t.json", HEAD, Deadline(None), 60.0, refused=refused)
     assert {config.num_warps for config in seen if config is not None} == {1, 2, 4}
-    candidates = OPERATORS["geglu"].candidates(given[0][1].case.bound("meta"))
+    candidates = OPERATORS["geglu"].candidates(given[0][1].call.bound("meta"))
     failed = sum(config.num_warps == 8 for config in candidates)
     assert f"{len(candidates)} of {len(candidates)} tried, {failed} failed" in capsys.readouterr().err
 
@@ -166,7 +166,7 @@ def test_candidates_are_compiled_in_the_order_in_which_they_are_tried(
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
-    case = given[0][1].case
+    case = given[0][1].call
     operator = OPERATORS["geglu"]
     good, bad = (
         operator.candidates(case.bound("meta"))[0],
@@ -237,11 +237,11 @@ def test_no_entry_with_faults_is_written_and_the_output_says_so(
 ) -> None:
     given = list(first_of_each_key(jobs(("geglu",), ("39M",), (2,), "bfloat16")))[:1]
     key, job = given[0]
-    worse, best = OPERATORS["geglu"].candidates(job.case.bound("meta"))[:2]
+    worse, best = OPERATORS["geglu"].candidates(job.call.bound("meta"))[:2]
     times = {best: 0.5, worse: 0.6}
 
     def faults(case: Any, config: Any) -> list[str]:
-        assert case == job.case
+        assert case == job.call
         return ["8 spill stores"] if config == best else []
 
     path = tmp_path / "t.json"
@@ -346,7 +346,7 @@ def test_auto_follows_what_the_tuner_found(
     assert capsys.readouterr().err.count("which auto will take") == 2
     monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
     for key, job in given:
-        expected = "torch" if job.case.attention.head_dim == 64 else "triton"
+        expected = "torch" if job.call.attention.head_dim == 64 else "triton"
         assert launch.fastest("attention", chip, lambda key=key: key, unmeasured="torch") == expected
 
 
@@ -367,7 +367,7 @@ def test_each_entry_is_on_disk_at_once_and_the_kernels_read_it(
     assert on_disk == [0, 1, 2, 3]
     monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
     for key, job in given:
-        candidates = OPERATORS["geglu"].candidates(job.case.bound("meta"))
+        candidates = OPERATORS["geglu"].candidates(job.call.bound("meta"))
         assert launch.tuned("geglu", key, chip, type(candidates[0])) == candidates[-1]
 
 
@@ -404,7 +404,7 @@ def test_calls_of_one_key_are_searched_once() -> None:
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_every_candidate_of_the_family_can_be_planned(name: str) -> None:
     for _, job in first_of_each_key(jobs((name,), ("39M", "866M"), (2,), "bfloat16")):
-        operator, call = OPERATORS[name], job.case.bound("meta")
+        operator, call = OPERATORS[name], job.call.bound("meta")
         candidates = operator.candidates(call)
         assert candidates
         assert len(set(candidates)) == len(candidates)

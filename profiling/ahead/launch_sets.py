@@ -69,7 +69,7 @@ def _kernels() -> list[Part]:
     ]
     by_head_dim = partial(head_dim_jobs, CHECKED_HEAD_DIMS, (4096,), BATCHES, "bfloat16")
     parts: list[Part] = [partial(launches_of_calls, calls) for calls in steps]
-    return [*parts, partial(launches_of_calls, lambda: (job.case for job in by_head_dim()))]
+    return [*parts, partial(launches_of_calls, lambda: (job.call for job in by_head_dim()))]
 
 
 def tuning_parts(operators: str, sizes: str = "", batches: str = "") -> list[Part]:

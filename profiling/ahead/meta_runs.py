@@ -146,7 +146,7 @@ def launches_of_calls(calls: Callable[[], Iterable[OperatorCall]]) -> Planned:
 def candidates(given: Callable[[], Iterable[Job]]) -> Planned:
     """The launches that a tuner tries for these jobs, in its order of keys."""
     for _, job in first_of_each_key(given()):
-        operator, call = OPERATORS[job.case.operator], job.case.bound("meta")
-        yield from launches_of_call(job.case)
+        operator, call = OPERATORS[job.call.operator], job.call.bound("meta")
+        yield from launches_of_call(job.call)
         for config in operator.candidates(call):
             yield from ((launch, True) for launch in operator.plan(call, config=config)[1])

@@ -32,43 +32,43 @@ _MASKS = ("key_lengths", "key_mask")
 _REFUSALS = ("NYI", "not implemented", "NotImplementedError", "not supported", "unsupported", "No operator found")
 
 
-def sdpa(name: str, case: OperatorCall, device: torch.device) -> Implementation:
+def sdpa(name: str, call: OperatorCall, device: torch.device) -> Implementation:
     """scaled_dot_product_attention with one backend allowed, chosen once for all calls."""
     backend, serves = SDPA[name]
-    made = _prepared(case, case.arguments(device))
+    made = _prepared(call, call.arguments(device))
     if device.type == "cuda" and (refusal := _refusal(getattr(torch.backends.cuda, serves), made)) is not None:
         raise Unsupported(refusal)
     return Implementation(
         _heads_first(F.scaled_dot_product_attention),
-        functools.partial(_prepared, case),
+        functools.partial(_prepared, call),
         functools.partial(sdpa_kernel, backend),
     )
 
 
-def flex(case: OperatorCall, device: torch.device) -> Implementation:
+def flex(call: OperatorCall, device: torch.device) -> Implementation:
     """FlexAttention as its page says to call it: compiled; for these sizes, its tiles chosen by trying them."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, mode="max-autotune-no-cudagraphs")
-    return Implementation(_heads_first(_or_refused(compiled)), functools.partial(_prepared, case))
+    return Implementation(_heads_first(_or_refused(compiled)), functools.partial(_prepared, call))
 
 
-def xformers(case: OperatorCall, device: torch.device) -> Implementation:
+def xformers(call: OperatorCall, device: torch.device) -> Implementation:
     """memory_efficient_attention by xformers' own choice among its kernels."""
     if importlib.util.find_spec("xformers") is None:
         raise Unsupported("xformers is not installed: pip install 'ldmperf[peers]'")
     from xformers.ops import memory_efficient_attention
 
-    def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Any:
         return memory_efficient_attention(q, k, v, scale=scale)
 
-    return Implementation(_or_refused(call), functools.partial(_prepared, case))
+    return Implementation(_or_refused(attend), functools.partial(_prepared, call))
 
 
-def _prepared(case: OperatorCall, arguments: Arguments) -> Arguments:
+def _prepared(call: OperatorCall, arguments: Arguments) -> Arguments:
     """What peers take: q, k, v and the scale. Unsupported for a call with a mask."""
-    masks = [tensor.name for tensor in case.tensors if tensor.name in _MASKS]
+    masks = [tensor.name for tensor in call.tensors if tensor.name in _MASKS]
     if masks:
         raise Unsupported(f"no peer of attention is set up for {', '.join(masks)}")
     return {name: arguments[name] for name in ("q", "k", "v", "scale") if name in arguments}

@@ -42,30 +42,30 @@ class KernelBench:
     def keys(self, job: Job) -> set[str]:
         """The keys of the records that `measure` would make of it now."""
         return {
-            record_key(job.case, self.device_name, peer.name, mode, self.seed)
+            record_key(job.call, self.device_name, peer.name, mode, self.seed)
             for peer in self._peers_of(job)
             for mode in self.modes
         }
 
     def skip(self, job: Job) -> None:
         """Takes its records as there: what one record an operator says is not said again."""
-        self._operators.add(job.case.operator)
+        self._operators.add(job.call.operator)
 
     def _peers_of(self, job: Job) -> list[Peer]:
-        first = job.case.operator not in self._operators
-        return [peer for peer in self.peers if peer.serves(job.case, first)]
+        first = job.call.operator not in self._operators
+        return [peer for peer in self.peers if peer.serves(job.call, first)]
 
     @torch.inference_mode()
     def measure(self, job: Job) -> list[KernelRecord]:
         """The records of all peers in all modes; only an interrupt is raised."""
-        case, peers = job.case, [BuiltPeer(peer, self.device) for peer in self._peers_of(job)]
-        self._operators.add(case.operator)
+        call, peers = job.call, [BuiltPeer(peer, self.device) for peer in self._peers_of(job)]
+        self._operators.add(call.operator)
         lanes = [PeerLane(built, mode) for mode in self.modes for built in peers]
         started_at, before = utc_now(), device_state(self.device_name)
-        count, is_cold = input_sets(case.bytes_moved, l2_cache_bytes(self.device))
+        count, is_cold = input_sets(call.bytes_moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
-                inputs = CallInputs(case, count, self.device, self.seed)
+                inputs = CallInputs(call, count, self.device, self.seed)
                 check = Check(inputs, inputs.reference())
             except Exception as error:
                 for built in peers:
@@ -81,11 +81,11 @@ class KernelBench:
         shared = {
             "size": job.size,
             "batch": job.batch,
-            "case": case,
+            "case": call,
             "device": self.device_name,
             "seed": self.seed,
             "copy_bandwidth": self.copy,
-            "unit_rates": self.rates if case.attention is not None else None,
+            "unit_rates": self.rates if call.attention is not None else None,
             "device_before": before,
             "device_after": device_state(self.device_name),
             "environment": self.environment,
@@ -124,17 +124,17 @@ class KernelBench:
 
 def _record(lane: PeerLane, shared: Mapping[str, Any], timing: Mapping[str, Any]) -> KernelRecord:
     """A lane's record: `shared` by all lanes of the call; `timing` tells how times were taken, where there are."""
-    built, case = lane.built, shared["case"]
+    built, call = lane.built, shared["case"]
     if lane.active:
         own = {"calls_per_sample": lane.calls_per_sample, "delay_cycles": lane.delay_cycles}
         timing = {**timing, **own, "ms": Samples.of(lane.ms)}
     return KernelRecord(
-        case_key=record_key(case, shared["device"], built.peer.name, lane.mode, shared["seed"]),
+        case_key=record_key(call, shared["device"], built.peer.name, lane.mode, shared["seed"]),
         peer=built.peer.name,
         mode=lane.mode,
         status=lane.status,
         message=lane.message,
-        correctness=lane.correctness(tolerance_of(case)),
+        correctness=lane.correctness(tolerance_of(call)),
         first_call_ms=built.first_call_ms,
         polynomial=built.polynomial,
         **shared,

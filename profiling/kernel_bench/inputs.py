@@ -29,24 +29,24 @@ _MASKS = ("key_lengths", "key_mask")
 class CallInputs:
     """Sets of arguments; the first is the one that results are checked on, restored before each check."""
 
-    def __init__(self, case: OperatorCall, sets: int, device: torch.device, seed: int) -> None:
+    def __init__(self, call: OperatorCall, sets: int, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
-        self.case = case
-        self.sets = [case.arguments(device, generator) for _ in range(sets)]
+        self.call = call
+        self.sets = [call.arguments(device, generator) for _ in range(sets)]
         self._pristine = {
-            spec.name: self.sets[0][spec.name].clone() for spec in case.tensors if spec.access == "update"
+            spec.name: self.sets[0][spec.name].clone() for spec in call.tensors if spec.access == "update"
         }
 
     def restore(self) -> None:
         """Updated tensors as they were, written ones full of NaN, and NaN in the memory that results will take."""
-        for spec in self.case.tensors:
+        for spec in self.call.tensors:
             if spec.access == "update":
                 self.sets[0][spec.name].copy_(self._pristine[spec.name])
             elif spec.access == "write":
                 self.sets[0][spec.name].fill_(math.nan)
-        device = self.sets[0][self.case.tensors[0].name].device
+        device = self.sets[0][self.call.tensors[0].name].device
         # Freed at once: the next allocation of this size takes the same block.
-        for result in self.case.results:
+        for result in self.call.results:
             torch.full((-(-result.nbytes // 4),), math.nan, device=device)
 
     def reference(self) -> tuple[Tensor, ...]:
@@ -55,8 +55,8 @@ class CallInputs:
             name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in self.sets[0].items()
         }
-        reference = OPERATORS[self.case.operator].reference
-        if self.case.attention is None:
+        reference = OPERATORS[self.call.operator].reference
+        if self.call.attention is None:
             return outputs(arguments, reference(**arguments))
         return (by_sample(reference, arguments),)
 
@@ -93,9 +93,9 @@ def by_sample(
     return out
 
 
-def tolerance_of(case: OperatorCall) -> float:
-    """The relative RMS error of a case's result that passes."""
-    return _TOLERANCES[case.dtype] * (_SAMPLER_FACTOR if case.operator == "sampler_update" else 1.0)
+def tolerance_of(call: OperatorCall) -> float:
+    """The relative RMS error of a call's result that passes."""
+    return _TOLERANCES[call.dtype] * (_SAMPLER_FACTOR if call.operator == "sampler_update" else 1.0)
 
 
 def outputs(arguments: Mapping[str, Any], result: Any) -> tuple[Tensor, ...]:

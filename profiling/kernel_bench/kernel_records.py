@@ -184,9 +184,9 @@ class KernelRecord(RecordModel):
         return None if bound is None or self.ms is None or not self.ms.p50 else 100 * bound.ms / self.ms.p50
 
 
-def record_key(case: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
+def record_key(call: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
     """What tells a record from others, as text."""
-    return f"{case.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
+    return f"{call.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
 
 
 class KernelStore(Store[KernelRecord]):

@@ -33,7 +33,7 @@ class Check:
 
     @property
     def tolerance(self) -> float:
-        return tolerance_of(self.inputs.case)
+        return tolerance_of(self.inputs.call)
 
     def error(self, checked: Outcome, result: Any, when: Literal["before", "after"]) -> float | None:
         """The largest relative RMS error of the outputs, None unless finite; a wrong result ends the outcome."""
@@ -78,7 +78,7 @@ class BuiltPeer(Outcome):
             self.error = check.error(self, first.value, "before")
 
     def _build(self, inputs: CallInputs) -> None:
-        self.implementation = made = self.peer.build(inputs.case, self.device)
+        self.implementation = made = self.peer.build(inputs.call, self.device)
         self.polynomial = made.polynomial(inputs.sets[0])
         inputs.restore()
         prepared = [made.prepare(arguments) for arguments in inputs.sets]

@@ -38,72 +38,72 @@ class Peer:
     gpu_only: str | None = None
     slow_on: tuple[str, ...] = ()
 
-    def build(self, case: OperatorCall, device: torch.device) -> Implementation:
+    def build(self, call: OperatorCall, device: torch.device) -> Implementation:
         if self.gpu_only is not None and device.type != "cuda":
             raise Unsupported(self.gpu_only)
-        return self.implement(case, device)
+        return self.implement(call, device)
 
     def is_usual(self, device: torch.device) -> bool:
         """Whether it is measured where no peer is named: the device can run it, and without a long compilation."""
         return device.type not in self.slow_on and (self.gpu_only is None or device.type == "cuda")
 
-    def serves(self, case: OperatorCall, first_of_operator: bool) -> bool:
-        known = self.operators is None or case.operator in self.operators
-        return known and (first_of_operator or self.measures is None or case.operator in self.measures)
+    def serves(self, call: OperatorCall, first_of_operator: bool) -> bool:
+        known = self.operators is None or call.operator in self.operators
+        return known and (first_of_operator or self.measures is None or call.operator in self.measures)
 
 
-def _ours(backend: str, case: OperatorCall, device: torch.device) -> Implementation:
+def _ours(backend: str, call: OperatorCall, device: torch.device) -> Implementation:
     """Our operator by one of its backends; of the kernel, its launches too."""
-    operator = OPERATORS[case.operator]
+    operator = OPERATORS[call.operator]
 
     def launches(**arguments: Any) -> Sequence[Launch]:
         return operator.plan(operator.bind(**arguments))[1]
 
-    call = functools.partial(operator.call, backend=backend)
-    return Implementation(call, launches=launches if backend == "triton" else None)
+    function = functools.partial(operator.call, backend=backend)
+    return Implementation(function, launches=launches if backend == "triton" else None)
 
 
-def _separate(case: OperatorCall, device: torch.device) -> Implementation:
+def _separate(call: OperatorCall, device: torch.device) -> Implementation:
     """torch's matmul between our kernels of the norm and the gate: what the merged kernel has to beat."""
     return Implementation(functools.partial(linear_separate, backend="triton"))
 
 
-def _eager(case: OperatorCall, device: torch.device) -> Implementation:
-    if case.plan is not None:
-        if case.plan not in STEPS:
-            raise Unsupported(f"no plain version of a {case.plan} step; there are {', '.join(STEPS)}")
-        return Implementation(STEPS[case.plan](), functools.partial(_sampler_inputs, case))
-    if case.operator not in PLAIN:
-        raise Unsupported(f"no plain version of {case.operator}")
-    return Implementation(PLAIN[case.operator])
+def _eager(call: OperatorCall, device: torch.device) -> Implementation:
+    if call.plan is not None:
+        if call.plan not in STEPS:
+            raise Unsupported(f"no plain version of a {call.plan} step; there are {', '.join(STEPS)}")
+        return Implementation(STEPS[call.plan](), functools.partial(_sampler_inputs, call))
+    if call.operator not in PLAIN:
+        raise Unsupported(f"no plain version of {call.operator}")
+    return Implementation(PLAIN[call.operator])
 
 
 def _compiled(build: Callable[[OperatorCall, torch.device], Implementation]) -> Any:
-    def compiled(case: OperatorCall, device: torch.device) -> Implementation:
-        implementation = build(case, device)
-        # Each case's own shapes and code: nothing of an earlier one may make these dynamic or hit a limit.
+    def compiled(call: OperatorCall, device: torch.device) -> Implementation:
+        implementation = build(call, device)
+        # Each call's own shapes and code: nothing of an earlier one may make these dynamic or hit a limit.
         torch.compiler.reset()
         return Implementation(torch.compile(implementation.call, dynamic=False), implementation.prepare)
 
     return compiled
 
 
-def _xformers(case: OperatorCall, device: torch.device) -> Implementation:
-    if case.operator == "attention":
-        return attention_peers.xformers(case, device)
-    raise Unsupported(f"xformers has no public operator that computes {case.operator}")
+def _xformers(call: OperatorCall, device: torch.device) -> Implementation:
+    if call.operator == "attention":
+        return attention_peers.xformers(call, device)
+    raise Unsupported(f"xformers has no public operator that computes {call.operator}")
 
 
-def _diffusers(case: OperatorCall, device: torch.device) -> Implementation:
+def _diffusers(call: OperatorCall, device: torch.device) -> Implementation:
     """diffusers' scheduler step between guidance combine and next model input, as in its pipelines.
 
     The timestep is a host number, the cheapest that the scheduler takes. The scheduler counts its own steps, so it
     is set back before each.
     """
     diffusers = import_diffusers()
-    if case.plan is None or case.plan not in STEPS:
-        raise Unsupported(f"a single {case.plan} step of diffusers is not set up; there are {', '.join(STEPS)}")
-    scheduler = getattr(diffusers, SCHEDULERS[case.plan]).from_config(dict(SCHEDULER_CONFIG))
+    if call.plan is None or call.plan not in STEPS:
+        raise Unsupported(f"a single {call.plan} step of diffusers is not set up; there are {', '.join(STEPS)}")
+    scheduler = getattr(diffusers, SCHEDULERS[call.plan]).from_config(dict(SCHEDULER_CONFIG))
     scheduler.set_timesteps(PLAN_STEPS)
     timestep, timestep_next = (int(scheduler.timesteps[row]) for row in (PLAN_ROW, PLAN_ROW + 1))
     multistep = hasattr(scheduler, "model_outputs")
@@ -118,10 +118,10 @@ def _diffusers(case: OperatorCall, device: torch.device) -> Implementation:
         latents, model_input = with_input(latents, model_output)
         return latents, scheduler.scale_model_input(model_input, timestep_next)
 
-    return Implementation(step, functools.partial(_sampler_inputs, case))
+    return Implementation(step, functools.partial(_sampler_inputs, call))
 
 
-def _sampler_inputs(case: OperatorCall, arguments: Arguments) -> Arguments:
+def _sampler_inputs(call: OperatorCall, arguments: Arguments) -> Arguments:
     """Latents and the previous prediction in the network's dtype, which pipelines keep them in."""
     registers, model_output = arguments["registers"], arguments["model_output"]
     kept = [register.to(model_output.dtype) for register in registers.unbind(0)]

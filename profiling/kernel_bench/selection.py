@@ -30,7 +30,7 @@ class Job:
 
     size: str
     batch: int
-    case: OperatorCall
+    call: OperatorCall
 
 
 def steps_in_order(sizes: Sequence[str], batches: Sequence[int]) -> list[tuple[str, int]]:
@@ -46,13 +46,13 @@ def steps_in_order(sizes: Sequence[str], batches: Sequence[int]) -> list[tuple[s
     return list(dict.fromkeys(ordered))
 
 
-def by_importance(cases: Iterable[OperatorCall]) -> list[OperatorCall]:
+def by_importance(calls: Iterable[OperatorCall]) -> list[OperatorCall]:
     """The operators in turn, of each the calls that move most in a step first."""
     by_operator: dict[str, list[OperatorCall]] = {}
-    for case in cases:
-        by_operator.setdefault(case.operator, []).append(case)
-    lines = [sorted(line, key=lambda case: -case.count * case.bytes_moved) for line in by_operator.values()]
-    return [case for turn in itertools.zip_longest(*lines) for case in turn if case is not None]
+    for call in calls:
+        by_operator.setdefault(call.operator, []).append(call)
+    lines = [sorted(line, key=lambda call: -call.count * call.bytes_moved) for line in by_operator.values()]
+    return [call for turn in itertools.zip_longest(*lines) for call in turn if call is not None]
 
 
 def jobs(
@@ -67,11 +67,11 @@ def jobs(
     seen: set[str] = set()
     steps = steps_in_order(sizes, batches)
     for (size, batch), latent, tokens in itertools.product(steps, latents, contexts):
-        cases = vae_calls(dtype) if size == VAE else family_calls(size, batch, dtype, latent, tokens)
-        for case in by_importance(case for case in cases if case.operator in operators):
-            if case.key not in seen:
-                seen.add(case.key)
-                yield Job(size, batch, case)
+        calls = vae_calls(dtype) if size == VAE else family_calls(size, batch, dtype, latent, tokens)
+        for call in by_importance(call for call in calls if call.operator in operators):
+            if call.key not in seen:
+                seen.add(call.key)
+                yield Job(size, batch, call)
 
 
 def head_dim_jobs(
@@ -81,15 +81,15 @@ def head_dim_jobs(
     longest_first, largest_first = sorted(tokens, reverse=True), sorted(batches, reverse=True)
     for number in range(2):
         for queries, batch, head_dim in itertools.product(longest_first, largest_first, head_dims):
-            case = attention_calls(head_dim, queries, batch, dtype)[number]
-            yield Job(f"head_dim {head_dim}", batch, case)
+            call = attention_calls(head_dim, queries, batch, dtype)[number]
+            yield Job(f"head_dim {head_dim}", batch, call)
 
 
 def first_of_each_key(found: Iterable[Job]) -> Iterator[tuple[str, Job]]:
     """(tuning key, call): of the calls with one key the first, which is the most important."""
     seen: set[str] = set()
     for job in found:
-        key = OPERATORS[job.case.operator].tuning_key(job.case.bound("meta"))
+        key = OPERATORS[job.call.operator].tuning_key(job.call.bound("meta"))
         if key not in seen:
             seen.add(key)
             yield key, job
