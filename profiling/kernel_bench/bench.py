@@ -92,11 +92,8 @@ class KernelBench:
             "interleaved": tuple(peer.name for peer in self.peers),
             "started_at": started_at,
         }
-        timing = {
-            "clock": "device" if self.device.type == "cuda" else "host",
-            "input_sets": count,
-            "l2": "cold" if is_cold else "warm",
-        }
+        clock, l2 = "device" if self.device.type == "cuda" else "host", "cold" if is_cold else "warm"
+        timing = {"clock": clock, "input_sets": count, "l2": l2}
         records = [_record(lane, shared, timing) for lane in lanes]
         del peers, lanes
         release_memory()

@@ -13,6 +13,7 @@ from ldmperf.samplers import own_workspaces
 
 from ..measure.environment import max_sm_clock_mhz
 from ..measure.recorded import Samples
+from ..measure.settings import measuring_settings
 from ..measure.timing import RepetitionRule, Timed, timed
 from .kernel_records import CopyBandwidth, UnitRates
 
@@ -161,7 +162,8 @@ def unit_rates(dtype: torch.dtype, device: torch.device, count: int = 20) -> Uni
     size = _MATRIX_SIZE
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    samples = _device_samples(lambda: torch.mm(a, b, out=out), device, count)
+    with measuring_settings():
+        samples = _device_samples(lambda: torch.mm(a, b, out=out), device, count)
     clock_mhz = max_sm_clock_mhz(str(device))
     return UnitRates(
         matrix_size=size,

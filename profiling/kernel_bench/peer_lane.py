@@ -163,9 +163,5 @@ class PeerLane(Outcome):
         """The errors of both checks; None where nothing was compared."""
         if self.built.error is None and self.status != "incorrect":
             return None
-        return Correctness(
-            error_before=self.built.error,
-            error_after=self.error_after,
-            tolerance=tolerance,
-            reference=_REFERENCE,
-        )
+        before, after = self.built.error, self.error_after
+        return Correctness(error_before=before, error_after=after, tolerance=tolerance, reference=_REFERENCE)

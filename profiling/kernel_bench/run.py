@@ -11,14 +11,13 @@ import torch
 from ..measure.environment import Environment
 from ..measure.folders import RunError
 from ..measure.recorded import new_run_id
-from ..measure.settings import measuring_settings
 from ..measure.store import write_whole
 from ..measure.timing import Deadline
 from ..options import DType
 from . import KERNELS_NAME
 from .bench import KernelBench
 from .device import PACES, copy_bandwidth, unit_rates
-from .kernel_records import MODES, KernelRecord, KernelStore, UnitRates, read_kernels
+from .kernel_records import MODES, KernelRecord, KernelStore, read_kernels
 from .peers import PEERS, usual_peers
 from .selection import BATCHES, CONTEXTS, LATENTS, SIZES, TOKENS, Job, head_dim_jobs, jobs
 
@@ -59,13 +58,9 @@ class BenchChoices:
             PACES[device.type],
             environment,
             copy_bandwidth(device),
-            self._unit_rates(device) if "attention" in self.operators else None,
+            unit_rates(getattr(torch, self.dtype), device) if "attention" in self.operators else None,
             self.seed,
         )
-
-    def _unit_rates(self, device: torch.device) -> UnitRates | None:
-        with measuring_settings():
-            return unit_rates(getattr(torch, self.dtype), device)
 
 
 def run_jobs(
