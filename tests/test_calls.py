@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import OPERATORS, layer_norm
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import attention_calls, family_calls, sampler_call, vae_calls
+from ldmperf.profiling.step.recording import calls_of_ours
 
 CALLS = family_calls("39M", 2, "float32", latent=(16, 16))
 
@@ -45,6 +46,14 @@ def test_a_call_can_be_called_and_planned(call: OperatorCall) -> None:
     assert [(tuple(r.shape), r.stride()) for r in results] == [(r.shape, r.stride) for r in call.results]
     assert call.launches
     assert OperatorCall.model_validate_json(call.model_dump_json()) == call
+
+
+def test_a_part_of_an_operator_is_recorded_as_the_operator() -> None:
+    x, vector = torch.empty(2, 8, device="meta"), torch.empty(8, device="meta")
+    (call,) = calls_of_ours(lambda: layer_norm(x, vector, vector, residual=x, backend="torch"))
+    assert (call.name, call.operator) == ("ldmperf::add_layer_norm", "layer_norm")
+    assert set(call.given) == {"x", "residual", "weight", "bias", "eps", "x_bias"}
+    assert [launch.operator for launch in call.launches] == ["layer_norm"]
 
 
 def test_slices_of_one_memory_stay_slices() -> None:
