@@ -1,10 +1,10 @@
 """Host time of an operator's call, layer by layer, without a GPU: `python bench/host_time.py`.
 
 A small UNet at batch 1 waits for the host, so that microseconds of a call count. The whole way of a call is taken
-up to the C function that hands a launch to the driver: our checks, torch.library, the choice of kernel and
-configuration, the result's memory, triton's binder and its look-up of the compiled kernel. Tensors are the CPU's,
-triton's driver is a stand-in and compiling gives a kernel that does nothing. Left out: the driver's own time for a
-launch, torch.cuda.current_device() and the allocator of CUDA memory (the CPU's is in its place).
+up to the C function that hands a launch to the driver: our checks, torch.library, the look-up of the plan, the
+result's memory, the launch of the kept kernel. Tensors are the CPU's, triton's driver is a stand-in and compiling
+gives a kernel that does nothing. Left out: the driver's own time for a launch, torch.cuda.current_device() and the
+allocator of CUDA memory (the CPU's is in its place).
 
 Times are the thread's own, the least mean of several rounds: of this processor, and no other. A step's sum is over
 our operators only.
@@ -106,8 +106,8 @@ class HostTime:
     """Microseconds of one call.
 
     `reasons`, `tuned` (the look-up) and `plan` are the first call's. Layers of every further `call`: `checks` of
-    its arguments, torch.`library`, `triton` from the launch to the driver, and the `rest`: what is kept of the
-    first call is looked up, and the result's memory taken.
+    its arguments, torch.`library`, `triton` from the kept kernel to the driver, and the `rest`: the kept plan is
+    looked up, and the result's memory taken.
     """
 
     operator: str
@@ -186,7 +186,7 @@ def host_time(case: OperatorCall) -> HostTime:
 
 
 def step_ms(found: Sequence[HostTime], *, merged: bool) -> float:
-    """Milliseconds of our operators in a step of one image: products merged, or norms and gates apart."""
+    """Milliseconds of our operators in a step of one image: norms and gates merged into matmuls, or apart."""
     left_out = ("layer_norm", "geglu") if merged else ("linear",)
     of_step = [
         one
@@ -209,7 +209,7 @@ def lines(size: str, found: Sequence[HostTime]) -> list[str]:
         text.append("  " + _row(f"{operator} ({calls})", [f"{mean:.1f}" for mean in means]))
     most = max(found, key=lambda one: one.call)
     text.append(f"  the longest: {most.operator} {most.label}, {most.call:.1f} us")
-    for merged, how in ((False, "norms and gates apart"), (True, "merged into products")):
+    for merged, how in ((False, "norms and gates apart"), (True, "merged into matmuls")):
         text.append(f"  our operators in a step, {how}: {step_ms(found, merged=merged):.2f} ms")
     text.append("  call = checks + library + rest + triton; reasons, tuned and plan are paid once for each layout")
     return text

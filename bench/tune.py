@@ -19,6 +19,7 @@ activations were just written, weights were last read a step ago. The table tell
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import itertools
@@ -64,7 +65,7 @@ from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.measure.timing import Deadline
 from ldmperf.profiling.options import CaseError, dtype_named, known_names, split_values, whole_number
 from ldmperf.profiling.static.tuned import TUNED_BATCHES, TUNED_TOKENS, faults_of
-from ldmperf.profiling.step.call import OperatorCall
+from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.terminal.visible import visible
 
@@ -208,17 +209,15 @@ def merged(
     operator is faster is told where it was timed. "l2" tells of every entry in what state of the cache it was
     measured; of entries without, it was cold.
     """
-    kernels = {name: dict(entries) for name, entries in document.get("kernels", {}).items()}
+    kernels, torch_keys, states = (copy.deepcopy(document.get(part, {})) for part in ("kernels", "torch", "l2"))
     entries = kernels.setdefault(kernel, {})
     if found.best is not None:
         entries[key] = dataclasses.asdict(found.best)
     elif found.torch is not None:
         entries.setdefault(key, None)
-    torch_keys = {name: set(keys) for name, keys in document.get("torch", {}).items()}
     if found.torch is not None:
-        of_kernel = torch_keys.setdefault(kernel, set())
-        (of_kernel.add if found.torch_is_faster else of_kernel.discard)(key)
-    states = {name: dict(entries) for name, entries in document.get("l2", {}).items()}
+        others = set(torch_keys.get(kernel, ())) - {key}
+        torch_keys[kernel] = others | {key} if found.torch_is_faster else others
     states.setdefault(kernel, {})[key] = l2
     return {
         "schema_version": 1,
@@ -245,12 +244,11 @@ def load_table(path: Path, gpu: str) -> dict[str, Any]:
 def read_once(case: OperatorCall) -> OperatorCall:
     """The case with only those of its tensors that a step reads once."""
     memory_of_q = next((t.memory for t in case.tensors if t.name == "q"), None)
-    chosen = [
-        t
-        for t in case.tensors
-        if t.name in READ_ONCE or (t.name in ("k", "v") and (t.memory is None or t.memory != memory_of_q))
-    ]
-    return case.model_copy(update={"tensors": tuple(chosen)})
+
+    def is_read_once(t: TensorSpec) -> bool:
+        return t.name in READ_ONCE or (t.name in ("k", "v") and (t.memory is None or t.memory != memory_of_q))
+
+    return case.model_copy(update={"tensors": tuple(filter(is_read_once, case.tensors))})
 
 
 def as_in_a_step(
@@ -261,7 +259,7 @@ def as_in_a_step(
     Weights of all calls that fit into it together, as those of a norm do, stay there.
     """
     kept = read_once(case)
-    count, _ = input_sets(sum(t.nbytes for t in kept.tensors), l2_bytes) if kept.tensors else (1, True)
+    count = input_sets(sum(t.nbytes for t in kept.tensors), l2_bytes)[0] if kept.tensors else 1
     device = arguments[case.tensors[0].name].device
     sets = [arguments] + [arguments | kept.arguments(device, generator) for _ in range(count - 1)]
     return list(itertools.islice(itertools.cycle(sets), max(len(sets), LEAST_CALLS)))
@@ -334,8 +332,7 @@ def compile_ahead(given: Sequence[tuple[str, Job]], chip: Chip, seconds: float) 
             for config in search_order(operator.candidates(call), key):
                 yield from ((launch, True) for launch in operator.plan(call, config=config)[1])
 
-    work = plan([tried], machine, chips=[chip], in_order=True)
-    report = compile_work(work, seconds=seconds)
+    report = compile_work(plan([tried], machine, chips=[chip], in_order=True), seconds=seconds)
     for line in compiled_told(report):
         tell(line)
     useless = report.useless
@@ -429,8 +426,7 @@ def passing_over(
     """`time_one`, which raises `Wrong` at once for a candidate that is refused."""
 
     def unless_refused(config: Config) -> float:
-        is_candidate = config is not None and config != TORCH
-        if is_candidate and (reason := refused(case, config)) is not None:
+        if config not in (None, TORCH) and (reason := refused(case, config)) is not None:
             raise Wrong(reason)
         return time_one(config)
 
@@ -471,45 +467,43 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 @torch.inference_mode()
 def main(given: Sequence[str] | None = None) -> int:
-    options = arguments(given)
     try:
-        (kernel,) = known_names("kernel", [options.kernel], OPERATORS)
-        sizes = known_names("size", options.size, SIZES) or SIZES
-        batches = tuple(sorted({whole_number("batch", b) for b in split_values(options.batch)})) or BATCHES
-        dtype = dtype_named(options.dtype)
-        head_dims = [whole_number("head-dim", text, 1024) for text in split_values(options.head_dim)]
-        tokens = [whole_number("tokens", text, 2**20) for text in split_values(options.tokens)] or TOKENS
-        if head_dims and kernel != "attention":
-            raise CaseError("--head-dim chooses attention's calls; tune attention with it")
-        for option, asked, known in (
-            ("batch", batches, TUNED_BATCHES),
-            ("head-dim", head_dims, FAMILY_HEAD_DIMS),
-            ("tokens", tokens, TUNED_TOKENS),
-        ):
-            # The tests compile every entry of a table, and look for its call among these.
-            if unknown := sorted(set(asked) - set(known)):
-                choices = ", ".join(str(value) for value in sorted(known))
-                raise CaseError(f"--{option} {unknown[0]}: tuned tables are of {choices}")
-    except (CaseError, ValueError) as wrong:
+        return run(arguments(given))
+    except CaseError as wrong:
         tell(f"tune.py: {wrong}")
         return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    (kernel,) = known_names("kernel", [options.kernel], OPERATORS)
+    sizes = known_names("size", options.size, SIZES) or SIZES
+    batches = tuple(sorted({whole_number("batch", b) for b in split_values(options.batch)})) or BATCHES
+    dtype = dtype_named(options.dtype)
+    head_dims = [whole_number("head-dim", text, 1024) for text in split_values(options.head_dim)]
+    tokens = [whole_number("tokens", text, 2**20) for text in split_values(options.tokens)] or TOKENS
+    if head_dims and kernel != "attention":
+        raise CaseError("--head-dim chooses attention's calls; tune attention with it")
+    for option, asked, known in (
+        ("batch", batches, TUNED_BATCHES),
+        ("head-dim", head_dims, FAMILY_HEAD_DIMS),
+        ("tokens", tokens, TUNED_TOKENS),
+    ):
+        # The tests compile every entry of a table, and look for its call among these.
+        if unknown := sorted(set(asked) - set(known)):
+            choices = ", ".join(str(value) for value in sorted(known))
+            raise CaseError(f"--{option} {unknown[0]}: tuned tables are of {choices}")
     deadline = Deadline(options.seconds)
     # Asked by another process: what is compiled ahead is compiled by forked ones, before CUDA is initialized here.
     chip = chip_here()
     if chip is None:
-        tell("tune.py: there is no GPU here, and configurations are chosen by measuring on one")
-        return 2
+        raise CaseError("there is no GPU here, and configurations are chosen by measuring on one")
     calls = (
         head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs((kernel,), sizes, batches, dtype)
     )
     given = list(first_of_each_key(calls))
     refused = compile_ahead(given, chip, options.seconds * COMPILING)
     device = torch.device("cuda", 0)
-    try:
-        environment = collect_environment("cuda:0")
-    except CaseError as wrong:
-        tell(f"tune.py: {wrong}")
-        return 2
+    environment = collect_environment("cuda:0")
     head = {
         "gpu": chip.name,
         "chip": dataclasses.asdict(chip),

@@ -17,8 +17,8 @@ class AttentionConfig:
     """A tile of block_m queries and block_n keys; block_n 0: all keys are one tile, for query_tiles tiles.
 
     polynomial   how many of every eight exponentials are a polynomial on the multiply-add units
-    matrix_sums  whether row sums are products with ones instead of additions (16-bit dtypes)
-    ahead        whether scores are computed a tile ahead, during the exponentials: for whole tiles without a mask
+    matrix_sums  whether row sums are matmuls with ones instead of additions (16-bit dtypes)
+    ahead        whether the next tile's scores are computed during the exponentials: for whole tiles, no mask
     """
 
     block_m: int
@@ -47,12 +47,12 @@ def _tiles(
     return AttentionConfig(block_m, block_n, num_warps, stages, polynomial, sums, ahead=ahead)
 
 
-# By architecture: up to a padded head dimension, tiles from many queries to few. Not measured. No tile spills.
-# For sm_90 they follow a schedule simulation of the machine code (docs/attention.md says how far to trust it):
-# two or three programs a multiprocessor, whose products and exponentials overlap, up to 96; above 96 one program
-# fits, so scores are computed ahead. `ahead` stands only where the machine code shows that overlap.
-# Three stages: with two, the copy of the next tile is waited for at once. Up to 32, where exponentials are the
-# limit, an eighth of them are polynomials; up to 48 row sums are products.
+# By architecture and padded head dimension: tiles from many queries to few. Not measured. No tile spills.
+# Those of sm_90 follow a schedule simulation of the machine code (docs/attention.md says how far to trust it).
+# Up to 96, two or three programs share a multiprocessor, and their matmuls and exponentials overlap. Above 96 one
+# program fits, so scores are computed ahead; `ahead` stands only where the machine code shows the overlap.
+# Three stages: with two, a program waits at once for the copy of the next tile. Up to 32 exponentials are the
+# limit, so one in eight is a polynomial. Up to 48 row sums are matmuls.
 _HALF: Mapping[str, _Table] = {
     "sm_90": (
         (32, (_tiles(64, 128, 4, 1, True, stages=3),)),
@@ -102,8 +102,8 @@ _TF32: _Table = (
     (128, (_tiles(64, 32, 4),)),
     (384, (AttentionConfig(32, 16, 8, 1), AttentionConfig(16, 16, 4, 1))),
 )
-# Padded head dimensions from 33 to 48 on sm_90 where 128 queries by 4 warps spill: rows that are not whole pieces
-# of 16 bytes (triton 3.9.0), and masks of every tile, at 36 with two stages (triton 3.6.0).
+# For padded head dimensions from 33 to 48 on sm_90 where 128 queries by 4 warps spill: rows that are not whole
+# pieces of 16 bytes (triton 3.9.0), and masks of every tile, at 36 with two stages (triton 3.6.0).
 _FEWER_48 = _tiles(64, 128, 4, 0, True, stages=3)
 # The largest padded head dimension whose keys and values a program can hold without spills.
 _SHORT = {"sm_90": 192, "sm_80": 192, "gfx942": 80, "": 128}
@@ -165,7 +165,7 @@ def candidate_configs(
     """
     width, is_half = padded(dim), itemsize == 2
     rows = max(next_power_of_two(queries), 64)
-    # Products for row sums, and polynomials, where the matrix unit or issue slots are left for them.
+    # Matmuls for row sums, and polynomials, where tensor cores or issue slots are left for them.
     options: tuple[tuple[int, bool], ...] = ((0, False),)
     if is_half and width <= 96:
         options = ((0, True), (1, True)) if width <= 48 else ((0, True), (0, False))
@@ -188,7 +188,7 @@ def candidate_configs(
         if stages is None or m > rows or n > max(2 * keys, 32) or values > 208:
             continue
         found += [AttentionConfig(m, n, warps, stages, *option) for option in options]
-        # With more or fewer than 64 queries a warp group, ptxas serializes products that run ahead.
+        # With more or fewer than 64 queries a warp group, ptxas serializes matmuls that run ahead.
         if is_half and values + scores <= 208 and m == 16 * warps:
             found += [AttentionConfig(m, n, warps, stages, *option, ahead=True) for option in options]
     tables = (_HALF["sm_90"],) if is_half else (_FLOAT32, _TF32)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `attention`; what they do and why is told in attention.py.
+"""The Triton kernels of `attention`; attention.py tells what they do and why.
 
 Head dimensions and short contexts are not powers of two, and tiles must be: a dimension is held as one or two
 parts, PART_1 and PART_2 (0 for none), each a power of two, and a value of that dimension as a tuple of tensors.

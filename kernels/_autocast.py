@@ -1,10 +1,10 @@
-"""What autocast does to an operator's tensors: what it does to those of torch's counterpart.
+"""Autocast's rules for the tensors of an operator: those of torch's counterpart.
 
     lowered     to autocast's dtype, as F.linear and scaled_dot_product_attention
     in_float32  on a GPU to float32, as F.layer_norm, F.group_norm and F.interpolate; on a CPU as they are
     promoted    to the widest dtype among them, as a sum and torch.cat; outside autocast as they are
 
-None stays None, and float64 is never narrowed. Inside an operator autocast is off, so that what it computes in
+None stays None, and float64 is never narrowed. Inside an operator autocast is off: the dtype that it computes in
 follows from its arguments alone.
 """
 

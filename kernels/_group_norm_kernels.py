@@ -1,4 +1,4 @@
-"""The Triton kernels of `group_norm_silu`; what they do and why is told in group_norm.py.
+"""The Triton kernels of `group_norm_silu`; group_norm.py tells what they do and why.
 
 Every kernel takes an image and a bundle of GROUPS groups of GROUP_CHANNELS channels: BLOCK_C lanes, BLOCK_G groups
 (both padded to powers of two), in tiles of BLOCK_HW pixels.

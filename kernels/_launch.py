@@ -41,7 +41,7 @@ class Chip:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
-# For choosing where nothing was measured, and rough: the price of a launch, with its way in and out.
+# Rough, for choosing where nothing was measured: what a launch costs the GPU before and after its work.
 LAUNCH_NS = 2500.0
 
 # Stands for the device where there is none: under the interpreter and on "meta".

@@ -1,4 +1,4 @@
-"""Launch configurations of `linear`, and whether a merge is predicted to pay, before a tuner has measured it."""
+"""Launch configurations of `linear`, and the prediction whether fusing pays, until a tuner has measured both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ._parts import padded
 # Elements of a row that a program can keep beside its accumulators, in 16 bits and in 32, by architecture: what
 # registers and shared memory hold.
 _MAX_ROW = {"sm_90": (512, 128), "sm_80": (256, 128), "gfx942": (128, 64), "": (128, 64)}
-# For choosing only, and assumed; bench/tune.py measures instead. What an H200 reaches, per ns: FLOP of cuBLAS and
-# of our products, the memory's bytes, the L2 cache's bytes.
+# Assumed, for choosing only; bench/tune.py measures instead. What an H200 reaches per ns: FLOP of cuBLAS and of
+# our matmuls, bytes of memory, bytes of the L2 cache.
 _CUBLAS_FLOP_PER_NS = 0.8 * 742e3
 _FLOP_PER_NS = 0.6 * 742e3
 _BYTES_PER_NS = 4070.0
@@ -53,7 +53,7 @@ class LinearShape:
 
 
 def keeps_rows(channels: int, itemsize: int, arch: str) -> bool:
-    """Whether a program can keep whole rows, so that their norm rides along."""
+    """Whether a program can keep whole rows, so that their norm needs no launch of its own."""
     of_half, of_float = _MAX_ROW.get(arch, _MAX_ROW[""])
     width = padded(channels)
     # The widest rows leave no registers for the masks of a padding.
@@ -69,7 +69,7 @@ def _tiles(*sizes: tuple[int, int, int, int, int]) -> _Tiles:
     return tuple(LinearConfig(m, n, k, 1, warps, stages) for m, n, k, warps, stages in sizes)
 
 
-# By architecture, for 16 bits: for a gated product, twice as wide as its result, and for a plain one.
+# By architecture, for 16 bits: for a gated matmul, twice as wide as its result, and for a plain one.
 _GATED: Mapping[str, _Tiles] = {
     "sm_90": _tiles((128, 128, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
     "sm_80": _tiles((128, 64, 32, 8, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
@@ -93,7 +93,7 @@ def default_config(shape: LinearShape, chip: Chip) -> LinearConfig:
 
 @functools.cache
 def predicted_to_gain(shape: LinearShape, chip: Chip) -> bool:
-    """Whether the kernels are predicted to be faster than torch's product with norm and gate beside it."""
+    """Whether the kernels are predicted to be faster than torch's matmul with norm and gate beside it."""
     if shape.itemsize != 2:
         return False
     return min(_merged_ns(shape, config) for config in _defaults(shape, chip)) < _separate_ns(shape)
@@ -126,25 +126,25 @@ def _norm_ns(shape: LinearShape) -> float:
     return LAUNCH_NS + 2 * shape.rows * shape.channels * shape.itemsize / _BYTES_PER_NS if shape.normed else 0.0
 
 
-def _product_ns(shape: LinearShape, flop_per_ns: float, result_columns: int) -> float:
+def _matmul_ns(shape: LinearShape, flop_per_ns: float, result_columns: int) -> float:
     moved = (shape.rows + _weight_rows(shape)) * shape.channels + shape.rows * result_columns
     return LAUNCH_NS + max(_flop(shape) / flop_per_ns, moved * shape.itemsize / _BYTES_PER_NS)
 
 
 def _separate_ns(shape: LinearShape) -> float:
-    total = _norm_ns(shape) + _product_ns(shape, _CUBLAS_FLOP_PER_NS, _weight_rows(shape))
+    total = _norm_ns(shape) + _matmul_ns(shape, _CUBLAS_FLOP_PER_NS, _weight_rows(shape))
     if shape.gated:
         total += LAUNCH_NS + 3 * shape.rows * shape.columns * shape.itemsize / _BYTES_PER_NS
     return total
 
 
 def _merged_ns(shape: LinearShape, config: LinearConfig) -> float:
-    product = _product_ns(shape, _FLOP_PER_NS, shape.columns)
+    matmul = _matmul_ns(shape, _FLOP_PER_NS, shape.columns)
     if config.block_k:
-        return _norm_ns(shape) + product
+        return _norm_ns(shape) + matmul
     # The weight passes from the L2 cache once for each tile of rows.
     streamed = ceil_div(shape.rows, config.block_m) * _weight_rows(shape) * shape.channels * shape.itemsize
-    return max(product, LAUNCH_NS + streamed / _L2_BYTES_PER_NS)
+    return max(matmul, LAUNCH_NS + streamed / _L2_BYTES_PER_NS)
 
 
 def _keeping_rows(shape: LinearShape, chip: Chip) -> LinearConfig:

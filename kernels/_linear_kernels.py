@@ -1,8 +1,8 @@
-"""The Triton kernels of `linear`; what they do and why is told in linear.py.
+"""The Triton kernels of `linear`; linear.py tells what they do and why.
 
-A tile is [BLOCK_M, BLOCK_N] of the result. Where it is gated, its product has twice the columns: value and gate
-by turns, which are not neighbours in the weight but are in a thread's registers, so that taking them apart moves
-nothing.
+A tile is [BLOCK_M, BLOCK_N] of the result. A gated tile's matmul has twice the columns: value and gate by turns.
+Rows of values and gates are not neighbours in the weight, but their columns are in a thread's registers: to take
+them apart moves nothing.
 """
 
 # Branches on constants are statements: Triton decides them when it compiles, and expressions it does not.

@@ -19,6 +19,7 @@ from . import _launch
 from ._checks import one_device
 from ._dispatch import choose_backend
 from ._launch import Launch, Operator
+from ._triton import debugs
 
 T = TypeVar("T")
 # Layouts that an operator keeps. A step of the family has less than forty for each; the oldest go first.
@@ -26,6 +27,7 @@ MOST = 1024
 # Triton compiles one kernel for pointers that are multiples of it, and another for those that are not.
 ALIGNMENT = 16
 _HOST = torch.device("cpu")
+_PLAIN = frozenset((type(None), bool, int, float, str))
 
 
 def layout(arguments: Sequence[Any]) -> Hashable:
@@ -37,8 +39,9 @@ def layout(arguments: Sequence[Any]) -> Hashable:
     chip = _launch.chip_of(_HOST)
     key: list[Hashable] = [_launch.TUNED_FOLDER, None if chip is _launch.NO_GPU else chip]
     for value in arguments:
-        if value is None:
-            key.append(None)
+        # Tensor's isinstance takes three times as long for what is none.
+        if type(value) in _PLAIN:
+            key.append(value)
         elif isinstance(value, Tensor):
             key += (value.shape, value.stride(), value.dtype, value.device)
         else:
@@ -91,12 +94,12 @@ class _Memory:
     dtype: torch.dtype
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Step:
     """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors.
 
-    `compiled` launches the kernel that the first launch with aligned pointers compiled. Triton's binder, which
-    would find that kernel again, takes longer than all else of a call.
+    compiled: by triton's debug setting, what launches the kernel that its binder found for aligned pointers. The
+    binder would take longer to find that kernel again than all else of a call takes.
     """
 
     kernel: Any
@@ -104,7 +107,7 @@ class _Step:
     values: tuple[Any, ...]
     tensors: tuple[tuple[int, int], ...]
     options: dict[str, int]
-    compiled: Callable[..., None] | None = field(default=None, compare=False)
+    compiled: dict[bool | None, Callable[..., None]] = field(default_factory=dict)
 
     def run(self, tensors: Sequence[Any]) -> None:
         """Launches with the tensors of these numbers, on the current device and stream."""
@@ -113,15 +116,14 @@ class _Step:
         for place, number in self.tensors:
             tensor = values[place] = tensors[number]
             pointers |= tensor.data_ptr()
-        if pointers % ALIGNMENT:
-            self.kernel[(self.programs,)](*values, **self.options)
-        elif self.compiled is not None:
-            self.compiled(*values)
-        else:
-            kernel = self.kernel[(self.programs,)](*values, **self.options)
-            # The interpreter compiles nothing. On AMD a kernel depends on the size of its tensors' memory too.
-            if kernel is not None and torch.version.hip is None:
-                self.compiled = kernel[(self.programs, 1, 1)]
+        debug = debugs() if pointers % ALIGNMENT == 0 else None
+        if (launch := self.compiled.get(debug)) is not None:
+            launch(*values)
+            return
+        kernel = self.kernel[(self.programs,)](*values, **self.options)
+        # The interpreter compiles nothing. On AMD a kernel depends on the size of its tensors' memory too.
+        if debug is not None and kernel is not None and torch.version.hip is None:
+            self.compiled[debug] = kernel[(self.programs, 1, 1)]
 
 
 @dataclass(frozen=True)

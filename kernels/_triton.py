@@ -27,6 +27,17 @@ def is_interpreted(kernel: Any) -> bool:
     return triton is not None and not isinstance(kernel, triton.JITFunction)
 
 
+def debugs() -> bool | None:
+    """Whether triton compiles kernels for debugging, which it asks at every launch.
+
+    None where something instruments kernels: the next launch may then be of another kernel.
+    """
+    runtime, compilation = triton.knobs.runtime, triton.knobs.compilation
+    if compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None:
+        return None
+    return bool(runtime.debug)
+
+
 def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
     """Why `kernel`, a function under `jit`, cannot run on the device of `tensor`; empty if it can."""
     if triton is None:

@@ -1,8 +1,8 @@
-"""Attention: softmax(scale q k^T) v over tokens that carry their heads beside each other.
+"""Attention: softmax(scale q k^T) v, with the heads of a token beside each other.
 
-Layout: q [B, Nq, H, D], k and v [B, Nk, H, D], any strides with a contiguous last dimension, so that slices of
-a packed projection are read in place. The result is contiguous: [B, Nq, H, D] is [B, Nq, H * D] for the
-projection that follows. Softmax and accumulators are float32 (float64 for float64).
+Layout: q [B, Nq, H, D], k and v [B, Nk, H, D], any strides with a contiguous last dimension: slices of a packed
+projection are read in place. The result is contiguous: [B, Nq, H, D] is [B, Nq, H * D] for the projection that
+follows. Softmax and accumulators are float32 (float64 for float64).
 
 Two kernels (_attention_kernels.py). Long contexts: a program takes a tile of queries over tiles of keys, with an
 online softmax. Short ones (text): all keys are one tile, which a program holds for several tiles of queries.
@@ -76,8 +76,8 @@ def attention_ref(
     if mask is None:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
         return out.transpose(1, 2).contiguous()
-    # What is masked off counts for nothing, a NaN neither. Samples without a key are computed over all their keys,
-    # now zeros, and then left out: so no gradient is NaN.
+    # Masked keys and values become zeros: a NaN there must not count. Samples without any key attend to all of
+    # these zeros, and their result is replaced: so no gradient is NaN.
     kept = mask[:, :, None, None]
     k, v = torch.where(kept, k, 0), torch.where(kept, v, 0)
     attends = mask.any(dim=1)

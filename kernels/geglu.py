@@ -1,6 +1,6 @@
 """Gated GELU: value * gelu(gate), the two halves of the last dimension, with the exact (erf) GELU.
 
-The bias of the linear layer before may ride along: added here, it saves that layer an epilogue.
+The bias of the linear layer before may be added here, which saves that layer an epilogue.
 Rows of 2C columns; a program takes a tile of rows and columns of both halves.
 """
 

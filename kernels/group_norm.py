@@ -1,28 +1,26 @@
 """Group normalization with an optional bias before it and an optional SiLU after it.
 
-y = act(group_norm(x + x_bias)), x [B, C, H, W] channels-last or contiguous. x_bias [B, C] is where a residual
-block puts its time projection and the bias of the convolution before: both would cost a pass over x of their own.
-With `skip` the input is x and skip side by side along the channels, read from both: no concatenation is written.
-Statistics are float32 (float64 for float64); the result has the memory format of x.
+y = act(group_norm(x + x_bias)), x [B, C, H, W] channels-last or contiguous. x_bias [B, C] holds a residual block's
+time projection and the bias of the convolution before: each would cost a pass over x of its own. With `skip` the
+input is x and skip side by side along the channels, read from both: no concatenation is written. Statistics are
+float32 (float64 for float64); the result has the memory format of x.
 
 The kernels (_group_norm_kernels.py). A program takes one image and a bundle of neighbouring groups, so wide that
-channels-last memory is read in whole 16-byte pieces whatever the width of a group. It walks the pixels in tiles
-and keeps sums in every lane around that lane's first value: no cancellation at large means, no exchange between
-lanes until the end. Lanes are then merged into groups by a matrix of membership, as a group's width is no power
-of two, with the mean in two parts, because one float32 cannot hold a mean of 1e4 exactly enough.
+channels-last memory is read in whole 16-byte pieces whatever the width of a group. It walks over the pixels in
+tiles. Every lane sums around its first value: no cancellation at large means, no exchange between lanes until the
+end. A matrix of membership then merges lanes into groups, whose width is no power of two. The mean is in two
+parts, because one float32 cannot hold a mean of 1e4 exactly enough.
 
-- One launch where a bundle is small: the tile stays in registers, or is read again out of the cache.
-- Two launches where it is large, or the chip would stay empty: many programs to a bundle write partial statistics;
-  then as many merge them, each for itself, and normalize. No atomics: the order of every sum is fixed.
+- One launch where a bundle is small: the tile stays in registers, or is read again from the cache.
+- Two launches where a bundle is large, or one would leave the chip idle: many programs for each bundle write
+  partial statistics; as many then merge all of these and normalize. No atomics: the order of every sum is fixed.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -31,19 +29,9 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import real, tensors, whole
+from ._group_norm_config import GroupNormConfig, GroupNormShape, candidate_configs, default_config
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
-from ._launch import (
-    LAUNCH_NS,
-    NO_GPU,
-    Chip,
-    Launch,
-    Operator,
-    ceil_div,
-    chip_of,
-    dtype_name,
-    next_power_of_two,
-    tuned,
-)
+from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import image_reasons, image_strides, memory_format, named_strides
 from ._library import compute_dtype, define_operator
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
@@ -68,6 +56,19 @@ class GroupNormSiluCall(NamedTuple):
     def channels(self) -> int:
         """Those of x and of the skip connection beside it."""
         return self.x.shape[1] + (0 if self.skip is None else self.skip.shape[1])
+
+    @property
+    def shape(self) -> GroupNormShape:
+        """What a configuration depends on."""
+        batch, _, height, width = self.x.shape
+        return GroupNormShape(
+            batch,
+            height * width,
+            self.num_groups,
+            self.channels // self.num_groups,
+            self.x.element_size(),
+            interleaved=memory_format(self.x) == torch.channels_last or height * width == 1,
+        )
 
 
 def group_norm_silu_ref(
@@ -102,135 +103,14 @@ def group_norm_silu_ref(
     return y.to(x.dtype).contiguous(memory_format=format_)
 
 
-@dataclass(frozen=True)
-class GroupNormConfig:
-    """A program takes `groups` groups and tiles of `block_hw` pixels; `chunks` programs share an image's bundle of
-    groups in two launches, 0 is one launch."""
-
-    groups: int
-    block_hw: int
-    chunks: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a configuration depends on. `interleaved`: a pixel's channels lie side by side (channels-last)."""
-
-    batch: int
-    pixels: int
-    num_groups: int
-    group_channels: int
-    element_size: int
-    interleaved: bool
-
-
-# For choosing only, and rough: a multiprocessor's pace over cached elements, and how long it waits for a tile.
-# bench/tune.py measures instead.
-_ELEMENTS_PER_NS = 20.0
-_TILE_NS = 500.0
-# What a multiprocessor holds of these kernels at about 100 registers a thread, 16 elements of a tile each.
-_RESIDENT_WARPS = 16
-_THREAD_ELEMENTS = 16
-
-
-@functools.cache
-def default_config(shape: _Shape, chip: Chip) -> GroupNormConfig:
-    """The cheaper of the best in one launch and the best in two, by a rough count of elements over lanes."""
-    options = [_bundled(shape, groups, chip) for groups in _bundles(shape)]
-    _, config = min(
-        (option for pair in options for option in pair), key=lambda option: (option[0], -option[1].groups)
-    )
-    return config
-
-
-def _bundles(shape: _Shape) -> list[int]:
-    """How many groups a program may take: rows of 32 bytes or more in whole 16-byte pieces, where possible."""
-    if not shape.interleaved:
-        return [1]
-    counts = range(1, shape.num_groups + 1)
-    width = [count * shape.group_channels * shape.element_size for count in counts]
-    limit = max(512, next_power_of_two(shape.group_channels))
-    for fits in (lambda w: w % 16 == 0 and w >= 32, lambda w: w % 16 == 0, lambda w: True):
-        found = [
-            n
-            for n, w in zip(counts, width, strict=True)
-            if fits(w) and next_power_of_two(n * shape.group_channels) <= limit
-        ]
-        if found:
-            return found
-    return [1]
-
-
-def _bundled(shape: _Shape, groups: int, chip: Chip) -> list[tuple[float, GroupNormConfig]]:
-    """(cost in ns, configuration) in one launch and in two, with `groups` groups a program."""
-    block_c = next_power_of_two(groups * shape.group_channels)
-    bundles = shape.batch * ceil_div(shape.num_groups, groups)
-    all_pixels = next_power_of_two(shape.pixels)
-    options = []
-
-    def cost(programs: int, warps: int, tiles: int, elements: float) -> float:
-        """Programs of so many tiles one after the other and so many elements of work."""
-        rounds = ceil_div(programs, chip.multiprocessors * max(_RESIDENT_WARPS // warps, 1))
-        share = max(programs / chip.multiprocessors, 1.0)
-        return LAUNCH_NS + max(rounds * tiles * _TILE_NS, share * elements / _ELEMENTS_PER_NS)
-
-    if block_c * all_pixels <= 16384:
-        warps = min(max(block_c * all_pixels // 1024, 1), 16)
-        one = cost(bundles, warps, 1, 2.0 * block_c * all_pixels)
-        options.append((one, GroupNormConfig(groups, all_pixels, 0, warps)))
-    for warps in (4, 8):
-        block_hw = max(32 * warps * _THREAD_ELEMENTS // block_c, 1)
-        tiles = ceil_div(shape.pixels, block_hw)
-        one = cost(bundles, warps, 2 * tiles, 3.0 * tiles * block_hw * block_c)
-        options.append((one, GroupNormConfig(groups, block_hw, 0, warps)))
-        for chunks in (4, 8, 16, 32, 64, 128):
-            if chunks > tiles:
-                break
-            # The membership of channels in groups, and every chunk's statistics, twice as wide as elements.
-            merge = 3.0 * block_c * next_power_of_two(groups) + 6.0 * chunks * groups
-            work = ceil_div(tiles, chunks) * block_hw * block_c
-            two = cost(bundles * chunks, warps, ceil_div(tiles, chunks), work + merge)
-            two += cost(bundles * chunks, warps, ceil_div(tiles, chunks) + 1, 2.0 * work + merge)
-            options.append((two, GroupNormConfig(groups, block_hw, chunks, warps)))
-    return options
-
-
-def _shape(call: GroupNormSiluCall) -> _Shape:
-    batch, _, height, width = call.x.shape
-    return _Shape(
-        batch,
-        height * width,
-        call.num_groups,
-        call.channels // call.num_groups,
-        call.x.element_size(),
-        interleaved=memory_format(call.x) == torch.channels_last or height * width == 1,
-    )
-
-
 def candidates(call: GroupNormSiluCall) -> list[GroupNormConfig]:
     """The configurations that bench/tune.py tries for this call."""
-    shape = _shape(call)
-
-    def wasted(groups: int) -> float:
-        lanes = ceil_div(shape.num_groups, groups) * next_power_of_two(groups * shape.group_channels)
-        return lanes / call.channels
-
-    configs = [default_config(shape, NO_GPU)]
-    for groups in sorted(_bundles(shape), key=lambda n: (wasted(n), n))[:4]:
-        block_c = next_power_of_two(groups * shape.group_channels)
-        for warps, thread_elements in itertools.product((2, 4, 8, 16), (16, 32)):
-            block_hw = min(max(32 * warps * thread_elements // block_c, 1), next_power_of_two(shape.pixels))
-            if block_c * block_hw < 32 * warps * 8:
-                continue
-            tiles = ceil_div(shape.pixels, block_hw)
-            configs += [GroupNormConfig(groups, block_hw, n, warps) for n in (0, 8, 16, 32, 64) if n <= tiles]
-    return list(dict.fromkeys(configs))
+    return candidate_configs(call.shape)
 
 
 def tuning_key(call: GroupNormSiluCall) -> str:
     """What a tuned configuration is looked up by."""
-    shape = _shape(call)
+    shape = call.shape
     sizes = f"batch={shape.batch} pixels={shape.pixels} groups={shape.num_groups}x{shape.group_channels}"
     return f"{sizes} {dtype_name(call.x)} {'channels_last' if shape.interleaved else 'contiguous'}"
 
@@ -243,7 +123,7 @@ def plan(
     out = _empty_result(call)
     if not out.numel():
         return out, []
-    shape = _shape(call)
+    shape = call.shape
     chip = chip or chip_of(x.device)
     config = (
         config or tuned("group_norm_silu", tuning_key(call), chip, GroupNormConfig) or default_config(shape, chip)

@@ -1,12 +1,12 @@
 """Layer normalization over the last dimension, optionally with a bias and a residual added before it.
 
-s = x + x_bias + residual, y = layer_norm(s). A transformer block needs y and s both, and s is in registers anyway;
-x_bias is that of the linear layer that made x. The norm is of the unrounded sum.
+s = x + x_bias + residual, y = layer_norm(s). A transformer block needs both: y for its next matmul, s as the
+residual stream. x_bias is the bias of the linear layer that made x. The norm is of the unrounded sum.
 Statistics are float32 (float64 for float64).
 
-A program takes whole rows into registers, so the variance is taken around the mean, in one read; in tiles whose
-width wastes the fewest lanes, as the family's channels are no powers of two. The mean is in two parts, because one
-float32 cannot hold a mean of 1e4 exactly enough.
+A program holds whole rows in registers, so it reads them once and takes the variance around the mean. Rows are in
+tiles whose width wastes the fewest lanes: the family's channels are no powers of two. The mean is in two parts,
+because one float32 cannot hold a mean of 1e4 exactly enough.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """A linear layer together with what stands beside it: a layer norm before it, a gated GELU after it.
 
-y = x' W^T + b, x' = layer_norm(x + x_bias) or x; gated, with W and b of 2C rows, y[:C] * gelu(y[C:]). Merged, a
-norm is neither written nor read. With a gate, neither are values and gates, which are twice as wide as the result:
-the widest tensors of the network.
+y = x' W^T + b, x' = layer_norm(x + x_bias) or x; gated, with W and b of 2C rows, y[:C] * gelu(y[C:]).
+As a prologue of the matmul, a norm is neither written nor read. As its epilogue, a gate spares values and gates:
+twice as wide as the result, they are the widest tensors of the network.
 
 Two kernels (_linear_kernels.py). Where a program can keep whole rows, up to 512 channels, it normalizes them once
 and multiplies them with tile after tile of the weight. Wider rows are multiplied piece by piece; their norm is a
-launch of its own, layer_norm's.
+launch of layer_norm.
 
-A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses: the tuned table
-tells where that was measured, elsewhere `predicted_to_gain` (_linear_config.py) decides.
+A matmul alone is left to cuBLAS. Fusing pays only where it saves more time than our matmul loses. The tuned table
+tells where that was measured; elsewhere `predicted_to_gain` (_linear_config.py) decides.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def linear_separate(
     choose_backend("linear", backend, ())
     tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
     call = LinearCall(x, weight, bias, norm_weight, norm_bias, real("linear", "eps", eps), x_bias, activation)
-    return _separate(_lowered(call, backend, check=True), backend)
+    return _separate(checked(OPERATOR, _lowered(call, backend)), backend)
 
 
 def _separate(call: LinearCall, backend: str) -> Tensor:
@@ -282,16 +282,14 @@ def linear(
     return out
 
 
-def _lowered(call: LinearCall, backend: str, check: bool = False) -> LinearCall:
-    """The call as autocast makes it, which rounds the result of a norm, not the norm's input.
-
-    Checked if asked, and where a norm is computed.
-    """
+def _lowered(call: LinearCall, backend: str) -> LinearCall:
+    """The call as autocast makes it, which rounds the result of a norm, not the norm's input."""
+    if not torch._C._is_any_autocast_enabled():
+        return call
     x, weight, bias = lowered(call.x, call.weight, call.bias)
-    low, is_lower = call._replace(x=x, weight=weight, bias=bias), x.dtype != call.x.dtype
-    if check or is_lower:
+    low = call._replace(x=x, weight=weight, bias=bias)
+    if x.dtype != call.x.dtype and call.norm is not None:
         checked(OPERATOR, low)
-    if is_lower and call.norm is not None:
         (x,) = lowered(_normalized(call.norm, backend))
         low = low._replace(x=x, norm_weight=None, norm_bias=None, x_bias=None)
     return low

@@ -1,7 +1,7 @@
 """The sum of two images and the bias of the convolution that made one of them, doubled in size on request.
 
-out = x + residual + bias[channel]. With `size` the sum is enlarged to the nearest neighbour as it is written: what
-follows a residual sum at the end of a level is the upsampling, and the small sum is not read by anything else.
+out = x + residual + bias[channel]. With `size` the sum is upsampled to the nearest neighbour as it is written:
+upsampling follows the last residual add of a level, and nothing else reads the small sum.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     model_input <- input_scale[k] * registers[0]                 twice with guidance, cast to its dtype
 
 Row `k` is read from device memory (`step`), so a captured CUDA graph replays with the next row.
-Fused because each of these is a pass over the same few latents: apart they are a dozen launches a step.
+Fused because each of these is a pass over the same few latents: separate, they are a dozen launches a step.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def sampler_update_ref(
     if noise is not None:
         inputs.append(noise.to(dtype))
     coefficients = table.index_select(0, step)[0, :, : len(inputs)]
-    # One product after the other: a matmul may run in TF32, and a sum of a stack in an order that depends on its
-    # size, so that registers of zeros would change the bits.
+    # Term by term: a matmul may run in TF32, and the sum of a stack in an order that depends on its size, so that
+    # registers of zeros would change the bits.
     rows = []
     for row in coefficients.unbind(0):
         total = torch.zeros_like(output)

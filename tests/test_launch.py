@@ -1,5 +1,6 @@
 """Layouts and launch configurations: pure functions, proven without a kernel running."""
 
+import inspect
 import json
 
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS, _launch
+from ldmperf.kernels._group_norm_config import GroupNormConfig, default_config
 from ldmperf.kernels._launch import NO_GPU, Chip, fastest, next_power_of_two, tuned
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
-from ldmperf.kernels.group_norm import GroupNormConfig, GroupNormSiluCall, _shape, default_config, plan
+from ldmperf.kernels.group_norm import GroupNormSiluCall, plan
 
 fuzz = settings(max_examples=200, deadline=None)
 
@@ -235,7 +237,7 @@ def test_group_norm_configurations_are_sound(call):
 
 def test_a_configuration_that_is_searched_for_is_searched_for_once():
     x = norm_call(2, 320, 64)["x"]
-    first, second = (default_config(_shape(GroupNormSiluCall(x, 32)), Chip("NVIDIA H200", 132)) for _ in range(2))
+    first, second = (default_config(GroupNormSiluCall(x, 32).shape, Chip("NVIDIA H200", 132)) for _ in range(2))
     assert first is second
 
 
@@ -284,3 +286,68 @@ def test_candidates_are_distinct_and_include_no_absurd_ones(name):
         _, launches = operator.plan(call, config=config)
         assert all(0 < launch.programs < 2**31 for launch in launches)
     assert "\n" not in operator.tuning_key(call)
+
+
+# What a launch tells of itself
+
+
+def test_a_launch_tells_whose_it_is_what_it_computes_and_moves():
+    def told(name, **arguments):
+        operator = OPERATORS[name]
+        return [
+            (one.operator, one.role, one.flops, one.exponentials)
+            for one in operator.plan(operator.bind(**arguments))[1]
+        ]
+
+    q, k = meta(2, 256, 8, 40), meta(2, 77, 8, 40)
+    assert told("attention", q=q, k=q, v=q) == [("attention", "", 4 * 16 * 256 * 256 * 40, 16 * 256 * 256)]
+    assert told("attention", q=q, k=k, v=k) == [
+        ("attention", "cross-attention", 4 * 16 * 256 * 77 * 40, 16 * 256 * 77)
+    ]
+    x, norm = meta(2, 1024, 320), {"norm_weight": meta(320), "norm_bias": meta(320)}
+    flops = 2 * 2048 * 320 * 640
+    assert told("linear", x=x, weight=meta(640, 320)) == [("linear", "linear", flops, 0)]
+    assert told("linear", x=x, weight=meta(640, 320), activation="geglu", **norm) == [
+        ("linear", "layer_norm + linear + geglu", flops, 0)
+    ]
+    # Rows too wide to keep: the norm is a launch of layer_norm.
+    wide = {"norm_weight": meta(640), "norm_bias": meta(640)}
+    assert told("linear", x=meta(2, 1024, 640), weight=meta(320, 640), **wide) == [
+        ("layer_norm", "", 0, 0),
+        ("linear", "linear", flops, 0),
+    ]
+    assert [role for _, role, *_ in told("group_norm_silu", **norm_call(2, 1280, 8))] == ["group_norm"]
+    assert [role for _, role, *_ in told("group_norm_silu", **norm_call(2, 320, 64))] == [
+        "group_norm_statistics",
+        "group_norm_apply",
+    ]
+
+
+def test_a_launch_moves_every_tensor_once_and_what_it_updates_twice():
+    def moved(name, **arguments):
+        (launch,) = OPERATORS[name].plan(OPERATORS[name].bind(**arguments))[1]
+        return launch.nbytes
+
+    x = meta(2, 8, 4, 4)
+    assert moved("residual_add", x=x, residual=x) == 2 * x.nbytes
+    assert moved("residual_add", x=x, residual=meta(1, 8, 4, 4).expand(2, -1, -1, -1)) == 2.5 * x.nbytes
+    registers, table = meta(2, 1, 4, 8, 8, dtype=torch.float32), meta(9, 2, 4, dtype=torch.float32)
+    output, step = meta(1, 4, 8, 8), meta(1, dtype=torch.int64)
+    assert moved("sampler_update", registers=registers, model_output=output, table=table, step=step) == (
+        2 * registers.nbytes + output.nbytes + table.nbytes + step.nbytes
+    )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_call_holds_what_the_operator_takes_in_its_order_and_with_its_defaults(name):
+    """Calls are made from the dispatcher's arguments by position, and passed to references by name."""
+    bind = OPERATORS[name].bind
+    schema = getattr(torch.ops.ldmperf, name).default._schema
+    fields = [field for field in bind._fields if (name, field) != ("layer_norm", "residual")]
+    assert [argument.name for argument in schema.arguments] == [*fields, "backend"]
+    for function in (OPERATORS[name].call, OPERATORS[name].reference):
+        parameters = inspect.signature(function).parameters
+        assert set(bind._fields) == set(parameters) - {"backend", "shift"}
+        defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
+        assert bind._field_defaults.items() <= defaults.items()
+        assert set(defaults) - {"backend", "shift"} == set(bind._field_defaults)

@@ -19,6 +19,7 @@ from torch import nn
 from ldmperf.kernels import (
     OPERATORS,
     attention,
+    geglu,
     group_norm_silu,
     layer_norm,
     linear,
@@ -201,6 +202,12 @@ def test_every_backend_refuses_wrong_dtypes_and_shapes_alike(name):
                 with pytest.raises(ValueError, match=f"^{name}: ") as caught:
                     call(name, **{argument: other}, backend=backend)
                 assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_call_is_told_as_itself_where_it_is_compiled():
+    function = torch.compile(lambda x: geglu(x, backend="torch"), backend="aot_eager")
+    with pytest.raises(ValueError, match=r"^geglu: x must be a float \[..., 2C\]; got torch.float32 \[5, 7\]$"):
+        function(X[:, :7])
 
 
 def test_a_product_apart_refuses_what_a_merged_one_refuses():

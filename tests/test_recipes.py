@@ -189,9 +189,23 @@ def test_a_kept_kernel_is_launched_on_the_pointers_that_it_was_compiled_for(
             geglu(x, backend="triton")
         monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: pytest.fail("bound again"))
         geglu(half(4, 16), backend="triton")
+        # What triton asks at every launch: a kernel that is instrumented is another one.
+        bound: list[Any] = []
+        monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: bound.append(1))
+        for group, name, value in (
+            ("runtime", "debug", True),
+            ("compilation", "instrumentation_mode", "consan"),
+            ("runtime", "add_stages_inspection_hook", lambda *_: ("", "")),
+        ):
+            with monkeypatch.context() as changed:
+                changed.setattr(getattr(triton.knobs, group), name, value)
+                geglu(half(4, 16), backend="triton")
+        assert len(bound) == 3
+        geglu(half(4, 16), backend="triton")
+        assert len(bound) == 3
     first, second = kernels[:2]
     assert first is not second
-    assert kernels == [first, second, second, first, second, second]
+    assert kernels == [first, second, second, first, second, second, second]
 
 
 def counted(function: Callable[..., Any]) -> tuple[ByLayout[Any], list[Any]]:
