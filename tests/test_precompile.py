@@ -185,8 +185,6 @@ def test_settings_of_triton_are_in_the_key_as_at_run_time(
     digests = set()
     for debug in (False, True):
         monkeypatch.setattr(triton.knobs.runtime, "debug", debug)
-        # A kernel that is kept for a layout is not asked for again.
-        ByLayout.forget()
         residual_add(x, x, backend="triton")
         digests.add(kernel_of(an_addition(), SM_90).digest)
     assert len(digests) == 2

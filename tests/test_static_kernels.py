@@ -267,7 +267,7 @@ def test_a_tuned_launch_with_a_fault_is_found(monkeypatch, tmp_path):
     assert (good.launch.name, good.launch.arguments["BLOCK_N"], good.arch) == ("attention_kernel", 64, "sm_90")
     key, config = next(iter(ENTRIES["attention"].items()))
     half = key.replace("bfloat16", "float16")
-    assert (in_half.key, in_half.case.dtype) == (half, "float16")
+    assert (in_half.key, in_half.call.dtype) == (half, "float16")
     assert in_half.launch.arguments["q_ptr"].dtype == torch.float16
     bad, bad_in_half = tuned_items(made_up(tmp_path, attention={key: config | {"block_m": 256}}))
     assert [found for found, _ in faults_of([good, in_half, bad, bad_in_half])] == [key, half]
