@@ -22,6 +22,7 @@ import torch
 from markers import with_blocks
 
 from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.static.display import UNITS
 from ldmperf.profiling.static.inspection import inspect_launch
 from ldmperf.profiling.static.loop_order import ATTENTION
@@ -192,12 +193,12 @@ def latest(folder: Path = FOLDER) -> Path:
 
 def write(path: Path, version: str, entries: Sequence[Entry]) -> None:
     lines = ",\n".join(f"    {json.dumps(row)}" for row in entries)
-    path.write_text(
+    text = (
         f'{{\n  "triton": "{version}",\n  "arch": "{ARCH}",\n'
         '  "what": "compiled, not measured: predicted cycles of one multiprocessor for 128 x 128 scores",\n'
-        f'  "entries": [\n{lines}\n  ]\n}}\n',
-        encoding="utf-8",
+        f'  "entries": [\n{lines}\n  ]\n}}\n'
     )
+    write_whole(path, text.encode())
 
 
 def main() -> int:
@@ -215,7 +216,7 @@ def main() -> int:
             entries = list(pool.map(compiled, FAMILY_HEAD_DIMS))
         write(FOLDER / f"attention-triton-{triton.__version__}.json", triton.__version__, entries)
     document = json.loads(latest().read_text(encoding="utf-8"))
-    DOCUMENT.write_text(with_table(DOCUMENT.read_text(encoding="utf-8"), document), encoding="utf-8")
+    write_whole(DOCUMENT, with_table(DOCUMENT.read_text(encoding="utf-8"), document).encode())
     return 0
 
 

@@ -21,6 +21,7 @@ from ldmperf.model import FAMILY
 from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S
 from ldmperf.profiling.measure.recorded import KernelTime
+from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.step.groups import OTHER, by_group
 from ldmperf.profiling.step.launches import GROUPS, GpuLaunch, Total, total
 from ldmperf.profiling.step.recorded_steps import diffusers_step, our_step
@@ -260,7 +261,7 @@ def measured_steps(records: Iterable[Record]) -> dict[str, tuple[KernelTime, ...
 def main() -> None:
     for name in WRITERS:
         path = DOCS / name
-        path.write_text(with_inventory(name, path.read_text(encoding="utf-8")), encoding="utf-8")
+        write_whole(path, with_inventory(name, path.read_text(encoding="utf-8")).encode())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from markers import with_blocks
 
 from ldmperf.profiling import load_records
+from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.report import markdown_table, overview
 from ldmperf.profiling.report.figures import PEER, Overview, Row, Section
 from ldmperf.profiling.report.text import joined, short_ratio
@@ -79,7 +80,7 @@ def with_figures(page: str) -> str:
 def main() -> None:
     for name in PAGES:
         path = ROOT / name
-        path.write_text(with_figures(path.read_text(encoding="utf-8")), encoding="utf-8")
+        write_whole(path, with_figures(path.read_text(encoding="utf-8")).encode())
 
 
 if __name__ == "__main__":

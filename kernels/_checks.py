@@ -59,6 +59,13 @@ def whole(call: str, name: str, value: Any) -> Any:
         raise ValueError(f"{call}: {name} must be a whole number; got {value!r}") from None
 
 
+def choice(call: str, name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """ValueError for what is none of the choices."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        valid = " or ".join("None" if one is None else f'"{one}"' for one in choices)
+        raise ValueError(f"{call}: {name} must be {valid}; got {repr(value).splitlines()[0]}")
+
+
 def real(call: str, name: str, value: Any) -> Any:
     """A number of Python, numpy or torch (0-d) as a float; a tracer's symbol stays one."""
     if isinstance(value, (float, torch.SymFloat)):

@@ -8,6 +8,7 @@ tensors. Kept are its launches without tensors, which of its tensors go where, a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
@@ -73,13 +74,15 @@ class ByLayout(Generic[T]):
             return self._function(*arguments)
         made = self._function(*arguments)
         if len(self._found) >= MOST:
-            self._found.pop(next(iter(self._found)), None)
+            # Another thread may add to it meanwhile.
+            with contextlib.suppress(RuntimeError, StopIteration):
+                self._found.pop(next(iter(self._found)), None)
         self._found[key] = made
         return made
 
     @staticmethod
     def forget() -> None:
-        """Forgets all, of every operator, and the tuned tables: for who changes what plans depend on."""
+        """Clears the kept plans and the tuned tables. Call it after a change to what plans read."""
         _launch._table.cache_clear()
         for one in ByLayout._all:
             one._found.clear()
@@ -99,7 +102,8 @@ class _Step:
     """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors.
 
     compiled: by triton's debug setting, what launches the kernel that its binder found for aligned pointers. The
-    binder would take longer to find that kernel again than all else of a call takes.
+    binder would take longer to find that kernel again than all else of a call takes. Of triton's other
+    settings those of the first launch hold.
     """
 
     kernel: Any
@@ -117,7 +121,7 @@ class _Step:
             tensor = values[place] = tensors[number]
             pointers |= tensor.data_ptr()
         debug = debugs() if pointers % ALIGNMENT == 0 else None
-        if (launch := self.compiled.get(debug)) is not None:
+        if (launch := self.compiled.get(debug)) is not None and not self.kernel.pre_run_hooks:
             launch(*values)
             return
         kernel = self.kernel[(self.programs,)](*values, **self.options)

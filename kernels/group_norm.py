@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import in_float32, promoted
-from ._checks import real, tensors, whole
+from ._checks import choice, real, tensors, whole
 from ._group_norm_config import GroupNormConfig, GroupNormShape, candidate_configs, default_config
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
@@ -213,6 +213,7 @@ def group_norm_silu(
     if shift is not None:
         x_bias = _renamed(x_bias, shift)
     tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
+    choice("group_norm_silu", "activation", activation, ACTIVATIONS)
     num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
     out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend)
     return out
@@ -244,8 +245,7 @@ def _check(call: GroupNormSiluCall) -> None:
             f"group_norm_silu: {channels} channels do not divide into {num_groups} groups; num_groups must be a "
             f"divisor of {channels}"
         )
-    if call.activation not in ACTIVATIONS:
-        raise ValueError(f'group_norm_silu: activation must be "silu" or None; got {call.activation!r}')
+    choice("group_norm_silu", "activation", call.activation, ACTIVATIONS)
     for name, value, shape in (
         ("weight", call.weight, (channels,)),
         ("bias", call.bias, (channels,)),

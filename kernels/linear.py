@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import lowered
-from ._checks import real, tensors
+from ._checks import choice, real, tensors
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -127,6 +127,7 @@ def linear_separate(
     """
     choose_backend("linear", backend, ())
     tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
+    choice("linear", "activation", activation, ACTIVATIONS)
     call = LinearCall(x, weight, bias, norm_weight, norm_bias, real("linear", "eps", eps), x_bias, activation)
     return _separate(checked(OPERATOR, _lowered(call, backend)), backend)
 
@@ -280,6 +281,7 @@ def linear(
     Sources: Ba et al., arXiv 1607.06450 (layer norm); Shazeer, arXiv 2002.05202 (GEGLU).
     """
     tensors(linear, (x, weight), (bias, norm_weight, norm_bias, x_bias))
+    choice("linear", "activation", activation, ACTIVATIONS)
     call = LinearCall(x, weight, bias, norm_weight, norm_bias, real("linear", "eps", eps), x_bias, activation)
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
@@ -353,8 +355,7 @@ def _check(call: LinearCall) -> None:
             f"linear: weight must be {dtype_name(x)} [N, {channels}] on {x.device}; "
             f"got {dtype_name(weight)} {list(weight.shape)} on {weight.device}"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f'linear: activation must be "geglu" or None; got {activation!r}')
+    choice("linear", "activation", activation, ACTIVATIONS)
     if activation is not None and weight.shape[0] % 2:
         raise ValueError(f"linear: with geglu the weight's rows must be even; got {weight.shape[0]}")
     if (norm_weight is None) != (norm_bias is None) or (x_bias is not None and norm_weight is None):

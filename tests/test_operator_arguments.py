@@ -210,6 +210,21 @@ def test_a_wrong_call_is_told_as_itself_where_it_is_compiled():
         function(X[:, :7])
 
 
+@pytest.mark.parametrize(
+    "wrong", [torch.nn.functional.silu, 1, True, b"silu", X, "gelu"], ids=lambda one: type(one).__name__
+)
+@pytest.mark.parametrize("backend", ["torch", "auto", "triton"])
+def test_an_activation_that_is_none_is_refused_in_one_line(wrong, backend):
+    for call, arguments, valid in (
+        (group_norm_silu, {"x": IMAGE, "num_groups": 4}, "silu"),
+        (linear, {"x": X, "weight": X}, "geglu"),
+        (linear_separate, {"x": X, "weight": X}, "geglu"),
+    ):
+        with pytest.raises(ValueError, match=f'^[a-z_]+: activation must be "{valid}" or None; got ') as refusal:
+            call(**arguments, activation=wrong, backend=backend)
+        assert "\n" not in str(refusal.value)
+
+
 def test_a_product_apart_refuses_what_a_merged_one_refuses():
     for bad in ({"weight": X[:, :3]}, {"norm_bias": None}, {"activation": "gelu"}, {"backend": "cuda"}):
         for function in (linear, linear_separate):

@@ -363,7 +363,7 @@ def test_a_baseline_catches_what_got_worse_and_only_that():
 
 def test_a_baseline_catches_products_that_are_serialized_or_waited_for_sooner():
     (serialized,) = changed(serialized=["C7514"])
-    assert "ptxas now serializes the products (C7514)" in serialized
+    assert "ptxas now serializes the matmuls (C7514)" in serialized
     (sooner,) = changed(attention={"overlap": {"beside_scores": 29, "exponentials": 34}})
     assert "[30, 34] -> [29, 34]" in sooner
     (gone,) = changed(attention={"overlap": None})

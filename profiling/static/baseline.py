@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..measure.store import write_whole
 from ..step.calls import FAMILY_HEAD_DIMS
 from .shapes import Shape
 from .sweep import Item, Selection, ShapeItem, select
@@ -141,7 +142,7 @@ def regressions(baseline: Mapping[str, Entry], now: Mapping[str, Entry]) -> list
             )
         serialized = sorted(set(after["serialized"]) - set(before["serialized"]))
         if serialized:
-            found.append(f"{name}: ptxas now serializes the products ({', '.join(serialized)})")
+            found.append(f"{name}: ptxas now serializes the matmuls ({', '.join(serialized)})")
         if _share(after["overlap"]) < _share(before["overlap"]):
             found.append(f"{name}: exponentials beside q k^T, of all: {before['overlap']} -> {after['overlap']}")
     return found
@@ -168,9 +169,10 @@ def write_baseline(folder: Path, triton_version: str, found: Mapping[str, Entry]
     path = baseline_path(folder, triton_version)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()]
-    path.write_text(
+    text = (
         f'{{\n  "triton": "{triton_version}",\n  "what": "compiled, not measured: registers of a thread, '
         'warps that fit a multiprocessor, instructions of the hot loop (or of all, without a loop)",\n'
         '  "entries": {\n' + ",\n".join(lines) + "\n  }\n}\n"
     )
+    write_whole(path, text.encode())
     return path
