@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import _autocast
 from ._dispatch import choose_backend
 from ._launch import Operator
-from ._recipes import Decided, checked, decided, served
+from ._recipes import Decide, checked, implementation_of, plan_or_none
 
 # The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A
 # folder's name may hold what a schema may not.
@@ -42,7 +42,7 @@ def define_operator(
     reference: Callable[[Any], Any],
     fake: Callable[[Any], Any],
     bind: Callable[..., Any] | None = None,
-    decide: Decided = decided,
+    decide: Decide = plan_or_none,
     autocast: Callable[..., Any] = _autocast.unchanged,
     differentiable: bool = True,
     composite: Callable[[Any], Any] | None = None,
@@ -53,12 +53,12 @@ def define_operator(
     `bind` makes a call of the arguments without the backend: the operator's own unless given. `reference` computes
     a call, and its derivatives are the operator's if it is `differentiable`; `composite` stands for a reference
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
-    `decide` is as in `served`, `autocast` the rule there (see `_autocast.register`). `flops` counts from the
-    arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
+    `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts from
+    the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
     """
     name = schema.partition("(")[0]
     bind = bind or operator.bind
-    implementation = served(operator, bind, reference, decide)
+    implementation = implementation_of(operator, bind, reference, decide)
     IMPLEMENTATIONS[name] = implementation
     # A module may be loaded again. What the first load made may be held by callers, so that it stays.
     numbered = (NAMESPACE if n == 1 else f"{NAMESPACE}_{n}" for n in itertools.count(1))

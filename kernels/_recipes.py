@@ -98,7 +98,7 @@ class _Memory:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _BoundLaunch:
     """A launch: `values` in the order of the kernel's parameters, and which of them are which tensors.
 
     compiled: by triton's debug setting, what launches the kernel that its binder found for aligned pointers. The
@@ -136,7 +136,7 @@ class Recipe:
 
     device: torch.device
     made: tuple[_Memory, ...]
-    steps: tuple[_Step, ...]
+    steps: tuple[_BoundLaunch, ...]
     result: int | tuple[int, ...] | None
 
     def run(self, arguments: Sequence[Any]) -> Any:
@@ -164,7 +164,7 @@ class Recipe:
 
 
 Planned = tuple[Any, list[Launch]]
-Decided = Callable[[Operator, Any, str], Planned | None]
+Decide = Callable[[Operator, Any, str], Planned | None]
 
 
 def checked(operator: Operator, call: Any) -> Any:
@@ -174,7 +174,7 @@ def checked(operator: Operator, call: Any) -> Any:
     return call
 
 
-def decided(operator: Operator, call: Any, backend: str, fastest: Any = None) -> Planned | None:
+def plan_or_none(operator: Operator, call: Any, backend: str, fastest: Any = None) -> Planned | None:
     """The plan of a call, None where torch serves it; `fastest` as `choose_backend` takes it."""
     reasons = [] if backend == "torch" else operator.unsupported_reasons(call)
     if choose_backend(operator.name, backend, reasons, fastest) == "torch":
@@ -182,8 +182,8 @@ def decided(operator: Operator, call: Any, backend: str, fastest: Any = None) ->
     return operator.plan(call)
 
 
-def served(
-    operator: Operator, bind: Callable[..., Any], reference: Callable[[Any], Any], decide: Decided = decided
+def implementation_of(
+    operator: Operator, bind: Callable[..., Any], reference: Callable[[Any], Any], decide: Decide = plan_or_none
 ) -> Callable[..., Any]:
     """The implementation of an operator: what `decide` plans, or `reference` where that is None.
 
@@ -231,7 +231,7 @@ def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> R
         values = [launch.arguments[name] for name in launch.kernel.arg_names]
         places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
         steps.append(
-            _Step(
+            _BoundLaunch(
                 launch.kernel,
                 launch.programs,
                 tuple(None if isinstance(value, Tensor) else value for value in values),

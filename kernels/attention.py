@@ -31,7 +31,7 @@ from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fast
 from ._layout import MAX_INDEX
 from ._library import define_operator
 from ._parts import parts
-from ._recipes import Planned, decided
+from ._recipes import Planned, plan_or_none
 from ._triton import device_reasons, dtype_reasons, is_interpreted
 
 MAX_HEAD_DIM = 384
@@ -301,7 +301,7 @@ def _decided(operator: Operator, call: AttentionCall, backend: str) -> Planned |
         # Torch's own is fast at the head dimensions that it was made for: ours has to have been measured to win.
         return fastest("attention", chip_of(call.q.device), lambda: tuning_key(call), unmeasured="torch")
 
-    return decided(operator, call, backend, measured)
+    return plan_or_none(operator, call, backend, measured)
 
 
 def _looks_transposed(q: Tensor, k: Tensor) -> bool:

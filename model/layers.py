@@ -133,24 +133,24 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         context: Tensor,
         before: Tensor | None,
-        attended: Tensor,
-        crossed: Tensor,
+        after_attention: Tensor,
+        after_cross: Tensor,
         in_place: bool = False,
     ) -> Tensor:
         """x [B, N, C], context of `project_context` -> [B, N, C], without any block's bias.
 
-        before, attended, crossed [C]: the bias missing from the tokens at each of the norms, `before` None for
-        nothing. `in_place` overwrites x, for a caller that alone holds it.
+        before, after_attention, after_cross [C]: the bias missing from the tokens at each of the norms, `before`
+        None for nothing. `in_place` overwrites x, for a caller that alone holds it.
         """
         batch, tokens, channels = x.shape
         heads = self.heads, channels // self.heads
         qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads)
         h = attention(*qkv.unbind(2), backend=self.backend).view(x.shape)
         x = matmul_add(x, h, self.to_out.weight, in_place)
-        q = self._linear(x, self.norm2, self.cross_q, attended).view(batch, tokens, *heads)
+        q = self._linear(x, self.norm2, self.cross_q, after_attention).view(batch, tokens, *heads)
         h = attention(q, *context.unbind(2), backend=self.backend).view(x.shape)
         x = matmul_add(x, h, self.cross_out.weight, in_place)
-        h = self._linear(x, self.norm3, self.ff_in, crossed, "geglu")
+        h = self._linear(x, self.norm3, self.ff_in, after_cross, "geglu")
         return matmul_add(x, h, self.ff_out.weight, in_place)
 
     def _linear(

@@ -186,11 +186,12 @@ class UNet(nn.Module):
             skip = skips.pop() if stop.pops else None
             # The next skip's size, not twice x's: an odd size was rounded up on the way down.
             size = skips[-1].shape[2:] if stop.enlarges else None
-            before, bias, between, closing, tokens = biases
+            of_block = size if stop.transformer is None else None
             # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
-            x = stop.resblock(x, shift, skip, before, bias, size if stop.transformer is None else None, in_place)
+            x = stop.resblock(x, shift, skip, biases.before, biases.bias, of_block, in_place)
             if stop.transformer is not None:
-                x = stop.transformer(x, next(context), between, closing, tokens, size, in_place)
+                kept = biases.between, biases.closing, biases.tokens
+                x = stop.transformer(x, next(context), *kept, size, in_place)
             if stop.pushes:
                 skips.append(x)
             if stop.resample is not None:

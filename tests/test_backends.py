@@ -21,7 +21,7 @@ from ldmperf.profiling.trajectory.check import check_inputs, make_inputs
 from ldmperf.profiling.trajectory.lane import unused_in_pools
 from ldmperf.profiling.trajectory.network import make_network
 from ldmperf.profiling.trajectory.ours import GraphBackend, GraphTrajectory, OurBackend
-from ldmperf.profiling.trajectory.rungs import default_backends
+from ldmperf.profiling.trajectory.rungs import all_backends
 from ldmperf.profiling.trajectory.theirs import fuse_projections
 from ldmperf.samplers import Graphs, NoiseSchedule, make_plan
 
@@ -73,9 +73,9 @@ def test_in_bfloat16_latents_end_no_further_from_float32_than_one_and_a_half_tim
     network = make_network(case)
     given = Problem(case, network, plan, SCHEDULER_CONFIG)
     inputs = check_inputs(given)
-    ours, theirs = (default_backends()[name].build(given)(inputs).float() for name in ("torch", "diffusers"))
+    ours, theirs = (all_backends()[name].build(given)(inputs).float() for name in ("torch", "diffusers"))
     wide = case.model_copy(update={"dtype": "float32"})
-    exact = default_backends()["diffusers"].build(Problem(wide, network.float(), plan, SCHEDULER_CONFIG))
+    exact = all_backends()["diffusers"].build(Problem(wide, network.float(), plan, SCHEDULER_CONFIG))
     expected = exact(inputs.to(torch.float32))
     error, own = (relative_rms(latents, expected) for latents in (ours, theirs))
     assert 0 < error <= 1.5 * own, (error, own)
@@ -92,7 +92,7 @@ def test_graph_reads_the_low_resolution_latents_where_they_are_now(run_again: Gr
 
 
 def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_checkpoint: Path) -> None:
-    assert tuple(default_backends()) == BACKENDS
+    assert tuple(all_backends()) == BACKENDS
     case = problem(tiny_checkpoint, steps=1).case
     cases = [case.model_copy(update={"backend": name}) for name in BACKENDS]
     records = {record.case.backend: record for record in profile(cases, rule=RepetitionRule(1, 0.0))}
@@ -113,7 +113,7 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
 
 def test_what_a_graph_took_to_make_is_in_its_record(tiny_checkpoint: Path, run_again: Graphs) -> None:
     case = problem(tiny_checkpoint, steps=1, backend="graph").case
-    backends = default_backends() | {"graph": GraphBackend(run_again, "torch")}
+    backends = all_backends() | {"graph": GraphBackend(run_again, "torch")}
     (record,) = profile([case], rule=RepetitionRule(1, 0.0), backends=backends)
     assert record.status == "ok", record.message
     assert record.phases.graph_warmup_ms is not None
@@ -138,7 +138,7 @@ def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
     given = problem(tiny_checkpoint)
     for name in ("diffusers-compile", "diffusers-compile-max", "graph+separate", "graph"):
         with pytest.raises(Unsupported, match="CUDA"):
-            default_backends()[name].build(replace(given))
+            all_backends()[name].build(replace(given))
 
 
 def test_the_graphs_differ_in_the_merging_of_products_alone(
@@ -155,7 +155,7 @@ def test_the_graphs_differ_in_the_merging_of_products_alone(
     monkeypatch.setattr(UNet, "with_backend", with_backend)
     given = problem(tiny_checkpoint)
     for name in ("graph+separate", "graph"):
-        backend = default_backends()[name]
+        backend = all_backends()[name]
         assert isinstance(backend, GraphBackend)
         replace(backend, graphs=run_again).build(given)
     assert asked == [("triton", "torch"), ("triton", "auto")]

@@ -22,7 +22,7 @@ from ldmperf.profiling.trajectory.presets import (
     select_cases,
     split_paths,
 )
-from ldmperf.profiling.trajectory.rungs import default_backends
+from ldmperf.profiling.trajectory.rungs import all_backends
 from ldmperf.samplers import SAMPLERS
 
 
@@ -70,7 +70,7 @@ def test_guidance_doubles_the_model_batch() -> None:
 
 
 def test_the_backends_named_are_those_there_are() -> None:
-    assert tuple(default_backends()) == BACKENDS
+    assert tuple(all_backends()) == BACKENDS
 
 
 def test_presets_cover_the_family() -> None:

@@ -144,7 +144,7 @@ def test_a_name_that_every_checkpoint_has_comes_with_the_folder_above_it() -> No
     }
     for path, name in names.items():
         assert Case(unet=path).label == name
-        recorded = Case(unet=path, weights_sha256="0" * 64).recorded()
+        recorded = Case(unet=path, weights_sha256="0" * 64).as_recorded()
         assert (recorded.unet, recorded.label, recorded.is_checkpoint) == (name, name, True)
 
 
@@ -154,7 +154,7 @@ def test_the_id_of_a_case_never_changes() -> None:
     mine = Case(unet="/a/x.safetensors", weights_sha256="0123456789abcdef" * 4, device="cuda:1", dtype="bfloat16")
     assert (family.case_id, mine.case_id) == ("23508ecc72e0f673", "3dd2449acc7f29d8")
     elsewhere = mine.model_copy(update={"unet": "/b/y/renamed.safetensors", "device": "cuda"})
-    assert elsewhere.case_id == mine.case_id == mine.recorded().case_id
+    assert elsewhere.case_id == mine.case_id == mine.as_recorded().case_id
     changes: list[dict[str, object]] = [{"weights_sha256": "f" * 64}, {"device": "cpu"}, {"backend": "graph"}]
     changes += [{"seed": 1}, {"steps": 4}, {"guidance_scale": 7.5000001}]
     assert len({mine.case_id, *(mine.model_copy(update=change).case_id for change in changes)}) == 7
@@ -190,7 +190,7 @@ def test_a_checkpoint_of_any_name_is_found_named_and_recorded(
         path.unlink()
     assert case.path == path
     assert Case.model_validate_json(case.model_dump_json()) == case
-    recorded = case.recorded()
+    recorded = case.as_recorded()
     assert recorded.is_checkpoint
     assert recorded.key == case.key
     assert recorded.case_id == case.case_id

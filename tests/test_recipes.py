@@ -315,7 +315,7 @@ def test_launches_are_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
     seen: list[int] = []
-    step = _recipes._Step({(1,): lambda: seen.append(current[-1])}, 1, (), (), {})
+    step = _recipes._BoundLaunch({(1,): lambda: seen.append(current[-1])}, 1, (), (), {})
     for index in (1, 0, 1):
         _recipes.Recipe(torch.device("cuda", index), (), (step,), None).run(())
     assert seen == [1, 0, 1]

@@ -173,7 +173,7 @@ def test_every_record_comes_back_as_it_was_written(
     (line, _) = path.read_text(encoding="utf-8").split("\n")[:2]
     assert json.loads(line)["case_id"] == case.case_id
     # A name alone: whatever it is, the weights tell it apart.
-    assert case.recorded().key == case.key
+    assert case.as_recorded().key == case.key
 
 
 def test_committed_records_of_every_day_are_read() -> None:

@@ -374,7 +374,7 @@ def test_a_profile_into_a_path_of_any_name(
         return
 
     def measured(cases: list[Case], *, store: RecordStore, run_id: str, **others: object) -> list[Record]:
-        records = [make_record(case.recorded(), run_id=run_id) for case in cases]
+        records = [make_record(case.as_recorded(), run_id=run_id) for case in cases]
         store.append(*records)
         return records
 

@@ -85,7 +85,7 @@ def measure(case: Case, backends: dict[str, Backend], rule: RepetitionRule = TWI
     """The records of the case on each of the backends, with the real ones for references."""
     cases = [case.model_copy(update={"backend": name}) for name in backends]
     records = profile(cases, rule=rule, backends=BOTH | backends)
-    assert {record.case for record in records} == {case.recorded() for case in cases}
+    assert {record.case for record in records} == {case.as_recorded() for case in cases}
     assert len(records) == len(cases)
     return {record.case.backend: record for record in records}
 
@@ -496,7 +496,7 @@ def test_an_interrupt_keeps_what_is_done_and_skip_goes_on(tiny_checkpoint: Path,
     store = RecordStore(tmp_path / "records.jsonl")
     with pytest.raises(KeyboardInterrupt):
         profile(cases, rule=TWICE, store=store, listener=Heard(2), backends=backends)
-    assert [record.case for record in store.load()] == [case.recorded() for case in cases[:1]]
+    assert [record.case for record in store.load()] == [case.as_recorded() for case in cases[:1]]
     done = {record.case_key for record in store.load()}
     profile(cases, rule=TWICE, store=store, skip=done, backends=backends)
     records, rejected = load_records(tmp_path)
@@ -645,7 +645,7 @@ def test_what_has_a_sample_at_the_deadline_is_checked_and_recorded_as_cut_short(
         listener=clock,
         deadline=Deadline(5.5, clock),
     )
-    assert [record.case for record in records] == [case.recorded() for case in first]
+    assert [record.case for record in records] == [case.as_recorded() for case in first]
     # Of the next group not even the network is made.
     assert clock.began == 1
     for record in records:

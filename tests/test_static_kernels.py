@@ -24,7 +24,7 @@ from ldmperf.profiling.static.planned import family_launches
 from ldmperf.profiling.static.score_tile import score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.sweep import inspect_items
-from ldmperf.profiling.static.tuned import served, tuned_items
+from ldmperf.profiling.static.tuned import calls_served, tuned_items
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS, family_calls
 
 BASELINES = Path(__file__).parents[1] / "bench" / "static"
@@ -287,7 +287,7 @@ def test_the_key_of_the_other_16_bit_dtype_is_that_of_the_same_call(name):
     """Kernels swap a word of the key; the oracle is the key of the call in that dtype."""
     case = next(c for c in family_calls("39M", 2, "bfloat16") if c.operator == name)
     in_half = [c for c in family_calls("39M", 2, "float16") if c.operator == name]
-    own, other = (OPERATORS[name].tuning_key(one.bound("meta")) for one in served(case))
+    own, other = (OPERATORS[name].tuning_key(one.bound("meta")) for one in calls_served(case))
     assert other in [OPERATORS[name].tuning_key(c.bound("meta")) for c in in_half]
     # A sampler's update is float32 inside, whatever the model's dtype: one key for all.
     assert (in_other_16_bits(own) or own) == other

@@ -28,7 +28,7 @@ from ..trajectory.backend import Inputs, Problem
 from ..trajectory.case import Case
 from ..trajectory.network import IN_CHANNELS, family_config
 from ..trajectory.ours import GraphBackend, OurBackend
-from ..trajectory.rungs import default_backends
+from ..trajectory.rungs import all_backends
 from .work import Part
 
 Planned = Iterator[tuple[Launch, bool]]
@@ -60,7 +60,7 @@ class NoGraphs:
 def our_backends() -> dict[str, OurBackend | GraphBackend]:
     """Our backends that launch kernels of ours, by name; what they would capture, they run."""
     ours: dict[str, OurBackend | GraphBackend] = {}
-    for name, backend in default_backends().items():
+    for name, backend in all_backends().items():
         if isinstance(backend, GraphBackend):
             ours[name] = replace(backend, graphs=NoGraphs())
         elif isinstance(backend, OurBackend) and backend.operators == "triton":

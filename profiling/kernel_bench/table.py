@@ -36,6 +36,8 @@ def conditions(records: Sequence[KernelRecord]) -> str:
         f"triton {environment.triton}" if environment.triton else "no triton",
         commit(environment),
     ]
+    if any(record.seed for record in records):
+        parts.append(f"seed {', '.join(dict.fromkeys(str(record.seed) for record in records))}")
     if first.copy_bandwidth is not None:
         parts.append(f"copy {number(first.copy_bandwidth.gb_per_s)} GB/s")
     return ", ".join(parts)

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
-from ..report import text
 from ..terminal.visible import visible
+from . import text
 from .figures import PEER, Overview, Row, Section, StepsSeries, step_ms
 from .ladder import MIN_RUNGS, ladders
 

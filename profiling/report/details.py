@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..measure.conditions import commit
 from ..measure.environment import DeviceState, Environment
-from ..report import text
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
 from ..trajectory.records import Record
+from . import text
 from .figures import Overview, Row, ratio
 
 GIB = 2**30

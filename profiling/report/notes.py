@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..measure.conditions import busy_notes, commit
-from ..report import text
 from ..terminal.visible import counted, visible
 from ..trajectory.records import Record
+from . import text
 from .figures import PEER, Overview
 from .phrases import differences, environment_name
 

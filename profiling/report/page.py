@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..measure.store import write_whole
-from ..report import details, ladder, text
 from ..terminal.visible import counted, visible
 from ..trajectory.case import Case
+from . import details, ladder, text
 from .columns import table_of
 from .figures import PEER, Overview, Row
 from .phrases import environment_name

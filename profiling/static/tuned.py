@@ -66,7 +66,7 @@ def tuned_items(path: Path) -> list[TunedItem]:
             raise ValueError(f"{path.name}: no call of {operator} has these keys: {missing}")
         for key, config in wanted.items():
             fields = tuple(config.items())
-            for call in served(calls[key]):
+            for call in calls_served(calls[key]):
                 its_key = OPERATORS[operator].tuning_key(call.bound("meta"))
                 if its_key == key or its_key not in entries:
                     count = len(_launches(call, fields, MACHINES[arch]))
@@ -74,7 +74,7 @@ def tuned_items(path: Path) -> list[TunedItem]:
     return items
 
 
-def served(call: OperatorCall) -> list[OperatorCall]:
+def calls_served(call: OperatorCall) -> list[OperatorCall]:
     """The calls that a tuned entry of this call serves: of a 16-bit one both the call and its 16-bit sibling."""
     other = _OTHER_16_BITS.get(call.dtype)
     if other is None:
@@ -92,7 +92,7 @@ def faults_of(call: OperatorCall, config: Any, machine: Machine) -> list[str]:
     fields = tuple(dataclasses.asdict(config).items())
     return [
         f"{one.dtype}, {launch.name}: {fault}"
-        for one in served(call)
+        for one in calls_served(call)
         for launch in _launches(one, fields, machine)
         for fault in inspect_launch(launch, machine).faults
     ]

@@ -138,7 +138,7 @@ class Case(BaseModel):
             return "/".join((*parts[first - 2].split("--")[1:], *parts[first + 1 :]))
         return "/".join(parts[first:])
 
-    def recorded(self) -> Case:
+    def as_recorded(self) -> Case:
         """The case as a record has it: a checkpoint by its name, not by where it lies. Its key is the same."""
         return self.model_copy(update={"unet": self.label}) if self.weights_sha256 is not None else self
 

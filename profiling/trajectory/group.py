@@ -20,7 +20,7 @@ from ..step.flops import count_gflop, count_parameters
 from .backend import Backend, Problem
 from .case import Case
 from .check import Reference, References, tolerances
-from .lane import Lane, Shared
+from .lane import GroupFacts, Lane
 from .network import Networks, make_problem
 from .records import Record
 
@@ -34,15 +34,15 @@ def warmup_rounds(case: Case) -> int:
 class Group:
     """The cases, and a lane for each.
 
-    recorded: called with the record of each lane as soon as that lane is done, failed or not. What `deadline` left
-    no time to begin, or to take a single sample of, has no record.
+    on_record: called with the record of each lane as soon as that lane is done, failed or not. What `deadline`
+    left no time to begin, or to take a single sample of, has no record.
     """
 
     cases: Sequence[Case]
     backends: Mapping[str, Backend]
-    shared: Shared
+    shared: GroupFacts
     references: References
-    recorded: Callable[[Record], None]
+    on_record: Callable[[Record], None]
     deadline: Deadline
     lanes: list[Lane] = field(init=False)
 
@@ -178,9 +178,9 @@ class Group:
         lane.finish(problem, times)
         if problem.plan.stochastic:
             self._unsettle()
-        self.recorded(lane.record())
+        self.on_record(lane.record())
 
     def _record_failed(self) -> None:
         for lane in self.lanes:
             if not lane.active and not lane.is_recorded:
-                self.recorded(lane.record())
+                self.on_record(lane.record())

@@ -28,7 +28,7 @@ from .records import Harness, Phases, Record
 
 
 @dataclass
-class Shared:
+class GroupFacts:
     """What the lanes of a group have in common: how they are measured, and what all their records say.
 
     backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
@@ -54,7 +54,7 @@ class Lane(Outcome):
 
     case: Case
     backend: Backend
-    shared: Shared
+    shared: GroupFacts
     trajectory: Trajectory | None = None
     # Of the check's inputs: from the first call, and from the last timed trajectory or one after it.
     first_latents: Tensor | None = None
@@ -171,7 +171,7 @@ class Lane(Outcome):
         return Record(
             run_id=shared.run_id,
             case_key=self.case.key,
-            case=self.case.recorded(),
+            case=self.case.as_recorded(),
             status=self.status,
             message=self.message and _without_place(self.message, self.case),
             correctness=None

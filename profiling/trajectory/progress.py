@@ -125,10 +125,11 @@ class ProgressLines(Listener):
         self._in_flight = list(cases)
         case = cases[0]
         backends = ", ".join(c.backend for c in cases)
+        sizes = f"latent {case.latent_height}x{case.latent_width}, {counted(case.context_tokens, 'token')}"
         self._write(
             f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} "
             f"{counted(case.steps, 'step')}, batch {case.batch}, guidance {case.guidance_scale:g}, "
-            f"{case.dtype} on {case.device}: {backends}"
+            f"{sizes}, seed {case.seed}, {case.dtype} on {case.device}: {backends}"
         )
         self._update(f"{self._number}/{self._total} {case.label}")
 

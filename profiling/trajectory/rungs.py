@@ -7,7 +7,7 @@ from .ours import GraphBackend, OurBackend
 from .theirs import DiffusersBackend
 
 
-def default_backends() -> dict[str, Backend]:
+def all_backends() -> dict[str, Backend]:
     """Every backend by its name, in the order of the ladder: each of ours does more than the one before."""
     return {
         "diffusers": DiffusersBackend(),

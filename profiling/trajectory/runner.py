@@ -15,10 +15,10 @@ from .case import Case
 from .check import References, code_identity
 from .checkpoints import identified
 from .group import Group
-from .lane import Shared
+from .lane import GroupFacts
 from .network import Networks
 from .records import Record, RecordStore
-from .rungs import default_backends
+from .rungs import all_backends
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .trace import traced
 
@@ -65,7 +65,7 @@ def profile(
     be read (`checkpoints.identified`).
     """
     listener = listener or Listener()
-    backends = backends or default_backends()
+    backends = backends or all_backends()
     deadline = deadline or Deadline(None)
     networks = Networks()
     # Once: the code that runs is what was loaded, whatever is committed meanwhile.
@@ -93,7 +93,7 @@ def profile(
             environment = environment_of(device)
             if device not in kept:
                 kept[device] = References(references, code_identity(environment))
-            shared = Shared(
+            shared = GroupFacts(
                 run_id,
                 environment,
                 rule or RepetitionRule(),
