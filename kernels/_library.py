@@ -53,8 +53,8 @@ def define_operator(
     `bind` makes a call of the arguments without the backend: the operator's own unless given. `reference` computes
     a call, and its derivatives are the operator's if it is `differentiable`; `composite` stands for a reference
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
-    `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts from
-    the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
+    `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts
+    from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
     """
     name = schema.partition("(")[0]
     bind = bind or operator.bind
