@@ -92,7 +92,7 @@ class Launch:
         return sum(map(nbytes, [*distinct, *(self.arguments[name] for name in self.updated)]))
 
     def run(self) -> None:
-        """Launch on the current device and stream."""
+        """For tools and tests: launch on the current device and stream. An operator's call uses `_recipes`."""
         if self.programs:
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
