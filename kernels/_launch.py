@@ -134,7 +134,7 @@ class Operator:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run launches in order on `device`."""
+    """For tools and tests: run launches in order on `device`."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             for launch in launches:
