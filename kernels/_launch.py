@@ -92,7 +92,7 @@ class Launch:
         return sum(map(nbytes, [*distinct, *(self.arguments[name] for name in self.updated)]))
 
     def run(self) -> None:
-        """Launch on the current device and stream."""
+        """For tools and tests: launch on the current device and stream. An operator's call uses `_recipes`."""
         if self.programs:
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
@@ -134,7 +134,7 @@ class Operator:
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
-    """Run launches in order on `device`."""
+    """For tools and tests: run launches in order on `device`."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             for launch in launches:

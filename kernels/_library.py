@@ -55,6 +55,9 @@ def define_operator(
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
     `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts
     from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
+
+    A call travels: public function -> overload -> Autograd (`_differentiable`) -> implementation
+    (`_recipes.implementation_of`) -> `Recipe.run` or the reference.
     """
     name = schema.partition("(")[0]
     bind = bind or operator.bind

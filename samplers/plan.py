@@ -26,7 +26,8 @@ from .unipc import unipc
 from .values import Copied, is_number, plain, shown
 
 # builder(schedule, num_steps, **keywords): its keyword-only parameters are the sampler's options and defaults. A
-# default that has `takes`, such as a `Spacing`, stands for the options that `takes` names.
+# default that has `takes`, such as a `Spacing`, stands for the options that `takes` names:
+# `spacing=CLIPPED` for timestep_spacing, use_karras_sigmas, ...
 Builder = Callable[..., Tableau]
 
 SAMPLERS: Mapping[str, Builder] = MappingProxyType(

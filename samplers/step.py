@@ -23,7 +23,7 @@ class Step(Copied):
 
     index     position in the plan
     timestep  the network's timestep, a host float; may be fractional
-    c_in      the network's input is c_in * registers[0]
+    c_in      the network's input is c_in * registers[0]; the kernel's input_scale of row k is c_in of step k + 1
     U         [R, R + 2] float64, read-only, maps [registers..., model output, noise] to the new registers
     """
 

@@ -682,7 +682,7 @@ def test_a_sampler_may_round_more_than_others() -> None:
         (["--size", ","], "--size: no value given"),
         (["--head-dim", ",", "--size", "39M"], "--head-dim: no value given"),
         (["--head-dim", "8", "--tokens", " , "], "--tokens: no value given"),
-        (["--head-dim", "8", "--kernel", "attention,geglu"], "leave --size out, and --kernel"),
+        (["--head-dim", "8", "--kernel", "attention,geglu"], "leave --size out; leave --kernel out too"),
         (["--head-dim", "0"], "from 1"),
         (["--head-dim", "8", "--kernel", "geglu"], "attention"),
         (["--head-dim", "8", "--size", "39M"], "--size"),

@@ -10,22 +10,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from ldmperf.profiling.peer import SCHEDULERS
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan
 
 diffusers = pytest.importorskip("diffusers")
 
-CLASSES = {
-    "ddim": diffusers.DDIMScheduler,
-    "ddpm": diffusers.DDPMScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    "dpmpp_2s": diffusers.DPMSolverSinglestepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "lcm": diffusers.LCMScheduler,
-    "pndm": diffusers.PNDMScheduler,
-}
+CLASSES = {name: getattr(diffusers, class_name) for name, class_name in SCHEDULERS.items()}
 OPTIONS = {
     "timestep_spacing": ["linspace", "leading", "trailing"],
     "steps_offset": [0, 1, -1, 2, 5],

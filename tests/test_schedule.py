@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldmperf.profiling.peer import SCHEDULERS
 from ldmperf.samplers import NoiseSchedule, make_plan
 from ldmperf.samplers.spacing import LINSPACE, ramp_sigmas, sigmas_to_timesteps
 
@@ -56,13 +57,8 @@ def test_absent_keys_take_the_defaults_of_their_class(name):
 
 
 def test_every_key_of_every_class_is_known():
-    """A config that any of the ten classes saves is read, and so are its values by the sampler of that class."""
-    for name, class_name in {
-        "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler",
-        "dpmpp_2s": "DPMSolverSinglestepScheduler", "unipc": "UniPCMultistepScheduler",
-        "euler": "EulerDiscreteScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
-        "heun": "HeunDiscreteScheduler", "lcm": "LCMScheduler", "pndm": "PNDMScheduler",
-    }.items():  # fmt: skip
+    """A config that any of the classes saves is read, and so are its values by the sampler of that class."""
+    for name, class_name in SCHEDULERS.items():
         config = dict(getattr(diffusers, class_name)().config)
         config.pop("clip_sample", None)
         plan = make_plan(name, NoiseSchedule.from_diffusers(config), 5)

@@ -69,7 +69,7 @@ def our_backends() -> dict[str, OurBackend | GraphBackend]:
 
 
 def run_parts(cases: Iterable[Case]) -> list[Part]:
-    """One part for each case of our backends whose launches may be others'; sizes of the family only."""
+    """One part for each case of our backends with launches of its own; sizes of the family only."""
     ours = our_backends()
     distinct = {
         case.model_copy(update={"steps": _steps(case.sampler, case.steps), "seed": 0}): None

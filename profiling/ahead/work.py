@@ -215,6 +215,6 @@ def _digest(kernel: Kernel, machine: Machine) -> str:
 
 
 def in_cache(digest: str, name: str) -> bool:
-    """Whether triton would find it."""
+    """Whether triton's cache holds this kernel."""
     cache, group = cache_of(digest), f"{name[:150]}.json"
     return cache is not None and group in (cache.get_group(group) or {})

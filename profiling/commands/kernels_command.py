@@ -102,7 +102,10 @@ def kernels(
     head_dims = numbers("head-dim", 1024)
     sizes = known_names("size", given["size"], SIZES)
     if head_dims and (sizes or (given["kernel"] and set(operators) != {"attention"})):
-        raise CaseError("--head-dim chooses attention's calls: leave --size out, and --kernel or name attention")
+        raise CaseError(
+            "--head-dim chooses attention's calls: leave --size out; leave --kernel out too, "
+            "or give --kernel attention"
+        )
     if head_dims and given["latent"]:
         raise CaseError("--head-dim has no latent: give sequence lengths with --tokens, and leave --latent out")
     for name in ("batch", "latent", "tokens"):

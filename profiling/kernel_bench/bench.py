@@ -37,6 +37,7 @@ class KernelBench:
         self.device_name, self.device = device, torch.device(device)
         self.peers, self.modes, self.pace = peers, modes, pace
         self.environment, self.copy, self.rates, self.seed = environment, copy, rates, seed
+        # Operators of which a call was seen.
         self._operators: set[str] = set()
 
     def keys(self, job: Job) -> set[str]:
@@ -48,7 +49,7 @@ class KernelBench:
         }
 
     def skip(self, job: Job) -> None:
-        """Takes its records as there: what one record an operator says is not said again."""
+        """Counts as measured. An operator that a peer cannot compute has one record, of its first call."""
         self._operators.add(job.call.operator)
 
     def _peers_of(self, job: Job) -> list[Peer]:

@@ -77,7 +77,7 @@ class KernelRecord(RecordModel):
     `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
     family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
-    `seed`: of the random inputs.
+    `seed`: of the random inputs. `case`: the call.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION

@@ -21,6 +21,7 @@ from .inputs import CallInputs, tolerance_of
 from .kernel_records import Mode
 from .peers import Peer
 
+# The check's reference, not the peer of that name.
 _REFERENCE = "ours, float64"
 
 
@@ -133,7 +134,7 @@ class PeerLane(Outcome):
             raise Unsupported(f"cannot be captured: {first}") from None
 
     def sample(self, *_: object) -> Timed[object]:
-        """One sample, behind an untimed one where memory was given back."""
+        """One sample, after an untimed call where memory was given back."""
         assert self.workload is not None
         with self.built.setting():
             if not self.is_warm:

@@ -132,7 +132,7 @@ def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelReco
 
 
 def _headings(records: Sequence[KernelRecord]) -> list[str]:
-    """HEADINGS; how calls are made is said where they are made in more than one way."""
+    """HEADINGS; without "calls" where all records have one mode."""
     is_one = len({record.mode for record in records}) == 1
     return [heading for heading in HEADINGS if not (is_one and heading == "calls")]
 

@@ -22,7 +22,7 @@ COSTS_TITLE = "Measured cost of a step relative to {}, beside the paper's"
 
 @dataclass(frozen=True)
 class Rung:
-    """A backend's row; `gain` is the time of the rung before that has one over its own."""
+    """A backend's row; `gain` is the previous timed rung's time divided by this rung's."""
 
     row: Row
     gain: float | None

@@ -33,7 +33,7 @@ class Conditions:
 
     @classmethod
     def of(cls, environments: tuple[Environment, ...], sections: Sequence[Placed]) -> Conditions:
-        """What the sections have in common and what not."""
+        """What all sections share, and what differs."""
         phrases = [_phrases(section, environments) for section in sections]
         first = phrases[0] if phrases else {}
         varying = frozenset(name for name in first if len({of[name] for of in phrases}) > 1)

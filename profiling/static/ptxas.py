@@ -26,7 +26,7 @@ def serializations(compiled: Compiled) -> tuple[str, ...]:
 
 
 def _log(compiled: Compiled) -> str:
-    """What ptxas prints."""
+    """ptxas's log for a kernel."""
     from triton import knobs
     from triton.compiler import make_backend
 

@@ -40,7 +40,7 @@ _COMPILED = tuple((group, re.compile(pattern, re.IGNORECASE)) for group, pattern
 
 
 def group_of(name: str) -> LaunchGroup | Other:
-    """The group of a kernel; "other" for a name that nothing tells of."""
+    """The group of a kernel; "other" for an unknown name."""
     return next((group for group, pattern in _COMPILED if pattern.search(name)), OTHER)
 
 

@@ -108,7 +108,7 @@ def check_inputs(problem: Problem) -> Inputs:
 
 @dataclass(frozen=True)
 class Reference:
-    """Final latents to compare with, the name of what made them, and its time in ms unless it cost nothing."""
+    """Final latents to compare with, the name of what made them, its time in ms (None where no run was needed)."""
 
     name: str
     latents: Tensor

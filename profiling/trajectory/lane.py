@@ -164,7 +164,7 @@ class Lane(Outcome):
             )
 
     def record(self) -> Record:
-        """The record of the lane, which is done."""
+        """The record of a finished lane."""
         self.is_recorded = True
         shared, reference, times = self.shared, self.reference, self.times
         beside = {name for order in times.order for name in order}

@@ -218,5 +218,5 @@ class RecordStore(Store[Record]):
         super().__init__(path, Record)
 
     def load(self) -> list[Record]:
-        """The records on disk, each case that was traced once."""
+        """The records on disk; a case that was traced appears once."""
         return load_records(self.path)[0]
