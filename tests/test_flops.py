@@ -9,7 +9,7 @@ import pytest
 from ldmperf.model import FAMILY, UNetConfig
 from ldmperf.profiling.step.flops import count_gflop, count_parameters
 
-# params_exact and gflop of /work/shared/facts/family.json.
+# params_exact and gflop as in profiling/paper.json, counted apart with diffusers' network.
 FACTS = {"39M": (38_800_580, 53.0), "866M": (865_910_724, 804.3), "5B": (4_900_198_660, 4195.1)}
 
 

@@ -35,7 +35,7 @@ def rows_by(shown: figures.Overview) -> dict[tuple[str, str], figures.Row]:
 def test_paper_costs_are_the_table() -> None:
     sizes = paper_sizes()
     assert len(sizes) == 11
-    assert [sizes[name].paper_normalized_cost for name in ("39M", "866M", "5B")] == [0.07, 1.0, 5.17]
+    assert [sizes[name].normalized_cost for name in ("39M", "866M", "5B")] == [0.07, 1.0, 5.17]
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import tune
+import tune_search
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels import _launch as launch
@@ -19,8 +19,6 @@ from ldmperf.profiling.kernel_bench.selection import first_of_each_key, head_dim
 from ldmperf.profiling.measure.timing import Deadline
 from ldmperf.profiling.step.calls import attention_calls, family_calls
 
-ROOT = Path(__file__).parents[1]
-tune = SimpleNamespace(**runpy.run_path(str(ROOT / "bench" / "tune.py"), run_name="tune"))
 HEAD = {"gpu": "NVIDIA H200", "commit": "a" * 40, "versions": {"torch": "2.13.0"}}
 
 
@@ -43,15 +41,15 @@ def timer(times: dict[Any, float], seen: list[Any] | None = None) -> Callable[[A
 
 def test_the_fastest_right_candidate_is_chosen() -> None:
     times = {None: 1.0, Config(1): 0.9, Config(2): 0.5, Config(3): -1.0, Config(4): 0.7}
-    found = tune.search([Config(i) for i in (1, 2, 3, 4)], timer(times), Deadline(None))
+    found = tune_search.search([Config(i) for i in (1, 2, 3, 4)], timer(times), Deadline(None))
     assert (found.best, found.ms, found.now, found.tried) == (Config(2), 0.5, 1.0, 4)
     assert found.failures == ("Config(block=3, num_warps=4): off by 0.5",)
 
 
 def test_what_is_used_now_stays_unless_beaten_by_more_than_noise() -> None:
-    assert tune.search([Config(1)], timer({None: 1.0, Config(1): 0.985}), Deadline(None)).best is None
-    assert tune.search([Config(1)], timer({None: 1.0, Config(1): 0.97}), Deadline(None)).best == Config(1)
-    assert tune.search([], timer({None: 1.0}), Deadline(None)).best is None
+    assert tune_search.search([Config(1)], timer({None: 1.0, Config(1): 0.985}), Deadline(None)).best is None
+    assert tune_search.search([Config(1)], timer({None: 1.0, Config(1): 0.97}), Deadline(None)).best == Config(1)
+    assert tune_search.search([], timer({None: 1.0}), Deadline(None)).best is None
 
 
 def test_a_lucky_first_time_does_not_win() -> None:
@@ -62,7 +60,7 @@ def test_a_lucky_first_time_does_not_win() -> None:
             return next(lucky, 2.0)
         return {None: 1.0, Config(2): 0.8}[config]
 
-    assert tune.search([Config(1), Config(2)], time_one, Deadline(None)).best == Config(2)
+    assert tune_search.search([Config(1), Config(2)], time_one, Deadline(None)).best == Config(2)
 
 
 def test_a_search_that_is_cut_short_chooses_from_what_it_saw() -> None:
@@ -76,7 +74,7 @@ def test_a_search_that_is_cut_short_chooses_from_what_it_saw() -> None:
         now += 1.0
         return inner(config)
 
-    found = tune.search([Config(i) for i in range(20)], time_one, Deadline(5.5, clock=lambda: now), "key")
+    found = tune_search.search([Config(i) for i in range(20)], time_one, Deadline(5.5, clock=lambda: now), "key")
     tried = seen[1:6]
     assert found.tried == 5
     assert found.best == min(tried, key=lambda c: c.block)
@@ -84,11 +82,11 @@ def test_a_search_that_is_cut_short_chooses_from_what_it_saw() -> None:
 
 def test_what_an_operator_recommends_is_tried_first_and_the_rest_in_a_fixed_random_order() -> None:
     candidates = [Config(i) for i in range(40)]
-    order = tune.search_order(candidates, "key")
-    assert order[: tune.HEAD] == candidates[: tune.HEAD]
+    order = tune_search.search_order(candidates, "key")
+    assert order[: tune_search.HEAD] == candidates[: tune_search.HEAD]
     assert sorted(order, key=lambda config: config.block) == candidates
     assert order != candidates
-    assert order == tune.search_order(candidates, "key") != tune.search_order(candidates, "other")
+    assert order == tune_search.search_order(candidates, "key") != tune_search.search_order(candidates, "other")
 
 
 def a_call(operator: str, which: int = 0, size: str = "39M") -> Any:
@@ -130,14 +128,14 @@ def test_activations_stay_where_they_are_and_weights_rotate_past_the_cache() -> 
 
 
 def test_the_table_tells_of_every_entry_what_the_cache_held() -> None:
-    table = tune.merged({}, HEAD, "geglu", "a", found(Config(8)))
-    table = tune.merged(table, HEAD, "geglu", "b", found(Config(8)), "step")
-    table = tune.merged(table, HEAD, "linear", "a", found(None, 0.5), "step")
+    table = tune_search.merged({}, HEAD, "geglu", "a", found(Config(8)))
+    table = tune_search.merged(table, HEAD, "geglu", "b", found(Config(8)), "step")
+    table = tune_search.merged(table, HEAD, "linear", "a", found(None, 0.5), "step")
     assert table["l2"] == {"geglu": {"a": "cold", "b": "step"}, "linear": {"a": "step"}}
-    assert tune.merged(table, HEAD, "geglu", "b", found(Config(1)))["l2"]["geglu"]["b"] == "cold"
+    assert tune_search.merged(table, HEAD, "geglu", "b", found(Config(1)))["l2"]["geglu"]["b"] == "cold"
     # A table from before there were two.
     old = {"schema_version": 1, **HEAD, "kernels": {"geglu": {"old": {"block": 1}}}}
-    assert tune.merged(old, HEAD, "geglu", "a", found(Config(8)))["l2"] == {"geglu": {"a": "cold"}}
+    assert tune_search.merged(old, HEAD, "geglu", "a", found(Config(8)))["l2"] == {"geglu": {"a": "cold"}}
 
 
 def test_a_candidate_that_cannot_be_launched_is_counted_and_not_tried(
@@ -183,7 +181,7 @@ def test_candidates_are_compiled_in_the_order_in_which_they_are_tried(
 
 def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
     with pytest.raises(tune.Wrong):
-        tune.search([Config(1)], timer({None: -1.0, Config(1): 1.0}), Deadline(None))
+        tune_search.search([Config(1)], timer({None: -1.0, Config(1): 1.0}), Deadline(None))
 
     def lost(config: Any) -> float:
         if config is not None:
@@ -191,7 +189,7 @@ def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
         return 1.0
 
     with pytest.raises(RuntimeError, match="illegal"):
-        tune.search([Config(1)], lost, Deadline(None))
+        tune_search.search([Config(1)], lost, Deadline(None))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +206,7 @@ def test_what_is_wrong_now_or_loses_the_device_ends_the_search() -> None:
     ],
 )
 def test_only_what_loses_the_device_is_fatal(text: str, fatal: bool) -> None:
-    assert tune.is_fatal(RuntimeError(text)) == fatal
+    assert tune_search.is_fatal(RuntimeError(text)) == fatal
 
 
 def test_a_finalist_whose_code_has_faults_is_passed_over_for_the_next_best() -> None:
@@ -221,7 +219,7 @@ def test_a_finalist_whose_code_has_faults_is_passed_over_for_the_next_best() -> 
             return ["4 spill loads", "ptxas C7510"] if config in faulty else []
 
         asked.clear()
-        return tune.search(list(times)[1:], timer(times), Deadline(None), faults=faults)
+        return tune_search.search(list(times)[1:], timer(times), Deadline(None), faults=faults)
 
     found = search({Config(2)})
     assert (found.best, found.ms, asked) == (Config(1), 0.5, [Config(2), Config(1)])
@@ -268,30 +266,30 @@ def test_faults_are_those_of_both_16_bit_dtypes(tmp_path: Path, monkeypatch: pyt
 
 
 def test_torch_is_timed_with_the_finalists() -> None:
-    times = {None: 1.0, Config(1): 0.5, Config(2): 0.7, tune.TORCH: 0.4}
+    times = {None: 1.0, Config(1): 0.5, Config(2): 0.7, tune_search.TORCH: 0.4}
     configs = [Config(1), Config(2)]
-    found = tune.search(configs, timer(times), Deadline(None), with_torch=True)
+    found = tune_search.search(configs, timer(times), Deadline(None), with_torch=True)
     assert (found.best, found.ms, found.torch, found.torch_is_faster) == (Config(1), 0.5, 0.4, True)
-    found = tune.search(configs, timer(times | {tune.TORCH: 0.6}), Deadline(None), with_torch=True)
+    found = tune_search.search(configs, timer(times | {tune_search.TORCH: 0.6}), Deadline(None), with_torch=True)
     assert (found.best, found.torch_is_faster) == (Config(1), False)
     # Against what is used now where that is the best of ours.
-    found = tune.search([], timer(times), Deadline(None), with_torch=True)
+    found = tune_search.search([], timer(times), Deadline(None), with_torch=True)
     assert (found.best, found.ms, found.torch_is_faster) == (None, 1.0, True)
 
 
 def test_torch_that_is_wrong_or_not_asked_for_has_no_time() -> None:
     seen: list[Any] = []
-    found = tune.search([Config(1)], timer({None: 1.0, Config(1): 0.5}, seen), Deadline(None))
+    found = tune_search.search([Config(1)], timer({None: 1.0, Config(1): 0.5}, seen), Deadline(None))
     assert (found.torch, found.torch_is_faster) == (None, False)
-    assert tune.TORCH not in seen
-    times = {None: 1.0, Config(1): 0.5, tune.TORCH: -1.0}
-    found = tune.search([Config(1)], timer(times), Deadline(None), with_torch=True)
+    assert tune_search.TORCH not in seen
+    times = {None: 1.0, Config(1): 0.5, tune_search.TORCH: -1.0}
+    found = tune_search.search([Config(1)], timer(times), Deadline(None), with_torch=True)
     assert (found.best, found.torch, found.torch_is_faster) == (Config(1), None, False)
     assert found.failures == ("torch: off by 0.5",)
 
 
 def found(best: Any, torch_ms: float | None = None) -> Any:
-    return tune.Found(best, 1.0, 1.0, 1, (), torch_ms)
+    return tune_search.Found(best, 1.0, 1.0, 1, (), torch_ms)
 
 
 def test_entries_join_what_is_there(tmp_path: Path) -> None:
@@ -301,7 +299,7 @@ def test_entries_join_what_is_there(tmp_path: Path) -> None:
         "commit": "b" * 40,
         "kernels": {"geglu": {"old": {"block": 1}, "key": {"block": 2}}, "layer_norm": {"x": {"block": 3}}},
     }
-    after = tune.merged(before, HEAD, "geglu", "key", found(Config(8)))
+    after = tune_search.merged(before, HEAD, "geglu", "key", found(Config(8)))
     assert after["kernels"] == {
         "geglu": {"key": {"block": 8, "num_warps": 4}, "old": {"block": 1}},
         "layer_norm": {"x": {"block": 3}},
@@ -312,23 +310,23 @@ def test_entries_join_what_is_there(tmp_path: Path) -> None:
         path = tmp_path / "table.json"
         path.write_text(text)
         with pytest.raises(SystemExit, match="move it away"):
-            tune.load_table(path, "NVIDIA H200")
+            tune_search.load_table(path, "NVIDIA H200")
 
 
 def test_the_table_names_the_keys_where_torch_is_faster() -> None:
     table: dict[str, Any] = {}
     for key, best, torch_ms in (("a", Config(8), 0.5), ("b", None, 0.5), ("c", None, 2.0), ("d", Config(1), 2.0)):
-        table = tune.merged(table, HEAD, "attention", key, found(best, torch_ms))
+        table = tune_search.merged(table, HEAD, "attention", key, found(best, torch_ms))
     entry = {"block": 8, "num_warps": 4}
     assert table["torch"] == {"attention": ["a", "b"]}
     # Ours stays in the table where torch is faster; null is the kernel's default.
     assert table["kernels"]["attention"] == {"a": entry, "b": None, "c": None, "d": {"block": 1, "num_warps": 4}}
     # Measured again: torch is slower now, and nothing beats the entry.
-    table = tune.merged(table, HEAD, "attention", "a", found(None, 2.0))
+    table = tune_search.merged(table, HEAD, "attention", "a", found(None, 2.0))
     assert table["torch"] == {"attention": ["b"]}
     assert table["kernels"]["attention"]["a"] == entry
     # Where torch was not timed, nothing is said of it.
-    assert tune.merged(table, HEAD, "attention", "b", found(Config(1)))["torch"] == {"attention": ["b"]}
+    assert tune_search.merged(table, HEAD, "attention", "b", found(Config(1)))["torch"] == {"attention": ["b"]}
 
 
 def test_auto_follows_what_the_tuner_found(
@@ -340,7 +338,7 @@ def test_auto_follows_what_the_tuner_found(
 
     def timer_of(case: Any) -> Callable[[Any], float]:
         torch_ms = 0.5 if case.attention.head_dim == 64 else 2.0
-        return lambda config: torch_ms if config == tune.TORCH else 1.0
+        return lambda config: torch_ms if config == tune_search.TORCH else 1.0
 
     assert tune.tune(given, timer_of, path, HEAD, Deadline(None), 60.0) == len(given) == 4
     assert capsys.readouterr().err.count("which auto will take") == 2

@@ -197,7 +197,7 @@ def names_by_size(rows: Iterable[Row]) -> list[str]:
 def _paper_cost(record: Record) -> float | None:
     """The paper's normalized cost of a network; null for one that the paper does not have."""
     size = paper_sizes().get(record.case.network)
-    return None if size is None else size.paper_normalized_cost
+    return None if size is None else size.normalized_cost
 
 
 def _magnitude(record: Record) -> tuple[float, float]:
