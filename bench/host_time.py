@@ -171,7 +171,7 @@ def host_time(case: OperatorCall) -> HostTime:
             operator=case.operator,
             label=case.label,
             count=case.count,
-            launches=len(kept.steps),
+            launches=len(kept.launches),
             reasons=least_us(lambda: operator.unsupported_reasons(bound)),
             tuned=least_us(
                 lambda: _launch.tuned(case.operator, operator.tuning_key(bound), chip, dict)  # type: ignore[arg-type]

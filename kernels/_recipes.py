@@ -136,7 +136,7 @@ class Recipe:
 
     device: torch.device
     made: tuple[_Memory, ...]
-    steps: tuple[_BoundLaunch, ...]
+    launches: tuple[_BoundLaunch, ...]
     result: int | tuple[int, ...] | None
 
     def run(self, arguments: Sequence[Any]) -> Any:
@@ -159,8 +159,8 @@ class Recipe:
 
     def launch(self, tensors: Sequence[Any]) -> None:
         """Launches with the tensors of these numbers, on the current device and stream."""
-        for step in self.steps:
-            step.run(tensors)
+        for launch in self.launches:
+            launch.run(tensors)
 
 
 Planned = tuple[Any, list[Launch]]
@@ -208,29 +208,29 @@ def implementation_of(
 def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> Recipe:
     """What a plan for these arguments launches, without its tensors; no tensor may be two arguments."""
     given = [value for value in aliases if isinstance(value, Tensor)]
-    memory_of_arguments = {value.untyped_storage()._cdata for value in given}
+    known_memory = {value.untyped_storage()._cdata for value in given}
     numbers = {id(value): number for number, value in enumerate(aliases) if isinstance(value, Tensor)}
     made: list[Tensor] = []
 
     def number_of(tensor: Tensor) -> int:
         if id(tensor) not in numbers:
-            if tensor.untyped_storage()._cdata in memory_of_arguments:
+            if tensor.untyped_storage()._cdata in known_memory:
                 raise AssertionError("a plan may launch on its arguments and on new memory, on no view of either")
             numbers[id(tensor)] = len(aliases) + len(made)
-            memory_of_arguments.add(tensor.untyped_storage()._cdata)
+            known_memory.add(tensor.untyped_storage()._cdata)
             made.append(tensor)
         return numbers[id(tensor)]
 
     numbered: int | tuple[int, ...] | None = None
     if result is not None:
         numbered = number_of(result) if isinstance(result, Tensor) else tuple(map(number_of, result))
-    steps = []
+    bound = []
     for launch in launches:
         if not launch.programs:
             continue
         values = [launch.arguments[name] for name in launch.kernel.arg_names]
         places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
-        steps.append(
+        bound.append(
             _BoundLaunch(
                 launch.kernel,
                 launch.programs,
@@ -242,6 +242,6 @@ def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> R
     return Recipe(
         given[0].device,
         tuple(_Memory(tuple(t.shape), t.stride(), t.dtype) for t in made),
-        tuple(steps),
+        tuple(bound),
         numbered,
     )

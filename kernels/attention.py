@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os.path
 import warnings
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -316,7 +316,7 @@ def _looks_transposed(q: Tensor, k: Tensor) -> bool:
 @functools.cache
 def _warn_of_layout() -> None:
     """Warns once in a process, of the line that called the operator: between it and here is torch's dispatcher."""
-    folders = tuple(str(Path(file).parent) for file in (__file__, torch.__file__))
+    folders = tuple(os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__))
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(folders):
         frame, level = frame.f_back, level + 1

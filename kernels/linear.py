@@ -133,7 +133,8 @@ def linear_separate(
 
 
 def _separate(call: LinearCall, backend: str) -> Tensor:
-    x, bias = call.x if call.norm is None else _normalized(call.norm, backend), call.bias
+    norm, bias = call.norm, call.bias
+    x = call.x if norm is None else _normalized(norm, backend)
     y = F.linear(x, call.weight, None if bias is None else bias.to(x.dtype))
     return y if call.activation is None else geglu(y, backend=backend)
 

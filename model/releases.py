@@ -114,7 +114,7 @@ RELEASES = (
             attention=(False, True, True, False),
             context_dim=1280,
             sample_size=128,
-            transformer_layers=4,  # type: ignore[arg-type]
+            transformer_layers=(4, 4, 4, 4),
             added_time_dim=256,
             added_dim=2560,
         ),

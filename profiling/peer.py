@@ -70,3 +70,8 @@ SCHEDULER_CONFIG: Mapping[str, object] = {
     "clip_sample": False,
     "skip_prk_steps": True,
 }
+
+
+def diffusers_scheduler(sampler: str) -> Any:
+    """diffusers' scheduler for a plan of ours, or `Unsupported` where diffusers is not installed."""
+    return getattr(import_diffusers(), SCHEDULERS[sampler]).from_config(dict(SCHEDULER_CONFIG))

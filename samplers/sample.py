@@ -89,15 +89,15 @@ def sample(
         is_guided=scales is not None,
     )
     state.load(plan, noise, scales, seeds)
-    # Each number (int64) twice, so that a slice starts every 16 bytes: Triton compiles a kernel anew for a pointer
+    # Each number (int64) twice, so that a view starts every 16 bytes: Triton compiles a kernel anew for a pointer
     # that is not divisible by 16.
-    step_numbers = torch.arange(2 * len(plan.steps), device=noise.device) // 2
-    for step in plan.steps:
+    numbers = (torch.arange(2 * len(plan.steps), device=noise.device) // 2).view(-1, 2)[:, :1].unbind()
+    for step, number in zip(plan.steps, numbers, strict=True):
         output = denoise(state.model_input, step)
         injected = None
         if step.adds_noise and step_noise is not None:
             injected = step_noise(step.index)
-        state.update(output, step_numbers[2 * step.index :][:1], step.adds_noise, injected, backend, at=step.index)
+        state.update(output, number, step.adds_noise, injected, backend, at=step.index)
         if callback is not None:
             callback(step, state.snapshot())
     return state.result(noise)

@@ -90,8 +90,9 @@ class SamplerState:
             self._guidance[:steps].copy_(weights, non_blocking=True)
         self._registers.zero_()
         self.latents.copy_(noise * plan.init_noise_sigma)
+        scaled = self.latents * plan.steps[0].c_in
         for part in self.model_input.chunk(self._copies):
-            part.copy_(self.latents * plan.steps[0].c_in)
+            part.copy_(scaled)
 
     def fill(self) -> None:
         """Zeros in place of a run's values, for the steps of a warm-up."""

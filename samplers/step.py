@@ -5,6 +5,7 @@ coefficients over [registers..., model output, noise]. A `Tableau` hands out the
 paper combine them; the new registers, stacked, are the matrix `U` of a step.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,7 @@ class Step(Copied):
         matrix.flags.writeable = False
         object.__setattr__(self, "U", matrix)
 
-    @property
+    @functools.cached_property
     def adds_noise(self) -> bool:
         """Whether the noise has a coefficient other than zero."""
         return bool((self.U[:, -1] != 0.0).any())

@@ -979,7 +979,7 @@ def test_a_compiled_peer_is_traced_last_and_only_where_it_can_be_built_again(
     def traced_within(seconds: float | None) -> list[tuple[str, int]]:
         clock.now = 0.0
         deadline = Deadline(seconds, clock)
-        found = short_traces.short_traces(records, Networks(), backends, deadline, tracer)
+        found = short_traces.short_traces(records, Networks(), backends, deadline, tracer, {})
         return [(record.case.backend, record.case.steps) for record in found]
 
     eager = [("graph", 1), ("graph", 2), ("torch", 1), ("torch", 2)]

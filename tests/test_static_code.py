@@ -64,7 +64,7 @@ def test_instructions_and_resources_are_read():
     found = parse(LOOP)
     assert len(found) == 16
     assert found[1] == Instruction(0x10, "BRA", (), "0x90", "P0")
-    assert found[3].name == "LDG.E.128"
+    assert (found[3].opcode, found[3].modifiers) == ("LDG", ("E", "128"))
     assert found[8].predicate == "!P0"
     assert found[8].target == 0x30
     used = resources(LOOP, found)

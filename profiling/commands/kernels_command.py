@@ -22,7 +22,7 @@ from ..options import (
     whole_number,
 )
 from ..terminal.visible import console, say
-from .shared import DEFAULT_OUT, list_option, seconds_option, stop, tell, whole_option, with_options
+from .shared import DEFAULT_OUT, exit_by, list_option, seconds_option, stop, tell, whole_option, with_options
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
@@ -192,9 +192,7 @@ def _measure(
     except OSError as failure:
         stop(f"cannot write to {folder} ({failure.strerror}); the records there are whole", 1)
     say(console(), str(path))
-    statuses = {record.status for record in records}
-    if statuses & {"error", "incorrect"} or "ok" not in statuses:
-        raise typer.Exit(1)
+    exit_by({record.status for record in records})
 
 
 def progress_line(records: Sequence[KernelRecord]) -> str:

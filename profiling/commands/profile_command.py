@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..measure.folders import RunError, locked
+from ..measure.folders import RunError, check_environment, locked
 from ..measure.timing import Deadline, RepetitionRule
 from ..options import CaseError, best_device
 from ..report.reporting import ReportNotWritten, report_run, resume_command
@@ -18,9 +18,10 @@ from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
 from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
-from ..trajectory.runs import check_resumable, create_run, find_run, open_run
+from ..trajectory.runs import create_run, find_run, open_run
 from .shared import (
     DEFAULT_OUT,
+    exit_by,
     list_option,
     seconds_option,
     stop,
@@ -141,7 +142,7 @@ def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[C
                 f"{folder} has other cases than these options name; give --resume without them, "
                 "or start a new run without --resume"
             )
-    check_resumable(folder, run, collect_environment(run.cases[0].device))
+    check_environment(folder, run.environment, collect_environment(run.cases[0].device), "run")
     check_unchanged(run.cases, tell)
     return list(run.cases), run.rule
 
@@ -185,6 +186,4 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
         stop(str(failure), 1)
     if left and not made:
         stop(f"no case was done within --seconds; give more, and {go_on}", 1)
-    statuses = {record.status for record in records}
-    if statuses & {"error", "incorrect"} or "ok" not in statuses:
-        raise typer.Exit(1)
+    exit_by({record.status for record in records})

@@ -6,7 +6,7 @@ import functools
 import inspect
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -87,6 +87,12 @@ def stop(message: str, code: int) -> NoReturn:
     """Ends the process with that exit code, the message its last line on stderr."""
     tell(f"ldmperf: {message.strip()}")
     sys.exit(code)
+
+
+def exit_by(statuses: Collection[str]) -> None:
+    """Exit code 1 where something ended as error or incorrect, or nothing as ok."""
+    if not {"error", "incorrect"}.isdisjoint(statuses) or "ok" not in statuses:
+        raise typer.Exit(1)
 
 
 @contextmanager

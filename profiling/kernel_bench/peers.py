@@ -11,10 +11,10 @@ import torch
 
 from ldmperf.kernels import OPERATORS, Launch, linear_separate
 
-from ..kernel_bench import attention_peers
 from ..measure.outcomes import Unsupported
-from ..peer import SCHEDULER_CONFIG, SCHEDULERS, import_diffusers
+from ..peer import diffusers_scheduler, import_diffusers
 from ..step.call import PLAN_ROW, PLAN_STEPS, OperatorCall
+from . import attention_peers
 from .implementation import Arguments, Implementation
 from .plain import PLAIN, STEPS, guided, with_input
 
@@ -100,10 +100,10 @@ def _diffusers(call: OperatorCall, device: torch.device) -> Implementation:
     The timestep is a host number, the cheapest that the scheduler takes. The scheduler counts its own steps, so it
     is set back before each.
     """
-    diffusers = import_diffusers()
+    import_diffusers()
     if call.plan is None or call.plan not in STEPS:
         raise Unsupported(f"a single {call.plan} step of diffusers is not set up; there are {', '.join(STEPS)}")
-    scheduler = getattr(diffusers, SCHEDULERS[call.plan]).from_config(dict(SCHEDULER_CONFIG))
+    scheduler = diffusers_scheduler(call.plan)
     scheduler.set_timesteps(PLAN_STEPS)
     timestep, timestep_next = (int(scheduler.timesteps[row]) for row in (PLAN_ROW, PLAN_ROW + 1))
     multistep = hasattr(scheduler, "model_outputs")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..measure.environment import Environment
-from ..measure.folders import RunError
+from ..measure.folders import RunError, check_environment
 from ..measure.recorded import new_run_id
 from ..measure.store import write_whole
 from ..measure.timing import Deadline
@@ -104,11 +104,7 @@ def earlier_records(
         raise RunError(f"{folder} is no folder of a bench: it has no {KERNELS_NAME}; start one without --resume")
     records = read_kernels(path)[0]
     for record in records:
-        if differences := record.environment.differences(environment):
-            raise RunError(
-                f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
-                "start a new folder without --resume"
-            )
+        check_environment(folder, record.environment, environment, "folder")
         there, now = (record.case.dtype, record.device, record.seed), (dtype, device, seed)
         for option, theirs, given in zip(("dtype", "device", "seed"), there, now, strict=True):
             if theirs != given:

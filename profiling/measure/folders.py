@@ -82,3 +82,15 @@ def new_folder(out: Path, now: datetime, environment: Environment, suffix: str =
             number += 1
         else:
             return folder
+
+
+def check_environment(folder: Path, begun: Environment, now: Environment, what: str) -> None:
+    """Raises RunError where the environments differ: times of both side by side would pass for a comparison.
+
+    what: the noun for what is to be begun anew instead.
+    """
+    if differences := begun.differences(now):
+        raise RunError(
+            f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
+            f"start a new {what} without --resume"
+        )

@@ -95,14 +95,6 @@ class Timed(Generic[T]):
     gpu_ms: float | None
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all it was given; at once on the CPU."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
 def timed(
     call: Callable[[], T], device: torch.device, clock: Clock = time.perf_counter, *, delay_cycles: int = 0
 ) -> Timed[T]:

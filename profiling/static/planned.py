@@ -7,13 +7,12 @@ from typing import Any
 
 from ldmperf.kernels import OPERATORS, Chip, Launch
 
-from ..machines import MACHINES, Machine
+from ..machines import SM_90, Machine
 from ..options import DType
 from ..step.call import OperatorCall
 from ..step.calls import family_calls
 from .compile import Specialization, specialization_of
 
-SM_90 = MACHINES["sm_90"]
 # The other operators' configurations are those of 132 multiprocessors on every architecture.
 _OF_ARCH = ("attention", "linear")
 

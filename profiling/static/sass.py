@@ -29,10 +29,6 @@ class Instruction:
     predicate: str | None = None
 
     @property
-    def name(self) -> str:
-        return ".".join((self.opcode, *self.modifiers))
-
-    @property
     def target(self) -> int | None:
         """The address that a branch names."""
         found = _TARGET.search(self.operands)

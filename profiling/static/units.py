@@ -118,7 +118,7 @@ def width(instruction: Instruction) -> int:
         return 0
     for modifier in modifiers:
         bits = modifier.lstrip("US")
-        if bits in ("8", "16", "64", "128", "256") and modifier not in ("16816",):
+        if bits in ("8", "16", "64", "128", "256"):
             return int(bits) // 8
     return 4
 

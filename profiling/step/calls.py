@@ -77,19 +77,19 @@ def vae_calls(dtype: DType = "bfloat16", batch: int = 1) -> tuple[OperatorCall, 
 
 
 def attention_calls(
-    head_dim: int, queries: int, batch: int, dtype: DType = "bfloat16", *, heads: int = 8, context: int = 77
+    head_dim: int, queries: int, batch: int, dtype: DType = "bfloat16"
 ) -> tuple[OperatorCall, OperatorCall]:
-    """Self-attention of so many tokens and their attention over a context, in memory as the UNet has them."""
+    """Attention of 8 heads and so many tokens, to themselves and to 77 of text, in memory as in the UNet."""
 
     def packed(tokens: int, parts: int) -> tuple[Tensor, ...]:
-        shape = (batch, tokens, parts, heads, head_dim)
+        shape = (batch, tokens, parts, 8, head_dim)
         return torch.empty(shape, dtype=getattr(torch, dtype), device="meta").unbind(2)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> OperatorCall:
         (found,) = _distinct(lambda: OPERATORS["attention"].call(q, k, v, backend="torch"), dtype)
         return found
 
-    return call(*packed(queries, 3)), call(*packed(queries, 1), *packed(context, 2))
+    return call(*packed(queries, 3)), call(*packed(queries, 1), *packed(77, 2))
 
 
 def sampler_call(plan: str, batch: int, dtype: DType, latent: tuple[int, int] = (64, 64)) -> OperatorCall:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, Step, make_plan, sample
 
-from ..peer import SCHEDULER_CONFIG, SCHEDULERS, diffusers_unet
+from ..peer import SCHEDULER_CONFIG, diffusers_scheduler, diffusers_unet
 from .call import GUIDANCE_SCALE
 from .recording import RecordedCall, Recorder
 
@@ -61,7 +60,7 @@ def diffusers_step(
         unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
     # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
     unet = unet.to(memory_format=torch.channels_last)
-    scheduler = getattr(importlib.import_module("diffusers"), SCHEDULERS[SAMPLER]).from_config(SCHEDULER_CONFIG)
+    scheduler = diffusers_scheduler(SAMPLER)
     scheduler.set_timesteps(50, device="meta")
     timestep = scheduler.timesteps[1]
     context = torch.empty(2, tokens, config.context_dim, dtype=dtype, device="meta")

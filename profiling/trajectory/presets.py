@@ -24,6 +24,7 @@ from ..options import (
     split_values,
     whole_number,
 )
+from ..paper import paper_sizes
 from .case import BACKENDS, DEFAULT_BACKENDS, DEFAULT_GUIDANCE, MOST_IMAGES, TASKS, Case, Task, path_text
 
 
@@ -78,13 +79,13 @@ class Preset:
     rule: RepetitionRule
 
 
-_FAMILY = ("39M", "83M", "145M", "223M", "318M", "430M", "558M", "704M", "866M", "2B", "5B")
+_FAMILY = tuple(paper_sizes())
 # Stable Diffusion's own size, then the ends of the cost curve, then its middle: a run may be cut short anywhere.
 _FAMILY_TELLING_FIRST = tuple(dict.fromkeys(("866M", "39M", "5B", "318M", "2B", *_FAMILY)))
 _CPU = Sweep(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
 _GPU = Sweep(unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers"))
 PRESETS: dict[str, Preset] = {
-    # Under five minutes on two cores: one step count for the cost of sizes, two more at 39M for the cost of steps.
+    # Short: one step count for the cost of sizes, two more at 39M for the cost of steps.
     "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
     "gpu": Preset(
         (replace(_GPU, batches=(1, 8), backends=("graph", "torch", "diffusers")),),
@@ -121,13 +122,11 @@ PRESETS: dict[str, Preset] = {
 
 
 def _size(option: str, text: str) -> str:
-    # The names of sizes belong to a package that loads torch.
-    from ldmperf.model import FAMILY
-
-    return known_name(option, text, FAMILY)
+    return known_name(option, text, _FAMILY)
 
 
 def _sampler(option: str, text: str) -> str:
+    # The names of samplers belong to a package that loads torch.
     from ldmperf.samplers import SAMPLERS
 
     return known_name(option, text, SAMPLERS)

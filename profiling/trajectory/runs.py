@@ -79,16 +79,3 @@ def open_run(folder: Path) -> Run:
     if isinstance(run, str):
         raise RunError(f"{path} cannot be read ({run}); start a new run without --resume")
     return run
-
-
-def check_resumable(folder: Path, run: Run, environment: Environment) -> None:
-    """Raises RunError when the run was begun elsewhere: on another commit, machine or version.
-
-    Times from two environments side by side in one run would pass for a comparison.
-    """
-    differences = run.environment.differences(environment)
-    if differences:
-        raise RunError(
-            f"{folder} was begun in another environment ({'; '.join(differences[:3])}); "
-            "start a new run without --resume"
-        )

@@ -20,7 +20,6 @@ from .case import Case
 from .check import make_inputs
 from .network import Networks, make_problem
 from .records import Record, Trace
-from .trace import traced
 
 # Enough for a multistep solver to run mostly at its full order; the profiler's own work grows with each step.
 TRACE_STEPS = 8
@@ -64,15 +63,14 @@ def short_traces(
     networks: Networks,
     backends: Mapping[str, Backend],
     deadline: Deadline,
-    tracer: Tracer = traced,
-    cases: Mapping[str, Case] | None = None,
+    tracer: Tracer,
+    cases: Mapping[str, Case],
 ) -> Iterator[Record]:
     """The records, completed by a trace, by `trace_order`; one whose trace fails gives a warning and is left out.
 
     No trace is begun once `deadline` has passed. A compiled peer is passed over where less time is left than its
     first build and call took. `cases`, by key, say where a checkpoint lies, which a record does not.
     """
-    cases = cases or {}
     group = ""
     for record in sorted(records, key=lambda record: trace_order(record.case)):
         if deadline.passed:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..measure.outcomes import Unsupported
-from ..peer import SCHEDULERS, diffusers_unet, import_diffusers
+from ..peer import diffusers_scheduler, diffusers_unet
 from .backend import Inputs, Problem, Trajectory
 
 CompileMode = Literal["reduce-overhead", "max-autotune"]
@@ -53,8 +53,7 @@ class DiffusersBackend:
         is_compiled = self.compile_mode is not None
         if is_compiled and case.device == "cpu":
             raise Unsupported(f"torch.compile's {self.compile_mode} is for CUDA graphs: it needs a CUDA device")
-        diffusers = import_diffusers()
-        scheduler = getattr(diffusers, SCHEDULERS[case.sampler]).from_config(dict(problem.scheduler_config))
+        scheduler = diffusers_scheduler(case.sampler)
         unet = diffusers_unet(problem.unet)
         if self.compile_mode is not None:
             fuse_projections(unet)

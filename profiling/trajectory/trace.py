@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from ..measure.recorded import KernelTime
-from ..measure.timing import synchronize
 from .records import Trace
 
 # Of templates, whose names can be pages.
@@ -29,11 +28,11 @@ def traced(call: Callable[[], object], device: torch.device, evaluations: int) -
     """The trace of `call`, which evaluates a network so many times; None where there is no CUDA device."""
     if device.type != "cuda":
         return None
-    synchronize(device)
+    torch.cuda.synchronize(device)
     # Of the device alone: what the host does would be slowed and is not asked.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call()
-        synchronize(device)
+        torch.cuda.synchronize(device)
     return trace_of(
         [
             DeviceEvent(event.name, event.time_range.start, event.time_range.end)
