@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,6 +305,19 @@ def test_fewer_tokens_than_heads_are_warned_of_once_where_the_call_is(backend):
         _warn_of_layout.cache_clear()
         ours = attention(*(t.transpose(1, 2) for t in (q, k, v)), backend=backend).transpose(1, 2)
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_a_folder_whose_name_begins_as_ours_is_the_callers():
+    filename = f"{Path(attention.__code__.co_filename).parent}_demo/use.py"
+    _warn_of_layout.cache_clear()
+    ByLayout.forget()
+    q, k, v = tensors(*[(2, 3, 77, 8)] * 3)
+    with pytest.warns(UserWarning, match="fewer tokens than heads") as caught:
+        exec(
+            compile('attention(q, k, v, backend="torch")', filename, "exec"),
+            {"attention": attention, "q": q, "k": k, "v": v},
+        )
+    assert [warning.filename for warning in caught] == [filename]
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 7])
