@@ -40,10 +40,11 @@ CLOSING = 15.0
 def print_summary(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """The short table: the profiles, our kernels against their peers, and how each part went."""
     from ldmperf.profiling import load_records
+    from ldmperf.profiling.figures import overview
     from ldmperf.profiling.kernel_bench.attention_table import attention_lines, attention_rows
     from ldmperf.profiling.kernel_bench.kernel_records import read_kernels
     from ldmperf.profiling.kernel_bench.table import conditions, summary_lines
-    from ldmperf.profiling.report import overview, print_table
+    from ldmperf.profiling.report import print_table
     from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
     prepare_streams()

@@ -9,10 +9,11 @@ from pathlib import Path
 from markers import with_blocks
 
 from ldmperf.profiling import load_records
+from ldmperf.profiling.figures import overview
+from ldmperf.profiling.figures.derived import PEER, Overview, Row, Section
+from ldmperf.profiling.figures.text import joined, short_ratio
 from ldmperf.profiling.measure.store import write_whole
-from ldmperf.profiling.report import markdown_table, overview
-from ldmperf.profiling.report.figures import PEER, Overview, Row, Section
-from ldmperf.profiling.report.text import joined, short_ratio
+from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.terminal.layout import formatted, number
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ ALLOWED = {
     "samplers": {"torch", "numpy", "ldmperf.kernels"},
     "profiling": {
         *("torch", "numpy", "pydantic", "typer", "click", "rich", "altair", "vl_convert", "jinja2", "pynvml"),
-        *("triton", "diffusers", "xformers", "safetensors"),
+        *("scipy", "triton", "diffusers", "xformers", "safetensors"),
         *("ldmperf.kernels", "ldmperf.model", "ldmperf.samplers"),
     },
 }
@@ -37,7 +37,8 @@ ALLOWED = {
 # The rooms of profiling and the files beside them, in their order: each imports only those above it.
 ROOMS = (
     *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static"),
-    *("trajectory", "kernel_bench", "ahead", "report", "commands", "cli"),
+    *("trajectory", "rivals", "kernel_bench", "ahead", "figures", "claims", "compare"),
+    *("report", "commands", "cli"),
 )
 
 

@@ -72,7 +72,7 @@ def test_only_a_correct_result_has_a_time(make_record: MakeRecord, status: str) 
         {"correctness": Correctness(error_before=0.0, tolerance=1e-4, reference="x")},
         {"case_key": "another"},
         {"evaluations": None},
-        {"schema_version": 3},
+        {"schema_version": 4},
         {"schema_version": True},
         {"gflop_per_forward": math.nan},
     ],
@@ -97,7 +97,7 @@ def test_a_record_survives_the_round_trip_and_json_has_no_nan(make_record: MakeR
         raise AssertionError(constant)
 
     line = json.loads(text, parse_constant=refuse)
-    assert line["schema_version"] == 2
+    assert line["schema_version"] == 3
     assert line["started_at"] == "2026-11-23T12:00:00Z"
     assert line["ms_per_step"] == record.ms_per_step
 
@@ -105,7 +105,7 @@ def test_a_record_survives_the_round_trip_and_json_has_no_nan(make_record: MakeR
 def test_the_schema_names_every_field_of_a_line(make_record: MakeRecord) -> None:
     schema = record_schema()
     assert set(json.loads(make_record().model_dump_json())) == set(schema["properties"])
-    assert schema["properties"]["schema_version"]["const"] == 2
+    assert schema["properties"]["schema_version"]["const"] == 3
     assert {"run_id", "case_id"} < set(schema["properties"])
     assert "weights_sha256" in schema["$defs"]["Case"]["properties"]
     assert {"machine_id", "commit_time"} < set(schema["$defs"]["Environment"]["properties"])
@@ -115,7 +115,7 @@ def test_the_schema_says_which_it_is_and_others_validate_lines_by_it(make_record
     jsonschema = pytest.importorskip("jsonschema")
     schema = record_schema()
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-    assert schema["$id"] == "urn:ldmperf:schema:record:2"
+    assert schema["$id"] == "urn:ldmperf:schema:record:3"
     jsonschema.Draft202012Validator.check_schema(schema)
     checkpoint = Case(unet="x", weights_sha256="0" * 64)
     for record in (make_record(), make_record(checkpoint, run_id=new_run_id()), make_record(status="oom")):

@@ -10,10 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
+from ldmperf.profiling.figures import derived as figures
+from ldmperf.profiling.figures import text
+from ldmperf.profiling.figures.phrases import differences
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.paper import paper_sizes
-from ldmperf.profiling.report import figures, ladder, text
-from ldmperf.profiling.report.phrases import differences
+from ldmperf.profiling.report import ladder
 from ldmperf.profiling.terminal.layout import number
 from ldmperf.profiling.trajectory.records import Harness, Trace
 

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from ldmperf.profiling import Case, Record
+from ldmperf.profiling.figures import overview
 from ldmperf.profiling.measure.recorded import KernelTime, Samples
-from ldmperf.profiling.report import markdown_table, overview, print_table, write_report
+from ldmperf.profiling.report import markdown_table, print_table, write_report
 from ldmperf.profiling.report.charts import drawings
 from ldmperf.profiling.report.ladder import costs_grid, groups_grid, ladder_grid, ladders
 from ldmperf.profiling.trajectory.case import BACKENDS

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from ldmperf.profiling import Case, Record
+from ldmperf.profiling.figures import overview
 from ldmperf.profiling.measure.environment import DeviceState, Gpu
 from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.paper import paper_sizes
-from ldmperf.profiling.report import overview, write_report
+from ldmperf.profiling.report import write_report
 from ldmperf.profiling.report.charts import drawings
 
 MakeRecord = Callable[..., Record]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ldmperf.profiling import Case, Record
+from ldmperf.profiling.figures import overview
+from ldmperf.profiling.figures.text import statuses_in_words
 from ldmperf.profiling.measure.environment import DeviceState
 from ldmperf.profiling.measure.recorded import Samples
-from ldmperf.profiling.report import markdown_table, overview, print_table
+from ldmperf.profiling.report import markdown_table, print_table
 from ldmperf.profiling.report.details import harness_lines
-from ldmperf.profiling.report.text import statuses_in_words
 
 MakeRecord = Callable[..., Record]
 # Words of their own: "inf" is in "information".
@@ -185,7 +186,8 @@ import sys
 for name in ("altair", "vl_convert", "jinja2"):
     sys.modules[name] = None
 from pathlib import Path
-from ldmperf.profiling.report import ReportUnavailable, markdown_table, overview, print_table, write_report
+from ldmperf.profiling.figures import overview
+from ldmperf.profiling.report import ReportUnavailable, markdown_table, print_table, write_report
 assert "ldmperf.profiling.report.charts" not in sys.modules and "torch" not in sys.modules
 print(markdown_table(overview([])))
 try:

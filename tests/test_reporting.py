@@ -104,8 +104,8 @@ def test_each_line_set_aside_has_its_number_and_its_reason(
     lines = {
         "no JSON": whole[:200],
         "no JSON object": "[1, 2]",
-        "of schema version 3, which this ldmperf does not know; read it with": json.dumps(
-            fields | {"schema_version": 3, "wall_ms": "many"}
+        "of schema version 4, which this ldmperf does not know; read it with": json.dumps(
+            fields | {"schema_version": 4, "wall_ms": "many"}
         ),
         "case_key is not the key of the case": json.dumps(fields | {"case_key": "forged"}),
         "status: Input should be 'ok', 'incorrect'": json.dumps(fields | {"status": "fine"}),
@@ -147,7 +147,7 @@ def test_the_first_release_is_read_with_nothing_made_up(make_record: MakeRecord,
     record = make_record()
     found = Record.model_validate(as_version_1(record), strict=False)
     assert found == record
-    assert (found.schema_version, found.run_id, found.environment.machine_id) == (2, None, None)
+    assert (found.schema_version, found.run_id, found.environment.machine_id) == (3, None, None)
     # The same case has the same id, so that old and new are one line of a chart.
     assert found.case_id == record.case_id
     of_path = json.dumps(as_version_1(record, unet="/home/me/my-model"))

@@ -19,8 +19,9 @@ from rich.console import Console
 
 from ldmperf.profiling import Record
 from ldmperf.profiling.cli import main
+from ldmperf.profiling.figures import overview
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.report import overview, print_table
+from ldmperf.profiling.report import print_table
 from ldmperf.profiling.report.tables import markdown_table
 from ldmperf.profiling.terminal.layout import MISSING, laid_out
 from ldmperf.profiling.terminal.visible import console, counted, for_markdown, say_wrapped, visible, width_of

@@ -104,7 +104,10 @@ def _compared(environment: Environment) -> dict[str, Any]:
 
 
 class DeviceState(RecordModel):
-    """What changes during a run, read just before and just after a case. Units are in the names."""
+    """What changes during a run, read just before and just after a case. Units are in the names.
+
+    `foreign_processes`: other processes that compute on the GPU.
+    """
 
     load_average_1min: float | None = None
     sm_clock_mhz: int | None = None
@@ -112,6 +115,8 @@ class DeviceState(RecordModel):
     throttle_reasons: tuple[str, ...] | None = None
     temperature_c: int | None = None
     power_w: float | None = None
+    power_limit_w: float | None = None
+    foreign_processes: int | None = None
 
 
 def collect_environment(device: str = "cpu") -> Environment:

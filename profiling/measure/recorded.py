@@ -13,14 +13,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from .timing import quantile
 
-Status = Literal["ok", "incorrect", "oom", "unsupported", "error"]
+Status = Literal["ok", "incorrect", "impossible", "oom", "unsupported", "error"]
 Milliseconds = Annotated[float, Field(ge=0)]
 # What a float holds exactly: beyond it a figure derived from a count could not be computed.
 Count = Annotated[int, Field(ge=0, le=2**53)]
 # Version 2 has what tells runs, machines and weights apart (run_id, case_id, machine_id, commit_time,
-# weights_sha256) and checkpoints by their names. Of version 1 these are null, and checkpoints are paths.
-SCHEMA_VERSION: Final = 2
-READABLE_VERSIONS = (1, 2)
+# weights_sha256) and checkpoints by their names. Of version 1 these are null, and checkpoints are paths. Version 3
+# has the status `impossible`, floors, energy, the decoder's time and rivals; of older ones these are null.
+SCHEMA_VERSION: Final = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 
 def _readable(version: object) -> object:
@@ -28,7 +29,7 @@ def _readable(version: object) -> object:
 
 
 # Read, a record of an older version is one of this version without what came later.
-SchemaVersion = Annotated[Literal[2], BeforeValidator(_readable)]
+SchemaVersion = Annotated[Literal[3], BeforeValidator(_readable)]
 
 
 class RecordModel(BaseModel):

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import altair as alt
 
+from ..figures import text
+from ..figures.derived import PEER, Overview, Row, Section, StepsSeries, step_ms
 from ..terminal.visible import visible
-from . import text
-from .figures import PEER, Overview, Row, Section, StepsSeries, step_ms
 from .ladder import MIN_RUNGS, ladders
 
 # What alt.layer says it returns.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..figures import text
+from ..figures.derived import PEER, Overview, Row, ratio, step_ms
 from ..terminal.layout import MISSING, formatted, number
 from ..terminal.visible import visible
 from ..trajectory.records import Record
-from . import text
-from .figures import PEER, Overview, Row, ratio, step_ms
 from .notes import notes, warnings
 
 

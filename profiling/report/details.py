@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+from ..figures import text
+from ..figures.derived import Overview, Row, ratio
 from ..measure.conditions import commit
 from ..measure.environment import DeviceState, Environment
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
 from ..trajectory.records import Record
-from . import text
-from .figures import Overview, Row, ratio
 
 GIB = 2**30
 

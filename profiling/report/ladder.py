@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from ..figures import text
+from ..figures.derived import PEER, Overview, Row, Section, names_by_size, ratio, rung_place, step_ms
 from ..step.groups import OTHER, Other, by_group
 from ..step.launches import GROUPS, LaunchGroup
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from . import text
 from .details import GIB, largest_error
-from .figures import PEER, Overview, Row, Section, names_by_size, ratio, rung_place, step_ms
 
 # Fewer backends are told apart by the table of the run.
 MIN_RUNGS = 3

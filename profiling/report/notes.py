@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ..figures import text
+from ..figures.derived import PEER, Overview
+from ..figures.phrases import differences, environment_name
 from ..measure.conditions import busy_notes, commit
 from ..terminal.visible import counted, visible
 from ..trajectory.records import Record
-from . import text
-from .figures import PEER, Overview
-from .phrases import differences, environment_name
 
 # Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
 WIDE_SPREAD = 0.1

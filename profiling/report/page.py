@@ -7,13 +7,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..figures import text
+from ..figures.derived import PEER, Overview, Row
+from ..figures.phrases import environment_name
 from ..measure.store import write_whole
 from ..terminal.visible import counted, visible
 from ..trajectory.case import Case
-from . import details, ladder, text
+from . import details, ladder
 from .columns import table_of
-from .figures import PEER, Overview, Row
-from .phrases import environment_name
 from .tables import NOTHING
 
 if TYPE_CHECKING:

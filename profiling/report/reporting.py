@@ -92,7 +92,8 @@ def _readable(path: Path, read: Callable[[Path], T]) -> T:
 
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
-    from ..report import overview, print_table, write_report
+    from ..figures import overview
+    from ..report import print_table, write_report
 
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from ..figures import text
+from ..figures.derived import Overview, Row
 from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import for_markdown, say, say_wrapped
-from . import text
 from .columns import Column, Table, table_of
-from .figures import Overview, Row
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
 
 NOTHING = "No cases were measured."

@@ -90,6 +90,39 @@ class Trace(RecordModel):
         return None if self.step_busy_ms is None else self.busy_ms + further * self.step_busy_ms
 
 
+class Floor(RecordModel):
+    """The least times of a step on this machine, from what it computes and moves and the ceilings measured here.
+
+    step_ms        the roofline: each launch at the longest of its bytes, FLOPs and exponentials, summed
+    least_step_ms  what no implementation undercuts: all FLOPs of the step, those of 3x3 convolutions counted at a
+                   quarter (Winograd's algorithm), and no bytes (a cache may hold them)
+    nbytes, flops, exponentials    of a step; a multiply-add is two FLOPs
+    *_per_s        the ceilings: reads and writes of a copy, matmuls in the case's dtype, exponentials
+    """
+
+    step_ms: Milliseconds
+    least_step_ms: Milliseconds
+    nbytes: Count
+    flops: Count
+    exponentials: Count
+    bytes_per_s: Annotated[float, Field(gt=0)]
+    flop_per_s: Annotated[float, Field(gt=0)]
+    exponentials_per_s: Annotated[float, Field(gt=0)]
+
+
+class Energy(RecordModel):
+    """The GPU's energy over a window of whole trajectories, untimed, after timing: by NVML's counter.
+
+    `joules` is null where it cannot be told, and `message` says why. `window_s` is at least two seconds, as the
+    counter is updated every 20 to 100 ms. `trajectories`: how many ran in the window.
+    """
+
+    joules: Annotated[float | None, Field(ge=0)] = None
+    window_s: Annotated[float, Field(ge=0)] = 0.0
+    trajectories: Annotated[int, Field(ge=0)] = 0
+    message: Annotated[str | None, Field(pattern=r"^[^\r\n]+$")] = None
+
+
 class Record(RecordModel):
     """One measured case, or the reason why there is no time: only `ok` has one.
 
@@ -103,6 +136,7 @@ class Record(RecordModel):
     that torch held on the GPU in a trajectory, weights and what captured graphs set aside included; null on the
     CPU, where torch does not count. `trace` is of a short trajectory, untimed, under torch's profiler; null on the
     CPU, where that failed, and where time ran out before it. `settings`: those that the backend states of itself.
+    `decoder_ms`: decoding the batch's latents to images by an autoencoder of Stable Diffusion's shape, on request.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -120,6 +154,9 @@ class Record(RecordModel):
     evaluations: Count | None = None
     peak_memory_bytes: Count | None = None
     trace: Trace | None = None
+    floor: Floor | None = None
+    energy: Energy | None = None
+    decoder_ms: Samples | None = None
     settings: tuple[str, ...] = ()
     device_before: DeviceState = DeviceState()
     device_after: DeviceState = DeviceState()

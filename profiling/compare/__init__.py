@@ -1,0 +1,1 @@
+"""`ldmperf compare`: two sets of records, case by case, with what noise explains."""
