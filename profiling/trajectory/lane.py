@@ -24,7 +24,7 @@ from ..terminal.visible import visible
 from .backend import Backend, Configured, Inputs, Phased, Problem, Trajectory
 from .case import Case
 from .check import TOLERANCES, Reference, check_inputs, make_inputs
-from .records import Harness, Phases, Record
+from .records import Floor, Harness, Phases, Record
 
 
 @dataclass
@@ -46,6 +46,7 @@ class GroupFacts:
     parameters: int | None = None
     gflop: float | None = None
     evaluations: int | None = None
+    floor: Floor | None = None
 
 
 @dataclass
@@ -193,6 +194,7 @@ class Lane(Outcome):
             gflop_per_forward=shared.gflop,
             evaluations=shared.evaluations,
             peak_memory_bytes=self.peak_memory_bytes,
+            floor=shared.floor,
             settings=self.backend.settings if isinstance(self.backend, Configured) else (),
             device_before=shared.before,
             device_after=device_state(self.case.device),
