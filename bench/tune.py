@@ -39,7 +39,6 @@ from ldmperf.profiling.ahead.work import chip_here, kernel_of, plan
 from ldmperf.profiling.commands.compile_command import told as compiled_told
 from ldmperf.profiling.kernel_bench.device import (
     GraphCalls,
-    device_ms,
     input_sets,
     l2_cache_bytes,
     runs_per_sample,
@@ -58,6 +57,7 @@ from ldmperf.profiling.kernel_bench.selection import (
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.measure.outcomes import release_memory
+from ldmperf.profiling.measure.rates import device_ms
 from ldmperf.profiling.measure.settings import measuring_settings, pinned_ptxas
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.measure.timing import Deadline

@@ -25,15 +25,16 @@ from ldmperf.profiling.kernel_bench.attention_table import (
     attention_rows,
 )
 from ldmperf.profiling.kernel_bench.bench import KernelBench
-from ldmperf.profiling.kernel_bench.device import Pace, unit_rates
+from ldmperf.profiling.kernel_bench.device import Pace
 from ldmperf.profiling.kernel_bench.implementation import Implementation
 from ldmperf.profiling.kernel_bench.inputs import CallInputs
-from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, UnitRates
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
 from ldmperf.profiling.kernel_bench.peers import PEERS, Peer, usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job, head_dim_jobs
 from ldmperf.profiling.kernel_bench.table import markdown, summary_lines
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.measure.rates import UnitRates, unit_rates
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.step.call import OperatorCall
@@ -361,7 +362,7 @@ def test_calls_by_head_dimension_begin_with_the_longest() -> None:
 def test_the_command_takes_head_dimensions(
     run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ldmperf.profiling.kernel_bench.device._COPY_BYTES", {"cpu": 4096})
+    monkeypatch.setattr("ldmperf.profiling.measure.rates._COPY_BYTES", {"cpu": 4096})
     options = ["--device", "cpu", "--dtype", "float32", "--batch", "1", "--out", tmp_path, "--seconds", "60"]
     found = run("kernels", "--head-dim", "8,12", "--tokens", "16", *options)
     assert found.code == 0, found.err

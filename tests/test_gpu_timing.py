@@ -11,17 +11,15 @@ import torch
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
-    DELAY_CYCLES,
     GraphCalls,
     Pace,
-    copy_bandwidth,
     l2_cache_bytes,
     timed_run,
-    unit_rates,
 )
 from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 from ldmperf.profiling.kernel_bench.selection import Job
 from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.measure.rates import DELAY_CYCLES, copy_bandwidth, unit_rates
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, timed
 from ldmperf.profiling.step.calls import attention_calls, family_calls
 

@@ -22,24 +22,20 @@ from rich.console import Console
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.commands.kernels_command import progress_line
 from ldmperf.profiling.kernel_bench import bench as bench_module
-from ldmperf.profiling.kernel_bench import device as device_module
 from ldmperf.profiling.kernel_bench import peer_lane
 from ldmperf.profiling.kernel_bench.bench import KernelBench
 from ldmperf.profiling.kernel_bench.device import (
-    DELAY_CYCLES,
     MOST_INPUT_SETS,
     EagerCalls,
     GraphCalls,
     Pace,
     calibrated,
-    copy_bandwidth,
     input_sets,
     runs_per_sample,
     timed_run,
-    unit_rates,
 )
 from ldmperf.profiling.kernel_bench.inputs import CallInputs, by_sample, tolerance_of
-from ldmperf.profiling.kernel_bench.kernel_records import CopyBandwidth, KernelRecord, KernelStore
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, KernelStore
 from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.run import earlier_records, run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
@@ -47,6 +43,7 @@ from ldmperf.profiling.kernel_bench.table import markdown, notes, print_records,
 from ldmperf.profiling.measure.environment import Environment, max_sm_clock_mhz
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.outcomes import Unsupported
+from ldmperf.profiling.measure.rates import DELAY_CYCLES, CopyBandwidth, copy_bandwidth, unit_rates
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.store import load_lines, rejected_path
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, Times, timed
@@ -394,7 +391,7 @@ def test_a_sample_is_as_many_runs_as_fill_it() -> None:
 
 
 def test_the_copy_bandwidth_counts_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ldmperf.profiling.kernel_bench.device._COPY_BYTES", {"cpu": 4096})
+    monkeypatch.setattr("ldmperf.profiling.measure.rates._COPY_BYTES", {"cpu": 4096})
     found = copy_bandwidth(torch.device("cpu"), count=5)
     assert (found.bytes_each, found.ms.n) == (4096, 5)
     assert COPY.gb_per_s == pytest.approx(1.0)
@@ -558,8 +555,8 @@ def test_the_clock_of_the_units_is_nvmls_or_there_is_a_reason(monkeypatch: pytes
     randn = torch.randn
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch, "randn", lambda *shape, device: randn(*shape))
-    monkeypatch.setattr(device_module, "_MATRIX_SIZE", 8)
-    monkeypatch.setattr(device_module, "timed", lambda *_, **__: Timed(None, 9.0, 2.0))
+    monkeypatch.setattr("ldmperf.profiling.measure.rates._MATRIX_SIZE", 8)
+    monkeypatch.setattr("ldmperf.profiling.measure.rates.timed", lambda *_, **__: Timed(None, 9.0, 2.0))
     nvml = SimpleNamespace(
         NVML_CLOCK_SM=1,
         nvmlInit=lambda: None,

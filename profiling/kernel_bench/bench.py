@@ -9,12 +9,13 @@ import torch
 
 from ..measure.environment import Environment, device_state
 from ..measure.outcomes import release_memory
+from ..measure.rates import CopyBandwidth, UnitRates
 from ..measure.recorded import Samples, utc_now
 from ..measure.settings import measuring_settings
 from ..measure.timing import garbage_collection_paused, interleave
 from .device import Pace, input_sets, l2_cache_bytes
 from .inputs import CallInputs, tolerance_of
-from .kernel_records import CopyBandwidth, KernelRecord, Mode, UnitRates, record_key
+from .kernel_records import KernelRecord, Mode, record_key
 from .peer_lane import BuiltPeer, Check, PeerLane
 from .peers import Peer
 from .selection import Job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,23 +11,12 @@ import torch
 
 from ldmperf.samplers import own_workspaces
 
-from ..measure.environment import max_sm_clock_mhz
-from ..measure.recorded import Samples
-from ..measure.settings import measuring_settings
+from ..measure.rates import DELAY_CYCLES, Call, device_ms
 from ..measure.timing import RepetitionRule, Timed, timed
-from .kernel_records import CopyBandwidth, UnitRates
-
-Call = Callable[[], Any]
 
 # More would take longer to make than to measure with.
 MOST_INPUT_SETS = 256
 MOST_CALLS = 10_000
-# Rows of the square matrices whose matmul keeps every multiprocessor busy for a while.
-_MATRIX_SIZE = 8192
-_COPY_BYTES = {"cuda": 2**29, "cpu": 2**26}
-NO_CLOCK = "NVML does not tell the highest clock of this GPU's multiprocessors (pip install nvidia-ml-py)"
-# About 0.25 ms, several times what the host takes to hand over a sample's replays.
-DELAY_CYCLES = 500_000
 
 
 @dataclass(frozen=True)
@@ -126,11 +115,6 @@ def runs_per_sample(run_ms: float, sample_ms: float) -> int:
     return min(max(math.ceil(sample_ms / run_ms), 1), MOST_CALLS)
 
 
-def device_ms(sample: Timed[Any]) -> float:
-    """The device's clock where there is one, else the host's."""
-    return sample.wall_ms if sample.gpu_ms is None else sample.gpu_ms
-
-
 def timed_run(workload: Workload, runs: int, device: torch.device) -> Timed[object]:
     """`runs` runs in a row, timed as one sample."""
     return timed(lambda: workload.run(runs), device, delay_cycles=workload.delay_cycles)
@@ -142,39 +126,3 @@ def calibrated(workload: Workload, pace: Pace, device: torch.device) -> int:
     workload.run(runs)
     sample = timed_run(workload, runs, device)
     return runs_per_sample(device_ms(sample) / runs, pace.sample_ms)
-
-
-def copy_bandwidth(device: torch.device, count: int = 20) -> CopyBandwidth:
-    """`count` copies of a tensor much larger than the L2 cache, timed one by one after three others."""
-    size = _COPY_BYTES[device.type]
-    if device.type == "cuda":
-        size = min(size, torch.cuda.mem_get_info(device)[0] // 8)
-    source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
-    target = torch.empty_like(source)
-    samples = _device_samples(lambda: target.copy_(source), device, count)
-    return CopyBandwidth(bytes_each=source.nbytes, ms=samples)
-
-
-def unit_rates(dtype: torch.dtype, device: torch.device, count: int = 20) -> UnitRates | None:
-    """`count` large matmuls timed one by one after three others; None but on a CUDA device."""
-    if device.type != "cuda":
-        return None
-    size = _MATRIX_SIZE
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    with measuring_settings():
-        samples = _device_samples(lambda: torch.mm(a, b, out=out), device, count)
-    clock_mhz = max_sm_clock_mhz(str(device))
-    return UnitRates(
-        matrix_size=size,
-        matrix_ms=samples,
-        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
-        clock_ghz=None if clock_mhz is None else clock_mhz / 1e3,
-        message=NO_CLOCK if clock_mhz is None else None,
-    )
-
-
-def _device_samples(call: Call, device: torch.device, count: int) -> Samples:
-    """`count` calls timed one by one after three others, launched before the device's clock starts."""
-    timings = (timed(call, device, delay_cycles=DELAY_CYCLES) for _ in range(count + 3))
-    return Samples.of([device_ms(timing) for timing in timings][3:])

@@ -9,8 +9,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AwareDatetime, Field, computed_field, model_validator
 
-from ..machines import Bound, Rates, attention_bound
+from ..machines import Bound, attention_bound
 from ..measure.environment import DeviceState, Environment
+from ..measure.rates import CopyBandwidth, UnitRates
 from ..measure.recorded import (
     SCHEMA_VERSION,
     Correctness,
@@ -28,40 +29,6 @@ from ..step.call import OperatorCall
 Mode = Literal["eager", "graph"]
 # How calls are made in a mode, as tables say it: "eager" is the name of a peer, too.
 MODES: Mapping[Mode, str] = {"eager": "one by one", "graph": "as a graph"}
-
-
-class CopyBandwidth(RecordModel):
-    """A copy within device memory, timed in the same run: `ms` of one copy of `bytes_each`."""
-
-    bytes_each: int
-    ms: Samples
-
-    @property
-    def gb_per_s(self) -> float:
-        """Bytes read plus bytes written over the median time, in 1e9 bytes a second."""
-        return 2 * self.bytes_each / self.ms.p50 / 1e6
-
-
-class UnitRates(RecordModel):
-    """Rates of the units that limit attention, on this device and in this run.
-
-    `matrix_ms`: one matmul of two square matrices of `matrix_size` rows in the case's dtype. The exponential
-    unit's rate follows from the number of multiprocessors and the highest clock of the device; where the clock is
-    null, `message` says why.
-    """
-
-    matrix_size: int
-    matrix_ms: Samples
-    multiprocessors: int
-    clock_ghz: float | None
-    message: str | None = None
-
-    @property
-    def rates(self) -> Rates | None:
-        """None where the clock is not known."""
-        if self.clock_ghz is None:
-            return None
-        return Rates(2 * self.matrix_size**3 / self.matrix_ms.p50 / 1e9, self.multiprocessors, self.clock_ghz)
 
 
 class KernelRecord(RecordModel):

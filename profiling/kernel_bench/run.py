@@ -10,13 +10,14 @@ import torch
 
 from ..measure.environment import Environment
 from ..measure.folders import RunError, check_environment
+from ..measure.rates import copy_bandwidth, unit_rates
 from ..measure.recorded import new_run_id
 from ..measure.store import write_whole
 from ..measure.timing import Deadline
 from ..options import DType
 from . import KERNELS_NAME
 from .bench import KernelBench
-from .device import PACES, copy_bandwidth, unit_rates
+from .device import PACES
 from .kernel_records import MODES, KernelRecord, KernelStore, read_kernels
 from .peers import PEERS, usual_peers
 from .selection import BATCHES, CONTEXTS, LATENTS, SIZES, TOKENS, Job, head_dim_jobs, jobs
