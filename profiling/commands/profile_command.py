@@ -149,6 +149,7 @@ def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[C
 
 def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
     """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
+    from ..measure.ceiling_cache import KeptCeilings
     from ..trajectory.progress import ProgressLines
     from ..trajectory.runner import profile as measure
     from ..trajectory.short_traces import timing_deadline
@@ -173,6 +174,7 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
                     deadline=deadline,
                     references=references,
                     run_id=open_run(folder).run_id,
+                    ceilings=KeptCeilings(tell),
                 )
     except KeyboardInterrupt:
         stop(f"stopped; what was measured is in {folder}; {go_on}", 130)

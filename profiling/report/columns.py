@@ -55,6 +55,7 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
         Column(("", "GFLOP"), lambda row: formatted(row.record.gflop_per_forward, ".1f"), is_fact=True),
         Column(("ms per", "step"), lambda row: number(row.record.ms_per_step)),
         Column(("ms per step", "p20..p80"), lambda row: _spread(row.record)),
+        *_floor_columns(shown),
         Column(("ms per", "image"), lambda row: number(row.record.ms_per_image)),
         Column(("images", "per s"), lambda row: number(ratio(1e3, row.record.ms_per_image))),
         Column(("cost", "here"), lambda row: text.short_ratio(None if row.cost is None else row.cost.p50)),
@@ -65,6 +66,18 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
     if any(row.case.backend == PEER for row in shown.rows):
         columns.append(Column(("times", "faster"), lambda row: text.times(row.times_faster)))
     return tuple(columns)
+
+
+def _floor_columns(shown: Overview) -> tuple[Column, ...]:
+    """The floor of a step, and how much of the time it is; none where no record has a floor."""
+    if all(row.record.floor is None for row in shown.rows):
+        return ()
+    return (
+        Column(
+            ("floor ms", "per step"), lambda row: number(None if (f := row.record.floor) is None else f.step_ms)
+        ),
+        Column(("% of", "floor"), lambda row: formatted(row.record.percent_of_floor, ".0f")),
+    )
 
 
 def _spread(record: Record) -> str:

@@ -25,6 +25,11 @@ def notes(shown: Overview) -> tuple[str, ...]:
     if any(row.case.guided for row in rows):
         notes[0] += "; guidance doubles the batch inside it"
     notes.append("GFLOP: of one forward of one sample")
+    if any(row.record.floor is not None for row in rows):
+        notes.append(
+            "floor: for each launch of a step the longest of its bytes, FLOPs and exponentials at the ceilings "
+            "measured on this machine; % of floor: floor over ms per step, above 100 where caches serve the bytes"
+        )
     if references:
         base = f"{references[0]}, the" if len(references) == 1 else "the row with 1.00, each backend's"
         notes.append(

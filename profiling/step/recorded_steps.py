@@ -1,4 +1,4 @@
-"""One guided denoising step of one image, recorded: ours, and diffusers' in eager mode."""
+"""One denoising step, recorded: ours, and diffusers' in eager mode (guided, of one image)."""
 
 from __future__ import annotations
 
@@ -22,28 +22,55 @@ SAMPLER = "ddim"
 
 @torch.no_grad()
 def our_step(
-    config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77, *, products: str = "auto"
+    config: UNetConfig,
+    dtype: torch.dtype,
+    latents: int | tuple[int, int] = 64,
+    tokens: int = 77,
+    *,
+    batch: int = 1,
+    is_guided: bool = True,
+    products: str = "auto",
 ) -> tuple[RecordedCall, ...]:
-    """`UNet.denoise`, and the update by `sample` that makes the next model input; `products` as of `UNet`.
+    """`UNet.denoise`, and the update by `sample` that makes the next model input.
 
-    Operators of ours are recorded whole.
+    `latents`: height and width, or the side of a square. `batch` counts images, each of which is two of the
+    network's samples with guidance. `products` as of `UNet`. Operators of ours are recorded whole. Channels that
+    the network reads beyond those it returns (super-resolution, inpainting) are concatenated at each step.
     """
+    height, width = (latents, latents) if isinstance(latents, int) else latents
+    beside = config.in_channels - config.out_channels
+    if beside < 0:
+        raise NotImplementedError(
+            f"a network from {config.in_channels} to {config.out_channels} channels has no step here: it returns "
+            "more than it reads"
+        )
     plan = make_plan(SAMPLER, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), 2)
+    samples = 2 * batch if is_guided else batch
     with torch.device("meta"):
         unet = UNet(config, products=products).to(dtype)
-        context = torch.empty(2, tokens, config.context_dim, dtype=dtype)
-        conditioning = unet.condition([step.timestep for step in plan.steps], context)
-        noise = torch.empty(1, config.in_channels, latents, latents)
+        context = torch.empty(samples, tokens, config.context_dim, dtype=dtype)
+        # How the added width divides into text and sizes changes nothing in a step.
+        pooled, ids = (
+            (torch.empty(samples, config.added_dim), torch.empty(samples, 0)) if config.added_dim else (None, None)
+        )
+        timesteps = [step.timestep for step in plan.steps]
+        conditioning = unet.condition(timesteps, context, text_embeds=pooled, time_ids=ids)
+        noise = torch.empty(batch, config.out_channels, height, width)
+        image = torch.empty(samples, beside, height, width, dtype=dtype)
+        image = image.to(memory_format=torch.channels_last)
     recorder = Recorder()
     starts: list[int] = []
 
     def denoise(model_input: Tensor, step: Step) -> Tensor:
         starts.append(len(recorder.calls))
+        if beside:
+            model_input = torch.cat([model_input, image], dim=1)
         with recorder.network():
             return unet.denoise(model_input, conditioning, step.index)
 
     with recorder:
-        sample(denoise, plan, noise, guidance_scale=GUIDANCE_SCALE, input_dtype=dtype, backend="torch")
+        scale = GUIDANCE_SCALE if is_guided else 1.0
+        sample(denoise, plan, noise, guidance_scale=scale, input_dtype=dtype, backend="torch")
     return tuple(recorder.calls[starts[0] : starts[1]])
 
 

@@ -20,6 +20,7 @@ from ..step.flops import count_gflop, count_parameters
 from .backend import Backend, Problem
 from .case import Case
 from .check import Reference, References, tolerances
+from .floors import Floors
 from .lane import GroupFacts, Lane
 from .network import Networks, make_problem
 from .records import Record
@@ -44,6 +45,7 @@ class Group:
     references: References
     on_record: Callable[[Record], None]
     deadline: Deadline
+    floors: Floors = field(default_factory=Floors)
     lanes: list[Lane] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class Group:
         shared.evaluations = len(problem.plan.steps)
         shared.parameters = count_parameters(unet.config)
         shared.gflop = count_gflop(unet.config, case.latent_height, case.latent_width, case.context_tokens)
+        shared.floor = self.floors.of(case, unet.config)
+        shared.floor_anew = partial(self.floors.anew, case, unet.config)
         return problem
 
     def _prepare(self, problem: Problem) -> None:

@@ -32,7 +32,8 @@ class GroupFacts:
     """What the lanes of a group have in common: how they are measured, and what all their records say.
 
     backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
-    "warm-up", "timing" or "check". What the network tells is None until the network is made.
+    "warm-up", "timing" or "check". What the network tells is None until the network is made. floor_anew: the floor
+    at ceilings that are measured once more, to be asked before a time below `least_step_ms` is called impossible.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class GroupFacts:
     gflop: float | None = None
     evaluations: int | None = None
     floor: Floor | None = None
+    floor_anew: Callable[[], Floor | None] | None = None
 
 
 @dataclass

@@ -95,9 +95,10 @@ class Floor(RecordModel):
 
     step_ms        the roofline: each launch at the longest of its bytes, FLOPs and exponentials, summed
     least_step_ms  what no implementation undercuts: all FLOPs of the step, those of 3x3 convolutions counted at a
-                   quarter (Winograd's algorithm), and no bytes (a cache may hold them)
+                   quarter (Winograd's algorithm), and no bytes (a cache may hold them); at `least_flop_per_s`
     nbytes, flops, exponentials    of a step; a multiply-add is two FLOPs
     *_per_s        the ceilings: reads and writes of a copy, matmuls in the case's dtype, exponentials
+    least_flop_per_s    of the fastest dtype that gives the case's accuracy, with a margin (measure/ceilings.py)
     """
 
     step_ms: Milliseconds
@@ -108,6 +109,7 @@ class Floor(RecordModel):
     bytes_per_s: Annotated[float, Field(gt=0)]
     flop_per_s: Annotated[float, Field(gt=0)]
     exponentials_per_s: Annotated[float, Field(gt=0)]
+    least_flop_per_s: Annotated[float | None, Field(gt=0)] = None
 
 
 class Energy(RecordModel):
@@ -204,6 +206,12 @@ class Record(RecordModel):
             return None
         busy = self.trace.busy_in(self.evaluations)
         return None if busy is None else 1.0 - busy / self.wall_ms.p50
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def percent_of_floor(self) -> float | None:
+        """The floor of a step in percent of `ms_per_step`; above 100 where caches serve what the floor moves."""
+        return None if self.floor is None or not self.ms_per_step else 1e2 * self.floor.step_ms / self.ms_per_step
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ..measure.ceiling_cache import CeilingSource
 from ..measure.environment import collect_environment, device_state
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
@@ -14,6 +15,7 @@ from .backend import Backend
 from .case import Case
 from .check import References, code_identity
 from .checkpoints import identified
+from .floors import Floors
 from .group import Group
 from .lane import GroupFacts
 from .network import Networks
@@ -51,6 +53,7 @@ def profile(
     references: Path | None = None,
     tracer: Tracer | None = None,
     run_id: str | None = None,
+    ceilings: CeilingSource | None = None,
 ) -> list[Record]:
     """Measures the cases and returns a record for each, failures included, in the order in which they were done.
 
@@ -61,13 +64,15 @@ def profile(
     store too) that have a time and no trace are traced at the end, and their records written again with it; of a
     deadline's time the last fifth is for that (`timing_deadline`).
     `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
-    profiler. `run_id` goes into the records; a new one unless told. Raises CaseError for a checkpoint that cannot
+    profiler. `run_id` goes into the records; a new one unless told. `ceilings` tells those of each device, from
+    which records get the floor of a step; without it they have none. Raises CaseError for a checkpoint that cannot
     be read (`checkpoints.identified`).
     """
     listener = listener or Listener()
     backends = backends or all_backends()
     deadline = deadline or Deadline(None)
     networks = Networks()
+    floors = Floors(ceilings)
     # Once: the code that runs is what was loaded, whatever is committed meanwhile.
     environment_of = functools.cache(collect_environment)
     kept: dict[str, References] = {}
@@ -91,6 +96,7 @@ def profile(
         listener.begin(cases_in_flight)
         with measuring_settings():
             environment = environment_of(device)
+            floors.prepare(device)
             if device not in kept:
                 kept[device] = References(references, code_identity(environment))
             shared = GroupFacts(
@@ -101,7 +107,7 @@ def profile(
                 listener.ran,
                 device_state(device),
             )
-            Group(cases_in_flight, backends, shared, kept[device], recorded, until).measure(networks)
+            Group(cases_in_flight, backends, shared, kept[device], recorded, until, floors).measure(networks)
         listener.end()
     located = {case.key: case for case in wanted}
     latest = {record.case_key: record for record in (records if store is None else store.load())}
