@@ -101,6 +101,48 @@ def _quick_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def make_ceilings() -> Callable[..., Any]:
+    """Makes ceilings that nobody measured, of a device: so high that floors are far below every time.
+
+    `changes` replace fields.
+    """
+    pytest.importorskip("torch")
+    from ldmperf.profiling.measure.ceilings import Ceiling, Ceilings
+    from ldmperf.profiling.options import DTYPES
+
+    at = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+
+    def make(device: Any, **changes: Any) -> Ceilings:
+        moved, flop, exponentials = (Ceiling(per_s=rate, how="given", at=at) for rate in (1e15, 1e18, 1e15))
+        fields = {"bytes": moved, "flop": dict.fromkeys(DTYPES, flop), "exponentials": exponentials, "last": at}
+        return Ceilings(device=device, **(fields | changes))
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kept_ceilings(make_ceilings: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test measures this machine, its processes neither: ceilings are kept in the cache folder of the tests."""
+    import torch
+
+    from ldmperf.profiling.measure.ceilings import CeilingDevice
+    from ldmperf.profiling.measure.environment import collect_environment
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        here = [CeilingDevice.of(collect_environment("cpu"))]
+        here = [here[0].model_copy(update={"threads": count}) for count in range(1, 1 + (os.cpu_count() or 1))]
+        if torch.cuda.is_available():
+            here.append(CeilingDevice.of(collect_environment("cuda")))
+        (folder / "ldmperf" / "ceilings").mkdir(parents=True)
+        for device in here:
+            path = folder / "ldmperf" / "ceilings" / f"{device.key}.json"
+            path.write_text(make_ceilings(device).model_dump_json())
+        yield
+
+
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
     """One torch thread: on a busy machine the threads of a tiny network wait for each other most of the time."""
