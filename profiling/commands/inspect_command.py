@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,7 +35,7 @@ def _number(text: str, least: int = 1, most: int = _MOST) -> Any:
 
 # By the names that `Shape` has for them.
 SIZES = {
-    "batch": _number("Images in the model; 2 unless told."),
+    "batch": _number("Images in the model, 2 unless told; of a step images, 1 unless told."),
     "channels": _number("Channels of the image, or of the tokens of the result."),
     "height": _number("Pixels; 64 unless told."),
     "width": _number("Pixels; 64 unless told."),
@@ -53,25 +55,65 @@ SIZES = {
     "features": _number("Channels of a matmul's result; four times its own unless told."),
 }
 
+# Of a step alone, as `ldmperf profile` has them, and where its measured times are.
+STEP = {
+    "task": Annotated[str | None, typer.Option(help="Of a step: t2i or sr (8 input channels).")],
+    "latent": Annotated[str | None, typer.Option(help="Of a step: height x width, 64x64 unless told.")],
+    "tokens": Annotated[str | None, typer.Option(help="Of a step: tokens of the text, 77 unless told.")],
+    "guidance": Annotated[str | None, typer.Option(help="Of a step: 1 is without; 7.5 unless told.")],
+    "device": Annotated[str | None, typer.Option(help="Of a step: whose ceilings; cpu, cuda, cuda:N.")],
+    "trace": Annotated[
+        Path | None, typer.Option(help="Of a step: a folder of `ldmperf trace` with measured times.")
+    ],
+    "records": Annotated[
+        Path | None, typer.Option(help="Of a step: records with traces, a file or a run's folder.")
+    ],
+    "separate": Annotated[
+        bool | None,
+        typer.Option("--separate", help="Of a step: count every matmul apart from norms and gates."),
+    ],
+}
 
+
+@with_options("step", STEP)
 @with_options("sizes", SIZES)
 def inspect(
-    kernel: Annotated[str, typer.Argument(help="An operator: attention, group_norm_silu, layer_norm, geglu, ...")],
-    arch: Annotated[str, typer.Option(help="sm_80, sm_90 or gfx942; none has to be there.")] = "sm_90",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32.")] = "bfloat16",
+    kernel: Annotated[
+        str,
+        typer.Argument(
+            help="An operator (attention, group_norm_silu, layer_norm, geglu, ...), a size of the family or a "
+            "checkpoint's path.",
+            metavar="OPERATOR | SIZE | CHECKPOINT",
+        ),
+    ],
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            help="sm_80, sm_90 or gfx942; none has to be there. Of an operator sm_90 unless told; of a step the "
+            "ceilings measured here unless told."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bfloat16, float16, float32; bfloat16 unless told, of a step on a CPU float32."),
+    ] = None,
     size: Annotated[
         str | None,
         typer.Option(help="All launches of the kernel in a step of this size, 39M ... 5B, or of `vae`."),
     ] = None,
     *,
     sizes: dict[str, Any],
+    step: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
 ) -> None:
-    """Compile a kernel for a chip that need not be there; print its resources and what they predict.
+    """Compile a kernel for a chip that need not be there; or print the roofline of a network's step.
 
-    Registers, spills, shared memory, instructions: the compiler's. Cycles of each unit and the one that bounds: a
-    prediction from published throughputs, never a measurement.
+    Of an operator: registers, spills, shared memory and instructions are the compiler's; cycles of each unit and
+    the one that bounds are a prediction from published throughputs, never a measurement.
+
+    Of a size or checkpoint: launches, FLOPs, bytes and floor of each class of operator in a step, at the ceilings
+    measured on this machine (some seconds the first time), and beside them what a trace measured.
 
     \b
     Examples:
@@ -81,7 +123,16 @@ def inspect(
       ldmperf inspect residual_add --dtype float32 --json
       ldmperf inspect attention --head-dim 80 --context 77
       ldmperf inspect attention --head-dim family
+      ldmperf inspect 39M
+      ldmperf inspect 866M --arch sm_90 --batch 8 --json
+      ldmperf inspect ./my-unet --latent 128x128 --trace runs/20260101T000000Z-1a2b3c4-trace
     """
+    if _is_step(kernel):
+        _inspect_step(kernel, arch, dtype, size, sizes, step, as_json=as_json, sass=sass)
+        return
+    for name in step:
+        raise CaseError(f"{kernel} takes no {_option(name)}, which is of a step: name a size or a checkpoint")
+    arch, dtype = arch or "sm_90", dtype or "bfloat16"
     from ..static.display import by_distance, print_inspection, print_work_list
     from ..static.inspection import inspect_launch
 
@@ -106,6 +157,37 @@ def inspect(
         print_inspection(inspection, out, sass=sass)
 
 
+def _is_step(name: str) -> bool:
+    """Whether it is a network's name; an operator's goes before a file of that name."""
+    from ldmperf.kernels import OPERATORS
+    from ldmperf.model import FAMILY
+
+    return name not in OPERATORS and (name in FAMILY or os.path.exists(os.path.expanduser(name)))
+
+
+def _inspect_step(
+    unet: str,
+    arch: str | None,
+    dtype: str | None,
+    size: str | None,
+    sizes: dict[str, Any],
+    step: dict[str, Any],
+    *,
+    as_json: bool,
+    sass: bool,
+) -> None:
+    """`inspect` of a step, with its own options alone."""
+    from .inspect_step import inspect_step
+
+    others = [name for name in sizes if name != "batch"]
+    for name in [*others, *(["size"] if size is not None else []), *(["sass"] if sass else [])]:
+        raise CaseError(f"{_option(name)} is of an operator, and {unet} is a network: leave it out")
+    given = {name: str(sizes[name]) for name in sizes} | ({} if dtype is None else {"dtype": dtype})
+    paths = {name: step.pop(name, None) for name in ("trace", "records")}
+    separate = bool(step.pop("separate", False))
+    inspect_step(unet, given | step, arch=arch, **paths, separate=separate, print_json=as_json)
+
+
 def _chosen(
     kernel: str, arch: str, dtype: str, size: str | None, given: dict[str, int]
 ) -> tuple[Machine, list[Launch]]:
@@ -122,7 +204,8 @@ def _chosen(
     known = [name for name in OPERATORS if name in SHAPES]
     for what, name, names in (("kernel", kernel, known), ("architecture", arch, MACHINES)):
         if name not in names:
-            raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}")
+            others = ", sizes (39M ... 5B) and paths of checkpoints" if what == "kernel" else ""
+            raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}{others}")
     machine = MACHINES[arch]
     if size is None:
         build, shape = _shape(kernel, dtype, given)

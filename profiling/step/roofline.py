@@ -72,10 +72,9 @@ class StepPart:
 
 
 @dataclass(frozen=True)
-class ClassFloor:
-    """The launches of a class: sums, their floor, and the resource that bounds most of it, None of no time."""
+class WorkSums:
+    """Sums over launches, their floor, and the resource that bounds most of it; None where that is no time."""
 
-    of: OperatorClass
     launches: int
     nbytes: int
     flops: int
@@ -120,35 +119,29 @@ def _is_3x3(call: RecordedCall) -> bool:
     return operator_name(call.name) == "convolution" and tuple(call.arguments["weight"].shape[2:]) == (3, 3)
 
 
-def by_class(parts: Iterable[StepPart], roof: Roof) -> tuple[ClassFloor, ...]:
+def by_class(parts: Sequence[StepPart], roof: Roof) -> dict[OperatorClass, WorkSums]:
     """The sums of each class that has a launch, in the order of CLASSES."""
-    found: dict[OperatorClass, list[GpuLaunch]] = {name: [] for name in CLASSES}
-    for part in parts:
-        found[part.of].append(part.launch)
-    return tuple(_class_floor(name, launches, roof) for name, launches in found.items() if launches)
+    found = {name: [part for part in parts if part.of == name] for name in CLASSES}
+    return {name: sums_of(of_class, roof) for name, of_class in found.items() if of_class}
 
 
-def _class_floor(name: OperatorClass, launches: Sequence[GpuLaunch], roof: Roof) -> ClassFloor:
+def sums_of(parts: Sequence[StepPart], roof: Roof) -> WorkSums:
+    """The sums. The floor has every launch at its longest resource."""
+    launches = [part.launch for part in parts]
     bounded: dict[Resource, float] = {}
     for launch in launches:
         seconds = roof.seconds(launch)
         longest = max(seconds, key=lambda resource: seconds[resource])
         bounded[longest] = bounded.get(longest, 0.0) + seconds[longest]
-    most = max(bounded, key=lambda resource: bounded[resource])
-    return ClassFloor(
-        of=name,
+    most = max(bounded, key=lambda resource: bounded[resource], default=None)
+    return WorkSums(
         launches=len(launches),
         nbytes=sum(launch.nbytes for launch in launches),
         flops=sum(launch.flops for launch in launches),
         exponentials=sum(launch.exponentials for launch in launches),
         floor_ms=1e3 * sum(bounded.values()),
-        bound=most if bounded[most] > 0 else None,
+        bound=most if most is not None and bounded[most] > 0 else None,
     )
-
-
-def floor_ms(parts: Iterable[StepPart], roof: Roof) -> float:
-    """Milliseconds of the roofline: every launch at its longest resource."""
-    return 1e3 * sum(max(roof.seconds(part.launch).values()) for part in parts)
 
 
 def least_ms(parts: Iterable[StepPart], flop_per_s: float) -> float:
@@ -174,3 +167,11 @@ def published_roof(machine: Machine, dtype: DType) -> Roof:
         return sheet
     flop_per_s = sheet.flop_per_s if dtype == "float32" else FLOP_PER_S
     return Roof(BYTES_PER_S, flop_per_s, EXPONENTIALS_PER_S)
+
+
+def published_source(machine: Machine, dtype: DType) -> str:
+    """Whose the rates of `published_roof` are, in words."""
+    if machine is not SM_90:
+        return f"{machine.chip}, its data sheet"
+    flops = ", FLOPs by its data sheet" if dtype == "float32" else ""
+    return f"{machine.chip}, what it reaches in practice{flops}"

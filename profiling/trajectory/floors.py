@@ -11,7 +11,7 @@ from ..measure.ceiling_cache import CeilingSource
 from ..measure.ceilings import Ceilings
 from ..measure.outcomes import Unsupported, failure
 from ..options import DType
-from ..step.roofline import Roof, StepPart, StepShape, floor_ms, least_ms, step_parts
+from ..step.roofline import Roof, StepPart, StepShape, least_ms, step_parts, sums_of
 from .case import Case
 from .records import Floor
 
@@ -41,12 +41,13 @@ def floor_of(parts: Sequence[StepPart], ceilings: Ceilings, dtype: DType) -> Flo
     roof = measured_roof(ceilings, dtype)
     least = ceilings.least_flop_per_s(dtype)
     assert least is not None
+    sums = sums_of(parts, roof)
     return Floor(
-        step_ms=floor_ms(parts, roof),
+        step_ms=sums.floor_ms,
         least_step_ms=least_ms(parts, least),
-        nbytes=sum(part.launch.nbytes for part in parts),
-        flops=sum(part.launch.flops for part in parts),
-        exponentials=sum(part.launch.exponentials for part in parts),
+        nbytes=sums.nbytes,
+        flops=sums.flops,
+        exponentials=sums.exponentials,
         bytes_per_s=roof.bytes_per_s,
         flop_per_s=roof.flop_per_s,
         exponentials_per_s=roof.exponentials_per_s,
