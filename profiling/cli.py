@@ -17,6 +17,7 @@ from .commands.kernels_command import kernels
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
 from .commands.shared import stop
+from .commands.trace_command import trace
 from .measure.folders import RunError
 from .options import CaseError
 from .terminal.visible import console, prepare_streams, say
@@ -61,6 +62,7 @@ app.command()(report)
 app.command()(env)
 app.command()(inspect)
 app.command()(kernels)
+app.command()(trace)
 app.command("compile")(compile_ahead)
 
 

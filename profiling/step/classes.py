@@ -34,8 +34,7 @@ _CLASS_OF: Mapping[str, OperatorClass] = {
 
 
 def operator_name(schema_name: str) -> str:
-    """What torch's operator of that name is called here: "linear" for aten::addmm_; its own name, with its
-    namespace, where it has no other."""
+    """What torch's operator is called here: "linear" for aten::addmm_; "aten::add", where it has no other name."""
     return _TORCH_NAMES.get(schema_name, schema_name)
 
 
@@ -45,6 +44,9 @@ def is_operator(name: str) -> bool:
 
 
 def class_of(operator: str, *, in_network: bool = True) -> OperatorClass:
-    """The class of an operator by its name. What has no class of its own is elementwise: sums, activations, copies,
-    concatenations. All that runs outside the network is the sampler's."""
+    """The class of an operator by its name.
+
+    What has no class of its own is elementwise: sums, activations, copies, concatenations. All that runs outside
+    the network is the sampler's.
+    """
     return _CLASS_OF.get(operator, "elementwise") if in_network else "sampler"

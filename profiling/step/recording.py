@@ -51,7 +51,7 @@ class RecordedCall:
     @property
     def operator(self) -> str | None:
         """Which of `OPERATORS` it is, or a part of: add_layer_norm is one of layer_norm. None of torch's own."""
-        return _operator(self.function)
+        return operator_of(self.function)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -82,13 +82,22 @@ class RecordedCall:
     @property
     def is_view(self) -> bool:
         """Whether the results are arguments seen another way."""
-        aliases = [value.alias_info for value in self.function._schema.returns]
-        return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+        return returns_views(self.function)
 
 
 @functools.cache
-def _operator(function: Any) -> str | None:
-    """The rule for names: any namespace but torch's, as a copy or a second load of our kernels has its own."""
+def returns_views(function: Any) -> bool:
+    """Whether an overload returns its arguments seen another way, by its schema."""
+    aliases = [value.alias_info for value in function._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+@functools.cache
+def operator_of(function: Any) -> str | None:
+    """Which of `OPERATORS` an overload is, or a part of.
+
+    In any namespace but torch's, as a copy or a second load of our kernels has its own.
+    """
     if function.namespace == "aten":
         return None
     name = function._schema.name.partition("::")[2]
