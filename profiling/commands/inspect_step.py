@@ -171,6 +171,8 @@ def _roof(
     """The rates that bound the step, and whose they are."""
     if arch is not None:
         machine = MACHINES[known_name("arch", arch, MACHINES)]
+        if measured_in is not None and measured_in.gpu is None:
+            raise CaseError("that was measured on a CPU, which --arch says nothing of: leave it out")
         try:
             return published_roof(machine, case.dtype), published_source(machine, case.dtype)
         except ValueError as reason:

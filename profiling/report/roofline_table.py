@@ -134,7 +134,7 @@ def _notes(found: StepRoofline) -> list[str]:
     notes = [
         "floor: each launch at the longest of its bytes, FLOPs and exponentials, summed; bound by: what bounds "
         "most of it. Caches may serve bytes faster, so that more than 100 % can be right.",
-        f"Counts are of our step, {merged}.",
+        f"Counts are of our step, launches those of a GPU; {merged}.",
     ]
     if times is None:
         return notes
