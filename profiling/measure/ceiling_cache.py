@@ -55,9 +55,7 @@ class KeptCeilings:
     def anew(self, device: str) -> Ceilings:
         self._times_anew[device] = self._times_anew.get(device, 0) + 1
         if self._times_anew[device] <= MOST_ANEW:
-            found = self._measured(device, collect_environment(device))
-            known = self._known.get(device)
-            self._known[device] = found if known is None or known.device != found.device else best_of(known, found)
+            self._known[device] = self._measured(device, collect_environment(device))
         return self._known[device]
 
     def path(self, device: str) -> Path | None:
@@ -68,7 +66,8 @@ class KeptCeilings:
         self._told(f"measuring what {device} does at most: copies, matmuls, exponentials (some seconds)")
         found = self._measure(device, environment)
         # Read again: another process may have measured meanwhile. Of two that write at once one best is lost.
-        if (kept := self._read(found.device)) is not None:
+        kept = self._read(found.device) or self._known.get(device)
+        if kept is not None and kept.device == found.device:
             found = best_of(kept, found)
         self._write(found)
         return found
