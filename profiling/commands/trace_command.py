@@ -49,7 +49,6 @@ def trace(
       ldmperf trace
       ldmperf trace --size 866M --steps 20 --batch 8
       ldmperf trace --unet ./my-unet --latent 128x128 --backend diffusers
-      nsys profile ldmperf trace --size 145M
     """
     case = _chosen(choices)
     from ..measure.environment import collect_environment

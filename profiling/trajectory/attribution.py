@@ -20,7 +20,7 @@ from .network import Networks, make_problem
 from .ranges import ranged_trajectory
 from .rungs import all_backends
 from .short_traces import TRACE_STEPS, is_compiled
-from .timeline import Clock, StepTimes, step_times
+from .timeline import Clock, StepTimes, step_times, without_shells
 
 # A replayed graph has no ranges: the eager backend that runs what was captured.
 EAGER_TWINS = {"graph": "triton+hoist+merge", "graph+separate": "triton+hoist"}
@@ -70,6 +70,7 @@ def attributed(
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         trace = json.loads(file.read_bytes())
+    trace["traceEvents"] = without_shells(trace["traceEvents"])
     return step_times(trace["traceEvents"], clock_of(case)), trace
 
 
