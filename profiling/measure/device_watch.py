@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .environment import DeviceState, throttle_reasons
-from .nvml import Sensor
+from .nvml import NO_SENSOR, Sensor
 
 
 @dataclass
@@ -16,8 +16,8 @@ class DeviceWatch:
     state: the last whole reading, with the throttle reasons of all readings and the most foreign processes.
     """
 
-    sensor: Sensor
-    state: DeviceState = DeviceState()
+    sensor: Sensor = NO_SENSOR
+    state: DeviceState = field(default_factory=DeviceState)
 
     def read_throttling(self) -> None:
         """One quick reading, right after a sample: what slowed the sample still holds, and no sample waits for it.

@@ -55,8 +55,8 @@ class CountedEnergy:
     joules          of all of them: the mean power over the counted part, for the whole window
     window_s        from the first call's start to the last one's end
     counted_s       from the first to the last update of the counter within it
-    relative_error  the most by which the times of the two updates can make the joules wrong; the sensor's own error,
-                    of which NVIDIA states nothing here, comes on top
+    relative_error  the most by which the unknown moments of these two updates change the joules; the sensor's own
+                    error comes on top
     """
 
     joules: float

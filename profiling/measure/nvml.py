@@ -49,7 +49,7 @@ class Sensor:
             return cls(pynvml, missing=f"NVML does not know the GPU, or it is a MIG slice ({_line(error)})")
 
     def throttle_reasons(self) -> tuple[str, ...]:
-        """Names of the reasons for lower clocks that hold now ("SwPowerCap", ...), an idle GPU's own among them."""
+        """Names of the reasons for lower clocks that hold now ("SwPowerCap", ...); an idle GPU has one, too."""
         try:
             # The other function is to go in CUDA 14; drivers before 535 have only that.
             active = self.nvml.nvmlDeviceGetCurrentClocksEventReasons(self.handle)
@@ -89,6 +89,10 @@ class Sensor:
         return None
 
 
+# Of what runs on no GPU.
+NO_SENSOR = Sensor(missing=ON_A_CPU)
+
+
 def sees_all_processes() -> bool:
     """Whether process ids here are the machine's own: not in a container with a namespace of its own."""
     try:
@@ -100,10 +104,10 @@ def sees_all_processes() -> bool:
 def other_processes(listed: Collection[int], own: int, sees_all: bool) -> int | None:
     """How many processes of NVML's list are not this one, `own`; None where the list cannot tell.
 
-    In a container the driver lists either the ids of the host, this process under an id that it does not know, or
-    only the container's processes (NVIDIA's open kernel modules leave out those of other namespaces). So one of the
-    listed counts as this process, the rest are certainly others, and that none is seen tells nothing. On the machine
-    itself a list without this process is told of others only if it has some: it may be kept from this user.
+    In a container the driver lists either ids of the host, this process under one that it does not know, or only
+    the container's own processes (NVIDIA's open kernel modules leave out those of other namespaces). So one of the
+    list counts as this process and the rest are certainly others; that there is no other tells nothing. Nor does
+    an empty list on the machine itself: it may be kept from this user.
     """
     distinct = set(listed)
     if sees_all and own in distinct:

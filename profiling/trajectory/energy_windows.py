@@ -1,8 +1,8 @@
 """The energy of a group's cases: a window of trajectories each, after the timing of all of them.
 
 Two seconds of one backend alone would leave a hotter GPU to those that are still timed. So a record is written
-without its energy as soon as its case is timed, and once more with it. A profile with a deadline loses no sample to
-windows: they have seconds of their own, by which its timing ends later.
+without its energy as soon as its case is timed, and once more with it. A profile with a deadline loses no sample
+to windows: they have seconds of their own, by which its timing ends later.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ldmperf.model import CheckpointError
 from ..measure.device_watch import DeviceWatch
 from ..measure.environment import DeviceState, Environment, state_now
 from ..measure.error import relative_rms
-from ..measure.nvml import ON_A_CPU, Sensor
+from ..measure.nvml import NO_SENSOR, Sensor
 from ..measure.outcomes import Outcome
 from ..measure.recorded import Correctness, Samples, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
@@ -34,7 +34,7 @@ class GroupFacts:
     """What the lanes of a group have in common: how they are measured, and what all their records say.
 
     backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
-    "warm-up", "timing" or "check". sensor: of the device. What the network tells is None until the network is made.
+    "warm-up", "timing" or "check". sensor: the device's. What the network tells is None until it is made.
     """
 
     run_id: str
@@ -43,7 +43,7 @@ class GroupFacts:
     backends: tuple[str, ...]
     ran: Callable[[Case, str], None]
     before: DeviceState
-    sensor: Sensor = Sensor(missing=ON_A_CPU)
+    sensor: Sensor = NO_SENSOR
     started_at: datetime = field(default_factory=utc_now)
     weights_ms: float | None = None
     parameters: int | None = None

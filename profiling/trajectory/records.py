@@ -114,10 +114,10 @@ class Energy(RecordModel):
     """The GPU's energy over a window of whole trajectories, untimed, after timing: by NVML's counter.
 
     `joules` is null where it cannot be told, and `message` says why. `window_s` is at least two seconds, as the
-    counter is updated every 20 to 100 ms. `trajectories`: how many ran in the window. `counted_s`: from the first to
-    the last update of the counter within it, whose mean power counts for all of it. `relative_error`: the most by
-    which the unknown moments of these two updates change the joules; the sensor's own error is not known. What an
-    idle GPU takes is not subtracted.
+    counter is updated every 20 to 100 ms. `trajectories`: how many ran in the window. `counted_s`: from the first
+    to the last update of the counter within it; the mean power between them counts for all of the window.
+    `relative_error`: the most by which the unknown moments of these two updates change the joules; the sensor's
+    own error comes on top. What an idle GPU takes is not subtracted.
     """
 
     joules: Annotated[float | None, Field(ge=0)] = None
@@ -150,8 +150,8 @@ class Record(RecordModel):
     CPU, where torch does not count. `trace` is of a short trajectory, untimed, under torch's profiler; null on the
     CPU, where that failed, and where time ran out before it. `settings`: those that the backend states of itself.
     `decoder_ms`: decoding the batch's latents to images by an autoencoder of Stable Diffusion's shape, on request.
-    `energy`: null where a run ended before it. `device_during`: the GPU in the energy window, the last reading; its
-    `throttle_reasons` are all that were seen right after a timed sample or in the window.
+    `energy`: null where a run ended before it. `device_during`: the last reading in the energy window; its
+    `throttle_reasons` are all that were seen there or right after a timed sample.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -267,8 +267,8 @@ def record_schema() -> dict[str, Any]:
 def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
-    A record is written before its energy and its trace are measured, and once more with each: these are one record,
-    the last. Raises OSError when it cannot be read. `read_records` tells which lines those are, and why.
+    A record is written before its energy and its trace are measured, and once more with each: these are one
+    record, the last. Raises OSError when it cannot be read. `read_records` tells which lines those are, and why.
     """
     records, aside = read_records(path)
     return records, aside.count
@@ -307,5 +307,5 @@ class RecordStore(Store[Record]):
         super().__init__(path, Record)
 
     def load(self) -> list[Record]:
-        """The records on disk; a case that was traced appears once."""
+        """The records on disk; a case that was completed appears once."""
         return load_records(self.path)[0]

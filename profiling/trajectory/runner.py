@@ -32,7 +32,10 @@ class Listener:
         """These cases, of one group, are in flight now."""
 
     def ran(self, case: Case, phase: str) -> None:
-        """One more trajectory is done; `phase` is "first call", "warm-up", "timing", "check", "energy" or "trace"."""
+        """One more trajectory is done, or the case's "energy" or "trace".
+
+        Other values of `phase` are "first call", "warm-up", "timing" and "check".
+        """
 
     def recorded(self, record: Record) -> None:
         """The case is timed and, given a store, its record on disk; others of its group may be in flight."""
