@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..measure.energy import LEAST_COUNTED_S, USUAL_S, CounterWatch, NoEnergy, count_energy
 from ..measure.environment import DeviceState, state_now
 from ..measure.outcomes import failure
-from ..measure.timing import Deadline
+from ..measure.timing import Deadline, timed
 from .backend import Problem
 from .check import make_inputs
 from .lane import Lane
@@ -74,11 +74,17 @@ def _energy(lane: Lane, problem: Problem, time: EnergyTime) -> tuple[Energy, Dev
     def on_update() -> None:
         readings.append(state_now(sensor))
 
-    inputs = make_inputs(problem, 0)
+    trajectory, inputs = lane.trajectory, make_inputs(problem, 0)
+    assert trajectory is not None
+
+    def run() -> None:
+        # Back to back, as the samples are run, with nothing between two of them.
+        timed(lambda: trajectory(inputs), lane.device)
+
     try:
         # What was captured or freed after timing is made again outside the window.
-        lane.run(inputs)
-        counted = count_energy(lambda: lane.run(inputs), CounterWatch(sensor.millijoules, on_update))
+        run()
+        counted = count_energy(run, CounterWatch(sensor.millijoules, on_update))
     except NoEnergy as unknown:
         energy = Energy(message=str(unknown))
     except Exception as error:
