@@ -89,7 +89,7 @@ def put_clocks_back() -> None:
 
 
 @dataclass
-class Watch:
+class CallWatch:
     """Watches the calls of one backend. `times`: what they took, for `judge`."""
 
     times: list[Timed[None]] = field(default_factory=list)

@@ -18,7 +18,7 @@ from ldmperf.model import CheckpointError
 
 from ..measure.environment import DeviceState, Environment, device_state
 from ..measure.error import relative_rms
-from ..measure.genuine import Watch
+from ..measure.genuine import CallWatch
 from ..measure.integrity import FIRST_CALL, WARM_UP, Returned
 from ..measure.outcomes import Outcome, Untrusted
 from ..measure.recorded import Correctness, Samples, utc_now
@@ -69,7 +69,7 @@ class Lane(Outcome):
     round_latents: Tensor | None = None
     # The backend or reference that agreed with the latents of such a round.
     confirmed_by: str | None = None
-    watch: Watch = field(default_factory=Watch)
+    watch: CallWatch = field(default_factory=CallWatch)
     returned: Returned = field(default_factory=Returned)
     reference: Reference | None = None
     # The dtype's own until the group knows how the other implementation rounds.
