@@ -118,7 +118,7 @@ def judged(part: Part, code: int | None, found: Counter[str], limit: float, has_
             return True, text
         if not (has_new and is_evidence(part, found)):
             return False, f"{text} without a record; {see}"
-        is_wrong = bool(found["failed"] or found["error"] or found["incorrect"])
+        is_wrong = any(found[status] for status in ("failed", "error", "incorrect", "impossible"))
         return not is_wrong, f"{text}; {see}" if is_wrong else text
     if code != 0:
         return False, f"failed (exit code {code}); {see}"

@@ -70,8 +70,8 @@ def kernels(
     A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
     launched one by one and replayed as a CUDA graph; on a CPU by the host's clock. Without --peer: the peers that
     this machine can run, but for FlexAttention (flex), and on a CPU those that compile: these only when named.
-    Exit code 1 when a call ended as error or incorrect, or none as ok. A call's records are on disk before the
-    next call begins.
+    Exit code 1 when a call ended as error, incorrect or impossible, or none as ok. A call's records are on disk
+    before the next call begins.
 
     \b
     Examples:

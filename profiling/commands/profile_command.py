@@ -75,8 +75,8 @@ def profile(
     """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
 
     Without options it takes the preset for this machine; options replace the preset's lists, and all combinations
-    are measured. Exit code 1 when a case ended as error or incorrect, none as ok, or no record was made in
-    --seconds; oom and unsupported are data.
+    are measured. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was
+    made in --seconds; oom and unsupported are data.
 
     \b
     Examples:

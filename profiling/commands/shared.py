@@ -90,8 +90,10 @@ def stop(message: str, code: int) -> NoReturn:
 
 
 def exit_by(statuses: Collection[str]) -> None:
-    """Exit code 1 where something ended as error or incorrect, or nothing as ok."""
-    if not {"error", "incorrect"}.isdisjoint(statuses) or "ok" not in statuses:
+    """Exit code 1 where something ended as error, incorrect or impossible, or nothing as ok."""
+    from ..measure.recorded import FAILED
+
+    if not set(FAILED).isdisjoint(statuses) or "ok" not in statuses:
         raise typer.Exit(1)
 
 

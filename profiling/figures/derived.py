@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..measure.environment import Environment
+from ..measure.recorded import FAILED
 from ..paper import paper_sizes
 from ..trajectory.case import BACKENDS, Case
 from ..trajectory.records import Record
@@ -157,9 +158,9 @@ def best_record(records: Sequence[Record]) -> Record:
 
     Preferred in this order: a record with a time; one that was not cut short; one timed in turn with more backends
     (the ladder's ratios are within one group); one with a trace; the latest. What was measured before a defect
-    (`incorrect`, `error`) does not count: the defect is shown until the case is measured again.
+    (`FAILED`) does not count: the defect is shown until the case is measured again.
     """
-    defects = [place for place, record in enumerate(records) if record.status in ("incorrect", "error")]
+    defects = [place for place, record in enumerate(records) if record.status in FAILED]
     since = records[defects[-1] :] if defects else records
 
     def merit(numbered: tuple[int, Record]) -> tuple[object, ...]:

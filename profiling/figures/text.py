@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ..measure.recorded import Status
+from ..measure.recorded import FAILED, Status
 from ..terminal.layout import MISSING
 from ..terminal.visible import visible
 from ..trajectory.records import Record
@@ -43,7 +43,7 @@ def joined(parts: Iterable[str]) -> str:
 def statuses_in_words(statuses: Iterable[Status]) -> str:
     """ "2 failed (1 error, 1 incorrect), 1 unsupported": unsupported and oom are findings, and no failures."""
     counts = Counter(statuses)
-    failed = {name: counts.pop(name) for name in ("error", "incorrect") if name in counts}
+    failed = {name: counts.pop(name) for name in FAILED if name in counts}
     of_failed = ", ".join(f"{count} {name}" for name, count in failed.items())
     said = [f"{sum(failed.values())} failed ({of_failed})"] if failed else []
     words = {"oom": "out of memory"}

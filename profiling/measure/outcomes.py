@@ -6,7 +6,7 @@ import gc
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ def failure(error: Exception) -> tuple[Status, str]:
     first = lines[0] if lines else "no message"
     if isinstance(error, Unsupported | KernelUnsupported | UnsupportedConfig):
         return "unsupported", _shortened(first)
+    if isinstance(error, Untrusted):
+        return error.status, _shortened(first)
     message = _shortened(f"{type(error).__name__}: {first}")
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
@@ -88,6 +90,17 @@ class Outcome:
         except Exception as error:
             self.fail_with(error)
             return None
+
+
+class Untrusted(Exception):
+    """A result that is not of its inputs (`incorrect`) or a time that is not of its work (`impossible`).
+
+    The text is one line that names what was seen, and says what that means.
+    """
+
+    def __init__(self, status: Literal["incorrect", "impossible"], text: str) -> None:
+        super().__init__(text)
+        self.status: Status = status
 
 
 class Unsupported(Exception):

@@ -14,6 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from .timing import quantile
 
 Status = Literal["ok", "incorrect", "impossible", "oom", "unsupported", "error"]
+# What is wrong with what was measured, or with the measuring; `oom` and `unsupported` are findings.
+FAILED: tuple[Status, ...] = ("error", "incorrect", "impossible")
 Milliseconds = Annotated[float, Field(ge=0)]
 # What a float holds exactly: beyond it a figure derived from a count could not be computed.
 Count = Annotated[int, Field(ge=0, le=2**53)]

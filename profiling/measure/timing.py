@@ -7,6 +7,7 @@ overhead, and a finding. Nothing is trimmed: every timed call becomes a sample.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import time
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Clock = Callable[[], float]
+
+
+def _clock_beside(read: Callable[[int], float] | None) -> Clock:
+    """Seconds of the host's clock that nothing adjusts, where there is one, bound to its function now."""
+    identity = getattr(time, "CLOCK_MONOTONIC_RAW", None)
+    return time.monotonic if read is None or identity is None else functools.partial(read, identity)
+
+
+_second_clock = _clock_beside(getattr(time, "clock_gettime", None))
 
 
 def quantile(samples: Sequence[float], q: float) -> float:
@@ -102,11 +112,16 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Timed(Generic[T]):
-    """What a call returned and what it took; `gpu_ms` is None where there is no GPU."""
+    """What a call returned and what it took; `gpu_ms` is None where there is no GPU.
+
+    `second_ms` is what a second clock of the host says, read just before the first starts and after it has
+    stopped: never less, and hardly more. None where the time was not taken by `timed`.
+    """
 
     value: T
     wall_ms: float
     gpu_ms: float | None
+    second_ms: float | None = field(default=None, compare=False)
 
 
 def timed(
@@ -121,21 +136,29 @@ def timed(
     import torch
 
     if device.type != "cuda":
+        second = _second_clock()
         start = clock()
         value = call()
-        return Timed(value, 1e3 * (clock() - start), None)
+        wall_ms = 1e3 * (clock() - start)
+        return Timed(value, wall_ms, None, 1e3 * (_second_clock() - second))
     with torch.cuda.device(device):
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
+        # All that ends the time is looked up before the call, which could put something else in its place: both
+        # events on this stream, whichever is current then, and the end of all work on the device.
+        stream = torch.cuda.current_stream(device)
+        record_end, synchronize, elapsed_ms = after.record, torch.cuda.synchronize, before.elapsed_time
+        synchronize(device)
+        second = _second_clock()
         start = clock()
         if delay_cycles:
             torch.cuda._sleep(delay_cycles)
-        before.record()
+        before.record(stream)
         value = call()
-        after.record()
-        torch.cuda.synchronize(device)
+        record_end(stream)
+        synchronize(device)
         wall_ms = 1e3 * (clock() - start)
-        return Timed(value, wall_ms, before.elapsed_time(after))
+        second_ms = 1e3 * (_second_clock() - second)
+        return Timed(value, wall_ms, elapsed_ms(after), second_ms)
 
 
 @contextmanager

@@ -57,7 +57,8 @@ class Problem:
     scheduler_config: Mapping[str, object]
 
 
-# From inputs to final latents [B, 4, H, W], all the work of a sample; runs on the problem's device.
+# From inputs to final latents [B, 4, H, W], all the work of a sample; runs on the problem's device. Until the next
+# call the latents are the caller's, who overwrites their memory.
 Trajectory = Callable[[Inputs], Tensor]
 
 

@@ -47,10 +47,13 @@ _POOLED_WIDTH = 1280
 _BASE_TIME_IDS, _REFINER_TIME_IDS = 6, 5
 
 
-def make_inputs(problem: Problem, number: int) -> Inputs:
-    """Fresh random inputs of round `number`, the same on every device and for every backend."""
+def make_inputs(problem: Problem, number: int, seed: int | None = None) -> Inputs:
+    """Fresh random inputs of round `number`, the same on every device and for every backend.
+
+    seed: the case's unless given, as for timed rounds, whose inputs a backend cannot know beforehand.
+    """
     case, config = problem.case, problem.unet.config
-    first = (case.seed + (number + 1) * case.batch) % 2**64
+    first = ((case.seed if seed is None else seed) + (number + 1) * case.batch) % 2**64
     seeds = tuple(range(first, first + case.batch))
     shape = (4, case.latent_height, case.latent_width)
     low_resolution = None
@@ -182,12 +185,25 @@ class References:
             path = None if self._folder is None or problem.case.is_checkpoint else self._path(key)
             found = None if path is None else self._read(path, key)
             if found is None:
-                found = self._compute(problem, implementation, backends)
+                found = self._compute(problem, implementation, backends, check_inputs(problem))
                 if path is not None:
                     self._write(path, key, found)
             self._known[key] = found
             return found
         return replace(self._known[key], ms=None)
+
+    def of_round(
+        self, problem: Problem, implementation: str, backends: Mapping[str, Backend], inputs: Inputs
+    ) -> Reference | None:
+        """The reference of a timed round, whose inputs are random: computed anew, and not kept.
+
+        None where no noise that a stochastic sampler draws is the same in another implementation or dtype.
+        """
+        if not problem.plan.stochastic:
+            return self._compute(problem, implementation, backends, inputs)
+        if implementation != "torch":
+            return None
+        return self._run(problem, "torch", self._wider(problem), backends, inputs)
 
     def release(self) -> None:
         """Frees the float32 network, which serves the references of one group.
@@ -196,21 +212,28 @@ class References:
         """
         self._wide = None
 
-    def _compute(self, problem: Problem, implementation: str, backends: Mapping[str, Backend]) -> Reference:
+    def _compute(
+        self, problem: Problem, implementation: str, backends: Mapping[str, Backend], inputs: Inputs
+    ) -> Reference:
         other = "diffusers" if implementation == "torch" else "torch"
-        dtype = torch.float32
         try:
-            return self._run(problem, other, dtype, backends)
+            return self._run(problem, other, torch.float32, backends, inputs)
         except Unsupported:
             if implementation != "torch":
                 raise
-            dtype = torch.float64 if problem.unet.dtype == torch.float32 else torch.float32
-            return self._run(problem, "torch", dtype, backends)
+            return self._run(problem, "torch", self._wider(problem), backends, inputs)
 
-    def _run(self, problem: Problem, name: str, dtype: torch.dtype, backends: Mapping[str, Backend]) -> Reference:
+    @staticmethod
+    def _wider(problem: Problem) -> torch.dtype:
+        """In which an implementation is compared with itself."""
+        return torch.float64 if problem.unet.dtype == torch.float32 else torch.float32
+
+    def _run(
+        self, problem: Problem, name: str, dtype: torch.dtype, backends: Mapping[str, Backend], inputs: Inputs
+    ) -> Reference:
         trajectory = backends[name].build(replace(problem, unet=self._widened(problem.unet, dtype)))
-        inputs = check_inputs(problem).to(dtype)
-        result = timed(lambda: trajectory(inputs), torch.device(problem.case.device))
+        wide = inputs.to(dtype)
+        result = timed(lambda: trajectory(wide), torch.device(problem.case.device))
         return Reference(
             f"{name} {str(dtype).removeprefix('torch.')}", result.value.double().cpu(), result.wall_ms
         )

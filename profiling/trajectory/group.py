@@ -15,7 +15,7 @@ import torch
 
 from ..measure.error import relative_rms
 from ..measure.outcomes import release_memory
-from ..measure.timing import Deadline, Times, garbage_collection_paused, interleave
+from ..measure.timing import Deadline, Timed, Times, garbage_collection_paused, interleave
 from ..step.flops import count_gflop, count_parameters
 from .backend import Backend, Problem
 from .case import Case
@@ -25,6 +25,7 @@ from .floors import Floors
 from .lane import GroupFacts, Lane
 from .network import Networks, make_problem
 from .records import Record
+from .rounds import SharedRounds
 
 
 def warmup_rounds(case: Case) -> int:
@@ -153,6 +154,13 @@ class Group:
         # A stochastic sampler's check has given noise, unlike what is timed: it cannot be a sample.
         closing = not problem.plan.stochastic
         lanes = {lane.name: lane for lane in self.active}
+        rounds = SharedRounds(problem, self.references, self.backends)
+
+        def sample(lane: Lane, number: int, is_last: bool) -> Timed[object]:
+            taken = lane.sample(problem, number, is_last)
+            if not is_last:
+                rounds.compare(lane, number)
+            return taken
 
         def on_failure(name: str, error: Exception) -> None:
             lanes[name].fail_with(error)
@@ -161,11 +169,11 @@ class Group:
 
         def on_done(done: Mapping[str, Times]) -> None:
             for name, times in done.items():
-                self._finish(lanes[name], times, problem)
+                self._finish(lanes[name], times, problem, rounds)
 
         with garbage_collection_paused():
             taken = interleave(
-                {name: partial(lane.sample, problem) for name, lane in lanes.items()},
+                {name: partial(sample, lane) for name, lane in lanes.items()},
                 self.shared.rule,
                 on_failure,
                 closing=closing,
@@ -183,11 +191,12 @@ class Group:
                     times.add(last)
                     times.order.append((lane.name,))
                 lane.stopped_by = "seconds"
-                self._finish(lane, times, problem)
+                self._finish(lane, times, problem, rounds)
 
-    def _finish(self, lane: Lane, times: Times, problem: Problem) -> None:
+    def _finish(self, lane: Lane, times: Times, problem: Problem, rounds: SharedRounds) -> None:
         lane.finish(problem, times)
-        if problem.plan.stochastic:
+        gave_back = rounds.confirm(lane)
+        if problem.plan.stochastic or gave_back:
             self._unsettle()
         self.on_record(lane.record())
 

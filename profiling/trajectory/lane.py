@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,11 +19,13 @@ from ldmperf.model import CheckpointError
 from ..measure.device_watch import DeviceWatch
 from ..measure.environment import DeviceState, Environment, state_now
 from ..measure.error import relative_rms
+from ..measure.genuine import CallWatch
+from ..measure.integrity import FIRST_CALL, WARM_UP, Returned
 from ..measure.nvml import NO_SENSOR, Sensor
-from ..measure.outcomes import Outcome
+from ..measure.outcomes import Outcome, Untrusted
 from ..measure.recorded import Correctness, Samples, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
-from ..terminal.visible import visible
+from ..terminal.visible import counted, visible
 from .backend import Backend, Configured, Inputs, Phased, Problem, Trajectory
 from .case import Case
 from .check import TOLERANCES, Reference, check_inputs, make_inputs
@@ -34,8 +37,9 @@ class GroupFacts:
     """What the lanes of a group have in common: how they are measured, and what all their records say.
 
     backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
-    "warm-up", "timing" or "check". sensor: the device's. What the network tells is None until it is made. floor_anew:
-    the floor at ceilings measured once more, asked before a time below `least_step_ms` is called impossible.
+    "warm-up", "timing" or "check". sensor: the device's. What the network tells is None until it is made.
+    floor_anew: the floor at ceilings measured once more, asked before a time below `least_step_ms` is called
+    impossible.
     """
 
     run_id: str
@@ -52,6 +56,8 @@ class GroupFacts:
     evaluations: int | None = None
     floor: Floor | None = None
     floor_anew: Callable[[], Floor | None] | None = None
+    # Nobody can know the inputs of timed rounds before they are made.
+    round_seed: int = field(default_factory=lambda: secrets.randbits(48))
 
 
 @dataclass
@@ -65,6 +71,12 @@ class Lane(Outcome):
     # Of the check's inputs: from the first call, and from the last timed trajectory or one after it.
     first_latents: Tensor | None = None
     last_latents: Tensor | None = None
+    # Of the last timed round whose inputs were fresh.
+    round_latents: Tensor | None = None
+    # The backend or reference that agreed with the latents of such a round.
+    confirmed_by: str | None = None
+    watch: CallWatch = field(default_factory=CallWatch)
+    returned: Returned = field(default_factory=Returned)
     reference: Reference | None = None
     # The dtype's own until the group knows how the other implementation rounds.
     tolerance: float = field(init=False)
@@ -95,7 +107,8 @@ class Lane(Outcome):
         return torch.device(self.case.device)
 
     def release(self) -> None:
-        self.trajectory = self.first_latents = self.last_latents = None
+        self.trajectory = self.first_latents = self.last_latents = self.round_latents = None
+        self.returned = Returned()
 
     def begin(self, problem: Problem) -> None:
         """Builds the trajectory and calls it once, on the check's inputs."""
@@ -104,12 +117,13 @@ class Lane(Outcome):
 
     def _build_and_call(self, problem: Problem) -> None:
         start = time.perf_counter()
-        self.trajectory = self.backend.build(problem)
+        with self.watch.around(may_work_on=True):
+            self.trajectory = self.backend.build(problem)
         self.phases["build_ms"] = 1e3 * (time.perf_counter() - start)
         first = self.run(check_inputs(problem))
         self.phases["first_call_ms"] = first.wall_ms
         self._take_phases()
-        self.first_latents = first.value.double().cpu()
+        self.first_latents = self.returned.take(first.value, FIRST_CALL)
         self.shared.ran(self.case, "first call")
 
     def warm_up(self, problem: Problem) -> None:
@@ -126,33 +140,57 @@ class Lane(Outcome):
         if self.is_unsettled:
             self._settle(problem)
             self.is_unsettled = False
-        result = self.run_measured(check_inputs(problem) if is_last else make_inputs(problem, 1 + number))
+        result = self.run_measured(check_inputs(problem) if is_last else self.round_inputs(problem, number))
         self.during.read_throttling()
         if is_last:
-            self.last_latents = result.value.double().cpu()
+            self.last_latents = self.returned.take(result.value, "its last sample", may_repeat=FIRST_CALL)
+        else:
+            where = f"round {1 + number}"
+            self.round_latents = self.returned.take(result.value, where)
+            if not self.round_latents.isfinite().all():
+                raise Untrusted("incorrect", f"in {where} the final latents were not finite")
         self.shared.ran(self.case, "check" if is_last else "timing")
         return Timed(None, result.wall_ms, result.gpu_ms)
+
+    def round_inputs(self, problem: Problem, number: int) -> Inputs:
+        """The inputs of timed round `number`, the same for all lanes of the group."""
+        return make_inputs(problem, 1 + number, self.shared.round_seed)
 
     def finish(self, problem: Problem, times: Times) -> None:
         """Keeps its times and checks it again: by its last sample, or by an untimed trajectory."""
         self.times = times
-        if self.last_latents is None:
-            self.last_latents = self.attempt(lambda: self.run(check_inputs(problem)).value.double().cpu())
+        self.attempt(self._judge_times)
+        if self.last_latents is None and self.active:
+            self.last_latents = self.attempt(lambda: self._again(problem))
             self.shared.ran(self.case, "check")
+        self.attempt(self.returned.let_go)
         if self.active:
             self.check("after")
+
+    def _again(self, problem: Problem) -> Tensor:
+        return self.returned.take(self.run(check_inputs(problem)).value, "the check", may_repeat=FIRST_CALL)
+
+    def _judge_times(self) -> None:
+        """Raises Untrusted where its times are not those of its work."""
+        evaluations, floor = self.shared.evaluations or 0, self.shared.floor
+        least_ms = None if floor is None else evaluations * floor.least_step_ms
+        self.watch.judge(least_ms, f"a trajectory of {counted(evaluations, 'evaluation')}")
 
     def run(self, inputs: Inputs) -> Timed[Tensor]:
         """One trajectory, on both clocks."""
         trajectory = self.trajectory
         assert trajectory is not None
-        return timed(lambda: trajectory(inputs), self.device)
+        self.returned.let_go()
+        # A first call may leave others to compile.
+        with self.watch.around(may_work_on=self.first_latents is None):
+            return timed(lambda: trajectory(inputs), self.device)
 
     def run_measured(self, inputs: Inputs) -> Timed[Tensor]:
         """One trajectory whose peak memory counts."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         result = self.run(inputs)
+        self.watch.note(result)
         if self.device.type == "cuda":
             # A replayed graph allocates nothing: its memory was set aside when it was captured.
             peak = torch.cuda.max_memory_allocated(self.device) + self.graph_memory_bytes
@@ -219,6 +257,8 @@ class Lane(Outcome):
                 interleaved=tuple(name for name in shared.backends if name in beside),
                 order=tuple(times.order),
                 stopped_by=self.stopped_by,
+                round_seed=shared.round_seed,
+                confirmed_by=self.confirmed_by,
             ),
             started_at=shared.started_at,
         )
@@ -233,8 +273,9 @@ class Lane(Outcome):
 
     def _settle(self, problem: Problem) -> None:
         """Runs a trajectory that is no sample: it allocates again what was freed, and captures anew."""
-        wall_ms = self.run(make_inputs(problem, 0)).wall_ms
-        self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + wall_ms
+        result = self.run(make_inputs(problem, 0))
+        self.returned.take(result.value, WARM_UP)
+        self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + result.wall_ms
         self.warmup_count += 1
 
     def _take_phases(self) -> None:

@@ -51,7 +51,10 @@ class Harness(RecordModel):
 
     `interleaved`: the backends that were timed in turn with this one, itself included. `order`: for each sample
     who ran in its round, in that order; empty in older records. `stopped_by`: "seconds" where the time given to
-    the whole profile ran out first, so that there are fewer samples than the minima ask for.
+    the whole profile ran out first, so that there are fewer samples than the minima ask for. `round_seed`: in
+    place of the case's seed for the inputs of timed rounds (the last sample has the check's); random, null in
+    older records. `confirmed_by`: the backend or reference that the result of a timed round agreed with; null
+    where no round had fresh inputs, or nothing to compare with, and in older records.
     """
 
     min_count: int
@@ -60,6 +63,8 @@ class Harness(RecordModel):
     interleaved: tuple[str, ...]
     order: tuple[tuple[str, ...], ...] = ()
     stopped_by: Literal["seconds"] | None = None
+    round_seed: Count | None = None
+    confirmed_by: str | None = None
 
 
 class Trace(RecordModel):
