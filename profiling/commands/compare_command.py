@@ -112,7 +112,7 @@ def compare(
                 raise CaseError(f"--{option} is for --commits A B -- COMMAND; leave it out to compare records")
         if len(given) != 2:
             raise CaseError(
-                f"two sets of records are compared, not {len(given)}; name A and B, or give --commits A B -- COMMAND"
+                f"compare two sets of records, not {len(given)}; name A and B, or give --commits A B -- COMMAND"
             )
         _compared(read_set(Path(given[0])), read_set(Path(given[1])), metrics, thresholds, rule, force)
         return
@@ -151,7 +151,7 @@ def _compared(
 def _measured(
     commits: tuple[str, str], command: Sequence[str], rounds: int, out: Path
 ) -> tuple[RecordSet, RecordSet, tuple[str, str]]:
-    """Both commits measured in turn, each run in its worktree, which is gone afterwards; and the commits' hashes."""
+    """Both commits measured in turn, each in its worktree, which is gone afterwards; and the commits' hashes."""
     from ..compare.rounds import RoundFailed, run_rounds
     from ..compare.worktrees import commit_named, repository_of, worktrees
     from ..measure.folders import folder_of_time
@@ -219,8 +219,8 @@ def _sides(
     ours = [is_ours(place) for place in places]
     if len(set(ours)) > 1:
         raise CaseError(
-            f"--commits: {names[ours.index(False)]} has no .types/ldmperf, so its code cannot be run beside what is "
-            "installed; name a later commit"
+            f"--commits: {names[ours.index(False)]} has no .types/ldmperf, so its code cannot be run beside what "
+            "is installed; name a later commit"
         )
     sides = []
     for letter, name, commit, place in zip("ab", names, hashes, places, strict=True):

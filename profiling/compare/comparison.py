@@ -120,7 +120,7 @@ def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: Ve
 
 
 def _failures(side: RecordSet, key: str) -> str:
-    """How a case failed in the runs of a side ("2 oom of 6 runs: tried to allocate ..."); empty where it did not."""
+    """How a case failed in the runs of a side ("2 oom of 6 runs: tried to ..."); empty where it did not."""
     records = side.of(key)
     failed = [record for record in records if record.status != "ok"]
     if not failed:

@@ -7,8 +7,8 @@ noise is what runs of one commit differ by. Pure functions of samples.
     in turn    R pairs of runs, one of each side: Student's t on the differences of the pairs, R - 1 degrees of
                freedom
     runs       several runs, not in turn: Student's t with the variance of both sides pooled, R_a + R_b - 2
-    assumed    one run each, which tells nothing about noise: a given noise is taken off the difference, and what is
-               left is judged by the samples (bootstrap interval, U test)
+    assumed    one run each, which tells nothing about noise: a given noise is taken off the difference, and what
+               is left is judged by the samples (bootstrap interval, U test)
     exact      a counted metric that does not vary
 """
 

@@ -81,7 +81,7 @@ def _run_once(side: Side, number: int) -> None:
         made = read_set(out)
     except RunError:
         raise RoundFailed(
-            f"{side.name}: no record from {shlex.join(command)!r} (exit code {code}): {_last_line(log)}; see {log}",
+            f"{side.name}: no record from {shlex.join(command)} (exit code {code}): {_last_line(log)}; see {log}",
             code if code == 2 else 1,
         ) from None
     # Written by the code that ran, about the checkout that it lies in.
