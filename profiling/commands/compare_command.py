@@ -43,7 +43,7 @@ def compare(
             metavar="A B",
         ),
     ] = None,
-    rounds: Annotated[int | None, whole_option(f"Runs of each commit; {_ROUNDS} unless told.", 2, 999)] = None,
+    rounds: Annotated[int | None, whole_option(f"Runs of each commit; {_ROUNDS} unless told.", 3, 999)] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where the folder with the runs of both commits goes; runs unless told.")
     ] = None,

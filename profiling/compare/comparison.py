@@ -23,7 +23,8 @@ class VerdictRule:
     FASTER, SLOWER    the difference is significant (adjusted p at most `alpha`, the interval without 1) and at
                       least `min_effect`; LESS, MORE of what is no time
     SAME              the whole interval lies within `min_effect` of 1
-    AMBIGUOUS         neither: noise is larger than the difference, or there are too few samples
+    AMBIGUOUS         neither: noise is larger than the difference, or there are too few samples or runs (fewer
+                      than three pairs, or four runs in all: two may agree by chance)
 
     min_effect and assumed_noise (of two runs of one commit, used for one run each) are shares: 0.02 is 2 %.
     """
@@ -36,14 +37,19 @@ class VerdictRule:
         """By the contrast and its p-value adjusted for all that are judged with it."""
         least, most = 1 / (1 + self.min_effect), 1 + self.min_effect
         ratio = found.ratio
-        if least <= ratio.low and ratio.high <= most:
+        if self.is_enough(found) and least <= ratio.low and ratio.high <= most:
             return SAME
         if self.is_significant(found, p) and not least < ratio.value < most:
             return metric.less if ratio.value < 1 else metric.more
         return AMBIGUOUS
 
     def is_significant(self, found: Contrast, p: float) -> bool:
-        return p <= self.alpha and not found.ratio.low <= 1 <= found.ratio.high
+        """Whether the sides differ, by the adjusted p and the interval both."""
+        return self.is_enough(found) and p <= self.alpha and not found.ratio.low <= 1 <= found.ratio.high
+
+    def is_enough(self, found: Contrast) -> bool:
+        """Whether there are runs enough for any verdict."""
+        return found.freedom is None or found.freedom > 1
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,7 @@ def _judged(changes: Sequence[Change], rule: VerdictRule) -> tuple[Change, ...]:
             continue
         p = p_of.get(id(change))
         verdict = rule.verdict(change.metric, change.contrast, change.contrast.p if p is None else p)
-        why = "" if verdict != AMBIGUOUS else "noise is larger than the difference"
+        why = "noise is larger than the difference" if rule.is_enough(change.contrast) else "too few runs"
+        why = why if verdict == AMBIGUOUS else ""
         judged.append(replace(change, p=p, verdict=verdict, why=why))
     return tuple(judged)

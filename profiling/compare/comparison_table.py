@@ -102,7 +102,8 @@ def _cells(change: Change) -> tuple[str, ...]:
     if contrast is None:
         return (*start, *(MISSING,) * 4, change.verdict, change.why)
     ratio = contrast.ratio
-    noise = f"{100 * contrast.noise:.2g}%" + (" assumed" if contrast.basis == "assumed" else "")
+    noise = f"{100 * contrast.noise:.2g}%" if contrast.noise < 1 else "over 100%"
+    noise += " assumed" if contrast.basis == "assumed" else ""
     return (
         *start,
         f"{ratio.value:.3f}",

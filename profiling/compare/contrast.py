@@ -31,13 +31,15 @@ Runs = Sequence[Sequence[float]]
 class Contrast:
     """b over a: `ratio` of medians with its 95 % interval, and the chance of such a difference between equals.
 
-    noise   what two runs of one commit differ by at most, 95 times of 100, as a share: 0.03 is 3 %
+    noise     what two runs of one commit differ by at most, 95 times of 100, as a share: 0.03 is 3 %
+    freedom   degrees of freedom that the noise was measured with; None where it was not
     """
 
     ratio: Interval
     p: float
     noise: float
     basis: Basis
+    freedom: int | None = None
 
 
 class NoContrast(ValueError):
@@ -92,7 +94,7 @@ def _from_logs(difference: float, error: float, freedom: int, noise: float, basi
     half = _student(freedom) * error
     # Two runs each may leave an interval beyond the range of a float.
     low, value, high = (math.exp(min(end, 700.0)) for end in (difference - half, difference, difference + half))
-    return Contrast(Interval(low, value, high), p, noise, basis)
+    return Contrast(Interval(low, value, high), p, noise, basis, freedom)
 
 
 def _student(freedom: int) -> float:

@@ -29,7 +29,7 @@ class Threshold:
         threshold worse. passes: worse by less than the threshold. undecided: neither can be told.
         """
         found = change.contrast
-        if found is None:
+        if found is None or not rule.is_enough(found):
             return "undecided"
         if found.ratio.high < 1 + self.worse:
             return "passes"
