@@ -31,7 +31,8 @@ class Threshold:
         found = change.contrast
         if found is None or not rule.is_enough(found):
             return "undecided"
-        if found.ratio.high < 1 + self.worse:
+        # A change by just the threshold does not pass by the rounding of a logarithm.
+        if found.ratio.high * (1 + 1e-9) < 1 + self.worse:
             return "passes"
         p = found.p if change.p is None else change.p
         return "fails" if found.ratio.low > 1 and rule.is_significant(found, p) else "undecided"
