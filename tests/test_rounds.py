@@ -80,7 +80,7 @@ def repository(tmp_path: Path, make_record: MakeRecord, monkeypatch: pytest.Monk
     return folder
 
 
-def compare(run: Run, tmp_path: Path, *command: str, options: tuple[str, ...] = ("--rounds", "4")) -> Any:
+def compare(run: Run, tmp_path: Path, *command: str, options: tuple[str, ...] = ("--rounds", "3")) -> Any:
     return run("compare", "--commits", "HEAD~1", "HEAD", "--out", tmp_path / "runs", *options, "--", *command)
 
 
@@ -92,7 +92,7 @@ def nothing_is_left(repository: Path) -> bool:
 def test_each_commit_runs_its_own_code_in_turn_the_order_flipped(
     run: Run, repository: Path, tmp_path: Path
 ) -> None:
-    told = compare(run, tmp_path, "profile", "--steps", "3")
+    told = compare(run, tmp_path, "profile", "--steps", "3", options=("--rounds", "4"))
     assert told.code == 0, told.err
     old, new = git(repository, "rev-parse", "HEAD~1"), git(repository, "rev-parse", "HEAD")
     ran = [line.split(maxsplit=1) for line in (tmp_path / "log").read_text().splitlines()]

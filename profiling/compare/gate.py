@@ -35,7 +35,8 @@ class Threshold:
         if found.ratio.high * (1 + 1e-9) < 1 + self.worse:
             return "passes"
         p = found.p if change.p is None else change.p
-        return "fails" if found.ratio.low > 1 and rule.is_significant(found, p) else "undecided"
+        # Significant: 1 is not in the interval, so that with such an end all of it is above 1.
+        return "fails" if rule.is_significant(found, p) else "undecided"
 
 
 def thresholds_named(given: Sequence[str]) -> tuple[Threshold, ...]:
