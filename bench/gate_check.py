@@ -1,10 +1,10 @@
 """What the gate of `ldmperf compare` answers to noise and to an injected slowdown: `python bench/gate_check.py`.
 
-One repeat is a whole comparison, of three sides that run in turn, each run in a process of its own: the checkout, the
-checkout again, and the checkout with every trajectory made longer by --inject, really: after its work it waits for
-that share of what it took. The gate (--fail-over wall_ms at the injected share) has to let the first two pass, and to
-fail the first and the third. The result, with each run's median and each verdict, goes to --out as JSON after each
-repeat. Nothing else should run on the machine.
+One repeat is two comparisons, of three sides that run in turn, each run in a process of its own: the checkout,
+the checkout again, and the checkout with every trajectory made longer by --inject. It does take longer: after its
+work it waits for that share of what it took. The gate (--fail-over wall_ms at the injected share) must not fail the
+first two, and must fail the first and the third. The result, with each run's median and each verdict, goes to --out
+as JSON after each repeat. Nothing else should run on the machine.
 
     python bench/gate_check.py --out gate.json
     python bench/gate_check.py --repeats 2 --rounds 3 -- --size 39M --latent 8 --steps 1 --backend torch
@@ -38,8 +38,11 @@ from ldmperf.profiling.options import CaseError, percentage, whole_number
 from ldmperf.profiling.trajectory import runner
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 
-# Some seconds a run, with a time of a tenth of a second or more in each sample.
-PROFILE = ("--size", "39M", "--latent", "16", "--steps", "2", "--backend", "torch,diffusers", "--min-count", "7")
+# Seconds of samples in each run, so that a neighbour's short burst does not move its median.
+PROFILE = (
+    *("--size", "39M", "--latent", "16", "--steps", "2", "--backend", "torch,diffusers"),
+    *("--min-count", "7", "--min-seconds", "2"),
+)
 METRIC = METRICS["wall_ms"]
 CLI = "from ldmperf.profiling.cli import main; main()"
 
@@ -59,7 +62,7 @@ class SlowedBackend:
 
 
 def slowed(trajectory: Trajectory, share: float, device: torch.device) -> Trajectory:
-    """The trajectory, then a wait of that share of what it took; the host computes meanwhile, as in a slower code."""
+    """The trajectory, then a wait of that share of what it took, in which the host is busy, as in slower code."""
 
     def call(inputs: Inputs) -> torch.Tensor:
         start = time.perf_counter()
