@@ -2,9 +2,9 @@
 
 One repeat is two comparisons, of three sides that run in turn, each run in a process of its own: the checkout,
 the checkout again, and the checkout with every trajectory made longer by --inject. It does take longer: after its
-work it waits for that share of what it took. The gate (--fail-over wall_ms at the injected share) must not fail the
-first two, and must fail the first and the third. The result, with each run's median and each verdict, goes to --out
-as JSON after each repeat. Nothing else should run on the machine.
+work it waits for that share of what it took. The gate (--fail-over wall_ms at the injected share) must not fail
+the first two, and must fail the first and the third. The result, with each run's median and each verdict, goes to
+--out as JSON after each repeat. Nothing else should run on the machine.
 
     python bench/gate_check.py --out gate.json
     python bench/gate_check.py --repeats 2 --rounds 3 -- --size 39M --latent 8 --steps 1 --backend torch
