@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ldmperf.profiling import cli
+from ldmperf.profiling.commands.shared import terminated_as_interrupted
 from ldmperf.profiling.compare.comparison import AMBIGUOUS, SAME, Comparison, VerdictRule, compare_sets
 from ldmperf.profiling.compare.gate import Threshold, answers
 from ldmperf.profiling.compare.metrics import METRICS
@@ -190,11 +191,15 @@ def main() -> None:
     if given.run_slowed is not None:
         run_slowed(given.run_slowed, given.profile)
     try:
-        check(given, given.profile or PROFILE)
+        # What is running ends with this process, and its folder with it.
+        with terminated_as_interrupted():
+            check(given, given.profile or PROFILE)
     except (CaseError, RunError) as wrong:
         sys.exit(f"gate_check.py: {wrong}")
     except RoundFailed as failed:
         sys.exit(f"gate_check.py: {failed}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

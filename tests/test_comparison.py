@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from ldmperf.profiling.compare.comparison import AMBIGUOUS, SAME, Comparison, Ve
 from ldmperf.profiling.compare.gate import answers, thresholds_named
 from ldmperf.profiling.compare.metrics import METRICS, metrics_named
 from ldmperf.profiling.compare.sets import MeasuredRun, RecordSet, differences, in_turn, read_set
-from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.measure.environment import DeviceState, Environment
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.trajectory.records import Energy, RecordStore
 
@@ -165,17 +166,19 @@ def test_every_metric_has_its_values_and_memory_has_its_words(make_record: MakeR
         return timed(make_record, 10.0, 12.0, peak_memory_bytes=memory, energy=energy)
 
     assert METRICS["ms_per_step"].values(record(1, 8.0)) == (5.0, 6.0)
-    assert METRICS["joules"].values(record(1, 8.0)) == (2.0,)
+    assert METRICS["joules_per_image"].values(record(1, 8.0)) == (2.0,)
     assert METRICS["gpu_ms"].values(record(1, 8.0)) == ()
     assert METRICS["first_call_ms"].values(record(1, 8.0)) == (make_record(CASES[0]).phases.first_call_ms,)
     changes = {
         change.metric.name: change
-        for change in judged([[record(100, 8.0)]], [[record(106, 8.0)]], "peak_memory_bytes,joules").changes
+        for change in judged(
+            [[record(100, 8.0)]], [[record(106, 8.0)]], "peak_memory_bytes,joules_per_image"
+        ).changes
     }
     assert changes["peak_memory_bytes"].verdict == "MORE"
     assert changes["peak_memory_bytes"].p is None
     # One value of each side says nothing of its noise.
-    assert changes["joules"].verdict == AMBIGUOUS
+    assert changes["joules_per_image"].verdict == AMBIGUOUS
 
 
 def test_cases_of_one_set_and_failures_are_listed(make_record: MakeRecord) -> None:
@@ -336,3 +339,32 @@ def test_a_message_with_control_characters_is_spelled_out(
     b = written(tmp_path / "b\x1b[31m", make_record(CASES[0], run_id="b", status="error", message="\x1b[2J"))
     told = run("compare", a, b)
     assert "\x1b" not in told.out + told.err
+
+
+def test_what_was_measured_throttled_is_flagged(run: Run, make_record: MakeRecord, tmp_path: Path) -> None:
+    slowed = DeviceState(throttle_reasons=("SwPowerCap",))
+    a = written(tmp_path / "a", make_record(CASES[0], run_id="a"))
+    b = written(tmp_path / "b", make_record(CASES[0], run_id="b", device_after=slowed))
+    told = run("compare", a, b).out
+    assert "throttled" in told
+    assert "1 of 2 records marked throttled: SwPowerCap" in told
+
+
+def test_kernels_are_compared_by_their_keys(run: Run, tmp_path: Path) -> None:
+    """Records of `ldmperf kernels` with times by hand: those of the other set are three times as long."""
+    call = ("--kernel", "geglu", "--size", "39M", "--batch", "2", "--latent", "8", "--peer", "eager")
+    place = ("--device", "cpu", "--dtype", "float32", "--seconds", "60", "--out", tmp_path / "made")
+    assert run("kernels", *call, *place).code == 0
+    (made,) = (tmp_path / "made").glob("*/kernels.jsonl")
+    lines = [json.loads(line) for line in made.read_text().splitlines()]
+    for name, factor in (("a", 1.0), ("b", 3.0)):
+        (tmp_path / name).mkdir()
+        for line in lines:
+            line["run_id"] = name
+            line["ms"] = Samples.of([factor * (1 + 0.001 * n) for n in range(9)]).model_dump()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "kernels.jsonl").write_text(text)
+    told = run("compare", tmp_path / "a", tmp_path / "b", "--force", "--fail-over", "ms:5%")
+    assert told.code == 1
+    assert told.out.count(" SLOWER") == len(lines) + 1 + told.out.count("FASTER, SLOWER")
+    assert "geglu" in told.out

@@ -59,8 +59,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help="wall_ms, gpu_ms, ms (kernels), ms_per_step, decoder_ms, first_call_ms, peak_memory_bytes, "
-            "joules; unless told wall_ms, gpu_ms, ms and peak_memory_bytes, where there are values. Repeat it or "
-            "separate values by commas.",
+            "joules_per_image; unless told wall_ms, gpu_ms, ms and peak_memory_bytes, where there are values. "
+            "Repeat it or separate values by commas.",
             metavar="LIST",
         ),
     ] = None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..figures.text import joined
+from ..measure.conditions import marks
 from ..measure.timing import quantile
 from ..terminal.visible import counted
 from .contrast import Contrast, NoContrast, contrast, holm
@@ -55,7 +56,7 @@ class VerdictRule:
 @dataclass(frozen=True)
 class Change:
     """A case in one metric. a, b: medians over the runs of their medians. p: adjusted (Holm); None for a counted
-    metric. Without a contrast `why` says why there is none."""
+    metric. Without a contrast `why` says why there is none. marks: what flags the time."""
 
     key: str
     name: str
@@ -63,6 +64,7 @@ class Change:
     a: float
     b: float
     runs: tuple[int, int]
+    marks: str
     contrast: Contrast | None
     verdict: str = AMBIGUOUS
     p: float | None = None
@@ -154,7 +156,8 @@ def _change(
         of_a, of_b = ({place: side[place] for place in pairs} for side in (of_a, of_b))
     runs_a, runs_b = list(of_a.values()), list(of_b.values())
     first, second = (quantile([quantile(run, 0.5) for run in runs], 0.5) for runs in (runs_a, runs_b))
-    change = Change(key, name, metric, first, second, (len(runs_a), len(runs_b)), None)
+    counts = len(runs_a), len(runs_b)
+    change = Change(key, name, metric, first, second, counts, marks(*a.of(key), *b.of(key)), None)
     try:
         found = contrast(
             runs_a, runs_b, in_turn=by_turns, assumed_noise=rule.assumed_noise, counted=metric.counted

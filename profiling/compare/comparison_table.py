@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ..figures.text import joined
-from ..measure.conditions import busy_notes
+from ..measure.conditions import busy_notes, flag_notes
 from ..terminal.layout import MISSING, formatted, laid_out, number
 from ..terminal.visible import counted, say, say_wrapped, width_of
 from .comparison import AMBIGUOUS, SAME, Change, Comparison, VerdictRule
 from .gate import Answer, Threshold
 
-HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why")
-WORDS = frozenset({"case", "metric", "verdict", "why"})
+HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
+WORDS = frozenset({"case", "metric", "verdict", "why", "flags"})
 
 
 def print_comparison(
@@ -70,7 +70,8 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     machines = {record.environment.machine_id for side in (found.a, found.b) for record in side.all_records}
     if len(machines) > 1:
         lines.append("A and B were not all measured on one machine, though its kind is the same.")
-    lines += busy_notes([*found.a.all_records, *found.b.all_records], "record")
+    records = [*found.a.all_records, *found.b.all_records]
+    lines += [*flag_notes(records, "record"), *busy_notes(records, "record")]
     effect = f"{100 * rule.min_effect:g}%"
     by_chance = sum(change.p is not None for change in found.changes)
     lines.append(
@@ -100,7 +101,7 @@ def _cells(change: Change) -> tuple[str, ...]:
     start = (change.name, change.metric.name, number(change.a), number(change.b))
     contrast = change.contrast
     if contrast is None:
-        return (*start, *(MISSING,) * 4, change.verdict, change.why)
+        return (*start, *(MISSING,) * 4, change.verdict, change.why, change.marks or MISSING)
     ratio = contrast.ratio
     noise = f"{100 * contrast.noise:.2g}%" if contrast.noise < 1 else "over 100%"
     noise += " assumed" if contrast.basis == "assumed" else ""
@@ -112,6 +113,7 @@ def _cells(change: Change) -> tuple[str, ...]:
         MISSING if contrast.basis == "exact" else noise,
         change.verdict,
         change.why or MISSING,
+        change.marks or MISSING,
     )
 
 
