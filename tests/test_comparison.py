@@ -283,6 +283,14 @@ def test_the_command_fails_where_a_case_no_longer_works(run: Run, make_record: M
     assert "a regression" in told.out
 
 
+def test_few_samples_still_show_the_ratio(run: Run, make_record: MakeRecord, tmp_path: Path) -> None:
+    for name, ms in (("a", 100.0), ("b", 123.0)):
+        written(tmp_path / name, timed(make_record, ms, run_id=name))
+    told = run("compare", tmp_path / "a", tmp_path / "b").out
+    assert "1.230" in told
+    assert "one run each, 1 sample: 6 at least" in told
+
+
 def test_unlike_sets_are_refused_unless_forced(run: Run, make_record: MakeRecord, tmp_path: Path) -> None:
     other = environment(make_record, torch="2.14.0", cpu="Xeon")
     a = written(tmp_path / "a", make_record(CASES[0], run_id="a"))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from ..figures.derived import ratio as ratio_of
 from ..figures.text import joined
 from ..measure.conditions import busy_notes, flag_notes
 from ..terminal.layout import MISSING, formatted, laid_out, number
@@ -75,7 +76,7 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     effect = f"{100 * rule.min_effect:g}%"
     by_chance = sum(change.p is not None for change in found.changes)
     lines.append(
-        f"B/A is of medians. FASTER, SLOWER: p, adjusted for {counted(by_chance, 'test')}, is at most "
+        f"B/A is of medians. FASTER, SLOWER: p, adjusted for {counted(by_chance, 'row')}, is at most "
         f"{rule.alpha:g} and B/A is off 1 by at least {effect}. SAME: the interval lies within {effect}. "
         "AMBIGUOUS: neither. A/A noise: two runs of one commit differ by at most that, 95 times of 100."
     )
@@ -101,7 +102,8 @@ def _cells(change: Change) -> tuple[str, ...]:
     start = (change.name, change.metric.name, number(change.a), number(change.b))
     contrast = change.contrast
     if contrast is None:
-        return (*start, *(MISSING,) * 4, change.verdict, change.why, change.marks or MISSING)
+        told = formatted(ratio_of(change.b, change.a), ".3f")
+        return (*start, told, *(MISSING,) * 3, change.verdict, change.why, change.marks or MISSING)
     ratio = contrast.ratio
     noise = f"{100 * contrast.noise:.2g}%" if contrast.noise < 1 else "over 100%"
     noise += " assumed" if contrast.basis == "assumed" else ""
