@@ -78,6 +78,14 @@ def whole_number(option: str, text: str, most: int | None = None, *, least: int 
         raise CaseError(f"--{option}: {wrong}") from None
 
 
+def percentage(option: str, text: str) -> float:
+    """The share that "5%" or "0.5%" writes (0.05, 0.005), at least 0 and below 1000 %; or CaseError."""
+    share = real(text.removesuffix("%")) / 100
+    if not text.endswith("%") or not 0 <= share < 10:
+        raise CaseError(f"--{option}: {text!r} is no percentage; give one as in 5%")
+    return share
+
+
 def latent_size(option: str, text: str) -> tuple[int, int]:
     """Height and width of "64x96", or of a square "64"; or CaseError."""
     sides = text.split("x")

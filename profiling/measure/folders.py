@@ -71,7 +71,12 @@ def holds(folder: Path, name: str) -> bool:
 
 def new_folder(out: Path, now: datetime, environment: Environment, suffix: str = "") -> Path:
     """A new folder in `out` (made if need be): <time>-<commit><suffix>, with a counter where that is taken."""
-    name = f"{now:%Y%m%dT%H%M%SZ}-{commit_name(environment)}{suffix}"
+    return folder_of_time(out, now, commit_name(environment) + suffix)
+
+
+def folder_of_time(out: Path, now: datetime, what: str) -> Path:
+    """A new folder in `out` (made if need be): <time>-<what>, with a counter where that is taken."""
+    name = f"{now:%Y%m%dT%H%M%SZ}-{what}"
     out.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

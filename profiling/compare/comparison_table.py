@@ -1,0 +1,139 @@
+"""A comparison on the terminal: a row for each case and metric, then what is no row, then how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from ..figures.derived import ratio as ratio_of
+from ..figures.text import joined
+from ..measure.conditions import busy_notes, flag_notes
+from ..terminal.layout import MISSING, formatted, laid_out, number
+from ..terminal.visible import counted, say, say_wrapped, width_of
+from .comparison import AMBIGUOUS, SAME, Change, Comparison, VerdictRule
+from .gate import Answer, Threshold
+
+HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
+WORDS = frozenset({"case", "metric", "verdict", "why", "flags"})
+
+
+def print_comparison(
+    found: Comparison,
+    rule: VerdictRule,
+    console: Console,
+    commits: tuple[str, str] | None = None,
+    unlike: Sequence[str] = (),
+) -> None:
+    """The comparison in lines.
+
+    commits: the hashes of what was compared, where the records do not say it. unlike: reasons against comparing.
+    """
+    sides = (found.a, found.b)
+    of = [f"commit {commit[:7]}" for commit in commits or ()] or [" and ".join(side.commits) for side in sides]
+    for letter, commit, side in zip("AB", of, sides, strict=True):
+        say(console, f"{letter}: {joined((commit, counted(len(side.runs), 'run'), str(side.path)))}")
+    if found.shared:
+        say_wrapped(console, f"all: {joined(found.shared)}", indent=4)
+    if of[0] == of[1] and not unlike:
+        say_wrapped(console, "A/A: both sides are one commit, so FASTER, SLOWER, LESS or MORE is a false alarm.")
+    say(console)
+    table = laid_out(
+        HEADINGS, [_cells(change) for change in found.changes], words=WORDS, width=width_of(console), leading=2
+    )
+    for line in table.lines:
+        say(console, line)
+    say(console)
+    _print_lists(found, console)
+    for line in notes(found, rule, unlike):
+        say_wrapped(console, line, indent=2)
+
+
+def print_answers(given: Sequence[tuple[Threshold, Change, Answer]], console: Console) -> None:
+    """What the gate says: each threshold in a line, with the cases that fail it and those that cannot be told."""
+    for threshold in dict.fromkeys(threshold for threshold, _, _ in given):
+        of = [(change, answer) for other, change, answer in given if other == threshold]
+        label = f"--fail-over {threshold.metric.name}:{100 * threshold.worse:g}%"
+        counts = {answer: sum(a == answer for _, a in of) for answer in ("fails", "passes", "undecided")}
+        said = joined(f"{count} {answer}" for answer, count in counts.items() if count)
+        say(console, f"{label}: {said} of {counted(len(of), 'case')}", "red" if counts["fails"] else "")
+        for change, answer in of:
+            if answer == "fails":
+                say(console, f"  fails: {change.name}, {_ratio(change)}", "red")
+            elif answer == "undecided":
+                end = "" if change.contrast is None else f", up to {formatted(change.contrast.ratio.high, '.3f')}"
+                say(console, f"  undecided: {change.name}{end}; give more runs (--rounds)")
+
+
+def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> list[str]:
+    """What a reader has to know beside the rows."""
+    lines = [f"Not alike: {reason}" for reason in unlike]
+    machines = {record.environment.machine_id for side in (found.a, found.b) for record in side.all_records}
+    if len(machines) > 1:
+        lines.append("A and B were not all measured on one machine, though its kind is the same.")
+    records = [*found.a.all_records, *found.b.all_records]
+    lines += [*flag_notes(records, "record"), *busy_notes(records, "record")]
+    effect = f"{100 * rule.min_effect:g}%"
+    by_chance = sum(change.p is not None for change in found.changes)
+    lines.append(
+        f"B/A is of medians. FASTER, SLOWER: p, adjusted for {counted(by_chance, 'row')}, is at most "
+        f"{rule.alpha:g} and B/A is off 1 by at least {effect}. SAME: the interval lies within {effect}. "
+        "AMBIGUOUS: neither. A/A noise: two runs of one commit differ by at most that, 95 times of 100."
+    )
+    bases = {change.contrast.basis for change in found.changes if change.contrast is not None}
+    if "assumed" in bases:
+        lines.append(
+            f"One run on each side tells nothing about noise between runs: {100 * rule.assumed_noise:g}% is "
+            "assumed (--noise). Give folders of several runs, or compare commits with --commits."
+        )
+    if "in turn" in bases:
+        lines.append("The runs were made in turn: each round, one run of each side, is one observation.")
+    return lines
+
+
+def _ratio(change: Change) -> str:
+    if change.contrast is None:
+        return change.why
+    ratio = change.contrast.ratio
+    return f"{change.metric.name} {ratio.value:.3f} times A's ({ratio.low:.3f} to {ratio.high:.3f})"
+
+
+def _cells(change: Change) -> tuple[str, ...]:
+    start = (change.name, change.metric.name, number(change.a), number(change.b))
+    contrast = change.contrast
+    if contrast is None:
+        told = formatted(ratio_of(change.b, change.a), ".3f")
+        return (*start, told, *(MISSING,) * 3, change.verdict, change.why, change.marks or MISSING)
+    ratio = contrast.ratio
+    noise = f"{100 * contrast.noise:.2g}%" if contrast.noise < 1 else "over 100%"
+    noise += " assumed" if contrast.basis == "assumed" else ""
+    return (
+        *start,
+        f"{ratio.value:.3f}",
+        MISSING if contrast.basis == "exact" else f"{ratio.low:.3f} to {ratio.high:.3f}",
+        formatted(change.p, ".2g"),
+        MISSING if contrast.basis == "exact" else noise,
+        change.verdict,
+        change.why or MISSING,
+        change.marks or MISSING,
+    )
+
+
+def _print_lists(found: Comparison, console: Console) -> None:
+    lists = {
+        "failed in B, had a time in A (a regression)": found.broken,
+        "failed in A, has a time in B": found.repaired,
+        "failed in both": found.failing,
+        "in A only": found.only_a,
+        "in B only": found.only_b,
+    }
+    for heading, names in lists.items():
+        if names:
+            say(console, f"{heading}:", "red" if names is found.broken else "")
+            for name in names:
+                say(console, f"  {name}")
+    counts = {
+        verdict: sum(change.verdict == verdict for change in found.changes)
+        for verdict in dict.fromkeys((*(change.verdict for change in found.changes), SAME, AMBIGUOUS))
+    }
+    say(console, joined(f"{count} {verdict}" for verdict, count in counts.items() if count))

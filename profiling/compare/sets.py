@@ -1,0 +1,207 @@
+"""A set of records: the runs below a path, each with the record of each of its cases."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..figures.derived import best_record, network_names
+from ..figures.phrases import Conditions
+from ..figures.text import joined
+from ..kernel_bench import KERNELS_NAME
+from ..measure.conditions import commit
+from ..measure.environment import Environment
+from ..measure.folders import RunError, holds
+from ..trajectory.case import Case
+from ..trajectory.records import RECORDS_NAME, Record, read_records
+
+if TYPE_CHECKING:
+    from ..kernel_bench.kernel_records import KernelRecord
+
+# What the commit decides: it is what two sides may differ in.
+_OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """One process's records, by the keys of their cases; `started_at` is when its first case began."""
+
+    id: str
+    started_at: datetime
+    records: Mapping[str, Record | KernelRecord]
+
+
+@dataclass(frozen=True)
+class RecordSet:
+    """The runs below a path, in the order of their start. `aside`: how many lines are no records."""
+
+    path: Path
+    runs: tuple[MeasuredRun, ...]
+    aside: int = 0
+
+    @property
+    def keys(self) -> list[str]:
+        return list(dict.fromkeys(key for run in self.runs for key in run.records))
+
+    def of(self, key: str) -> list[Record | KernelRecord]:
+        """The records of a case, one for each run that has it."""
+        return [run.records[key] for run in self.runs if key in run.records]
+
+    @property
+    def all_records(self) -> list[Record | KernelRecord]:
+        return [record for run in self.runs for record in run.records.values()]
+
+    @property
+    def commits(self) -> list[str]:
+        return list(dict.fromkeys(commit(record.environment) for record in self.all_records))
+
+
+def read_set(path: Path) -> RecordSet:
+    """The records of a run's folder, of a folder of such folders, or of a file. Changes nothing on disk.
+
+    A case that a run measured twice counts once, as in a report. Raises RunError where there are no records.
+    """
+    found: dict[str, list[Record | KernelRecord]] = {}
+    aside = 0
+    for file in _files(path):
+        records, no_records = _read(file)
+        aside += no_records
+        for record in records:
+            # Version 1 has no run_id: its file is the run.
+            found.setdefault(record.run_id or str(file), []).append(record)
+    if not found:
+        raise RunError(f"{path} has no record in it; measure with: ldmperf profile")
+    runs = (
+        MeasuredRun(name, min(record.started_at for record in records), _one_of_each(records))
+        for name, records in found.items()
+    )
+    return RecordSet(path, tuple(sorted(runs, key=lambda run: run.started_at)), aside)
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of records at a path: itself, in it, or in the folders in it."""
+    give = "give a run's folder, a folder of such, or a file of records"
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return [path]
+        if not stat.S_ISDIR(mode):
+            raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
+        # A folder of runs, or one of rounds with a folder of runs each.
+        folders = [path, *sorted(inner for depth in ("*", "*/*") for inner in path.glob(depth) if inner.is_dir())]
+    except OSError as failure:
+        raise RunError(f"{path} cannot be read ({failure.strerror}); {give}") from None
+    names = (RECORDS_NAME, KERNELS_NAME)
+    files = [folder / name for folder in folders for name in names if holds(folder, name)]
+    if not files:
+        raise RunError(f"{path} is a folder without records; {give}")
+    return files
+
+
+def _read(path: Path) -> tuple[list[Record | KernelRecord], int]:
+    """The records of both kinds in a file, and how many lines are neither."""
+    try:
+        records, aside = read_records(path)
+        if not aside.in_file:
+            return list(records), 0
+        # Loads torch, which a trajectory's records do not need.
+        from ..kernel_bench.kernel_records import KernelRecord
+        from ..measure.store import read_lines
+
+        kernels = read_lines(path, KernelRecord)[0]
+    except OSError as failure:
+        raise RunError(f"{path} cannot be read ({failure.strerror}); give a file of records") from None
+    return [*records, *kernels], aside.in_file - len(kernels)
+
+
+def _one_of_each(records: Sequence[Record | KernelRecord]) -> dict[str, Record | KernelRecord]:
+    by_key: dict[str, list[Record | KernelRecord]] = {}
+    for record in records:
+        by_key.setdefault(record.case_key, []).append(record)
+    chosen: dict[str, Record | KernelRecord] = {}
+    for key, of_case in by_key.items():
+        trajectories = [record for record in of_case if isinstance(record, Record)]
+        chosen[key] = best_record(trajectories) if trajectories else of_case[-1]
+    return chosen
+
+
+def in_turn(a: RecordSet, b: RecordSet) -> bool:
+    """Whether the runs of two sets were made in turn: in the order of time every two are one of each set."""
+    order = sorted([(run.started_at, 0) for run in a.runs] + [(run.started_at, 1) for run in b.runs])
+    sides = [side for _, side in order]
+    return len(a.runs) == len(b.runs) and all(
+        first != second for first, second in zip(sides[::2], sides[1::2], strict=True)
+    )
+
+
+def differences(a: RecordSet, b: RecordSet) -> list[str]:
+    """Why the sets are not to be compared, each reason once: other hardware, versions or settings, dirty commits.
+
+    Compared are the environments of each case of both, and those of one set among themselves; the commits of the
+    two sets may differ.
+    """
+    found: list[str] = []
+    for name, side in (("A", a), ("B", b)):
+        if any(record.environment.git_dirty for record in side.all_records):
+            found.append(f"{name} was measured with uncommitted changes")
+        if len(side.commits) > 1:
+            found.append(f"{name} has records of several commits ({', '.join(side.commits[:3])})")
+    for key in dict.fromkeys([*a.keys, *b.keys]):
+        environments = list(dict.fromkeys(record.environment for side in (a, b) for record in side.of(key)))
+        for other in environments[1:]:
+            found += _of_the_machine(environments[0], other)
+    return list(dict.fromkeys(found))
+
+
+def _of_the_machine(first: Environment, other: Environment) -> list[str]:
+    return [line for line in first.differences(other) if line.partition(":")[0] not in _OF_THE_COMMIT]
+
+
+def check_comparable(a: RecordSet, b: RecordSet, force: bool) -> list[str]:
+    """The reasons against comparing, empty where there are none. Raises RunError for them unless `force`.
+
+    Raises RunError in any case where a run is in both sets, or no case is.
+    """
+    if shared := {run.id for run in a.runs} & {run.id for run in b.runs}:
+        raise RunError(f"A and B share {len(shared)} of their runs, which says nothing: name two sets of runs")
+    if not set(a.keys) & set(b.keys):
+        raise RunError(
+            f"no case is in both {a.path} and {b.path}: measure both with the same options of ldmperf profile"
+        )
+    found = differences(a, b)
+    if found and not force:
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise RunError(
+            f"A and B are not to be compared: {'; '.join(found[:5])}{more}. Measure both alike, or give --force"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A case for `Conditions`, which names what varies."""
+
+    case: Case
+    environment: int = 0
+
+
+def names_of(records: Sequence[Record | KernelRecord]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The conditions that all trajectories share, in words, and for each case what sets it apart, by its key."""
+    trajectories = [record for record in records if isinstance(record, Record)]
+    places = [_Place(record.case) for record in trajectories]
+    conditions = Conditions.of(tuple(record.environment for record in records[:1]), places)
+    networks = network_names(trajectories)
+    names = {
+        record.case_key: joined(
+            (f"{networks[record.case.network]} {record.case.backend}", conditions.heading(_Place(record.case)))
+        )
+        for record in trajectories
+    }
+    for record in records:
+        if not isinstance(record, Record):
+            names[record.case_key] = f"{record.case.operator} {record.case.label} {record.peer} {record.mode}"
+    return conditions.shared, names

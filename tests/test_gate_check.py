@@ -1,0 +1,98 @@
+"""bench/gate_check.py on a clock of its own and on records made by hand."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import gate_check
+import pytest
+import torch
+
+from ldmperf.profiling import Case, Record, cli
+from ldmperf.profiling.compare.comparison import VerdictRule, compare_sets
+from ldmperf.profiling.compare.gate import Threshold
+from ldmperf.profiling.compare.sets import MeasuredRun, RecordSet
+from ldmperf.profiling.measure.recorded import Samples
+from ldmperf.profiling.trajectory import runner
+from ldmperf.profiling.trajectory.backend import Backend, Configured
+
+MakeRecord = Callable[..., Record]
+FIVE = Threshold(gate_check.METRIC, 0.05)
+
+
+def test_a_slowed_trajectory_has_its_latents_and_takes_its_share_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def clock() -> float:
+        # Each look at the clock takes a hundredth of a second.
+        now[0] += 0.01
+        return now[0]
+
+    def trajectory(inputs: Any) -> torch.Tensor:
+        now[0] += 10.0
+        return torch.ones(3)
+
+    monkeypatch.setattr(time, "perf_counter", clock)
+    start = now[0]
+    latents = gate_check.slowed(trajectory, 0.05, torch.device("cpu"))(None)  # type: ignore[arg-type]
+    assert torch.equal(latents, torch.ones(3))
+    assert 10.5 <= now[0] - start <= 10.6
+
+
+def test_a_slowed_backend_is_the_other_in_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every backend that the command has; what was put in their place goes with the process."""
+    ran: dict[str, Backend] = {}
+    monkeypatch.setattr(runner, "all_backends", runner.all_backends)
+    monkeypatch.setattr(cli, "main", lambda arguments: ran.update(runner.all_backends()))
+    usual = runner.all_backends()
+    gate_check.run_slowed(0.05, ["profile"])
+    assert list(ran) == list(usual)
+    for name, backend in ran.items():
+        assert backend.implementation == usual[name].implementation
+        assert isinstance(backend, Configured) == isinstance(usual[name], Configured)
+
+
+def recorded(make_record: MakeRecord, name: str, factor: float, first: int) -> RecordSet:
+    case = Case(unet="39M", steps=2)
+    runs = []
+    for number in range(6):
+        samples = Samples.of([100 * factor * (1 + 0.001 * number)] * 3)
+        record = make_record(case, wall_ms=samples)
+        start = datetime(2026, 11, 23, tzinfo=UTC) + timedelta(minutes=first + 2 * number)
+        runs.append(MeasuredRun(f"{name}{number}", start, {case.key: record}))
+    return RecordSet(Path(name), tuple(runs))
+
+
+def test_the_result_has_every_median_and_counts_what_the_gate_says(
+    make_record: MakeRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def repeat(threshold: Threshold, rounds: int, profile: Any, force: bool) -> dict[str, Any]:
+        first = recorded(make_record, "a", 1.0, 0)
+        others = {"noise": recorded(make_record, "b", 1.0, 1), "injected": recorded(make_record, "c", 1.05, 1)}
+        return {
+            name: gate_check.summary(
+                compare_sets(first, other, [gate_check.METRIC], VerdictRule()), threshold, VerdictRule()
+            )
+            for name, other in others.items()
+        }
+
+    given = Namespace(inject="5%", repeats="3", rounds="6", out=tmp_path / "gate.json", force=False)
+    gate_check.check(given, ["--size", "39M"], repeat)
+    written = json.loads(given.out.read_text())
+    assert written["counts"] == {
+        "repeats": 3,
+        "noise_gate_fails": 0,
+        "noise_differs": 0,
+        "injected_gate_fails": 3,
+        "injected_differs": 3,
+    }
+    (case,) = written["repeats"][0]["injected"]["cases"]
+    assert case["ratio"] == pytest.approx(1.05)
+    assert case["b_ms"] == pytest.approx([1.05 * ms for ms in case["a_ms"]])
+    assert "injected 5%: the gate failed 3 of 3" in capsys.readouterr().out
