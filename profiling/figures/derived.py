@@ -69,6 +69,10 @@ class Line:
     intercept: float
     r2: float | None
 
+    def at(self, x: float) -> float:
+        """The line's y."""
+        return self.intercept + self.slope * x
+
 
 @dataclass(frozen=True)
 class StepsSeries:

@@ -56,7 +56,7 @@ def write_report(shown: Overview, rejected_lines: int, directory: Path) -> list[
     )
     page = engine.from_string(template).render(_content(shown, rejected_lines), charts=charts, svgs=svgs)
     directory.mkdir(parents=True, exist_ok=True)
-    written = _write_charts(charts, svgs, directory)
+    written = write_charts(charts, svgs, directory)
     # The page last: whoever sees it finds the charts that it links.
     write_whole(directory / PAGE_NAME, page.encode())
     return [directory / PAGE_NAME, *written]
@@ -121,7 +121,8 @@ def _case(row: Row, shown: Overview) -> str:
     return visible(text.joined((row.name, row.case.backend, heading)))
 
 
-def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
+def write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
+    """Writes the charts as PNG and SVG (`svgs`, by name); returns their paths. Removes those not drawn."""
     written = []
     for drawing in charts:
         png, svg = directory / f"{drawing.name}.png", directory / f"{drawing.name}.svg"

@@ -1,0 +1,231 @@
+"""What a trajectory costs at a step count, as far as records tell.
+
+A measured step count costs its measured median. Another one costs what the least-squares line through the measured
+medians says, and is marked:
+
+    interpolated   between measured counts, by a line through two, or through more with R2 of at least 0.99
+    extrapolated   outside of them, by a line through three or more with R2 of at least 0.99
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from ..figures.derived import Line, Row, fit_line
+from ..measure.intervals import Interval, median_interval
+from ..paper import paper_sizes
+from ..trajectory.case import Case
+from ..trajectory.records import Record
+
+Basis = Literal["measured", "interpolated", "extrapolated"]
+Per = Literal["image", "batch"]
+LEAST_R2 = 0.99
+MOST_STEPS = 1000
+# Why a course does not tell of every step count, the least of the limits first.
+LIMITS = (
+    "measured at two step counts: the line is not carried on beyond them",
+    f"the times are no rising line over steps (R² below {LEAST_R2:g}): measured counts only",
+    "measured at one step count: nothing is told of others",
+)
+# Of the paper's FID: the steps, and all conditions of a case.
+PAPER_STEPS = 50
+_PAPER_CONDITIONS = {
+    "steps": PAPER_STEPS,
+    "task": "t2i",
+    "sampler": "ddim",
+    "guidance_scale": 7.5,
+    "latent_height": 64,
+    "latent_width": 64,
+    "context_tokens": 77,
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an image, or a whole batch, may cost: wall time in milliseconds, and energy in joules where limited."""
+
+    wall_ms: float
+    joules: float | None = None
+    per: Per = "image"
+
+    def units(self, case: Case) -> int:
+        """How many of what the budget is for a trajectory makes."""
+        return case.batch if self.per == "image" else 1
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A trajectory at a step count, and what it costs per image or per batch, as the budget counts.
+
+    ms      the median of the wall time and its interval
+    joules  null where the energy was not measured
+    basis   how the two are known
+    fid     the paper's; null where it has none of this network, sampler and step count
+    """
+
+    name: str
+    case: Case
+    ms: Interval
+    joules: float | None
+    basis: Basis
+    fid: float | None
+
+    def fits(self, budget: Budget) -> bool:
+        """Whether median and joules are within the budget; an unknown energy is within none."""
+        within = budget.joules is None or (self.joules is not None and self.joules <= budget.joules)
+        return within and self.ms.value <= budget.wall_ms
+
+    def surely_fits(self, budget: Budget) -> bool:
+        """Whether the whole interval of the time is within the budget too."""
+        return self.fits(budget) and self.ms.high <= budget.wall_ms
+
+
+@dataclass(frozen=True)
+class Course:
+    """A cost over step counts: `measured` at some, and the line through these where they lie on one."""
+
+    measured: Mapping[int, float]
+    line: Line | None
+
+    @classmethod
+    def of(cls, measured: Mapping[int, float]) -> Course:
+        """The line is null where it does not rise, or R2 is below LEAST_R2."""
+        line = fit_line(measured.items())
+        is_straight = line is not None and line.slope > 0 and (line.r2 is None or line.r2 >= LEAST_R2)
+        return cls(measured, line if is_straight else None)
+
+    @property
+    def known(self) -> range:
+        """The step counts that the line tells of: two points tell nothing of those outside of them."""
+        if self.line is None:
+            return range(0)
+        return (
+            range(1, MOST_STEPS + 1) if self.line.r2 is not None else range(min(self.measured), max(self.measured))
+        )
+
+    @property
+    def limit(self) -> str | None:
+        """What keeps the line from telling of every step count."""
+        if len(self.measured) < 2:
+            return LIMITS[2]
+        if self.line is None:
+            return LIMITS[1]
+        return LIMITS[0] if self.line.r2 is None else None
+
+    def at(self, steps: int) -> float | None:
+        """The cost; null where it is not known."""
+        if steps in self.measured or self.line is None or steps not in self.known:
+            return self.measured.get(steps)
+        return self.line.at(steps)
+
+    def most(self, limit: float, below: int) -> int:
+        """The most steps, fewer than `below`, that the line puts within a limit; 0 without any."""
+        counts = range(self.known.start, min(self.known.stop, below))
+        within = 0 if self.line is None else bisect_right(counts, limit, key=self.line.at)
+        return counts[within - 1] if within else 0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One network, sampler and backend over its step counts; `intervals` of the measured times."""
+
+    name: str
+    case: Case
+    intervals: Mapping[int, Interval]
+    ms: Course
+    joules: Course
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], budget: Budget) -> Curve:
+        """Of timed rows that differ in steps only; costs as the budget counts them."""
+        first, intervals, joules = rows[0], {}, {}
+        for row in rows:
+            units, record = budget.units(row.case), row.record
+            assert record.wall_ms is not None
+            intervals[row.case.steps] = median_interval([sample / units for sample in record.wall_ms.samples])
+            if (of_batch := batch_joules(record)) is not None:
+                joules[row.case.steps] = of_batch / units
+        ms = Course.of({steps: interval.value for steps, interval in intervals.items()})
+        return cls(first.name, first.case, intervals, ms, Course.of(joules))
+
+    def offer(self, steps: int) -> Offer | None:
+        """The trajectory at a step count; null where its time is not known."""
+        value = self.ms.at(steps)
+        # A line with a negative fixed part is below zero at few steps.
+        if value is None or value <= 0:
+            return None
+        case = self.case.model_copy(update={"steps": steps})
+        found = self.intervals.get(steps) or self._interval_by_line(steps, value)
+        return Offer(self.name, case, found, self.joules.at(steps), self._basis(steps), paper_fid(case))
+
+    def most_steps(self, budget: Budget) -> int:
+        """The most steps that the line puts within the budget, below all measured to exceed it; 0 without any."""
+        measured = (self.offer(steps) for steps in self.intervals)
+        below = min((o.case.steps for o in measured if o and not o.fits(budget)), default=MOST_STEPS + 1)
+        most = self.ms.most(budget.wall_ms, below)
+        if budget.joules is not None:
+            most = min(most, self.joules.most(budget.joules, below))
+        beyond = range(max(self.intervals) + 1, most + 1)
+        if not beyond or is_taken(self.case.sampler, most):
+            return most
+        # A sampler refuses counts from some count on.
+        return (
+            beyond.start - 1 + bisect_left(beyond, True, key=lambda steps: not is_taken(self.case.sampler, steps))
+        )
+
+    def _basis(self, steps: int) -> Basis:
+        if steps in self.intervals:
+            return "measured"
+        return "interpolated" if min(self.intervals) < steps < max(self.intervals) else "extrapolated"
+
+    def _interval_by_line(self, steps: int, value: float) -> Interval:
+        """Around the line's value: its ends where every measured median lies at the worse end of its interval.
+
+        The line's value is a weighted sum of the medians. How far the farthest of them is from the line is added
+        on both sides.
+        """
+        assert self.ms.line is not None
+        mean = sum(self.intervals) / len(self.intervals)
+        spread = sum((x - mean) ** 2 for x in self.intervals)
+        low = high = value
+        for x, interval in self.intervals.items():
+            weight = 1 / len(self.intervals) + (steps - mean) * (x - mean) / spread
+            ends = (weight * (interval.low - interval.value), weight * (interval.high - interval.value))
+            low, high = low + min(ends), high + max(ends)
+        off = max(abs(interval.value - self.ms.line.at(x)) for x, interval in self.intervals.items())
+        confidence = min(interval.confidence for interval in self.intervals.values())
+        return Interval(max(low - off, 0.0), value, high + off, confidence)
+
+
+def batch_joules(record: Record) -> float | None:
+    """Joules of a trajectory, the whole batch; null where that is not known."""
+    energy = record.energy
+    if energy is None or energy.joules is None or not energy.trajectories:
+        return None
+    return energy.joules / energy.trajectories
+
+
+def paper_fid(case: Case) -> float | None:
+    """The FID that the paper has for a trajectory: of its sizes, after 50 steps of DDIM; null for any other."""
+    size = paper_sizes().get(case.network)
+    has_conditions = all(getattr(case, name) == value for name, value in _PAPER_CONDITIONS.items())
+    return size.fid if size is not None and has_conditions else None
+
+
+@cache
+def is_taken(sampler: str, steps: int) -> bool:
+    """Whether the sampler can take so many steps; no for what is no sampler."""
+    # Loads torch, which measured step counts do not need.
+    from ldmperf.samplers import NoiseSchedule, make_plan
+
+    from ..peer import SCHEDULER_CONFIG
+
+    try:
+        make_plan(sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), steps)
+    except ValueError:
+        return False
+    return True
