@@ -14,6 +14,7 @@ from .commands.compile_command import compile_ahead
 from .commands.env_command import env
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
+from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
 from .commands.shared import stop
@@ -61,6 +62,7 @@ app.command()(report)
 app.command()(env)
 app.command()(inspect)
 app.command()(kernels)
+app.command()(plan)
 app.command("compile")(compile_ahead)
 
 

@@ -103,9 +103,8 @@ class Course:
         """The step counts that the line tells of: two points tell nothing of those outside of them."""
         if self.line is None:
             return range(0)
-        return (
-            range(1, MOST_STEPS + 1) if self.line.r2 is not None else range(min(self.measured), max(self.measured))
-        )
+        counts = range(min(self.measured), max(self.measured))
+        return counts if self.line.r2 is None else range(1, MOST_STEPS + 1)
 
     @property
     def limit(self) -> str | None:
@@ -116,11 +115,17 @@ class Course:
             return LIMITS[1]
         return LIMITS[0] if self.line.r2 is None else None
 
+    def has_inside(self, steps: int) -> bool:
+        """Whether the step count lies between measured ones."""
+        return min(self.measured) < steps < max(self.measured)
+
     def at(self, steps: int) -> float | None:
         """The cost; null where it is not known."""
         if steps in self.measured or self.line is None or steps not in self.known:
             return self.measured.get(steps)
-        return self.line.at(steps)
+        value = self.line.at(steps)
+        # A line with a negative fixed part is below zero at few steps.
+        return value if value > 0 else None
 
     def most(self, limit: float, below: int) -> int:
         """The most steps, fewer than `below`, that the line puts within a limit; 0 without any."""
@@ -155,12 +160,15 @@ class Curve:
     def offer(self, steps: int) -> Offer | None:
         """The trajectory at a step count; null where its time is not known."""
         value = self.ms.at(steps)
-        # A line with a negative fixed part is below zero at few steps.
-        if value is None or value <= 0:
+        if value is None:
             return None
         case = self.case.model_copy(update={"steps": steps})
-        found = self.intervals.get(steps) or self._interval_by_line(steps, value)
-        return Offer(self.name, case, found, self.joules.at(steps), self._basis(steps), paper_fid(case))
+        is_measured = steps in self.intervals
+        ms = self.intervals[steps] if is_measured else self._interval_by_line(steps, value)
+        joules = self.joules.measured.get(steps) if is_measured else self.joules.at(steps)
+        inside = [course.has_inside(steps) for course in (self.ms, self.joules) if course.at(steps) is not None]
+        basis: Basis = "measured" if is_measured else "interpolated" if all(inside) else "extrapolated"
+        return Offer(self.name, case, ms, joules, basis, paper_fid(case))
 
     def most_steps(self, budget: Budget) -> int:
         """The most steps that the line puts within the budget, below all measured to exceed it; 0 without any."""
@@ -170,17 +178,11 @@ class Curve:
         if budget.joules is not None:
             most = min(most, self.joules.most(budget.joules, below))
         beyond = range(max(self.intervals) + 1, most + 1)
-        if not beyond or is_taken(self.case.sampler, most):
+        sampler = self.case.sampler
+        if not beyond or is_taken(sampler, most):
             return most
-        # A sampler refuses counts from some count on.
-        return (
-            beyond.start - 1 + bisect_left(beyond, True, key=lambda steps: not is_taken(self.case.sampler, steps))
-        )
-
-    def _basis(self, steps: int) -> Basis:
-        if steps in self.intervals:
-            return "measured"
-        return "interpolated" if min(self.intervals) < steps < max(self.intervals) else "extrapolated"
+        # A sampler refuses all counts above one.
+        return beyond.start - 1 + bisect_left(beyond, True, key=lambda steps: not is_taken(sampler, steps))
 
     def _interval_by_line(self, steps: int, value: float) -> Interval:
         """Around the line's value: its ends where every measured median lies at the worse end of its interval.

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..figures.derived import Overview, Row, names_by_size, overview
-from ..figures.phrases import Conditions
-from ..measure.environment import Environment
 from ..options import CaseError, known_names
 from ..trajectory.case import Case
 from ..trajectory.records import Record
@@ -37,7 +35,7 @@ class Plan:
               FID; each on the backend that is fastest there
     beyond    what has the paper's FID and does not fit, the best first
     least     of each network without an offer: the cheapest trajectory that was measured
-    lineless  networks and samplers by the reason why only measured step counts are offered of them
+    limits  networks and samplers by the reason why only measured step counts are offered of them
     """
 
     environment: int
@@ -45,7 +43,7 @@ class Plan:
     offers: tuple[Offer, ...]
     beyond: tuple[Offer, ...]
     least: tuple[Offer, ...]
-    lineless: Mapping[str, tuple[str, ...]]
+    limits: Mapping[str, tuple[str, ...]]
 
     @property
     def front(self) -> tuple[Offer, ...]:
@@ -55,13 +53,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Answer:
-    """The plans of a record set. `without_time`: how many cases of it have none."""
+    """The plans of a record set; `shown` is what of it was planned with."""
 
     budget: Budget
-    environments: tuple[Environment, ...]
-    conditions: Conditions
+    shown: Overview
     plans: tuple[Plan, ...]
-    without_time: int
 
 
 def answer(records: Iterable[Record], budget: Budget, only: Mapping[str, Sequence[str]] | None = None) -> Answer:
@@ -71,17 +67,11 @@ def answer(records: Iterable[Record], budget: Budget, only: Mapping[str, Sequenc
     """
     # Of several records of a case the report's choice is taken, which goes by the order of measuring.
     shown = overview(sorted(records, key=lambda r: (r.started_at, r.model_dump_json())))
-    rows = _only(shown, only or {})
-    timed = [row for row in rows if row.record.wall_ms is not None]
+    if only:
+        shown = overview([row.record for row in _only(shown, only)])
+    timed = [row for row in shown.rows if row.record.wall_ms is not None]
     grouped = _grouped(timed, "unet", "weights_sha256", "backend", "sampler", "steps")
-    plans = tuple(_plan(of_plan, budget) for of_plan in grouped)
-    return Answer(
-        budget,
-        shown.environments,
-        Conditions.of(shown.environments, timed),
-        plans,
-        len(rows) - len(timed),
-    )
+    return Answer(budget, shown, tuple(_plan(of_plan, budget) for of_plan in grouped))
 
 
 def pareto_front(offers: Iterable[Offer]) -> tuple[Offer, ...]:
@@ -118,14 +108,14 @@ def _plan(rows: Sequence[Row], budget: Budget) -> Plan:
     offers: list[Offer] = []
     beyond: list[Offer] = []
     least: dict[str, Offer] = {}
-    lineless: dict[str, list[str]] = {}
+    limits: dict[str, list[str]] = {}
     names = names_by_size(rows)
     for of_sampler in _grouped(rows, "backend", "steps"):
         curves = [Curve.of(of_curve, budget) for of_curve in _grouped(of_sampler, "steps")]
-        limits = [curve.ms.limit for curve in curves]
-        if None not in limits:
+        of_curves = [curve.ms.limit for curve in curves]
+        if None not in of_curves:
             told = f"{curves[0].name} {curves[0].case.sampler}"
-            lineless.setdefault(min(filter(None, limits), key=LIMITS.index), []).append(told)
+            limits.setdefault(min(filter(None, of_curves), key=LIMITS.index), []).append(told)
         known = [offer for curve in curves for offer in _known(curve, budget)]
         fitting = _fastest(offer for offer in known if offer.fits(budget))
         offers += _kept(fitting)
@@ -147,7 +137,7 @@ def _plan(rows: Sequence[Row], budget: Budget) -> Plan:
         tuple(sorted(offers, key=place)),
         tuple(sorted(beyond, key=place)),
         tuple(least[name] for name in names if name not in offered),
-        {limit: tuple(told) for limit, told in lineless.items()},
+        {limit: tuple(told) for limit, told in limits.items()},
     )
 
 

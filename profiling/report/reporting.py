@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -36,8 +36,7 @@ def report_path(path: Path, out: Path | None) -> bool:
     """
     if holds(path, RECORDS_NAME):
         return not report_run(path, out)[1].in_file
-    if holds(path, RUN_NAME):
-        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
+    _refuse_unmeasured(path)
     if holds(path, KERNELS_NAME):
         kernels, aside = _readable(path / KERNELS_NAME, _read_kernels)
         _report_kernels(kernels, aside, out or path)
@@ -49,9 +48,7 @@ def report_path(path: Path, out: Path | None) -> bool:
         if len(kernels) > len(records):
             _report_kernels(kernels, aside_of_kernels, out)
             return not aside_of_kernels.in_file
-    if not records:
-        why = f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
-        raise RunError(f"{path}: no record in it ({why}); {_GIVE}")
+    _refuse_empty(path, records, aside)
     _report_records(records, aside, out, path)
     return not aside.in_file
 
@@ -64,6 +61,34 @@ def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Asi
     records, aside = _readable(folder / RECORDS_NAME, read_records)
     _report_records(records, aside, out or folder, folder)
     return records, aside
+
+
+def read_trajectories(paths: Sequence[Path]) -> tuple[list[Record], bool]:
+    """The records of run folders and files, together; lines set aside are told. True where all lines are records.
+
+    Raises RunError for a path without records of trajectories.
+    """
+    records, are_whole = [], True
+    for path in paths:
+        if not holds(path, RECORDS_NAME):
+            _refuse_unmeasured(path)
+        found, aside = _readable(path, read_records)
+        _refuse_empty(path, found, aside)
+        _tell_aside(aside)
+        records += found
+        are_whole = are_whole and not aside.in_file
+    return records, are_whole
+
+
+def _refuse_unmeasured(path: Path) -> None:
+    if holds(path, RUN_NAME):
+        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
+
+
+def _refuse_empty(path: Path, records: Sequence[Record], aside: Aside) -> None:
+    if not records:
+        why = f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
+        raise RunError(f"{path}: no record in it ({why}); {_GIVE}")
 
 
 def resume_command(folder: Path) -> str:
