@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from ..figures.derived import Line, Row, fit_line
+from ..figures.derived import Row
+from ..figures.lines import Line, fit_line
 from ..measure.intervals import Interval, median_interval
 from ..paper import paper_sizes
 from ..trajectory.case import Case
@@ -88,15 +89,15 @@ class Offer:
 class Course:
     """A cost over step counts: `measured` at some, and the line through these where they lie on one."""
 
-    measured: Mapping[int, float]
+    measured: dict[int, float]
     line: Line | None
 
     @classmethod
-    def of(cls, measured: Mapping[int, float]) -> Course:
+    def of(cls, measured: dict[int, float]) -> Course:
         """The line is null where it does not rise, or R2 is below LEAST_R2."""
-        line = fit_line(measured.items())
+        line = fit_line(measured.items(), relative=True)
         is_straight = line is not None and line.slope > 0 and (line.r2 is None or line.r2 >= LEAST_R2)
-        return cls(measured, line if is_straight else None)
+        return cls(measured, line if is_straight and min(measured.values()) > 0 else None)
 
     @property
     def known(self) -> range:
@@ -187,18 +188,18 @@ class Curve:
     def _interval_by_line(self, steps: int, value: float) -> Interval:
         """Around the line's value: its ends where every measured median lies at the worse end of its interval.
 
-        The line's value is a weighted sum of the medians. How far the farthest of them is from the line is added
-        on both sides.
+        How far the farthest of them is from the line, relative to it, is added on both sides.
         """
         assert self.ms.line is not None
-        mean = sum(self.intervals) / len(self.intervals)
-        spread = sum((x - mean) ** 2 for x in self.intervals)
         low = high = value
-        for x, interval in self.intervals.items():
-            weight = 1 / len(self.intervals) + (steps - mean) * (x - mean) / spread
-            ends = (weight * (interval.low - interval.value), weight * (interval.high - interval.value))
-            low, high = low + min(ends), high + max(ends)
-        off = max(abs(interval.value - self.ms.line.at(x)) for x, interval in self.intervals.items())
+        for count, interval in self.intervals.items():
+            moved = [
+                line.at(steps) - value
+                for end in (interval.low, interval.high)
+                if (line := fit_line((self.ms.measured | {count: end}).items(), relative=True)) is not None
+            ]
+            low, high = low + min(0.0, *moved), high + max(0.0, *moved)
+        off = value * max(abs(1 - self.ms.line.at(count) / ms) for count, ms in self.ms.measured.items())
         confidence = min(interval.confidence for interval in self.intervals.values())
         return Interval(max(low - off, 0.0), value, high + off, confidence)
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..figures.derived import Overview, Row, names_by_size, overview
+from ..figures.derived import Overview, Row, alike, names_by_size, overview
 from ..options import CaseError, known_names
 from ..trajectory.case import Case
 from ..trajectory.records import Record
@@ -70,7 +70,7 @@ def answer(records: Iterable[Record], budget: Budget, only: Mapping[str, Sequenc
     if only:
         shown = overview([row.record for row in _only(shown, only)])
     timed = [row for row in shown.rows if row.record.wall_ms is not None]
-    grouped = _grouped(timed, "unet", "weights_sha256", "backend", "sampler", "steps")
+    grouped = alike(timed, "unet", "weights_sha256", "backend", "sampler", "steps")
     return Answer(budget, shown, tuple(_plan(of_plan, budget) for of_plan in grouped))
 
 
@@ -95,23 +95,14 @@ def _only(shown: Overview, only: Mapping[str, Sequence[str]]) -> list[Row]:
     return rows
 
 
-def _grouped(rows: Iterable[Row], *without: str) -> list[list[Row]]:
-    """Rows of one environment that differ in these fields of their cases only."""
-    grouped: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows:
-        conditions = row.case.model_dump(exclude=set(without))
-        grouped.setdefault((row.environment, *conditions.items()), []).append(row)
-    return list(grouped.values())
-
-
 def _plan(rows: Sequence[Row], budget: Budget) -> Plan:
     offers: list[Offer] = []
     beyond: list[Offer] = []
     least: dict[str, Offer] = {}
     limits: dict[str, list[str]] = {}
     names = names_by_size(rows)
-    for of_sampler in _grouped(rows, "backend", "steps"):
-        curves = [Curve.of(of_curve, budget) for of_curve in _grouped(of_sampler, "steps")]
+    for of_sampler in alike(rows, "backend", "steps"):
+        curves = [Curve.of(of_curve, budget) for of_curve in alike(of_sampler, "steps")]
         of_curves = [curve.ms.limit for curve in curves]
         if None not in of_curves:
             told = f"{curves[0].name} {curves[0].case.sampler}"

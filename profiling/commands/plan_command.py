@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..options import dtype_named, joules, milliseconds, split_values
-from ..report.reporting import read_trajectories
+from ..report.reporting import tell_aside
 from ..terminal.visible import console
+from ..trajectory.record_sets import read_sets
 from ..trajectory.runs import find_run
 from .shared import DEFAULT_OUT, list_option, stop, tell, with_options
 
@@ -76,7 +77,8 @@ def plan(
     )
     if "dtype" in only:
         only = only | {"dtype": [dtype_named(text) for text in split_values(only["dtype"])]}
-    found, are_whole = read_trajectories(records or [find_run(DEFAULT_OUT, "latest")])
+    found, aside = read_sets(records or [find_run(DEFAULT_OUT, "latest")])
+    tell_aside(aside)
     answered = answer(found, limit, only)
     if as_json:
         typer.echo(json.dumps(answer_json(answered), indent=2, allow_nan=False))
@@ -84,7 +86,7 @@ def plan(
         print_answer(answered, console())
     if out is not None:
         _write_chart(answered, out)
-    if not are_whole:
+    if aside.in_file:
         raise typer.Exit(1)
 
 

@@ -13,6 +13,7 @@ from ..measure.environment import Environment
 from ..paper import paper_sizes
 from ..trajectory.case import BACKENDS, Case
 from ..trajectory.records import Record
+from .lines import Line, fit_line
 from .phrases import Conditions
 
 PEER = "diffusers"
@@ -62,19 +63,6 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A least-squares line; `r2` is null with two points, which a line always meets, or when y does not vary."""
-
-    slope: float
-    intercept: float
-    r2: float | None
-
-    def at(self, x: float) -> float:
-        """The line's y."""
-        return self.intercept + self.slope * x
-
-
-@dataclass(frozen=True)
 class StepsSeries:
     """Trajectories of one network and backend at two step counts or more; the line is ms over evaluations."""
 
@@ -114,22 +102,6 @@ def step_ms(record: Record) -> Spread | None:
         return None
     n = record.evaluations
     return Spread(record.wall_ms.p20 / n, record.wall_ms.p50 / n, record.wall_ms.p80 / n)
-
-
-def fit_line(points: Iterable[tuple[float, float]]) -> Line | None:
-    """The least-squares line through (x, y) points; null with fewer than two different x."""
-    pairs = list(points)
-    if len({x for x, _ in pairs}) < 2:
-        return None
-    mean_x = math.fsum(x for x, _ in pairs) / len(pairs)
-    mean_y = math.fsum(y for _, y in pairs) / len(pairs)
-    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / math.fsum(
-        (x - mean_x) ** 2 for x, _ in pairs
-    )
-    intercept = mean_y - slope * mean_x
-    residual = math.fsum((y - intercept - slope * x) ** 2 for x, y in pairs)
-    total = math.fsum((y - mean_y) ** 2 for _, y in pairs)
-    return Line(slope, intercept, 1 - residual / total if len(pairs) > 2 and total > 0 else None)
 
 
 def overview(records: Sequence[Record]) -> Overview:
@@ -190,6 +162,15 @@ def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
     """Sorts numbers by value and all else by text, whatever types the conditions have."""
     flat = [part[1] if isinstance(part, tuple) else part for part in condition]
     return tuple((float(value), "") if isinstance(value, int | float) else (0.0, str(value)) for value in flat)
+
+
+def alike(rows: Iterable[Row], *but: str) -> list[list[Row]]:
+    """The rows in groups of one environment and one case but for these fields, in the order of each one's first."""
+    grouped: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.environment, *row.case.model_dump(exclude=set(but)).items())
+        grouped.setdefault(key, []).append(row)
+    return list(grouped.values())
 
 
 def names_by_size(rows: Iterable[Row]) -> list[str]:
@@ -274,15 +255,11 @@ def _times_faster(record: Record, peer: Record | None) -> float | None:
 
 def _steps_series(sections: Sequence[Section]) -> tuple[StepsSeries, ...]:
     """Rows that differ in steps only, where a line can be laid through them."""
-    grouped: dict[tuple[object, ...], list[Row]] = {}
-    for section in sections:
-        for row in section.rows:
-            conditions = row.case.model_dump(exclude={"steps"})
-            grouped.setdefault((section.environment, *conditions.items()), []).append(row)
     series = []
-    for rows in grouped.values():
+    for rows in alike([row for section in sections for row in section.rows], "steps"):
         timed = [row for row in rows if row.record.wall_ms is not None]
-        line = fit_line((r.record.evaluations or 0, r.record.wall_ms.p50) for r in timed if r.record.wall_ms)
+        points = [(r.record.evaluations or 0, r.record.wall_ms.p50) for r in timed if r.record.wall_ms]
+        line = fit_line(points, relative=True)
         if line is not None:
             series.append(StepsSeries(timed[0].environment, timed[0].case, timed[0].name, tuple(timed), line))
     return tuple(series)

@@ -12,6 +12,8 @@ from typing import Any
 
 from .timing import quantile
 
+# Samples: of fewer, neither quantiles nor an interval tell the spread.
+FEWEST = 3
 # Of the bootstrap's resamples 50 lie beyond either end of a 95 % interval.
 RESAMPLES = 1999
 _SEED = 20240401

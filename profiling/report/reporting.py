@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import shlex
-import stat
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ..kernel_bench import KERNELS_NAME
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
 from ..terminal.visible import console, counted, say
+from ..trajectory.record_sets import first_reason, readable
 from ..trajectory.records import RECORDS_NAME, Record, read_records
 from ..trajectory.runs import RUN_NAME, open_run
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord
-
-T = TypeVar("T")
 
 _GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
 
@@ -36,19 +33,21 @@ def report_path(path: Path, out: Path | None) -> bool:
     """
     if holds(path, RECORDS_NAME):
         return not report_run(path, out)[1].in_file
-    _refuse_unmeasured(path)
+    if holds(path, RUN_NAME):
+        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
     if holds(path, KERNELS_NAME):
-        kernels, aside = _readable(path / KERNELS_NAME, _read_kernels)
+        kernels, aside = readable(path / KERNELS_NAME, _read_kernels, _GIVE)
         _report_kernels(kernels, aside, out or path)
         return not aside.in_file
-    records, aside = _readable(path, read_records)
+    records, aside = readable(path, read_records, _GIVE)
     # A file's name does not say which records it has: most of its lines do.
     if aside.in_file:
-        kernels, aside_of_kernels = _readable(path, _read_kernels)
+        kernels, aside_of_kernels = readable(path, _read_kernels, _GIVE)
         if len(kernels) > len(records):
             _report_kernels(kernels, aside_of_kernels, out)
             return not aside_of_kernels.in_file
-    _refuse_empty(path, records, aside)
+    if not records:
+        raise RunError(f"{path}: no record in it ({first_reason(aside)}); {_GIVE}")
     _report_records(records, aside, out, path)
     return not aside.in_file
 
@@ -58,37 +57,9 @@ def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Asi
 
     The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
     """
-    records, aside = _readable(folder / RECORDS_NAME, read_records)
+    records, aside = readable(folder / RECORDS_NAME, read_records, _GIVE)
     _report_records(records, aside, out or folder, folder)
     return records, aside
-
-
-def read_trajectories(paths: Sequence[Path]) -> tuple[list[Record], bool]:
-    """The records of run folders and files, together; lines set aside are told. True where all lines are records.
-
-    Raises RunError for a path without records of trajectories.
-    """
-    records, are_whole = [], True
-    for path in paths:
-        if not holds(path, RECORDS_NAME):
-            _refuse_unmeasured(path)
-        found, aside = _readable(path, read_records)
-        _refuse_empty(path, found, aside)
-        _tell_aside(aside)
-        records += found
-        are_whole = are_whole and not aside.in_file
-    return records, are_whole
-
-
-def _refuse_unmeasured(path: Path) -> None:
-    if holds(path, RUN_NAME):
-        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
-
-
-def _refuse_empty(path: Path, records: Sequence[Record], aside: Aside) -> None:
-    if not records:
-        why = f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
-        raise RunError(f"{path}: no record in it ({why}); {_GIVE}")
 
 
 def resume_command(folder: Path) -> str:
@@ -103,26 +74,13 @@ def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
     return read_kernels(path)
 
 
-def _readable(path: Path, read: Callable[[Path], T]) -> T:
-    try:
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            # It is read twice, and a pipe nobody writes to would be waited for.
-            raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
-        if stat.S_ISDIR(mode):
-            raise RunError(f"{path} is a folder without records; {_GIVE}")
-        return read(path)
-    except OSError as failure:
-        raise RunError(f"{path} is no run folder and no file of records ({failure.strerror}); {_GIVE}") from None
-
-
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
     from ..figures import overview
     from ..report import print_table, write_report
 
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.
-    _tell_aside(aside)
+    tell_aside(aside)
     shown = overview(records)
     print_table(shown, console())
     if holds(source, RUN_NAME):
@@ -155,7 +113,7 @@ def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None)
     from ..kernel_bench.run import write_markdown
     from ..kernel_bench.table import markdown, print_records
 
-    _tell_aside(aside)
+    tell_aside(aside)
     print_records(records, console())
     if out is None:
         return
@@ -167,7 +125,8 @@ def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None)
     say(console(), str(written))
 
 
-def _tell_aside(aside: Aside) -> None:
+def tell_aside(aside: Aside) -> None:
+    """Names the lines that were set aside on stderr, the first of them with their reasons."""
     if not aside.count:
         return
     errors = console(stderr=True)
