@@ -80,8 +80,8 @@ class Offer:
         within = budget.joules is None or (self.joules is not None and self.joules <= budget.joules)
         return within and self.ms.value <= budget.wall_ms
 
-    def surely_fits(self, budget: Budget) -> bool:
-        """Whether the whole interval of the time is within the budget too."""
+    def interval_fits(self, budget: Budget) -> bool:
+        """Whether the time's whole interval is within the budget too."""
         return self.fits(budget) and self.ms.high <= budget.wall_ms
 
 

@@ -60,7 +60,7 @@ def answer_json(answer: Answer) -> dict[str, Any]:
                     exclude={"unet", "weights_sha256", "backend", "sampler", "steps"}
                 ),
                 "offers": [
-                    _offer_json(offer) | {"front": offer in plan.front, "surely_fits": offer.surely_fits(budget)}
+                    _offer_json(offer) | {"front": offer in plan.front, "interval_fits": offer.interval_fits(budget)}
                     for offer in plan.offers
                 ],
                 "beyond": [_offer_json(offer) for offer in plan.beyond],
@@ -119,7 +119,7 @@ def _columns(plan: Plan, budget: Budget) -> dict[str, Callable[[Offer], str]]:
         "FID": lambda offer: "not known" if offer.fid is None else f"{offer.fid:.2f}",
         "front": lambda offer: "front" if offer in front else MISSING,
         "known by": lambda offer: offer.basis,
-        "fits": lambda offer: "surely" if offer.surely_fits(budget) else "may exceed",
+        "fits": lambda offer: "yes" if offer.interval_fits(budget) else "may exceed",
     }
 
 
