@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..figures.derived import Overview, Row
 from ..figures.text import short_ratio, times
@@ -38,42 +40,65 @@ def _families(shown: Overview, task: Task) -> list[tuple[list[Row], dict[str, Tr
 
 
 def _affordable(claim: Claim, shown: Overview, task: Task, told: tuple[str | None, int]) -> list[Verdict]:
-    """The table of a claim for each set of conditions; `told`: the size (or the smallest) and the budget to quote."""
+    """A table for each set of conditions; `told`: the size (or the smallest) and the budget that are quoted."""
     found = []
     for rows, costs in _families(shown, task):
         reference = limits.REFERENCE if limits.REFERENCE in costs else list(costs)[-1]
-        base = costs[reference]
-        cells = []
-        for name, cost in costs.items():
-            kept = [_kept(name, cost, reference, base, steps) for steps in limits.BUDGET_STEPS]
-            pairs = [
-                f"{int(cost.steps_within(base.ms(steps)))} of {_paper_steps(name, reference, steps)}"
+        afford = {
+            name: {
+                steps: _Afforded.of(name, cost, reference, costs[reference], steps)
                 for steps in limits.BUDGET_STEPS
-            ]
-            measured = ", ".join(map(str, cost.medians))
-            cells.append((name, measured, *pairs, *(f"{share:.0%}" for share in (kept[0], kept[-1]))))
-        budgets = (f"{steps} of {reference}" for steps in limits.BUDGET_STEPS)
-        ends = (f"kept at {steps}" for steps in (limits.BUDGET_STEPS[0], limits.BUDGET_STEPS[-1]))
-        grid = Grid(("size", "steps measured", *budgets, *ends), tuple(cells), ("size", "steps measured"))
-        size = told[0] if told[0] in costs and told[0] != reference else next(iter(costs))
-        steps = told[1]
+            }
+            for name, cost in costs.items()
+        }
+        first, last = limits.BUDGET_STEPS[0], limits.BUDGET_STEPS[-1]
+        cells = [
+            (
+                name,
+                ", ".join(map(str, costs[name].medians)),
+                *(f"{_whole(budget.here)} of {_whole(budget.paper)}" for budget in of.values()),
+                *(f"{of[steps].kept:.0%}" for steps in (first, last)),
+            )
+            for name, of in afford.items()
+        ]
+        headings = (
+            *("size", "steps measured", *(f"{steps} of {reference}" for steps in limits.BUDGET_STEPS)),
+            *(f"kept at {steps}" for steps in (first, last)),
+        )
+        grid = Grid(headings, tuple(cells), ("size", "steps measured"))
+        wanted, steps = told
+        size = wanted if wanted in costs and reference == limits.REFERENCE else next(iter(costs))
+        quoted = afford[size][steps]
         sentence = (
-            f"in the time of {steps} steps of the {reference} the {size} affords "
-            f"{int(costs[size].steps_within(base.ms(steps)))}, where the paper's cost says "
-            f"{_paper_steps(size, reference, steps)}: {_kept(size, costs[size], reference, base, steps):.0%} of the "
-            f"nominal advantage is left{_predicted(base, (steps,))}"
+            f"in the time of {steps} steps of the {reference} the {size} affords {_whole(quoted.here)}, where the "
+            f"paper's cost says {_whole(quoted.paper)}: {quoted.kept:.0%} of the nominal advantage is left"
+            f"{_predicted(costs[reference], (steps,))}"
         )
         found.append(Evidence(claim, rows, shown.environments, grid, list(costs)).undecidable(sentence))
     return found
 
 
-def _paper_steps(name: str, reference: str, steps: int) -> int:
-    return round(steps / paper_ratio(name, reference))
+@dataclass(frozen=True)
+class _Afforded:
+    """The steps of a size that take as long as a budget, here and by the paper's cost; not rounded."""
+
+    here: float
+    paper: float
+
+    @classmethod
+    def of(cls, name: str, cost: TrajectoryCost, reference: str, base: TrajectoryCost, steps: int) -> _Afforded:
+        here = steps if name == reference else cost.steps_within(base.ms(steps))
+        return cls(here, steps / paper_ratio(name, reference))
+
+    @property
+    def kept(self) -> float:
+        """What is left of the nominal advantage."""
+        return self.here / self.paper
 
 
-def _kept(name: str, cost: TrajectoryCost, reference: str, base: TrajectoryCost, steps: int) -> float:
-    """The steps that fit over those that the paper's cost says: what is left of the nominal advantage."""
-    return cost.steps_within(base.ms(steps)) * paper_ratio(name, reference) / steps
+def _whole(steps: float) -> int:
+    """The whole steps in it, of which a rounding error takes none away."""
+    return math.floor(steps + 1e-9)
 
 
 def _predicted(cost: TrajectoryCost, steps: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class PublishedReading:
-    """A figure of somebody else's, with its conditions, to be read beside ours; `claims`: those that it bears on."""
+    """A figure of somebody else's with its conditions, to read beside ours; `claims`: those that it bears on."""
 
     claims: tuple[str, ...]
     subject: str

@@ -24,7 +24,7 @@ def cost_proportional(claim: Claim, shown: Overview) -> list[Verdict]:
     found = []
     for group in by_conditions(shown.rows):
         sizes = {row.name: row for row in group if row.name in paper_sizes() and row.record.evaluations}
-        names = [name for name in names_by_size(sizes.values())]
+        names = names_by_size(sizes.values())
         if len(names) > 1:
             found.append(_cost_verdict(claim, [sizes[name] for name in names], shown))
     return found
@@ -54,9 +54,13 @@ def _cost_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
                 MISSING if row is reference or spread is None else interval_text(spread),
                 short_ratio(paper),
                 times(ratio(here, paper)),
+                times(factors[row.name][0]) if row.name in factors else MISSING,
             )
         )
-    headings = ("size", "ms per step", f"over {reference.name}", "interval", "in the paper", "here over paper")
+    headings = (
+        *("size", "ms per step", f"over {reference.name}", "interval", "in the paper", "here over paper"),
+        "beyond rounding",
+    )
     grid = Grid(headings, tuple(cells), ("size",))
     judged = None if interval is None else Judged("worst factor off", interval, limits.COST_FACTOR)
     evidence = Evidence(claim, rows, shown.environments, grid, [row.name for row in rows])
@@ -70,8 +74,8 @@ def _cost_sentence(judged: Judged | None, factors: dict[str, tuple[float, float,
     mean = sum(factor for factor, _, _ in factors.values()) / len(factors)
     return (
         f"a step of the {name} takes {short_ratio(here)} of the {reference}'s time where the paper's cost says "
-        f"{short_ratio(paper)}: off by {times(worst)}, {times(mean)} in the mean (interval of the worst "
-        f"{interval_text(judged.interval)}, at most {limits.COST_FACTOR:.2f} holds)"
+        f"{short_ratio(paper)}: off by {times(worst)} beyond rounding, {times(mean)} in the mean (interval of the "
+        f"worst {interval_text(judged.interval)}, at most {limits.COST_FACTOR:.2f} holds)"
     )
 
 
@@ -145,7 +149,8 @@ def _line_verdict(claim: Claim, series: dict[str, list[Row]], shown: Overview) -
         line = fit_line(zip(xs, ys, strict=True), relative=True)
         assert line is not None
         if min(ys) > 0:
-            deviations[name] = float(line_deviation(xs, ys))
+            pairs = zip(xs, ys, strict=True)
+            deviations[name] = max(abs(line.intercept + line.slope * x - y) / y for x, y in pairs)
         fixed[name] = ratio(line.intercept, line.slope)
         cells.append(
             (
@@ -166,16 +171,16 @@ def _line_verdict(claim: Claim, series: dict[str, list[Row]], shown: Overview) -
         parts = [value for value in fixed.values() if value is not None]
         sentence = (
             f"times lie within {judged.interval.value:.1%} of a line over the steps, farthest with the {name} "
-            f"(interval {interval_text(judged.interval, '{:.1%}')}, at most {limits.LINE_DEVIATION:.0%} holds); its "
-            f"fixed part is {_range(parts)} steps, which the paper's cost does not have"
+            f"(interval {interval_text(judged.interval, '{:.1%}')}, at most {limits.LINE_DEVIATION:.0%} holds); "
+            f"the paper's cost has no fixed part, the line one of {_range(parts)} steps"
         )
     grid = Grid(headings, tuple(cells), ("size", "steps"))
     return Evidence(claim, rows, shown.environments, grid, list(series)).decided(judged, sentence)
 
 
 def line_deviation(xs: Sequence[float], ys: Sequence[Any]) -> Any:
-    """The farthest that times lie from their line, relative to them; of numbers, or of arrays elementwise."""
-    slope, intercept = least_squares(xs, ys, [1.0 / y**2 for y in ys])
+    """The farthest that times lie from their line (`fit_line`, relative), as a share; of arrays elementwise."""
+    slope, intercept = least_squares(xs, ys, [(ys[0] / y) ** 2 for y in ys])
     return largest([abs(intercept + slope * x - y) / y for x, y in zip(xs, ys, strict=True)])
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-# A time or an energy over what FLOPs say, or the reverse, as a factor. Neighbouring sizes of the paper are at least
-# 1.2 apart (0.83 and 1.00): within the square root of that, rounded, none is taken for its neighbour.
+# A time or an energy over what FLOPs say, or the reverse, as a factor. Neighbouring sizes of the paper are 1.2
+# apart or more (0.83 and 1.00): within the square root of that, rounded, none is taken for its neighbour.
 COST_FACTOR: Final = 1.10
 # Half of the last digit of the paper's normalized cost: 0.07 is 0.065 to 0.075. The 866M has 1 by definition.
 ROUNDING: Final = 0.005

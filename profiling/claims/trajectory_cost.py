@@ -52,7 +52,7 @@ class TrajectoryCost:
         return self.fixed_ms + self.slope_ms * steps if measured is None else measured
 
     def steps_within(self, ms: float) -> float:
-        """The steps that fit into a time, not rounded."""
+        """The steps that take so long on the line, not rounded."""
         return max(ms - self.fixed_ms, 0.0) / self.slope_ms
 
     def is_measured(self, steps: int) -> bool:
@@ -60,7 +60,7 @@ class TrajectoryCost:
 
 
 def costs_by_size(rows: Sequence[Row]) -> dict[str, TrajectoryCost]:
-    """The cost of each network that has a time, the smallest first, out of rows that differ in network and steps."""
+    """The cost of each network with a time, the smallest first, out of rows that differ in network and steps."""
     found: dict[str, TrajectoryCost] = {}
     for of_network in alike(rows, "steps"):
         cost = TrajectoryCost.of(of_network)

@@ -22,7 +22,7 @@ FEW_SIZES = 3
 
 @dataclass(frozen=True)
 class Judged:
-    """The number that decided: it holds where `interval` lies at or below the limit (above: where `above` is true)."""
+    """The number that decided: a claim holds where `interval` lies at or below the limit (`above`: above it)."""
 
     name: str
     interval: Interval
@@ -67,7 +67,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ClaimVerdicts:
-    """A claim with a verdict for each set of conditions that has something to say, or a single one that has not."""
+    """A claim and its verdicts: one for each set of conditions with figures, or one that says what is needed."""
 
     claim: Claim
     verdicts: tuple[Verdict, ...]
@@ -109,7 +109,7 @@ class Evidence:
     sizes: Sequence[str]
 
     def decided(self, judged: Judged | None, sentence: str, samples: int | None = None) -> Verdict:
-        """The verdict of a number, and in its sentence which samples or sizes are few; null where it cannot be had.
+        """The verdict of a number, null where times of zero allow none; the sentence says what is few.
 
         samples: of the time with the least, unless told.
         """
