@@ -10,6 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
+from .commands.claims_command import claims
 from .commands.compile_command import compile_ahead
 from .commands.env_command import env
 from .commands.inspect_command import inspect
@@ -59,6 +60,7 @@ def _every_command(
 
 app.command(cls=ResumeTakesAnOptionalValue)(profile)
 app.command()(report)
+app.command()(claims)
 app.command()(env)
 app.command()(inspect)
 app.command()(kernels)

@@ -165,7 +165,7 @@ def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
 
 
 def alike(rows: Iterable[Row], *but: str) -> list[list[Row]]:
-    """The rows in groups of one environment and one case but for these fields, in the order of each one's first."""
+    """The rows in groups of one environment and one case but for these fields, as they come."""
     grouped: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
         key = (row.environment, *row.case.model_dump(exclude=set(but)).items())

@@ -43,7 +43,8 @@ def fit_line(points: Iterable[tuple[float, float]], *, relative: bool = False) -
     xs, ys = [x for x, _ in pairs], [y for _, y in pairs]
     if len(set(xs)) < 2:
         return None
-    weights = [(min(ys) / y) ** 2 for y in ys] if relative and min(ys) > 0 else [1.0] * len(ys)
+    # However far apart the times, each keeps a weight that a float can tell from none.
+    weights = [max((min(ys) / y) ** 2, 1e-24) for y in ys] if relative and min(ys) > 0 else [1.0] * len(ys)
     slope, intercept = least_squares(xs, ys, weights, math.fsum)
     mean_y = math.fsum(ys) / len(ys)
     residual = math.fsum((y - intercept - slope * x) ** 2 for x, y in pairs)

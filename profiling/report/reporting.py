@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from ..trajectory.records import RECORDS_NAME, Record, read_records
 from ..trajectory.runs import RUN_NAME, open_run
 
 if TYPE_CHECKING:
+    from ..claims.verdict import ClaimVerdicts
+    from ..figures.derived import Overview
     from ..kernel_bench.kernel_records import KernelRecord
 
 _GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
@@ -75,13 +78,16 @@ def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
 
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
+    from ..claims import judge
+    from ..claims.display import print_summaries
     from ..figures import overview
-    from ..report import print_table, write_report
+    from ..report import print_table
 
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.
     tell_aside(aside)
     shown = overview(records)
+    judged = judge(records)
     print_table(shown, console())
     if holds(source, RUN_NAME):
         try:
@@ -92,13 +98,23 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
             if left:
                 cases = counted(len(left), "planned case has", "planned cases have")
                 say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
-    if out is None:
-        return
     try:
-        written = write_report(shown, aside.count, out)
+        if out is not None:
+            _write_page(shown, judged, aside, out, source)
+    finally:
+        # Last, where they are read; a folder that cannot be written does not take them away.
+        print_summaries(judged, console(), shlex.quote(str(source)))
+
+
+def _write_page(shown: Overview, judged: Sequence[ClaimVerdicts], aside: Aside, out: Path, source: Path) -> None:
+    """Writes page and charts, and says where; a missing package is said, too. Raises ReportNotWritten."""
+    from ..report import write_report
+
+    try:
+        written = write_report(shown, aside.count, out, judged)
     except ModuleNotFoundError as missing:
         say(
-            errors,
+            console(stderr=True),
             f"no page and no charts: {missing.name} is not installed; "
             f"pip install altair vl-convert-python jinja2, then: ldmperf report {shlex.quote(str(source))}",
         )

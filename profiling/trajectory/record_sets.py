@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_sets(paths: Sequence[Path]) -> tuple[list[Record], Aside]:
     """
     records: list[Record] = []
     aside = Aside()
-    for path in dict.fromkeys(path.resolve() for path in paths):
+    for path in {os.path.realpath(path): path for path in paths}.values():
         found, of_file = readable(path, read_records)
         if not found:
             raise RunError(f"{path}: no record in it ({first_reason(of_file)}); {_GIVE}")
