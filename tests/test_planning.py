@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.claims.offers import Budget, Curve, Offer, paper_fid
 from ldmperf.profiling.claims.planning import Answer, Plan, answer, pareto_front
+from ldmperf.profiling.measure.environment import DeviceState
 from ldmperf.profiling.measure.intervals import Interval
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.options import CaseError, joules, milliseconds
@@ -186,10 +188,10 @@ def twice(offer: Offer) -> Offer:
 def test_the_order_of_records_changes_nothing(
     records: list[Record], budget: Budget, shuffled: random.Random
 ) -> None:
-    # Cases measured again, before and after, with other times: which one counts goes by when it was measured.
+    # Cases measured again, before and in the same second, with other times: which one counts is not the order's.
     again = [
-        r.model_copy(update={"started_at": r.started_at.replace(hour=8), "wall_ms": Samples.of([1.0, 2.0])})
-        for r in records[::2]
+        r.model_copy(update={"started_at": r.started_at.replace(hour=hour), "wall_ms": Samples.of([1.0, 2.0])})
+        for r, hour in zip(records[::2], itertools.cycle((8, 12)), strict=False)
         if r.wall_ms is not None
     ]
     other = plausible_record().environment.model_copy(update={"git_commit": "b" * 40})
@@ -282,8 +284,8 @@ def test_times_that_are_no_line_tell_of_measured_counts_only() -> None:
     assert told(plan) == [("39M", "euler", 40, "measured")]
     (limit,) = plan.limits
     assert "no rising line" in limit
-    falling = [record([ms] * 3, steps=n, sampler="euler") for n, ms in {4: 50.0, 20: 40.0}.items()]
-    assert told(only_plan(falling, Budget(45.0))) == [("39M", "euler", 20, "measured")]
+    falling = only_plan(straight(50.0, -0.01, [4, 20, 40], sampler="euler"), Budget(60.0))
+    assert told(falling) == [("39M", "euler", 40, "measured")]
 
 
 def test_a_count_measured_to_exceed_the_budget_bounds_the_line() -> None:
@@ -401,6 +403,17 @@ def test_intervals_by_a_line_cover_the_truth(asked: int) -> None:
         assert offer.ms.confidence == 0.95
         covered += offer.ms.low <= 3 + 2 * asked <= offer.ms.high
     assert covered >= 0.95 * trials
+
+
+def test_flags_are_of_every_record_behind_an_offer() -> None:
+    first, second, third = straight(0.0, 1.0, [10, 20, 30], sampler="euler")
+    throttled = DeviceState(throttle_reasons=("SwPowerCap",))
+    records = [first, second.model_copy(update={"device_after": throttled}), third]
+    assert [(o.case.steps, o.flags) for o in only_plan(records, Budget(25.0)).offers] == [
+        (25, "throttled"),
+        (20, "throttled"),
+    ]
+    assert [o.flags for o in only_plan(records, Budget(30.0)).offers] == [""]
 
 
 def test_filters_keep_what_they_name_and_refuse_what_no_record_has() -> None:

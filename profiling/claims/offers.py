@@ -17,6 +17,7 @@ from typing import Literal
 
 from ..figures.derived import Row
 from ..figures.lines import Line, fit_line
+from ..measure.conditions import marks
 from ..measure.intervals import Interval, median_interval
 from ..paper import paper_sizes
 from ..trajectory.case import Case
@@ -66,6 +67,7 @@ class Offer:
     joules  null where the energy was not measured
     basis   how the two are known
     fid     the paper's; null where it has none of this network, sampler and step count
+    flags   what makes the times behind it not those of a free GPU
     """
 
     name: str
@@ -74,6 +76,7 @@ class Offer:
     joules: float | None
     basis: Basis
     fid: float | None
+    flags: str = ""
 
     def fits(self, budget: Budget) -> bool:
         """Whether median and joules are within the budget; an unknown energy is within none."""
@@ -137,10 +140,11 @@ class Course:
 
 @dataclass(frozen=True)
 class Curve:
-    """One network, sampler and backend over its step counts; `intervals` of the measured times."""
+    """One network, sampler and backend over its step counts; `records` and `intervals` of the measured ones."""
 
     name: str
     case: Case
+    records: Mapping[int, Record]
     intervals: Mapping[int, Interval]
     ms: Course
     joules: Course
@@ -149,14 +153,16 @@ class Curve:
     def of(cls, rows: Sequence[Row], budget: Budget) -> Curve:
         """Of timed rows that differ in steps only; costs as the budget counts them."""
         first, intervals, joules = rows[0], {}, {}
+        units = budget.units(first.case)
         for row in rows:
-            units, record = budget.units(row.case), row.record
-            assert record.wall_ms is not None
-            intervals[row.case.steps] = median_interval([sample / units for sample in record.wall_ms.samples])
-            if (of_batch := batch_joules(record)) is not None:
-                joules[row.case.steps] = of_batch / units
+            assert row.record.wall_ms is not None
+            samples = row.record.wall_ms.samples
+            intervals[row.case.steps] = median_interval([sample / units for sample in samples])
+            if row.record.joules_per_image is not None:
+                joules[row.case.steps] = row.record.joules_per_image * row.case.batch / units
+        records = {row.case.steps: row.record for row in rows}
         ms = Course.of({steps: interval.value for steps, interval in intervals.items()})
-        return cls(first.name, first.case, intervals, ms, Course.of(joules))
+        return cls(first.name, first.case, records, intervals, ms, Course.of(joules))
 
     def offer(self, steps: int) -> Offer | None:
         """The trajectory at a step count; null where its time is not known."""
@@ -169,7 +175,8 @@ class Curve:
         joules = self.joules.measured.get(steps) if is_measured else self.joules.at(steps)
         inside = [course.has_inside(steps) for course in (self.ms, self.joules) if course.at(steps) is not None]
         basis: Basis = "measured" if is_measured else "interpolated" if all(inside) else "extrapolated"
-        return Offer(self.name, case, ms, joules, basis, paper_fid(case))
+        flags = marks(*([self.records[steps]] if is_measured else self.records.values()))
+        return Offer(self.name, case, ms, joules, basis, paper_fid(case), flags)
 
     def most_steps(self, budget: Budget) -> int:
         """The most steps that the line puts within the budget, below all measured to exceed it; 0 without any."""
@@ -202,14 +209,6 @@ class Curve:
         off = value * max(abs(1 - self.ms.line.at(count) / ms) for count, ms in self.ms.measured.items())
         confidence = min(interval.confidence for interval in self.intervals.values())
         return Interval(max(low - off, 0.0), value, high + off, confidence)
-
-
-def batch_joules(record: Record) -> float | None:
-    """Joules of a trajectory, the whole batch; null where that is not known."""
-    energy = record.energy
-    if energy is None or energy.joules is None or not energy.trajectories:
-        return None
-    return energy.joules / energy.trajectories
 
 
 def paper_fid(case: Case) -> float | None:

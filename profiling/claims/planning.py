@@ -69,8 +69,7 @@ def answer(records: Iterable[Record], budget: Budget, only: Mapping[str, Sequenc
     shown = overview(sorted(records, key=lambda r: (r.started_at, r.model_dump_json())))
     if only:
         shown = overview([row.record for row in _only(shown, only)])
-    timed = [row for row in shown.rows if row.record.wall_ms is not None]
-    grouped = alike(timed, "unet", "weights_sha256", "backend", "sampler", "steps")
+    grouped = alike(shown.timed, "unet", "weights_sha256", "backend", "sampler", "steps")
     return Answer(budget, shown, tuple(_plan(of_plan, budget) for of_plan in grouped))
 
 

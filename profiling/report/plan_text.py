@@ -14,7 +14,7 @@ from ..terminal.layout import MISSING, laid_out, number
 from ..terminal.visible import say, say_wrapped, width_of
 from .notes import warnings
 
-_WORDS = ("size", "sampler", "backend", "FID", "front", "known by", "fits")
+_WORDS = ("size", "sampler", "backend", "FID", "front", "known by", "fits", "flags")
 
 
 def print_answer(answer: Answer, console: Console) -> None:
@@ -51,6 +51,10 @@ def budget_in_words(budget: Budget) -> str:
 def answer_json(answer: Answer) -> dict[str, Any]:
     """The answer as JSON has it; times in milliseconds, energies in joules, both of what the budget counts."""
     budget = answer.budget
+
+    def offered(offer: Offer, plan: Plan) -> dict[str, Any]:
+        return _offer_json(offer) | {"front": offer in plan.front, "interval_fits": offer.interval_fits(budget)}
+
     return {
         "budget": {"wall_ms": budget.wall_ms, "joules": budget.joules, "per": budget.per},
         "plans": [
@@ -59,10 +63,7 @@ def answer_json(answer: Answer) -> dict[str, Any]:
                 "conditions": plan.case.model_dump(
                     exclude={"unet", "weights_sha256", "backend", "sampler", "steps"}
                 ),
-                "offers": [
-                    _offer_json(offer) | {"front": offer in plan.front, "interval_fits": offer.interval_fits(budget)}
-                    for offer in plan.offers
-                ],
+                "offers": [offered(offer, plan) for offer in plan.offers],
                 "beyond": [_offer_json(offer) for offer in plan.beyond],
                 "least": [_offer_json(offer) for offer in plan.least],
                 "limits": {limit: list(told) for limit, told in plan.limits.items()},
@@ -88,6 +89,7 @@ def _offer_json(offer: Offer) -> dict[str, Any]:
         "joules": offer.joules,
         "fid": offer.fid,
         "basis": offer.basis,
+        "flags": offer.flags or None,
     }
 
 
@@ -120,6 +122,7 @@ def _columns(plan: Plan, budget: Budget) -> dict[str, Callable[[Offer], str]]:
         "front": lambda offer: "front" if offer in front else MISSING,
         "known by": lambda offer: offer.basis,
         "fits": lambda offer: "yes" if offer.interval_fits(budget) else "may exceed",
+        "flags": lambda offer: offer.flags or MISSING,
     }
 
 
