@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,9 +154,8 @@ def test_nothing_exceeds_the_budget_or_contradicts_a_measurement(records: list[R
                 assert len(counts) >= (2 if offer.basis == "interpolated" else 3)
                 inside = min(counts) < offer.case.steps < max(counts)
                 assert inside or offer.basis == "extrapolated"
-                if offer.fid is None:
-                    over = [r.case.steps for r in same if not fits(r, budget)]
-                    assert offer.case.steps < min(over, default=10**9)
+                over = [r.case.steps for r in same if not fits(r, budget)]
+                assert offer.case.steps < min(over, default=10**9)
         for offer in plan.beyond:
             assert offer.fid is not None
             assert not offer.fits(budget)
@@ -295,6 +296,23 @@ def test_a_count_measured_to_exceed_the_budget_bounds_the_line() -> None:
     assert max(offer.case.steps for offer in plan.offers) == 19
 
 
+def test_the_papers_steps_are_not_told_against_a_measurement() -> None:
+    def steps_of(budget: float, **measured: float) -> tuple[list[int], list[int]]:
+        times = {4: 4.0, 20: 20.0, 200: 200.0, 400: 400.0} | {int(n[1:]): ms for n, ms in measured.items()}
+        records = [record([ms] * 7, steps=n) for n, ms in times.items()]
+        curve = Curve.of(answer(records, Budget(1.0)).shown.rows, Budget(1.0))
+        by_line = curve.offer(50)
+        assert by_line is not None
+        assert by_line.fits(Budget(budget)) == (budget > 50)
+        plan = only_plan(records, Budget(budget))
+        return [offer.case.steps for offer in plan.offers], [offer.case.steps for offer in plan.beyond]
+
+    # The line affords 50 steps, and 40 were measured to take longer than that.
+    assert steps_of(52.8, t40=53.0) == ([39, 20], [])
+    # 51 were measured to fit, so 50 are not beyond the budget, whatever the line says.
+    assert steps_of(47.0, t40=40.0, t51=46.0) == ([51], [])
+
+
 @pytest.mark.parametrize(("sampler", "most"), [("lcm", 50), ("ddim", 999), ("euler", 1000)])
 def test_no_more_steps_than_the_sampler_takes(sampler: str, most: int) -> None:
     plan = only_plan(straight(1.0, 1.0, [2, 4, 8], sampler=sampler), Budget(1e6))
@@ -384,6 +402,23 @@ def test_an_interval_that_reaches_beyond_the_budget_is_said() -> None:
     assert offer.fits(Budget(10.0))
     assert not offer.interval_fits(Budget(10.0))
     assert offer.interval_fits(Budget(12.0))
+
+
+@pytest.mark.parametrize("asked", [30, 80])
+def test_a_line_is_numpys_and_its_interval_has_the_farthest_deviation(asked: int) -> None:
+    """Weighted by 1/time, as in the report; the samples alike, so that deviations alone make the interval."""
+    times = {4: 4.2, 20: 20.0, 40: 41.0}
+    steps, ms = np.array([*times]), np.array([*times.values()])
+    slope, fixed = np.polyfit(steps, ms, 1, w=1 / ms)
+    off = float(np.max(np.abs(fixed + slope * steps - ms) / ms))
+    curve = Curve.of(
+        answer([record([t] * 7, steps=n) for n, t in times.items()], Budget(1.0)).shown.rows, Budget(1.0)
+    )
+    offer = curve.offer(asked)
+    assert offer is not None
+    expected = fixed + slope * asked
+    assert offer.ms.value == pytest.approx(expected)
+    assert (offer.ms.low, offer.ms.high) == pytest.approx((expected * (1 - off), expected * (1 + off)))
 
 
 @pytest.mark.parametrize("asked", [12, 80])
@@ -481,6 +516,15 @@ def a_file(tmp_path: Path) -> Path:
     path = tmp_path / "records.jsonl"
     path.write_text("".join(r.model_dump_json() + "\n" for r in records))
     return path
+
+
+def test_the_page_shows_what_the_command_prints(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    page = (root / "docs" / "planning.md").read_text()
+    (block,) = re.findall(r"```console\n\$ ldmperf (.*?)```", page, re.DOTALL)
+    command, printed = block.split("\n", 1)
+    assert run(*shlex.split(command)).out.startswith(printed)
 
 
 def test_the_command_prints_the_table(run: Run, a_file: Path) -> None:

@@ -192,6 +192,14 @@ class Curve:
         # A sampler refuses all counts above one.
         return beyond.start - 1 + bisect_left(beyond, True, key=lambda steps: not is_taken(sampler, steps))
 
+    def contradicts(self, offer: Offer, budget: Budget) -> bool:
+        """Whether the line has it fit where fewer steps were measured to exceed, or exceed where more fit."""
+        if offer.basis == "measured":
+            return False
+        fits = offer.fits(budget)
+        measured = (found for steps in self.intervals if (found := self.offer(steps)))
+        return any(m.fits(budget) != fits and (m.case.steps < offer.case.steps) == fits for m in measured)
+
     def _interval_by_line(self, steps: int, value: float) -> Interval:
         """Around the line's value: its ends where every measured median lies at the worse end of its interval.
 

@@ -136,7 +136,8 @@ def _known(curve: Curve, budget: Budget) -> list[Offer]:
     counts = {*curve.intervals, curve.most_steps(budget)} - {0}
     if paper_fid(curve.case.model_copy(update={"steps": PAPER_STEPS})) is not None:
         counts.add(PAPER_STEPS)
-    return [offer for steps in sorted(counts) if (offer := curve.offer(steps)) is not None]
+    found = (offer for steps in sorted(counts) if (offer := curve.offer(steps)) is not None)
+    return [offer for offer in found if not curve.contradicts(offer, budget)]
 
 
 def _fastest(offers: Iterable[Offer]) -> dict[int, Offer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 
 import altair as alt
@@ -10,6 +11,7 @@ import vl_convert  # noqa: F401  altair loads it when it renders, which is too l
 
 from ..claims.offers import Budget
 from ..claims.planning import Answer, Plan
+from ..figures import text
 from ..terminal.visible import visible
 from .charts import Drawing, Panel, Point, finished
 from .page import write_charts
@@ -43,7 +45,12 @@ def pareto_drawing(answer: Answer) -> Drawing:
         )
         for plan, points in panels
     ]
-    return Drawing("pareto", title, summary, finished(charts, columns=2))
+    conditions = textwrap.wrap(
+        visible(text.joined(answer.shown.conditions.shared)), 70 if len(panels) == 1 else 110
+    )
+    heading = alt.TitleParams(f"Within {budget_in_words(answer.budget)}", subtitle=conditions, subtitlePadding=6)
+    chart = finished(charts, columns=2).properties(title=heading, description=summary)
+    return Drawing("pareto", title, summary, chart)
 
 
 def _points(plan: Plan) -> list[Point]:
