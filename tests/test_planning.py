@@ -607,3 +607,19 @@ def test_without_a_time_there_is_nothing_to_plan_with(run: Run, tmp_path: Path) 
     assert outcome.code == 0
     assert "Nothing to plan with: no case of these has a time." in outcome.out
     assert "1 of 1 cases without a time: 1 out of memory" in outcome.out
+
+
+def test_without_a_name_the_latest_run_is_planned_with(
+    run: Run, a_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run("plan", "--budget", "60ms")
+    assert outcome.code == 2
+    assert "there is no run in runs" in outcome.err
+    folder = tmp_path / "runs" / "20260101T000000Z-1a2b3c4"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+    a_file.rename(folder / "records.jsonl")
+    outcome = run("plan", "--budget", "60ms")
+    assert outcome.code == 0
+    assert "  39M" in outcome.out

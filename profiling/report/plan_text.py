@@ -14,7 +14,7 @@ from ..terminal.layout import MISSING, laid_out, number
 from ..terminal.visible import say, say_wrapped, width_of
 from .notes import warnings
 
-_WORDS = ("size", "sampler", "backend", "FID", "front", "known by", "fits", "flags")
+_WORDS = ("size", "sampler", "backend", "FID", "front", "basis", "fits", "flags")
 
 
 def print_answer(answer: Answer, console: Console) -> None:
@@ -120,7 +120,7 @@ def _columns(plan: Plan, budget: Budget) -> dict[str, Callable[[Offer], str]]:
         f"J per {budget.per}": lambda offer: number(offer.joules),
         "FID": lambda offer: "not known" if offer.fid is None else f"{offer.fid:.2f}",
         "front": lambda offer: "front" if offer in front else MISSING,
-        "known by": lambda offer: offer.basis,
+        "basis": lambda offer: offer.basis,
         "fits": lambda offer: "yes" if offer.interval_fits(budget) else "may exceed",
         "flags": lambda offer: offer.flags or MISSING,
     }
