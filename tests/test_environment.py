@@ -19,6 +19,7 @@ import torch
 from ldmperf.kernels import _launch
 from ldmperf.profiling.measure import environment, settings
 from ldmperf.profiling.measure.environment import DeviceState, Environment, Gpu, collect_environment, device_state
+from ldmperf.profiling.measure.nvml import sees_all_processes
 from ldmperf.profiling.measure.settings import measuring_settings
 from ldmperf.profiling.options import CaseError
 
@@ -266,6 +267,7 @@ def test_the_gpus_state_is_nvmls(monkeypatch: pytest.MonkeyPatch) -> None:
         nvmlDeviceGetTemperature=lambda handle, kind: 41,
         nvmlDeviceGetPowerUsage=lambda handle: 123_456,
         nvmlDeviceGetEnforcedPowerLimit=lambda handle: 700_000,
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [types.SimpleNamespace(pid=n) for n in (1, 2, 3)],
         nvmlSystemGetDriverVersion=lambda: "570.1",
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -276,6 +278,9 @@ def test_the_gpus_state_is_nvmls(monkeypatch: pytest.MonkeyPatch) -> None:
         throttle_reasons=("SwPowerCap",),
         temperature_c=41,
         power_w=123.456,
+        power_limit_w=700.0,
+        # In a container one of the three is this process; on the machine itself none is.
+        foreign_processes=3 if sees_all_processes() else 2,
     )
     # By UUID: torch's index 1 need not be NVML's.
     assert asked == ["GPU-1234"]

@@ -87,6 +87,11 @@ class Overview:
     def rows(self) -> list[Row]:
         return [row for section in self.sections for row in section.rows]
 
+    @property
+    def timed(self) -> list[Row]:
+        """The rows that have a time."""
+        return [row for row in self.rows if row.record.wall_ms is not None]
+
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
     """The quotient; null when a side is missing, the denominator is zero, or it leaves the range of a float."""

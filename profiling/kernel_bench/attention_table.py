@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import geometric_mean
 
+from ..measure.conditions import marks
 from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
 from ..terminal.visible import counted
 from .kernel_records import MODES, KernelRecord, Mode
@@ -30,6 +31,8 @@ class AttentionRow:
     errors: dict[str, float]
     percent_of_bound: float | None = None
     unit: str | None = None
+    # By peer, of those that have any.
+    marks: dict[str, str] = field(default_factory=dict)
 
     @property
     def of_itself(self) -> bool:
@@ -70,10 +73,11 @@ def attention_title(rows: Sequence[AttentionRow]) -> str:
 
 
 def attention_grid(rows: Sequence[AttentionRow]) -> Grid:
-    """Ours beside the best peer, a line for each row."""
+    """Ours beside the best peer, a line for each row; with flags where a time of the table has some."""
     sizes = ("D", "queries", "keys", "batch")
-    headings = (*sizes, "triton us", "% of bound", "limit", "auto us", "best peer", "its us", "ratio")
-    return Grid(headings, tuple(_cells(row) for row in rows), ("limit", "best peer"))
+    headings = (*sizes, "triton us", "% of bound", "limit", "auto us", "best peer", "its us", "ratio", "flags")
+    grid = Grid(headings, tuple(_cells(row) for row in rows), ("limit", "best peer", "flags"))
+    return grid if any(row[-1] != MISSING for row in grid.rows) else grid.without_last()
 
 
 def attention_lines(rows: Sequence[AttentionRow], width: int | None = None) -> list[str]:
@@ -96,6 +100,8 @@ def _cells(row: AttentionRow) -> tuple[str, ...]:
         best or MISSING,
         number(None if best is None else row.us[best]),
         formatted(row.ratio(), ".2f"),
+        "; ".join(f"{name} {row.marks[name]}" for name in ("triton", "auto", best) if name in row.marks)
+        or MISSING,
     )
 
 
@@ -158,6 +164,7 @@ def _row(group: Sequence[KernelRecord]) -> AttentionRow:
         },
         percent_of_bound=None if ours is None else ours.percent_of_bound,
         unit=None if ours is None or ours.bound is None else ours.bound.unit,
+        marks={record.peer: found for record in group if (found := marks(record))},
     )
 
 

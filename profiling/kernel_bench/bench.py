@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ..measure.environment import Environment, device_state
+from ..measure.device_watch import DeviceWatch
+from ..measure.environment import Environment, state_now
+from ..measure.nvml import Sensor
 from ..measure.outcomes import release_memory
 from ..measure.recorded import Samples, utc_now
 from ..measure.settings import measuring_settings
@@ -61,8 +63,9 @@ class KernelBench:
         """The records of all peers in all modes; only an interrupt is raised."""
         call, peers = job.call, [BuiltPeer(peer, self.device) for peer in self._peers_of(job)]
         self._operators.add(call.operator)
-        lanes = [PeerLane(built, mode) for mode in self.modes for built in peers]
-        started_at, before = utc_now(), device_state(self.device_name)
+        sensor = Sensor.of(self.device_name)
+        lanes = [PeerLane(built, mode, during=DeviceWatch(sensor)) for mode in self.modes for built in peers]
+        started_at, before = utc_now(), state_now(sensor)
         count, is_cold = input_sets(call.bytes_moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
@@ -88,7 +91,7 @@ class KernelBench:
             "copy_bandwidth": self.copy,
             "unit_rates": self.rates if call.attention is not None else None,
             "device_before": before,
-            "device_after": device_state(self.device_name),
+            "device_after": state_now(sensor),
             "environment": self.environment,
             "interleaved": tuple(peer.name for peer in self.peers),
             "started_at": started_at,
@@ -135,6 +138,7 @@ def _record(lane: PeerLane, shared: Mapping[str, Any], timing: Mapping[str, Any]
         correctness=lane.correctness(tolerance_of(call)),
         first_call_ms=built.first_call_ms,
         polynomial=built.polynomial,
+        device_during=lane.during.state,
         **shared,
         **(timing if lane.active else {}),
     )

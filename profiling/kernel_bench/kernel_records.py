@@ -77,7 +77,7 @@ class KernelRecord(RecordModel):
     `l2` "cold": inputs and results together are at least twice the L2 cache, and are used in turn. `size` is the
     family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
-    `seed`: of the random inputs. `case`: the call.
+    `seed`: of the random inputs. `case`: the call. `device_during`: the throttle reasons seen right after samples.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -104,6 +104,7 @@ class KernelRecord(RecordModel):
     unit_rates: UnitRates | None = None
     polynomial: int | None = None
     device_before: DeviceState = DeviceState()
+    device_during: DeviceState = DeviceState()
     device_after: DeviceState = DeviceState()
     environment: Environment
     interleaved: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..measure.device_watch import DeviceWatch
 from ..measure.outcomes import Outcome, Unsupported
 from ..measure.recorded import Correctness
 from ..measure.timing import Timed, Times, timed
@@ -101,6 +102,7 @@ class PeerLane(Outcome):
     error_after: float | None = None
     # Whether it ran since memory was last given back to the device; what takes memory again is no sample.
     is_warm: bool = False
+    during: DeviceWatch = field(default_factory=DeviceWatch)
 
     def release(self) -> None:
         self.workload = None
@@ -140,7 +142,9 @@ class PeerLane(Outcome):
             if not self.is_warm:
                 self.workload.run(self.runs)
                 self.is_warm = True
-            return timed_run(self.workload, self.runs, self.built.device)
+            sample = timed_run(self.workload, self.runs, self.built.device)
+        self.during.read_throttling()
+        return sample
 
     def finish(self, times: Times, check: Check) -> None:
         """Takes the times of a call, and checks the first set's result again, by the workload that was timed."""

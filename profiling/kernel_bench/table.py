@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ldmperf.model import FAMILY
 
-from ..measure.conditions import busy_notes, commit
+from ..measure.conditions import busy_notes, commit, flag_notes, marks
 from ..options import device_kind
 from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
 from ..terminal.visible import counted, for_markdown, say, say_wrapped, width_of
@@ -18,9 +18,9 @@ from .ratios import ratios
 
 HEADINGS = (
     *("peer", "calls", "p20 ms", "p50 ms", "p80 ms", "GB/s", "% of copy"),
-    *("TFLOP/s", "% of bound", "error", "L2"),
+    *("TFLOP/s", "% of bound", "error", "L2", "flags"),
 )
-_WORDS = ("peer", "calls", "L2")
+_WORDS = ("peer", "calls", "L2", "flags")
 NOTHING = "No kernel was measured."
 
 
@@ -44,10 +44,11 @@ def conditions(records: Sequence[KernelRecord]) -> str:
 
 
 def notes(records: Sequence[KernelRecord]) -> list[str]:
-    """What to know before the numbers: a busy machine."""
+    """What to know before the numbers: a busy machine, a throttled or shared GPU."""
     # The device's state is read around a call with all its peers.
     calls = {(record.case.key, record.device): record for record in records}
-    return [f"Note: {note}" for note in busy_notes(list(calls.values()), "call")]
+    timed = [record for record in records if record.ms is not None]
+    return [f"Note: {note}" for note in (*busy_notes(list(calls.values()), "call"), *flag_notes(timed, "time"))]
 
 
 def print_records(records: Sequence[KernelRecord], console: Console) -> None:
@@ -132,9 +133,13 @@ def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelReco
 
 
 def _headings(records: Sequence[KernelRecord]) -> list[str]:
-    """HEADINGS; without "calls" where all records have one mode."""
-    is_one = len({record.mode for record in records}) == 1
-    return [heading for heading in HEADINGS if not (is_one and heading == "calls")]
+    """HEADINGS; without "calls" where all records have one mode, and "flags" where no time has one."""
+    needless = set()
+    if len({record.mode for record in records}) == 1:
+        needless.add("calls")
+    if not any(marks(record) for record in records if record.ms is not None):
+        needless.add("flags")
+    return [heading for heading in HEADINGS if heading not in needless]
 
 
 def _cells(record: KernelRecord, headings: Sequence[str]) -> list[str]:
@@ -152,4 +157,5 @@ def _cells(record: KernelRecord, headings: Sequence[str]) -> list[str]:
         formatted(record.percent_of_bound, ".1f"),
         formatted(worst, ".1e"),
         record.l2 or MISSING,
+        *([marks(record) or MISSING] if "flags" in headings else []),
     ]

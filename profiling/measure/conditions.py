@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 from ..terminal.visible import counted
 from .environment import DeviceState, Environment
+from .nvml import UNTHROTTLED
 
 # Our own threads make a load of 1 for each core; a quarter above is somebody else's.
 CROWDED_LOAD = 1.25
@@ -30,9 +32,43 @@ class Measured(Protocol):
     @property
     def device_before(self) -> DeviceState: ...
     @property
+    def device_during(self) -> DeviceState: ...
+    @property
     def device_after(self) -> DeviceState: ...
     @property
     def environment(self) -> Environment: ...
+
+
+def flags(record: Measured) -> tuple[str, ...]:
+    """What makes a GPU's time not the time of a free GPU: "throttled: SwPowerCap", "shared GPU: 1 other process".
+
+    Empty where nothing is known against it. The throttle reasons are those seen while it was measured; of records
+    that have none, those after it.
+    """
+    during, after = record.device_during, record.device_after
+    seen = after.throttle_reasons if during.throttle_reasons is None else during.throttle_reasons
+    reasons = [reason for reason in seen or () if reason not in UNTHROTTLED]
+    counts = [state.foreign_processes for state in (record.device_before, during, after)]
+    others = max((count for count in counts if count is not None), default=0)
+    return (
+        *([f"throttled: {', '.join(reasons)}"] if reasons else []),
+        *([f"shared GPU: {counted(others, 'other process', 'other processes')}"] if others else []),
+    )
+
+
+def marks(*records: Measured) -> str:
+    """The flags of any of them without details, for a cell: "throttled, shared GPU"; empty without flags."""
+    return ", ".join(dict.fromkeys(flag.partition(":")[0] for record in records for flag in flags(record)))
+
+
+def flag_notes(records: Sequence[Measured], noun: str) -> list[str]:
+    """A note for each flag that some of the records have: what the marks in a table stand for."""
+    found = Counter(flag for record in records for flag in flags(record))
+    of = counted(len(records), noun)
+    return [
+        f"{times} of {of} marked {flag}, while measured: such a time is not that of the free GPU."
+        for flag, times in sorted(found.items())
+    ]
 
 
 def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:

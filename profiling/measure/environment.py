@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import AwareDatetime
 
 from ..options import CaseError
+from .nvml import Sensor
 from .recorded import RecordModel
 from .settings import measuring_settings, ptxas_version
 
@@ -104,9 +105,10 @@ def _compared(environment: Environment) -> dict[str, Any]:
 
 
 class DeviceState(RecordModel):
-    """What changes during a run, read just before and just after a case. Units are in the names.
+    """What changes during a run, read before, during and after a case. Units are in the names.
 
-    `foreign_processes`: other processes that compute on the GPU.
+    `power_limit_w`: the one in force, the least of all that limit it. `foreign_processes`: other processes that
+    compute on the GPU, in a container at least so many; null where none is seen and some may be hidden.
     """
 
     load_average_1min: float | None = None
@@ -163,16 +165,32 @@ def collect_environment(device: str = "cpu") -> Environment:
 
 
 def device_state(device: str = "cpu") -> DeviceState:
-    """The load of the host and, on CUDA, clocks, throttling, temperature and power of `device` now."""
-    nvml, handle = _nvml(device)
+    """The load of the host and, on CUDA, clocks, throttling, temperature, power and processes of `device` now."""
+    return state_now(Sensor.of(device))
+
+
+def state_now(sensor: Sensor) -> DeviceState:
+    """The same of a device whose sensor is there already."""
+    nvml, handle = sensor.nvml, sensor.handle
     return DeviceState(
         load_average_1min=_or_none(lambda: round(os.getloadavg()[0], 2)),
         sm_clock_mhz=_or_none(lambda: int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))),
         memory_clock_mhz=_or_none(lambda: int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM))),
-        throttle_reasons=_or_none(lambda: _throttle_reasons(nvml, handle)),
+        throttle_reasons=throttle_reasons(sensor),
         temperature_c=_or_none(lambda: int(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))),
         power_w=_or_none(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+        power_limit_w=_or_none(lambda: _power_limit_w(sensor)),
+        foreign_processes=_or_none(sensor.foreign_processes),
     )
+
+
+def throttle_reasons(sensor: Sensor) -> tuple[str, ...] | None:
+    """`Sensor.throttle_reasons`, None where NVML does not tell."""
+    return _or_none(sensor.throttle_reasons)
+
+
+def _power_limit_w(sensor: Sensor) -> float:
+    return float(sensor.nvml.nvmlDeviceGetEnforcedPowerLimit(sensor.handle) / 1e3)
 
 
 def _or_none(query: Callable[[], T]) -> T | None:
@@ -272,30 +290,15 @@ def _gpu(device: str) -> Gpu | None:
     properties = _or_none(lambda: torch.cuda.get_device_properties(device))
     if properties is None:
         return None
-    nvml, handle = _nvml(device)
+    sensor = Sensor.of(device)
     return Gpu(
         name=properties.name,
         count=torch.cuda.device_count(),
         memory_bytes=properties.total_memory,
         compute_capability=f"{properties.major}.{properties.minor}",
-        driver=_or_none(lambda: str(nvml.nvmlSystemGetDriverVersion())),
-        power_limit_w=_or_none(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3),
+        driver=_or_none(lambda: str(sensor.nvml.nvmlSystemGetDriverVersion())),
+        power_limit_w=_or_none(lambda: _power_limit_w(sensor)),
     )
-
-
-def _nvml(device: str) -> tuple[Any, Any]:
-    """NVML and its handle of a torch device, or None; by UUID, as torch's index counts visible devices only."""
-    import torch
-
-    def started() -> Any:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return pynvml
-
-    nvml: Any = _or_none(started) if device.startswith("cuda") else None
-    uuid = _or_none(lambda: torch.cuda.get_device_properties(device).uuid)
-    return nvml, _or_none(lambda: nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
 
 
 def max_sm_clock_mhz(device: str) -> int | None:
@@ -303,13 +306,6 @@ def max_sm_clock_mhz(device: str) -> int | None:
 
     CUDA 13 has taken it out of the device's properties.
     """
-    nvml, handle = _nvml(device)
-    return _or_none(lambda: int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)))
-
-
-def _throttle_reasons(nvml: Any, handle: Any) -> tuple[str, ...]:
-    """Names of the reasons that hold now ("SwPowerCap", ...); an idle GPU's own reason is among them."""
-    active = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-    prefix = "nvmlClocksThrottleReason"
-    bits = {name[len(prefix) :]: getattr(nvml, name) for name in dir(nvml) if name.startswith(prefix)}
-    return tuple(sorted(name for name, bit in bits.items() if name not in ("All", "None") and active & bit))
+    sensor = Sensor.of(device)
+    nvml = sensor.nvml
+    return _or_none(lambda: int(nvml.nvmlDeviceGetMaxClockInfo(sensor.handle, nvml.NVML_CLOCK_SM)))

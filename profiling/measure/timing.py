@@ -77,6 +77,20 @@ class Deadline:
     def passed(self) -> bool:
         return self.left == 0.0
 
+    @property
+    def seconds(self) -> float:
+        """From the start to its passing; infinite where it is no bound."""
+        return math.inf if self._seconds is None else self._seconds
+
+    def now(self) -> float:
+        """The time of its clock, in seconds."""
+        return self._clock()
+
+    def put_off(self, seconds: float) -> None:
+        """Lets it pass so much later."""
+        if self._seconds is not None:
+            self._seconds += seconds
+
     def after(self, share: float) -> Deadline:
         """The deadline that passes when this share (0 to 1) of the seconds, from the same start, is over."""
         earlier = Deadline(self._seconds, self._clock)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..figures import text
 from ..figures.derived import PEER, Overview, Row, ratio, step_ms
+from ..measure.conditions import marks
 from ..terminal.layout import MISSING, formatted, number
 from ..terminal.visible import visible
 from ..trajectory.records import Record
@@ -64,6 +65,14 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
         columns.append(Column(("GFLOP", "ratio"), lambda row: text.short_ratio(row.gflop_ratio)))
     if any(row.case.backend == PEER for row in shown.rows):
         columns.append(Column(("times", "faster"), lambda row: text.times(row.times_faster)))
+    if any(row.record.mean_power_w is not None for row in shown.rows):
+        columns += [
+            Column(("J per", "image"), lambda row: number(row.record.joules_per_image)),
+            Column(("J per", "step"), lambda row: number(row.record.joules_per_step)),
+            Column(("mean", "W"), lambda row: formatted(row.record.mean_power_w, ".0f")),
+        ]
+    if any(marks(row.record) for row in shown.timed):
+        columns.append(Column(("", "flags"), lambda row: marks(row.record) or MISSING, is_number=False))
     return tuple(columns)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..figures import text
 from ..figures.derived import Overview, Row, ratio
-from ..measure.conditions import commit
+from ..measure.conditions import commit, flags, marks
 from ..measure.environment import DeviceState, Environment
+from ..measure.nvml import ON_A_CPU
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from ..trajectory.records import Record
+from ..trajectory.records import Energy, Record
 
 GIB = 2**30
 
@@ -42,9 +43,19 @@ def cases_grid(shown: Overview) -> Grid:
         "load before, after": lambda row: _states(row.record, lambda s: formatted(s.load_average_1min, ".2f")),
         "SM MHz before, after": lambda row: _states(row.record, lambda s: formatted(s.sm_clock_mhz, "d")),
         "throttle reasons after": lambda row: ", ".join(row.record.device_after.throttle_reasons or ()) or MISSING,
+        "J per image": lambda row: number(row.record.joules_per_image),
+        "energy window s": lambda row: number(energy.window_s if (energy := _counted(row.record)) else None),
+        "energy error": lambda row: formatted(
+            energy.relative_error if (energy := _counted(row.record)) else None, ".1%"
+        ),
+        "no energy because": lambda row: _no_energy(row.record),
+        "flags": lambda row: "; ".join(flags(row.record)) or MISSING,
     }
     rows = [tuple(cell(row) for cell in columns.values()) for row in shown.rows]
-    words = ("case", "conditions", "status", "reference", "settings", "cut short by", "throttle reasons after")
+    words = (
+        *("case", "conditions", "status", "reference", "settings", "cut short by", "throttle reasons after"),
+        *("no energy because", "flags"),
+    )
     # On a CPU nothing fills the GPU's columns.
     return Grid(tuple(columns), tuple(rows), words).without_empty()
 
@@ -61,10 +72,13 @@ def lines_grid(shown: Overview) -> Grid:
             number(line.intercept),
             text.short_ratio(ratio(line.intercept, line.slope) if line.slope > 0 else None),
             f"{len(series.rows)} points only" if line.r2 is None else _r2(line.r2),
+            marks(*(row.record for row in series.rows)) or MISSING,
         )
         rows.append(cells)
-    headings = ("case", "evaluations", "slope, ms per step", "fixed part, ms", "fixed part, steps", "R²")
-    return Grid(headings, tuple(rows), ("case",))
+    headings = ("case", "evaluations", "slope, ms per step", "fixed part, ms", "fixed part, steps", "R²", "flags")
+    grid = Grid(headings, tuple(rows), ("case", "flags"))
+    # The other columns stay, whatever is in them.
+    return grid if any(row[-1] != MISSING for row in rows) else grid.without_last()
 
 
 def environment_lines(environment: Environment) -> list[tuple[str, str]]:
@@ -90,14 +104,18 @@ def environment_lines(environment: Environment) -> list[tuple[str, str]]:
 
 
 def device_lines(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """Ranges of what changes during a run, over all readings before and after a case."""
-    states = [state for record in records for state in (record.device_before, record.device_after)]
+    """Ranges of what changes during a run, over all readings before, during and after a case."""
+    states = [
+        state for record in records for state in (record.device_before, record.device_during, record.device_after)
+    ]
     ranges: list[tuple[str, Sequence[float | None], str]] = [
         ("load average (1 min)", [s.load_average_1min for s in states], "{:.2f}"),
         ("SM clock, MHz", [s.sm_clock_mhz for s in states], "{:.0f}"),
         ("memory clock, MHz", [s.memory_clock_mhz for s in states], "{:.0f}"),
         ("temperature, °C", [s.temperature_c for s in states], "{:.0f}"),
         ("power, W", [s.power_w for s in states], "{:.0f}"),
+        ("power limit in force, W", [s.power_limit_w for s in states], "{:.0f}"),
+        ("other processes on the GPU", [s.foreign_processes for s in states], "{:.0f}"),
     ]
     lines = [(name, _range(values, form)) for name, values, form in ranges if any(v is not None for v in values)]
     reasons = sorted({reason for state in states for reason in state.throttle_reasons or ()})
@@ -126,6 +144,18 @@ def largest_error(record: Record) -> str:
     check = record.correctness
     errors = [e for e in (check.error_before, check.error_after) if e is not None] if check else []
     return formatted(max(errors, default=None), ".1e")
+
+
+def _counted(record: Record) -> Energy | None:
+    """Its energy, where that could be told."""
+    return None if record.energy is None or record.energy.joules is None else record.energy
+
+
+def _no_energy(record: Record) -> str:
+    """Why a case on a GPU has none; on a CPU that is no news."""
+    if record.energy is None or record.energy.message in (None, ON_A_CPU):
+        return MISSING
+    return visible(record.energy.message or "")
 
 
 def _wall_beyond_gpu(record: Record) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..figures import text
 from ..figures.derived import PEER, Overview, Row, Section, names_by_size, ratio, rung_place, step_ms
+from ..measure.conditions import marks
 from ..step.groups import OTHER, Other, by_group
 from ..step.launches import GROUPS, LaunchGroup
 from ..terminal.layout import MISSING, Grid, formatted, number
@@ -17,6 +18,7 @@ from .details import GIB, largest_error
 MIN_RUNGS = 3
 LADDER_TITLE = "What each rung gains, at each size"
 GROUPS_TITLE = "Where a step's device time goes: ms (launches)"
+STARRED = "throttled, or beside another process on the GPU"
 COSTS_TITLE = "Measured cost of a step relative to {}, beside the paper's"
 
 
@@ -73,7 +75,9 @@ def ladder_grid(shown: Overview) -> Grid:
         "launches per step": lambda rung: _launches(rung.row),
         "host gap": lambda rung: formatted(rung.row.record.host_gap, ".1%"),
         "peak memory GiB": lambda rung: number(ratio(rung.row.record.peak_memory_bytes, GIB)),
+        "J per image": lambda rung: number(rung.row.record.joules_per_image),
         "relative RMS error": lambda rung: largest_error(rung.row.record),
+        "flags": lambda rung: _marks(rung.row),
         "no time because": lambda rung: (
             MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
         ),
@@ -82,7 +86,7 @@ def ladder_grid(shown: Overview) -> Grid:
     for ladder in ladders(shown):
         size = visible(text.joined((ladder.name, shown.conditions.heading(ladder.section))))
         rows += [(size, *(cell(rung) for cell in columns.values())) for rung in ladder.rungs]
-    return Grid(("size", *columns), tuple(rows), ("size", "rung", "no time because")).without_empty()
+    return Grid(("size", *columns), tuple(rows), ("size", "rung", "flags", "no time because")).without_empty()
 
 
 def groups_grid(shown: Overview) -> Grid:
@@ -93,8 +97,8 @@ def groups_grid(shown: Overview) -> Grid:
         for rung in ladder.rungs:
             trace = rung.row.record.trace
             if trace is not None and trace.step:
-                found.append((size, visible(rung.row.case.backend), by_group(trace.step)))
-    groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of in found)]
+                found.append((size, visible(rung.row.case.backend), by_group(trace.step), _marks(rung.row)))
+    groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of, _ in found)]
 
     def cell(of: Mapping[LaunchGroup | Other, tuple[float, float]], group: LaunchGroup | Other) -> str:
         if group not in of:
@@ -102,14 +106,15 @@ def groups_grid(shown: Overview) -> Grid:
         launches, ms = of[group]
         return f"{number(ms)} ({launches:.0f})"
 
-    rows = tuple((size, rung, *(cell(of, group) for group in groups)) for size, rung, of in found)
-    return Grid(("size", "rung", *groups), rows, ("size", "rung"))
+    rows = tuple((size, rung, *(cell(of, group) for group in groups), marked) for size, rung, of, marked in found)
+    return Grid(("size", "rung", *groups, "flags"), rows, ("size", "rung", "flags")).without_empty()
 
 
 def costs_title(shown: Overview) -> str:
-    """Names what costs are relative to."""
+    """Names what costs are relative to, and what a star means where there is one."""
     references = {row.reference for row in shown.rows if row.reference}
-    return COSTS_TITLE.format(references.pop() if len(references) == 1 else "the largest size of each rung")
+    title = COSTS_TITLE.format(references.pop() if len(references) == 1 else "the largest size of each rung")
+    return title + (f" (* {STARRED})" if any(marks(row.record) for row in shown.timed) else "")
 
 
 def costs_grid(shown: Overview) -> Grid:
@@ -122,18 +127,28 @@ def costs_grid(shown: Overview) -> Grid:
         heading = shown.conditions.heading(section)
         for size in names_by_size(section.rows):
             cells = {row.case.backend: row for row in section.rows if row.name == size}
-            costs = [cells[name].cost if name in cells else None for name in names]
             on_paper = next((row.paper_cost for row in cells.values() if row.paper_cost is not None), None)
             rows.append(
                 (
                     visible(text.joined((size, heading))),
                     text.short_ratio(on_paper),
-                    *(text.short_ratio(None if cost is None else cost.p50) for cost in costs),
+                    *(_cost(cells.get(name)) for name in names),
                 )
             )
     grid = Grid(("size", "the paper's", *map(visible, names)), tuple(rows), ("size",))
     # One size is 1 by definition.
     return grid if len({row[0] for row in rows}) > 1 else Grid(grid.headings, ())
+
+
+def _cost(row: Row | None) -> str:
+    """Starred where its time is flagged."""
+    if row is None or row.cost is None:
+        return MISSING
+    return text.short_ratio(row.cost.p50) + ("*" if marks(row.record) else "")
+
+
+def _marks(row: Row) -> str:
+    return (marks(row.record) if row.record.wall_ms is not None else "") or MISSING
 
 
 def _launches(row: Row) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..figures import text
 from ..figures.derived import PEER, Overview
 from ..figures.phrases import environment_notes
-from ..measure.conditions import busy_notes, commit
+from ..measure.conditions import busy_notes, commit, flag_notes
 from ..measure.intervals import FEWEST
 from ..terminal.visible import counted, visible
 from ..trajectory.records import Record
@@ -34,6 +34,11 @@ def notes(shown: Overview) -> tuple[str, ...]:
         notes.append("GFLOP ratio: GFLOP relative to that size, for networks that the paper does not have")
     if any(row.case.backend == PEER for row in rows):
         notes.append(f"times faster: the time of {PEER} over that of the row's backend, same case and environment")
+    if any(row.record.mean_power_w is not None for row in rows):
+        notes.append(
+            "J, mean W: the whole GPU's energy by NVML's counter, in a window of whole trajectories after timing; "
+            "what it takes when idle is not subtracted"
+        )
     without = [row.record.status for row in rows if row.record.status != "ok"]
     if without:
         cases = counted(len(rows), "case")
@@ -57,7 +62,8 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             f"{cases} ({visible(names)}); ratios of these are no better than that."
         )
     found += busy_notes([row.record for row in shown.rows], "case")
-    timed = [row for row in shown.rows if row.record.wall_ms is not None]
+    timed = shown.timed
+    found += flag_notes([row.record for row in timed], "case")
     cut = [row for row in timed if row.record.harness.stopped_by is not None]
     few = [row for row in timed if row.record.wall_ms and row.record.wall_ms.n < FEWEST]
     if few:

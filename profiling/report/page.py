@@ -102,6 +102,7 @@ def _content(shown: Overview, rejected_lines: int, judged: Sequence[ClaimVerdict
             for index, environment in enumerate(shown.environments)
         ],
         "harness": details.harness_lines([row.record for row in rows]),
+        "has_energy": any(row.record.mean_power_w is not None for row in rows),
         "rejected_lines": rejected_lines,
         "peer": PEER if any(row.case.backend == PEER for row in rows) else "",
     }

@@ -30,6 +30,10 @@ class Grid:
         rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
         return Grid(tuple(self.headings[i] for i in kept), rows, self.words)
 
+    def without_last(self) -> Grid:
+        """Without the last column."""
+        return Grid(self.headings[:-1], tuple(row[:-1] for row in self.rows), self.words)
+
     def markdown(self) -> list[str]:
         """The lines of a GitHub table."""
         rules = [":---" if heading in self.words else "---:" for heading in self.headings]

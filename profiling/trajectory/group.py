@@ -20,6 +20,7 @@ from ..step.flops import count_gflop, count_parameters
 from .backend import Backend, Problem
 from .case import Case
 from .check import Reference, References, tolerances
+from .energy_windows import EnergyTime, energy_windows
 from .lane import GroupFacts, Lane
 from .network import Networks, make_problem
 from .records import Record
@@ -36,6 +37,8 @@ class Group:
 
     on_record: called with the record of each lane as soon as that lane is done, failed or not. What `deadline`
     left no time to begin, or to take a single sample of, has no record.
+    on_energy: called after the timing of all lanes with each record that energy was still to be measured of, now
+    complete, within `energy_time`.
     """
 
     cases: Sequence[Case]
@@ -44,6 +47,8 @@ class Group:
     references: References
     on_record: Callable[[Record], None]
     deadline: Deadline
+    on_energy: Callable[[Record], None]
+    energy_time: EnergyTime
     lanes: list[Lane] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +71,8 @@ class Group:
         else:
             self._prepare(problem)
             self._time(problem)
+            for record in energy_windows(self.lanes, problem, self.energy_time):
+                self.on_energy(record)
         self._record_failed()
 
     def _problem(self, networks: Networks) -> Problem:

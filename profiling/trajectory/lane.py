@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ldmperf.model import CheckpointError
 
-from ..measure.environment import DeviceState, Environment, device_state
+from ..measure.device_watch import DeviceWatch
+from ..measure.environment import DeviceState, Environment, state_now
 from ..measure.error import relative_rms
+from ..measure.nvml import NO_SENSOR, Sensor
 from ..measure.outcomes import Outcome
 from ..measure.recorded import Correctness, Samples, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
@@ -24,7 +26,7 @@ from ..terminal.visible import visible
 from .backend import Backend, Configured, Inputs, Phased, Problem, Trajectory
 from .case import Case
 from .check import TOLERANCES, Reference, check_inputs, make_inputs
-from .records import Floor, Harness, Phases, Record
+from .records import Energy, Floor, Harness, Phases, Record
 
 
 @dataclass
@@ -32,7 +34,7 @@ class GroupFacts:
     """What the lanes of a group have in common: how they are measured, and what all their records say.
 
     backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
-    "warm-up", "timing" or "check". What the network tells is None until the network is made.
+    "warm-up", "timing" or "check". sensor: the device's. What the network tells is None until it is made.
     """
 
     run_id: str
@@ -41,6 +43,7 @@ class GroupFacts:
     backends: tuple[str, ...]
     ran: Callable[[Case, str], None]
     before: DeviceState
+    sensor: Sensor = NO_SENSOR
     started_at: datetime = field(default_factory=utc_now)
     weights_ms: float | None = None
     parameters: int | None = None
@@ -73,9 +76,13 @@ class Lane(Outcome):
     # The next trajectory would pay for memory that was given back.
     is_unsettled: bool = False
     is_recorded: bool = False
+    # As `record` made it.
+    made: Record | None = None
+    during: DeviceWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self.tolerance = TOLERANCES[self.case.dtype]
+        self.during = DeviceWatch(self.shared.sensor)
 
     @property
     def name(self) -> str:
@@ -118,6 +125,7 @@ class Lane(Outcome):
             self._settle(problem)
             self.is_unsettled = False
         result = self.run_measured(check_inputs(problem) if is_last else make_inputs(problem, 1 + number))
+        self.during.read_throttling()
         if is_last:
             self.last_latents = result.value.double().cpu()
         self.shared.ran(self.case, "check" if is_last else "timing")
@@ -169,7 +177,8 @@ class Lane(Outcome):
         self.is_recorded = True
         shared, reference, times = self.shared, self.reference, self.times
         beside = {name for order in times.order for name in order}
-        return Record(
+        no_counter = shared.sensor.missing if self.active else None
+        self.made = Record(
             run_id=shared.run_id,
             case_key=self.case.key,
             case=self.case.as_recorded(),
@@ -195,9 +204,11 @@ class Lane(Outcome):
             evaluations=shared.evaluations,
             peak_memory_bytes=self.peak_memory_bytes,
             floor=shared.floor,
+            energy=None if no_counter is None else Energy(message=no_counter),
             settings=self.backend.settings if isinstance(self.backend, Configured) else (),
             device_before=shared.before,
-            device_after=device_state(self.case.device),
+            device_during=self.during.state,
+            device_after=state_now(shared.sensor),
             environment=shared.environment,
             harness=Harness(
                 min_count=shared.rule.min_count,
@@ -209,6 +220,7 @@ class Lane(Outcome):
             ),
             started_at=shared.started_at,
         )
+        return self.made
 
     @contextmanager
     def _graph_memory_counted(self) -> Iterator[None]:

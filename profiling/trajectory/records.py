@@ -114,13 +114,26 @@ class Energy(RecordModel):
     """The GPU's energy over a window of whole trajectories, untimed, after timing: by NVML's counter.
 
     `joules` is null where it cannot be told, and `message` says why. `window_s` is at least two seconds, as the
-    counter is updated every 20 to 100 ms. `trajectories`: how many ran in the window.
+    counter is updated every 20 to 100 ms. `trajectories`: how many ran in the window. `counted_s`: from the first
+    to the last update of the counter within it; the mean power between them counts for all of the window.
+    `relative_error`: the most by which the unknown moments of these two updates change the joules; the sensor's
+    own error comes on top. What an idle GPU takes is not subtracted.
     """
 
     joules: Annotated[float | None, Field(ge=0)] = None
     window_s: Annotated[float, Field(ge=0)] = 0.0
     trajectories: Annotated[int, Field(ge=0)] = 0
+    counted_s: Annotated[float, Field(ge=0)] = 0.0
+    relative_error: Annotated[float | None, Field(ge=0)] = None
     message: Annotated[str | None, Field(pattern=r"^[^\r\n]+$")] = None
+
+    @model_validator(mode="after")
+    def _joules_or_why_not(self) -> Self:
+        if (self.joules is None) == (self.message is None):
+            raise ValueError("energy has joules or a message, and not both")
+        if self.joules is not None and not (self.window_s and self.trajectories):
+            raise ValueError("joules are of a window and of trajectories")
+        return self
 
 
 class Record(RecordModel):
@@ -137,6 +150,8 @@ class Record(RecordModel):
     CPU, where torch does not count. `trace` is of a short trajectory, untimed, under torch's profiler; null on the
     CPU, where that failed, and where time ran out before it. `settings`: those that the backend states of itself.
     `decoder_ms`: decoding the batch's latents to images by an autoencoder of Stable Diffusion's shape, on request.
+    `energy`: null where a run ended before it. `device_during`: the last reading in the energy window; its
+    `throttle_reasons` are all that were seen there or right after a timed sample.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -159,6 +174,7 @@ class Record(RecordModel):
     decoder_ms: Samples | None = None
     settings: tuple[str, ...] = ()
     device_before: DeviceState = DeviceState()
+    device_during: DeviceState = DeviceState()
     device_after: DeviceState = DeviceState()
     environment: Environment
     harness: Harness
@@ -217,6 +233,31 @@ class Record(RecordModel):
         """Images a second at the median wall time; null when that is zero."""
         return 1e3 / self.ms_per_image if self.ms_per_image else None
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def joules_per_image(self) -> float | None:
+        """The GPU's energy for an image: that of the window over its trajectories and their batch."""
+        return None if (joules := self._joules_per_trajectory) is None else joules / self.case.batch
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def joules_per_step(self) -> float | None:
+        """The GPU's energy for a model evaluation of the whole batch, sampler included."""
+        joules = self._joules_per_trajectory
+        return None if joules is None or not self.evaluations else joules / self.evaluations
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def mean_power_w(self) -> float | None:
+        """The GPU's mean power in the window of its energy."""
+        energy = self.energy
+        return None if energy is None or energy.joules is None else energy.joules / energy.window_s
+
+    @property
+    def _joules_per_trajectory(self) -> float | None:
+        energy = self.energy
+        return None if energy is None or energy.joules is None else energy.joules / energy.trajectories
+
 
 def record_schema() -> dict[str, Any]:
     """The JSON Schema of a line of records.jsonl."""
@@ -226,8 +267,8 @@ def record_schema() -> dict[str, Any]:
 def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
-    A record is written before its case is traced and once more with the trace: such a pair is one record, the
-    later. Raises OSError when it cannot be read. `read_records` tells which lines those are, and why.
+    A record is written before its energy and its trace are measured, and once more with each: these are one
+    record, the last. Raises OSError when it cannot be read. `read_records` tells which lines those are, and why.
     """
     records, aside = read_records(path)
     return records, aside.count
@@ -240,12 +281,23 @@ def read_records(path: Path) -> tuple[list[Record], Aside]:
 
 
 def without_completed(records: Sequence[Record]) -> list[Record]:
-    """The records, but those that were written again with their trace."""
-    completed: dict[str, list[Record]] = {}
+    """The records, but those that were written again with their energy or their trace."""
+    most: dict[Record, int] = {}
     for record in records:
-        if record.trace is not None:
-            completed.setdefault(record.case_key, []).append(record.model_copy(update={"trace": None}))
-    return [r for r in records if r.trace is not None or r not in completed.get(r.case_key, ())]
+        if extent := _extent(record):
+            measured = _as_timed(record)
+            most[measured] = max(extent, most.get(measured, 0))
+    return [record for record in records if not most or _extent(record) >= most.get(_as_timed(record), 0)]
+
+
+def _extent(record: Record) -> int:
+    """How much was measured after timing."""
+    return (record.energy is not None) + (record.trace is not None)
+
+
+def _as_timed(record: Record) -> Record:
+    """The record as it was when its timing was done."""
+    return record.model_copy(update={"energy": None, "trace": None, "device_during": DeviceState()})
 
 
 class RecordStore(Store[Record]):
@@ -255,5 +307,5 @@ class RecordStore(Store[Record]):
         super().__init__(path, Record)
 
     def load(self) -> list[Record]:
-        """The records on disk; a case that was traced appears once."""
+        """The records on disk; a case that was completed appears once."""
         return load_records(self.path)[0]

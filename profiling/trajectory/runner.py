@@ -6,7 +6,8 @@ import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..measure.environment import collect_environment, device_state
+from ..measure.environment import collect_environment, state_now
+from ..measure.nvml import Sensor
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
 from ..measure.timing import Deadline, RepetitionRule
@@ -14,6 +15,7 @@ from .backend import Backend
 from .case import Case
 from .check import References, code_identity
 from .checkpoints import identified
+from .energy_windows import EnergyTime
 from .group import Group
 from .lane import GroupFacts
 from .network import Networks
@@ -30,10 +32,13 @@ class Listener:
         """These cases, of one group, are in flight now."""
 
     def ran(self, case: Case, phase: str) -> None:
-        """One more trajectory is done; `phase` is "first call", "warm-up", "timing", "check" or "trace"."""
+        """One more trajectory is done, or the case's "energy" or "trace".
+
+        Other values of `phase` are "first call", "warm-up", "timing" and "check".
+        """
 
     def recorded(self, record: Record) -> None:
-        """The case is measured and, given a store, its record on disk; others of its group may be in flight."""
+        """The case is timed and, given a store, its record on disk; others of its group may be in flight."""
 
     def end(self) -> None:
         """The group is done; of a case that there was no time for there is no record."""
@@ -79,11 +84,19 @@ def profile(
         records.append(record)
         listener.recorded(record)
 
+    def completed(record: Record, phase: str) -> None:
+        if store is not None:
+            store.append(record)
+        records[:] = [record if other.case_key == record.case_key else other for other in records]
+        listener.ran(record.case, phase)
+
     given = list(cases)
     wanted = identified(given)
     skipped = {case.key for case in identified(case for case in given if case.key in skip)} | set(skip)
     run_id = run_id or new_run_id()
     until = timing_deadline(wanted, deadline)
+    energy_time = EnergyTime(deadline, until)
+    energy_known = functools.partial(completed, phase="energy")
     for cases_in_flight in groups(case for case in wanted if case.key not in skipped):
         if until.passed:
             break
@@ -93,24 +106,26 @@ def profile(
             environment = environment_of(device)
             if device not in kept:
                 kept[device] = References(references, code_identity(environment))
+            sensor = Sensor.of(device)
             shared = GroupFacts(
                 run_id,
                 environment,
                 rule or RepetitionRule(),
                 tuple(case.backend for case in cases_in_flight),
                 listener.ran,
-                device_state(device),
+                state_now(sensor),
+                sensor,
             )
-            Group(cases_in_flight, backends, shared, kept[device], recorded, until).measure(networks)
+            group = Group(
+                cases_in_flight, backends, shared, kept[device], recorded, until, energy_known, energy_time
+            )
+            group.measure(networks)
         listener.end()
     located = {case.key: case for case in wanted}
     latest = {record.case_key: record for record in (records if store is None else store.load())}
     untraced = [latest[key] for key in located if key in latest and wants_trace(latest[key])]
     for record in short_traces(untraced, networks, backends, deadline, tracer or traced, located):
-        if store is not None:
-            store.append(record)
-        records = [record if other.case_key == record.case_key else other for other in records]
-        listener.ran(record.case, "trace")
+        completed(record, "trace")
     return records
 
 
