@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,6 @@ from ..figures.text import short_ratio, times
 from ..measure.intervals import FEWEST, Interval, medians_interval, ratio_interval
 from ..paper import paper_sizes
 from ..terminal.layout import MISSING, Grid, number
-from ..trajectory.records import Record
 from . import limits
 from .catalogue import Claim
 from .trajectory_cost import by_conditions
@@ -195,32 +195,25 @@ def energy_proportional(claim: Claim, shown: Overview) -> list[Verdict]:
     """Joules of a step over GFLOP of a forward, size by size: the line's R2, and the smallest over the largest."""
     found = []
     for group in by_conditions(shown.rows):
-        sizes = {row.name: row for row in group if joules_per_step(row.record) and row.record.gflop_per_forward}
+        sizes = {row.name: row for row in group if row.record.joules_per_step and row.record.gflop_per_forward}
         rows = [sizes[name] for name in names_by_size(sizes.values())]
         if len(rows) >= limits.FEWEST_ENERGIES:
             found.append(_energy_verdict(claim, rows, shown))
     return found
 
 
-def joules_per_step(record: Record) -> float | None:
-    """Joules of a model evaluation of the whole batch; null where the counter did not tell."""
-    energy = record.energy
-    if energy is None or energy.joules is None:
-        return None
-    return ratio(energy.joules, energy.trajectories * (record.evaluations or 0))
-
-
 def _energy_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
     base = rows[-1]
-    joules = {row.name: joules_per_step(row.record) or 0.0 for row in rows}
+    joules = {row.name: row.record.joules_per_step or 0.0 for row in rows}
     gflop = {row.name: row.record.gflop_per_forward or 0.0 for row in rows}
     line = fit_line((gflop[name], joules[name]) for name in joules)
     smallest = rows[0]
     here, flops = joules[smallest.name] / joules[base.name], gflop[smallest.name] / gflop[base.name]
-    # The counter tells each energy to within its delay at both ends of the window.
-    small, large = (1 + _counter_share(row) for row in (smallest, base))
-    factors = [float(off_by(h, flops, flops)) for h in (here / (small * large), here, here * small * large)]
-    low = 1.0 if here / (small * large) <= flops <= here * small * large else min(factors)
+    energies = [row.record.energy for row in (smallest, base)]
+    # The counter tells each energy to within the moments of its first and last update.
+    error = math.prod(1 + (0.0 if energy is None else energy.relative_error or 0.0) for energy in energies)
+    factors = [float(off_by(share, flops, flops)) for share in (here / error, here, here * error)]
+    low = 1.0 if here / error <= flops <= here * error else min(factors)
     judged = Judged("smallest size, factor off", Interval(low, factors[1], max(factors), 1.0), limits.COST_FACTOR)
     r2 = None if line is None else line.r2
     headings = ("size", "joules per step", f"over {base.name}", "GFLOP ratio", "here over FLOPs")
@@ -237,7 +230,7 @@ def _energy_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
     sentence = (
         f"a step of the {smallest.name} takes {short_ratio(here)} of the {base.name}'s joules where FLOPs say "
         f"{short_ratio(flops)}: off by {times(factors[1])} ({interval_text(judged.interval)} within the counter's "
-        f"delay, at most {limits.COST_FACTOR:.2f} holds); R² of joules over FLOPs is {_r2(r2)}"
+        f"error, at most {limits.COST_FACTOR:.2f} holds); R² of joules over FLOPs is {_r2(r2)}"
     )
     evidence = Evidence(claim, rows, shown.environments, Grid(headings, tuple(cells), ("size",)), list(joules))
     # Its interval does not come from samples.
@@ -245,12 +238,6 @@ def _energy_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
     # Where the line explains less than its source says, it does not matter what the smallest size does.
     is_predicted = r2 is None or r2 > limits.ENERGY_R2
     return verdict if is_predicted else replace(verdict, finding="does not hold")
-
-
-def _counter_share(row: Row) -> float:
-    """The part of an energy that the counter may have missed or added."""
-    window = row.record.energy.window_s if row.record.energy is not None else 0.0
-    return limits.COUNTER_DELAY_S / window if window > 0 else 1.0
 
 
 def _r2(value: float | None) -> str:

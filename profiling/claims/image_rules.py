@@ -10,15 +10,11 @@ from ..measure.intervals import medians_interval, ratio_interval
 from ..paper import paper_sizes
 from ..terminal.layout import MISSING, Grid, number
 from ..terminal.visible import counted
-from ..trajectory.records import Record
 from . import limits
 from .catalogue import Claim
 from .cost_rules import largest
 from .trajectory_cost import TrajectoryCost, by_conditions, costs_by_size
 from .verdict import Evidence, Judged, Verdict, interval_text
-
-# A generator of another kind, beside the family.
-_RIVAL: str = "rival"
 
 
 def ddim50_slow(claim: Claim, shown: Overview) -> list[Verdict]:
@@ -49,7 +45,7 @@ def _slow_verdict(
                 number(ms),
                 "measured" if measured is not None else "predicted",
                 number(ratio(1e3, ms)),
-                number(None if measured is None else _images_per_joule(measured.record)),
+                number(None if measured is None else ratio(1.0, measured.record.joules_per_image)),
                 f"{paper_sizes()[name].fid:.2f}" if name in paper_sizes() else MISSING,
             )
         )
@@ -82,18 +78,11 @@ def _at(cost: TrajectoryCost, steps: int) -> Row | None:
     return next((row for row in cost.rows if row.record.evaluations == steps), None)
 
 
-def _images_per_joule(record: Record | None) -> float | None:
-    if record is None or record.energy is None or record.energy.joules is None:
-        return None
-    return ratio(record.energy.trajectories * record.case.batch, record.energy.joules)
-
-
 def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
     """Rivals beside the size with the likest parameter count, for each sampler and backend of the family."""
     found = []
-    timed = [row for row in shown.rows if row.record.wall_ms is not None]
-    rivals = [row for row in timed if row.case.task == _RIVAL]
-    for group in by_conditions([row for row in timed if row.case.task == "t2i"], "steps"):
+    rivals = [row for row in shown.rivals if row.record.wall_ms is not None]
+    for group in by_conditions([row for row in shown.rows if row.case.task == "t2i"], "steps"):
         near = [rival for rival in rivals if _place(rival) == _place(group[0])]
         pairs = [
             (rival, row)

@@ -16,8 +16,6 @@ FEWEST_STEP_COUNTS: Final = 3
 # arXiv 2511.17031: FLOPs predict energy "with R² above 0.9". Two points are always on a line.
 ENERGY_R2: Final = 0.9
 FEWEST_ENERGIES: Final = 3
-# NVML's energy counter is updated every 20 to 100 ms: a window may have gained or lost so much of its end.
-COUNTER_DELAY_S: Final = 0.1
 # The paper has no number for slow. After a second a wait breaks a user's flow of thought (Nielsen, Usability
 # Engineering, 1993, chapter 5).
 SLOW_MS: Final = 1000.0

@@ -89,7 +89,6 @@ def _place(verdicts: Sequence[Verdict], everywhere: Sequence[Verdict], shared: M
         values = list(dict.fromkeys(v.conditions[name] for v in verdicts if name in v.conditions))
         if not values or values == [shared.get(name)]:
             continue
-        if len(values) > _MOST_NAMED:
-            values = [f"{values[0]} ... {values[-1]}"]
-        parts.append(", ".join(values))
+        # A processor's name has a comma of its own.
+        parts.append(" / ".join(values if len(values) <= _MOST_NAMED else (values[0], "...", values[-1])))
     return "; ".join(parts)

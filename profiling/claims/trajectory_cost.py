@@ -71,4 +71,4 @@ def costs_by_size(rows: Sequence[Row]) -> dict[str, TrajectoryCost]:
 
 def by_conditions(rows: Sequence[Row], *but: str) -> list[list[Row]]:
     """Rows with a time in groups of like conditions: they differ in the network, and in these fields besides."""
-    return alike([r for r in rows if r.record.wall_ms is not None], "unet", "weights_sha256", *but)
+    return alike((row for row in rows if row.record.wall_ms is not None), "unet", "weights_sha256", *but)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from ..figures.derived import Row
 from ..figures.phrases import phrases_of
+from ..measure.conditions import marks
 from ..measure.environment import Environment
 from ..measure.intervals import FEWEST, Interval
 from ..terminal.layout import Grid
@@ -135,6 +136,8 @@ class Evidence:
         return self._verdict("not measured", f"needs {needs}")
 
     def _verdict(self, finding: Finding, sentence: str, judged: Judged | None = None) -> Verdict:
+        if flagged := marks(*(row.record for row in self.rows)):
+            sentence += f"; some of its times are marked {flagged}"
         return Verdict(
             self.claim,
             finding,

@@ -51,7 +51,7 @@ def claims(
         else:
             display.print_paper(console())
         return
-    from ..claims import judge
+    from ..claims.judge import in_time_order, judge
     from ..figures import overview
     from ..report.notes import warnings
     from ..report.reporting import tell_aside
@@ -60,6 +60,8 @@ def claims(
 
     found, aside = read_sets(records or [find_run(DEFAULT_OUT, "latest")])
     tell_aside(aside)
+    # Environments have their letters in this order, in verdicts and notes alike.
+    found = in_time_order(found)
     judged = judge(found)
     if as_json:
         typer.echo(json.dumps(display.as_json(judged), indent=2))
