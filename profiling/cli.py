@@ -10,11 +10,13 @@ from typing import Annotated, cast
 
 import typer
 
+from .commands.claims_command import claims
 from .commands.compare_command import compare
 from .commands.compile_command import compile_ahead
 from .commands.env_command import env
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
+from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
 from .commands.shared import stop
@@ -60,11 +62,13 @@ def _every_command(
 
 app.command(cls=ResumeTakesAnOptionalValue)(profile)
 app.command()(report)
+app.command()(claims)
+app.command()(plan)
 app.command()(compare)
+app.command()(trace)
 app.command()(env)
 app.command()(inspect)
 app.command()(kernels)
-app.command()(trace)
 app.command("compile")(compile_ahead)
 
 

@@ -86,6 +86,33 @@ def percentage(option: str, text: str) -> float:
     return share
 
 
+# Units of an amount, each in the unit that its reader returns.
+_MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3, "min": 6e4}
+_JOULES = {"mJ": 1e-3, "J": 1.0, "kJ": 1e3}
+
+
+def milliseconds(option: str, text: str) -> float:
+    """The positive time that a text such as "50ms" or "1.5 s" gives, or CaseError."""
+    return _amount(option, text, _MILLISECONDS, "a time", "50ms or 1.5s")
+
+
+def joules(option: str, text: str) -> float:
+    """The positive energy that a text such as "5J" or "300 mJ" gives, or CaseError."""
+    return _amount(option, text, _JOULES, "an energy", "5J or 300mJ")
+
+
+def _amount(option: str, text: str, units: dict[str, float], what: str, example: str) -> float:
+    # "ms" before "s", which ends it.
+    unit = next((unit for unit in sorted(units, key=len, reverse=True) if text.endswith(unit)), None)
+    value = real(text.removesuffix(unit).strip()) * units[unit] if unit else math.nan
+    if not 0 < value < math.inf:
+        raise CaseError(
+            f"--{option}: {text!r} is not {what}; give a number above 0 with its unit "
+            f"({', '.join(units)}), as in {example}"
+        )
+    return value
+
+
 def latent_size(option: str, text: str) -> tuple[int, int]:
     """Height and width of "64x96", or of a square "64"; or CaseError."""
     sides = text.split("x")

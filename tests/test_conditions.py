@@ -1,4 +1,4 @@
-"""A throttled or shared GPU is flagged in every table: of trajectories and kernels, printed, as markdown, as page."""
+"""A throttled or shared GPU is flagged in every table: of trajectories and kernels, printed, markdown and page."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from ldmperf.profiling.measure.energy import (
     CounterWatch,
     NoEnergy,
     Update,
+    _within,
     count_energy,
     energy_between,
 )
@@ -57,15 +58,21 @@ class Watched(CounterWatch):
 
 
 def counted(
-    gpu: SteppingGpu, call_us: int, polls_us: Iterator[int], read: Callable[[], int] | None = None
+    gpu: SteppingGpu,
+    call_us: int,
+    polls_us: Iterator[int],
+    read: Callable[[], int] | None = None,
+    kind: type[Watched] = Watched,
 ) -> tuple[CountedEnergy, float]:
     """What `count_energy` says of calls of that length, and what they took on the GPU, in joules."""
-    watch = Watched(read or (lambda: gpu.shown), clock=gpu.seconds)
+    watch = kind(read or (lambda: gpu.shown), clock=gpu.seconds)
     used = 0
-    next_poll = gpu.now + next(polls_us)
+    next_poll = 0
 
     def call() -> None:
         nonlocal used, next_poll
+        if not used:
+            next_poll = gpu.now + next(polls_us)
         gpu.load, before, end = gpu.watts, gpu.microjoules, gpu.now + call_us
         while gpu.now < end:
             gpu.pass_time(min(end, next_poll) - gpu.now)
@@ -111,12 +118,25 @@ def test_the_error_is_within_its_bound(
     assert energy.counted_s >= LEAST_COUNTED_S
 
 
-def test_what_the_gpu_takes_before_the_first_update_is_not_counted() -> None:
-    """A plain difference of two readings would hold up to an update of idling."""
-    gpu = SteppingGpu(700, period=100_000, phase=1)
-    gpu.pass_time(98_000)
-    energy, used = counted(gpu, 10_000, cycle([1_000]))
+def test_what_the_gpu_takes_before_the_calls_is_not_counted() -> None:
+    """The counter moved before the first call, and is read only in it: that update holds 88 ms of idling."""
+    gpu = SteppingGpu(700, period=100_000, phase=90_000)
+
+    class Late(Watched):
+        def __enter__(self) -> Self:
+            super().__enter__()
+            gpu.pass_time(98_000)
+            return self
+
+    energy, used = counted(gpu, 10_000, cycle([1_000]), kind=Late)
     assert energy.joules == pytest.approx(used, rel=1e-3)
+    assert energy.relative_error < 1e-3
+
+
+def test_only_updates_within_the_calls_count() -> None:
+    times = [(0.9, 1.1), (1.0, 1.1), (2.0, 3.0), (2.9, 3.1), (4.0, 4.1)]
+    updates = [Update(after, by, 7) for after, by in times]
+    assert _within(updates, 1.0, 3.0) == updates[1:3]
 
 
 def test_a_counter_that_does_not_move_is_given_up() -> None:

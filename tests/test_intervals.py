@@ -75,6 +75,7 @@ def test_an_interval_of_five_percent_more_is_far_from_one():
     assert 1.03 < interval.low < 1.05 < interval.high < 1.07
 
 
+@settings(deadline=None)
 @given(st.lists(TIMES, min_size=1, max_size=30))
 def test_the_median_is_numpys_and_lies_in_its_interval(samples):
     interval = median_interval(samples)
@@ -83,7 +84,7 @@ def test_the_median_is_numpys_and_lies_in_its_interval(samples):
     assert interval.confidence == min(0.95, reachable(len(samples)))
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(GROUP, GROUP, st.randoms(use_true_random=False))
 def test_shuffled_and_doubled_samples_give_the_same_ratio(over, under, random):
     interval = ratio_interval(over, under)
@@ -123,7 +124,7 @@ def test_any_statistic_of_medians_has_an_interval():
     assert interval.high - interval.low < 0.05
 
 
-@settings(max_examples=40)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(TIMES, min_size=2, max_size=8), st.lists(TIMES, min_size=2, max_size=8))
 def test_the_p_value_is_that_of_all_permutations(a, b):
     p = p_value(a, b)

@@ -42,6 +42,7 @@ from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, s
 from ldmperf.profiling.kernel_bench.table import markdown, notes, print_records, ratios, summary_lines
 from ldmperf.profiling.measure.environment import Environment, max_sm_clock_mhz
 from ldmperf.profiling.measure.folders import RunError
+from ldmperf.profiling.measure.nvml import Sensor
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.rates import DELAY_CYCLES, CopyBandwidth, copy_bandwidth, unit_rates
 from ldmperf.profiling.measure.recorded import Samples
@@ -779,6 +780,25 @@ def test_a_busy_machine_is_noted() -> None:
     assert "up to 7.25" in note
     for shown in (printed(records[1:], 300), markdown(records[1:])):
         assert "probably busy" in shown
+
+
+def test_throttling_is_read_after_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the peer that is sampled when it is seen, and of no other; what holds before and after does not count."""
+    running = SimpleNamespace(hot=False)
+    nvml = SimpleNamespace(
+        nvmlClocksEventReasonSwPowerCap=4,
+        nvmlDeviceGetCurrentClocksEventReasons=lambda handle: 4 if running.hot else 0,
+    )
+    monkeypatch.setattr(bench_module.Sensor, "of", lambda device: Sensor(nvml, "handle"))
+
+    def while_hot(x: torch.Tensor, hot: bool) -> Any:
+        running.hot = hot
+        return right(x=x)
+
+    hot, cool = (peer(str(state), functools.partial(while_hot, hot=state)) for state in (True, False))
+    records = bench(hot, cool).measure(Job("39M", 2, geglu_case()))
+    seen = {record.peer: record.device_during.throttle_reasons for record in records}
+    assert seen == {"True": ("SwPowerCap",), "False": ()}
 
 
 def test_a_bench_that_measured_nothing_fails(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,1 +1,5 @@
-"""The claims of the paper as pure functions over records, and planning under a budget."""
+"""The claims of the paper as pure functions over records; planning under a budget."""
+
+from .judge import judge
+
+__all__ = ["judge"]

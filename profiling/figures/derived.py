@@ -14,6 +14,7 @@ from ..measure.recorded import FAILED
 from ..paper import paper_sizes
 from ..trajectory.case import BACKENDS, Case
 from ..trajectory.records import Record
+from .lines import Line, fit_line
 from .phrases import Conditions
 
 PEER = "diffusers"
@@ -63,15 +64,6 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A least-squares line; `r2` is null with two points, which a line always meets, or when y does not vary."""
-
-    slope: float
-    intercept: float
-    r2: float | None
-
-
-@dataclass(frozen=True)
 class StepsSeries:
     """Trajectories of one network and backend at two step counts or more; the line is ms over evaluations."""
 
@@ -84,22 +76,32 @@ class StepsSeries:
 
 @dataclass(frozen=True)
 class Overview:
-    """A record set as a report shows it. `superseded`: how many records give way to another of the same case."""
+    """A record set as a report shows it: the family in sections, and its rivals, which have no place in them.
+
+    `superseded`: how many records give way to another of the same case.
+    """
 
     environments: tuple[Environment, ...]
     conditions: Conditions
     sections: tuple[Section, ...]
     series: tuple[StepsSeries, ...]
     superseded: int
+    rivals: tuple[Row, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
+        """Those of the family."""
         return [row for section in self.sections for row in section.rows]
 
     @property
     def timed(self) -> list[Row]:
         """The rows that have a time."""
         return [row for row in self.rows if row.record.wall_ms is not None]
+
+    @property
+    def all_rows(self) -> list[Row]:
+        """Those of the family, then the rivals'."""
+        return [*self.rows, *self.rivals]
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -110,28 +112,19 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
     return quotient if math.isfinite(quotient) else None
 
 
+def decoder_share(record: Record) -> float | None:
+    """The decoder's share of the time to an image, of medians; null where either is missing."""
+    if record.decoder_ms is None or record.wall_ms is None:
+        return None
+    return ratio(record.decoder_ms.p50, record.decoder_ms.p50 + record.wall_ms.p50)
+
+
 def step_ms(record: Record) -> Spread | None:
     """Wall milliseconds of a model evaluation, the sampler's share included; null for a failed case."""
     if record.wall_ms is None or not record.evaluations:
         return None
     n = record.evaluations
     return Spread(record.wall_ms.p20 / n, record.wall_ms.p50 / n, record.wall_ms.p80 / n)
-
-
-def fit_line(points: Iterable[tuple[float, float]]) -> Line | None:
-    """The least-squares line through (x, y) points; null with fewer than two different x."""
-    pairs = list(points)
-    if len({x for x, _ in pairs}) < 2:
-        return None
-    mean_x = math.fsum(x for x, _ in pairs) / len(pairs)
-    mean_y = math.fsum(y for _, y in pairs) / len(pairs)
-    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in pairs) / math.fsum(
-        (x - mean_x) ** 2 for x, _ in pairs
-    )
-    intercept = mean_y - slope * mean_x
-    residual = math.fsum((y - intercept - slope * x) ** 2 for x, y in pairs)
-    total = math.fsum((y - mean_y) ** 2 for _, y in pairs)
-    return Line(slope, intercept, 1 - residual / total if len(pairs) > 2 and total > 0 else None)
 
 
 def overview(records: Sequence[Record]) -> Overview:
@@ -143,14 +136,19 @@ def overview(records: Sequence[Record]) -> Overview:
     best = {key: best_record(of_case) for key, of_case in measured.items()}
     names = network_names(best.values())
     grouped: dict[tuple[object, ...], list[Record]] = {}
+    rivals = []
     for (environment, _), record in best.items():
+        if record.case.task == "rival":
+            rivals.append(Row(record, environment, record.case.label))
+            continue
         grouped.setdefault((environment, *_conditions(record.case).items()), []).append(record)
     sections = tuple(
         Section(index := environments.index(group[0].environment), group[0].case, _rows(index, group, names))
         for _, group in sorted(grouped.items(), key=lambda item: _sort_key(item[0]))
     )
     conditions = Conditions.of(environments, sections)
-    return Overview(environments, conditions, sections, _steps_series(sections), len(records) - len(best))
+    superseded = len(records) - len(best)
+    return Overview(environments, conditions, sections, _steps_series(sections), superseded, tuple(rivals))
 
 
 def best_record(records: Sequence[Record]) -> Record:
@@ -192,6 +190,15 @@ def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
     """Sorts numbers by value and all else by text, whatever types the conditions have."""
     flat = [part[1] if isinstance(part, tuple) else part for part in condition]
     return tuple((float(value), "") if isinstance(value, int | float) else (0.0, str(value)) for value in flat)
+
+
+def alike(rows: Iterable[Row], *but: str) -> list[list[Row]]:
+    """The rows in groups of one environment and one case but for these fields, as they come."""
+    grouped: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.environment, *row.case.model_dump(exclude=set(but)).items())
+        grouped.setdefault(key, []).append(row)
+    return list(grouped.values())
 
 
 def names_by_size(rows: Iterable[Row]) -> list[str]:
@@ -276,15 +283,11 @@ def _times_faster(record: Record, peer: Record | None) -> float | None:
 
 def _steps_series(sections: Sequence[Section]) -> tuple[StepsSeries, ...]:
     """Rows that differ in steps only, where a line can be laid through them."""
-    grouped: dict[tuple[object, ...], list[Row]] = {}
-    for section in sections:
-        for row in section.rows:
-            conditions = row.case.model_dump(exclude={"steps"})
-            grouped.setdefault((section.environment, *conditions.items()), []).append(row)
     series = []
-    for rows in grouped.values():
+    for rows in alike([row for section in sections for row in section.rows], "steps"):
         timed = [row for row in rows if row.record.wall_ms is not None]
-        line = fit_line((r.record.evaluations or 0, r.record.wall_ms.p50) for r in timed if r.record.wall_ms)
+        points = [(r.record.evaluations or 0, r.record.wall_ms.p50) for r in timed if r.record.wall_ms]
+        line = fit_line(points, relative=True)
         if line is not None:
             series.append(StepsSeries(timed[0].environment, timed[0].case, timed[0].name, tuple(timed), line))
     return tuple(series)

@@ -34,7 +34,7 @@ class Conditions:
     @classmethod
     def of(cls, environments: tuple[Environment, ...], sections: Sequence[Placed]) -> Conditions:
         """What all sections share, and what differs."""
-        phrases = [_phrases(section, environments) for section in sections]
+        phrases = [phrases_of(section, environments) for section in sections]
         first = phrases[0] if phrases else {}
         varying = frozenset(name for name in first if len({of[name] for of in phrases}) > 1)
         shared = tuple(phrase for name, phrase in first.items() if name not in varying and phrase)
@@ -42,13 +42,22 @@ class Conditions:
 
     def heading(self, of: Placed, *without: str) -> str:
         """What sets it apart from the others; empty when nothing does."""
-        phrases = _phrases(of, self.environments)
+        phrases = phrases_of(of, self.environments)
         return joined(phrases[name] for name in phrases if name in self.varying and name not in without)
 
 
 def environment_name(index: int) -> str:
     """A, B, ... Z, A2, ..."""
     return chr(ord("A") + index % 26) + (str(index // 26 + 1) if index >= 26 else "")
+
+
+def environment_notes(environments: Sequence[Environment]) -> list[str]:
+    """How each environment differs from the first; nothing where there is one."""
+    return [
+        f"Environment {environment_name(index)} is not environment A "
+        f"({'; '.join(differences(environments[0], environment))}). Nothing is compared across environments."
+        for index, environment in enumerate(environments[1:], 1)
+    ]
 
 
 def differences(first: Environment, other: Environment) -> list[str]:
@@ -65,7 +74,8 @@ def differences(first: Environment, other: Environment) -> list[str]:
     ]
 
 
-def _phrases(of: Placed, environments: Sequence[Environment]) -> dict[str, str]:
+def phrases_of(of: Placed, environments: Sequence[Environment]) -> dict[str, str]:
+    """The name of each condition and its phrase, empty where there is nothing to say of it."""
     case = of.case
     known = {
         "environment": f"environment {environment_name(of.environment)}" if len(environments) > 1 else "",

@@ -12,11 +12,15 @@ from typing import Any
 
 from .timing import quantile
 
+# Samples: of fewer, neither quantiles nor an interval tell the spread.
+FEWEST = 3
 # Of the bootstrap's resamples 50 lie beyond either end of a 95 % interval.
 RESAMPLES = 1999
 _SEED = 20240401
-# Where a sample repeats a value and one side has no more samples, the U test's normal approximation is too coarse.
+# Where values repeat and one side has no more samples, the U test's normal approximation is too coarse.
 _FEW_FOR_U = 8
+# All 12,870 of eight samples against eight.
+_PERMUTATIONS = 19_999
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,9 @@ def ratio_interval(
 def p_value(a: Sequence[float], b: Sequence[float]) -> float:
     """How likely two sets of samples of one distribution differ as much as these (Mann-Whitney U, two-sided).
 
-    Exact where a set has at most eight samples, ties included; three against three give 0.1 at the least, four
-    against four 0.03. Raises ValueError for a set without samples.
+    Exact where a set has at most eight samples; ties are then resolved by all permutations, or by as many drawn
+    ones where there are more than 19,999. Three samples against three give 0.1 at the least, four against four
+    0.03. Raises ValueError for a set without samples.
     """
     import numpy
     from scipy import stats
@@ -118,5 +123,5 @@ def p_value(a: Sequence[float], b: Sequence[float]) -> float:
         return 1.0
     method: Any = "auto"
     if len({*a, *b}) < len(a) + len(b) and min(len(a), len(b)) <= _FEW_FOR_U:
-        method = stats.PermutationMethod(n_resamples=9999, rng=numpy.random.default_rng(_SEED))
+        method = stats.PermutationMethod(n_resamples=_PERMUTATIONS, rng=numpy.random.default_rng(_SEED))
     return float(stats.mannwhitneyu(a, b, method=method).pvalue)

@@ -44,6 +44,12 @@ class Aside:
         if len(self.first) < MOST_NAMED:
             self.first.append(SetAside(path, number, reason))
 
+    def extend(self, other: Aside) -> None:
+        """Takes in the lines set aside of another file."""
+        self.count += other.count
+        self.in_file += other.in_file
+        self.first = (self.first + other.first)[:MOST_NAMED]
+
 
 def load_lines(path: Path, model: type[M]) -> tuple[list[M], int]:
     """The records of a file, and how many lines were set aside (`read_lines`)."""

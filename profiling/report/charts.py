@@ -113,7 +113,7 @@ def _cost_drawing(shown: Overview, palette: Palette) -> Drawing:
         _cost_panel(points, palette, low, high).properties(width=side, height=side, title=heading)
         for heading, points in panels
     ]
-    return Drawing(name, title, summary, _finished(charts, columns=2))
+    return Drawing(name, title, summary, finished(charts, columns=2))
 
 
 def _cost_points(section: Section) -> list[Point]:
@@ -184,14 +184,14 @@ def _steps_drawing(shown: Overview, palette: Palette) -> Drawing:
     for group in panels.values():
         of_panel = text.joined((visible(group[0].name), shown.conditions.heading(group[0], "steps")))
         charts.append(_steps_panel(group, palette).properties(width=230, height=190, title=of_panel))
-    return Drawing(name, title, summary, _finished(charts, columns=3))
+    return Drawing(name, title, summary, finished(charts, columns=3))
 
 
 def _steps_panel(group: Sequence[StepsSeries], palette: Palette) -> Panel:
     points = [point for series in group for row in series.rows if (point := _steps_point(row))]
     most = max(point["evaluations"] for point in points)
     lines = [
-        {"backend": series.case.backend, "evaluations": at, "p50": series.line.intercept + series.line.slope * at}
+        {"backend": series.case.backend, "evaluations": at, "p50": series.line.at(at)}
         for series in group
         # Two points say nothing of the fixed part: their line is not carried on to zero.
         for at in (0 if len(series.rows) > 2 else min(row.record.evaluations or 0 for row in series.rows), most)
@@ -239,7 +239,7 @@ def _ladder_drawing(shown: Overview, palette: Palette) -> Drawing:
     if not charts:
         reason = f"it takes a size tried on {MIN_RUNGS} backends under the same conditions"
         return Drawing(name, title, summary, reason=reason)
-    return Drawing(name, title, summary, _finished(charts, columns=2))
+    return Drawing(name, title, summary, finished(charts, columns=2))
 
 
 def _ladder_panel(points: list[Point], palette: Palette) -> Panel:
@@ -258,7 +258,7 @@ def _ladder_panel(points: list[Point], palette: Palette) -> Panel:
     )
 
 
-def _finished(charts: Sequence[Panel], columns: int) -> alt.ConcatChart:
+def finished(charts: Sequence[Panel], columns: int) -> alt.ConcatChart:
     """Panels side by side with one legend."""
     whole: alt.ConcatChart = (
         alt.concat(*charts, columns=columns)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from ..figures import text
 from ..figures.derived import PEER, Overview
-from ..figures.phrases import differences, environment_name
+from ..figures.phrases import environment_notes
 from ..measure.conditions import busy_notes, commit, flag_notes
+from ..measure.intervals import FEWEST
 from ..terminal.visible import counted, visible
 from ..trajectory.records import Record
 
 # Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
 WIDE_SPREAD = 0.1
-# Samples: of fewer, quantiles tell no spread.
-FEWEST = 3
 
 
 def notes(shown: Overview) -> tuple[str, ...]:
@@ -54,13 +53,7 @@ def notes(shown: Overview) -> tuple[str, ...]:
 
 def warnings(shown: Overview) -> tuple[str, ...]:
     """What to know before the numbers: mixed environments, changed code, unsteady times, busy hosts."""
-    found = []
-    for index, environment in enumerate(shown.environments[1:], 1):
-        differing = "; ".join(differences(shown.environments[0], environment))
-        found.append(
-            f"Environment {environment_name(index)} is not environment A ({differing}). "
-            "Nothing is compared across environments."
-        )
+    found = environment_notes(shown.environments)
     dirty = sorted({commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")

@@ -7,6 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..claims.catalogue import published_readings
+from ..claims.summary import only_timed, shared_by_all, summaries
+from ..claims.verdict import ClaimVerdicts
 from ..figures import text
 from ..figures.derived import PEER, Overview, Row
 from ..figures.phrases import environment_name
@@ -27,8 +30,12 @@ class ReportUnavailable(ModuleNotFoundError):
     """A package that charts or page need (`name`) is not installed; the text is one line on how to install it."""
 
 
-def write_report(shown: Overview, rejected_lines: int, directory: Path) -> list[Path]:
+def write_report(
+    shown: Overview, rejected_lines: int, directory: Path, judged: Sequence[ClaimVerdicts] = ()
+) -> list[Path]:
     """Writes report.html and the charts (PNG and SVG) to the folder; returns their paths, the page first.
+
+    judged: what the records say of the paper's claims, with which the page opens.
 
     Each file is replaced whole or not at all. A chart of an earlier report is removed where these records have no
     data for it. Raises ReportUnavailable when a package is missing, OSError when the folder cannot be written.
@@ -54,20 +61,25 @@ def write_report(shown: Overview, rejected_lines: int, directory: Path) -> list[
         # Whatever text the template shows; not the charts' markup.
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    page = engine.from_string(template).render(_content(shown, rejected_lines), charts=charts, svgs=svgs)
+    page = engine.from_string(template).render(_content(shown, rejected_lines, judged), charts=charts, svgs=svgs)
     directory.mkdir(parents=True, exist_ok=True)
-    written = _write_charts(charts, svgs, directory)
+    written = write_charts(charts, svgs, directory)
     # The page last: whoever sees it finds the charts that it links.
     write_whole(directory / PAGE_NAME, page.encode())
     return [directory / PAGE_NAME, *written]
 
 
-def _content(shown: Overview, rejected_lines: int) -> dict[str, object]:
+def _content(shown: Overview, rejected_lines: int, judged: Sequence[ClaimVerdicts]) -> dict[str, object]:
     """What the template shows: texts, and what makes them of a row."""
     rows, table = shown.rows, table_of(shown)
     return {
         "sentence": _sentence(rows),
         "table": table,
+        "verdicts": summaries(judged),
+        "only_timed": only_timed(judged),
+        "verdicts_shared": text.joined(shared_by_all(judged).values()),
+        "claims": [of for of in judged if of.has_figures],
+        "published_readings": published_readings,
         "failure": text.failure,
         "facts": [column for column in table.columns if column.is_fact],
         "times": [column for column in table.columns if not column.is_fact],
@@ -122,7 +134,8 @@ def _case(row: Row, shown: Overview) -> str:
     return visible(text.joined((row.name, row.case.backend, heading)))
 
 
-def _write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
+def write_charts(charts: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
+    """Writes the charts as PNG and SVG (`svgs`, by name); returns their paths. Removes those not drawn."""
     written = []
     for drawing in charts:
         png, svg = directory / f"{drawing.name}.png", directory / f"{drawing.name}.svg"

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import shlex
-import stat
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ..kernel_bench import KERNELS_NAME
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
 from ..terminal.visible import console, counted, say
+from ..trajectory.record_sets import first_reason, readable
 from ..trajectory.records import RECORDS_NAME, Record, read_records
 from ..trajectory.runs import RUN_NAME, open_run
 
 if TYPE_CHECKING:
+    from ..claims.verdict import ClaimVerdicts
+    from ..figures.derived import Overview
     from ..kernel_bench.kernel_records import KernelRecord
-
-T = TypeVar("T")
 
 _GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
 
@@ -39,19 +39,18 @@ def report_path(path: Path, out: Path | None) -> bool:
     if holds(path, RUN_NAME):
         raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
     if holds(path, KERNELS_NAME):
-        kernels, aside = _readable(path / KERNELS_NAME, _read_kernels)
+        kernels, aside = readable(path / KERNELS_NAME, _read_kernels, _GIVE)
         _report_kernels(kernels, aside, out or path)
         return not aside.in_file
-    records, aside = _readable(path, read_records)
+    records, aside = readable(path, read_records, _GIVE)
     # A file's name does not say which records it has: most of its lines do.
     if aside.in_file:
-        kernels, aside_of_kernels = _readable(path, _read_kernels)
+        kernels, aside_of_kernels = readable(path, _read_kernels, _GIVE)
         if len(kernels) > len(records):
             _report_kernels(kernels, aside_of_kernels, out)
             return not aside_of_kernels.in_file
     if not records:
-        why = f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
-        raise RunError(f"{path}: no record in it ({why}); {_GIVE}")
+        raise RunError(f"{path}: no record in it ({first_reason(aside)}); {_GIVE}")
     _report_records(records, aside, out, path)
     return not aside.in_file
 
@@ -61,7 +60,7 @@ def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Asi
 
     The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
     """
-    records, aside = _readable(folder / RECORDS_NAME, read_records)
+    records, aside = readable(folder / RECORDS_NAME, read_records, _GIVE)
     _report_records(records, aside, out or folder, folder)
     return records, aside
 
@@ -78,27 +77,17 @@ def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
     return read_kernels(path)
 
 
-def _readable(path: Path, read: Callable[[Path], T]) -> T:
-    try:
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            # It is read twice, and a pipe nobody writes to would be waited for.
-            raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
-        if stat.S_ISDIR(mode):
-            raise RunError(f"{path} is a folder without records; {_GIVE}")
-        return read(path)
-    except OSError as failure:
-        raise RunError(f"{path} is no run folder and no file of records ({failure.strerror}); {_GIVE}") from None
-
-
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
+    from ..claims import judge
+    from ..claims.display import print_summaries
     from ..figures import overview
-    from ..report import print_table, write_report
+    from ..report import print_table
 
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.
-    _tell_aside(aside)
+    tell_aside(aside)
     shown = overview(records)
+    judged = judge(records)
     print_table(shown, console())
     if holds(source, RUN_NAME):
         try:
@@ -109,13 +98,23 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
             if left:
                 cases = counted(len(left), "planned case has", "planned cases have")
                 say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
-    if out is None:
-        return
     try:
-        written = write_report(shown, aside.count, out)
+        if out is not None:
+            _write_page(shown, judged, aside, out, source)
+    finally:
+        # Last, where they are read; a folder that cannot be written does not take them away.
+        print_summaries(judged, console(), shlex.quote(str(source)))
+
+
+def _write_page(shown: Overview, judged: Sequence[ClaimVerdicts], aside: Aside, out: Path, source: Path) -> None:
+    """Writes page and charts, and says where; a missing package is said, too. Raises ReportNotWritten."""
+    from ..report import write_report
+
+    try:
+        written = write_report(shown, aside.count, out, judged)
     except ModuleNotFoundError as missing:
         say(
-            errors,
+            console(stderr=True),
             f"no page and no charts: {missing.name} is not installed; "
             f"pip install altair vl-convert-python jinja2, then: ldmperf report {shlex.quote(str(source))}",
         )
@@ -130,7 +129,7 @@ def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None)
     from ..kernel_bench.run import write_markdown
     from ..kernel_bench.table import markdown, print_records
 
-    _tell_aside(aside)
+    tell_aside(aside)
     print_records(records, console())
     if out is None:
         return
@@ -142,7 +141,8 @@ def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None)
     say(console(), str(written))
 
 
-def _tell_aside(aside: Aside) -> None:
+def tell_aside(aside: Aside) -> None:
+    """Names the lines that were set aside on stderr, the first of them with their reasons."""
     if not aside.count:
         return
     errors = console(stderr=True)

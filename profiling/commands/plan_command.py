@@ -1,0 +1,105 @@
+"""The command `ldmperf plan`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..options import dtype_named, joules, milliseconds, split_values
+from ..report.reporting import tell_aside
+from ..terminal.visible import console
+from ..trajectory.record_sets import read_sets
+from ..trajectory.runs import find_run
+from .shared import DEFAULT_OUT, list_option, stop, tell, with_options
+
+if TYPE_CHECKING:
+    from ..claims.planning import Answer
+
+FILTERS = {
+    name: list_option(f"{text} All that were measured unless told.")
+    for name, text in {
+        "size": "Networks, by the names that the report has for them: 39M ... 5B.",
+        "sampler": "Samplers.",
+        "batch": "Images made at once.",
+        "dtype": "float32, bfloat16, float16.",
+        "backend": "Backends.",
+    }.items()
+}
+
+
+@with_options("only", FILTERS)
+def plan(
+    records: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Run folders and files of records; the latest run unless told.", metavar="[RECORDS]..."
+        ),
+    ] = None,
+    *,
+    budget: Annotated[str, typer.Option(help="Wall time, with its unit: 50ms, 1.5s.", metavar="TIME")],
+    joules_: Annotated[
+        str | None,
+        typer.Option("--joules", help="Energy beside the time, with its unit: 5J, 300mJ.", metavar="ENERGY"),
+    ] = None,
+    per: Annotated[
+        Literal["image", "batch"],
+        typer.Option(help="image: the budget is of one image, of a batch's time its share; batch: of the batch."),
+    ] = "image",
+    only: dict[str, list[str]],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the chart of time against FID: pareto.png, pareto.svg.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell from records which sizes, samplers and step counts fit a budget, the best by the paper's FID first.
+
+    A step count that was not measured is told by the line through those that were, and marked. The FID is the
+    paper's, of 50 steps of ddim; where it has none that is said. Environments and conditions are never mixed.
+
+    \b
+    Examples:
+      ldmperf plan --budget 50ms
+      ldmperf plan --budget 1.5s --size 39M,866M --sampler ddim --backend graph
+      ldmperf plan --budget 200ms --joules 60J --batch 8 --per batch runs/20261124T093000Z-1a84ffb
+      ldmperf plan --budget 60s --out page bench/results/cpu-amd-epyc-2-cores/2026-11-25-f68d664.jsonl
+    """
+    from ..claims.offers import Budget
+    from ..claims.planning import answer
+    from ..report.plan_text import answer_json, print_answer
+
+    limit = Budget(
+        milliseconds("budget", budget),
+        None if joules_ is None else joules("joules", joules_),
+        per,
+    )
+    if "dtype" in only:
+        only = only | {"dtype": [dtype_named(text) for text in split_values(only["dtype"])]}
+    found, aside = read_sets(records or [find_run(DEFAULT_OUT, "latest")])
+    tell_aside(aside)
+    answered = answer(found, limit, only)
+    if as_json:
+        typer.echo(json.dumps(answer_json(answered), indent=2, allow_nan=False))
+    else:
+        print_answer(answered, console())
+    if out is not None:
+        _write_chart(answered, out)
+    if aside.in_file:
+        raise typer.Exit(1)
+
+
+def _write_chart(answered: Answer, out: Path) -> None:
+    try:
+        from ..report.pareto import write_pareto
+    except ModuleNotFoundError as missing:
+        stop(f"no chart: {missing.name} is not installed; pip install altair vl-convert-python", 1)
+    try:
+        written, reason = write_pareto(answered, out)
+    except OSError as failure:
+        stop(f"cannot write the chart to {out} ({failure.strerror}); choose another folder with --out", 1)
+    if reason:
+        stop(f"no chart: {reason}", 1)
+    for path in written:
+        tell(str(path))
