@@ -21,7 +21,7 @@ from ldmperf.profiling.trajectory.check import make_inputs
 from ldmperf.profiling.trajectory.network import make_network, make_problem
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.places import place_of
-from ldmperf.profiling.trajectory.ranges import RangedUNet, Ranges, EvaluationWatch, ranged, ranged_trajectory
+from ldmperf.profiling.trajectory.ranges import EvaluationWatch, RangedUNet, Ranges, ranged, ranged_trajectory
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
 
 pytestmark = pytest.mark.usefixtures("_one_thread")

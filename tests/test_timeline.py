@@ -15,7 +15,7 @@ from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.step.class_times import CLASSES_NAME, ClassTime, ClassTimes, read_class_times
 from ldmperf.profiling.step.classes import CLASSES, class_of, is_operator, operator_name
 from ldmperf.profiling.trajectory.timeline import (
-    StepTimes,
+    AttributedStep,
     shared,
     step_times,
     without_shells,
@@ -243,7 +243,7 @@ def test_blocks_are_no_operators() -> None:
     assert not any(map(is_operator, ("trajectory", "step 3", "conv_in", "down.0", "sampler", "condition", "mid")))
 
 
-def _class_times(times: StepTimes) -> ClassTimes:
+def _class_times(times: AttributedStep) -> ClassTimes:
     return ClassTimes(
         case_key="unet=39M",
         unet="39M",

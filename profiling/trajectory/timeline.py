@@ -62,7 +62,7 @@ class TopKernel(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepTimes:
+class AttributedStep:
     """The mean step: by class, whose times and `other` add up to `step_ms`, and by kernel, the longest first."""
 
     clock: Clock
@@ -73,7 +73,7 @@ class StepTimes:
     kernels: tuple[TopKernel, ...]
 
 
-def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
+def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> AttributedStep:
     """The mean over the steps of a trace. Raises RunError where it has no step, or no work in one."""
     whole = [event for event in events if event.get("ph") == "X"]
     work = [one for one in (work_on_device if clock == "device" else work_on_host)(whole) if one.step is not None]
@@ -102,7 +102,7 @@ def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
         total = sum(ms.values())
     by_class = {kind: ClassTime(ms=ms[kind], launches=launches[kind] / count) for kind in ms}
     other = by_class.pop(OTHER)
-    return StepTimes(
+    return AttributedStep(
         clock=clock,
         steps=count,
         step_ms=total,
