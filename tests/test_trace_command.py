@@ -17,7 +17,7 @@ from ldmperf.profiling.step.class_times import ClassTime, read_class_times
 from ldmperf.profiling.step.classes import CLASSES
 from ldmperf.profiling.trajectory.case import Case
 from ldmperf.profiling.trajectory.records import Trace
-from ldmperf.profiling.trajectory.timeline import StepTimes, TopKernel
+from ldmperf.profiling.trajectory.timeline import AttributedStep, TopKernel
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 Run = Callable[..., Any]
@@ -120,7 +120,7 @@ def test_on_a_gpu_the_graph_is_timed_and_its_eager_twin_attributed(make_record: 
     record = make_record(case, trace=trace)
     classes = dict.fromkeys(CLASSES, ClassTime(ms=0.2, launches=2.0))
     top = (TopKernel("fprop", "convolution", 3.0, 1.0), TopKernel("gemm<\x1b[2J>", "linear", 2.5, 0.3))
-    times = StepTimes("device", 8, 1.5, classes, ClassTime(ms=0.1, launches=1.0), top)
+    times = AttributedStep("device", 8, 1.5, classes, ClassTime(ms=0.1, launches=1.0), top)
     report = TraceReport(record, "triton+hoist+merge", times, 1)
     conditions, timed, attributed = report.lines
     assert "50 steps" in conditions

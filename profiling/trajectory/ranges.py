@@ -179,7 +179,7 @@ class EvaluationWatch:
 
 
 class RangedUNet(UNet):
-    """A UNet that tells a `EvaluationWatch` of its evaluations; made by `ranged`. Its modules are those of another."""
+    """A UNet that tells an `EvaluationWatch` when it runs; made by `ranged`. Its modules are those of another."""
 
     watch: EvaluationWatch
 

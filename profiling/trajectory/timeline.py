@@ -62,7 +62,7 @@ class TopKernel(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepTimes:
+class AttributedStep:
     """The mean step: by class, whose times and `other` add up to `step_ms`, and by kernel, the longest first."""
 
     clock: Clock
@@ -73,10 +73,12 @@ class StepTimes:
     kernels: tuple[TopKernel, ...]
 
 
-def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
+def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> AttributedStep:
     """The mean over the steps of a trace. Raises RunError where it has no step, or no work in one."""
     whole = [event for event in events if event.get("ph") == "X"]
-    work = [one for one in (work_on_device if clock == "device" else work_on_host)(whole) if one.step is not None]
+    found = (work_on_device if clock == "device" else work_on_host)(whole)
+    # A kernel of which no launch is known may be of any step: it is in `other`, and not left out.
+    work = [one for one in found if one.step is not None or (clock == "device" and not one.places)]
     spans = [event for event in whole if event.get("cat") == _RANGE and step_number(event["name"]) is not None]
     if not spans or not work:
         raise RunError(
@@ -100,9 +102,9 @@ def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
         step_ms = sum(span["dur"] for span in spans) / 1e3 / count
         ms[OTHER] += max(step_ms - total, 0.0)
         total = sum(ms.values())
-    by_class = {kind: ClassTime(ms=ms[kind], launches=launches[kind] / count) for kind in ms}
+    by_class = {kind: ClassTime(ms=max(ms[kind], 0.0), launches=launches[kind] / count) for kind in ms}
     other = by_class.pop(OTHER)
-    return StepTimes(
+    return AttributedStep(
         clock=clock,
         steps=count,
         step_ms=total,
