@@ -15,12 +15,14 @@ from ldmperf.model import FAMILY
 from ldmperf.profiling import Case, Record, profile
 from ldmperf.profiling.figures.derived import overview
 from ldmperf.profiling.measure.ceilings import MARGIN, Ceiling, CeilingDevice, Ceilings
+from ldmperf.profiling.measure.environment import DeviceState, Environment
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.report.columns import table_of
 from ldmperf.profiling.step.roofline import Roof, StepShape, least_ms, step_parts, sums_of
 from ldmperf.profiling.trajectory import floors as module
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors, floor_of, step_shape
+from ldmperf.profiling.trajectory.lane import GroupFacts
 from ldmperf.profiling.trajectory.network import family_config
 from ldmperf.profiling.trajectory.records import Floor
 
@@ -148,6 +150,28 @@ def test_records_of_a_profile_have_floors_and_their_group_can_ask_anew(
     assert len(facts) == 1
     (without,) = profile([case], rule=RepetitionRule(1, 0.0))
     assert (without.status, without.floor, without.percent_of_floor) == ("ok", None, None)
+
+
+def test_before_a_time_is_called_impossible_the_ceilings_are_measured_once_more() -> None:
+    asked: list[None] = []
+
+    def anew() -> Floor:
+        asked.append(None)
+        return FLOOR.model_copy(update={"least_step_ms": 0.1})
+
+    def facts(floor: Floor | None) -> GroupFacts:
+        nobody = ("run", Environment(os="Linux", python="3"), RepetitionRule(), (), lambda *_: None, DeviceState())
+        return GroupFacts(*nobody, evaluations=4, floor=floor, floor_anew=anew)
+
+    # Of four evaluations at 0.5 ms each.
+    honest = facts(FLOOR)
+    assert (honest.least_ms(2.0), honest.floor, asked) == (2.0, FLOOR, [])
+    suspect = facts(FLOOR)
+    assert suspect.least_ms(1.9) == pytest.approx(0.4)
+    assert len(asked) == 1
+    assert facts(None).least_ms(0.0) is None
+    suspect.floor_anew = lambda: None
+    assert suspect.least_ms(0.3) == pytest.approx(0.4)
 
 
 def test_a_floor_that_cannot_be_made_loses_no_measurement(
