@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_and_exit_code_1(run: Run, t
     assert "--out" in outcome.err
 
 
-@pytest.mark.parametrize("command", [[], ["profile"], ["report"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["profile"], ["report"], ["env"], ["trace"]])
 def test_every_command_has_help_with_an_example(run: Run, command: Sequence[str]) -> None:
     outcome = run(*command, "--help")
     assert outcome.code == 0

@@ -27,11 +27,21 @@ TOP = 15
 _USUAL = {"size": ["39M"], "steps": ["4"], "batch": ["1"]}
 
 
+# Where the help of `ldmperf profile` says something else.
+_HELP = {
+    "size": "A size of the family, 39M ... 5B; 39M unless told.",
+    "unet": "A checkpoint instead: a diffusers folder or a .safetensors file.",
+    "steps": f"Sampling steps, {_USUAL['steps'][0]} unless told.",
+    "backend": "Any that is not compiled; graph on a GPU and torch on a CPU unless told.",
+}
+
+
 def _one_option(text: str) -> Any:
-    return Annotated[list[str] | None, typer.Option(help=f"{text} One value.", metavar="VALUE")]
+    # A list, so that a second value is refused and not dropped.
+    return Annotated[list[str] | None, typer.Option(help=text, metavar="VALUE")]
 
 
-@with_options("choices", {name: _one_option(option.help) for name, option in OPTIONS.items()})
+@with_options("choices", {name: _one_option(_HELP.get(name, option.help)) for name, option in OPTIONS.items()})
 def trace(
     choices: Choices,
     top: Annotated[int | None, whole_option(f"Rows of the table of kernels; {TOP} unless told.", 1)] = None,
@@ -49,7 +59,6 @@ def trace(
       ldmperf trace
       ldmperf trace --size 866M --steps 20 --batch 8
       ldmperf trace --unet ./my-unet --latent 128x128 --backend diffusers
-      nsys profile ldmperf trace --size 145M
     """
     case = _chosen(choices)
     from ..measure.environment import collect_environment

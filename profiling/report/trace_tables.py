@@ -13,7 +13,7 @@ from ..terminal.layout import MISSING, Grid, laid_out, number
 from ..terminal.visible import counted, for_markdown, say, say_wrapped, width_of
 from ..trajectory.attribution import EAGER_TWINS
 from ..trajectory.records import Record
-from ..trajectory.timeline import StepTimes
+from ..trajectory.timeline import AttributedStep
 
 _WORDS = ("class", "kernel", "operator")
 _REST = "the rest"
@@ -25,7 +25,7 @@ class TraceReport:
 
     record: Record
     backend: str
-    times: StepTimes
+    times: AttributedStep
     top: int
 
     @property

@@ -20,7 +20,7 @@ from .network import Networks, make_problem
 from .ranges import ranged_trajectory
 from .rungs import all_backends
 from .short_traces import TRACE_STEPS, is_compiled
-from .timeline import Clock, StepTimes, step_times
+from .timeline import AttributedStep, Clock, step_times, without_shells
 
 # A replayed graph has no ranges: the eager backend that runs what was captured.
 EAGER_TWINS = {"graph": "triton+hoist+merge", "graph+separate": "triton+hoist"}
@@ -48,7 +48,7 @@ def clock_of(case: Case) -> Clock:
 
 def attributed(
     case: Case, backends: Mapping[str, Backend] | None = None, networks: Networks | None = None
-) -> tuple[StepTimes, dict[str, Any]]:
+) -> tuple[AttributedStep, dict[str, Any]]:
     """What a step of the case takes, and the Chrome trace that this was read from.
 
     A trajectory before it, untraced, prepares what the first one has to. Nothing is to be timed in this process
@@ -70,6 +70,7 @@ def attributed(
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
         trace = json.loads(file.read_bytes())
+    trace["traceEvents"] = without_shells(trace["traceEvents"])
     return step_times(trace["traceEvents"], clock_of(case)), trace
 
 

@@ -19,7 +19,7 @@ _RENAMED = (
     (r"^(?:time|add)_\w+", CONDITION),
 )
 _PLACE = re.compile(
-    r"(?P<level>(?:down|up)\.\d+|mid)"
+    r"(?P<level>(?:down|up)\.\d+|mid)(?![^.])"
     r"(?:\.(?P<block>(?:resnets|attentions)\.\d+|downsample|upsample))?"
     r"(?:\.blocks(?:\.(?P<index>\d+))?)?(?:\.(?P<layer>\w+))?"
 )

@@ -158,7 +158,7 @@ class OperatorRanges(TorchDispatchMode):
             return func(*args, **kwargs)
 
 
-class Watch:
+class EvaluationWatch:
     """What `RangedUNet`s tell: when they are evaluated, and which of their weights lie where."""
 
     def __init__(self, ranges: Ranges) -> None:
@@ -179,9 +179,9 @@ class Watch:
 
 
 class RangedUNet(UNet):
-    """A UNet that tells a `Watch` of its evaluations; made by `ranged`. Its modules are those of another."""
+    """A UNet that tells an `EvaluationWatch` when it runs; made by `ranged`. Its modules are those of another."""
 
-    watch: Watch
+    watch: EvaluationWatch
 
     def condition(self, *args: Any, **kwargs: Any) -> Conditioning:
         self.watch.ranges.in_step(CONDITION)
@@ -208,7 +208,7 @@ class RangedUNet(UNet):
         return ranged(super().with_backend(backend, products), self.watch)
 
 
-def ranged(unet: UNet, watch: Watch) -> RangedUNet:
+def ranged(unet: UNet, watch: EvaluationWatch) -> RangedUNet:
     """The same network, its modules and weights shared, that tells `watch` of its evaluations."""
     other = RangedUNet.__new__(RangedUNet)
     other.__dict__.update(unet.__getstate__())
@@ -260,7 +260,7 @@ def ranged_trajectory(backend: Backend, problem: Problem, marks: Marks | None = 
     Raises what `backend.build` does.
     """
     ranges = Ranges(marks)
-    watch = Watch(ranges)
+    watch = EvaluationWatch(ranges)
     if backend.implementation == "diffusers":
         hooked: Callable[[], AbstractContextManager[None]] = partial(module_ranges, ranges)
         run = backend.build(problem)

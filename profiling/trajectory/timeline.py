@@ -8,7 +8,7 @@ On a CPU work is nested in its ranges.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..measure.folders import RunError
@@ -23,12 +23,14 @@ Clock = Literal["device", "host"]
 
 # Kineto's categories, of what nests on the host in the order of nesting where two begin and end together.
 _RANGE, _OPERATOR = "user_annotation", "cpu_op"
+# The operator that torch names a call of `__torch_dispatch__` by.
+_MODE = "PythonDispatchMode"
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _ON_HOST = (_RANGE, _OPERATOR, *_LAUNCHES)
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
-class Work(NamedTuple):
+class PlacedWork(NamedTuple):
     """A kernel, copy or fill on a device; an operator of torch on a CPU, without those that it calls.
 
     places: the names of the ranges around it, outermost first. launches: 1; on a CPU 0 of an operator that another
@@ -60,7 +62,7 @@ class TopKernel(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepTimes:
+class AttributedStep:
     """The mean step: by class, whose times and `other` add up to `step_ms`, and by kernel, the longest first."""
 
     clock: Clock
@@ -71,15 +73,17 @@ class StepTimes:
     kernels: tuple[TopKernel, ...]
 
 
-def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
+def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> AttributedStep:
     """The mean over the steps of a trace. Raises RunError where it has no step, or no work in one."""
     whole = [event for event in events if event.get("ph") == "X"]
-    work = [one for one in (work_on_device if clock == "device" else work_on_host)(whole) if one.step is not None]
+    found = (work_on_device if clock == "device" else work_on_host)(whole)
+    # A kernel of which no launch is known may be of any step: it is in `other`, and not left out.
+    work = [one for one in found if one.step is not None or (clock == "device" and not one.places)]
     spans = [event for event in whole if event.get("cat") == _RANGE and step_number(event["name"]) is not None]
     if not spans or not work:
         raise RunError(
             f"the profiler saw {len(spans)} steps and {len(work)} pieces of work in them, so there is nothing to "
-            "attribute; see that no other profiler holds the device, then run it again"
+            "attribute; see that no other profiler (nsys, ncu) holds the device"
         )
     count = len(spans)
     ms: dict[OperatorClass | Other, float] = dict.fromkeys((*CLASSES, OTHER), 0.0)
@@ -98,9 +102,9 @@ def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
         step_ms = sum(span["dur"] for span in spans) / 1e3 / count
         ms[OTHER] += max(step_ms - total, 0.0)
         total = sum(ms.values())
-    by_class = {kind: ClassTime(ms=ms[kind], launches=launches[kind] / count) for kind in ms}
+    by_class = {kind: ClassTime(ms=max(ms[kind], 0.0), launches=launches[kind] / count) for kind in ms}
     other = by_class.pop(OTHER)
-    return StepTimes(
+    return AttributedStep(
         clock=clock,
         steps=count,
         step_ms=total,
@@ -113,7 +117,7 @@ def step_times(events: Sequence[Mapping[str, Any]], clock: Clock) -> StepTimes:
     )
 
 
-def work_on_device(events: Iterable[Mapping[str, Any]]) -> list[Work]:
+def work_on_device(events: Iterable[Mapping[str, Any]]) -> list[PlacedWork]:
     """The kernels, copies and fills, each in the ranges that were open on the host at its launch.
 
     Without the event of its launch it is in those around the operator that torch links it to ("External id"), and
@@ -127,40 +131,54 @@ def work_on_device(events: Iterable[Mapping[str, Any]]) -> list[Work]:
         (on_device if event.get("cat") in _ON_DEVICE else host).append(event)
     for event, around in _nested(host):
         arguments = event.get("args", {})
-        if event["cat"] not in _LAUNCHES:
-            by_operator[arguments.get("External id")] = around.places
+        if event["cat"] not in _LAUNCHES and "External id" in arguments:
+            by_operator[arguments["External id"]] = around.places
         elif "correlation" in arguments:
             by_launch[arguments["correlation"]] = around.places
     found = []
     for event in on_device:
         arguments = event.get("args", {})
-        places = by_launch.get(arguments.get("correlation"))
-        if places is None and "External id" in arguments:
-            places = by_operator.get(arguments["External id"])
-        found.append(Work(event["name"], event["dur"], places or ()))
+        places = by_launch.get(arguments.get("correlation")) or by_operator.get(arguments.get("External id"))
+        found.append(PlacedWork(event["name"], event["dur"], places or ()))
     return found
 
 
-def work_on_host(events: Iterable[Mapping[str, Any]]) -> list[Work]:
+def work_on_host(events: Iterable[Mapping[str, Any]]) -> list[PlacedWork]:
     """The operators that torch ran, each without the time of those inside it."""
     found = []
     for event, around in _nested(events):
         if event["cat"] == _OPERATOR:
             is_outermost = bool(around.places) and is_operator(around.places[-1]) and not around.is_in_operator
-            found.append(Work(event["name"], event["dur"] - around.inner_us, around.places, int(is_outermost)))
+            found.append(
+                PlacedWork(event["name"], event["dur"] - around.inner_us, around.places, int(is_outermost))
+            )
     return found
+
+
+def without_shells(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events without those that `OperatorRanges` adds.
+
+    These are of each operator the call that reaches the mode, and the mode itself. The call that the mode makes is
+    the operator's own, and stays.
+    """
+    shells = {id(event) for event, around in _nested(e for e in events if e.get("ph") == "X") if around.is_shell}
+    return [event for event in events if id(event) not in shells]
 
 
 @dataclass
 class _Around:
-    """An open event: the ranges that it is in (its own name among them, if it is one), and what runs inside it."""
+    """An open event: the ranges that it is in (its own name among them, if it is one), and what runs inside it.
+
+    is_in_operator  whether an operator is open between it and its innermost range
+    is_shell        whether it is torch's event of a dispatch mode, or has one directly inside it
+    """
 
     end: float
     places: tuple[str, ...]
     is_operator: bool
-    # Whether an operator is open between it and its innermost range.
     is_in_operator: bool
-    inner_us: float = field(default=0.0)
+    is_shell: bool = False
+    inner_us: float = 0.0
 
 
 def _nested(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], _Around]]:
@@ -182,9 +200,13 @@ def _nested(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, 
                     if parent.is_operator:
                         parent.inner_us += event["dur"]
                         break
-            places = (*outer.places, event["name"]) if is_range else outer.places
+            name = event["name"]
+            is_mode = is_operation and name == _MODE
+            outer.is_shell |= is_mode and outer.is_operator
+            places = (*outer.places, name) if is_range else outer.places
             inside = not is_range and (outer.is_operator or outer.is_in_operator)
-            open_.append((event, _Around(event["ts"] + event["dur"], places, is_operation, inside)))
+            around = _Around(event["ts"] + event["dur"], places, is_operation, inside, is_mode)
+            open_.append((event, around))
         while open_:
             yield open_.pop()
 
