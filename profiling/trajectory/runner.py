@@ -107,7 +107,9 @@ def profile(
                 listener.ran,
                 device_state(device),
             )
-            Group(cases_in_flight, backends, shared, kept[device], recorded, until, floors).measure(networks)
+            Group(cases_in_flight, backends, shared, kept[device], recorded, until, floors=floors).measure(
+                networks
+            )
         listener.end()
     located = {case.key: case for case in wanted}
     latest = {record.case_key: record for record in (records if store is None else store.load())}
