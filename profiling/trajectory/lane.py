@@ -59,6 +59,18 @@ class GroupFacts:
     # Nobody can know the inputs of timed rounds before they are made.
     round_seed: int = field(default_factory=lambda: secrets.randbits(48))
 
+    def least_ms(self, fastest_ms: float) -> float | None:
+        """What a trajectory takes at least, in ms; None where that is not known.
+
+        Where `fastest_ms`, of a measured one, is less, the ceilings are measured once more first: those of a busy
+        machine are too low, and the floor of an honest time may be.
+        """
+        if self.floor is None or not self.evaluations:
+            return None
+        if fastest_ms < self.evaluations * self.floor.least_step_ms and self.floor_anew is not None:
+            self.floor = self.floor_anew() or self.floor
+        return self.evaluations * self.floor.least_step_ms
+
 
 @dataclass
 class Lane(Outcome):
