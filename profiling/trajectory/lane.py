@@ -184,8 +184,8 @@ class Lane(Outcome):
 
     def _judge_times(self) -> None:
         """Raises Untrusted where its times are not those of its work."""
-        evaluations, floor = self.shared.evaluations or 0, self.shared.floor
-        least_ms = None if floor is None else evaluations * floor.least_step_ms
+        evaluations = self.shared.evaluations or 0
+        least_ms = self.shared.least_ms(min(self.times.wall_ms, default=math.inf))
         self.watch.judge(least_ms, f"a trajectory of {counted(evaluations, 'evaluation')}")
 
     def run(self, inputs: Inputs) -> Timed[Tensor]:
