@@ -94,7 +94,7 @@ class CallWatch:
 
     times: list[Timed[None]] = field(default_factory=list)
     # Started by its calls, and alive when last looked at.
-    _threads: set[threading.Thread] = field(default_factory=set)
+    threads: set[threading.Thread] = field(default_factory=set)
 
     @contextmanager
     def around(self, *, may_work_on: bool = False) -> Iterator[None]:
@@ -114,7 +114,7 @@ class CallWatch:
         finally:
             replaced = replaced_clocks()
             put_clocks_back()
-            self._threads |= set(threading.enumerate()) - threads
+            self.threads |= set(threading.enumerate()) - threads
         if replaced:
             raise Untrusted("impossible", f"patched timers: {_are(replaced)} replaced by the backend")
         if not may_work_on and (name := self._thread_at_work()) is not None:
@@ -133,10 +133,10 @@ class CallWatch:
             raise Untrusted("impossible", reason)
 
     def _thread_at_work(self) -> str | None:
-        self._threads = {thread for thread in self._threads if thread.is_alive()}
-        if not self._threads:
+        self.threads -= {thread for thread in self.threads if not thread.is_alive()}
+        if not self.threads:
             return None
-        before = {thread: _computed_s(thread) for thread in self._threads}
+        before = {thread: _computed_s(thread) for thread in self.threads}
         time.sleep(_WATCHED_S)
         for thread, start in before.items():
             if start is not None and (_computed_s(thread) or start) - start > _IDLE_S:
