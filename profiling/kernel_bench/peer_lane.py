@@ -109,11 +109,11 @@ class BuiltPeer(Outcome):
             self.error = check.error(self, first.value, "before")
 
     def _call(self) -> Timed[Any]:
-        with self.watch.around(may_work_on=True):
+        with self.watch.around():
             return timed(self.calls[0], self.device)
 
     def _build(self, inputs: CallInputs) -> None:
-        with self.watch.around(may_work_on=True):
+        with self.watch.around():
             self.implementation = made = self.peer.build(inputs.call, self.device)
             self.polynomial = made.polynomial(inputs.sets[0])
             inputs.restore()
@@ -152,7 +152,7 @@ class PeerLane(Outcome):
 
     def _calibrate(self, pace: Pace) -> None:
         device = self.built.device
-        with self.watch.around(may_work_on=True):
+        with self.watch.around():
             self.workload = self._made_workload()
             self.runs = calibrated(self.workload, pace, device)
         self.calls_per_sample = self.runs * self.workload.calls_per_run
@@ -182,6 +182,7 @@ class PeerLane(Outcome):
                 self.workload.run(self.runs)
                 self.is_warm = True
             result = timed_run(self.workload, self.runs, self.built.device)
+        self.watch.settle()
         # The host's clock has a delay in it, and so does not tell of other streams; a captured graph leaves none.
         self.watch.note(replace(result, wall_ms=device_ms(result), gpu_ms=None) if self.delay_cycles else result)
         return result
