@@ -94,7 +94,7 @@ def caught(records: dict[str, Record], status: str, *words: str) -> None:
     assert statuses_in_words(["ok", record.status]).startswith("1 failed")
 
 
-ALONE_OR_NOT = pytest.mark.parametrize("beside", [(), ("torch",), ("diffusers",), ("torch", "diffusers")])
+ALONE_OR_NOT = pytest.mark.parametrize("beside", [(), ("diffusers",), ("torch", "diffusers")])
 
 
 @ALONE_OR_NOT
