@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ldmperf.kernels import OPERATORS
 from ldmperf.profiling import Case, Record, profile
 from ldmperf.profiling.commands.shared import exit_by
 from ldmperf.profiling.figures.text import statuses_in_words
+from ldmperf.profiling.kernel_bench.bench import KernelBench
+from ldmperf.profiling.kernel_bench.device import Pace
+from ldmperf.profiling.kernel_bench.floor import least_call_ms
+from ldmperf.profiling.kernel_bench.inputs import CallInputs
+from ldmperf.profiling.kernel_bench.kernel_records import CopyBandwidth, KernelRecord, UnitRates
+from ldmperf.profiling.kernel_bench.peers import Implementation, Peer
+from ldmperf.profiling.kernel_bench.selection import Job
+from ldmperf.profiling.measure import genuine
+from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.genuine import CallWatch, foreign_clocks, replaced_clocks
 from ldmperf.profiling.measure.integrity import Returned, impossible, is_poisoned, poison
 from ldmperf.profiling.measure.outcomes import Untrusted
+from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.timing import RepetitionRule, Timed, timed
+from ldmperf.profiling.step.call import OperatorCall, TensorSpec
+from ldmperf.profiling.step.calls import family_calls, sampler_call
 from ldmperf.profiling.trajectory import runner
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 from ldmperf.profiling.trajectory.check import make_inputs
@@ -80,7 +94,7 @@ def caught(records: dict[str, Record], status: str, *words: str) -> None:
     assert statuses_in_words(["ok", record.status]).startswith("1 failed")
 
 
-ALONE_OR_NOT = pytest.mark.parametrize("beside", [(), ("torch",), ("diffusers",), ("torch", "diffusers")])
+ALONE_OR_NOT = pytest.mark.parametrize("beside", [(), ("diffusers",), ("torch", "diffusers")])
 
 
 @ALONE_OR_NOT
@@ -212,31 +226,42 @@ def test_clocks_are_the_standard_librarys_and_torchs(monkeypatch: pytest.MonkeyP
     assert replaced_clocks() == ()
 
 
-def test_work_in_a_thread_that_outlives_the_call_is_caught(tiny_checkpoint: Path) -> None:
-    """The result is filled after it was returned."""
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_work_in_a_thread_that_outlives_the_call_is_caught(
+    tiny_checkpoint: Path, has_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is filled in after it was returned: before anyone looks for threads, or after that."""
     threads: list[threading.Thread] = []
+    may_go = threading.Event()
 
     def cheat(inputs: Inputs, call: int, right: Trajectory) -> Tensor:
-        if call == 1:
+        if call != 2:
             return right(inputs)
-        result, may_go = torch.empty_like(inputs.noise).fill_(call), threading.Event()
+        result = torch.empty_like(inputs.noise).fill_(call)
 
         def work() -> None:
             may_go.wait()
             result.copy_(right(inputs))
 
-        # At once after the return, as a fast thread: before the next call begins.
-        threads.append(threading.Thread(target=work))
+        threads.append(threading.Thread(target=work, name="hidden worker"))
         threads[-1].start()
-        threading.Timer(0.0, may_go.set).start()
         return result
 
-    records = measured(tiny_checkpoint, Cheating(cheat), "torch")
-    for thread in threads:
-        thread.join()
-    assert records["cheat"].status in ("impossible", "incorrect")
-    assert records["cheat"].wall_ms is None
-    assert records["torch"].status == "ok"
+    real = CallWatch.settle
+
+    def settle(watch: CallWatch) -> None:
+        if has_ended and threads:
+            may_go.set()
+            threads[-1].join()
+        real(watch)
+        if threads:
+            may_go.set()
+            threads[-1].join()
+
+    monkeypatch.setattr(CallWatch, "settle", settle)
+    records = measured(tiny_checkpoint, Cheating(cheat))
+    named = "'hidden worker'" if has_ended else "the result of round 1 changed"
+    caught(records, "impossible", "work after the call", named)
 
 
 def test_a_result_that_changes_after_it_was_returned_is_named(tiny_checkpoint: Path) -> None:
@@ -268,7 +293,9 @@ def test_a_result_that_changes_after_it_was_returned_is_named(tiny_checkpoint: P
     caught(records, "impossible", "work after the call", "the result of round 1 changed")
 
 
-def test_a_thread_that_still_computes_is_named(tiny_checkpoint: Path) -> None:
+def test_a_thread_that_still_computes_is_named(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # However busy the machine is.
+    monkeypatch.setattr(genuine, "_WATCHED_S", 0.5)
     stop = threading.Event()
 
     def busy() -> None:
@@ -573,3 +600,128 @@ def test_a_function_that_sleeps_is_timed_as_long_as_it_sleeps() -> None:
     assert real.second_ms is not None
     assert real.wall_ms >= 10.0
     assert impossible([Timed(None, real.wall_ms, None, real.second_ms)], 10.0, WHAT) is None
+
+
+# `ldmperf kernels`, by the same clocks.
+GEGLU = OperatorCall(
+    operator="geglu",
+    dtype="float32",
+    tensors=(TensorSpec(name="x", shape=(6, 16), stride=(16, 1), dtype="float32"),),
+    results=(TensorSpec(name="result 0", shape=(6, 8), stride=(8, 1), dtype="float32"),),
+)
+LINEAR = next(call for call in family_calls("39M", 2, "float32", latent=(8, 8)) if call.operator == "linear")
+
+
+def benched(call: Callable[..., Tensor], of: OperatorCall = GEGLU, **given: object) -> KernelRecord:
+    """The record of a peer beside an honest one, which is ok."""
+    peers = [
+        Peer("cheat", lambda case, device: Implementation(call)),
+        Peer("triton", lambda case, device: Implementation(OPERATORS[of.operator].reference)),
+    ]
+    fields: dict[str, Any] = {"copy": None, "rates": None} | given
+    bench = KernelBench("cpu", peers, ("eager",), Pace(THRICE, 0.0), Environment(os="Linux", python="3"), **fields)
+    cheat, honest = bench.measure(Job("39M", 2, of))
+    assert honest.status == "ok" or "rates" in given, honest.message
+    assert (cheat.ms is None) == (cheat.status != "ok")
+    return cheat
+
+
+def right_geglu(x: Tensor) -> Tensor:
+    return OPERATORS["geglu"].reference(x)  # type: ignore[no-any-return]
+
+
+def test_a_kernel_that_remembers_its_inputs_by_their_place_is_caught() -> None:
+    kept: dict[int, Tensor] = {}
+
+    def cheat(x: Tensor) -> Tensor:
+        if x.data_ptr() not in kept:
+            kept[x.data_ptr()] = right_geglu(x)
+        return kept[x.data_ptr()].clone()
+
+    record = benched(cheat)
+    assert record.status == "incorrect"
+    assert "cached output: with other numbers in the same memory" in (record.message or "")
+
+    def same_memory(x: Tensor) -> Tensor:
+        return kept.setdefault(-x.data_ptr(), right_geglu(x))
+
+    record = benched(same_memory)
+    assert record.status == "incorrect"
+    assert "cached output: it returned the memory of an earlier result" in (record.message or "")
+
+
+def test_a_kernel_that_is_right_only_while_it_is_checked_is_caught() -> None:
+    """By the number of its call: the first, and the last."""
+    counting = itertools.count(1)
+    benched(lambda x: (next(counting), right_geglu(x))[1])
+    last, calls = next(counting) - 1, itertools.count(1)
+    record = benched(lambda x: right_geglu(x) * (1.0 if next(calls) in (1, last) else 0.5))
+    assert record.status == "incorrect"
+    assert "in timing the result was off" in (record.message or "")
+
+
+def test_a_kernel_that_patches_timers_is_caught_and_the_next_one_timed() -> None:
+    calls, real = itertools.count(1), time.perf_counter
+
+    def cheat(x: Tensor) -> Tensor:
+        if next(calls) == 8:
+            time.perf_counter = lambda: 0.0
+        return right_geglu(x)
+
+    record = benched(cheat)
+    assert time.perf_counter is real
+    assert record.status == "impossible"
+    assert "patched timers: time.perf_counter was replaced" in (record.message or "")
+
+
+def test_a_kernel_with_a_lazy_result_is_caught() -> None:
+    record = benched(lambda x: right_geglu(x).as_subclass(Lazy))
+    assert record.status == "impossible"
+    assert "lazy result" in (record.message or "")
+
+
+def test_a_kernel_faster_than_its_flops_allow_is_impossible() -> None:
+    """By the matmuls of the run; slow ones, here."""
+    rates = UnitRates(
+        matrix_size=10, matrix_ms=Samples.of([2e9, 3e9]), multiprocessors=1, clock_ghz=None, message="-"
+    )
+    flops = LINEAR.flops
+    assert flops is not None
+    # 2000 FLOP in 2e9 ms, and a quarter more.
+    least = least_call_ms(LINEAR, rates, None, True)
+    assert least == pytest.approx(flops / (1.25 * 1e-6))
+    record = benched(OPERATORS["linear"].reference, LINEAR, rates=rates)
+    assert record.status == "impossible"
+    assert "below the floor: a sample of 1 call took" in (record.message or "")
+    quick = rates.model_copy(update={"matrix_ms": Samples.of([1e-9])})
+    assert benched(OPERATORS["linear"].reference, LINEAR, rates=quick).status == "ok"
+
+
+def test_bytes_are_a_floor_where_no_cache_can_hold_them() -> None:
+    copy = CopyBandwidth(bytes_each=10**6, ms=Samples.of([2.0]))
+    moved = 4 * (6 * 16 + 6 * 8)
+    assert least_call_ms(GEGLU, None, copy, True) == pytest.approx(moved / (4 * 1e6))
+    assert least_call_ms(GEGLU, None, copy, False) is None
+    masked = GEGLU.model_copy(
+        update={"tensors": (*GEGLU.tensors, TensorSpec(name="key_mask", shape=(1,), stride=(1,), dtype="bool"))}
+    )
+    assert least_call_ms(masked, None, copy, True) is None
+
+
+def test_other_numbers_come_into_the_same_memory() -> None:
+    """Of all that a call reads, but for a sampler's tables; strides and expanded dimensions stay."""
+    expanded = GEGLU.model_copy(
+        update={"tensors": (TensorSpec(name="x", shape=(6, 16), stride=(0, 1), dtype="float32"),)}
+    )
+    for call in (expanded, GEGLU, sampler_call("dpmpp_2m", 2, "float32", (8, 8))):
+        inputs = CallInputs(call, 1, torch.device("cpu"), seed=0)
+        before = {name: v.clone() for name, v in inputs.sets[0].items() if isinstance(v, Tensor)}
+        places = {name: v.data_ptr() for name, v in inputs.sets[0].items() if isinstance(v, Tensor)}
+        inputs.renew()
+        changed = {name for name in before if not torch.equal(before[name], inputs.sets[0][name])}
+        assert {name: inputs.sets[0][name].data_ptr() for name in places} == places
+        if call.plan is None:
+            assert changed == {"x"}
+        else:
+            assert "model_output" in changed
+            assert changed.isdisjoint({"table", "step", "guidance_scale", "input_scale", "registers"})

@@ -381,7 +381,7 @@ def test_calls_rotate_and_results_stay_apart() -> None:
     workload.run(4)
     workload.run(3)
     assert seen == [0, 1, 2, 0, 1, 2, 0]
-    assert len({result.data_ptr() for result in workload._results}) == 3
+    assert len({result.data_ptr() for result in workload.results}) == 3
 
 
 def test_a_sample_is_as_many_runs_as_fill_it() -> None:
@@ -461,13 +461,14 @@ def device_log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     class Event:
         def __init__(self, enable_timing: bool) -> None: ...
 
-        def record(self) -> None:
-            log.append("record")
+        def record(self, stream: str) -> None:
+            log.append("record" if stream == torch.cuda.current_stream("cuda") else "record on another stream")
 
         def elapsed_time(self, _: Event) -> float:
             return 2.0
 
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "current")
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: log.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"wait {cycles}"))
@@ -539,14 +540,15 @@ def test_a_graph_is_checked_again_by_a_replay(replays: bool, monkeypatch: pytest
     """Its results are poisoned before, so that a replay that computes nothing is wrong."""
     inputs = CallInputs(geglu_case(), 1, torch.device("cpu"), seed=0)
     check = peer_lane.Check(inputs, inputs.reference())
-    _FakeCuda(monkeypatch, capture_fails=False)
     built = peer_lane.BuiltPeer(peer("triton", right), torch.device("cpu"))
     built.begin(check)
+    _FakeCuda(monkeypatch, capture_fails=False)
     graph = GraphCalls(built.calls, torch.device("cuda"))
-    exact = graph.results[0].clone()
-    monkeypatch.setattr(graph, "run", lambda _: replays and graph.results[0].copy_(exact))
+    monkeypatch.setattr(graph, "run", lambda _: replays and graph.results[0].copy_(built.calls[0]()))
     lane = peer_lane.PeerLane(built, "graph", workload=graph, calls_per_sample=4)
-    lane.finish(Times(wall_ms=[8.0], gpu_ms=[2.0]), check)
+    lane.check_timed(check)
+    assert lane.status == "ok"
+    lane.finish(Times(wall_ms=[8.0], gpu_ms=[2.0]), check.renewed())
     assert (lane.ms, lane.status) == ([0.5], "ok" if replays else "incorrect")
 
 

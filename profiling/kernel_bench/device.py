@@ -34,10 +34,12 @@ class Workload(Protocol):
     """Something to repeat; a run is `calls_per_run` calls.
 
     Before a timed sample the device waits for `delay_cycles`, see `timed`; 0 where the launch is to be seen.
+    `results`: the last of each call, None before the first.
     """
 
     calls_per_run: int
     delay_cycles: int
+    results: list[Any]
 
     def run(self, count: int) -> None: ...
 
@@ -51,12 +53,12 @@ class EagerCalls:
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = calls
-        self._results: list[Any] = [None] * len(calls)
+        self.results: list[Any] = [None] * len(calls)
         self._next = 0
 
     def run(self, count: int) -> None:
         for _ in range(count):
-            self._results[self._next] = self._calls[self._next]()
+            self.results[self._next] = self._calls[self._next]()
             self._next = (self._next + 1) % len(self._calls)
 
 

@@ -14,7 +14,7 @@ from ldmperf.kernels import OPERATORS
 
 from ..measure.error import relative_rms
 from ..options import DType
-from ..step.call import OperatorCall
+from ..step.call import OperatorCall, plan_tensors, sampling_plan
 
 # Relative RMS error that passes: several roundings of the dtype (torch's own operators round between their parts),
 # and far less than a wrong formula gives.
@@ -31,7 +31,7 @@ class CallInputs:
 
     def __init__(self, call: OperatorCall, sets: int, device: torch.device, seed: int) -> None:
         generator = torch.Generator(device).manual_seed(seed)
-        self.call = call
+        self.call, self._generator = call, generator
         self.sets = [call.arguments(device, generator) for _ in range(sets)]
         self._pristine = {
             spec.name: self.sets[0][spec.name].clone() for spec in call.tensors if spec.access == "update"
@@ -48,6 +48,22 @@ class CallInputs:
         # Freed at once: the next allocation of this size takes the same block.
         for result in self.call.results:
             torch.full((-(-result.nbytes // 4),), math.nan, device=device)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a call starts from what the call before has left."""
+        return any(spec.access == "update" for spec in self.call.tensors)
+
+    def renew(self) -> None:
+        """Other random numbers in the memory of what the first set's calls read, but for a sampler's tables."""
+        tables = {} if self.call.plan is None else plan_tensors(sampling_plan(self.call.plan))
+        first, device = self.sets[0], self.sets[0][self.call.tensors[0].name].device
+        fresh = self.call.arguments(device, self._generator)
+        for spec in self.call.tensors:
+            if spec.access == "read" and spec.below is None and spec.name not in tables:
+                # Of an expanded dimension, what lies in memory.
+                once = tuple(slice(None) if stride else slice(1) for stride in spec.stride)
+                first[spec.name][once].copy_(fresh[spec.name][once])
 
     def reference(self) -> tuple[Tensor, ...]:
         """The outputs for the first set in float64, from the numbers that its dtype rounded to."""

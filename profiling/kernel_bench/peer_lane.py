@@ -6,17 +6,20 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..measure.device_watch import DeviceWatch
+from ..measure.genuine import CallWatch
+from ..measure.integrity import check_plain, is_poisoned, poison
 from ..measure.outcomes import Outcome, Unsupported
 from ..measure.recorded import Correctness
 from ..measure.timing import Timed, Times, timed
-from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, timed_run
+from ..terminal.visible import counted
+from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, device_ms, timed_run
 from .implementation import Implementation
 from .inputs import CallInputs, tolerance_of
 from .kernel_records import Mode
@@ -28,27 +31,53 @@ _REFERENCE = "ours, float64"
 
 @dataclass(frozen=True)
 class Check:
-    """The inputs of a call, and its exact outputs for the first set of them."""
+    """The inputs of a call, its exact outputs for the first set of them, and those before it was renewed."""
 
     inputs: CallInputs
     exact: tuple[Tensor, ...]
+    earlier: tuple[Tensor, ...] | None = None
+
+    def renewed(self) -> Check:
+        """The check of other numbers in the same memory; this one holds no longer."""
+        self.inputs.renew()
+        self.inputs.restore()
+        return Check(self.inputs, self.inputs.reference(), earlier=self.exact)
 
     @property
     def tolerance(self) -> float:
         return tolerance_of(self.inputs.call)
 
-    def error(self, checked: Outcome, result: Any, when: Literal["before", "after"]) -> float | None:
+    def error(self, checked: Outcome, result: Any, when: Literal["before", "in", "after"]) -> float | None:
         """The largest relative RMS error of the outputs, None unless finite; a wrong result ends the outcome."""
-        error = checked.attempt(lambda: self.inputs.error(result, self.exact))
+        error = checked.attempt(lambda: self._error(result))
         if error is None:
             return None
         if error > self.tolerance:
-            checked.fail(
-                "incorrect",
-                f"{when} timing the result was off {_REFERENCE} by {error:.3g} (relative RMS); "
-                f"at most {self.tolerance:g} passes",
-            )
+            checked.fail("incorrect", self._cheat(result) or f"{when} timing {self._off(error)}")
         return error if math.isfinite(error) else None
+
+    def _error(self, result: Any) -> float:
+        for tensor in tensors_of(result):
+            check_plain(tensor)
+        return self.inputs.error(result, self.exact)
+
+    def _off(self, error: float) -> str:
+        return f"the result was off {_REFERENCE} by {error:.3g} (relative RMS); at most {self.tolerance:g} passes"
+
+    def _cheat(self, result: Any) -> str | None:
+        """What a wrong result is known for."""
+        if any(is_poisoned(tensor) for tensor in tensors_of(result)):
+            return "a cached output: it returned the memory of an earlier result, unwritten"
+        if self.earlier is not None and self.inputs.error(result, self.earlier) <= self.tolerance:
+            return (
+                "a cached output: with other numbers in the same memory it returned the result of the earlier ones"
+            )
+        return None
+
+
+def tensors_of(result: Any) -> tuple[Tensor, ...]:
+    """The tensors that a call returned: one, several, or none where it updates its arguments."""
+    return (result,) if isinstance(result, Tensor) else tuple(result or ())
 
 
 @dataclass
@@ -62,6 +91,7 @@ class BuiltPeer(Outcome):
     polynomial: int | None = None
     error: float | None = None
     calls: list[Callable[[], Any]] = field(default_factory=list)
+    watch: CallWatch = field(default_factory=CallWatch)
 
     def release(self) -> None:
         self.implementation, self.calls = None, []
@@ -74,16 +104,21 @@ class BuiltPeer(Outcome):
         """Builds the calls, makes the first and checks its result."""
         self.attempt(lambda: self._build(check.inputs))
         with self.setting():
-            first = self.attempt(lambda: timed(self.calls[0], self.device))
+            first = self.attempt(self._call)
         if first is not None:
             self.first_call_ms = first.wall_ms
             self.error = check.error(self, first.value, "before")
 
+    def _call(self) -> Timed[Any]:
+        with self.watch.around():
+            return timed(self.calls[0], self.device)
+
     def _build(self, inputs: CallInputs) -> None:
-        self.implementation = made = self.peer.build(inputs.call, self.device)
-        self.polynomial = made.polynomial(inputs.sets[0])
-        inputs.restore()
-        prepared = [made.prepare(arguments) for arguments in inputs.sets]
+        with self.watch.around():
+            self.implementation = made = self.peer.build(inputs.call, self.device)
+            self.polynomial = made.polynomial(inputs.sets[0])
+            inputs.restore()
+            prepared = [made.prepare(arguments) for arguments in inputs.sets]
         self.calls = [functools.partial(made.call, **arguments) for arguments in prepared]
 
 
@@ -103,6 +138,11 @@ class PeerLane(Outcome):
     # Whether it ran since memory was last given back to the device; what takes memory again is no sample.
     is_warm: bool = False
     during: DeviceWatch = field(default_factory=DeviceWatch)
+    watch: CallWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Its own times, and the threads that the peer has started at any time.
+        self.watch = CallWatch(threads=self.built.watch.threads)
 
     def release(self) -> None:
         self.workload = None
@@ -114,8 +154,9 @@ class PeerLane(Outcome):
 
     def _calibrate(self, pace: Pace) -> None:
         device = self.built.device
-        self.workload = self._made_workload()
-        self.runs = calibrated(self.workload, pace, device)
+        with self.watch.around():
+            self.workload = self._made_workload()
+            self.runs = calibrated(self.workload, pace, device)
         self.calls_per_sample = self.runs * self.workload.calls_per_run
         self.delay_cycles = self.workload.delay_cycles if device.type == "cuda" else 0
 
@@ -138,17 +179,37 @@ class PeerLane(Outcome):
     def sample(self, *_: object) -> Timed[object]:
         """One sample, after an untimed call where memory was given back."""
         assert self.workload is not None
-        with self.built.setting():
+        with self.built.setting(), self.watch.around():
             if not self.is_warm:
                 self.workload.run(self.runs)
                 self.is_warm = True
-            sample = timed_run(self.workload, self.runs, self.built.device)
+            result = timed_run(self.workload, self.runs, self.built.device)
         self.during.read_throttling()
-        return sample
+        self.watch.settle()
+        # The host's clock has a delay in it, and so does not tell of other streams; a captured graph leaves none.
+        self.watch.note(replace(result, wall_ms=device_ms(result), gpu_ms=None) if self.delay_cycles else result)
+        return result
 
-    def finish(self, times: Times, check: Check) -> None:
-        """Takes the times of a call, and checks the first set's result again, by the workload that was timed."""
+    def check_timed(self, check: Check) -> None:
+        """Checks the first set's result as the samples have left it, where each call starts from the same."""
+        assert self.workload is not None
+        result = self.workload.results[0]
+        if result is not None and not check.inputs.accumulates:
+            self.error_after = check.error(self, result, "in")
+            for tensor in tensors_of(result):
+                poison(tensor)
+
+    def finish(self, times: Times, check: Check, least_ms: float | None = None) -> None:
+        """Takes the times of a call, and checks the first set's result again, by the workload that was timed.
+
+        least_ms: the least time of a call, where it is known.
+        """
         self.ms = [ms / self.calls_per_sample for ms in times.gpu_ms or times.wall_ms]
+        what = f"a sample of {counted(self.calls_per_sample, 'call')}"
+        least_of_sample = None if least_ms is None else self.calls_per_sample * least_ms
+        self.attempt(lambda: self.watch.judge(least_of_sample, what))
+        if not self.active:
+            return
         check.inputs.restore()
         with self.built.setting():
             result = self.attempt(self._again)
@@ -157,10 +218,11 @@ class PeerLane(Outcome):
 
     def _again(self) -> Any:
         if not isinstance(self.workload, GraphCalls):
-            return self.built.calls[0]()
+            with self.watch.around():
+                return self.built.calls[0]()
         result = self.workload.results[0]
-        for tensor in [result] if isinstance(result, Tensor) else result or ():
-            tensor.fill_(math.nan)
+        for tensor in tensors_of(result):
+            poison(tensor)
         self.workload.run(1)
         return result
 

@@ -90,18 +90,19 @@ def put_clocks_back() -> None:
 
 @dataclass
 class CallWatch:
-    """Watches the calls of one backend. `times`: what they took, for `judge`."""
+    """Watches the calls of one backend. `times`: what they took, for `judge`; `threads`: started by them."""
 
     times: list[Timed[None]] = field(default_factory=list)
-    # Started by its calls, and alive when last looked at.
-    _threads: set[threading.Thread] = field(default_factory=set)
+    threads: set[threading.Thread] = field(default_factory=set)
+    # As the last call returned: the threads that it started, and what each one that was alive had computed.
+    _started: set[threading.Thread] = field(default_factory=set)
+    _computed: dict[threading.Thread, float | None] = field(default_factory=dict)
 
     @contextmanager
-    def around(self, *, may_work_on: bool = False) -> Iterator[None]:
-        """Around calls of the backend. Raises Untrusted where one replaced a clock or left a thread at work.
+    def around(self) -> Iterator[None]:
+        """Around calls of the backend. Raises Untrusted where they replaced a clock.
 
-        may_work_on: whether threads are only noted, as of a first call, which may compile in others. Clocks that
-        were replaced before are put back with a warning: that was not this backend.
+        Clocks that were replaced before are put back with a warning: that was not this backend.
         """
         if foreign := foreign_clocks():
             raise Untrusted("impossible", f"patched timers: {_are(foreign)} replaced before ldmperf was loaded")
@@ -112,16 +113,32 @@ class CallWatch:
         try:
             yield
         finally:
+            alive = set(threading.enumerate())
+            self._started = alive - threads
+            self.threads |= self._started
+            self.threads &= alive
+            self._computed = {thread: _computed_s(thread) for thread in self.threads}
             replaced = replaced_clocks()
             put_clocks_back()
-            self._threads |= set(threading.enumerate()) - threads
         if replaced:
             raise Untrusted("impossible", f"patched timers: {_are(replaced)} replaced by the backend")
-        if not may_work_on and (name := self._thread_at_work()) is not None:
-            raise Untrusted(
-                "impossible",
-                f"work after the call: the thread {name} that it started still computed when it had returned",
-            )
+
+    def settle(self) -> None:
+        """Once what the last call returned is kept: raises Untrusted where a thread of it had not finished.
+
+        It computes now, or was started by that call and has ended only now. One that waits is none.
+        """
+        if not self._computed:
+            return
+        time.sleep(_WATCHED_S)
+        for thread, start in self._computed.items():
+            has_ended = thread in self._started and not thread.is_alive()
+            computed = _computed_s(thread)
+            if has_ended or (start is not None and computed is not None and computed - start > _IDLE_S):
+                raise Untrusted(
+                    "impossible",
+                    f"work after the call: the thread {thread.name!r} of it worked on when it had returned",
+                )
 
     def note(self, result: Timed[Any]) -> None:
         """Keeps what a call took."""
@@ -131,17 +148,6 @@ class CallWatch:
         """Raises Untrusted where the times so far are not those of the work, see `integrity.impossible`."""
         if (reason := impossible(self.times, least_ms, what)) is not None:
             raise Untrusted("impossible", reason)
-
-    def _thread_at_work(self) -> str | None:
-        self._threads = {thread for thread in self._threads if thread.is_alive()}
-        if not self._threads:
-            return None
-        before = {thread: _computed_s(thread) for thread in self._threads}
-        time.sleep(_WATCHED_S)
-        for thread, start in before.items():
-            if start is not None and (_computed_s(thread) or start) - start > _IDLE_S:
-                return repr(thread.name)
-        return None
 
 
 def _computed_s(thread: threading.Thread) -> float | None:

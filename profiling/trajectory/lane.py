@@ -129,7 +129,7 @@ class Lane(Outcome):
 
     def _build_and_call(self, problem: Problem) -> None:
         start = time.perf_counter()
-        with self.watch.around(may_work_on=True):
+        with self.watch.around():
             self.trajectory = self.backend.build(problem)
         self.phases["build_ms"] = 1e3 * (time.perf_counter() - start)
         first = self.run(check_inputs(problem))
@@ -161,6 +161,8 @@ class Lane(Outcome):
             self.round_latents = self.returned.take(result.value, where)
             if not self.round_latents.isfinite().all():
                 raise Untrusted("incorrect", f"in {where} the final latents were not finite")
+        # Only now: a thread that is given time could still fill in the result.
+        self.watch.settle()
         self.shared.ran(self.case, "check" if is_last else "timing")
         return Timed(None, result.wall_ms, result.gpu_ms)
 
@@ -193,8 +195,7 @@ class Lane(Outcome):
         trajectory = self.trajectory
         assert trajectory is not None
         self.returned.let_go()
-        # A first call may leave others to compile.
-        with self.watch.around(may_work_on=self.first_latents is None):
+        with self.watch.around():
             return timed(lambda: trajectory(inputs), self.device)
 
     def run_measured(self, inputs: Inputs) -> Timed[Tensor]:
