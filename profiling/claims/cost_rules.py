@@ -195,11 +195,17 @@ def energy_proportional(claim: Claim, shown: Overview) -> list[Verdict]:
     """Joules of a step over GFLOP of a forward, size by size: the line's R2, and the smallest over the largest."""
     found = []
     for group in by_conditions(shown.rows):
-        sizes = {row.name: row for row in group if row.record.joules_per_step and row.record.gflop_per_forward}
+        sizes = {row.name: row for row in group if _has_energy(row)}
         rows = [sizes[name] for name in names_by_size(sizes.values())]
         if len(rows) >= limits.FEWEST_ENERGIES:
             found.append(_energy_verdict(claim, rows, shown))
     return found
+
+
+def _has_energy(row: Row) -> bool:
+    energy = row.record.energy
+    is_known = energy is not None and energy.relative_error is not None
+    return bool(is_known and row.record.joules_per_step and row.record.gflop_per_forward)
 
 
 def _energy_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:

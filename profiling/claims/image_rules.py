@@ -136,6 +136,7 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
                 row.name,
                 str(row.record.evaluations),
                 number(row.record.ms_per_image),
+                number(_ms_with_decoder(row)),
                 MISSING if over is None else times(over.value),
                 MISSING if over is None else interval_text(over),
                 number(None if cost is None else cost.steps_within(ms)),
@@ -143,9 +144,9 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
         )
     headings = (
         *("rival", "backend", "parameters", "steps", "ms per image", "size", "its steps", "its ms per image"),
-        *("rival over size", "interval", "steps that take as long"),
+        *("with the decoder", "rival over size", "interval", "steps that take as long"),
     )
-    grid = Grid(headings, tuple(cells), ("rival", "backend", "size"))
+    grid = Grid(headings, tuple(cells), ("rival", "backend", "size")).without_empty()
     rows = [row for pair in pairs for row in pair]
     sizes = list(dict.fromkeys(row.name for _, row in pairs))
     evidence = Evidence(claim, rows, shown.environments, grid, sizes)
@@ -159,8 +160,8 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
     steps = counted(row.record.evaluations or 0, "step")
     sentence = (
         f"the time per image over that of the size with the likest parameter count is {told}; the dearest stands "
-        f"against {steps} of the {row.name} (interval {interval_text(ordered[-1][1])}, at most 1 is cheaper); the "
-        "parameters that equal quality takes are not judged"
+        f"against {steps} of the {row.name} (interval {interval_text(ordered[-1][1])}, at most 1 is cheaper); "
+        "decoders of latents and tokens, and the parameters that equal quality takes, are left out"
     )
     judged = None if interval is None else Judged("dearest rival over its size", interval, 1.0)
     short = (row.record.evaluations or 0) < limits.RELAXED_STEPS
@@ -168,6 +169,12 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
         # A rival that is dearer than few steps may be cheaper than 50.
         return evidence.unmeasured(f"{limits.RELAXED_STEPS} steps of the {row.name}: {sentence}")
     return evidence.decided(judged, sentence)
+
+
+def _ms_with_decoder(row: Row) -> float | None:
+    """Median ms per image, the decoder's time added; null where that was not measured."""
+    decoder, ms = row.record.decoder_ms, row.record.ms_per_image
+    return None if decoder is None or ms is None else ms + decoder.p50 / row.case.batch
 
 
 def _samples(row: Row) -> list[float]:

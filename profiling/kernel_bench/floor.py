@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..measure.rates import CopyBandwidth, UnitRates
 from ..step.call import OperatorCall
-from .kernel_records import CopyBandwidth, UnitRates
 
 # Above the fastest large matmul of the run: a short call may meet a higher clock.
 _OVER_MATMUL = 1.25

@@ -6,6 +6,7 @@ What differs between two runs (clocks, addresses, neighbours) is in no interval 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,15 +82,18 @@ def medians_interval(
         else:
             # scipy takes no group of one sample: twice the same is the same distribution.
             data = [group * 2 if len(group) == 1 else group for group in ordered]
-            ends = stats.bootstrap(
-                data,
-                lambda *drawn, axis: statistic(*(numpy.median(group, axis=axis) for group in drawn)),
-                n_resamples=RESAMPLES,
-                confidence_level=confidence,
-                method="percentile",
-                rng=numpy.random.default_rng(_SEED),
-                vectorized=True,
-            ).confidence_interval
+            with warnings.catch_warnings():
+                # Of a statistic that is not finite, or the same in all resamples: both are looked at below.
+                warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+                ends = stats.bootstrap(
+                    data,
+                    lambda *drawn, axis: statistic(*(numpy.median(group, axis=axis) for group in drawn)),
+                    n_resamples=RESAMPLES,
+                    confidence_level=confidence,
+                    method="percentile",
+                    rng=numpy.random.default_rng(_SEED),
+                    vectorized=True,
+                ).confidence_interval
             found = (float(ends.low), float(ends.high))
     if not all(map(math.isfinite, (value, *found))):
         return None
