@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from ..measure.recorded import short_id
 from ..options import DEVICE_PATTERN, DType, device_kind
 
-Task = Literal["t2i", "sr"]
+Task = Literal["t2i", "sr", "rival"]
 
-TASKS: tuple[Task, ...] = get_args(Task)
+# Of the family; a rival's task is its name.
+TASKS: tuple[Task, ...] = ("t2i", "sr")
 # In the order of the ladder: the peer, eager and compiled, then ours, each with more than the one before.
 BACKENDS = (
     "diffusers",
@@ -30,7 +32,7 @@ BACKENDS = (
 # The backends that are measured unless told.
 DEFAULT_BACKENDS = ("torch", "diffusers")
 # The guidance of a task unless told: super-resolution samples without.
-DEFAULT_GUIDANCE: dict[Task, float] = {"t2i": 7.5, "sr": 1.0}
+DEFAULT_GUIDANCE: Mapping[Task, float] = {"t2i": 7.5, "sr": 1.0}
 # The largest batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
 MOST_IMAGES = 1_000_000
 # Stands before a path that is not UTF-8, which JSON cannot hold.
@@ -54,6 +56,9 @@ class Case(BaseModel):
     random weights and before the files have been read. `guidance_scale` 1 is none; above 1 every model evaluation
     takes 2 x `batch` inputs. Latent sizes are in latent pixels (an eighth of the image's), `context_tokens` is the
     length of the text context.
+
+    A rival, a generator of another kind (task "rival"), has its name in `unet`, its own number of steps, the
+    sampler "none", and no context tokens and no guidance where it takes no text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -69,9 +74,15 @@ class Case(BaseModel):
     device: Annotated[str, Field(pattern=DEVICE_PATTERN)] = "cpu"
     latent_height: Annotated[int, Field(ge=1, lt=2**32)] = 64
     latent_width: Annotated[int, Field(ge=1, lt=2**32)] = 64
-    context_tokens: Annotated[int, Field(ge=1, lt=2**32)] = 77
+    context_tokens: Annotated[int, Field(ge=0, lt=2**32)] = 77
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     backend: str = "torch"
+
+    @model_validator(mode="after")
+    def _a_text_for_the_family(self) -> Self:
+        if not self.context_tokens and self.task != "rival":
+            raise ValueError("context_tokens is at least 1, but for a rival that takes no text")
+        return self
 
     @property
     def network(self) -> str:

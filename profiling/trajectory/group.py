@@ -16,12 +16,11 @@ import torch
 from ..measure.error import relative_rms
 from ..measure.outcomes import release_memory
 from ..measure.timing import Deadline, Times, garbage_collection_paused, interleave
-from ..step.flops import count_gflop, count_parameters
 from .backend import Backend, Problem
 from .case import Case
 from .check import Reference, References, tolerances
 from .lane import GroupFacts, Lane
-from .network import Networks, make_problem
+from .network import Networks
 from .records import Record
 
 
@@ -69,12 +68,11 @@ class Group:
         self._record_failed()
 
     def _problem(self, networks: Networks) -> Problem:
-        case, shared = self.cases[0], self.shared
-        unet, shared.weights_ms = networks.get(case)
-        problem = make_problem(case, unet)
-        shared.evaluations = len(problem.plan.steps)
-        shared.parameters = count_parameters(unet.config)
-        shared.gflop = count_gflop(unet.config, case.latent_height, case.latent_width, case.context_tokens)
+        shared = self.shared
+        problem, shared.weights_ms = networks.problem(self.cases[0])
+        shared.evaluations = problem.evaluations
+        shared.parameters = problem.parameters
+        shared.gflop = problem.gflop
         return problem
 
     def _prepare(self, problem: Problem) -> None:
@@ -99,7 +97,7 @@ class Group:
                 if not lane.active:
                     self._unsettle()
                 self._record_failed()
-        if problem.plan.stochastic:
+        if problem.is_stochastic:
             # A capture takes memory away from lanes that are warm already.
             self._unsettle()
 
@@ -140,7 +138,7 @@ class Group:
 
     def _time(self, problem: Problem) -> None:
         # A stochastic sampler's check has given noise, unlike what is timed: it cannot be a sample.
-        closing = not problem.plan.stochastic
+        closing = not problem.is_stochastic
         lanes = {lane.name: lane for lane in self.active}
 
         def on_failure(name: str, error: Exception) -> None:
@@ -176,7 +174,7 @@ class Group:
 
     def _finish(self, lane: Lane, times: Times, problem: Problem) -> None:
         lane.finish(problem, times)
-        if problem.plan.stochastic:
+        if problem.is_stochastic:
             self._unsettle()
         self.on_record(lane.record())
 

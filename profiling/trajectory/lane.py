@@ -21,9 +21,9 @@ from ..measure.outcomes import Outcome
 from ..measure.recorded import Correctness, Samples, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
 from ..terminal.visible import visible
-from .backend import Backend, Configured, Inputs, Phased, Problem, Trajectory
+from .backend import Backend, Configured, Phased, Problem, Trajectory
 from .case import Case
-from .check import TOLERANCES, Reference, check_inputs, make_inputs
+from .check import TOLERANCES, Reference
 from .records import Floor, Harness, Phases, Record
 
 
@@ -47,6 +47,7 @@ class GroupFacts:
     gflop: float | None = None
     evaluations: int | None = None
     floor: Floor | None = None
+    decoder_ms: Samples | None = None
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Lane(Outcome):
         start = time.perf_counter()
         self.trajectory = self.backend.build(problem)
         self.phases["build_ms"] = 1e3 * (time.perf_counter() - start)
-        first = self.run(check_inputs(problem))
+        first = self.run(problem.check_inputs())
         self.phases["first_call_ms"] = first.wall_ms
         self._take_phases()
         self.first_latents = first.value.double().cpu()
@@ -117,7 +118,7 @@ class Lane(Outcome):
         if self.is_unsettled:
             self._settle(problem)
             self.is_unsettled = False
-        result = self.run_measured(check_inputs(problem) if is_last else make_inputs(problem, 1 + number))
+        result = self.run_measured(problem.check_inputs() if is_last else problem.inputs(1 + number))
         if is_last:
             self.last_latents = result.value.double().cpu()
         self.shared.ran(self.case, "check" if is_last else "timing")
@@ -127,18 +128,18 @@ class Lane(Outcome):
         """Keeps its times and checks it again: by its last sample, or by an untimed trajectory."""
         self.times = times
         if self.last_latents is None:
-            self.last_latents = self.attempt(lambda: self.run(check_inputs(problem)).value.double().cpu())
+            self.last_latents = self.attempt(lambda: self.run(problem.check_inputs()).value.double().cpu())
             self.shared.ran(self.case, "check")
         if self.active:
             self.check("after")
 
-    def run(self, inputs: Inputs) -> Timed[Tensor]:
+    def run(self, inputs: Any) -> Timed[Tensor]:
         """One trajectory, on both clocks."""
         trajectory = self.trajectory
         assert trajectory is not None
         return timed(lambda: trajectory(inputs), self.device)
 
-    def run_measured(self, inputs: Inputs) -> Timed[Tensor]:
+    def run_measured(self, inputs: Any) -> Timed[Tensor]:
         """One trajectory whose peak memory counts."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -195,6 +196,7 @@ class Lane(Outcome):
             evaluations=shared.evaluations,
             peak_memory_bytes=self.peak_memory_bytes,
             floor=shared.floor,
+            decoder_ms=shared.decoder_ms,
             settings=self.backend.settings if isinstance(self.backend, Configured) else (),
             device_before=shared.before,
             device_after=device_state(self.case.device),
@@ -219,7 +221,7 @@ class Lane(Outcome):
 
     def _settle(self, problem: Problem) -> None:
         """Runs a trajectory that is no sample: it allocates again what was freed, and captures anew."""
-        wall_ms = self.run(make_inputs(problem, 0)).wall_ms
+        wall_ms = self.run(problem.inputs(0)).wall_ms
         self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + wall_ms
         self.warmup_count += 1
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..measure.environment import collect_environment, device_state
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
 from ..measure.timing import Deadline, RepetitionRule
-from .backend import Backend
-from .case import Case
+from .backend import Backend, Subject
+from .case import Case, Task
 from .check import References, code_identity
 from .checkpoints import identified
+from .decoder_times import DecoderTimes
 from .group import Group
 from .lane import GroupFacts
-from .network import Networks
+from .network import FAMILY_SUBJECTS, Networks
 from .records import Record, RecordStore
-from .rungs import all_backends
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .trace import traced
 
@@ -51,6 +51,8 @@ def profile(
     references: Path | None = None,
     tracer: Tracer | None = None,
     run_id: str | None = None,
+    subjects: Mapping[Task, Subject] = FAMILY_SUBJECTS,
+    decoder: Callable[[Case], Case | None] | None = None,
 ) -> list[Record]:
     """Measures the cases and returns a record for each, failures included, in the order in which they were done.
 
@@ -61,13 +63,15 @@ def profile(
     store too) that have a time and no trace are traced at the end, and their records written again with it; of a
     deadline's time the last fifth is for that (`timing_deadline`).
     `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
-    profiler. `run_id` goes into the records; a new one unless told. Raises CaseError for a checkpoint that cannot
-    be read (`checkpoints.identified`).
+    profiler. `run_id` goes into the records; a new one unless told. `subjects`: what is measured, by task, with
+    its backends unless `backends` are given; a case of another task is `unsupported`. `decoder`: the decode of a
+    case's samples, whose times its records get (`DecoderTimes`). Raises CaseError for a checkpoint that cannot be
+    read (`checkpoints.identified`).
     """
     listener = listener or Listener()
-    backends = backends or all_backends()
+    backends = backends or {name: of for subject in subjects.values() for name, of in subject.backends.items()}
     deadline = deadline or Deadline(None)
-    networks = Networks()
+    networks = Networks(subjects)
     # Once: the code that runs is what was loaded, whatever is committed meanwhile.
     environment_of = functools.cache(collect_environment)
     kept: dict[str, References] = {}
@@ -84,6 +88,7 @@ def profile(
     skipped = {case.key for case in identified(case for case in given if case.key in skip)} | set(skip)
     run_id = run_id or new_run_id()
     until = timing_deadline(wanted, deadline)
+    decodes = None if decoder is None else DecoderTimes(decoder, subjects, until)
     for cases_in_flight in groups(case for case in wanted if case.key not in skipped):
         if until.passed:
             break
@@ -101,6 +106,8 @@ def profile(
                 listener.ran,
                 device_state(device),
             )
+            if decodes is not None:
+                shared.decoder_ms = decodes.of(cases_in_flight[0], shared, kept[device])
             Group(cases_in_flight, backends, shared, kept[device], recorded, until).measure(networks)
         listener.end()
     located = {case.key: case for case in wanted}
