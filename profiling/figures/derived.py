@@ -83,17 +83,27 @@ class StepsSeries:
 
 @dataclass(frozen=True)
 class Overview:
-    """A record set as a report shows it. `superseded`: how many records give way to another of the same case."""
+    """A record set as a report shows it: the family in sections, and its rivals, which have no place in them.
+
+    `superseded`: how many records give way to another of the same case.
+    """
 
     environments: tuple[Environment, ...]
     conditions: Conditions
     sections: tuple[Section, ...]
     series: tuple[StepsSeries, ...]
     superseded: int
+    rivals: tuple[Row, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
+        """Those of the family."""
         return [row for section in self.sections for row in section.rows]
+
+    @property
+    def all_rows(self) -> list[Row]:
+        """Those of the family, then the rivals'."""
+        return [*self.rows, *self.rivals]
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -102,6 +112,13 @@ def ratio(numerator: float | None, denominator: float | None) -> float | None:
         return None
     quotient = numerator / denominator
     return quotient if math.isfinite(quotient) else None
+
+
+def decoder_share(record: Record) -> float | None:
+    """The decoder's share of the time to an image, of medians; null where either is missing."""
+    if record.decoder_ms is None or record.wall_ms is None:
+        return None
+    return ratio(record.decoder_ms.p50, record.decoder_ms.p50 + record.wall_ms.p50)
 
 
 def step_ms(record: Record) -> Spread | None:
@@ -137,14 +154,19 @@ def overview(records: Sequence[Record]) -> Overview:
     best = {key: best_record(of_case) for key, of_case in measured.items()}
     names = network_names(best.values())
     grouped: dict[tuple[object, ...], list[Record]] = {}
+    rivals = []
     for (environment, _), record in best.items():
+        if record.case.task == "rival":
+            rivals.append(Row(record, environment, record.case.label))
+            continue
         grouped.setdefault((environment, *_conditions(record.case).items()), []).append(record)
     sections = tuple(
         Section(index := environments.index(group[0].environment), group[0].case, _rows(index, group, names))
         for _, group in sorted(grouped.items(), key=lambda item: _sort_key(item[0]))
     )
     conditions = Conditions.of(environments, sections)
-    return Overview(environments, conditions, sections, _steps_series(sections), len(records) - len(best))
+    superseded = len(records) - len(best)
+    return Overview(environments, conditions, sections, _steps_series(sections), superseded, tuple(rivals))
 
 
 def best_record(records: Sequence[Record]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..options import CaseError
 from ..trajectory.case import Case
 from .rival import LATENT_DECODER, RIVALS
 
@@ -28,3 +29,15 @@ def decoder_case(case: Case) -> Case | None:
         context_tokens=0,
         backend="eager",
     )
+
+
+def check_decoders() -> None:
+    """Raises CaseError where decoders cannot be made."""
+    # Loads torch.
+    from ..measure.outcomes import Unsupported
+    from ..peer import import_diffusers
+
+    try:
+        import_diffusers()
+    except Unsupported as reason:
+        raise CaseError(f"--with-decoder: {reason}") from None

@@ -1,14 +1,47 @@
-"""The cases of rivals, from the options of `ldmperf profile`."""
+"""The cases of `ldmperf profile`: those of the family, and the rivals that are named beside them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..options import CaseError, device_kind, known_names, split_values
 from ..trajectory.case import Case
-from ..trajectory.presets import Sweep
+from ..trajectory.presets import OPTIONS, Choices, Sweep, chosen_sweeps, select_cases
 from .rival import KINDS, RIVAL_BACKENDS, RIVALS
+
+# By option: its help.
+RIVAL_OPTIONS: Mapping[str, str] = {
+    "rival": f"Generators of other kinds: {', '.join(KINDS)} (both sizes), or a size by name, as gan-30M. Alone, "
+    "without --size, --unet or --preset, only these are measured.",
+    "rival-backend": f"Of rivals: {', '.join(RIVAL_BACKENDS)}; eager unless told, on a GPU compile too.",
+}
+# Options of the family alone: a rival has its own steps, and no sampler, task or backend of ours.
+_OF_THE_FAMILY = ("sampler", "steps", "task", "backend")
+
+
+def cases_beside(preset: str, choices: Choices, *, is_preset_given: bool) -> list[Case]:
+    """The cases of the family that the options choose, then those of the rivals, each once.
+
+    With rivals there are cases of the family only where a size, a checkpoint or the preset is given. Raises
+    CaseError for a wrong value, and for an option that nothing measured here takes.
+    """
+    of_family = {name: values for name, values in choices.items() if name in OPTIONS}
+    if "rival" not in choices:
+        if "rival-backend" in choices:
+            raise CaseError("--rival-backend: no rival is measured; name some with --rival, or leave it out")
+        return select_cases(preset, of_family)
+    rivals = rival_cases(
+        chosen_sweeps(preset, of_family), rival_names(choices["rival"]), choices.get("rival-backend", ())
+    )
+    if is_preset_given or not {"size", "unet"}.isdisjoint(of_family):
+        return [*select_cases(preset, of_family), *rivals]
+    for name in _OF_THE_FAMILY:
+        if name in of_family:
+            raise CaseError(
+                f"--{name}: rivals do not take it; add sizes of the family with --size, or leave it out"
+            )
+    return rivals
 
 
 def rival_names(values: Iterable[str]) -> tuple[str, ...]:
@@ -27,12 +60,9 @@ def rival_cases(sweeps: Sequence[Sweep], names: Sequence[str], backends: Sequenc
     Steps and sampler are the rival's own. One that takes a text takes the sweeps' numbers of tokens too, and their
     guidance where they say any. backends: "eager", and on a GPU "compile" beside it, unless told.
     """
-    cases = (
-        case
-        for name, sweep in itertools.product(names, sweeps)
-        for case in _cases(name, sweep, known_names("rival-backend", backends, RIVAL_BACKENDS))
-    )
-    return list(dict.fromkeys(cases))
+    known = known_names("rival-backend", backends, RIVAL_BACKENDS)
+    cases = (_cases(name, sweep, known) for name, sweep in itertools.product(names, sweeps))
+    return list(dict.fromkeys(itertools.chain.from_iterable(cases)))
 
 
 def _cases(name: str, sweep: Sweep, backends: Sequence[str]) -> Iterator[Case]:

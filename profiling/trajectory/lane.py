@@ -161,7 +161,7 @@ class Lane(Outcome):
         if not error <= self.tolerance:
             self.fail(
                 "incorrect",
-                f"{when} timing the final latents were off {self.reference.name} by {error:.3g} (relative RMS); "
+                f"{when} timing the result was off {self.reference.name} by {error:.3g} (relative RMS); "
                 f"at most {self.tolerance:.3g} passes",
             )
 
