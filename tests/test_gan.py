@@ -1,4 +1,4 @@
-"""The StyleGAN2-shaped generator against a loop of plain convolutions, the grouped form, and scipy's resampling."""
+"""The StyleGAN2-shaped generator against loops of plain convolutions, the grouped form, scipy's resampling."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldmperf.profiling.rivals.gan import (
     EPS,
+    Gan,
     StyledConv,
     StyleGan,
     activated,
@@ -114,9 +115,8 @@ def test_the_activation_keeps_the_second_moment_to_four_percent() -> None:
 def test_a_generator_has_a_block_for_each_power_of_two(size: int) -> None:
     shape = GanShape(channel_base=64, most_channels=8, style_dim=6, mapping_layers=2)
     network = StyleGan(shape, size)
+    Gan(shape).initialize(network, 0)
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_()
         assert network(torch.randn(3, 6)).shape == (3, 3, size, size)
         # z is normalized: its length says nothing.
         z = torch.randn(1, 6)

@@ -104,7 +104,7 @@ def test_every_kind_has_two_sizes_of_the_parameters_in_their_names() -> None:
 
 
 def test_flops_are_counted_for_one_image_alone_without_guidance() -> None:
-    """2 FLOPs for each multiply-add: SD's decoder of a 64x64 latent takes 2.5 TFLOP, by FlopCounterMode on its own."""
+    """2 FLOPs for each multiply-add: SD's decoder of a 64x64 latent takes 2.5 TFLOP, counted by itself."""
     subject = RivalSubject()
     alone = subject.gflop(rival_case("vae-decoder-50M", latent_height=64, latent_width=64, batch=1))
     assert alone == pytest.approx(2514.519, rel=1e-5)
@@ -434,9 +434,8 @@ def test_a_wrong_decoder_has_no_time(tiny_checkpoint: Path) -> None:
 def test_the_command_measures_rivals_beside_the_family_and_goes_on(
     run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    options = ("--latent", "8", "--min-count", "1", "--out", tmp_path)
-    done = run("profile", "--unet", tiny_checkpoint, "--steps", "1", "--backend", "torch", "--rival", ",".join(TINY),
-               "--with-decoder", *options)  # fmt: skip
+    beside = ("--rival", ",".join(TINY), "--with-decoder", "--latent", "8", "--min-count", "1", "--out", tmp_path)
+    done = run("profile", "--unet", tiny_checkpoint, "--steps", "1", "--backend", "torch", *beside)
     assert done.code == 0, done.err
     assert "Rivals beside the family" in done.out
     assert "decoder" in done.out
