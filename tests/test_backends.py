@@ -15,23 +15,22 @@ from ldmperf.profiling.measure.error import relative_rms
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
-from ldmperf.profiling.trajectory.backend import Problem
 from ldmperf.profiling.trajectory.case import BACKENDS
-from ldmperf.profiling.trajectory.check import check_inputs, make_inputs
 from ldmperf.profiling.trajectory.lane import unused_in_pools
 from ldmperf.profiling.trajectory.network import make_network
 from ldmperf.profiling.trajectory.ours import GraphBackend, GraphTrajectory, OurBackend
 from ldmperf.profiling.trajectory.rungs import all_backends
 from ldmperf.profiling.trajectory.theirs import fuse_projections
+from ldmperf.profiling.trajectory.unet_problem import UNetProblem
 from ldmperf.samplers import Graphs, NoiseSchedule, make_plan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-def problem(checkpoint: Path, **changes: Any) -> Problem:
+def problem(checkpoint: Path, **changes: Any) -> UNetProblem:
     case = Case(**({"unet": str(checkpoint), "steps": 3, "latent_height": 16, "latent_width": 16} | changes))
     plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
-    return Problem(case, load_unet(checkpoint, backend="torch"), plan, SCHEDULER_CONFIG)
+    return UNetProblem(case, load_unet(checkpoint, backend="torch"), plan, SCHEDULER_CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alon
     eager = OurBackend("torch").build(given)
     unhoisted = OurBackend("torch", is_hoisted=False).build(given)
     graphed = cast(GraphTrajectory, GraphBackend(run_again, "torch").build(given))
-    for inputs in (check_inputs(given), make_inputs(given, 0), make_inputs(given, 1)):
+    for inputs in (given.check_inputs(), given.inputs(0), given.inputs(1)):
         expected = eager(inputs)
         assert torch.equal(graphed(inputs), expected)
         assert relative_rms(unhoisted(inputs), expected) < 1e-5
@@ -58,7 +57,7 @@ def test_graph_has_the_bits_of_the_eager_loop_and_hoisting_changes_rounding_alon
 def test_graph_has_the_bits_of_the_eager_loop_with_what_sdxl_adds(tiny_sdxl: Path, run_again: Graphs) -> None:
     given = problem(tiny_sdxl)
     eager, graphed = OurBackend("torch").build(given), GraphBackend(run_again, "torch").build(given)
-    inputs = make_inputs(given, 0)
+    inputs = given.inputs(0)
     other = replace(inputs, added={name: value + 1.0 for name, value in inputs.added.items()})
     for each in (inputs, other):
         assert torch.equal(graphed(each), eager(each))
@@ -71,11 +70,11 @@ def test_in_bfloat16_latents_end_no_further_from_float32_than_one_and_a_half_tim
     case = Case(unet="39M", sampler=sampler, steps=50, dtype="bfloat16", latent_height=8, latent_width=8)
     plan = make_plan(sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
     network = make_network(case)
-    given = Problem(case, network, plan, SCHEDULER_CONFIG)
-    inputs = check_inputs(given)
+    given = UNetProblem(case, network, plan, SCHEDULER_CONFIG)
+    inputs = given.check_inputs()
     ours, theirs = (all_backends()[name].build(given)(inputs).float() for name in ("torch", "diffusers"))
     wide = case.model_copy(update={"dtype": "float32"})
-    exact = all_backends()["diffusers"].build(Problem(wide, network.float(), plan, SCHEDULER_CONFIG))
+    exact = all_backends()["diffusers"].build(UNetProblem(wide, network.float(), plan, SCHEDULER_CONFIG))
     expected = exact(inputs.to(torch.float32))
     error, own = (relative_rms(latents, expected) for latents in (ours, theirs))
     assert 0 < error <= 1.5 * own, (error, own)
@@ -85,10 +84,10 @@ def test_graph_reads_the_low_resolution_latents_where_they_are_now(run_again: Gr
     case = Case(unet="39M", task="sr", steps=1, guidance_scale=3.0, latent_height=8, latent_width=8)
 
     plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
-    given = Problem(case, make_network(case), plan, SCHEDULER_CONFIG)
+    given = UNetProblem(case, make_network(case), plan, SCHEDULER_CONFIG)
     eager, graphed = OurBackend("torch").build(given), GraphBackend(run_again, "torch").build(given)
     for number in (0, 1):
-        assert torch.equal(graphed(make_inputs(given, number)), eager(make_inputs(given, number)))
+        assert torch.equal(graphed(given.inputs(number)), eager(given.inputs(number)))
 
 
 def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_checkpoint: Path) -> None:

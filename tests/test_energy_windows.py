@@ -280,7 +280,7 @@ def test_the_time_of_windows_is_bounded_by_what_is_left_of_all() -> None:
     clock = Clock()
     whole = Deadline(100.0, clock)
     timing = whole.after(0.8)
-    time = EnergyTime(whole, timing)
+    time = EnergyTime(whole, timing, print)
     assert time.left == pytest.approx(100 * ENERGY_SHARE)
     time.take(4.0)
     assert (time.left, timing.seconds, whole.seconds) == (pytest.approx(6.0), pytest.approx(84.0), 100.0)
@@ -288,9 +288,9 @@ def test_the_time_of_windows_is_bounded_by_what_is_left_of_all() -> None:
     assert time.left == pytest.approx(2.0)
     clock.now = 200.0
     assert time.left == 0.0
-    assert EnergyTime(Deadline(None), Deadline(None)).left == float("inf")
+    assert EnergyTime(Deadline(None), Deadline(None), print).left == float("inf")
     # Where there is one deadline for both, as on a CPU, windows put nothing off.
-    same = EnergyTime(whole, whole)
+    same = EnergyTime(whole, whole, print)
     same.take(4.0)
     assert whole.seconds == 100.0
 

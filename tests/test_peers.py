@@ -18,8 +18,6 @@ from ldmperf.profiling.measure.error import relative_rms
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.peer import SCHEDULER_CONFIG, SCHEDULERS, diffusers_unet
-from ldmperf.profiling.trajectory.backend import Problem
-from ldmperf.profiling.trajectory.check import added_conditions, check_inputs
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.theirs import (
     CompileMode,
@@ -28,15 +26,16 @@ from ldmperf.profiling.trajectory.theirs import (
     fuse_projections,
     side_by_side,
 )
+from ldmperf.profiling.trajectory.unet_problem import UNetProblem, added_conditions
 from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-def problem(checkpoint: Path, **changes: Any) -> Problem:
+def problem(checkpoint: Path, **changes: Any) -> UNetProblem:
     case = Case(**({"unet": str(checkpoint), "steps": 3, "latent_height": 16, "latent_width": 16} | changes))
     plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
-    return Problem(case, load_unet(checkpoint, backend="torch"), plan, SCHEDULER_CONFIG)
+    return UNetProblem(case, load_unet(checkpoint, backend="torch"), plan, SCHEDULER_CONFIG)
 
 
 def test_every_sampler_has_its_diffusers_class() -> None:
@@ -61,7 +60,7 @@ def test_it_is_what_diffusers_own_pipeline_does(tiny_checkpoint: Path) -> None:
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers", reason="StableDiffusionPipeline needs transformers")
     given = problem(tiny_checkpoint)
-    inputs = check_inputs(given)
+    inputs = given.check_inputs()
     unet = diffusers.UNet2DConditionModel.from_pretrained(tiny_checkpoint)
     vae = diffusers.AutoencoderKL(block_out_channels=(32, 32, 32, 32), norm_num_groups=8)
     pipeline = diffusers.StableDiffusionPipeline(
@@ -92,7 +91,7 @@ def test_it_is_what_diffusers_own_pipeline_does(tiny_checkpoint: Path) -> None:
 
 def test_sdxl_networks_agree_and_see_what_is_added(tiny_sdxl: Path) -> None:
     given = problem(tiny_sdxl, batch=2)
-    inputs = check_inputs(given)
+    inputs = given.check_inputs()
     # As StableDiffusionXLPipeline makes them: original size, crop and target size, in pixels.
     assert inputs.added["time_ids"].tolist() == [[128.0, 128.0, 0.0, 0.0, 128.0, 128.0]] * 4
     ours, theirs = OurBackend("torch").build(given), DiffusersBackend().build(given)
@@ -121,7 +120,7 @@ def test_a_network_whose_added_embedding_is_no_release_has_no_time() -> None:
 def test_injected_noise_is_the_schedulers_and_its_own_is_put_back(tiny_checkpoint: Path) -> None:
     given = problem(tiny_checkpoint, sampler="ddpm", guidance_scale=1.0)
     trajectory = DiffusersBackend().build(given)
-    inputs = check_inputs(given)
+    inputs = given.check_inputs()
     module = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
     drawn = module.randn_tensor
     once = trajectory(inputs)

@@ -41,9 +41,10 @@ from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.peer import SCHEDULER_CONFIG
 from ldmperf.profiling.static.forked import Lost, map_forked
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
-from ldmperf.profiling.trajectory.backend import Inputs, Problem
+from ldmperf.profiling.trajectory.backend import Inputs
 from ldmperf.profiling.trajectory.case import Case
 from ldmperf.profiling.trajectory.network import make_network
+from ldmperf.profiling.trajectory.unet_problem import UNetProblem
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +145,7 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
     case, *_ = given = cases(sampler)
     unet = make_network(case)
     schedule = NoiseSchedule.from_diffusers(SCHEDULER_CONFIG)
-    problem = Problem(case, unet, make_plan(sampler, schedule, case.steps), SCHEDULER_CONFIG)
+    problem = UNetProblem(case, unet, make_plan(sampler, schedule, case.steps), SCHEDULER_CONFIG)
     context = torch.randn(2, 77, unet.config.context_dim).bfloat16()
     inputs = [Inputs(torch.randn(1, 4, 16, 16), context, None, (0,))]
     if problem.plan.stochastic:

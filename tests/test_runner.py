@@ -30,7 +30,7 @@ from ldmperf.profiling.measure.outcomes import Unsupported, failure
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed
 from ldmperf.profiling.options import DTYPES
 from ldmperf.profiling.trajectory import group, runner, short_traces
-from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
+from ldmperf.profiling.trajectory.backend import Backend, Inputs, Trajectory
 from ldmperf.profiling.trajectory.check import TOLERANCES, Reference, References, code_identity, tolerances
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.lane import Lane
@@ -40,6 +40,7 @@ from ldmperf.profiling.trajectory.records import Phases, RecordStore, Trace
 from ldmperf.profiling.trajectory.runner import groups
 from ldmperf.profiling.trajectory.short_traces import Tracer, timing_deadline, wants_trace
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
+from ldmperf.profiling.trajectory.unet_problem import UNetProblem
 from ldmperf.samplers import SAMPLERS
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -62,7 +63,7 @@ class Changed:
     implementation: str = "torch"
     calls: list[Inputs] = field(default_factory=list)
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         right = OurBackend("torch").build(problem)
 
         def trajectory(inputs: Inputs) -> Tensor:
@@ -145,7 +146,7 @@ class Blind:
 
     implementation = "torch"
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         right = OurBackend("torch").build(problem)
 
         def trajectory(inputs: Inputs) -> Tensor:
@@ -300,7 +301,7 @@ class Missing:
 
     implementation = "diffusers"
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         raise Unsupported("not installed")
 
 
@@ -342,7 +343,7 @@ class Rounding:
     def implementation(self) -> str:
         return self.backend.implementation
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         right = self.backend.build(problem)
         off = self.single if problem.unet.dtype == torch.float32 else self.half
         return lambda inputs: right(inputs).double() * (1.0 + off)
@@ -560,6 +561,7 @@ from ldmperf.profiling import Case, profile
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.lane import Lane
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
+from ldmperf.profiling.trajectory.unet_problem import UNetProblem
 from ldmperf.profiling.trajectory.records import RecordStore
 from ldmperf.profiling.measure.timing import RepetitionRule
 
@@ -679,7 +681,7 @@ def test_what_has_no_sample_at_the_deadline_has_no_record(tiny_checkpoint: Path)
     class Noted:
         implementation = "diffusers"
 
-        def build(self, problem: Problem) -> Trajectory:
+        def build(self, problem: UNetProblem) -> Trajectory:
             wide.append(problem.unet.dtype)
             return DiffusersBackend().build(problem)
 
@@ -765,7 +767,7 @@ def test_references_are_computed_once_and_found_by_the_next_profile(tiny_checkpo
         of: Backend
         implementation: str
 
-        def build(self, problem: Problem) -> Trajectory:
+        def build(self, problem: UNetProblem) -> Trajectory:
             if problem.unet.dtype == torch.float32:
                 computed.append(self.implementation)
             return self.of.build(problem)

@@ -24,11 +24,12 @@ from ..kernel_bench.selection import Job, first_of_each_key
 from ..peer import SCHEDULER_CONFIG
 from ..step.call import OperatorCall
 from ..step.recording import RecordedCall, calls_of_ours
-from ..trajectory.backend import Inputs, Problem
+from ..trajectory.backend import Inputs
 from ..trajectory.case import Case
 from ..trajectory.network import IN_CHANNELS, family_config
 from ..trajectory.ours import GraphBackend, OurBackend
 from ..trajectory.rungs import all_backends
+from ..trajectory.unet_problem import UNetProblem
 from .work import Part
 
 Planned = Iterator[tuple[Launch, bool]]
@@ -91,7 +92,7 @@ def _trajectory(case: Case) -> Planned:
     dtype: torch.dtype = getattr(torch, case.dtype)
     unet = meta_unet(family_config(case), dtype, "torch")
     plan = make_plan(case.sampler, SCHEDULE, case.steps)
-    run = our_backends()[case.backend].build(Problem(case, unet, plan, SCHEDULER_CONFIG))
+    run = our_backends()[case.backend].build(UNetProblem(case, unet, plan, SCHEDULER_CONFIG))
     noise = torch.empty(case.batch, 4, case.latent_height, case.latent_width, device="meta")
     context = torch.empty(
         case.model_batch, case.context_tokens, unet.config.context_dim, dtype=dtype, device="meta"

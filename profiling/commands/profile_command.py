@@ -13,10 +13,12 @@ from ..measure.folders import RunError, check_environment, locked
 from ..measure.timing import Deadline, RepetitionRule
 from ..options import CaseError, best_device
 from ..report.reporting import ReportNotWritten, report_run, resume_command
+from ..rivals.decoding import check_decoders, decoder_case
+from ..rivals.selection import RIVAL_OPTIONS, cases_beside
 from ..terminal.visible import console, counted
 from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
-from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases
+from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
 from ..trajectory.runs import create_run, find_run, open_run
 from .shared import (
@@ -45,7 +47,10 @@ class ResumeTakesAnOptionalValue(TyperCommand):
         return super().parse_args(ctx, spelled)
 
 
-@with_options("choices", {name: list_option(option.help) for name, option in OPTIONS.items()})
+_LISTS = {**{name: option.help for name, option in OPTIONS.items()}, **RIVAL_OPTIONS}
+
+
+@with_options("choices", {name: list_option(text) for name, text in _LISTS.items()})
 def profile(
     choices: Choices,
     preset: Annotated[
@@ -70,6 +75,10 @@ def profile(
         Path | None,
         typer.Option(help="Where float32 references are kept and found; in the run folder unless told."),
     ] = None,
+    with_decoder: Annotated[
+        bool,
+        typer.Option("--with-decoder", help="Also time what makes images of the latents, and show its share."),
+    ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
 ) -> None:
     """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
@@ -85,22 +94,27 @@ def profile(
       ldmperf profile --unet ./my-unet --sampler dpmpp_2m --steps 20
       ldmperf profile --unet ./my-sdxl,./my-other --latent 128x128 --tokens 77,154 --steps 20
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
+      ldmperf profile --size 39M,866M --rival gan,vae-decoder,masked-transformer --with-decoder
       ldmperf profile --resume
     """
     deadline = Deadline(seconds)
     if schema:
-        others = (preset, resume, min_count, min_seconds, seconds, references)
+        others = (preset, resume, min_count, min_seconds, seconds, references, with_decoder or None)
         if choices or out != DEFAULT_OUT or any(value is not None for value in others):
             raise CaseError("--schema prints the schema and measures nothing: give it alone")
         typer.echo(json.dumps(record_schema(), indent=2))
         return
     if references is not None and references.exists() and not references.is_dir():
         raise CaseError(f"--references: {references} is no folder; name one, new or old")
+    if with_decoder:
+        check_decoders()
     if resume is None:
         cases, usual = _chosen(choices, preset)
     else:
         folder = find_run(out, resume)
         cases, usual = _resumed(folder, choices, preset)
+        if with_decoder and not open_run(folder).with_decoder:
+            raise RunError(f"{folder} was begun without --with-decoder; start a new run without --resume")
     try:
         rule = RepetitionRule(
             usual.min_count if min_count is None else min_count,
@@ -112,7 +126,7 @@ def profile(
         from ..measure.environment import collect_environment
 
         try:
-            folder = create_run(out, cases, rule, collect_environment(cases[0].device))
+            folder = create_run(out, cases, rule, collect_environment(cases[0].device), with_decoder)
         except OSError as failure:
             stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
     _run(folder, cases, rule, deadline, references or folder / "references")
@@ -122,7 +136,7 @@ def _chosen(choices: Choices, preset: str | None) -> tuple[list[Case], Repetitio
     """The cases of a new run, and how often the preset repeats them."""
     devices = ",".join(choices.get("device", ())) or best_device()
     name = preset or ("gpu" if "cuda" in devices else "cpu")
-    cases = select_cases(name, choices)
+    cases = cases_beside(name, choices, is_preset_given=preset is not None)
     check_devices(name, cases)
     check_loadable(cases)
     return identified(cases, tell), preset_named(name).rule
@@ -150,6 +164,7 @@ def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[C
 def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
     """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
     from ..measure.ceiling_cache import KeptCeilings
+    from ..rivals.subjects import all_subjects
     from ..trajectory.progress import ProgressLines
     from ..trajectory.runner import profile as measure
     from ..trajectory.short_traces import timing_deadline
@@ -163,7 +178,8 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
             left = [case for case in cases if case.key not in recorded]
             until = timing_deadline(cases, deadline)
             tell(f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
-            lines = ProgressLines(console(stderr=True), left, rule, until)
+            lines = ProgressLines(console(stderr=True), left, rule, until, all_subjects())
+            run = open_run(folder)
             with terminated_as_interrupted(), lines:
                 made = measure(
                     cases,
@@ -173,8 +189,10 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
                     listener=lines,
                     deadline=deadline,
                     references=references,
-                    run_id=open_run(folder).run_id,
                     ceilings=KeptCeilings(tell),
+                    run_id=run.run_id,
+                    subjects=all_subjects(),
+                    decoder=decoder_case if run.with_decoder else None,
                 )
     except KeyboardInterrupt:
         stop(f"stopped; what was measured is in {folder}; {go_on}", 130)

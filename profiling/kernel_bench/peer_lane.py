@@ -16,10 +16,11 @@ from ..measure.device_watch import DeviceWatch
 from ..measure.genuine import CallWatch
 from ..measure.integrity import check_plain, is_poisoned, poison
 from ..measure.outcomes import Outcome, Unsupported
+from ..measure.rates import device_ms
 from ..measure.recorded import Correctness
 from ..measure.timing import Timed, Times, timed
 from ..terminal.visible import counted
-from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, device_ms, timed_run
+from .device import EagerCalls, GraphCalls, Pace, Workload, calibrated, timed_run
 from .implementation import Implementation
 from .inputs import CallInputs, tolerance_of
 from .kernel_records import Mode

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..figures import text
-from ..figures.derived import PEER, Overview, Row, ratio, step_ms
+from ..figures.derived import PEER, Overview, Row, decoder_share, ratio, step_ms
 from ..measure.conditions import marks
 from ..terminal.layout import MISSING, formatted, number
 from ..terminal.visible import visible
@@ -64,6 +64,8 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
     ]
     if any(row.gflop_ratio is not None for row in shown.rows):
         columns.append(Column(("GFLOP", "ratio"), lambda row: text.short_ratio(row.gflop_ratio)))
+    if any(row.record.decoder_ms is not None for row in shown.rows):
+        columns.append(Column(("decoder", "share"), lambda row: formatted(decoder_share(row.record), ".1%")))
     if any(row.case.backend == PEER for row in shown.rows):
         columns.append(Column(("times", "faster"), lambda row: text.times(row.times_faster)))
     if any(row.record.mean_power_w is not None for row in shown.rows):

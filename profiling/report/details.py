@@ -37,6 +37,7 @@ def cases_grid(shown: Overview) -> Grid:
         "build ms": lambda row: number(row.record.phases.build_ms),
         "first call ms": lambda row: number(row.record.phases.first_call_ms),
         "warm-up ms": lambda row: number(row.record.phases.warmup_ms),
+        "decoder ms p50": lambda row: number(row.record.decoder_ms.p50 if row.record.decoder_ms else None),
         "peak memory GiB": lambda row: number(ratio(row.record.peak_memory_bytes, GIB)),
         "settings": lambda row: visible("; ".join(row.record.settings)) or MISSING,
         "cut short by": lambda row: row.record.harness.stopped_by or MISSING,
@@ -51,7 +52,7 @@ def cases_grid(shown: Overview) -> Grid:
         "no energy because": lambda row: _no_energy(row.record),
         "flags": lambda row: "; ".join(flags(row.record)) or MISSING,
     }
-    rows = [tuple(cell(row) for cell in columns.values()) for row in shown.rows]
+    rows = [tuple(cell(row) for cell in columns.values()) for row in shown.all_rows]
     words = (
         *("case", "conditions", "status", "reference", "settings", "cut short by", "throttle reasons after"),
         *("no energy because", "flags"),

@@ -37,6 +37,11 @@ def notes(shown: Overview) -> tuple[str, ...]:
         )
     if any(row.gflop_ratio is not None for row in rows):
         notes.append("GFLOP ratio: GFLOP relative to that size, for networks that the paper does not have")
+    if any(row.record.decoder_ms is not None for row in rows):
+        notes.append(
+            "decoder share: decoding the latents over the time of a trajectory and that decode; it is in no other "
+            "column, and the paper leaves it out"
+        )
     if any(row.case.backend == PEER for row in rows):
         notes.append(f"times faster: the time of {PEER} over that of the row's backend, same case and environment")
     if any(row.record.mean_power_w is not None for row in rows):
@@ -57,8 +62,8 @@ def warnings(shown: Overview) -> tuple[str, ...]:
     dirty = sorted({commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
-    cases = counted(len(shown.rows), "case")
-    wide = [row for row in shown.rows if _is_wide(row.record)]
+    cases = counted(len(shown.all_rows), "case")
+    wide = [row for row in shown.all_rows if _is_wide(row.record)]
     if wide:
         named = [(row.name, row.case.backend, shown.conditions.heading(row)) for row in wide]
         names = text.joined(dict.fromkeys(" ".join(filter(None, parts)) for parts in named))
@@ -66,8 +71,8 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
             f"{cases} ({visible(names)}); ratios of these are no better than that."
         )
-    found += busy_notes([row.record for row in shown.rows], "case")
-    timed = shown.timed
+    found += busy_notes([row.record for row in shown.all_rows], "case")
+    timed = [row for row in shown.all_rows if row.record.wall_ms is not None]
     found += flag_notes([row.record for row in timed], "case")
     cut = [row for row in timed if row.record.harness.stopped_by is not None]
     few = [row for row in timed if row.record.wall_ms and row.record.wall_ms.n < FEWEST]

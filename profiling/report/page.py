@@ -18,6 +18,7 @@ from ..terminal.visible import counted, visible
 from ..trajectory.case import Case
 from . import details, ladder
 from .columns import table_of
+from .rivals_table import RIVALS_NOTE, RIVALS_TITLE, rivals_grid
 from .tables import NOTHING
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def write_report(
 
 def _content(shown: Overview, rejected_lines: int, judged: Sequence[ClaimVerdicts]) -> dict[str, object]:
     """What the template shows: texts, and what makes them of a row."""
-    rows, table = shown.rows, table_of(shown)
+    rows, table = shown.all_rows, table_of(shown)
     return {
         "sentence": _sentence(rows),
         "table": table,
@@ -86,6 +87,9 @@ def _content(shown: Overview, rejected_lines: int, judged: Sequence[ClaimVerdict
         "failures": [(_case(row, shown), text.failure(row.record)) for row in rows if row.record.wall_ms is None],
         "checkpoints": sorted({(visible(r.name), visible(_origin(r.case))) for r in rows if r.case.is_checkpoint}),
         "lines": details.lines_grid(shown),
+        "rivals": rivals_grid(shown),
+        "rivals_title": RIVALS_TITLE,
+        "rivals_note": RIVALS_NOTE,
         "ladder": ladder.ladder_grid(shown),
         "ladder_title": ladder.LADDER_TITLE,
         "groups": ladder.groups_grid(shown),
@@ -112,13 +116,16 @@ def _sentence(rows: Sequence[Row]) -> str:
     """What was measured, how much of it, and when."""
     if not rows:
         return NOTHING
-    networks = len({row.case.network for row in rows})
+    family = {row.case.network for row in rows if row.case.task != "rival"}
+    rivals = {row.case.network for row in rows if row.case.task == "rival"}
+    networks = [counted(len(family), "latent-diffusion UNet")] if family else []
+    networks += [counted(len(rivals), "rival generator")] if rivals else []
     backends = list(dict.fromkeys(visible(row.case.backend) for row in rows))
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
     return (
-        "The wall-clock time of whole sampling trajectories, from noise to latents, of "
-        f"{counted(networks, 'latent-diffusion UNet')} with {' and '.join(backends)}: "
+        f"The wall-clock time of whole sampling trajectories{', from noise to latents,' if family else ''} of "
+        f"{' and '.join(networks)} with {' and '.join(backends)}: "
         f"{counted(len(rows), 'case')}, {timed} with a time and {len(rows) - timed} without, "
         f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} (UTC)."
     )

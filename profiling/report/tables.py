@@ -13,16 +13,30 @@ from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import for_markdown, say, say_wrapped
 from .columns import Column, Table, table_of
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
+from .rivals_table import RIVALS_NOTE, RIVALS_TITLE, rivals_grid
 
 NOTHING = "No cases were measured."
 
 
 def print_table(shown: Overview, console: Console) -> None:
     """Prints the final table. No number is ever cut: lines are as long as the numbers need, plain where piped."""
-    if not shown.sections:
+    if not shown.all_rows:
         _print(console, NOTHING)
         return
     table = table_of(shown)
+    if table.sections:
+        _print_sections(console, table)
+    for note in table.notes:
+        say_wrapped(console, note, "dim")
+    for warning in table.warnings:
+        say_wrapped(console, f"Note: {warning}", "yellow")
+    for title, grid, note in _grids(shown):
+        _print_grid(console, title, grid)
+        if note:
+            say_wrapped(console, note, "dim")
+
+
+def _print_sections(console: Console, table: Table) -> None:
     say_wrapped(console, text.joined(table.shared), "bold")
     rows = [row for _, rows in table.sections for row in rows]
     widths = [
@@ -43,17 +57,11 @@ def print_table(shown: Overview, console: Console) -> None:
         for row in rows_of_section:
             _print_row(console, row, table, widths, gap)
     _print(console)
-    for note in table.notes:
-        say_wrapped(console, note, "dim")
-    for warning in table.warnings:
-        say_wrapped(console, f"Note: {warning}", "yellow")
-    for title, grid in _grids(shown):
-        _print_grid(console, title, grid)
 
 
 def markdown_table(shown: Overview) -> str:
     """The same figures as a GitHub markdown table, with the conditions above and the notes below."""
-    if not shown.sections:
+    if not shown.all_rows:
         return NOTHING + "\n"
     table = table_of(shown)
     words = ("conditions", *(column.label for column in table.columns if not column.is_number))
@@ -62,21 +70,23 @@ def markdown_table(shown: Overview) -> str:
     if not any(heading for heading, _ in table.sections):
         headings, rows = headings[1:], [row[1:] for row in rows]
     lines = [for_markdown(text.joined(table.shared)) + "\n"] if table.shared else []
-    lines += [*Grid(headings, tuple(rows), words).markdown(), ""]
+    lines += [*Grid(headings, tuple(rows), words).markdown(), ""] if rows else []
     lines += [f"- {for_markdown(note)}" for note in (*table.notes, *table.warnings)]
-    for title, grid in _grids(shown):
+    for title, grid, note in _grids(shown):
         lines += ["", f"{for_markdown(title)}:", "", *grid.markdown()]
+        lines += ["", for_markdown(note)] if note else []
     return "\n".join(lines) + "\n"
 
 
-def _grids(shown: Overview) -> list[tuple[str, Grid]]:
-    """Titles and grids of the ladder, where there are enough backends for one."""
+def _grids(shown: Overview) -> list[tuple[str, Grid, str]]:
+    """Title, grid and note of the rivals, where there are any, and of the ladder, with enough backends for one."""
     found = [
-        (LADDER_TITLE, ladder_grid(shown)),
-        (GROUPS_TITLE, groups_grid(shown)),
-        (costs_title(shown), costs_grid(shown)),
+        (RIVALS_TITLE, rivals_grid(shown), RIVALS_NOTE),
+        (LADDER_TITLE, ladder_grid(shown), ""),
+        (GROUPS_TITLE, groups_grid(shown), ""),
+        (costs_title(shown), costs_grid(shown), ""),
     ]
-    return [(title, grid) for title, grid in found if grid.rows]
+    return [(title, grid, note) for title, grid, note in found if grid.rows]
 
 
 def _print_grid(console: Console, title: str, grid: Grid) -> None:

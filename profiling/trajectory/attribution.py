@@ -15,8 +15,7 @@ from ..measure.settings import measuring_settings
 from ..options import CaseError
 from .backend import Backend
 from .case import BACKENDS, Case
-from .check import make_inputs
-from .network import Networks, make_problem
+from .network import Networks
 from .ranges import ranged_trajectory
 from .rungs import all_backends
 from .short_traces import TRACE_STEPS, is_compiled
@@ -55,11 +54,11 @@ def attributed(
     afterwards (see short_traces.py). Raises RunError where the profiler saw nothing.
     """
     with measuring_settings():
-        problem = make_problem(case, (networks or Networks()).get(case)[0])
+        problem, _ = (networks or Networks()).problem(case)
         is_cuda = torch.device(case.device).type == "cuda"
         backend = (backends or all_backends())[case.backend]
         trajectory = ranged_trajectory(backend, problem, torch.cuda.nvtx if is_cuda else None)
-        inputs = make_inputs(problem, 0)
+        inputs = problem.inputs(0)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
         trajectory(inputs)
         _wait(is_cuda, case)

@@ -1,23 +1,20 @@
-"""The interface of a backend, which runs trajectories, and what it is given."""
+"""The interfaces of what is measured (problem, subject) and of what runs it (backend); the family's inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
-
-from ldmperf.model import UNet
-from ldmperf.samplers import SamplingPlan
 
 from .case import Case
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one trajectory starts from; the same values go to every backend of a group.
+    """What one trajectory of the family starts from; the same values go to every backend of a group.
 
     noise [B, 4, H, W] float32, standard normal. context [B or 2B, T, Dctx] in the case's dtype, with guidance the
     unconditional half first. low_resolution [B, 4, H, W] for super-resolution, else None. seeds, one per image,
@@ -47,19 +44,58 @@ class Inputs:
         )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What the backends of a group share; the case's own `backend` says nothing here."""
-
-    case: Case
-    unet: UNet
-    plan: SamplingPlan
-    scheduler_config: Mapping[str, object]
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a reference for results of this one: float64 for float32, float32 for a half dtype."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-# From inputs to final latents [B, 4, H, W], all the work of a sample; runs on the problem's device. Until the next
-# call the latents are the caller's, who overwrites their memory.
-Trajectory = Callable[[Inputs], Tensor]
+# From a problem's inputs to its result, all the work of a sample; runs on the problem's device. The result of the
+# family is the final latents [B, 4, H, W]. Until the next call its memory is the caller's, who overwrites it.
+Trajectory = Callable[[Any], Tensor]
+
+
+class Problem(Protocol):
+    """What the backends of a group share: a network and the inputs of its trajectories.
+
+    The case's own `backend` says nothing here. `evaluations`: of the network, in a trajectory. `is_stochastic`: a
+    timed trajectory draws what the check's inputs give, so that the check is no sample. `gflop` is of one
+    evaluation of one sample.
+    """
+
+    @property
+    def case(self) -> Case: ...
+    @property
+    def network(self) -> torch.nn.Module: ...
+    @property
+    def evaluations(self) -> int: ...
+    @property
+    def is_stochastic(self) -> bool: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def gflop(self) -> float: ...
+
+    def inputs(self, number: int, seed: int | None = None) -> Any:
+        """Fresh random inputs of round `number`, the same on every device and for every backend.
+
+        seed: the case's unless given, as for timed rounds, whose inputs a backend cannot know beforehand.
+        """
+        ...
+
+    def check_inputs(self) -> Any:
+        """The inputs of the check, the same at each call; `to(dtype)` makes them those of a wider network."""
+        ...
+
+    def references(self, implementation: str, *, of_round: bool = False) -> tuple[tuple[str, torch.dtype], ...]:
+        """What results of `implementation` are compared with: backends and the dtypes they run in, best first.
+
+        of_round: of a timed round, in which a stochastic trajectory draws for itself: those that draw the same.
+        """
+        ...
+
+    def with_network(self, network: torch.nn.Module) -> Self:
+        """The same problem on another network, as on this one in a wider dtype."""
+        ...
 
 
 class Backend(Protocol):
@@ -69,8 +105,31 @@ class Backend(Protocol):
     @property
     def implementation(self) -> str: ...
 
-    def build(self, problem: Problem) -> Trajectory:
-        """Makes the problem's trajectory callable; raises `Unsupported` where it cannot be run."""
+    def build(self, problem: Any) -> Trajectory:
+        """Makes the trajectory of its subject's problem callable; raises `Unsupported` where it cannot be run."""
+        ...
+
+
+class Subject(Protocol):
+    """How the cases of a task become problems, and the backends that run them."""
+
+    @property
+    def backends(self) -> Mapping[str, Backend]: ...
+
+    def identity(self, case: Case) -> tuple[object, ...]:
+        """What the case's network depends on: cases of equal identity share one."""
+        ...
+
+    def network(self, case: Case) -> torch.nn.Module:
+        """The case's network, its weights made or loaded; raises `Unsupported` where there is none."""
+        ...
+
+    def problem(self, case: Case, network: Any) -> Problem:
+        """The case's trajectory on its network; raises `Unsupported` for one that cannot be taken."""
+        ...
+
+    def gflop(self, case: Case) -> float | None:
+        """GFLOP of one evaluation of one sample, counted without the weights; None where that cannot be."""
         ...
 
 

@@ -1,21 +1,19 @@
-"""Is a trajectory's result right? The inputs of the check, the reference, the error and its tolerance."""
+"""Is a trajectory's result right? The reference, the error and its tolerance."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-
-from ldmperf.model import UNet, UNetConfig
-from ldmperf.samplers import initial_noise
 
 from ..measure.environment import Environment
 from ..measure.error import relative_rms
@@ -23,8 +21,7 @@ from ..measure.outcomes import Unsupported
 from ..measure.store import write_whole
 from ..measure.timing import timed
 from ..options import DType
-from .backend import Backend, Inputs, Problem
-from .case import Case
+from .backend import Backend, Problem
 
 # Relative RMS error of the final latents that passes. Right implementations differ by rounding alone: over guided
 # DDIM trajectories of the 39M network by 5e-6 in float32, 4e-3 in float16, 4e-2 in bfloat16. Guidance that is 1 %
@@ -37,76 +34,6 @@ ROUNDING_FACTOR = 1.5
 DIFFUSERS_ROUNDING_FACTOR = 4.0
 # No error above this passes, whatever the yardstick (another prompt gives 1).
 LARGEST_TOLERANCE = 0.5
-
-# Seeds of the check; timed round n takes those from (n + 1) times the batch on.
-CHECK_ROUND = -1
-_LOW_RESOLUTION_SEEDS = 1 << 32
-
-# SDXL's pooled text embedding; base and refiner differ in how many numbers come with it.
-_POOLED_WIDTH = 1280
-_BASE_TIME_IDS, _REFINER_TIME_IDS = 6, 5
-
-
-def make_inputs(problem: Problem, number: int, seed: int | None = None) -> Inputs:
-    """Fresh random inputs of round `number`, the same on every device and for every backend.
-
-    seed: the case's unless given, as for timed rounds, whose inputs a backend cannot know beforehand.
-    """
-    case, config = problem.case, problem.unet.config
-    first = ((case.seed if seed is None else seed) + (number + 1) * case.batch) % 2**64
-    seeds = tuple(range(first, first + case.batch))
-    shape = (4, case.latent_height, case.latent_width)
-    low_resolution = None
-    if case.task == "sr":
-        low_resolution = initial_noise([s + _LOW_RESOLUTION_SEEDS for s in seeds], shape, device=case.device)
-    generator = torch.Generator().manual_seed(first)
-    context = torch.randn(case.model_batch, case.context_tokens, config.context_dim, generator=generator)
-    return Inputs(
-        noise=initial_noise(seeds, shape, device=case.device),
-        context=context.to(case.device, problem.unet.dtype),
-        low_resolution=low_resolution,
-        seeds=seeds,
-        added={
-            name: value.to(case.device, problem.unet.dtype)
-            for name, value in added_conditions(case, config, generator).items()
-        },
-    )
-
-
-def added_conditions(case: Case, config: UNetConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """What SDXL's networks take beside the context, as its pipelines make them for an image of this size.
-
-    A random pooled embedding, and time ids: the original size, the corner of the crop and the target size, in
-    pixels; the refiner has an aesthetic score instead of the target size. Raises `Unsupported` where neither fits.
-    """
-    if config.added_dim is None or config.added_time_dim is None:
-        return {}
-    widths = {ids: config.added_dim - ids * config.added_time_dim for ids in (_BASE_TIME_IDS, _REFINER_TIME_IDS)}
-    ids = next((ids for ids, width in widths.items() if width == _POOLED_WIDTH), _BASE_TIME_IDS)
-    if widths[ids] < 1:
-        raise Unsupported(
-            f"{case.label} has an added embedding of {config.added_dim}, too narrow for {ids} numbers of "
-            f"{config.added_time_dim}; only SDXL's base and refiner are measured"
-        )
-    size = [8.0 * case.latent_height, 8.0 * case.latent_width]
-    numbers = [*size, 0.0, 0.0, *(size if ids == _BASE_TIME_IDS else [6.0])]
-    return {
-        "text_embeds": torch.randn(case.model_batch, widths[ids], generator=generator),
-        "time_ids": torch.tensor([numbers]).repeat(case.model_batch, 1),
-    }
-
-
-def check_inputs(problem: Problem) -> Inputs:
-    """The inputs of the check: with a stochastic sampler, the noise at its steps is the same for all too."""
-    case = problem.case
-
-    def step_noise(index: int) -> Tensor:
-        generator = torch.Generator().manual_seed((case.seed + index) % 2**64)
-        shape = (case.batch, 4, case.latent_height, case.latent_width)
-        return torch.randn(shape, generator=generator).to(case.device)
-
-    inputs = make_inputs(problem, CHECK_ROUND)
-    return replace(inputs, step_noise=step_noise) if problem.plan.stochastic else inputs
 
 
 @dataclass(frozen=True)
@@ -170,14 +97,13 @@ class References:
         self._folder = folder if code is not None else None
         self._code = code
         self._known: dict[str, Reference] = {}
-        self._wide: tuple[UNet, UNet] | None = None
+        self._wide: tuple[torch.nn.Module, torch.nn.Module] | None = None
 
     def get(self, problem: Problem, implementation: str, backends: Mapping[str, Backend]) -> Reference:
-        """The latents of the check's inputs by another implementation than `implementation`, in float32.
+        """The result of the check's inputs by the first of the problem's `references` that can be run here.
 
-        Weights and inputs are the case's, rounded to its dtype and then widened: the error is the arithmetic's.
-        Without diffusers ours is compared with itself in a wider dtype: float64 for a float32 case. A reference
-        that was kept has no time.
+        Weights and inputs are the case's, rounded to its dtype and then widened: the error is the arithmetic's. A
+        reference that was kept has no time.
         """
         key = f"{problem.case.group_key} beside={implementation}"
         if key not in self._known:
@@ -185,7 +111,9 @@ class References:
             path = None if self._folder is None or problem.case.is_checkpoint else self._path(key)
             found = None if path is None else self._read(path, key)
             if found is None:
-                found = self._compute(problem, implementation, backends, check_inputs(problem))
+                found = self._compute(
+                    problem, problem.references(implementation), backends, problem.check_inputs()
+                )
                 if path is not None:
                     self._write(path, key, found)
             self._known[key] = found
@@ -193,17 +121,14 @@ class References:
         return replace(self._known[key], ms=None)
 
     def of_round(
-        self, problem: Problem, implementation: str, backends: Mapping[str, Backend], inputs: Inputs
+        self, problem: Problem, implementation: str, backends: Mapping[str, Backend], inputs: Any
     ) -> Reference | None:
         """The reference of a timed round, whose inputs are random: computed anew, and not kept.
 
-        None where no noise that a stochastic sampler draws is the same in another implementation or dtype.
+        None where no noise that a stochastic trajectory draws is the same in another implementation or dtype.
         """
-        if not problem.plan.stochastic:
-            return self._compute(problem, implementation, backends, inputs)
-        if implementation != "torch":
-            return None
-        return self._run(problem, "torch", self._wider(problem), backends, inputs)
+        wanted = problem.references(implementation, of_round=True)
+        return self._compute(problem, wanted, backends, inputs) if wanted else None
 
     def release(self) -> None:
         """Frees the float32 network, which serves the references of one group.
@@ -213,37 +138,37 @@ class References:
         self._wide = None
 
     def _compute(
-        self, problem: Problem, implementation: str, backends: Mapping[str, Backend], inputs: Inputs
+        self,
+        problem: Problem,
+        wanted: Sequence[tuple[str, torch.dtype]],
+        backends: Mapping[str, Backend],
+        inputs: Any,
     ) -> Reference:
-        other = "diffusers" if implementation == "torch" else "torch"
-        try:
-            return self._run(problem, other, torch.float32, backends, inputs)
-        except Unsupported:
-            if implementation != "torch":
-                raise
-            return self._run(problem, "torch", self._wider(problem), backends, inputs)
-
-    @staticmethod
-    def _wider(problem: Problem) -> torch.dtype:
-        """In which an implementation is compared with itself."""
-        return torch.float64 if problem.unet.dtype == torch.float32 else torch.float32
+        """By the first of the wanted backends that is there."""
+        *others, last = wanted
+        for name, dtype in others:
+            try:
+                return self._run(problem, name, dtype, backends, inputs)
+            except Unsupported:
+                continue
+        return self._run(problem, *last, backends, inputs)
 
     def _run(
-        self, problem: Problem, name: str, dtype: torch.dtype, backends: Mapping[str, Backend], inputs: Inputs
+        self, problem: Problem, name: str, dtype: torch.dtype, backends: Mapping[str, Backend], inputs: Any
     ) -> Reference:
-        trajectory = backends[name].build(replace(problem, unet=self._widened(problem.unet, dtype)))
+        trajectory = backends[name].build(problem.with_network(self._widened(problem.network, dtype)))
         wide = inputs.to(dtype)
         result = timed(lambda: trajectory(wide), torch.device(problem.case.device))
         return Reference(
             f"{name} {str(dtype).removeprefix('torch.')}", result.value.double().cpu(), result.wall_ms
         )
 
-    def _widened(self, unet: UNet, dtype: torch.dtype) -> UNet:
-        if unet.dtype == dtype:
-            return unet
-        if self._wide is None or self._wide[0] is not unet or self._wide[1].dtype != dtype:
+    def _widened(self, network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+        if next(network.parameters()).dtype == dtype:
+            return network
+        if self._wide is None or self._wide[0] is not network or next(self._wide[1].parameters()).dtype != dtype:
             self._wide = None
-            self._wide = (unet, copy.deepcopy(unet).to(dtype))
+            self._wide = (network, copy.deepcopy(network).to(dtype))
         return self._wide[1]
 
     def _path(self, key: str) -> Path:

@@ -8,7 +8,7 @@ to windows: they have seconds of their own, by which its timing ends later.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..measure.energy import LEAST_COUNTED_S, USUAL_S, CounterWatch, NoEnergy, count_energy
@@ -16,7 +16,6 @@ from ..measure.environment import DeviceState, state_now
 from ..measure.outcomes import failure
 from ..measure.timing import Deadline, timed
 from .backend import Problem
-from .check import make_inputs
 from .lane import Lane
 from .records import Energy, Record
 from .short_traces import trace_order
@@ -27,10 +26,14 @@ ENERGY_SHARE = 0.1
 
 @dataclass
 class EnergyTime:
-    """The seconds that windows may take: a share of those of `whole`. `timing` is put off by what they took."""
+    """The seconds that windows may take: a share of those of `whole`. `timing` is put off by what they took.
+
+    on_record: called with each record that energy was still to be measured of, now complete.
+    """
 
     whole: Deadline
     timing: Deadline
+    on_record: Callable[[Record], None]
     taken: float = 0.0
 
     @property
@@ -45,8 +48,8 @@ class EnergyTime:
             self.timing.put_off(seconds)
 
 
-def energy_windows(lanes: Sequence[Lane], problem: Problem, time: EnergyTime) -> Iterator[Record]:
-    """The records of the lanes that have a time, completed by their energy or by why there is none.
+def energy_windows(lanes: Sequence[Lane], problem: Problem, time: EnergyTime) -> None:
+    """Completes the records of the lanes that have a time by their energy, or by why there is none.
 
     The most important backends come first (`trace_order`). Only lanes on a GPU have anything to complete.
     """
@@ -56,7 +59,7 @@ def energy_windows(lanes: Sequence[Lane], problem: Problem, time: EnergyTime) ->
         begun = time.whole.now()
         energy, during = _energy(lane, problem, time)
         time.take(time.whole.now() - begun)
-        yield lane.made.model_copy(update={"energy": energy, "device_during": during})
+        time.on_record(lane.made.model_copy(update={"energy": energy, "device_during": during}))
 
 
 def _energy(lane: Lane, problem: Problem, time: EnergyTime) -> tuple[Energy, DeviceState]:
@@ -74,7 +77,7 @@ def _energy(lane: Lane, problem: Problem, time: EnergyTime) -> tuple[Energy, Dev
     def on_update() -> None:
         readings.append(state_now(sensor))
 
-    trajectory, inputs = lane.trajectory, make_inputs(problem, 0)
+    trajectory, inputs = lane.trajectory, problem.inputs(0)
     assert trajectory is not None
 
     def run() -> None:

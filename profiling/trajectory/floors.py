@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from ldmperf.model import UNetConfig
+from ldmperf.model import UNet
 
 from ..measure.ceiling_cache import CeilingSource
 from ..measure.ceilings import Ceilings
 from ..measure.outcomes import Unsupported, failure
 from ..options import DType
 from ..step.roofline import Roof, StepPart, StepShape, least_ms, step_parts, sums_of
+from .backend import Problem
 from .case import Case
 from .records import Floor
 
@@ -69,21 +70,24 @@ class Floors:
         if self._ceilings is not None:
             self._ceilings.of(device)
 
-    def of(self, case: Case, config: UNetConfig) -> Floor | None:
-        """The floor of the case's step on that network."""
-        return None if self._ceilings is None else self._floor(case, config, self._ceilings.of)
+    def of(self, problem: Problem) -> Floor | None:
+        """The floor of a step of the problem; none but of UNets."""
+        return None if self._ceilings is None else self._floor(problem, self._ceilings.of)
 
-    def anew(self, case: Case, config: UNetConfig) -> Floor | None:
+    def anew(self, problem: Problem) -> Floor | None:
         """The floor at ceilings that are measured once more, the best of both: never above the one before.
 
         Ceilings measured on a busy machine are too low, and their floors too high. So this comes before a time is
         called impossible.
         """
-        return None if self._ceilings is None else self._floor(case, config, self._ceilings.anew)
+        return None if self._ceilings is None else self._floor(problem, self._ceilings.anew)
 
-    def _floor(self, case: Case, config: UNetConfig, ceilings_of: Callable[[str], Ceilings]) -> Floor | None:
+    def _floor(self, problem: Problem, ceilings_of: Callable[[str], Ceilings]) -> Floor | None:
+        case, network = problem.case, problem.network
+        if not isinstance(network, UNet):
+            return None
         try:
-            parts = step_parts(config, step_shape(case))
+            parts = step_parts(network.config, step_shape(case))
             return floor_of(parts, ceilings_of(case.device), case.dtype)
         except Exception as error:
             reason = failure(error)[1]

@@ -16,14 +16,13 @@ import torch
 from ..measure.error import relative_rms
 from ..measure.outcomes import release_memory
 from ..measure.timing import Deadline, Timed, Times, garbage_collection_paused, interleave
-from ..step.flops import count_gflop, count_parameters
 from .backend import Backend, Problem
 from .case import Case
 from .check import Reference, References, tolerances
 from .energy_windows import EnergyTime, energy_windows
 from .floors import Floors
 from .lane import GroupFacts, Lane
-from .network import Networks, make_problem
+from .network import Networks
 from .records import Record
 from .rounds import SharedRounds
 
@@ -39,8 +38,7 @@ class Group:
 
     on_record: called with the record of each lane as soon as that lane is done, failed or not. What `deadline`
     left no time to begin, or to take a single sample of, has no record.
-    on_energy: called after the timing of all lanes with each record that energy was still to be measured of, now
-    complete, within `energy_time`.
+    energy: the time for windows of energy after the timing of all lanes; None measures none.
     """
 
     cases: Sequence[Case]
@@ -49,9 +47,8 @@ class Group:
     references: References
     on_record: Callable[[Record], None]
     deadline: Deadline
-    on_energy: Callable[[Record], None]
-    energy_time: EnergyTime
     floors: Floors = field(default_factory=Floors)
+    energy: EnergyTime | None = None
     lanes: list[Lane] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,19 +71,18 @@ class Group:
         else:
             self._prepare(problem)
             self._time(problem)
-            for record in energy_windows(self.lanes, problem, self.energy_time):
-                self.on_energy(record)
+            if self.energy is not None:
+                energy_windows(self.lanes, problem, self.energy)
         self._record_failed()
 
     def _problem(self, networks: Networks) -> Problem:
-        case, shared = self.cases[0], self.shared
-        unet, shared.weights_ms = networks.get(case)
-        problem = make_problem(case, unet)
-        shared.evaluations = len(problem.plan.steps)
-        shared.parameters = count_parameters(unet.config)
-        shared.gflop = count_gflop(unet.config, case.latent_height, case.latent_width, case.context_tokens)
-        shared.floor = self.floors.of(case, unet.config)
-        shared.floor_anew = partial(self.floors.anew, case, unet.config)
+        shared = self.shared
+        problem, shared.weights_ms = networks.problem(self.cases[0])
+        shared.evaluations = problem.evaluations
+        shared.parameters = problem.parameters
+        shared.gflop = problem.gflop
+        shared.floor = self.floors.of(problem)
+        shared.floor_anew = partial(self.floors.anew, problem)
         return problem
 
     def _prepare(self, problem: Problem) -> None:
@@ -111,7 +107,7 @@ class Group:
                 if not lane.active:
                     self._unsettle()
                 self._record_failed()
-        if problem.plan.stochastic:
+        if problem.is_stochastic:
             # A capture takes memory away from lanes that are warm already.
             self._unsettle()
 
@@ -152,7 +148,7 @@ class Group:
 
     def _time(self, problem: Problem) -> None:
         # A stochastic sampler's check has given noise, unlike what is timed: it cannot be a sample.
-        closing = not problem.plan.stochastic
+        closing = not problem.is_stochastic
         lanes = {lane.name: lane for lane in self.active}
         rounds = SharedRounds(problem, self.references, self.backends)
 
@@ -196,7 +192,7 @@ class Group:
     def _finish(self, lane: Lane, times: Times, problem: Problem, rounds: SharedRounds) -> None:
         lane.finish(problem, times)
         gave_back = rounds.confirm(lane)
-        if problem.plan.stochastic or gave_back:
+        if problem.is_stochastic or gave_back:
             self._unsettle()
         self.on_record(lane.record())
 

@@ -26,9 +26,9 @@ from ..measure.outcomes import Outcome, Untrusted
 from ..measure.recorded import Correctness, Samples, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
 from ..terminal.visible import counted, visible
-from .backend import Backend, Configured, Inputs, Phased, Problem, Trajectory
+from .backend import Backend, Configured, Phased, Problem, Trajectory
 from .case import Case
-from .check import TOLERANCES, Reference, check_inputs, make_inputs
+from .check import TOLERANCES, Reference
 from .records import Energy, Floor, Harness, Phases, Record
 
 
@@ -58,6 +58,7 @@ class GroupFacts:
     floor_anew: Callable[[], Floor | None] | None = None
     # Nobody can know the inputs of timed rounds before they are made.
     round_seed: int = field(default_factory=lambda: secrets.randbits(48))
+    decoder_ms: Samples | None = None
 
     def least_ms(self, fastest_ms: float) -> float | None:
         """What a trajectory takes at least, in ms; None where that is not known.
@@ -132,7 +133,7 @@ class Lane(Outcome):
         with self.watch.around():
             self.trajectory = self.backend.build(problem)
         self.phases["build_ms"] = 1e3 * (time.perf_counter() - start)
-        first = self.run(check_inputs(problem))
+        first = self.run(problem.check_inputs())
         self.phases["first_call_ms"] = first.wall_ms
         self._take_phases()
         self.first_latents = self.returned.take(first.value, FIRST_CALL)
@@ -152,7 +153,7 @@ class Lane(Outcome):
         if self.is_unsettled:
             self._settle(problem)
             self.is_unsettled = False
-        result = self.run_measured(check_inputs(problem) if is_last else self.round_inputs(problem, number))
+        result = self.run_measured(problem.check_inputs() if is_last else self.round_inputs(problem, number))
         self.during.read_throttling()
         if is_last:
             self.last_latents = self.returned.take(result.value, "its last sample", may_repeat=FIRST_CALL)
@@ -166,9 +167,9 @@ class Lane(Outcome):
         self.shared.ran(self.case, "check" if is_last else "timing")
         return Timed(None, result.wall_ms, result.gpu_ms)
 
-    def round_inputs(self, problem: Problem, number: int) -> Inputs:
+    def round_inputs(self, problem: Problem, number: int) -> Any:
         """The inputs of timed round `number`, the same for all lanes of the group."""
-        return make_inputs(problem, 1 + number, self.shared.round_seed)
+        return problem.inputs(1 + number, self.shared.round_seed)
 
     def finish(self, problem: Problem, times: Times) -> None:
         """Keeps its times and checks it again: by its last sample, or by an untimed trajectory."""
@@ -182,7 +183,7 @@ class Lane(Outcome):
             self.check("after")
 
     def _again(self, problem: Problem) -> Tensor:
-        return self.returned.take(self.run(check_inputs(problem)).value, "the check", may_repeat=FIRST_CALL)
+        return self.returned.take(self.run(problem.check_inputs()).value, "the check", may_repeat=FIRST_CALL)
 
     def _judge_times(self) -> None:
         """Raises Untrusted where its times are not those of its work."""
@@ -190,7 +191,7 @@ class Lane(Outcome):
         least_ms = self.shared.least_ms(min(self.times.wall_ms, default=math.inf))
         self.watch.judge(least_ms, f"a trajectory of {counted(evaluations, 'evaluation')}")
 
-    def run(self, inputs: Inputs) -> Timed[Tensor]:
+    def run(self, inputs: Any) -> Timed[Tensor]:
         """One trajectory, on both clocks."""
         trajectory = self.trajectory
         assert trajectory is not None
@@ -198,7 +199,7 @@ class Lane(Outcome):
         with self.watch.around():
             return timed(lambda: trajectory(inputs), self.device)
 
-    def run_measured(self, inputs: Inputs) -> Timed[Tensor]:
+    def run_measured(self, inputs: Any) -> Timed[Tensor]:
         """One trajectory whose peak memory counts."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -221,7 +222,7 @@ class Lane(Outcome):
         if not error <= self.tolerance:
             self.fail(
                 "incorrect",
-                f"{when} timing the final latents were off {self.reference.name} by {error:.3g} (relative RMS); "
+                f"{when} timing the result was off {self.reference.name} by {error:.3g} (relative RMS); "
                 f"at most {self.tolerance:.3g} passes",
             )
 
@@ -257,6 +258,7 @@ class Lane(Outcome):
             evaluations=shared.evaluations,
             peak_memory_bytes=self.peak_memory_bytes,
             floor=shared.floor,
+            decoder_ms=shared.decoder_ms,
             energy=None if no_counter is None else Energy(message=no_counter),
             settings=self.backend.settings if isinstance(self.backend, Configured) else (),
             device_before=shared.before,
@@ -286,7 +288,7 @@ class Lane(Outcome):
 
     def _settle(self, problem: Problem) -> None:
         """Runs a trajectory that is no sample: it allocates again what was freed, and captures anew."""
-        result = self.run(make_inputs(problem, 0))
+        result = self.run(problem.inputs(0))
         self.returned.take(result.value, WARM_UP)
         self.phases["warmup_ms"] = self.phases.get("warmup_ms", 0.0) + result.wall_ms
         self.warmup_count += 1

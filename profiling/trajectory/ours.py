@@ -13,7 +13,8 @@ from ldmperf.model import Conditioning, Constants, UNet
 from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
 
 from ..measure.outcomes import Unsupported
-from .backend import Inputs, Problem, Trajectory
+from .backend import Inputs, Trajectory
+from .unet_problem import UNetProblem
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class OurBackend:
     products: Literal["auto", "torch", "triton"] = "torch"
     implementation = "torch"
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         unet, plan, case = our_unet(problem, self.operators, self.products), problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
         constants = kept_constants(unet) if self.is_hoisted else None
@@ -72,7 +73,7 @@ class GraphBackend:
     products: Literal["auto", "torch", "triton"] = "auto"
     implementation = "torch"
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         graphs = self.graphs or CudaGraphs()
         try:
             graphs.check(torch.device(problem.case.device))
@@ -87,7 +88,7 @@ class GraphTrajectory:
     One capture is kept: a stochastic check, whose noise is given, needs another, which a timed run must not hold.
     """
 
-    def __init__(self, problem: Problem, operators: str, products: str, graphs: Graphs) -> None:
+    def __init__(self, problem: UNetProblem, operators: str, products: str, graphs: Graphs) -> None:
         self._problem = problem
         self._timesteps = [step.timestep for step in problem.plan.steps]
         self._unet = our_unet(problem, operators, products)
@@ -126,7 +127,7 @@ class GraphTrajectory:
         }
 
 
-def our_unet(problem: Problem, operators: str, products: str) -> UNet:
+def our_unet(problem: UNetProblem, operators: str, products: str) -> UNet:
     """The problem's network with its operators and matmuls on those backends; the weights are shared."""
     # The problem's own network has the reference operators.
     return problem.unet if operators == "torch" else problem.unet.with_backend(operators, products)
@@ -138,7 +139,7 @@ def kept_constants(unet: UNet) -> Constants:
     return unet.constants()
 
 
-def low_resolution(inputs: Inputs, problem: Problem) -> Tensor | None:
+def low_resolution(inputs: Inputs, problem: UNetProblem) -> Tensor | None:
     """The latents that a super-resolution network reads beside its own, for its whole batch and in its dtype."""
     if inputs.low_resolution is None:
         return None

@@ -221,7 +221,13 @@ Choices = dict[str, Sequence[str]]
 
 
 def select_cases(preset: str, choices: Choices) -> list[Case]:
-    """The preset's cases with its lists replaced by those chosen; each case once.
+    """The cases of `chosen_sweeps`, each once."""
+    # dict.fromkeys: a preset's second sweep may repeat cases of the first once its lists are replaced.
+    return list(dict.fromkeys(case for sweep in chosen_sweeps(preset, choices) for case in sweep.cases()))
+
+
+def chosen_sweeps(preset: str, choices: Choices) -> list[Sweep]:
+    """The preset's sweeps with their lists replaced by those chosen.
 
     Raises CaseError for an unknown name, a number out of range, a checkpoint or device that is not there.
     """
@@ -233,9 +239,7 @@ def select_cases(preset: str, choices: Choices) -> list[Case]:
         if values:
             read = tuple(option.read(name, text) for text in option.split(values))
             given[option.field] = (*given.get(option.field, ()), *read)
-    sweeps = preset_named(preset).sweeps
-    # dict.fromkeys: a preset's second sweep may repeat cases of the first once its lists are replaced.
-    return list(dict.fromkeys(case for sweep in sweeps for case in replace(sweep, **given).cases()))
+    return [replace(sweep, **given) for sweep in preset_named(preset).sweeps]
 
 
 def preset_named(name: str) -> Preset:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..measure.timing import Clock, Deadline, RepetitionRule
-from ..step.flops import count_gflop
 from ..terminal.visible import counted, say, visible
-from .case import Case
+from .backend import Subject
+from .case import Case, Task
 from .group import warmup_rounds
-from .network import family_config
+from .network import FAMILY_SUBJECTS
 from .records import Record
 from .runner import Listener, groups
 
@@ -22,11 +22,11 @@ from .runner import Listener, groups
 _UNKNOWN_GFLOP = 300.0
 
 
-def expected_work(case: Case, rule: RepetitionRule) -> tuple[float, int]:
+def expected_work(
+    case: Case, rule: RepetitionRule, subjects: Mapping[Task, Subject] = FAMILY_SUBJECTS
+) -> tuple[float, int]:
     """GFLOP of one trajectory of the case, and how many trajectories it will take at least."""
-    gflop = _UNKNOWN_GFLOP
-    if not case.is_checkpoint:
-        gflop = count_gflop(family_config(case), case.latent_height, case.latent_width, case.context_tokens)
+    gflop = subjects[case.task].gflop(case) or _UNKNOWN_GFLOP
     return gflop * case.model_batch * case.steps, 1 + warmup_rounds(case) + rule.min_count
 
 
@@ -39,8 +39,9 @@ class Remaining:
         rule: RepetitionRule,
         clock: Clock = time.monotonic,
         deadline: Deadline | None = None,
+        subjects: Mapping[Task, Subject] = FAMILY_SUBJECTS,
     ) -> None:
-        self._work = {case.key: expected_work(case, rule) for case in cases}
+        self._work = {case.key: expected_work(case, rule, subjects) for case in cases}
         self._clock = clock
         self._start = clock()
         self._deadline = deadline or Deadline(None)
@@ -91,10 +92,11 @@ class ProgressLines(Listener):
         cases: Sequence[Case],
         rule: RepetitionRule,
         deadline: Deadline | None = None,
+        subjects: Mapping[Task, Subject] = FAMILY_SUBJECTS,
     ) -> None:
         self._console = console
         self._deadline = deadline or Deadline(None)
-        self._remaining = Remaining(cases, rule, deadline=self._deadline)
+        self._remaining = Remaining(cases, rule, deadline=self._deadline, subjects=subjects)
         self._total = len(groups(cases))
         self._number = 0
         self._in_flight: list[Case] = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -266,7 +265,8 @@ def ranged_trajectory(backend: Backend, problem: Problem, marks: Marks | None = 
         run = backend.build(problem)
     else:
         hooked = nullcontext
-        run = backend.build(replace(problem, unet=ranged(problem.unet, watch)))
+        assert isinstance(problem.network, UNet)
+        run = backend.build(problem.with_network(ranged(problem.network, watch)))
 
     def trajectory(inputs: Inputs) -> Tensor:
         with ranges.trajectory(), hooked(), OperatorRanges(ranges, watch.follow):

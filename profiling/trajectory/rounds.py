@@ -60,8 +60,7 @@ class SharedRounds:
             self._kept[lane.name] = _Kept(number, latents, count)
         self._kept[lane.name].rounds = count
         for other, theirs in self._ran:
-            # Each implementation draws its own noise.
-            if self.problem.plan.stochastic and other.backend.implementation != lane.backend.implementation:
+            if self.problem.is_stochastic and not self._draw_alike(lane, other):
                 continue
             error, passes = relative_rms(latents, theirs), lane.tolerance + other.tolerance
             if error <= passes:
@@ -72,6 +71,12 @@ class SharedRounds:
                 told = f"{error:.3g} off those of {beside.name} (relative RMS); at most {passes:.3g} passes"
                 self._doubts.setdefault(one.name, (_Kept(number, its, 1), told))
         self._ran.append((lane, latents))
+
+    def _draw_alike(self, lane: Lane, other: Lane) -> bool:
+        """Whether both draw the same noise, and rounding changes nothing of what is drawn."""
+        implementation = lane.backend.implementation
+        alike = other.backend.implementation == implementation
+        return alike and bool(self.problem.references(implementation, of_round=True))
 
     def confirm(self, lane: Lane) -> bool:
         """Fails a lane whose latents of a timed round were wrong; whether that gave memory back to the device.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..measure.ceiling_cache import CeilingSource
@@ -12,17 +12,17 @@ from ..measure.nvml import Sensor
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
 from ..measure.timing import Deadline, RepetitionRule
-from .backend import Backend
-from .case import Case
+from .backend import Backend, Subject
+from .case import Case, Task
 from .check import References, code_identity
 from .checkpoints import identified
+from .decoder_times import DecoderTimes
 from .energy_windows import EnergyTime
 from .floors import Floors
 from .group import Group
 from .lane import GroupFacts
-from .network import Networks
+from .network import FAMILY_SUBJECTS, Networks
 from .records import Record, RecordStore
-from .rungs import all_backends
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
 from .trace import traced
 
@@ -59,6 +59,8 @@ def profile(
     tracer: Tracer | None = None,
     run_id: str | None = None,
     ceilings: CeilingSource | None = None,
+    subjects: Mapping[Task, Subject] = FAMILY_SUBJECTS,
+    decoder: Callable[[Case], Case | None] | None = None,
 ) -> list[Record]:
     """Measures the cases and returns a record for each, failures included, in the order in which they were done.
 
@@ -70,13 +72,15 @@ def profile(
     deadline's time the last fifth is for that (`timing_deadline`).
     `references`: a folder where float32 references are kept for other profiles. `tracer` stands for torch's
     profiler. `run_id` goes into the records; a new one unless told. `ceilings` tells those of each device, from
-    which records get the floor of a step; without it they have none. Raises CaseError for a checkpoint that cannot
-    be read (`checkpoints.identified`).
+    which records get the floor of a step; without it they have none. `subjects`: what is measured, by task, with
+    its backends unless `backends` are given; a case of another task is `unsupported`. `decoder`: the decode of a
+    case's samples, whose times its records get (`DecoderTimes`). Raises CaseError for a checkpoint that cannot be
+    read (`checkpoints.identified`).
     """
     listener = listener or Listener()
-    backends = backends or all_backends()
+    backends = backends or {name: of for subject in subjects.values() for name, of in subject.backends.items()}
     deadline = deadline or Deadline(None)
-    networks = Networks()
+    networks = Networks(subjects)
     floors = Floors(ceilings)
     # Once: the code that runs is what was loaded, whatever is committed meanwhile.
     environment_of = functools.cache(collect_environment)
@@ -100,8 +104,8 @@ def profile(
     skipped = {case.key for case in identified(case for case in given if case.key in skip)} | set(skip)
     run_id = run_id or new_run_id()
     until = timing_deadline(wanted, deadline)
-    energy_time = EnergyTime(deadline, until)
-    energy_known = functools.partial(completed, phase="energy")
+    energy_time = EnergyTime(deadline, until, functools.partial(completed, phase="energy"))
+    decodes = None if decoder is None else DecoderTimes(decoder, subjects, until)
     for cases_in_flight in groups(case for case in wanted if case.key not in skipped):
         if until.passed:
             break
@@ -122,10 +126,11 @@ def profile(
                 state_now(sensor),
                 sensor,
             )
-            group = Group(
-                cases_in_flight, backends, shared, kept[device], recorded, until, energy_known, energy_time, floors
+            if decodes is not None:
+                shared.decoder_ms = decodes.of(cases_in_flight[0], shared, kept[device])
+            Group(cases_in_flight, backends, shared, kept[device], recorded, until, floors, energy_time).measure(
+                networks
             )
-            group.measure(networks)
         listener.end()
     located = {case.key: case for case in wanted}
     latest = {record.case_key: record for record in (records if store is None else store.load())}

@@ -23,7 +23,7 @@ class Run(RecordModel):
     """What a run set out to do, and where: with it a killed run resumes without its options.
 
     `cases` have the paths of checkpoints and the digests of their weights; records have names alone. `run_id` is
-    that of its records; null in version 1.
+    that of its records; null in version 1. `with_decoder`: whether records have the decoder's time.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -32,6 +32,7 @@ class Run(RecordModel):
     cases: tuple[Case, ...]
     min_count: int
     min_seconds: float
+    with_decoder: bool = False
     environment: Environment
 
     @property
@@ -39,7 +40,9 @@ class Run(RecordModel):
         return RepetitionRule(self.min_count, self.min_seconds)
 
 
-def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environment: Environment) -> Path:
+def create_run(
+    out: Path, cases: Iterable[Case], rule: RepetitionRule, environment: Environment, with_decoder: bool = False
+) -> Path:
     """A new folder in `out` (made if need be), its run.json written. Raises OSError where it cannot be."""
     now = utc_now()
     run = Run(
@@ -48,6 +51,7 @@ def create_run(out: Path, cases: Iterable[Case], rule: RepetitionRule, environme
         cases=tuple(cases),
         min_count=rule.min_count,
         min_seconds=rule.min_seconds,
+        with_decoder=with_decoder,
         environment=environment,
     )
     folder = new_folder(out, now, environment)

@@ -17,8 +17,7 @@ from ..measure.settings import measuring_settings
 from ..measure.timing import Deadline
 from .backend import Backend
 from .case import Case
-from .check import make_inputs
-from .network import Networks, make_problem
+from .network import Networks
 from .records import Record, Trace
 
 # Enough for a multistep solver to run mostly at its full order; the profiler's own work grows with each step.
@@ -98,9 +97,9 @@ def short_traces(
 
 def _short_trace(case: Case, networks: Networks, backends: Mapping[str, Backend], tracer: Tracer) -> Trace | None:
     case = case.model_copy(update={"steps": min(case.steps, TRACE_STEPS)})
-    problem = make_problem(case, networks.get(case)[0])
+    problem, _ = networks.problem(case)
     trajectory = backends[case.backend].build(problem)
-    inputs = make_inputs(problem, 0)
+    inputs = problem.inputs(0)
     # Once before: what it has to prepare is not to be traced.
     trajectory(inputs)
-    return tracer(lambda: trajectory(inputs), torch.device(case.device), len(problem.plan.steps))
+    return tracer(lambda: trajectory(inputs), torch.device(case.device), problem.evaluations)

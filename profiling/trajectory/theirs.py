@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..measure.outcomes import Unsupported
 from ..peer import diffusers_scheduler, diffusers_unet
-from .backend import Inputs, Problem, Trajectory
+from .backend import Inputs, Trajectory
+from .unet_problem import UNetProblem
 
 CompileMode = Literal["reduce-overhead", "max-autotune"]
 
@@ -48,7 +49,7 @@ class DiffusersBackend:
         options = inductor_options(self.compile_mode)
         return ("fuse_qkv_projections", "fullgraph", *(f"{name}={value}" for name, value in options.items()))
 
-    def build(self, problem: Problem) -> Trajectory:
+    def build(self, problem: UNetProblem) -> Trajectory:
         case = problem.case
         is_compiled = self.compile_mode is not None
         if is_compiled and case.device == "cpu":
