@@ -10,7 +10,6 @@ import torch
 from ldmperf.profiling import Case
 from ldmperf.profiling.step.classes import CLASSES
 from ldmperf.profiling.trajectory.attribution import attributed
-from ldmperf.profiling.trajectory.check import make_inputs
 from ldmperf.profiling.trajectory.network import make_network, make_problem
 from ldmperf.profiling.trajectory.ranges import ranged_trajectory
 from ldmperf.profiling.trajectory.rungs import all_backends
@@ -51,7 +50,7 @@ def test_kernels_are_in_the_ranges_that_launched_them(backend: str) -> None:
 def test_ranges_and_nvtx_change_no_bit_on_a_gpu(backend: str) -> None:
     case = Case(**SMALL)
     problem = make_problem(case, make_network(case))
-    inputs = make_inputs(problem, 0)
+    inputs = problem.inputs(0)
     plain = all_backends()[backend].build(problem)(inputs)
     marks = SimpleNamespace(range_push=torch.cuda.nvtx.range_push, range_pop=torch.cuda.nvtx.range_pop)
     assert torch.equal(ranged_trajectory(all_backends()[backend], problem, marks)(inputs), plain)

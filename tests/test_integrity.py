@@ -40,7 +40,6 @@ from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import family_calls, sampler_call
 from ldmperf.profiling.trajectory import runner
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
-from ldmperf.profiling.trajectory.check import make_inputs
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.lane import GroupFacts
 from ldmperf.profiling.trajectory.ours import OurBackend
@@ -158,7 +157,7 @@ def test_results_computed_at_build_time_are_caught(tiny_checkpoint: Path, beside
 
     def at_build(problem: Problem, right: Trajectory) -> None:
         for number in range(-1, 5):
-            inputs = make_inputs(problem, number)
+            inputs = problem.inputs(number)
             ahead[inputs.noise.numpy().tobytes()] = right(inputs).clone()
 
     def cheat(inputs: Inputs, call: int, right: Trajectory) -> Tensor:
@@ -172,7 +171,7 @@ def test_a_constant_computed_at_build_time_is_caught(tiny_checkpoint: Path) -> N
     ahead: list[Tensor] = []
 
     def at_build(problem: Problem, right: Trajectory) -> None:
-        ahead.append(right(make_inputs(problem, -1)).clone())
+        ahead.append(right(problem.inputs(-1)).clone())
 
     records = measured(tiny_checkpoint, Cheating(lambda *_: ahead[0].clone(), at_build), "torch")
     caught(records, "incorrect", "cached output", "the result of its first call")

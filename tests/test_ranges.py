@@ -17,7 +17,6 @@ from ldmperf.profiling import Case
 from ldmperf.profiling.trajectory.attribution import attributed, attributed_case
 from ldmperf.profiling.trajectory.backend import Backend, Problem
 from ldmperf.profiling.trajectory.case import BACKENDS
-from ldmperf.profiling.trajectory.check import make_inputs
 from ldmperf.profiling.trajectory.network import make_network, make_problem
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.places import place_of
@@ -106,7 +105,7 @@ def nested(trace: dict[str, Any]) -> list[tuple[str, ...]]:
 )
 def test_ranges_change_no_bit(tiny_checkpoint: Path, name: str, changes: dict[str, Any]) -> None:
     problem = tiny_problem(tiny_checkpoint, **changes)
-    inputs = make_inputs(problem, 0)
+    inputs = problem.inputs(0)
     plain = TRACED[name].build(problem)(inputs)
     marked = ranged_trajectory(TRACED[name], problem)
     assert torch.equal(marked(inputs), plain)
@@ -137,7 +136,7 @@ def operators(run: Any) -> Counter[str]:
 def test_ranges_change_no_operator(tiny_checkpoint: Path, name: str) -> None:
     """Sums of our network are still in place: nobody sees its activations, who could not see them without."""
     problem = tiny_problem(tiny_checkpoint)
-    inputs = make_inputs(problem, 0)
+    inputs = problem.inputs(0)
     plain, marked = TRACED[name].build(problem), ranged_trajectory(TRACED[name], problem)
     expected = operators(lambda: plain(inputs))
     assert expected["aten::addmm_"] > 0 or name == "diffusers"
@@ -191,7 +190,7 @@ def block_parameter(block: str) -> str:
 def test_operators_are_in_the_blocks_that_call_them(tiny_checkpoint: Path, name: str) -> None:
     """As the formulas say: norm, convolution, norm, convolution; attention of either kind in its part."""
     problem, opened = tiny_problem(tiny_checkpoint), Opened()
-    ranged_trajectory(TRACED[name], problem, opened)(make_inputs(problem, 0))
+    ranged_trajectory(TRACED[name], problem, opened)(problem.inputs(0))
     step = [path for path in opened.paths if path[:2] == ("trajectory", "step 1")]
 
     def of(block: str) -> list[str]:
@@ -229,7 +228,7 @@ def test_operators_are_in_the_blocks_that_call_them(tiny_checkpoint: Path, name:
 
 def test_nvtx_has_the_ranges_of_the_profiler(tiny_checkpoint: Path) -> None:
     problem, opened = tiny_problem(tiny_checkpoint), Opened()
-    inputs = make_inputs(problem, 0)
+    inputs = problem.inputs(0)
     marked = ranged_trajectory(TRACED["torch"], problem, opened)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         marked(inputs)
@@ -252,7 +251,7 @@ def _unhooked() -> Iterator[None]:
 @pytest.mark.parametrize("name", TRACED)
 def test_nothing_stays_hooked_even_when_a_trajectory_fails(tiny_checkpoint: Path, name: str) -> None:
     problem, opened = tiny_problem(tiny_checkpoint, sampler="ddpm"), Opened()
-    inputs = make_inputs(problem, 0)
+    inputs = problem.inputs(0)
     plain = TRACED[name].build(problem)(inputs)
     marked = ranged_trajectory(TRACED[name], problem, opened)
 
