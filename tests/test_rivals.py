@@ -37,7 +37,7 @@ from ldmperf.profiling.rivals.rival import (
 )
 from ldmperf.profiling.rivals.rival_backends import RivalBackend, rival_backends
 from ldmperf.profiling.rivals.rival_problem import RivalProblem, kind_of
-from ldmperf.profiling.rivals.selection import cases_beside, rival_names
+from ldmperf.profiling.rivals.rival_selection import cases_beside, rival_names
 from ldmperf.profiling.rivals.subjects import RivalSubject, all_subjects
 from ldmperf.profiling.trajectory.backend import Trajectory
 from ldmperf.profiling.trajectory.network import Networks
