@@ -75,6 +75,8 @@ def test_each_rival_has_the_nearest_size_and_of_that_the_fastest_backend(
         ("gan-30M", 1, "eager"), ("39M", 20, "diffusers"),
         ("masked-transformer-608M", 12, "eager"), ("866M", 4, "torch"), ("866M", 20, "torch"),
     ]  # fmt: skip
+    # Each by itself: the one nearest to it.
+    assert [row.name for row in rivals_beside(overview([*family, gan]))] == ["gan-30M", "39M"]
     turned = rivals_beside(overview([gan, large, *family[::-1]]))
     assert [row.record for row in turned] == [row.record for row in rows]
 

@@ -14,7 +14,7 @@ from ..measure.timing import Deadline, RepetitionRule
 from ..options import CaseError, best_device
 from ..report.reporting import ReportNotWritten, report_run, resume_command
 from ..rivals.decoding import check_decoders, decoder_case
-from ..rivals.selection import RIVAL_OPTIONS, cases_beside
+from ..rivals.rival_selection import RIVAL_OPTIONS, cases_beside
 from ..terminal.visible import console, counted
 from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
