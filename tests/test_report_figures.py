@@ -332,6 +332,15 @@ def test_lines_are_numpys(times: dict[int, float]) -> None:
         assert line.r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2, abs=1e-6)
 
 
+def test_a_relative_line_is_numpys_with_weights_of_one_over_y() -> None:
+    x, y = np.array([1.0, 4.0, 20.0, 50.0]), np.array([130.0, 420.0, 2300.0, 5100.0])
+    line = lines.fit_line(zip(x, y, strict=True), relative=True)
+    slope, intercept = np.polyfit(x, y, 1, w=1 / y)
+    assert (line.slope, line.intercept) == pytest.approx((slope, intercept))
+    # What sets it apart: squares that are not relative.
+    assert line.intercept != pytest.approx(np.polyfit(x, y, 1)[1], rel=0.01)
+
+
 def test_lines_over_steps_are_of_one_size_and_backend(make_record: MakeRecord) -> None:
     records = [timed(make_record, case(steps=n), 40.0 + 10.0 * n) for n in (2, 4, 8)]
     records += [timed(make_record, case(steps=n, backend="diffusers"), 50.0 + 20.0 * n) for n in (2, 4)]

@@ -22,7 +22,7 @@ from .verdict import ClaimVerdicts, Verdict
 
 
 @dataclass(frozen=True)
-class Rule:
+class ClaimRule:
     """How a claim is judged: verdicts for each set of conditions, none where the records have nothing to say.
 
     needs     what the records must hold for that
@@ -36,31 +36,31 @@ class Rule:
 
 _TWO_SIZES = "times of two of the paper's sizes under the same conditions"
 # A claim that is not here is one that timing says nothing of.
-RULES: Mapping[str, Rule] = {
-    "cost-proportional": Rule(cost_proportional, _TWO_SIZES, decides=True),
-    "steps-linear": Rule(
+RULES: Mapping[str, ClaimRule] = {
+    "cost-proportional": ClaimRule(cost_proportional, _TWO_SIZES, decides=True),
+    "steps-linear": ClaimRule(
         steps_linear,
         f"times of a network at {limits.FEWEST_STEP_COUNTS} step counts under the same conditions",
         decides=True,
     ),
-    "small-wins-at-budget": Rule(small_wins_at_budget, _TWO_SIZES),
-    "large-wins-relaxed": Rule(large_wins_relaxed, _TWO_SIZES),
-    "sampler-independent": Rule(sampler_independent, f"{_TWO_SIZES} with two samplers"),
-    "ddim50-slow": Rule(ddim50_slow, "times of DDIM", decides=True),
-    "single-shot-cheaper": Rule(
+    "small-wins-at-budget": ClaimRule(small_wins_at_budget, _TWO_SIZES),
+    "large-wins-relaxed": ClaimRule(large_wins_relaxed, _TWO_SIZES),
+    "sampler-independent": ClaimRule(sampler_independent, f"{_TWO_SIZES} with two samplers"),
+    "ddim50-slow": ClaimRule(ddim50_slow, "times of DDIM", decides=True),
+    "single-shot-cheaper": ClaimRule(
         single_shot_cheaper,
         f"times of a rival (--rival) and of a size within {limits.LIKE_PARAMETERS:g}x of its parameters",
         decides=True,
     ),
-    "distillation-keeps-trend": Rule(
+    "distillation-keeps-trend": ClaimRule(
         distillation_keeps_trend,
         f"times of {limits.DISTILLED_RIVAL} and {limits.REFERENCE} under the same conditions",
     ),
-    "sr-small-wins-below-20": Rule(sr_small_wins_below_20, f"{_TWO_SIZES} (--task sr)"),
-    "cfg-quality-not-alignment": Rule(
+    "sr-small-wins-below-20": ClaimRule(sr_small_wins_below_20, f"{_TWO_SIZES} (--task sr)"),
+    "cfg-quality-not-alignment": ClaimRule(
         cfg_quality_not_alignment, "times of a network with guidance and without (--guidance 1,7.5)"
     ),
-    "energy-proportional": Rule(
+    "energy-proportional": ClaimRule(
         energy_proportional,
         f"joules of {limits.FEWEST_ENERGIES} sizes under the same conditions, by NVML's counter",
         decides=True,

@@ -41,15 +41,15 @@ def claims(
       ldmperf claims records.jsonl --json
       ldmperf claims --table
     """
-    from ..claims import display
+    from ..claims import printed
 
     if table:
         if records:
             raise CaseError("--table prints the paper's table and judges nothing: give it without records")
         if as_json:
-            typer.echo(json.dumps(display.paper_json(), indent=2))
+            typer.echo(json.dumps(printed.paper_json(), indent=2))
         else:
-            display.print_paper(console())
+            printed.print_paper(console())
         return
     from ..claims.judge import in_time_order, judge
     from ..figures import overview
@@ -64,9 +64,9 @@ def claims(
     found = in_time_order(found)
     judged = judge(found)
     if as_json:
-        typer.echo(json.dumps(display.as_json(judged), indent=2))
+        typer.echo(json.dumps(printed.as_json(judged), indent=2))
     else:
-        display.print_claims(judged, console())
+        printed.print_claims(judged, console())
         for warning in warnings(overview(found)):
             say_wrapped(console(), f"Note: {warning}", "yellow")
     if aside.in_file:

@@ -79,7 +79,7 @@ def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
     from ..claims import judge
-    from ..claims.display import print_summaries
+    from ..claims.printed import print_summaries
     from ..figures import overview
     from ..report import print_table
 
