@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..figures.beside import conditions_beside, ends_with, ms_to_image
 from ..figures.derived import Overview, Row, alike, ratio
 from ..figures.text import count, times
 from ..measure.intervals import medians_interval, ratio_interval
@@ -83,7 +84,7 @@ def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
     found = []
     rivals = [row for row in shown.rivals if row.record.wall_ms is not None]
     for group in by_conditions([row for row in shown.rows if row.case.task == "t2i"], "steps"):
-        near = [rival for rival in rivals if _place(rival) == _place(group[0])]
+        near = [rival for rival in rivals if conditions_beside(rival) == conditions_beside(group[0])]
         pairs = [
             (rival, row)
             for rival in sorted(near, key=lambda row: (row.name, row.case.backend))
@@ -92,12 +93,6 @@ def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
         if pairs:
             found.append(_rival_verdict(claim, pairs, group, shown))
     return found
-
-
-def _place(row: Row) -> tuple[object, ...]:
-    """What a rival must share with the family: all that does not belong to how either samples."""
-    case = row.case
-    return row.environment, case.device, case.dtype, case.batch, case.latent_height, case.latent_width
 
 
 def _likest(rival: Row, family: Sequence[Row]) -> Row | None:
@@ -136,7 +131,7 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
                 row.name,
                 str(row.record.evaluations),
                 number(row.record.ms_per_image),
-                number(_ms_with_decoder(row)),
+                number(ms_to_image(row.record, ends_with(row))),
                 MISSING if over is None else times(over.value),
                 MISSING if over is None else interval_text(over),
                 number(None if cost is None else cost.steps_within(ms)),
@@ -169,12 +164,6 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
         # A rival that is dearer than few steps may be cheaper than 50.
         return evidence.unmeasured(f"{limits.RELAXED_STEPS} steps of the {row.name}: {sentence}")
     return evidence.decided(judged, sentence)
-
-
-def _ms_with_decoder(row: Row) -> float | None:
-    """Median ms per image, the decoder's time added; null where that was not measured."""
-    decoder, ms = row.record.decoder_ms, row.record.ms_per_image
-    return None if decoder is None or ms is None else ms + decoder.p50 / row.case.batch
 
 
 def _samples(row: Row) -> list[float]:
