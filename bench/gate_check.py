@@ -36,7 +36,7 @@ from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.options import CaseError, percentage, whole_number
-from ldmperf.profiling.trajectory import network
+from ldmperf.profiling.trajectory import runner
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 
 # Seconds of samples in each run, so that a neighbour's short burst does not move its median.
@@ -80,8 +80,8 @@ def slowed(trajectory: Trajectory, share: float, device: torch.device) -> Trajec
 
 def run_slowed(share: float, arguments: Sequence[str]) -> None:
     """`ldmperf` with these arguments, its trajectories slowed."""
-    made = network.all_backends
-    network.all_backends = lambda: {name: SlowedBackend(backend, share) for name, backend in made().items()}
+    made = runner.all_backends
+    runner.all_backends = lambda: {name: SlowedBackend(backend, share) for name, backend in made().items()}
     cli.main(arguments)
 
 

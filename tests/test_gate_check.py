@@ -19,8 +19,7 @@ from ldmperf.profiling.compare.comparison import VerdictRule, compare_sets
 from ldmperf.profiling.compare.gate import Threshold
 from ldmperf.profiling.compare.sets import MeasuredRun, RecordSet
 from ldmperf.profiling.measure.recorded import Samples
-from ldmperf.profiling.rivals.subjects import all_subjects
-from ldmperf.profiling.trajectory import network
+from ldmperf.profiling.trajectory import runner
 from ldmperf.profiling.trajectory.backend import Backend, Configured
 
 MakeRecord = Callable[..., Record]
@@ -49,10 +48,9 @@ def test_a_slowed_trajectory_has_its_latents_and_takes_its_share_longer(monkeypa
 def test_a_slowed_backend_is_the_other_in_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every backend that the command has; what was put in their place goes with the process."""
     ran: dict[str, Backend] = {}
-    monkeypatch.setattr(network, "all_backends", network.all_backends)
-    # As `ldmperf profile` takes them.
-    monkeypatch.setattr(cli, "main", lambda arguments: ran.update(all_subjects()["t2i"].backends))
-    usual = network.all_backends()
+    monkeypatch.setattr(runner, "all_backends", runner.all_backends)
+    monkeypatch.setattr(cli, "main", lambda arguments: ran.update(runner.all_backends()))
+    usual = runner.all_backends()
     gate_check.run_slowed(0.05, ["profile"])
     assert list(ran) == list(usual)
     for name, backend in ran.items():

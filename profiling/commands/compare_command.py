@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..compare.metrics import METRICS, USUAL
 from ..options import CaseError, percentage
 from ..terminal.visible import console, counted
 from .shared import DEFAULT_OUT, stop, tell, terminated_as_interrupted, whole_option
@@ -58,9 +59,8 @@ def compare(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="wall_ms, gpu_ms, ms (kernels), ms_per_step, decoder_ms, first_call_ms, peak_memory_bytes, "
-            "joules_per_image; unless told wall_ms, gpu_ms, ms and peak_memory_bytes, where there are values. "
-            "Repeat it or separate values by commas.",
+            help=f"{', '.join(METRICS)}; unless told {', '.join(USUAL)}, where there are values. Repeat it or "
+            "separate values by commas.",
             metavar="LIST",
         ),
     ] = None,

@@ -26,7 +26,7 @@ RecordSets = Annotated[
     list[Path] | None,
     typer.Argument(
         help="Run folders and files of records, of every schema version; without any the latest run.",
-        metavar="[FOLDER | RECORDS.jsonl]...",
+        metavar="FOLDER | RECORDS.jsonl",
         show_default=False,
     ),
 ]

@@ -29,7 +29,12 @@ _USUAL = {"size": ["39M"], "steps": ["4"], "batch": ["1"]}
 _HELP = {
     "size": "A size of the family, 39M ... 5B; 39M unless told.",
     "unet": "A checkpoint instead: a diffusers folder or a .safetensors file.",
+    "sampler": "ddim, ddpm, dpmpp_2m, ...; ddim unless told.",
     "steps": f"Sampling steps, {_USUAL['steps'][0]} unless told.",
+    "batch": f"Images made at once, {_USUAL['batch'][0]} unless told.",
+    "guidance": "Guidance scale; 1 is without.",
+    "latent": "Latent size, height x width: 64x64 (unless told) is an image of 512x512.",
+    "seed": "Seed of the noise, the context and a size's weights; 0 unless told.",
     "backend": "Any that is not compiled; graph on a GPU and torch on a CPU unless told.",
 }
 
