@@ -9,8 +9,8 @@ from rich.console import Console
 
 from ..figures import text
 from ..figures.derived import Overview, Row
-from ..terminal.layout import MISSING, Grid
-from ..terminal.visible import for_markdown, say, say_wrapped
+from ..terminal.layout import MISSING, Grid, laid_out
+from ..terminal.visible import for_markdown, say, say_wrapped, width_of
 from .columns import Column, Table, table_of
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
 from .rivals_table import RIVALS_NOTE, RIVALS_TITLE, rivals_grid
@@ -90,19 +90,10 @@ def _grids(shown: Overview) -> list[tuple[str, Grid, str]]:
 
 
 def _print_grid(console: Console, title: str, grid: Grid) -> None:
-    widths = [max(map(len, cells)) for cells in zip(grid.headings, *grid.rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join(
-            cell.ljust(width) if heading in grid.words else cell.rjust(width)
-            for heading, cell, width in zip(grid.headings, cells, widths, strict=True)
-        )
-
     _print(console)
     say_wrapped(console, title, "bold")
-    _print(console, line(grid.headings), "dim")
-    for row in grid.rows:
-        _print(console, line(row))
+    for line in laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2).lines:
+        say(console, line)
 
 
 def _shows(column: Column, row: Row) -> bool:
