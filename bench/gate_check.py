@@ -150,7 +150,7 @@ def summary(found: Comparison, threshold: Threshold, rule: VerdictRule) -> dict[
 
 
 def counts(repeats: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many comparisons there are, and in how many the gate failed and a verdict differed, by what was compared."""
+    """How many comparisons there are, and in how many the gate failed and a verdict differed, by their kind."""
     told = {}
     for kind in ("noise", "injected"):
         made = [found[kind] for found in repeats if kind in found]
@@ -166,9 +166,10 @@ def earlier(out: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     other = f"{out} is of another check"
     try:
         content = json.loads(out.read_bytes())
-        then, now = (Environment.model_validate(of["environment"]) for of in (content, header))
+        then, now = (Environment.model_validate_json(json.dumps(of["environment"])) for of in (content, header))
         unlike = then.differences(now)
-        unlike += [f"{name}: {content[name]}" for name in ("profile", "rounds", "fail_over") if content[name] != header[name]]
+        alike = ("profile", "rounds", "fail_over")
+        unlike += [f"{name}: {content[name]}" for name in alike if content[name] != header[name]]
         found: list[dict[str, Any]] = content["repeats"]
     except (OSError, ValueError, KeyError, TypeError) as wrong:
         raise CaseError(f"{other}, or of none ({type(wrong).__name__}); name another file with --out") from None

@@ -133,7 +133,8 @@ def test_the_same_call_goes_on_and_another_is_refused(
     gate_check.check(arguments(out, "5"), ["--size", "39M"], minute)
     assert made == [True, True, False, False, False]
     assert json.loads(out.read_text())["counts"]["noise_comparisons"] == 5
-    for given, profile in ((arguments(out, "6"), ["--size", "83M"]), (arguments(out, "6", rounds="7"), ["--size", "39M"])):
+    others = (arguments(out, "6"), ["--size", "83M"]), (arguments(out, "6", rounds="7"), ["--size", "39M"])
+    for given, profile in others:
         with pytest.raises(CaseError, match="of another check"):
             gate_check.check(given, profile, minute)
     out.write_text("{}")
