@@ -16,15 +16,16 @@ from ldmperf.profiling import Case, Record, profile
 from ldmperf.profiling.figures.derived import overview
 from ldmperf.profiling.measure.ceilings import MARGIN, Ceiling, CeilingDevice, Ceilings
 from ldmperf.profiling.measure.environment import DeviceState, Environment
-from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.measure.timing import RepetitionRule, Times
 from ldmperf.profiling.report.columns import table_of
 from ldmperf.profiling.step.roofline import Roof, StepShape, least_ms, step_parts, sums_of
 from ldmperf.profiling.trajectory import floors as module
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors, floor_of, step_shape
-from ldmperf.profiling.trajectory.lane import GroupFacts
+from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
 from ldmperf.profiling.trajectory.network import family_config
 from ldmperf.profiling.trajectory.records import Floor
+from ldmperf.profiling.trajectory.rungs import all_backends
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -172,6 +173,11 @@ def test_before_a_time_is_called_impossible_the_ceilings_are_measured_once_more(
     assert facts(None).least_ms(0.0) is None
     suspect.floor_anew = lambda: None
     assert suspect.least_ms(0.3) == pytest.approx(0.4)
+    # The device's clock is the shorter one, and is judged by the same floor.
+    lane = Lane(CASE, all_backends()["torch"], facts(FLOOR))
+    lane.times = Times([2.1, 2.2], [1.9, 2.0])
+    lane._judge_times()
+    assert len(asked) == 2
 
 
 def test_a_floor_that_cannot_be_made_loses_no_measurement(
