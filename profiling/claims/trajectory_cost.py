@@ -14,7 +14,8 @@ from ..figures.lines import fit_line
 class TrajectoryCost:
     """Wall ms of a trajectory of one network: its medians where they were measured, else a line.
 
-    The line goes through the medians; with a single step count it goes through zero. Steps are model evaluations.
+    The line goes through the medians; with a single step count it goes through zero, as if nothing of the time
+    were fixed, and who tells of it says so. Steps are model evaluations.
     """
 
     rows: tuple[Row, ...]
