@@ -74,8 +74,8 @@ def _cost_sentence(judged: Judged, factors: dict[str, Interval], rows: list[Row]
         f"a step of the {worst.name} takes {short_ratio(here)} of the {reference.name}'s time, where the paper's "
         f"cost says {short_ratio(paper)}; beyond what the cost's rounding allows this is off by a factor of "
         f"{short_ratio(judged.interval.value)}, the worst of the sizes (interval "
-        f"{interval_text(judged.interval)}; up to {limits.COST_FACTOR:.2f} holds), and {short_ratio(mean)} in the mean"
-        f"{f'; the {limits.REFERENCE}, whose cost is 1 in the paper, has no time here' if stands_in else ''}"
+        f"{interval_text(judged.interval)}; up to {limits.COST_FACTOR:.2f} holds), and {short_ratio(mean)} in the "
+        f"mean{f'; the {limits.REFERENCE}, whose cost is 1 in the paper, has no time here' if stands_in else ''}"
     )
 
 
