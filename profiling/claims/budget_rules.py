@@ -13,7 +13,7 @@ from ..terminal.layout import MISSING, Grid, number
 from ..trajectory.case import Task
 from . import limits
 from .catalogue import Claim
-from .cost_rules import paper_ratio
+from .cost_rules import paper_ratio, paper_ratio_range
 from .trajectory_cost import TrajectoryCost, by_conditions, costs_by_size
 from .verdict import Evidence, Verdict
 
@@ -80,26 +80,40 @@ def _affordable(claim: Claim, shown: Overview, task: Task, told: tuple[str | Non
 
 @dataclass(frozen=True)
 class _Afforded:
-    """The steps of a size that take as long as `budget` steps of the reference, here and by the paper's cost."""
+    """The steps of a size that take as long as `budget` steps of the reference, here and by the paper's cost.
+
+    papers: by the paper's cost as it is printed, and by the most and the least that its rounding allows.
+    """
 
     budget: int
     here: float
-    paper: float
+    papers: tuple[float, float, float]
 
     @classmethod
     def of(cls, name: str, cost: TrajectoryCost, reference: str, base: TrajectoryCost, steps: int) -> _Afforded:
         here = steps if name == reference else cost.steps_within(base.ms(steps))
-        return cls(steps, here, steps / paper_ratio(name, reference))
+        low, high = paper_ratio_range(name, reference)
+        return cls(steps, here, (steps / paper_ratio(name, reference), steps / high, steps / low))
 
     @property
-    def kept(self) -> float | None:
-        """The share of the further steps that the paper's cost affords; null where it affords none."""
-        further = self.paper - self.budget
-        return (self.here - self.budget) / further if further > 0 else None
+    def paper(self) -> float:
+        return self.papers[0]
+
+    @property
+    def kept(self) -> tuple[float, float] | None:
+        """The share of the paper's further steps that is left, within its rounding; null where it has none."""
+        further = [paper - self.budget for paper in self.papers]
+        if min(further) <= 0:
+            return None
+        shares = [(self.here - self.budget) / more for more in further]
+        return min(shares), max(shares)
 
 
-def _share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.0%}" if value > 0 else "none"
+def _share(kept: tuple[float, float] | None) -> str:
+    if kept is None:
+        return MISSING
+    low, high = (f"{share:.0%}" for share in kept)
+    return "none" if kept[1] <= 0 else low if low == high else f"{low} to {high}"
 
 
 def _whole(steps: float) -> int:
