@@ -64,7 +64,7 @@ def claims(
     found = in_time_order(found)
     judged = judge(found)
     if as_json:
-        typer.echo(json.dumps(printed.as_json(judged), indent=2))
+        typer.echo(json.dumps(printed.as_json(judged), indent=2, allow_nan=False))
     else:
         printed.print_claims(judged, console())
         for warning in warnings(overview(found)):
