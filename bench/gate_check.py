@@ -1,12 +1,15 @@
 """What the gate of `ldmperf compare` answers to noise and to an injected slowdown: `python bench/gate_check.py`.
 
-One repeat is two comparisons, of three sides that run in turn, each run in a process of its own: the checkout,
-the checkout again, and the checkout with every trajectory made longer by --inject. It does take longer: after its
-work it waits for that share of what it took. The gate (--fail-over wall_ms at the injected share) must not fail
-the first two, and must fail the first and the third. The result, with each run's median and each verdict, goes to
---out as JSON after each repeat. Nothing else should run on the machine.
+A repeat runs the checkout and the checkout again in turn, each run in a process of its own, and compares them: the
+gate (--fail-over wall_ms at the share of --inject) must not fail. In the first --injections repeats a third side
+takes part, the checkout with every trajectory made longer by --inject; there the gate must fail. It does take
+longer: after its work it waits for that share of what it took.
 
-    python bench/gate_check.py --out gate.json
+The result, with each run's median and each verdict, goes to --out as JSON after each repeat. The same call goes on
+from there; what was begun and not ended is measured again. Nothing else should run on the machine. `make readme`
+writes what docs/comparing.md says of it.
+
+    python bench/gate_check.py --seconds 2400 --out gate.json
     python bench/gate_check.py --repeats 2 --rounds 3 -- --size 39M --latent 8 --steps 1 --backend torch
 """
 
@@ -30,19 +33,20 @@ from ldmperf.profiling.commands.shared import terminated_as_interrupted
 from ldmperf.profiling.compare.comparison import AMBIGUOUS, SAME, Comparison, VerdictRule, compare_sets
 from ldmperf.profiling.compare.gate import Threshold, answers
 from ldmperf.profiling.compare.metrics import METRICS
-from ldmperf.profiling.compare.rounds import OUT, RoundFailed, Side, run_rounds
 from ldmperf.profiling.compare.sets import check_comparable
-from ldmperf.profiling.measure.environment import collect_environment
+from ldmperf.profiling.compare.turns import OUT, RoundFailed, Side, run_rounds
+from ldmperf.profiling.measure.environment import Environment, collect_environment
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.store import write_whole
+from ldmperf.profiling.measure.timing import Deadline
 from ldmperf.profiling.options import CaseError, percentage, whole_number
-from ldmperf.profiling.trajectory import runner
+from ldmperf.profiling.trajectory import network
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 
-# Seconds of samples in each run, so that a neighbour's short burst does not move its median.
+# Two short cases: most of a run's time is its start.
 PROFILE = (
-    *("--size", "39M", "--latent", "16", "--steps", "2", "--backend", "torch,diffusers"),
-    *("--min-count", "7", "--min-seconds", "2"),
+    *("--size", "39M", "--latent", "8", "--steps", "1", "--backend", "torch,diffusers"),
+    *("--min-count", "7", "--min-seconds", "0.5"),
 )
 METRIC = METRICS["wall_ms"]
 CLI = "from ldmperf.profiling.cli import main; main()"
@@ -80,29 +84,33 @@ def slowed(trajectory: Trajectory, share: float, device: torch.device) -> Trajec
 
 def run_slowed(share: float, arguments: Sequence[str]) -> None:
     """`ldmperf` with these arguments, its trajectories slowed."""
-    made = runner.all_backends
-    runner.all_backends = lambda: {name: SlowedBackend(backend, share) for name, backend in made().items()}
+    made = network.all_backends
+    network.all_backends = lambda: {name: SlowedBackend(backend, share) for name, backend in made().items()}
     cli.main(arguments)
 
 
-def sides(folder: Path, injected: float, profile: Sequence[str]) -> list[Side]:
-    """The checkout, the checkout again, and the slowed one."""
+def sides(folder: Path, injected: float | None, profile: Sequence[str]) -> list[Side]:
+    """The checkout, the checkout again, and one that is slowed by the injected share, if any."""
     plain = (sys.executable, "-P", "-c", CLI, "profile", *profile, "--out", OUT)
-    slow = (sys.executable, "-P", __file__, "--run-slowed", str(injected), "--", *plain[4:])
-    commands = {"checkout": plain, "checkout again": plain, "slowed": slow}
+    commands = {"checkout": plain, "checkout again": plain}
+    if injected is not None:
+        commands["slowed"] = (sys.executable, "-P", __file__, "--run-slowed", str(injected), "--", *plain[4:])
     return [
         Side(name, command, folder / name.replace(" ", "-"), Path.cwd(), dict(os.environ))
         for name, command in commands.items()
     ]
 
 
-def repeat(threshold: Threshold, rounds: int, profile: Sequence[str], force: bool) -> dict[str, Any]:
-    """One comparison of noise and one of the injection, as JSON has them."""
+def repeat(
+    threshold: Threshold, rounds: int, profile: Sequence[str], force: bool, is_injected: bool
+) -> dict[str, Any]:
+    """A comparison of noise, and one of the injection if there is one, as JSON has them."""
     with tempfile.TemporaryDirectory(prefix="ldmperf-gate-") as folder:
-        first, again, slow = run_rounds(sides(Path(folder), threshold.worse, profile), rounds, tell)
+        injected = threshold.worse if is_injected else None
+        first, *others = run_rounds(sides(Path(folder), injected, profile), rounds, tell)
     rule = VerdictRule()
     found = {}
-    for name, other in (("noise", again), ("injected", slow)):
+    for name, other in zip(("noise", "injected"), others, strict=False):
         check_comparable(first, other, force)
         found[name] = summary(compare_sets(first, other, [METRIC], rule), threshold, rule)
     return found
@@ -142,12 +150,32 @@ def summary(found: Comparison, threshold: Threshold, rule: VerdictRule) -> dict[
 
 
 def counts(repeats: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """How many repeats there are, and in how many the gate failed and a verdict differed, by what was compared."""
-    return {"repeats": len(repeats)} | {
-        f"{kind}_{what}": sum(found[kind][what] for found in repeats)
-        for kind in ("noise", "injected")
-        for what in ("gate_fails", "differs")
-    }
+    """How many comparisons there are, and in how many the gate failed and a verdict differed, by their kind."""
+    told = {}
+    for kind in ("noise", "injected"):
+        made = [found[kind] for found in repeats if kind in found]
+        told[f"{kind}_comparisons"] = len(made)
+        told |= {f"{kind}_{what}": sum(one[what] for one in made) for what in ("gate_fails", "differs")}
+    return told
+
+
+def earlier(out: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
+    """The repeats that the file has already. Raises CaseError where it is of another check."""
+    if not out.exists():
+        return []
+    other = f"{out} is of another check"
+    try:
+        content = json.loads(out.read_bytes())
+        then, now = (Environment.model_validate_json(json.dumps(of["environment"])) for of in (content, header))
+        unlike = then.differences(now)
+        alike = ("profile", "rounds", "fail_over")
+        unlike += [f"{name}: {content[name]}" for name in alike if content[name] != header[name]]
+        found: list[dict[str, Any]] = content["repeats"]
+    except (OSError, ValueError, KeyError, TypeError) as wrong:
+        raise CaseError(f"{other}, or of none ({type(wrong).__name__}); name another file with --out") from None
+    if unlike:
+        raise CaseError(f"{other} ({'; '.join(unlike)}); name another file with --out")
+    return found
 
 
 def tell(line: str) -> None:
@@ -157,25 +185,33 @@ def tell(line: str) -> None:
 def check(
     given: argparse.Namespace, profile: Sequence[str], measured: Callable[..., dict[str, Any]] = repeat
 ) -> None:
-    """All repeats, the file written anew after each. Raises CaseError, RunError and RoundFailed."""
+    """All repeats that are left, the file written anew after each. Raises CaseError, RunError and RoundFailed."""
     threshold = Threshold(METRIC, percentage("inject", given.inject))
     number, rounds = (whole_number(name, getattr(given, name), 999) for name in ("repeats", "rounds"))
-    found: list[dict[str, Any]] = []
-    for place in range(1, number + 1):
-        found.append(measured(threshold, rounds, profile, given.force))
-        content = {
-            "environment": collect_environment().model_dump(mode="json"),
-            "profile": list(profile),
-            "rounds": rounds,
-            "fail_over": f"{METRIC.name}:{given.inject}",
-            "counts": counts(found),
-            "repeats": found,
-        }
+    injections = whole_number("injections", given.injections, 999)
+    header = {
+        "environment": collect_environment().model_dump(mode="json"),
+        "profile": list(profile),
+        "rounds": rounds,
+        "fail_over": f"{METRIC.name}:{given.inject}",
+    }
+    found = earlier(given.out, header)
+    if found:
+        tell(f"{given.out}: {len(found)} repeats are there already")
+    deadline, longest = Deadline(given.seconds), 0.0
+    for place in range(len(found), number):
+        if deadline.left < longest:
+            tell(f"--seconds would be over before the next repeat is; the same call goes on from {given.out}")
+            break
+        begun = deadline.now()
+        found.append(measured(threshold, rounds, profile, given.force, place < injections))
+        longest = max(longest, deadline.now() - begun)
+        content = header | {"counts": counts(found), "repeats": found}
         write_whole(given.out, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-        tell(f"repeat {place} of {number}: {json.dumps(content['counts'])}")
+        tell(f"repeat {place + 1} of {number} ({longest:.0f} s at most): {json.dumps(content['counts'])}")
     told = counts(found)
-    print(f"noise: the gate failed {told['noise_gate_fails']} of {number} comparisons of a checkout with itself")
-    print(f"injected {given.inject}: the gate failed {told['injected_gate_fails']} of {number}")
+    for kind, of in (("noise", "a checkout with itself"), ("injected", f"it with {given.inject} injected")):
+        print(f"the gate failed {told[f'{kind}_gate_fails']} of {told[f'{kind}_comparisons']} comparisons of {of}")
 
 
 def main() -> None:
@@ -183,6 +219,8 @@ def main() -> None:
     parser.add_argument("--repeats", default="20")
     parser.add_argument("--rounds", default="6", help="runs of each side in a repeat")
     parser.add_argument("--inject", default="5%", help="how much longer the third side's trajectories take")
+    parser.add_argument("--injections", default="10", help="repeats that have the third side")
+    parser.add_argument("--seconds", type=float, help="begin no repeat that would not end within so many")
     parser.add_argument("--out", type=Path, default=Path("gate.json"), help="the file for the result")
     parser.add_argument("--force", action="store_true", help="measure a checkout with uncommitted changes")
     parser.add_argument("--run-slowed", type=float, help=argparse.SUPPRESS)

@@ -1,10 +1,12 @@
-"""Write the figures of README.md and docs/results.md from the record sets that their markers name: `make readme`.
+"""Write the figures of README.md and docs from the record sets that their markers name: `make readme`.
 
 tests/test_readme.py fails while a page differs from what this writes, so no figure there was typed by hand.
 """
 
+import json
 import textwrap
 from pathlib import Path
+from statistics import median
 
 from markers import with_blocks
 
@@ -17,7 +19,7 @@ from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.terminal.layout import formatted, number
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/comparing.md")
 OURS = "torch"
 
 
@@ -69,11 +71,34 @@ def _shown(marker: str) -> Overview:
     return overview(records)
 
 
+def gate(marker: str) -> str:
+    """What bench/gate_check.py has found on a machine, from its JSON; without one, that it is not measured."""
+    path = ROOT / marker
+    if not path.is_file():
+        return "On this project's machines: not measured yet."
+    found = json.loads(path.read_bytes())
+    counts, environment, gate = found["counts"], found["environment"], found["fail_over"]
+    noise = [case["noise"] for one in found["repeats"] for case in one["noise"]["cases"]]
+    cpu = f"{environment['cpu']}, {environment['torch_threads']} threads"
+    place = environment["gpu"]["name"] if environment["gpu"] else cpu
+    injected = f"{counts['injected_gate_fails']} of {counts['injected_comparisons']}"
+    words = (
+        f"**Measured** ({place}; commit {environment['git_commit'][:7]}; {found['rounds']} rounds of "
+        f"`profile {' '.join(found['profile'])}`): the gate `{gate}` fails {counts['noise_gate_fails']} of "
+        f"{counts['noise_comparisons']} comparisons of a checkout with itself, and {injected} of a checkout with "
+        f"{gate.partition(':')[2]} injected. {counts['noise_differs']} of the former have a verdict `FASTER` or "
+        f"`SLOWER`. Two runs of one commit differ by at most {100 * median(noise):.2g}% (median over cases and "
+        f"comparisons; largest {100 * max(noise):.2g}%)."
+    )
+    return textwrap.fill(words, 125, break_long_words=False, break_on_hyphens=False)
+
+
 def with_figures(page: str) -> str:
     """The text of a page with the figures of the records between its markers."""
     writers = {
         "finding": lambda marker: finding(_shown(marker)),
         "table": lambda marker: markdown_table(_shown(marker)),
+        "gate": gate,
     }
     return with_blocks(page, writers)
 

@@ -12,11 +12,11 @@ import torch
 from ldmperf.model import UNet, load_unet
 from ldmperf.profiling import Case, profile
 from ldmperf.profiling.measure.error import relative_rms
+from ldmperf.profiling.measure.graph_memory import unused_in_pools
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
 from ldmperf.profiling.trajectory.case import BACKENDS
-from ldmperf.profiling.trajectory.lane import unused_in_pools
 from ldmperf.profiling.trajectory.network import make_network
 from ldmperf.profiling.trajectory.ours import GraphBackend, GraphTrajectory, OurBackend
 from ldmperf.profiling.trajectory.rungs import all_backends

@@ -19,8 +19,11 @@ from ldmperf.profiling.compare.comparison import VerdictRule, compare_sets
 from ldmperf.profiling.compare.gate import Threshold
 from ldmperf.profiling.compare.sets import MeasuredRun, RecordSet
 from ldmperf.profiling.measure.recorded import Samples
-from ldmperf.profiling.trajectory import runner
+from ldmperf.profiling.measure.timing import Deadline
+from ldmperf.profiling.options import CaseError
+from ldmperf.profiling.trajectory import network
 from ldmperf.profiling.trajectory.backend import Backend, Configured
+from ldmperf.profiling.trajectory.network import FAMILY_SUBJECTS
 
 MakeRecord = Callable[..., Record]
 FIVE = Threshold(gate_check.METRIC, 0.05)
@@ -48,11 +51,12 @@ def test_a_slowed_trajectory_has_its_latents_and_takes_its_share_longer(monkeypa
 def test_a_slowed_backend_is_the_other_in_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every backend that the command has; what was put in their place goes with the process."""
     ran: dict[str, Backend] = {}
-    monkeypatch.setattr(runner, "all_backends", runner.all_backends)
-    monkeypatch.setattr(cli, "main", lambda arguments: ran.update(runner.all_backends()))
-    usual = runner.all_backends()
+    monkeypatch.setattr(network, "all_backends", network.all_backends)
+    monkeypatch.setattr(cli, "main", lambda arguments: ran.update(FAMILY_SUBJECTS["t2i"].backends))
+    usual = network.all_backends()
     gate_check.run_slowed(0.05, ["profile"])
     assert list(ran) == list(usual)
+    assert all(isinstance(backend, gate_check.SlowedBackend) for backend in ran.values())
     for name, backend in ran.items():
         assert backend.implementation == usual[name].implementation
         assert isinstance(backend, Configured) == isinstance(usual[name], Configured)
@@ -69,12 +73,13 @@ def recorded(make_record: MakeRecord, name: str, factor: float, first: int) -> R
     return RecordSet(Path(name), tuple(runs))
 
 
-def test_the_result_has_every_median_and_counts_what_the_gate_says(
-    make_record: MakeRecord, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def repeat(threshold: Threshold, rounds: int, profile: Any, force: bool) -> dict[str, Any]:
+@pytest.fixture
+def repeat(make_record: MakeRecord) -> Callable[..., dict[str, Any]]:
+    def made(threshold: Threshold, rounds: int, profile: Any, force: bool, is_injected: bool) -> dict[str, Any]:
         first = recorded(make_record, "a", 1.0, 0)
-        others = {"noise": recorded(make_record, "b", 1.0, 1), "injected": recorded(make_record, "c", 1.05, 1)}
+        others = {"noise": recorded(make_record, "b", 1.0, 1)}
+        if is_injected:
+            others["injected"] = recorded(make_record, "c", 1.05, 1)
         return {
             name: gate_check.summary(
                 compare_sets(first, other, [gate_check.METRIC], VerdictRule()), threshold, VerdictRule()
@@ -82,17 +87,57 @@ def test_the_result_has_every_median_and_counts_what_the_gate_says(
             for name, other in others.items()
         }
 
-    given = Namespace(inject="5%", repeats="3", rounds="6", out=tmp_path / "gate.json", force=False)
+    return made
+
+
+def arguments(out: Path, repeats: str, seconds: float | None = None, rounds: str = "6") -> Namespace:
+    return Namespace(
+        inject="5%", injections="2", repeats=repeats, rounds=rounds, seconds=seconds, out=out, force=False
+    )
+
+
+def test_the_result_has_every_median_and_counts_what_the_gate_says(
+    repeat: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = arguments(tmp_path / "gate.json", "3")
     gate_check.check(given, ["--size", "39M"], repeat)
     written = json.loads(given.out.read_text())
     assert written["counts"] == {
-        "repeats": 3,
+        "noise_comparisons": 3,
         "noise_gate_fails": 0,
         "noise_differs": 0,
-        "injected_gate_fails": 3,
-        "injected_differs": 3,
+        "injected_comparisons": 2,
+        "injected_gate_fails": 2,
+        "injected_differs": 2,
     }
     (case,) = written["repeats"][0]["injected"]["cases"]
     assert case["ratio"] == pytest.approx(1.05)
     assert case["b_ms"] == pytest.approx([1.05 * ms for ms in case["a_ms"]])
-    assert "injected 5%: the gate failed 3 of 3" in capsys.readouterr().out
+    assert "the gate failed 2 of 2 comparisons of it with 5% injected" in capsys.readouterr().out
+
+
+def test_the_same_call_goes_on_and_another_is_refused(
+    repeat: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, out, made = [0.0], tmp_path / "gate.json", []
+    monkeypatch.setattr(gate_check, "Deadline", lambda seconds: Deadline(seconds, lambda: now[0]))
+
+    def minute(*given: Any) -> dict[str, Any]:
+        now[0] += 60.0
+        made.append(given[-1])
+        return repeat(*given)
+
+    # The first repeat tells how long one is: the third would not end in time.
+    gate_check.check(arguments(out, "5", seconds=150.0), ["--size", "39M"], minute)
+    assert made == [True, True]
+    gate_check.check(arguments(out, "5"), ["--size", "39M"], minute)
+    assert made == [True, True, False, False, False]
+    assert json.loads(out.read_text())["counts"]["noise_comparisons"] == 5
+    others = (arguments(out, "6"), ["--size", "83M"]), (arguments(out, "6", rounds="7"), ["--size", "39M"])
+    for given, profile in others:
+        with pytest.raises(CaseError, match="of another check"):
+            gate_check.check(given, profile, minute)
+    out.write_text("{}")
+    with pytest.raises(CaseError, match="or of none"):
+        gate_check.check(arguments(out, "6"), ["--size", "39M"], minute)
+    assert len(made) == 5

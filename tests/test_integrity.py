@@ -38,10 +38,9 @@ from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.measure.timing import RepetitionRule, Timed, timed
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.step.calls import family_calls, sampler_call
-from ldmperf.profiling.trajectory import runner
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 from ldmperf.profiling.trajectory.checkpoints import identified
-from ldmperf.profiling.trajectory.lane import GroupFacts
+from ldmperf.profiling.trajectory.floors import Floors
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.records import Floor
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
@@ -353,13 +352,9 @@ def floor_of(least_step_ms: float) -> Iterator[None]:
         bytes_per_s=1.0, flop_per_s=1.0, exponentials_per_s=1.0,
     )  # fmt: skip
 
-    class Floored(GroupFacts):
-        def __init__(self, *arguments: object, **named: object) -> None:
-            super().__init__(*arguments, **named)  # type: ignore[arg-type]
-            self.floor = floor
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "GroupFacts", Floored)
+        patch.setattr(Floors, "of", lambda floors, problem: floor)
+        patch.setattr(Floors, "anew", lambda floors, problem: floor)
         yield
 
 
@@ -388,12 +383,10 @@ def test_an_honest_backend_is_confirmed_by_another_or_by_a_reference(
     seeds = {record.harness.round_seed for record in records.values()}
     assert len(seeds) == 1
     assert None not in seeds
-    wide = "torch float64" if dtype == "float32" else "torch float32"
-    alone = "diffusers float32" if sampler == "ddim" else wide
     by = records["cheat"].harness.confirmed_by
     # Of a stochastic sampler each implementation draws its own noise.
     others = [name for name in beside if sampler == "ddim" or name == "torch"]
-    assert by in (others or [alone])
+    assert by in (others or ["diffusers float32"])
 
 
 def test_of_two_that_differ_a_reference_says_who_is_wrong(tiny_checkpoint: Path) -> None:

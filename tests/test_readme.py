@@ -27,7 +27,7 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/comparing.md"])
 def test_the_figures_are_those_of_the_committed_records(page):
     tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))
     assert page in tool["PAGES"]
@@ -98,3 +98,24 @@ def test_contributing_names_every_room():
 def test_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
+    """bench/gate_check.py's JSON, reduced to what the page says of it."""
+    tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))
+    made = [{"noise": {"cases": [{"noise": noise}]}} for noise in (0.011, 0.023, 0.052)]
+    counts = {"noise_comparisons": 20, "noise_gate_fails": 1, "noise_differs": 2}
+    content = {
+        "environment": {"gpu": None, "cpu": "Some CPU", "torch_threads": 2, "git_commit": "0123456789"},
+        "profile": ["--size", "39M"],
+        "rounds": 6,
+        "fail_over": "wall_ms:5%",
+        "counts": counts | {"injected_comparisons": 10, "injected_gate_fails": 9, "injected_differs": 8},
+        "repeats": made,
+    }
+    (tmp_path / "gate.json").write_text(json.dumps(content))
+    # An absolute path stands for itself.
+    told = " ".join(tool["with_figures"](f"<!-- gate: {tmp_path / 'gate.json'} -->\n<!-- end of gate -->").split())
+    assert "Some CPU, 2 threads; commit 0123456; 6 rounds of `profile --size 39M`" in told
+    assert "the gate `wall_ms:5%` fails 1 of 20 comparisons of a checkout with itself, and 9 of 10" in told
+    assert "differ by at most 2.3% (median over cases and comparisons; largest 5.2%)" in told

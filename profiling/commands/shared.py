@@ -70,9 +70,10 @@ def list_option(text: str) -> Any:
 def whole_option(text: str, least: int = 0, most: int | None = None) -> Any:
     """An option that takes a whole number from `least` to `most`; `text` is its help."""
 
-    def parse(given: str) -> int:
+    def parse(given: object) -> int:
+        # A default comes as the number that it is.
         try:
-            return whole_within(given, least, most)
+            return whole_within(str(given), least, most)
         except ValueError as wrong:
             raise typer.BadParameter(str(wrong)) from None
 

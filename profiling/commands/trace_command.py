@@ -47,7 +47,7 @@ def _one_option(text: str) -> Any:
 @with_options("choices", {name: _one_option(_HELP.get(name, option.help)) for name, option in OPTIONS.items()})
 def trace(
     choices: Choices,
-    top: Annotated[int | None, whole_option(f"Rows of the table of kernels; {TOP} unless told.", 1)] = None,
+    top: Annotated[int, whole_option("Rows of the table of kernels.", 1)] = TOP,
     out: Annotated[Path, typer.Option(help="Where the trace's folder goes.")] = DEFAULT_OUT,
 ) -> None:
     """Trace one trajectory, with named ranges for each step, block and operator, and time it apart.
@@ -80,7 +80,7 @@ def trace(
     with lock:
         try:
             with terminated_as_interrupted():
-                _traced(case, eager, folder, top or TOP)
+                _traced(case, eager, folder, top)
         except KeyboardInterrupt:
             stop(f"stopped; {folder} is not complete: trace again", 130)
 
@@ -133,13 +133,14 @@ def _traced(case: Case, eager: Case, folder: Path, top: int) -> None:
     write_whole(folder / CLASSES_NAME, (classes.model_dump_json(indent=2) + "\n").encode())
     write_whole(folder / TABLES_NAME, report.markdown().encode())
     printed = console()
-    report.print(printed)
+    report.show(printed)
     say(printed)
     say(printed, f"{folder / TRACE_NAME}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
 def _timed(case: Case, folder: Path) -> Record:
     """The record of the case, checked and timed as by `ldmperf profile`; ends the command where it has no time."""
+    from ..measure.ceiling_cache import KeptCeilings
     from ..trajectory.progress import ProgressLines
     from ..trajectory.records import RECORDS_NAME, RecordStore
     from ..trajectory.runner import profile
@@ -147,7 +148,13 @@ def _timed(case: Case, folder: Path) -> Record:
     rule = preset_named(usual_preset({"device": [case.device]})).rule
     lines = ProgressLines(console(stderr=True), [case], rule, Deadline(None))
     with lines:
-        (record,) = profile([case], rule=rule, store=RecordStore(folder / RECORDS_NAME), listener=lines)
+        (record,) = profile(
+            [case],
+            rule=rule,
+            store=RecordStore(folder / RECORDS_NAME),
+            listener=lines,
+            ceilings=KeptCeilings(tell),
+        )
     if record.status != "ok":
         stop(f"no trace: {case.label} on {case.backend} ended as {record.status} ({record.message})", 1)
     return record

@@ -64,6 +64,10 @@ class RivalProblem:
             return ()
         return (("eager", wider(getattr(torch, self.case.dtype))),)
 
+    def as_drawn(self, inputs: RivalInputs) -> RivalInputs:
+        """The same inputs: rounds whose tokens are drawn have no reference."""
+        return inputs
+
     def with_network(self, network: nn.Module) -> RivalProblem:
         return replace(self, network=network)
 

@@ -89,8 +89,13 @@ class Problem(Protocol):
     def references(self, implementation: str, *, of_round: bool = False) -> tuple[tuple[str, torch.dtype], ...]:
         """What results of `implementation` are compared with: backends and the dtypes they run in, best first.
 
-        of_round: of a timed round, in which a stochastic trajectory draws for itself: those that draw the same.
+        of_round: of a timed round, in which a stochastic trajectory draws for itself; empty where nobody else can
+        know what it draws.
         """
+        ...
+
+    def as_drawn(self, inputs: Any) -> Any:
+        """The inputs of a timed round, with what a trajectory draws given to its `references(of_round=True)`."""
         ...
 
     def with_network(self, network: torch.nn.Module) -> Self:

@@ -34,6 +34,8 @@ ROUNDING_FACTOR = 1.5
 DIFFUSERS_ROUNDING_FACTOR = 4.0
 # No error above this passes, whatever the yardstick (another prompt gives 1).
 LARGEST_TOLERANCE = 0.5
+# Another input rounds otherwise than the check's, so in a timed round this many times the tolerance passes.
+ROUND_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ def tolerances(
         passing = still
 
 
+def round_tolerance(*tolerances: float) -> float:
+    """What passes in a timed round, for a result with one tolerance against a reference, or two with theirs."""
+    return min(ROUND_FACTOR * sum(tolerances) / len(tolerances), LARGEST_TOLERANCE)
+
+
 class References:
     """Float32 references, each computed once a profile, or once for all profiles that share a folder.
 
@@ -125,10 +132,10 @@ class References:
     ) -> Reference | None:
         """The reference of a timed round, whose inputs are random: computed anew, and not kept.
 
-        None where no noise that a stochastic trajectory draws is the same in another implementation or dtype.
+        None where nobody else can know what a stochastic trajectory draws.
         """
         wanted = problem.references(implementation, of_round=True)
-        return self._compute(problem, wanted, backends, inputs) if wanted else None
+        return self._compute(problem, wanted, backends, problem.as_drawn(inputs)) if wanted else None
 
     def release(self) -> None:
         """Frees the float32 network, which serves the references of one group.

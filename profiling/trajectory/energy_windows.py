@@ -22,6 +22,8 @@ from .short_traces import trace_order
 
 # The share of a profile's seconds that windows may take, out of those for traces.
 ENERGY_SHARE = 0.1
+# Of the fastest sample, what a trajectory in a window takes at least.
+_LEAST_SHARE = 0.5
 
 
 @dataclass
@@ -77,7 +79,8 @@ def _energy(lane: Lane, problem: Problem, time: EnergyTime) -> tuple[Energy, Dev
     def on_update() -> None:
         readings.append(state_now(sensor))
 
-    trajectory, inputs = lane.trajectory, problem.inputs(0)
+    # Inputs that no call had: what it remembers of others is no help here.
+    trajectory, inputs = lane.trajectory, lane.round_inputs(problem, -1)
     assert trajectory is not None
 
     def run() -> None:
@@ -85,9 +88,11 @@ def _energy(lane: Lane, problem: Problem, time: EnergyTime) -> tuple[Energy, Dev
         timed(lambda: trajectory(inputs), lane.device)
 
     try:
-        # What was captured or freed after timing is made again outside the window.
-        run()
-        counted = count_energy(run, CounterWatch(sensor.millijoules, on_update))
+        with lane.watch.around():
+            # What was captured or freed after timing is made again outside the window.
+            run()
+            counted = count_energy(run, CounterWatch(sensor.millijoules, on_update))
+        _check_work(lane, 1e3 * counted.window_s / counted.calls)
     except NoEnergy as unknown:
         energy = Energy(message=str(unknown))
     except Exception as error:
@@ -103,6 +108,20 @@ def _energy(lane: Lane, problem: Problem, time: EnergyTime) -> tuple[Energy, Dev
     for reading in readings:
         during.add(reading)
     return energy, during.state
+
+
+def _check_work(lane: Lane, mean_ms: float) -> None:
+    """Raises NoEnergy where a trajectory of the window, all with the same inputs, took less than one of timing.
+
+    Back to back it may be somewhat faster; one that remembers the result of these inputs is far from it.
+    """
+    assert lane.made is not None
+    assert lane.made.wall_ms is not None
+    if mean_ms < _LEAST_SHARE * lane.made.wall_ms.min:
+        raise NoEnergy(
+            f"a trajectory took {mean_ms:.4g} ms in the window of energy and {lane.made.wall_ms.min:.4g} ms at "
+            "least when timed, so work was left out"
+        )
 
 
 def seconds_of_a_window(lane: Lane) -> float:

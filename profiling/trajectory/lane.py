@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,6 +20,7 @@ from ..measure.device_watch import DeviceWatch
 from ..measure.environment import DeviceState, Environment, state_now
 from ..measure.error import relative_rms
 from ..measure.genuine import CallWatch
+from ..measure.graph_memory import graph_memory
 from ..measure.integrity import FIRST_CALL, WARM_UP, Returned
 from ..measure.nvml import NO_SENSOR, Sensor
 from ..measure.outcomes import Outcome, Untrusted
@@ -188,7 +189,7 @@ class Lane(Outcome):
     def _judge_times(self) -> None:
         """Raises Untrusted where its times are not those of its work."""
         evaluations = self.shared.evaluations or 0
-        least_ms = self.shared.least_ms(min(self.times.wall_ms, default=math.inf))
+        least_ms = self.shared.least_ms(min((*self.times.wall_ms, *self.times.gpu_ms), default=math.inf))
         self.watch.judge(least_ms, f"a trajectory of {counted(evaluations, 'evaluation')}")
 
     def run(self, inputs: Any) -> Timed[Tensor]:
@@ -282,9 +283,9 @@ class Lane(Outcome):
     @contextmanager
     def _graph_memory_counted(self) -> Iterator[None]:
         """Counts the memory that is set aside for captured graphs meanwhile as this lane's."""
-        before = _graph_memory(self.device)
+        before = graph_memory(self.device)
         yield
-        self.graph_memory_bytes += max(_graph_memory(self.device) - before, 0)
+        self.graph_memory_bytes += max(graph_memory(self.device) - before, 0)
 
     def _settle(self, problem: Problem) -> None:
         """Runs a trajectory that is no sample: it allocates again what was freed, and captures anew."""
@@ -297,18 +298,6 @@ class Lane(Outcome):
         """Adds what the trajectory tells of its preparation."""
         if isinstance(self.trajectory, Phased):
             self.phases.update(self.trajectory.phases)
-
-
-def _graph_memory(device: torch.device) -> int:
-    """Bytes that are set aside for captured CUDA graphs and hold no tensor that torch counts as allocated."""
-    return unused_in_pools(torch.cuda.memory_snapshot()) if device.type == "cuda" else 0
-
-
-def unused_in_pools(segments: Iterable[Mapping[str, Any]]) -> int:
-    """Unused bytes in the allocator's segments outside the pool that all tensors share."""
-    return sum(
-        s["total_size"] - s["allocated_size"] for s in segments if s.get("segment_pool_id", (0, 0)) != (0, 0)
-    )
 
 
 def _without_place(message: str, case: Case) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..measure.error import relative_rms
 from ..measure.outcomes import release_memory
 from .backend import Backend, Problem
-from .check import References
+from .check import LARGEST_TOLERANCE, References, round_tolerance
 from .lane import Lane
 
 # No backend can foresee which of its rounds is compared with a reference.
@@ -47,10 +47,7 @@ class SharedRounds:
     _doubts: dict[str, tuple[_Kept, str]] = field(default_factory=dict)
 
     def compare(self, lane: Lane, number: int) -> None:
-        """Takes a lane's latents of a round, and compares them with those of the lanes before it.
-
-        Each is within its tolerance of the exact result, so both together are within the sum.
-        """
+        """Takes a lane's latents of a round, and compares them with those of the lanes before it."""
         latents = lane.round_latents
         assert latents is not None
         if number != self._number:
@@ -62,7 +59,7 @@ class SharedRounds:
         for other, theirs in self._ran:
             if self.problem.is_stochastic and not self._draw_alike(lane, other):
                 continue
-            error, passes = relative_rms(latents, theirs), lane.tolerance + other.tolerance
+            error, passes = relative_rms(latents, theirs), round_tolerance(lane.tolerance, other.tolerance)
             if error <= passes:
                 lane.confirmed_by = lane.confirmed_by or other.name
                 other.confirmed_by = other.confirmed_by or lane.name
@@ -73,7 +70,7 @@ class SharedRounds:
         self._ran.append((lane, latents))
 
     def _draw_alike(self, lane: Lane, other: Lane) -> bool:
-        """Whether both draw the same noise, and rounding changes nothing of what is drawn."""
+        """Whether both draw the same noise, which is known, so that rounding changes nothing of it."""
         implementation = lane.backend.implementation
         alike = other.backend.implementation == implementation
         return alike and bool(self.problem.references(implementation, of_round=True))
@@ -102,14 +99,16 @@ class SharedRounds:
             if told is not None:
                 lane.fail("incorrect", f"{where} {told}, and nothing says whose are right")
             return True
-        error = relative_rms(kept.latents, reference.latents)
+        error, passes = relative_rms(kept.latents, reference.latents), round_tolerance(lane.tolerance)
         # A NaN is not at most the tolerance.
-        if error <= lane.tolerance:
+        if error <= passes:
             lane.confirmed_by = reference.name
         else:
+            # What is of other inputs is as far off as another prompt's; less is wrong in another way.
+            is_other = error > LARGEST_TOLERANCE
+            what = "a result of other inputs (remembered, or computed ahead)" if is_other else "a wrong result"
             lane.fail(
                 "incorrect",
-                f"a result of other inputs (remembered, or computed ahead): {where} {error:.3g} off "
-                f"{reference.name} (relative RMS); at most {lane.tolerance:.3g} passes",
+                f"{what}: {where} {error:.3g} off {reference.name} (relative RMS); at most {passes:.3g} passes",
             )
         return True

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldmperf.kernels import STEP_NOISE, philox_normal, seed_tensor
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import SamplingPlan, initial_noise
 
@@ -91,13 +92,21 @@ class UNetProblem:
     def references(self, implementation: str, *, of_round: bool = False) -> tuple[tuple[str, torch.dtype], ...]:
         """The other implementation in float32. Without diffusers ours is compared with itself in a wider dtype.
 
-        In a timed round each implementation draws noise of its own, and diffusers another in another dtype.
+        In a timed round each implementation draws noise of its own. Ours is known (`as_drawn`); diffusers draws
+        another one in another dtype, so its rounds have no reference.
         """
-        if of_round and self.is_stochastic:
-            return (("torch", wider(self.unet.dtype)),) if implementation == "torch" else ()
+        if of_round and self.is_stochastic and implementation != "torch":
+            return ()
         if implementation == "torch":
             return ("diffusers", torch.float32), ("torch", wider(self.unet.dtype))
         return (("torch", torch.float32),)
+
+    def as_drawn(self, inputs: Inputs) -> Inputs:
+        """The inputs of a timed round, with the noise that our samplers draw from their seeds given."""
+        if not self.is_stochastic:
+            return inputs
+        seeds, shape = seed_tensor(inputs.seeds, self.case.device), inputs.noise.shape[1:]
+        return replace(inputs, step_noise=lambda index: philox_normal(seeds, shape, index, STEP_NOISE))
 
     def with_network(self, network: torch.nn.Module) -> UNetProblem:
         assert isinstance(network, UNet)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ldmperf.profiling import Record
-from ldmperf.profiling.compare.rounds import orders
+from ldmperf.profiling.compare.turns import orders
 from ldmperf.profiling.compare.worktrees import git, worktrees
 
 Run = Callable[..., Any]
@@ -137,6 +137,28 @@ def test_any_command_of_another_repository_in_its_folder(run: Run, repository: P
     places = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
     assert all(Path(place).name == "profiling" for place in places)
     assert len(set(places)) == 2
+    assert nothing_is_left(repository)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("raise KeyError(7)", "ended with exit code 1 before its time: KeyError: 7"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+    ],
+)
+def test_a_run_that_crashes_after_some_records_ends_the_comparison(
+    run: Run, repository: Path, tmp_path: Path, end: str, said: str
+) -> None:
+    """Its other cases would be missing on one side, and no gate would see them."""
+    cli = repository / "profiling" / "cli.py"
+    cli.write_text(
+        cli.read_text().replace("def main():", "def main():\n    made()\n    " + end + "\n\ndef made():")
+    )
+    commit(repository, "crashes")
+    told = compare(run, tmp_path, "profile", options=("--fail-over", "wall_ms:5%"))
+    assert told.code == 1
+    assert said in told.err.splitlines()[-1]
     assert nothing_is_left(repository)
 
 

@@ -84,6 +84,12 @@ def _run_once(side: Side, number: int) -> None:
             f"{side.name}: no record from {shlex.join(command)} (exit code {code}): {_last_line(log)}; see {log}",
             code if code == 2 else 1,
         ) from None
+    # A run in which a case failed ends with 1, and says so in its records. What crashed has left cases out.
+    if code < 0 or (code > 0 and all(record.status == "ok" for record in made.all_records)):
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise RoundFailed(
+            f"{side.name}: {shlex.join(command)} {ended} before its time: {_last_line(log)}; see {log}"
+        )
     # Written by the code that ran, about the checkout that it lies in.
     commits = {record.environment.git_commit for record in made.all_records}
     if side.commit is not None and commits != {side.commit}:
