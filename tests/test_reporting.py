@@ -96,6 +96,20 @@ def test_a_file_gives_a_page_where_out_says(run: Run_, make_record: MakeRecord, 
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_without_scipy_there_is_a_report_without_verdicts(
+    run: Run_, make_record: MakeRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(lines_of(make_record(), make_record(Case(unet="145M"))))
+    assert "cost-proportional: " in run("report", path).out
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    outcome = run("report", path)
+    assert outcome.code == 0
+    assert "39M" in outcome.out
+    assert "cost-proportional: " not in outcome.out
+    assert "no verdicts on the claims: scipy is not installed; pip install scipy" in outcome.err
+
+
 def test_each_line_set_aside_has_its_number_and_its_reason(
     run: Run_, make_record: MakeRecord, tmp_path: Path
 ) -> None:

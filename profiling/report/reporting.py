@@ -78,7 +78,6 @@ def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
 
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
-    from ..claims import judge
     from ..claims.printed import print_summaries
     from ..figures import overview
     from ..report import print_table
@@ -87,7 +86,7 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
     # First: the reader of the table may be gone after a few of its lines.
     tell_aside(aside)
     shown = overview(records)
-    judged = judge(records)
+    judged = _judged(records, source)
     print_table(shown, console())
     if holds(source, RUN_NAME):
         try:
@@ -104,6 +103,21 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
     finally:
         # Last, where they are read; a folder that cannot be written does not take them away.
         print_summaries(judged, console(), shlex.quote(str(source)))
+
+
+def _judged(records: list[Record], source: Path) -> Sequence[ClaimVerdicts]:
+    """The claims by these records; none, and a line that says so, where a package is missing."""
+    from ..claims import judge
+
+    try:
+        return judge(records)
+    except ModuleNotFoundError as missing:
+        say(
+            console(stderr=True),
+            f"no verdicts on the claims: {missing.name} is not installed; pip install {missing.name}, then: "
+            f"ldmperf report {shlex.quote(str(source))}",
+        )
+        return ()
 
 
 def _write_page(shown: Overview, judged: Sequence[ClaimVerdicts], aside: Aside, out: Path, source: Path) -> None:
