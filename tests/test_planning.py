@@ -615,7 +615,7 @@ def test_without_a_time_there_is_nothing_to_plan_with(run: Run, tmp_path: Path) 
     path.write_text(plausible_record(status="oom").model_dump_json() + "\n")
     outcome = run("plan", "--budget", "60ms", path)
     assert outcome.code == 0
-    assert "Nothing to plan with: no case of these has a time." in outcome.out
+    assert "Nothing to plan with: no case of the family has a time." in outcome.out
     assert "1 of 1 cases without a time: 1 out of memory" in outcome.out
 
 
