@@ -79,6 +79,7 @@ def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
 
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
     from ..claims import judge
+    from ..claims.judge import in_time_order
     from ..claims.printed import print_summaries
     from ..figures import overview
     from ..report import print_table
@@ -86,6 +87,8 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
     errors = console(stderr=True)
     # First: the reader of the table may be gone after a few of its lines.
     tell_aside(aside)
+    # Environments have their letters in this order, in tables and verdicts alike.
+    records = in_time_order(records)
     shown = overview(records)
     judged = judge(records)
     print_table(shown, console())
