@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,20 @@ def test_records_without_figures_say_nothing_of_the_claims(
     path = tmp_path / "failed.jsonl"
     path.write_text(make_record(status="oom").model_dump_json() + "\n")
     assert "claims" not in run("report", path).out
+
+
+def test_environments_have_the_same_letters_in_a_report_and_its_verdicts(
+    run: Any, tmp_path: Path, make_record: MakeRecord
+) -> None:
+    """Two environments in one file, the later one first: letters go by time, not by lines."""
+    later = family(make_record, 0.0)
+    environment = later[0].environment.model_copy(update={"torch": "2.12.0"})
+    earlier = [
+        record.model_copy(update={"environment": environment, "started_at": record.started_at - timedelta(days=1)})
+        for record in family(make_record, 20.0)
+    ]
+    path = tmp_path / "merged.jsonl"
+    path.write_text("".join(record.model_dump_json() + "\n" for record in [*later, *earlier]))
+    told = run("report", path).out
+    assert "Environment B is not environment A (torch: 2.12.0, 2.13.0+cpu)" in told
+    assert "holds in 1 of 2 sets of conditions (environment B)" in " ".join(told.split())

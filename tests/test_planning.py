@@ -561,6 +561,16 @@ def test_the_command_writes_the_chart(run: Run, a_file: Path, tmp_path: Path) ->
     svg = (tmp_path / "page" / "pareto.svg").read_text()
     for text in ("39M", "83M", "on the front", "beyond the budget", "the paper's FID (less is better)"):
         assert text in svg, text
+    # Throttled times have a star; ticks tell the FID of a single point.
+    throttled = record([5.0], steps=50).model_copy(
+        update={"device_after": DeviceState(throttle_reasons=("SwPowerCap",))}
+    )
+    (tmp_path / "throttled.jsonl").write_text(throttled.model_dump_json() + "\n")
+    assert run("plan", "--budget", "60ms", tmp_path / "throttled.jsonl", "--out", tmp_path / "star").code == 0
+    svg = (tmp_path / "star" / "pareto.svg").read_text()
+    assert ">39M*<" in svg
+    assert "* throttled, or beside another process on the GPU" in svg
+    assert ">25.3<" in svg
     # Nothing of known quality: no chart, and none that passes for one.
     outcome = run("plan", "--budget", "60ms", "--size", r"bad\x1b[31m\nname", a_file, "--out", tmp_path / "page")
     assert outcome.code == 2
@@ -605,7 +615,7 @@ def test_without_a_time_there_is_nothing_to_plan_with(run: Run, tmp_path: Path) 
     path.write_text(plausible_record(status="oom").model_dump_json() + "\n")
     outcome = run("plan", "--budget", "60ms", path)
     assert outcome.code == 0
-    assert "Nothing to plan with: no case of these has a time." in outcome.out
+    assert "Nothing to plan with: no case of the family has a time." in outcome.out
     assert "1 of 1 cases without a time: 1 out of memory" in outcome.out
 
 

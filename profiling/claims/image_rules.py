@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..figures.beside import conditions_beside, ends_with, ms_to_image
+from ..figures.beside import conditions_of_both, ends_with, ms_to_image
 from ..figures.derived import Overview, Row, alike, ratio
 from ..figures.text import count, joined, times
 from ..measure.intervals import Interval, each_of, extreme_interval, median_interval, medians_interval
@@ -99,7 +99,7 @@ def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
     found = []
     rivals = [row for row in shown.rivals if row.record.wall_ms is not None]
     for group in by_conditions([row for row in shown.rows if row.case.task == "t2i"], "steps"):
-        near = [rival for rival in rivals if conditions_beside(rival) == conditions_beside(group[0])]
+        near = [rival for rival in rivals if conditions_of_both(rival) == conditions_of_both(group[0])]
         pairs = [
             (rival, row)
             for rival in sorted(near, key=lambda row: (row.name, row.case.backend))

@@ -14,6 +14,7 @@ from ..claims.planning import Answer, Plan
 from ..figures import text
 from ..terminal.visible import visible
 from .charts import Drawing, Panel, Point, finished
+from .ladder import STARRED
 from .page import write_charts
 from .plan_text import budget_in_words, plan_heading
 
@@ -48,6 +49,8 @@ def pareto_drawing(answer: Answer) -> Drawing:
     conditions = textwrap.wrap(
         visible(text.joined(answer.shown.conditions.shared)), 70 if len(panels) == 1 else 110
     )
+    if any(offer.flags for plan, _ in panels for offer in (*plan.offers, *plan.beyond) if offer.fid is not None):
+        conditions.append(f"* {STARRED}")
     heading = alt.TitleParams(f"Within {budget_in_words(answer.budget)}", subtitle=conditions, subtitlePadding=6)
     chart = finished(charts, columns=2).properties(title=heading, description=summary)
     return Drawing("pareto", title, summary, chart)
@@ -61,7 +64,7 @@ def _points(plan: Plan) -> list[Point]:
     ]
     return [
         {
-            "size": visible(offer.name),
+            "size": visible(offer.name) + ("*" if offer.flags else ""),
             "ms": offer.ms.value,
             "low": max(offer.ms.low, offer.ms.value * 1e-3),
             "high": offer.ms.high,
@@ -79,7 +82,14 @@ def _panel(points: list[Point], budget: Budget) -> Panel:
     domain = [math.exp(math.log(min(times)) - 0.3), math.exp(math.log(max(times)) + 0.3)]
     scale = alt.Scale(type="log", domain=domain, nice=False)
     x = alt.X("ms:Q", scale=scale, title=f"ms per {budget.per}", axis=alt.Axis(format="~g", tickCount=6))
-    y = alt.Y("fid:Q", scale=alt.Scale(zero=False, padding=16), title="the paper's FID (less is better)")
+    fids = [float(point["fid"]) for point in points]
+    # Wide enough for ticks that say which FID a single point has.
+    margin = max(0.5, 0.08 * (max(fids) - min(fids)))
+    y = alt.Y(
+        "fid:Q",
+        scale=alt.Scale(zero=False, nice=False, domain=[min(fids) - margin, max(fids) + margin]),
+        title="the paper's FID (less is better)",
+    )
     colour = alt.Color("place:N", scale=alt.Scale(domain=list(_FITS), range=list(_FITS.values())))
     shape = alt.Shape("basis:N", scale=alt.Scale(domain=list(_BASES), range=list(_BASES.values())))
     marks = alt.Chart(alt.InlineData(values=points))

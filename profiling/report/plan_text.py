@@ -29,7 +29,7 @@ def print_answer(answer: Answer, console: Console) -> None:
         _print_plan(plan, answer.budget, console)
     if not answer.plans:
         say(console)
-        say_wrapped(console, "Nothing to plan with: no case of these has a time.")
+        say_wrapped(console, "Nothing to plan with: no case of the family has a time.")
     say(console)
     for note in _notes(answer):
         say_wrapped(console, note, "dim")
