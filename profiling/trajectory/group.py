@@ -24,7 +24,7 @@ from .floors import Floors
 from .lane import GroupFacts, Lane
 from .network import Networks
 from .records import Record
-from .rounds import SharedRounds
+from .shared_rounds import SharedRounds
 
 
 def warmup_rounds(case: Case) -> int:
