@@ -33,8 +33,8 @@ from ldmperf.profiling.commands.shared import terminated_as_interrupted
 from ldmperf.profiling.compare.comparison import AMBIGUOUS, SAME, Comparison, VerdictRule, compare_sets
 from ldmperf.profiling.compare.gate import Threshold, answers
 from ldmperf.profiling.compare.metrics import METRICS
-from ldmperf.profiling.compare.rounds import OUT, RoundFailed, Side, run_rounds
 from ldmperf.profiling.compare.sets import check_comparable
+from ldmperf.profiling.compare.turns import OUT, RoundFailed, Side, run_rounds
 from ldmperf.profiling.measure.environment import Environment, collect_environment
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.store import write_whole

@@ -13,6 +13,7 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.figures.beside import ends_with, ms_to_image, rivals_beside
 from ldmperf.profiling.figures.derived import decoder_share
+from ldmperf.profiling.measure.environment import DeviceState
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.report.columns import table_of
 from ldmperf.profiling.report.rivals_table import rivals_grid
@@ -110,6 +111,14 @@ def test_rivals_have_no_place_in_the_tables_of_the_family(
     assert not any("cost" in heading for heading in rivals_grid(shown).headings)
     failed = make_record(gan.case, status="unsupported", message="no square image")
     assert "unsupported: no square image" in rivals_grid(overview([*family, failed])).rows[0]
+
+
+def test_a_flagged_rival_is_flagged_in_its_table(family: list[Record], gan: Record) -> None:
+    throttled = gan.model_copy(update={"device_after": DeviceState(throttle_reasons=("SwPowerCap",))})
+    grid = rivals_grid(overview([*family, throttled]))
+    place = grid.headings.index("flags")
+    assert [row[place] for row in grid.rows] == ["throttled", "-"]
+    assert "flags" not in rivals_grid(overview([*family, gan])).headings
 
 
 def test_rivals_alone_are_a_report(gan: Record) -> None:

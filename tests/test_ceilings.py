@@ -16,17 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling.machines import Rates
-from ldmperf.profiling.measure import ceilings as module
+from ldmperf.profiling.measure import ceiling_probes as module
 from ldmperf.profiling.measure.ceiling_cache import MOST_ANEW, KeptCeilings, ceilings_folder
-from ldmperf.profiling.measure.ceilings import (
-    MARGIN,
-    Ceiling,
-    CeilingDevice,
-    Ceilings,
-    best_of,
-    measure_ceilings,
-)
-from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.measure.ceiling_probes import measure_ceilings
+from ldmperf.profiling.measure.ceilings import MARGIN, Ceiling, CeilingDevice, Ceilings, best_of
+from ldmperf.profiling.measure.environment import DeviceState, Environment
 from ldmperf.profiling.measure.timing import Timed
 from ldmperf.profiling.options import DTYPES, DType
 
@@ -144,6 +138,28 @@ def test_all_rates_of_a_cpu_are_measured(monkeypatch: pytest.MonkeyPatch) -> Non
     assert per_s(found) == [2 * 2**12 / 2e-3, *[2 * 8**3 / 2e-3] * 3, 64 / 2e-3]
     assert set(taken) == {"highest"}
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_beside_other_work_one_thread_alone_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COPY_SIZES", {"cpu": (2**12,)})
+    monkeypatch.setattr(module, "_MATMUL_SIZES", {"cpu": (8,)})
+    monkeypatch.setattr(module, "_EXPONENTIALS", (64,))
+    before = torch.get_num_threads()
+
+    def timer(call: Callable[[], Any], device: torch.device) -> Timed[object]:
+        # Threads that wait for each other.
+        return Timed(None, 2.0 if torch.get_num_threads() == 1 else 900.0, None)
+
+    # Each look at the clock takes a tenth of a second: both counts have their turn.
+    ticks = itertools.count(0.0, 0.1)
+    torch.set_num_threads(2)
+    try:
+        found = measure_ceilings("cpu", HERE, timer=timer, clock=lambda: next(ticks))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert per_s(found) == [2 * 2**12 / 2e-3, *[2 * 8**3 / 2e-3] * 3, 64 / 2e-3]
+    assert found.bytes.how == "copy of 0 MiB on 1 thread"
 
 
 @pytest.mark.parametrize("clock_mhz", [1980, None])
@@ -289,6 +305,35 @@ def test_a_process_does_not_measure_anew_without_end(measured: Measured) -> None
     for _ in range(MOST_ANEW + 3):
         assert source.anew("cpu").bytes.per_s == 4e10
     assert measured.times == MOST_ANEW
+
+
+@pytest.mark.parametrize(
+    ("load_then", "load_now", "times"), [(2.6, 0.1, 2), (2.6, 2.6, 1), (2.4, 0.1, 1), (None, 0.1, 1)]
+)
+def test_what_was_measured_beside_other_work_is_measured_again_on_an_idle_machine(
+    measured: Measured,
+    monkeypatch: pytest.MonkeyPatch,
+    load_then: float | None,
+    load_now: float,
+    times: int,
+) -> None:
+    monkeypatch.setattr(
+        "ldmperf.profiling.measure.ceiling_cache.device_state", lambda: DeviceState(load_average_1min=load_now)
+    )
+    busy = ceilings(4e10).model_copy(update={"load_average_1min": load_then})
+    idle = ceilings(8e10).model_copy(update={"load_average_1min": load_now})
+    measured.source(busy).of("cpu")
+    later = measured.source(idle)
+    assert later.of("cpu").bytes.per_s == later.of("cpu").bytes.per_s == (8e10 if times == 2 else 4e10)
+    assert measured.times == times
+    # Once is enough.
+    measured.source().of("cpu")
+    assert measured.times == times
+
+
+def test_a_gpus_ceilings_do_not_depend_on_the_hosts_load() -> None:
+    gpu = CeilingDevice(machine_id="ab", device="H200", torch="2.13")
+    assert not ceilings(device=gpu).model_copy(update={"load_average_1min": 99.0}).crowded
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"device": 1}', b"[]"])

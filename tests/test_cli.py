@@ -14,14 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from ldmperf.model import CheckpointError, load_unet
 from ldmperf.profiling import Record, load_records
+from ldmperf.profiling.commands.shared import whole_option
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.measure.store import rejected_path
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
@@ -157,6 +160,20 @@ def test_a_reader_that_has_gone_is_no_failure(arguments: list[str], tmp_path: Pa
     assert ended.returncode == 141
     assert not [line for line in ended.stderr.splitlines() if "Error" in line or "Traceback" in line]
     assert more or ended.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said"), [([], 0, "7"), (["--rows", "9"], 0, "9"), (["--rows", "0"], 2, "")]
+)
+def test_a_whole_option_may_have_a_number_as_its_default(given: list[str], code: int, said: str) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def command(rows: Annotated[int, whole_option("Rows.", 1)] = 7) -> None:
+        typer.echo(rows)
+
+    done = CliRunner().invoke(app, given)
+    assert (done.exit_code, done.stdout.strip()) == (code, said)
 
 
 def test_a_checkpoint_whose_name_is_no_utf8_is_found_and_named_in_a_refusal(run: Run, tmp_path: Path) -> None:

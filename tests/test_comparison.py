@@ -308,7 +308,7 @@ def test_unlike_sets_are_refused_unless_forced(run: Run, make_record: MakeRecord
     [
         (["a"], "compare two sets"),
         (["a", "a"], "share 1 of their runs"),
-        (["a", "none"], "cannot be read"),
+        (["a", "none"], "is no run folder and no file of records"),
         (["a", "empty"], "without records"),
         (["a", "other"], "no case is in both"),
         (["a", "b", "--fail-over", "wall_ms"], "METRIC:PERCENT"),

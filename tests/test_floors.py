@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldmperf.model import FAMILY
+from ldmperf.model import FAMILY, UNet
 from ldmperf.profiling import Case, Record, profile
 from ldmperf.profiling.figures.derived import overview
 from ldmperf.profiling.measure.ceilings import MARGIN, Ceiling, CeilingDevice, Ceilings
 from ldmperf.profiling.measure.environment import DeviceState, Environment
-from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.measure.timing import RepetitionRule, Times
 from ldmperf.profiling.report.columns import table_of
 from ldmperf.profiling.step.roofline import Roof, StepShape, least_ms, step_parts, sums_of
 from ldmperf.profiling.trajectory import floors as module
+from ldmperf.profiling.trajectory.backend import Problem
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors, floor_of, step_shape
-from ldmperf.profiling.trajectory.lane import GroupFacts
+from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
 from ldmperf.profiling.trajectory.network import family_config
 from ldmperf.profiling.trajectory.records import Floor
+from ldmperf.profiling.trajectory.rungs import all_backends
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -61,9 +64,21 @@ def at(*flop: float | None, moved: float | None = 1e11, exponentials: float | No
     )
 
 
+def problem_of(case: Case, network: nn.Module | None = None) -> Problem:
+    """What a floor needs of a problem: the case and a network, here one without memory."""
+    if network is None:
+        with torch.device("meta"):
+            network = UNet(family_config(case))
+    return cast(Problem, SimpleNamespace(case=case, network=network))
+
+
+def test_only_a_unet_has_a_floor() -> None:
+    assert Floors(Given(at(1e12))).of(problem_of(CASE, nn.Linear(2, 2))) is None
+
+
 def test_a_floor_is_the_roofline_of_the_cases_step() -> None:
     ceilings = at(2e11, 5e11, 3e11)
-    found = Floors(Given(ceilings)).of(CASE, family_config(CASE))
+    found = Floors(Given(ceilings)).of(problem_of(CASE))
     parts = step_parts(FAMILY["39M"], StepShape(1, False, "float32", 16, 16, 77))
     sums = sums_of(parts, Roof(1e11, 2e11, 1e10))
     assert found == floor_of(parts, ceilings, "float32")
@@ -90,7 +105,7 @@ def test_what_a_step_depends_on_is_the_cases(changes: dict[str, Any], shape: Ste
 
 def test_super_resolution_reads_eight_channels() -> None:
     case = CASE.model_copy(update={"task": "sr"})
-    small, large = (Floors(Given(at(1e12))).of(one, family_config(one)) for one in (CASE, case))
+    small, large = (Floors(Given(at(1e12))).of(problem_of(one)) for one in (CASE, case))
     assert small is not None
     assert large is not None
     assert large.flops - small.flops == 2 * 9 * 4 * 64 * 16 * 16
@@ -99,32 +114,32 @@ def test_super_resolution_reads_eight_channels() -> None:
 @pytest.mark.parametrize("missing", [at(None), at(1e12, moved=None), at(1e12, exponentials=None)])
 def test_without_a_ceiling_there_is_no_floor_and_a_reason(missing: Ceilings) -> None:
     with pytest.warns(UserWarning, match=r"39M in float32 on cpu: no floor \(no ceiling of .*why not"):
-        assert Floors(Given(missing)).of(CASE, family_config(CASE)) is None
+        assert Floors(Given(missing)).of(problem_of(CASE)) is None
 
 
 def test_a_step_that_cannot_be_counted_has_no_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     # More than a record's counts hold: a batch of a million at 4096 x 4096.
     huge = CASE.model_copy(update={"batch": 10**6, "latent_height": 4096, "latent_width": 4096})
     with pytest.warns(UserWarning, match="no floor"):
-        assert Floors(Given(at(1e12))).of(huge, family_config(huge)) is None
+        assert Floors(Given(at(1e12))).of(problem_of(huge)) is None
 
     def unknown(*_: object) -> None:
         raise LookupError("no rule tells the launches of aten::tan")
 
     monkeypatch.setattr(module, "step_parts", unknown)
     with pytest.warns(UserWarning, match=r"LookupError: no rule tells the launches of aten::tan"):
-        assert Floors(Given(at(1e12))).of(CASE, family_config(CASE)) is None
+        assert Floors(Given(at(1e12))).of(problem_of(CASE)) is None
 
 
 def test_ceilings_measured_anew_only_lower_a_floor() -> None:
     floors = Floors(Given(at(1e10), better=at(4e10)))
-    config = family_config(CASE)
-    before, after = floors.of(CASE, config), floors.anew(CASE, config)
+    problem = problem_of(CASE)
+    before, after = floors.of(problem), floors.anew(problem)
     assert before is not None
     assert after is not None
     assert after.least_step_ms == pytest.approx(before.least_step_ms / 4)
     assert after.step_ms < before.step_ms
-    assert Floors().of(CASE, config) is Floors().anew(CASE, config) is None
+    assert Floors().of(problem) is Floors().anew(problem) is None
 
 
 def test_records_of_a_profile_have_floors_and_their_group_can_ask_anew(
@@ -133,9 +148,9 @@ def test_records_of_a_profile_have_floors_and_their_group_can_ask_anew(
     facts: list[Any] = []
     make = module.Floors.of
 
-    def noted(self: Floors, case: Case, config: Any) -> Floor | None:
-        facts.append((case.case_id, config.block_channels))
-        return make(self, case, config)
+    def noted(self: Floors, problem: Problem) -> Floor | None:
+        facts.append(problem.case)
+        return make(self, problem)
 
     monkeypatch.setattr(module.Floors, "of", noted)
     (case,) = identified([CASE.model_copy(update={"unet": str(tiny_checkpoint), "steps": 1})])
@@ -172,6 +187,11 @@ def test_before_a_time_is_called_impossible_the_ceilings_are_measured_once_more(
     assert facts(None).least_ms(0.0) is None
     suspect.floor_anew = lambda: None
     assert suspect.least_ms(0.3) == pytest.approx(0.4)
+    # The device's clock is the shorter one, and is judged by the same floor.
+    lane = Lane(CASE, all_backends()["torch"], facts(FLOOR))
+    lane.times = Times([2.1, 2.2], [1.9, 2.0])
+    lane._judge_times()
+    assert len(asked) == 2
 
 
 def test_a_floor_that_cannot_be_made_loses_no_measurement(

@@ -12,6 +12,8 @@ from scipy import stats
 
 from ldmperf.profiling.measure.intervals import (
     Interval,
+    each_of,
+    extreme_interval,
     median_interval,
     medians_interval,
     p_value,
@@ -66,6 +68,36 @@ def test_a_ratio_interval_covers_at_its_rate(name, count):
     rate = coverage(150, covers)
     promised = found[0].confidence
     assert rate >= promised - 3 * math.sqrt(promised * (1 - promised) / 150)
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, 2), (3, 10), (7, 10), (20, 10)])
+def test_the_interval_of_the_largest_of_several_ratios_covers_at_its_rate(count, sizes):
+    """All of them alike in truth: the largest measured one is above it, ten times out of ten."""
+    rng, found = numpy.random.default_rng(count), []
+
+    def covers() -> bool:
+        base = rng.normal(100.0, 3.0, count).tolist()
+        each = each_of(sizes)
+        ratios = [ratio_interval(rng.normal(200.0, 6.0, count).tolist(), base, each) for _ in range(sizes)]
+        found.append(extreme_interval(max, ratios))
+        return found[-1].low <= 2.0 <= found[-1].high
+
+    rate = coverage(60, covers)
+    promised = found[0].confidence
+    assert promised == min(0.95, reachable(count))
+    assert rate >= promised - 3 * math.sqrt(promised * (1 - promised) / 60)
+
+
+def test_the_interval_of_the_smallest_of_several_medians_covers_at_its_rate():
+    rng, each = numpy.random.default_rng(4), each_of(8)
+
+    def covers() -> bool:
+        medians = [median_interval(rng.exponential(1.0, 12).tolist(), each) for _ in range(8)]
+        found = extreme_interval(min, medians)
+        return found.low <= math.log(2.0) <= found.high
+
+    assert coverage(200, covers) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 200)
+    assert each == pytest.approx(1 - 0.05 / 8)
 
 
 def test_an_interval_of_five_percent_more_is_far_from_one():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -182,6 +183,21 @@ def test_environments_are_kept_apart(make_record: MakeRecord) -> None:
     assert differences(here, there) == ["torch: 2.13.0+cpu, 2.12.0", "commit: 7d35813a1b2c, ffffffffffff"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_files_may_be_given_in_any_order(make_record: MakeRecord, order: int) -> None:
+    """Environments have their letters, and cases their latest record, by the time of measuring."""
+    first = make_record().environment
+    second = first.model_copy(update={"torch": "2.14.0"})
+    made = [(first, 20.0), (first, 10.0), (second, 30.0)]
+    records = [
+        timed(make_record, case(), ms, environment=e, started_at=datetime(2026, 11, 26, hour, tzinfo=UTC))
+        for hour, (e, ms) in enumerate(made)
+    ]
+    shown = figures.overview(records[::order])
+    assert shown.environments == (first, second)
+    assert [row.record.wall_ms.p50 for row in shown.rows] == [10.0, 30.0]
+
+
 def test_of_a_case_measured_twice_the_later_is_shown_and_the_earlier_counted(make_record: MakeRecord) -> None:
     shown = figures.overview([make_record(case(), status="oom"), timed(make_record, case(), 20.0)])
     assert [row.record.status for row in shown.rows] == ["ok"]
@@ -209,7 +225,8 @@ def test_no_other_record_of_the_case_is_better_than_the_one_shown(
             stopped_by="seconds" if is_cut else None,
         )
         trace = Trace(launches=1, busy_ms=1.0) if is_traced and status == "ok" else None
-        records.append(make_record(case(), status=status, trace=trace, harness=harness, parameters=position))
+        started_at = datetime(2026, 11, 26, 12, position, tzinfo=UTC)
+        records.append(make_record(case(), status=status, trace=trace, harness=harness, started_at=started_at))
     shown = figures.overview(records)
     (best,) = (row.record for row in shown.rows)
     assert shown.superseded == len(records) - 1

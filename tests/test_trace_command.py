@@ -50,6 +50,8 @@ def test_a_trace_is_a_folder_of_four_files(tiny_checkpoint: Path, tmp_path: Path
     assert record.case_key == times.case_key == chrome["ldmperf"]["case"]
     assert record.status == "ok"
     assert record.case.unet == "tiny-unet"
+    assert record.floor is not None
+    assert record.percent_of_floor is not None
 
     assert f"Timed on {backend}, eager, without the profiler" in done.out
     assert f"Attributed on {backend}, eager, one trajectory of 2 steps under torch's profiler" in done.out

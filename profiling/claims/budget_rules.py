@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..figures.derived import Overview, Row
-from ..figures.text import short_ratio, times
+from ..figures.text import joined, short_ratio, times
 from ..paper import paper_sizes
 from ..terminal.layout import MISSING, Grid, number
 from ..trajectory.case import Task
 from . import limits
 from .catalogue import Claim
-from .cost_rules import paper_ratio
+from .cost_rules import paper_ratio, paper_ratio_range
 from .trajectory_cost import TrajectoryCost, by_conditions, costs_by_size
 from .verdict import Evidence, Verdict
 
@@ -57,13 +57,13 @@ def _affordable(claim: Claim, shown: Overview, task: Task, told: tuple[str | Non
                 name,
                 ", ".join(map(str, costs[name].medians)),
                 *(f"{_whole(budget.here)} of {_whole(budget.paper)}" for budget in of.values()),
-                *(f"{of[steps].kept:.0%}" for steps in (first, last)),
+                *(_share(of[steps].kept) for steps in (first, last)),
             )
             for name, of in afford.items()
         ]
         headings = (
             *("size", "steps measured", *(f"{steps} of {reference}" for steps in limits.BUDGET_STEPS)),
-            *(f"kept at {steps}" for steps in (first, last)),
+            *(f"advantage left at {steps}" for steps in (first, last)),
         )
         grid = Grid(headings, tuple(cells), ("size", "steps measured"))
         wanted, steps = told
@@ -71,7 +71,7 @@ def _affordable(claim: Claim, shown: Overview, task: Task, told: tuple[str | Non
         quoted = afford[size][steps]
         sentence = (
             f"in the time of {steps} steps of the {reference} the {size} affords {_whole(quoted.here)}, where the "
-            f"paper's cost says {_whole(quoted.paper)}: {quoted.kept:.0%} of the nominal advantage is left"
+            f"paper's cost says {_whole(quoted.paper)}: {_share(quoted.kept)} of the advantage in steps is left"
             f"{_predicted(costs[reference], (steps,))}"
         )
         found.append(Evidence(claim, rows, shown.environments, grid, list(costs)).undecidable(sentence))
@@ -80,20 +80,40 @@ def _affordable(claim: Claim, shown: Overview, task: Task, told: tuple[str | Non
 
 @dataclass(frozen=True)
 class _Afforded:
-    """The steps of a size that take as long as a budget, here and by the paper's cost; not rounded."""
+    """The steps of a size that take as long as `budget` steps of the reference, here and by the paper's cost.
 
+    papers: by the paper's cost as it is printed, and by the most and the least that its rounding allows.
+    """
+
+    budget: int
     here: float
-    paper: float
+    papers: tuple[float, float, float]
 
     @classmethod
     def of(cls, name: str, cost: TrajectoryCost, reference: str, base: TrajectoryCost, steps: int) -> _Afforded:
         here = steps if name == reference else cost.steps_within(base.ms(steps))
-        return cls(here, steps / paper_ratio(name, reference))
+        low, high = paper_ratio_range(name, reference)
+        return cls(steps, here, (steps / paper_ratio(name, reference), steps / high, steps / low))
 
     @property
-    def kept(self) -> float:
-        """What is left of the nominal advantage."""
-        return self.here / self.paper
+    def paper(self) -> float:
+        return self.papers[0]
+
+    @property
+    def kept(self) -> tuple[float, float] | None:
+        """The share of the paper's further steps that is left, within its rounding; null where it has none."""
+        further = [paper - self.budget for paper in self.papers]
+        if min(further) <= 0:
+            return None
+        shares = [(self.here - self.budget) / more for more in further]
+        return min(shares), max(shares)
+
+
+def _share(kept: tuple[float, float] | None) -> str:
+    if kept is None:
+        return MISSING
+    low, high = (f"{share:.0%}" for share in kept)
+    return "none" if kept[1] <= 0 else low if low == high else f"{low} to {high}"
 
 
 def _whole(steps: float) -> int:
@@ -105,7 +125,9 @@ def _predicted(cost: TrajectoryCost, steps: Sequence[int]) -> str:
     """A label where the time comes from the line over other step counts."""
     if all(cost.is_measured(n) for n in steps):
         return ""
-    return f" (predicted from {', '.join(map(str, cost.medians))} steps)"
+    counts = list(cost.medians)
+    assumed = " as if nothing were fixed" if len(counts) == 1 else ""
+    return f" (predicted from {joined(map(str, counts))} steps{assumed})"
 
 
 def large_wins_relaxed(claim: Claim, shown: Overview) -> list[Verdict]:

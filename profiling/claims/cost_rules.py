@@ -10,7 +10,7 @@ from typing import Any
 from ..figures.derived import Overview, Row, alike, names_by_size, ratio
 from ..figures.lines import fit_line, least_squares
 from ..figures.text import short_ratio, times
-from ..measure.intervals import FEWEST, Interval, medians_interval, ratio_interval
+from ..measure.intervals import FEWEST, Interval, each_of, extreme_interval, medians_interval, ratio_interval
 from ..paper import paper_sizes
 from ..terminal.layout import MISSING, Grid, number
 from . import limits
@@ -33,19 +33,14 @@ def cost_proportional(claim: Claim, shown: Overview) -> list[Verdict]:
 def _cost_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
     reference = next((row for row in rows if row.name == limits.REFERENCE), rows[-1])
     others = [row for row in rows if row is not reference]
-    ranges = [paper_ratio_range(row.name, reference.name) for row in others]
-
-    def worst(base: Any, *medians: Any) -> Any:
-        return largest([off_by(m / base, *ends) for m, ends in zip(medians, ranges, strict=True)])
-
-    interval = medians_interval([step_samples(row) for row in (reference, *others)], worst)
+    together = each_of(len(others))
     cells, factors = [], {}
     for row in rows:
         here = ratio(row.record.ms_per_step, reference.record.ms_per_step)
         paper = paper_ratio(row.name, reference.name)
-        spread = ratio_interval(step_samples(row), step_samples(reference))
-        if row is not reference and here is not None:
-            factors[row.name] = (float(off_by(here, *paper_ratio_range(row.name, reference.name))), here, paper)
+        spread = ratio_interval(step_samples(row), step_samples(reference), together)
+        if row is not reference and spread is not None and spread.low > 0:
+            factors[row.name] = off_by(spread, *paper_ratio_range(row.name, reference.name))
         cells.append(
             (
                 row.name,
@@ -54,28 +49,33 @@ def _cost_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
                 MISSING if row is reference or spread is None else interval_text(spread),
                 short_ratio(paper),
                 times(ratio(here, paper)),
-                times(factors[row.name][0]) if row.name in factors else MISSING,
+                times(factors[row.name].value) if row.name in factors else MISSING,
             )
         )
     headings = (
         *("size", "ms per step", f"over {reference.name}", "interval", "in the paper", "here over paper"),
-        "beyond rounding",
+        "beyond its rounding",
     )
     grid = Grid(headings, tuple(cells), ("size",))
-    judged = None if interval is None else Judged("worst factor off", interval, limits.COST_FACTOR)
     evidence = Evidence(claim, rows, shown.environments, grid, [row.name for row in rows])
-    return evidence.decided(judged, _cost_sentence(judged, factors, reference.name))
+    if len(factors) < len(others):
+        return evidence.decided(None, "")
+    judged = Judged("worst factor off", extreme_interval(max, list(factors.values())), limits.COST_FACTOR)
+    return evidence.decided(judged, _cost_sentence(judged, factors, rows, reference))
 
 
-def _cost_sentence(judged: Judged | None, factors: dict[str, tuple[float, float, float]], reference: str) -> str:
-    if judged is None:
-        return ""
-    name, (worst, here, paper) = max(factors.items(), key=lambda item: item[1][0])
-    mean = sum(factor for factor, _, _ in factors.values()) / len(factors)
+def _cost_sentence(judged: Judged, factors: dict[str, Interval], rows: list[Row], reference: Row) -> str:
+    worst = max((row for row in rows if row.name in factors), key=lambda row: factors[row.name].value)
+    here = ratio(worst.record.ms_per_step, reference.record.ms_per_step)
+    paper = paper_ratio(worst.name, reference.name)
+    mean = sum(factor.value for factor in factors.values()) / len(factors)
+    stands_in = reference.name != limits.REFERENCE
     return (
-        f"a step of the {name} takes {short_ratio(here)} of the {reference}'s time where the paper's cost says "
-        f"{short_ratio(paper)}: off by {times(worst)} beyond rounding, {times(mean)} in the mean (interval of the "
-        f"worst {interval_text(judged.interval)}, at most {limits.COST_FACTOR:.2f} holds)"
+        f"a step of the {worst.name} takes {short_ratio(here)} of the {reference.name}'s time, where the paper's "
+        f"cost says {short_ratio(paper)}; beyond what the cost's rounding allows this is off by a factor of "
+        f"{short_ratio(judged.interval.value)}, the worst of the sizes (interval "
+        f"{interval_text(judged.interval)}; up to {limits.COST_FACTOR:.2f} holds), and {short_ratio(mean)} in the "
+        f"mean{f'; the {limits.REFERENCE}, whose cost is 1 in the paper, has no time here' if stands_in else ''}"
     )
 
 
@@ -96,18 +96,22 @@ def paper_ratio_range(name: str, reference: str) -> tuple[float, float]:
     return low / most, high / least
 
 
-def off_by(value: Any, low: float, high: float) -> Any:
-    """The factor by which values lie outside a range, 1 inside; of numbers, or of arrays elementwise."""
-    import numpy
+def off_by(here: Interval, low: float, high: float) -> Interval:
+    """The factor by which a positive number lies outside of a range; 1 inside."""
 
-    return numpy.maximum(numpy.maximum(value / high, low / value), 1.0)
+    def factor(value: float) -> float:
+        return max(value / high, low / value, 1.0)
+
+    ends = factor(here.low), factor(here.high)
+    is_inside = here.low <= high and here.high >= low
+    return Interval(1.0 if is_inside else min(ends), factor(here.value), max(ends), here.confidence)
 
 
-def largest(values: Sequence[Any]) -> Any:
-    """The largest value of several, elementwise."""
-    import numpy
-
-    return numpy.maximum.reduce(values)
+def magnitude(here: Interval) -> Interval:
+    """The number without its sign."""
+    ends = abs(here.low), abs(here.high)
+    low = 0.0 if here.low <= 0 <= here.high else min(ends)
+    return Interval(low, abs(here.value), max(ends), here.confidence)
 
 
 def step_samples(row: Row) -> list[float]:
@@ -132,56 +136,65 @@ def steps_linear(claim: Claim, shown: Overview) -> list[Verdict]:
 
 def _line_verdict(claim: Claim, series: dict[str, list[Row]], shown: Overview) -> Verdict:
     rows = [row for of in series.values() for row in of]
-    counts = [[row.record.evaluations or 0 for row in of] for of in series.values()]
-
-    def worst(*medians: Any) -> Any:
-        rest, found = list(medians), []
-        for xs in counts:
-            found.append(line_deviation(xs, rest[: len(xs)]))
-            rest = rest[len(xs) :]
-        return largest(found)
-
-    samples = [list(row.record.wall_ms.samples) for row in rows if row.record.wall_ms is not None]
-    interval = medians_interval(samples, worst)
-    cells, deviations, fixed = [], {}, {}
-    for (name, of), xs in zip(series.items(), counts, strict=True):
-        ys = [row.record.wall_ms.p50 for row in of if row.record.wall_ms is not None]
-        line = fit_line(zip(xs, ys, strict=True), relative=True)
+    together = each_of(len(rows))
+    cells, distances, fixed = [], {}, {}
+    for name, of in series.items():
+        xs = [row.record.evaluations or 0 for row in of]
+        walls = [row.record.wall_ms for row in of if row.record.wall_ms is not None]
+        line = fit_line(zip(xs, (wall.p50 for wall in walls), strict=True), relative=True)
         assert line is not None
-        if min(ys) > 0:
-            pairs = zip(xs, ys, strict=True)
-            deviations[name] = max(abs(line.intercept + line.slope * x - y) / y for x, y in pairs)
-        fixed[name] = ratio(line.intercept, line.slope)
+        if (distance := _distance(xs, [wall.samples for wall in walls], together)) is not None:
+            distances[name] = distance
+        # Rounding leaves a little of a fixed part of zero.
+        fixed_ms = 0.0 if abs(line.intercept) < 1e-9 * abs(line.slope) else line.intercept
+        fixed[name] = ratio(fixed_ms, line.slope)
         cells.append(
             (
                 name,
                 ", ".join(map(str, xs)),
                 number(line.slope),
-                number(line.intercept),
+                number(fixed_ms),
                 short_ratio(fixed[name]),
                 MISSING if line.r2 is None else f"{line.r2:.5f}",
-                f"{deviations[name]:.1%}" if name in deviations else MISSING,
+                f"{distances[name].value:.1%}" if name in distances else MISSING,
             )
         )
     headings = ("size", "steps", "ms per step", "fixed ms", "fixed in steps", "R²", "farthest from the line")
-    judged = None if interval is None else Judged("farthest from the line", interval, limits.LINE_DEVIATION)
-    sentence = ""
-    if judged is not None:
-        name = max(deviations, key=lambda name: deviations[name])
-        parts = [value for value in fixed.values() if value is not None]
-        sentence = (
-            f"times lie within {judged.interval.value:.1%} of a line over the steps, farthest with the {name} "
-            f"(interval {interval_text(judged.interval, '{:.1%}')}, at most {limits.LINE_DEVIATION:.0%} holds); "
-            f"the paper's cost has no fixed part, the line one of {_range(parts)} steps"
-        )
-    grid = Grid(headings, tuple(cells), ("size", "steps"))
-    return Evidence(claim, rows, shown.environments, grid, list(series)).decided(judged, sentence)
+    evidence = Evidence(
+        claim, rows, shown.environments, Grid(headings, tuple(cells), ("size", "steps")), list(series)
+    )
+    if len(distances) < len(series):
+        return evidence.decided(None, "")
+    judged = Judged(
+        "farthest from the line", extreme_interval(max, list(distances.values())), limits.LINE_DEVIATION
+    )
+    name = max(distances, key=lambda name: distances[name].value)
+    steps = sorted({row.record.evaluations or 0 for row in rows})
+    parts = [value for value in fixed.values() if value is not None]
+    return evidence.decided(
+        judged,
+        f"times of {steps[0]} to {steps[-1]} steps lie within {judged.interval.value:.1%} of a line over the "
+        f"steps, farthest with the {name} (interval {interval_text(judged.interval, '{:.1%}')}; up to "
+        f"{limits.LINE_DEVIATION:.0%} holds); the line starts at a fixed part as long as {_range(parts)} steps, "
+        "of which the paper's cost has none",
+    )
 
 
-def line_deviation(xs: Sequence[float], ys: Sequence[Any]) -> Any:
-    """The farthest that times lie from their line (`fit_line`, relative), as a share; of arrays elementwise."""
+def _distance(xs: Sequence[float], samples: Sequence[Sequence[float]], confidence: float) -> Interval | None:
+    """How far the farthest of the medians lies from their line; null where a time may be zero."""
+    found = []
+    for place in range(len(xs)):
+        of_place = medians_interval(samples, lambda *ys, at=place: line_deviations(xs, ys)[at], confidence)
+        if of_place is None:
+            return None
+        found.append(magnitude(of_place))
+    return extreme_interval(max, found, confidence)
+
+
+def line_deviations(xs: Sequence[float], ys: Sequence[Any]) -> list[Any]:
+    """How far the line (`fit_line`, relative) is above each time, as a share of it; of arrays elementwise."""
     slope, intercept = least_squares(xs, ys, [(ys[0] / y) ** 2 for y in ys])
-    return largest([abs(intercept + slope * x - y) / y for x, y in zip(xs, ys, strict=True)])
+    return [(intercept + slope * x - y) / y for x, y in zip(xs, ys, strict=True)]
 
 
 def _range(values: Sequence[float]) -> str:
@@ -218,9 +231,8 @@ def _energy_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
     energies = [row.record.energy for row in (smallest, base)]
     # The counter tells each energy to within the moments of its first and last update.
     error = math.prod(1 + (0.0 if energy is None else energy.relative_error or 0.0) for energy in energies)
-    factors = [float(off_by(share, flops, flops)) for share in (here / error, here, here * error)]
-    low = 1.0 if here / error <= flops <= here * error else min(factors)
-    judged = Judged("smallest size, factor off", Interval(low, factors[1], max(factors), 1.0), limits.COST_FACTOR)
+    factor = off_by(Interval(here / error, here, here * error, 1.0), flops, flops)
+    judged = Judged("smallest size, factor off", factor, limits.COST_FACTOR)
     r2 = None if line is None else line.r2
     headings = ("size", "joules per step", f"over {base.name}", "GFLOP ratio", "here over FLOPs")
     cells = [
@@ -235,8 +247,9 @@ def _energy_verdict(claim: Claim, rows: list[Row], shown: Overview) -> Verdict:
     ]
     sentence = (
         f"a step of the {smallest.name} takes {short_ratio(here)} of the {base.name}'s joules where FLOPs say "
-        f"{short_ratio(flops)}: off by {times(factors[1])} ({interval_text(judged.interval)} within the counter's "
-        f"error, at most {limits.COST_FACTOR:.2f} holds); R² of joules over FLOPs is {_r2(r2)}"
+        f"{short_ratio(flops)}: off by {times(factor.value)} ({interval_text(factor)} within the counter's "
+        f"error; up to {limits.COST_FACTOR:.2f}x holds); R² of joules over FLOPs is {_r2(r2)} (above "
+        f"{limits.ENERGY_R2:g} holds)"
     )
     evidence = Evidence(claim, rows, shown.environments, Grid(headings, tuple(cells), ("size",)), list(joules))
     # Its interval does not come from samples.

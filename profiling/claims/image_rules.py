@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..figures.beside import conditions_beside, ends_with, ms_to_image
 from ..figures.derived import Overview, Row, alike, ratio
-from ..figures.text import count, times
-from ..measure.intervals import medians_interval, ratio_interval
+from ..figures.text import count, joined, times
+from ..measure.intervals import Interval, each_of, extreme_interval, median_interval, medians_interval
 from ..paper import paper_sizes
+from ..rivals.rival import KINDS
 from ..terminal.layout import MISSING, Grid, number
 from ..terminal.visible import counted
 from . import limits
 from .catalogue import Claim
-from .cost_rules import largest
 from .trajectory_cost import TrajectoryCost, by_conditions, costs_by_size
 from .verdict import Evidence, Judged, Verdict, interval_text
 
 
 def ddim50_slow(claim: Claim, shown: Overview) -> list[Verdict]:
-    """Ms per image of 50 steps, size by size. Slow is judged; high quality is the paper's, and is not."""
+    """Ms per image of 50 steps, size by size. Slow is judged, by the wait for a batch; high quality is not."""
     steps, found = limits.RELAXED_STEPS, []
     for group in by_conditions(shown.rows, "steps"):
         rows = [row for row in group if row.case.sampler == "ddim" and row.case.task == "t2i"]
@@ -36,9 +37,11 @@ def _slow_verdict(
     for name, cost in costs.items():
         ms, measured = cost.ms(steps) / batch, _at(cost, steps)
         # A shorter trajectory that is slow alone is enough: more steps do not take less. Others say nothing.
-        shorter = [row for row in cost.rows if (row.record.evaluations or 0) < steps and _ms(row) > limits.SLOW_MS]
+        shorter = [
+            row for row in cost.rows if (row.record.evaluations or 0) < steps and _wait(row) > limits.SLOW_MS
+        ]
         if measured is not None or shorter:
-            judged[name] = measured or max(shorter, key=_ms)
+            judged[name] = measured or max(shorter, key=_wait)
         cells.append(
             (
                 name,
@@ -51,27 +54,40 @@ def _slow_verdict(
         )
     headings = ("size", f"ms per image, {steps} steps", "by", "images per s", "images per joule", "paper's FID")
     grid = Grid(headings, tuple(cells), ("size", "by")).without_empty()
+    unknown = [name for name in costs if name not in judged]
+    needed = (
+        f"{steps} steps of DDIM, or fewer that take above {limits.SLOW_MS:.0f} ms alone, of "
+        f"{joined(unknown)}; those measured predict {number(min(costs[name].ms(steps) for name in unknown))} ms"
+        if unknown
+        else ""
+    )
     if not judged:
-        name = next(iter(costs))
-        return Evidence(claim, rows, shown.environments, grid, list(costs)).unmeasured(
-            f"{steps} steps of DDIM, or fewer that take above {limits.SLOW_MS:.0f} ms per image alone; those "
-            f"measured predict {number(costs[name].ms(steps) / batch)} ms for the {name}"
-        )
+        return Evidence(claim, rows, shown.environments, grid, list(costs)).unmeasured(needed)
     # Slow means at every size: the fastest decides.
-    least = medians_interval([_samples(row) for row in judged.values()], lambda *of: -largest([-ms for ms in of]))
-    assert least is not None
-    fastest = min(judged, key=lambda name: _ms(judged[name]))
+    together = each_of(len(judged))
+    least = extreme_interval(min, [median_interval(_waits(row), together) for row in judged.values()])
+    fastest = min(judged, key=lambda name: _wait(judged[name]))
     sentence = (
-        f"no size judged takes less than {number(least.value)} ms per image "
-        f"({counted(judged[fastest].record.evaluations or 0, 'step')} of the {fastest}; interval "
-        f"{interval_text(least, '{:.4g}')}, above {limits.SLOW_MS:.0f} ms is slow); quality is not judged"
+        f"an image{'' if batch == 1 else f' of a batch of {batch}'} is not there before {number(least.value)} ms, "
+        f"{counted(judged[fastest].record.evaluations or 0, 'step')} of the {fastest}, the fastest size judged "
+        f"(interval {interval_text(least, '{:.4g}')}; above {limits.SLOW_MS:.0f} ms is slow); quality is not "
+        "judged"
     )
     evidence = Evidence(claim, list(judged.values()), shown.environments, grid, list(judged))
-    return evidence.decided(Judged("ms per image of the fastest", least, limits.SLOW_MS, above=True), sentence)
+    verdict = Judged("ms until an image of the fastest size", least, limits.SLOW_MS, above=True)
+    if unknown and verdict.finding != "does not hold":
+        # A size that is not judged may be fast.
+        return evidence.unmeasured(f"{needed}; of the others: {sentence}")
+    return evidence.decided(verdict, sentence)
 
 
-def _ms(row: Row) -> float:
-    return row.record.ms_per_image or 0.0
+def _wait(row: Row) -> float:
+    """Median ms until the images of a batch are there."""
+    return 0.0 if row.record.wall_ms is None else row.record.wall_ms.p50
+
+
+def _waits(row: Row) -> tuple[float, ...]:
+    return () if row.record.wall_ms is None else tuple(row.record.wall_ms.samples)
 
 
 def _at(cost: TrajectoryCost, steps: int) -> Row | None:
@@ -83,7 +99,7 @@ def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
     found = []
     rivals = [row for row in shown.rivals if row.record.wall_ms is not None]
     for group in by_conditions([row for row in shown.rows if row.case.task == "t2i"], "steps"):
-        near = [rival for rival in rivals if _place(rival) == _place(group[0])]
+        near = [rival for rival in rivals if conditions_beside(rival) == conditions_beside(group[0])]
         pairs = [
             (rival, row)
             for rival in sorted(near, key=lambda row: (row.name, row.case.backend))
@@ -92,12 +108,6 @@ def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
         if pairs:
             found.append(_rival_verdict(claim, pairs, group, shown))
     return found
-
-
-def _place(row: Row) -> tuple[object, ...]:
-    """What a rival must share with the family: all that does not belong to how either samples."""
-    case = row.case
-    return row.environment, case.device, case.dtype, case.batch, case.latent_height, case.latent_width
 
 
 def _likest(rival: Row, family: Sequence[Row]) -> Row | None:
@@ -120,64 +130,81 @@ def _likest(rival: Row, family: Sequence[Row]) -> Row | None:
 
 def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row], shown: Overview) -> Verdict:
     costs = {rows[0].name: TrajectoryCost.of(rows) for rows in alike(group, "steps")}
+    rows = [row for pair in pairs for row in pair]
+    is_decoded = all(_ms_to_image(row) is not None for row in rows)
+    together = each_of(len(pairs))
     cells, ratios = [], {}
     for rival, row in pairs:
-        over = ratio_interval(_samples(rival), _samples(row))
+        over = _ratio(_parts(rival, is_decoded), _parts(row, is_decoded), together)
         cost, ms = costs[row.name], rival.record.wall_ms.p50 if rival.record.wall_ms is not None else 0.0
         if over is not None:
-            ratios[rival.name, rival.case.backend] = over
+            ratios[rival.name, rival.case.backend] = over, rival, row
         cells.append(
             (
                 rival.name,
                 rival.case.backend,
                 count(rival.record.parameters),
+                number(rival.record.gflop_per_forward),
                 str(rival.record.evaluations),
                 number(rival.record.ms_per_image),
+                number(_ms_to_image(rival)),
                 row.name,
+                number(row.record.gflop_per_forward),
                 str(row.record.evaluations),
                 number(row.record.ms_per_image),
-                number(_ms_with_decoder(row)),
+                number(_ms_to_image(row)),
                 MISSING if over is None else times(over.value),
                 MISSING if over is None else interval_text(over),
                 number(None if cost is None else cost.steps_within(ms)),
             )
         )
     headings = (
-        *("rival", "backend", "parameters", "steps", "ms per image", "size", "its steps", "its ms per image"),
-        *("with the decoder", "rival over size", "interval", "steps that take as long"),
+        *("rival", "backend", "parameters", "GFLOP", "steps", "ms per image", "to an image", "size", "its GFLOP"),
+        *("its steps", "its ms per image", "its ms to an image", "rival over size", "interval"),
+        "steps that take as long",
     )
     grid = Grid(headings, tuple(cells), ("rival", "backend", "size")).without_empty()
-    rows = [row for pair in pairs for row in pair]
     sizes = list(dict.fromkeys(row.name for _, row in pairs))
-    evidence = Evidence(claim, rows, shown.environments, grid, sizes)
-    if not ratios:
+    evidence = Evidence(claim, rows, shown.environments, grid, sizes, place=[row for _, row in pairs])
+    if len(ratios) < len(pairs):
         return evidence.decided(None, "")
-    medians = [samples for rival, row in pairs for samples in (_samples(rival), _samples(row))]
-    interval = medians_interval(medians, lambda *m: largest([a / b for a, b in zip(m[::2], m[1::2], strict=True)]))
-    ordered = sorted(ratios.items(), key=lambda item: item[1].value)
-    told = ", ".join(f"{times(over.value)} with {name} ({backend})" for (name, backend), over in ordered)
-    row = next(row for rival, row in pairs if (rival.name, rival.case.backend) == ordered[-1][0])
-    steps = counted(row.record.evaluations or 0, "step")
+    ordered = sorted(ratios.values(), key=lambda item: item[0].value)
+    told = ", ".join(f"{times(over.value)} with {rival.name} ({rival.case.backend})" for over, rival, _ in ordered)
+    _, dearest, row = ordered[-1]
+    judged = Judged("dearest rival over its size", extreme_interval(max, [item[0] for item in ordered]), 1.0)
     sentence = (
-        f"the time per image over that of the size with the likest parameter count is {told}; the dearest stands "
-        f"against {steps} of the {row.name} (interval {interval_text(ordered[-1][1])}, at most 1 is cheaper); "
-        "decoders of latents and tokens, and the parameters that equal quality takes, are left out"
+        f"the time of an image over that of the size of about as many parameters is {told}; the dearest, of "
+        f"{_gflop(dearest)}, stands against {counted(row.record.evaluations or 0, 'step')} of the {row.name}, of "
+        f"{_gflop(row)} each (interval {interval_text(judged.interval)}; up to 1 is cheaper); "
+        f"decoders of latents and tokens are {'' if is_decoded else 'not '}counted; quality is not judged"
+        f"{_kinds_left(pairs)}"
     )
-    judged = None if interval is None else Judged("dearest rival over its size", interval, 1.0)
-    short = (row.record.evaluations or 0) < limits.RELAXED_STEPS
-    if judged is not None and judged.finding != "holds" and short:
+    if judged.finding != "holds" and (row.record.evaluations or 0) < limits.RELAXED_STEPS:
         # A rival that is dearer than few steps may be cheaper than 50.
         return evidence.unmeasured(f"{limits.RELAXED_STEPS} steps of the {row.name}: {sentence}")
     return evidence.decided(judged, sentence)
 
 
-def _ms_with_decoder(row: Row) -> float | None:
-    """Median ms per image, the decoder's time added; null where that was not measured."""
-    decoder, ms = row.record.decoder_ms, row.record.ms_per_image
-    return None if decoder is None or ms is None else ms + decoder.p50 / row.case.batch
+def _gflop(row: Row) -> str:
+    return f"{number(row.record.gflop_per_forward)} GFLOP a forward"
 
 
-def _samples(row: Row) -> list[float]:
-    """Wall ms per image, sample by sample."""
-    wall = row.record.wall_ms
-    return [] if wall is None else [ms / row.case.batch for ms in wall.samples]
+def _kinds_left(pairs: Sequence[tuple[Row, Row]]) -> str:
+    left = [kind for kind in KINDS if not any(rival.name.startswith(kind) for rival, _ in pairs)]
+    return f"; no {' and no '.join(left)} among them" if left else ""
+
+
+def _ms_to_image(row: Row) -> float | None:
+    return ms_to_image(row.record, ends_with(row))
+
+
+def _parts(row: Row, is_decoded: bool) -> list[list[float]]:
+    """Wall ms per image, sample by sample: of the trajectory, and of the decoder where that is counted."""
+    decoder = row.record.decoder_ms if is_decoded and ends_with(row) != "image" else None
+    return [[ms / row.case.batch for ms in of.samples] for of in (row.record.wall_ms, decoder) if of is not None]
+
+
+def _ratio(over: list[list[float]], under: list[list[float]], confidence: float) -> Interval | None:
+    """The sum of medians over another sum of medians."""
+    count = len(over)
+    return medians_interval([*over, *under], lambda *m: sum(m[:count]) / sum(m[count:]), confidence)

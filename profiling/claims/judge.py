@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..figures.derived import Overview, overview
@@ -70,13 +70,8 @@ RULES: Mapping[str, ClaimRule] = {
 
 def judge(records: Sequence[Record]) -> tuple[ClaimVerdicts, ...]:
     """Every claim with its verdicts, in the order of the catalogue."""
-    shown = overview(in_time_order(records))
+    shown = overview(records)
     return tuple(ClaimVerdicts(claim, _verdicts(claim, shown)) for claim in all_claims())
-
-
-def in_time_order(records: Iterable[Record]) -> list[Record]:
-    """In the order in which they were made, which `best_record` goes by; of one second, by their content."""
-    return sorted(records, key=lambda record: (record.started_at, record.model_dump_json()))
 
 
 def _verdicts(claim: Claim, shown: Overview) -> tuple[Verdict, ...]:

@@ -60,13 +60,12 @@ class Answer:
     plans: tuple[Plan, ...]
 
 
-def answer(records: Iterable[Record], budget: Budget, only: Mapping[str, Sequence[str]] | None = None) -> Answer:
+def answer(records: Sequence[Record], budget: Budget, only: Mapping[str, Sequence[str]] | None = None) -> Answer:
     """What fits the budget. `only`: the values to keep, by the names of FILTERS.
 
     The order of the records does not matter. Raises CaseError for a value that no record has.
     """
-    # Of several records of a case the report's choice is taken, which goes by the order of measuring.
-    shown = overview(sorted(records, key=lambda r: (r.started_at, r.model_dump_json())))
+    shown = overview(records)
     if only:
         shown = overview([row.record for row in _only(shown, only)])
     grouped = alike(shown.timed, "unet", "weights_sha256", "backend", "sampler", "steps")

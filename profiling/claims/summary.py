@@ -25,12 +25,10 @@ def shared_by_all(judged: Iterable[ClaimVerdicts]) -> dict[str, str]:
     """The conditions that all verdicts with figures share: said once, not with each."""
     verdicts = [verdict for of in judged for verdict in of.verdicts if verdict.conditions]
     first = verdicts[0].conditions if verdicts else {}
-    # A verdict over several sizes names none, and one over several step counts no step count.
     return {
         name: phrase
         for name, phrase in first.items()
-        if all(verdict.conditions.get(name, phrase) == phrase for verdict in verdicts[1:])
-        and sum(name in verdict.conditions for verdict in verdicts) > len(verdicts) / 2
+        if all(verdict.conditions.get(name) == phrase for verdict in verdicts[1:])
     }
 
 

@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..figures.derived import Row, alike, names_by_size
-from ..figures.lines import fit_line
+from ..figures.lines import Line, fit_line
 
 
 @dataclass(frozen=True)
 class TrajectoryCost:
     """Wall ms of a trajectory of one network: its medians where they were measured, else a line.
 
-    The line goes through the medians; with a single step count it goes through zero. Steps are model evaluations.
+    The line goes through the medians; with a single step count it goes through zero, as if nothing of the time
+    were fixed, and who tells of it says so. Steps are model evaluations.
     """
 
     rows: tuple[Row, ...]
-    slope_ms: float
-    fixed_ms: float
+    line: Line
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> TrajectoryCost | None:
@@ -29,16 +29,14 @@ class TrajectoryCost:
             for row in rows
             if row.record.wall_ms is not None and row.record.evaluations
         }
-        line = fit_line(medians.items(), relative=True)
-        timed = tuple(row for row in rows if row.record.wall_ms is not None)
-        if line is not None:
-            slope, fixed = line.slope, line.intercept
-        elif medians:
-            (steps, median), *_ = medians.items()
-            slope, fixed = median / steps, 0.0
-        else:
+        if not medians:
             return None
-        return cls(timed, slope, fixed) if slope > 0 and math.isfinite(slope) else None
+        line = fit_line(medians.items(), relative=True)
+        if line is None:
+            (steps, median), *_ = medians.items()
+            line = Line(median / steps, 0.0, None)
+        timed = tuple(row for row in rows if row.record.wall_ms is not None)
+        return cls(timed, line) if line.slope > 0 and math.isfinite(line.slope) else None
 
     @property
     def medians(self) -> dict[int, float]:
@@ -49,11 +47,11 @@ class TrajectoryCost:
     def ms(self, steps: float) -> float:
         """Wall ms of so many steps: measured, or on the line."""
         measured = self.medians.get(int(steps)) if steps == int(steps) else None
-        return self.fixed_ms + self.slope_ms * steps if measured is None else measured
+        return self.line.at(steps) if measured is None else measured
 
     def steps_within(self, ms: float) -> float:
         """The steps that take so long on the line, not rounded."""
-        return max(ms - self.fixed_ms, 0.0) / self.slope_ms
+        return max(self.line.x_at(ms), 0.0)
 
     def is_measured(self, steps: int) -> bool:
         return steps in self.medians

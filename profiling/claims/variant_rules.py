@@ -62,7 +62,7 @@ def _sampler_verdict(
     told = ", ".join(f"{short_ratio(value)} with {sampler}" for sampler, value in ratios.items())
     sentence = (
         f"the time of the {first} over that of the {last} is {told}; {short_ratio(paper_ratio(first, last))} in "
-        f"the paper; the samplers differ in it by {times(max(ratios.values()) / min(ratios.values()))}"
+        f"the paper; under the samplers it differs by up to {times(max(ratios.values()) / min(ratios.values()))}"
     )
     rows = [sizes[name] for sizes in by_sampler.values() for name in names]
     grid = Grid(headings, tuple(cells), ("size", "sampler")).without_empty()

@@ -101,13 +101,17 @@ class ClaimVerdicts:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict stands on: rows with times that share their conditions, the figures, the networks by name."""
+    """What a verdict stands on: rows with times, the figures, the networks by name.
+
+    place: the rows whose shared conditions are told; all of them unless given.
+    """
 
     claim: Claim
     rows: Sequence[Row]
     environments: Sequence[Environment]
     figures: Grid
     sizes: Sequence[str]
+    place: Sequence[Row] = ()
 
     def decided(self, judged: Judged | None, sentence: str, samples: int | None = None) -> Verdict:
         """The verdict of a number, null where times of zero allow none; the sentence says what is few.
@@ -137,12 +141,12 @@ class Evidence:
 
     def _verdict(self, finding: Finding, sentence: str, judged: Judged | None = None) -> Verdict:
         if flagged := marks(*(row.record for row in self.rows)):
-            sentence += f"; some of its times are marked {flagged}"
+            sentence += f"; some of its times are not those of a free GPU ({flagged})"
         return Verdict(
             self.claim,
             finding,
             sentence,
-            shared_conditions(self.rows, self.environments),
+            shared_conditions(self.place or self.rows, self.environments),
             self.figures,
             len(self.sizes),
             least_samples(self.rows),

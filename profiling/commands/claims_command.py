@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..options import CaseError
 from ..terminal.visible import console, say_wrapped
-from .shared import DEFAULT_OUT
+from .shared import AsJson, RecordSets, given_records, print_json
 
 
 def claims(
-    records: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="Run folders and files of records, of every schema version; without any the latest run.",
-            metavar="[FOLDER | RECORDS.jsonl]...",
-            show_default=False,
-        ),
-    ] = None,
+    records: RecordSets = None,
     table: Annotated[
         bool, typer.Option("--table", help="Print the paper's Table 1, its source and notes, and judge nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge the paper's claims by records: verdict, figures and conditions of each.
 
@@ -47,27 +38,21 @@ def claims(
         if records:
             raise CaseError("--table prints the paper's table and judges nothing: give it without records")
         if as_json:
-            typer.echo(json.dumps(printed.paper_json(), indent=2))
+            print_json(printed.paper_json())
         else:
             printed.print_paper(console())
         return
-    from ..claims.judge import in_time_order, judge
+    from ..claims import judge
     from ..figures import overview
     from ..report.notes import warnings
-    from ..report.reporting import tell_aside
-    from ..trajectory.record_sets import read_sets
-    from ..trajectory.runs import find_run
 
-    found, aside = read_sets(records or [find_run(DEFAULT_OUT, "latest")])
-    tell_aside(aside)
-    # Environments have their letters in this order, in verdicts and notes alike.
-    found = in_time_order(found)
+    found, is_whole = given_records(records)
     judged = judge(found)
     if as_json:
-        typer.echo(json.dumps(printed.as_json(judged), indent=2))
+        print_json(printed.as_json(judged))
     else:
         printed.print_claims(judged, console())
         for warning in warnings(overview(found)):
             say_wrapped(console(), f"Note: {warning}", "yellow")
-    if aside.in_file:
+    if not is_whole:
         raise typer.Exit(1)

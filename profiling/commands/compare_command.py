@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..compare.metrics import METRICS, USUAL
 from ..options import CaseError, percentage
 from ..terminal.visible import console, counted
 from .shared import DEFAULT_OUT, stop, tell, terminated_as_interrupted, whole_option
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from ..compare.comparison import VerdictRule
     from ..compare.gate import Threshold
     from ..compare.metrics import Metric
-    from ..compare.rounds import Side
     from ..compare.sets import RecordSet
+    from ..compare.turns import Side
 
 # Commands of ours that write records, and take --out.
 _MEASURING = ("profile", "kernels")
@@ -58,9 +59,8 @@ def compare(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help="wall_ms, gpu_ms, ms (kernels), ms_per_step, decoder_ms, first_call_ms, peak_memory_bytes, "
-            "joules_per_image; unless told wall_ms, gpu_ms, ms and peak_memory_bytes, where there are values. "
-            "Repeat it or separate values by commas.",
+            help=f"{', '.join(METRICS)}; unless told {', '.join(USUAL)}, where there are values. Repeat it or "
+            "separate values by commas.",
             metavar="LIST",
         ),
     ] = None,
@@ -152,7 +152,7 @@ def _measured(
     commits: tuple[str, str], command: Sequence[str], rounds: int, out: Path
 ) -> tuple[RecordSet, RecordSet, tuple[str, str]]:
     """Both commits measured in turn, each in its worktree, which is gone afterwards; and the commits' hashes."""
-    from ..compare.rounds import RoundFailed, run_rounds
+    from ..compare.turns import RoundFailed, run_rounds
     from ..compare.worktrees import commit_named, repository_of, worktrees
     from ..measure.folders import folder_of_time
     from ..measure.recorded import utc_now
@@ -188,7 +188,7 @@ def _measured(
 
 def _spelled(command: Sequence[str]) -> tuple[str, ...]:
     """The command as it is run, OUT in it where it takes the folder for its records. Raises CaseError."""
-    from ..compare.rounds import OUT
+    from ..compare.turns import OUT
 
     words = tuple(command[1:] if command[:1] == ["ldmperf"] else command)
     if not words:
@@ -213,7 +213,7 @@ def _sides(
     folder: Path,
 ) -> list[Side]:
     """The side of each commit; `below`: where in its worktree the command runs. Raises CaseError."""
-    from ..compare.rounds import Side
+    from ..compare.turns import Side
     from ..compare.worktrees import is_ours, outside_git, python_path
 
     ours = [is_ours(place) for place in places]

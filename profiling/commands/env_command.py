@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from ..options import best_device, device_named
-from .shared import tell
+from .shared import print_json, tell
 
 
 def env(
@@ -39,7 +38,7 @@ def env(
     told = collect_environment(name).model_dump(mode="json") | {"device_now": state}
     if ceilings or anew:
         told["ceilings"] = _ceilings(name, anew=anew)
-    typer.echo(json.dumps(told, indent=2))
+    print_json(told)
 
 
 def _ceilings(device: str, *, anew: bool) -> dict[str, Any]:

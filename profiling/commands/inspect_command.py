@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import typer
 
 from ..options import LONGEST_SEQUENCE, CaseError, dtype_named, whole
 from ..terminal.visible import console
-from .shared import stop, whole_option, with_options
+from .shared import AsJson, print_json, stop, whole_option, with_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +103,7 @@ def inspect(
     *,
     sizes: dict[str, Any],
     step: dict[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
 ) -> None:
     """Compile a kernel for a chip that need not be there; or print the roofline of a network's step.
@@ -139,7 +138,7 @@ def inspect(
     if sizes.get("head_dim") == "family":
         results = _every_head_dim(kernel, arch, dtype_named(dtype), size, sizes, sass=sass)
         if as_json:
-            typer.echo(json.dumps(by_distance(results), indent=2))
+            print_json(by_distance(results))
         else:
             print_work_list(results, console())
         return
@@ -150,7 +149,7 @@ def inspect(
         inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
         told = [one.as_json() | ({"sass": one.code} if sass else {}) for one in inspections]
-        typer.echo(json.dumps(told, indent=2))
+        print_json(told)
         return
     out = console()
     for inspection in inspections:
@@ -185,7 +184,7 @@ def _inspect_step(
     given = {name: str(sizes[name]) for name in sizes} | ({} if dtype is None else {"dtype": dtype})
     paths = {name: step.pop(name, None) for name in ("trace", "records")}
     separate = bool(step.pop("separate", False))
-    inspect_step(unet, given | step, arch=arch, **paths, separate=separate, print_json=as_json)
+    inspect_step(unet, given | step, arch=arch, **paths, separate=separate, as_json=as_json)
 
 
 def _chosen(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-
-import typer
 
 from ldmperf.model import FAMILY, UNetConfig, load_unet
 
@@ -18,7 +15,7 @@ from ..measure.environment import Environment, collect_environment
 from ..measure.folders import RunError
 from ..measure.outcomes import Unsupported, failure
 from ..options import CaseError, best_device, known_name
-from ..report.roofline_table import StepRoofline, as_json, print_roofline
+from ..report.roofline_table import StepRoofline, print_roofline, roofline_json
 from ..step.class_times import ClassTimes, read_class_times
 from ..step.roofline import Roof, published_roof, published_source, step_parts
 from ..terminal.visible import console
@@ -30,7 +27,7 @@ from ..trajectory.presets import OPTIONS
 from ..trajectory.records import RECORDS_NAME, Record, load_records
 from ..trajectory.rungs import all_backends
 from ..trajectory.short_traces import trace_order
-from .shared import tell
+from .shared import given_records, print_json, tell
 
 # The fields of a case that each option sets, as OPTIONS reads it.
 _FIELDS = {
@@ -52,7 +49,7 @@ def inspect_step(
     trace: Path | None,
     records: Path | None,
     separate: bool,
-    print_json: bool,
+    as_json: bool,
 ) -> None:
     """Prints the roofline of a step of that network; `given` are options of its case as they were typed."""
     if trace is not None and records is not None:
@@ -83,8 +80,8 @@ def inspect_step(
     told = StepRoofline(
         case, roof, rates, arch is not None, is_merged, parts, times=times, measured_by=measured_by
     )
-    if print_json:
-        typer.echo(json.dumps(as_json(told), indent=2))
+    if as_json:
+        print_json(roofline_json(told))
     else:
         print_roofline(told, console())
 
@@ -144,10 +141,7 @@ def _timed_beside(trace: Path, times: ClassTimes) -> Record | None:
 
 def _traced_record(path: Path, network: str, chosen: dict[str, Any]) -> Record:
     """The record of the network with a traced step, of the case that the options name; our graph's first."""
-    try:
-        found, _ = load_records(path)
-    except OSError as problem:
-        raise RunError(f"{path} cannot be read ({problem.strerror}); name a file of records") from None
+    found, _ = given_records([path])
     label = Case(unet=network).label
     fitting = [
         record

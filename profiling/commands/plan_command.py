@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..options import dtype_named, joules, milliseconds, split_values
-from ..report.reporting import tell_aside
 from ..terminal.visible import console
-from ..trajectory.record_sets import read_sets
-from ..trajectory.runs import find_run
-from .shared import DEFAULT_OUT, list_option, stop, tell, with_options
+from .shared import AsJson, RecordSets, given_records, list_option, print_json, stop, tell, with_options
 
 if TYPE_CHECKING:
     from ..claims.planning import Answer
@@ -32,12 +28,7 @@ FILTERS = {
 
 @with_options("only", FILTERS)
 def plan(
-    records: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            help="Run folders and files of records; the latest run unless told.", metavar="[RECORDS]..."
-        ),
-    ] = None,
+    records: RecordSets = None,
     *,
     budget: Annotated[str, typer.Option(help="Wall time, with its unit: 50ms, 1.5s.", metavar="TIME")],
     joules_: Annotated[
@@ -52,7 +43,7 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(help="A folder for the chart of time against FID: pareto.png, pareto.svg.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell from records which sizes, samplers and step counts fit a budget, the best by the paper's FID first.
 
@@ -77,16 +68,15 @@ def plan(
     )
     if "dtype" in only:
         only = only | {"dtype": [dtype_named(text) for text in split_values(only["dtype"])]}
-    found, aside = read_sets(records or [find_run(DEFAULT_OUT, "latest")])
-    tell_aside(aside)
+    found, is_whole = given_records(records)
     answered = answer(found, limit, only)
     if as_json:
-        typer.echo(json.dumps(answer_json(answered), indent=2, allow_nan=False))
+        print_json(answer_json(answered))
     else:
         print_answer(answered, console())
     if out is not None:
         _write_chart(answered, out)
-    if aside.in_file:
+    if not is_whole:
         raise typer.Exit(1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,20 +10,21 @@ from typer.core import TyperCommand
 
 from ..measure.folders import RunError, check_environment, locked
 from ..measure.timing import Deadline, RepetitionRule
-from ..options import CaseError, best_device
+from ..options import CaseError
 from ..report.reporting import ReportNotWritten, report_run, resume_command
 from ..rivals.decoding import check_decoders, decoder_case
 from ..rivals.rival_selection import RIVAL_OPTIONS, cases_beside
 from ..terminal.visible import console, counted
 from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
-from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named
+from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, usual_preset
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
 from ..trajectory.runs import create_run, find_run, open_run
 from .shared import (
     DEFAULT_OUT,
     exit_by,
     list_option,
+    print_json,
     seconds_option,
     stop,
     tell,
@@ -102,7 +102,7 @@ def profile(
         others = (preset, resume, min_count, min_seconds, seconds, references, with_decoder or None)
         if choices or out != DEFAULT_OUT or any(value is not None for value in others):
             raise CaseError("--schema prints the schema and measures nothing: give it alone")
-        typer.echo(json.dumps(record_schema(), indent=2))
+        print_json(record_schema())
         return
     if references is not None and references.exists() and not references.is_dir():
         raise CaseError(f"--references: {references} is no folder; name one, new or old")
@@ -134,8 +134,7 @@ def profile(
 
 def _chosen(choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
     """The cases of a new run, and how often the preset repeats them."""
-    devices = ",".join(choices.get("device", ())) or best_device()
-    name = preset or ("gpu" if "cuda" in devices else "cpu")
+    name = preset or usual_preset(choices)
     cases = cases_beside(name, choices, is_preset_given=preset is not None)
     check_devices(name, cases)
     check_loadable(cases)

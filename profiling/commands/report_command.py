@@ -17,7 +17,7 @@ def report(
         str,
         typer.Argument(
             help="A run's folder, one of `ldmperf kernels`, or a file of records; without it the latest run.",
-            metavar="[FOLDER | RECORDS.jsonl]",
+            metavar="FOLDER | RECORDS.jsonl",
         ),
     ] = "latest",
     out: Annotated[

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from ..options import real, whole_within
 from ..terminal.visible import console, say
 
+if TYPE_CHECKING:
+    from ..trajectory.records import Record
+
 DEFAULT_OUT = Path("runs")
+# Record sets that a command reads together, by `given_records`.
+RecordSets = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        help="Run folders and files of records, of every schema version; without any the latest run.",
+        metavar="FOLDER | RECORDS.jsonl",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def with_options(place: str, options: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -56,9 +70,10 @@ def list_option(text: str) -> Any:
 def whole_option(text: str, least: int = 0, most: int | None = None) -> Any:
     """An option that takes a whole number from `least` to `most`; `text` is its help."""
 
-    def parse(given: str) -> int:
+    def parse(given: object) -> int:
+        # A default comes as the number that it is.
         try:
-            return whole_within(given, least, most)
+            return whole_within(str(given), least, most)
         except ValueError as wrong:
             raise typer.BadParameter(str(wrong)) from None
 
@@ -78,9 +93,28 @@ def seconds_option(text: str) -> Any:
     return typer.Option(help=text, parser=parse, metavar="SECONDS")
 
 
+def given_records(paths: Sequence[Path] | None) -> tuple[list[Record], bool]:
+    """The records of those sets, or of the latest run, and whether each line of their files is one.
+
+    Lines that are none are named on stderr. Raises RunError where there are no records.
+    """
+    from ..report.reporting import tell_aside
+    from ..trajectory.record_sets import read_sets
+    from ..trajectory.runs import find_run
+
+    records, aside = read_sets(paths or [find_run(DEFAULT_OUT, "latest")])
+    tell_aside(aside)
+    return records, not aside.in_file
+
+
 def tell(line: str, style: str = "") -> None:
     """A line on stderr."""
     say(console(stderr=True), line, style)
+
+
+def print_json(value: object) -> None:
+    """Prints a value as JSON, which has no NaN."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
 
 
 def stop(message: str, code: int) -> NoReturn:

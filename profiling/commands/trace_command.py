@@ -10,11 +10,11 @@ import typer
 
 from ..measure.folders import RunError
 from ..measure.timing import Deadline
-from ..options import CaseError, best_device, split_values
+from ..options import CaseError
 from ..terminal.visible import console, say
 from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, identified
-from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases
+from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases, usual_preset
 from .shared import DEFAULT_OUT, stop, tell, terminated_as_interrupted, whole_option, with_options
 
 if TYPE_CHECKING:
@@ -25,13 +25,16 @@ TABLES_NAME = "trace.md"
 TOP = 15
 # What a trace is of unless told; everything else is the preset's of the device.
 _USUAL = {"size": ["39M"], "steps": ["4"], "batch": ["1"]}
-
-
 # Where the help of `ldmperf profile` says something else.
 _HELP = {
     "size": "A size of the family, 39M ... 5B; 39M unless told.",
     "unet": "A checkpoint instead: a diffusers folder or a .safetensors file.",
+    "sampler": "ddim, ddpm, dpmpp_2m, ...; ddim unless told.",
     "steps": f"Sampling steps, {_USUAL['steps'][0]} unless told.",
+    "batch": f"Images made at once, {_USUAL['batch'][0]} unless told.",
+    "guidance": "Guidance scale; 1 is without.",
+    "latent": "Latent size, height x width: 64x64 (unless told) is an image of 512x512.",
+    "seed": "Seed of the noise, the context and a size's weights; 0 unless told.",
     "backend": "Any that is not compiled; graph on a GPU and torch on a CPU unless told.",
 }
 
@@ -44,7 +47,7 @@ def _one_option(text: str) -> Any:
 @with_options("choices", {name: _one_option(_HELP.get(name, option.help)) for name, option in OPTIONS.items()})
 def trace(
     choices: Choices,
-    top: Annotated[int | None, whole_option(f"Rows of the table of kernels; {TOP} unless told.", 1)] = None,
+    top: Annotated[int, whole_option("Rows of the table of kernels.", 1)] = TOP,
     out: Annotated[Path, typer.Option(help="Where the trace's folder goes.")] = DEFAULT_OUT,
 ) -> None:
     """Trace one trajectory, with named ranges for each step, block and operator, and time it apart.
@@ -77,7 +80,7 @@ def trace(
     with lock:
         try:
             with terminated_as_interrupted():
-                _traced(case, eager, folder, top or TOP)
+                _traced(case, eager, folder, top)
         except KeyboardInterrupt:
             stop(f"stopped; {folder} is not complete: trace again", 130)
 
@@ -90,8 +93,7 @@ def _chosen(choices: Choices) -> Case:
             raise CaseError(f"--{name}: a trace is of one case: give one value, not {len(found)}")
     if "size" in choices and "unet" in choices:
         raise CaseError("--size and --unet name two networks, and a trace is of one: leave one out")
-    device = ",".join(split_values(choices.get("device", ()))) or best_device()
-    preset = "gpu" if "cuda" in device else "cpu"
+    preset = usual_preset(choices)
     usual: Choices = {name: values for name, values in _USUAL.items() if name != "size" or "unet" not in choices}
     # The first of a preset's backends: ours, on a GPU as a captured graph.
     usual["backend"] = [preset_named(preset).sweeps[0].backends[0]]
@@ -131,21 +133,28 @@ def _traced(case: Case, eager: Case, folder: Path, top: int) -> None:
     write_whole(folder / CLASSES_NAME, (classes.model_dump_json(indent=2) + "\n").encode())
     write_whole(folder / TABLES_NAME, report.markdown().encode())
     printed = console()
-    report.print(printed)
+    report.show(printed)
     say(printed)
     say(printed, f"{folder / TRACE_NAME}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
 def _timed(case: Case, folder: Path) -> Record:
     """The record of the case, checked and timed as by `ldmperf profile`; ends the command where it has no time."""
+    from ..measure.ceiling_cache import KeptCeilings
     from ..trajectory.progress import ProgressLines
     from ..trajectory.records import RECORDS_NAME, RecordStore
     from ..trajectory.runner import profile
 
-    rule = preset_named("cpu" if case.device == "cpu" else "gpu").rule
+    rule = preset_named(usual_preset({"device": [case.device]})).rule
     lines = ProgressLines(console(stderr=True), [case], rule, Deadline(None))
     with lines:
-        (record,) = profile([case], rule=rule, store=RecordStore(folder / RECORDS_NAME), listener=lines)
+        (record,) = profile(
+            [case],
+            rule=rule,
+            store=RecordStore(folder / RECORDS_NAME),
+            listener=lines,
+            ceilings=KeptCeilings(tell),
+        )
     if record.status != "ok":
         stop(f"no trace: {case.label} on {case.backend} ended as {record.status} ({record.message})", 1)
     return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from ..measure.conditions import commit
 from ..measure.environment import Environment
 from ..measure.folders import RunError, holds
 from ..trajectory.case import Case
+from ..trajectory.record_sets import readable
 from ..trajectory.records import RECORDS_NAME, Record, read_records
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # What the commit decides: it is what two sides may differ in.
 _OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
+_GIVE = "give a run's folder, a folder of such, or a file of records"
 
 
 @dataclass(frozen=True)
@@ -84,37 +85,29 @@ def read_set(path: Path) -> RecordSet:
 
 def _files(path: Path) -> list[Path]:
     """The files of records at a path: itself, in it, or in the folders in it."""
-    give = "give a run's folder, a folder of such, or a file of records"
     try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
+        if not path.is_dir():
             return [path]
-        if not stat.S_ISDIR(mode):
-            raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
         # A folder of runs, or one of rounds with a folder of runs each.
         folders = [path, *sorted(inner for depth in ("*", "*/*") for inner in path.glob(depth) if inner.is_dir())]
     except OSError as failure:
-        raise RunError(f"{path} cannot be read ({failure.strerror}); {give}") from None
+        raise RunError(f"{path} cannot be read ({failure.strerror}); {_GIVE}") from None
     names = (RECORDS_NAME, KERNELS_NAME)
     files = [folder / name for folder in folders for name in names if holds(folder, name)]
     if not files:
-        raise RunError(f"{path} is a folder without records; {give}")
+        raise RunError(f"{path} is a folder without records; {_GIVE}")
     return files
 
 
 def _read(path: Path) -> tuple[list[Record | KernelRecord], int]:
     """The records of both kinds in a file, and how many lines are neither."""
-    try:
-        records, aside = read_records(path)
-        if not aside.in_file:
-            return list(records), 0
-        # Loads torch, which a trajectory's records do not need.
-        from ..kernel_bench.kernel_records import KernelRecord
-        from ..measure.store import read_lines
+    records, aside = readable(path, read_records, _GIVE)
+    if not aside.in_file:
+        return list(records), 0
+    # Loads torch, which a trajectory's records do not need.
+    from ..kernel_bench.kernel_records import read_kernels
 
-        kernels = read_lines(path, KernelRecord)[0]
-    except OSError as failure:
-        raise RunError(f"{path} cannot be read ({failure.strerror}); give a file of records") from None
+    kernels = readable(path, read_kernels, _GIVE)[0]
     return [*records, *kernels], aside.in_file - len(kernels)
 
 

@@ -20,10 +20,10 @@ def rivals_beside(shown: Overview) -> tuple[Row, ...]:
     """
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in shown.rivals:
-        groups.setdefault(_conditions(row), []).append(row)
+        groups.setdefault(conditions_beside(row), []).append(row)
     found: list[Row] = []
     for conditions, rivals in groups.items():
-        family = [row for row in shown.rows if row.case.task == "t2i" and _conditions(row) == conditions]
+        family = [row for row in shown.rows if row.case.task == "t2i" and conditions_beside(row) == conditions]
         found += sorted([*rivals, *_nearest(rivals, family)], key=_place)
     return tuple(found)
 
@@ -44,7 +44,8 @@ def _nearest(rivals: Iterable[Row], family: Iterable[Row]) -> list[Row]:
     return list(fastest.values())
 
 
-def _conditions(row: Row) -> tuple[object, ...]:
+def conditions_beside(row: Row) -> tuple[object, ...]:
+    """What a rival must share with the family: all that does not belong to how either samples."""
     case = row.case
     return row.environment, case.device, case.dtype, case.batch, case.latent_height, case.latent_width
 

@@ -128,7 +128,11 @@ def step_ms(record: Record) -> Spread | None:
 
 
 def overview(records: Sequence[Record]) -> Overview:
-    """The records in sections, each case once per environment (`best_record`), with their ratios and lines."""
+    """The records in sections, each case once per environment (`best_record`), with their ratios and lines.
+
+    Files may be given in any order: environments have their letters, and cases their latest record, by time.
+    """
+    records = sorted(records, key=lambda record: (record.started_at, record.model_dump_json()))
     environments = tuple(dict.fromkeys(record.environment for record in records))
     measured: dict[tuple[int, str], list[Record]] = {}
     for record in records:

@@ -20,6 +20,10 @@ class Line:
         """The line's y."""
         return self.intercept + self.slope * x
 
+    def x_at(self, y: float) -> float:
+        """Where a line that is not level has this y."""
+        return (y - self.intercept) / self.slope
+
 
 def least_squares(
     xs: Sequence[Any], ys: Sequence[Any], weights: Sequence[Any], total: Callable[[Iterable[Any]], Any] = sum

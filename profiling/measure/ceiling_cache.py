@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from .ceilings import CeilingDevice, Ceilings, best_of, measure_ceilings
-from .environment import Environment, collect_environment
+from .ceiling_probes import measure_ceilings
+from .ceilings import CeilingDevice, Ceilings, best_of
+from .conditions import crowded
+from .environment import Environment, collect_environment, device_state
 from .store import parsed, write_whole
 
 # A process measures a device anew at most so often: where that changes nothing, more of it does neither.
@@ -30,6 +32,8 @@ class CeilingSource(Protocol):
 class KeptCeilings:
     """Reads a device's ceilings from its file in `folder`, or measures them there and then, and keeps the best.
 
+    Those of a CPU that were only ever measured beside other work are measured again where there is none now.
+
     told: called with a line before seconds go into measuring, and where a file cannot be used or written, which is
     no failure: what was measured then serves this process alone.
     """
@@ -49,7 +53,9 @@ class KeptCeilings:
         if device not in self._known:
             environment = collect_environment(device)
             kept = self._read(CeilingDevice.of(environment))
-            self._known[device] = self._measured(device, environment) if kept is None else kept
+            if kept is None or (kept.crowded and not _crowded_now(kept.device)):
+                kept = self._measured(device, environment)
+            self._known[device] = kept
         return self._known[device]
 
     def anew(self, device: str) -> Ceilings:
@@ -100,6 +106,10 @@ class KeptCeilings:
             write_whole(path, (ceilings.model_dump_json(indent=2) + "\n").encode())
         except OSError as failure:
             self._told(f"the ceilings cannot be kept in {path} ({failure.strerror}); set XDG_CACHE_HOME elsewhere")
+
+
+def _crowded_now(device: CeilingDevice) -> bool:
+    return crowded(device_state().load_average_1min, device.cores)
 
 
 def ceilings_folder() -> Path | None:

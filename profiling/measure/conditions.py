@@ -26,6 +26,11 @@ def commit_name(environment: Environment) -> str:
     return environment.git_commit[:7] if environment.git_commit else f"v{environment.ldmperf}"
 
 
+def crowded(load_average: float | None, cores: int | None) -> bool:
+    """Whether so much load on so many usable cores is more than our own threads make; not where one is unknown."""
+    return bool(load_average is not None and cores and load_average > CROWDED_LOAD * cores)
+
+
 class Measured(Protocol):
     """A record of whatever was measured."""
 
@@ -77,8 +82,7 @@ def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:
     for record in records:
         states = (record.device_before.load_average_1min, record.device_after.load_average_1min)
         highest = max((load for load in states if load is not None), default=0.0)
-        cores = record.environment.usable_cores
-        if cores and highest > CROWDED_LOAD * cores:
+        if crowded(highest, record.environment.usable_cores):
             loads.append(highest)
     if not loads:
         return []

@@ -34,6 +34,21 @@ def measuring_settings() -> Iterator[None]:
 
 
 @contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Inside, torch computes on so many threads of the CPU; None changes nothing."""
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def pinned_ptxas() -> Iterator[None]:
     """Inside, triton assembles by its own ptxas, unless TRITON_PTXAS_PATH names another.
 

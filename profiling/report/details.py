@@ -129,15 +129,14 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
     """How often trajectories were repeated, in the words of each distinct setting."""
     lines = []
     timed = [record for record in records if record.wall_ms is not None] or records
-    # The order of rounds differs from case to case; it is in the records.
-    for harness in dict.fromkeys(record.harness.model_copy(update={"order": ()}) for record in timed):
+    for harness in (record.harness for record in timed):
         beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
         cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"
         lines.append(
             f"at least {harness.min_count} trajectories and {harness.min_seconds:g} s of them, "
             f"after {harness.warmup_count} for warm-up{beside}{cut}"
         )
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def largest_error(record: Record) -> str:

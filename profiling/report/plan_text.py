@@ -145,6 +145,7 @@ def _priced(offers: Sequence[Offer], budget: Budget) -> str:
             energy = ", its energy not measured"
         fid = "" if offer.fid is None else f"FID {offer.fid:.2f}, "
         how = "" if offer.basis == "measured" else f", {offer.basis}"
+        how += f", {offer.flags}" if offer.flags else ""
         case = offer.case
         steps = f"{case.sampler} {case.steps}"
         return f"{offer.name} ({fid}{steps} {case.backend}, {number(offer.ms.value)} ms{energy}{how})"

@@ -54,7 +54,7 @@ class StepRoofline:
         return None if self.times is None else self.times.step_ms
 
 
-def as_json(found: StepRoofline) -> dict[str, Any]:
+def roofline_json(found: StepRoofline) -> dict[str, Any]:
     """Plain values; measured ones are null where nothing was measured."""
     case, times = found.case, found.times
     shape = {"task", "batch", "guidance_scale", "dtype", "latent_height", "latent_width", "context_tokens"}

@@ -95,7 +95,7 @@ class TraceReport:
         names = ("kernel", "launches") if times.clock == "device" else ("operator", "calls")
         return Grid((names[0], "class", names[1], "ms", "share"), (*rows, rest), _WORDS)
 
-    def print(self, console: Console) -> None:
+    def show(self, console: Console) -> None:
         """Prints the lines and both tables; nothing is cut."""
         conditions, *lines = self.lines
         say_wrapped(console, conditions, "bold")

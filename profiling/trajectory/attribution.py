@@ -45,16 +45,14 @@ def clock_of(case: Case) -> Clock:
     return "host" if case.device == "cpu" else "device"
 
 
-def attributed(
-    case: Case, backends: Mapping[str, Backend] | None = None, networks: Networks | None = None
-) -> tuple[AttributedStep, dict[str, Any]]:
+def attributed(case: Case, backends: Mapping[str, Backend] | None = None) -> tuple[AttributedStep, dict[str, Any]]:
     """What a step of the case takes, and the Chrome trace that this was read from.
 
     A trajectory before it, untraced, prepares what the first one has to. Nothing is to be timed in this process
     afterwards (see short_traces.py). Raises RunError where the profiler saw nothing.
     """
     with measuring_settings():
-        problem, _ = (networks or Networks()).problem(case)
+        problem, _ = Networks().problem(case)
         is_cuda = torch.device(case.device).type == "cuda"
         backend = (backends or all_backends())[case.backend]
         trajectory = ranged_trajectory(backend, problem, torch.cuda.nvtx if is_cuda else None)

@@ -16,6 +16,7 @@ from ..options import (
     LONGEST_SEQUENCE,
     CaseError,
     DType,
+    best_device,
     device_named,
     dtype_named,
     known_name,
@@ -240,6 +241,12 @@ def chosen_sweeps(preset: str, choices: Choices) -> list[Sweep]:
             read = tuple(option.read(name, text) for text in option.split(values))
             given[option.field] = (*given.get(option.field, ()), *read)
     return [replace(sweep, **given) for sweep in preset_named(preset).sweeps]
+
+
+def usual_preset(choices: Choices) -> str:
+    """The preset taken unless told: "gpu" where a chosen device is one, or without a choice where one is here."""
+    devices = ",".join(choices.get("device", ())) or best_device()
+    return "gpu" if "cuda" in devices else "cpu"
 
 
 def preset_named(name: str) -> Preset:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ldmperf.profiling import Record
-from ldmperf.profiling.compare.rounds import orders
+from ldmperf.profiling.compare.turns import orders
 from ldmperf.profiling.compare.worktrees import git, worktrees
 
 Run = Callable[..., Any]
