@@ -144,7 +144,7 @@ def test_energy_comes_after_all_timing_and_completes_the_record(
 def test_a_window_that_left_work_out_has_no_energy(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, nvml: Nvml
 ) -> None:
-    """All its trajectories have the same inputs, so a result that is remembered would take no time and no joules."""
+    """All its trajectories have the same inputs: a remembered result would take no time and no joules."""
     seen: list[bytes] = []
 
     class Called:
@@ -159,12 +159,15 @@ def test_a_window_that_left_work_out_has_no_energy(
 
             return trajectory
 
-    def count_energy(call: Callable[[], object], watch: CounterWatch) -> CountedEnergy:
-        call()
-        return CountedEnergy(1.0, 1e-6 * share, 1, 2.0, 0.0025)
+    for seconds, is_told in ((1e-9, False), (1e3, True)):
 
-    monkeypatch.setattr(energy_windows, "count_energy", count_energy)
-    for share, is_told in ((1e-3, False), (1e9, True)):
+        def count_energy(
+            call: Callable[[], object], watch: CounterWatch, window_s: float = seconds
+        ) -> CountedEnergy:
+            call()
+            return CountedEnergy(1.0, window_s, 1, 2.0, 0.0025)
+
+        monkeypatch.setattr(energy_windows, "count_energy", count_energy)
         seen.clear()
         (record,) = profile([tiny_case(tiny_checkpoint)], rule=TWICE, backends=BOTH | {"torch": Called()})
         assert record.status == "ok", record.message
