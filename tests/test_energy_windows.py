@@ -141,6 +141,44 @@ def test_energy_comes_after_all_timing_and_completes_the_record(
     assert sorted(store.load(), key=lambda r: r.case_key) == sorted(records, key=lambda r: r.case_key)
 
 
+def test_a_window_that_left_work_out_has_no_energy(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, nvml: Nvml
+) -> None:
+    """All its trajectories have the same inputs: a remembered result would take no time and no joules."""
+    seen: list[bytes] = []
+
+    class Called:
+        implementation = "torch"
+
+        def build(self, problem: Problem) -> Trajectory:
+            right = OurBackend("torch").build(problem)
+
+            def trajectory(inputs: Inputs) -> Tensor:
+                seen.append(inputs.noise.numpy().tobytes())
+                return right(inputs)
+
+            return trajectory
+
+    for seconds, is_told in ((1e-9, False), (1e3, True)):
+
+        def count_energy(
+            call: Callable[[], object], watch: CounterWatch, window_s: float = seconds
+        ) -> CountedEnergy:
+            call()
+            return CountedEnergy(1.0, window_s, 1, 2.0, 0.0025)
+
+        monkeypatch.setattr(energy_windows, "count_energy", count_energy)
+        seen.clear()
+        (record,) = profile([tiny_case(tiny_checkpoint)], rule=TWICE, backends=BOTH | {"torch": Called()})
+        assert record.status == "ok", record.message
+        assert record.energy is not None
+        assert (record.energy.joules is not None) == is_told
+        assert is_told or "so work was left out" in (record.energy.message or "")
+        # None of the first call and of the samples: the last two are the window's.
+        assert seen[-1] == seen[-2]
+        assert seen[-1] not in seen[:-2]
+
+
 def test_throttling_is_read_after_each_sample_and_in_the_window(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, nvml: Nvml
 ) -> None:

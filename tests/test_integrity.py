@@ -41,6 +41,7 @@ from ldmperf.profiling.step.calls import family_calls, sampler_call
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors
+from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.records import Floor
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
@@ -368,6 +369,43 @@ def test_a_time_below_the_floor_is_impossible(tiny_checkpoint: Path) -> None:
     assert record.gpu_ms is None
     with floor_of(1e-9):
         assert measured(tiny_checkpoint, BOTH["torch"])["cheat"].status == "ok"
+
+
+def test_ceilings_are_measured_anew_before_the_devices_time_is_called_impossible(
+    make_record: Callable[..., Record],
+) -> None:
+    """The host's clock was above the floor, the device's just below it; a busy machine had raised the floor."""
+
+    def floor(ms: float) -> Floor:
+        rates = {"bytes_per_s": 1.0, "flop_per_s": 1.0, "exponentials_per_s": 1.0}
+        return Floor(step_ms=ms, least_step_ms=ms, nbytes=1, flops=1, exponentials=1, **rates)
+
+    record = make_record()
+    shared = GroupFacts("run", record.environment, THRICE, ("torch",), lambda *_: None, record.device_before)
+    shared.evaluations, shared.floor, shared.floor_anew = 1, floor(5.0), lambda: floor(4.0)
+    lane = Lane(record.case, BOTH["torch"], shared)
+    sample = Timed(None, 5.05, 4.95)
+    lane.watch.note(sample)
+    lane.times.add(sample)
+    lane._judge_times()
+    assert shared.floor.least_step_ms == 4.0
+    shared.floor_anew = lambda: floor(4.99)
+    shared.floor = floor(5.0)
+    with pytest.raises(Untrusted, match="below the floor"):
+        lane._judge_times()
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1.00015, "ok"), (1.0003, "incorrect")])
+def test_other_inputs_may_round_a_little_worse_than_the_checks(
+    tiny_checkpoint: Path, factor: float, status: str
+) -> None:
+    """Off in all rounds but the check's, by more than the check's tolerance: up to twice that is rounding."""
+    cheat = Cheating(lambda x, call, right: right(x) * (factor if call in (2, 3) else 1.0))
+    record = measured(tiny_checkpoint, cheat)["cheat"]
+    assert record.status == status, record.message
+    if status != "ok":
+        assert "a wrong result: in round" in (record.message or "")
+        assert "at most 0.0002 passes" in (record.message or "")
 
 
 @ALONE_OR_NOT

@@ -190,9 +190,11 @@ class Group:
                 self._finish(lane, times, problem, rounds)
 
     def _finish(self, lane: Lane, times: Times, problem: Problem, rounds: SharedRounds) -> None:
+        floor = self.shared.floor
         lane.finish(problem, times)
         gave_back = rounds.confirm(lane)
-        if problem.is_stochastic or gave_back:
+        # Ceilings that were measured anew took memory too.
+        if problem.is_stochastic or gave_back or self.shared.floor is not floor:
             self._unsettle()
         self.on_record(lane.record())
 
