@@ -31,6 +31,7 @@ def cases_grid(shown: Overview) -> Grid:
         "wall ms p50": lambda row: number(row.record.wall_ms.p50 if row.record.wall_ms else None),
         "wall ms p80": lambda row: number(row.record.wall_ms.p80 if row.record.wall_ms else None),
         "wall ms min": lambda row: number(row.record.wall_ms.min if row.record.wall_ms else None),
+        "images per s": lambda row: number(row.record.images_per_s),
         "GPU ms p50": lambda row: number(row.record.gpu_ms.p50 if row.record.gpu_ms else None),
         "wall beyond GPU": lambda row: _wall_beyond_gpu(row.record),
         "weights ms": lambda row: number(row.record.phases.weights_ms),
@@ -45,6 +46,8 @@ def cases_grid(shown: Overview) -> Grid:
         "SM MHz before, after": lambda row: _states(row.record, lambda s: formatted(s.sm_clock_mhz, "d")),
         "throttle reasons after": lambda row: ", ".join(row.record.device_after.throttle_reasons or ()) or MISSING,
         "J per image": lambda row: number(row.record.joules_per_image),
+        "J per step": lambda row: number(row.record.joules_per_step),
+        "mean W": lambda row: formatted(row.record.mean_power_w, ".0f"),
         "energy window s": lambda row: number(energy.window_s if (energy := _counted(row.record)) else None),
         "energy error": lambda row: formatted(
             energy.relative_error if (energy := _counted(row.record)) else None, ".1%"
