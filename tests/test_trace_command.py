@@ -37,6 +37,12 @@ def test_a_trace_is_a_folder_of_four_files(tiny_checkpoint: Path, tmp_path: Path
     whole = [event for event in chrome["traceEvents"] if event["ph"] == "X"]
     assert all({"ts", "dur", "name", "pid", "tid"} <= event.keys() and event["dur"] >= 0 for event in whole)
     assert {"trajectory", "step 0", "step 1", "down.0.resnets.0", "convolution"} <= {e["name"] for e in whole}
+    # In order, as Perfetto reads it: names of threads, then events by time.
+    kinds = [event["ph"] == "M" for event in chrome["traceEvents"]]
+    assert kinds == sorted(kinds, reverse=True)
+    assert sum(kinds) > 0
+    stamps = [event["ts"] for event in chrome["traceEvents"] if event["ph"] != "M"]
+    assert stamps == sorted(stamps)
     assert str(tiny_checkpoint.parent) not in (folder / "trace.json").read_text()
 
     times = read_class_times(folder)

@@ -50,8 +50,8 @@ def notes(shown: Overview) -> tuple[str, ...]:
         notes.append(f"times faster: the time of {PEER} over that of the row's backend, same case and environment")
     if any(row.record.joules_per_image is not None for row in rows):
         notes.append(
-            "J per image: the whole GPU's energy by NVML's counter, in a window of whole trajectories after timing; "
-            "what it takes when idle is not subtracted"
+            "J per image: the whole GPU's energy by NVML's counter, in a window of whole trajectories after "
+            "timing; what it takes when idle is not subtracted"
         )
     without = [row.record.status for row in rows if row.record.status != "ok"]
     if without:

@@ -27,6 +27,7 @@ class StepRoofline:
     prediction  whether they are a chip's published ones, and not measured here
     is_merged   whether matmuls are merged with norms and gates where that is predicted to gain
     times       what was measured, and `measured_by`, in words, how; None where nothing was
+    timed_ms    a step of the run that was timed without the profiler, on the backend `timed_on`; None without one
     """
 
     case: Case
@@ -37,6 +38,8 @@ class StepRoofline:
     parts: Sequence[StepPart]
     times: StepTimes | None = None
     measured_by: str | None = None
+    timed_ms: float | None = None
+    timed_on: str | None = None
 
     @property
     def classes(self) -> Mapping[OperatorClass, WorkSums]:
@@ -70,6 +73,7 @@ def as_json(found: StepRoofline) -> dict[str, Any]:
         "attention_measured_ms": None if times is None else times.attention_ms,
         "other_measured_ms": None if times is None else times.other_ms,
         "step": _values(found.step, found.measured_step_ms),
+        "timed_ms_per_step": found.timed_ms,
     }
 
 
@@ -96,7 +100,7 @@ def print_roofline(found: StepRoofline, console: Console) -> None:
     )
     say(console)
     headings = (
-        "class", "launches", "GFLOP", "MB", "G exponentials", "floor ms", "bound by", "measured ms", "% of floor"
+        "class", "launches", "GFLOP", "MB", "G exp", "floor ms", "bound by", "measured ms", "% of floor"
     )  # fmt: skip
     for line in laid_out(headings, _rows(found), words=_WORDS, width=width_of(console)).lines:
         say(console, line)
@@ -132,13 +136,22 @@ def _notes(found: StepRoofline) -> list[str]:
         else "every matmul apart from norms and gates"
     )
     notes = [
-        "floor: each launch at the longest of its bytes, FLOPs and exponentials, summed; bound by: what bounds "
-        "most of it. Caches may serve bytes faster, so that more than 100 % can be right.",
+        "G exp: 1e9 exponentials. floor: each launch at the longest of its bytes, FLOPs and exponentials, summed; "
+        "bound by: what bounds most of it.",
         f"Counts are of our step, launches those of a GPU; {merged}.",
     ]
     if times is None:
         return notes
-    notes.append(f"measured: {found.measured_by}")
+    notes += [
+        f"measured: {found.measured_by}",
+        "% of floor: floor over measured; caches may serve bytes faster, so that more than 100 can be right.",
+    ]
+    if found.timed_ms is not None:
+        share = formatted(percent_of(found.step.floor_ms, found.timed_ms), ".0f")
+        notes.append(
+            f"Timed on {found.timed_on}, without the profiler: {number(found.timed_ms)} ms a step, "
+            f"{share} % of floor."
+        )
     if times.attention_ms is not None:
         floor_ms = sums_of([part for part in found.parts if "attention" in part.of], found.roof).floor_ms
         share = formatted(percent_of(floor_ms, times.attention_ms), ".0f")
