@@ -25,7 +25,7 @@ from ldmperf.profiling.report.details import cases_grid, device_lines, lines_gri
 from ldmperf.profiling.report.ladder import costs_grid, costs_title, groups_grid, ladder_grid
 from ldmperf.profiling.step.call import OperatorCall
 from ldmperf.profiling.step.calls import attention_calls
-from ldmperf.profiling.trajectory.records import Energy, Trace
+from ldmperf.profiling.trajectory.record_parts import Energy, Trace
 
 MakeRecord = Callable[..., Record]
 CAPPED = DeviceState(throttle_reasons=("ApplicationsClocksSetting", "SwPowerCap"))

@@ -16,7 +16,8 @@ from ldmperf.profiling.measure.environment import Environment, Gpu, collect_envi
 from ldmperf.profiling.measure.recorded import KernelTime
 from ldmperf.profiling.step.class_times import CLASSES_NAME, ClassTime, ClassTimes
 from ldmperf.profiling.step.classes import CLASSES
-from ldmperf.profiling.trajectory.records import RECORDS_NAME, Floor, Trace
+from ldmperf.profiling.trajectory.record_parts import Floor, Trace
+from ldmperf.profiling.trajectory.records import RECORDS_NAME
 
 SMALL = ("--latent", "16x8", "--tokens", "7")
 ALL = ["convolution", "linear", "self-attention", "cross-attention", "norm", "elementwise", "sampler"]

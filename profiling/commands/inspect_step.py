@@ -92,8 +92,7 @@ def inspect_step(
         parts,
         times=times,
         measured_by=measured_by,
-        timed_ms=None if record is None else record.ms_per_step,
-        timed_on=None if record is None else record.case.backend,
+        timed=record,
     )
     if print_json:
         typer.echo(json.dumps(as_json(told), indent=2))

@@ -12,7 +12,8 @@ from ..measure.environment import DeviceState, Environment
 from ..measure.nvml import ON_A_CPU
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from ..trajectory.records import Energy, Record
+from ..trajectory.record_parts import Energy
+from ..trajectory.records import Record
 
 GIB = 2**30
 
@@ -141,6 +142,11 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
             f"after {harness.warmup_count} for warm-up{beside}{cut}"
         )
     return lines
+
+
+def flags_cell(record: Record) -> str:
+    """The flags of a time, without details; a case without a time has none."""
+    return (marks(record) if record.wall_ms is not None else "") or MISSING
 
 
 def largest_error(record: Record) -> str:

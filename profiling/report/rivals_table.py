@@ -10,6 +10,7 @@ from ..figures.derived import Overview, Row
 from ..figures.phrases import Conditions
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
+from .details import flags_cell
 
 RIVALS_TITLE = "Rivals beside the family: whole samples"
 RIVALS_NOTE = (
@@ -36,9 +37,10 @@ def rivals_grid(shown: Overview) -> Grid:
         "ms per image": lambda row: number(row.record.ms_per_image),
         "p20..p80": _spread,
         "ms to an image": lambda row: number(ms_to_image(row.record, ends_with(row))),
+        "flags": lambda row: flags_cell(row.record),
         "no time because": lambda row: MISSING if row.record.wall_ms is not None else text.failure(row.record),
     }
-    words = ("generator", "backend", "conditions", "steps", "ends with", "no time because")
+    words = ("generator", "backend", "conditions", "steps", "ends with", "flags", "no time because")
     cells = tuple(tuple(cell(row) for cell in columns.values()) for row in rows)
     return Grid(tuple(columns), cells, words).without_empty() if cells else Grid(tuple(columns), ())
 

@@ -10,11 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from ..figures.step_times import StepTimes, percent_of
+from ..measure.conditions import flag_notes
 from ..step.classes import OperatorClass
 from ..step.roofline import Roof, StepPart, WorkSums, by_class, sums_of
 from ..terminal.layout import MISSING, formatted, laid_out, number
 from ..terminal.visible import counted, say, say_wrapped, width_of
 from ..trajectory.case import Case
+from ..trajectory.records import Record
 
 _WORDS = ("class", "bound by")
 
@@ -27,7 +29,7 @@ class StepRoofline:
     prediction  whether they are a chip's published ones, and not measured here
     is_merged   whether matmuls are merged with norms and gates where that is predicted to gain
     times       what was measured, and `measured_by`, in words, how; None where nothing was
-    timed_ms    a step of the run that was timed without the profiler, on the backend `timed_on`; None without one
+    timed       the record of the run that was timed without the profiler; None without one
     """
 
     case: Case
@@ -38,8 +40,7 @@ class StepRoofline:
     parts: Sequence[StepPart]
     times: StepTimes | None = None
     measured_by: str | None = None
-    timed_ms: float | None = None
-    timed_on: str | None = None
+    timed: Record | None = None
 
     @property
     def classes(self) -> Mapping[OperatorClass, WorkSums]:
@@ -73,7 +74,7 @@ def as_json(found: StepRoofline) -> dict[str, Any]:
         "attention_measured_ms": None if times is None else times.attention_ms,
         "other_measured_ms": None if times is None else times.other_ms,
         "step": _values(found.step, found.measured_step_ms),
-        "timed_ms_per_step": found.timed_ms,
+        "timed_ms_per_step": None if found.timed is None else found.timed.ms_per_step,
     }
 
 
@@ -146,12 +147,13 @@ def _notes(found: StepRoofline) -> list[str]:
         f"measured: {found.measured_by}",
         "% of floor: floor over measured; caches may serve bytes faster, so that more than 100 can be right.",
     ]
-    if found.timed_ms is not None:
-        share = formatted(percent_of(found.step.floor_ms, found.timed_ms), ".0f")
+    if (timed := found.timed) is not None:
+        share = formatted(percent_of(found.step.floor_ms, timed.ms_per_step), ".0f")
         notes.append(
-            f"Timed on {found.timed_on}, without the profiler: {number(found.timed_ms)} ms a step, "
+            f"Timed on {timed.case.backend}, without the profiler: {number(timed.ms_per_step)} ms a step, "
             f"{share} % of floor."
         )
+        notes += flag_notes([timed], "case")
     if times.attention_ms is not None:
         floor_ms = sums_of([part for part in found.parts if "attention" in part.of], found.roof).floor_ms
         share = formatted(percent_of(floor_ms, times.attention_ms), ".0f")
