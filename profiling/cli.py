@@ -40,7 +40,7 @@ _READER_GONE = 141
 
 def _tell_version(asked: bool) -> None:
     if asked:
-        from .measure.environment import checkout
+        from .measure.checkout import checkout
 
         commit, is_dirty = checkout()
         changed = " with uncommitted changes" if is_dirty else ""

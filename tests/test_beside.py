@@ -136,3 +136,11 @@ def test_the_decoders_share_is_a_column_where_it_was_timed(family: list[Record])
     (row,) = overview([timed]).rows
     assert column.cell(row) == "10.0%"
     assert "decoder share" not in [c.label for c in table_of(overview(family)).columns]
+
+
+def test_a_rival_beside_another_process_is_flagged(family: list[Record], gan: Record) -> None:
+    assert "flags" not in rivals_grid(overview([*family, gan])).headings
+    crowded = gan.model_copy(update={"device_during": DeviceState(foreign_processes=2)})
+    grid = rivals_grid(overview([*family, crowded]))
+    marked = [row[grid.headings.index("flags")] for row in grid.rows]
+    assert marked == ["shared GPU", "-"]

@@ -132,9 +132,9 @@ def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
 
 def test_the_version_and_the_commit_are_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     known = metadata.version("ldmperf")
-    monkeypatch.setattr("ldmperf.profiling.measure.environment.checkout", lambda: ("0123456789" * 4, False))
+    monkeypatch.setattr("ldmperf.profiling.measure.checkout.checkout", lambda: ("0123456789" * 4, False))
     assert run("--version").out == f"ldmperf {known} (commit 0123456)\n"
-    monkeypatch.setattr("ldmperf.profiling.measure.environment.checkout", lambda: (None, None))
+    monkeypatch.setattr("ldmperf.profiling.measure.checkout.checkout", lambda: (None, None))
     outcome = run("--version")
     assert (outcome.code, outcome.out, outcome.err) == (0, f"ldmperf {known}\n", "")
 

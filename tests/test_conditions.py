@@ -25,7 +25,7 @@ from ldmperf.profiling.report.details import cases_grid, device_lines, lines_gri
 from ldmperf.profiling.report.ladder import costs_grid, costs_title, groups_grid, ladder_grid
 from ldmperf.profiling.step.call import OperatorCall
 from ldmperf.profiling.step.calls import attention_calls
-from ldmperf.profiling.trajectory.records import Energy, Trace
+from ldmperf.profiling.trajectory.record_parts import Energy, Trace
 
 MakeRecord = Callable[..., Record]
 CAPPED = DeviceState(throttle_reasons=("ApplicationsClocksSetting", "SwPowerCap"))
@@ -151,18 +151,19 @@ def test_a_failed_case_has_no_flag(measured: Callable[..., list[Record]], make_r
     assert "throttled" not in printed([failed])
 
 
-def test_energy_has_columns_where_there_is_any(measured: Callable[..., list[Record]]) -> None:
+def test_energy_has_a_column_where_there_is_any(measured: Callable[..., list[Record]]) -> None:
     energy = Energy(joules=640.0, window_s=2.0, trajectories=4, counted_s=1.9, relative_error=0.0025)
     records = measured(energy=energy)
     text, plain = printed(records), printed(measured())
-    assert "mean" not in plain
+    assert "J per" not in plain
     (row,) = (line for line in text.splitlines() if re.match(r"39M +graph ", line) and line.split()[4] == "251.0")
     # 160 J a trajectory: two images, four steps; 640 J in 2 s.
-    assert row.split()[-3:] == ["80.00", "40.00", "320"]
+    assert row.split()[-1] == "80.00"
     assert "what it takes when idle is not subtracted" in " ".join(text.split())
     grid = cases_grid(overview(records))
     cells = next(dict(zip(grid.headings, row, strict=True)) for row in grid.rows if row[0] == "39M, graph")
-    assert (cells["J per image"], cells["energy window s"], cells["energy error"]) == ("80.00", "2.000", "0.2%")
+    assert (cells["J per image"], cells["J per step"], cells["mean W"]) == ("80.00", "40.00", "320")
+    assert (cells["energy window s"], cells["energy error"]) == ("2.000", "0.2%")
     why = Energy(message="NVML's energy counter did not move in 6.0 s")
     grid = cases_grid(overview(measured(energy=why)))
     assert "no energy because" in grid.headings

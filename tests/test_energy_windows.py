@@ -21,7 +21,8 @@ from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.energy_windows import ENERGY_SHARE, EnergyTime, seconds_of_a_window
 from ldmperf.profiling.trajectory.lane import Lane
 from ldmperf.profiling.trajectory.ours import OurBackend
-from ldmperf.profiling.trajectory.records import Energy, RecordStore, Trace
+from ldmperf.profiling.trajectory.record_parts import Energy, Trace
+from ldmperf.profiling.trajectory.records import RecordStore
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend
 
 pytestmark = pytest.mark.usefixtures("_one_thread")

@@ -26,7 +26,7 @@ from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors, floor_of, step_shape
 from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
 from ldmperf.profiling.trajectory.network import family_config
-from ldmperf.profiling.trajectory.records import Floor
+from ldmperf.profiling.trajectory.record_parts import Floor
 from ldmperf.profiling.trajectory.rungs import all_backends
 
 pytestmark = pytest.mark.usefixtures("_one_thread")

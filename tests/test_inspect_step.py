@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from ldmperf.profiling import Case, Record
+from ldmperf.profiling import Case, Record, load_records
 from ldmperf.profiling.figures.step_times import times_by_name
 from ldmperf.profiling.machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S
 from ldmperf.profiling.measure.environment import Environment, Gpu, collect_environment
 from ldmperf.profiling.measure.recorded import KernelTime
 from ldmperf.profiling.step.class_times import CLASSES_NAME, ClassTime, ClassTimes
 from ldmperf.profiling.step.classes import CLASSES
-from ldmperf.profiling.trajectory.records import RECORDS_NAME, Floor, Trace
+from ldmperf.profiling.trajectory.record_parts import Floor, Trace
+from ldmperf.profiling.trajectory.records import RECORDS_NAME
 
 SMALL = ("--latent", "16x8", "--tokens", "7")
 ALL = ["convolution", "linear", "self-attention", "cross-attention", "norm", "elementwise", "sampler"]
@@ -131,6 +132,15 @@ def test_measured_times_of_a_trace_stand_beside_the_floors(run: Run, traced: Pat
     printed = run("inspect", "39M", "--trace", traced).out
     for part in ("measured ms", "% of floor", "2 steps of torch, eager", "Of no class: 1.000 ms"):
         assert part in printed
+    assert "the host's clock, the profiler's own work included" in " ".join(printed.split())
+    # The folder's record is of the timed run.
+    ((timed,), _) = load_records(traced)
+    assert found["timed_ms_per_step"] == timed.ms_per_step
+    share = 100 * found["step"]["floor_ms"] / (timed.ms_per_step or 0)
+    assert f"a step, {share:.0f} % of floor" in printed
+    (traced / RECORDS_NAME).unlink()
+    assert told(run, "39M", "--trace", traced)["timed_ms_per_step"] is None
+    assert "Timed on" not in run("inspect", "39M", "--trace", traced).out
 
 
 def test_a_trace_of_something_else_is_refused(run: Run, traced: Path) -> None:

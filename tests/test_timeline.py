@@ -217,8 +217,19 @@ def test_without_a_step_or_its_kernels_there_is_nothing_to_attribute() -> None:
 
 
 def test_a_trace_to_share_names_no_host_and_no_path() -> None:
-    exported = {"schemaVersion": 1, "traceEvents": CPU, "host_name": "vm", "traceName": "/home/me/trace.json"}
-    assert shared(exported, {"case": "x"}) == {"schemaVersion": 1, "traceEvents": CPU, "ldmperf": {"case": "x"}}
+    # Names last, an event before what began earlier, and an inner range before the outer one it begins with.
+    outer, inner, later = (
+        {"ph": "X", "ts": ts, "dur": dur, "name": name}
+        for ts, dur, name in ((1, 9, "a"), (1, 2, "b"), (4, 1, "c"))
+    )
+    names = {"ph": "M", "ts": 0, "name": "process_name"}
+    events = [later, inner, outer, names]
+    exported = {"schemaVersion": 1, "traceEvents": events, "host_name": "vm", "traceName": "/home/me/trace.json"}
+    assert shared(exported, {"case": "x"}) == {
+        "schemaVersion": 1,
+        "traceEvents": [names, outer, inner, later],
+        "ldmperf": {"case": "x"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from ldmperf.profiling import Record, load_records
+from ldmperf.profiling.measure.environment import DeviceState
 from ldmperf.profiling.measure.recorded import KernelTime
 from ldmperf.profiling.report.trace_tables import TraceReport
 from ldmperf.profiling.step.class_times import ClassTime, read_class_times
 from ldmperf.profiling.step.classes import CLASSES
 from ldmperf.profiling.trajectory.case import Case
-from ldmperf.profiling.trajectory.records import Trace
+from ldmperf.profiling.trajectory.record_parts import Trace
 from ldmperf.profiling.trajectory.timeline import AttributedStep, TopKernel
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -37,6 +38,12 @@ def test_a_trace_is_a_folder_of_four_files(tiny_checkpoint: Path, tmp_path: Path
     whole = [event for event in chrome["traceEvents"] if event["ph"] == "X"]
     assert all({"ts", "dur", "name", "pid", "tid"} <= event.keys() and event["dur"] >= 0 for event in whole)
     assert {"trajectory", "step 0", "step 1", "down.0.resnets.0", "convolution"} <= {e["name"] for e in whole}
+    # In order, as Perfetto reads it: names of threads, then events by time.
+    kinds = [event["ph"] == "M" for event in chrome["traceEvents"]]
+    assert kinds == sorted(kinds, reverse=True)
+    assert sum(kinds) > 0
+    stamps = [event["ts"] for event in chrome["traceEvents"] if event["ph"] != "M"]
+    assert stamps == sorted(stamps)
     assert str(tiny_checkpoint.parent) not in (folder / "trace.json").read_text()
 
     times = read_class_times(folder)
@@ -139,3 +146,5 @@ def test_on_a_gpu_the_graph_is_timed_and_its_eager_twin_attributed(make_record: 
         ("the rest", "-", "2.5", "0.5000", "33.3%"),
     )
     assert "\x1b" not in TraceReport(record, "graph", times, 2).markdown()
+    throttled = record.model_copy(update={"device_during": DeviceState(throttle_reasons=("SwPowerCap",))})
+    assert "1 of 1 case marked throttled: SwPowerCap" in TraceReport(throttled, "graph", times, 1).lines[3]

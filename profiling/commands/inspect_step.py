@@ -40,6 +40,9 @@ _FIELDS = {
     "tokens": ("context_tokens",),
 }
 
+# Whose times those of a trace are.
+_CLOCKS = {"device": "the device's clock", "host": "the host's clock, the profiler's own work included"}
+
 
 def inspect_step(
     unet: str,
@@ -62,7 +65,7 @@ def inspect_step(
         found = read_class_times(trace)
         record = _timed_beside(trace, found)
         times, backend = times_by_range(found), found.backend
-        measured_by = f"{trace}: the mean of {found.steps} steps of {backend}, eager, by the {found.clock}'s clock"
+        measured_by = f"{trace}: the mean of {found.steps} steps of {backend}, eager, by {_CLOCKS[found.clock]}"
         _check_network(network, found.unet, trace)
     elif records is not None:
         record = _traced_record(records, network, chosen)
@@ -78,7 +81,15 @@ def inspect_step(
     except Exception as error:
         raise CaseError(f"{case.label}: no step of this shape can be counted: {failure(error)[1]}") from None
     told = StepRoofline(
-        case, roof, rates, arch is not None, is_merged, parts, times=times, measured_by=measured_by
+        case,
+        roof,
+        rates,
+        arch is not None,
+        is_merged,
+        parts,
+        times=times,
+        measured_by=measured_by,
+        timed=record,
     )
     if as_json:
         print_json(roofline_json(told))
@@ -181,6 +192,8 @@ def _roof(
             f"{here.device}; give --arch for a chip's published rates"
         )
     try:
-        return measured_roof(KeptCeilings(tell).of(case.device), case.dtype), f"measured on {here.device}"
+        ceilings = KeptCeilings(tell).of(case.device)
+        beside = ", beside other work, so that they may be too low" if ceilings.crowded else ""
+        return measured_roof(ceilings, case.dtype), f"measured on {here.device}{beside}"
     except Unsupported as reason:
         raise CaseError(f"{reason}; give --arch for a chip's published rates") from None

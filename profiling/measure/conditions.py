@@ -71,7 +71,7 @@ def flag_notes(records: Sequence[Measured], noun: str) -> list[str]:
     found = Counter(flag for record in records for flag in flags(record))
     of = counted(len(records), noun)
     return [
-        f"{times} of {of} marked {flag}, while measured: such a time is not that of the free GPU."
+        f"{times} of {of} marked {flag}, seen while they were measured. Such a time is not that of a free GPU."
         for flag, times in sorted(found.items())
     ]
 

@@ -8,24 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
-import subprocess
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import AwareDatetime
 
-from ..options import CaseError
+from .checkout import checkout, commit_time
 from .nvml import Sensor
 from .recorded import RecordModel
 from .settings import measuring_settings, ptxas_version
 
 T = TypeVar("T")
-# The commit of code that came without its .git.
-COMMIT_VARIABLE = "LDMPERF_COMMIT"
 
 
 class Gpu(RecordModel):
@@ -160,7 +155,7 @@ def collect_environment(device: str = "cpu") -> Environment:
         gpu=_gpu(device) if is_cuda else None,
         git_commit=commit,
         git_dirty=dirty,
-        commit_time=_commit_time(commit),
+        commit_time=commit_time(commit),
     )
 
 
@@ -236,42 +231,6 @@ def _memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = _or_none(lambda: int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return total if limit is None else min(total, limit)
-
-
-def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).resolve().parent
-    answer = _or_none(
-        lambda: subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
-        )
-    )
-    return None if answer is None else answer.stdout.strip()
-
-
-def checkout() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the checkout that holds this file; untracked files do not count as dirty."""
-    # A wheel in a .venv inside some checkout is not that checkout's code: git must track this very folder.
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return _told_commit(), None
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
-
-
-def _commit_time(commit: str | None) -> datetime | None:
-    """When the commit was made, in UTC; None where git does not know it."""
-    made = None if commit is None else _git("show", "-s", "--format=%cI", commit)
-    return None if made is None else _or_none(lambda: datetime.fromisoformat(made).astimezone(UTC))
-
-
-def _told_commit() -> str | None:
-    """LDMPERF_COMMIT, None if it is not set. Raises CaseError for what is no commit's name."""
-    commit = os.environ.get(COMMIT_VARIABLE, "").strip().lower()
-    if commit and re.fullmatch("[0-9a-f]{7,40}", commit) is None:
-        raise CaseError(
-            f"{COMMIT_VARIABLE} is {commit!r}, which is no commit: set it to what `git rev-parse HEAD` prints, "
-            "or unset it"
-        )
-    return commit or None
 
 
 def _tuned_digest(device: str) -> str | None:

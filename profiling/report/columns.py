@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..figures import text
-from ..figures.derived import PEER, Overview, Row, decoder_share, ratio, step_ms
+from ..figures.derived import PEER, Overview, Row, decoder_share, step_ms
 from ..measure.conditions import marks
 from ..terminal.layout import MISSING, formatted, number
 from ..terminal.visible import visible
@@ -58,7 +58,6 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
         Column(("ms per step", "p20..p80"), lambda row: _spread(row.record)),
         *_floor_columns(shown),
         Column(("ms per", "image"), lambda row: number(row.record.ms_per_image)),
-        Column(("images", "per s"), lambda row: number(ratio(1e3, row.record.ms_per_image))),
         Column(("cost", "here"), lambda row: text.short_ratio(None if row.cost is None else row.cost.p50)),
         Column(("cost", "paper"), lambda row: text.short_ratio(row.paper_cost)),
     ]
@@ -68,12 +67,8 @@ def _columns(shown: Overview) -> tuple[Column, ...]:
         columns.append(Column(("decoder", "share"), lambda row: formatted(decoder_share(row.record), ".1%")))
     if any(row.case.backend == PEER for row in shown.rows):
         columns.append(Column(("times", "faster"), lambda row: text.times(row.times_faster)))
-    if any(row.record.mean_power_w is not None for row in shown.rows):
-        columns += [
-            Column(("J per", "image"), lambda row: number(row.record.joules_per_image)),
-            Column(("J per", "step"), lambda row: number(row.record.joules_per_step)),
-            Column(("mean", "W"), lambda row: formatted(row.record.mean_power_w, ".0f")),
-        ]
+    if any(row.record.joules_per_image is not None for row in shown.rows):
+        columns.append(Column(("J per", "image"), lambda row: number(row.record.joules_per_image)))
     if any(marks(row.record) for row in shown.timed):
         columns.append(Column(("", "flags"), lambda row: marks(row.record) or MISSING, is_number=False))
     return tuple(columns)

@@ -12,7 +12,8 @@ from ..measure.environment import DeviceState, Environment
 from ..measure.nvml import ON_A_CPU
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from ..trajectory.records import Energy, Record
+from ..trajectory.record_parts import Energy
+from ..trajectory.records import Record
 
 GIB = 2**30
 
@@ -31,6 +32,7 @@ def cases_grid(shown: Overview) -> Grid:
         "wall ms p50": lambda row: number(row.record.wall_ms.p50 if row.record.wall_ms else None),
         "wall ms p80": lambda row: number(row.record.wall_ms.p80 if row.record.wall_ms else None),
         "wall ms min": lambda row: number(row.record.wall_ms.min if row.record.wall_ms else None),
+        "images per s": lambda row: number(row.record.images_per_s),
         "GPU ms p50": lambda row: number(row.record.gpu_ms.p50 if row.record.gpu_ms else None),
         "wall beyond GPU": lambda row: _wall_beyond_gpu(row.record),
         "weights ms": lambda row: number(row.record.phases.weights_ms),
@@ -45,6 +47,8 @@ def cases_grid(shown: Overview) -> Grid:
         "SM MHz before, after": lambda row: _states(row.record, lambda s: formatted(s.sm_clock_mhz, "d")),
         "throttle reasons after": lambda row: ", ".join(row.record.device_after.throttle_reasons or ()) or MISSING,
         "J per image": lambda row: number(row.record.joules_per_image),
+        "J per step": lambda row: number(row.record.joules_per_step),
+        "mean W": lambda row: formatted(row.record.mean_power_w, ".0f"),
         "energy window s": lambda row: number(energy.window_s if (energy := _counted(row.record)) else None),
         "energy error": lambda row: formatted(
             energy.relative_error if (energy := _counted(row.record)) else None, ".1%"
@@ -137,6 +141,11 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
             f"after {harness.warmup_count} for warm-up{beside}{cut}"
         )
     return list(dict.fromkeys(lines))
+
+
+def flags_cell(record: Record) -> str:
+    """The flags of a time, without details; a case without a time has none."""
+    return (marks(record) if record.wall_ms is not None else "") or MISSING
 
 
 def largest_error(record: Record) -> str:

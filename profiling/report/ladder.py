@@ -12,7 +12,7 @@ from ..step.groups import OTHER, Other, by_group
 from ..step.launches import GROUPS, LaunchGroup
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from .details import GIB, largest_error
+from .details import GIB, flags_cell, largest_error
 
 # Fewer backends are told apart by the table of the run.
 MIN_RUNGS = 3
@@ -77,7 +77,7 @@ def ladder_grid(shown: Overview) -> Grid:
         "peak memory GiB": lambda rung: number(ratio(rung.row.record.peak_memory_bytes, GIB)),
         "J per image": lambda rung: number(rung.row.record.joules_per_image),
         "relative RMS error": lambda rung: largest_error(rung.row.record),
-        "flags": lambda rung: _marks(rung.row),
+        "flags": lambda rung: flags_cell(rung.row.record),
         "no time because": lambda rung: (
             MISSING if rung.row.record.wall_ms is not None else text.failure(rung.row.record)
         ),
@@ -95,9 +95,10 @@ def groups_grid(shown: Overview) -> Grid:
     for ladder in ladders(shown):
         size = visible(text.joined((ladder.name, shown.conditions.heading(ladder.section))))
         for rung in ladder.rungs:
-            trace = rung.row.record.trace
-            if trace is not None and trace.step:
-                found.append((size, visible(rung.row.case.backend), by_group(trace.step), _marks(rung.row)))
+            record = rung.row.record
+            if (trace := record.trace) is not None and trace.step:
+                backend = visible(rung.row.case.backend)
+                found.append((size, backend, by_group(trace.step), flags_cell(record)))
     groups = [group for group in (*GROUPS, OTHER) if any(group in of for _, _, of, _ in found)]
 
     def cell(of: Mapping[LaunchGroup | Other, tuple[float, float]], group: LaunchGroup | Other) -> str:
@@ -145,10 +146,6 @@ def _cost(row: Row | None) -> str:
     if row is None or row.cost is None:
         return MISSING
     return text.short_ratio(row.cost.p50) + ("*" if marks(row.record) else "")
-
-
-def _marks(row: Row) -> str:
-    return (marks(row.record) if row.record.wall_ms is not None else "") or MISSING
 
 
 def _launches(row: Row) -> str:

@@ -27,8 +27,12 @@ def notes(shown: Overview) -> tuple[str, ...]:
     if any(row.record.floor is not None for row in rows):
         notes.append(
             "floor: for each launch of a step the longest of its bytes, FLOPs and exponentials at the ceilings "
-            "measured on this machine; % of floor: floor over ms per step, above 100 where caches serve the bytes"
+            "measured on this machine; % of floor: floor over ms per step"
         )
+        if any((row.record.percent_of_floor or 0.0) > 100 for row in rows):
+            notes[-1] += (
+                ", above 100 where caches serve the bytes or where other work ran while the ceilings were measured"
+            )
     if references:
         base = f"{references[0]}, the" if len(references) == 1 else "the row with 1.00, each backend's"
         notes.append(
@@ -44,10 +48,10 @@ def notes(shown: Overview) -> tuple[str, ...]:
         )
     if any(row.case.backend == PEER for row in rows):
         notes.append(f"times faster: the time of {PEER} over that of the row's backend, same case and environment")
-    if any(row.record.mean_power_w is not None for row in rows):
+    if any(row.record.joules_per_image is not None for row in rows):
         notes.append(
-            "J, mean W: the whole GPU's energy by NVML's counter, in a window of whole trajectories after timing; "
-            "what it takes when idle is not subtracted"
+            "J per image: the whole GPU's energy by NVML's counter, in a window of whole trajectories after "
+            "timing; what it takes when idle is not subtracted"
         )
     without = [row.record.status for row in rows if row.record.status != "ok"]
     if without:

@@ -8,9 +8,9 @@ from ..figures import text
 from ..figures.beside import ends_with, ms_to_image, rivals_beside
 from ..figures.derived import Overview, Row
 from ..figures.phrases import Conditions
-from ..measure.conditions import marks
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
+from .details import flags_cell
 
 RIVALS_TITLE = "Rivals beside the family: whole samples"
 RIVALS_NOTE = (
@@ -37,7 +37,7 @@ def rivals_grid(shown: Overview) -> Grid:
         "ms per image": lambda row: number(row.record.ms_per_image),
         "p20..p80": _spread,
         "ms to an image": lambda row: number(ms_to_image(row.record, ends_with(row))),
-        "flags": lambda row: (marks(row.record) if row.record.wall_ms is not None else "") or MISSING,
+        "flags": lambda row: flags_cell(row.record),
         "no time because": lambda row: MISSING if row.record.wall_ms is not None else text.failure(row.record),
     }
     words = ("generator", "backend", "conditions", "steps", "ends with", "flags", "no time because")

@@ -10,11 +10,13 @@ from typing import Any
 from rich.console import Console
 
 from ..figures.step_times import StepTimes, percent_of
+from ..measure.conditions import flag_notes
 from ..step.classes import OperatorClass
 from ..step.roofline import Roof, StepPart, WorkSums, by_class, sums_of
 from ..terminal.layout import MISSING, formatted, laid_out, number
 from ..terminal.visible import counted, say, say_wrapped, width_of
 from ..trajectory.case import Case
+from ..trajectory.records import Record
 
 _WORDS = ("class", "bound by")
 
@@ -27,6 +29,7 @@ class StepRoofline:
     prediction  whether they are a chip's published ones, and not measured here
     is_merged   whether matmuls are merged with norms and gates where that is predicted to gain
     times       what was measured, and `measured_by`, in words, how; None where nothing was
+    timed       the record of the run that was timed without the profiler; None without one
     """
 
     case: Case
@@ -37,6 +40,7 @@ class StepRoofline:
     parts: Sequence[StepPart]
     times: StepTimes | None = None
     measured_by: str | None = None
+    timed: Record | None = None
 
     @property
     def classes(self) -> Mapping[OperatorClass, WorkSums]:
@@ -70,6 +74,7 @@ def roofline_json(found: StepRoofline) -> dict[str, Any]:
         "attention_measured_ms": None if times is None else times.attention_ms,
         "other_measured_ms": None if times is None else times.other_ms,
         "step": _values(found.step, found.measured_step_ms),
+        "timed_ms_per_step": None if found.timed is None else found.timed.ms_per_step,
     }
 
 
@@ -96,7 +101,7 @@ def print_roofline(found: StepRoofline, console: Console) -> None:
     )
     say(console)
     headings = (
-        "class", "launches", "GFLOP", "MB", "G exponentials", "floor ms", "bound by", "measured ms", "% of floor"
+        "class", "launches", "GFLOP", "MB", "G exp", "floor ms", "bound by", "measured ms", "% of floor"
     )  # fmt: skip
     for line in laid_out(headings, _rows(found), words=_WORDS, width=width_of(console)).lines:
         say(console, line)
@@ -132,13 +137,23 @@ def _notes(found: StepRoofline) -> list[str]:
         else "every matmul apart from norms and gates"
     )
     notes = [
-        "floor: each launch at the longest of its bytes, FLOPs and exponentials, summed; bound by: what bounds "
-        "most of it. Caches may serve bytes faster, so that more than 100 % can be right.",
+        "G exp: 1e9 exponentials. floor: each launch at the longest of its bytes, FLOPs and exponentials, summed; "
+        "bound by: what bounds most of it.",
         f"Counts are of our step, launches those of a GPU; {merged}.",
     ]
     if times is None:
         return notes
-    notes.append(f"measured: {found.measured_by}")
+    notes += [
+        f"measured: {found.measured_by}",
+        "% of floor: floor over measured; caches may serve bytes faster, so that more than 100 can be right.",
+    ]
+    if (timed := found.timed) is not None:
+        share = formatted(percent_of(found.step.floor_ms, timed.ms_per_step), ".0f")
+        notes.append(
+            f"Timed on {timed.case.backend}, without the profiler: {number(timed.ms_per_step)} ms a step, "
+            f"{share} % of floor."
+        )
+        notes += flag_notes([timed], "case")
     if times.attention_ms is not None:
         floor_ms = sums_of([part for part in found.parts if "attention" in part.of], found.roof).floor_ms
         share = formatted(percent_of(floor_ms, times.attention_ms), ".0f")

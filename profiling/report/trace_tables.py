@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..figures.derived import overview, step_ms
 from ..figures.text import joined, short_ratio
-from ..measure.conditions import busy_notes, commit
+from ..measure.conditions import busy_notes, commit, flag_notes
 from ..terminal.layout import MISSING, Grid, laid_out, number
 from ..terminal.visible import counted, for_markdown, say, say_wrapped, width_of
 from ..trajectory.attribution import EAGER_TWINS
@@ -35,7 +35,8 @@ class TraceReport:
         environment = record.environment
         versions = f"torch {environment.torch}", commit(environment)
         conditions = joined([record.case.label, *overview([record]).conditions.shared, *versions])
-        return [conditions, self._timed(), self._attributed(), *busy_notes([record], "case")]
+        doubts = [*flag_notes([record], "case"), *busy_notes([record], "case")]
+        return [conditions, self._timed(), self._attributed(), *doubts]
 
     def _timed(self) -> str:
         record = self.record

@@ -17,7 +17,8 @@ from ..measure.outcomes import failure
 from ..measure.timing import Deadline, timed
 from .backend import Problem
 from .lane import Lane
-from .records import Energy, Record
+from .record_parts import Energy
+from .records import Record
 from .short_traces import trace_order
 
 # The share of a profile's seconds that windows may take, out of those for traces.

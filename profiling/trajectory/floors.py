@@ -14,7 +14,7 @@ from ..options import DType
 from ..step.roofline import Roof, StepPart, StepShape, least_ms, step_parts, sums_of
 from .backend import Problem
 from .case import Case
-from .records import Floor
+from .record_parts import Floor
 
 
 def step_shape(case: Case) -> StepShape:

@@ -30,7 +30,8 @@ from ..terminal.visible import counted, visible
 from .backend import Backend, Configured, Phased, Problem, Trajectory
 from .case import Case
 from .check import TOLERANCES, Reference
-from .records import Energy, Floor, Harness, Phases, Record
+from .record_parts import Energy, Floor, Harness, Phases
+from .records import Record
 
 
 @dataclass

@@ -18,7 +18,8 @@ from ..measure.timing import Deadline
 from .backend import Backend
 from .case import Case
 from .network import Networks
-from .records import Record, Trace
+from .record_parts import Trace
+from .records import Record
 
 # Enough for a multistep solver to run mostly at its full order; the profiler's own work grows with each step.
 TRACE_STEPS = 8

@@ -212,6 +212,14 @@ def _nested(events: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, 
 
 
 def shared(trace: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The trace as it is written: without the host's name and paths, with `about` beside its events."""
-    kept = ("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds", "traceEvents")
-    return {name: trace[name] for name in kept if name in trace} | {"ldmperf": dict(about)}
+    """The trace as it is written: without the host's name and paths, with `about` beside its events.
+
+    Names of processes and threads come first, then all events in the order of time, an outer one before those that
+    begin with it: readers that take a trace in pieces need no sorting.
+    """
+    kept = ("schemaVersion", "deviceProperties", "displayTimeUnit", "baseTimeNanoseconds")
+    events = sorted(
+        trace["traceEvents"],
+        key=lambda event: (event.get("ph") != "M", event.get("ts", 0.0), -event.get("dur", 0.0)),
+    )
+    return {name: trace[name] for name in kept if name in trace} | {"traceEvents": events, "ldmperf": dict(about)}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..measure.recorded import KernelTime
-from .records import Trace
+from .record_parts import Trace
 
 # Of templates, whose names can be pages.
 LONGEST_NAME = 200

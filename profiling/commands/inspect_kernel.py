@@ -1,0 +1,176 @@
+"""`ldmperf inspect OPERATOR`: a kernel compiled for a chip that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..options import CaseError, dtype_named, whole
+from ..terminal.visible import console
+from .shared import print_json, stop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ldmperf.kernels import Launch
+
+    from ..machines import Machine
+    from ..static.shapes import Shape
+
+
+def inspect_kernel(
+    kernel: str,
+    sizes: dict[str, Any],
+    *,
+    arch: str,
+    dtype: str,
+    size: str | None,
+    as_json: bool,
+    sass: bool,
+) -> None:
+    """Prints what the compiler makes of the kernel's launches at those sizes, or of all in a step of `size`."""
+    from ..static.display import by_distance, print_inspection, print_work_list
+    from ..static.inspection import inspect_launch
+
+    if sizes.get("head_dim") == "family":
+        results = _every_head_dim(kernel, arch, dtype_named(dtype), size, sizes, sass=sass)
+        if as_json:
+            print_json(by_distance(results))
+        else:
+            print_work_list(results, console())
+        return
+    if "head_dim" in sizes:
+        sizes["head_dim"] = _head_dim(sizes["head_dim"])
+    machine, launches = _chosen(kernel, arch, dtype_named(dtype), size, sizes)
+    with _told_in_one_line(kernel, arch):
+        inspections = [inspect_launch(launch, machine) for launch in launches]
+    if as_json:
+        told = [one.as_json() | ({"sass": one.code} if sass else {}) for one in inspections]
+        print_json(told)
+        return
+    out = console()
+    for inspection in inspections:
+        print_inspection(inspection, out, sass=sass)
+
+
+def option(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _chosen(
+    kernel: str, arch: str, dtype: str, size: str | None, given: dict[str, int]
+) -> tuple[Machine, list[Launch]]:
+    """The machine and the launches that the options name."""
+    from ..static.compile import require_compiler
+
+    require_compiler()
+    from ldmperf.kernels import OPERATORS
+
+    from ..machines import MACHINES
+    from ..static.planned import planned
+    from ..static.shapes import SHAPES
+
+    known = [name for name in OPERATORS if name in SHAPES]
+    for what, name, names in (("kernel", kernel, known), ("architecture", arch, MACHINES)):
+        if name not in names:
+            others = ", sizes (39M ... 5B) and paths of checkpoints" if what == "kernel" else ""
+            raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}{others}")
+    machine = MACHINES[arch]
+    if size is None:
+        build, shape = _shape(kernel, dtype, given)
+        return machine, planned(kernel, build(shape), machine)
+    return machine, _of_size(kernel, dtype, size, machine, given)
+
+
+def _every_head_dim(
+    kernel: str, arch: str, dtype: str, size: str | None, given: dict[str, int], *, sass: bool
+) -> list[dict[str, Any]]:
+    """`Inspection.as_json` of the kernel at each head dimension of the family."""
+    machine, _ = _chosen(kernel, arch, dtype, size, given | {"head_dim": 8})
+    if machine.backend != "cuda":
+        raise CaseError(f"no units of {arch} are modelled, so --head-dim family has no table; give one number")
+    if sass:
+        raise CaseError("--head-dim family prints a table; for --sass give one number")
+    from ..static.forked import usable_cores
+    from ..static.sweep import ShapeItem, inspect_items
+    from ..step.calls import FAMILY_HEAD_DIMS
+    from ..terminal.counting import counting
+
+    shapes = (_shape(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
+    items = [ShapeItem(kernel, f"head_dim={shape.head_dim}", shape, arch) for shape in shapes]
+    results = []
+    with (
+        _told_in_one_line(kernel, arch),
+        counting(console(stderr=True), len(items), "head dimensions compiled") as count,
+    ):
+        for result in inspect_items(items, min(usable_cores(), 8)):
+            results.append(result)
+            count(str(result["size"]))
+    return results
+
+
+@contextmanager
+def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
+    """Ends the command with one line and exit code 1 where the compiler, or the folder it writes to, refuses."""
+    from triton.errors import TritonError
+
+    from ..static.compile import cache_refused
+
+    try:
+        yield
+    except OSError as failure:
+        reason = cache_refused(failure)
+    # The compiler's passes raise RuntimeError.
+    except (TritonError, RuntimeError) as failure:
+        last = (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
+        reason = f"{kernel} of this shape does not compile for {arch} ({last.strip()}); choose a smaller one"
+    else:
+        return
+    stop(reason, 1)
+
+
+def _head_dim(text: str) -> int:
+    value = whole(text)
+    if value is None or value % 4 or not 4 <= value <= 384:
+        raise CaseError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
+    return value
+
+
+def _shape(kernel: str, dtype: str, given: dict[str, int]) -> tuple[Callable[[Shape], dict[str, Any]], Shape]:
+    """What makes the kernel's arguments, and of which numbers."""
+    import torch
+
+    from ..static.shapes import SHAPES, Shape
+
+    build, takes, defaults = SHAPES[kernel]
+    for name in given:
+        if name not in takes:
+            raise CaseError(f"{kernel} takes no {option(name)}; it takes {', '.join(map(option, takes))}")
+    shape = Shape(getattr(torch, dtype), **{**defaults, **given})
+    channels = shape.channels + shape.skip_channels
+    if "groups" in takes and channels % shape.groups:
+        raise CaseError(f"{channels} channels do not divide into {shape.groups} groups; choose --groups")
+    return build, shape
+
+
+def _of_size(kernel: str, dtype: Any, size: str, machine: Machine, given: dict[str, int]) -> list[Launch]:
+    from ldmperf.model import FAMILY
+
+    from ..static.planned import distinct_launches, family_launches
+    from ..step.calls import vae_calls
+
+    for name in given:
+        if name != "batch":
+            raise CaseError(f"--size brings its own shapes; leave out {option(name)}")
+    if size == "vae":
+        cases = [case for case in vae_calls(dtype, given.get("batch", 1)) if case.operator == kernel]
+        found = list(distinct_launches(cases, machine).values())
+    elif size in FAMILY:
+        found = list(family_launches(size, given.get("batch", 2), dtype, kernel, machine).values())
+    else:
+        raise CaseError(f"unknown size {size!r}; there are {', '.join(FAMILY)}, vae")
+    if not found:
+        raise CaseError(f"size {size} does not use {kernel}")
+    return found
