@@ -151,7 +151,7 @@ def _timed_beside(trace: Path, times: ClassTimes) -> Record | None:
 
 
 def _traced_record(path: Path, network: str, chosen: dict[str, Any]) -> Record:
-    """The record of the network with a traced step, of the case that the options name; our graph's first."""
+    """The latest record of the network with a traced step, of the case that the options name; our graph's first."""
     found, _ = given_records([path])
     label = Case(unet=network).label
     fitting = [
@@ -167,7 +167,7 @@ def _traced_record(path: Path, network: str, chosen: dict[str, Any]) -> Record:
             f"{path} has no record of {label} with a traced step and these options; `ldmperf profile` traces on a "
             "GPU, `ldmperf trace` everywhere"
         )
-    return min(fitting, key=lambda record: trace_order(record.case))
+    return min(fitting, key=lambda record: (trace_order(record.case), -record.started_at.timestamp()))
 
 
 def _roof(
