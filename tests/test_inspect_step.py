@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,20 @@ def test_a_records_trace_and_its_own_ceilings(run: Run, recorded: Callable[..., 
     assert "do not tell them apart" in run("inspect", "39M", "--records", path).out
     # diffusers merges nothing.
     assert told(run, "39M", "--records", recorded("diffusers", floor=FLOOR))["merged"] is False
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_traces_of_a_case_the_latest_counts(
+    run: Run, recorded: Callable[..., Path], tmp_path: Path, order: int
+) -> None:
+    lines = []
+    for hour, ms in enumerate((1.0, 3.0, 2.0)):
+        trace = Trace(launches=300, busy_ms=ms, step=(KernelTime(name="group_norm_kernel", launches=1.0, ms=ms),))
+        started_at = datetime(2026, 11, 26, hour, tzinfo=UTC)
+        lines.append(recorded("graph", floor=FLOOR, trace=trace, started_at=started_at).read_text())
+    path = tmp_path / "several.jsonl"
+    path.write_text("".join(lines[::order]))
+    assert told(run, "39M", "--records", path)["step"]["measured_ms"] == pytest.approx(2.0)
 
 
 def test_a_records_machine_is_not_taken_for_this_one(run: Run, recorded: Callable[..., Path]) -> None:
