@@ -5,18 +5,22 @@ tests/test_readme.py fails while a page differs from what this writes, so no fig
 
 import json
 import textwrap
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from markers import with_blocks
 
-from ldmperf.profiling import load_records
+from ldmperf.profiling import Record, load_records
+from ldmperf.profiling.claims import judge
+from ldmperf.profiling.claims.summary import shared_by_all, summaries
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.figures.derived import PEER, Overview, Row, Section
 from ldmperf.profiling.figures.text import joined, short_ratio
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.terminal.layout import formatted, number
+from ldmperf.profiling.terminal.visible import for_markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/comparing.md")
@@ -62,18 +66,27 @@ def _cost(row: Row) -> str:
     return short_ratio(None if row.cost is None else row.cost.p50)
 
 
-def _shown(marker: str) -> Overview:
+def _records(marker: str) -> list[Record]:
     """The records that a marker names."""
     path = marker.split()[0]
     records, rejected = load_records(ROOT / path)
     if rejected:
         raise SystemExit(f"{path}: {rejected} lines are not records")
-    return overview(records)
+    return records
+
+
+def verdicts(marker: str) -> str:
+    """The conditions of the records, and a sentence for each claim that they decide, or leave undecided."""
+    judged = judge(_records(marker))
+    conditions = f"**Measured**: {joined(shared_by_all(judged).values())}."
+    sentences = (f"- **{for_markdown(of.claim.text)}**: {for_markdown(of.sentence)}." for of in summaries(judged))
+    fill = partial(textwrap.fill, width=125, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([fill(conditions), "", *(fill(line, subsequent_indent="  ") for line in sentences)])
 
 
 def gate(marker: str) -> str:
     """What bench/gate_check.py has found on a machine, from its JSON; without one, that it is not measured."""
-    path = ROOT / marker
+    path = ROOT / marker.split()[0]
     if not path.is_file():
         return "On this project's machines: not measured yet."
     found = json.loads(path.read_bytes())
@@ -96,8 +109,9 @@ def gate(marker: str) -> str:
 def with_figures(page: str) -> str:
     """The text of a page with the figures of the records between its markers."""
     writers = {
-        "finding": lambda marker: finding(_shown(marker)),
-        "table": lambda marker: markdown_table(_shown(marker)),
+        "finding": lambda marker: finding(overview(_records(marker))),
+        "table": lambda marker: markdown_table(overview(_records(marker))),
+        "verdicts": verdicts,
         "gate": gate,
     }
     return with_blocks(page, writers)
