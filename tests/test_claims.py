@@ -134,7 +134,7 @@ def test_noise_alone_refutes_no_claim_beyond_its_rate(make_record: MakeRecord, f
     """Ten sizes at once: the worst measured is beyond the limit, and that is noise where none is in truth."""
     rng, found = numpy.random.default_rng(0), []
     sizes = [name for name in SIZES if name not in ("39M", "83M")]
-    for _ in range(60):
+    for _ in range(40):
         records = []
         for size in sizes:
             # As far off as still holds, beyond the paper's rounding.
@@ -153,7 +153,7 @@ def test_noise_alone_refutes_no_claim_beyond_its_rate(make_record: MakeRecord, f
 def test_noise_alone_bends_no_line(make_record: MakeRecord) -> None:
     """Times on a line: the interval of the distance from it begins at zero at its rate."""
     rng, begins = numpy.random.default_rng(1), 0
-    for _ in range(60):
+    for _ in range(40):
         walls = {
             n: Samples.of((100.0 * n * numpy.exp(rng.normal(0.0, 0.05, 7))).tolist()) for n in (4, 10, 20, 50)
         }
@@ -161,7 +161,7 @@ def test_noise_alone_bends_no_line(make_record: MakeRecord) -> None:
                        "steps-linear")  # fmt: skip
         assert verdict.judged is not None
         begins += verdict.judged.interval.low == 0.0
-    assert begins / 60 >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 60)
+    assert begins / 40 >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 40)
 
 
 def test_one_size_or_none_is_not_measured(make_record: MakeRecord) -> None:

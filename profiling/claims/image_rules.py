@@ -180,7 +180,7 @@ def _rival_verdict(
         return evidence.decided(None, "")
     ordered = sorted(ratios, key=lambda item: item[0].value)
     told = joined(
-        f"{times(over.value)} with {rival.name} ({rival.case.backend}{_guided(rival)})" for over, rival, _ in ordered
+        f"{times(over.value)} with {of.name} ({of.case.backend}{_guided(of)})" for over, of, _ in ordered
     )
     _, dearest, row = ordered[-1]
     judged = Judged("dearest rival over its size", extreme_interval(max, [item[0] for item in ordered]), 1.0)
@@ -197,7 +197,8 @@ def _rival_verdict(
         if cost is not None:
             price = f", {number(cost.ms(steps) / row.case.batch)} ms per image{cost.label(steps)}"
         return evidence.unmeasured(f"{steps} steps of the {row.name}{price}: {sentence}")
-    return evidence.decided(judged, sentence)
+    fewest = min(len(samples) for row in rows for samples in _parts(row, is_decoded))
+    return evidence.decided(judged, sentence, samples=fewest)
 
 
 def _gflop(row: Row) -> str:
