@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..figures.derived import Overview, Row
-from ..figures.text import joined, short_ratio, times
+from ..figures.text import short_ratio, times
 from ..paper import paper_sizes
 from ..terminal.layout import MISSING, Grid, number
 from ..trajectory.case import Task
@@ -72,7 +71,7 @@ def _affordable(claim: Claim, shown: Overview, task: Task, told: tuple[str | Non
         sentence = (
             f"in the time of {steps} steps of the {reference} the {size} affords {_whole(quoted.here)}, where the "
             f"paper's cost says {_whole(quoted.paper)}: {_share(quoted.kept)} of the advantage in steps is left"
-            f"{_predicted(costs[reference], (steps,))}"
+            f"{costs[reference].label(steps) or costs[size].label(_whole(quoted.here))}"
         )
         found.append(Evidence(claim, rows, shown.environments, grid, list(costs)).undecidable(sentence))
     return found
@@ -121,15 +120,6 @@ def _whole(steps: float) -> int:
     return math.floor(steps + 1e-9)
 
 
-def _predicted(cost: TrajectoryCost, steps: Sequence[int]) -> str:
-    """A label where the time comes from the line over other step counts."""
-    if all(cost.is_measured(n) for n in steps):
-        return ""
-    counts = list(cost.medians)
-    assumed = " as if nothing were fixed" if len(counts) == 1 else ""
-    return f" (predicted from {joined(map(str, counts))} steps{assumed})"
-
-
 def large_wins_relaxed(claim: Claim, shown: Overview) -> list[Verdict]:
     """What the next size up costs at 50 steps, beside the paper's price and its FID."""
     steps, found = limits.RELAXED_STEPS, []
@@ -150,7 +140,7 @@ def large_wins_relaxed(claim: Claim, shown: Overview) -> list[Verdict]:
         grid = Grid(headings, tuple(cells), ("size", "by", "next", "paper's FID"))
         first, last = names[0], names[-1]
         whole = costs[last].ms(steps) / costs[first].ms(steps) if costs[first].ms(steps) > 0 else None
-        label = _predicted(costs[first], (steps,)) or _predicted(costs[last], (steps,))
+        label = costs[first].label(steps) or costs[last].label(steps)
         sentence = (
             f"at {steps} steps the {last} takes {times(whole)} the time of the {first}{label}, where the paper's "
             f"cost says {times(paper_ratio(last, first))} and its FID {paper_sizes()[last].fid:.2f} instead of "
@@ -189,7 +179,7 @@ def distillation_keeps_trend(claim: Claim, shown: Overview) -> list[Verdict]:
             f"{few} steps of the {large} take as long as {short_ratio(cross)} of the {small}, "
             f"{few / cost_of_one:.0f} by the paper's cost; the {matching[0]} to {matching[1]} steps at which the "
             f"paper finds them alike take {shares[0]} to {shares[1]} of that time"
-            f"{_predicted(costs[large], (few,)) or _predicted(costs[small], matching)}"
+            f"{costs[large].label(few) or costs[small].label(*matching)}"
         )
         pair = [row for row in rows if row.name in (small, large)]
         found.append(Evidence(claim, pair, shown.environments, grid, [small, large]).undecidable(sentence))

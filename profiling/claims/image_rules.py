@@ -95,18 +95,25 @@ def _at(cost: TrajectoryCost, steps: int) -> Row | None:
 
 
 def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
-    """Rivals beside the size with the likest parameter count, for each sampler and backend of the family."""
+    """Rivals, on the backend that is fastest for each, beside the size with the likest parameter count."""
     found = []
     rivals = [row for row in shown.rivals if row.record.wall_ms is not None]
     for group in by_conditions([row for row in shown.rows if row.case.task == "t2i"], "steps"):
-        near = [rival for rival in rivals if conditions_of_both(rival) == conditions_of_both(group[0])]
+        # Each at its best, as peers are.
+        near = [
+            min(of, key=_wait)
+            for of in alike(rivals, "backend")
+            if conditions_of_both(of[0]) == conditions_of_both(group[0])
+        ]
         pairs = [
             (rival, row)
             for rival in sorted(near, key=lambda row: (row.name, row.case.backend))
             if (row := _likest(rival, group)) is not None
         ]
+        paired = {rival.name for rival, _ in pairs}
+        alone = sorted({rival.name for rival in near} - paired)
         if pairs:
-            found.append(_rival_verdict(claim, pairs, group, shown))
+            found.append(_rival_verdict(claim, pairs, alone, group, shown))
     return found
 
 
@@ -128,29 +135,32 @@ def _likest(rival: Row, family: Sequence[Row]) -> Row | None:
     return min(alike_rows, key=lambda row: (apart(row), -row.case.steps), default=None)
 
 
-def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row], shown: Overview) -> Verdict:
+def _rival_verdict(
+    claim: Claim, pairs: list[tuple[Row, Row]], alone: Sequence[str], group: list[Row], shown: Overview
+) -> Verdict:
+    """Of rivals with the size likest to each; `alone`: the rivals that have none."""
     costs = {rows[0].name: TrajectoryCost.of(rows) for rows in alike(group, "steps")}
     rows = [row for pair in pairs for row in pair]
     is_decoded = all(_ms_to_image(row) is not None for row in rows)
     together = each_of(len(pairs))
-    cells, ratios = [], {}
+    cells, ratios = [], []
     for rival, row in pairs:
         over = _ratio(_parts(rival, is_decoded), _parts(row, is_decoded), together)
         cost, ms = costs[row.name], rival.record.wall_ms.p50 if rival.record.wall_ms is not None else 0.0
         if over is not None:
-            ratios[rival.name, rival.case.backend] = over, rival, row
+            ratios.append((over, rival, row))
         cells.append(
             (
                 rival.name,
                 rival.case.backend,
                 count(rival.record.parameters),
                 number(rival.record.gflop_per_forward),
-                str(rival.record.evaluations),
+                f"{rival.record.evaluations}{_guided(rival)}",
                 number(rival.record.ms_per_image),
                 number(_ms_to_image(rival)),
                 row.name,
                 number(row.record.gflop_per_forward),
-                str(row.record.evaluations),
+                f"{row.record.evaluations}{_guided(row)}",
                 number(row.record.ms_per_image),
                 number(_ms_to_image(row)),
                 MISSING if over is None else times(over.value),
@@ -168,8 +178,10 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
     evidence = Evidence(claim, rows, shown.environments, grid, sizes, place=[row for _, row in pairs])
     if len(ratios) < len(pairs):
         return evidence.decided(None, "")
-    ordered = sorted(ratios.values(), key=lambda item: item[0].value)
-    told = ", ".join(f"{times(over.value)} with {rival.name} ({rival.case.backend})" for over, rival, _ in ordered)
+    ordered = sorted(ratios, key=lambda item: item[0].value)
+    told = joined(
+        f"{times(over.value)} with {of.name} ({of.case.backend}{_guided(of)})" for over, of, _ in ordered
+    )
     _, dearest, row = ordered[-1]
     judged = Judged("dearest rival over its size", extreme_interval(max, [item[0] for item in ordered]), 1.0)
     sentence = (
@@ -177,21 +189,31 @@ def _rival_verdict(claim: Claim, pairs: list[tuple[Row, Row]], group: list[Row],
         f"{_gflop(dearest)}, stands against {counted(row.record.evaluations or 0, 'step')} of the {row.name}, of "
         f"{_gflop(row)} each (interval {interval_text(judged.interval)}; up to 1 is cheaper); "
         f"decoders of latents and tokens are {'' if is_decoded else 'not '}counted; quality is not judged"
-        f"{_kinds_left(pairs)}"
+        f"{_left_out(pairs, alone)}"
     )
     if judged.finding != "holds" and (row.record.evaluations or 0) < limits.RELAXED_STEPS:
         # A rival that is dearer than few steps may be cheaper than 50.
-        return evidence.unmeasured(f"{limits.RELAXED_STEPS} steps of the {row.name}: {sentence}")
-    return evidence.decided(judged, sentence)
+        cost, steps, price = costs[row.name], limits.RELAXED_STEPS, ""
+        if cost is not None:
+            price = f", {number(cost.ms(steps) / row.case.batch)} ms per image{cost.label(steps)}"
+        return evidence.unmeasured(f"{steps} steps of the {row.name}{price}: {sentence}")
+    fewest = min(len(samples) for row in rows for samples in _parts(row, is_decoded))
+    return evidence.decided(judged, sentence, samples=fewest)
 
 
 def _gflop(row: Row) -> str:
     return f"{number(row.record.gflop_per_forward)} GFLOP a forward"
 
 
-def _kinds_left(pairs: Sequence[tuple[Row, Row]]) -> str:
-    left = [kind for kind in KINDS if not any(rival.name.startswith(kind) for rival, _ in pairs)]
-    return f"; no {' and no '.join(left)} among them" if left else ""
+def _left_out(pairs: Sequence[tuple[Row, Row]], alone: Sequence[str]) -> str:
+    """What the claim speaks of, or what was measured, that is not judged."""
+    kinds = [kind for kind in KINDS if not any(rival.name.startswith(kind) for rival, _ in pairs)]
+    said = f"; no {' and no '.join(kinds)} among them" if kinds else ""
+    return said + (f"; no size of about as many parameters was measured for {joined(alone)}" if alone else "")
+
+
+def _guided(row: Row) -> str:
+    return " guided" if row.case.guided else ""
 
 
 def _ms_to_image(row: Row) -> float | None:

@@ -13,7 +13,7 @@ from ..paper import paper_notes, paper_sizes, paper_source
 from ..terminal.layout import Grid, formatted, laid_out
 from ..terminal.visible import say, say_wrapped, width_of
 from .catalogue import PublishedReading, claims_source, published_readings
-from .summary import counted_findings, only_timed, shared_by_all, summaries, summary
+from .summary import counted_findings, left_open, only_timed, shared_by_all, summaries, summary
 from .verdict import ClaimVerdicts, Verdict
 
 TITLE = "What these records say of the paper's claims"
@@ -30,14 +30,16 @@ def print_summaries(judged: Sequence[ClaimVerdicts], console: Console, records: 
 
     records: what to give to `ldmperf claims` for the rest.
     """
-    told, timed = summaries(judged), only_timed(judged)
-    if not told and not timed:
+    timed, needy = only_timed(judged), left_open(judged)
+    told = summaries(judged)
+    if not told and not timed and not needy:
         return
     say(console)
     say_wrapped(console, TITLE, "bold")
     for one in told:
         say_wrapped(console, f"{one.claim.id}: {one.sentence}.", indent=2)
     others = f"; timing alone does not judge {joined(timed)}" if timed else ""
+    others += f"; more records are needed for {joined(needy)}" if needy else ""
     say_wrapped(console, f"Figures and conditions: ldmperf claims {records}{others}.", "dim", indent=2)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .catalogue import Claim
+from .judge import RULES
 from .verdict import ClaimVerdicts, Finding, Verdict
 
 # Values of one condition that are named; of more the first and the last.
@@ -68,7 +69,14 @@ def summaries(judged: Sequence[ClaimVerdicts]) -> list[Summary]:
 
 def only_timed(judged: Iterable[ClaimVerdicts]) -> list[str]:
     """The claims that these records have figures for, and timing cannot judge."""
-    return [of.claim.id for of in judged if of.has_figures and not of.is_judged]
+    return [of.claim.id for of in judged if of.has_figures and not RULES[of.claim.id].decides]
+
+
+def left_open(judged: Iterable[ClaimVerdicts]) -> list[str]:
+    """The claims that these records have figures for, but too few to judge them by."""
+    return [
+        of.claim.id for of in judged if of.has_figures and RULES[of.claim.id].decides and not of.is_judged
+    ]
 
 
 def _of_finding(of: ClaimVerdicts, finding: Finding) -> list[Verdict]:

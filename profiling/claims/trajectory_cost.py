@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..figures.derived import Row, alike, names_by_size
 from ..figures.lines import Line, fit_line
+from ..figures.text import joined
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class TrajectoryCost:
 
     def is_measured(self, steps: int) -> bool:
         return steps in self.medians
+
+    def label(self, *steps: int) -> str:
+        """ " (predicted from 4, 20 steps)" where the time of one of these comes from the line; else empty."""
+        if all(count in self.medians for count in steps):
+            return ""
+        counts = list(self.medians)
+        assumed = " as if nothing were fixed" if len(counts) == 1 else ""
+        noun = "step" if counts == [1] else "steps"
+        return f" (predicted from {joined(map(str, counts))} {noun}{assumed})"
 
 
 def costs_by_size(rows: Sequence[Row]) -> dict[str, TrajectoryCost]:

@@ -49,7 +49,7 @@ def median_interval(samples: Sequence[float], confidence: float = 0.95) -> Inter
     (`reachable`). Raises ValueError without samples.
     """
     value = quantile(samples, 0.5)
-    if reachable(len(samples)) < confidence:
+    if reachable(len(samples)) <= confidence:
         return Interval(min(samples), value, max(samples), reachable(len(samples)))
     from scipy import stats
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..claims.catalogue import published_readings
-from ..claims.summary import only_timed, shared_by_all, summaries
+from ..claims.summary import left_open, only_timed, shared_by_all, summaries
 from ..claims.verdict import ClaimVerdicts
 from ..figures import text
 from ..figures.derived import PEER, Overview, Row
@@ -78,6 +78,7 @@ def _content(shown: Overview, rejected_lines: int, judged: Sequence[ClaimVerdict
         "table": table,
         "verdicts": summaries(judged),
         "only_timed": only_timed(judged),
+        "left_open": left_open(judged),
         "verdicts_shared": text.joined(shared_by_all(judged).values()),
         "claims": [of for of in judged if of.has_figures],
         "published_readings": published_readings,
