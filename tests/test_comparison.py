@@ -192,6 +192,42 @@ def test_cases_of_one_set_and_failures_are_listed(make_record: MakeRecord) -> No
     assert found.failing == ()
 
 
+def test_a_case_that_no_run_of_b_can_do_is_a_regression_though_a_run_of_a_failed(make_record: MakeRecord) -> None:
+    works, fails = make_record(CASES[0]), make_record(CASES[0], status="error")
+    lost = judged([[works], [fails]], [[fails], [fails]])
+    assert lost.broken == ("39M torch: 2 error of 2 runs: OutOfMemoryError: tried to allocate 20.00 GiB",)
+    assert lost.failing == ()
+    # As often as not on both sides: nothing is told.
+    both = judged([[works], [fails]], [[fails], [works]])
+    assert (both.broken, len(both.failing)) == ((), 1)
+
+
+def test_the_gate_on_memory_is_exact(make_record: MakeRecord) -> None:
+    """Memory that never varies has no noise: just the threshold fails, and no change passes one of nothing."""
+
+    def answer(memory: int, threshold: str) -> str:
+        a, b = (timed(make_record, 10.0, peak_memory_bytes=count) for count in (1000, memory))
+        found = judged([[a]], [[b]], "peak_memory_bytes")
+        ((_, _, answer),) = answers(found, thresholds_named([f"peak_memory_bytes:{threshold}"]), VerdictRule())
+        return answer
+
+    assert [answer(memory, "5%") for memory in (900, 1000, 1049, 1050, 1051)] == [*["passes"] * 3, *["fails"] * 2]
+    assert [answer(memory, "0%") for memory in (999, 1000, 1001)] == ["passes", "passes", "fails"]
+
+
+def test_the_gate_names_the_cases_that_lack_its_metric(
+    run: Run, make_record: MakeRecord, tmp_path: Path
+) -> None:
+    """Of two cases one has memory in both sets; the other's would pass unseen."""
+    for name in "ab":
+        with_memory = make_record(CASES[0], run_id=name, peak_memory_bytes=1000)
+        written(tmp_path / name, with_memory, make_record(CASES[1], run_id=name, peak_memory_bytes=None))
+    told = run("compare", tmp_path / "a", tmp_path / "b", "--fail-over", "peak_memory_bytes:5%")
+    assert told.code == 0
+    assert "--fail-over peak_memory_bytes:5%: 1 passes of 1 case" in told.out
+    assert "not judged: 39M diffusers has no peak_memory_bytes in both sets" in told.out
+
+
 def test_runs_in_turn_are_told_by_their_times() -> None:
     def at(*minutes: int) -> RecordSet:
         return RecordSet(Path("a"), tuple(MeasuredRun(str(m), START + timedelta(minutes=m), {}) for m in minutes))

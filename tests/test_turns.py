@@ -189,6 +189,14 @@ def test_what_cannot_be_run_is_one_line(
     assert nothing_is_left(repository)
 
 
+def test_uncommitted_changes_are_in_neither_commit(run: Run, repository: Path, tmp_path: Path) -> None:
+    assert "uncommitted" not in compare(run, tmp_path, "profile").err
+    (repository / "profiling" / "cli.py").write_text("raise KeyError")
+    told = compare(run, tmp_path / "again", "profile")
+    assert told.code == 0, told.err
+    assert "has uncommitted changes, which are in neither commit and are not measured" in told.err
+
+
 def test_outside_a_repository_it_is_a_wrong_call(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

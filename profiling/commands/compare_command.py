@@ -143,7 +143,7 @@ def _compared(
     found = compare_sets(a, b, metrics, rule)
     given = answers(found, thresholds, rule)
     print_comparison(found, rule, console(), commits, unlike)
-    print_answers(given, console())
+    print_answers(found, given, console())
     if found.broken or any(answer == "fails" for _, _, answer in given):
         raise typer.Exit(1)
 
@@ -153,7 +153,7 @@ def _measured(
 ) -> tuple[RecordSet, RecordSet, tuple[str, str]]:
     """Both commits measured in turn, each in its worktree, which is gone afterwards; and the commits' hashes."""
     from ..compare.turns import RoundFailed, run_rounds
-    from ..compare.worktrees import commit_named, repository_of, worktrees
+    from ..compare.worktrees import commit_named, git, repository_of, worktrees
     from ..measure.folders import folder_of_time
     from ..measure.recorded import utc_now
 
@@ -161,6 +161,8 @@ def _measured(
     here = Path.cwd().resolve()
     repository = repository_of(here)
     hashes = commit_named(repository, commits[0]), commit_named(repository, commits[1])
+    if git(repository, "status", "--porcelain", "--untracked-files=no"):
+        tell(f"{repository} has uncommitted changes, which are in neither commit and are not measured")
     try:
         with terminated_as_interrupted(), worktrees(repository, hashes) as places:
             # Absolute: the runs are elsewhere.

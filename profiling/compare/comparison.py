@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..figures.text import joined
@@ -75,9 +75,11 @@ class Change:
 class Comparison:
     """Two sets side by side. The lists of cases are names, those of `broken` and `failing` with the reason.
 
-    broken     had a time in every run of A, and failed in a run of B: a regression whatever the times
+    working    had a time in some run of A and in some run of B, by key
+    broken     had a time in every run of A and failed in a run of B, or in some run of A and in none of B: a
+               regression whatever the times
     repaired   failed in A, and has a time in every run of B
-    failing    failed in both
+    failing    failed in both, and is not broken
     """
 
     a: RecordSet
@@ -85,11 +87,17 @@ class Comparison:
     in_turn: bool
     shared: tuple[str, ...]
     changes: tuple[Change, ...]
+    working: Mapping[str, str]
     broken: tuple[str, ...]
     repaired: tuple[str, ...]
     failing: tuple[str, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+
+    def without(self, metric: Metric) -> tuple[str, ...]:
+        """The cases that work on both sides, of which one side has no value in that metric."""
+        judged = {change.key for change in self.changes if change.metric == metric}
+        return tuple(name for key, name in self.working.items() if key not in judged)
 
 
 def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: VerdictRule) -> Comparison:
@@ -105,12 +113,16 @@ def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: Ve
         if (change := _change(key, names[key], metric, a, b, turns, rule)) is not None
     ]
     failures = {key: (_failures(a, key), _failures(b, key)) for key in common}
+    working_a, working_b = (
+        {record.case_key for record in side.all_records if record.status == "ok"} for side in (a, b)
+    )
+    lost = working_a - working_b
 
     def listed(wanted: Callable[[str, str], bool]) -> tuple[str, ...]:
         return tuple(
             f"{names[key]}: {in_b}" if in_b else names[key]
             for key, (in_a, in_b) in failures.items()
-            if wanted(in_a, in_b)
+            if wanted("" if key in lost else in_a, in_b)
         )
 
     return Comparison(
@@ -119,6 +131,7 @@ def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: Ve
         turns,
         shared,
         _judged(changes, rule),
+        {key: names[key] for key in common if key in working_a & working_b},
         broken=listed(lambda in_a, in_b: bool(in_b) and not in_a),
         repaired=listed(lambda in_a, in_b: bool(in_a) and not in_b),
         failing=listed(lambda in_a, in_b: bool(in_a) and bool(in_b)),

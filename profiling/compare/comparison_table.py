@@ -49,7 +49,9 @@ def print_comparison(
         say_wrapped(console, line, indent=2)
 
 
-def print_answers(given: Sequence[tuple[Threshold, Change, Answer]], console: Console) -> None:
+def print_answers(
+    found: Comparison, given: Sequence[tuple[Threshold, Change, Answer]], console: Console
+) -> None:
     """What the gate says: each threshold in a line, with the cases that fail it and those that cannot be told."""
     for threshold in dict.fromkeys(threshold for threshold, _, _ in given):
         of = [(change, answer) for other, change, answer in given if other == threshold]
@@ -63,6 +65,8 @@ def print_answers(given: Sequence[tuple[Threshold, Change, Answer]], console: Co
             elif answer == "undecided":
                 end = "" if change.contrast is None else f", up to {formatted(change.contrast.ratio.high, '.3f')}"
                 say(console, f"  undecided: {change.name}{end}; give more runs (--rounds)")
+        for name in found.without(threshold.metric):
+            say(console, f"  not judged: {name} has no {threshold.metric.name} in both sets")
 
 
 def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> list[str]:

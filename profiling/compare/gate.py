@@ -31,6 +31,9 @@ class Threshold:
         found = change.contrast
         if found is None or not rule.is_enough(found):
             return "undecided"
+        if found.basis == "exact":
+            is_worse = found.ratio.value > 1 and found.ratio.value * (1 + 1e-9) >= 1 + self.worse
+            return "fails" if is_worse else "passes"
         # A change by just the threshold does not pass by the rounding of a logarithm.
         if found.ratio.high * (1 + 1e-9) < 1 + self.worse:
             return "passes"
