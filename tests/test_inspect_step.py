@@ -239,7 +239,7 @@ def test_a_records_machine_is_not_taken_for_this_one(run: Run, recorded: Callabl
         (["39M", "--size", "866M"], "--size is of an operator"),
         (["39M", "--sass"], "--sass is of an operator"),
         (["geglu", "--latent", "16"], "--latent is of a step"),
-        (["./not-here", "--trace", "a"], "./not-here is no size (39M ... 5B) and no path that is here"),
+        (["./not-here", "--trace", "a"], "./not-here is no size (39M ... 5B) and no path here"),
         (["geglu", "--separate"], "--separate is of a step"),
         (["39M", "--arch", "sm_10"], "choose from sm_80"),
         (["39M", "--arch", "gfx942"], "no units of gfx942"),

@@ -120,7 +120,7 @@ def inspect(
         _inspect_step(kernel, arch, dtype, size, sizes, step, as_json=as_json, sass=sass)
         return
     for name in step:
-        raise CaseError(f"{kernel} is no size (39M ... 5B) and no path that is here, and {option(name)} is of a step")
+        raise CaseError(f"{kernel} is no size (39M ... 5B) and no path here; {option(name)} is of a step")
     inspect_kernel(
         kernel, sizes, arch=arch or "sm_90", dtype=dtype or "bfloat16", size=size, print_json=as_json, sass=sass
     )
