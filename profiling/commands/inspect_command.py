@@ -87,7 +87,7 @@ def inspect(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="All launches of the kernel in a step of this size, 39M ... 5B, or of `vae`."),
+        typer.Option(help="Of an operator: all its launches in a step of this size, 39M ... 5B, or of `vae`."),
     ] = None,
     *,
     sizes: dict[str, Any],
@@ -95,12 +95,13 @@ def inspect(
     as_json: AsJson = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
 ) -> None:
-    """Compile a kernel for a chip that need not be there; or print the roofline of a network's step.
+    """Show what the compiler makes of a kernel, or the roofline of a network's step.
 
-    Of an operator: registers, spills, shared memory and instructions are the compiler's; cycles of each unit and
-    the one that bounds are a prediction from published throughputs, never a measurement.
+    OPERATOR: the kernel is compiled for a chip that need not be there. Registers, spills, shared memory and
+    instructions are the compiler's; cycles of each unit and the one that bounds are a prediction from published
+    throughputs, never a measurement.
 
-    Of a size or checkpoint: launches, FLOPs, bytes and floor of each class of operator in a step, at the ceilings
+    SIZE or CHECKPOINT: launches, FLOPs, bytes and floor of each class of operator in a step, at the ceilings
     measured on this machine (some seconds the first time), and beside them what a trace measured.
 
     \b
@@ -119,7 +120,7 @@ def inspect(
         _inspect_step(kernel, arch, dtype, size, sizes, step, as_json=as_json, sass=sass)
         return
     for name in step:
-        raise CaseError(f"{kernel} takes no {option(name)}, which is of a step: name a size or a checkpoint")
+        raise CaseError(f"{kernel} is no size (39M ... 5B) and no path here; {option(name)} is of a step")
     inspect_kernel(
         kernel, sizes, arch=arch or "sm_90", dtype=dtype or "bfloat16", size=size, as_json=as_json, sass=sass
     )
