@@ -131,7 +131,7 @@ def test_few_sizes_and_few_samples_say_so(make_record: MakeRecord) -> None:
 
 @pytest.mark.parametrize(("factor", "most"), [(1.0, 0.0), (1.10, 0.05)])
 def test_noise_alone_refutes_no_claim_beyond_its_rate(make_record: MakeRecord, factor: float, most: float) -> None:
-    """Ten sizes at once: the worst measured is beyond the limit, and that is noise where none is in truth."""
+    """Nine sizes at once: noise alone takes the worst of them beyond the limit, where none is in truth."""
     rng, found = numpy.random.default_rng(0), []
     sizes = [name for name in SIZES if name not in ("39M", "83M")]
     for _ in range(40):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..figures.beside import conditions_of_both, ends_with, ms_to_image
+from ..figures.beside import conditions_of_both, ends_with, ms_to_image, parameters_apart
 from ..figures.derived import Overview, Row, alike, ratio
 from ..figures.text import count, joined, times
 from ..measure.intervals import Interval, each_of, extreme_interval, median_interval, medians_interval
@@ -119,20 +119,14 @@ def single_shot_cheaper(claim: Claim, shown: Overview) -> list[Verdict]:
 
 def _likest(rival: Row, family: Sequence[Row]) -> Row | None:
     """The size with the likest parameter count, at its most steps up to 50; null where none is alike."""
-    own = rival.record.parameters
-
-    def apart(row: Row) -> float:
-        other = row.record.parameters
-        return max(own / other, other / own) if own and other else float("inf")
-
     alike_rows = [
         row
         for row in family
         if row.name in paper_sizes()
         and row.case.steps <= limits.RELAXED_STEPS
-        and apart(row) <= limits.LIKE_PARAMETERS
+        and parameters_apart(rival, row) <= limits.LIKE_PARAMETERS
     ]
-    return min(alike_rows, key=lambda row: (apart(row), -row.case.steps), default=None)
+    return min(alike_rows, key=lambda row: (parameters_apart(rival, row), -row.case.steps), default=None)
 
 
 def _rival_verdict(

@@ -33,15 +33,21 @@ def _nearest(rivals: Iterable[Row], family: Iterable[Row]) -> list[Row]:
     if not timed:
         return []
     networks = {
-        min(timed, key=lambda row: abs(math.log((row.record.parameters or 1) / parameters))).case.network
+        min(timed, key=lambda row: parameters_apart(row, rival)).case.network
         for rival in rivals
-        if (parameters := rival.record.parameters)
+        if rival.record.parameters
     }
     fastest: dict[tuple[str, int], Row] = {}
     for row in sorted(timed, key=lambda row: row.record.wall_ms.p50 if row.record.wall_ms else math.inf):
         if row.case.network in networks:
             fastest.setdefault((row.case.network, row.case.steps), row)
     return list(fastest.values())
+
+
+def parameters_apart(one: Row, other: Row) -> float:
+    """The factor between two parameter counts, 1 or more; infinite where one is not known."""
+    a, b = one.record.parameters, other.record.parameters
+    return max(a / b, b / a) if a and b else math.inf
 
 
 def conditions_of_both(row: Row) -> tuple[object, ...]:
