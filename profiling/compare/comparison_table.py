@@ -81,9 +81,9 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     by_chance = sum(change.p is not None for change in found.changes)
     adjusted = f", adjusted for {counted(by_chance, 'row')}," if by_chance else ""
     lines.append(
-        f"B/A is of medians. FASTER, SLOWER: p{adjusted} is at most {rule.alpha:g} and B/A is off 1 by at "
-        f"least {effect}. SAME: the interval lies within {effect}. AMBIGUOUS: neither. A/A noise: two runs of one "
-        "commit differ by at most that, 95 times of 100."
+        f"B/A is of the medians of runs, their geometric mean. FASTER, SLOWER: p{adjusted} is at most "
+        f"{rule.alpha:g} and B/A is off 1 by at least {effect}. SAME: the interval lies within {effect}. "
+        "AMBIGUOUS: neither. A/A noise: two runs of one commit differ by at most that, 95 times of 100."
     )
     bases = {change.contrast.basis for change in found.changes if change.contrast is not None}
     if "assumed" in bases:
