@@ -35,7 +35,7 @@ def print_comparison(
         say(console, f"{letter}: {joined((commit, counted(len(side.runs), 'run'), str(side.path)))}")
     if found.shared:
         say_wrapped(console, f"all: {joined(found.shared)}", indent=4)
-    if of[0] == of[1] and not unlike:
+    if _is_one_commit(found, commits) and not unlike:
         say_wrapped(console, "A/A: both sides are one commit, so FASTER, SLOWER, LESS or MORE is a false alarm.")
     say(console)
     table = laid_out(
@@ -47,6 +47,14 @@ def print_comparison(
     _print_lists(found, console)
     for line in notes(found, rule, unlike):
         say_wrapped(console, line, indent=2)
+
+
+def _is_one_commit(found: Comparison, commits: tuple[str, str] | None) -> bool:
+    """Whether both sides are of one commit; no where that is not known."""
+    if commits is not None:
+        return commits[0] == commits[1]
+    hashes = {record.environment.git_commit for side in (found.a, found.b) for record in side.all_records}
+    return len(hashes) == 1 and None not in hashes
 
 
 def print_answers(
