@@ -237,6 +237,7 @@ def main() -> None:
     except RoundFailed as failed:
         sys.exit(f"gate_check.py: {failed}")
     except KeyboardInterrupt:
+        tell(f"stopped; the same call goes on from {given.out}")
         sys.exit(130)
 
 

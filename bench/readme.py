@@ -16,7 +16,10 @@ from ldmperf.profiling.claims import judge
 from ldmperf.profiling.claims.summary import shared_by_all, summaries
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.figures.derived import PEER, Overview, Row, Section
+from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined, short_ratio
+from ldmperf.profiling.measure.conditions import commit
+from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.terminal.layout import formatted, number
@@ -85,22 +88,25 @@ def verdicts(marker: str) -> str:
 
 
 def gate(marker: str) -> str:
-    """What bench/gate_check.py has found on a machine, from its JSON; without one, that it is not measured."""
+    """What bench/gate_check.py has found on a machine, from its JSON."""
     path = ROOT / marker.split()[0]
-    if not path.is_file():
+    if marker == "not measured":
         return "On this project's machines: not measured yet."
-    found = json.loads(path.read_bytes())
-    counts, environment, gate = found["counts"], found["environment"], found["fail_over"]
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as failure:
+        raise SystemExit(f"{path}: {failure.strerror}") from None
+    counts, threshold = found["counts"], found["fail_over"]
     noise = [case["noise"] for one in found["repeats"] for case in one["noise"]["cases"]]
-    cpu = f"{environment['cpu']}, {environment['torch_threads']} threads"
-    place = environment["gpu"]["name"] if environment["gpu"] else cpu
+    environment = Environment.model_validate_json(json.dumps(found["environment"]))
+    place = environment.gpu.name if environment.gpu else processor_name(environment)
     injected = f"{counts['injected_gate_fails']} of {counts['injected_comparisons']}"
     words = (
-        f"**Measured** ({place}; commit {environment['git_commit'][:7]}; {found['rounds']} rounds of "
-        f"`profile {' '.join(found['profile'])}`): the gate `{gate}` fails {counts['noise_gate_fails']} of "
+        f"**Measured** ({place}; commit {commit(environment)}; {found['rounds']} rounds of "
+        f"`profile {' '.join(found['profile'])}`): the gate `{threshold}` fails {counts['noise_gate_fails']} of "
         f"{counts['noise_comparisons']} comparisons of a checkout with itself, and {injected} of a checkout with "
-        f"{gate.partition(':')[2]} injected. {counts['noise_differs']} of the former have a verdict `FASTER` or "
-        f"`SLOWER`. Two runs of one commit differ by at most {100 * median(noise):.2g}% (median over cases and "
+        f"{threshold.partition(':')[2]} injected. {counts['noise_differs']} of the former have a verdict `FASTER` "
+        f"or `SLOWER`. Two runs of one commit differ by at most {100 * median(noise):.2g}% (median over cases and "
         f"comparisons; largest {100 * max(noise):.2g}%)."
     )
     return textwrap.fill(words, 125, break_long_words=False, break_on_hyphens=False)

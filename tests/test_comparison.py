@@ -327,6 +327,18 @@ def test_few_samples_still_show_the_ratio(run: Run, make_record: MakeRecord, tmp
     assert "one run each, 1 sample: 6 at least" in told
 
 
+def test_sets_of_one_commit_are_an_aa_run_and_those_of_an_unknown_one_are_not(
+    run: Run, make_record: MakeRecord, tmp_path: Path
+) -> None:
+    for commit in ("7" * 40, None):
+        for name in "ab":
+            record = make_record(CASES[0], run_id=name, environment=environment(make_record, git_commit=commit))
+            written(tmp_path / str(commit) / name, record)
+        told = run("compare", tmp_path / str(commit) / "a", tmp_path / str(commit) / "b")
+        assert told.code == 0, told.err
+        assert ("A/A: both sides are one commit" in told.out) == (commit is not None)
+
+
 def test_unlike_sets_are_refused_unless_forced(run: Run, make_record: MakeRecord, tmp_path: Path) -> None:
     other = environment(make_record, torch="2.14.0", cpu="Xeon")
     a = written(tmp_path / "a", make_record(CASES[0], run_id="a"))

@@ -106,7 +106,10 @@ def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
     made = [{"noise": {"cases": [{"noise": noise}]}} for noise in (0.011, 0.023, 0.052)]
     counts = {"noise_comparisons": 20, "noise_gate_fails": 1, "noise_differs": 2}
     content = {
-        "environment": {"gpu": None, "cpu": "Some CPU", "torch_threads": 2, "git_commit": "0123456789"},
+        "environment": {
+            **{"os": "Linux", "python": "3", "cpu": "Some CPU", "torch_threads": 2},
+            "git_commit": 4 * "0123456789",
+        },
         "profile": ["--size", "39M"],
         "rounds": 6,
         "fail_over": "wall_ms:5%",
@@ -114,6 +117,8 @@ def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
         "repeats": made,
     }
     (tmp_path / "gate.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="No such file"):
+        tool["with_figures"]("<!-- gate: bench/none.json -->\n<!-- end of gate -->")
     # An absolute path stands for itself.
     told = " ".join(tool["with_figures"](f"<!-- gate: {tmp_path / 'gate.json'} -->\n<!-- end of gate -->").split())
     assert "Some CPU, 2 threads; commit 0123456; 6 rounds of `profile --size 39M`" in told

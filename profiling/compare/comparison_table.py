@@ -35,7 +35,7 @@ def print_comparison(
         say(console, f"{letter}: {joined((commit, counted(len(side.runs), 'run'), str(side.path)))}")
     if found.shared:
         say_wrapped(console, f"all: {joined(found.shared)}", indent=4)
-    if of[0] == of[1] and not unlike:
+    if _is_one_commit(found, commits) and not unlike:
         say_wrapped(console, "A/A: both sides are one commit, so FASTER, SLOWER, LESS or MORE is a false alarm.")
     say(console)
     table = laid_out(
@@ -47,6 +47,14 @@ def print_comparison(
     _print_lists(found, console)
     for line in notes(found, rule, unlike):
         say_wrapped(console, line, indent=2)
+
+
+def _is_one_commit(found: Comparison, commits: tuple[str, str] | None) -> bool:
+    """Whether both sides are of one commit; no where that is not known."""
+    if commits is not None:
+        return commits[0] == commits[1]
+    hashes = {record.environment.git_commit for side in (found.a, found.b) for record in side.all_records}
+    return len(hashes) == 1 and None not in hashes
 
 
 def print_answers(
@@ -81,9 +89,9 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     by_chance = sum(change.p is not None for change in found.changes)
     adjusted = f", adjusted for {counted(by_chance, 'row')}," if by_chance else ""
     lines.append(
-        f"B/A is of medians. FASTER, SLOWER: p{adjusted} is at most {rule.alpha:g} and B/A is off 1 by at "
-        f"least {effect}. SAME: the interval lies within {effect}. AMBIGUOUS: neither. A/A noise: two runs of one "
-        "commit differ by at most that, 95 times of 100."
+        f"B/A is of the medians of runs, their geometric mean. FASTER, SLOWER: p{adjusted} is at most "
+        f"{rule.alpha:g} and B/A is off 1 by at least {effect}. SAME: the interval lies within {effect}. "
+        "AMBIGUOUS: neither. A/A noise: two runs of one commit differ by at most that, 95 times of 100."
     )
     bases = {change.contrast.basis for change in found.changes if change.contrast is not None}
     if "assumed" in bases:

@@ -100,6 +100,11 @@ def _device(case: Case, environment: Environment) -> str:
     if case.device != "cpu":
         gpu = environment.gpu.name if environment.gpu else "GPU of unknown name"
         return f"{gpu} ({case.device})" if ":" in case.device else gpu
+    return processor_name(environment)
+
+
+def processor_name(environment: Environment) -> str:
+    """The CPU's name, with the threads that torch used."""
     name = environment.cpu or "CPU of unknown name"
     threads = environment.torch_threads
     return name if threads is None else f"{name}, {counted(threads, 'thread')}"
