@@ -215,9 +215,7 @@ def test_the_gate_on_memory_is_exact(make_record: MakeRecord) -> None:
     assert [answer(memory, "0%") for memory in (999, 1000, 1001)] == ["passes", "passes", "fails"]
 
 
-def test_the_gate_names_the_cases_that_lack_its_metric(
-    run: Run, make_record: MakeRecord, tmp_path: Path
-) -> None:
+def test_the_gate_names_the_cases_that_lack_its_metric(run: Run, make_record: MakeRecord, tmp_path: Path) -> None:
     """Of two cases one has memory in both sets; the other's would pass unseen."""
     for name in "ab":
         with_memory = make_record(CASES[0], run_id=name, peak_memory_bytes=1000)

@@ -57,9 +57,7 @@ def _is_one_commit(found: Comparison, commits: tuple[str, str] | None) -> bool:
     return len(hashes) == 1 and None not in hashes
 
 
-def print_answers(
-    found: Comparison, given: Sequence[tuple[Threshold, Change, Answer]], console: Console
-) -> None:
+def print_answers(found: Comparison, given: Sequence[tuple[Threshold, Change, Answer]], console: Console) -> None:
     """What the gate says: each threshold in a line, with the cases that fail it and those that cannot be told."""
     for threshold in dict.fromkeys(threshold for threshold, _, _ in given):
         of = [(change, answer) for other, change, answer in given if other == threshold]
