@@ -70,12 +70,13 @@ def _cost(row: Row) -> str:
 
 
 def _records(marker: str) -> list[Record]:
-    """The records that a marker names."""
-    path = marker.split()[0]
+    """The records that a marker names: "FILE steps=2 sampler=ddim" are those of the file with these conditions."""
+    path, *words = marker.split()
     records, rejected = load_records(ROOT / path)
     if rejected:
         raise SystemExit(f"{path}: {rejected} lines are not records")
-    return records
+    wanted = [word.split("=") for word in words if "=" in word]
+    return [r for r in records if all(str(getattr(r.case, name)) == value for name, value in wanted)]
 
 
 def verdicts(marker: str) -> str:

@@ -151,7 +151,7 @@ def _timed_beside(trace: Path, times: ClassTimes) -> Record | None:
 
 
 def _traced_record(path: Path, network: str, chosen: dict[str, Any]) -> Record:
-    """The latest record of the network with a traced step, of the case that the options name; our graph's first."""
+    """The latest record with a traced step of the network, in the case that the options name; our graph first."""
     found, _ = given_records([path])
     label = Case(unet=network).label
     fitting = [

@@ -142,5 +142,5 @@ class Returned:
 def _digest(values: Tensor) -> bytes:
     """Of shape and bits."""
     found = hashlib.blake2b(str(tuple(values.shape)).encode())
-    found.update(values.contiguous().numpy())
+    found.update(values.contiguous().numpy().data)
     return found.digest()
