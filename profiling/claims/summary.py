@@ -74,9 +74,7 @@ def only_timed(judged: Iterable[ClaimVerdicts]) -> list[str]:
 
 def left_open(judged: Iterable[ClaimVerdicts]) -> list[str]:
     """The claims that these records have figures for, but too few to judge them by."""
-    return [
-        of.claim.id for of in judged if of.has_figures and RULES[of.claim.id].decides and not of.is_judged
-    ]
+    return [of.claim.id for of in judged if of.has_figures and RULES[of.claim.id].decides and not of.is_judged]
 
 
 def _of_finding(of: ClaimVerdicts, finding: Finding) -> list[Verdict]:
