@@ -436,6 +436,11 @@ def test_a_rival_is_judged_at_its_fastest_and_one_without_a_size_is_named(make_r
     assert verdict.finding == "holds"
     assert "is 0.12x with gan-30M (compile); the dearest" in verdict.sentence
     assert "no size of about as many parameters was measured for gan-397M" in verdict.sentence
+    slower = rival(make_record, "gan-30M", 900.0, 30_000_000, backend="compile")
+    quick = rival(make_record, "gan-30M", 60.0, 30_000_000, backend="eager")
+    assert (
+        "is 0.12x with gan-30M (eager); the dearest" in only([size, slower, quick], "single-shot-cheaper").sentence
+    )
     assert only([size, eager], "single-shot-cheaper").finding == "does not hold"
 
 
