@@ -190,7 +190,7 @@ def test_what_cannot_be_run_is_one_line(
 
 
 def test_uncommitted_changes_are_in_neither_commit(run: Run, repository: Path, tmp_path: Path) -> None:
-    assert "uncommitted" not in compare(run, tmp_path, "profile").err
+    assert "has uncommitted changes" not in compare(run, tmp_path, "profile").err
     (repository / "profiling" / "cli.py").write_text("raise KeyError")
     told = compare(run, tmp_path / "again", "profile")
     assert told.code == 0, told.err
