@@ -100,13 +100,13 @@ def test_without_scipy_there_is_a_report_without_verdicts(
     run: Run_, make_record: MakeRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_bytes(lines_of(make_record(), make_record(Case(unet="145M"))))
-    assert "timing alone does not judge" in run("report", path).out
+    path.write_bytes(lines_of(make_record(), make_record(Case(unet="866M", steps=3))))
+    assert "cost-proportional: " in run("report", path).out
     monkeypatch.setitem(sys.modules, "scipy", None)
     outcome = run("report", path)
     assert outcome.code == 0
     assert "39M" in outcome.out
-    assert "timing alone does not judge" not in outcome.out
+    assert "cost-proportional: " not in outcome.out
     assert "no verdicts on the claims: scipy is not installed; pip install scipy" in outcome.err
 
 
