@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ..options import CaseError, device_kind, known_names, split_values
 from ..trajectory.case import Case
@@ -71,23 +72,16 @@ def _cases(name: str, sweep: Sweep, backends: Sequence[str]) -> Iterator[Case]:
     scales: tuple[float, ...] = (1.0,)
     if rival.guidance_scale is not None:
         tokens, scales = sweep.tokens, sweep.guidance_scales or (rival.guidance_scale,)
-    for dtype, device, seed, (height, width), batch, count, scale in itertools.product(
-        sweep.dtypes, sweep.devices, sweep.seeds, sweep.latents, sweep.batches, tokens, scales
-    ):
+    for device in sweep.devices:
         usual = RIVAL_BACKENDS[:1] if device_kind(device) == "cpu" else RIVAL_BACKENDS[:2]
-        for backend in backends or usual:
-            yield Case(
-                unet=name,
-                task="rival",
-                sampler="none",
-                steps=rival.steps,
-                batch=batch,
-                guidance_scale=float(scale),
-                dtype=dtype,
-                device=device,
-                latent_height=height,
-                latent_width=width,
-                context_tokens=count,
-                seed=seed,
-                backend=backend,
-            )
+        yield from replace(
+            sweep,
+            unets=(name,),
+            tasks=("rival",),
+            samplers=("none",),
+            steps=(rival.steps,),
+            devices=(device,),
+            tokens=tokens,
+            guidance_scales=scales,
+            backends=tuple(backends) or usual,
+        ).cases()
