@@ -98,7 +98,9 @@ def gate(marker: str) -> str:
     except OSError as failure:
         raise SystemExit(f"{path}: {failure.strerror}") from None
     counts, threshold = found["counts"], found["fail_over"]
-    noise = [case["noise"] for one in found["repeats"] for case in one["noise"]["cases"]]
+    cases = [case for one in found["repeats"] for case in one["noise"]["cases"]]
+    noise = [case["noise"] for case in cases]
+    drift = max(max(case["a_ms"]) / min(case["a_ms"]) - 1 for case in cases)
     environment = Environment.model_validate_json(json.dumps(found["environment"]))
     place = environment.gpu.name if environment.gpu else processor_name(environment)
     injected = f"{counts['injected_gate_fails']} of {counts['injected_comparisons']}"
@@ -107,8 +109,9 @@ def gate(marker: str) -> str:
         f"`profile {' '.join(found['profile'])}`): the gate `{threshold}` fails {counts['noise_gate_fails']} of "
         f"{counts['noise_comparisons']} comparisons of a checkout with itself, and {injected} of a checkout with "
         f"{threshold.partition(':')[2]} injected. {counts['noise_differs']} of the former have a verdict `FASTER` "
-        f"or `SLOWER`. Two runs of one commit differ by at most {100 * median(noise):.2g}% (median over cases and "
-        f"comparisons; largest {100 * max(noise):.2g}%)."
+        f"or `SLOWER`. Two runs of one commit in one round differ by at most {100 * median(noise):.2g}% (median "
+        f"over cases and comparisons; largest {100 * max(noise):.2g}%); the rounds of one side differ by up to "
+        f"{100 * drift:.2g}%."
     )
     return textwrap.fill(words, 125, break_long_words=False, break_on_hyphens=False)
 

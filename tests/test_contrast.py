@@ -73,6 +73,19 @@ def test_the_noise_holds_what_two_runs_of_one_commit_differ_by() -> None:
     assert np.mean(held) == pytest.approx(0.95, abs=0.02)
 
 
+def test_the_noise_of_runs_in_turn_is_that_within_a_round() -> None:
+    """What a whole round shares is no noise, nor is what the sides differ by."""
+    draw = np.random.default_rng(4)
+    held = []
+    for _ in range(1500):
+        rounds = 100 * draw.lognormal(0, 0.5, 6)
+        a, b = ([[v] for v in level * rounds * draw.lognormal(0, 0.02, 6)] for level in (1.0, 3.0))
+        noise = of(a, b, in_turn=True).noise
+        first, second = draw.lognormal(0, 0.02, 2)
+        held.append(abs(math.log(second / first)) <= math.log1p(noise))
+    assert np.mean(held) == pytest.approx(0.95, abs=0.02)
+
+
 def test_one_run_each_is_judged_by_what_assumed_noise_leaves() -> None:
     a = some_runs(1, 1)
     near, far = [[1.04 * v for v in a[0]]], [[1.4 * v for v in a[0]]]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldmperf.model import FAMILY, UNet
 from ldmperf.profiling import Case, Record, profile
@@ -19,15 +18,19 @@ from ldmperf.profiling.measure.ceilings import MARGIN, Ceiling, CeilingDevice, C
 from ldmperf.profiling.measure.environment import DeviceState, Environment
 from ldmperf.profiling.measure.timing import RepetitionRule, Times
 from ldmperf.profiling.report.columns import table_of
+from ldmperf.profiling.rivals.subjects import all_subjects
 from ldmperf.profiling.step.roofline import Roof, StepShape, least_ms, step_parts, sums_of
 from ldmperf.profiling.trajectory import floors as module
+from ldmperf.profiling.trajectory import unet_problem
 from ldmperf.profiling.trajectory.backend import Problem
 from ldmperf.profiling.trajectory.checkpoints import identified
-from ldmperf.profiling.trajectory.floors import Floors, floor_of, step_shape
+from ldmperf.profiling.trajectory.floors import Floors, floor_of
 from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
 from ldmperf.profiling.trajectory.network import family_config
 from ldmperf.profiling.trajectory.record_parts import Floor
 from ldmperf.profiling.trajectory.rungs import all_backends
+from ldmperf.profiling.trajectory.unet_problem import UNetProblem, step_shape
+from ldmperf.samplers import SamplingPlan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -64,16 +67,10 @@ def at(*flop: float | None, moved: float | None = 1e11, exponentials: float | No
     )
 
 
-def problem_of(case: Case, network: nn.Module | None = None) -> Problem:
+def problem_of(case: Case) -> Problem:
     """What a floor needs of a problem: the case and a network, here one without memory."""
-    if network is None:
-        with torch.device("meta"):
-            network = UNet(family_config(case))
-    return cast(Problem, SimpleNamespace(case=case, network=network))
-
-
-def test_only_a_unet_has_a_floor() -> None:
-    assert Floors(Given(at(1e12))).of(problem_of(CASE, nn.Linear(2, 2))) is None
+    with torch.device("meta"):
+        return UNetProblem(case, UNet(family_config(case)), cast(SamplingPlan, None), {})
 
 
 def test_a_floor_is_the_roofline_of_the_cases_step() -> None:
@@ -126,7 +123,7 @@ def test_a_step_that_cannot_be_counted_has_no_floor(monkeypatch: pytest.MonkeyPa
     def unknown(*_: object) -> None:
         raise LookupError("no rule tells the launches of aten::tan")
 
-    monkeypatch.setattr(module, "step_parts", unknown)
+    monkeypatch.setattr(unet_problem, "step_parts", unknown)
     with pytest.warns(UserWarning, match=r"LookupError: no rule tells the launches of aten::tan"):
         assert Floors(Given(at(1e12))).of(problem_of(CASE)) is None
 
@@ -167,6 +164,29 @@ def test_records_of_a_profile_have_floors_and_their_group_can_ask_anew(
     assert (without.status, without.floor, without.percent_of_floor) == ("ok", None, None)
 
 
+def test_a_rival_that_is_faster_than_its_floor_is_impossible() -> None:
+    """One pass of a GAN to 64x64 pixels, on a machine that is called slower than it is, and on a faster one."""
+    case = Case(
+        unet="gan-30M",
+        task="rival",
+        sampler="none",
+        steps=1,
+        guidance_scale=1.0,
+        context_tokens=0,
+        latent_height=8,
+        latent_width=8,
+        backend="eager",
+    )
+    for rate, status in ((1e6, "impossible"), (1e18, "ok")):
+        source = Given(at(rate))
+        (record,) = profile([case], rule=RepetitionRule(1, 0.0), ceilings=source, subjects=all_subjects())
+        assert record.status == status
+        assert record.floor is not None
+        assert record.floor.flops == pytest.approx(1e9 * (record.gflop_per_forward or 0))
+        assert 0.25 < record.floor.least_step_ms * MARGIN * rate / (1e3 * record.floor.flops) < 0.5
+        assert status == "ok" or "below the floor" in (record.message or "")
+
+
 def test_before_a_time_is_called_impossible_the_ceilings_are_measured_once_more() -> None:
     asked: list[None] = []
 
@@ -200,7 +220,7 @@ def test_a_floor_that_cannot_be_made_loses_no_measurement(
     def broken(*_: object) -> Tensor:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(module, "step_parts", broken)
+    monkeypatch.setattr(unet_problem, "step_parts", broken)
     (case,) = identified([CASE.model_copy(update={"unet": str(tiny_checkpoint), "steps": 1})])
     with pytest.warns(UserWarning, match="no floor"):
         (record,) = profile([case], rule=RepetitionRule(1, 0.0), ceilings=Given(at(1e12)))

@@ -81,6 +81,23 @@ def test_others_are_counted_as_far_as_the_list_can_tell(
     assert other_processes(listed, OWN, sees_all) == others
 
 
+@pytest.mark.parametrize(
+    ("listed", "sees_all", "others"),
+    [
+        ([OWN, 18, 19], True, 0),
+        ([OWN, 5, 18], True, 1),
+        ([18], True, None),
+        # In a container, where they may have other ids.
+        ([40_001, 40_002, 40_003], False, None),
+        ([40_001, 40_002, 40_003, 40_004], False, 1),
+    ],
+)
+def test_sides_of_a_comparison_that_wait_are_not_others(
+    listed: list[int], sees_all: bool, others: int | None
+) -> None:
+    assert other_processes(listed, OWN, sees_all, {18, 19}) == others
+
+
 def test_the_list_is_nvmls_and_this_process_is_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
     pids = [os.getpid(), 1, 1]
     found = sensor(
@@ -88,6 +105,8 @@ def test_the_list_is_nvmls_and_this_process_is_not_foreign(monkeypatch: pytest.M
     )
     monkeypatch.setattr(nvml, "sees_all_processes", lambda: True)
     assert found.foreign_processes() == 1
+    monkeypatch.setattr(nvml.TURNS, "others", frozenset({1}))
+    assert found.foreign_processes() == 0
 
 
 def test_a_namespace_is_told_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,25 @@ def test_flops_are_counted_for_one_image_alone_without_guidance() -> None:
     assert subject.gflop(rival_case("gan-tiny", latent_width=16)) is None
 
 
+def test_what_a_floor_rests_on_is_of_the_whole_batch_with_guidance() -> None:
+    """All FLOPs of an evaluation, each weight once; in what nobody undercuts convolutions at a quarter."""
+    for name in TINY:
+        problem = problem_of(rival_case(name, batch=3))
+        convolutions, others = problem.step_parts()
+        samples = problem.case.model_batch
+        assert samples == 3 * (2 if name.startswith("masked") else 1)
+        flops = convolutions.launch.flops + others.launch.flops
+        assert flops == pytest.approx(samples * problem.gflop * 1e9)
+        assert convolutions.least_flops == convolutions.launch.flops / 4
+        assert others.least_flops == others.launch.flops
+        assert convolutions.launch.flops > 0
+        assert others.launch.nbytes == 4 * problem.parameters
+    # The mapping network and the styles are linear layers; the rest of a GAN convolves.
+    gan = problem_of(rival_case("gan-tiny", batch=1))
+    linear = [module for module in gan.network.modules() if isinstance(module, torch.nn.Linear)]
+    assert gan.step_parts()[1].launch.flops >= sum(2 * layer.weight.numel() for layer in linear)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", TINY)
 def test_a_rival_is_measured_and_checked_as_every_case_is(name: str, dtype: str) -> None:

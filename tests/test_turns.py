@@ -1,23 +1,26 @@
-"""`ldmperf compare --commits` in small repositories: worktrees, the order of runs, whose code runs."""
+"""`ldmperf compare --commits` in small repositories: worktrees, turns, whose code runs."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ldmperf.profiling import Record
-from ldmperf.profiling.compare.turns import orders
+from ldmperf.profiling.compare.turns import OUT, RoundFailed, Side, orders, run_rounds
 from ldmperf.profiling.compare.worktrees import git, worktrees
 
 Run = Callable[..., Any]
@@ -257,7 +260,114 @@ def test_worktrees_are_removed_whatever_is_raised_and_with_what_was_written(repo
 
 
 def test_two_sides_flip_and_three_have_every_place_equally_often() -> None:
-    assert list(orders("ab", 5)) == [tuple("ab"), tuple("ba"), tuple("ab"), tuple("ba"), tuple("ab")]
-    found = list(orders("abc", 6))
+    assert list(islice(orders("ab"), 5)) == [tuple("ab"), tuple("ba"), tuple("ab"), tuple("ba"), tuple("ab")]
+    found = list(islice(orders("abc"), 6))
     for place in range(3):
         assert Counter(order[place] for order in found) == {"a": 2, "b": 2, "c": 2}
+
+
+# A side: asks for turns, and tells in a log when it takes a sample and when it is done with it.
+SIDE = """
+    import os, sys, time
+    from pathlib import Path
+
+    name, count, log, record, out = sys.argv[1:]
+
+    def tell(what):
+        with open(log, "a") as file:
+            file.write(f"{name} {what}\\n")
+
+    from ldmperf.profiling.measure.turn import TURNS
+
+    tell(f"{os.getpid()}")
+    for number in range(int(count)):
+        TURNS.end()
+        tell(f"begins {len(TURNS.others)}")
+        time.sleep(0.01)
+        tell("ends")
+    {END}
+    Path(out, "records.jsonl").write_text(Path(record).read_text() + "\\n")
+"""
+
+
+@pytest.fixture
+def sides(tmp_path: Path, make_record: MakeRecord) -> Callable[..., list[Side]]:
+    """Sides by name: how many turns each asks for; `end`: what they run then; `shell`: each within a shell."""
+    (tmp_path / "record.json").write_text(make_record().model_dump_json())
+
+    def made(counts: dict[str, int], end: str = "", shell: bool = False) -> list[Side]:
+        script = tmp_path / "side.py"
+        script.write_text(textwrap.dedent(SIDE).replace("{END}", end))
+        found = []
+        for name, count in counts.items():
+            arguments = (str(script), name, str(count), str(tmp_path / "log"), str(tmp_path / "record.json"), OUT)
+            command = (sys.executable, *arguments)
+            if shell:
+                command = ("sh", "-c", f"{shlex.join(command)}; exit $?")
+            found.append(Side(name, command, tmp_path / name, tmp_path, dict(os.environ)))
+        return found
+
+    return made
+
+
+def log_of(tmp_path: Path) -> list[str]:
+    """The lines but those with process ids."""
+    return [line for line in (tmp_path / "log").read_text().splitlines() if not line.split()[1].isdigit()]
+
+
+@pytest.mark.parametrize("shell", [False, True])
+def test_sides_take_samples_in_turn_and_never_at_once(
+    sides: Callable[..., list[Side]], tmp_path: Path, shell: bool
+) -> None:
+    told: list[str] = []
+    a, b = run_rounds(sides({"a": 3, "b": 3}, shell=shell), 1, told.append)
+    lines = log_of(tmp_path)
+    assert [line[0] for line in lines[::2]] == list("baabba")
+    for begin, end in zip(lines[::2], lines[1::2], strict=True):
+        assert (begin.split()[:2], end.split()) == ([begin[0], "begins"], [begin[0], "ends"])
+    # The other one waits for its turn, but for the last, when it has ended.
+    assert [line.split()[2] for line in lines[::2]] == list("111110")
+    assert [len(side.runs) for side in (a, b)] == [1, 1]
+    assert told[0].startswith("round 1 of 1: a ")
+    assert told[0].count("s in 4 turns") == 2
+
+
+def test_one_that_is_done_leaves_the_others_their_turns(sides: Callable[..., list[Side]], tmp_path: Path) -> None:
+    run_rounds(sides({"a": 1, "b": 3, "c": 0}), 1, lambda line: None)
+    lines = log_of(tmp_path)
+    assert Counter(line for line in lines if line.endswith("ends")) == {"a ends": 1, "b ends": 3}
+    assert [line[0] for line in lines] == [name for name in "".join(line[0] for line in lines[::2]) for _ in "12"]
+
+
+def test_whole_runs_ask_nobody(sides: Callable[..., list[Side]], tmp_path: Path) -> None:
+    run_rounds(sides({"a": 2, "b": 2}), 2, lambda line: None, whole_runs=True)
+    assert [line[0] for line in log_of(tmp_path)[::2]] == list("aabbbbaa")
+
+
+@pytest.mark.parametrize(
+    "end", ["sys.exit(3)", "os.kill(os.getpid(), 9)", "time.sleep(60) if name == 'b' else 1 / 0"]
+)
+def test_a_side_that_fails_stops_the_one_that_waits(
+    sides: Callable[..., list[Side]], tmp_path: Path, end: str
+) -> None:
+    with pytest.raises(RoundFailed, match=r"^[ab]: no record from"):
+        run_rounds(sides({"a": 2, "b": 3}, end), 1, lambda line: None)
+    pids = [
+        int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines() if line.split()[1].isdigit()
+    ]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_folder_too_deep_for_a_socket_is_a_line_that_says_what_to_do(
+    sides: Callable[..., list[Side]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(RoundFailed, match=r"no socket at .*; set TMPDIR to a shorter path") as failed:
+        run_rounds(sides({"a": 1}), 1, lambda line: None)
+    assert failed.value.code == 2
+    run_rounds(sides({"b": 1}), 1, lambda line: None, whole_runs=True)

@@ -45,6 +45,13 @@ def compare(
         ),
     ] = None,
     rounds: Annotated[int | None, whole_option(f"Runs of each commit; {_ROUNDS} unless told.", 3, 999)] = None,
+    whole_runs: Annotated[
+        bool,
+        typer.Option(
+            "--whole-runs",
+            help="Run each commit to its end before the other, for what does not fit into memory twice. Noisier.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Where the folder with the runs of both commits goes; runs unless told.")
     ] = None,
@@ -78,8 +85,8 @@ def compare(
     """Compare two sets of records case by case: SAME, FASTER, SLOWER or AMBIGUOUS, beside what noise explains.
 
     A run counts as one observation, since runs of one commit differ by more than the samples of one run. So name
-    folders of several runs, or let --commits make them: it runs both commits in turn on this machine, the order
-    flipped each round, each run in a process of its own. p-values are adjusted for the number of tests.
+    folders of several runs, or let --commits make them: each round runs both commits on this machine, each in a
+    process of its own, which take their samples in turn. p-values are adjusted for the number of tests.
 
     COMMAND is `profile` or `kernels` with options, or any command that writes records to {out}. It runs in the
     worktree, so name what git does not track by absolute paths. In a checkout of ldmperf each side runs its own
@@ -107,7 +114,7 @@ def compare(
     metrics = tuple(dict.fromkeys((*metrics, *(threshold.metric for threshold in thresholds))))
     rule = VerdictRule(percentage("min-effect", min_effect), percentage("noise", noise))
     if commits is None:
-        for option, value in (("rounds", rounds), ("out", out)):
+        for option, value in (("rounds", rounds), ("out", out), ("whole-runs", whole_runs or None)):
             if value is not None:
                 raise CaseError(f"--{option} is for --commits A B -- COMMAND; leave it out to compare records")
         if len(given) != 2:
@@ -116,7 +123,7 @@ def compare(
             )
         _compared(read_set(Path(given[0])), read_set(Path(given[1])), metrics, thresholds, rule, force)
         return
-    a, b, hashes = _measured(commits, given, rounds or _ROUNDS, out or DEFAULT_OUT)
+    a, b, hashes = _measured(commits, given, rounds or _ROUNDS, out or DEFAULT_OUT, whole_runs)
     # Measured side by side: what differs is of the commits, and is said.
     _compared(a, b, metrics, thresholds, rule, True, hashes)
 
@@ -149,7 +156,7 @@ def _compared(
 
 
 def _measured(
-    commits: tuple[str, str], command: Sequence[str], rounds: int, out: Path
+    commits: tuple[str, str], command: Sequence[str], rounds: int, out: Path, whole_runs: bool
 ) -> tuple[RecordSet, RecordSet, tuple[str, str]]:
     """Both commits measured in turn, each in its worktree, which is gone afterwards; and the commits' hashes."""
     from ..compare.turns import RoundFailed, run_rounds
@@ -173,7 +180,7 @@ def _measured(
                 says = "its own ldmperf, as its records have to say" if side.commit else "the installed ldmperf"
                 tell(f"{side.name}: in {side.place}, with {says}")
             try:
-                a, b = run_rounds(sides, rounds, tell)
+                a, b = run_rounds(sides, rounds, tell, whole_runs=whole_runs)
             except KeyboardInterrupt:
                 tell(f"compare what there is with: ldmperf compare {folder / 'a'} {folder / 'b'}")
                 raise

@@ -21,12 +21,13 @@ from ..step.roofline import Roof, published_roof, published_source, step_parts
 from ..terminal.visible import console
 from ..trajectory.case import DEFAULT_GUIDANCE, Case
 from ..trajectory.checkpoints import check_loadable
-from ..trajectory.floors import measured_roof, step_shape
+from ..trajectory.floors import measured_roof
 from ..trajectory.network import family_config
 from ..trajectory.presets import OPTIONS
 from ..trajectory.records import RECORDS_NAME, Record, load_records
 from ..trajectory.rungs import all_backends
 from ..trajectory.short_traces import trace_order
+from ..trajectory.unet_problem import step_shape
 from .shared import given_records, print_json, tell
 
 # The fields of a case that each option sets, as OPTIONS reads it.

@@ -98,7 +98,10 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
             "assumed (--noise). Give folders of several runs, or compare commits with --commits."
         )
     if "in turn" in bases:
-        lines.append("The runs were made in turn: each round, one run of each side, is one observation.")
+        lines.append(
+            "The runs were made in turn: each round, one run of each side, is one observation, and A/A noise is "
+            "that within a round."
+        )
     return lines
 
 

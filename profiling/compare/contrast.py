@@ -31,7 +31,8 @@ Runs = Sequence[Sequence[float]]
 class Contrast:
     """b over a: `ratio` of medians with its 95 % interval, and the chance of such a difference between equals.
 
-    noise     what two runs of one commit differ by at most, 95 times of 100, as a share: 0.03 is 3 %
+    noise     what two runs of one commit differ by at most, 95 times of 100, as a share: 0.03 is 3 %. In turn: two
+              runs of one round, which leaves out what the rounds differ by
     freedom   degrees of freedom that the noise was measured with; None where it was not
     """
 
@@ -63,15 +64,15 @@ def contrast(a: Runs, b: Runs, *, in_turn: bool, assumed_noise: float, counted: 
     if len(first) == len(second) == 1:
         return _one_run_each(a[0], b[0], assumed_noise)
     x, y = ([math.log(median) for median in side] for side in medians)
-    freedom = len(x) + len(y) - 2
-    spread = math.sqrt((_squares(x) + _squares(y)) / freedom)
-    noise = math.expm1(_student(freedom) * math.sqrt(2) * spread)
     if in_turn:
         pairs = [later - earlier for earlier, later in zip(x, y, strict=True)]
-        error = math.sqrt(_squares(pairs) / (len(pairs) - 1) / len(pairs))
-        return _from_logs(_mean(pairs), error, len(pairs) - 1, noise, "in turn")
+        freedom = len(pairs) - 1
+        spread = math.sqrt(_squares(pairs) / freedom)
+        return _from_logs(_mean(pairs), spread, spread / math.sqrt(len(pairs)), freedom, "in turn")
+    freedom = len(x) + len(y) - 2
+    spread = math.sqrt((_squares(x) + _squares(y)) / freedom)
     error = spread * math.sqrt(1 / len(x) + 1 / len(y))
-    return _from_logs(_mean(y) - _mean(x), error, freedom, noise, "runs")
+    return _from_logs(_mean(y) - _mean(x), math.sqrt(2) * spread, error, freedom, "runs")
 
 
 def _one_run_each(a: Sequence[float], b: Sequence[float], noise: float) -> Contrast:
@@ -86,12 +87,16 @@ def _one_run_each(a: Sequence[float], b: Sequence[float], noise: float) -> Contr
     return Contrast(widened, p, noise, "assumed")
 
 
-def _from_logs(difference: float, error: float, freedom: int, noise: float, basis: Basis) -> Contrast:
-    """The contrast of a mean difference of logarithms with its standard error, by Student's t."""
+def _from_logs(difference: float, spread: float, error: float, freedom: int, basis: Basis) -> Contrast:
+    """The contrast of a mean difference of logarithms, by Student's t.
+
+    spread: the standard deviation of the difference of two runs; error: that of the mean difference.
+    """
     from scipy import stats
 
     p = float(2 * stats.t.sf(abs(difference) / error, freedom)) if error else float(difference == 0)
-    half = _student(freedom) * error
+    quantile_of_t = _student(freedom)
+    half, noise = quantile_of_t * error, math.expm1(min(quantile_of_t * spread, 700.0))
     # Two runs each may leave an interval beyond the range of a float.
     low, value, high = (math.exp(min(end, 700.0)) for end in (difference - half, difference, difference + half))
     return Contrast(Interval(low, value, high), p, noise, basis, freedom)

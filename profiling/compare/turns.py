@@ -1,19 +1,37 @@
-"""Sides measured in turn on this machine: each round runs every side once, each in a process of its own."""
+"""Sides measured in turn on this machine: each round runs every side once, each in a process of its own.
+
+Of a round's processes one runs at a time. A side runs until it asks for a turn, which `interleave` does before
+each round of samples, or until it ends; then the next one runs. So samples of all sides are taken within moments
+of one another, whatever the machine does in the course of a round, and nothing runs beside them.
+
+A side finds a socket named in LDMPERF_TURNS. It asks with a byte, and waits; a line grants it the next turn, with
+the processes of the other sides that take turns. What never asks runs whole: other commands, and commits from
+before there were turns.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
+import select
 import shlex
 import signal
+import socket
+import struct
 import subprocess
+import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..measure.folders import RunError
 from ..measure.timing import round_order
+from ..measure.turn import ASKED, TURNS_VARIABLE, granted
+from ..terminal.visible import counted
 from .sets import RecordSet, read_set
 
 # Stands in a command for the folder that its records go to.
@@ -46,77 +64,190 @@ class RoundFailed(Exception):
         self.code = code
 
 
-def orders(names: Sequence[str], rounds: int) -> Iterator[tuple[str, ...]]:
+def orders(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Who runs in each round, in that order: of two sides the order is flipped each round (`round_order`)."""
     queue = deque(names)
-    for number in range(rounds):
+    for number in itertools.count():
         yield round_order(queue, mirrored=bool(number // len(names) % 2))
         queue.rotate(-1)
 
 
-def run_rounds(sides: Sequence[Side], rounds: int, told: Callable[[str], None]) -> list[RecordSet]:
+def run_rounds(
+    sides: Sequence[Side], rounds: int, told: Callable[[str], None], *, whole_runs: bool = False
+) -> list[RecordSet]:
     """Runs every side once in each round; the records of each side. `told` gets a line on each round.
 
-    Each run's output is in a log beside its records. Raises RoundFailed. An interrupt stops the run in flight and
-    passes through.
+    whole_runs: no turns within a round, so that no two sides are in memory together. Each run's output is in a log
+    beside its records. Raises RoundFailed. An interrupt stops what is running and passes through.
     """
     by_name = {side.name: side for side in sides}
-    for number, order in enumerate(orders(list(by_name), rounds), 1):
-        took = []
-        for name in order:
-            start = time.monotonic()
-            _run_once(by_name[name], number)
-            took.append(f"{name} {time.monotonic() - start:.1f} s")
-        told(f"round {number} of {rounds}: {', then '.join(took)}")
+    for number, order in enumerate(itertools.islice(orders(list(by_name)), rounds), 1):
+        took = _run_round([by_name[name] for name in order], number, whole_runs)
+        told(f"round {number} of {rounds}: {', '.join(took)}")
     return [read_set(side.out) for side in sides]
 
 
-def _run_once(side: Side, number: int) -> None:
-    out = side.out / f"round-{number:02}"
-    out.mkdir(parents=True)
-    log = side.out / f"round-{number:02}.log"
-    command = [part.replace(OUT, str(out)) for part in side.command]
-    code = _finished(command, side, log)
-    try:
-        made = read_set(out)
-    except RunError:
-        raise RoundFailed(
-            f"{side.name}: no record from {shlex.join(command)} (exit code {code}): {_last_line(log)}; see {log}",
-            code if code == 2 else 1,
-        ) from None
-    # A run in which a case failed ends with 1, and says so in its records. What crashed has left cases out.
-    if code < 0 or (code > 0 and all(record.status == "ok" for record in made.all_records)):
-        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        raise RoundFailed(
-            f"{side.name}: {shlex.join(command)} {ended} before its time: {_last_line(log)}; see {log}"
-        )
-    # Written by the code that ran, about the checkout that it lies in.
-    commits = {record.environment.git_commit for record in made.all_records}
-    if side.commit is not None and commits != {side.commit}:
-        raise RoundFailed(f"{side.name}: its records are of commit {', '.join(map(str, commits))}; see {log}")
+def _run_round(sides: Sequence[Side], number: int, whole_runs: bool) -> list[str]:
+    """Runs every side once, by turns; what each took, in words."""
+    with tempfile.TemporaryDirectory(prefix="ldmperf-") as folder, ExitStack() as stack:
+        sockets = [None if whole_runs else Path(folder, str(place)) for place in range(len(sides))]
+        runs = {
+            side.name: stack.enter_context(_Run(side, number, address))
+            for side, address in zip(sides, sockets, strict=True)
+        }
+        going = dict(runs)
+        for name in itertools.chain.from_iterable(orders(list(runs))):
+            others = (number for run in going.values() if run.side.name != name for number in run.asking)
+            if name in going and not going[name].turn(others):
+                del going[name]
+            if not going:
+                break
+        return [f"{run.side.name} {run.seconds:.1f} s in {counted(run.turns, 'turn')}" for run in runs.values()]
 
 
-def _finished(command: Sequence[str], side: Side, log: Path) -> int:
-    """The exit code of the command, once it and all that it started have ended."""
-    with log.open("wb") as file:
+class _Run:
+    """A side's process in one round. Its first turn starts it; as a context it leaves nothing that runs.
+
+    address: of the socket at which it may ask for turns; None where it is to run whole.
+    """
+
+    def __init__(self, side: Side, number: int, address: Path | None) -> None:
+        self.side = side
+        self.out = side.out / f"round-{number:02}"
+        self.log = side.out / f"round-{number:02}.log"
+        self.command = [part.replace(OUT, str(self.out)) for part in side.command]
+        self.turns = 0
+        self.seconds = 0.0
+        self._address = address
+        self._resources = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._listener: socket.socket | None = None
+        self._connections: list[socket.socket] = []
+        self._asking: list[socket.socket] = []
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            _stop(self._process)
+        self._resources.close()
+
+    @property
+    def asking(self) -> list[int]:
+        """The processes that wait for a turn."""
+        return [_process_of(connection) for connection in self._asking]
+
+    def turn(self, others: Iterable[int]) -> bool:
+        """Lets it run until it asks for its next turn, or to its end; whether it asked.
+
+        others: processes of other sides. Raises RoundFailed where it cannot run, and where it has ended without
+        the records that it should have made.
+        """
+        start = time.monotonic()
+        process = self._process or self._start()
+        for connection in self._asking:
+            # One that is gone has nothing to wait for.
+            with suppress(OSError):
+                connection.sendall(granted(others))
+        self._asking = []
+        has_ended = self._wait(process)
+        self.turns += 1
+        self.seconds += time.monotonic() - start
+        if has_ended:
+            self._check(process.wait())
+        return not has_ended
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.out.mkdir(parents=True)
+        variables = dict(self.side.variables)
+        if self._address is not None:
+            self._listener = self._resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            try:
+                self._listener.bind(str(self._address))
+            except OSError as failure:
+                reason = failure.strerror or failure
+                raise RoundFailed(
+                    f"no socket at {self._address} ({reason}); set TMPDIR to a shorter path", 2
+                ) from None
+            self._listener.listen()
+            variables[TURNS_VARIABLE] = str(self._address)
+        with self.log.open("wb") as file:
+            try:
+                # A session of its own: Ctrl-C reaches it by us alone, and what it has started is stopped with it.
+                process = subprocess.Popen(
+                    self.command,
+                    cwd=self.side.place,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            except OSError as failure:
+                raise RoundFailed(
+                    f"{self.side.name}: cannot run {self.command[0]!r} ({failure.strerror})", 2
+                ) from None
+        self._process = process
+        return process
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> bool:
+        """Until a process of the side asks for a turn, or the side's own ends; whether it has ended."""
+        if self._listener is None:
+            process.wait()
+            return True
+        ended = os.pidfd_open(process.pid)
         try:
-            # A session of its own: Ctrl-C reaches it by us alone, and what it has started is stopped with it.
-            process = subprocess.Popen(
-                command,
-                cwd=side.place,
-                env=dict(side.variables),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as failure:
-            raise RoundFailed(f"{side.name}: cannot run {command[0]!r} ({failure.strerror})", 2) from None
-        try:
-            return process.wait()
+            while not self._asking:
+                sources: list[Any] = [ended, self._listener, *self._connections]
+                ready, _, _ = select.select(sources, [], [])
+                if self._listener in ready:
+                    self._connections.append(self._resources.enter_context(self._listener.accept()[0]))
+                for connection in [one for one in self._connections if one in ready]:
+                    if _received(connection) == ASKED:
+                        self._asking.append(connection)
+                    else:
+                        self._connections.remove(connection)
+                        connection.close()
+                if ended in ready and not self._asking:
+                    return True
         finally:
-            if process.poll() is None:
-                _stop(process)
+            os.close(ended)
+        return False
+
+    def _check(self, code: int) -> None:
+        """Raises RoundFailed where the records of a run that has ended are not those of all its cases."""
+        side, log, command = self.side, self.log, shlex.join(self.command)
+        try:
+            made = read_set(self.out)
+        except RunError:
+            raise RoundFailed(
+                f"{side.name}: no record from {command} (exit code {code}): {_last_line(log)}; see {log}",
+                code if code == 2 else 1,
+            ) from None
+        # A run in which a case failed ends with 1, and says so in its records. What crashed has left cases out.
+        if code < 0 or (code > 0 and all(record.status == "ok" for record in made.all_records)):
+            ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            raise RoundFailed(f"{side.name}: {command} {ended} before its time: {_last_line(log)}; see {log}")
+        # Written by the code that ran, about the checkout that it lies in.
+        commits = {record.environment.git_commit for record in made.all_records}
+        if side.commit is not None and commits != {side.commit}:
+            raise RoundFailed(f"{side.name}: its records are of commit {', '.join(map(str, commits))}; see {log}")
+
+
+def _received(connection: socket.socket) -> bytes:
+    """A byte; none from a process that has ended, whichever way."""
+    try:
+        return connection.recv(1)
+    except OSError:
+        return b""
+
+
+def _process_of(connection: socket.socket) -> int:
+    """The process at the other end (unix(7): SO_PEERCRED, whose first number it is)."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    number: int = struct.unpack("3i", credentials)[0]
+    return number
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from .turn import TURNS
+
 ON_A_CPU = "NVML counts a GPU's energy; this case ran on a CPU"
 # Reasons for lower clocks that are no throttling: nothing to do, and clocks that somebody asked for.
 UNTHROTTLED = frozenset({"GpuIdle", "ApplicationsClocksSetting", "UserDefinedClocks"})
@@ -66,7 +68,7 @@ class Sensor:
     def foreign_processes(self) -> int | None:
         """How many other processes compute on the GPU (`other_processes`)."""
         listed = {process.pid for process in self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)}
-        return other_processes(listed, os.getpid(), sees_all_processes())
+        return other_processes(listed, os.getpid(), sees_all_processes(), TURNS.others)
 
     def millijoules(self) -> int:
         """The GPU's energy since its driver was loaded."""
@@ -101,18 +103,21 @@ def sees_all_processes() -> bool:
         return False
 
 
-def other_processes(listed: Collection[int], own: int, sees_all: bool) -> int | None:
+def other_processes(
+    listed: Collection[int], own: int, sees_all: bool, waiting: Collection[int] = ()
+) -> int | None:
     """How many processes of NVML's list are not this one, `own`; None where the list cannot tell.
 
+    Those that are `waiting` for this one to end its turn do not count, and in a container as many of the list.
     In a container the driver lists either ids of the host, this process under one that it does not know, or only
     the container's own processes (NVIDIA's open kernel modules leave out those of other namespaces). So one of the
     list counts as this process and the rest are certainly others; that there is no other tells nothing. Nor does
     an empty list on the machine itself: it may be kept from this user.
     """
-    distinct = set(listed)
+    distinct = set(listed).difference(waiting if sees_all else ())
     if sees_all and own in distinct:
         return len(distinct) - 1
-    others = len(distinct) if sees_all else len(distinct) - 1
+    others = len(distinct) if sees_all else len(distinct) - 1 - len(waiting)
     return others if others > 0 else None
 
 

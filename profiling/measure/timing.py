@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from .turn import TURNS
+
 if TYPE_CHECKING:
     import torch
 
@@ -232,12 +234,17 @@ def interleave(
     inside one, `on_done` gets the samples of the backends that have left, by name. No sample is begun once
     `deadline` has passed: the backends still in the rotation then have fewer. Returns the samples of all backends
     but those that failed.
+
+    Before each round the other sides of a comparison have a turn, if there are any; the deadline waits for them.
     """
     times = {name: Times() for name in run_once}
     queue = list(run_once)
     led = dict.fromkeys(queue, 0)
     number = 0
     while queue:
+        waited = TURNS.end()
+        if deadline is not None:
+            deadline.put_off(waited)
         head = queue[0]
         order = round_order(queue, mirrored=bool(led[head] % 2))
         led[head] += 1

@@ -10,6 +10,8 @@ from torch import nn
 
 from ..measure.outcomes import Unsupported
 from ..step.flops import flop_counter
+from ..step.launches import GpuLaunch
+from ..step.roofline import WINOGRAD, StepPart
 from ..trajectory.backend import wider
 from ..trajectory.case import Case
 from ..trajectory.unet_problem import CHECK_ROUND, round_seeds
@@ -43,6 +45,20 @@ class RivalProblem:
     @property
     def gflop(self) -> float:
         return counted_gflop(self.kind, single(self.case))
+
+    def step_parts(self) -> tuple[StepPart, ...]:
+        """All FLOPs of an evaluation, those of convolutions apart, and each weight read once.
+
+        Its launches are not counted, so the floor is further below the time than that of a UNet.
+        """
+        flops = counted_flops(self.kind, single(self.case))
+        nbytes = sum(parameter.nbytes for parameter in self.network.parameters())
+        convolutions, others = (self.case.model_batch * count for count in (flops.convolutions, flops.others))
+        convolving = GpuLaunch("convolutions", "convolution", "", "", 0, convolutions)
+        multiplying = GpuLaunch("all else", "linear", "", "", nbytes, others)
+        return StepPart("convolution", convolving, WINOGRAD * convolutions), StepPart(
+            "linear", multiplying, others
+        )
 
     def inputs(self, number: int, seed: int | None = None) -> RivalInputs:
         """Fresh random inputs of round `number`; `seed`: the case's unless given."""
@@ -91,11 +107,26 @@ def single(case: Case) -> Case:
     return case.model_copy(update=alike)
 
 
-@lru_cache(maxsize=64)
 def counted_gflop(kind: RivalKind, case: Case) -> float:
-    """GFLOP of one evaluation, two per multiply-add, counted on the meta device; `kind` and `case` are values."""
+    """GFLOP of one evaluation, two per multiply-add."""
+    flops = counted_flops(kind, case)
+    return (flops.convolutions + flops.others) / 1e9
+
+
+@dataclass(frozen=True)
+class CountedFlops:
+    """FLOPs of an evaluation, two per multiply-add."""
+
+    convolutions: int
+    others: int
+
+
+@lru_cache(maxsize=64)
+def counted_flops(kind: RivalKind, case: Case) -> CountedFlops:
+    """Those of one evaluation, counted on the meta device; `kind` and `case` are values."""
     arguments = kind.arguments(case, torch.Generator())
     with torch.device("meta"), flop_counter() as counter:
         network = kind.network(case).requires_grad_(False)
         network(**{name: value.to("meta") for name, value in arguments.items()})
-    return float(counter.get_total_flops()) / 1e9
+    convolutions = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    return CountedFlops(convolutions, counter.get_total_flops() - convolutions)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ..step.roofline import StepPart
 from .case import Case
 
 
@@ -74,6 +75,10 @@ class Problem(Protocol):
     def parameters(self) -> int: ...
     @property
     def gflop(self) -> float: ...
+
+    def step_parts(self) -> Sequence[StepPart]:
+        """What an evaluation of the whole batch computes and moves; raises where that cannot be counted."""
+        ...
 
     def inputs(self, number: int, seed: int | None = None) -> Any:
         """Fresh random inputs of round `number`, the same on every device and for every backend.

@@ -5,28 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from ldmperf.model import UNet
-
 from ..measure.ceiling_cache import CeilingSource
 from ..measure.ceilings import Ceilings
 from ..measure.outcomes import Unsupported, failure
 from ..options import DType
-from ..step.roofline import Roof, StepPart, StepShape, least_ms, step_parts, sums_of
+from ..step.roofline import Roof, StepPart, least_ms, sums_of
 from .backend import Problem
-from .case import Case
 from .record_parts import Floor
-
-
-def step_shape(case: Case) -> StepShape:
-    """What the case's step depends on beside its network."""
-    return StepShape(
-        batch=case.batch,
-        is_guided=case.guided,
-        dtype=case.dtype,
-        height=case.latent_height,
-        width=case.latent_width,
-        tokens=case.context_tokens,
-    )
 
 
 def measured_roof(ceilings: Ceilings, dtype: DType) -> Roof:
@@ -71,7 +56,7 @@ class Floors:
             self._ceilings.of(device)
 
     def of(self, problem: Problem) -> Floor | None:
-        """The floor of a step of the problem; none but of UNets."""
+        """The floor of a step of the problem."""
         return None if self._ceilings is None else self._floor(problem, self._ceilings.of)
 
     def anew(self, problem: Problem) -> Floor | None:
@@ -83,12 +68,9 @@ class Floors:
         return None if self._ceilings is None else self._floor(problem, self._ceilings.anew)
 
     def _floor(self, problem: Problem, ceilings_of: Callable[[str], Ceilings]) -> Floor | None:
-        case, network = problem.case, problem.network
-        if not isinstance(network, UNet):
-            return None
+        case = problem.case
         try:
-            parts = step_parts(network.config, step_shape(case))
-            return floor_of(parts, ceilings_of(case.device), case.dtype)
+            return floor_of(problem.step_parts(), ceilings_of(case.device), case.dtype)
         except Exception as error:
             reason = failure(error)[1]
             warnings.warn(f"{case.label} in {case.dtype} on {case.device}: no floor ({reason})", stacklevel=3)

@@ -14,6 +14,7 @@ from ldmperf.samplers import SamplingPlan, initial_noise
 
 from ..measure.outcomes import Unsupported
 from ..step.flops import count_gflop, count_parameters
+from ..step.roofline import StepPart, StepShape, step_parts
 from .backend import Inputs, wider
 from .case import Case
 
@@ -55,6 +56,10 @@ class UNetProblem:
     def gflop(self) -> float:
         case = self.case
         return count_gflop(self.unet.config, case.latent_height, case.latent_width, case.context_tokens)
+
+    def step_parts(self) -> tuple[StepPart, ...]:
+        """The launches of a step of ours, one by one."""
+        return step_parts(self.unet.config, step_shape(self.case))
 
     def inputs(self, number: int, seed: int | None = None) -> Inputs:
         """Fresh random inputs of round `number`; `seed`: the case's unless given."""
@@ -111,6 +116,18 @@ class UNetProblem:
     def with_network(self, network: torch.nn.Module) -> UNetProblem:
         assert isinstance(network, UNet)
         return replace(self, unet=network)
+
+
+def step_shape(case: Case) -> StepShape:
+    """What the case's step depends on beside its network."""
+    return StepShape(
+        batch=case.batch,
+        is_guided=case.guided,
+        dtype=case.dtype,
+        height=case.latent_height,
+        width=case.latent_width,
+        tokens=case.context_tokens,
+    )
 
 
 def round_seeds(case: Case, number: int, seed: int | None = None) -> tuple[int, ...]:
