@@ -19,6 +19,7 @@ import torch
 from ldmperf.kernels import _launch
 from ldmperf.profiling.measure import environment, settings
 from ldmperf.profiling.measure.environment import DeviceState, Environment, Gpu, collect_environment, device_state
+from ldmperf.profiling.measure.heap import can_be_kept
 from ldmperf.profiling.measure.nvml import sees_all_processes
 from ldmperf.profiling.measure.settings import measuring_settings
 from ldmperf.profiling.options import CaseError
@@ -103,6 +104,7 @@ def test_the_switches_are_those_of_measuring_and_stay_as_they_were() -> None:
         assert switches() == ("medium", *before[1:])
     finally:
         torch.set_float32_matmul_precision(str(before[0]))
+    assert outside.heap == ("kept" if can_be_kept() else None)
     assert (outside.float32_matmul_precision, outside.cudnn_tf32, outside.cudnn_benchmark) == (
         "highest",
         False,

@@ -11,11 +11,12 @@ import platform
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import AwareDatetime
 
 from .checkout import checkout, commit_time
+from .heap import can_be_kept
 from .nvml import Sensor
 from .recorded import RecordModel
 from .settings import measuring_settings, ptxas_version
@@ -42,6 +43,8 @@ class Environment(RecordModel):
     ptxas         the version of the assembler that triton uses ("12.8.93")
     tuned         a digest of the table of tuned launches in use; null where this GPU has none
     float32_matmul_precision, cudnn_*    the switches under which all is measured
+    heap          "kept" where the C library's malloc keeps what is freed (heap.py); null where it cannot be told
+                  to, and in records from before
     git_*         null for code that runs from an installed wheel; without .git the commit is LDMPERF_COMMIT's
     commit_time   when the commit was made, in UTC; null without .git
     """
@@ -66,6 +69,7 @@ class Environment(RecordModel):
     float32_matmul_precision: str | None = None
     cudnn_tf32: bool | None = None
     cudnn_benchmark: bool | None = None
+    heap: Literal["kept"] | None = None
     gpu: Gpu | None = None
     git_commit: str | None = None
     git_dirty: bool | None = None
@@ -150,6 +154,7 @@ def collect_environment(device: str = "cpu") -> Environment:
         cudnn=_or_none(torch.backends.cudnn.version),
         torch_threads=torch.get_num_threads(),
         float32_matmul_precision=precision,
+        heap="kept" if can_be_kept() else None,
         cudnn_tf32=tf32,
         cudnn_benchmark=benchmark,
         gpu=_gpu(device) if is_cuda else None,

@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .heap import kept_heap
+
 # Names the ptxas that triton takes instead of its own.
 PTXAS_VARIABLE = "TRITON_PTXAS_PATH"
 
@@ -17,7 +19,7 @@ def measuring_settings() -> Iterator[None]:
     """Process-wide switches of torch and triton while measuring, the same for all backends; put back afterwards.
 
     float32 means float32: no TF32 in matmuls or convolutions. cuDNN chooses its algorithms by trying them, in the
-    first call. triton keeps to one ptxas, whatever a compiled peer does.
+    first call. triton keeps to one ptxas, whatever a compiled peer does. The heap is kept (heap.py).
     """
     import torch
 
@@ -26,6 +28,7 @@ def measuring_settings() -> Iterator[None]:
     try:
         with (
             pinned_ptxas(),
+            kept_heap(),
             torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False),
         ):
             yield

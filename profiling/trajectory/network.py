@@ -12,6 +12,7 @@ import torch
 from ldmperf.model import FAMILY, UNet, UNetConfig, load_unet
 from ldmperf.samplers import NoiseSchedule, make_plan
 
+from ..measure.heap import trim_heap
 from ..measure.outcomes import Unsupported, release_memory
 from ..peer import SCHEDULER_CONFIG
 from ..step.flops import count_gflop
@@ -131,6 +132,7 @@ class Networks:
         if self._kept is None or self._kept[0] != identity:
             self._kept = None
             release_memory()
+            trim_heap()
             start = time.perf_counter()
             network = subject.network(case)
             self._kept = (identity, network, 1e3 * (time.perf_counter() - start))
