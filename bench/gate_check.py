@@ -1,9 +1,9 @@
 """What the gate of `ldmperf compare` answers to noise and to an injected slowdown: `python bench/gate_check.py`.
 
-A repeat runs the checkout and the checkout again in turn, each run in a process of its own, and compares them: the
-gate (--fail-over wall_ms at the share of --inject) must not fail. In the first --injections repeats a third side
-takes part, the checkout with every trajectory made longer by --inject; there the gate must fail. It does take
-longer: after its work it waits for that share of what it took.
+A repeat runs the checkout and the checkout again as `ldmperf compare --commits` does, and compares them: the gate
+(--fail-over wall_ms at the share of --inject) must not fail. In the first --injections repeats a third side takes
+part, the checkout with every trajectory made longer by --inject; there the gate must fail. It does take longer:
+after its work it waits for that share of what it took.
 
 The result, with each run's median and each verdict, goes to --out as JSON after each repeat. The same call goes on
 from there; what was begun and not ended is measured again. Nothing else should run on the machine. `make readme`
@@ -43,10 +43,11 @@ from ldmperf.profiling.options import CaseError, percentage, whole_number
 from ldmperf.profiling.trajectory import network
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 
-# Two short cases: most of a run's time is its start.
+# A short case, as most of a run's time is its start, and one that computes: at smaller latents a step waits for
+# its weights, and processes differ by where theirs lie.
 PROFILE = (
-    *("--size", "39M", "--latent", "8", "--steps", "1", "--backend", "torch,diffusers"),
-    *("--min-count", "7", "--min-seconds", "0.5"),
+    *("--size", "39M", "--latent", "32", "--steps", "1", "--backend", "torch"),
+    *("--min-count", "12", "--min-seconds", "1"),
 )
 METRIC = METRICS["wall_ms"]
 CLI = "from ldmperf.profiling.cli import main; main()"
