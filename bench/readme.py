@@ -71,19 +71,30 @@ def _cost(row: Row) -> str:
 
 def _records(marker: str) -> list[Record]:
     """The records that a marker names: "FILE steps=2 sampler=ddim" are those of the file with these conditions."""
-    path, *words = marker.split()
+    path = marker.split()[0]
     records, rejected = load_records(ROOT / path)
     if rejected:
         raise SystemExit(f"{path}: {rejected} lines are not records")
-    wanted = [word.split("=") for word in words if "=" in word]
-    return [r for r in records if all(str(getattr(r.case, name)) == value for name, value in wanted)]
+    wanted = {name: value for name, value in _words(marker).items() if name != "claim"}
+    return [r for r in records if all(str(getattr(r.case, name)) == value for name, value in wanted.items())]
+
+
+def _words(marker: str) -> dict[str, str]:
+    """The NAME=VALUE of a marker."""
+    return dict(word.split("=") for word in marker.split() if "=" in word)
 
 
 def verdicts(marker: str) -> str:
-    """The conditions of the records, and a sentence for each claim that they decide, or leave undecided."""
-    judged = judge(_records(marker))
+    """The conditions of the records, and a sentence for each claim that they decide, or leave undecided.
+
+    With "claim=ID" in the marker for that claim alone.
+    """
+    judged, only = judge(_records(marker)), _words(marker).get("claim")
     conditions = f"**Measured**: {joined(shared_by_all(judged).values())}."
-    sentences = (f"- **{for_markdown(of.claim.text)}**: {for_markdown(of.sentence)}." for of in summaries(judged))
+    said = [of for of in summaries(judged) if only in (None, of.claim.id)]
+    if only and not said:
+        raise SystemExit(f"{marker}: the records say nothing of that claim")
+    sentences = (f"- **{for_markdown(of.claim.text)}**: {for_markdown(of.sentence)}." for of in said)
     fill = partial(textwrap.fill, width=125, break_long_words=False, break_on_hyphens=False)
     return "\n".join([fill(conditions), "", *(fill(line, subsequent_indent="  ") for line in sentences)])
 

@@ -105,7 +105,7 @@ def test_the_list_is_nvmls_and_this_process_is_not_foreign(monkeypatch: pytest.M
     )
     monkeypatch.setattr(nvml, "sees_all_processes", lambda: True)
     assert found.foreign_processes() == 1
-    monkeypatch.setattr(nvml.TURNS, "others", frozenset({1}))
+    monkeypatch.setattr(nvml.TURNS, "_waiting", frozenset({1}))
     assert found.foreign_processes() == 0
 
 

@@ -100,6 +100,14 @@ def test_examples_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_a_marker_can_name_one_claim():
+    tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))
+    page = "<!-- verdicts: {}claim=steps-linear -->\n<!-- end of verdicts -->"
+    path = "bench/results/cpu-intel-xeon-2-cores/2026-11-26-0da889c.jsonl"
+    (told,) = (line for line in tool["with_figures"](page.format(path + " ")).splitlines() if line[:2] == "- ")
+    assert told.startswith("- **cost grows linearly with steps**")
+
+
 def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
     """bench/gate_check.py's JSON, reduced to what the page says of it."""
     tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, interleave
-from ldmperf.profiling.measure.turn import ASKED, TURNS_VARIABLE, Turns, granted
+from ldmperf.profiling.measure.turn import ASKED, TURNS, TURNS_VARIABLE, WAITING_VARIABLE, Turns, granted, named
 
 Deal = Callable[[Callable[[socket.socket], None]], None]
 
@@ -43,59 +44,71 @@ def deal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deal]:
 
 def test_without_a_dealer_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TURNS_VARIABLE, raising=False)
+    turns = Turns()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert Turns().end() == 0.0
+        turns.end()
+    assert (turns.waited, turns.waiting) == (0.0, frozenset())
 
 
-def test_a_turn_ends_with_a_byte_and_begins_with_a_line_of_who_waits(deal: Deal) -> None:
+def test_a_turn_ends_with_a_byte_and_begins_with_a_line_of_who_waits(
+    deal: Deal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[bytes] = []
 
     def dealer(connection: socket.socket) -> None:
-        for others in ([], [12, 345]):
+        for waiting in ([], [12, 345]):
             heard.append(connection.recv(9))
-            connection.sendall(granted(others))
+            time.sleep(0.05)
+            connection.sendall(granted(waiting))
 
     turns = Turns()
     deal(dealer)
-    assert turns.end() > 0.0
-    assert turns.others == frozenset()
+    # During its first turn, which it has not asked for.
+    monkeypatch.setenv(WAITING_VARIABLE, named([7, 8]))
+    assert turns.waiting == {7, 8}
     turns.end()
-    assert turns.others == {12, 345}
+    assert turns.waiting == frozenset()
+    assert turns.waited >= 0.05
+    turns.end()
+    assert turns.waiting == {12, 345}
+    assert turns.waited >= 0.1
     assert heard == [ASKED, ASKED]
 
 
-def test_a_dealer_that_ends_is_a_warning_and_the_process_goes_on_alone(deal: Deal) -> None:
-    def dealer(connection: socket.socket) -> None:
-        connection.recv(1)
-        connection.sendall(granted([7]))
-        connection.recv(1)
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_a_dealer_that_ends_is_an_interrupt(deal: Deal, is_reset: bool) -> None:
+    """Nobody is left for whom to go on, and the other side would go on too, beside this one."""
 
-    turns = Turns()
+    def dealer(connection: socket.socket) -> None:
+        if not is_reset:
+            connection.recv(1)
+
     deal(dealer)
-    turns.end()
-    with pytest.warns(UserWarning, match=r"LDMPERF_TURNS: turns deals no turns \(it has ended\); unset it"):
-        turns.end()
-    assert turns.others == frozenset()
-    assert turns.end() == 0.0
+    with pytest.raises(KeyboardInterrupt, match="whoever dealt turns at turns has ended"):
+        Turns().end()
 
 
 def test_an_address_at_which_nobody_listens_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TURNS_VARIABLE, "/nowhere/turns")
     turns = Turns()
-    with pytest.warns(UserWarning, match="/nowhere/turns deals no turns"):
+    with pytest.warns(UserWarning, match=r"LDMPERF_TURNS: /nowhere/turns deals no turns \(No such file.*unset it"):
         turns.end()
-    assert turns.end() == 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turns.end()
 
 
-def test_a_turn_is_asked_for_before_each_round_and_the_deadline_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_is_asked_for_before_each_round_and_no_deadline_passes_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ran: list[str] = []
-    now = [0.0]
+    now = [100.0]
 
-    def end() -> float:
+    def end(self: Turns) -> None:
         ran.append("turn")
         now[0] += 50.0
-        return 50.0
+        self.waited += 50.0
 
     def sample(name: str) -> Callable[[int, bool], Timed[object]]:
         def taken(number: int, is_last: bool) -> Timed[object]:
@@ -105,12 +118,16 @@ def test_a_turn_is_asked_for_before_each_round_and_the_deadline_waits(monkeypatc
 
         return taken
 
-    monkeypatch.setattr("ldmperf.profiling.measure.timing.TURNS.end", end)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(TURNS, "waited", 0.0)
+    monkeypatch.setattr(Turns, "end", end)
+    whole = Deadline(7.0)
     times = interleave(
         {name: sample(name) for name in "ab"},
         RepetitionRule(9, 0.0),
         lambda name, failure: pytest.fail(str(failure)),
-        deadline=Deadline(3.5, lambda: now[0]),
+        deadline=whole.after(0.5),
     )
     assert ran == ["turn", "a", "b", "turn", "b", "a"]
     assert [len(taken.wall_ms) for taken in times.values()] == [2, 2]
+    assert whole.left == 3.0

@@ -117,6 +117,20 @@ def test_one_commit_twice_is_an_aa_run(run: Run, repository: Path, tmp_path: Pat
     assert "1 SAME" in told.out
 
 
+def test_whole_runs_are_asked_for_with_commits_alone(run: Run, repository: Path, tmp_path: Path) -> None:
+    cli = repository / "profiling" / "cli.py"
+    cli.write_text(
+        cli.read_text().replace("def main():", "def main():\n    assert 'LDMPERF_TURNS' not in os.environ")
+    )
+    commit(repository, "takes no turns")
+    whole = ("--rounds", "3", "--whole-runs")
+    told = run("compare", "--commits", "HEAD", "HEAD", "--out", tmp_path / "r", *whole, "--", "profile")
+    assert told.code == 0, told.err
+    (folder,) = (tmp_path / "r").iterdir()
+    told = run("compare", folder / "a", folder / "b", "--whole-runs")
+    assert (told.code, "--whole-runs is for --commits" in told.err) == (2, True)
+
+
 def test_records_of_other_code_end_the_comparison(
     run: Run, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,10 +293,11 @@ SIDE = """
 
     from ldmperf.profiling.measure.turn import TURNS
 
-    tell(f"{os.getpid()}")
+    {BEGIN}
+    tell(f"{os.getpid()} {len(TURNS.waiting)}")
     for number in range(int(count)):
         TURNS.end()
-        tell(f"begins {len(TURNS.others)}")
+        tell(f"begins {len(TURNS.waiting)}")
         time.sleep(0.01)
         tell("ends")
     {END}
@@ -292,12 +307,15 @@ SIDE = """
 
 @pytest.fixture
 def sides(tmp_path: Path, make_record: MakeRecord) -> Callable[..., list[Side]]:
-    """Sides by name: how many turns each asks for; `end`: what they run then; `shell`: each within a shell."""
+    """Sides by name, and how many turns each asks for.
+
+    `begin`, `end`: what each runs before and after; `shell`: each within a shell.
+    """
     (tmp_path / "record.json").write_text(make_record().model_dump_json())
 
-    def made(counts: dict[str, int], end: str = "", shell: bool = False) -> list[Side]:
+    def made(counts: dict[str, int], end: str = "", begin: str = "", shell: bool = False) -> list[Side]:
         script = tmp_path / "side.py"
-        script.write_text(textwrap.dedent(SIDE).replace("{END}", end))
+        script.write_text(textwrap.dedent(SIDE).replace("{BEGIN}", begin).replace("{END}", end))
         found = []
         for name, count in counts.items():
             arguments = (str(script), name, str(count), str(tmp_path / "log"), str(tmp_path / "record.json"), OUT)
@@ -312,7 +330,12 @@ def sides(tmp_path: Path, make_record: MakeRecord) -> Callable[..., list[Side]]:
 
 def log_of(tmp_path: Path) -> list[str]:
     """The lines but those with process ids."""
-    return [line for line in (tmp_path / "log").read_text().splitlines() if not line.split()[1].isdigit()]
+    return [line for line in (tmp_path / "log").read_text().splitlines() if not is_start(line)]
+
+
+def is_start(line: str) -> bool:
+    """Whether it has the process that starts."""
+    return line.split()[1].isdigit()
 
 
 @pytest.mark.parametrize("shell", [False, True])
@@ -322,11 +345,13 @@ def test_sides_take_samples_in_turn_and_never_at_once(
     told: list[str] = []
     a, b = run_rounds(sides({"a": 3, "b": 3}, shell=shell), 1, told.append)
     lines = log_of(tmp_path)
-    assert [line[0] for line in lines[::2]] == list("baabba")
+    assert [line[0] for line in lines[::2]] == list("ababab")
     for begin, end in zip(lines[::2], lines[1::2], strict=True):
         assert (begin.split()[:2], end.split()) == ([begin[0], "begins"], [begin[0], "ends"])
-    # The other one waits for its turn, but for the last, when it has ended.
+    # The other one waits, but for the last turn, when it has ended. The second to start finds the first waiting.
     assert [line.split()[2] for line in lines[::2]] == list("111110")
+    starts = filter(is_start, (tmp_path / "log").read_text().splitlines())
+    assert [line.split()[2] for line in starts] == ["0", "1"]
     assert [len(side.runs) for side in (a, b)] == [1, 1]
     assert told[0].startswith("round 1 of 1: a ")
     assert told[0].count("s in 4 turns") == 2
@@ -352,13 +377,65 @@ def test_a_side_that_fails_stops_the_one_that_waits(
 ) -> None:
     with pytest.raises(RoundFailed, match=r"^[ab]: no record from"):
         run_rounds(sides({"a": 2, "b": 3}, end), 1, lambda line: None)
-    pids = [
-        int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines() if line.split()[1].isdigit()
-    ]
-    assert len(pids) == 2
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert len(started(tmp_path)) == 2
+    assert not any(map(is_running, started(tmp_path)))
+
+
+def started(tmp_path: Path) -> list[int]:
+    """The processes of the log."""
+    return [int(line.split()[1]) for line in (tmp_path / "log").read_text().splitlines() if is_start(line)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; one that has ended may wait for whoever reaps orphans."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_a_side_leaves_running_ends_with_it(sides: Callable[..., list[Side]], tmp_path: Path) -> None:
+    """A shell that is killed leaves a process that waits for a turn; it would measure on beside the other side."""
+    end = "name == 'b' and os.kill(os.getppid(), 9); TURNS.end()"
+    with pytest.raises(RoundFailed, match=r"^b: "):
+        run_rounds(sides({"a": 4, "b": 1}, end, shell=True), 1, lambda line: None)
+    assert len(started(tmp_path)) == 2
+    assert not any(map(is_running, started(tmp_path)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_side_that_runs_and_the_one_that_waits(
+    repository: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    log = tmp_path / "pids"
+    script = (
+        "import os, time; from ldmperf.profiling.measure.turn import TURNS\n"
+        f"open({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "if TURNS.waiting: time.sleep(60)\nTURNS.end()"
+    )
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-c", "from ldmperf.profiling.cli import main; main()", "compare", "--commits"),
+            *("HEAD~1", "HEAD", "--out", str(tmp_path / "runs"), "--", sys.executable, "-c", script, "{out}"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") == 2):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the worktrees are removed" in err.splitlines()[-1]
+    assert not any(map(is_running, map(int, log.read_text().split())))
+
+
+def test_all_processes_of_a_side_that_ask_have_its_turn(sides: Callable[..., list[Side]], tmp_path: Path) -> None:
+    begin = "pid = os.fork() if name == 'a' else 0"
+    end = "name == 'b' or (os.waitpid(pid, 0) if pid else os._exit(0))"
+    run_rounds(sides({"a": 2, "b": 2}, end, begin=begin), 1, lambda line: None)
+    lines = log_of(tmp_path)
+    assert Counter(line for line in lines if line.endswith("ends")) == {"a ends": 4, "b ends": 2}
 
 
 def test_a_folder_too_deep_for_a_socket_is_a_line_that_says_what_to_do(

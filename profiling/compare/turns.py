@@ -1,12 +1,12 @@
 """Sides measured in turn on this machine: each round runs every side once, each in a process of its own.
 
 Of a round's processes one runs at a time. A side runs until it asks for a turn, which `interleave` does before
-each round of samples, or until it ends; then the next one runs. So samples of all sides are taken within moments
-of one another, whatever the machine does in the course of a round, and nothing runs beside them.
+each round of samples, or until it ends; then the next one runs, always in the same order. So samples of all sides
+are taken within moments of one another, each after one of another side, whatever the machine does meanwhile.
 
 A side finds a socket named in LDMPERF_TURNS. It asks with a byte, and waits; a line grants it the next turn, with
-the processes of the other sides that take turns. What never asks runs whole: other commands, and commits from
-before there were turns.
+the processes of the other sides that wait. What never asks runs whole: other commands, and commits from before
+there were turns. Processes of one side that run at the same time are one to this module: all have the turn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,14 @@ from typing import Any
 
 from ..measure.folders import RunError
 from ..measure.timing import round_order
-from ..measure.turn import ASKED, TURNS_VARIABLE, granted
+from ..measure.turn import ASKED, TURNS_VARIABLE, WAITING_VARIABLE, granted, named
 from ..terminal.visible import counted
 from .sets import RecordSet, read_set
 
 # Stands in a command for the folder that its records go to.
 OUT = "{out}"
+# A process is waited for together with sockets by its descriptor, which Linux alone has.
+CAN_TAKE_TURNS = hasattr(os, "pidfd_open")
 # How long a side that is told to stop may take to put its records away.
 _PATIENCE_S = 30.0
 
@@ -90,16 +92,18 @@ def run_rounds(
 def _run_round(sides: Sequence[Side], number: int, whole_runs: bool) -> list[str]:
     """Runs every side once, by turns; what each took, in words."""
     with tempfile.TemporaryDirectory(prefix="ldmperf-") as folder, ExitStack() as stack:
-        sockets = [None if whole_runs else Path(folder, str(place)) for place in range(len(sides))]
+        is_whole = whole_runs or not CAN_TAKE_TURNS
+        sockets = [None if is_whole else Path(folder, str(place)) for place in range(len(sides))]
         runs = {
             side.name: stack.enter_context(_Run(side, number, address))
             for side, address in zip(sides, sockets, strict=True)
         }
         going = dict(runs)
-        for name in itertools.chain.from_iterable(orders(list(runs))):
-            others = (number for run in going.values() if run.side.name != name for number in run.asking)
-            if name in going and not going[name].turn(others):
-                del going[name]
+        for name in itertools.cycle(runs):
+            if name in going:
+                waiting = [process for other in runs for process in runs[other].asking if other != name]
+                if not going[name].turn(waiting):
+                    del going[name]
             if not going:
                 break
         return [f"{run.side.name} {run.seconds:.1f} s in {counted(run.turns, 'turn')}" for run in runs.values()]
@@ -129,7 +133,7 @@ class _Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.returncode is None:
             _stop(self._process)
         self._resources.close()
 
@@ -138,29 +142,33 @@ class _Run:
         """The processes that wait for a turn."""
         return [_process_of(connection) for connection in self._asking]
 
-    def turn(self, others: Iterable[int]) -> bool:
+    def turn(self, waiting: Sequence[int]) -> bool:
         """Lets it run until it asks for its next turn, or to its end; whether it asked.
 
-        others: processes of other sides. Raises RoundFailed where it cannot run, and where it has ended without
-        the records that it should have made.
+        waiting: processes of the other sides. Raises RoundFailed where it cannot run, and where it has ended
+        without the records that it should have made.
         """
         start = time.monotonic()
-        process = self._process or self._start()
+        process = self._process or self._start(waiting)
         for connection in self._asking:
             # One that is gone has nothing to wait for.
             with suppress(OSError):
-                connection.sendall(granted(others))
+                connection.sendall(granted(waiting))
         self._asking = []
         has_ended = self._wait(process)
         self.turns += 1
         self.seconds += time.monotonic() - start
         if has_ended:
+            if process.returncode is None:
+                # Before it is waited for, as its number may be another's then.
+                _kill(process)
             self._check(process.wait())
         return not has_ended
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self, waiting: Sequence[int]) -> subprocess.Popen[bytes]:
         self.out.mkdir(parents=True)
-        variables = dict(self.side.variables)
+        ours = (TURNS_VARIABLE, WAITING_VARIABLE)
+        variables = {name: value for name, value in self.side.variables.items() if name not in ours}
         if self._address is not None:
             self._listener = self._resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             try:
@@ -171,11 +179,11 @@ class _Run:
                     f"no socket at {self._address} ({reason}); set TMPDIR to a shorter path", 2
                 ) from None
             self._listener.listen()
-            variables[TURNS_VARIABLE] = str(self._address)
+            variables |= {TURNS_VARIABLE: str(self._address), WAITING_VARIABLE: named(waiting)}
         with self.log.open("wb") as file:
             try:
                 # A session of its own: Ctrl-C reaches it by us alone, and what it has started is stopped with it.
-                process = subprocess.Popen(
+                self._process = subprocess.Popen(
                     self.command,
                     cwd=self.side.place,
                     env=variables,
@@ -188,20 +196,21 @@ class _Run:
                 raise RoundFailed(
                     f"{self.side.name}: cannot run {self.command[0]!r} ({failure.strerror})", 2
                 ) from None
-        self._process = process
-        return process
+        return self._process
 
     def _wait(self, process: subprocess.Popen[bytes]) -> bool:
         """Until a process of the side asks for a turn, or the side's own ends; whether it has ended."""
-        if self._listener is None:
+        if not CAN_TAKE_TURNS:
             process.wait()
             return True
         ended = os.pidfd_open(process.pid)
         try:
             while not self._asking:
-                sources: list[Any] = [ended, self._listener, *self._connections]
+                sources: list[Any] = [ended, *filter(None, [self._listener]), *self._connections]
                 ready, _, _ = select.select(sources, [], [])
-                if self._listener in ready:
+                if ended in ready:
+                    return True
+                if self._listener is not None and self._listener in ready:
                     self._connections.append(self._resources.enter_context(self._listener.accept()[0]))
                 for connection in [one for one in self._connections if one in ready]:
                     if _received(connection) == ASKED:
@@ -209,8 +218,6 @@ class _Run:
                     else:
                         self._connections.remove(connection)
                         connection.close()
-                if ended in ready and not self._asking:
-                    return True
         finally:
             os.close(ended)
         return False
@@ -256,8 +263,15 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(_PATIENCE_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        pass
+    _kill(process)
+    process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kills what is left of a session: what a process has started may wait for a turn, or compute."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def _last_line(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""The C library's heap while something is measured: kept, as the allocator of a GPU keeps its memory.
+"""The C library's heap while something is measured: kept, as torch's allocator for a GPU keeps its memory.
 
 glibc maps each block of more than 32 MiB anew and gives it back when it is freed, and the kernel clears every page
 that is touched first. A VAE's decoder spends a third of its time on that, or nothing, depending on what the
@@ -12,7 +12,8 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# mallopt(3): parameters, and the values that glibc begins with or adapts itself to (malloc.c).
+# mallopt(3): parameters, and the values that glibc adapts itself to at most (malloc.c). Whoever sets one ends the
+# adaptation, and what MALLOC_* variables say.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEPT = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
 _USUAL = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 64 << 20))
@@ -21,12 +22,14 @@ _inside = 0
 
 @functools.cache
 def _function(name: str) -> Callable[..., int] | None:
-    """A function of the C library by its name; None where it has none, as those beside glibc."""
+    """A function of glibc by its name; None where malloc is not glibc's (another C library or allocator)."""
     try:
-        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+        everywhere, glibc = ctypes.CDLL(None), ctypes.CDLL("libc.so.6")
+        found: Callable[..., int] = getattr(glibc, name)
+        addresses = [ctypes.cast(library.malloc, ctypes.c_void_p).value for library in (everywhere, glibc)]
     except (AttributeError, OSError, TypeError):
         return None
-    return found
+    return found if addresses[0] == addresses[1] else None
 
 
 def can_be_kept() -> bool:

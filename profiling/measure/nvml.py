@@ -68,7 +68,7 @@ class Sensor:
     def foreign_processes(self) -> int | None:
         """How many other processes compute on the GPU (`other_processes`)."""
         listed = {process.pid for process in self.nvml.nvmlDeviceGetComputeRunningProcesses(self.handle)}
-        return other_processes(listed, os.getpid(), sees_all_processes(), TURNS.others)
+        return other_processes(listed, os.getpid(), sees_all_processes(), TURNS.waiting)
 
     def millijoules(self) -> int:
         """The GPU's energy since its driver was loaded."""
@@ -108,7 +108,8 @@ def other_processes(
 ) -> int | None:
     """How many processes of NVML's list are not this one, `own`; None where the list cannot tell.
 
-    Those that are `waiting` for this one to end its turn do not count, and in a container as many of the list.
+    Processes that are `waiting` for this one's turn to end do not count. In a container, where their ids are
+    unknown, as many entries are subtracted.
     In a container the driver lists either ids of the host, this process under one that it does not know, or only
     the container's own processes (NVIDIA's open kernel modules leave out those of other namespaces). So one of the
     list counts as this process and the rest are certainly others; that there is no other tells nothing. Nor does

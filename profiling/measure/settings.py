@@ -19,7 +19,8 @@ def measuring_settings() -> Iterator[None]:
     """Process-wide switches of torch and triton while measuring, the same for all backends; put back afterwards.
 
     float32 means float32: no TF32 in matmuls or convolutions. cuDNN chooses its algorithms by trying them, in the
-    first call. triton keeps to one ptxas, whatever a compiled peer does. The heap is kept (heap.py).
+    first call. triton keeps to one ptxas, whatever a compiled peer does. The heap is kept; afterwards it has the
+    thresholds that glibc adapts itself to (heap.py).
     """
     import torch
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .turn import TURNS
+from .turn import TURNS, own_time
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +73,12 @@ class RepetitionRule:
 
 
 class Deadline:
-    """A time bound on what is begun: what runs when it passes is not stopped. None is no bound."""
+    """A time bound on what is begun: what runs when it passes is not stopped. None is no bound.
 
-    def __init__(self, seconds: float | None, clock: Clock = time.monotonic) -> None:
+    The time in which other sides of a comparison have their turns does not count.
+    """
+
+    def __init__(self, seconds: float | None, clock: Clock = own_time) -> None:
         self._clock = clock
         self._start = clock()
         self._seconds = seconds
@@ -235,16 +238,14 @@ def interleave(
     `deadline` has passed: the backends still in the rotation then have fewer. Returns the samples of all backends
     but those that failed.
 
-    Before each round the other sides of a comparison have a turn, if there are any; the deadline waits for them.
+    Before each round the other sides of a comparison have their turns, if there are any.
     """
     times = {name: Times() for name in run_once}
     queue = list(run_once)
     led = dict.fromkeys(queue, 0)
     number = 0
     while queue:
-        waited = TURNS.end()
-        if deadline is not None:
-            deadline.put_off(waited)
+        TURNS.end()
         head = queue[0]
         order = round_order(queue, mirrored=bool(led[head] % 2))
         led[head] += 1

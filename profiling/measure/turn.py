@@ -14,46 +14,61 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-# The path of the socket at which turns are asked for.
-TURNS_VARIABLE = "LDMPERF_TURNS"
+# The path of the socket at which turns are asked for, and the processes that wait during the first one.
+TURNS_VARIABLE, WAITING_VARIABLE = "LDMPERF_TURNS", "LDMPERF_WAITING"
 ASKED = b"."
 
 
-def granted(others: Iterable[int]) -> bytes:
+def named(processes: Iterable[int]) -> str:
+    """The processes as a grant and the variable have them."""
+    return " ".join(map(str, processes))
+
+
+def granted(waiting: Iterable[int]) -> bytes:
     """The line that grants a turn: the processes of the other sides, which wait meanwhile."""
-    return f"{' '.join(map(str, others))}\n".encode()
+    return f"{named(waiting)}\n".encode()
 
 
 @dataclass
 class Turns:
-    """This process's turns. `others`: the processes that wait while it runs, as the last grant tells."""
+    """This process's turns. `waited`: seconds that others had theirs."""
 
-    others: frozenset[int] = frozenset()
+    waited: float = 0.0
+    _waiting: frozenset[int] | None = None
     _dealer: socket.SocketIO | None = field(default=None, repr=False)
 
-    def end(self) -> float:
-        """Ends this turn and waits for the next; seconds of waiting, 0 where nobody takes turns.
+    @property
+    def waiting(self) -> frozenset[int]:
+        """The processes that wait while this one runs."""
+        if self._waiting is None:
+            return frozenset(map(int, os.environ.get(WAITING_VARIABLE, "").split()))
+        return self._waiting
 
-        A dealer that does not answer is a warning, and from there on no turns are taken.
+    def end(self) -> None:
+        """Ends this turn and waits for the next; does nothing where nobody deals turns.
+
+        Where nobody answers there is a warning, and from there on no turns are taken. A dealer that ends while
+        this process waits is an interrupt: there is nobody for whom to go on, and others may be running.
         """
         address = os.environ.get(TURNS_VARIABLE)
         if not address:
-            return 0.0
+            return
         start = time.monotonic()
         try:
-            dealer = self._dealer = self._dealer or _connected(address)
-            dealer.write(ASKED)
-            grant = dealer.readline()
-            if not grant:
-                raise ConnectionError("it has ended")
+            self._dealer = self._dealer or _connected(address)
+            self._dealer.write(ASKED)
         except OSError as error:
             os.environ.pop(TURNS_VARIABLE)
-            self.others = frozenset()
-            reason = error.strerror or error
-            warnings.warn(f"{TURNS_VARIABLE}: {address} deals no turns ({reason}); unset it", stacklevel=2)
-        else:
-            self.others = frozenset(map(int, grant.split()))
-        return time.monotonic() - start
+            warnings.warn(f"{TURNS_VARIABLE}: {address} deals no turns ({error.strerror}); unset it", stacklevel=2)
+            return
+        try:
+            grant = self._dealer.readline()
+        except OSError:
+            grant = b""
+        if not grant:
+            raise KeyboardInterrupt(f"whoever dealt turns at {address} has ended")
+        self._waiting = frozenset(map(int, grant.split()))
+        self.waited += time.monotonic() - start
 
 
 def _connected(address: str) -> socket.SocketIO:
@@ -64,3 +79,8 @@ def _connected(address: str) -> socket.SocketIO:
 
 
 TURNS = Turns()
+
+
+def own_time() -> float:
+    """Seconds of a clock that nothing adjusts and that stands while others have their turns."""
+    return time.monotonic() - TURNS.waited

@@ -26,6 +26,7 @@ from ..measure.nvml import NO_SENSOR, Sensor
 from ..measure.outcomes import Outcome, Untrusted
 from ..measure.recorded import Correctness, Samples, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
+from ..measure.turn import TURNS
 from ..terminal.visible import counted, visible
 from .backend import Backend, Configured, Phased, Problem, Trajectory
 from .case import Case
@@ -276,6 +277,7 @@ class Lane(Outcome):
                 stopped_by=self.stopped_by,
                 round_seed=shared.round_seed,
                 confirmed_by=self.confirmed_by,
+                in_turns=TURNS.waited > 0,
             ),
             started_at=shared.started_at,
         )

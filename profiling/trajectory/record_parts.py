@@ -35,7 +35,8 @@ class Harness(RecordModel):
     the whole profile ran out first, so that there are fewer samples than the minima ask for. `round_seed`: in
     place of the case's seed for the inputs of timed rounds (the last sample has the check's); random, null in
     older records. `confirmed_by`: the backend or reference that the result of a timed round agreed with; null
-    where no round had fresh inputs, or nothing to compare with, and in older records.
+    where no round had fresh inputs, or nothing to compare with, and in older records. `in_turns`: between rounds
+    processes of other sides had theirs (`ldmperf compare --commits`), so that caches are colder than in a profile.
     """
 
     min_count: int
@@ -46,6 +47,7 @@ class Harness(RecordModel):
     stopped_by: Literal["seconds"] | None = None
     round_seed: Count | None = None
     confirmed_by: str | None = None
+    in_turns: bool = False
 
 
 class Trace(RecordModel):
@@ -79,9 +81,11 @@ class Trace(RecordModel):
 class Floor(RecordModel):
     """The least times of a step on this machine, from what it computes and moves and the ceilings measured here.
 
-    step_ms        the roofline: each launch at the longest of its bytes, FLOPs and exponentials, summed
-    least_step_ms  what no implementation undercuts: all FLOPs of the step, those of 3x3 convolutions counted at a
-                   quarter (Winograd's algorithm), and no bytes (a cache may hold them); at `least_flop_per_s`
+    step_ms        the roofline: each launch at the longest of its bytes, FLOPs and exponentials, summed; of a
+                   rival its convolutions and all else, without activations
+    least_step_ms  what no implementation undercuts: all FLOPs of the step, those of 3x3 convolutions (of a rival
+                   all convolutions) counted at a quarter (Winograd's algorithm), and no bytes (a cache may hold
+                   them); at `least_flop_per_s`
     nbytes, flops, exponentials    of a step; a multiply-add is two FLOPs
     *_per_s        the ceilings: reads and writes of a copy, matmuls in the case's dtype, exponentials
     least_flop_per_s    of the fastest dtype that gives the case's accuracy, with a margin (measure/ceilings.py)
