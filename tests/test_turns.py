@@ -387,16 +387,20 @@ def started(tmp_path: Path) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process; one that has ended may wait for whoever reaps orphans."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    """Whether it is still there after a moment; one that has ended may wait for whoever reaps orphans."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return False
+        except OSError:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def test_what_a_side_leaves_running_ends_with_it(sides: Callable[..., list[Side]], tmp_path: Path) -> None:
-    """A shell that is killed leaves a process that waits for a turn; it would measure on beside the other side."""
-    end = "name == 'b' and os.kill(os.getppid(), 9); TURNS.end()"
+    """A shell that is killed leaves a process that would go on beside the other side."""
+    end = "name == 'b' and os.kill(os.getppid(), 9); time.sleep(60)"
     with pytest.raises(RoundFailed, match=r"^b: "):
         run_rounds(sides({"a": 4, "b": 1}, end, shell=True), 1, lambda line: None)
     assert len(started(tmp_path)) == 2
