@@ -102,8 +102,6 @@ def verdicts(marker: str) -> str:
 def gate(marker: str) -> str:
     """What bench/gate_check.py has found on a machine, from its JSON."""
     path = ROOT / marker.split()[0]
-    if marker == "not measured":
-        return "On this project's machines: not measured yet."
     try:
         found = json.loads(path.read_bytes())
     except OSError as failure:
@@ -114,17 +112,33 @@ def gate(marker: str) -> str:
     drift = max(max(case["a_ms"]) / min(case["a_ms"]) - 1 for case in cases)
     environment = Environment.model_validate_json(json.dumps(found["environment"]))
     place = environment.gpu.name if environment.gpu else processor_name(environment)
+    share = threshold.partition(":")[2]
     injected = f"{counts['injected_gate_fails']} of {counts['injected_comparisons']}"
+    missed = "".join(
+        f" One case with {share} injected was measured as {_percent(case['ratio'])} "
+        f"({' to '.join(map(_percent, case['interval']))}), which the gate {_LET[case['gate']]}."
+        for one in found["repeats"]
+        for case in one.get("injected", {"cases": ()})["cases"]
+        if case["gate"] != "fails"
+    )
     words = (
         f"**Measured** ({place}; commit {commit(environment)}; {found['rounds']} rounds of "
         f"`profile {' '.join(found['profile'])}`): the gate `{threshold}` fails {counts['noise_gate_fails']} of "
         f"{counts['noise_comparisons']} comparisons of a checkout with itself, and {injected} of a checkout with "
-        f"{threshold.partition(':')[2]} injected. {counts['noise_differs']} of the former have a verdict `FASTER` "
-        f"or `SLOWER`. Two runs of one commit in one round differ by at most {100 * median(noise):.2g}% (median "
-        f"over cases and comparisons; largest {100 * max(noise):.2g}%); the rounds of one side differ by up to "
-        f"{100 * drift:.2g}%."
+        f"{share} injected. {counts['noise_differs']} of the former have a verdict `FASTER` or `SLOWER`, and "
+        f"{counts['injected_differs']} of the latter. Two runs of one commit in one round differ by at most "
+        f"{100 * median(noise):.2g}% (median over cases and comparisons; largest {100 * max(noise):.2g}%); the "
+        f"rounds of one side differ by up to {100 * drift:.2g}%.{missed}"
     )
     return textwrap.fill(words, 125, break_long_words=False, break_on_hyphens=False)
+
+
+# What the gate does with a case that does not fail, by its answer.
+_LET = {"passes": "lets pass", "undecided": "leaves undecided"}
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.1f}%"
 
 
 def with_figures(page: str) -> str:

@@ -124,6 +124,8 @@ def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
         "counts": counts | {"injected_comparisons": 10, "injected_gate_fails": 9, "injected_differs": 8},
         "repeats": made,
     }
+    made[0]["injected"] = {"cases": [{"ratio": 1.031, "interval": [0.9995, 1.0433], "gate": "undecided"}]}
+    made[1]["injected"] = {"cases": [{"ratio": 1.051, "interval": [1.0395, 1.0633], "gate": "fails"}]}
     (tmp_path / "gate.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="No such file"):
         tool["with_figures"]("<!-- gate: bench/none.json -->\n<!-- end of gate -->")
@@ -132,4 +134,7 @@ def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
     assert "Some CPU, 2 threads; commit 0123456; 6 rounds of `profile --size 39M`" in told
     assert "the gate `wall_ms:5%` fails 1 of 20 comparisons of a checkout with itself, and 9 of 10" in told
     assert "differ by at most 2.3% (median over cases and comparisons; largest 5.2%)" in told
+    assert "2 of the former have a verdict `FASTER` or `SLOWER`, and 8 of the latter" in told
     assert "the rounds of one side differ by up to 8.4%" in told
+    assert "was measured as +3.1% (-0.1% to +4.3%), which the gate leaves undecided." in told
+    assert told.count("One case") == 1
