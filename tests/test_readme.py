@@ -124,7 +124,7 @@ def test_the_gate_on_a_machine_is_told_from_its_file(tmp_path):
         "counts": counts | {"injected_comparisons": 10, "injected_gate_fails": 9, "injected_differs": 8},
         "repeats": made,
     }
-    made[0]["injected"] = {"cases": [{"ratio": 1.031, "interval": [0.9995, 1.0433], "gate": "undecided"}]}
+    made[0]["injected"] = {"cases": [{"ratio": 1.031, "interval": [0.9989, 1.0433], "gate": "undecided"}]}
     made[1]["injected"] = {"cases": [{"ratio": 1.051, "interval": [1.0395, 1.0633], "gate": "fails"}]}
     (tmp_path / "gate.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit, match="No such file"):
