@@ -483,7 +483,11 @@ def test_the_command_counts_and_compiles(run: Run, own_cache: Path, monkeypatch:
 
 
 def test_an_interrupt_ends_it_and_keeps_what_was_compiled(tmp_path: Path) -> None:
-    code = "from ldmperf.profiling.cli import main; main()"
+    # A shell starts what it runs in the background with SIGINT ignored, and so this suite.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from ldmperf.profiling.cli import main; main()"
+    )
     command = [
         sys.executable,
         "-c",
