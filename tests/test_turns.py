@@ -26,6 +26,12 @@ from ldmperf.profiling.compare.worktrees import git, worktrees
 Run = Callable[..., Any]
 MakeRecord = Callable[..., Record]
 
+# A shell starts what it runs in the background with SIGINT ignored, and so this suite.
+MAIN = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from ldmperf.profiling.cli import main; main()"
+)
+
 # Writes a record as this project's code does: of the checkout that it lies in.
 WRITER = """
     import json, os, subprocess, sys, time, uuid
@@ -238,7 +244,7 @@ def test_an_interrupt_stops_what_runs_and_removes_the_worktrees(
     script = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from ldmperf.profiling.cli import main; main()", "compare", "--commits"),
+            *(sys.executable, "-c", MAIN, "compare", "--commits"),
             *("HEAD~1", "HEAD", "--out", str(tmp_path / "runs"), "--", sys.executable, "-c", script, "{out}"),
         ],
         stderr=subprocess.PIPE,
@@ -419,7 +425,7 @@ def test_an_interrupt_stops_the_side_that_runs_and_the_one_that_waits(
     )
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from ldmperf.profiling.cli import main; main()", "compare", "--commits"),
+            *(sys.executable, "-c", MAIN, "compare", "--commits"),
             *("HEAD~1", "HEAD", "--out", str(tmp_path / "runs"), "--", sys.executable, "-c", script, "{out}"),
         ],
         stderr=subprocess.PIPE,
