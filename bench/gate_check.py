@@ -43,8 +43,7 @@ from ldmperf.profiling.options import CaseError, percentage, whole_number
 from ldmperf.profiling.trajectory import network
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 
-# A short case, as most of a run's time is its start, and one that computes: at smaller latents a step waits for
-# its weights, and processes differ by where theirs lie.
+# A short case, as most of a run's time is its start. At smaller latents two processes differ by more.
 PROFILE = (
     *("--size", "39M", "--latent", "32", "--steps", "1", "--backend", "torch"),
     *("--min-count", "12", "--min-seconds", "1"),

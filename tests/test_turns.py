@@ -370,8 +370,13 @@ def test_one_that_is_done_leaves_the_others_their_turns(sides: Callable[..., lis
     assert [line[0] for line in lines] == [name for name in "".join(line[0] for line in lines[::2]) for _ in "12"]
 
 
-def test_whole_runs_ask_nobody(sides: Callable[..., list[Side]], tmp_path: Path) -> None:
-    run_rounds(sides({"a": 2, "b": 2}), 2, lambda line: None, whole_runs=True)
+@pytest.mark.parametrize("is_linux", [True, False])
+def test_whole_runs_ask_nobody(
+    sides: Callable[..., list[Side]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_linux: bool
+) -> None:
+    """Where they are asked for, and where a system has no turns."""
+    monkeypatch.setattr("ldmperf.profiling.compare.turns.CAN_TAKE_TURNS", is_linux)
+    run_rounds(sides({"a": 2, "b": 2}), 2, lambda line: None, whole_runs=is_linux)
     assert [line[0] for line in log_of(tmp_path)[::2]] == list("aabbbbaa")
 
 

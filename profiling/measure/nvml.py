@@ -108,12 +108,12 @@ def other_processes(
 ) -> int | None:
     """How many processes of NVML's list are not this one, `own`; None where the list cannot tell.
 
-    Processes that are `waiting` for this one's turn to end do not count. In a container, where their ids are
-    unknown, as many entries are subtracted.
+    Processes that are `waiting` for this one's turn to end do not count.
+
     In a container the driver lists either ids of the host, this process under one that it does not know, or only
     the container's own processes (NVIDIA's open kernel modules leave out those of other namespaces). So one of the
-    list counts as this process and the rest are certainly others; that there is no other tells nothing. Nor does
-    an empty list on the machine itself: it may be kept from this user.
+    list counts as this process, as many as wait as those, and the rest are certainly others; that there is no other
+    tells nothing. Nor does an empty list on the machine itself: it may be kept from this user.
     """
     distinct = set(listed).difference(waiting if sees_all else ())
     if sees_all and own in distinct:

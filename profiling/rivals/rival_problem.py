@@ -60,9 +60,8 @@ class RivalProblem:
         convolutions, others = (self.case.model_batch * count for count in (flops.convolutions, flops.others))
         convolving = GpuLaunch("convolutions", "convolution", "", "", kernels, convolutions)
         multiplying = GpuLaunch("all else", "linear", "", "", matrices, others)
-        return StepPart("convolution", convolving, WINOGRAD * convolutions), StepPart(
-            "linear", multiplying, others
-        )
+        least = WINOGRAD * convolutions
+        return StepPart("convolution", convolving, least), StepPart("linear", multiplying, others)
 
     def inputs(self, number: int, seed: int | None = None) -> RivalInputs:
         """Fresh random inputs of round `number`; `seed`: the case's unless given."""
