@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from ldmperf.profiling import Case, profile
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule, Timed, interleave
 from ldmperf.profiling.measure.turn import ASKED, TURNS, TURNS_VARIABLE, WAITING_VARIABLE, Turns, granted, named
+from ldmperf.profiling.trajectory.checkpoints import identified
 
 Deal = Callable[[Callable[[socket.socket], None]], None]
 
@@ -131,3 +133,14 @@ def test_a_turn_is_asked_for_before_each_round_and_no_deadline_passes_meanwhile(
     assert ran == ["turn", "a", "b", "turn", "b", "a"]
     assert [len(taken.wall_ms) for taken in times.values()] == [2, 2]
     assert whole.left == 3.0
+
+
+@pytest.mark.parametrize("waited", [0.0, 2.5])
+def test_a_record_says_whether_others_had_turns(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, waited: float
+) -> None:
+    monkeypatch.setattr(TURNS, "waited", waited)
+    case = Case(unet=str(tiny_checkpoint), steps=1, latent_height=8, latent_width=8, guidance_scale=1.0)
+    (record,) = profile(identified([case]), rule=RepetitionRule(1, 0.0))
+    assert record.harness is not None
+    assert record.harness.in_turns == (waited > 0)

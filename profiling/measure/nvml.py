@@ -112,8 +112,8 @@ def other_processes(
 
     In a container the driver lists either ids of the host, this process under one that it does not know, or only
     the container's own processes (NVIDIA's open kernel modules leave out those of other namespaces). So one of the
-    list counts as this process, as many as wait as those, and the rest are certainly others; that there is no other
-    tells nothing. Nor does an empty list on the machine itself: it may be kept from this user.
+    list counts as this process, as many as wait as those, and the rest are certainly others; that there is no
+    other tells nothing. Nor does an empty list on the machine itself: it may be kept from this user.
     """
     distinct = set(listed).difference(waiting if sees_all else ())
     if sees_all and own in distinct:
