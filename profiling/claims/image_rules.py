@@ -63,18 +63,18 @@ def _slow_verdict(
     )
     if not judged:
         return Evidence(claim, rows, shown.environments, grid, list(costs)).unmeasured(needed)
-    # Slow means at every size: the fastest decides.
+    # Slow means at every size: the shortest wait decides.
     together = each_of(len(judged))
     least = extreme_interval(min, [median_interval(_waits(row), together) for row in judged.values()])
-    fastest = min(judged, key=lambda name: _wait(judged[name]))
+    shortest = min(judged, key=lambda name: _wait(judged[name]))
     sentence = (
         f"an image{'' if batch == 1 else f' of a batch of {batch}'} is not there before {number(least.value)} ms, "
-        f"{counted(judged[fastest].record.evaluations or 0, 'step')} of the {fastest}, the fastest size judged "
-        f"(interval {interval_text(least, '{:.4g}')}; above {limits.SLOW_MS:.0f} ms is slow); quality is not "
-        "judged"
+        f"{counted(judged[shortest].record.evaluations or 0, 'step')} of the {shortest}, the shortest wait "
+        f"judged (interval {interval_text(least, '{:.4g}')}; above {limits.SLOW_MS:.0f} ms is slow); "
+        "quality is not judged"
     )
     evidence = Evidence(claim, list(judged.values()), shown.environments, grid, list(judged))
-    verdict = Judged("ms until an image of the fastest size", least, limits.SLOW_MS, above=True)
+    verdict = Judged("least ms until an image", least, limits.SLOW_MS, above=True)
     if unknown and verdict.finding != "does not hold":
         # A size that is not judged may be fast.
         return evidence.unmeasured(f"{needed}; of the others: {sentence}")
