@@ -94,19 +94,15 @@ def _run_round(sides: Sequence[Side], number: int, whole_runs: bool) -> list[str
     with tempfile.TemporaryDirectory(prefix="ldmperf-") as folder, ExitStack() as stack:
         is_whole = whole_runs or not CAN_TAKE_TURNS
         sockets = [None if is_whole else Path(folder, str(place)) for place in range(len(sides))]
-        runs = {
-            side.name: stack.enter_context(_Run(side, number, address))
-            for side, address in zip(sides, sockets, strict=True)
-        }
-        going = dict(runs)
-        for name in itertools.cycle(runs):
-            if name in going:
-                waiting = [process for other in runs for process in runs[other].asking if other != name]
-                if not going[name].turn(waiting):
-                    del going[name]
-            if not going:
-                break
-        return [f"{run.side.name} {run.seconds:.1f} s in {counted(run.turns, 'turn')}" for run in runs.values()]
+        runs = [
+            stack.enter_context(_Run(side, number, address)) for side, address in zip(sides, sockets, strict=True)
+        ]
+        going = deque(runs)
+        while going:
+            run = going.popleft()
+            if run.turn([process for other in going for process in other.asking]):
+                going.append(run)
+        return [f"{run.side.name} {run.seconds:.1f} s in {counted(run.turns, 'turn')}" for run in runs]
 
 
 class _Run:
