@@ -91,6 +91,23 @@ def test_a_dealer_that_ends_is_an_interrupt(deal: Deal, is_reset: bool) -> None:
         Turns().end()
 
 
+def test_a_dealer_that_ends_during_a_turn_is_an_interrupt(deal: Deal) -> None:
+    ended = threading.Event()
+
+    def dealer(connection: socket.socket) -> None:
+        connection.recv(1)
+        connection.sendall(granted([]))
+        connection.close()
+        ended.set()
+
+    deal(dealer)
+    turns = Turns()
+    turns.end()
+    assert ended.wait(10)
+    with pytest.raises(KeyboardInterrupt, match="whoever dealt turns at turns has ended"):
+        turns.end()
+
+
 def test_an_address_at_which_nobody_listens_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TURNS_VARIABLE, "/nowhere/turns")
     turns = Turns()

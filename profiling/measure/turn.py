@@ -47,8 +47,8 @@ class Turns:
     def end(self) -> None:
         """Ends this turn and waits for the next; does nothing where nobody deals turns.
 
-        Where nobody answers there is a warning, and from there on no turns are taken. A dealer that ends while
-        this process waits is an interrupt: there is nobody for whom to go on, and others may be running.
+        Where nobody answers there is a warning, and from there on no turns are taken. A dealer that ends once it
+        was reached is an interrupt: there is nobody for whom to go on, and others may be running.
         """
         address = os.environ.get(TURNS_VARIABLE)
         if not address:
@@ -56,12 +56,12 @@ class Turns:
         start = time.monotonic()
         try:
             self._dealer = self._dealer or _connected(address)
-            self._dealer.write(ASKED)
         except OSError as error:
             os.environ.pop(TURNS_VARIABLE)
             warnings.warn(f"{TURNS_VARIABLE}: {address} deals no turns ({error.strerror}); unset it", stacklevel=2)
             return
         try:
+            self._dealer.write(ASKED)
             grant = self._dealer.readline()
         except OSError:
             grant = b""
