@@ -127,6 +127,12 @@ def step_ms(record: Record) -> Spread | None:
     return Spread(record.wall_ms.p20 / n, record.wall_ms.p50 / n, record.wall_ms.p80 / n)
 
 
+def step_samples(row: Row) -> list[float]:
+    """Wall ms of a model evaluation, sample by sample; none for a failed case."""
+    wall, evaluations = row.record.wall_ms, row.record.evaluations or 1
+    return [] if wall is None else [ms / evaluations for ms in wall.samples]
+
+
 def overview(records: Sequence[Record]) -> Overview:
     """The records in sections, each case once per environment (`best_record`), with their ratios and lines.
 

@@ -9,9 +9,12 @@ from typing import Protocol
 from ..terminal.visible import counted
 from .environment import DeviceState, Environment
 from .nvml import UNTHROTTLED
+from .recorded import Samples
 
 # Our own threads make a load of 1 for each core; a quarter above is somebody else's.
 CROWDED_LOAD = 1.25
+# Of the median, between p20 and p80.
+WIDE_SPREAD = 0.1
 
 
 def commit(environment: Environment) -> str:
@@ -29,6 +32,11 @@ def commit_name(environment: Environment) -> str:
 def crowded(load_average: float | None, cores: int | None) -> bool:
     """Whether so much load on so many usable cores is more than our own threads make; not where one is unknown."""
     return bool(load_average is not None and cores and load_average > CROWDED_LOAD * cores)
+
+
+def is_unsteady(times: Samples | None) -> bool:
+    """Whether p20 to p80 spans so much of the median that two digits of a comparison mean nothing."""
+    return times is not None and times.p80 - times.p20 > WIDE_SPREAD * times.p50
 
 
 class Measured(Protocol):

@@ -5,13 +5,9 @@ from __future__ import annotations
 from ..figures import text
 from ..figures.derived import PEER, Overview
 from ..figures.phrases import environment_notes
-from ..measure.conditions import busy_notes, commit, flag_notes
+from ..measure.conditions import WIDE_SPREAD, busy_notes, commit, flag_notes, is_unsteady
 from ..measure.intervals import FEWEST
 from ..terminal.visible import counted, visible
-from ..trajectory.records import Record
-
-# Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
-WIDE_SPREAD = 0.1
 
 
 def notes(shown: Overview) -> tuple[str, ...]:
@@ -67,7 +63,7 @@ def warnings(shown: Overview) -> tuple[str, ...]:
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
     cases = counted(len(shown.all_rows), "case")
-    wide = [row for row in shown.all_rows if _is_wide(row.record)]
+    wide = [row for row in shown.all_rows if is_unsteady(row.record.wall_ms)]
     if wide:
         named = [(row.name, row.case.backend, shown.conditions.heading(row)) for row in wide]
         names = text.joined(dict.fromkeys(" ".join(filter(None, parts)) for parts in named))
@@ -97,8 +93,3 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             "beside fewer backends, without a trace, or earlier)."
         )
     return tuple(found)
-
-
-def _is_wide(record: Record) -> bool:
-    wall = record.wall_ms
-    return wall is not None and wall.p80 - wall.p20 > WIDE_SPREAD * wall.p50
