@@ -117,6 +117,9 @@ def differences(a: RecordSet, b: RecordSet) -> list[str]:
             found.append(f"{name} was measured with uncommitted changes")
         if len(side.commits) > 1:
             found.append(f"{name} has records of several commits ({', '.join(side.commits[:3])})")
+    turns = [{_in_turns(record) for record in measured(side.all_records)} for side in (a, b)]
+    if len(turns[0] | turns[1]) > 1:
+        found.append("samples of some were taken in turn with another side, of others not (in_turns)")
     for key in dict.fromkeys([*a.keys, *b.keys]):
         records = [record for side in (a, b) for record in side.of(key)]
         differ = _of_the_machine if measured(records) else _of_the_compiler
@@ -124,6 +127,10 @@ def differences(a: RecordSet, b: RecordSet) -> list[str]:
         for other in environments[1:]:
             found += differ(environments[0], other)
     return list(dict.fromkeys(found))
+
+
+def _in_turns(record: Record | KernelRecord) -> bool:
+    return record.harness.in_turns if isinstance(record, Record) else record.in_turns
 
 
 def _of_the_machine(first: Environment, other: Environment) -> list[str]:
