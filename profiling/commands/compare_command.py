@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..compare.metrics import METRICS, USUAL
+from ..compare.metrics import COMPARED, USUAL
 from ..options import CaseError, percentage
 from ..terminal.visible import console, counted
 from .shared import DEFAULT_OUT, stop, tell, terminated_as_interrupted, whole_option
@@ -66,7 +66,7 @@ def compare(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(METRICS)}; unless told {', '.join(USUAL)}, where there are values. Repeat it or "
+            help=f"{', '.join(COMPARED)}; unless told {', '.join(USUAL)}, where there are values. Repeat it or "
             "separate values by commas.",
             metavar="LIST",
         ),

@@ -9,7 +9,7 @@ from typing import Literal
 from ..measure.folders import RunError
 from ..options import CaseError, known_name, percentage, split_values
 from .comparison import Change, Comparison, VerdictRule
-from .metrics import METRICS, Metric
+from .metrics import COMPARED, Metric
 
 Answer = Literal["fails", "passes", "undecided"]
 
@@ -49,7 +49,7 @@ def thresholds_named(given: Sequence[str]) -> tuple[Threshold, ...]:
         name, colon, share = text.partition(":")
         if not colon:
             raise CaseError(f"--fail-over: {text!r} has no threshold; give METRIC:PERCENT, as in wall_ms:5%")
-        metric = METRICS[known_name("fail-over", name.strip(), METRICS)]
+        metric = COMPARED[known_name("fail-over", name.strip(), COMPARED)]
         if metric.name in found:
             raise CaseError(f"--fail-over: {metric.name} is given twice")
         found[metric.name] = Threshold(metric, percentage("fail-over", share.strip()))
