@@ -127,16 +127,14 @@ def _notes(records: Sequence[Record], rule: VerdictRule) -> list[str]:
     """What a reader has to know beside the points."""
     environments = {commit(record.environment): record.environment for record in records}
     notes = [
-        "Each time is of a model evaluation, the median over the runs of a commit. It is judged against the commit "
-        f"before that has the case: FASTER, SLOWER where the adjusted p is at most {rule.alpha:g} and the ratio "
+        "Each time is of a model evaluation, the median over the runs of a commit, and judged against the commit "
+        f"before that has the case. FASTER, SLOWER where the adjusted p is at most {rule.alpha:g} and the ratio "
         f"is off 1 by at least {100 * rule.min_effect:g}%. One run each says nothing of the noise between runs: "
         f"{100 * rule.assumed_noise:g}% is assumed."
     ]
     untimed = [name for name, environment in environments.items() if environment.commit_time is None]
     if untimed:
-        notes.append(
-            f"No time of commit is recorded of {first_of(untimed)}: in its place stands when it was first measured."
-        )
+        notes.append(f"No time of commit is recorded of {first_of(untimed)}; shown is when it was first measured.")
     dirty = [name for name, environment in environments.items() if environment.git_dirty]
     if dirty:
         notes.append(f"{first_of(dirty)}: the commit alone does not say what ran.")

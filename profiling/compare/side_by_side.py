@@ -42,10 +42,10 @@ def side_by_side(records: Sequence[AnyRecord], rule: VerdictRule | None = None) 
 
     What a compiler made of a launch is the same on every machine: inspections are one kind.
     """
-    kinds: dict[object, list[AnyRecord]] = {}
+    kinds: dict[tuple[object, ...], list[AnyRecord]] = {}
     for record in records:
-        kind = "" if isinstance(record, InspectionRecord) else machine_kind(record.environment)
-        kinds.setdefault(kind, []).append(record)
+        is_compiled = isinstance(record, InspectionRecord)
+        kinds.setdefault(() if is_compiled else machine_kind(record.environment), []).append(record)
     machines = machine_names([of_kind[0].environment for of_kind in kinds.values()])
     found = []
     for (kind, of_kind), machine in zip(kinds.items(), machines, strict=True):
@@ -59,10 +59,8 @@ def side_by_side(records: Sequence[AnyRecord], rule: VerdictRule | None = None) 
 def _compared(
     records: Sequence[AnyRecord], commits: Sequence[str], place: str, rule: VerdictRule
 ) -> list[SideBySide]:
-    a, b = (
-        set_of((record for record in records if commit(record.environment) == name), Path(name))
-        for name in commits
-    )
+    of = {name: [record for record in records if commit(record.environment) == name] for name in commits}
+    a, b = (set_of(of[name], Path(name)) for name in commits)
     if set(a.keys).isdisjoint(b.keys):
         return []
     found = compare_sets(a, b, metrics_named([]), rule)

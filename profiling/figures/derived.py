@@ -1,7 +1,7 @@
 """Derived numbers of a record set: costs beside the paper's, ratios to the peer, lines over steps. Pure functions.
 
-A number is only ever compared with one measured in an environment of the same kind (`Environment.differences`: GPU,
-processor, versions, settings and commit) under the same conditions.
+A number is only ever compared with one measured under the same conditions in an environment of the same kind
+(`Environment.kind`: GPU, processor, versions, settings and commit).
 """
 
 from __future__ import annotations

@@ -98,17 +98,18 @@ def _resampled_medians(ordered: Sequence[float], place: int) -> Any:
 
 @lru_cache(maxsize=1024)
 def _drawn_places(count: int, place: int) -> tuple[Any, Any]:
-    """Where, in a sorted group of `count`, the two middle samples of each resample are; they are one of an odd count.
+    """The places, in a sorted group, of the two middle samples of each resample; for an odd count they are one.
 
-    Each place has a stream of random numbers of its own, so that groups are drawn independently; the draws do not
-    depend on the samples.
+    Each group of an interval has a stream of random numbers of its own: they are drawn independently. The draws do
+    not depend on the samples.
     """
     import numpy
 
     drawn = numpy.random.default_rng([_SEED, place]).integers(0, count, (RESAMPLES, count))
     middle = (count - 1) // 2, count // 2
     drawn.partition(middle, axis=1)
-    return tuple(drawn[:, at].astype(numpy.int32) for at in middle)
+    lower, upper = (drawn[:, at].astype(numpy.int32) for at in middle)
+    return lower, upper
 
 
 def ratio_interval(
