@@ -66,7 +66,7 @@ class History:
     """The cases that were measured on several commits. shared: what all of them share, in words."""
 
     series: tuple[CaseHistory, ...] = ()
-    shared: tuple[str, ...] = ()
+    shared: str = ""
     notes: tuple[str, ...] = ()
 
     @property

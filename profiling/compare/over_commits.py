@@ -74,7 +74,7 @@ def history(records: Sequence[Record], rule: VerdictRule | None = None) -> Histo
         )
     shown = {commit_of.commit for one in series for commit_of in one.points}
     of_them = [record for record in records if commit(record.environment) in shown]
-    return History(tuple(series), conditions.shared, tuple(_notes(of_them, rule)))
+    return History(tuple(series), joined(conditions.shared), tuple(_notes(of_them, rule)))
 
 
 def _by_commit(records: Iterable[Record], times: Mapping[str, datetime]) -> dict[str, RecordSet]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..figures.text import joined
 from ..measure.conditions import commit
 from ..record_files import AnyRecord
 from ..static.inspection_records import InspectionRecord
@@ -31,7 +32,7 @@ class SideBySide:
 
     title: str
     counts: str
-    shared: tuple[str, ...]
+    shared: str
     grid: Grid
     lists: tuple[tuple[str, tuple[str, ...]], ...]
     notes: tuple[str, ...]
@@ -68,7 +69,7 @@ def _compared(
         SideBySide(
             f"A {commits[0]} beside B {commits[1]}, {place}",
             verdict_counts(found.changes),
-            found.shared,
+            joined(found.shared),
             comparison_grid(found),
             case_lists(found),
             tuple(notes(found, rule, differences(a, b))),
