@@ -31,18 +31,18 @@ def report(
     records_url: Annotated[
         str | None,
         typer.Option(
-            help="Where the records can be had, for the page's link; their files, relative to the page, unless told.",
+            help="Where the records can be had, for the page's link; unless told their files, relative to the page.",
             metavar="URL",
         ),
     ] = None,
 ) -> None:
     """Print the tables of records and write their page: one file that needs no network.
 
-    Records of several files, machines and commits are put together in one page, and it says so. Nothing is compared
-    across machines of different kinds, versions or settings. Commits are only compared where that is the subject:
-    times over commits, and two commits side by side. A line that is no whole record, or one of a later version, is
-    set aside: the first 20 are named with number and reason, and the exit code is 1. A file without any record is
-    a wrong call.
+    Records of several files, machines and commits are put together in one page, and it says so. Nothing is
+    compared across kinds of machines, versions or settings; commits are compared in tables of their own: times
+    over commits, and two commits side by side. A line that is no whole record, or one of a later version, is set
+    aside: the first 20 are named with number and reason, and the exit code is 1. A file without any record is a
+    wrong call.
 
     \b
     Examples:

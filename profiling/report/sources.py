@@ -88,7 +88,11 @@ def _together(files: Mapping[str, Gathered], records: Sequence[AnyRecord]) -> st
     if len(files) == 1 and len(kinds) == 1 and len(_machines(environments)) == 1:
         return ""
     counts = [
-        (sum(len(part.trajectories) for part in files.values()), "record of trajectories", "records of trajectories"),
+        (
+            sum(len(part.trajectories) for part in files.values()),
+            "record of trajectories",
+            "records of trajectories",
+        ),
         (sum(len(part.kernels) for part in files.values()), "record of kernels", "records of kernels"),
         (sum(len(part.inspections) for part in files.values()), "compiled launch", "compiled launches"),
     ]

@@ -38,7 +38,9 @@ def print_summary(shown: Overview, console: Console) -> None:
     timed = sorted((row for row in rows if row.record.ms_per_image is not None), key=_ms_per_image)
     for title, some in (("fastest", timed[:_ENDS]), ("slowest", timed[: -_ENDS - 1 : -1])):
         for row in some:
-            say_wrapped(console, f"{title}: {number(_ms_per_image(row))} ms per image, {_named(row, shown)}", indent=2)
+            say_wrapped(
+                console, f"{title}: {number(_ms_per_image(row))} ms per image, {_named(row, shown)}", indent=2
+            )
     say(console)
     for warning in warnings(shown):
         say_wrapped(console, f"Note: {warning}", "yellow")
