@@ -69,9 +69,8 @@ def print_changes(over: History | None, compared: Sequence[SideBySide], console:
         say_wrapped(console, f"Over commits, {cases}, each step against the one before: {told}.", "bold")
         for series, point in over.changed[:_FEW]:
             say_wrapped(console, f"  {_change(series, point)}", indent=4)
-        if more := len(over.changed) - _FEW:
-            if more > 0:
-                say(console, f"  and {more} more")
+        if len(over.changed) > _FEW:
+            say(console, f"  and {len(over.changed) - _FEW} more")
     for one in compared:
         say_wrapped(console, f"{one.title}: {one.counts}.")
 
