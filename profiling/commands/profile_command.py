@@ -200,7 +200,7 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
     except OSError as failure:
         stop(f"cannot write to {failure.filename or folder} ({failure.strerror}); then {go_on}", 1)
     try:
-        records, _ = report_run(folder)
+        records = report_run(folder).trajectories
     except ReportNotWritten as failure:
         stop(str(failure), 1)
     if left and not made:

@@ -1,4 +1,4 @@
-"""Times over commits: each case on each commit that has it, judged against the commit before."""
+"""Times over commits as values: cases, their points, and the tables and chart rows that these make."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from datetime import datetime
 from ..figures.derived import Spread
 from ..measure.intervals import Interval
 from ..terminal.layout import MISSING, Grid, number
+from .metrics import METRICS
 
-FASTER, SLOWER = "FASTER", "SLOWER"
+# What is judged from commit to commit.
+METRIC = METRICS["ms_per_step"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,19 @@ class HistoryPoint:
     why: str = ""
     flags: str = ""
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the case was faster or slower on the commit before."""
+        return self.verdict in (METRIC.less, METRIC.more)
+
 
 @dataclass(frozen=True)
 class CaseHistory:
     """A case on two commits or more of one kind of machine, the oldest first.
 
-    name       network, backend, and what sets the case apart from the others in the history
-    case_id    the case's id
-    machine    the kind of machine in words; empty where all cases are of one
+    name        network and backend, and what sets the case apart from the others in the history
+    conditions  what sets it apart, alone
+    machine     the kind of machine in words; empty where all cases are of one
     """
 
     name: str
@@ -53,25 +60,26 @@ class CaseHistory:
     machine: str
     points: tuple[HistoryPoint, ...]
 
-    @property
-    def is_changed(self) -> bool:
-        """Whether a step was faster or slower than the one before."""
-        return any(point.verdict in (FASTER, SLOWER) for point in self.points)
-
 
 @dataclass(frozen=True)
 class History:
     """The cases that were measured on several commits. shared: what all of them share, in words."""
 
-    series: tuple[CaseHistory, ...]
-    shared: str
-    notes: tuple[str, ...]
+    series: tuple[CaseHistory, ...] = ()
+    shared: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> tuple[tuple[CaseHistory, HistoryPoint], ...]:
+        """The steps that were faster or slower."""
+        return tuple((series, point) for series in self.series for point in series.points if point.is_changed)
 
     def grid(self) -> Grid:
         """A row for each case on each commit."""
         rows = tuple(
             (
                 series.name,
+                series.machine or MISSING,
                 point.commit,
                 f"{point.at:%Y-%m-%d %H:%M}",
                 number(point.step_ms.p50),
@@ -87,10 +95,10 @@ class History:
             for point in series.points
         )
         headings = (
-            *("case", "commit", "at", "ms per step", "p20..p80", "runs", "over the one before", "95% interval"),
-            *("verdict", "why", "flags"),
+            *("case", "machine", "commit", "at", "ms per step", "p20..p80", "runs", "over the one before"),
+            *("95% interval", "verdict", "why", "flags"),
         )
-        return Grid(headings, rows, ("case", "commit", "at", "verdict", "why", "flags")).without_empty()
+        return Grid(headings, rows, ("case", "machine", "commit", "at", "verdict", "why", "flags")).without_empty()
 
     def chart_rows(self) -> list[dict[str, object]]:
         """name, size, backend, conditions, machine, commit, at (ISO 8601), place (of the commit, from 0), p20,
@@ -111,7 +119,7 @@ class History:
                 "p50": point.step_ms.p50,
                 "p80": point.step_ms.p80,
                 "verdict": point.verdict,
-                "is_changed": point.verdict in (FASTER, SLOWER),
+                "is_changed": point.is_changed,
                 "flags": point.flags,
             }
             for series in self.series

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord
 
 # What the commit decides: it is what two sides may differ in.
-_OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
+OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,29 @@ def read_set(path: Path) -> RecordSet:
             # Version 1 has no run_id: its file is the run.
             found.setdefault(record.run_id or file, []).append(record)
     aside = sum(part.aside.in_file for part in files.values())
+    return RecordSet(path, _runs(found), aside)
+
+
+def set_of(records: Iterable[AnyRecord], path: Path) -> RecordSet:
+    """The same of records that were read already, under a name; those without a run_id count as one run."""
+    found: dict[str, list[AnyRecord]] = {}
+    for record in records:
+        found.setdefault(record.run_id or "", []).append(record)
+    return RecordSet(path, _runs(found))
+
+
+def _runs(found: Mapping[str, Sequence[AnyRecord]]) -> tuple[MeasuredRun, ...]:
+    """The runs of records by their names, in the order of their start."""
     runs = (
         MeasuredRun(name, min(record.started_at for record in records), _one_of_each(records))
         for name, records in found.items()
     )
-    return RecordSet(path, tuple(sorted(runs, key=lambda run: run.started_at)), aside)
+    return tuple(sorted(runs, key=lambda run: run.started_at))
+
+
+def machine_kind(environment: Environment) -> tuple[tuple[str, object], ...]:
+    """What two records of different commits must share to be compared: the machine's kind, versions, settings."""
+    return tuple(item for item in environment.kind if item[0] not in OF_THE_COMMIT)
 
 
 def _one_of_each(records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
@@ -134,7 +152,7 @@ def _in_turns(record: Record | KernelRecord) -> bool:
 
 
 def _of_the_machine(first: Environment, other: Environment) -> list[str]:
-    return [line for line in first.differences(other) if line.partition(":")[0] not in _OF_THE_COMMIT]
+    return [line for line in first.differences(other) if line.partition(":")[0] not in OF_THE_COMMIT]
 
 
 def _of_the_compiler(first: Environment, other: Environment) -> list[str]:

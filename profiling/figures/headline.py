@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..measure.conditions import busy_notes, is_unsteady, marks
+from ..measure.conditions import commit, is_busy, is_unsteady, marks
 from ..measure.intervals import FEWEST, Interval, ratio_interval
 from ..terminal.visible import counted
 from .derived import PEER, Overview, Row, Section, rung_place, step_samples
@@ -20,7 +20,7 @@ class Headline:
     sentence    "39M costs 0.55 of 145M; its FLOPs say 0.35": times of a step, and the paper's cost, which counts
                 FLOPs (counted GFLOP for a network that the paper does not have)
     conditions  what it is true under, the backend first
-    interval    of the ratio of times; null where scipy is not installed
+    interval    of the ratio of times; null where a time may be zero
     doubts      what makes its figures less certain than the sentence sounds; empty where all is well
     """
 
@@ -46,7 +46,7 @@ def headline(shown: Overview) -> Headline | None:
     """The headline of a record set; None where no two networks have times under the same conditions.
 
     Chosen is the section and backend with most networks timed; among these ours before the peer's, then the
-    highest rung of the ladder, then the first in the order of the report.
+    highest rung of the ladder, then the longest trajectory, then the first in the order of the report.
     """
     found = [(section, rows) for section in shown.sections for rows in _by_backend(section)]
     if not found:
@@ -59,13 +59,14 @@ def headline(shown: Overview) -> Headline | None:
         f"{short_ratio(_flops(small))}"
     )
     phrases = phrases_of(section, shown.environments)
-    interval = _interval(small, large)
+    where = (f"a step with {small.case.backend}", *phrases.values(), f"commit {commit(small.record.environment)}")
+    interval = ratio_interval(step_samples(small), step_samples(large))
     return Headline(
         small,
         large,
         section,
         sentence,
-        joined((f"a step with {small.case.backend}", *phrases.values())),
+        joined(where),
         interval,
         _doubts(small, large, interval),
     )
@@ -84,19 +85,12 @@ def _by_backend(section: Section) -> Iterator[list[Row]]:
 
 def _merit(rows: list[Row]) -> tuple[object, ...]:
     backend = rows[0].case.backend
-    return len(rows), not backend.startswith(PEER), rung_place(backend)
+    return len(rows), not backend.startswith(PEER), rung_place(backend), rows[0].record.evaluations
 
 
 def _flops(row: Row) -> float | None:
     """Over the reference's: by the paper's cost, or by GFLOP where it has none."""
     return row.paper_cost if row.paper_cost is not None else row.gflop_ratio
-
-
-def _interval(small: Row, large: Row) -> Interval | None:
-    try:
-        return ratio_interval(step_samples(small), step_samples(large))
-    except ModuleNotFoundError:
-        return None
 
 
 def _doubts(small: Row, large: Row, interval: Interval | None) -> tuple[str, ...]:
@@ -109,7 +103,7 @@ def _doubts(small: Row, large: Row, interval: Interval | None) -> tuple[str, ...
         found.append("a time is unsteady")
     if flagged := marks(*records):
         found.append(f"not the times of a free GPU ({flagged})")
-    if busy_notes(records, "case"):
+    if any(map(is_busy, records)):
         found.append("measured while the machine was busy with other work")
     flops = _flops(small)
     if interval is not None and flops is not None and interval.low <= flops <= interval.high:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..figures import text
 from ..figures.derived import PEER, Overview
-from ..figures.phrases import environment_notes
+from ..figures.phrases import environment_notes, machine_notes
 from ..measure.conditions import WIDE_SPREAD, busy_notes, commit, flag_notes, is_unsteady
 from ..measure.intervals import FEWEST
 from ..terminal.visible import counted, visible
@@ -58,7 +58,7 @@ def notes(shown: Overview) -> tuple[str, ...]:
 
 def warnings(shown: Overview) -> tuple[str, ...]:
     """What to know before the numbers: mixed environments, changed code, unsteady times, busy hosts."""
-    found = environment_notes(shown.environments)
+    found = [*environment_notes(shown.environments), *machine_notes(shown.measured_in)]
     dirty = sorted({commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
@@ -66,7 +66,7 @@ def warnings(shown: Overview) -> tuple[str, ...]:
     wide = [row for row in shown.all_rows if is_unsteady(row.record.wall_ms)]
     if wide:
         named = [(row.name, row.case.backend, shown.conditions.heading(row)) for row in wide]
-        names = text.joined(dict.fromkeys(" ".join(filter(None, parts)) for parts in named))
+        names = text.first_of(list(dict.fromkeys(" ".join(filter(None, parts)) for parts in named)))
         found.append(
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
             f"{cases} ({visible(names)}); ratios of these are no better than that."
