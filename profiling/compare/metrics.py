@@ -125,9 +125,7 @@ METRICS: Mapping[str, Metric] = {
         _count("peak_memory_bytes", "peak_memory", "B", "The most memory that torch held on the GPU"),
         Metric("joules_per_image", "image_energy", "J", "GPU energy of an image", _single("joules_per_image")),
         _rate("images_per_s", "images", "images/s", "Images a second at the median wall time"),
-        _rate(
-            "gb_per_s", "kernel", "GB/s", "Bytes that a kernel reads and writes over its median time"
-        ),
+        _rate("gb_per_s", "kernel", "GB/s", "Bytes that a kernel reads and writes over its median time"),
         _rate("tflops", "kernel", "TFLOP/s", "Matmul FLOPs of a kernel over its median time"),
         _rate("percent_of_copy", "copy_bandwidth", "%", "A kernel's bandwidth in that of a copy"),
         _count("registers", "registers", "", "Registers of a thread"),
