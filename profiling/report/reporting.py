@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..kernel_bench import KERNELS_NAME
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
-from ..record_files import Gathered, gather_files, joined_files, read_file
+from ..record_files import NAMES, Gathered, gather_files, joined_files, read_file
+from ..static.inspection_table import print_inspections
 from ..terminal.visible import console, counted, say, say_wrapped
 from ..trajectory.records import RECORDS_NAME, Record
 from ..trajectory.runs import RUN_NAME, open_run
@@ -91,8 +91,8 @@ def is_page(out: Path) -> bool:
 
 
 def _itself(paths: Sequence[Path]) -> Path | None:
-    """The folder that is written to unless told: that of a single run, or of kernels."""
-    if len(paths) != 1 or not any(holds(paths[0], name) for name in (RECORDS_NAME, KERNELS_NAME)):
+    """The folder that is written to unless told: that of a single run, of kernels or of inspections."""
+    if len(paths) != 1 or not any(holds(paths[0], name) for name in NAMES):
         return None
     return paths[0]
 
@@ -156,7 +156,8 @@ def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, 
     if found.kernels:
         from ..kernel_bench.table import print_records
 
-        print_records(found.kernels, terminal)
+        print_records(found.kernels, terminal, None if everything else MOST_CASES)
+    print_inspections(found.inspections, terminal, None if everything else MOST_CASES)
 
 
 def _tell_rest(spelled: str, is_written: bool) -> None:
@@ -191,8 +192,7 @@ def _write(content: PageInput, found: Gathered, out: Path, spelled: str) -> None
     what = "report"
     try:
         written = []
-        if is_page(out) or found.trajectories:
-            written += _write_page(content, out, spelled)
+        written += _write_page(content, out, spelled)
         if found.kernels and not is_page(out):
             what = "table"
             out.mkdir(parents=True, exist_ok=True)
