@@ -16,6 +16,8 @@ from .gate import Answer, Threshold
 from .sets import measured
 
 HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
+# Above so many rows counts that are SAME are left out.
+_MOST_EQUAL = 50
 WORDS = frozenset({"case", "metric", "verdict", "why", "flags"})
 
 
@@ -39,14 +41,24 @@ def print_comparison(
     if _is_one_commit(found, commits) and not unlike:
         say_wrapped(console, "A/A: both sides are one commit, so FASTER, SLOWER, LESS or MORE is a false alarm.")
     say(console)
-    grid = comparison_grid(found)
+    shown = found.changes
+    if len(shown) > _MOST_EQUAL:
+        shown = tuple(change for change in shown if not _is_equal(change))
+    grid = comparison_grid(shown)
     table = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2)
     for line in table.lines:
         say(console, line)
+    if left := len(found.changes) - len(shown):
+        say(console, f"{counted(left, 'more row')}, of counts that are SAME, left out")
     say(console)
     _print_lists(found, console)
     for line in notes(found, rule, unlike):
         say_wrapped(console, line, indent=2)
+
+
+def _is_equal(change: Change) -> bool:
+    """Whether it is a count that no noise is in, and that does not differ."""
+    return change.contrast is not None and change.contrast.basis == "exact" and change.verdict == SAME
 
 
 def _is_one_commit(found: Comparison, commits: tuple[str, str] | None) -> bool:
@@ -112,9 +124,9 @@ def _ratio(change: Change) -> str:
     return f"{change.metric.name} {ratio.value:.3f} times A's ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def comparison_grid(found: Comparison) -> Grid:
-    """A row for each case and metric of both sets."""
-    return Grid(HEADINGS, tuple(_cells(change) for change in found.changes), WORDS)
+def comparison_grid(changes: Sequence[Change]) -> Grid:
+    """A row for each case and metric."""
+    return Grid(HEADINGS, tuple(_cells(change) for change in changes), WORDS)
 
 
 def _cells(change: Change) -> tuple[str, ...]:
