@@ -142,21 +142,26 @@ def _content(
 
 
 def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, is_written: bool) -> None:
+    from .kind_sections import inspection_groups, kernel_groups, print_kernels, print_launches
     from .summary_text import MOST_CASES, print_changes, print_headline, print_summary
     from .tables import print_table
 
     shown, terminal = content.overview, console()
-    if found.trajectories and (everything or len(shown.all_rows) <= MOST_CASES):
+    most = None if everything else MOST_CASES
+    kernels, launches = kernel_groups(found.kernels), inspection_groups(found.inspections)
+    if found.trajectories and (most is None or len(shown.all_rows) <= most):
         print_table(shown, terminal)
     elif found.trajectories:
         print_headline(content.headline, terminal)
         print_summary(shown, terminal)
-        _tell_rest(spelled, is_written)
     print_changes(content.history, content.side_by_side, terminal)
-    if found.kernels:
-        from ..kernel_bench.table import print_records
-
-        print_records(found.kernels, terminal)
+    for of_group in kernels:
+        print_kernels(of_group, terminal, most)
+    for launch_group in launches:
+        print_launches(launch_group, terminal, most)
+    counts = [len(shown.all_rows), *(len(of) for of in kernels), *(len(of) for of in launches)]
+    if most is not None and max(counts) > most:
+        _tell_rest(spelled, is_written)
 
 
 def _tell_rest(spelled: str, is_written: bool) -> None:
