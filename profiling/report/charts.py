@@ -334,14 +334,15 @@ def _history_panel(palette: Palette) -> Panel:
     x = alt.X("commit:N", sort=alt.EncodingSortField("place", op="min"), title=None, axis=alt.Axis(labelAngle=-30))
     y = alt.Y("step_p50:Q", title="ms of a step", scale=alt.Scale(zero=False, padding=18))
     marks = _facts().encode(x, y, color=palette.colour)
-    changed = _facts().transform_filter("datum.verdict == 'FASTER' || datum.verdict == 'SLOWER'")
+    is_changed = "datum.verdict == 'FASTER' || datum.verdict == 'SLOWER'"
+    ring = alt.condition(is_changed, alt.value(1), alt.value(0))
     return _layers(
         marks.mark_line(strokeWidth=1.5),
         _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("step_p20:Q"), y2="step_p80:Q", color=palette.colour),
         marks.mark_point(**MARK).encode(
             shape=palette.shape, tooltip=[*_tooltip("step_p50"), alt.Tooltip("commit:N"), alt.Tooltip("verdict:N")]
         ),
-        changed.mark_point(size=320, strokeWidth=2.5, color=TEXT, opacity=1).encode(x, y),
-        changed.mark_text(dy=-18, fontWeight="bold").encode(x, y, text="verdict:N"),
+        _facts().mark_point(size=320, strokeWidth=2.5, color=TEXT).encode(x, y, opacity=ring),
+        _facts().mark_text(dy=-18, fontWeight="bold").encode(x, y, text="verdict:N", opacity=ring),
         height=260,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import altair as alt
 import vl_convert
 
-from ..figures.derived import Overview
+from ..figures.derived import Overview, Row
 from ..figures.text import joined
 from ..measure.store import write_whole
 from .charts import FACTS, Chart, all_charts
@@ -67,8 +67,9 @@ class ChartSet:
     svgs: dict[str, str]
 
     @classmethod
-    def of(cls, shown: Overview, history: History | None = None) -> ChartSet:
-        facts = Facts.of(shown, history)
+    def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> ChartSet:
+        """first: the row whose conditions are looked at first."""
+        facts = Facts.of(shown, history, first)
         palette = Palette.of(row.case.backend for row in shown.all_rows)
         charts = all_charts(palette)
         drawings = tuple(drawn(chart, facts) for chart in charts)
@@ -122,14 +123,16 @@ def facets_of(chart: Chart, table: FactTable) -> tuple[str, ...]:
     return (*(name for name in table.conditions if name not in chart.without), *chart.beside)
 
 
-def shown_first(chart: Chart, panels: Sequence[Pane]) -> tuple[Pane, ...]:
-    """At most `chart.most` panels: of conditions that vary the first ones are those of the fullest panel."""
+def shown_first(chart: Chart, panels: Sequence[Pane], first: Mapping[str, str]) -> tuple[Pane, ...]:
+    """At most `chart.most` panels: conditions are chosen one by one, as `first` has them or the fullest panel."""
     shown = tuple(panels)
     fullest = max(panels, key=lambda panel: len(panel.facts), default=None)
     for name in {} if fullest is None else fullest.key:
         if fullest is None or len(shown) <= chart.most:
             break
-        shown = tuple(panel for panel in shown if panel.key[name] == fullest.key[name])
+        values = [panel.key[name] for panel in shown]
+        value = next((value for value in (first.get(name), fullest.key[name]) if value in values), values[0])
+        shown = tuple(panel for panel in shown if panel.key[name] == value)
     return shown
 
 
@@ -138,7 +141,7 @@ def drawn(chart: Chart, facts: Facts) -> Drawing:
     panels = panels_of(chart, facts.table(chart.table))
     if not panels:
         return Drawing(chart.name, chart.title, chart.summary, reason=chart.needs)
-    shown = shown_first(chart, panels)
+    shown = shown_first(chart, panels, facts.first)
     names = [name for name in panels[0].key if len({panel.key[name] for panel in panels}) > 1]
     whole = chart.panel.to_dict()
     inner = {name: part for name, part in whole.items() if name not in ("$schema", "config", "datasets")}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..claims.offers import PAPER_STEPS, Course, paper_fid
 from ..figures.derived import Overview, Row, Spread, StepsSeries, alike, ratio, rung_place, step_ms
-from ..figures.phrases import Conditions, environment_name, phrases_of
+from ..figures.phrases import environment_name, phrases_of
 from ..figures.text import joined
 from ..measure.conditions import commit
 from ..measure.recorded import Samples
@@ -86,26 +86,29 @@ def natural(text: str) -> tuple[tuple[float, str], ...]:
 class Facts:
     """The tables of a page.
 
-    cases    a row for each of `Overview.all_rows`, in that order
+    cases    a row for each of `Overview.rows`, in that order
     fid      a row for each network, backend and set of conditions that the paper has a FID of
     history  a row for each case on each commit
     filters  the conditions of `cases` that vary, with their values in order; the backend is one
+    first    the conditions that are looked at first: those of the headline
     """
 
     cases: FactTable
     fid: FactTable
     history: FactTable
     filters: Mapping[str, Words]
+    first: Mapping[str, str]
 
     @classmethod
-    def of(cls, shown: Overview, history: History | None = None) -> Facts:
+    def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> Facts:
         placing = Placing.of(shown)
         cases = _cases(shown, placing)
         by_place = _told(cases.words, "environment", "device", "commit")
         names = [name for name in placing.names if name != "environment" or not by_place]
         values = {name: tuple(sorted(set(cases.words.get(name, ())), key=natural)) for name in (*names, "backend")}
         filters = {name: of for name, of in values.items() if len(of) > 1}
-        return cls(cases, _fid(shown, placing), _history(shown, history, placing), filters)
+        looked_at = {} if first is None else placing.words(first)
+        return cls(cases, _fid(shown, placing), _history(shown, history, placing), filters, looked_at)
 
     def table(self, name: str) -> FactTable:
         """By its name: cases, fid or history."""
@@ -124,7 +127,7 @@ class Placing:
 
     @classmethod
     def of(cls, shown: Overview) -> Placing:
-        varying = Conditions.of(shown.environments, shown.all_rows).varying
+        varying = shown.conditions.varying
         if len({commit(environment) for environment in shown.environments}) > 1:
             varying |= {"commit"}
         known = [name for name in (*_PLACES, *_CONDITIONS) if name in varying]
@@ -148,16 +151,15 @@ def _told(words: Mapping[str, Words], name: str, *by: str) -> bool:
 
 def _apart(words: Mapping[str, Words], names: Words) -> Words:
     """The conditions that set rows apart; an environment stands for what it tells, its commit first of all."""
-    if "environment" not in words:
-        return tuple(name for name in names if name in words)
-    return tuple(name for name in names if name == "environment" or not _told(words, name, "environment"))
+    known = tuple(name for name in names if name in words)
+    return tuple(name for name in known if name == "environment" or not _told(words, name, "environment"))
 
 
 def _cases(shown: Overview, placing: Placing) -> FactTable:
     lines = {id(row.record): series for series in shown.series for row in series.rows}
     floors = _floor_costs(shown)
     facts = []
-    for row in shown.all_rows:
+    for row in shown.rows:
         record, series = row.record, lines.get(id(row.record))
         start = None if series is None else _start(series)
         numbers: dict[str, float | None] = {
@@ -165,7 +167,7 @@ def _cases(shown: Overview, placing: Placing) -> FactTable:
             "rung": rung_place(row.case.backend),
             "evaluations": record.evaluations,
             "images": row.case.batch,
-            **_spread("step", None if row.case.task == "rival" else step_ms(record)),
+            **_spread("step", step_ms(record)),
             **_spread("wall", None if series is None else record.wall_ms),
             **_spread("cost", None if row.cost is None or row.cost.p20 <= 0 else row.cost),
             "paper": row.gflop_ratio if row.paper_cost is None else row.paper_cost,
@@ -235,7 +237,7 @@ def _history(shown: Overview, history: History | None, placing: Placing) -> Fact
     """Of each case on each commit. Its conditions are those of the cases, without commit and environment."""
     if history is None:
         return FactTable()
-    of_case = {row.record.case_id: row for row in shown.all_rows}
+    of_case = {row.record.case_id: row for row in shown.rows}
     places = sorted({(point.at, point.commit) for series in history.series for point in series.points})
     facts = []
     for series in history.series:

@@ -115,8 +115,8 @@
       facets.forEach((name, place) => {
         const values = [...new Set(left.map(({ key }) => key[place]))];
         if (left.length <= most || values.length < 2) return;
-        const value = values.includes(this.picked[name]) ? this.picked[name] : fullest.key[place];
-        const picked = values.includes(value) ? value : values[0];
+        const wishes = [this.picked[name], island.first[name], fullest.key[place], values[0]];
+        const picked = wishes.find((value) => values.includes(value));
         const select = make("select", { name }, ...values.map((text) => new Option(text, text, false, text === picked)));
         select.addEventListener("change", () => {
           this.picked[name] = select.value;
@@ -133,16 +133,19 @@
       const groups = this.groups();
       const shown = groups.length ? this.shown(groups) : [];
       if (!groups.length) this.choices.replaceChildren("Nothing to draw of these cases: ", this.chart.needs, ".");
-      const varying = this.chart.facets.map((_, place) => new Set(groups.map(({ key }) => key[place])).size > 1);
+      const variesIn = (some) => this.chart.facets.map((_, place) => new Set(some.map(({ key }) => key[place])).size > 1);
+      const varying = variesIn(shown);
+      const varyingInAll = variesIn(groups);
       while (this.panels.length > shown.length) this.panels.pop().remove();
       this.grid.classList.toggle("single", shown.length === 1);
       for (const [place, { key, facts }] of shown.entries()) {
         const heading = key.filter((value, part) => varying[part] && value).join(", ");
+        const whole = key.filter((value, part) => varyingInAll[part] && value).join(", ");
         if (!this.panels[place]) {
           this.panels[place] = new PanelView(this.chart);
           this.grid.append(this.panels[place].element);
         }
-        await this.panels[place].show(heading, facts);
+        await this.panels[place].show(heading, whole, facts);
       }
     }
   }
@@ -162,11 +165,12 @@
       this.element.append(make("p", { className: "files" }, this.note, make("span", {}, "Download: "), ...buttons));
     }
 
-    async show(heading, facts) {
-      this.facts = facts;
+    // heading: what sets the panel apart from those beside it; whole: from all others.
+    async show(heading, whole, facts) {
+      Object.assign(this, { facts, whole });
       this.heading.textContent = heading;
       this.heading.hidden = !heading;
-      this.canvas.setAttribute("aria-label", [this.chart.title, heading, this.chart.summary].filter(Boolean).join(". "));
+      this.canvas.setAttribute("aria-label", [this.chart.title, whole, this.chart.summary].filter(Boolean).join(". "));
       this.note.textContent = [...new Set(facts.map((fact) => fact[this.chart.note]))].filter(Boolean).join("; ");
       const width = this.canvas.clientWidth;
       if (this.view) {
@@ -190,7 +194,7 @@
 
     // A picture by itself: on white, with its title and its legend.
     async picture() {
-      const title = { text: this.chart.title, subtitle: [island.title, this.heading.textContent].filter(Boolean) };
+      const title = { text: this.chart.title, subtitle: [this.whole, island.title].filter(Boolean) };
       const changes = { width: 720, background: "white", title, padding: 16 };
       const spec = JSON.parse(JSON.stringify(this.chart.spec).replaceAll("currentColor", "#1a1a1a"));
       return (await vegaEmbed(make("div"), withData(spec, this.facts, changes), EMBED)).view;
@@ -199,7 +203,7 @@
     async download(kind) {
       const view = await this.picture();
       const href = await view.toImageURL(kind, kind === "png" ? 2 : 1);
-      const name = [this.chart.name, this.heading.textContent].filter(Boolean).join("-");
+      const name = [this.chart.name, this.whole].filter(Boolean).join("-");
       make("a", { href, download: `${safeName(name)}.${kind}` }).click();
       view.finalize();
     }

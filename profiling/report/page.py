@@ -65,7 +65,8 @@ def _chart_set(page: PageInput) -> ChartSet:
         raise ReportUnavailable(
             f"charts and page need {name}: pip install altair vl-convert-python jinja2", name=name
         ) from missing
-    return ChartSet.of(page.overview, page.history)
+    first = None if page.headline is None else page.headline.small
+    return ChartSet.of(page.overview, page.history, first)
 
 
 def _html(page: PageInput, charts: ChartSet) -> str:
@@ -100,6 +101,7 @@ def _island(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable]) 
             {"name": name, "label": label_of(name), "values": values}
             for name, values in charts.facts.filters.items()
         ],
+        "first": charts.facts.first,
         "legend": [asdict(series) for series in charts.palette.series],
         "charts": charts.for_browser(),
         "tables": {name: table.rest for name, table in tables.items()},

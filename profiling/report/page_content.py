@@ -18,8 +18,8 @@ from ..trajectory.records import Record
 from . import details
 from .columns import table_of
 from .page_input import PageInput
-from .page_tables import PageTable, claim_tables, tables_of
-from .rivals_table import RIVALS_NOTE, RIVALS_TITLE, rivals_grid
+from .page_tables import PageTable, claim_tables, rivals_tables, tables_of
+from .rivals_table import RIVALS_NOTE
 from .tables import NOTHING
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 # Without a headline.
 _TITLE = "What a sample costs, measured"
 # Charts that stand side by side.
-_PAIRS = (("fid", "fid-flops"), ("images", "joules"))
+_PAIRS = (("fid", "fid-flops"), ("cost", "images"))
+# More panels than these are small ones.
+_MOST_LARGE = 2
 # Tables with a heading of their own.
 _OF_THEIR_OWN = ("rivals", "history")
 
@@ -55,12 +57,13 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "legend": charts.palette.series,
         "apart": len(shown.environments) > 1,
         "figures": _figures(charts),
+        "small": {chart.name for chart in charts.charts if chart.most > _MOST_LARGE},
         "svgs": charts.svgs,
         "not_drawn": [drawing for drawing in charts.drawings if drawing.chart is None],
         "tables": [table for name, table in tables.items() if "-" not in name and name not in _OF_THEIR_OWN],
         "notes": table.notes,
         "checkpoints": sorted({(visible(r.name), visible(_origin(r.case))) for r in rows if r.case.is_checkpoint}),
-        "rivals": tables.get("rivals"),
+        "rivals": [table for name, table in tables.items() if name.startswith("rivals")],
         "rivals_note": RIVALS_NOTE,
         "history": page.history,
         "history_table": tables.get("history"),
@@ -77,7 +80,7 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
 
 def tables_in(page: PageInput) -> dict[str, PageTable]:
     """Every table of a page that has rows, by its name."""
-    found = [*tables_of(page.overview), PageTable("rivals", RIVALS_TITLE, rivals_grid(page.overview))]
+    found = [*tables_of(page.overview), *rivals_tables(page.overview)]
     if page.history is not None:
         found.append(PageTable("history", "Each case on each commit.", page.history.grid()))
     found += [PageTable(f"sides-{place}", of.title, of.grid) for place, of in enumerate(page.side_by_side)]

@@ -15,6 +15,7 @@ from .columns import table_of
 from .details import cases_grid, lines_grid
 from .facts import Placing, coded
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid, ladders
+from .rivals_table import RIVALS_TITLE, rivals_grid
 
 # Rows that a page shows of a table unless asked for more.
 FIRST_ROWS = 60
@@ -40,7 +41,7 @@ def label_of(condition: str) -> str:
 class PageTable:
     """A table that the page sorts, and shows the first rows of.
 
-    cases   for each row the places of its cases in `Overview.all_rows`: it is shown where a filter leaves one of
+    cases   for each row the places of its cases in `Overview.rows`: it is shown where a filter leaves one of
             them; empty where rows are of no cases
     extra   the headings of columns that are shown when asked for
     """
@@ -67,7 +68,7 @@ class PageTable:
 
 def tables_of(shown: Overview) -> tuple[PageTable, ...]:
     """Those of the cases, without the ones that have no rows."""
-    place = {id(row.record): place for place, row in enumerate(shown.all_rows)}
+    place = {id(row.record): place for place, row in enumerate(shown.rows)}
 
     def places(rows: Iterable[Row]) -> tuple[int, ...]:
         return tuple(place[id(row.record)] for row in rows)
@@ -92,13 +93,14 @@ def tables_of(shown: Overview) -> tuple[PageTable, ...]:
 
 
 def _cases_table(shown: Overview) -> PageTable:
-    """A row for each case, failed ones and rivals too: its conditions, cost and time, then all that was seen."""
+    """A row for each case of the family, failed ones too: conditions, cost and time, then all that was seen."""
     placing, columns, details = Placing.of(shown), table_of(shown).columns, cases_grid(shown)
     known = {"case", "conditions", "status", "flags", "J per image", *(column.label for column in columns)}
     places = [place for place, heading in enumerate(details.headings) if heading not in known]
     size, *others = columns
     rows = []
-    for row, detail in zip(shown.all_rows, details.rows, strict=True):
+    # The rivals' rows, which have no cost, come last.
+    for row, detail in zip(shown.rows, details.rows, strict=False):
         words, has_time = placing.words(row), row.record.wall_ms is not None
         rows.append(
             (
@@ -116,6 +118,16 @@ def _cases_table(shown: Overview) -> PageTable:
     grid = Grid(headings, tuple(rows), (*words_in, *details.words)).without_empty()
     extra = {"environment", *of_details} - {"images per s"}
     return PageTable("cases", "Every case", grid, tuple((place,) for place in range(len(rows))), extra)
+
+
+def rivals_tables(shown: Overview) -> tuple[PageTable, ...]:
+    """The rivals beside the family, and each of their cases with all that was seen."""
+    details = cases_grid(shown)
+    grid = Grid(details.headings, details.rows[len(shown.rows) :], details.words).without_empty()
+    return (
+        PageTable("rivals", f"{RIVALS_TITLE}.", rivals_grid(shown)),
+        PageTable("rivals-cases", "Every case of a rival, with its check.", grid),
+    )
 
 
 def claim_tables(of: ClaimVerdicts) -> tuple[PageTable, ...]:
