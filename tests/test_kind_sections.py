@@ -59,7 +59,7 @@ def test_times_stand_beside_the_fastest_and_our_kernels_and_failures_apart(kerne
     assert [row[1:] for row in failures.grid.rows] == [
         ("xformers", "one by one", "unsupported", "no <b>kernel</b>")
     ]
-    assert all("NVIDIA H100, 7d35813" in section.title for section in (beside, each, failures))
+    assert all("NVIDIA H100, float32, 7d35813" in section.title for section in (beside, each, failures))
     for section in (beside, each):
         assert "torch 2.13.0" in section.note
 
@@ -123,11 +123,6 @@ def test_compiled_launches_stand_apart_by_chip_compiler_and_commit(make_inspecti
     buffer = io.StringIO()
     print_inspections(records, Console(file=buffer, width=200))
     assert "\x1b" not in buffer.getvalue()
-    buffer = io.StringIO()
-    print_inspections(records, Console(file=buffer, width=200), most=2)
-    (line,) = [line.split() for line in buffer.getvalue().splitlines() if "geglu_kernel" in line and " 3 " in line]
-    # Launches, most registers, with spills, serialized, failed.
-    assert line == ["geglu_kernel", "3", "64", "1", "0", "1"]
 
 
 @pytest.mark.parametrize("kind", ["kernels", "inspections"])
@@ -159,7 +154,7 @@ def test_many_calls_are_a_summary_on_the_terminal_unless_all_are_asked_for(
     records = [kernel(peer, 1.0, rows=rows) for rows in range(1, 61) for peer in ("triton", "eager")]
     path.write_text("".join(json.dumps(json.loads(record.model_dump_json())) + "\n" for record in records))
     summary, everything = run("report", path), run("report", path, "--all")
-    assert "60 calls, 120 records, 0 without a time" in summary.out
+    assert "120 times of 60 calls" in summary.out
     assert "eager takes 1.000 times as long as triton" in summary.out
     assert len(summary.out.splitlines()) < 20
     assert everything.out.count("geglu 6") >= 2

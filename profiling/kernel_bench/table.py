@@ -29,15 +29,13 @@ NOTE = (
 
 
 def by_conditions(records: Sequence[KernelRecord]) -> list[list[KernelRecord]]:
-    """The records of each machine, software and commit apart: times of two do not belong in one table.
+    """The records of each kind of machine, dtype and commit apart: times of two do not belong in one table.
 
     Of a call that several runs have there is the last record with a time, or else the last.
     """
     found: dict[object, dict[str, KernelRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at):
-        environment = record.environment
-        versions = (environment.torch, environment.triton, commit(environment))
-        of = (device_kind(record.device), machine_of(record), *versions, record.in_turns)
+        of = (record.environment.kind, device_kind(record.device), record.case.dtype, record.in_turns)
         group = found.setdefault(of, {})
         earlier = group.get(record.case_key)
         if earlier is None or record.ms is not None or earlier.ms is None:
@@ -85,33 +83,25 @@ def notes(records: Sequence[KernelRecord]) -> list[str]:
     return [f"Note: {note}" for note in (*busy_notes(list(calls.values()), "call"), *flag_notes(timed, "time"))]
 
 
-def print_records(records: Sequence[KernelRecord], console: Console, most_calls: int | None = None) -> None:
-    """Of each machine, software and commit a section per call with a line per peer and mode, then the ratios.
+def print_records(records: Sequence[KernelRecord], console: Console) -> None:
+    """Of each group of `by_conditions` a section per call with a line per peer and mode, then the ratios.
 
-    Nothing is cut: see `laid_out`. Above `most_calls` calls the ratios alone, and how many failed.
+    Nothing is cut: see `laid_out`.
     """
     if not records:
         say(console, NOTHING)
     for place, group in enumerate(by_conditions(records)):
         if place:
             say(console)
-        _print_group(group, console, most_calls)
+        _print_group(group, console)
 
 
-def _print_group(records: Sequence[KernelRecord], console: Console, most_calls: int | None) -> None:
+def _print_group(records: Sequence[KernelRecord], console: Console) -> None:
     width = width_of(console)
     say_wrapped(console, conditions(records), "bold")
     for note in notes(records):
         say_wrapped(console, note, "yellow")
-    sections = _by_call(records)
-    if most_calls is None or len(sections) <= most_calls:
-        _print_calls(sections, console)
-    else:
-        failed = sum(record.ms is None for record in records)
-        say(
-            console,
-            f"{counted(len(sections), 'call')}, {counted(len(records), 'record')}, {failed} without a time",
-        )
+    _print_calls(_by_call(records), console)
     beside_the_best = attention_lines(attention_rows(records), width)
     if beside_the_best:
         say(console)
@@ -163,7 +153,7 @@ def summary_lines(records: Sequence[KernelRecord]) -> list[str]:
 
 
 def markdown(records: Sequence[KernelRecord]) -> str:
-    """The same as GitHub tables: of each machine, software and commit one of times and one of failures."""
+    """The same as GitHub tables: of each group of `by_conditions` one of times and one of failures."""
     if not records:
         return NOTHING + "\n"
     return "\n".join(_markdown(group) for group in by_conditions(records))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
 from ..record_files import NAMES, Gathered, gather_files, joined_files, read_file
-from ..static.inspection_table import print_inspections
 from ..terminal.visible import console, counted, say, say_wrapped
 from ..trajectory.records import RECORDS_NAME, Record
 from ..trajectory.runs import RUN_NAME, open_run
@@ -142,22 +141,27 @@ def _content(
 
 
 def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, is_written: bool) -> None:
+    from ..static.inspection_table import inspection_groups
+    from .kind_sections import kernel_groups, print_kernels, print_launches
     from .summary_text import MOST_CASES, print_changes, print_headline, print_summary
     from .tables import print_table
 
     shown, terminal = content.overview, console()
-    if found.trajectories and (everything or len(shown.all_rows) <= MOST_CASES):
+    most = None if everything else MOST_CASES
+    kernels, launches = kernel_groups(found.kernels), inspection_groups(found.inspections)
+    if found.trajectories and (most is None or len(shown.all_rows) <= most):
         print_table(shown, terminal)
     elif found.trajectories:
         print_headline(content.headline, terminal)
         print_summary(shown, terminal)
-        _tell_rest(spelled, is_written)
     print_changes(content.history, content.side_by_side, terminal)
-    if found.kernels:
-        from ..kernel_bench.table import print_records
-
-        print_records(found.kernels, terminal, None if everything else MOST_CASES)
-    print_inspections(found.inspections, terminal, None if everything else MOST_CASES)
+    for of_group in kernels:
+        print_kernels(of_group, terminal, most)
+    for launch_group in launches:
+        print_launches(launch_group, terminal, most)
+    counts = [len(shown.all_rows), *(len(of) for of in kernels), *(len(of) for of in launches)]
+    if most is not None and max(counts) > most:
+        _tell_rest(spelled, is_written)
 
 
 def _tell_rest(spelled: str, is_written: bool) -> None:
@@ -189,16 +193,13 @@ def _tell_unmeasured(folder: Path, records: Sequence[Record]) -> None:
 
 def _write(content: PageInput, found: Gathered, out: Path, spelled: str) -> None:
     """Writes a page, or a folder with charts and kernels.md, and says where. Raises ReportNotWritten."""
-    what = "report"
     try:
-        written = []
-        written += _write_page(content, out, spelled)
+        written = _write_page(content, out, spelled)
         if found.kernels and not is_page(out):
-            what = "table"
             out.mkdir(parents=True, exist_ok=True)
             written.append(_write_kernels(found.kernels, out))
     except OSError as failure:
-        raise ReportNotWritten(f"cannot write the {what} to {out} ({failure.strerror})") from None
+        raise ReportNotWritten(f"cannot write the report to {out} ({failure.strerror})") from None
     for path in written:
         say(console(), str(path))
 

@@ -60,7 +60,7 @@ def print_headline(found: Headline | None, console: Console) -> None:
 
 def print_changes(over: History | None, compared: Sequence[SideBySide], console: Console) -> None:
     """What changed from commit to commit; nothing where all is of one commit."""
-    if over is not None and over.series:
+    if over is not None:
         steps = [point for series in over.series for point in series.points[1:]]
         verdicts = Counter(point.verdict for point in steps)
         told = text.joined(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))

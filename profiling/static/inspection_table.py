@@ -18,7 +18,7 @@ HEADINGS = (
 _WORDS = ("kernel", "call", "with", "tile", "limit", "serialized", "overlap", "faults")
 # Constants that are shown where they are the same everywhere, too.
 _TILE = ("BLOCK", "HEAD_DIM")
-NOTE = (
+INSPECTION_NOTE = (
     "Compiled, not measured. with: tensors that only some launches of a kernel are given. warps fit: at once on a "
     "multiprocessor, and what limits them. hot instructions: of the hot loop, or of all without one. serialized: "
     "ptxas lets each asynchronous matmul wait for the one before. overlap: exponentials beside q k^T, of all."
@@ -40,7 +40,7 @@ def inspection_grid(records: Sequence[InspectionRecord]) -> Grid:
     return Grid(HEADINGS, rows, _WORDS).without_empty()
 
 
-def by_compiler(records: Sequence[InspectionRecord]) -> list[list[InspectionRecord]]:
+def inspection_groups(records: Sequence[InspectionRecord]) -> list[list[InspectionRecord]]:
     """The records of each architecture, compiler and commit apart; of a launch that is there twice the last."""
     found: dict[str, dict[str, InspectionRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at):
@@ -48,35 +48,16 @@ def by_compiler(records: Sequence[InspectionRecord]) -> list[list[InspectionReco
     return [list(group.values()) for group in found.values()]
 
 
-def inspection_summary(records: Sequence[InspectionRecord]) -> Grid:
-    """A line for each kernel: how many launches, and the worst of each figure."""
-    rows = []
-    for kernel in dict.fromkeys(record.kernel for record in records):
-        group = [record for record in records if record.kernel == kernel]
-        warps = [r.warps_per_multiprocessor for r in group if r.warps_per_multiprocessor is not None]
-        cells = (
-            str(len(group)),
-            _count(max((r.registers for r in group if r.registers is not None), default=None)),
-            str(sum(bool(r.spills) for r in group)),
-            _count(min(warps, default=None)),
-            str(sum(bool(r.serialized) for r in group)),
-            str(sum(r.status != "ok" for r in group)),
-        )
-        rows.append((kernel, *cells))
-    headings = ("kernel", "launches", "most registers", "with spills", "fewest warps", "serialized", "failed")
-    return Grid(headings, tuple(rows), ("kernel",)).without_empty()
-
-
-def print_inspections(records: Sequence[InspectionRecord], console: Console, most: int | None = None) -> None:
-    """Of each architecture, compiler and commit the table, or above `most` launches a line for each kernel."""
-    for group in by_compiler(records):
+def print_inspections(records: Sequence[InspectionRecord], console: Console) -> None:
+    """Of each architecture, compiler and commit a table, and how to read them."""
+    for group in inspection_groups(records):
         say_wrapped(console, inspection_conditions(group[0]), "bold")
-        grid = inspection_grid(group) if most is None or len(group) <= most else inspection_summary(group)
+        grid = inspection_grid(group)
         laid = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=3)
         for line in laid.lines:
             say(console, line)
     if records:
-        say_wrapped(console, NOTE)
+        say_wrapped(console, INSPECTION_NOTE)
 
 
 def launch_names(records: Sequence[InspectionRecord]) -> dict[str, str]:
