@@ -234,3 +234,21 @@ def test_the_order_is_that_of_the_paths(tmp_path: Path, make_record: MakeRecord)
         path.write_text(trajectory_line(make_record, steps))
         paths.append(path)
     assert [record.case.steps for record in gather(paths).trajectories] == [int(path.stem) for path in paths]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_kernels_of_every_schema_version_read(tmp_path: Path, kernel_line: Line, version: int) -> None:
+    """The first had no ids; a later one than this ldmperf knows is set aside."""
+    line = json.loads(kernel_line(schema_version=3)) | {"schema_version": version}
+    if version == 1:
+        del line["run_id"], line["case_id"]
+    if version < 3:
+        del line["in_turns"]
+    later = line | {"schema_version": 4}
+    path = tmp_path / "kernels.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(later))
+    found = gather([path])
+    (record,) = found.kernels
+    assert (record.schema_version, record.run_id) == (3, None if version == 1 else "kernels")
+    assert record.case_id == json.loads(kernel_line())["case_id"]
+    assert "of schema version 4" in found.aside.first[0].reason
