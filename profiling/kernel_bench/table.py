@@ -183,15 +183,17 @@ def time_grid(records: Sequence[KernelRecord]) -> Grid:
 
 
 def failure_grid(records: Sequence[KernelRecord]) -> Grid:
-    """A line for each record without a time, and why."""
-    headings = ("call", "peer", "calls", "status", "why")
-    rows = tuple(
-        (title, record.peer, MODES[record.mode], record.status, record.message or MISSING)
-        for title, group in _by_call(records)
-        for record in group
-        if record.ms is None
+    """A line for each peer and each reason why it has no time, with the calls of which that is so."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for title, group in _by_call(records):
+        for record in group:
+            if record.ms is None:
+                reason = (record.peer, MODES[record.mode], record.status, record.message or MISSING)
+                found.setdefault(reason, []).append(title)
+    rows = tuple((*reason, str(len(titles)), titles[0]) for reason, titles in found.items())
+    return Grid(
+        ("peer", "calls", "status", "why", "of calls", "first"), rows, ("peer", "calls", "status", "why", "first")
     )
-    return Grid(headings, rows, headings)
 
 
 def ratio_grid(records: Sequence[KernelRecord]) -> Grid:
