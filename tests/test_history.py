@@ -131,6 +131,7 @@ def test_a_case_is_judged_against_the_last_commit_that_has_it(make_record: MakeR
     (series,) = found.series
     assert [point.commit for point in series.points] == [commit(1)[:7], commit(3)[:7]]
     assert series.points[1].verdict == "SLOWER"
+    assert "1 case without a time on some commit" in " ".join(found.notes)
 
 
 def test_what_is_of_one_commit_or_of_different_machines_has_no_history(make_record: MakeRecord) -> None:
