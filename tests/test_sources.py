@@ -1,4 +1,4 @@
-"""What a report says of where it is from: what was put together, the commits, the command, links that stay links."""
+"""What a report says of where it is from: what was put together, the commits, the command, safe links."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_what_is_put_together_is_counted(make_record: MakeRecord) -> None:
     }
     sources = Sources.of(files)
     assert sources.together == (
-        "3 records of trajectories from 2 files, 2 commits (7d35813, aaaaaaa), 2 kinds of machines (AMD EPYC; Intel). "
-        "Nothing is compared across kinds of machines."
+        "3 records of trajectories from 2 files, 2 commits (7d35813, aaaaaaa), 2 kinds of machines "
+        "(AMD EPYC; Intel). Nothing is compared across kinds of machines."
     )
     # Of one kind, but several machines.
     machines = [here.model_copy(update={"machine_id": letter * 16}) for letter in "abc"]
