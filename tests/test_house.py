@@ -38,6 +38,7 @@ ALLOWED = {
 ROOMS = (
     *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static"),
     *("trajectory", "rivals", "kernel_bench", "ahead", "record_files", "figures", "claims", "compare"),
+    "export",
     *("report", "commands", "cli"),
 )
 

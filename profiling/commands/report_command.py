@@ -31,7 +31,7 @@ def report(
     records_url: Annotated[
         str | None,
         typer.Option(
-            help="Where the records can be had, for the page's link; unless told their files, relative to the page.",
+            help="Where the records can be had, for the page's link; their files beside the page unless told.",
             metavar="URL",
         ),
     ] = None,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 from ..figures.phrases import processor_name
-from ..figures.text import joined
+from ..figures.text import joined, value_of
 from ..measure.conditions import commit
 from ..measure.environment import Environment
 from ..record_files import AnyRecord
@@ -35,6 +35,6 @@ def machine_names(environments: Sequence[Environment]) -> list[str]:
         others = [e for other, e in zip(names, environments, strict=True) if other == name]
         fields = dict.fromkeys(line.partition(":")[0] for e in others for line in environment.differences(e))
         kind = dict(environment.kind)
-        apart = [f"{field} {kind.get(field)}" for field in fields if field not in OF_THE_COMMIT]
+        apart = [f"{field} {value_of(kind.get(field))}" for field in fields if field not in OF_THE_COMMIT]
         told.append(joined((name, *apart)))
     return told

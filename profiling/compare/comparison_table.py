@@ -16,6 +16,8 @@ from .gate import Answer, Threshold
 from .sets import measured
 
 HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
+# Above so many rows counts that are SAME are left out.
+_MOST_EQUAL = 50
 WORDS = frozenset({"case", "metric", "verdict", "why", "flags"})
 
 
@@ -47,6 +49,11 @@ def print_comparison(
     _print_lists(found, console)
     for line in notes(found, rule, unlike):
         say_wrapped(console, line, indent=2)
+
+
+def _is_equal(change: Change) -> bool:
+    """Whether it is a count that no noise is in, and that does not differ."""
+    return change.contrast is not None and change.contrast.basis == "exact" and change.verdict == SAME
 
 
 def _is_one_commit(found: Comparison, commits: tuple[str, str] | None) -> bool:
@@ -83,6 +90,8 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     if len(machines) > 1:
         lines.append("A and B were not all measured on one machine, though its kind is the same.")
     lines += [*flag_notes(records, "record"), *busy_notes(records, "record")]
+    if left := len(found.changes) - len(_shown(found)):
+        lines.append(f"{counted(left, 'row')} of counts that are SAME are left out.")
     effect = f"{100 * rule.min_effect:g}%"
     by_chance = sum(change.p is not None for change in found.changes)
     adjusted = f", adjusted for {counted(by_chance, 'row')}," if by_chance else ""
@@ -113,8 +122,12 @@ def _ratio(change: Change) -> str:
 
 
 def comparison_grid(found: Comparison) -> Grid:
-    """A row for each case and metric of both sets."""
-    return Grid(HEADINGS, tuple(_cells(change) for change in found.changes), WORDS)
+    """A row for each case and metric of both sets; of many, without the counts that are SAME."""
+    return Grid(HEADINGS, tuple(_cells(change) for change in _shown(found)), WORDS)
+
+
+def _shown(found: Comparison) -> list[Change]:
+    return [change for change in found.changes if len(found.changes) <= _MOST_EQUAL or not _is_equal(change)]
 
 
 def _cells(change: Change) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -32,8 +33,10 @@ class Threshold:
         if found is None or not rule.is_enough(found):
             return "undecided"
         if found.basis == "exact":
-            is_worse = found.ratio.value > 1 and found.ratio.value * (1 + 1e-9) >= 1 + self.worse
-            return "fails" if is_worse else "passes"
+            worse = found.ratio.value
+            if self.metric.bigger:
+                worse = 1 / worse if worse else math.inf
+            return "fails" if worse > 1 and worse * (1 + 1e-9) >= 1 + self.worse else "passes"
         # A change by just the threshold does not pass by the rounding of a logarithm.
         if found.ratio.high * (1 + 1e-9) < 1 + self.worse:
             return "passes"

@@ -65,9 +65,9 @@ class CaseHistory:
 class History:
     """The cases that were measured on several commits. shared: what all of them share, in words."""
 
-    series: tuple[CaseHistory, ...] = ()
-    shared: str = ""
-    notes: tuple[str, ...] = ()
+    series: tuple[CaseHistory, ...]
+    shared: str
+    notes: tuple[str, ...]
 
     @property
     def changed(self) -> tuple[tuple[CaseHistory, HistoryPoint], ...]:

@@ -49,7 +49,7 @@ class Metric:
     about       what it is, in a line
     sampled     whether it has samples and a spread
     counted     a figure that does not vary from run to run, as memory does not: any difference is one of the code
-    bigger      more is better; not compared, since each repeats a time
+    bigger      more is better
     less, more  the verdicts on a change
     """
 
@@ -104,8 +104,21 @@ def _first_call_ms(record: Any) -> Figure | None:
     return _single("first_call_ms")(getattr(record, "phases", record))
 
 
-def _count(name: str, quantity: str, unit: str, about: str) -> Metric:
-    return Metric(name, quantity, unit, about, _single(name), counted=True)
+def _count(name: str, quantity: str, unit: str, about: str, bigger: bool = False) -> Metric:
+    return Metric(name, quantity, unit, about, _single(name), counted=True, bigger=bigger)
+
+
+def _serialized(record: Any) -> Figure | None:
+    found = getattr(record, "serialized", None)
+    return None if found is None else Figure(float(len(found)), (float(len(found)),))
+
+
+def _overlap(record: Any) -> Figure | None:
+    """Of attention alone; 0 where its matmuls are not asynchronous, so that a lost overlap is a change."""
+    if not any(constant.startswith("HEAD_DIM=") for constant in getattr(record, "constants", ())):
+        return None
+    share = record.overlap.share if record.overlap is not None else 0.0
+    return Figure(share, (share,))
 
 
 def _rate(name: str, quantity: str, unit: str, about: str) -> Metric:
@@ -132,12 +145,31 @@ METRICS: Mapping[str, Metric] = {
         _count("spills", "spills", "", "Loads and stores of spilled registers"),
         _count("shared_bytes", "shared_memory", "B", "Shared memory of a program"),
         _count("instructions", "instructions", "", "Instructions of a kernel's machine code"),
+        _count("hot_instructions", "hot_instructions", "", "Instructions of a kernel's hot loop, or of all"),
+        _count("warps_per_multiprocessor", "warps", "", "Warps that fit a multiprocessor", bigger=True),
+        Metric(
+            "serialized", "serialized", "", "Reasons why matmuls wait for each other", _serialized, counted=True
+        ),
+        Metric(
+            "overlap",
+            "overlap",
+            "",
+            "Share of attention's exponentials that run beside its score matmul",
+            _overlap,
+            counted=True,
+            bigger=True,
+        ),
     )
 }
-# What `compare` takes: less is better in all of them.
-COMPARED: Mapping[str, Metric] = {name: metric for name, metric in METRICS.items() if not metric.bigger}
+# What `compare` takes: a rate repeats a time.
+COMPARED: Mapping[str, Metric] = {
+    name: metric for name, metric in METRICS.items() if metric.counted or not metric.bigger
+}
 # Compared unless told, where the records have them; the others repeat these, or vary much.
-USUAL = ("wall_ms", "gpu_ms", "ms", "peak_memory_bytes", "registers", "spills", "shared_bytes")
+USUAL = (
+    *("wall_ms", "gpu_ms", "ms", "peak_memory_bytes"),
+    *("registers", "spills", "shared_bytes", "warps_per_multiprocessor", "hot_instructions", "serialized"),
+)
 
 
 def metrics_named(

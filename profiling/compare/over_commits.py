@@ -33,10 +33,11 @@ class _Placed:
     environment: int
 
 
-def history(records: Sequence[Record], rule: VerdictRule | None = None) -> History:
+def history(records: Sequence[Record], rule: VerdictRule | None = None) -> History | None:
     """Every case with times on several commits of one kind of machine, each step judged against the one before.
 
-    A run is one observation, as in a comparison of two sets; p-values are adjusted for all steps of the history.
+    None where there is none. A run is one observation, as in a comparison of two sets; p-values are adjusted for
+    all steps of the history.
     """
     rule = rule or VerdictRule()
     kinds: dict[object, list[Record]] = {}
@@ -54,7 +55,7 @@ def history(records: Sequence[Record], rule: VerdictRule | None = None) -> Histo
             if len(steps) > 1:
                 found.append((_Placed(case, index), steps))
     if not found:
-        return History()
+        return None
     judged = iter(judged_changes([change for _, steps in found for _, change in steps if change], rule))
     conditions = Conditions.of(environments, [place for place, _ in found])
     names, machines = network_names(records), machine_names(environments)

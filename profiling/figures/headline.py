@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..measure.conditions import busy_notes, is_unsteady, marks
+from ..measure.conditions import commit, is_busy, is_unsteady, marks
 from ..measure.intervals import FEWEST, Interval, ratio_interval
 from ..terminal.visible import counted
 from .derived import PEER, Overview, Row, Section, rung_place, step_samples
@@ -59,13 +59,14 @@ def headline(shown: Overview) -> Headline | None:
         f"{short_ratio(_flops(small))}"
     )
     phrases = phrases_of(section, shown.environments)
+    where = (f"a step with {small.case.backend}", *phrases.values(), f"commit {commit(small.record.environment)}")
     interval = ratio_interval(step_samples(small), step_samples(large))
     return Headline(
         small,
         large,
         section,
         sentence,
-        joined((f"a step with {small.case.backend}", *phrases.values())),
+        joined(where),
         interval,
         _doubts(small, large, interval),
     )
@@ -102,7 +103,7 @@ def _doubts(small: Row, large: Row, interval: Interval | None) -> tuple[str, ...
         found.append("a time is unsteady")
     if flagged := marks(*records):
         found.append(f"not the times of a free GPU ({flagged})")
-    if busy_notes(records, "case"):
+    if any(map(is_busy, records)):
         found.append("measured while the machine was busy with other work")
     flops = _flops(small)
     if interval is not None and flops is not None and interval.low <= flops <= interval.high:

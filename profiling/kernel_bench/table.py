@@ -112,14 +112,19 @@ def markdown(records: Sequence[KernelRecord]) -> str:
     if not records:
         return NOTHING + "\n"
     lines = [for_markdown(line) + "\n" for line in (conditions(records), *notes(records))]
-    headings = _headings(records)
-    cells = [(title, *_cells(record, headings)) for title, group in _by_call(records) for record in group]
-    rows = tuple((*row, *[MISSING] * (1 + len(headings) - len(row))) for row in cells)
-    lines += Grid(("call", *headings), rows, ("call", *_WORDS)).markdown()
+    lines += kernels_grid(records).markdown()
     if of_attention := attention_rows(records):
         lines += ["", attention_title(of_attention), "", *attention_grid(of_attention).markdown()]
     lines += ["", *(f"- {for_markdown(line)}" for line in summary_lines(records))]
     return "\n".join(lines) + "\n"
+
+
+def kernels_grid(records: Sequence[KernelRecord]) -> Grid:
+    """A row for each record, by call; one without a time has its message in place of the first figure."""
+    headings = _headings(records)
+    cells = [(title, *_cells(record, headings)) for title, group in _by_call(records) for record in group]
+    rows = tuple((*row, *[MISSING] * (1 + len(headings) - len(row))) for row in cells)
+    return Grid(("call", *headings), rows, ("call", *_WORDS))
 
 
 def _by_call(records: Sequence[KernelRecord]) -> list[tuple[str, list[KernelRecord]]]:

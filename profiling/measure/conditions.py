@@ -84,14 +84,19 @@ def flag_notes(records: Sequence[Measured], noun: str) -> list[str]:
     ]
 
 
+def is_busy(record: Measured) -> bool:
+    """Whether the load around a record is more than our own threads make."""
+    return crowded(_highest_load(record), record.environment.usable_cores)
+
+
+def _highest_load(record: Measured) -> float:
+    states = record.device_before.load_average_1min, record.device_after.load_average_1min
+    return max((load for load in states if load is not None), default=0.0)
+
+
 def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:
     """A note where the load around some of the records is more than our own threads make."""
-    loads = []
-    for record in records:
-        states = (record.device_before.load_average_1min, record.device_after.load_average_1min)
-        highest = max((load for load in states if load is not None), default=0.0)
-        if crowded(highest, record.environment.usable_cores):
-            loads.append(highest)
+    loads = [_highest_load(record) for record in records if is_busy(record)]
     if not loads:
         return []
     return [

@@ -34,7 +34,7 @@ class PageInput:
     judged          the paper's claims by these records; empty where scipy is not installed
     headline        the first sentence; null where no two networks were timed alike
     sources         what was put together, the commits, the command and the files
-    history         times over commits; its series are empty where there is one commit
+    history         times over commits; null where no case was measured on several
     side_by_side    two commits case by case, one for each kind of machine that has exactly two
     sections        tables of kernels and of compiled launches
     rejected_lines  lines of the files that are no whole record

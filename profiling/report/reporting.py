@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # What a name of one page ends with; any other name is a folder's.
 PAGE_SUFFIXES = (".html", ".htm")
+# Of more paths a line says that they are the same.
+_MOST_SPELLED = 3
+_THE_SAME = "<the same paths>"
 
 
 class ReportNotWritten(OSError):
@@ -63,7 +66,7 @@ def _report(
     found = joined_files(files.values())
     # First: the reader of the table may be gone after a few of its lines.
     tell_aside(found.aside)
-    spelled = shlex.join(map(str, paths))
+    spelled = shlex.join(map(str, paths)) if len(paths) <= _MOST_SPELLED else _THE_SAME
     if not found.records:
         say(console(), NOTHING)
         return found
@@ -71,7 +74,7 @@ def _report(
     if content.sources.together:
         say_wrapped(console(), f"Put together: {content.sources.together}", "bold")
     try:
-        _print(content, found, spelled, everything)
+        _print(content, found, spelled, everything, out is not None)
         if len(paths) == 1:
             _tell_unmeasured(paths[0], found.trajectories)
         if out is not None:
@@ -138,24 +141,39 @@ def _content(
         return content
 
 
-def _print(content: PageInput, found: Gathered, spelled: str, everything: bool) -> None:
+def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, is_written: bool) -> None:
+    from .kind_sections import inspection_groups, kernel_groups, print_kernels, print_launches
     from .summary_text import MOST_CASES, print_changes, print_headline, print_summary
     from .tables import print_table
 
     shown, terminal = content.overview, console()
-    if found.trajectories and (everything or len(shown.all_rows) <= MOST_CASES):
+    most = None if everything else MOST_CASES
+    kernels, launches = kernel_groups(found.kernels), inspection_groups(found.inspections)
+    if found.trajectories and (most is None or len(shown.all_rows) <= most):
         print_table(shown, terminal)
     elif found.trajectories:
         print_headline(content.headline, terminal)
         print_summary(shown, terminal)
-        say_wrapped(terminal, f"All cases: ldmperf report --all {spelled}", "dim", indent=2)
-        say_wrapped(terminal, f"A page with charts: ldmperf report {spelled} -o page.html", "dim", indent=2)
-        say_wrapped(terminal, f"For other programs: ldmperf export --format csv {spelled}", "dim", indent=2)
     print_changes(content.history, content.side_by_side, terminal)
-    if found.kernels:
-        from ..kernel_bench.table import print_records
+    for of_group in kernels:
+        print_kernels(of_group, terminal, most)
+    for launch_group in launches:
+        print_launches(launch_group, terminal, most)
+    counts = [len(shown.all_rows), *(len(of) for of in kernels), *(len(of) for of in launches)]
+    if most is not None and max(counts) > most:
+        _tell_rest(spelled, is_written)
 
-        print_records(found.kernels, terminal)
+
+def _tell_rest(spelled: str, is_written: bool) -> None:
+    """Where the cases are that a summary leaves out; a page that is written is named when it is."""
+    page = "" if is_written else f"A page with charts: ldmperf report {spelled} -o page.html. "
+    say_wrapped(
+        console(),
+        f"Every case: ldmperf report {spelled} --all. {page}For other programs: ldmperf export {spelled} "
+        "--format csv.",
+        "dim",
+        indent=2,
+    )
 
 
 def _tell_unmeasured(folder: Path, records: Sequence[Record]) -> None:

@@ -14,7 +14,7 @@ from ..figures.text import first_of, joined
 from ..measure.environment import Environment
 from ..measure.timing import RepetitionRule
 from ..options import CaseError
-from ..record_files import AnyRecord, Gathered
+from ..record_files import AnyRecord, Gathered, joined_files
 from ..rivals.command_line import cases_in_words, measuring_command
 from ..terminal.visible import counted
 from ..trajectory.records import Record
@@ -34,7 +34,7 @@ class Sources:
 
     together    what was put together, in a sentence: files, records, commits, machines; empty where that is one
                 file of one environment
-    commits     the commits measured, the oldest first ("7d35813", "unknown commit", "7d35813 with uncommitted changes")
+    commits     those measured, the oldest first ("7d35813", "unknown commit", "7d35813 with uncommitted changes")
     command     the command that measures the trajectories, or in words how many they are; empty without any
     is_command  whether `command` can be typed
     links       the files of the records
@@ -87,14 +87,11 @@ def _together(files: Mapping[str, Gathered], records: Sequence[AnyRecord]) -> st
     kinds = {environment.kind: environment for environment in environments}
     if len(files) == 1 and len(kinds) == 1 and len(_machines(environments)) == 1:
         return ""
+    of = joined_files(files.values())
     counts = [
-        (
-            sum(len(part.trajectories) for part in files.values()),
-            "record of trajectories",
-            "records of trajectories",
-        ),
-        (sum(len(part.kernels) for part in files.values()), "record of kernels", "records of kernels"),
-        (sum(len(part.inspections) for part in files.values()), "compiled launch", "compiled launches"),
+        (len(of.trajectories), "record of trajectories", "records of trajectories"),
+        (len(of.kernels), "record of kernels", "records of kernels"),
+        (len(of.inspections), "compiled launch", "compiled launches"),
     ]
     what = " and ".join(counted(count, one, many) for count, one, many in counts if count)
     commits = list(commit_order(records))
@@ -104,7 +101,7 @@ def _together(files: Mapping[str, Gathered], records: Sequence[AnyRecord]) -> st
     said = [
         f"{what} from {counted(len(files), 'file')}",
         f"{counted(len(commits), 'commit')} ({first_of(commits)})",
-        f"{counted(len(names), 'kind of machine', 'kinds of machines')} ({first_of(names, 4)})",
+        f"{counted(len(names), 'kind of machine', 'kinds of machines')} ({'; '.join(names)})",
         counted(machines, "machine") if machines > len(names) else "",
     ]
     apart = " Nothing is compared across kinds of machines." if len(names) > 1 else ""

@@ -60,7 +60,7 @@ def print_headline(found: Headline | None, console: Console) -> None:
 
 def print_changes(over: History | None, compared: Sequence[SideBySide], console: Console) -> None:
     """What changed from commit to commit; nothing where all is of one commit."""
-    if over is not None and over.series:
+    if over is not None:
         steps = [point for series in over.series for point in series.points[1:]]
         verdicts = Counter(point.verdict for point in steps)
         told = text.joined(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
@@ -69,9 +69,8 @@ def print_changes(over: History | None, compared: Sequence[SideBySide], console:
         say_wrapped(console, f"Over commits, {cases}, each step against the one before: {told}.", "bold")
         for series, point in over.changed[:_FEW]:
             say_wrapped(console, f"  {_change(series, point)}", indent=4)
-        if more := len(over.changed) - _FEW:
-            if more > 0:
-                say(console, f"  and {more} more")
+        if len(over.changed) > _FEW:
+            say(console, f"  and {len(over.changed) - _FEW} more")
     for one in compared:
         say_wrapped(console, f"{one.title}: {one.counts}.")
 
