@@ -53,6 +53,11 @@ class Chart:
     without: tuple[str, ...] = ()
     most: int = 2
 
+    @property
+    def is_small(self) -> bool:
+        """Whether its panels are small ones, of which many are shown."""
+        return self.most > 2
+
 
 def all_charts(palette: Palette) -> tuple[Chart, ...]:
     """Every chart, in the order of the page."""
@@ -307,7 +312,7 @@ def _steps_panel(palette: Palette) -> Panel:
 
 
 def _by_size_panel(palette: Palette, field: str, title: str) -> Panel:
-    x = alt.X("size:N", sort=alt.EncodingSortField("gflop", op="min"), title=None, axis=alt.Axis(labelAngle=0))
+    x = alt.X("size:N", sort=alt.EncodingSortField("gflop", op="min"), title=None, axis=alt.Axis(labelAngle=-30))
     y = alt.Y(**_log(field, title))
     marks = _facts().encode(x, y, color=palette.colour)
     return _layers(

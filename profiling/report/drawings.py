@@ -58,13 +58,12 @@ class Pane:
 
 @dataclass(frozen=True)
 class ChartSet:
-    """The charts of a page: facts, colours, definitions, what is drawn of them, and that as SVG by name."""
+    """The charts of a page: facts, colours, definitions, and what is drawn of them at first."""
 
     facts: Facts
     palette: Palette
     charts: tuple[Chart, ...]
     drawings: tuple[Drawing, ...]
-    svgs: dict[str, str]
 
     @classmethod
     def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> ChartSet:
@@ -72,9 +71,12 @@ class ChartSet:
         facts = Facts.of(shown, history, first)
         palette = Palette.of(row.case.backend for row in shown.all_rows)
         charts = all_charts(palette)
-        drawings = tuple(drawn(chart, facts) for chart in charts)
-        svgs = {drawing.name: drawing.svg() for drawing in drawings if drawing.chart is not None}
-        return cls(facts, palette, charts, drawings, svgs)
+        return cls(facts, palette, charts, tuple(drawn(chart, facts) for chart in charts))
+
+    def svgs(self) -> dict[str, str]:
+        """By name the charts of few panels, which a page shows where no script runs."""
+        pairs = zip(self.charts, self.drawings, strict=True)
+        return {chart.name: of.svg() for chart, of in pairs if of.chart is not None and not chart.is_small}
 
     def for_browser(self) -> list[dict[str, Any]]:
         """The charts with panels, for the script: what makes a panel, and its Vega specification without data."""
@@ -94,13 +96,13 @@ class ChartSet:
                 "labels": [label_of(name) for name in facets],
                 "spec": for_browser(chart),
             }
-            for chart in self.charts
-            if chart.name in self.svgs
+            for chart, drawing in zip(self.charts, self.drawings, strict=True)
+            if drawing.chart is not None
         ]
 
     def write(self, directory: Path) -> list[Path]:
         """Writes each chart as PNG and SVG; returns their paths."""
-        return write_charts(self.drawings, self.svgs, directory)
+        return write_charts(self.drawings, directory)
 
 
 def panels_of(chart: Chart, table: FactTable) -> tuple[Pane, ...]:
@@ -182,8 +184,8 @@ def for_browser(chart: Chart) -> Spec:
     return compiled
 
 
-def write_charts(drawings: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
-    """Writes the charts as PNG and SVG (`svgs`, by name); returns their paths. Removes those not drawn."""
+def write_charts(drawings: Sequence[Drawing], directory: Path) -> list[Path]:
+    """Writes the charts as PNG and SVG; returns their paths. Removes those not drawn."""
     written = []
     for drawing in drawings:
         png, svg = directory / f"{drawing.name}.png", directory / f"{drawing.name}.svg"
@@ -193,6 +195,6 @@ def write_charts(drawings: Sequence[Drawing], svgs: dict[str, str], directory: P
             svg.unlink(missing_ok=True)
             continue
         write_whole(png, drawing.png())
-        write_whole(svg, svgs[drawing.name].encode())
+        write_whole(svg, drawing.svg().encode())
         written += [png, svg]
     return written

@@ -162,7 +162,8 @@
       });
       this.note = make("span", { className: "note" });
       this.element = make("div", { className: "panel" }, this.heading, this.canvas);
-      this.element.append(make("p", { className: "files" }, this.note, make("span", {}, "Download: "), ...buttons));
+      const files = make("span", { className: "downloads" }, "Download: ", ...buttons);
+      this.element.append(make("p", { className: "files" }, this.note, files));
     }
 
     // heading: what sets the panel apart from those beside it; whole: from all others.
@@ -321,5 +322,7 @@
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
   document.documentElement.classList.add("scripted");
   buildFilters();
+  // The chips of backends are a legend; on paper, where there are none, the list is.
+  document.querySelector(".legend")?.classList.toggle("on-paper", chosen.has("backend"));
   update();
 })();
