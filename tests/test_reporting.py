@@ -258,7 +258,7 @@ def test_a_page_that_cannot_be_written_is_one_line(run: Run_, make_record: MakeR
     (tmp_path / "kernels.jsonl").write_bytes(lines_of(kernel_record()))
     outcome = run("report", tmp_path, "--out", path / "page")
     assert outcome.code == 1
-    assert "cannot write the table to" in outcome.err
+    assert "cannot write the report to" in outcome.err
 
 
 def started(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
