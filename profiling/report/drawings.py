@@ -90,10 +90,10 @@ class ChartSet:
                 "values": chart.values,
                 "across": chart.across,
                 "least": chart.least,
-                "most": chart.most,
                 "note": chart.note,
                 "facets": (facets := facets_of(chart, self.facts.table(chart.table))),
                 "labels": [label_of(name) for name in facets],
+                "limits": [chart.limit(name) for name in facets],
                 "spec": for_browser(chart),
             }
             for chart, drawing in zip(self.charts, self.drawings, strict=True)
@@ -126,12 +126,12 @@ def facets_of(chart: Chart, table: FactTable) -> tuple[str, ...]:
 
 
 def shown_first(chart: Chart, panels: Sequence[Pane], first: Mapping[str, str]) -> tuple[Pane, ...]:
-    """At most `chart.most` panels: conditions are chosen one by one, as `first` has them or the fullest panel."""
+    """The panels that are shown: conditions are chosen one by one, as `first` has them or the fullest panel."""
     shown = tuple(panels)
     fullest = max(panels, key=lambda panel: len(panel.facts), default=None)
     for name in {} if fullest is None else fullest.key:
-        if fullest is None or len(shown) <= chart.most:
-            break
+        if fullest is None or len(shown) <= chart.limit(name):
+            continue
         values = [panel.key[name] for panel in shown]
         value = next((value for value in (first.get(name), fullest.key[name]) if value in values), values[0])
         shown = tuple(panel for panel in shown if panel.key[name] == value)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Without a headline.
 _TITLE = "What a sample costs, measured"
 # Charts that stand side by side.
-_PAIRS = (("fid", "fid-flops"), ("cost", "images"))
+_PAIRS = (("fid", "fid-flops"), ("cost", "images", "joules"))
 # Tables with a heading of their own.
 _OF_THEIR_OWN = ("rivals", "history")
 

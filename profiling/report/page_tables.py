@@ -18,7 +18,7 @@ from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_
 from .rivals_table import RIVALS_TITLE, rivals_grid
 
 # Rows that a page shows of a table unless asked for more.
-FIRST_ROWS = 60
+FIRST_ROWS = 40
 # What a condition is called, where that is not its name.
 LABELS: Mapping[str, str] = {
     "device": "machine",
@@ -94,8 +94,10 @@ def tables_of(shown: Overview) -> tuple[PageTable, ...]:
 
 def _cases_table(shown: Overview) -> PageTable:
     """A row for each case of the family, failed ones too: conditions, cost and time, then all that was seen."""
-    placing, columns, details = Placing.of(shown), table_of(shown).columns, cases_grid(shown, shown.rows)
-    known = {"case", "conditions", "status", "flags", "J per image", *(column.label for column in columns)}
+    placing, details = Placing.of(shown), cases_grid(shown, shown.rows)
+    # The details tell flags in full.
+    columns = [column for column in table_of(shown).columns if column.label != "flags"]
+    known = {"case", "conditions", "status", "J per image", *(column.label for column in columns)}
     places = [place for place, heading in enumerate(details.headings) if heading not in known]
     size, *others = columns
     rows = []
@@ -115,7 +117,7 @@ def _cases_table(shown: Overview) -> PageTable:
     headings = (size.label, *conditions, *(column.label for column in others), "no time because", *of_details)
     words_in = (*(column.label for column in columns if not column.is_number), *conditions, "no time because")
     grid = Grid(headings, tuple(rows), (*words_in, *details.words)).without_empty()
-    extra = {"environment", *of_details} - {"images per s"}
+    extra = {"environment", *of_details} - {"images per s", "flags"}
     return PageTable("cases", "Every case", grid, tuple((place,) for place in range(len(rows))), extra)
 
 
