@@ -100,7 +100,9 @@ def test_without_scipy_there_is_a_report_without_verdicts(
     run: Run_, make_record: MakeRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_bytes(lines_of(make_record(), make_record(Case(unet="866M", steps=3))))
+    # Enough samples for order statistics, which are scipy's.
+    wall = Samples.of([90.0, 91.0, 92.0, 93.0, 94.0, 95.0, 96.0])
+    path.write_bytes(lines_of(*(make_record(Case(unet=unet), wall_ms=wall) for unet in ("39M", "866M"))))
     assert "cost-proportional: " in run("report", path).out
     monkeypatch.setitem(sys.modules, "scipy", None)
     outcome = run("report", path)
@@ -398,7 +400,7 @@ def test_a_profile_into_a_path_of_any_name(
         patch.setattr(runner, "profile", measured)
         # An empty file is enough: names are the subject, and safetensors opens none that is not UTF-8.
         patch.setattr(profile_command, "check_loadable", lambda cases: None)
-        patch.setattr(report, "write_report", lambda records, rejected, folder, judged: [folder / "report.html"])
+        patch.setattr(report, "write_report", lambda page, folder: [folder / "report.html"])
         unet = out / "mine.safetensors"
         unet.write_bytes(b"")
         options = ["--unet", str(unet), "--steps", "1", "--device", "cpu", "--backend", "torch"]

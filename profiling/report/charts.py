@@ -16,13 +16,12 @@ from .palette import NEUTRAL, TEXT, Palette
 Panel: TypeAlias = alt.LayerChart | alt.FacetChart
 # The name of the data of every panel.
 FACTS = "facts"
-# 1, 2 and 5 of every magnitude: an axis shows those that lie in its range.
-TICKS = tuple(float(f"{digit}e{power}") for power in range(-6, 10) for digit in (1, 2, 5))
 # Hollow, so that marks on top of each other are all seen.
 MARK: dict[str, Any] = {"filled": False, "size": 90, "strokeWidth": 2, "opacity": 1}
 # Where a falling curve leaves room for a label.
 BESIDE: dict[str, Any] = {"align": "left", "baseline": "bottom", "dx": 7, "dy": -5}
 WIDTH, HEIGHT = 420, 320
+MOST_SIZES = 12
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Chart:
     beside    columns that set panels apart besides the conditions
     without   conditions that a panel has several of
     note      the column that says what a reader of a panel has to know of its facts
-    most      panels that are shown together; with more, a condition is chosen
+    most      sets of conditions that are shown together; with more, a condition is chosen. Sizes that have panels
+              of their own stand side by side, up to MOST_SIZES
     needs     what records it takes
     """
 
@@ -52,6 +52,15 @@ class Chart:
     beside: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     most: int = 2
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its panels are small ones, of which many are shown."""
+        return "size" in self.beside
+
+    def limit(self, name: str) -> int:
+        """The panels from which on a column is chosen of, in place of shown side by side."""
+        return MOST_SIZES if name == "size" else self.most
 
 
 def all_charts(palette: Palette) -> tuple[Chart, ...]:
@@ -107,7 +116,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
             across="backend",
             least=3,
             beside=("size",),
-            most=12,
+            most=1,
         ),
         Chart(
             "steps",
@@ -122,7 +131,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
             across="evaluations",
             beside=("size",),
             without=("steps",),
-            most=12,
+            most=1,
         ),
         Chart(
             "images",
@@ -154,7 +163,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
             across="images",
             beside=("size",),
             without=("batch",),
-            most=12,
+            most=1,
         ),
         Chart(
             "history",
@@ -167,7 +176,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
             _history_panel(palette),
             across="commit",
             beside=("size",),
-            most=6,
+            most=1,
         ),
     )
 
@@ -178,7 +187,7 @@ def _log(field: str, title: str, count: int = 8) -> dict[str, Any]:
         "shorthand": f"{field}:Q",
         "title": title,
         "scale": alt.Scale(type="log", nice=False, padding=24),
-        "axis": alt.Axis(values=TICKS, tickCount=count, format=",~g"),
+        "axis": alt.Axis(tickCount=count, format=",~g", labelOverlap="greedy"),
     }
 
 
@@ -307,7 +316,7 @@ def _steps_panel(palette: Palette) -> Panel:
 
 
 def _by_size_panel(palette: Palette, field: str, title: str) -> Panel:
-    x = alt.X("size:N", sort=alt.EncodingSortField("gflop", op="min"), title=None, axis=alt.Axis(labelAngle=0))
+    x = alt.X("size:N", sort=alt.EncodingSortField("gflop", op="min"), title=None, axis=alt.Axis(labelAngle=-30))
     y = alt.Y(**_log(field, title))
     marks = _facts().encode(x, y, color=palette.colour)
     return _layers(

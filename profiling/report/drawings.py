@@ -58,13 +58,12 @@ class Pane:
 
 @dataclass(frozen=True)
 class ChartSet:
-    """The charts of a page: facts, colours, definitions, what is drawn of them, and that as SVG by name."""
+    """The charts of a page: facts, colours, definitions, and what is drawn of them at first."""
 
     facts: Facts
     palette: Palette
     charts: tuple[Chart, ...]
     drawings: tuple[Drawing, ...]
-    svgs: dict[str, str]
 
     @classmethod
     def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> ChartSet:
@@ -72,9 +71,12 @@ class ChartSet:
         facts = Facts.of(shown, history, first)
         palette = Palette.of(row.case.backend for row in shown.all_rows)
         charts = all_charts(palette)
-        drawings = tuple(drawn(chart, facts) for chart in charts)
-        svgs = {drawing.name: drawing.svg() for drawing in drawings if drawing.chart is not None}
-        return cls(facts, palette, charts, drawings, svgs)
+        return cls(facts, palette, charts, tuple(drawn(chart, facts) for chart in charts))
+
+    def svgs(self) -> dict[str, str]:
+        """By name the charts of few panels, which a page shows where no script runs."""
+        pairs = zip(self.charts, self.drawings, strict=True)
+        return {chart.name: of.svg() for chart, of in pairs if of.chart is not None and not chart.is_small}
 
     def for_browser(self) -> list[dict[str, Any]]:
         """The charts with panels, for the script: what makes a panel, and its Vega specification without data."""
@@ -88,19 +90,19 @@ class ChartSet:
                 "values": chart.values,
                 "across": chart.across,
                 "least": chart.least,
-                "most": chart.most,
                 "note": chart.note,
                 "facets": (facets := facets_of(chart, self.facts.table(chart.table))),
                 "labels": [label_of(name) for name in facets],
+                "limits": [chart.limit(name) for name in facets],
                 "spec": for_browser(chart),
             }
-            for chart in self.charts
-            if chart.name in self.svgs
+            for chart, drawing in zip(self.charts, self.drawings, strict=True)
+            if drawing.chart is not None
         ]
 
     def write(self, directory: Path) -> list[Path]:
         """Writes each chart as PNG and SVG; returns their paths."""
-        return write_charts(self.drawings, self.svgs, directory)
+        return write_charts(self.drawings, directory)
 
 
 def panels_of(chart: Chart, table: FactTable) -> tuple[Pane, ...]:
@@ -124,12 +126,12 @@ def facets_of(chart: Chart, table: FactTable) -> tuple[str, ...]:
 
 
 def shown_first(chart: Chart, panels: Sequence[Pane], first: Mapping[str, str]) -> tuple[Pane, ...]:
-    """At most `chart.most` panels: conditions are chosen one by one, as `first` has them or the fullest panel."""
+    """The panels that are shown: conditions are chosen one by one, as `first` has them or the fullest panel."""
     shown = tuple(panels)
     fullest = max(panels, key=lambda panel: len(panel.facts), default=None)
     for name in {} if fullest is None else fullest.key:
-        if fullest is None or len(shown) <= chart.most:
-            break
+        if fullest is None or len(shown) <= chart.limit(name):
+            continue
         values = [panel.key[name] for panel in shown]
         value = next((value for value in (first.get(name), fullest.key[name]) if value in values), values[0])
         shown = tuple(panel for panel in shown if panel.key[name] == value)
@@ -182,8 +184,8 @@ def for_browser(chart: Chart) -> Spec:
     return compiled
 
 
-def write_charts(drawings: Sequence[Drawing], svgs: dict[str, str], directory: Path) -> list[Path]:
-    """Writes the charts as PNG and SVG (`svgs`, by name); returns their paths. Removes those not drawn."""
+def write_charts(drawings: Sequence[Drawing], directory: Path) -> list[Path]:
+    """Writes the charts as PNG and SVG; returns their paths. Removes those not drawn."""
     written = []
     for drawing in drawings:
         png, svg = directory / f"{drawing.name}.png", directory / f"{drawing.name}.svg"
@@ -193,6 +195,6 @@ def write_charts(drawings: Sequence[Drawing], svgs: dict[str, str], directory: P
             svg.unlink(missing_ok=True)
             continue
         write_whole(png, drawing.png())
-        write_whole(svg, svgs[drawing.name].encode())
+        write_whole(svg, drawing.svg().encode())
         written += [png, svg]
     return written

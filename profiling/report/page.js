@@ -72,6 +72,7 @@
     actions: false,
     renderer: "svg",
     tooltip: { theme: "page", disableDefaultStyle: true },
+    logLevel: 1, // Errors: that a layer has nothing to draw, as where no floor is known, is none.
   };
   const withData = (spec, facts, changes) => ({
     ...spec,
@@ -108,13 +109,13 @@
 
     // Conditions become a choice, the first ones first, until few enough panels are left.
     shown(groups) {
-      const { facets, most, labels } = this.chart;
+      const { facets, limits, labels } = this.chart;
       const fullest = groups.reduce((best, group) => (group.facts.length > best.facts.length ? group : best), groups[0]);
       const selects = [];
       let left = groups;
       facets.forEach((name, place) => {
         const values = [...new Set(left.map(({ key }) => key[place]))];
-        if (left.length <= most || values.length < 2) return;
+        if (left.length <= limits[place] || values.length < 2) return;
         const wishes = [this.picked[name], island.first[name], fullest.key[place], values[0]];
         const picked = wishes.find((value) => values.includes(value));
         const select = make("select", { name }, ...values.map((text) => new Option(text, text, false, text === picked)));
@@ -162,7 +163,8 @@
       });
       this.note = make("span", { className: "note" });
       this.element = make("div", { className: "panel" }, this.heading, this.canvas);
-      this.element.append(make("p", { className: "files" }, this.note, make("span", {}, "Download: "), ...buttons));
+      const files = make("span", { className: "downloads" }, "Download: ", ...buttons);
+      this.element.append(make("p", { className: "files" }, this.note, files));
     }
 
     // heading: what sets the panel apart from those beside it; whole: from all others.
@@ -296,7 +298,13 @@
   // ---- all together -------------------------------------------------------------------------------------------
 
   const charts = island.charts.map((chart) => new ChartView(chart));
-  const views = [...document.querySelectorAll("[data-table]")].map((section) => new TableView(section));
+  const views = [];
+  document.querySelectorAll("[data-table]").forEach((section) => {
+    const folded = section.closest("details");
+    const build = () => views.push(new TableView(section));
+    if (!folded || folded.open) build();
+    else folded.addEventListener("toggle", build, { once: true });
+  });
   let generation = 0;
 
   // Tables at once; charts one after the other, those in sight first, so that the page answers in between.
@@ -321,5 +329,7 @@
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
   document.documentElement.classList.add("scripted");
   buildFilters();
+  // The chips of backends are a legend; on paper, where there are none, the list is.
+  document.querySelector(".legend")?.classList.toggle("on-paper", chosen.has("backend"));
   update();
 })();

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..claims.catalogue import published_readings
 from ..claims.summary import left_open, only_timed, shared_by_all, summaries
+from ..claims.verdict import ClaimVerdicts
 from ..figures import text
 from ..figures.derived import PEER, Overview, Row
 from ..figures.phrases import environment_name, processor_name
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 # Without a headline.
 _TITLE = "What a sample costs, measured"
 # Charts that stand side by side.
-_PAIRS = (("fid", "fid-flops"), ("cost", "images"))
-# More panels than these are small ones.
-_MOST_LARGE = 2
+_PAIRS = (("fid", "fid-flops"), ("cost", "images", "joules"))
 # Tables with a heading of their own.
 _OF_THEIR_OWN = ("rivals", "history")
 
@@ -57,8 +56,8 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "legend": charts.palette.series,
         "apart": len(shown.environments) > 1,
         "figures": _figures(charts),
-        "small": {chart.name for chart in charts.charts if chart.most > _MOST_LARGE},
-        "svgs": charts.svgs,
+        "small": {chart.name for chart in charts.charts if chart.is_small},
+        "svgs": charts.svgs(),
         "not_drawn": [drawing for drawing in charts.drawings if drawing.chart is None],
         "tables": [table for name, table in tables.items() if "-" not in name and name not in _OF_THEIR_OWN],
         "notes": table.notes,
@@ -69,7 +68,7 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "history_table": tables.get("history"),
         "sides": [(side, tables.get(f"sides-{place}")) for place, side in enumerate(page.side_by_side)],
         "sections": [(section, tables.get(f"section-{place}")) for place, section in enumerate(page.sections)],
-        "claims": [(of, [tables[one.name] for one in claim_tables(of)]) for of in judged if of.has_figures],
+        "claims": [(of, _of_claim(of, tables)) for of in judged if of.has_figures],
         "published_readings": published_readings,
         "environments": _environments(shown),
         "harness": details.harness_lines([row.record for row in rows]),
@@ -87,6 +86,10 @@ def tables_in(page: PageInput) -> dict[str, PageTable]:
     found += [PageTable(f"section-{place}", of.title, of.grid) for place, of in enumerate(page.sections)]
     found += [table for of in page.judged if of.has_figures for table in claim_tables(of)]
     return {table.name: table for table in found if table.grid.rows}
+
+
+def _of_claim(of: ClaimVerdicts, tables: Mapping[str, PageTable]) -> list[PageTable]:
+    return [table for name, table in tables.items() if name.startswith(f"claim-{of.claim.id}-")]
 
 
 def _figures(charts: ChartSet) -> list[list[Drawing]]:

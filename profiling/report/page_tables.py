@@ -18,7 +18,7 @@ from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_
 from .rivals_table import RIVALS_TITLE, rivals_grid
 
 # Rows that a page shows of a table unless asked for more.
-FIRST_ROWS = 60
+FIRST_ROWS = 40
 # What a condition is called, where that is not its name.
 LABELS: Mapping[str, str] = {
     "device": "machine",
@@ -76,7 +76,7 @@ def tables_of(shown: Overview) -> tuple[PageTable, ...]:
     found = ladders(shown)
     rungs = [rung.row for ladder in found for rung in ladder.rungs]
     traced = [row for row in rungs if row.record.trace is not None and row.record.trace.step]
-    sections = dict.fromkeys(ladder.section for ladder in found)
+    sections = {id(ladder.section): ladder.section for ladder in found}.values()
     sizes = [
         [row for row in section.rows if row.name == name]
         for section in sections
@@ -94,13 +94,14 @@ def tables_of(shown: Overview) -> tuple[PageTable, ...]:
 
 def _cases_table(shown: Overview) -> PageTable:
     """A row for each case of the family, failed ones too: conditions, cost and time, then all that was seen."""
-    placing, columns, details = Placing.of(shown), table_of(shown).columns, cases_grid(shown)
-    known = {"case", "conditions", "status", "flags", "J per image", *(column.label for column in columns)}
+    placing, details = Placing.of(shown), cases_grid(shown, shown.rows)
+    # The details tell flags in full.
+    columns = [column for column in table_of(shown).columns if column.label != "flags"]
+    known = {"case", "conditions", "status", "J per image", *(column.label for column in columns)}
     places = [place for place, heading in enumerate(details.headings) if heading not in known]
     size, *others = columns
     rows = []
-    # The rivals' rows, which have no cost, come last.
-    for row, detail in zip(shown.rows, details.rows, strict=False):
+    for row, detail in zip(shown.rows, details.rows, strict=True):
         words, has_time = placing.words(row), row.record.wall_ms is not None
         rows.append(
             (
@@ -116,24 +117,23 @@ def _cases_table(shown: Overview) -> PageTable:
     headings = (size.label, *conditions, *(column.label for column in others), "no time because", *of_details)
     words_in = (*(column.label for column in columns if not column.is_number), *conditions, "no time because")
     grid = Grid(headings, tuple(rows), (*words_in, *details.words)).without_empty()
-    extra = {"environment", *of_details} - {"images per s"}
+    extra = {"environment", *of_details} - {"images per s", "flags"}
     return PageTable("cases", "Every case", grid, tuple((place,) for place in range(len(rows))), extra)
 
 
 def rivals_tables(shown: Overview) -> tuple[PageTable, ...]:
     """The rivals beside the family, and each of their cases with all that was seen."""
-    details = cases_grid(shown)
-    grid = Grid(details.headings, details.rows[len(shown.rows) :], details.words).without_empty()
     return (
         PageTable("rivals", f"{RIVALS_TITLE}.", rivals_grid(shown)),
-        PageTable("rivals-cases", "Every case of a rival, with its check.", grid),
+        PageTable("rivals-cases", "Every case of a rival, with its check.", cases_grid(shown, shown.rivals)),
     )
 
 
 def claim_tables(of: ClaimVerdicts) -> tuple[PageTable, ...]:
     """The verdict under each set of conditions, and the figures behind them."""
+    common = of.common
     verdicts = tuple(
-        (_conditions(verdict.conditions, of.common), verdict.finding, verdict.sentence) for verdict in of.verdicts
+        (_conditions(verdict.conditions, common), verdict.finding, verdict.sentence) for verdict in of.verdicts
     )
     grid = Grid(("conditions", "finding", "why"), verdicts, ("conditions", "finding", "why"))
     tables = [PageTable(f"claim-{of.claim.id}-verdicts", "The verdict under each set of conditions.", grid)]
@@ -141,7 +141,7 @@ def claim_tables(of: ClaimVerdicts) -> tuple[PageTable, ...]:
     words: set[str] = {"conditions"}
     for verdict in of.verdicts:
         if verdict.figures is not None:
-            place = _conditions(verdict.conditions, of.common)
+            place = _conditions(verdict.conditions, common)
             of_kind = figures.setdefault(verdict.figures.headings, [])
             of_kind += [(place, *row) for row in verdict.figures.rows]
             words |= {*verdict.figures.words}

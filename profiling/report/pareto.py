@@ -112,5 +112,4 @@ def write_pareto(answer: Answer, directory: Path) -> tuple[list[Path], str]:
     """
     drawing = pareto_drawing(answer)
     directory.mkdir(parents=True, exist_ok=True)
-    svgs = {} if drawing.chart is None else {drawing.name: drawing.svg()}
-    return write_charts([drawing], svgs, directory), drawing.reason
+    return write_charts([drawing], directory), drawing.reason
