@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -567,6 +568,9 @@ def test_formats_without_a_place_for_them_refuse_several_commits_and_machines(
                 written(name, [here, other])
             assert "ldmperf merge" in str(refused.value)
             assert "\n" not in str(refused.value)
+    # Of another kind of record, which no environment is compared with.
+    with pytest.raises(RunError, match="git_commit"):
+        written(name, [here, kernel_record(environment=others["git_commit"])])
     # One of several like machines, as a sweep over them has.
     twin = HERE.model_copy(update={"machine_id": "cd", "memory_bytes": 5})
     assert written(name, [here, make_record(cases[1], environment=twin)])
@@ -624,6 +628,18 @@ def test_failed_cases_have_no_value_and_are_counted(make_record: MakeRecord) -> 
         assert told == ""
         assert all(record.case_id in text for record in records)
     assert "OutOfMemoryError" in written("csv", records)
+
+
+def test_a_rate_of_an_immeasurably_short_time_is_no_number(make_record: MakeRecord) -> None:
+    record = make_record(wall_ms=Samples.of([1e-310]))
+    assert record.images_per_s == math.inf
+    for name in FORMATS.keys() - {"pytest-benchmark"}:
+        metrics = ("wall_ms",) if name == "github-action-benchmark" else ("wall_ms", "images_per_s")
+        text = written(name, [record], *metrics).lower()
+        assert "infinity" not in text
+        assert not re.search(r"[ ,]\+?inf\b", text)
+    with pytest.raises(RunError, match="no record has any of images_per_s"):
+        written("github-action-benchmark", [record], "images_per_s")
 
 
 def test_metrics_that_a_format_does_not_hold_are_a_wrong_call(make_record: MakeRecord) -> None:
