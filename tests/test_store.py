@@ -31,6 +31,8 @@ from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
 from ldmperf.profiling.measure import store as stores
 from ldmperf.profiling.measure.recorded import READABLE_VERSIONS
 from ldmperf.profiling.measure.store import Store, read_lines, rejected_path
+from ldmperf.profiling.record_files import gather
+from ldmperf.profiling.static.inspection_records import InspectionRecord
 from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore
 
 MakeRecord = Callable[..., Record]
@@ -89,10 +91,12 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
     def lines(self) -> list[bytes]:
-        return [line for line in self.content.split(b"\n") if line.strip()]
+        """Those that are not blank; a mark of the encoding is no part of a line."""
+        lines = [line.removeprefix(codecs.BOM_UTF8) for line in self.content.split(b"\n")]
+        return [line for line in lines if line.strip()]
 
     def record(self, line: bytes) -> Sample | None:
-        return self.known.get(line.removeprefix(codecs.BOM_UTF8).strip(b" \t\r"))
+        return self.known.get(line.strip(b" \t\r"))
 
     def written(self, samples: list[Sample]) -> bytes:
         """What appending adds to the file as it is: an unfinished line is ended first."""
@@ -431,7 +435,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 ROOT = Path(__file__).parents[1]
 OLD = sorted((ROOT / "tests" / "old_records").glob("*.jsonl"))
-COMMITTED = sorted((ROOT / "bench" / "results").glob("*/*.jsonl"))
+COMMITTED = sorted(path for place in ("results", "static") for path in (ROOT / "bench" / place).rglob("*.jsonl"))
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
@@ -452,16 +456,28 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
 def test_an_old_line_is_read_with_all_that_is_in_it(path: Path) -> None:
     """Figures that are derived from others too: they are computed as they were."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    if path.name.startswith("kernels-"):
-        records, aside = read_lines(path, KernelRecord)
-    else:
-        records, aside = read_lines(path, Record)
+    fields = json.loads(lines[0])
+    models: tuple[type[BaseModel], ...] = (Record, KernelRecord, InspectionRecord)
+    (model,) = (model for model, field in zip(models, ("harness", "peer", "arch"), strict=True) if field in fields)
+    records, aside = read_lines(path, model)
     assert not aside.count
     assert len(records) == len(lines)
     for line, record in zip(lines, records, strict=True):
         old, new = json.loads(line), json.loads(record.model_dump_json())
         del old["schema_version"]
         assert not differences(old, new)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\n\n"])
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.name)
+def test_files_of_every_version_are_gathered_whoever_saved_them(path: Path, ends: str, tmp_path: Path) -> None:
+    """With a mark of the encoding, with another system's ends of lines, both kinds in one file."""
+    lines = [line for old in (path, OLD[-1]) for line in old.read_text(encoding="utf-8").splitlines()]
+    saved = tmp_path / "records.jsonl"
+    saved.write_text("".join(line + ends for line in dict.fromkeys(lines)), encoding="utf-8-sig", newline="")
+    gathered = gather([saved])
+    assert gathered.aside.count == 0
+    assert len(gathered.records) == len(set(lines))
 
 
 @pytest.mark.parametrize("kind", ["trajectories", "kernels"])

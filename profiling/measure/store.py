@@ -188,14 +188,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _lines(content: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, by their numbers from 1 on."""
-    return ((n, line) for n, line in enumerate(content, 1) if line.strip())
+    """The lines that are not blank, by their numbers from 1 on, without the mark of UTF-8 that some editors add."""
+    unmarked = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(content, 1))
+    return ((n, line) for n, line in unmarked if line.strip())
 
 
 def parsed(line: bytes, model: type[M]) -> M | str:
     """The model's value, or in one short line why there is none."""
-    # Some editors begin a file with a mark of its encoding.
-    line = line.removeprefix(codecs.BOM_UTF8)
     # Most lines of a foreign file end here, and it may have millions.
     if not line.lstrip().startswith(b"{"):
         return "no JSON object: torn, or no record at all"
