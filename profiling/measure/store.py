@@ -188,7 +188,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _lines(content: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, by their numbers from 1 on, without the mark of UTF-8 that some editors add."""
+    """The lines that are not blank, by their numbers from 1 on, without the mark that some editors add."""
     unmarked = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(content, 1))
     return ((n, line) for n, line in unmarked if line.strip())
 
