@@ -145,7 +145,7 @@ def test_each_line_set_aside_has_its_number_and_its_reason(
     of_folder = run("report", tmp_path)
     assert of_folder.code == 1
     assert f"{tmp_path / RECORDS_NAME}:3: no JSON" in of_folder.err
-    assert "7 lines of the record file are no whole record" in (tmp_path / "report.html").read_text()
+    assert "7 lines of the record files are no whole record" in (tmp_path / "report.html").read_text()
 
 
 def test_what_resuming_moved_away_is_told_and_is_no_failure_of_the_file(
