@@ -263,6 +263,33 @@ def written(folder: Path, *records: Record) -> Path:
     return folder
 
 
+def test_what_was_sampled_in_turn_with_another_side_is_not_alone(
+    make_record: MakeRecord, make_kernel: Callable[..., Any], make_inspection: Callable[..., Any]
+) -> None:
+    alone = make_record()
+    in_turns = alone.model_copy(update={"harness": alone.harness.model_copy(update={"in_turns": True})})
+    pairs = [(alone, in_turns), (make_kernel(), make_kernel(in_turns=True))]
+    for one, other in pairs:
+        assert differences(side([[one]]), side([[one]], "b")) == []
+        assert differences(side([[other]]), side([[other]], "b")) == []
+        (why,) = differences(side([[one]]), side([[other]], "b"))
+        assert "in turn with another side" in why
+    # The compiler has no turns.
+    compiled = make_inspection()
+    assert differences(side([[compiled]]), side([[compiled]], "b")) == []
+
+
+def test_of_compiled_launches_the_compiler_counts_and_not_the_machine(make_inspection: Callable[..., Any]) -> None:
+    compiled = make_inspection()
+    elsewhere = Environment(
+        os="Windows", python="3.13", cpu="Intel", triton="3.7.1", ptxas="12.8", git_commit="b" * 40
+    )
+    other = make_inspection(environment=elsewhere)
+    assert differences(side([[compiled]]), side([[other]], "b")) == []
+    newer = make_inspection(environment=elsewhere.model_copy(update={"triton": "3.9.0", "ptxas": "12.9"}))
+    assert differences(side([[other]]), side([[newer]], "b")) == ["triton: 3.7.1, 3.9.0", "ptxas: 12.8, 12.9"]
+
+
 def test_a_set_is_a_file_a_run_or_a_folder_of_runs(make_record: MakeRecord, tmp_path: Path) -> None:
     records = [
         make_record(CASES[0], run_id=name, started_at=START + timedelta(minutes=n)) for n, name in enumerate("xyz")

@@ -41,10 +41,15 @@ def print_comparison(
     if _is_one_commit(found, commits) and not unlike:
         say_wrapped(console, "A/A: both sides are one commit, so FASTER, SLOWER, LESS or MORE is a false alarm.")
     say(console)
-    grid = comparison_grid(found)
+    shown = found.changes
+    if len(shown) > _MOST_EQUAL:
+        shown = tuple(change for change in shown if not _is_equal(change))
+    grid = comparison_grid(shown)
     table = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2)
     for line in table.lines:
         say(console, line)
+    if left := len(found.changes) - len(shown):
+        say(console, f"{counted(left, 'more row')}, of counts that are SAME, left out")
     say(console)
     _print_lists(found, console)
     for line in notes(found, rule, unlike):
@@ -90,8 +95,6 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     if len(machines) > 1:
         lines.append("A and B were not all measured on one machine, though its kind is the same.")
     lines += [*flag_notes(records, "record"), *busy_notes(records, "record")]
-    if left := len(found.changes) - len(_shown(found)):
-        lines.append(f"{counted(left, 'row')} of counts that are SAME are left out.")
     effect = f"{100 * rule.min_effect:g}%"
     by_chance = sum(change.p is not None for change in found.changes)
     adjusted = f", adjusted for {counted(by_chance, 'row')}," if by_chance else ""
@@ -121,13 +124,9 @@ def _ratio(change: Change) -> str:
     return f"{change.metric.name} {ratio.value:.3f} times A's ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
-def comparison_grid(found: Comparison) -> Grid:
-    """A row for each case and metric of both sets; of many, without the counts that are SAME."""
-    return Grid(HEADINGS, tuple(_cells(change) for change in _shown(found)), WORDS)
-
-
-def _shown(found: Comparison) -> list[Change]:
-    return [change for change in found.changes if len(found.changes) <= _MOST_EQUAL or not _is_equal(change)]
+def comparison_grid(changes: Sequence[Change]) -> Grid:
+    """A row for each case and metric."""
+    return Grid(HEADINGS, tuple(_cells(change) for change in changes), WORDS)
 
 
 def _cells(change: Change) -> tuple[str, ...]:

@@ -73,9 +73,13 @@ def history(records: Sequence[Record], rule: VerdictRule | None = None) -> Histo
                 tuple(point if change is None else _told(point, next(judged)) for point, change in steps),
             )
         )
-    shown = {commit_of.commit for one in series for commit_of in one.points}
-    of_them = [record for record in records if commit(record.environment) in shown]
-    return History(tuple(series), joined(conditions.shared), tuple(_notes(of_them, rule)))
+    shown, keys = {point.commit for one in series for point in one.points}, {place.case.key for place, _ in found}
+    told = [record for record in records if commit(record.environment) in shown and record.case_key in keys]
+    notes = _notes(told, rule)
+    untimed = {record.case_key for record in records if record.case_key in keys and record.wall_ms is None}
+    if untimed:
+        notes.append(f"{counted(len(untimed), 'case')} without a time on some commit: no point is drawn there.")
+    return History(tuple(series), joined(conditions.shared), tuple(notes))
 
 
 def _by_commit(records: Iterable[Record], times: Mapping[str, datetime]) -> dict[str, RecordSet]:
@@ -147,8 +151,4 @@ def _notes(records: Sequence[Record], rule: VerdictRule) -> list[str]:
         notes.append(
             "The commits were not all measured on one machine: a step holds what tells the machines apart."
         )
-    failed = [record for record in records if record.wall_ms is None]
-    if failed:
-        of = counted(len({record.case_key for record in failed}), "case")
-        notes.append(f"{of} without a time on some commit: no point is drawn there.")
     return [*notes, *flag_notes(records, "record"), *busy_notes(records, "record")]

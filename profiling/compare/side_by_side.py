@@ -70,7 +70,7 @@ def _compared(
             f"A {commits[0]} beside B {commits[1]}, {place}",
             verdict_counts(found.changes),
             joined(found.shared),
-            comparison_grid(found),
+            comparison_grid(found.changes),
             case_lists(found),
             tuple(notes(found, rule, differences(a, b))),
         )

@@ -27,7 +27,8 @@ def github_action_benchmark(records: Sequence[AnyRecord], metrics: Sequence[Metr
             "write these to a file of their own, for customBiggerIsBetter"
         )
     one_environment(records, "github-action-benchmark")
-    return json.dumps([_entry(series) for series in series_of(shown(records), metrics)], indent=2) + "\n"
+    entries = [_entry(series) for series in series_of(shown(records), metrics)]
+    return json.dumps(entries, indent=2, allow_nan=False) + "\n"
 
 
 def _entry(series: Series) -> dict[str, object]:

@@ -50,6 +50,7 @@ class _Sample:
 
 def openmetrics(records: Sequence[AnyRecord], metrics: Sequence[Metric]) -> str:
     """The families, the statuses of failed cases among them, and the end mark."""
+    # The oldest first, as the format asks within a series.
     found = shown(records, _series_and_time)
     series = series_of(found, metrics)
     lines: list[str] = []
@@ -116,7 +117,7 @@ def _time(record: AnyRecord) -> int:
 
 
 def _family(name: str, type_name: str, unit: str, about: str, samples: Iterable[_Sample]) -> list[str]:
-    """The lines of a family, none where it has no sample; those of one series stand together, the oldest first."""
+    """The lines of a family, none where it has no sample; those of one series stand together, as they come."""
     # A state set's states of one time stand together.
     groups: dict[tuple[tuple[str, str], ...], list[_Sample]] = {}
     for sample in samples:
@@ -126,7 +127,7 @@ def _family(name: str, type_name: str, unit: str, about: str, samples: Iterable[
         return []
     lines = [f"# TYPE {name} {type_name}", *([f"# UNIT {name} {unit}"] if unit else []), f"# HELP {name} {about}."]
     for of_group in groups.values():
-        lines += [_line(name, sample) for sample in sorted(of_group, key=lambda sample: sample.time)]
+        lines += [_line(name, sample) for sample in of_group]
     return lines
 
 

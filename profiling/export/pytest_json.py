@@ -27,7 +27,9 @@ def pytest_json(records: Sequence[AnyRecord], metrics: Sequence[Metric]) -> str:
         raise CaseError(f"--metric: pytest-benchmark holds times only; leave out {', '.join(others)}")
     one_environment(records, "pytest-benchmark")
     found = shown(records)
-    benchmarks = [_benchmark(series) for series in series_of(found, metrics)]
+    measured = [(series, _stats(series.figure)) for series in series_of(found, metrics)]
+    # What leaves the range of a float is left out: calls a second of an immeasurably short one.
+    benchmarks = [_benchmark(series, stats) for series, stats in measured if math.isfinite(stats["ops"])]
     report = _heading(found[0]) | {"benchmarks": benchmarks} if found else {"benchmarks": []}
     return json.dumps(report, indent=2, allow_nan=False) + "\n"
 
@@ -60,7 +62,7 @@ def _heading(first: AnyRecord) -> dict[str, Any]:
     }
 
 
-def _benchmark(series: Series) -> dict[str, Any]:
+def _benchmark(series: Series, stats: dict[str, Any]) -> dict[str, Any]:
     record, key = series.record, visible(series.record.case_key)
     options: dict[str, Any] = {"disable_gc": True}
     if isinstance(record, Record):
@@ -74,7 +76,7 @@ def _benchmark(series: Series) -> dict[str, Any]:
         "param": key,
         "extra_info": texts(conditions(record)) | {"run_id": visible(record.run_id or "")},
         "options": options,
-        "stats": _stats(series.figure),
+        "stats": stats,
     }
 
 

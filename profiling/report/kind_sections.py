@@ -1,58 +1,70 @@
-"""Kernels and compiled launches: their tables on the terminal, in brief where there are many, and on a page."""
+"""The tables of kernels and of compiled launches, on a page and on the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..figures.text import first_of, statuses_in_words
+from ..measure.conditions import commit
 from ..record_files import Gathered
+from ..static.inspection_records import InspectionRecord
+from ..static.inspection_table import (
+    INSPECTION_NOTE,
+    inspection_conditions,
+    inspection_grid,
+    inspection_groups,
+    launch_names,
+    print_inspections,
+)
 from ..terminal.visible import counted, say_wrapped
 from .page_input import GridSection
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord
-    from ..static.inspection_records import InspectionRecord
-
-T = TypeVar("T")
 
 
 def kind_sections(found: Gathered) -> tuple[GridSection, ...]:
-    """Sections for kernels, a kind of machine and dtype each, and for compiled launches, a compiler each."""
-    sections = []
-    for kernels in kernel_groups(found.kernels):
-        # Loads torch, which a trajectory's records do not need.
-        from ..kernel_bench.table import conditions, kernels_grid, notes, summary_lines
-
-        note = " ".join(f"{line}." for line in (*notes(kernels), *summary_lines(kernels)))
-        sections.append(GridSection(f"Kernels: {conditions(kernels)}", kernels_grid(kernels), note))
-    for launches in inspection_groups(found.inspections):
-        from ..static.inspection_table import NOTE, inspection_conditions, inspection_grid
-
-        title = f"Compiled launches: {inspection_conditions(launches[0])}"
-        sections.append(GridSection(title, inspection_grid(launches), NOTE))
-    return tuple(sections)
+    """Sections for kernels, each of one kind of machine and commit, and for launches, each of one compiler."""
+    return (
+        *(section for group in kernel_groups(found.kernels) for section in _of_kernels(group)),
+        *(
+            GridSection(
+                f"Compiled launches: {inspection_conditions(group[0])}", inspection_grid(group), INSPECTION_NOTE
+            )
+            for group in inspection_groups(found.inspections)
+        ),
+    )
 
 
-def kernel_groups(records: Iterable[KernelRecord]) -> list[list[KernelRecord]]:
-    """The records of each kind of machine, device and dtype, which one table may show together."""
-    return _grouped(records, lambda record: (record.environment.kind, record.device, record.case.dtype))
+def kernel_groups(records: Sequence[KernelRecord]) -> list[list[KernelRecord]]:
+    """The records that one table may show together."""
+    if not records:
+        return []
+    # Loads torch, which the other kinds do not need.
+    from ..kernel_bench.table import by_conditions
+
+    return by_conditions(records)
 
 
-def inspection_groups(records: Iterable[InspectionRecord]) -> list[list[InspectionRecord]]:
-    """The records of each architecture, compiler and commit."""
-    from ..static.inspection_table import inspection_conditions
+def _of_kernels(group: Sequence[KernelRecord]) -> Iterator[GridSection]:
+    from ..kernel_bench.attention_table import attention_figures, attention_grid, attention_rows, attention_title
+    from ..kernel_bench.table import NOTE, conditions, failure_grid, machine_of, notes, ratio_grid, time_grid
 
-    return _grouped(records, inspection_conditions)
-
-
-def _grouped(records: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    groups: dict[Hashable, list[T]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return list(groups.values())
+    place = f"{machine_of(group[0])}, {group[0].case.dtype}, {commit(group[0].environment)}"
+    said = " ".join((f"Measured on {conditions(group)}.", *notes(group)))
+    if (grid := ratio_grid(group)).rows:
+        yield GridSection(f"Kernels beside their peers: {place}", grid, f"x triton: geometric means. {said}")
+    if (grid := time_grid(group)).rows:
+        yield GridSection(f"Kernels, each call: {place}", grid, f"{NOTE} {said}")
+    if rows := attention_rows(group):
+        note = " ".join(f"{line}." for line in attention_figures(rows))
+        title = attention_title(rows)
+        yield GridSection(f"{title[0].upper()}{title[1:]}: {place}", attention_grid(rows), note)
+    if (grid := failure_grid(group)).rows:
+        yield GridSection(f"Kernels without a time: {place}", grid)
 
 
 def print_kernels(records: Sequence[KernelRecord], console: Console, most: int | None) -> None:
@@ -72,8 +84,6 @@ def print_kernels(records: Sequence[KernelRecord], console: Console, most: int |
 
 def print_launches(records: Sequence[InspectionRecord], console: Console, most: int | None) -> None:
     """The table of a group of compiled launches; of more than `most` (None: any number) counts alone."""
-    from ..static.inspection_table import inspection_conditions, launch_names, print_inspections
-
     if most is None or len(records) <= most:
         print_inspections(records, console)
         return

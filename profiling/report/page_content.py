@@ -64,7 +64,7 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "checkpoints": sorted({(visible(r.name), visible(_origin(r.case))) for r in rows if r.case.is_checkpoint}),
         "rivals": [table for name, table in tables.items() if name.startswith("rivals")],
         "rivals_note": RIVALS_NOTE,
-        "history": page.history,
+        "history": page.history if "history" in tables else None,
         "history_table": tables.get("history"),
         "sides": [(side, tables.get(f"sides-{place}")) for place, side in enumerate(page.side_by_side)],
         "sections": [(section, tables.get(f"section-{place}")) for place, section in enumerate(page.sections)],

@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..kernel_bench import KERNELS_NAME
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
-from ..record_files import Gathered, gather_files, joined_files, read_file
+from ..record_files import NAMES, Gathered, gather_files, joined_files, read_file
 from ..terminal.visible import console, counted, say, say_wrapped
 from ..trajectory.records import RECORDS_NAME, Record
 from ..trajectory.runs import RUN_NAME, open_run
@@ -91,8 +90,8 @@ def is_page(out: Path) -> bool:
 
 
 def _itself(paths: Sequence[Path]) -> Path | None:
-    """The folder that is written to unless told: that of a single run, or of kernels."""
-    if len(paths) != 1 or not any(holds(paths[0], name) for name in (RECORDS_NAME, KERNELS_NAME)):
+    """The folder that is written to unless told: that of a single run, of kernels or of inspections."""
+    if len(paths) != 1 or not any(holds(paths[0], name) for name in NAMES):
         return None
     return paths[0]
 
@@ -142,7 +141,8 @@ def _content(
 
 
 def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, is_written: bool) -> None:
-    from .kind_sections import inspection_groups, kernel_groups, print_kernels, print_launches
+    from ..static.inspection_table import inspection_groups
+    from .kind_sections import kernel_groups, print_kernels, print_launches
     from .summary_text import MOST_CASES, print_changes, print_headline, print_summary
     from .tables import print_table
 
@@ -193,17 +193,13 @@ def _tell_unmeasured(folder: Path, records: Sequence[Record]) -> None:
 
 def _write(content: PageInput, found: Gathered, out: Path, spelled: str) -> None:
     """Writes a page, or a folder with charts and kernels.md, and says where. Raises ReportNotWritten."""
-    what = "report"
     try:
-        written = []
-        if is_page(out) or found.trajectories:
-            written += _write_page(content, out, spelled)
+        written = _write_page(content, out, spelled)
         if found.kernels and not is_page(out):
-            what = "table"
             out.mkdir(parents=True, exist_ok=True)
             written.append(_write_kernels(found.kernels, out))
     except OSError as failure:
-        raise ReportNotWritten(f"cannot write the {what} to {out} ({failure.strerror})") from None
+        raise ReportNotWritten(f"cannot write the report to {out} ({failure.strerror})") from None
     for path in written:
         say(console(), str(path))
 

@@ -95,7 +95,7 @@ def _of_lists(wanted: set[Case]) -> list[str] | None:
     """The options whose lists make these cases in all combinations."""
     family = [case for case in wanted if case.task != "rival"]
     rivals = [case for case in wanted if case.task == "rival"]
-    sweep = _sweep_of(family or rivals)
+    sweep = _sweep_of(family or rivals, all(case.guidance_scale == _own_guidance(case) for case in wanted))
     made = set(sweep.cases()) if family else set()
     words = _spelled(sweep, _OPTIONS if family else _OF_RIVALS)
     if rivals:
@@ -112,17 +112,15 @@ def _listed(cases: Sequence[Case], field: str) -> tuple[Any, ...]:
     return tuple(sorted(values, key=None if table is None else table.index))
 
 
-def _sweep_of(cases: Sequence[Case]) -> Sweep:
-    """The lists of all values in the cases."""
-    # Guidance of its own needs no option.
-    is_usual = all(case.guidance_scale == _own_guidance(case) for case in cases)
+def _sweep_of(cases: Sequence[Case], with_own_guidance: bool) -> Sweep:
+    """The lists of all values in the cases; guidance of each task's and rival's own is in no list."""
     return Sweep(
         unets=_listed(cases, "unet"),
         tasks=_listed(cases, "task"),
         samplers=_listed(cases, "sampler"),
         steps=_listed(cases, "steps"),
         batches=_listed(cases, "batch"),
-        guidance_scales=None if is_usual else _listed(cases, "guidance_scale"),
+        guidance_scales=None if with_own_guidance else _listed(cases, "guidance_scale"),
         dtypes=_listed(cases, "dtype"),
         devices=_listed(cases, "device"),
         latents=tuple(sorted({(case.latent_height, case.latent_width) for case in cases})),

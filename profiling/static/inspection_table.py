@@ -17,8 +17,8 @@ HEADINGS = (
 )
 _WORDS = ("kernel", "call", "with", "tile", "limit", "serialized", "overlap", "faults")
 # Constants that are shown where they are the same everywhere, too.
-_TILE = ("BLOCK_", "HEAD_DIM")
-NOTE = (
+_TILE = ("BLOCK", "HEAD_DIM")
+INSPECTION_NOTE = (
     "Compiled, not measured. with: tensors that only some launches of a kernel are given. warps fit: at once on a "
     "multiprocessor, and what limits them. hot instructions: of the hot loop, or of all without one. serialized: "
     "ptxas lets each asynchronous matmul wait for the one before. overlap: exponentials beside q k^T, of all."
@@ -26,7 +26,7 @@ NOTE = (
 
 
 def inspection_conditions(record: InspectionRecord) -> str:
-    """What decides the code of such records, besides their launches: one table has one of it."""
+    """What decides the code besides the launch; a table has records of one."""
     environment = record.environment
     ptxas = f", ptxas {environment.ptxas}" if environment.ptxas else ""
     return f"{record.arch}, triton {environment.triton}{ptxas}, {commit(environment)}"
@@ -40,16 +40,24 @@ def inspection_grid(records: Sequence[InspectionRecord]) -> Grid:
     return Grid(HEADINGS, rows, _WORDS).without_empty()
 
 
+def inspection_groups(records: Sequence[InspectionRecord]) -> list[list[InspectionRecord]]:
+    """The records of each architecture, compiler and commit apart; of a launch that is there twice the last."""
+    found: dict[str, dict[str, InspectionRecord]] = {}
+    for record in sorted(records, key=lambda record: record.started_at):
+        found.setdefault(inspection_conditions(record), {})[record.case_key] = record
+    return [list(group.values()) for group in found.values()]
+
+
 def print_inspections(records: Sequence[InspectionRecord], console: Console) -> None:
-    """The conditions, the table, and how to read it; of one architecture, compiler and commit."""
-    if not records:
-        return
-    say_wrapped(console, inspection_conditions(records[0]), "bold")
-    grid = inspection_grid(records)
-    laid = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=3)
-    for line in laid.lines:
-        say(console, line)
-    say_wrapped(console, NOTE)
+    """Of each architecture, compiler and commit a table, and how to read them."""
+    for group in inspection_groups(records):
+        say_wrapped(console, inspection_conditions(group[0]), "bold")
+        grid = inspection_grid(group)
+        laid = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=3)
+        for line in laid.lines:
+            say(console, line)
+    if records:
+        say_wrapped(console, INSPECTION_NOTE)
 
 
 def launch_names(records: Sequence[InspectionRecord]) -> dict[str, str]:
