@@ -249,7 +249,7 @@ def _cost_panel(palette: Palette) -> Panel:
         .transform_filter("isValid(datum.floor_cost)")
         .transform_aggregate(floor_cost="mean(floor_cost)", groupby=["paper"])
     )
-    tops = _facts().transform_aggregate(top="max(cost_p80)", groupby=["size", "paper"])
+    tops = _facts().transform_aggregate(top="max(cost_p80)", groupby=["label", "paper"])
     least = floor.transform_window(place="row_number()", sort=[alt.SortField("paper")]).transform_filter(
         "datum.place == 1"
     )
@@ -273,8 +273,8 @@ def _cost_panel(palette: Palette) -> Panel:
             x, y, color=palette.colour, shape=palette.shape, tooltip=_tooltip("paper", "cost_p50", "floor_cost")
         ),
         # Across the line, where neighbours are furthest apart.
-        tops.mark_text(align="right", baseline="middle", angle=60, dx=-11).encode(
-            x, alt.Y("top:Q"), text="size:N"
+        tops.mark_text(align="right", baseline="middle", angle=60, dx=-11, limit=140).encode(
+            x, alt.Y("top:Q"), text="label:N"
         ),
     )
 

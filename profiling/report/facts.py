@@ -178,9 +178,10 @@ def _cases(shown: Overview, placing: Placing) -> FactTable:
             "images_per_s": record.images_per_s,
             "joules": record.joules_per_image,
         }
-        by = " by GFLOP" if row.paper_cost is None and row.gflop_ratio is not None else ""
-        reference = f"{visible(row.reference)} = 1{by}" if row.reference else ""
-        facts.append((placing.words(row) | {"reference": reference}, numbers))
+        reference = f"{visible(row.reference)} = 1" if row.reference else ""
+        by_gflop = row.paper_cost is None and row.gflop_ratio is not None
+        label = visible(row.name) + (" (by GFLOP)" if by_gflop else "")
+        facts.append((placing.words(row) | {"reference": reference, "label": label}, numbers))
     return FactTable.of(facts, placing.names)
 
 

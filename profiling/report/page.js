@@ -61,7 +61,9 @@
   const tellKept = () => {
     const kept = tables.cases.filter(passes).length;
     document.getElementById("kept").textContent =
-      kept === tables.cases.length ? `All ${plural(kept, "case")}` : `${kept} of ${plural(tables.cases.length, "case")}`;
+      kept === tables.cases.length
+        ? `All ${plural(kept, "case")}`
+        : `${kept.toLocaleString("en")} of ${plural(tables.cases.length, "case")}`;
   };
 
   // ---- charts -------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@
     constructor(chart) {
       this.chart = chart;
       this.heading = make("h4");
-      this.canvas = make("div", { className: "canvas", role: "img" });
+      this.canvas = make("div", { className: "canvas" });
       const buttons = ["SVG", "PNG"].map((kind) => {
         const button = make("button", { type: "button", className: "quiet" }, kind);
         button.addEventListener("click", () => this.download(kind.toLowerCase()));
@@ -172,7 +174,6 @@
       Object.assign(this, { facts, whole });
       this.heading.textContent = heading;
       this.heading.hidden = !heading;
-      this.canvas.setAttribute("aria-label", [this.chart.title, whole, this.chart.summary].filter(Boolean).join(". "));
       this.note.textContent = [...new Set(facts.map((fact) => fact[this.chart.note]))].filter(Boolean).join("; ");
       const width = this.canvas.clientWidth;
       if (this.view) {
@@ -181,7 +182,10 @@
         const spec = withData(this.chart.spec, facts, { width, legends: [] });
         this.view = (await vegaEmbed(this.canvas, spec, EMBED)).view;
         new ResizeObserver(() => this.fit()).observe(this.canvas);
+        // Vega gives the element a role and a name of its own.
+        this.canvas.setAttribute("role", "img");
       }
+      this.canvas.setAttribute("aria-label", [this.chart.title, whole, this.chart.summary].filter(Boolean).join(". "));
     }
 
     fit() {
@@ -290,7 +294,8 @@
         return make("tr", {}, ...cells);
       });
       this.body.replaceChildren(...rows);
-      this.told.textContent = rows.length < kept.length ? `${rows.length} of ${plural(kept.length, "row")}` : plural(kept.length, "row");
+      const all = plural(kept.length, "row");
+      this.told.textContent = rows.length < kept.length ? `${rows.length.toLocaleString("en")} of ${all}` : all;
       this.more.hidden = rows.length === kept.length;
     }
   }
