@@ -106,7 +106,13 @@ class FakeSubject:
 
     @property
     def backends(self) -> Mapping[str, Backend]:
-        names = ("steady", "second", "peer", "warns", *(f"{phase}:{fault}" for phase in PHASES for fault in FAULTS))
+        names = (
+            "steady",
+            "second",
+            "peer",
+            "warns",
+            *(f"{phase}:{fault}" for phase in PHASES for fault in FAULTS),
+        )
         return {name: FakeBackend(name) for name in names}
 
     def identity(self, case: Case) -> tuple[object, ...]:

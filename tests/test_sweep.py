@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +11,9 @@ import pytest
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.sweep.events import Event, Learned, Recorded, Warned
+from ldmperf.profiling.sweep.events import Recorded
 from ldmperf.profiling.sweep.group_process import measured
 from ldmperf.profiling.sweep.group_task import GroupTask
-from ldmperf.profiling.sweep import child_process
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 FOLDER = Path(__file__).parent
@@ -65,7 +61,7 @@ def test_a_process_that_ends_costs_the_case_in_flight(
 ) -> None:
     task = task_of("steady", f"{phase}:{fault}", "second", "peer")
     records = records_of(task)
-    assert list(sorted(records)) == sorted(case.backend for case in task.cases)
+    assert sorted(records) == sorted(case.backend for case in task.cases)
     lost = records.pop(f"{phase}:{fault}")
     assert (lost.status, lost.wall_ms) == ("error", None)
     assert lost.message is not None
