@@ -253,3 +253,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def make_record() -> Callable[..., Record]:
     """The function `plausible_record`: make_record(case, status="oom", ...)."""
     return plausible_record
+
+
+@pytest.fixture
+def _fakes_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sweep_fakes` can be imported, in the processes of a sweep too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))

@@ -137,6 +137,11 @@ class FakeSubject:
         return 1e-9
 
 
+def a_case(backend: str = "steady", **changes: Any) -> Case:
+    """A case of these subjects, its references in float64."""
+    return Case(**({"unet": "39M", "steps": 1, "dtype": "bfloat16", "backend": backend} | changes))
+
+
 def fakes() -> Mapping[Task, Subject]:
     return {"t2i": FakeSubject()}
 

@@ -12,24 +12,14 @@ from typing import Any
 
 import pytest
 
-from ldmperf.profiling import Case, Record
+from ldmperf.profiling import Record
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.sweep import group_process
 from ldmperf.profiling.sweep.events import Ran, Recorded, Warned
 from ldmperf.profiling.sweep.group_process import measured
 from ldmperf.profiling.sweep.group_task import GroupTask
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
-FOLDER = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _fakes_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
-def a_case(backend: str = "steady", **changes: Any) -> Case:
-    return Case(**({"unet": "39M", "steps": 1, "dtype": "bfloat16", "backend": backend} | changes))
+pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
 
 
 @pytest.fixture
@@ -38,7 +28,7 @@ def task_of(make_record: Callable[..., Record]) -> Callable[..., GroupTask]:
 
     def task(*backends: str, **changes: Any) -> GroupTask:
         fields = {name: changes.pop(name) for name in ("timeout", "time", "subjects") if name in changes}
-        cases = tuple(a_case(backend, **changes) for backend in backends)
+        cases = tuple(sweep_fakes.a_case(backend, **changes) for backend in backends)
         given = GroupTask(
             cases, RepetitionRule(sweep_fakes.COUNT), "run", make_record().environment, subjects=sweep_fakes.fakes
         )
