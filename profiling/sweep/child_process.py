@@ -31,6 +31,8 @@ _F_SETSIG = 10
 _HEADER = struct.Struct("!I")
 _TAKEN = b"."
 _CHUNK = 1 << 20
+# poll(2) takes milliseconds as an int.
+_LONGEST_WAIT_S = 1e6
 # How long a child whose last word was heard may take to end, and one that was killed to be gone.
 _TO_END_S = 10.0
 
@@ -145,7 +147,7 @@ class ChildProcess:
             left = until - time.monotonic()
             if left <= 0:
                 raise Hung(seconds)
-            ready = wait([self._heard, self._process.sentinel], min(left, threading.TIMEOUT_MAX))
+            ready = wait([self._heard, self._process.sentinel], min(left, _LONGEST_WAIT_S))
             if self._heard in ready:
                 try:
                     received = os.read(self._heard.fileno(), _CHUNK)
