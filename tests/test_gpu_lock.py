@@ -7,21 +7,16 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from ldmperf.profiling import Record
 from ldmperf.profiling.measure import gpu_lock
-from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.sweep.events import Queued, Recorded
-from ldmperf.profiling.sweep.group_process import measured
-from ldmperf.profiling.sweep.group_task import GroupTask
 
 HOLD = """
 import sys, time
@@ -127,31 +122,22 @@ def test_a_hostile_note_is_shown_harmless(tmp_path: Path, uuid: str) -> None:
             assert "\x1b" not in line
 
 
-@pytest.mark.usefixtures("_one_thread", "_fakes_found")
-def test_waiting_for_the_gpu_is_no_hang_and_no_time(
-    tmp_path: Path, uuid: str, make_record: Callable[..., Record]
+def test_kernels_and_trace_hold_it(
+    run: Callable[..., Any], tmp_path: Path, uuid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sweep_fakes
+    """While another process holds the GPU they say for whom they wait."""
+    held: list[str] = []
 
-    task = GroupTask(
-        (sweep_fakes.a_case("steady"), sweep_fakes.a_case("peer")),
-        RepetitionRule(sweep_fakes.COUNT),
-        "run",
-        make_record().environment,
-        timeout=0.5,
-        subjects=sweep_fakes.OnAGpu(uuid, tmp_path),
-    )
-    with holder(tmp_path, uuid) as first:
-        assert said(first) == "held"
-        with closing(measured(task)) as events:
-            queued = next(events)
-            assert isinstance(queued, Queued)
-            assert queued.holder.startswith(f"process {first.pid} on ")
-            threading.Timer(1.5, first.kill).start()
-            assert next(events) == Queued("", is_over=True)
-            # The group holds it now, from its first event to its last.
-            with holder(tmp_path, uuid) as next_one:
-                assert said(next_one).startswith("waits for process")
-                rest = list(events)
-                assert (said(next_one), said(next_one)) == ("over", "held")
-    assert [event.record.status for event in rest if isinstance(event, Recorded)] == ["ok", "ok"]
+    @contextmanager
+    def noted(device: str, on_wait: Callable[[str], None]) -> Iterator[None]:
+        held.append(device)
+        on_wait("process 1 on here")
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(gpu_lock, "held_gpu", noted)
+    for command in (("kernels",), ("trace", "--size", "39M", "--steps", "1")):
+        outcome = run(*command, "--device", "cpu", "--out", tmp_path)
+        assert outcome.code == 130
+        assert "waiting for the GPU, which process 1 on here measures on" in outcome.err
+    assert held == ["cpu", "cpu"]

@@ -1,4 +1,4 @@
-"""Kills for want of memory, as control groups of both versions count them (the kernel's cgroup-v2.rst, memory.rst)."""
+"""Kills for want of memory, as control groups of both versions count them (cgroup-v2.rst, memory.rst)."""
 
 from __future__ import annotations
 

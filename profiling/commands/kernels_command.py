@@ -22,7 +22,17 @@ from ..options import (
     whole_number,
 )
 from ..terminal.visible import console, say
-from .shared import DEFAULT_OUT, exit_by, list_option, seconds_option, stop, tell, whole_option, with_options
+from .shared import (
+    DEFAULT_OUT,
+    alone_on_gpu,
+    exit_by,
+    list_option,
+    seconds_option,
+    stop,
+    tell,
+    whole_option,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
@@ -125,7 +135,9 @@ def kernels(
         latents=tuple(latent_size("latent", text) for text in given["latent"]),
         seed=seed or 0,
     )
-    _run(choices, Deadline(seconds), out or DEFAULT_OUT, resume)
+    deadline = Deadline(seconds)
+    with alone_on_gpu(choices.device):
+        _run(choices, deadline, out or DEFAULT_OUT, resume)
 
 
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:

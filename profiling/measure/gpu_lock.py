@@ -41,6 +41,11 @@ def gpu_uuid(device: str) -> str | None:
         return None
 
 
+def waits_for_gpu(holder: str) -> str:
+    """The line that says so."""
+    return f"waiting for the GPU, which {holder} measures on"
+
+
 @contextmanager
 def held_gpu(
     device: str, on_wait: Callable[[str], None], on_held: Callable[[], None] | None = None
