@@ -30,7 +30,7 @@ _PLACES = 2**40
 
 
 def gpu_uuid(device: str) -> str | None:
-    """The UUID of a CUDA device; None of another device, and where it cannot be told. Creates no context there."""
+    """The UUID of a CUDA device; None of another device, and where it cannot be told."""
     if not device.startswith("cuda"):
         return None
     import torch

@@ -62,7 +62,7 @@ def measure_group(mouth: Mouth, task: GroupTask) -> None:
     device = task.cases[0].device
     whole, timing = task.time.deadlines()
     try:
-        # Before CUDA is touched: who only waits is no other process on the GPU.
+        # Before anything is computed there: who only waits takes nothing of the GPU.
         with held_gpu(device, lambda holder: mouth.say(Queued(holder)), lambda: mouth.say(Queued("", True))):
             work = _Work(mouth, task, EnergyTime(whole, timing, lambda _: None, task.carried.energy_s))
             if task.untraced is not None:
