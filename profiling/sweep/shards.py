@@ -44,8 +44,8 @@ def slurm_shard(variables: Mapping[str, str]) -> Shard | None:
     place, rest = divmod(number - first, step)
     if rest or not 0 <= place < count:
         raise CaseError(
-            f"task {number} has no place among {count} from {first} on in steps of {step}; submit an array that is "
-            "evenly spaced, as --array=1-4, or give --shard i/n"
+            f"task {number} has no place among {count} from {first} on in steps of {step}; submit an array that "
+            "is evenly spaced, as --array=1-4, or give --shard i/n"
         )
     return Shard(index=place + 1, count=count)
 
