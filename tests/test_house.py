@@ -37,7 +37,7 @@ ALLOWED = {
 # The rooms of profiling and the files beside them, in their order: each imports only those above it.
 ROOMS = (
     *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static"),
-    *("trajectory", "rivals", "kernel_bench", "ahead", "sweep", "figures", "claims", "compare"),
+    *("trajectory", "rivals", "kernel_bench", "ahead", "sweep", "record_files", "figures", "claims", "compare"),
     *("report", "commands", "cli"),
 )
 

@@ -12,7 +12,7 @@ from ..measure.timing import quantile
 from ..terminal.visible import counted
 from .contrast import Contrast, NoContrast, contrast, holm
 from .metrics import Metric
-from .sets import RecordSet, in_turn, names_of
+from .sets import RecordSet, in_turn, measured, names_of
 
 SAME, AMBIGUOUS = "SAME", "AMBIGUOUS"
 
@@ -155,12 +155,12 @@ def _change(
 ) -> Change | None:
     """None where a side has no value in that metric."""
 
-    def measured(side: RecordSet) -> dict[int, tuple[float, ...]]:
+    def values_of(side: RecordSet) -> dict[int, tuple[float, ...]]:
         records = {place: run.records[key] for place, run in enumerate(side.runs) if key in run.records}
         found = {place: metric.values(record) for place, record in records.items() if record.status == "ok"}
         return {place: values for place, values in found.items() if values}
 
-    of_a, of_b = measured(a), measured(b)
+    of_a, of_b = values_of(a), values_of(b)
     if not of_a or not of_b:
         return None
     # Pairs need both; with fewer than two pairs the runs are taken as they are.
@@ -170,7 +170,8 @@ def _change(
     runs_a, runs_b = list(of_a.values()), list(of_b.values())
     first, second = (quantile([quantile(run, 0.5) for run in runs], 0.5) for runs in (runs_a, runs_b))
     counts = len(runs_a), len(runs_b)
-    change = Change(key, name, metric, first, second, counts, marks(*a.of(key), *b.of(key)), None)
+    flagged = marks(*measured([*a.of(key), *b.of(key)]))
+    change = Change(key, name, metric, first, second, counts, flagged, None)
     try:
         found = contrast(
             runs_a, runs_b, in_turn=by_turns, assumed_noise=rule.assumed_noise, counted=metric.counted

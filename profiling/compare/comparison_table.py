@@ -13,6 +13,7 @@ from ..terminal.layout import MISSING, formatted, laid_out, number
 from ..terminal.visible import counted, say, say_wrapped, width_of
 from .comparison import AMBIGUOUS, SAME, Change, Comparison, VerdictRule
 from .gate import Answer, Threshold
+from .sets import measured
 
 HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
 WORDS = frozenset({"case", "metric", "verdict", "why", "flags"})
@@ -78,10 +79,10 @@ def print_answers(found: Comparison, given: Sequence[tuple[Threshold, Change, An
 def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> list[str]:
     """What a reader has to know beside the rows."""
     lines = [f"Not alike: {reason}" for reason in unlike]
-    machines = {record.environment.machine_id for side in (found.a, found.b) for record in side.all_records}
+    records = measured([*found.a.all_records, *found.b.all_records])
+    machines = {record.environment.machine_id for record in records}
     if len(machines) > 1:
         lines.append("A and B were not all measured on one machine, though its kind is the same.")
-    records = [*found.a.all_records, *found.b.all_records]
     lines += [*flag_notes(records, "record"), *busy_notes(records, "record")]
     effect = f"{100 * rule.min_effect:g}%"
     by_chance = sum(change.p is not None for change in found.changes)

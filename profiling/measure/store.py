@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ..terminal.visible import visible
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 _LONGEST_REASON = 300
 # The lines set aside that are kept to be named; the others are counted.
 MOST_NAMED = 20
@@ -64,11 +65,16 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], Aside]:
     that a `Store` moved beside the file are among them, and say so by their path. Raises OSError when it cannot be
     read.
     """
-    records: list[M] = []
+    return read_parsed(path, lambda line: parsed(line, model))
+
+
+def read_parsed(path: Path, parse: Callable[[bytes], T | str]) -> tuple[list[T], Aside]:
+    """As `read_lines`, by a function that makes a record of a line, or says in one line why there is none."""
+    records: list[T] = []
     aside = Aside()
     with path.open("rb") as file:
         for number, line in _lines(file):
-            record = parsed(line, model)
+            record = parse(line)
             if isinstance(record, str):
                 aside.add(path, number, record)
             else:
@@ -79,7 +85,7 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], Aside]:
         whole = f"a whole record; append it to {path.name} to have it back"
         with moved.open("rb") as file:
             for number, line in _lines(file):
-                record = parsed(line, model)
+                record = parse(line)
                 aside.add(moved, number, record if isinstance(record, str) else whole)
     return records, aside
 

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..kernel_bench import KERNELS_NAME
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
+from ..record_files import gather
 from ..terminal.visible import console, counted, say
-from ..trajectory.record_sets import first_reason, readable
-from ..trajectory.records import RECORDS_NAME, Record, read_records
+from ..trajectory.records import RECORDS_NAME, Record
 from ..trajectory.runs import RUN_NAME, open_run
 
 if TYPE_CHECKING:
@@ -20,39 +19,29 @@ if TYPE_CHECKING:
     from ..figures.derived import Overview
     from ..kernel_bench.kernel_records import KernelRecord
 
-_GIVE = f"give a folder with {RECORDS_NAME} or {KERNELS_NAME}, a file of records, or no name for the latest run"
-
 
 class ReportNotWritten(OSError):
     """A folder that the page or a table cannot be written to; the text is one line."""
 
 
 def report_path(path: Path, out: Path | None) -> bool:
-    """Prints whatever records lie at a path. True where all lines of their file are records.
+    """Prints whatever records lie at a path. True where all lines of their files are records.
 
     A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
     written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
     says where to. Raises RunError where there are no records to read, ReportNotWritten.
     """
-    if holds(path, RECORDS_NAME):
-        return not report_run(path, out)[1].in_file
-    if holds(path, RUN_NAME):
+    if holds(path, RUN_NAME) and not holds(path, RECORDS_NAME):
         raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
-    if holds(path, KERNELS_NAME):
-        kernels, aside = readable(path / KERNELS_NAME, _read_kernels, _GIVE)
-        _report_kernels(kernels, aside, out or path)
-        return not aside.in_file
-    records, aside = readable(path, read_records, _GIVE)
-    # A file's name does not say which records it has: most of its lines do.
-    if aside.in_file:
-        kernels, aside_of_kernels = readable(path, _read_kernels, _GIVE)
-        if len(kernels) > len(records):
-            _report_kernels(kernels, aside_of_kernels, out)
-            return not aside_of_kernels.in_file
-    if not records:
-        raise RunError(f"{path}: no record in it ({first_reason(aside)}); {_GIVE}")
-    _report_records(records, aside, out, path)
-    return not aside.in_file
+    found = gather([path])
+    to = out or (path if path.is_dir() else None)
+    # First: the reader of the table may be gone after a few of its lines.
+    tell_aside(found.aside)
+    if found.trajectories:
+        _report_records(list(found.trajectories), found.aside, to, path)
+    if found.kernels:
+        _report_kernels(list(found.kernels), to)
+    return not found.aside.in_file
 
 
 def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Aside]:
@@ -60,9 +49,10 @@ def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Asi
 
     The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
     """
-    records, aside = readable(folder / RECORDS_NAME, read_records, _GIVE)
-    _report_records(records, aside, out or folder, folder)
-    return records, aside
+    found = gather([folder / RECORDS_NAME])
+    tell_aside(found.aside)
+    _report_records(list(found.trajectories), found.aside, out or folder, folder)
+    return list(found.trajectories), found.aside
 
 
 def resume_command(folder: Path) -> str:
@@ -70,21 +60,11 @@ def resume_command(folder: Path) -> str:
     return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 
-def _read_kernels(path: Path) -> tuple[list[KernelRecord], Aside]:
-    # Loads torch, which a trajectory's records do not need.
-    from ..kernel_bench.kernel_records import read_kernels
-
-    return read_kernels(path)
-
-
 def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
     from ..claims.printed import print_summaries
     from ..figures import overview
     from ..report import print_table
 
-    errors = console(stderr=True)
-    # First: the reader of the table may be gone after a few of its lines.
-    tell_aside(aside)
     shown = overview(records)
     judged = _judged(records, source)
     print_table(shown, console())
@@ -92,11 +72,11 @@ def _report_records(records: list[Record], aside: Aside, out: Path | None, sourc
         try:
             left = {case.key for case in open_run(source).cases} - {record.case_key for record in records}
         except RunError as unreadable:
-            say(errors, f"what the run has yet to measure is not known: {unreadable}")
+            say(console(stderr=True), f"what the run has yet to measure is not known: {unreadable}")
         else:
             if left:
                 cases = counted(len(left), "planned case has", "planned cases have")
-                say(errors, f"{cases} no record yet; go on with: {resume_command(source)}")
+                say(console(stderr=True), f"{cases} no record yet; go on with: {resume_command(source)}")
     try:
         if out is not None:
             _write_page(shown, judged, aside, out, source)
@@ -139,11 +119,10 @@ def _write_page(shown: Overview, judged: Sequence[ClaimVerdicts], aside: Aside, 
         say(console(), str(path))
 
 
-def _report_kernels(records: list[KernelRecord], aside: Aside, out: Path | None) -> None:
+def _report_kernels(records: list[KernelRecord], out: Path | None) -> None:
     from ..kernel_bench.run import write_markdown
     from ..kernel_bench.table import markdown, print_records
 
-    tell_aside(aside)
     print_records(records, console())
     if out is None:
         return
