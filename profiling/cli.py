@@ -16,6 +16,7 @@ from .commands.compile_command import compile_ahead
 from .commands.env_command import env
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
+from .commands.merge_command import merge
 from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
@@ -65,6 +66,7 @@ app.command()(report)
 app.command()(claims)
 app.command()(plan)
 app.command()(compare)
+app.command()(merge)
 app.command()(trace)
 app.command()(env)
 app.command()(inspect)

@@ -15,7 +15,7 @@ from ldmperf.profiling import Case
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.options import CaseError
-from ldmperf.profiling.sweep.shards import dealt, latest_of_shard, plan_id, shard_named, slurm_shard
+from ldmperf.profiling.sweep.shards import dealt, latest_of_shard, planned, shard_named, slurm_shard
 from ldmperf.profiling.trajectory.presets import PRESETS, select_cases
 from ldmperf.profiling.trajectory.runs import Run, Shard, create_run, open_run
 
@@ -30,6 +30,7 @@ CASES = st.lists(
     ),
     max_size=40,
 )
+SPARE = Case(unet="5B")
 
 
 def comparison(case):
@@ -56,16 +57,17 @@ def test_the_order_of_cases_and_the_cards_number_do_not_matter(cases, random, co
     assert {json.dumps(comparison(case)) for case in dealt(cases, shard)} == {
         json.dumps(comparison(case)) for case in dealt(other, shard)
     }
-    assert plan_id(other) == plan_id(cases)
+    if cases:
+        assert planned(shard, other).plan == planned(shard, cases).plan != planned(shard, [SPARE]).plan
 
 
 def test_another_process_deals_the_same():
     """python's own hash() of a text depends on PYTHONHASHSEED."""
     code = """
-from ldmperf.profiling.sweep.shards import dealt, plan_id, shard_named
+from ldmperf.profiling.sweep.shards import dealt, planned, shard_named
 from ldmperf.profiling.trajectory.presets import select_cases
 cases = select_cases("family", {})
-print(plan_id(cases), [case.key for case in dealt(cases, shard_named("2/4"))])
+print(planned(shard_named("2/4"), cases), [case.key for case in dealt(cases, shard_named("2/4"))])
 """
     told = {
         subprocess.run(
@@ -96,7 +98,7 @@ def test_the_dealing_is_pinned():
         {"145M"},
         {"5B"},
     ]
-    assert plan_id(cases) == "871483f2c3898117"
+    assert planned(Shard(index=1, count=4), cases) == Shard(index=1, count=4, plan="871483f2c3898117", cases=36)
 
 
 @pytest.mark.parametrize(("text", "said"), [("2/4", (2, 4)), ("1/1", (1, 1)), (" 3 / 12", (3, 12))])

@@ -6,7 +6,7 @@ A group is dealt whole. Its backends, whose times are compared, stay on one card
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..measure.folders import RunError
@@ -53,8 +53,8 @@ def slurm_shard(variables: Mapping[str, str]) -> Shard | None:
 def dealt(cases: Iterable[Case], shard: Shard) -> list[Case]:
     """The cases of that shard, in their order: groups sorted by a hash, and dealt in turn as cards are.
 
-    Counts of groups differ by at most one. Who deals has to have all cases of the sweep (`plan_id`), with the
-    digests of checkpoints.
+    Counts of groups differ by at most one. Who deals has to have all cases of the sweep, with the digests of
+    checkpoints; `planned` tells whether others had the same.
     """
     given = list(cases)
     order = sorted(dict.fromkeys(map(_group, given)), key=_digest)
@@ -62,9 +62,10 @@ def dealt(cases: Iterable[Case], shard: Shard) -> list[Case]:
     return [case for case in given if _group(case) in own]
 
 
-def plan_id(cases: Iterable[Case]) -> str:
-    """16 hexadecimal digits, the same for the same cases in any order: shards of one plan make up a whole."""
-    return short_id({"cases": sorted({case.case_id for case in cases})})
+def planned(shard: Shard, cases: Sequence[Case]) -> Shard:
+    """The shard as its run folder says it, with the plan: a digest of all cases of the sweep, in any order."""
+    ids = {case.case_id for case in cases}
+    return shard.model_copy(update={"plan": short_id({"cases": sorted(ids)}), "cases": len(ids)})
 
 
 def latest_of_shard(out: Path, shard: Shard) -> Path:

@@ -20,11 +20,15 @@ RUN_NAME = "run.json"
 
 
 class Shard(RecordModel):
-    """One of `count` parts of a sweep, the first of which has index 1; `plan` is the same for all parts of one."""
+    """One of `count` parts of a sweep, the first of which has index 1.
+
+    `plan` is the same for all parts of one sweep, which has so many `cases` in all.
+    """
 
     index: Annotated[int, Field(ge=1)]
     count: Annotated[int, Field(ge=1)]
     plan: Annotated[str | None, Field(min_length=1)] = None
+    cases: Annotated[int | None, Field(ge=1)] = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
