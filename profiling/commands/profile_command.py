@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from ..measure.folders import RunError, check_environment, locked
+from ..measure.recorded import new_run_id
 from ..measure.timing import Deadline, RepetitionRule
 from ..options import CaseError
 from ..report.reporting import ReportNotWritten, report_run, resume_command
-from ..rivals.decoding import check_decoders, decoder_case
+from ..rivals.decoding import check_decoders
 from ..rivals.rival_selection import RIVAL_OPTIONS, cases_beside
 from ..terminal.visible import console, counted
 from ..trajectory.case import Case
@@ -28,10 +29,12 @@ from .shared import (
     seconds_option,
     stop,
     tell,
-    terminated_as_interrupted,
     whole_option,
     with_options,
 )
+
+if TYPE_CHECKING:
+    from ..sweep.local import Sweep, Workers
 
 
 class ResumeTakesAnOptionalValue(TyperCommand):
@@ -52,6 +55,7 @@ _LISTS = {**{name: option.help for name, option in OPTIONS.items()}, **RIVAL_OPT
 
 @with_options("choices", {name: list_option(text) for name, text in _LISTS.items()})
 def profile(
+    context: typer.Context,
     choices: Choices,
     preset: Annotated[
         str | None,
@@ -79,13 +83,21 @@ def profile(
         bool,
         typer.Option("--with-decoder", help="Also time what makes images of the latents, and show its share."),
     ] = False,
+    timeout: Annotated[
+        float | None,
+        seconds_option(
+            "Give up a case whose process gives no sign of life for so long; half an hour or more unless told."
+        ),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
 ) -> None:
     """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
 
     Without options it takes the preset for this machine; options replace the preset's lists, and all combinations
-    are measured. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was
-    made in --seconds; oom and unsupported are data.
+    are measured. Cases that differ only in the backend have a process of their own: if that crashes or hangs,
+    the case in flight has failed, and the others go on. Ctrl-C lets the cases in flight finish; twice, it stops at
+    once. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was made in
+    --seconds; oom and unsupported are data.
 
     \b
     Examples:
@@ -99,7 +111,7 @@ def profile(
     """
     deadline = Deadline(seconds)
     if schema:
-        others = (preset, resume, min_count, min_seconds, seconds, references, with_decoder or None)
+        others = (preset, resume, min_count, min_seconds, seconds, references, with_decoder or None, timeout)
         if choices or out != DEFAULT_OUT or any(value is not None for value in others):
             raise CaseError("--schema prints the schema and measures nothing: give it alone")
         print_json(record_schema())
@@ -122,14 +134,32 @@ def profile(
         )
     except ValueError as wrong:
         raise CaseError(str(wrong).replace("min_", "--min-")) from None
-    if resume is None:
-        from ..measure.environment import collect_environment
+    from ..sweep.local import Sweep, Workers
 
+    workers = context.obj or Workers()
+    environments = {
+        device: workers.environment_of(device) for device in dict.fromkeys(case.device for case in cases)
+    }
+    here = environments[cases[0].device]
+    if resume is None:
         try:
-            folder = create_run(out, cases, rule, collect_environment(cases[0].device), with_decoder)
+            folder = create_run(out, cases, rule, here, with_decoder)
         except OSError as failure:
             stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
-    _run(folder, cases, rule, deadline, references or folder / "references")
+    run = open_run(folder)
+    if resume is not None:
+        check_environment(folder, run.environment, here, "run")
+        check_unchanged(run.cases, tell)
+    sweep = Sweep(
+        cases=tuple(cases),
+        rule=rule,
+        run_id=run.run_id or new_run_id(),
+        environments=environments,
+        references=references or folder / "references",
+        with_decoder=run.with_decoder,
+        timeout=timeout,
+    )
+    _run(folder, sweep, deadline, workers)
 
 
 def _chosen(choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
@@ -143,8 +173,6 @@ def _chosen(choices: Choices, preset: str | None) -> tuple[list[Case], Repetitio
 
 def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[Case], RepetitionRule]:
     """The cases and the rule that the run began with; options may repeat the cases, not change them."""
-    from ..measure.environment import collect_environment
-
     run = open_run(folder)
     if not run.cases:
         raise RunError(f"{folder} names no case to measure; start a new run without --resume")
@@ -155,17 +183,14 @@ def _resumed(folder: Path, choices: Choices, preset: str | None) -> tuple[list[C
                 f"{folder} has other cases than these options name; give --resume without them, "
                 "or start a new run without --resume"
             )
-    check_environment(folder, run.environment, collect_environment(run.cases[0].device), "run")
-    check_unchanged(run.cases, tell)
     return list(run.cases), run.rule
 
 
-def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadline, references: Path) -> None:
+def _run(folder: Path, sweep: Sweep, deadline: Deadline, workers: Workers) -> None:
     """Measures what the folder has no record of yet, then reports; exit codes as `profile` says."""
-    from ..measure.ceiling_cache import KeptCeilings
     from ..rivals.subjects import all_subjects
+    from ..sweep.local import run_sweep
     from ..trajectory.progress import ProgressLines
-    from ..trajectory.runner import profile as measure
     from ..trajectory.short_traces import timing_deadline
 
     go_on = f"go on with: {resume_command(folder)}"
@@ -174,31 +199,20 @@ def _run(folder: Path, cases: list[Case], rule: RepetitionRule, deadline: Deadli
             store = RecordStore(folder / RECORDS_NAME)
             # What was cut short is measured again.
             recorded = {record.case_key for record in store.load() if record.harness.stopped_by is None}
-            left = [case for case in cases if case.key not in recorded]
-            until = timing_deadline(cases, deadline)
+            left = [case for case in sweep.cases if case.key not in recorded]
+            until = timing_deadline(sweep.cases, deadline)
             tell(f"{folder}: {counted(len(left), 'case')} to measure, {len(recorded)} recorded")
-            lines = ProgressLines(console(stderr=True), left, rule, until, all_subjects())
-            run = open_run(folder)
-            with terminated_as_interrupted(), lines:
-                made = measure(
-                    cases,
-                    rule=rule,
-                    store=store,
-                    skip=recorded,
-                    listener=lines,
-                    deadline=deadline,
-                    references=references,
-                    ceilings=KeptCeilings(tell),
-                    run_id=run.run_id,
-                    subjects=all_subjects(),
-                    decoder=decoder_case if run.with_decoder else None,
-                )
+            lines = ProgressLines(console(stderr=True), left, sweep.rule, until, all_subjects())
+            with lines:
+                made, is_cut_short = run_sweep(sweep, store, lines, deadline, recorded, workers.executor)
     except KeyboardInterrupt:
-        stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
+        is_cut_short = True
     except BrokenPipeError:
         raise
     except OSError as failure:
         stop(f"cannot write to {failure.filename or folder} ({failure.strerror}); then {go_on}", 1)
+    if is_cut_short:
+        stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
     try:
         records, _ = report_run(folder)
     except ReportNotWritten as failure:

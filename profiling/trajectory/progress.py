@@ -60,6 +60,17 @@ class Remaining:
         gflop, count = self._work[case.key]
         self._done[case.key] = gflop * count
 
+    def seconds_of(self, cases: Sequence[Case]) -> float | None:
+        """What is left to do of these cases, in seconds at the pace so far; None before anything is done."""
+        done = sum(self._done.values())
+        if not done:
+            return None
+        left = 0.0
+        for case in cases:
+            gflop, count = self._work[case.key]
+            left += gflop * count - self._done.get(case.key, 0.0)
+        return (self._clock() - self._start) * left / done
+
     @property
     def fraction(self) -> float:
         """The share of the work that is done."""
@@ -150,6 +161,17 @@ class ProgressLines(Listener):
         if self._number < self._total:
             left = "the time is up" if self._deadline.passed else readable(self._remaining.seconds)
             self._write(f"    {self._total - self._number} to go" + (f", {left}" if left else ""))
+
+    def told(self, line: str) -> None:
+        self._write(line)
+
+    def stopping(self) -> None:
+        left = readable(self._remaining.seconds_of(self._in_flight))
+        what = counted(len(self._in_flight), "case")
+        self._write(
+            f"stopping once the group in flight is done ({what} to go{left and ', ' + left}); "
+            "Ctrl-C again stops at once"
+        )
 
     def _write(self, line: str) -> None:
         say(self._console, line)
