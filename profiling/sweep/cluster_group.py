@@ -57,7 +57,7 @@ class ClusterGroup:
                     self.untraced.pop(record.case_key, None)
 
     def lost(self, reason: str) -> list[Record]:
-        """Its worker is gone. Records of the cases that are left where that was once too often, and it is ended."""
+        """Its worker is gone. Where that was once too often it is ended: records of the cases that are left."""
         where = "" if self.host is None else f" on {self.host}"
         self.host, self.losses = None, self.losses + 1
         if self.losses < MOST_LOSSES:

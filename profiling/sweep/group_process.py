@@ -180,12 +180,7 @@ class _Flight:
 
     def _failed(self, case: Case, status: Status, message: str) -> Record:
         if self.template is None:
-            task = self.task
-            backends = tuple(one.backend for one in task.cases)
-            facts = GroupFacts(
-                task.run_id, task.environment, task.rule, backends, lambda case, phase: None, state_now(NO_SENSOR)
-            )
-            return facts.lost(case, status, message)
+            return lost_record(self.task, case, status, message)
         told = {"case": case.as_recorded(), "case_key": case.key, "status": status, "message": message}
         return self.template.model_copy(update=told)
 
@@ -194,6 +189,14 @@ class _Flight:
         given = self.task.time
         elapsed = given.elapsed + time.monotonic() - self._begun
         return replace(self.task.without(self.done), time=replace(given, elapsed=elapsed))
+
+
+def lost_record(task: GroupTask, case: Case, status: Status, message: str) -> Record:
+    """The record of a case of a group of which nothing is known but its task."""
+    backends = tuple(one.backend for one in task.cases)
+    before = state_now(NO_SENSOR)
+    facts = GroupFacts(task.run_id, task.environment, task.rule, backends, lambda case, phase: None, before)
+    return facts.lost(case, status, message)
 
 
 def _warning(text: str) -> Warned:

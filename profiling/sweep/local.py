@@ -76,7 +76,7 @@ def run_sweep(
     wanted, left = wanted_and_left(sweep.cases, skip)
     timing = timing_deadline(wanted, deadline)
     with Interrupts(listener.stopping) as interrupts:
-        run = _Run(store, listener, deadline, timing, executor, interrupts)
+        run = SweepRun(store, listener, deadline, timing, executor, interrupts)
         for cases in groups(left):
             if interrupts.is_asked:
                 return run.recorded, True
@@ -118,7 +118,7 @@ def trace_tasks(
 
 
 @dataclass
-class _Run:
+class SweepRun:
     """A sweep that goes on; `recorded` counts its records."""
 
     store: RecordStore
@@ -138,11 +138,12 @@ class _Run:
         try:
             with closing(self.executor(task)) as events:
                 for event in events:
-                    self._heard(event)
+                    self.heard(event)
         finally:
             self.interrupts.is_measuring = False
 
-    def _heard(self, event: Event) -> None:
+    def heard(self, event: Event) -> None:
+        """Does what is to be done about an event: records go to the store, all else to people."""
         match event:
             case Recorded(record):
                 self.store.append(record)

@@ -78,6 +78,14 @@ def latest_of_shard(out: Path, shard: Shard) -> Path:
     raise RunError(f"there is no run of shard {shard} in {out}; start one without --resume")
 
 
+def check_shard(folder: Path, asked: Shard | None) -> None:
+    """Raises RunError where the folder's run is not of that shard; None is any."""
+    begun = open_run(folder).shard
+    if asked is not None and (begun is None or (begun.index, begun.count) != (asked.index, asked.count)):
+        of = "all cases" if begun is None else f"shard {begun}"
+        raise RunError(f"{folder} was begun for {of}, not shard {asked}; leave --shard out to go on with it")
+
+
 def _group(case: Case) -> str:
     """All but the backend and the device's number, which another machine counts otherwise."""
     return case.model_copy(update={"device": device_kind(case.device)}).group_key
