@@ -182,8 +182,8 @@ class _Tasks:
         match event:
             case Refused(reason):
                 raise RunError(f"--ray: {reason}")
-            case Arrived(host):
-                self._lines.arrived(group.left or group.task.cases, host)
+            case Arrived(host, _, pid):
+                self._lines.arrived(group.left or group.task.cases, host, pid)
             case Learned() | TookTurns():
                 # Of another machine.
                 pass

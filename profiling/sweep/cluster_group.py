@@ -44,7 +44,7 @@ class ClusterGroup:
     def heard(self, event: NodeEvent) -> None:
         """Takes note of what a node says."""
         match event:
-            case Arrived(host, environment):
+            case Arrived(host, environment, _):
                 # What is lost there is of that environment.
                 self.host, self.task = host, replace(self.task, environment=environment)
             case Recorded(record) | Completed(record):

@@ -17,11 +17,11 @@ class ClusterLines(ProgressLines):
         self._numbers: dict[str, int] = {}
         return self
 
-    def arrived(self, cases: Sequence[Case], host: str) -> None:
-        """These cases of a group, what is left of it, are measured on that host now."""
+    def arrived(self, cases: Sequence[Case], host: str, pid: int) -> None:
+        """These cases of a group, what is left of it, are measured on that host now, by that worker."""
         key = cases[0].group_key
         self._number = self._numbers.setdefault(key, len(self._numbers) + 1)
-        self._write(f"[{self._number}/{self._total}] {host}: {heading(cases)}")
+        self._write(f"[{self._number}/{self._total}] {host} (worker {pid}): {heading(cases)}")
 
     def recorded(self, record: Record) -> None:
         self._remaining.end(record.case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from collections.abc import Generator, Iterable
@@ -24,10 +25,11 @@ _RAN_EVERY_S = 0.5
 
 @dataclass(frozen=True)
 class Arrived:
-    """A group begins on that node; its records will have that environment."""
+    """A group begins on that node, by the worker with that process id; its records will have that environment."""
 
     host: str
     environment: Environment
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def on_node(given: NodeTask) -> Generator[NodeEvent, None, None]:
     except CaseError as wrong:
         yield Refused(f"node {host}: {wrong}; a checkpoint has to lie at the same path on all nodes")
         return
-    yield Arrived(host, environment)
+    yield Arrived(host, environment, os.getpid())
     begun = time.monotonic()
     # Clocks of machines may differ by more than it was on its way.
     elapsed = task.time.elapsed + max(time.time() - given.sent_at, 0.0)
