@@ -9,6 +9,7 @@ and a record is on disk before the next measurement begins.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -222,6 +223,8 @@ def _run(
     # A session: no terminal's signals, and one group with all that it starts.
     os.setsid()
     _die_with_parent(mouth.alive)
+    # What was loaded is no garbage: looking through it would copy its pages into this process.
+    gc.freeze()
     os.environ.clear()
     os.environ.update(variables)
     _offer_to_the_oom_killer()
