@@ -160,6 +160,11 @@ def profile(
         )
     except ValueError as wrong:
         raise CaseError(str(wrong).replace("min_", "--min-")) from None
+    if ray is not None:
+        from ..sweep.cluster import connected
+
+        # Before there is a folder: the cluster may not be there.
+        context.with_resource(connected(ray))
     from ..sweep.local import Sweep, Workers
 
     workers = context.obj or Workers()
@@ -245,7 +250,7 @@ def _run(folder: Path, sweep: Sweep, deadline: Deadline, workers: Workers, ray: 
                     made, is_cut_short = run_sweep(sweep, store, lines, deadline, recorded, workers.executor)
             else:
                 with ClusterLines(*progress) as lines:
-                    made, is_cut_short = run_on_cluster(sweep, store, lines, deadline, recorded, ray)
+                    made, is_cut_short = run_on_cluster(sweep, store, lines, deadline, recorded)
     except KeyboardInterrupt:
         is_cut_short = True
     except BrokenPipeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,13 +36,12 @@ def run_on_cluster(
     store: RecordStore,
     lines: ClusterLines,
     deadline: Deadline,
-    skip: Collection[str],
-    address: str,
+    skip: Collection[str] = (),
 ) -> tuple[int, bool]:
-    """As `run_sweep`, with each group a task of the Ray cluster at that address, timed there and then traced.
+    """As `run_sweep`, with each group a task of the Ray cluster that is connected, timed there and then traced.
 
     A group whose worker is lost begins again without the cases that have a record (`ClusterGroup.lost`). Raises
-    RunError where there is no such cluster, a node may not measure, or a case is of a card by its number.
+    RunError where a node may not measure, and for a case of a card by its number.
     """
     if numbered := next((case.device for case in sweep.cases if ":" in case.device), None):
         raise RunError(
@@ -62,24 +62,28 @@ def run_on_cluster(
         for cases in groups(wanted)
         if cases[0].group_key in unfinished
     ]
-    with connected(address), Interrupts(lines.stopping) as interrupts:
+    with Interrupts(lines.stopping) as interrupts:
         run = SweepRun(store, lines, deadline, timing, measured, interrupts)
         return _Tasks(run, lines, pending).all_done()
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """Ray, connected to the cluster inside; started on this machine for the address "local". Raises RunError."""
+    """Ray, connected inside to the cluster at "auto" or HOST:PORT, or started on this machine for "local".
+
+    Raises RunError where there is no such cluster, CaseError without Ray.
+    """
     ray = _ray()
     if address.startswith("ray://"):
         raise RunError(f"--ray: {address} is for Ray's client, which streams nothing; give the head's HOST:PORT")
     try:
+        _check_reachable(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             own = {"include_dashboard": False} if address == LOCAL else {}
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as failure:
-        first = str(failure).partition("\n")[0]
+    except (OSError, OverflowError, RuntimeError, ValueError) as failure:
+        first = str(failure).partition(".")[0].partition("\n")[0]
         raise RunError(
             f"--ray: no cluster at {address} ({first}); start one with: ray start --head, or give --ray {LOCAL}"
         ) from None
@@ -87,6 +91,14 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
 
 
 def _ray() -> Any:
