@@ -237,11 +237,11 @@ class Outcome:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command `ldmperf` in this process: run("report", path)."""
+    """The command `ldmperf` in this process: run("report", path). `workers` measure for `profile`."""
 
-    def run(*arguments: str | Path) -> Outcome:
+    def run(*arguments: str | Path, workers: Any = None) -> Outcome:
         with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
+            cli.main([str(argument) for argument in arguments], workers=workers)
         captured = capsys.readouterr()
         assert isinstance(exited.value.code, int)
         return Outcome(exited.value.code, captured.out, captured.err)
@@ -253,3 +253,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def make_record() -> Callable[..., Record]:
     """The function `plausible_record`: make_record(case, status="oom", ...)."""
     return plausible_record
+
+
+@pytest.fixture
+def _fakes_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sweep_fakes` can be imported, in the processes of a sweep too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))

@@ -10,10 +10,12 @@ import ctypes
 import os
 import resource
 import signal
+import subprocess
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -26,13 +28,17 @@ from ldmperf.profiling.trajectory.case import Case, Task
 
 # A case takes this many samples at least.
 COUNT = 3
-FAULTS = ("SIGSEGV", "SIGKILL", "exit 3", "hang")
+FAULTS = ("SIGSEGV", "SIGKILL", "exit 3", "hang", "start and hang")
 PHASES = ("build", "first call", "reference", "timing", "check")
 
 
 def fail(fault: str) -> None:
     """Ends or stops this process as told."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if fault == "start and hang":
+        process = subprocess.Popen(["sleep", "1000"])
+        Path(os.environ["FAKE_PIDS"]).write_text(str(process.pid))
+        fault = "hang"
     if fault == "hang":
         # A call that never returns and keeps the interpreter to itself.
         ctypes.PyDLL(None).sleep(1000)
@@ -106,7 +112,13 @@ class FakeSubject:
 
     @property
     def backends(self) -> Mapping[str, Backend]:
-        names = ("steady", "second", "peer", "warns", *(f"{phase}:{fault}" for phase in PHASES for fault in FAULTS))
+        names = (
+            "steady",
+            "second",
+            "peer",
+            "warns",
+            *(f"{phase}:{fault}" for phase in PHASES for fault in FAULTS),
+        )
         return {name: FakeBackend(name) for name in names}
 
     def identity(self, case: Case) -> tuple[object, ...]:
@@ -125,6 +137,11 @@ class FakeSubject:
         return 1e-9
 
 
+def a_case(backend: str = "steady", **changes: Any) -> Case:
+    """A case of these subjects, its references in float64."""
+    return Case(**({"unet": "39M", "steps": 1, "dtype": "bfloat16", "backend": backend} | changes))
+
+
 def fakes() -> Mapping[Task, Subject]:
     return {"t2i": FakeSubject()}
 
@@ -133,3 +150,7 @@ def on_a_gpu() -> Mapping[Task, Subject]:
     """The same, on a GPU with this UUID."""
     gpu_lock.gpu_uuid = lambda device: os.environ["FAKE_GPU"]
     return fakes()
+
+
+def broken() -> Mapping[Task, Subject]:
+    raise ValueError("no subjects today")

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ldmperf.profiling import Case, Record
+from ldmperf.profiling import Record
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.sweep.events import Event, Learned, Recorded, Warned
+from ldmperf.profiling.sweep import group_process
+from ldmperf.profiling.sweep.events import Ran, Recorded, Warned
 from ldmperf.profiling.sweep.group_process import measured
 from ldmperf.profiling.sweep.group_task import GroupTask
-from ldmperf.profiling.sweep import child_process
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
-FOLDER = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _fakes_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
-def a_case(backend: str = "steady", **changes: Any) -> Case:
-    return Case(**({"unet": "39M", "steps": 1, "dtype": "bfloat16", "backend": backend} | changes))
+pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
 
 
 @pytest.fixture
@@ -38,7 +28,7 @@ def task_of(make_record: Callable[..., Record]) -> Callable[..., GroupTask]:
 
     def task(*backends: str, **changes: Any) -> GroupTask:
         fields = {name: changes.pop(name) for name in ("timeout", "time", "subjects") if name in changes}
-        cases = tuple(a_case(backend, **changes) for backend in backends)
+        cases = tuple(sweep_fakes.a_case(backend, **changes) for backend in backends)
         given = GroupTask(
             cases, RepetitionRule(sweep_fakes.COUNT), "run", make_record().environment, subjects=sweep_fakes.fakes
         )
@@ -65,7 +55,7 @@ def test_a_process_that_ends_costs_the_case_in_flight(
 ) -> None:
     task = task_of("steady", f"{phase}:{fault}", "second", "peer")
     records = records_of(task)
-    assert list(sorted(records)) == sorted(case.backend for case in task.cases)
+    assert sorted(records) == sorted(case.backend for case in task.cases)
     lost = records.pop(f"{phase}:{fault}")
     assert (lost.status, lost.wall_ms) == ("error", None)
     assert lost.message is not None
@@ -80,3 +70,102 @@ def test_a_process_that_ends_costs_the_case_in_flight(
         assert record.status == "ok", record.message
         assert record.wall_ms is not None
         assert record.wall_ms.n == 3
+
+
+@pytest.mark.parametrize("phase", ["build", "timing"])
+def test_a_case_that_hangs_is_stopped_and_the_others_go_on(task_of: Callable[..., GroupTask], phase: str) -> None:
+    """Even in a call that keeps the interpreter to itself."""
+    records = records_of(task_of("steady", f"{phase}:hang", "peer", timeout=1.0))
+    lost = records.pop(f"{phase}:hang")
+    assert lost.status == "error"
+    assert (
+        lost.message == f"the process that measured it gave no sign of life for 1 s and was stopped in its {phase}"
+    )
+    assert {name: record.status for name, record in records.items()} == {"steady": "ok", "peer": "ok"}
+
+
+def test_a_group_whose_every_case_ends_its_process_has_a_record_of_each(task_of: Callable[..., GroupTask]) -> None:
+    import sweep_fakes
+
+    backends = [f"{phase}:{fault}" for phase in sweep_fakes.PHASES for fault in ("SIGSEGV", "exit 3")]
+    records = records_of(task_of(*backends))
+    assert len(records) == len(backends)
+    assert {record.status for record in records.values()} == {"error"}
+
+
+def test_weights_that_end_the_process_cost_the_group_once(task_of: Callable[..., GroupTask]) -> None:
+    records = records_of(task_of("steady", "second", unet="weights:SIGSEGV"))
+    assert [record.message for record in records.values()] == [
+        "the process that measured it was ended by SIGSEGV while its weights were made"
+    ] * 2
+
+
+def test_a_kill_that_the_kernel_counts_is_out_of_memory(
+    task_of: Callable[..., GroupTask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = iter([3, 4, 4, 4, 4])
+    monkeypatch.setattr(group_process, "oom_kills", lambda: next(counts))
+    lost = records_of(task_of("timing:SIGKILL", "timing:SIGSEGV"))["timing:SIGKILL"]
+    assert (lost.status, lost.message) == (
+        "oom", "the process that measured it was killed by the kernel for want of memory in its timing"
+    )  # fmt: skip
+
+
+def test_a_process_that_cannot_begin_costs_its_group(task_of: Callable[..., GroupTask]) -> None:
+    import sweep_fakes
+
+    task = task_of("steady", "peer", subjects=sweep_fakes.broken)
+    for name, record in records_of(task).items():
+        assert (name, record.status, record.message) == (name, "error", "ValueError: no subjects today")
+
+
+def test_warnings_pass_with_their_place(task_of: Callable[..., GroupTask]) -> None:
+    warned = [event for event in measured(task_of("warns", "peer")) if isinstance(event, Warned)]
+    assert [(one.text, one.category) for one in warned] == [("beware", RuntimeWarning)] * len(warned)
+    assert warned
+
+
+def test_the_pace_is_the_parents(task_of: Callable[..., GroupTask]) -> None:
+    """Nothing more is measured before an event has been dealt with, and nothing runs once nobody asks any more."""
+    with closing(measured(task_of("steady", "peer"))) as events:
+        event = next(event for event in events if isinstance(event, Ran))
+        time.sleep(0.2)
+        following = next(events)
+        assert isinstance(following, Ran)
+        assert (event.case.backend, following.case.backend) == ("steady", "peer")
+        assert children()
+    assert not children()
+
+
+def test_what_a_process_has_started_ends_with_it(
+    task_of: Callable[..., GroupTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    records = records_of(task_of("build:start and hang", "steady", "peer", timeout=1.0))
+    assert {record.status for record in records.values()} == {"error", "ok"}
+    (pid,) = map(int, (tmp_path / "pids").read_text().split())
+    wait_until(lambda: not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z")
+
+
+def children() -> list[int]:
+    """Processes that measure, alive."""
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            _, _, after = path.read_text().rpartition(")")
+            state, parent = after.split()[:2]
+            if int(parent) == server and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..options import CaseError, device_kind, known_names, split_values
 from ..trajectory.case import Case
-from ..trajectory.presets import OPTIONS, CaseOption, Choices, Sweep, chosen_sweeps, select_cases
+from ..trajectory.presets import OPTIONS, CaseOption, Choices, Combinations, chosen_sweeps, select_cases
 from .rival import KINDS, RIVAL_BACKENDS, RIVALS
 
 # By option: its help.
@@ -57,7 +57,7 @@ def rival_names(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(itertools.chain.from_iterable(chosen)))
 
 
-def rival_cases(sweeps: Sequence[Sweep], names: Sequence[str], backends: Sequence[str] = ()) -> list[Case]:
+def rival_cases(sweeps: Sequence[Combinations], names: Sequence[str], backends: Sequence[str] = ()) -> list[Case]:
     """The rivals under the conditions of the sweeps: devices, dtypes, seeds, latents, batches; each case once.
 
     Steps and sampler are the rival's own. One that takes a text takes the sweeps' numbers of tokens too, and their
@@ -68,7 +68,7 @@ def rival_cases(sweeps: Sequence[Sweep], names: Sequence[str], backends: Sequenc
     return list(dict.fromkeys(itertools.chain.from_iterable(cases)))
 
 
-def _cases(name: str, sweep: Sweep, backends: Sequence[str]) -> Iterator[Case]:
+def _cases(name: str, sweep: Combinations, backends: Sequence[str]) -> Iterator[Case]:
     rival = RIVALS[name]
     tokens: tuple[int, ...] = (0,)
     scales: tuple[float, ...] = (1.0,)

@@ -79,10 +79,11 @@ Event: TypeAlias = Ran | Recorded | Completed | Told | Warned | TookTurns | Lear
 
 @dataclass(frozen=True)
 class Entered:
-    """A case's phase begins, as `Listener.entered` says."""
+    """A case's phase begins, as `Listener.entered` says; it is done within `patience` seconds unless it hangs."""
 
     case: Case
     phase: str
+    patience: float
 
 
 @dataclass(frozen=True)

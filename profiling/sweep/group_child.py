@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TextIO
@@ -16,7 +16,8 @@ from ..measure.gpu_lock import held_gpu
 from ..measure.outcomes import failure
 from ..measure.turn import TURNS
 from ..rivals.decoding import decoder_case
-from ..trajectory.case import Case
+from ..trajectory.backend import Subject
+from ..trajectory.case import Case, Task
 from ..trajectory.decoder_times import DecoderTimes
 from ..trajectory.energy_windows import EnergyTime
 from ..trajectory.floors import Floors
@@ -43,6 +44,7 @@ from .events import (
     Warned,
 )
 from .group_task import Carried, GroupTask
+from .patience import patience
 
 
 def collect(mouth: Mouth, device: str) -> None:
@@ -81,24 +83,26 @@ class _Work:
     task: GroupTask
     energy: EnergyTime
     ceilings: KeptCeilings = field(init=False)
+    subjects: Mapping[Task, Subject] = field(init=False)
+    _patience: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.subjects = self.task.subjects()
         self.energy.on_record = partial(self._completed, "energy")
         self.ceilings = KeptCeilings(lambda line: self.mouth.say(Told(line)), known=self.task.carried.ceilings)
 
     def time(self) -> None:
         task, timing = self.task, self.energy.timing
-        subjects = task.subjects()
-        decodes = DecoderTimes(decoder_case, subjects, timing, dict(task.carried.decodes))
-        told = _Teller(self.mouth)
+        decodes = DecoderTimes(decoder_case, self.subjects, timing, dict(task.carried.decodes))
+        told = _Teller(self.mouth, self._entering)
         runner = GroupRunner(
             task.rule,
             task.run_id,
             told,
             told.recorded,
             lambda device: task.environment,
-            all_backends_of(subjects),
-            Networks(subjects),
+            all_backends_of(self.subjects),
+            Networks(self.subjects),
             timing,
             self.energy,
             Floors(self.ceilings),
@@ -113,18 +117,22 @@ class _Work:
     def trace(self) -> None:
         task = self.task
         assert task.untraced is not None
-        subjects = task.subjects()
         located = {case.key: case for case in task.cases}
         for record in short_traces(
             task.untraced,
-            Networks(subjects),
-            all_backends_of(subjects),
+            Networks(self.subjects),
+            all_backends_of(self.subjects),
             self.energy.whole,
             traced,
             located,
-            lambda case, phase: self.mouth.say(Entered(case, phase)),
+            lambda case, phase: self.mouth.say(self._entering(case, phase)),
         ):
             self._completed("trace", record)
+
+    def _entering(self, case: Case, phase: str) -> Entered:
+        if case.key not in self._patience:
+            self._patience[case.key] = patience(case, self.task.rule, self.subjects)
+        return Entered(case, phase, self._patience[case.key])
 
     def _completed(self, phase: str, record: Record) -> None:
         self.mouth.say(Completed(record, phase))
@@ -137,8 +145,8 @@ class _Teller(Listener):
     learned: Callable[[], Carried]
     known: int | None = -1
 
-    def __init__(self, mouth: Mouth) -> None:
-        self._say = mouth.say
+    def __init__(self, mouth: Mouth, entering: Callable[[Case, str], Entered]) -> None:
+        self._say, self.entering = mouth.say, entering
 
     def entered(self, case: Case, phase: str) -> None:
         facts = self.runner.facts
@@ -147,7 +155,7 @@ class _Teller(Listener):
             self._say(GroupKnown(facts.lost(case, "error", "nothing else is known")))
         if phase == "weights":
             self._say(Learned(self.learned()))
-        self._say(Entered(case, phase))
+        self._say(self.entering(case, phase))
 
     def ran(self, case: Case, phase: str) -> None:
         self._say(Ran(case, phase))

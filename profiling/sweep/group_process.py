@@ -34,7 +34,7 @@ from .events import (
 )
 from .group_child import collect, measure_group
 from .group_task import GroupTask
-from .patience import LEAST_S, patience
+from .patience import LEAST_S
 
 
 def environment_of(device: str) -> Environment:
@@ -89,7 +89,7 @@ class _Flight:
     oom_kills: int | None = field(default_factory=oom_kills)
     # When it began, of a clock that others' turns put back.
     _begun: float = field(default_factory=time.monotonic)
-    _patience: dict[str, float] = field(default_factory=dict)
+    _patience: float = LEAST_S
 
     def patience(self) -> float:
         """Seconds that may pass before the next sign of life."""
@@ -97,10 +97,7 @@ class _Flight:
             return math.inf
         if self.task.timeout is not None:
             return self.task.timeout
-        case = self.case or self.task.cases[0]
-        if case.key not in self._patience:
-            self._patience[case.key] = patience(case, self.task.rule, self.task.subjects())
-        return self._patience[case.key]
+        return self._patience
 
     @staticmethod
     def is_last(sign: Sign) -> bool:
@@ -110,8 +107,8 @@ class _Flight:
         """Takes note of what was said; yields what others are to hear of it."""
         self.is_waiting = isinstance(sign, AwaitsTurn) or (isinstance(sign, Queued) and not sign.is_over)
         match sign:
-            case Entered(case, phase):
-                self.case, self.phase = case, phase
+            case Entered(case, phase, seconds):
+                self.case, self.phase, self._patience = case, phase, seconds
             case GroupKnown(template):
                 self.template = template
             case Interrupted(reason):

@@ -31,7 +31,7 @@ from .case import BACKENDS, DEFAULT_BACKENDS, DEFAULT_GUIDANCE, MOST_IMAGES, TAS
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Combinations:
     """Lists of values, measured in all combinations; `guidance_scales` None takes each task's own."""
 
     unets: tuple[str, ...]
@@ -77,15 +77,17 @@ class Sweep:
 class Preset:
     """A named set of sweeps, and how often each trajectory is repeated."""
 
-    sweeps: tuple[Sweep, ...]
+    sweeps: tuple[Combinations, ...]
     rule: RepetitionRule
 
 
 _FAMILY = tuple(paper_sizes())
 # Stable Diffusion's own size, then the ends of the cost curve, then its middle: a run may be cut short anywhere.
 _FAMILY_TELLING_FIRST = tuple(dict.fromkeys(("866M", "39M", "5B", "318M", "2B", *_FAMILY)))
-_CPU = Sweep(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
-_GPU = Sweep(unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers"))
+_CPU = Combinations(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
+_GPU = Combinations(
+    unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers")
+)
 PRESETS: dict[str, Preset] = {
     # Short: one step count for the cost of sizes, two more at 39M for the cost of steps.
     "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
@@ -234,7 +236,9 @@ def select_cases(preset: str, choices: Choices, options: Mapping[str, CaseOption
     return list(dict.fromkeys(case for sweep in chosen_sweeps(preset, choices, options) for case in sweep.cases()))
 
 
-def chosen_sweeps(preset: str, choices: Choices, options: Mapping[str, CaseOption] = OPTIONS) -> list[Sweep]:
+def chosen_sweeps(
+    preset: str, choices: Choices, options: Mapping[str, CaseOption] = OPTIONS
+) -> list[Combinations]:
     """The preset's sweeps with their lists replaced by those chosen, as the options read them.
 
     Raises CaseError for an unknown name, a number out of range, a checkpoint or device that is not there.
