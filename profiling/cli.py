@@ -17,6 +17,7 @@ from .commands.env_command import env
 from .commands.export_command import export
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
+from .commands.merge_command import merge
 from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
@@ -70,6 +71,7 @@ app.command()(claims)
 app.command()(plan)
 app.command()(compare)
 app.command()(export)
+app.command()(merge)
 app.command()(trace)
 app.command()(env)
 app.command()(inspect)
