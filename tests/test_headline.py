@@ -137,6 +137,14 @@ def test_each_doubt_is_told(make_record: MakeRecord, fields: dict[str, Any], dou
     assert any(doubt in one for one in found.doubts)
 
 
+def test_two_machines_of_one_kind_are_a_doubt(make_record: MakeRecord) -> None:
+    here, there = (make_record().environment.model_copy(update={"machine_id": letter * 16}) for letter in "ab")
+    large = timed(make_record, "145M", 100.0, changes={"environment": here})
+    assert told(large, timed(make_record, "39M", 50.0, changes={"environment": here})).doubts == ()
+    found = told(large, timed(make_record, "39M", 50.0, changes={"environment": there}))
+    assert found.doubts == ("measured on two machines of one kind",)
+
+
 def test_a_ratio_that_flops_explain_is_told_to_be_one(make_record: MakeRecord) -> None:
     found = told(timed(make_record, "145M", 100.0), timed(make_record, "39M", 35.0))
     assert found.doubts == ("what its FLOPs say lies within the interval",)

@@ -12,6 +12,7 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.measure.environment import Environment, Gpu
 from ldmperf.profiling.measure.recorded import Samples
+from ldmperf.profiling.report.details import environment_lines
 from ldmperf.profiling.report.notes import warnings
 
 MakeRecord = Callable[..., Record]
@@ -54,6 +55,15 @@ def test_four_shards_of_one_kind_have_their_ratios_and_a_note(make_record: MakeR
     (note,) = (line for line in warnings(shown) if "machines of one kind" in line)
     assert note.startswith("Measured on 4 machines of one kind (aaaaaaaaaaaaaaaa, bbbbbbbbbbbbbbbb")
     assert "ratios between their cases include what tells the machines apart" in note
+
+
+def test_the_lines_of_an_environment_have_the_values_of_all_its_machines(make_record: MakeRecord) -> None:
+    one, other = on(make_record, "a" * 16), on(make_record, "b" * 16, usable_cores=4)
+    lines = dict(environment_lines([one, other]))
+    assert lines["machine id"] == f"{'a' * 16} / {'b' * 16}"
+    assert lines["cores"] == "2 usable of 2 / 4 usable of 2"
+    assert lines["CPU"] == "AMD EPYC"
+    assert dict(environment_lines([one]))["machine id"] == "a" * 16
 
 
 def test_one_machine_has_no_note_however_often_it_was_started(make_record: MakeRecord) -> None:

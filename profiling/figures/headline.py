@@ -101,6 +101,8 @@ def _doubts(small: Row, large: Row, interval: Interval | None) -> tuple[str, ...
         found.append(f"{counted(samples, 'sample')} of a time; {FEWEST} at least tell a spread")
     if any(is_unsteady(record.wall_ms) for record in records):
         found.append("a time is unsteady")
+    if small.record.environment.machine_id != large.record.environment.machine_id:
+        found.append("measured on two machines of one kind")
     if flagged := marks(*records):
         found.append(f"not the times of a free GPU ({flagged})")
     if any(map(is_busy, records)):

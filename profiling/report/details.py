@@ -86,8 +86,16 @@ def lines_grid(shown: Overview) -> Grid:
     return grid if any(row[-1] != MISSING for row in rows) else grid.without_last()
 
 
-def environment_lines(environment: Environment) -> list[tuple[str, str]]:
-    """Name and value of what is known of an environment."""
+def environment_lines(environments: Iterable[Environment]) -> list[tuple[str, str]]:
+    """Name and value of what is known of environments of one kind; of several machines each value once."""
+    values: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for name, value in _of_one(environment):
+            values.setdefault(name, {})[value] = None
+    return [(name, " / ".join(of)) for name, of in values.items()]
+
+
+def _of_one(environment: Environment) -> list[tuple[str, str]]:
     gpu = environment.gpu
     lines: list[tuple[str, object]] = [
         ("CPU", environment.cpu),

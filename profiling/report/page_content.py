@@ -135,7 +135,7 @@ def _environments(shown: Overview) -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         (
             text.joined((f"Environment {environment_name(index)}", _machine(environment), commit(environment))),
-            details.environment_lines(environment) + details.device_lines(records.get(index, ())),
+            details.environment_lines(shown.measured_in[index]) + details.device_lines(records.get(index, ())),
         )
         for index, environment in enumerate(shown.environments)
     ]
