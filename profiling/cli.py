@@ -14,8 +14,10 @@ from .commands.claims_command import claims
 from .commands.compare_command import compare
 from .commands.compile_command import compile_ahead
 from .commands.env_command import env
+from .commands.export_command import export
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
+from .commands.merge_command import merge
 from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
@@ -68,6 +70,8 @@ app.command()(report)
 app.command()(claims)
 app.command()(plan)
 app.command()(compare)
+app.command()(export)
+app.command()(merge)
 app.command()(trace)
 app.command()(env)
 app.command()(inspect)

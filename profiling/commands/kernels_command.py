@@ -27,6 +27,7 @@ from .shared import (
     alone_on_gpu,
     exit_by,
     list_option,
+    print_json,
     seconds_option,
     stop,
     tell,
@@ -67,6 +68,7 @@ def kernels(
     out: Annotated[
         Path | None, typer.Option(help="Where the folder of records goes; runs unless told.", show_default=False)
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +100,13 @@ def kernels(
     from ..kernel_bench.run import BenchChoices
     from ..kernel_bench.selection import SIZES, VAE
 
+    if schema:
+        if lists or seed is not None or out is not None or resume is not None or device is not None:
+            raise CaseError("--schema prints the schema and measures nothing: give it alone")
+        from ..kernel_bench.kernel_records import kernel_schema
+
+        print_json(kernel_schema())
+        return
     given = {name: split_values(lists.get(name, ())) for name in LISTS}
     for name in lists:
         if not given[name]:

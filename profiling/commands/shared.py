@@ -95,17 +95,21 @@ def seconds_option(text: str) -> Any:
 
 
 def given_records(paths: Sequence[Path] | None) -> tuple[list[Record], bool]:
-    """The records of those sets, or of the latest run, and whether each line of their files is one.
+    """The trajectories of those sets, or of the latest run, and whether each line of their files is a record.
 
     Lines that are none are named on stderr. Raises RunError where there are no records.
     """
+    from ..measure.folders import RunError
+    from ..record_files import gather
     from ..report.reporting import tell_aside
-    from ..trajectory.record_sets import read_sets
     from ..trajectory.runs import find_run
 
-    records, aside = read_sets(paths or [find_run(DEFAULT_OUT, "latest")])
-    tell_aside(aside)
-    return records, not aside.in_file
+    paths = paths or [find_run(DEFAULT_OUT, "latest")]
+    found = gather(paths)
+    if not found.trajectories:
+        raise RunError(f"{paths[0]}: no record of a trajectory in it; give records of ldmperf profile")
+    tell_aside(found.aside)
+    return list(found.trajectories), not found.aside.in_file
 
 
 def tell(line: str, style: str = "") -> None:

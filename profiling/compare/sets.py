@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 from ..figures.derived import best_record, network_names
 from ..figures.phrases import Conditions
 from ..figures.text import joined
-from ..kernel_bench import KERNELS_NAME
 from ..measure.conditions import commit
 from ..measure.environment import Environment
-from ..measure.folders import RunError, holds
+from ..measure.folders import RunError
+from ..record_files import AnyRecord, gather_files
+from ..static.inspection_records import InspectionRecord
+from ..static.inspection_table import launch_names
 from ..trajectory.case import Case
-from ..trajectory.record_sets import readable
-from ..trajectory.records import RECORDS_NAME, Record, read_records
+from ..trajectory.records import Record
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord
 
 # What the commit decides: it is what two sides may differ in.
-_OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
-_GIVE = "give a run's folder, a folder of such, or a file of records"
+OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MeasuredRun:
 
     id: str
     started_at: datetime
-    records: Mapping[str, Record | KernelRecord]
+    records: Mapping[str, AnyRecord]
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class RecordSet:
     def keys(self) -> list[str]:
         return list(dict.fromkeys(key for run in self.runs for key in run.records))
 
-    def of(self, key: str) -> list[Record | KernelRecord]:
+    def of(self, key: str) -> list[AnyRecord]:
         """The records of a case, one for each run that has it."""
         return [run.records[key] for run in self.runs if key in run.records]
 
     @property
-    def all_records(self) -> list[Record | KernelRecord]:
+    def all_records(self) -> list[AnyRecord]:
         return [record for run in self.runs for record in run.records.values()]
 
     @property
@@ -66,60 +66,52 @@ def read_set(path: Path) -> RecordSet:
 
     A case that a run measured twice counts once, as in a report. Raises RunError where there are no records.
     """
-    found: dict[str, list[Record | KernelRecord]] = {}
-    aside = 0
-    for file in _files(path):
-        records, no_records = _read(file)
-        aside += no_records
-        for record in records:
+    found: dict[str, list[AnyRecord]] = {}
+    files = gather_files([path])
+    for file, part in files.items():
+        for record in part.records:
             # Version 1 has no run_id: its file is the run.
-            found.setdefault(record.run_id or str(file), []).append(record)
-    if not found:
-        raise RunError(f"{path} has no record in it; measure with: ldmperf profile")
+            found.setdefault(record.run_id or file, []).append(record)
+    aside = sum(part.aside.in_file for part in files.values())
+    return RecordSet(path, _runs(found), aside)
+
+
+def set_of(records: Iterable[AnyRecord], path: Path) -> RecordSet:
+    """The same of records that were read already, under a name; those without a run_id count as one run."""
+    found: dict[str, list[AnyRecord]] = {}
+    for record in records:
+        found.setdefault(record.run_id or "", []).append(record)
+    return RecordSet(path, _runs(found))
+
+
+def _runs(found: Mapping[str, Sequence[AnyRecord]]) -> tuple[MeasuredRun, ...]:
+    """The runs of records by their names, in the order of their start."""
     runs = (
         MeasuredRun(name, min(record.started_at for record in records), _one_of_each(records))
         for name, records in found.items()
     )
-    return RecordSet(path, tuple(sorted(runs, key=lambda run: run.started_at)), aside)
+    return tuple(sorted(runs, key=lambda run: run.started_at))
 
 
-def _files(path: Path) -> list[Path]:
-    """The files of records at a path: itself, in it, or in the folders in it."""
-    try:
-        if not path.is_dir():
-            return [path]
-        # A folder of runs, or one of rounds with a folder of runs each.
-        folders = [path, *sorted(inner for depth in ("*", "*/*") for inner in path.glob(depth) if inner.is_dir())]
-    except OSError as failure:
-        raise RunError(f"{path} cannot be read ({failure.strerror}); {_GIVE}") from None
-    names = (RECORDS_NAME, KERNELS_NAME)
-    files = [folder / name for folder in folders for name in names if holds(folder, name)]
-    if not files:
-        raise RunError(f"{path} is a folder without records; {_GIVE}")
-    return files
+def machine_kind(environment: Environment) -> tuple[tuple[str, object], ...]:
+    """What two records of different commits must share to be compared: the machine's kind, versions, settings."""
+    return tuple(item for item in environment.kind if item[0] not in OF_THE_COMMIT)
 
 
-def _read(path: Path) -> tuple[list[Record | KernelRecord], int]:
-    """The records of both kinds in a file, and how many lines are neither."""
-    records, aside = readable(path, read_records, _GIVE)
-    if not aside.in_file:
-        return list(records), 0
-    # Loads torch, which a trajectory's records do not need.
-    from ..kernel_bench.kernel_records import read_kernels
-
-    kernels = readable(path, read_kernels, _GIVE)[0]
-    return [*records, *kernels], aside.in_file - len(kernels)
-
-
-def _one_of_each(records: Sequence[Record | KernelRecord]) -> dict[str, Record | KernelRecord]:
-    by_key: dict[str, list[Record | KernelRecord]] = {}
+def _one_of_each(records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
+    by_key: dict[str, list[AnyRecord]] = {}
     for record in records:
         by_key.setdefault(record.case_key, []).append(record)
-    chosen: dict[str, Record | KernelRecord] = {}
+    chosen: dict[str, AnyRecord] = {}
     for key, of_case in by_key.items():
         trajectories = [record for record in of_case if isinstance(record, Record)]
         chosen[key] = best_record(trajectories) if trajectories else of_case[-1]
     return chosen
+
+
+def measured(records: Iterable[AnyRecord]) -> list[Record | KernelRecord]:
+    """Those that a machine's state counts for: an inspection has no times, and is the same on every machine."""
+    return [record for record in records if not isinstance(record, InspectionRecord)]
 
 
 def in_turn(a: RecordSet, b: RecordSet) -> bool:
@@ -143,15 +135,30 @@ def differences(a: RecordSet, b: RecordSet) -> list[str]:
             found.append(f"{name} was measured with uncommitted changes")
         if len(side.commits) > 1:
             found.append(f"{name} has records of several commits ({', '.join(side.commits[:3])})")
+    turns = [{_in_turns(record) for record in measured(side.all_records)} for side in (a, b)]
+    if len(turns[0] | turns[1]) > 1:
+        found.append("samples of some were taken in turn with another side, of others not (in_turns)")
     for key in dict.fromkeys([*a.keys, *b.keys]):
-        environments = list(dict.fromkeys(record.environment for side in (a, b) for record in side.of(key)))
+        records = [record for side in (a, b) for record in side.of(key)]
+        differ = _of_the_machine if measured(records) else _of_the_compiler
+        environments = list(dict.fromkeys(record.environment for record in records))
         for other in environments[1:]:
-            found += _of_the_machine(environments[0], other)
+            found += differ(environments[0], other)
     return list(dict.fromkeys(found))
 
 
+def _in_turns(record: Record | KernelRecord) -> bool:
+    return record.harness.in_turns if isinstance(record, Record) else record.in_turns
+
+
 def _of_the_machine(first: Environment, other: Environment) -> list[str]:
-    return [line for line in first.differences(other) if line.partition(":")[0] not in _OF_THE_COMMIT]
+    return [line for line in first.differences(other) if line.partition(":")[0] not in OF_THE_COMMIT]
+
+
+def _of_the_compiler(first: Environment, other: Environment) -> list[str]:
+    """What makes other code of the same kernel; older baselines do not say with which ptxas."""
+    pairs = {"triton": (first.triton, other.triton), "ptxas": (first.ptxas, other.ptxas)}
+    return [f"{name}: {a}, {b}" for name, (a, b) in pairs.items() if a and b and a != b]
 
 
 def check_comparable(a: RecordSet, b: RecordSet, force: bool) -> list[str]:
@@ -182,7 +189,7 @@ class _Place:
     environment: int = 0
 
 
-def names_of(records: Sequence[Record | KernelRecord]) -> tuple[tuple[str, ...], dict[str, str]]:
+def names_of(records: Sequence[AnyRecord]) -> tuple[tuple[str, ...], dict[str, str]]:
     """The conditions that all trajectories share, in words, and for each case what sets it apart, by its key."""
     trajectories = [record for record in records if isinstance(record, Record)]
     places = [_Place(record.case) for record in trajectories]
@@ -195,6 +202,7 @@ def names_of(records: Sequence[Record | KernelRecord]) -> tuple[tuple[str, ...],
         for record in trajectories
     }
     for record in records:
-        if not isinstance(record, Record):
+        if not isinstance(record, Record | InspectionRecord):
             names[record.case_key] = f"{record.case.operator} {record.case.label} {record.peer} {record.mode}"
+    names |= launch_names([record for record in records if isinstance(record, InspectionRecord)])
     return conditions.shared, names

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -14,9 +19,12 @@ from pydantic import BaseModel, ValidationError
 from ..terminal.visible import visible
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 _LONGEST_REASON = 300
 # The lines set aside that are kept to be named; the others are counted.
 MOST_NAMED = 20
+# What a lock raises where the file system has none, as some network file systems.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,16 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], Aside]:
     that a `Store` moved beside the file are among them, and say so by their path. Raises OSError when it cannot be
     read.
     """
-    records: list[M] = []
+    return read_parsed(path, lambda line: parsed(line, model))
+
+
+def read_parsed(path: Path, parse: Callable[[bytes], T | str]) -> tuple[list[T], Aside]:
+    """As `read_lines`, by a function that makes a record of a line, or says in one line why there is none."""
+    records: list[T] = []
     aside = Aside()
     with path.open("rb") as file:
         for number, line in _lines(file):
-            record = parsed(line, model)
+            record = parse(line)
             if isinstance(record, str):
                 aside.add(path, number, record)
             else:
@@ -79,7 +92,7 @@ def read_lines(path: Path, model: type[M]) -> tuple[list[M], Aside]:
         whole = f"a whole record; append it to {path.name} to have it back"
         with moved.open("rb") as file:
             for number, line in _lines(file):
-                record = parsed(line, model)
+                record = parse(line)
                 aside.add(moved, number, record if isinstance(record, str) else whole)
     return records, aside
 
@@ -92,30 +105,40 @@ def rejected_path(path: Path) -> Path:
 class Store(Generic[M]):
     """Appends records to a file, each on disk before `append` returns.
 
-    Opening an existing file first moves what is no whole record to a file beside it, so that nothing is ever glued
-    to a torn last line. Raises OSError where the folder cannot be written.
+    Several processes may open and append to one file: each waits until no other one is at it (`flock`). Only where
+    the file system has no locks nobody waits. Opening an existing file first moves what is no whole record to a
+    file beside it. Raises OSError where the folder cannot be written.
     """
 
     def __init__(self, path: Path, model: type[M]) -> None:
         self.path = path
         self.model = model
-        if path.exists():
-            self._set_aside()
-        else:
-            _write_durably(path, b"", "xb")
-            _sync_folder(path.parent)
+        with _held(path) as file:
+            self._set_aside(file.readall())
+        _sync_folder(path.parent)
 
     def append(self, *records: M) -> None:
-        """Writes the records in one go, flushed through to the disk."""
-        lines = "".join(record.model_dump_json() + "\n" for record in records)
-        _write_durably(self.path, lines.encode(), "ab")
+        """Writes the records in one go, flushed through to the disk; none of them where it raises OSError.
+
+        A last line that was torn since the file was opened is ended first, so that no record is glued to it.
+        """
+        lines = "".join(record.model_dump_json() + "\n" for record in records).encode()
+        with _held(self.path) as file:
+            size = file.seek(0, os.SEEK_END)
+            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            try:
+                _write_all(file, b"\n" * torn + lines)
+            except OSError:
+                # A full disk took a part.
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def load(self) -> list[M]:
         """The records on disk."""
         return load_lines(self.path, self.model)[0]
 
-    def _set_aside(self) -> None:
-        content = self.path.read_bytes()
+    def _set_aside(self, content: bytes) -> None:
         kept: list[bytes] = []
         rejected: list[bytes] = []
         for _, line in _lines(content.split(b"\n")):
@@ -123,8 +146,33 @@ class Store(Generic[M]):
         if b"".join(kept) == content:
             return
         # First keep the rejected lines, then drop them from the file: a crash between the two counts them twice.
-        _write_durably(rejected_path(self.path), b"".join(rejected), "ab")
+        if rejected:
+            _write_durably(rejected_path(self.path), b"".join(rejected), "ab")
         write_whole(self.path, b"".join(kept))
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[FileIO]:
+    """The file at its beginning, to read and to append to, made if need be; no other process has it meanwhile."""
+    while True:
+        with path.open("a+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as failure:
+                if failure.errno not in NO_LOCKS:
+                    raise
+            # Whoever held it may have put another file in its place.
+            if _is_at(file, path):
+                file.seek(0)
+                yield file
+                return
+
+
+def _is_at(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -140,8 +188,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _lines(content: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, by their numbers from 1 on."""
-    return ((n, line) for n, line in enumerate(content, 1) if line.strip())
+    """The lines that are not blank, by their numbers from 1 on, without the mark that some editors add."""
+    unmarked = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(content, 1))
+    return ((n, line) for n, line in unmarked if line.strip())
 
 
 def parsed(line: bytes, model: type[M]) -> M | str:
@@ -174,11 +223,17 @@ def _reason(line: bytes, error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{said}{others}"
 
 
-def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb", "xb"]) -> None:
-    with path.open(mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb"]) -> None:
+    with path.open(mode, buffering=0) as file:
+        _write_all(file, content)
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Writes through to the disk. Unbuffered, as what a full disk refused must not be written at closing."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from ..options import (
     CaseError,
     DType,
     best_device,
+    device_elsewhere,
     device_named,
     dtype_named,
     known_name,
@@ -219,24 +220,32 @@ OPTIONS: Mapping[str, CaseOption] = {
     ),
 }
 
+# The same where another machine measures.
+OPTIONS_ELSEWHERE: Mapping[str, CaseOption] = {
+    **OPTIONS,
+    "device": replace(OPTIONS["device"], read=lambda _, text: device_elsewhere(text)),
+}
+
 # What the command's options say, by name, as typed: values may be comma separated, and none leaves the preset's.
 Choices = dict[str, Sequence[str]]
 
 
-def select_cases(preset: str, choices: Choices) -> list[Case]:
+def select_cases(preset: str, choices: Choices, options: Mapping[str, CaseOption] = OPTIONS) -> list[Case]:
     """The cases of `chosen_sweeps`, each once."""
     # dict.fromkeys: a preset's second sweep may repeat cases of the first once its lists are replaced.
-    return list(dict.fromkeys(case for sweep in chosen_sweeps(preset, choices) for case in sweep.cases()))
+    return list(dict.fromkeys(case for sweep in chosen_sweeps(preset, choices, options) for case in sweep.cases()))
 
 
-def chosen_sweeps(preset: str, choices: Choices) -> list[Combinations]:
-    """The preset's sweeps with their lists replaced by those chosen.
+def chosen_sweeps(
+    preset: str, choices: Choices, options: Mapping[str, CaseOption] = OPTIONS
+) -> list[Combinations]:
+    """The preset's sweeps with their lists replaced by those chosen, as the options read them.
 
     Raises CaseError for an unknown name, a number out of range, a checkpoint or device that is not there.
     """
     given: dict[str, Any] = {}
     for name, values in choices.items():
-        option = OPTIONS[name]
+        option = options[name]
         if values and not split_values(values):
             raise CaseError(f"--{name}: no value given; leave the option out to take the preset's")
         if values:

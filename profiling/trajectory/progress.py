@@ -136,15 +136,8 @@ class ProgressLines(Listener):
     def begin(self, cases: Sequence[Case]) -> None:
         self._number += 1
         self._in_flight = list(cases)
-        case = cases[0]
-        backends = ", ".join(c.backend for c in cases)
-        sizes = f"latent {case.latent_height}x{case.latent_width}, {counted(case.context_tokens, 'token')}"
-        self._write(
-            f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} "
-            f"{counted(case.steps, 'step')}, batch {case.batch}, guidance {case.guidance_scale:g}, "
-            f"{sizes}, seed {case.seed}, {case.dtype} on {case.device}: {backends}"
-        )
-        self._update(f"{self._number}/{self._total} {case.label}")
+        self._write(f"[{self._number}/{self._total}] {heading(cases)}")
+        self._update(f"{self._number}/{self._total} {cases[0].label}")
 
     def ran(self, case: Case, phase: str) -> None:
         self._remaining.ran(case)
@@ -184,6 +177,17 @@ class ProgressLines(Listener):
                 completed=self._remaining.fraction,
                 left=readable(self._remaining.seconds),
             )
+
+
+def heading(cases: Sequence[Case]) -> str:
+    """One line: what a group measures, and its backends."""
+    case = cases[0]
+    backends = ", ".join(c.backend for c in cases)
+    sizes = f"latent {case.latent_height}x{case.latent_width}, {counted(case.context_tokens, 'token')}"
+    return (
+        f"{case.label} {case.task} {case.sampler} {counted(case.steps, 'step')}, batch {case.batch}, "
+        f"guidance {case.guidance_scale:g}, {sizes}, seed {case.seed}, {case.dtype} on {case.device}: {backends}"
+    )
 
 
 def summary(record: Record) -> str:
