@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,8 +136,8 @@ class Store(Generic[M]):
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file's content at once: who reads it, or a crash, meets the old or the new, never a part."""
-    # No two processes share it.
-    replacement = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No two processes share it, on whatever machines: ids of processes are alike there.
+    replacement = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         _write_durably(replacement, content, "wb")
         replacement.replace(path)
