@@ -34,8 +34,8 @@ def shard_named(text: str) -> Shard:
 def slurm_shard(variables: Mapping[str, str]) -> Shard | None:
     """The shard of a task of a Slurm array, by its place in the array; None outside an array.
 
-    A side of a comparison measures all of its cases, wherever it runs. Raises CaseError where the array's numbers do
-    not say the place, as in --array=1,2,7.
+    A side of a comparison measures all of its cases, wherever it runs. Raises CaseError where the array's numbers
+    do not say the place, as in --array=1,2,7.
     """
     task = variables.get(_TASK)
     if not task or TURNS_VARIABLE in variables:
