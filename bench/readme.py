@@ -16,6 +16,7 @@ from ldmperf.profiling.claims import judge
 from ldmperf.profiling.claims.summary import shared_by_all, summaries
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.figures.derived import PEER, Overview, Row, Section
+from ldmperf.profiling.figures.headline import headline
 from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined, short_ratio
 from ldmperf.profiling.measure.conditions import commit
@@ -27,41 +28,42 @@ from ldmperf.profiling.terminal.visible import for_markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/results.md", "docs/comparing.md")
-OURS = "torch"
 
 
 def finding(shown: Overview) -> str:
-    """The finding in words, and at most four rows: the step count at which most sizes were measured on both."""
-    section = max(shown.sections, key=lambda of: len(_both(of)))
-    sizes = _both(section)
+    """The headline, and at most four rows of its section: sizes that our backend and diffusers both have."""
+    told = headline(shown)
+    if told is None:
+        raise SystemExit("no two sizes were measured under the same conditions")
+    sizes = _both(told.section, told.small.case.backend)
     (small, of_peer), (large, _) = sizes[0], sizes[-1]
     saves = "less" if small.cost and small.cost.p50 > (small.paper_cost or 0) else "more"
     words = (
-        f"**A small network saves {saves} time than FLOPs promise.** A sampling step of the {small.name} network "
-        f"takes {_cost(small)} of the time of the {large.name} network ({PEER}: {_cost(of_peer)}). The paper's "
-        f"cost, which counts FLOPs, says {short_ratio(small.paper_cost)}."
+        f"**A small network saves {saves} time than FLOPs promise: {told.sentence}.** These are times of a "
+        f"sampling step ({PEER}: {_cost(of_peer)}) and the paper's cost, which counts FLOPs."
     )
     heads = ("GFLOP", "ms per step: ours", PEER, f"time relative to {large.name}: ours", PEER, "cost in the paper")
     lines = [f"| size | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for ours, peer in (sizes[i] for i in sorted({round(part * (len(sizes) - 1) / 3) for part in range(4)})):
-        times = (number(row.record.ms_per_step) for row in (ours, peer))
-        shares = (_cost(ours), _cost(peer), short_ratio(ours.paper_cost))
-        cells = (ours.name, formatted(ours.record.gflop_per_forward, ".1f"), *times, *shares)
+    for row, peer in (sizes[i] for i in sorted({round(part * (len(sizes) - 1) / 3) for part in range(4)})):
+        times = (number(one.record.ms_per_step) for one in (row, peer))
+        shares = (_cost(row), _cost(peer), short_ratio(row.paper_cost))
+        cells = (row.name, formatted(row.record.gflop_per_forward, ".1f"), *times, *shares)
         lines.append(f"| {' | '.join(cells)} |")
-    faster = [row.times_faster for row in shown.rows if row.case.backend == OURS and row.times_faster]
+    ours = told.small.case.backend
+    faster = [row.times_faster for row in shown.rows if row.case.backend == ours and row.times_faster]
     below = (
-        f"**Measured**: {joined((*shown.conditions.shared, shown.conditions.heading(section)))}; medians. "
+        f"**Measured**: {joined((*shown.conditions.shared, shown.conditions.heading(told.section)))}; medians. "
         "On a CPU our code uses torch's operators: "
         f"{short_ratio(min(faster))}x to {short_ratio(max(faster))}x the speed of {PEER}."
     )
     return "\n".join([textwrap.fill(words, 125), "", *lines, "", textwrap.fill(below, 125)])
 
 
-def _both(section: Section) -> list[tuple[Row, Row]]:
-    """The rows of ours and of diffusers for each size that both have a time for, the smallest first."""
+def _both(section: Section, ours: str) -> list[tuple[Row, Row]]:
+    """The rows of our backend and of diffusers for each size that both have a time for, the smallest first."""
     rows = {(row.case.backend, row.name): row for row in section.rows if row.cost is not None}
     return [
-        (rows[OURS, name], rows[PEER, name]) for backend, name in rows if backend == OURS and (PEER, name) in rows
+        (rows[ours, name], rows[PEER, name]) for backend, name in rows if backend == ours and (PEER, name) in rows
     ]
 
 

@@ -1,4 +1,4 @@
-"""Writes bench/static/triton-<version>.json: what the installed triton makes of the kernels.
+"""Writes bench/static/triton-<version>.jsonl: what the installed triton makes of the kernels.
 
 `make static-baseline` runs it; no GPU is needed. With --every it writes nothing and checks every launch of the
 family instead, and attention at every head dimension: all sizes, model batches 2 and 16, three dtypes, three
@@ -13,15 +13,17 @@ from collections import Counter
 from pathlib import Path
 
 from ldmperf.model import FAMILY
+from ldmperf.profiling.compare.code_gate import regressions
 from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.measure.recorded import utc_now
 from ldmperf.profiling.static.baseline import (
     checked,
     entries,
     every_attention,
     read_baseline,
-    regressions,
     write_baseline,
 )
+from ldmperf.profiling.static.inspection_records import compiler_environment
 from ldmperf.profiling.static.sweep import Selection, inspect_items, select
 from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
@@ -40,7 +42,7 @@ def main() -> int:
     if options.every:
         dtypes = tuple(options.dtype or ("bfloat16", "float16", "float32"))
         return check_every(dtypes, tuple(options.arch or MACHINES), options.processes)
-    found = entries(inspect_items(checked(), options.processes))
+    found = entries(inspect_items(checked(), options.processes), compiler_environment(), utc_now())
     before = read_baseline(FOLDER, triton.__version__)
     prepare_streams()
     out = console()

@@ -14,6 +14,7 @@ from .commands.claims_command import claims
 from .commands.compare_command import compare
 from .commands.compile_command import compile_ahead
 from .commands.env_command import env
+from .commands.export_command import export
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
 from .commands.merge_command import merge
@@ -69,6 +70,7 @@ app.command()(report)
 app.command()(claims)
 app.command()(plan)
 app.command()(compare)
+app.command()(export)
 app.command()(merge)
 app.command()(trace)
 app.command()(env)

@@ -63,7 +63,7 @@ def gather(paths: Sequence[Path]) -> Gathered:
     A file that is named twice, or found twice, counts once. Changes nothing on disk. Raises RunError for a path
     that cannot be read or has no record.
     """
-    return _joined(gather_files(paths).values())
+    return joined_files(gather_files(paths).values())
 
 
 def gather_files(paths: Sequence[Path]) -> dict[str, Gathered]:
@@ -148,7 +148,7 @@ def _latest(records: Iterable[R]) -> tuple[R, ...]:
     return tuple({(record.run_id, record.case_key): record for record in records}.values())
 
 
-def _joined(parts: Iterable[Gathered]) -> Gathered:
+def joined_files(parts: Iterable[Gathered]) -> Gathered:
     """The parts one after the other."""
     parts = tuple(parts)
     aside = Aside()
@@ -164,7 +164,7 @@ def _joined(parts: Iterable[Gathered]) -> Gathered:
 
 def _first_reason(parts: Iterable[Gathered]) -> str:
     """Why there is no record: the first line's reason."""
-    aside = _joined(parts).aside
+    aside = joined_files(parts).aside
     return f"line {aside.first[0].number}: {aside.first[0].reason}" if aside.in_file else "it is empty"
 
 

@@ -18,6 +18,8 @@ from ldmperf.profiling.measure.environment import DeviceState, Environment
 from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.trajectory.records import Harness, Phases
 
+_COMMIT = "7d35813a1b2c3d4e5f60718293a4b5c6d7e8f901"
+
 
 def plausible_record(case: Case | None = None, **changes: Any) -> Record:
     """A record such as a real run writes, with times that follow from the case; `changes` replace its fields.
@@ -55,7 +57,7 @@ def plausible_record(case: Case | None = None, **changes: Any) -> Record:
             ldmperf="0.1.0",
             torch="2.13.0+cpu",
             ptxas="12.8.93",
-            git_commit="7d35813a1b2c3d4e5f60718293a4b5c6d7e8f901",
+            git_commit=_COMMIT,
             git_dirty=False,
         ),
         "harness": Harness(min_count=3, min_seconds=0.0, warmup_count=0, interleaved=("torch", "diffusers")),
@@ -253,6 +255,70 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 def make_record() -> Callable[..., Record]:
     """The function `plausible_record`: make_record(case, status="oom", ...)."""
     return plausible_record
+
+
+def plausible_kernel(rows: int = 6, **changes: Any) -> Any:
+    """A record of GEGLU [rows, 16] such as `ldmperf kernels` writes on a CPU; `changes` replace its fields."""
+    from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
+    from ldmperf.profiling.step.call import OperatorCall, TensorSpec
+
+    x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype="float32")
+    out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype="float32")
+    case = OperatorCall(operator="geglu", dtype="float32", tensors=(x,), results=(out,))
+    named = {"device": "cpu", "peer": "eager", "mode": "eager"} | changes
+    fields: dict[str, Any] = {
+        "run_id": "kernels",
+        "case_key": record_key(case, named["device"], named["peer"], named["mode"]),
+        "size": "39M",
+        "batch": 2,
+        "case": case,
+        "status": "ok",
+        "correctness": Correctness(error_before=0.0, error_after=0.0, tolerance=1e-4, reference="float64"),
+        "ms": Samples.of([0.125]),
+        "clock": "host",
+        "calls_per_sample": 1,
+        "input_sets": 1,
+        "l2": "warm",
+        "environment": Environment(os="Linux", python="3.12", cpu="AMD EPYC", triton="3.7.1", git_commit=_COMMIT),
+        "started_at": datetime(2026, 11, 27, 1, tzinfo=UTC),
+    }
+    return KernelRecord(**(fields | named))
+
+
+def plausible_inspection(tile: int = 64, **changes: Any) -> Any:
+    """A record of one compiled launch such as `ldmperf inspect --out` writes; `changes` replace its fields."""
+    from ldmperf.profiling.static.inspection_records import InspectionRecord, launch_key
+
+    fields: dict[str, Any] = {
+        "run_id": "inspect",
+        "arch": "sm_90",
+        "kernel": "geglu_kernel",
+        "size": "866M",
+        "batch": 2,
+        "dtype": "bfloat16",
+        "constants": (f"BLOCK={tile}",),
+        "num_warps": 4,
+        "status": "ok",
+        "registers": 32,
+        "spills": 0,
+        "shared_bytes": 0,
+        "environment": Environment(os="Linux", python="3.12", triton="3.7.1", git_commit=_COMMIT),
+        "started_at": datetime(2026, 11, 27, 1, tzinfo=UTC),
+    } | changes
+    key = launch_key(InspectionRecord.model_construct(**fields))
+    return InspectionRecord(**({"case_key": key} | fields))
+
+
+@pytest.fixture
+def make_kernel() -> Callable[..., Any]:
+    """The function `plausible_kernel`: make_kernel(rows, peer="triton", ...)."""
+    return plausible_kernel
+
+
+@pytest.fixture
+def make_inspection() -> Callable[..., Any]:
+    """The function `plausible_inspection`: make_inspection(tile, registers=64, ...)."""
+    return plausible_inspection
 
 
 @pytest.fixture

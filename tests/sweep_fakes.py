@@ -146,10 +146,24 @@ def fakes() -> Mapping[Task, Subject]:
     return {"t2i": FakeSubject()}
 
 
-def on_a_gpu() -> Mapping[Task, Subject]:
-    """The same, on a GPU with this UUID."""
-    gpu_lock.gpu_uuid = lambda device: os.environ["FAKE_GPU"]
-    return fakes()
+@dataclass(frozen=True)
+class OnAGpu:
+    """`fakes`, in a process that sees one GPU with this UUID."""
+
+    uuid: str
+    locks: Path
+
+    def __call__(self) -> Mapping[Task, Subject]:
+        return fakes()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.uuid, self.locks)
+
+
+def _arrive(uuid: str, locks: Path) -> OnAGpu:
+    gpu_lock.gpu_uuid = lambda device: uuid
+    gpu_lock.LOCKS = locks
+    return OnAGpu(uuid, locks)
 
 
 def broken() -> Mapping[Task, Subject]:

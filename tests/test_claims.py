@@ -694,3 +694,24 @@ def test_the_interval_of_a_verdict_is_that_of_its_samples(make_record: MakeRecor
     assert verdict.judged is not None
     assert verdict.judged.interval.low == pytest.approx(expected.low)
     assert verdict.judged.interval.high == pytest.approx(expected.high)
+
+
+# What is against the times themselves
+
+
+def test_a_verdict_says_where_its_own_times_are_no_good(make_record: MakeRecord) -> None:
+    good = family(make_record, as_the_paper_says)
+    assert "; " not in only(good, "cost-proportional").sentence.partition("up to 1.10 holds")[2]
+    busy = {"device_before": DeviceState(load_average_1min=9.0)}
+    records = [
+        *good[:8],
+        timed(make_record, 20 * as_the_paper_says(SIZES[8]), SIZES[8], spread=0.4),
+        *(timed(make_record, 20 * as_the_paper_says(size), size, changes=busy) for size in SIZES[9:]),
+    ]
+    sentence = only(records, "cost-proportional").sentence
+    assert sentence.endswith("; 1 of its 11 times is unsteady; 2 of its 11 times were measured on a busy machine")
+    # Times of other conditions are none of its business.
+    others = family(make_record, as_the_paper_says, steps=4, changes=busy)
+    by_steps = {v.conditions["steps"]: v.sentence for v in verdicts([*good, *others], "cost-proportional")}
+    assert "busy" not in by_steps["20 steps"]
+    assert "; 11 of its 11 times were measured on a busy machine" in by_steps["4 steps"]

@@ -115,7 +115,7 @@ def test_a_report_ends_with_the_verdicts_and_its_page_opens_with_them(
     page = (tmp_path / "page" / "report.html").read_text()
     main = page[page.index("<main>") :]
     assert main.index("<h2") == main.index('<h2 id="verdicts">')
-    assert "<strong>cost of sampling = normalized cost x steps</strong>: holds: a step of the " in main
+    assert "<strong>cost of sampling = normalized cost x steps</strong><p>A step of the " in main
     assert "Timing alone does not judge small-wins-at-budget, large-wins-relaxed" in main
     assert title == "What these records say of the paper's claims"
 

@@ -263,6 +263,33 @@ def written(folder: Path, *records: Record) -> Path:
     return folder
 
 
+def test_what_was_sampled_in_turn_with_another_side_is_not_alone(
+    make_record: MakeRecord, make_kernel: Callable[..., Any], make_inspection: Callable[..., Any]
+) -> None:
+    alone = make_record()
+    in_turns = alone.model_copy(update={"harness": alone.harness.model_copy(update={"in_turns": True})})
+    pairs = [(alone, in_turns), (make_kernel(), make_kernel(in_turns=True))]
+    for one, other in pairs:
+        assert differences(side([[one]]), side([[one]], "b")) == []
+        assert differences(side([[other]]), side([[other]], "b")) == []
+        (why,) = differences(side([[one]]), side([[other]], "b"))
+        assert "in turn with another side" in why
+    # The compiler has no turns.
+    compiled = make_inspection()
+    assert differences(side([[compiled]]), side([[compiled]], "b")) == []
+
+
+def test_of_compiled_launches_the_compiler_counts_and_not_the_machine(make_inspection: Callable[..., Any]) -> None:
+    compiled = make_inspection()
+    elsewhere = Environment(
+        os="Windows", python="3.13", cpu="Intel", triton="3.7.1", ptxas="12.8", git_commit="b" * 40
+    )
+    other = make_inspection(environment=elsewhere)
+    assert differences(side([[compiled]]), side([[other]], "b")) == []
+    newer = make_inspection(environment=elsewhere.model_copy(update={"triton": "3.9.0", "ptxas": "12.9"}))
+    assert differences(side([[other]]), side([[newer]], "b")) == ["triton: 3.7.1, 3.9.0", "ptxas: 12.8, 12.9"]
+
+
 def test_a_set_is_a_file_a_run_or_a_folder_of_runs(make_record: MakeRecord, tmp_path: Path) -> None:
     records = [
         make_record(CASES[0], run_id=name, started_at=START + timedelta(minutes=n)) for n, name in enumerate("xyz")
@@ -422,3 +449,40 @@ def test_kernels_are_compared_by_their_keys(run: Run, tmp_path: Path) -> None:
     assert told.code == 1
     assert told.out.count(" SLOWER") == len(lines) + 1 + told.out.count("FASTER, SLOWER")
     assert "geglu" in told.out
+
+
+def test_records_of_all_kinds_in_one_file_are_compared_each_by_its_figures(
+    run: Run,
+    make_record: MakeRecord,
+    make_kernel: Callable[..., Any],
+    make_inspection: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    def written_to(name: str, registers: int) -> Path:
+        records = (
+            make_record(CASES[0], run_id=name),
+            make_kernel(run_id=name, ms=Samples.of([0.125] * 6)),
+            make_inspection(run_id=name, registers=registers, environment=make_record().environment),
+        )
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(record.model_dump_json() + "\n" for record in records))
+        return path
+
+    a, b = written_to("a", 32), written_to("b", 40)
+    found = compare_sets(read_set(a), read_set(b), metrics_named([]), VerdictRule())
+    assert {(change.metric.name, change.verdict) for change in found.changes if change.contrast is not None} >= {
+        ("registers", "MORE"),
+        ("spills", SAME),
+        ("ms", AMBIGUOUS),
+    }
+    assert {change.metric.name for change in found.changes} == {
+        "wall_ms",
+        "ms",
+        "registers",
+        "spills",
+        "shared_bytes",
+    }
+    (name,) = {change.name for change in found.changes if change.metric.name == "registers"}
+    assert name == "sm_90 geglu_kernel 866M batch=2 bfloat16 BLOCK=64 warps=4"
+    assert run("compare", a, b, "--force", "--fail-over", "registers:25%").code == 1
+    assert run("compare", a, b, "--force", "--fail-over", "registers:26%").code == 0

@@ -150,3 +150,12 @@ def test_neither_the_order_of_samples_nor_the_unit_matters(order: list[int], see
     found, other = of(a, b, in_turn=True), of(shuffled, [[7.0 * v for v in run] for run in b], in_turn=True)
     assert other.p == pytest.approx(found.p)
     assert other.ratio.high == pytest.approx(found.ratio.high)
+
+
+@given(st.integers(0, 300), st.integers(0, 300), st.integers(1, 3), st.integers(1, 3))
+def test_a_count_may_be_zero(a: int, b: int, runs_a: int, runs_b: int) -> None:
+    """Spills: equal where both have none, infinitely often as many where only B has some."""
+    found = of([[float(a)]] * runs_a, [[float(b)]] * runs_b, counted=True)
+    expected = math.inf if b and not a else 1.0 if a == b else b / a
+    assert (found.basis, found.ratio.low, found.ratio.value, found.ratio.high) == ("exact", *[expected] * 3)
+    assert found.p == float(a == b)

@@ -41,6 +41,7 @@ ALLOWED_TO = {"profiling/sweep/cluster.py": {"ray"}}
 ROOMS = (
     *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static"),
     *("trajectory", "rivals", "kernel_bench", "ahead", "sweep", "record_files", "figures", "claims", "compare"),
+    "export",
     *("report", "commands", "cli"),
 )
 

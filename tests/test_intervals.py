@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ldmperf.profiling.measure.intervals import (
+    _SEED,
+    RESAMPLES,
     Interval,
     each_of,
     extreme_interval,
@@ -126,6 +128,48 @@ def test_shuffled_and_doubled_samples_give_the_same_ratio(over, under, random):
     assert interval.low <= interval.value <= interval.high
     assert min(over) / max(under) <= interval.low * (1 + 1e-9)
     assert interval.high <= max(over) / min(under) * (1 + 1e-9)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(TIMES, min_size=2, max_size=30), st.sampled_from([0.5, 0.95, 0.995]))
+def test_one_group_is_resampled_as_scipy_does(samples, confidence):
+    """Its own bootstrap, from the same random numbers."""
+    if min(samples) == max(samples):
+        return
+    expected = stats.bootstrap(
+        [sorted(samples)],
+        numpy.median,
+        n_resamples=RESAMPLES,
+        confidence_level=confidence,
+        method="percentile",
+        rng=numpy.random.default_rng([_SEED, 0]),
+    ).confidence_interval
+    found = medians_interval([samples], lambda median: median, confidence)
+    assert found.low == pytest.approx(min(expected.low, found.value), rel=1e-12)
+    assert found.high == pytest.approx(max(expected.high, found.value), rel=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(GROUP, GROUP, GROUP)
+def test_groups_are_resampled_independently_each_with_its_own_numbers(first, second, third):
+    """Counted with numpy's median of every resample."""
+    groups = first, second, third
+    medians = [
+        numpy.median(
+            numpy.asarray(sorted(group))[
+                numpy.random.default_rng([_SEED, place]).integers(0, len(group), (RESAMPLES, len(group)))
+            ],
+            axis=1,
+        )
+        for place, group in enumerate(groups)
+    ]
+    ends = numpy.quantile((medians[0] + medians[1]) / medians[2], (0.025, 0.975))
+    found = medians_interval(groups, lambda a, b, c: (a + b) / c)
+    assert found.low == pytest.approx(min(ends[0], found.value), rel=1e-12)
+    assert found.high == pytest.approx(max(ends[1], found.value), rel=1e-12)
+    # Two groups alike are not resampled alike: their ratio varies.
+    alike = [1.0, 2.0, 4.0]
+    assert ratio_interval(alike, alike).low < 1 < ratio_interval(alike, alike).high
 
 
 def test_few_samples_say_what_they_can():

@@ -40,6 +40,7 @@ from ldmperf.profiling.kernel_bench.peers import PEERS, Implementation, Peer
 from ldmperf.profiling.kernel_bench.run import earlier_records, run_jobs
 from ldmperf.profiling.kernel_bench.selection import Job, by_importance, jobs, steps_in_order
 from ldmperf.profiling.kernel_bench.table import markdown, notes, print_records, ratios, summary_lines
+from ldmperf.profiling.measure import turn
 from ldmperf.profiling.measure.environment import Environment, max_sm_clock_mhz
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.nvml import Sensor
@@ -120,6 +121,66 @@ def test_only_a_right_result_gets_a_time() -> None:
     assert later.error_before is not None
     assert later.error_before < 1e-6 < later.error_after  # type: ignore[operator]
     assert records["broken"].message == "TypeError: no"
+
+
+def oom_from(monkeypatch: pytest.MonkeyPatch, name: str, failing: Callable[[int], bool]) -> None:
+    """Lets the calls of a method of CallInputs for which `failing(number)` holds find no memory."""
+    method, numbers = getattr(CallInputs, name), itertools.count()
+
+    def called(inputs: CallInputs) -> Any:
+        if failing(next(numbers)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return method(inputs)
+
+    monkeypatch.setattr(CallInputs, name, called)
+
+
+PEERS_OF_THREE = ("triton", "eager", "compile")
+
+
+@pytest.mark.parametrize("modes", [("eager",), ("eager", "graph")])
+@pytest.mark.parametrize("failures", [0, 1, 2, 3, 9])
+def test_a_last_check_without_memory_fails_no_more_lanes_than_it_has_to(
+    monkeypatch: pytest.MonkeyPatch, failures: int, modes: tuple[Any, ...]
+) -> None:
+    """The reference of the last check finds no memory until so many lanes have given theirs back."""
+    # The first is the reference of the check before timing.
+    oom_from(monkeypatch, "reference", lambda number: 1 <= number <= failures)
+    peers = [peer(name, right) for name in PEERS_OF_THREE]
+    found = bench(*peers, modes=modes).measure(Job("39M", 2, geglu_case()))
+    expected = {0: ("ok", "ok", "ok"), 1: ("ok", "ok", "oom"), 2: ("ok", "oom", "oom")}
+    eager = [record for record in found if record.mode == "eager"]
+    assert [record.peer for record in eager] == list(PEERS_OF_THREE)
+    assert tuple(record.status for record in eager) == expected.get(failures, ("oom", "oom", "oom"))
+    # Of lanes that are left none is judged by an older reference.
+    assert {record.status for record in found if record.mode == "graph"} <= {"unsupported", "oom"}
+
+
+@pytest.mark.parametrize("lane", range(3))
+def test_a_lane_that_finds_no_memory_for_its_last_check_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, lane: int
+) -> None:
+    # Before timing: one for each peer. Then one of the renewed check, then one for each lane.
+    oom_from(monkeypatch, "restore", lambda number: number == 3 + 1 + lane)
+    found = bench(*(peer(name, right) for name in PEERS_OF_THREE)).measure(Job("39M", 2, geglu_case()))
+    assert [record.status for record in found] == ["oom" if place == lane else "ok" for place in range(3)]
+
+
+def test_a_record_says_whether_other_sides_had_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> bool:
+        (record,) = bench(peer("eager", right)).measure(Job("39M", 2, geglu_case()))
+        return record.in_turns
+
+    assert not measured()
+
+    def end() -> None:
+        turn.TURNS.waited += 0.5
+
+    monkeypatch.setattr(turn.TURNS, "end", end)
+    assert measured()
+    monkeypatch.undo()
+    # What was waited for in an earlier call is that call's.
+    assert not measured()
 
 
 def test_the_check_sees_what_a_call_does_not_write() -> None:

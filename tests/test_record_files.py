@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
-from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
-from ldmperf.profiling.measure.environment import Environment
+from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
 from ldmperf.profiling.measure.folders import RunError
-from ldmperf.profiling.measure.recorded import Correctness, RecordModel, Samples
+from ldmperf.profiling.measure.recorded import RecordModel, Samples
 from ldmperf.profiling.record_files import MARKS, NAMES, gather, kind_of
 from ldmperf.profiling.static.inspection_records import InspectionRecord
-from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 
 MakeRecord = Callable[..., Record]
+Line = Callable[..., str]
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted((ROOT / "bench" / "results").glob("*/*.jsonl"))
-WHEN = datetime(2026, 11, 27, 1, tzinfo=UTC)
-HERE = Environment(os="Linux", python="3.12", triton="3.7.1", git_commit="7d35813" + "0" * 33)
 MODELS: dict[str, type[RecordModel]] = {
     "trajectory": Record,
     "kernel": KernelRecord,
@@ -36,51 +32,14 @@ MODELS: dict[str, type[RecordModel]] = {
 }
 
 
-def kernel_line(rows: int = 6, **changes: Any) -> str:
-    x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype="float32")
-    out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype="float32")
-    case = OperatorCall(operator="geglu", dtype="float32", tensors=(x,), results=(out,))
-    fields: dict[str, Any] = {
-        "run_id": "k",
-        "case_key": record_key(case, "cpu", "eager", "eager"),
-        "size": "39M",
-        "batch": 2,
-        "case": case,
-        "peer": "eager",
-        "mode": "eager",
-        "device": "cpu",
-        "status": "ok",
-        "correctness": Correctness(error_before=0.0, error_after=0.0, tolerance=1e-4, reference="float64"),
-        "ms": Samples.of([0.125]),
-        "clock": "host",
-        "calls_per_sample": 1,
-        "input_sets": 1,
-        "l2": "warm",
-        "environment": HERE,
-        "started_at": WHEN,
-    }
-    return KernelRecord(**(fields | changes)).model_dump_json()
+@pytest.fixture
+def kernel_line(make_kernel: Callable[..., Any]) -> Line:
+    return lambda *given, **changes: str(make_kernel(*given, **changes).model_dump_json())
 
 
-def inspection_line(tile: int = 64, **changes: Any) -> str:
-    fields: dict[str, Any] = {
-        "run_id": "i",
-        "case_key": f"geglu_kernel bfloat16 866M batch=2 BLOCK={tile} warps=4 arch=sm_90",
-        "arch": "sm_90",
-        "kernel": "geglu_kernel",
-        "size": "866M",
-        "batch": 2,
-        "dtype": "bfloat16",
-        "constants": (f"BLOCK={tile}",),
-        "num_warps": 4,
-        "status": "ok",
-        "registers": 32,
-        "spills": 0,
-        "shared_bytes": 0,
-        "environment": HERE,
-        "started_at": WHEN,
-    }
-    return InspectionRecord(**(fields | changes)).model_dump_json()
+@pytest.fixture
+def inspection_line(make_inspection: Callable[..., Any]) -> Line:
+    return lambda *given, **changes: str(make_inspection(*given, **changes).model_dump_json())
 
 
 def trajectory_line(make_record: MakeRecord, steps: int = 1, **changes: Any) -> str:
@@ -94,7 +53,9 @@ def test_the_marks_of_a_kind_are_always_written_and_are_of_no_other() -> None:
             assert marks <= fields if kind == other else not marks & fields
 
 
-def test_the_kind_of_every_committed_line(make_record: MakeRecord) -> None:
+def test_the_kind_of_every_committed_line(
+    make_record: MakeRecord, kernel_line: Line, inspection_line: Line
+) -> None:
     assert {kind_of(line) for path in COMMITTED for line in path.read_bytes().splitlines()} == {"trajectory"}
     assert kind_of(kernel_line().encode()) == "kernel"
     assert kind_of(inspection_line().encode()) == "inspection"
@@ -123,7 +84,11 @@ FOREIGN = (
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_mix_of_lines_gives_the_whole_records_in_their_order_and_counts_the_rest(
-    tmp_path_factory: pytest.TempPathFactory, make_record: MakeRecord, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    make_record: MakeRecord,
+    data: st.DataObject,
+    kernel_line: Line,
+    inspection_line: Line,
 ) -> None:
     """Files of one kind or several, lines cut anywhere, foreign and blank lines between them."""
     numbers = st.integers(1, 6)
@@ -178,7 +143,9 @@ def test_any_mix_of_lines_gives_the_whole_records_in_their_order_and_counts_the_
     assert found.aside.in_file == found.aside.count == bad
 
 
-def test_a_line_that_is_no_record_has_the_reason_of_the_kind_it_looks_most_like(tmp_path: Path) -> None:
+def test_a_line_that_is_no_record_has_the_reason_of_the_kind_it_looks_most_like(
+    tmp_path: Path, kernel_line: Line, inspection_line: Line
+) -> None:
     torn = {
         "clock: Input should be": json.loads(kernel_line()) | {"clock": "sun"},
         "num_warps: Input should be": json.loads(inspection_line()) | {"num_warps": 0},
@@ -194,7 +161,7 @@ def test_a_line_that_is_no_record_has_the_reason_of_the_kind_it_looks_most_like(
 
 
 def test_folders_of_folders_are_searched_and_each_file_counts_once(
-    tmp_path: Path, make_record: MakeRecord
+    tmp_path: Path, make_record: MakeRecord, kernel_line: Line, inspection_line: Line
 ) -> None:
     lines = dict(zip(NAMES, (trajectory_line(make_record), kernel_line(), inspection_line()), strict=True))
     for name, line in lines.items():
@@ -219,7 +186,7 @@ def test_lines_that_resuming_moved_away_may_be_named_with_their_file(
         gather([tmp_path / "records.rejected.jsonl"])
 
 
-def test_a_call_measured_in_two_runs_counts_in_both(tmp_path: Path) -> None:
+def test_a_call_measured_in_two_runs_counts_in_both(tmp_path: Path, kernel_line: Line) -> None:
     """Merged files hold several runs; within one the last record of a call counts."""
     path = tmp_path / "merged.jsonl"
     lines = [kernel_line(run_id="a"), kernel_line(run_id="b"), kernel_line(run_id="a", ms=Samples.of([0.5]))]
@@ -232,7 +199,9 @@ def test_a_call_measured_in_two_runs_counts_in_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kinds", ["t", "i", "ti"])
-def test_without_kernels_torch_is_not_loaded(tmp_path: Path, make_record: MakeRecord, kinds: str) -> None:
+def test_without_kernels_torch_is_not_loaded(
+    tmp_path: Path, make_record: MakeRecord, kinds: str, inspection_line: Line
+) -> None:
     lines = {"t": trajectory_line(make_record), "i": inspection_line()}
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines[kind] for kind in kinds))
@@ -265,3 +234,21 @@ def test_the_order_is_that_of_the_paths(tmp_path: Path, make_record: MakeRecord)
         path.write_text(trajectory_line(make_record, steps))
         paths.append(path)
     assert [record.case.steps for record in gather(paths).trajectories] == [int(path.stem) for path in paths]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_kernels_of_every_schema_version_read(tmp_path: Path, kernel_line: Line, version: int) -> None:
+    """The first had no ids; a later one than this ldmperf knows is set aside."""
+    line = json.loads(kernel_line(schema_version=3)) | {"schema_version": version}
+    if version == 1:
+        del line["run_id"], line["case_id"]
+    if version < 3:
+        del line["in_turns"]
+    later = line | {"schema_version": 4}
+    path = tmp_path / "kernels.jsonl"
+    path.write_text(json.dumps(line) + "\n" + json.dumps(later))
+    found = gather([path])
+    (record,) = found.kernels
+    assert (record.schema_version, record.run_id) == (3, None if version == 1 else "kernels")
+    assert record.case_id == json.loads(kernel_line())["case_id"]
+    assert "of schema version 4" in found.aside.first[0].reason

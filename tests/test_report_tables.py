@@ -184,10 +184,11 @@ for name in ("altair", "vl_convert", "jinja2"):
 from pathlib import Path
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.report import ReportUnavailable, markdown_table, print_table, write_report
+from ldmperf.profiling.report.page_input import PageInput
 assert "ldmperf.profiling.report.charts" not in sys.modules and "torch" not in sys.modules
 print(markdown_table(overview([])))
 try:
-    write_report(overview([]), 0, Path("never"))
+    write_report(PageInput(overview([])), Path("never"))
 except ReportUnavailable as missing:
     print(missing)
     assert isinstance(missing, ModuleNotFoundError) and missing.name == "jinja2"

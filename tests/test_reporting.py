@@ -100,7 +100,9 @@ def test_without_scipy_there_is_a_report_without_verdicts(
     run: Run_, make_record: MakeRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "mine.jsonl"
-    path.write_bytes(lines_of(make_record(), make_record(Case(unet="866M", steps=3))))
+    # Enough samples for order statistics, which are scipy's.
+    wall = Samples.of([90.0, 91.0, 92.0, 93.0, 94.0, 95.0, 96.0])
+    path.write_bytes(lines_of(*(make_record(Case(unet=unet), wall_ms=wall) for unet in ("39M", "866M"))))
     assert "cost-proportional: " in run("report", path).out
     monkeypatch.setitem(sys.modules, "scipy", None)
     outcome = run("report", path)
@@ -143,7 +145,7 @@ def test_each_line_set_aside_has_its_number_and_its_reason(
     of_folder = run("report", tmp_path)
     assert of_folder.code == 1
     assert f"{tmp_path / RECORDS_NAME}:3: no JSON" in of_folder.err
-    assert "7 lines of the record file are no whole record" in (tmp_path / "report.html").read_text()
+    assert "7 lines of the record files are no whole record" in (tmp_path / "report.html").read_text()
 
 
 def test_what_resuming_moved_away_is_told_and_is_no_failure_of_the_file(
@@ -258,7 +260,7 @@ def test_a_page_that_cannot_be_written_is_one_line(run: Run_, make_record: MakeR
     (tmp_path / "kernels.jsonl").write_bytes(lines_of(kernel_record()))
     outcome = run("report", tmp_path, "--out", path / "page")
     assert outcome.code == 1
-    assert "cannot write the table to" in outcome.err
+    assert "cannot write the report to" in outcome.err
 
 
 def started(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
@@ -398,7 +400,7 @@ def test_a_profile_into_a_path_of_any_name(
         patch.setattr(runner, "profile", measured)
         # An empty file is enough: names are the subject, and safetensors opens none that is not UTF-8.
         patch.setattr(profile_command, "check_loadable", lambda cases: None)
-        patch.setattr(report, "write_report", lambda records, rejected, folder, judged: [folder / "report.html"])
+        patch.setattr(report, "write_report", lambda page, folder: [folder / "report.html"])
         unet = out / "mine.safetensors"
         unet.write_bytes(b"")
         options = ["--unet", str(unet), "--steps", "1", "--device", "cpu", "--backend", "torch"]

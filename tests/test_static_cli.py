@@ -108,7 +108,7 @@ def test_a_size_of_the_family_brings_all_its_launches(capsys):
         (("geglu", "--size", "39M", "--width", "8"), "leave out --width"),
         (("geglu", "--size", "vae"), "size vae does not use geglu"),
         (("geglu", "--batch", "0"), "--batch"),
-        ((), "Missing argument 'OPERATOR | SIZE | CHECKPOINT'"),
+        ((), "name an operator (attention, ...), a size"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(capsys, arguments, error):

@@ -1,6 +1,5 @@
 """Machine code read as text: instructions, loops, units, resources, occupancy, and the prediction from them."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.amd import AmdResources, amd_resources
-from ldmperf.profiling.static.baseline import baseline_path, entries, read_baseline, regressions, write_baseline
 from ldmperf.profiling.static.compile import Compiled, Specialization, compile_launch
 from ldmperf.profiling.static.inspection import Inspection, inspect_launch
 from ldmperf.profiling.static.occupancy import occupancy
@@ -321,85 +319,6 @@ def test_scalar_registers_in_lanes_of_a_vector_register_are_no_fault():
     to_memory = Inspection(launch, compiled, amd=replace(amd, scratch=4)).faults
     assert to_memory == ["1 scalar register spills", "4 bytes of scratch"]
     assert Inspection(launch, compiled, amd=replace(amd, vgpr_spills=2)).faults == ["2 vector register spills"]
-
-
-def result(**changes):
-    told = {
-        "kernel": "geglu_kernel",
-        "arch": "sm_90",
-        "size": "39M",
-        "batch": 2,
-        "dtype": "bfloat16",
-        "num_warps": 4,
-        "constants": {"BLOCK_M": "8", "skip_ptr": "None"},
-        "shared_bytes": 512,
-        "resources": {"registers": 56, "spill_loads": 0, "spill_stores": 0},
-        "occupancy": {"warps": 36},
-        "region": {"loop": False, "instructions": 600},
-        "serialized": [],
-        "attention": {"overlap": {"beside_scores": 30, "exponentials": 34}},
-    }
-    return told | changes
-
-
-def changed(**changes):
-    """What a compilation after the baseline of `result()` is told to have made worse."""
-    return regressions(entries([result()]), entries([result(**changes)]))
-
-
-def test_a_baseline_catches_what_got_worse_and_only_that():
-    assert changed() == []
-    assert changed(resources={"registers": 57, "spill_loads": 0, "spill_stores": 0}) == []
-    (spills,) = changed(resources={"registers": 56, "spill_loads": 1, "spill_stores": 2})
-    assert "0 -> 3 spills" in spills
-    (fewer,) = changed(resources={"registers": 80, "spill_loads": 0, "spill_stores": 0}, occupancy={"warps": 24})
-    assert "36 -> 24 warps" in fewer
-    assert "56 -> 80 registers" in fewer
-    assert changed(occupancy={"warps": 40}) == []
-    assert changed(region={"loop": False, "instructions": 612}) == []
-    (longer,) = changed(region={"loop": False, "instructions": 613})
-    assert "600 to 613" in longer
-
-
-def test_a_baseline_catches_products_that_are_serialized_or_waited_for_sooner():
-    (serialized,) = changed(serialized=["C7514"])
-    assert "ptxas now serializes the matmuls (C7514)" in serialized
-    (sooner,) = changed(attention={"overlap": {"beside_scores": 29, "exponentials": 34}})
-    assert "[30, 34] -> [29, 34]" in sooner
-    (gone,) = changed(attention={"overlap": None})
-    assert "[30, 34] -> None" in gone
-    assert changed(attention={"overlap": {"beside_scores": 34, "exponentials": 34}}) == []
-    # What was serialized may be so still, or no longer.
-    before = entries([result(serialized=["C7514"])])
-    assert regressions(before, before) == []
-    assert regressions(before, entries([result()])) == []
-
-
-def test_a_baseline_catches_entries_that_only_one_side_has():
-    new, gone = changed(constants={"BLOCK_M": "4", "skip_ptr": "None"})
-    assert "BLOCK_M=4" in new
-    assert "not in the baseline" in new
-    assert "BLOCK_M=8" in gone
-    assert "no longer compiled" in gone
-
-
-def test_a_baseline_keeps_its_labels_when_an_argument_is_added():
-    assert changed(constants={"BLOCK_M": "8", "skip_ptr": "None", "bias_ptr": "None"}) == []
-
-
-def test_two_launches_under_one_label_are_refused():
-    with pytest.raises(ValueError, match="two launches"):
-        entries([result(), result()])
-
-
-def test_a_baseline_comes_back_as_it_was_written(tmp_path):
-    found = entries([result(), result(arch="sm_80"), {"arch": "gfx942"}])
-    assert len(found) == 2
-    assert read_baseline(tmp_path, "9.9.9") is None
-    path = write_baseline(tmp_path, "9.9.9", found)
-    assert path == baseline_path(tmp_path, "9.9.9")
-    assert read_baseline(tmp_path, "9.9.9") == found
-    assert json.loads(path.read_text())["triton"] == "9.9.9"
 
 
 def test_a_product_reads_from_memory_once_and_through_l2_for_every_program():

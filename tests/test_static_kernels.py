@@ -18,8 +18,11 @@ import triton
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels._launch import in_other_16_bits
+from ldmperf.profiling.compare.code_gate import regressions
 from ldmperf.profiling.machines import MACHINES
-from ldmperf.profiling.static.baseline import checked, entries, read_baseline, regressions
+from ldmperf.profiling.measure.recorded import utc_now
+from ldmperf.profiling.static.baseline import checked, entries, read_baseline
+from ldmperf.profiling.static.inspection_records import compiler_environment
 from ldmperf.profiling.static.planned import family_launches
 from ldmperf.profiling.static.score_tile import score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
@@ -223,7 +226,7 @@ def test_nothing_got_worse_than_the_baseline(results):
         pytest.skip(
             f"bench/static has no baseline for triton {triton.__version__}; the absolute rules were checked"
         )
-    found = regressions(baseline, entries(results))
+    found = regressions(baseline, entries(results, compiler_environment(), utc_now()))
     hint = "\nif this is meant: make static-baseline, and commit bench/static/"
     assert not found, "\n".join(found) + hint
 
@@ -323,10 +326,14 @@ def test_a_tuned_table_that_cannot_be_compiled_is_refused(tmp_path, monkeypatch,
 
 
 def test_baselines_are_committed_for_the_oldest_release_and_another():
-    names = (path.name for path in BASELINES.glob("triton-*.json"))
-    versions = {re.fullmatch(r"triton-([\d.]+)\.json", name)[1] for name in names}
+    """Records like any others, each of one release, whose names are the same in all of them."""
+    names = (path.name for path in BASELINES.glob("triton-*.jsonl"))
+    versions = {re.fullmatch(r"triton-([\d.]+)\.jsonl", name)[1] for name in names}
     assert "3.6.0" in versions
     assert len(versions) >= 2
+    sets = [read_baseline(BASELINES, version) for version in versions]
+    assert [{record.environment.triton for record in records} for records in sets] == [{v} for v in versions]
+    assert len({frozenset(record.case_id for record in records) for records in sets}) == 1
 
 
 def test_a_step_on_meta_keeps_the_layout_that_it_has_on_a_device():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -14,8 +19,9 @@ import pytest
 
 from ldmperf.profiling import Record
 from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.measure.turn import TURNS_VARIABLE, granted
 from ldmperf.profiling.sweep import group_process
-from ldmperf.profiling.sweep.events import Ran, Recorded, Warned
+from ldmperf.profiling.sweep.events import Event, Queued, Ran, Recorded, TookTurns, Warned
 from ldmperf.profiling.sweep.group_process import measured
 from ldmperf.profiling.sweep.group_task import GroupTask
 
@@ -145,6 +151,69 @@ def test_what_a_process_has_started_ends_with_it(
     assert {record.status for record in records.values()} == {"error", "ok"}
     (pid,) = map(int, (tmp_path / "pids").read_text().split())
     wait_until(lambda: not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ldmperf.profiling.measure import gpu_lock
+gpu_lock.LOCKS, gpu_lock.gpu_uuid = Path(sys.argv[1]), lambda device: "7"
+with gpu_lock.held_gpu("cuda", print):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_waiting_for_the_gpu_is_no_hang(task_of: Callable[..., GroupTask], tmp_path: Path) -> None:
+    import sweep_fakes
+
+    task = task_of("steady", "peer", timeout=0.5, subjects=sweep_fakes.OnAGpu("7", tmp_path))
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with closing(measured(task)) as events:
+            queued = next(events)
+            assert isinstance(queued, Queued)
+            assert queued.holder.startswith(f"process {holder.pid} on ")
+            threading.Timer(1.2, holder.kill).start()
+            assert next(events) == Queued("", is_over=True)
+            # The lock is the group's, and goes with its process.
+            path = tmp_path / "ldmperf-7.lock"
+            assert json.loads(path.read_text())["pid"] in children()
+            rest = list(events)
+    assert [event.record.status for event in rest if isinstance(event, Recorded)] == ["ok", "ok"]
+
+
+def test_others_turns_are_no_hang_and_no_time(
+    task_of: Callable[..., GroupTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = tmp_path / "turns"
+    monkeypatch.setenv(TURNS_VARIABLE, str(address))
+    with socket.socket(socket.AF_UNIX) as dealer:
+        dealer.bind(str(address))
+        dealer.listen()
+
+        def deal() -> None:
+            connection, _ = dealer.accept()
+            with connection:
+                for pause in (0.8, 0.0):
+                    connection.recv(1)
+                    time.sleep(pause)
+                    connection.sendall(granted(()))
+                connection.recv(1)
+
+        dealing = threading.Thread(target=deal)
+        dealing.start()
+        # After two turns the dealer ends, and the sweep with it.
+        events: list[Event] = []
+        with pytest.raises(KeyboardInterrupt, match="has ended"):
+            events.extend(measured(task_of("steady", "peer", timeout=0.5)))
+        dealing.join()
+    turns = [event.seconds for event in events if isinstance(event, TookTurns)]
+    assert len(turns) == 2
+    assert turns[0] >= 0.8
+    assert not [event for event in events if isinstance(event, Recorded)]
 
 
 def children() -> list[int]:

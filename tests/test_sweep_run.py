@@ -8,9 +8,11 @@ import resource
 import shutil
 import signal
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -20,13 +22,15 @@ import pytest
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure import recorded
+from ldmperf.profiling.measure.ceilings import CeilingDevice
 from ldmperf.profiling.measure.folders import locked
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
+from ldmperf.profiling.measure.turn import TURNS
 from ldmperf.profiling.sweep.child_process import start_server
-from ldmperf.profiling.sweep.events import Event, Queued
+from ldmperf.profiling.sweep.events import Event, Learned, Queued, TookTurns, Warned
 from ldmperf.profiling.sweep.group_process import environment_of, measured
-from ldmperf.profiling.sweep.group_task import GroupTask
-from ldmperf.profiling.sweep.local import Sweep, run_sweep
+from ldmperf.profiling.sweep.group_task import Carried, GroupTask
+from ldmperf.profiling.sweep.local import Sweep, run_sweep, trace_tasks
 from ldmperf.profiling.trajectory.records import RecordStore
 from ldmperf.profiling.trajectory.runner import Listener
 
@@ -35,8 +39,6 @@ pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
 
 def fake_measured(task: GroupTask) -> Generator[Event, None, None]:
     """In processes of their own, with fakes."""
-    from dataclasses import replace
-
     import sweep_fakes
 
     return measured(replace(task, subjects=sweep_fakes.fakes))
@@ -279,3 +281,94 @@ def test_a_middle_case_that_crashes_leaves_the_times_of_all_others(
     records = RecordStore(tmp_path / "records.jsonl").load()
     assert len(records) == 6
     assert {record.case.backend for record in records if record.wall_ms is None} == {"timing:SIGSEGV"}
+
+
+def test_nothing_begins_once_the_seconds_are_over_and_the_rest_is_for_later(
+    sweep_of: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    sweep = sweep_of(3)
+    assert go_on(sweep, tmp_path, seconds=0.0) == (0, False)
+    heard = Hearing()
+    # A group gets the time that is left when it begins; it is over within the first.
+    made, _ = go_on(sweep_of(3, ms=100), tmp_path, heard, seconds=0.7)
+    assert len(heard.groups) < 3
+    assert made < 6
+    (tmp_path / "records.jsonl").unlink()
+    assert go_on(sweep, tmp_path, seconds=600.0) == (6, False)
+
+
+def test_a_group_knows_what_earlier_ones_found_and_what_time_is_left(
+    sweep_of: Callable[..., Sweep], tmp_path: Path, make_record: Callable[..., Record], make_ceilings: Any
+) -> None:
+    """Energy puts the end of timing off; turns of others count for nothing."""
+    found = Carried({"decode": None}, {"cuda": make_ceilings(CeilingDevice.of(make_record().environment))}, 7.0)
+    tasks: list[GroupTask] = []
+
+    def noted(task: GroupTask) -> Generator[Event, None, None]:
+        tasks.append(task)
+        yield TookTurns(1000.0)
+        yield Learned(found)
+
+    sweep = sweep_of(2)
+    on_a_gpu = tuple(case.model_copy(update={"device": "cuda"}) for case in sweep.cases)
+    environments = {"cuda": sweep.environments["cpu"]}
+    sweep = replace(sweep, cases=on_a_gpu, environments=environments)
+    waited = TURNS.waited
+    try:
+        run_sweep(sweep, RecordStore(tmp_path / "r.jsonl"), Listener(), Deadline(100.0), (), noted)
+    finally:
+        TURNS.waited = waited
+    first, second = tasks
+    assert (first.carried, second.carried) == (Carried(), found)
+    assert (first.time.whole, first.time.timing) == (100.0, 80.0)
+    assert (second.time.whole, second.time.timing) == (100.0, 87.0)
+    assert second.time.elapsed < 60.0
+    whole, timing = second.time.deadlines()
+    assert timing.left == pytest.approx(87.0 - second.time.elapsed, abs=1.0)
+    assert whole.left - timing.left == pytest.approx(13.0, abs=0.01)
+
+
+def test_what_is_traced_in_one_process_and_in_which_order(
+    sweep_of: Callable[..., Sweep], make_record: Callable[..., Record]
+) -> None:
+    """Without a deadline a group is one process; with one the most important backends of all groups come first."""
+    names = ("torch", "diffusers-compile", "graph", "diffusers")
+    cases = [Case(unet="39M", device="cuda", seed=seed, backend=name) for seed in (1, 2) for name in names]
+    sweep = replace(sweep_of(0), cases=tuple(cases), environments={"cuda": make_record().environment})
+    records = [make_record(case) for case in reversed(cases)]
+    records[0] = make_record(cases[-1], status="oom")
+
+    def order(deadline: Deadline) -> list[list[tuple[int, str]]]:
+        tasks = trace_tasks(sweep, records, cases, deadline)
+        assert all(task.cases == task.left for task in tasks)
+        return [[(one.case.seed, one.case.backend) for one in task.untraced or ()] for task in tasks]
+
+    first, second = order(Deadline(None))
+    assert sorted(first) == sorted((1, name) for name in names)
+    assert sorted(second) == sorted((2, name) for name in names[:3])
+    assert order(Deadline(60.0)) == [
+        [(1, "graph")], [(2, "graph")], [(1, "diffusers"), (1, "torch")], [(2, "torch")],
+        [(1, "diffusers-compile")], [(2, "diffusers-compile")],
+    ]  # fmt: skip
+
+
+def test_a_trace_that_ends_its_process_leaves_the_record_and_the_other_traces(
+    sweep_of: Callable[..., Sweep], make_record: Callable[..., Record]
+) -> None:
+    sweep = sweep_of(1, backends=("first call:SIGSEGV", "steady"))
+    untraced = tuple(make_record(case) for case in sweep.cases)
+    events = list(fake_measured(replace(sweep.task(sweep.cases), untraced=untraced)))
+    lost, nothing = events
+    assert isinstance(lost, Warned)
+    assert "no trace (the process that measured it was ended by SIGSEGV in its trace)" in lost.text
+    # On a CPU the profiler sees no device.
+    assert isinstance(nothing, Warned)
+    assert "backend=steady: no trace (the profiler saw nothing)" in nothing.text
+
+
+def test_warnings_are_seen_once(sweep_of: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = sweep_of(3, backends=("warns", "peer"))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        go_on(sweep, tmp_path)
+    assert [str(one.message) for one in seen if one.category is RuntimeWarning] == ["beware"]

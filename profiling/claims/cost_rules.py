@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..figures.derived import Overview, Row, alike, names_by_size, ratio
+from ..figures.derived import Overview, Row, alike, names_by_size, ratio, step_samples
 from ..figures.lines import fit_line, least_squares
 from ..figures.text import short_ratio, times
 from ..measure.intervals import FEWEST, Interval, each_of, extreme_interval, medians_interval, ratio_interval
@@ -112,12 +112,6 @@ def magnitude(here: Interval) -> Interval:
     ends = abs(here.low), abs(here.high)
     low = 0.0 if here.low <= 0 <= here.high else min(ends)
     return Interval(low, abs(here.value), max(ends), here.confidence)
-
-
-def step_samples(row: Row) -> list[float]:
-    """Wall ms of a model evaluation, sample by sample."""
-    wall, evaluations = row.record.wall_ms, row.record.evaluations or 1
-    return [] if wall is None else [ms / evaluations for ms in wall.samples]
 
 
 def steps_linear(claim: Claim, shown: Overview) -> list[Verdict]:

@@ -70,7 +70,11 @@ RULES: Mapping[str, ClaimRule] = {
 
 def judge(records: Sequence[Record]) -> tuple[ClaimVerdicts, ...]:
     """Every claim with its verdicts, in the order of the catalogue."""
-    shown = overview(records)
+    return judge_overview(overview(records))
+
+
+def judge_overview(shown: Overview) -> tuple[ClaimVerdicts, ...]:
+    """The same of records that have been put in order already."""
     return tuple(ClaimVerdicts(claim, _verdicts(claim, shown)) for claim in all_claims())
 
 

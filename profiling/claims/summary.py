@@ -15,11 +15,17 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class Summary:
-    """A claim with its finding, where there is one for all conditions, and the sentence that begins with it."""
+    """A claim with its finding, where there is one for all conditions, and the sentence that begins with it.
+
+    told   the sentence of the verdict that is told first, without finding and conditions
+    place  how often each finding was made, and the conditions of that verdict
+    """
 
     claim: Claim
     finding: Finding | None
     sentence: str
+    told: str
+    place: str
 
 
 def shared_by_all(judged: Iterable[ClaimVerdicts]) -> dict[str, str]:
@@ -43,8 +49,10 @@ def summary(of: ClaimVerdicts, shared: Mapping[str, str]) -> Summary:
     place = _in_brackets(_place([clearest], of.verdicts, shared))
     finding = of.findings[0] if len(of.findings) == 1 else None
     if len(of.verdicts) == 1:
-        return Summary(of.claim, finding, f"{clearest.finding}: {clearest.sentence}{place}")
-    return Summary(of.claim, finding, f"{counted_findings(of, shared)}; most clearly{place}: {clearest.sentence}")
+        sentence = f"{clearest.finding}: {clearest.sentence}{place}"
+        return Summary(of.claim, finding, sentence, clearest.sentence, place.strip(" ()"))
+    counted = f"{counted_findings(of, shared)}; most clearly{place}"
+    return Summary(of.claim, finding, f"{counted}: {clearest.sentence}", clearest.sentence, counted)
 
 
 def counted_findings(of: ClaimVerdicts, shared: Mapping[str, str]) -> str:

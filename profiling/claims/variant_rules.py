@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..figures.derived import Overview, Row, alike, names_by_size, ratio
+from ..figures.derived import Overview, Row, alike, names_by_size, ratio, step_samples
 from ..figures.text import short_ratio, times
 from ..measure.intervals import ratio_interval
 from ..paper import paper_sizes
@@ -12,7 +12,7 @@ from ..step.groups import by_group
 from ..terminal.layout import MISSING, Grid, number
 from ..trajectory.records import Record
 from .catalogue import Claim
-from .cost_rules import paper_ratio, step_samples
+from .cost_rules import paper_ratio
 from .trajectory_cost import by_conditions
 from .verdict import Evidence, Verdict, interval_text
 

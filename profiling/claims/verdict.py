@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from ..figures.derived import Row
 from ..figures.phrases import phrases_of
-from ..measure.conditions import marks
+from ..measure.conditions import is_busy, is_unsteady, marks
 from ..measure.environment import Environment
 from ..measure.intervals import FEWEST, Interval
 from ..terminal.layout import Grid
@@ -139,9 +139,21 @@ class Evidence:
         """What is there, and what a verdict needs besides."""
         return self._verdict("not measured", f"needs {needs}")
 
+    def _doubts(self) -> list[str]:
+        """What is against its own times; nothing where all is well."""
+        records = [row.record for row in self.rows if row.record.wall_ms is not None]
+        of = f"of its {counted(len(records), 'time')}"
+        unsteady = sum(is_unsteady(record.wall_ms) for record in records)
+        busy = sum(is_busy(record) for record in records)
+        flagged = marks(*records)
+        return [
+            *([f"some of its times are not those of a free GPU ({flagged})"] if flagged else []),
+            *([f"{unsteady} {of} {'is' if unsteady == 1 else 'are'} unsteady"] if unsteady else []),
+            *([f"{busy} {of} {'was' if busy == 1 else 'were'} measured on a busy machine"] if busy else []),
+        ]
+
     def _verdict(self, finding: Finding, sentence: str, judged: Judged | None = None) -> Verdict:
-        if flagged := marks(*(row.record for row in self.rows)):
-            sentence += f"; some of its times are not those of a free GPU ({flagged})"
+        sentence += "".join(f"; {doubt}" for doubt in self._doubts())
         return Verdict(
             self.claim,
             finding,

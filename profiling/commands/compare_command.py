@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..compare.metrics import METRICS, USUAL
+from ..compare.metrics import COMPARED, USUAL
 from ..options import CaseError, percentage
 from ..terminal.visible import console, counted
-from .shared import DEFAULT_OUT, stop, tell, terminated_as_interrupted, whole_option
+from .shared import DEFAULT_OUT, AsJson, print_json, stop, tell, terminated_as_interrupted, whole_option
 
 if TYPE_CHECKING:
     from ..compare.comparison import VerdictRule
@@ -66,7 +66,7 @@ def compare(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{', '.join(METRICS)}; unless told {', '.join(USUAL)}, where there are values. Repeat it or "
+            help=f"{', '.join(COMPARED)}; unless told {', '.join(USUAL)}, where there are values. Repeat it or "
             "separate values by commas.",
             metavar="LIST",
         ),
@@ -81,6 +81,7 @@ def compare(
     force: Annotated[
         bool, typer.Option("--force", help="Compare across hardware, versions, settings and uncommitted changes.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two sets of records case by case: SAME, FASTER, SLOWER or AMBIGUOUS, beside what noise explains.
 
@@ -121,11 +122,11 @@ def compare(
             raise CaseError(
                 f"compare two sets of records, not {len(given)}; name A and B, or give --commits A B -- COMMAND"
             )
-        _compared(read_set(Path(given[0])), read_set(Path(given[1])), metrics, thresholds, rule, force)
+        _compared(read_set(Path(given[0])), read_set(Path(given[1])), metrics, thresholds, rule, force, as_json)
         return
     a, b, hashes = _measured(commits, given, rounds or _ROUNDS, out or DEFAULT_OUT, whole_runs)
     # Measured side by side: what differs is of the commits, and is said.
-    _compared(a, b, metrics, thresholds, rule, True, hashes)
+    _compared(a, b, metrics, thresholds, rule, True, as_json, hashes)
 
 
 def _compared(
@@ -135,10 +136,12 @@ def _compared(
     thresholds: Sequence[Threshold],
     rule: VerdictRule,
     force: bool,
+    json: bool,
     commits: tuple[str, str] | None = None,
 ) -> None:
     """Prints the comparison and the gate's answers; exit codes as `compare` says."""
     from ..compare.comparison import compare_sets
+    from ..compare.comparison_json import as_json
     from ..compare.comparison_table import print_answers, print_comparison
     from ..compare.gate import answers
     from ..compare.sets import check_comparable
@@ -149,8 +152,11 @@ def _compared(
             tell(f"{side.path}: {counted(side.aside, 'line')} set aside; `ldmperf report` names them")
     found = compare_sets(a, b, metrics, rule)
     given = answers(found, thresholds, rule)
-    print_comparison(found, rule, console(), commits, unlike)
-    print_answers(found, given, console())
+    if json:
+        print_json(as_json(found, rule, given, commits, unlike))
+    else:
+        print_comparison(found, rule, console(), commits, unlike)
+        print_answers(found, given, console())
     if found.broken or any(answer == "fails" for _, _, answer in given):
         raise typer.Exit(1)
 

@@ -10,7 +10,7 @@ import typer
 
 from ..options import LONGEST_SEQUENCE, CaseError
 from .inspect_kernel import inspect_kernel, option
-from .shared import AsJson, whole_option, with_options
+from .shared import AsJson, print_json, whole_option, with_options
 
 # The largest number that most options take: a program grows with the channels, and compiling it takes time
 # and memory.
@@ -67,13 +67,14 @@ STEP = {
 @with_options("sizes", SIZES)
 def inspect(
     kernel: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="An operator (attention, group_norm_silu, layer_norm, geglu, ...), a size of the family or a "
             "checkpoint's path.",
             metavar="OPERATOR | SIZE | CHECKPOINT",
+            show_default=False,
         ),
-    ],
+    ] = None,
     arch: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +95,14 @@ def inspect(
     step: dict[str, Any],
     as_json: AsJson = False,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code too.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of an operator: write a record of each launch, to a new folder there or into a file.",
+            metavar="FOLDER | FILE.jsonl",
+        ),
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of such a record.")] = False,
 ) -> None:
     """Show what the compiler makes of a kernel, or the roofline of a network's step.
 
@@ -112,17 +121,36 @@ def inspect(
       ldmperf inspect residual_add --dtype float32 --json
       ldmperf inspect attention --head-dim 80 --context 77
       ldmperf inspect attention --head-dim family
+      ldmperf inspect linear --size 866M --out runs
       ldmperf inspect 39M
       ldmperf inspect 866M --arch sm_90 --batch 8 --json
       ldmperf inspect ./my-unet --latent 128x128 --trace runs/20260101T000000Z-1a2b3c4-trace
     """
+    if schema:
+        if kernel is not None:
+            raise CaseError("--schema prints the schema and compiles nothing: give it alone")
+        from ..static.inspection_records import inspection_schema
+
+        print_json(inspection_schema())
+        return
+    if kernel is None:
+        raise CaseError("name an operator (attention, ...), a size of the family or a checkpoint's path")
     if _is_step(kernel):
+        if out is not None:
+            raise CaseError(f"--out is of an operator, and {kernel} is a network: leave it out")
         _inspect_step(kernel, arch, dtype, size, sizes, step, as_json=as_json, sass=sass)
         return
     for name in step:
         raise CaseError(f"{kernel} is no size (39M ... 5B) and no path here; {option(name)} is of a step")
     inspect_kernel(
-        kernel, sizes, arch=arch or "sm_90", dtype=dtype or "bfloat16", size=size, as_json=as_json, sass=sass
+        kernel,
+        sizes,
+        arch=arch or "sm_90",
+        dtype=dtype or "bfloat16",
+        size=size,
+        as_json=as_json,
+        sass=sass,
+        out=out,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from ..options import CaseError, dtype_named, whole
-from ..terminal.visible import console
+from ..terminal.visible import console, say
 from .shared import print_json, stop
 
 if TYPE_CHECKING:
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
     from ..machines import Machine
     from ..static.shapes import Shape
+
+# Sizes that a shape's name has otherwise, or a record apart.
+_NAMED_APART = ("height", "width", "batch", "head_dim")
 
 
 def inspect_kernel(
@@ -28,13 +34,24 @@ def inspect_kernel(
     size: str | None,
     as_json: bool,
     sass: bool,
+    out: Path | None = None,
 ) -> None:
-    """Prints what the compiler makes of the kernel's launches at those sizes, or of all in a step of `size`."""
+    """Prints what the compiler makes of the kernel's launches at those sizes, or of all in a step of `size`.
+
+    With `out` they are recorded there instead, and printed as a table with a line for each.
+    """
     from ..static.display import by_distance, print_inspection, print_work_list
     from ..static.inspection import inspect_launch
 
+    if out is not None and (as_json or sass):
+        raise CaseError(f"--out writes records: leave {'--json' if as_json else '--sass'} out")
+    call = {"size": size or _shape_name(sizes), "dtype": dtype_named(dtype)}
+    call["batch"] = sizes.get("batch", 1 if size == "vae" else 2)
     if sizes.get("head_dim") == "family":
         results = _every_head_dim(kernel, arch, dtype_named(dtype), size, sizes, sass=sass)
+        if out is not None:
+            _record([told | call for told in results], out)
+            return
         if as_json:
             print_json(by_distance(results))
         else:
@@ -43,15 +60,53 @@ def inspect_kernel(
     if "head_dim" in sizes:
         sizes["head_dim"] = _head_dim(sizes["head_dim"])
     machine, launches = _chosen(kernel, arch, dtype_named(dtype), size, sizes)
+    if out is not None:
+        _record((_told(launch, machine) | call for launch in launches), out)
+        return
     with _told_in_one_line(kernel, arch):
         inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
         told = [one.as_json() | ({"sass": one.code} if sass else {}) for one in inspections]
         print_json(told)
         return
-    out = console()
     for inspection in inspections:
-        print_inspection(inspection, out, sass=sass)
+        print_inspection(inspection, console(), sass=sass)
+
+
+def _record(results: Iterable[dict[str, Any]], out: Path) -> None:
+    """Writes the records and prints them; exit code 1 where the compiler refused one, or has made a fault."""
+    from ..static.inspection_table import print_inspections
+    from .inspect_out import write_inspections
+
+    path, records = write_inspections(results, out)
+    print_inspections(records, console())
+    say(console(), str(path))
+    if any(record.status != "ok" for record in records):
+        raise typer.Exit(1)
+
+
+def _told(launch: Launch, machine: Machine) -> dict[str, Any]:
+    """`Inspection.as_json` of a launch; of one that does not compile what it is, and the `error`."""
+    from triton.errors import TritonError
+
+    from ..static.compile import specialization_of
+    from ..static.inspection import inspect_launch, launch_as_json
+
+    try:
+        return inspect_launch(launch, machine).as_json()
+    # The compiler's passes raise RuntimeError.
+    except (TritonError, RuntimeError) as failure:
+        return launch_as_json(launch, specialization_of(launch, machine), machine) | {"error": _last_line(failure)}
+
+
+def _last_line(failure: Exception) -> str:
+    return (str(failure).strip().splitlines() or [type(failure).__name__])[-1].strip()
+
+
+def _shape_name(given: dict[str, Any]) -> str:
+    """A shape by the options that name it: "64x64 context=77". A head's size is one of the kernel's constants."""
+    rest = [f"{name}={value}" for name, value in given.items() if name not in _NAMED_APART]
+    return " ".join([f"{given.get('height', 64)}x{given.get('width', 64)}", *sorted(rest)])
 
 
 def option(name: str) -> str:
@@ -124,8 +179,9 @@ def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
         reason = cache_refused(failure)
     # The compiler's passes raise RuntimeError.
     except (TritonError, RuntimeError) as failure:
-        last = (str(failure).strip().splitlines() or [type(failure).__name__])[-1]
-        reason = f"{kernel} of this shape does not compile for {arch} ({last.strip()}); choose a smaller one"
+        reason = (
+            f"{kernel} of this shape does not compile for {arch} ({_last_line(failure)}); choose a smaller one"
+        )
     else:
         return
     stop(reason, 1)

@@ -22,7 +22,18 @@ from ..options import (
     whole_number,
 )
 from ..terminal.visible import console, say
-from .shared import DEFAULT_OUT, exit_by, list_option, seconds_option, stop, tell, whole_option, with_options
+from .shared import (
+    DEFAULT_OUT,
+    alone_on_gpu,
+    exit_by,
+    list_option,
+    print_json,
+    seconds_option,
+    stop,
+    tell,
+    whole_option,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord, KernelStore, Mode
@@ -57,6 +68,7 @@ def kernels(
     out: Annotated[
         Path | None, typer.Option(help="Where the folder of records goes; runs unless told.", show_default=False)
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -88,6 +100,13 @@ def kernels(
     from ..kernel_bench.run import BenchChoices
     from ..kernel_bench.selection import SIZES, VAE
 
+    if schema:
+        if lists or seed is not None or out is not None or resume is not None or device is not None:
+            raise CaseError("--schema prints the schema and measures nothing: give it alone")
+        from ..kernel_bench.kernel_records import kernel_schema
+
+        print_json(kernel_schema())
+        return
     given = {name: split_values(lists.get(name, ())) for name in LISTS}
     for name in lists:
         if not given[name]:
@@ -125,7 +144,9 @@ def kernels(
         latents=tuple(latent_size("latent", text) for text in given["latent"]),
         seed=seed or 0,
     )
-    _run(choices, Deadline(seconds), out or DEFAULT_OUT, resume)
+    deadline = Deadline(seconds)
+    with alone_on_gpu(choices.device):
+        _run(choices, deadline, out or DEFAULT_OUT, resume)
 
 
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:

@@ -260,7 +260,7 @@ def _run(folder: Path, sweep: Sweep, deadline: Deadline, workers: Workers, ray: 
     if is_cut_short:
         stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
     try:
-        records, _ = report_run(folder)
+        records = report_run(folder).trajectories
     except ReportNotWritten as failure:
         stop(str(failure), 1)
     if left and not made:

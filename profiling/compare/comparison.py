@@ -104,7 +104,8 @@ def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: Ve
     """All cases of both sets in the metrics that they have. p-values are adjusted over the whole comparison."""
     everything = {record.case_key: record for record in (*b.all_records, *a.all_records)}
     shared, names = names_of(list(everything.values()))
-    common = [key for key in a.keys if key in set(b.keys)]
+    in_a, in_b = dict.fromkeys(a.keys), dict.fromkeys(b.keys)
+    common = [key for key in in_a if key in in_b]
     turns = in_turn(a, b)
     changes = [
         change
@@ -120,9 +121,9 @@ def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: Ve
 
     def listed(wanted: Callable[[str, str], bool]) -> tuple[str, ...]:
         return tuple(
-            f"{names[key]}: {in_b}" if in_b else names[key]
-            for key, (in_a, in_b) in failures.items()
-            if wanted("" if key in lost else in_a, in_b)
+            f"{names[key]}: {of_b}" if of_b else names[key]
+            for key, (of_a, of_b) in failures.items()
+            if wanted("" if key in lost else of_a, of_b)
         )
 
     return Comparison(
@@ -130,13 +131,13 @@ def compare_sets(a: RecordSet, b: RecordSet, metrics: Sequence[Metric], rule: Ve
         b,
         turns,
         shared,
-        _judged(changes, rule),
+        judged_changes(changes, rule),
         {key: names[key] for key in common if key in working_a & working_b},
-        broken=listed(lambda in_a, in_b: bool(in_b) and not in_a),
-        repaired=listed(lambda in_a, in_b: bool(in_a) and not in_b),
-        failing=listed(lambda in_a, in_b: bool(in_a) and bool(in_b)),
-        only_a=tuple(names[key] for key in a.keys if key not in set(common)),
-        only_b=tuple(names[key] for key in b.keys if key not in set(common)),
+        broken=listed(lambda of_a, of_b: bool(of_b) and not of_a),
+        repaired=listed(lambda of_a, of_b: bool(of_a) and not of_b),
+        failing=listed(lambda of_a, of_b: bool(of_a) and bool(of_b)),
+        only_a=tuple(names[key] for key in in_a if key not in in_b),
+        only_b=tuple(names[key] for key in in_b if key not in in_a),
     )
 
 
@@ -181,7 +182,7 @@ def _change(
     return replace(change, contrast=found)
 
 
-def _judged(changes: Sequence[Change], rule: VerdictRule) -> tuple[Change, ...]:
+def judged_changes(changes: Sequence[Change], rule: VerdictRule) -> tuple[Change, ...]:
     """With verdicts. What never varies takes no part in the adjustment: its differences are no chance."""
     by_chance = [c for c in changes if c.contrast is not None and c.contrast.basis != "exact"]
     adjusted = holm([c.contrast.p for c in by_chance if c.contrast is not None])

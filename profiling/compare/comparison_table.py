@@ -9,13 +9,15 @@ from rich.console import Console
 from ..figures.derived import ratio as ratio_of
 from ..figures.text import joined
 from ..measure.conditions import busy_notes, flag_notes
-from ..terminal.layout import MISSING, formatted, laid_out, number
+from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
 from ..terminal.visible import counted, say, say_wrapped, width_of
 from .comparison import AMBIGUOUS, SAME, Change, Comparison, VerdictRule
 from .gate import Answer, Threshold
 from .sets import measured
 
 HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
+# Above so many rows counts that are SAME are left out.
+_MOST_EQUAL = 50
 WORDS = frozenset({"case", "metric", "verdict", "why", "flags"})
 
 
@@ -39,15 +41,24 @@ def print_comparison(
     if _is_one_commit(found, commits) and not unlike:
         say_wrapped(console, "A/A: both sides are one commit, so FASTER, SLOWER, LESS or MORE is a false alarm.")
     say(console)
-    table = laid_out(
-        HEADINGS, [_cells(change) for change in found.changes], words=WORDS, width=width_of(console), leading=2
-    )
+    shown = found.changes
+    if len(shown) > _MOST_EQUAL:
+        shown = tuple(change for change in shown if not _is_equal(change))
+    grid = comparison_grid(shown)
+    table = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2)
     for line in table.lines:
         say(console, line)
+    if left := len(found.changes) - len(shown):
+        say(console, f"{counted(left, 'more row')}, of counts that are SAME, left out")
     say(console)
     _print_lists(found, console)
     for line in notes(found, rule, unlike):
         say_wrapped(console, line, indent=2)
+
+
+def _is_equal(change: Change) -> bool:
+    """Whether it is a count that no noise is in, and that does not differ."""
+    return change.contrast is not None and change.contrast.basis == "exact" and change.verdict == SAME
 
 
 def _is_one_commit(found: Comparison, commits: tuple[str, str] | None) -> bool:
@@ -113,6 +124,11 @@ def _ratio(change: Change) -> str:
     return f"{change.metric.name} {ratio.value:.3f} times A's ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
+def comparison_grid(changes: Sequence[Change]) -> Grid:
+    """A row for each case and metric."""
+    return Grid(HEADINGS, tuple(_cells(change) for change in changes), WORDS)
+
+
 def _cells(change: Change) -> tuple[str, ...]:
     start = (change.name, change.metric.name, number(change.a), number(change.b))
     contrast = change.contrast
@@ -134,21 +150,30 @@ def _cells(change: Change) -> tuple[str, ...]:
     )
 
 
-def _print_lists(found: Comparison, console: Console) -> None:
-    lists = {
-        "failed in B, had a time in A (a regression)": found.broken,
-        "failed in A, has a time in B": found.repaired,
-        "failed in both": found.failing,
-        "in A only": found.only_a,
-        "in B only": found.only_b,
-    }
-    for heading, names in lists.items():
-        if names:
-            say(console, f"{heading}:", "red" if names is found.broken else "")
-            for name in names:
-                say(console, f"  {name}")
+def case_lists(found: Comparison) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Heading and names of the cases that failed, or are in one of the sets only; none that is empty."""
+    lists = (
+        ("failed in B, had a time in A (a regression)", found.broken),
+        ("failed in A, has a time in B", found.repaired),
+        ("failed in both", found.failing),
+        ("in A only", found.only_a),
+        ("in B only", found.only_b),
+    )
+    return tuple((heading, names) for heading, names in lists if names)
+
+
+def verdict_counts(changes: Sequence[Change]) -> str:
+    """ "3 SLOWER, 5 SAME, 2 AMBIGUOUS"."""
     counts = {
-        verdict: sum(change.verdict == verdict for change in found.changes)
-        for verdict in dict.fromkeys((*(change.verdict for change in found.changes), SAME, AMBIGUOUS))
+        verdict: sum(change.verdict == verdict for change in changes)
+        for verdict in dict.fromkeys((*(change.verdict for change in changes), SAME, AMBIGUOUS))
     }
-    say(console, joined(f"{count} {verdict}" for verdict, count in counts.items() if count))
+    return joined(f"{count} {verdict}" for verdict, count in counts.items() if count)
+
+
+def _print_lists(found: Comparison, console: Console) -> None:
+    for heading, names in case_lists(found):
+        say(console, f"{heading}:", "red" if names is found.broken else "")
+        for name in names:
+            say(console, f"  {name}")
+    say(console, verdict_counts(found.changes))

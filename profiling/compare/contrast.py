@@ -9,7 +9,7 @@ noise is what runs of one commit differ by. Pure functions of samples.
     runs       several runs, not in turn: Student's t with the variance of both sides pooled, R_a + R_b - 2
     assumed    one run each, which tells nothing about noise: a given noise is taken off the difference, and what
                is left is judged by the samples (bootstrap interval, U test)
-    exact      a counted metric that does not vary
+    exact      a counted metric that does not vary; more than none is infinitely often as many
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def contrast(a: Runs, b: Runs, *, in_turn: bool, assumed_noise: float, counted: 
     medians = [[quantile(samples, 0.5) for samples in side] for side in (a, b)]
     if not all(medians):
         raise NoContrast("a side has no value")
-    if any(median <= 0 for side in medians for median in side):
-        raise NoContrast("a median is zero")
     first, second = medians
     if counted and len({*first}) == len({*second}) == 1:
-        ratio = second[0] / first[0]
+        # Of none there may be more: infinitely often as many.
+        ratio = 1.0 if first[0] == second[0] else second[0] / first[0] if first[0] else math.inf
         return Contrast(Interval(ratio, ratio, ratio), float(ratio == 1), 0.0, "exact")
+    if any(median <= 0 for side in medians for median in side):
+        raise NoContrast("a median is zero")
     if len(first) == len(second) == 1:
         return _one_run_each(a[0], b[0], assumed_noise)
     x, y = ([math.log(median) for median in side] for side in medians)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from ..measure.folders import RunError
 from ..options import CaseError, known_name, percentage, split_values
 from .comparison import Change, Comparison, VerdictRule
-from .metrics import METRICS, Metric
+from .metrics import COMPARED, Metric
 
 Answer = Literal["fails", "passes", "undecided"]
 
@@ -32,8 +33,10 @@ class Threshold:
         if found is None or not rule.is_enough(found):
             return "undecided"
         if found.basis == "exact":
-            is_worse = found.ratio.value > 1 and found.ratio.value * (1 + 1e-9) >= 1 + self.worse
-            return "fails" if is_worse else "passes"
+            worse = found.ratio.value
+            if self.metric.bigger:
+                worse = 1 / worse if worse else math.inf
+            return "fails" if worse > 1 and worse * (1 + 1e-9) >= 1 + self.worse else "passes"
         # A change by just the threshold does not pass by the rounding of a logarithm.
         if found.ratio.high * (1 + 1e-9) < 1 + self.worse:
             return "passes"
@@ -49,7 +52,7 @@ def thresholds_named(given: Sequence[str]) -> tuple[Threshold, ...]:
         name, colon, share = text.partition(":")
         if not colon:
             raise CaseError(f"--fail-over: {text!r} has no threshold; give METRIC:PERCENT, as in wall_ms:5%")
-        metric = METRICS[known_name("fail-over", name.strip(), METRICS)]
+        metric = COMPARED[known_name("fail-over", name.strip(), COMPARED)]
         if metric.name in found:
             raise CaseError(f"--fail-over: {metric.name} is given twice")
         found[metric.name] = Threshold(metric, percentage("fail-over", share.strip()))

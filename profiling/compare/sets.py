@@ -16,6 +16,7 @@ from ..measure.environment import Environment
 from ..measure.folders import RunError
 from ..record_files import AnyRecord, gather_files
 from ..static.inspection_records import InspectionRecord
+from ..static.inspection_table import launch_names
 from ..trajectory.case import Case
 from ..trajectory.records import Record
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from ..kernel_bench.kernel_records import KernelRecord
 
 # What the commit decides: it is what two sides may differ in.
-_OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
+OF_THE_COMMIT = ("git_commit", "git_dirty", "ldmperf", "tuned")
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,29 @@ def read_set(path: Path) -> RecordSet:
             # Version 1 has no run_id: its file is the run.
             found.setdefault(record.run_id or file, []).append(record)
     aside = sum(part.aside.in_file for part in files.values())
+    return RecordSet(path, _runs(found), aside)
+
+
+def set_of(records: Iterable[AnyRecord], path: Path) -> RecordSet:
+    """The same of records that were read already, under a name; those without a run_id count as one run."""
+    found: dict[str, list[AnyRecord]] = {}
+    for record in records:
+        found.setdefault(record.run_id or "", []).append(record)
+    return RecordSet(path, _runs(found))
+
+
+def _runs(found: Mapping[str, Sequence[AnyRecord]]) -> tuple[MeasuredRun, ...]:
+    """The runs of records by their names, in the order of their start."""
     runs = (
         MeasuredRun(name, min(record.started_at for record in records), _one_of_each(records))
         for name, records in found.items()
     )
-    return RecordSet(path, tuple(sorted(runs, key=lambda run: run.started_at)), aside)
+    return tuple(sorted(runs, key=lambda run: run.started_at))
+
+
+def machine_kind(environment: Environment) -> tuple[tuple[str, object], ...]:
+    """What two records of different commits must share to be compared: the machine's kind, versions, settings."""
+    return tuple(item for item in environment.kind if item[0] not in OF_THE_COMMIT)
 
 
 def _one_of_each(records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
@@ -116,15 +135,30 @@ def differences(a: RecordSet, b: RecordSet) -> list[str]:
             found.append(f"{name} was measured with uncommitted changes")
         if len(side.commits) > 1:
             found.append(f"{name} has records of several commits ({', '.join(side.commits[:3])})")
+    turns = [{_in_turns(record) for record in measured(side.all_records)} for side in (a, b)]
+    if len(turns[0] | turns[1]) > 1:
+        found.append("samples of some were taken in turn with another side, of others not (in_turns)")
     for key in dict.fromkeys([*a.keys, *b.keys]):
-        environments = list(dict.fromkeys(record.environment for side in (a, b) for record in side.of(key)))
+        records = [record for side in (a, b) for record in side.of(key)]
+        differ = _of_the_machine if measured(records) else _of_the_compiler
+        environments = list(dict.fromkeys(record.environment for record in records))
         for other in environments[1:]:
-            found += _of_the_machine(environments[0], other)
+            found += differ(environments[0], other)
     return list(dict.fromkeys(found))
 
 
+def _in_turns(record: Record | KernelRecord) -> bool:
+    return record.harness.in_turns if isinstance(record, Record) else record.in_turns
+
+
 def _of_the_machine(first: Environment, other: Environment) -> list[str]:
-    return [line for line in first.differences(other) if line.partition(":")[0] not in _OF_THE_COMMIT]
+    return [line for line in first.differences(other) if line.partition(":")[0] not in OF_THE_COMMIT]
+
+
+def _of_the_compiler(first: Environment, other: Environment) -> list[str]:
+    """What makes other code of the same kernel; older baselines do not say with which ptxas."""
+    pairs = {"triton": (first.triton, other.triton), "ptxas": (first.ptxas, other.ptxas)}
+    return [f"{name}: {a}, {b}" for name, (a, b) in pairs.items() if a and b and a != b]
 
 
 def check_comparable(a: RecordSet, b: RecordSet, force: bool) -> list[str]:
@@ -168,8 +202,7 @@ def names_of(records: Sequence[AnyRecord]) -> tuple[tuple[str, ...], dict[str, s
         for record in trajectories
     }
     for record in records:
-        if isinstance(record, InspectionRecord):
-            names[record.case_key] = f"{record.arch} {record.label}"
-        elif not isinstance(record, Record):
+        if not isinstance(record, Record | InspectionRecord):
             names[record.case_key] = f"{record.case.operator} {record.case.label} {record.peer} {record.mode}"
+    names |= launch_names([record for record in records if isinstance(record, InspectionRecord)])
     return conditions.shared, names

@@ -1,13 +1,17 @@
 """Derived numbers of a record set: costs beside the paper's, ratios to the peer, lines over steps. Pure functions.
 
-A number is only ever compared with one measured in the same environment under the same conditions.
+A number is only ever compared with one measured under the same conditions in an environment of the same kind
+(`Environment.kind`: GPU, processor, versions, settings and commit).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import groupby
+from operator import attrgetter
 
 from ..measure.environment import Environment
 from ..measure.recorded import FAILED
@@ -31,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """A record, the index of its environment, and its ratios, each null where a time is missing.
+    """A record, the index of its environment's kind, and its ratios, each null where a time is missing.
 
     reference     name of the network that ratios are relative to
     cost          time over the reference's time
@@ -56,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows of one environment and one set of conditions: they differ in network and backend only."""
+    """Rows of one kind of environment and one set of conditions: they differ in network and backend only."""
 
     environment: int
     case: Case
@@ -78,7 +82,9 @@ class StepsSeries:
 class Overview:
     """A record set as a report shows it: the family in sections, and its rivals, which have no place in them.
 
-    `superseded`: how many records give way to another of the same case.
+    environments  the first of each kind
+    measured_in   of each kind all its environments, which differ in the machine, its memory or its cores
+    superseded    how many records give way to another of the same case
     """
 
     environments: tuple[Environment, ...]
@@ -87,6 +93,7 @@ class Overview:
     series: tuple[StepsSeries, ...]
     superseded: int
     rivals: tuple[Row, ...] = ()
+    measured_in: tuple[tuple[Environment, ...], ...] = ()
 
     @property
     def rows(self) -> list[Row]:
@@ -127,36 +134,62 @@ def step_ms(record: Record) -> Spread | None:
     return Spread(record.wall_ms.p20 / n, record.wall_ms.p50 / n, record.wall_ms.p80 / n)
 
 
+def step_samples(row: Row) -> list[float]:
+    """Wall ms of a model evaluation, sample by sample; none for a failed case."""
+    wall, evaluations = row.record.wall_ms, row.record.evaluations or 1
+    return [] if wall is None else [ms / evaluations for ms in wall.samples]
+
+
 def overview(records: Sequence[Record]) -> Overview:
-    """The records in sections, each case once per environment (`best_record`), with their ratios and lines.
+    """The records in sections, each case once per kind of environment (`best_record`), with ratios and lines.
 
     Files may be given in any order: environments have their letters, and cases their latest record, by time.
     """
-    records = sorted(records, key=lambda record: (record.started_at, record.model_dump_json()))
-    environments = tuple(dict.fromkeys(record.environment for record in records))
+    records = _by_time(records)
+    kinds: dict[tuple[object, ...], list[Environment]] = {}
+    for environment in dict.fromkeys(record.environment for record in records):
+        kinds.setdefault(environment.kind, []).append(environment)
+    environments = tuple(of_kind[0] for of_kind in kinds.values())
+    index_of = {environment: index for index, of_kind in enumerate(kinds.values()) for environment in of_kind}
     measured: dict[tuple[int, str], list[Record]] = {}
     for record in records:
-        measured.setdefault((environments.index(record.environment), record.case_key), []).append(record)
+        measured.setdefault((index_of[record.environment], record.case_key), []).append(record)
     best = {key: best_record(of_case) for key, of_case in measured.items()}
     names = network_names(best.values())
     grouped: dict[tuple[object, ...], list[Record]] = {}
     rivals = []
-    for (environment, _), record in best.items():
+    for (index, _), record in best.items():
         if record.case.task == "rival":
-            rivals.append(Row(record, environment, record.case.label))
+            rivals.append(Row(record, index, record.case.label))
             continue
-        grouped.setdefault((environment, *_conditions(record.case).items()), []).append(record)
+        grouped.setdefault((index, *_conditions(record.case)), []).append(record)
     sections = tuple(
-        Section(index := environments.index(group[0].environment), group[0].case, _rows(index, group, names))
+        Section(index := index_of[group[0].environment], group[0].case, _rows(index, group, names))
         for _, group in sorted(grouped.items(), key=lambda item: _sort_key(item[0]))
     )
     conditions = Conditions.of(environments, sections)
     superseded = len(records) - len(best)
-    return Overview(environments, conditions, sections, _steps_series(sections), superseded, tuple(rivals))
+    measured_in = tuple(map(tuple, kinds.values()))
+    return Overview(
+        environments, conditions, sections, _steps_series(sections), superseded, tuple(rivals), measured_in
+    )
+
+
+def _by_time(records: Sequence[Record]) -> list[Record]:
+    """In the order of their start; what was started in one second by key, then by content."""
+    ordered = []
+    for _, alike in groupby(sorted(records, key=_started), key=_started):
+        same = list(alike)
+        ordered += sorted(same, key=lambda record: record.model_dump_json()) if len(same) > 1 else same
+    return ordered
+
+
+def _started(record: Record) -> tuple[datetime, str]:
+    return record.started_at, record.case_key
 
 
 def best_record(records: Sequence[Record]) -> Record:
-    """The record to show of a case, out of those of one environment in the order in which they were made.
+    """The record to show of a case, out of those of one kind of environment in the order in which they were made.
 
     Preferred in this order: a record with a time; one that was not cut short; one timed in turn with more backends
     (the ladder's ratios are within one group); one with a trace; the latest. What was measured before a defect
@@ -185,23 +218,28 @@ def network_names(records: Iterable[Record]) -> dict[str, str]:
     return {network: network if is_taken(case) else case.label for network, case in networks.items()}
 
 
-def _conditions(case: Case) -> dict[str, object]:
+def _all_but(*names: str) -> Callable[[Case], tuple[object, ...]]:
+    """The values of a case's fields but for these."""
     # Taken from the model, so that a condition added to cases one day is never averaged over.
-    return case.model_dump(exclude={"unet", "weights_sha256", "backend"})
+    return attrgetter(*(name for name in Case.model_fields if name not in names))
+
+
+_conditions = _all_but("unet", "weights_sha256", "backend")
 
 
 def _sort_key(condition: tuple[object, ...]) -> tuple[tuple[float, str], ...]:
     """Sorts numbers by value and all else by text, whatever types the conditions have."""
-    flat = [part[1] if isinstance(part, tuple) else part for part in condition]
-    return tuple((float(value), "") if isinstance(value, int | float) else (0.0, str(value)) for value in flat)
+    return tuple(
+        (float(value), "") if isinstance(value, int | float) else (0.0, str(value)) for value in condition
+    )
 
 
 def alike(rows: Iterable[Row], *but: str) -> list[list[Row]]:
-    """The rows in groups of one environment and one case but for these fields, as they come."""
+    """The rows in groups of one kind of environment and one case but for these fields, as they come."""
+    values_of = _all_but(*but)
     grouped: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        key = (row.environment, *row.case.model_dump(exclude=set(but)).items())
-        grouped.setdefault(key, []).append(row)
+        grouped.setdefault((row.environment, *values_of(row.case)), []).append(row)
     return list(grouped.values())
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..measure.environment import Environment
 from ..terminal.visible import counted
 from ..trajectory.case import Case
-from .text import joined, value_of
+from .text import first_of, joined, value_of
 
 _TASKS = {"t2i": "text-to-image", "sr": "super-resolution"}
 
@@ -52,7 +52,7 @@ def environment_name(index: int) -> str:
 
 
 def environment_notes(environments: Sequence[Environment]) -> list[str]:
-    """How each environment differs from the first; nothing where there is one."""
+    """How each kind of environment differs from the first; nothing where there is one."""
     return [
         f"Environment {environment_name(index)} is not environment A "
         f"({'; '.join(differences(environments[0], environment))}). Nothing is compared across environments."
@@ -60,10 +60,30 @@ def environment_notes(environments: Sequence[Environment]) -> list[str]:
     ]
 
 
+def machine_notes(measured_in: Sequence[Sequence[Environment]]) -> list[str]:
+    """A note for each kind of environment that several machines are of, or may be of.
+
+    measured_in: of each kind the different environments.
+    """
+    notes = []
+    for index, environments in enumerate(measured_in):
+        ids = {environment.machine_id for environment in environments}
+        if len(ids) == 1 and (None not in ids or len(environments) == 1):
+            continue
+        place = f"Environment {environment_name(index)} was measured" if len(measured_in) > 1 else "Measured"
+        known = sorted(name for name in ids if name is not None)
+        which = f"{len(known)} machines of one kind ({first_of(known)})"
+        if None in ids:
+            which = "what may be several machines of one kind (no machine_id in some records)"
+        notes.append(f"{place} on {which}: ratios between their cases include what tells the machines apart.")
+    return notes
+
+
 def differences(first: Environment, other: Environment) -> list[str]:
-    """What differs between two environments, as "field: first's, other's"."""
+    """What differs between two environments of different kinds, as "field: first's, other's"."""
     mine, theirs = (
-        _flat(e.model_dump(exclude={"git_commit", "commit_time"}) | {"commit": (e.git_commit or "unknown")[:12]})
+        {name: value for name, value in e.kind if value is not None and name != "git_commit"}
+        | {"commit": (e.git_commit or "unknown")[:12]}
         for e in (first, other)
     )
     fields = list(dict.fromkeys([*mine, *theirs]))
@@ -108,10 +128,3 @@ def processor_name(environment: Environment) -> str:
     name = environment.cpu or "CPU of unknown name"
     threads = environment.torch_threads
     return name if threads is None else f"{name}, {counted(threads, 'thread')}"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return {name: value for name, value in flat.items() if value is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..measure.recorded import FAILED, Status
 from ..terminal.layout import MISSING
@@ -38,6 +38,12 @@ def count(value: int | None) -> str:
 
 def joined(parts: Iterable[str]) -> str:
     return ", ".join(part for part in parts if part)
+
+
+def first_of(names: Sequence[str], most: int = 8) -> str:
+    """The names, of many the first and how many more there are: "39M torch, 83M torch and 7 more"."""
+    more = len(names) - most
+    return joined(names) if more <= 0 else f"{joined(names[:most])} and {more} more"
 
 
 def statuses_in_words(statuses: Iterable[Status]) -> str:

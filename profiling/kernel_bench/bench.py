@@ -10,11 +10,12 @@ import torch
 from ..measure.device_watch import DeviceWatch
 from ..measure.environment import Environment, state_now
 from ..measure.nvml import Sensor
-from ..measure.outcomes import release_memory
+from ..measure.outcomes import failure, release_memory
 from ..measure.rates import CopyBandwidth, UnitRates
 from ..measure.recorded import Samples, utc_now
 from ..measure.settings import measuring_settings
 from ..measure.timing import garbage_collection_paused, interleave
+from ..measure.turn import TURNS
 from .device import Pace, input_sets, l2_cache_bytes
 from .floor import least_call_ms
 from .inputs import CallInputs, tolerance_of
@@ -67,7 +68,7 @@ class KernelBench:
         self._operators.add(call.operator)
         sensor = Sensor.of(self.device_name)
         lanes = [PeerLane(built, mode, during=DeviceWatch(sensor)) for mode in self.modes for built in peers]
-        started_at, before = utc_now(), state_now(sensor)
+        started_at, before, waited = utc_now(), state_now(sensor), TURNS.waited
         count, is_cold = input_sets(call.bytes_moved, l2_cache_bytes(self.device))
         with measuring_settings():
             try:
@@ -80,9 +81,15 @@ class KernelBench:
                 for built in peers:
                     built.begin(check)
                 least_ms = least_call_ms(call, self.rates, self.copy, is_cold)
-                for mode in self.modes:
-                    of_mode = [lane for lane in lanes if lane.mode == mode and lane.built.active]
-                    check = self._time(of_mode, check, least_ms)
+                try:
+                    for mode in self.modes:
+                        of_mode = [lane for lane in lanes if lane.mode == mode and lane.built.active]
+                        check = self._time(of_mode, check, least_ms)
+                except Exception as error:
+                    # Nothing more can be checked; what was checked stays.
+                    for lane in lanes:
+                        if lane.active and not lane.ms:
+                            lane.fail_with(error)
             for lane in lanes:
                 if lane.built.message is not None:
                     lane.fail(lane.built.status, lane.built.message)
@@ -98,6 +105,7 @@ class KernelBench:
             "device_after": state_now(sensor),
             "environment": self.environment,
             "interleaved": tuple(peer.name for peer in self.peers),
+            "in_turns": TURNS.waited > waited,
             "started_at": started_at,
         }
         clock, l2 = "device" if self.device.type == "cuda" else "host", "cold" if is_cold else "warm"
@@ -127,18 +135,28 @@ class KernelBench:
         for lane in running.values():
             if lane.active:
                 lane.check_timed(check)
-        try:
-            check = check.renewed()
-        except Exception as error:
-            for lane in running.values():
-                if lane.active:
-                    lane.fail_with(error)
+        check = _renewed(check, list(running.values()))
         for name, lane in running.items():
             if lane.active:
                 lane.finish(times[name], check, least_ms)
             lane.release()
         release_memory()
         return check
+
+
+def _renewed(check: Check, lanes: Sequence[PeerLane]) -> Check:
+    """The check of other numbers. Where memory is short the last lane fails and gives back its own, and so on.
+
+    Raises what the check raises when no lane is left to give room, or when it is not for memory.
+    """
+    while True:
+        try:
+            return check.renewed()
+        except Exception as error:
+            holders = [lane for lane in lanes if lane.active]
+            if failure(error)[0] != "oom" or not holders:
+                raise
+            holders[-1].fail_with(error)
 
 
 def _record(lane: PeerLane, shared: Mapping[str, Any], timing: Mapping[str, Any]) -> KernelRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, computed_field, model_validator
 
@@ -20,6 +20,7 @@ from ..measure.recorded import (
     Samples,
     SchemaVersion,
     Status,
+    schema_of,
     short_id,
 )
 from ..measure.store import Aside, Store, read_lines
@@ -45,6 +46,8 @@ class KernelRecord(RecordModel):
     family's, or "vae", or "head_dim 40"; the same call in a later size is not measured again. `polynomial`: how
     many of every eight exponentials our kernel evaluates on other units, which makes its bound a shorter time.
     `seed`: of the random inputs. `case`: the call. `device_during`: the throttle reasons seen right after samples.
+    `in_turns`: between rounds processes of other sides had theirs (`ldmperf compare --commits`), so that caches
+    are colder than in a bench alone; false in older records.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -75,6 +78,7 @@ class KernelRecord(RecordModel):
     device_after: DeviceState = DeviceState()
     environment: Environment
     interleaved: tuple[str, ...] = ()
+    in_turns: bool = False
     started_at: AwareDatetime
 
     @model_validator(mode="after")
@@ -155,6 +159,11 @@ class KernelRecord(RecordModel):
 def record_key(call: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
     """What tells a record from others, as text."""
     return f"{call.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
+
+
+def kernel_schema() -> dict[str, Any]:
+    """The JSON Schema of a line of kernels.jsonl."""
+    return schema_of(KernelRecord, "kernel")
 
 
 class KernelStore(Store[KernelRecord]):

@@ -211,7 +211,7 @@ class PeerLane(Outcome):
         self.attempt(lambda: self.watch.judge(least_of_sample, what))
         if not self.active:
             return
-        check.inputs.restore()
+        self.attempt(check.inputs.restore)
         with self.built.setting():
             result = self.attempt(self._again)
         if self.active:

@@ -9,9 +9,12 @@ from typing import Protocol
 from ..terminal.visible import counted
 from .environment import DeviceState, Environment
 from .nvml import UNTHROTTLED
+from .recorded import Samples
 
 # Our own threads make a load of 1 for each core; a quarter above is somebody else's.
 CROWDED_LOAD = 1.25
+# Of the median, between p20 and p80.
+WIDE_SPREAD = 0.1
 
 
 def commit(environment: Environment) -> str:
@@ -29,6 +32,11 @@ def commit_name(environment: Environment) -> str:
 def crowded(load_average: float | None, cores: int | None) -> bool:
     """Whether so much load on so many usable cores is more than our own threads make; not where one is unknown."""
     return bool(load_average is not None and cores and load_average > CROWDED_LOAD * cores)
+
+
+def is_unsteady(times: Samples | None) -> bool:
+    """Whether p20 to p80 spans so much of the median that two digits of a comparison mean nothing."""
+    return times is not None and times.p80 - times.p20 > WIDE_SPREAD * times.p50
 
 
 class Measured(Protocol):
@@ -76,14 +84,19 @@ def flag_notes(records: Sequence[Measured], noun: str) -> list[str]:
     ]
 
 
+def is_busy(record: Measured) -> bool:
+    """Whether the load around a record is more than our own threads make."""
+    return crowded(_highest_load(record), record.environment.usable_cores)
+
+
+def _highest_load(record: Measured) -> float:
+    states = record.device_before.load_average_1min, record.device_after.load_average_1min
+    return max((load for load in states if load is not None), default=0.0)
+
+
 def busy_notes(records: Sequence[Measured], noun: str) -> list[str]:
     """A note where the load around some of the records is more than our own threads make."""
-    loads = []
-    for record in records:
-        states = (record.device_before.load_average_1min, record.device_after.load_average_1min)
-        highest = max((load for load in states if load is not None), default=0.0)
-        if crowded(highest, record.environment.usable_cores):
-            loads.append(highest)
+    loads = [_highest_load(record) for record in records if is_busy(record)]
     if not loads:
         return []
     return [

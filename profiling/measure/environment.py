@@ -75,13 +75,21 @@ class Environment(RecordModel):
     git_dirty: bool | None = None
     commit_time: AwareDatetime | None = None
 
+    @property
+    def kind(self) -> tuple[tuple[str, Any], ...]:
+        """Field and value of all that `differences` compares, those of the GPU beside the others."""
+        fields = dict(self)
+        gpu = fields.pop("gpu")
+        fields |= {f"gpu.{name}": value for name, value in gpu or ()}
+        return tuple((name, value) for name, value in fields.items() if name not in _NOT_COMPARED)
+
     def differences(self, other: Environment) -> list[str]:
         """What differs, as "field: ours, theirs": numbers from two such environments do not belong in one run.
 
         Compared are the GPU, the processor, versions, settings and the commit. Memory, counts of cores and devices
         and the machine's id are not: they change from one start of a cloud machine to the next.
         """
-        mine, theirs = _compared(self), _compared(other)
+        mine, theirs = dict(self.kind), dict(other.kind)
         names = dict.fromkeys((*mine, *theirs))
         return [
             f"{name}: {mine.get(name)}, {theirs.get(name)}" for name in names if mine.get(name) != theirs.get(name)
@@ -93,14 +101,6 @@ _NOT_COMPARED = {
     # `git_commit` is compared.
     "commit_time",
 }
-
-
-def _compared(environment: Environment) -> dict[str, Any]:
-    """Field and value, those of the GPU beside the others."""
-    fields = environment.model_dump()
-    gpu = fields.pop("gpu") or {}
-    fields |= {f"gpu.{name}": value for name, value in gpu.items()}
-    return {name: value for name, value in fields.items() if name not in _NOT_COMPARED}
 
 
 class DeviceState(RecordModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -15,6 +14,7 @@ from typing import IO
 from .conditions import commit_name
 from .environment import Environment
 from .recorded import utc_now
+from .store import NO_LOCKS
 
 # Hidden, so that neither a listing nor an archive of a run has it.
 LOCK_NAME = ".lock"
@@ -36,7 +36,7 @@ def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
         file.close()
         raise RunError(f"{folder} is in use by {holder}; wait until it ends, or stop it, then go on") from None
     except OSError as failure:
-        if failure.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        if failure.errno not in NO_LOCKS:
             file.close()
             raise
         told(f"{folder}: its file system has no locks; see that no other process measures into it")

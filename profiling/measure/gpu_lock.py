@@ -30,7 +30,7 @@ _PLACES = 2**40
 
 
 def gpu_uuid(device: str) -> str | None:
-    """The UUID of a CUDA device; None of another device, and where it cannot be told. Creates no context there."""
+    """The UUID of a CUDA device; None of another device, and where it cannot be told."""
     if not device.startswith("cuda"):
         return None
     import torch
@@ -39,6 +39,11 @@ def gpu_uuid(device: str) -> str | None:
         return str(torch.cuda.get_device_properties(device).uuid)
     except Exception:
         return None
+
+
+def waits_for_gpu(holder: str) -> str:
+    """The line that says so."""
+    return f"waiting for the GPU, which {holder} measures on"
 
 
 @contextmanager

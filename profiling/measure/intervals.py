@@ -6,9 +6,9 @@ What differs between two runs (clocks, addresses, neighbours) is in no interval 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from .timing import quantile
@@ -69,38 +69,47 @@ def medians_interval(
     for all resamples, as a ratio to a median of zero. Raises ValueError for a group without samples.
     """
     import numpy
-    from scipy import stats
 
     if not groups or not all(groups):
         raise ValueError("an interval needs at least one sample in each group")
     ordered = [sorted(group) for group in groups]
     with numpy.errstate(all="ignore"):
         value = float(statistic(*(numpy.float64(quantile(group, 0.5)) for group in ordered)))
-        if all(group[0] == group[-1] for group in ordered):
-            # Nothing to draw from; one sample alone is refused by scipy.
-            found = (value, value)
-        else:
-            # scipy takes no group of one sample: twice the same is the same distribution.
-            data = [group * 2 if len(group) == 1 else group for group in ordered]
-            with warnings.catch_warnings():
-                # Of a statistic that is not finite, or the same in all resamples: both are looked at below.
-                warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-                ends = stats.bootstrap(
-                    data,
-                    lambda *drawn, axis: statistic(*(numpy.median(group, axis=axis) for group in drawn)),
-                    n_resamples=RESAMPLES,
-                    confidence_level=confidence,
-                    method="percentile",
-                    rng=numpy.random.default_rng(_SEED),
-                    vectorized=True,
-                ).confidence_interval
-            found = (float(ends.low), float(ends.high))
+        resampled = statistic(*(_resampled_medians(group, place) for place, group in enumerate(ordered)))
+        tail = (1.0 - confidence) / 2
+        # Of a statistic that does not depend on its samples there is one number.
+        found = [float(end) for end in numpy.quantile(numpy.atleast_1d(resampled), (tail, 1.0 - tail))]
     if not all(map(math.isfinite, (value, *found))):
         return None
     # The bootstrap's quantiles need not enclose the value itself, where samples are few and far apart.
     return Interval(
         min(found[0], value), value, max(found[1], value), min(confidence, reachable(min(map(len, groups))))
     )
+
+
+def _resampled_medians(ordered: Sequence[float], place: int) -> Any:
+    """The medians of `RESAMPLES` resamples of a sorted group, the place-th of an interval, as an array."""
+    import numpy
+
+    values = numpy.asarray(ordered, dtype=float)
+    lower, upper = _drawn_places(len(ordered), place)
+    return (values[lower] + values[upper]) / 2
+
+
+@lru_cache(maxsize=1024)
+def _drawn_places(count: int, place: int) -> tuple[Any, Any]:
+    """The places, in a sorted group, of the two middle samples of each resample; for an odd count they are one.
+
+    Each group of an interval has a stream of random numbers of its own: they are drawn independently. The draws do
+    not depend on the samples.
+    """
+    import numpy
+
+    drawn = numpy.random.default_rng([_SEED, place]).integers(0, count, (RESAMPLES, count))
+    middle = (count - 1) // 2, count // 2
+    drawn.partition(middle, axis=1)
+    lower, upper = (drawn[:, at].astype(numpy.int32) for at in middle)
+    return lower, upper
 
 
 def ratio_interval(

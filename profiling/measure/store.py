@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import fcntl
 import json
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -19,6 +24,8 @@ T = TypeVar("T")
 _LONGEST_REASON = 300
 # The lines set aside that are kept to be named; the others are counted.
 MOST_NAMED = 20
+# What a lock raises where the file system has none, as some network file systems.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -99,30 +106,40 @@ def rejected_path(path: Path) -> Path:
 class Store(Generic[M]):
     """Appends records to a file, each on disk before `append` returns.
 
-    Opening an existing file first moves what is no whole record to a file beside it, so that nothing is ever glued
-    to a torn last line. Raises OSError where the folder cannot be written.
+    Several processes may open and append to one file: each waits until no other one is at it (`flock`). Only where
+    the file system has no locks nobody waits. Opening an existing file first moves what is no whole record to a
+    file beside it. Raises OSError where the folder cannot be written.
     """
 
     def __init__(self, path: Path, model: type[M]) -> None:
         self.path = path
         self.model = model
-        if path.exists():
-            self._set_aside()
-        else:
-            _write_durably(path, b"", "xb")
-            _sync_folder(path.parent)
+        with _held(path) as file:
+            self._set_aside(file.readall())
+        _sync_folder(path.parent)
 
     def append(self, *records: M) -> None:
-        """Writes the records in one go, flushed through to the disk."""
-        lines = "".join(record.model_dump_json() + "\n" for record in records)
-        _write_durably(self.path, lines.encode(), "ab")
+        """Writes the records in one go, flushed through to the disk; none of them where it raises OSError.
+
+        A last line that was torn since the file was opened is ended first, so that no record is glued to it.
+        """
+        lines = "".join(record.model_dump_json() + "\n" for record in records).encode()
+        with _held(self.path) as file:
+            size = file.seek(0, os.SEEK_END)
+            torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+            try:
+                _write_all(file, b"\n" * torn + lines)
+            except OSError:
+                # A full disk took a part.
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
 
     def load(self) -> list[M]:
         """The records on disk."""
         return load_lines(self.path, self.model)[0]
 
-    def _set_aside(self) -> None:
-        content = self.path.read_bytes()
+    def _set_aside(self, content: bytes) -> None:
         kept: list[bytes] = []
         rejected: list[bytes] = []
         for _, line in _lines(content.split(b"\n")):
@@ -130,8 +147,33 @@ class Store(Generic[M]):
         if b"".join(kept) == content:
             return
         # First keep the rejected lines, then drop them from the file: a crash between the two counts them twice.
-        _write_durably(rejected_path(self.path), b"".join(rejected), "ab")
+        if rejected:
+            _write_durably(rejected_path(self.path), b"".join(rejected), "ab")
         write_whole(self.path, b"".join(kept))
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[FileIO]:
+    """The file at its beginning, to read and to append to, made if need be; no other process has it meanwhile."""
+    while True:
+        with path.open("a+b", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as failure:
+                if failure.errno not in NO_LOCKS:
+                    raise
+            # Whoever held it may have put another file in its place.
+            if _is_at(file, path):
+                file.seek(0)
+                yield file
+                return
+
+
+def _is_at(file: FileIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -147,8 +189,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _lines(content: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, by their numbers from 1 on."""
-    return ((n, line) for n, line in enumerate(content, 1) if line.strip())
+    """The lines that are not blank, by their numbers from 1 on, without the mark that some editors add."""
+    unmarked = ((n, line.removeprefix(codecs.BOM_UTF8)) for n, line in enumerate(content, 1))
+    return ((n, line) for n, line in unmarked if line.strip())
 
 
 def parsed(line: bytes, model: type[M]) -> M | str:
@@ -181,11 +224,17 @@ def _reason(line: bytes, error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{said}{others}"
 
 
-def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb", "xb"]) -> None:
-    with path.open(mode) as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _write_durably(path: Path, content: bytes, mode: Literal["ab", "wb"]) -> None:
+    with path.open(mode, buffering=0) as file:
+        _write_all(file, content)
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    """Writes through to the disk. Unbuffered, as what a full disk refused must not be written at closing."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@
 `details` and `notes` are their parts.
 """
 
-from .page import ReportUnavailable, write_report
+from .page import ReportUnavailable, write_page, write_report
 from .tables import markdown_table, print_table
 
-__all__ = ["ReportUnavailable", "markdown_table", "print_table", "write_report"]
+__all__ = ["ReportUnavailable", "markdown_table", "print_table", "write_page", "write_report"]

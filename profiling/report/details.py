@@ -18,8 +18,8 @@ from ..trajectory.records import Record
 GIB = 2**30
 
 
-def cases_grid(shown: Overview) -> Grid:
-    """A row per case, failed ones too: check, spread, both clocks, phases, memory, the device's state."""
+def cases_grid(shown: Overview, rows: Sequence[Row]) -> Grid:
+    """A line for each of the rows, failed ones too: check, spread, both clocks, phases, memory, device state."""
     columns: dict[str, Callable[[Row], str]] = {
         "case": lambda row: visible(f"{row.name}, {row.case.backend}"),
         "conditions": lambda row: shown.conditions.heading(row) or MISSING,
@@ -56,13 +56,13 @@ def cases_grid(shown: Overview) -> Grid:
         "no energy because": lambda row: _no_energy(row.record),
         "flags": lambda row: "; ".join(flags(row.record)) or MISSING,
     }
-    rows = [tuple(cell(row) for cell in columns.values()) for row in shown.all_rows]
+    cells = tuple(tuple(cell(row) for cell in columns.values()) for row in rows)
     words = (
         *("case", "conditions", "status", "reference", "settings", "cut short by", "throttle reasons after"),
         *("no energy because", "flags"),
     )
     # On a CPU nothing fills the GPU's columns.
-    return Grid(tuple(columns), tuple(rows), words).without_empty()
+    return Grid(tuple(columns), cells, words).without_empty()
 
 
 def lines_grid(shown: Overview) -> Grid:
@@ -86,8 +86,16 @@ def lines_grid(shown: Overview) -> Grid:
     return grid if any(row[-1] != MISSING for row in rows) else grid.without_last()
 
 
-def environment_lines(environment: Environment) -> list[tuple[str, str]]:
-    """Name and value of what is known of an environment."""
+def environment_lines(environments: Iterable[Environment]) -> list[tuple[str, str]]:
+    """Name and value of what is known of environments of one kind; of several machines each value once."""
+    values: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for name, value in _of_one(environment):
+            values.setdefault(name, {})[value] = None
+    return [(name, " / ".join(of)) for name, of in values.items()]
+
+
+def _of_one(environment: Environment) -> list[tuple[str, str]]:
     gpu = environment.gpu
     lines: list[tuple[str, object]] = [
         ("CPU", environment.cpu),

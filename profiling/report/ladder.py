@@ -120,7 +120,7 @@ def costs_title(shown: Overview) -> str:
 
 def costs_grid(shown: Overview) -> Grid:
     """The project's headline: measured cost beside the paper's, a row for each size, a column for each rung."""
-    sections = list(dict.fromkeys(ladder.section for ladder in ladders(shown)))
+    sections = list({id(ladder.section): ladder.section for ladder in ladders(shown)}.values())
     backends = sorted({row.case.backend: row for section in sections for row in section.rows}.values(), key=_place)
     names = [row.case.backend for row in backends]
     rows = []

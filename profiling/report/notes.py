@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from ..figures import text
 from ..figures.derived import PEER, Overview
-from ..figures.phrases import environment_notes
-from ..measure.conditions import busy_notes, commit, flag_notes
+from ..figures.phrases import environment_notes, machine_notes
+from ..measure.conditions import WIDE_SPREAD, busy_notes, commit, flag_notes, is_unsteady
 from ..measure.intervals import FEWEST
 from ..terminal.visible import counted, visible
-from ..trajectory.records import Record
-
-# Of the median, between p20 and p80: beyond this a comparison to two digits is not one.
-WIDE_SPREAD = 0.1
 
 
 def notes(shown: Overview) -> tuple[str, ...]:
@@ -62,15 +58,15 @@ def notes(shown: Overview) -> tuple[str, ...]:
 
 def warnings(shown: Overview) -> tuple[str, ...]:
     """What to know before the numbers: mixed environments, changed code, unsteady times, busy hosts."""
-    found = environment_notes(shown.environments)
+    found = [*environment_notes(shown.environments), *machine_notes(shown.measured_in)]
     dirty = sorted({commit(e) for e in shown.environments if e.git_dirty})
     if dirty:
         found.append(f"Measured on commit {', '.join(dirty)}: the commit alone does not say what ran.")
     cases = counted(len(shown.all_rows), "case")
-    wide = [row for row in shown.all_rows if _is_wide(row.record)]
+    wide = [row for row in shown.all_rows if is_unsteady(row.record.wall_ms)]
     if wide:
         named = [(row.name, row.case.backend, shown.conditions.heading(row)) for row in wide]
-        names = text.joined(dict.fromkeys(" ".join(filter(None, parts)) for parts in named))
+        names = text.first_of(list(dict.fromkeys(" ".join(filter(None, parts)) for parts in named)))
         found.append(
             f"Unsteady: p20 to p80 spans more than {WIDE_SPREAD:.0%} of the median in {len(wide)} of "
             f"{cases} ({visible(names)}); ratios of these are no better than that."
@@ -97,8 +93,3 @@ def warnings(shown: Overview) -> tuple[str, ...]:
             "beside fewer backends, without a trace, or earlier)."
         )
     return tuple(found)
-
-
-def _is_wide(record: Record) -> bool:
-    wall = record.wall_ms
-    return wall is not None and wall.p80 - wall.p20 > WIDE_SPREAD * wall.p50

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import altair as alt
-import vl_convert  # noqa: F401  altair loads it when it renders, which is too late to say so
 
 from ..claims.offers import Budget
 from ..claims.planning import Answer, Plan
 from ..figures import text
 from ..terminal.visible import visible
-from .charts import Drawing, Panel, Point, finished
+from .drawings import Drawing, Spec, write_charts
 from .ladder import STARRED
-from .page import write_charts
+from .palette import CONFIG, TEXT
 from .plan_text import budget_in_words, plan_heading
 
 _FITS = {"on the front": "#0072B2", "fits": "#E69F00", "beyond the budget": "#767676"}
@@ -52,11 +52,12 @@ def pareto_drawing(answer: Answer) -> Drawing:
     if any(offer.flags for plan, _ in panels for offer in (*plan.offers, *plan.beyond) if offer.fid is not None):
         conditions.append(f"* {STARRED}")
     heading = alt.TitleParams(f"Within {budget_in_words(answer.budget)}", subtitle=conditions, subtitlePadding=6)
-    chart = finished(charts, columns=2).properties(title=heading, description=summary)
+    panes = alt.concat(*charts, columns=2).resolve_scale(color="shared", shape="shared")
+    chart: Spec = panes.properties(title=heading, description=summary).to_dict() | {"config": dict(CONFIG)}
     return Drawing("pareto", title, summary, chart)
 
 
-def _points(plan: Plan) -> list[Point]:
+def _points(plan: Plan) -> list[dict[str, Any]]:
     front = plan.front
     told = [
         *((offer, "on the front" if offer in front else "fits") for offer in plan.offers),
@@ -77,7 +78,7 @@ def _points(plan: Plan) -> list[Point]:
     ]
 
 
-def _panel(points: list[Point], budget: Budget) -> Panel:
+def _panel(points: list[dict[str, Any]], budget: Budget) -> alt.LayerChart | alt.FacetChart:
     times = [budget.wall_ms, *(float(point[name]) for point in points for name in ("low", "high"))]
     domain = [math.exp(math.log(min(times)) - 0.3), math.exp(math.log(max(times)) + 0.3)]
     scale = alt.Scale(type="log", domain=domain, nice=False)
@@ -100,7 +101,7 @@ def _panel(points: list[Point], budget: Budget) -> Panel:
         alt.Chart(alt.InlineData(values=stairs)).mark_line(interpolate="step-after", color=STAIRS).encode(x, y),
         marks.mark_rule(strokeWidth=2).encode(alt.X("low:Q", scale=scale), y, x2="high:Q", color=colour),
         marks.mark_point(size=90, strokeWidth=2, opacity=1).encode(x, y, color=colour, shape=shape),
-        marks.mark_text(align="left", baseline="bottom", dx=7, dy=-5, color="#222222").encode(x, y, text="size:N"),
+        marks.mark_text(align="left", baseline="bottom", dx=7, dy=-5, color=TEXT).encode(x, y, text="size:N"),
     )
 
 
@@ -111,5 +112,4 @@ def write_pareto(answer: Answer, directory: Path) -> tuple[list[Path], str]:
     """
     drawing = pareto_drawing(answer)
     directory.mkdir(parents=True, exist_ok=True)
-    svgs = {} if drawing.chart is None else {drawing.name: drawing.svg()}
-    return write_charts([drawing], svgs, directory), drawing.reason
+    return write_charts([drawing], directory), drawing.reason

@@ -1,58 +1,99 @@
-"""`ldmperf report`: from a path to the table, the files beside it, and the lines that are no records."""
+"""`ldmperf report`: from paths to the tables, the page, and the lines that are no records."""
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..measure.folders import RunError, holds
 from ..measure.store import Aside
-from ..record_files import gather
-from ..terminal.visible import console, counted, say
+from ..record_files import NAMES, Gathered, gather_files, joined_files, read_file
+from ..terminal.visible import console, counted, say, say_wrapped
 from ..trajectory.records import RECORDS_NAME, Record
 from ..trajectory.runs import RUN_NAME, open_run
+from .tables import NOTHING
 
 if TYPE_CHECKING:
-    from ..claims.verdict import ClaimVerdicts
-    from ..figures.derived import Overview
     from ..kernel_bench.kernel_records import KernelRecord
+    from .page_input import PageInput
+
+# What a name of one page ends with; any other name is a folder's.
+PAGE_SUFFIXES = (".html", ".htm")
+# Of more paths a line says that they are the same.
+_MOST_SPELLED = 3
+_THE_SAME = "<the same paths>"
 
 
 class ReportNotWritten(OSError):
-    """A folder that the page or a table cannot be written to; the text is one line."""
+    """A page, or a folder, that cannot be written; the text is one line."""
 
 
-def report_path(path: Path, out: Path | None) -> bool:
-    """Prints whatever records lie at a path. True where all lines of their files are records.
+def report_paths(
+    paths: Sequence[Path], out: Path | None = None, *, everything: bool = False, url: str = ""
+) -> Gathered:
+    """Prints what run folders, kernel folders, folders of such and files of records hold together; those records.
 
-    A run's folder: its table, page and charts. A folder of `ldmperf kernels`: its tables, and kernels.md. Both are
-    written to the folder, or to `out`. A file of either kind of records: the tables, and the rest only where `out`
-    says where to. Raises RunError where there are no records to read, ReportNotWritten.
+    out         a page where its name ends in .html, else a folder for page, charts and kernels.md. Without it a
+                single folder of a run or of kernels has them itself, and nothing is written of anything else
+    everything  the whole table on the terminal, however many cases it has
+    url         where the records can be had, for the page
+
+    Raises RunError where there are no records to read, ReportNotWritten.
     """
-    if holds(path, RUN_NAME) and not holds(path, RECORDS_NAME):
-        raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
-    found = gather([path])
-    to = out or (path if path.is_dir() else None)
+    for path in paths:
+        if holds(path, RUN_NAME) and not holds(path, RECORDS_NAME):
+            raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
+    return _report(gather_files(paths), paths, out or _itself(paths), everything, url)
+
+
+def report_run(folder: Path) -> Gathered:
+    """The same of a run that has just been measured, perhaps without a record; page and charts go to its folder.
+
+    Raises ReportNotWritten.
+    """
+    path = folder / RECORDS_NAME
+    return _report({os.path.realpath(path): read_file(path)}, [folder], folder, False, "")
+
+
+def _report(
+    files: Mapping[str, Gathered], paths: Sequence[Path], out: Path | None, everything: bool, url: str
+) -> Gathered:
+    found = joined_files(files.values())
     # First: the reader of the table may be gone after a few of its lines.
     tell_aside(found.aside)
-    if found.trajectories:
-        _report_records(list(found.trajectories), found.aside, to, path)
-    if found.kernels:
-        _report_kernels(list(found.kernels), to)
-    return not found.aside.in_file
+    spelled = shlex.join(map(str, paths)) if len(paths) <= _MOST_SPELLED else _THE_SAME
+    if not found.records:
+        say(console(), NOTHING)
+        return found
+    content = _content(files, found, out, url, spelled)
+    if content.sources.together:
+        say_wrapped(console(), f"Put together: {content.sources.together}", "bold")
+    try:
+        _print(content, found, spelled, everything, out is not None)
+        if len(paths) == 1:
+            _tell_unmeasured(paths[0], found.trajectories)
+        if out is not None:
+            _write(content, found, out, spelled)
+    finally:
+        # Last, where they are read; a folder that cannot be written does not take them away.
+        _print_verdicts(content, spelled)
+    return found
 
 
-def report_run(folder: Path, out: Path | None = None) -> tuple[list[Record], Aside]:
-    """Prints the table of a run and how many cases have no record; writes page and charts to it, or to `out`.
+def is_page(out: Path) -> bool:
+    """Whether a name is one page's, and no folder's."""
+    return out.suffix.lower() in PAGE_SUFFIXES and not out.is_dir()
 
-    The records, and the lines that are none. Raises RunError where they cannot be read, ReportNotWritten.
-    """
-    found = gather([folder / RECORDS_NAME])
-    tell_aside(found.aside)
-    _report_records(list(found.trajectories), found.aside, out or folder, folder)
-    return list(found.trajectories), found.aside
+
+def _itself(paths: Sequence[Path]) -> Path | None:
+    """The folder that is written to unless told: that of a single run, of kernels or of inspections."""
+    if len(paths) != 1 or not any(holds(paths[0], name) for name in NAMES):
+        return None
+    return paths[0]
 
 
 def resume_command(folder: Path) -> str:
@@ -60,78 +101,138 @@ def resume_command(folder: Path) -> str:
     return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 
-def _report_records(records: list[Record], aside: Aside, out: Path | None, source: Path) -> None:
-    from ..claims.printed import print_summaries
+def _content(
+    files: Mapping[str, Gathered], found: Gathered, out: Path | None, url: str, spelled: str
+) -> PageInput:
+    """What terminal and page show of these records; without verdicts, and a line that says so, where a package is
+    missing."""
+    from ..claims.judge import judge_overview
+    from ..compare.over_commits import history
+    from ..compare.side_by_side import side_by_side
     from ..figures import overview
-    from ..report import print_table
+    from ..figures.headline import headline
+    from .kind_sections import kind_sections
+    from .page_input import PageInput
+    from .sources import Sources
 
-    shown = overview(records)
-    judged = _judged(records, source)
-    print_table(shown, console())
-    if holds(source, RUN_NAME):
-        try:
-            left = {case.key for case in open_run(source).cases} - {record.case_key for record in records}
-        except RunError as unreadable:
-            say(console(stderr=True), f"what the run has yet to measure is not known: {unreadable}")
-        else:
-            if left:
-                cases = counted(len(left), "planned case has", "planned cases have")
-                say(console(stderr=True), f"{cases} no record yet; go on with: {resume_command(source)}")
+    shown = overview(found.trajectories)
+    page = None if out is None else out.parent if is_page(out) else out
+    content = PageInput(
+        shown,
+        headline=headline(shown),
+        sources=Sources.of(files, page, url),
+        sections=kind_sections(found),
+        rejected_lines=found.aside.count,
+    )
     try:
-        if out is not None:
-            _write_page(shown, judged, aside, out, source)
-    finally:
-        # Last, where they are read; a folder that cannot be written does not take them away.
-        print_summaries(judged, console(), shlex.quote(str(source)))
-
-
-def _judged(records: list[Record], source: Path) -> Sequence[ClaimVerdicts]:
-    """The claims by these records; none, and a line that says so, where a package is missing."""
-    from ..claims import judge
-
-    try:
-        return judge(records)
+        return replace(
+            content,
+            judged=judge_overview(shown),
+            history=history(found.trajectories),
+            side_by_side=side_by_side(found.records),
+        )
     except ModuleNotFoundError as missing:
         say(
             console(stderr=True),
             f"no verdicts on the claims: {missing.name} is not installed; pip install {missing.name}, then: "
-            f"ldmperf report {shlex.quote(str(source))}",
+            f"ldmperf report {spelled}",
         )
-        return ()
+        return content
 
 
-def _write_page(shown: Overview, judged: Sequence[ClaimVerdicts], aside: Aside, out: Path, source: Path) -> None:
-    """Writes page and charts, and says where; a missing package is said, too. Raises ReportNotWritten."""
-    from ..report import write_report
+def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, is_written: bool) -> None:
+    from ..static.inspection_table import inspection_groups
+    from .kind_sections import kernel_groups, print_kernels, print_launches
+    from .summary_text import MOST_CASES, print_changes, print_headline, print_summary
+    from .tables import print_table
 
-    try:
-        written = write_report(shown, aside.count, out, judged)
-    except ModuleNotFoundError as missing:
-        say(
-            console(stderr=True),
-            f"no page and no charts: {missing.name} is not installed; "
-            f"pip install altair vl-convert-python jinja2, then: ldmperf report {shlex.quote(str(source))}",
-        )
+    shown, terminal = content.overview, console()
+    most = None if everything else MOST_CASES
+    kernels, launches = kernel_groups(found.kernels), inspection_groups(found.inspections)
+    if found.trajectories and (most is None or len(shown.all_rows) <= most):
+        print_table(shown, terminal)
+    elif found.trajectories:
+        print_headline(content.headline, terminal)
+        print_summary(shown, terminal)
+    print_changes(content.history, content.side_by_side, terminal)
+    for of_group in kernels:
+        print_kernels(of_group, terminal, most)
+    for launch_group in launches:
+        print_launches(launch_group, terminal, most)
+    counts = [len(shown.all_rows), *(len(of) for of in kernels), *(len(of) for of in launches)]
+    if most is not None and max(counts) > most:
+        _tell_rest(spelled, is_written)
+
+
+def _tell_rest(spelled: str, is_written: bool) -> None:
+    """Where the cases are that a summary leaves out; a page that is written is named when it is."""
+    page = "" if is_written else f"A page with charts: ldmperf report {spelled} -o page.html. "
+    say_wrapped(
+        console(),
+        f"Every case: ldmperf report {spelled} --all. {page}For other programs: ldmperf export {spelled} "
+        "--format csv.",
+        "dim",
+        indent=2,
+    )
+
+
+def _tell_unmeasured(folder: Path, records: Sequence[Record]) -> None:
+    """How many of a run's planned cases have no record, on stderr."""
+    if not holds(folder, RUN_NAME):
         return
+    errors = console(stderr=True)
+    try:
+        left = {case.key for case in open_run(folder).cases} - {record.case_key for record in records}
+    except RunError as unreadable:
+        say(errors, f"what the run has yet to measure is not known: {unreadable}")
+        return
+    if left:
+        cases = counted(len(left), "planned case has", "planned cases have")
+        say(errors, f"{cases} no record yet; go on with: {resume_command(folder)}")
+
+
+def _write(content: PageInput, found: Gathered, out: Path, spelled: str) -> None:
+    """Writes a page, or a folder with charts and kernels.md, and says where. Raises ReportNotWritten."""
+    try:
+        written = _write_page(content, out, spelled)
+        if found.kernels and not is_page(out):
+            out.mkdir(parents=True, exist_ok=True)
+            written.append(_write_kernels(found.kernels, out))
     except OSError as failure:
         raise ReportNotWritten(f"cannot write the report to {out} ({failure.strerror})") from None
     for path in written:
         say(console(), str(path))
 
 
-def _report_kernels(records: list[KernelRecord], out: Path | None) -> None:
-    from ..kernel_bench.run import write_markdown
-    from ..kernel_bench.table import markdown, print_records
+def _write_page(content: PageInput, out: Path, spelled: str) -> list[Path]:
+    """The page, or page and charts; a missing package is said."""
+    from ..report import write_page, write_report
 
-    print_records(records, console())
-    if out is None:
-        return
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        written = write_markdown(out, markdown(records))
-    except OSError as failure:
-        raise ReportNotWritten(f"cannot write the table to {out} ({failure.strerror})") from None
-    say(console(), str(written))
+        if is_page(out):
+            write_page(content, out)
+            return [out]
+        return write_report(content, out)
+    except ModuleNotFoundError as missing:
+        say(
+            console(stderr=True),
+            f"no page and no charts: {missing.name} is not installed; "
+            f"pip install altair vl-convert-python jinja2, then: ldmperf report {spelled}",
+        )
+        return []
+
+
+def _write_kernels(records: Sequence[KernelRecord], folder: Path) -> Path:
+    from ..kernel_bench.run import write_markdown
+    from ..kernel_bench.table import markdown
+
+    return write_markdown(folder, markdown(records))
+
+
+def _print_verdicts(content: PageInput, spelled: str) -> None:
+    from ..claims.printed import print_summaries
+
+    print_summaries(content.judged, console(), spelled)
 
 
 def tell_aside(aside: Aside) -> None:

@@ -31,7 +31,7 @@ def print_table(shown: Overview, console: Console) -> None:
     for warning in table.warnings:
         say_wrapped(console, f"Note: {warning}", "yellow")
     for title, grid, note in _grids(shown):
-        _print_grid(console, title, grid)
+        print_grid(console, title, grid)
         if note:
             say_wrapped(console, note, "dim")
 
@@ -89,7 +89,8 @@ def _grids(shown: Overview) -> list[tuple[str, Grid, str]]:
     return [(title, grid, note) for title, grid, note in found if grid.rows]
 
 
-def _print_grid(console: Console, title: str, grid: Grid) -> None:
+def print_grid(console: Console, title: str, grid: Grid) -> None:
+    """A table under its title."""
     _print(console)
     say_wrapped(console, title, "bold")
     for line in laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2).lines:

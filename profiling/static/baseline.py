@@ -1,20 +1,23 @@
-"""What the compiler made of the kernels when it was last looked at, and what a change may not make worse.
+"""What the compiler made of the kernels when it was last looked at, and what `make test` compiles to compare.
 
-Another release of triton makes other code, so there is a file for each: bench/static/triton-<version>.json.
+Another release of triton makes other code, so there is a file of records for each:
+bench/static/triton-<version>.jsonl. What a change may not make worse of them: compare/code_gate.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..measure.store import write_whole
+from ..measure.environment import Environment
+from ..measure.store import read_lines, write_whole
 from ..step.calls import FAMILY_HEAD_DIMS
+from .inspection_records import InspectionRecord
 from .shapes import Shape
 from .sweep import Item, Selection, ShapeItem, select
 
@@ -81,98 +84,43 @@ def _attention(
     return [ShapeItem("attention", name, dataclasses.replace(shape, head_dim=dim), arch) for dim in head_dims]
 
 
-# A hot region may grow by this much before it counts as longer.
-LONGER = 1.02
+def entries(
+    results: Iterable[Mapping[str, Any]], environment: Environment, started_at: datetime
+) -> list[InspectionRecord]:
+    """The records of the results on NVIDIA architectures, in the order of their keys.
 
-Entry = dict[str, Any]
-
-
-def label(result: Mapping[str, Any]) -> str:
-    """What an entry is found by: it stays the same when arguments are added to a kernel."""
-    tile = [f"{name}={value}" for name, value in sorted(result["constants"].items()) if name.isupper()]
-    parts = (result["kernel"], result["dtype"], result["size"], f"batch={result['batch']}", *tile)
-    return f"{result['arch']} {' '.join(parts)} warps={result['num_warps']}"
-
-
-def entries(results: Iterable[Mapping[str, Any]]) -> dict[str, Entry]:
-    """{label: entry} of the results on NVIDIA architectures. Raises ValueError where two have one label."""
-    found: dict[str, Entry] = {}
+    Raises ValueError where two launches have one key: a baseline would hold one of them alone.
+    """
+    found: dict[str, InspectionRecord] = {}
     for result in results:
         if "region" not in result:
             continue
-        name = label(result)
-        if name in found:
-            raise ValueError(f"two launches are labelled {name}")
-        resources = result["resources"]
-        overlap = result.get("attention", {}).get("overlap")
-        found[name] = {
-            "registers": resources["registers"],
-            "shared_bytes": result["shared_bytes"],
-            "warps_per_multiprocessor": result["occupancy"]["warps"],
-            "spills": resources["spill_loads"] + resources["spill_stores"],
-            "loop": result["region"]["loop"],
-            "hot_instructions": result["region"]["instructions"],
-            "serialized": result["serialized"],
-            # Exponentials issued between q k^T and its wait, and all.
-            "overlap": None if overlap is None else [overlap["beside_scores"], overlap["exponentials"]],
-        }
-    return dict(sorted(found.items()))
-
-
-def regressions(baseline: Mapping[str, Entry], now: Mapping[str, Entry]) -> list[str]:
-    """What got worse, in one line each, and entries that only one of the two has."""
-    found = [f"{name}: not in the baseline" for name in now if name not in baseline]
-    found += [f"{name}: in the baseline, no longer compiled" for name in baseline if name not in now]
-    for name, before in baseline.items():
-        after = now.get(name)
-        if after is None:
-            continue
-        if after["spills"] > before["spills"]:
-            found.append(f"{name}: {before['spills']} -> {after['spills']} spills")
-        if after["warps_per_multiprocessor"] < before["warps_per_multiprocessor"]:
-            found.append(
-                f"{name}: {before['warps_per_multiprocessor']} -> {after['warps_per_multiprocessor']} warps fit, "
-                f"with {before['registers']} -> {after['registers']} registers, "
-                f"{before['shared_bytes']} -> {after['shared_bytes']} bytes of shared memory"
-            )
-        if after["hot_instructions"] > LONGER * before["hot_instructions"]:
-            found.append(
-                f"{name}: the hot region grew from {before['hot_instructions']} to {after['hot_instructions']} "
-                "instructions"
-            )
-        serialized = sorted(set(after["serialized"]) - set(before["serialized"]))
-        if serialized:
-            found.append(f"{name}: ptxas now serializes the matmuls ({', '.join(serialized)})")
-        if _share(after["overlap"]) < _share(before["overlap"]):
-            found.append(f"{name}: exponentials beside q k^T, of all: {before['overlap']} -> {after['overlap']}")
-    return found
-
-
-def _share(overlap: list[int] | None) -> float:
-    return overlap[0] / max(overlap[1], 1) if overlap else 0.0
+        record = InspectionRecord.of(result, environment, started_at)
+        if record.case_key in found:
+            raise ValueError(f"two launches are called {record.case_key}")
+        found[record.case_key] = record
+    return [found[key] for key in sorted(found)]
 
 
 def baseline_path(folder: Path, triton_version: str) -> Path:
-    return folder / f"triton-{triton_version}.json"
+    return folder / f"triton-{triton_version}.jsonl"
 
 
-def read_baseline(folder: Path, triton_version: str) -> dict[str, Entry] | None:
-    """The entries for this release of triton; None where none were committed."""
+def read_baseline(folder: Path, triton_version: str) -> list[InspectionRecord] | None:
+    """The records for this release of triton; None where none were committed. Raises ValueError for a torn one."""
     path = baseline_path(folder, triton_version)
     if not path.exists():
         return None
-    found: dict[str, Entry] = json.loads(path.read_text())["entries"]
-    return found
+    records, aside = read_lines(path, InspectionRecord)
+    if aside.in_file:
+        raise ValueError(str(aside.first[0]))
+    return records
 
 
-def write_baseline(folder: Path, triton_version: str, found: Mapping[str, Entry]) -> Path:
+def write_baseline(folder: Path, triton_version: str, records: Iterable[InspectionRecord]) -> Path:
+    """The file of these records, without their null fields: most of the environment is."""
     path = baseline_path(folder, triton_version)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in found.items()]
-    text = (
-        f'{{\n  "triton": "{triton_version}",\n  "what": "compiled, not measured: registers of a thread, '
-        'warps that fit a multiprocessor, instructions of the hot loop (or of all, without a loop)",\n'
-        '  "entries": {\n' + ",\n".join(lines) + "\n  }\n}\n"
-    )
-    write_whole(path, text.encode())
+    lines = (record.model_dump_json(exclude_none=True) + "\n" for record in records)
+    write_whole(path, "".join(lines).encode())
     return path

@@ -10,7 +10,7 @@ from ldmperf.kernels import Launch
 
 from ..machines import Machine
 from .amd import AmdResources, amd_resources
-from .compile import Compiled, compile_launch
+from .compile import Compiled, Specialization, compile_launch
 from .loop_order import ATTENTION, LoopOrder, loop_order
 from .occupancy import Occupancy, occupancy
 from .prediction import Prediction, Traffic, asked_bytes, predict
@@ -115,20 +115,9 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; what is predicted stands under `prediction`."""
-        specialization, machine = self.compiled.specialization, self.compiled.machine
-        told: dict[str, Any] = {
-            "kernel": specialization.kernel,
-            "specialization": specialization.key,
-            "arch": machine.arch,
-            "programs": self.launch.programs,
-            "num_warps": specialization.num_warps,
-            "constants": {name: str(value) for name, value in specialization.constants},
-            "tensor_bytes": {
-                name: value.numel() * value.element_size() for name, value in self.launch.tensors.items()
-            },
-            "shared_bytes": self.compiled.shared,
-            "faults": self.faults,
-        }
+        machine = self.compiled.machine
+        told = launch_as_json(self.launch, self.compiled.specialization, machine)
+        told |= {"shared_bytes": self.compiled.shared, "faults": self.faults}
         if self.amd is not None:
             return told | {"resources": dataclasses.asdict(self.amd)}
         if self.nvidia is None:
@@ -160,6 +149,19 @@ class Inspection:
                 "bound": code.prediction.bound,
             },
         }
+
+
+def launch_as_json(launch: Launch, specialization: Specialization, machine: Machine) -> dict[str, Any]:
+    """What is compiled, as plain values."""
+    return {
+        "kernel": specialization.kernel,
+        "specialization": specialization.key,
+        "arch": machine.arch,
+        "programs": launch.programs,
+        "num_warps": specialization.num_warps,
+        "constants": {name: str(value) for name, value in specialization.constants},
+        "tensor_bytes": {name: value.numel() * value.element_size() for name, value in launch.tensors.items()},
+    }
 
 
 def inspect_launch(launch: Launch, machine: Machine) -> Inspection:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ..measure.environment import Environment
+from ..measure.gpu_lock import waits_for_gpu
 from ..measure.timing import Deadline, RepetitionRule
 from ..measure.turn import TURNS
 from ..trajectory.case import Case
@@ -160,7 +161,7 @@ class SweepRun:
                 # While it waits there is nothing that Ctrl-C could let finish.
                 self.interrupts.is_measuring = is_over
                 if not is_over:
-                    self.listener.told(f"waiting for the GPU, which {holder} measures on")
+                    self.listener.told(waits_for_gpu(holder))
             case TookTurns(seconds):
                 TURNS.waited += seconds
             case Learned(carried):

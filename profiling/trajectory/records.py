@@ -20,7 +20,7 @@ from ..measure.recorded import (
     Status,
     schema_of,
 )
-from ..measure.store import Aside, Store, read_lines
+from ..measure.store import Store, read_lines
 from .case import Case
 from .record_parts import Energy, Floor, Harness, Phases, Trace
 
@@ -165,16 +165,11 @@ def load_records(path: Path) -> tuple[list[Record], int]:
     """The records of a file (or of a run folder's), and how many lines were set aside. Changes nothing on disk.
 
     A record is written before its energy and its trace are measured, and once more with each: these are one
-    record, the last. Raises OSError when it cannot be read. `read_records` tells which lines those are, and why.
+    record, the last. Raises OSError when it cannot be read. `record_files.gather` tells which lines those are, and
+    why.
     """
-    records, aside = read_records(path)
-    return records, aside.count
-
-
-def read_records(path: Path) -> tuple[list[Record], Aside]:
-    """As `load_records`, with the first of the lines set aside and the reason of each."""
     records, aside = read_lines(path / RECORDS_NAME if path.is_dir() else path, Record)
-    return without_completed(records), aside
+    return without_completed(records), aside.count
 
 
 def without_completed(records: Sequence[Record]) -> list[Record]:

@@ -1,0 +1,200 @@
+"""Charts as they are drawn: which facts make a panel, which panels are shown, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import altair as alt
+import vl_convert
+
+from ..figures.derived import Overview, Row
+from ..figures.text import joined
+from ..measure.store import write_whole
+from .charts import FACTS, Chart, all_charts
+from .facts import Fact, Facts, FactTable, natural
+from .page_tables import label_of
+from .palette import CONFIG, Palette
+
+if TYPE_CHECKING:
+    from ..compare.history import History
+
+# A Vega-Lite specification.
+Spec: TypeAlias = dict[str, Any]
+_SCALE = 2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart, or the reason why it was not drawn; `summary` says in words what the chart shows."""
+
+    name: str
+    title: str
+    summary: str
+    chart: Spec | None = None
+    reason: str = ""
+
+    def png(self) -> bytes:
+        """The chart on white, at twice the screen's resolution."""
+        assert self.chart is not None
+        image: bytes = vl_convert.vegalite_to_png(self.chart | {"background": "white"}, scale=_SCALE)
+        return image
+
+    def svg(self) -> str:
+        assert self.chart is not None
+        markup: str = vl_convert.vegalite_to_svg(self.chart)
+        return markup
+
+
+@dataclass(frozen=True)
+class Pane:
+    """The facts of one set of conditions; `key`: the columns that set it apart from other panels, by name."""
+
+    key: dict[str, str]
+    facts: tuple[Fact, ...]
+
+
+@dataclass(frozen=True)
+class ChartSet:
+    """The charts of a page: facts, colours, definitions, and what is drawn of them at first."""
+
+    facts: Facts
+    palette: Palette
+    charts: tuple[Chart, ...]
+    drawings: tuple[Drawing, ...]
+
+    @classmethod
+    def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> ChartSet:
+        """first: the row whose conditions are looked at first."""
+        facts = Facts.of(shown, history, first)
+        palette = Palette.of(row.case.backend for row in shown.all_rows)
+        charts = all_charts(palette)
+        return cls(facts, palette, charts, tuple(drawn(chart, facts) for chart in charts))
+
+    def svgs(self) -> dict[str, str]:
+        """By name the charts of few panels, which a page shows where no script runs."""
+        pairs = zip(self.charts, self.drawings, strict=True)
+        return {chart.name: of.svg() for chart, of in pairs if of.chart is not None and not chart.is_small}
+
+    def for_browser(self) -> list[dict[str, Any]]:
+        """The charts with panels, for the script: what makes a panel, and its Vega specification without data."""
+        return [
+            {
+                "name": chart.name,
+                "title": chart.title,
+                "summary": chart.summary,
+                "needs": chart.needs,
+                "table": chart.table,
+                "values": chart.values,
+                "across": chart.across,
+                "least": chart.least,
+                "note": chart.note,
+                "facets": (facets := facets_of(chart, self.facts.table(chart.table))),
+                "labels": [label_of(name) for name in facets],
+                "limits": [chart.limit(name) for name in facets],
+                "spec": for_browser(chart),
+            }
+            for chart, drawing in zip(self.charts, self.drawings, strict=True)
+            if drawing.chart is not None
+        ]
+
+    def write(self, directory: Path) -> list[Path]:
+        """Writes each chart as PNG and SVG; returns their paths."""
+        return write_charts(self.drawings, directory)
+
+
+def panels_of(chart: Chart, table: FactTable) -> tuple[Pane, ...]:
+    """Every panel of a chart, in the order of its conditions."""
+    facets = facets_of(chart, table)
+    grouped: dict[tuple[str, ...], list[Fact]] = {}
+    for fact in table.rows():
+        if all(fact[name] is not None for name in chart.values):
+            grouped.setdefault(tuple(fact[name] for name in facets), []).append(fact)
+    found = [
+        Pane(dict(zip(facets, key, strict=True)), tuple(facts))
+        for key, facts in grouped.items()
+        if len({fact[chart.across] for fact in facts}) >= chart.least
+    ]
+    return tuple(sorted(found, key=lambda panel: [natural(value) for value in panel.key.values()]))
+
+
+def facets_of(chart: Chart, table: FactTable) -> tuple[str, ...]:
+    """The columns that set the panels of a chart apart."""
+    return (*(name for name in table.conditions if name not in chart.without), *chart.beside)
+
+
+def shown_first(chart: Chart, panels: Sequence[Pane], first: Mapping[str, str]) -> tuple[Pane, ...]:
+    """The panels that are shown: conditions are chosen one by one, as `first` has them or the fullest panel."""
+    shown = tuple(panels)
+    fullest = max(panels, key=lambda panel: len(panel.facts), default=None)
+    for name in {} if fullest is None else fullest.key:
+        if fullest is None or len(shown) <= chart.limit(name):
+            continue
+        values = [panel.key[name] for panel in shown]
+        value = next((value for value in (first.get(name), fullest.key[name]) if value in values), values[0])
+        shown = tuple(panel for panel in shown if panel.key[name] == value)
+    return shown
+
+
+def drawn(chart: Chart, facts: Facts) -> Drawing:
+    """The panels that are shown first, side by side under one legend."""
+    panels = panels_of(chart, facts.table(chart.table))
+    if not panels:
+        return Drawing(chart.name, chart.title, chart.summary, reason=chart.needs)
+    shown = shown_first(chart, panels, facts.first)
+    names = [name for name in panels[0].key if len({panel.key[name] for panel in panels}) > 1]
+    whole = chart.panel.to_dict()
+    inner = {name: part for name, part in whole.items() if name not in ("$schema", "config", "datasets")}
+    charts = [
+        _named(inner, f"{FACTS}{place}") | {"title": joined(panel.key[name] for name in names)}
+        for place, panel in enumerate(shown)
+    ]
+    datasets = {f"{FACTS}{place}": list(panel.facts) for place, panel in enumerate(shown)}
+    return Drawing(chart.name, chart.title, chart.summary, side_by_side(charts, min(2, len(charts)), datasets))
+
+
+def side_by_side(charts: Sequence[Spec], columns: int, datasets: dict[str, list[Fact]] | None = None) -> Spec:
+    """Panels with one legend."""
+    return {
+        "$schema": alt.SCHEMA_URL,
+        "concat": list(charts),
+        "columns": columns,
+        "resolve": {"scale": {"color": "shared", "shape": "shared"}},
+        "config": dict(CONFIG),
+        "datasets": datasets or {},
+    }
+
+
+def _named(part: Any, name: str) -> Any:
+    """The same specification over the data of this name."""
+    if isinstance(part, dict):
+        return {
+            key: {"name": name} if key == "data" and value == {"name": FACTS} else _named(value, name)
+            for key, value in part.items()
+        }
+    return [_named(one, name) for one in part] if isinstance(part, list) else part
+
+
+def for_browser(chart: Chart) -> Spec:
+    """The panel as a Vega specification without data, as wide as the page lets it be."""
+    spec = chart.panel.to_dict() | {"config": dict(CONFIG), "autosize": {"type": "fit-x", "contains": "padding"}}
+    compiled: Spec = vl_convert.vegalite_to_vega(spec)
+    return compiled
+
+
+def write_charts(drawings: Sequence[Drawing], directory: Path) -> list[Path]:
+    """Writes the charts as PNG and SVG; returns their paths. Removes those not drawn."""
+    written = []
+    for drawing in drawings:
+        png, svg = directory / f"{drawing.name}.png", directory / f"{drawing.name}.svg"
+        if drawing.chart is None:
+            # An earlier report's chart would pass for one of these records.
+            png.unlink(missing_ok=True)
+            svg.unlink(missing_ok=True)
+            continue
+        write_whole(png, drawing.png())
+        write_whole(svg, drawing.svg().encode())
+        written += [png, svg]
+    return written

@@ -1,0 +1,251 @@
+"""What the charts and filters of a page go by: a row for each case, as columns of words and of numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ..claims.offers import PAPER_STEPS, Course, paper_fid
+from ..figures.derived import Overview, Row, Spread, StepsSeries, alike, ratio, rung_place, step_ms
+from ..figures.phrases import environment_name, phrases_of
+from ..figures.text import joined
+from ..measure.conditions import commit
+from ..measure.recorded import Samples
+from ..paper import paper_sizes
+from ..terminal.visible import visible
+
+if TYPE_CHECKING:
+    from ..compare.history import History
+
+Words: TypeAlias = tuple[str, ...]
+Fact: TypeAlias = dict[str, Any]
+FactOf: TypeAlias = tuple[Mapping[str, str], Mapping[str, float | None]]
+
+# What places a row on a machine: a history leaves them out, as it follows a case over environments.
+_PLACES = ("environment", "device", "commit")
+_CONDITIONS = (
+    *("task", "dtype", "batch", "sampler", "steps", "guidance_scale", "latent", "context_tokens", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class FactTable:
+    """Rows as columns of one length: `words` in text, `numbers` null where there is none.
+
+    conditions  the columns of words that set rows apart besides the network and the backend
+    """
+
+    words: Mapping[str, Words] = field(default_factory=dict)
+    numbers: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    conditions: Words = ()
+
+    @classmethod
+    def of(cls, facts: Sequence[FactOf], names: Words) -> FactTable:
+        """Of the words and numbers of each row, which all have the same names; `names`: conditions that vary."""
+        if not facts:
+            return cls()
+        first_words, first_numbers = facts[0]
+        words = {name: tuple(of[name] for of, _ in facts) for name in first_words}
+        numbers = {name: tuple(of[name] for _, of in facts) for name in first_numbers}
+        return cls(words, numbers, _apart(words, names))
+
+    def rows(self) -> list[Fact]:
+        """Each row with all its columns by name."""
+        columns: dict[str, Sequence[Any]] = {**self.words, **self.numbers}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def as_json(self) -> dict[str, Any]:
+        """For the page: words `coded`, numbers with six digits; a column without a value is left out."""
+        return {
+            "conditions": self.conditions,
+            "words": {name: coded(values) for name, values in self.words.items()},
+            "numbers": {
+                name: [None if value is None else float(f"{value:.6g}") for value in values]
+                for name, values in self.numbers.items()
+                if any(value is not None for value in values)
+            },
+        }
+
+
+def coded(values: Iterable[str]) -> dict[str, list[Any]]:
+    """The different texts, and for each value its place among them."""
+    places: dict[str, int] = {}
+    at = [places.setdefault(value, len(places)) for value in values]
+    return {"texts": list(places), "at": at}
+
+
+def natural(text: str) -> tuple[tuple[float, str], ...]:
+    """Sorts numbers within texts by value: "2 steps" before "10 steps"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return tuple((float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The tables of a page.
+
+    cases    a row for each of `Overview.rows`, in that order
+    fid      a row for each network, backend and set of conditions that the paper has a FID of
+    history  a row for each case on each commit
+    filters  the conditions of `cases` that vary, with their values in order; the backend is one
+    first    the conditions that are looked at first: those of the headline
+    """
+
+    cases: FactTable
+    fid: FactTable
+    history: FactTable
+    filters: Mapping[str, Words]
+    first: Mapping[str, str]
+
+    @classmethod
+    def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> Facts:
+        placing = Placing.of(shown)
+        cases = _cases(shown, placing)
+        by_place = _told(cases.words, "environment", "device", "commit")
+        names = [name for name in placing.names if name != "environment" or not by_place]
+        values = {name: tuple(sorted(set(cases.words.get(name, ())), key=natural)) for name in (*names, "backend")}
+        filters = {name: of for name, of in values.items() if len(of) > 1}
+        looked_at = {} if first is None else placing.words(first)
+        return cls(cases, _fid(shown, placing), _history(shown, history, placing), filters, looked_at)
+
+    def table(self, name: str) -> FactTable:
+        """By its name: cases, fid or history."""
+        return {"cases": self.cases, "fid": self.fid, "history": self.history}[name]
+
+
+@dataclass(frozen=True)
+class Placing:
+    """The words that place a row.
+
+    names    the conditions that vary, the environment first, and the commit
+    """
+
+    shown: Overview
+    names: Words
+
+    @classmethod
+    def of(cls, shown: Overview) -> Placing:
+        varying = shown.conditions.varying
+        if len({commit(environment) for environment in shown.environments}) > 1:
+            varying |= {"commit"}
+        known = [name for name in (*_PLACES, *_CONDITIONS) if name in varying]
+        return cls(shown, (*known, *sorted(varying - {*known})))
+
+    def words(self, row: Row | StepsSeries, *without: str) -> dict[str, str]:
+        """Network, backend and each condition that varies, but for some."""
+        environment = self.shown.environments[row.environment]
+        phrases = phrases_of(row, self.shown.environments) | {"commit": commit(environment)}
+        told = joined(phrases[name] for name in ("device", "commit") if name in self.names)
+        phrases["environment"] = joined((environment_name(row.environment), told))
+        placed = {name: visible(phrases[name]) for name in self.names if name not in without}
+        return {"size": visible(row.name), "backend": visible(row.case.backend), **placed}
+
+
+def _told(words: Mapping[str, Words], name: str, *by: str) -> bool:
+    """Whether some columns, as far as they are there, tell what stands in another one."""
+    known = list(zip(*(words[column] for column in by if column in words), strict=True))
+    return name in words and bool(known) and len(set(known)) == len(set(zip(known, words[name], strict=True)))
+
+
+def _apart(words: Mapping[str, Words], names: Words) -> Words:
+    """The conditions that set rows apart; an environment stands for what it tells, its commit first of all."""
+    known = tuple(name for name in names if name in words)
+    return tuple(name for name in known if name == "environment" or not _told(words, name, "environment"))
+
+
+def _cases(shown: Overview, placing: Placing) -> FactTable:
+    lines = {id(row.record): series for series in shown.series for row in series.rows}
+    floors = _floor_costs(shown)
+    facts = []
+    for row in shown.rows:
+        record, series = row.record, lines.get(id(row.record))
+        start = None if series is None else _start(series)
+        numbers: dict[str, float | None] = {
+            "gflop": record.gflop_per_forward,
+            "rung": rung_place(row.case.backend),
+            "evaluations": record.evaluations,
+            "images": row.case.batch,
+            **_spread("step", step_ms(record)),
+            **_spread("wall", None if series is None else record.wall_ms),
+            **_spread("cost", None if row.cost is None or row.cost.p20 <= 0 else row.cost),
+            "paper": row.gflop_ratio if row.paper_cost is None else row.paper_cost,
+            "floor_cost": floors.get(id(record)),
+            "line": None if series is None else series.line.at(record.evaluations or 0),
+            "line_from": start,
+            "line_start": None if series is None or start is None else series.line.at(start),
+            "images_per_s": record.images_per_s,
+            "joules": record.joules_per_image,
+        }
+        reference = f"{visible(row.reference)} = 1" if row.reference else ""
+        by_gflop = row.paper_cost is None and row.gflop_ratio is not None
+        label = visible(row.name) + (" (by GFLOP)" if by_gflop else "")
+        facts.append((placing.words(row) | {"reference": reference, "label": label}, numbers))
+    return FactTable.of(facts, placing.names)
+
+
+def _spread(name: str, of: Spread | Samples | None) -> dict[str, float | None]:
+    quantiles = (None, None, None) if of is None else (of.p20, of.p50, of.p80)
+    return dict(zip((f"{name}_p20", f"{name}_p50", f"{name}_p80"), quantiles, strict=True))
+
+
+def _start(series: StepsSeries) -> int:
+    """Where a line is drawn from: zero, but for two points, which say nothing of the fixed part."""
+    return 0 if len(series.rows) > 2 else min(row.record.evaluations or 0 for row in series.rows)
+
+
+def _floor_costs(shown: Overview) -> dict[int, float | None]:
+    """The floor of a step over that of the row's reference, by the record's id."""
+    found: dict[int, float | None] = {}
+    for section in shown.sections:
+        floors = {(row.name, row.case.backend): row.record.floor for row in section.rows}
+        for row in section.rows:
+            own, base = row.record.floor, floors.get((row.reference or "", row.case.backend))
+            if own is not None and base is not None:
+                found[id(row.record)] = ratio(own.step_ms, base.step_ms)
+    return found
+
+
+def _fid(shown: Overview, placing: Placing) -> FactTable:
+    """The paper's FID beside the time of an image at its steps: measured, or by the line over measured steps."""
+    facts = []
+    for rows in alike(shown.timed, "steps"):
+        case = rows[0].case.model_copy(update={"steps": PAPER_STEPS})
+        fid, size = paper_fid(case), paper_sizes().get(case.network)
+        measured = {row.case.steps: row for row in rows}
+        ms = Course.of({steps: row.record.ms_per_image or 0.0 for steps, row in measured.items()}).at(PAPER_STEPS)
+        if fid is None or size is None or not ms:
+            continue
+        row = measured.get(PAPER_STEPS, rows[0])
+        wall = row.record.wall_ms if PAPER_STEPS in measured else None
+        images = row.case.batch
+        counts = ", ".join(map(str, sorted(measured)))
+        numbers = {
+            "fid": fid,
+            "ms": ms,
+            "ms_p20": ms if wall is None else wall.p20 / images,
+            "ms_p80": ms if wall is None else wall.p80 / images,
+            "paper_image": size.normalized_cost * PAPER_STEPS,
+            "predicted": float(wall is None),
+        }
+        basis = f"predicted from {counts} steps" if wall is None else f"measured at {PAPER_STEPS} steps"
+        facts.append((placing.words(row, "steps") | {"basis": basis}, numbers))
+    return FactTable.of(facts, placing.names)
+
+
+def _history(shown: Overview, history: History | None, placing: Placing) -> FactTable:
+    """Of each case on each commit. Its conditions are those of the cases, without commit and environment."""
+    if history is None:
+        return FactTable()
+    of_case = {row.record.case_id: row for row in shown.rows}
+    places = sorted({(point.at, point.commit) for series in history.series for point in series.points})
+    facts = []
+    for series in history.series:
+        words = placing.words(of_case[series.case_id], *_PLACES)
+        words["machine"] = visible(series.machine)
+        for point in series.points:
+            numbers = {"place": float(places.index((point.at, point.commit))), **_spread("step", point.step_ms)}
+            facts.append((words | {"commit": visible(point.commit), "verdict": point.verdict}, numbers))
+    names = tuple(name for name in placing.names if name not in _PLACES)
+    return FactTable.of(facts, ("machine", *names))
