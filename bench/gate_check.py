@@ -21,8 +21,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.measure.timing import Deadline
 from ldmperf.profiling.options import CaseError, percentage, whole_number
-from ldmperf.profiling.trajectory import network
-from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
+from ldmperf.profiling.rivals.subjects import all_subjects
+from ldmperf.profiling.sweep.events import Event
+from ldmperf.profiling.sweep.group_process import measured
+from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.local import Workers
+from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Subject, Trajectory
+from ldmperf.profiling.trajectory.case import Task
 
 # A short case, as most of a run's time is its start. At smaller latents two processes differ by more.
 PROFILE = (
@@ -66,6 +72,21 @@ class SlowedBackend:
         return slowed(self.backend.build(problem), self.share, torch.device(problem.case.device))
 
 
+@dataclass(frozen=True)
+class SlowedSubject:
+    """A subject whose backends are slowed; all else is that of the subject it has."""
+
+    subject: Subject
+    share: float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.subject, name)
+
+    @property
+    def backends(self) -> Mapping[str, Backend]:
+        return {name: SlowedBackend(backend, self.share) for name, backend in self.subject.backends.items()}
+
+
 def slowed(trajectory: Trajectory, share: float, device: torch.device) -> Trajectory:
     """The trajectory, then a wait of that share of what it took, in which the host is busy, as in slower code."""
 
@@ -83,10 +104,18 @@ def slowed(trajectory: Trajectory, share: float, device: torch.device) -> Trajec
 
 
 def run_slowed(share: float, arguments: Sequence[str]) -> None:
-    """`ldmperf` with these arguments, its trajectories slowed."""
-    made = network.all_backends
-    network.all_backends = lambda: {name: SlowedBackend(backend, share) for name, backend in made().items()}
-    cli.main(arguments)
+    """`ldmperf` with these arguments, its trajectories slowed, whichever process they run in."""
+    cli.main(arguments, workers=Workers(partial(slowed_measured, share)))
+
+
+def slowed_measured(share: float, task: GroupTask) -> Generator[Event, None, None]:
+    """`measured`, with slowed subjects."""
+    return measured(replace(task, subjects=partial(slowed_subjects, share)))
+
+
+def slowed_subjects(share: float) -> Mapping[Task, Subject]:
+    """All subjects, their trajectories slowed."""
+    return {task: SlowedSubject(subject, share) for task, subject in all_subjects().items()}
 
 
 def sides(folder: Path, injected: float | None, profile: Sequence[str]) -> list[Side]:

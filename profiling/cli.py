@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from .commands.env_command import env
 from .commands.export_command import export
 from .commands.inspect_command import inspect
 from .commands.kernels_command import kernels
+from .commands.merge_command import merge
 from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
@@ -25,6 +26,9 @@ from .commands.trace_command import trace
 from .measure.folders import RunError
 from .options import CaseError
 from .terminal.visible import console, prepare_streams, say
+
+if TYPE_CHECKING:
+    from .sweep.local import Workers
 
 app = typer.Typer(
     help="What one sample of each latent-diffusion UNet size really costs in wall-clock time.",
@@ -67,6 +71,7 @@ app.command()(claims)
 app.command()(plan)
 app.command()(compare)
 app.command()(export)
+app.command()(merge)
 app.command()(trace)
 app.command()(env)
 app.command()(inspect)
@@ -74,12 +79,17 @@ app.command()(kernels)
 app.command("compile")(compile_ahead)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: runs the command with these arguments (sys.argv's by default) and exits."""
+def main(arguments: Sequence[str] | None = None, *, workers: Workers | None = None) -> None:
+    """The entry point: runs the command with these arguments (sys.argv's by default) and exits.
+
+    workers: who measures in place of the processes that `ldmperf profile` starts.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     prepare_streams()
     try:
-        code = typer.main.get_command(app).main(args=given, prog_name="ldmperf", standalone_mode=False)
+        code = typer.main.get_command(app).main(
+            args=given, prog_name="ldmperf", standalone_mode=False, obj=workers
+        )
         # Flushed here, where a closed pipe is understood; at the end of the process python would report it.
         sys.stdout.flush()
     except _WRONG_CALL as wrong_call:

@@ -136,6 +136,13 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_elsewhere(text: str) -> str:
+    """A kind of device that another machine may have; CaseError for a text that is none, or names a card."""
+    if text not in ("cpu", "cuda"):
+        raise CaseError(f"--device: {text!r} is not to be had of a cluster; choose from cpu, cuda")
+    return text
+
+
 def device_named(text: str) -> str:
     """The device, if it is here; else CaseError."""
     import torch

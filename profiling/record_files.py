@@ -105,7 +105,7 @@ def read_file(path: Path) -> Gathered:
         if not stat.S_ISREG(path.stat().st_mode):
             # A pipe nobody writes to would be waited for.
             raise RunError(f"{path} is a pipe or a device; write its records to a file, and give that")
-        records, aside = read_parsed(path, _of_its_kind)
+        records, aside = read_parsed(path, of_its_kind)
     except OSError as failure:
         raise _unreadable(path, failure) from None
 
@@ -127,7 +127,7 @@ def kind_of(line: bytes) -> Kind:
     return max(MARKS, key=lambda kind: len(MARKS[kind].intersection(names)))
 
 
-def _of_its_kind(line: bytes) -> tuple[Kind, AnyRecord] | str:
+def of_its_kind(line: bytes) -> tuple[Kind, AnyRecord] | str:
     """A line's record, or why it is none."""
     kind = kind_of(line) if line.lstrip().startswith(b"{") else "trajectory"
     record = parsed(line, _model(kind))

@@ -239,11 +239,11 @@ class Outcome:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """The command `ldmperf` in this process: run("report", path)."""
+    """The command `ldmperf` in this process: run("report", path). `workers` measure for `profile`."""
 
-    def run(*arguments: str | Path) -> Outcome:
+    def run(*arguments: str | Path, workers: Any = None) -> Outcome:
         with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
+            cli.main([str(argument) for argument in arguments], workers=workers)
         captured = capsys.readouterr()
         assert isinstance(exited.value.code, int)
         return Outcome(exited.value.code, captured.out, captured.err)
@@ -319,3 +319,9 @@ def make_kernel() -> Callable[..., Any]:
 def make_inspection() -> Callable[..., Any]:
     """The function `plausible_inspection`: make_inspection(tile, registers=64, ...)."""
     return plausible_inspection
+
+
+@pytest.fixture
+def _fakes_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sweep_fakes` can be imported, in the processes of a sweep too."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +28,12 @@ from ldmperf.profiling.commands.shared import whole_option
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.measure.store import rejected_path
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
-from ldmperf.profiling.trajectory import runner
+from ldmperf.profiling.sweep.events import Event, Recorded
+from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.local import Workers
 from ldmperf.profiling.trajectory.case import Case
 from ldmperf.profiling.trajectory.progress import Remaining, readable
-from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore
+from ldmperf.profiling.trajectory.records import RECORDS_NAME
 from ldmperf.profiling.trajectory.runs import RUN_NAME, create_run, open_run
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -266,22 +268,20 @@ def test_out_of_memory_is_data_but_a_run_with_no_time_at_all_has_failed(
     run: Run,
     tiny_checkpoint: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     make_record: Callable[..., Record],
 ) -> None:
     statuses = ["ok", "oom"]
 
-    def measured(cases: list[Case], *, store: RecordStore, **others: object) -> list[Record]:
-        records = [make_record(case, status=status) for case, status in zip(cases, statuses, strict=True)]
-        store.append(*records)
-        return records
+    def measured(task: GroupTask) -> Generator[Event, None, None]:
+        for case, status in zip(task.cases, statuses, strict=True):
+            yield Recorded(make_record(case.as_recorded(), status=status))
 
-    monkeypatch.setattr(runner, "profile", measured)
     for codes, statuses in (
         (0, ["ok", "oom"]), (0, ["unsupported", "ok"]), (1, ["ok", "error"]),
         (1, ["incorrect", "ok"]), (1, ["oom", "unsupported"]),
     ):  # fmt: skip
-        outcome = run("profile", "--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+        options = ("--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+        outcome = run("profile", *options, workers=Workers(measured))
         assert outcome.code == codes, (statuses, outcome.err)
 
 
@@ -407,14 +407,13 @@ def test_a_terminated_profile_says_where_its_records_are(tiny_checkpoint: Path, 
     assert "Traceback" not in said
 
 
-def test_an_interrupt_says_how_to_go_on_and_exits_130(
-    run: Run, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*arguments: object, **options: object) -> list[Record]:
+def test_an_interrupt_says_how_to_go_on_and_exits_130(run: Run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def interrupted(task: GroupTask) -> Generator[Event, None, None]:
         raise KeyboardInterrupt
+        yield
 
-    monkeypatch.setattr(runner, "profile", interrupted)
-    outcome = run("profile", "--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+    options = ("--unet", tiny_checkpoint, "--steps", "1", *QUICK, "--out", tmp_path)
+    outcome = run("profile", *options, workers=Workers(interrupted))
     assert outcome.code == 130
     (folder,) = tmp_path.iterdir()
     assert f"ldmperf profile --resume {folder}" in outcome.err

@@ -449,3 +449,40 @@ def test_kernels_are_compared_by_their_keys(run: Run, tmp_path: Path) -> None:
     assert told.code == 1
     assert told.out.count(" SLOWER") == len(lines) + 1 + told.out.count("FASTER, SLOWER")
     assert "geglu" in told.out
+
+
+def test_records_of_all_kinds_in_one_file_are_compared_each_by_its_figures(
+    run: Run,
+    make_record: MakeRecord,
+    make_kernel: Callable[..., Any],
+    make_inspection: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    def written_to(name: str, registers: int) -> Path:
+        records = (
+            make_record(CASES[0], run_id=name),
+            make_kernel(run_id=name, ms=Samples.of([0.125] * 6)),
+            make_inspection(run_id=name, registers=registers, environment=make_record().environment),
+        )
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(record.model_dump_json() + "\n" for record in records))
+        return path
+
+    a, b = written_to("a", 32), written_to("b", 40)
+    found = compare_sets(read_set(a), read_set(b), metrics_named([]), VerdictRule())
+    assert {(change.metric.name, change.verdict) for change in found.changes if change.contrast is not None} >= {
+        ("registers", "MORE"),
+        ("spills", SAME),
+        ("ms", AMBIGUOUS),
+    }
+    assert {change.metric.name for change in found.changes} == {
+        "wall_ms",
+        "ms",
+        "registers",
+        "spills",
+        "shared_bytes",
+    }
+    (name,) = {change.name for change in found.changes if change.metric.name == "registers"}
+    assert name == "sm_90 geglu_kernel 866M batch=2 bfloat16 BLOCK=64 warps=4"
+    assert run("compare", a, b, "--force", "--fail-over", "registers:25%").code == 1
+    assert run("compare", a, b, "--force", "--fail-over", "registers:26%").code == 0

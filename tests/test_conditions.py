@@ -23,6 +23,7 @@ from ldmperf.profiling.measure.recorded import Correctness, KernelTime, Samples
 from ldmperf.profiling.report import markdown_table, print_table, write_report
 from ldmperf.profiling.report.details import cases_grid, device_lines, lines_grid
 from ldmperf.profiling.report.ladder import costs_grid, costs_title, groups_grid, ladder_grid
+from ldmperf.profiling.report.page_input import PageInput
 from ldmperf.profiling.step.call import OperatorCall
 from ldmperf.profiling.step.calls import attention_calls
 from ldmperf.profiling.trajectory.record_parts import Energy, Trace
@@ -122,7 +123,7 @@ def test_every_table_of_trajectories_shows_the_flags(
         for grid in grids:
             assert ("flags" in grid.headings) == bool(count)
             assert sum(mark in row for row in grid.rows) == count
-        full = [row for row in cases_grid(shown).rows if row[-1] != "-" and "SwPowerCap" in row[-1]]
+        full = [row for row in cases_grid(shown, shown.rows).rows if row[-1] != "-" and "SwPowerCap" in row[-1]]
         assert len(full) == count
         # A line has both step counts, and the column of costs the small size alone: the large one is the measure.
         lines = lines_grid(shown)
@@ -139,10 +140,10 @@ def test_every_table_of_trajectories_shows_the_flags(
         assert len(marked) == count
         main = markdown_table(shown).partition("What each rung gains")[0]
         assert len(re.findall(rf"\| 39M \| graph \|.*\| {mark} \|\n", main)) == count
-    write_report(overview(flagged), 0, tmp_path)
+    write_report(PageInput(overview(flagged)), tmp_path)
     page = (tmp_path / "report.html").read_text()
-    # Two rows in the main table, the ladder and the groups; one line; the full text of both cases.
-    assert page.count(f'<td class="word">{mark}</td>') == 3 * 2 + 1
+    # Two rows in the ladder and the groups; one line; the full text of both cases.
+    assert page.count(f'<td class="word">{mark}</td>') == 2 * 2 + 1
     assert page.count("throttled: SwPowerCap; shared GPU: 2 other processes") == 2
 
 
@@ -160,12 +161,13 @@ def test_energy_has_a_column_where_there_is_any(measured: Callable[..., list[Rec
     # 160 J a trajectory: two images, four steps; 640 J in 2 s.
     assert row.split()[-1] == "80.00"
     assert "what it takes when idle is not subtracted" in " ".join(text.split())
-    grid = cases_grid(overview(records))
+    shown = overview(records)
+    grid = cases_grid(shown, shown.rows)
     cells = next(dict(zip(grid.headings, row, strict=True)) for row in grid.rows if row[0] == "39M, graph")
     assert (cells["J per image"], cells["J per step"], cells["mean W"]) == ("80.00", "40.00", "320")
     assert (cells["energy window s"], cells["energy error"]) == ("2.000", "0.2%")
     why = Energy(message="NVML's energy counter did not move in 6.0 s")
-    grid = cases_grid(overview(measured(energy=why)))
+    grid = cases_grid(shown := overview(measured(energy=why)), shown.rows)
     assert "no energy because" in grid.headings
     assert sum(why.message in row for row in grid.rows) == 2
     assert "J per image" not in grid.headings

@@ -37,7 +37,7 @@ def tiny_case(checkpoint: Path, **changes: object) -> Case:
     return identified([Case(**(fields | changes))])[0]
 
 
-class Noted:
+class Noted(runner.Listener):
     """Hears of a profile; `log` has what a listener is told and whatever a test adds."""
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from ldmperf.profiling.compare.comparison import VerdictRule, compare_sets
 from ldmperf.profiling.compare.gate import Threshold
 from ldmperf.profiling.compare.sets import MeasuredRun, RecordSet
 from ldmperf.profiling.measure.recorded import Samples
-from ldmperf.profiling.measure.timing import Deadline
+from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
 from ldmperf.profiling.options import CaseError
-from ldmperf.profiling.trajectory import network
-from ldmperf.profiling.trajectory.backend import Backend, Configured
-from ldmperf.profiling.trajectory.network import FAMILY_SUBJECTS
+from ldmperf.profiling.rivals.subjects import all_subjects
+from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.local import Workers
+from ldmperf.profiling.trajectory.backend import Configured
+from ldmperf.profiling.trajectory.rungs import all_backends
 
 MakeRecord = Callable[..., Record]
 FIVE = Threshold(gate_check.METRIC, 0.05)
@@ -48,13 +51,20 @@ def test_a_slowed_trajectory_has_its_latents_and_takes_its_share_longer(monkeypa
     assert 10.5 <= now[0] - start <= 10.6
 
 
-def test_a_slowed_backend_is_the_other_in_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every backend that the command has; what was put in their place goes with the process."""
-    ran: dict[str, Backend] = {}
-    monkeypatch.setattr(network, "all_backends", network.all_backends)
-    monkeypatch.setattr(cli, "main", lambda arguments: ran.update(FAMILY_SUBJECTS["t2i"].backends))
-    usual = network.all_backends()
+def test_a_slowed_backend_is_the_other_in_all_else(
+    monkeypatch: pytest.MonkeyPatch, make_record: Callable[..., Record]
+) -> None:
+    """Of every backend that the command has, in the processes that measure."""
+    given: list[Workers] = []
+    tasks: list[GroupTask] = []
+    monkeypatch.setattr(cli, "main", lambda arguments, workers: given.append(workers))
+    monkeypatch.setattr(gate_check, "measured", tasks.append)
     gate_check.run_slowed(0.05, ["profile"])
+    given[0].executor(GroupTask((Case(unet="39M"),), RepetitionRule(), "run", make_record().environment))
+    # As another process gets it.
+    subjects = pickle.loads(pickle.dumps(tasks[0])).subjects()
+    assert set(subjects) == set(all_subjects())
+    ran, usual = subjects["t2i"].backends, all_backends()
     assert list(ran) == list(usual)
     assert all(isinstance(backend, gate_check.SlowedBackend) for backend in ran.values())
     for name, backend in ran.items():

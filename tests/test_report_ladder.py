@@ -13,8 +13,9 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.measure.recorded import KernelTime, Samples
 from ldmperf.profiling.report import markdown_table, print_table, write_report
-from ldmperf.profiling.report.charts import drawings
+from ldmperf.profiling.report.drawings import ChartSet
 from ldmperf.profiling.report.ladder import costs_grid, groups_grid, ladder_grid, ladders
+from ldmperf.profiling.report.page_input import PageInput
 from ldmperf.profiling.trajectory.case import BACKENDS
 from ldmperf.profiling.trajectory.records import Trace
 
@@ -128,7 +129,7 @@ def test_a_run_of_two_backends_has_no_ladder(make_record: MakeRecord, tmp_path: 
     shown = overview(two)
     assert ladders(shown) == ()
     assert ladder_grid(shown).rows == groups_grid(shown).rows == costs_grid(shown).rows == ()
-    (drawing,) = (drawing for drawing in drawings(shown) if drawing.name == "ladder")
+    (drawing,) = (drawing for drawing in ChartSet.of(shown).drawings if drawing.name == "ladder")
     assert drawing.chart is None
     assert "3 backends" in drawing.reason
     assert "rung" not in markdown_table(overview(two))
@@ -145,9 +146,10 @@ def test_terminal_markdown_page_and_chart_show_it(
         assert "1.25x" in shown
         assert "Where a step's device time goes: ms (launches)" in shown
     assert re.search(r"39M +graph +2\.000 +1\.25x +10\.00x +394 +1\.0% +1\.500", printed)
-    paths = write_report(overview(records), 0, tmp_path)
+    paths = write_report(PageInput(overview(records)), tmp_path)
     assert {"ladder.png", "ladder.svg"} <= {path.name for path in paths}
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<h2>The ladder</h2>" in page
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.DOTALL)
+    assert "What each rung gains, at each size" in page
     assert "a graph break" in page
     assert not re.search(r"\b(nan|inf|None|undefined|NaN)\b", re.sub(r"<[^>]*>", " ", page))

@@ -467,7 +467,7 @@ def test_groups_are_what_differs_in_the_backend_alone() -> None:
     assert groups([a, b, *peers, a]) == [[a, peers[0]], [b, peers[1]]]
 
 
-class Heard:
+class Heard(runner.Listener):
     """A listener that interrupts at the n-th group, and counts what else it hears."""
 
     def __init__(self, interrupt_at: int = 0) -> None:
@@ -609,7 +609,7 @@ def test_a_killed_process_leaves_the_records_of_the_backends_that_were_done(
     assert [(record.case.backend, record.status) for record in records] == [("torch", "ok"), ("diffusers", "ok")]
 
 
-class Clock:
+class Clock(runner.Listener):
     """Seconds that pass by one for each trajectory that a listener hears of."""
 
     def __init__(self) -> None:

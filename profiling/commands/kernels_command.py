@@ -24,6 +24,7 @@ from ..options import (
 from ..terminal.visible import console, say
 from .shared import (
     DEFAULT_OUT,
+    alone_on_gpu,
     exit_by,
     list_option,
     print_json,
@@ -143,7 +144,9 @@ def kernels(
         latents=tuple(latent_size("latent", text) for text in given["latent"]),
         seed=seed or 0,
     )
-    _run(choices, Deadline(seconds), out or DEFAULT_OUT, resume)
+    deadline = Deadline(seconds)
+    with alone_on_gpu(choices.device):
+        _run(choices, deadline, out or DEFAULT_OUT, resume)
 
 
 def _run(choices: BenchChoices, deadline: Deadline, out: Path, resume: Path | None) -> None:

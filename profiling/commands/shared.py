@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ..measure.gpu_lock import waits_for_gpu
 from ..options import real, whole_within
 from ..terminal.visible import console, say
 
@@ -133,6 +134,15 @@ def exit_by(statuses: Collection[str]) -> None:
 
     if not set(FAILED).isdisjoint(statuses) or "ok" not in statuses:
         raise typer.Exit(1)
+
+
+@contextmanager
+def alone_on_gpu(device: str) -> Iterator[None]:
+    """Holds the GPU of that device inside; a line says for whom it is waited before."""
+    from ..measure.gpu_lock import held_gpu
+
+    with held_gpu(device, lambda holder: tell(waits_for_gpu(holder))):
+        yield
 
 
 @contextmanager

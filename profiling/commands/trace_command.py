@@ -15,7 +15,15 @@ from ..terminal.visible import console, say
 from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, identified
 from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases, usual_preset
-from .shared import DEFAULT_OUT, stop, tell, terminated_as_interrupted, whole_option, with_options
+from .shared import (
+    DEFAULT_OUT,
+    alone_on_gpu,
+    stop,
+    tell,
+    terminated_as_interrupted,
+    whole_option,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from ..trajectory.records import Record
@@ -79,7 +87,7 @@ def trace(
         stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
     with lock:
         try:
-            with terminated_as_interrupted():
+            with terminated_as_interrupted(), alone_on_gpu(case.device):
                 _traced(case, eager, folder, top)
         except KeyboardInterrupt:
             stop(f"stopped; {folder} is not complete: trace again", 130)

@@ -254,9 +254,10 @@ def _process_of(connection: socket.socket) -> int:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupts a session, as Ctrl-C does, and kills what has not ended in time."""
+    """Ends a session, and kills what has not ended in time."""
     try:
-        os.killpg(process.pid, signal.SIGINT)
+        # At once: Ctrl-C would let cases in flight finish.
+        os.killpg(process.pid, signal.SIGTERM)
         process.wait(_PATIENCE_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         pass

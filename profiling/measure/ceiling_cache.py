@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -35,7 +35,7 @@ class KeptCeilings:
     Those of a CPU that were only ever measured beside other work are measured again where there is none now.
 
     told: called with a line before seconds go into measuring, and where a file cannot be used or written, which is
-    no failure: what was measured then serves this process alone.
+    no failure: what was measured then serves this process alone. known: by device, what another process was told.
     """
 
     def __init__(
@@ -43,26 +43,27 @@ class KeptCeilings:
         told: Callable[[str], None],
         folder: Path | None = None,
         measure: Callable[[str, Environment], Ceilings] = measure_ceilings,
+        known: Mapping[str, Ceilings] | None = None,
     ) -> None:
         self._told, self._measure = told, measure
         self._folder = ceilings_folder() if folder is None else folder
-        self._known: dict[str, Ceilings] = {}
+        self.known: dict[str, Ceilings] = dict(known or {})
         self._times_anew: dict[str, int] = {}
 
     def of(self, device: str) -> Ceilings:
-        if device not in self._known:
+        if device not in self.known:
             environment = collect_environment(device)
             kept = self._read(CeilingDevice.of(environment))
             if kept is None or (kept.crowded and not _crowded_now(kept.device)):
                 kept = self._measured(device, environment)
-            self._known[device] = kept
-        return self._known[device]
+            self.known[device] = kept
+        return self.known[device]
 
     def anew(self, device: str) -> Ceilings:
         self._times_anew[device] = self._times_anew.get(device, 0) + 1
         if self._times_anew[device] <= MOST_ANEW:
-            self._known[device] = self._measured(device, collect_environment(device))
-        return self._known[device]
+            self.known[device] = self._measured(device, collect_environment(device))
+        return self.known[device]
 
     def path(self, device: str) -> Path | None:
         """The file of the device's ceilings, whether it is there or not; None where nothing is kept."""
@@ -72,7 +73,7 @@ class KeptCeilings:
         self._told(f"measuring what {device} does at most: copies, matmuls, exponentials (some seconds)")
         found = self._measure(device, environment)
         # Read again: another process may have measured meanwhile. Of two that write at once one best is lost.
-        kept = self._read(found.device) or self._known.get(device)
+        kept = self._read(found.device) or self.known.get(device)
         if kept is not None and kept.device == found.device:
             found = best_of(kept, found)
         self._write(found)

@@ -18,6 +18,7 @@ from .store import NO_LOCKS
 
 # Hidden, so that neither a listing nor an archive of a run has it.
 LOCK_NAME = ".lock"
+_LONGEST_NOTE = 1000
 
 
 def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
@@ -31,7 +32,7 @@ def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _holder(file)
+        holder = holder_of(file)
         file.close()
         raise RunError(f"{folder} is in use by {holder}; wait until it ends, or stop it, then go on") from None
     except OSError as failure:
@@ -39,18 +40,24 @@ def locked(folder: Path, told: Callable[[str], None]) -> IO[str]:
             file.close()
             raise
         told(f"{folder}: its file system has no locks; see that no other process measures into it")
+    sign(file)
+    return file
+
+
+def sign(file: IO[str]) -> None:
+    """Writes into a lock's file that this process holds it."""
+    file.seek(0)
     file.truncate(0)
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{utc_now():%Y-%m-%d %H:%M:%S} UTC"}
     file.write(json.dumps(mine))
     file.flush()
-    return file
 
 
-def _holder(file: IO[str]) -> str:
+def holder_of(file: IO[str]) -> str:
     """Who holds the lock, as the file says; the holder may not have written it yet."""
     try:
         file.seek(0)
-        told = json.loads(file.read())
+        told = json.loads(file.read(_LONGEST_NOTE))
         return f"process {told['pid']} on {told['host']} since {told['since']}"
     except (OSError, ValueError, TypeError, KeyError):
         return "another process"

@@ -83,6 +83,18 @@ class Deadline:
         self._start = clock()
         self._seconds = seconds
 
+    @classmethod
+    def begun(cls, seconds: float, ago: float, clock: Clock = own_time) -> Deadline:
+        """The deadline of so many seconds (infinite: none) that began so many seconds ago, in another process."""
+        deadline = cls(None if math.isinf(seconds) else seconds, clock)
+        deadline._start -= ago
+        return deadline
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since its start."""
+        return self._clock() - self._start
+
     @property
     def left(self) -> float:
         """Seconds that are left; zero when it has passed."""

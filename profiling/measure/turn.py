@@ -11,7 +11,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 # The path of the socket at which turns are asked for, and the processes that wait during the first one.
@@ -31,9 +31,13 @@ def granted(waiting: Iterable[int]) -> bytes:
 
 @dataclass
 class Turns:
-    """This process's turns. `waited`: seconds that others had theirs."""
+    """This process's turns. `waited`: seconds that others had theirs.
+
+    on_wait: called with True before a turn is waited for, and with False when it has come.
+    """
 
     waited: float = 0.0
+    on_wait: Callable[[bool], None] = lambda is_waiting: None
     _waiting: frozenset[int] | None = None
     _dealer: socket.SocketIO | None = field(default=None, repr=False)
 
@@ -60,6 +64,7 @@ class Turns:
             os.environ.pop(TURNS_VARIABLE)
             warnings.warn(f"{TURNS_VARIABLE}: {address} deals no turns ({error.strerror}); unset it", stacklevel=2)
             return
+        self.on_wait(True)
         try:
             self._dealer.write(ASKED)
             grant = self._dealer.readline()
@@ -69,6 +74,7 @@ class Turns:
             raise KeyboardInterrupt(f"whoever dealt turns at {address} has ended")
         self._waiting = frozenset(map(int, grant.split()))
         self.waited += time.monotonic() - start
+        self.on_wait(False)
 
 
 def _connected(address: str) -> socket.SocketIO:

@@ -50,10 +50,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Pane:
-    """The facts of one set of conditions; `key`: the columns that set it apart from other panels, by name."""
+    """The facts of one set of conditions, and their places in the table.
+
+    key  the columns that set it apart from other panels, by name
+    """
 
     key: dict[str, str]
     facts: tuple[Fact, ...]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -108,14 +112,15 @@ class ChartSet:
 def panels_of(chart: Chart, table: FactTable) -> tuple[Pane, ...]:
     """Every panel of a chart, in the order of its conditions."""
     facets = facets_of(chart, table)
-    grouped: dict[tuple[str, ...], list[Fact]] = {}
-    for fact in table.rows():
+    rows = table.rows()
+    grouped: dict[tuple[str, ...], list[int]] = {}
+    for place, fact in enumerate(rows):
         if all(fact[name] is not None for name in chart.values):
-            grouped.setdefault(tuple(fact[name] for name in facets), []).append(fact)
+            grouped.setdefault(tuple(fact[name] for name in facets), []).append(place)
     found = [
-        Pane(dict(zip(facets, key, strict=True)), tuple(facts))
-        for key, facts in grouped.items()
-        if len({fact[chart.across] for fact in facts}) >= chart.least
+        Pane(dict(zip(facets, key, strict=True)), tuple(rows[place] for place in places), tuple(places))
+        for key, places in grouped.items()
+        if len({rows[place][chart.across] for place in places}) >= chart.least
     ]
     return tuple(sorted(found, key=lambda panel: [natural(value) for value in panel.key.values()]))
 

@@ -43,7 +43,7 @@ class PageTable:
 
     cases   for each row the places of its cases in `Overview.rows`: it is shown where a filter leaves one of
             them; empty where rows are of no cases
-    extra   the headings of columns that are shown when asked for
+    extra   the headings of columns that a screen shows when asked for
     """
 
     name: str
@@ -117,7 +117,7 @@ def _cases_table(shown: Overview) -> PageTable:
     headings = (size.label, *conditions, *(column.label for column in others), "no time because", *of_details)
     words_in = (*(column.label for column in columns if not column.is_number), *conditions, "no time because")
     grid = Grid(headings, tuple(rows), (*words_in, *details.words)).without_empty()
-    extra = {"environment", *of_details} - {"images per s", "flags"}
+    extra = {"environment", "parameters", "GFLOP", "ms per step p20..p80", *of_details} - {"images per s", "flags"}
     return PageTable("cases", "Every case", grid, tuple((place,) for place in range(len(rows))), extra)
 
 

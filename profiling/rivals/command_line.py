@@ -11,7 +11,7 @@ from ..options import device_kind
 from ..paper import paper_sizes
 from ..terminal.visible import counted
 from ..trajectory.case import BACKENDS, DEFAULT_GUIDANCE, Case
-from ..trajectory.presets import PRESETS, Sweep, preset_named
+from ..trajectory.presets import PRESETS, Combinations, preset_named
 from .rival import RIVAL_BACKENDS, RIVALS
 from .rival_selection import rival_cases
 
@@ -112,9 +112,9 @@ def _listed(cases: Sequence[Case], field: str) -> tuple[Any, ...]:
     return tuple(sorted(values, key=None if table is None else table.index))
 
 
-def _sweep_of(cases: Sequence[Case], with_own_guidance: bool) -> Sweep:
+def _sweep_of(cases: Sequence[Case], with_own_guidance: bool) -> Combinations:
     """The lists of all values in the cases; guidance of each task's and rival's own is in no list."""
-    return Sweep(
+    return Combinations(
         unets=_listed(cases, "unet"),
         tasks=_listed(cases, "task"),
         samplers=_listed(cases, "sampler"),
@@ -137,7 +137,7 @@ def _own_guidance(case: Case) -> float:
     return DEFAULT_GUIDANCE[case.task]
 
 
-def _spelled(sweep: Sweep, names: Iterable[str]) -> list[str]:
+def _spelled(sweep: Combinations, names: Iterable[str]) -> list[str]:
     words = []
     for name in names:
         field = _OPTIONS[name]

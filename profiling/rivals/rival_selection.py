@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ..options import CaseError, device_kind, known_names, split_values
 from ..trajectory.case import Case
-from ..trajectory.presets import OPTIONS, Choices, Sweep, chosen_sweeps, select_cases
+from ..trajectory.presets import OPTIONS, CaseOption, Choices, Combinations, chosen_sweeps, select_cases
 from .rival import KINDS, RIVAL_BACKENDS, RIVALS
 
 # By option: its help.
@@ -21,7 +21,9 @@ RIVAL_OPTIONS: Mapping[str, str] = {
 _OF_THE_FAMILY = ("sampler", "steps", "task", "backend")
 
 
-def cases_beside(preset: str, choices: Choices, *, is_preset_given: bool) -> list[Case]:
+def cases_beside(
+    preset: str, choices: Choices, *, is_preset_given: bool, options: Mapping[str, CaseOption] = OPTIONS
+) -> list[Case]:
     """The cases of the family that the options choose, then those of the rivals, each once.
 
     With rivals there are cases of the family only where a size, a checkpoint or the preset is given. Raises
@@ -31,12 +33,12 @@ def cases_beside(preset: str, choices: Choices, *, is_preset_given: bool) -> lis
     if "rival" not in choices:
         if "rival-backend" in choices:
             raise CaseError("--rival-backend: no rival is measured; name some with --rival, or leave it out")
-        return select_cases(preset, of_family)
+        return select_cases(preset, of_family, options)
     rivals = rival_cases(
-        chosen_sweeps(preset, of_family), rival_names(choices["rival"]), choices.get("rival-backend", ())
+        chosen_sweeps(preset, of_family, options), rival_names(choices["rival"]), choices.get("rival-backend", ())
     )
     if is_preset_given or not {"size", "unet"}.isdisjoint(of_family):
-        return [*select_cases(preset, of_family), *rivals]
+        return [*select_cases(preset, of_family, options), *rivals]
     for name in _OF_THE_FAMILY:
         if name in of_family:
             raise CaseError(
@@ -55,7 +57,7 @@ def rival_names(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(itertools.chain.from_iterable(chosen)))
 
 
-def rival_cases(sweeps: Sequence[Sweep], names: Sequence[str], backends: Sequence[str] = ()) -> list[Case]:
+def rival_cases(sweeps: Sequence[Combinations], names: Sequence[str], backends: Sequence[str] = ()) -> list[Case]:
     """The rivals under the conditions of the sweeps: devices, dtypes, seeds, latents, batches; each case once.
 
     Steps and sampler are the rival's own. One that takes a text takes the sweeps' numbers of tokens too, and their
@@ -66,7 +68,7 @@ def rival_cases(sweeps: Sequence[Sweep], names: Sequence[str], backends: Sequenc
     return list(dict.fromkeys(itertools.chain.from_iterable(cases)))
 
 
-def _cases(name: str, sweep: Sweep, backends: Sequence[str]) -> Iterator[Case]:
+def _cases(name: str, sweep: Combinations, backends: Sequence[str]) -> Iterator[Case]:
     rival = RIVALS[name]
     tokens: tuple[int, ...] = (0,)
     scales: tuple[float, ...] = (1.0,)

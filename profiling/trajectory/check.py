@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,8 +197,12 @@ class References:
 
     def _write(self, path: Path, key: str, reference: Reference) -> None:
         told = {"key": key, "code": str(self._code), "name": reference.name}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save({"latents": reference.latents.contiguous()}, metadata=told))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, save({"latents": reference.latents.contiguous()}, metadata=told))
+        except OSError as failure:
+            # A folder that others share may be theirs to write.
+            warnings.warn(f"{path.parent}: no reference can be kept ({failure.strerror})", stacklevel=2)
 
 
 def code_identity(environment: Environment) -> str | None:

@@ -22,22 +22,23 @@ class DecoderTimes:
     """Times of decodes, each measured once: what they depend on are batch, image, dtype and device alone.
 
     decoder: the decode of a case's samples, as a case; None for one whose samples are images. A decode is timed
-    and checked as every case is, with as many samples.
+    and checked as every case is, with as many samples. known: what was measured, by the decode's key; None where
+    there is no time.
     """
 
     decoder: Callable[[Case], Case | None]
     subjects: Mapping[Task, Subject]
     deadline: Deadline
-    _known: dict[str, Samples | None] = field(default_factory=dict)
+    known: dict[str, Samples | None] = field(default_factory=dict)
 
     def of(self, case: Case, shared: GroupFacts, references: References) -> Samples | None:
         """Decodes of the case's batch, in ms, under the facts of its group; None, with a warning, on failure."""
         decode = self.decoder(case)
         if decode is None or self.deadline.passed:
             return None
-        if decode.key not in self._known:
-            self._known[decode.key] = self._measured(decode, shared, references)
-        return self._known[decode.key]
+        if decode.key not in self.known:
+            self.known[decode.key] = self._measured(decode, shared, references)
+        return self.known[decode.key]
 
     def _measured(self, decode: Case, shared: GroupFacts, references: References) -> Samples | None:
         # A count is enough: min_seconds is for the cases themselves.

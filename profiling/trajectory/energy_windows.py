@@ -31,7 +31,8 @@ _LEAST_SHARE = 0.5
 class EnergyTime:
     """The seconds that windows may take: a share of those of `whole`. `timing` is put off by what they took.
 
-    on_record: called with each record that energy was still to be measured of, now complete.
+    on_record: called with each record that energy was still to be measured of, now complete. taken: what windows
+    took so far, those of earlier processes included.
     """
 
     whole: Deadline
@@ -59,6 +60,7 @@ def energy_windows(lanes: Sequence[Lane], problem: Problem, time: EnergyTime) ->
     timed = [lane for lane in lanes if lane.made is not None and lane.made.energy is None and lane.active]
     for lane in sorted(timed, key=lambda lane: trace_order(lane.case)):
         assert lane.made is not None
+        lane.shared.entered(lane.case, "energy")
         begun = time.whole.now()
         energy, during = _energy(lane, problem, time)
         time.take(time.whole.now() - begun)

@@ -77,6 +77,7 @@ class Group:
 
     def _problem(self, networks: Networks) -> Problem:
         shared = self.shared
+        shared.entered(self.cases[0], "weights")
         problem, shared.weights_ms = networks.problem(self.cases[0])
         shared.evaluations = problem.evaluations
         shared.parameters = problem.parameters
@@ -139,6 +140,7 @@ class Group:
         for other in self.lanes:
             if other.reference is not None and other.backend.implementation == implementation:
                 return other.reference
+        self.shared.entered(lane.case, "reference")
         return self.references.get(problem, implementation, self.backends)
 
     def _unsettle(self) -> None:

@@ -24,7 +24,7 @@ from ..measure.graph_memory import graph_memory
 from ..measure.integrity import FIRST_CALL, WARM_UP, Returned
 from ..measure.nvml import NO_SENSOR, Sensor
 from ..measure.outcomes import Outcome, Untrusted
-from ..measure.recorded import Correctness, Samples, utc_now
+from ..measure.recorded import Correctness, Samples, Status, utc_now
 from ..measure.timing import RepetitionRule, Timed, Times, timed
 from ..measure.turn import TURNS
 from ..terminal.visible import counted, visible
@@ -40,7 +40,8 @@ class GroupFacts:
     """What the lanes of a group have in common: how they are measured, and what all their records say.
 
     backends: the names of all lanes, in order. ran: called after each trajectory with its case and "first call",
-    "warm-up", "timing" or "check". sensor: the device's. What the network tells is None until it is made.
+    "warm-up", "timing" or "check". entered: called before each phase, never inside a timed call, with the case and
+    the phase (`runner.Listener.entered`). sensor: the device's. What the network tells is None until it is made.
     floor_anew: the floor at ceilings measured once more, asked before a time below `least_step_ms` is called
     impossible.
     """
@@ -62,6 +63,44 @@ class GroupFacts:
     # Nobody can know the inputs of timed rounds before they are made.
     round_seed: int = field(default_factory=lambda: secrets.randbits(48))
     decoder_ms: Samples | None = None
+    entered: Callable[[Case, str], None] = lambda case, phase: None
+
+    def record(self, case: Case, **measured: Any) -> Record:
+        """A record of the case: what the group knows, and the fields that were `measured`."""
+        return Record(
+            run_id=self.run_id,
+            case_key=case.key,
+            case=case.as_recorded(),
+            parameters=self.parameters,
+            gflop_per_forward=self.gflop,
+            evaluations=self.evaluations,
+            floor=self.floor,
+            decoder_ms=self.decoder_ms,
+            device_before=self.before,
+            environment=self.environment,
+            started_at=self.started_at,
+            **measured,
+        )
+
+    def harness(self, **measured: Any) -> Harness:
+        """How a lane was measured: the group's rule, and the fields that were `measured`."""
+        return Harness(
+            min_count=self.rule.min_count,
+            min_seconds=self.rule.min_seconds,
+            round_seed=self.round_seed,
+            in_turns=TURNS.waited > 0,
+            **measured,
+        )
+
+    def lost(self, case: Case, status: Status, message: str) -> Record:
+        """The record of a case whose lane is gone, with the process that measured it."""
+        return self.record(
+            case,
+            status=status,
+            message=message,
+            phases=Phases(weights_ms=self.weights_ms),
+            harness=self.harness(warmup_count=0, interleaved=()),
+        )
 
     def least_ms(self, fastest_ms: float) -> float | None:
         """What a trajectory takes at least, in ms; None where that is not known.
@@ -132,10 +171,12 @@ class Lane(Outcome):
             self.attempt(lambda: self._build_and_call(problem))
 
     def _build_and_call(self, problem: Problem) -> None:
+        self.shared.entered(self.case, "build")
         start = time.perf_counter()
         with self.watch.around():
             self.trajectory = self.backend.build(problem)
         self.phases["build_ms"] = 1e3 * (time.perf_counter() - start)
+        self.shared.entered(self.case, "first call")
         first = self.run(problem.check_inputs())
         self.phases["first_call_ms"] = first.wall_ms
         self._take_phases()
@@ -144,6 +185,7 @@ class Lane(Outcome):
 
     def warm_up(self, problem: Problem) -> None:
         """Runs once before timing."""
+        self.shared.entered(self.case, "warm-up")
         # A stochastic check was captured with given noise: the graph that is timed is captured now.
         with self._graph_memory_counted():
             self.attempt(lambda: self._settle(problem))
@@ -153,6 +195,7 @@ class Lane(Outcome):
 
     def sample(self, problem: Problem, number: int, is_last: bool) -> Timed[object]:
         """The sample of round `number`; the last one is of the check's inputs."""
+        self.shared.entered(self.case, "check" if is_last else "timing")
         if self.is_unsettled:
             self._settle(problem)
             self.is_unsettled = False
@@ -179,6 +222,7 @@ class Lane(Outcome):
         self.times = times
         self.attempt(self._judge_times)
         if self.last_latents is None and self.active:
+            self.shared.entered(self.case, "check")
             self.last_latents = self.attempt(lambda: self._again(problem))
             self.shared.ran(self.case, "check")
         self.attempt(self.returned.let_go)
@@ -235,10 +279,8 @@ class Lane(Outcome):
         shared, reference, times = self.shared, self.reference, self.times
         beside = {name for order in times.order for name in order}
         no_counter = shared.sensor.missing if self.active else None
-        self.made = Record(
-            run_id=shared.run_id,
-            case_key=self.case.key,
-            case=self.case.as_recorded(),
+        self.made = shared.record(
+            self.case,
             status=self.status,
             message=self.message and _without_place(self.message, self.case),
             correctness=None
@@ -256,30 +298,18 @@ class Lane(Outcome):
                 reference_ms=None if reference is None else reference.ms,
                 **self.phases,
             ),
-            parameters=shared.parameters,
-            gflop_per_forward=shared.gflop,
-            evaluations=shared.evaluations,
             peak_memory_bytes=self.peak_memory_bytes,
-            floor=shared.floor,
-            decoder_ms=shared.decoder_ms,
             energy=None if no_counter is None else Energy(message=no_counter),
             settings=self.backend.settings if isinstance(self.backend, Configured) else (),
-            device_before=shared.before,
             device_during=self.during.state,
             device_after=state_now(shared.sensor),
-            environment=shared.environment,
-            harness=Harness(
-                min_count=shared.rule.min_count,
-                min_seconds=shared.rule.min_seconds,
+            harness=shared.harness(
                 warmup_count=self.warmup_count,
                 interleaved=tuple(name for name in shared.backends if name in beside),
                 order=tuple(times.order),
                 stopped_by=self.stopped_by,
-                round_seed=shared.round_seed,
                 confirmed_by=self.confirmed_by,
-                in_turns=TURNS.waited > 0,
             ),
-            started_at=shared.started_at,
         )
         return self.made
 

@@ -17,6 +17,7 @@ from ..options import (
     CaseError,
     DType,
     best_device,
+    device_elsewhere,
     device_named,
     dtype_named,
     known_name,
@@ -30,7 +31,7 @@ from .case import BACKENDS, DEFAULT_BACKENDS, DEFAULT_GUIDANCE, MOST_IMAGES, TAS
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Combinations:
     """Lists of values, measured in all combinations; `guidance_scales` None takes each task's own."""
 
     unets: tuple[str, ...]
@@ -76,15 +77,17 @@ class Sweep:
 class Preset:
     """A named set of sweeps, and how often each trajectory is repeated."""
 
-    sweeps: tuple[Sweep, ...]
+    sweeps: tuple[Combinations, ...]
     rule: RepetitionRule
 
 
 _FAMILY = tuple(paper_sizes())
 # Stable Diffusion's own size, then the ends of the cost curve, then its middle: a run may be cut short anywhere.
 _FAMILY_TELLING_FIRST = tuple(dict.fromkeys(("866M", "39M", "5B", "318M", "2B", *_FAMILY)))
-_CPU = Sweep(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
-_GPU = Sweep(unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers"))
+_CPU = Combinations(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=("cpu",))
+_GPU = Combinations(
+    unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers")
+)
 PRESETS: dict[str, Preset] = {
     # Short: one step count for the cost of sizes, two more at 39M for the cost of steps.
     "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
@@ -217,24 +220,32 @@ OPTIONS: Mapping[str, CaseOption] = {
     ),
 }
 
+# The same where another machine measures.
+OPTIONS_ELSEWHERE: Mapping[str, CaseOption] = {
+    **OPTIONS,
+    "device": replace(OPTIONS["device"], read=lambda _, text: device_elsewhere(text)),
+}
+
 # What the command's options say, by name, as typed: values may be comma separated, and none leaves the preset's.
 Choices = dict[str, Sequence[str]]
 
 
-def select_cases(preset: str, choices: Choices) -> list[Case]:
+def select_cases(preset: str, choices: Choices, options: Mapping[str, CaseOption] = OPTIONS) -> list[Case]:
     """The cases of `chosen_sweeps`, each once."""
     # dict.fromkeys: a preset's second sweep may repeat cases of the first once its lists are replaced.
-    return list(dict.fromkeys(case for sweep in chosen_sweeps(preset, choices) for case in sweep.cases()))
+    return list(dict.fromkeys(case for sweep in chosen_sweeps(preset, choices, options) for case in sweep.cases()))
 
 
-def chosen_sweeps(preset: str, choices: Choices) -> list[Sweep]:
-    """The preset's sweeps with their lists replaced by those chosen.
+def chosen_sweeps(
+    preset: str, choices: Choices, options: Mapping[str, CaseOption] = OPTIONS
+) -> list[Combinations]:
+    """The preset's sweeps with their lists replaced by those chosen, as the options read them.
 
     Raises CaseError for an unknown name, a number out of range, a checkpoint or device that is not there.
     """
     given: dict[str, Any] = {}
     for name, values in choices.items():
-        option = OPTIONS[name]
+        option = options[name]
         if values and not split_values(values):
             raise CaseError(f"--{name}: no value given; leave the option out to take the preset's")
         if values:

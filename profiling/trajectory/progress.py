@@ -60,6 +60,17 @@ class Remaining:
         gflop, count = self._work[case.key]
         self._done[case.key] = gflop * count
 
+    def seconds_of(self, cases: Sequence[Case]) -> float | None:
+        """What is left to do of these cases, in seconds at the pace so far; None before anything is done."""
+        done = sum(self._done.values())
+        if not done:
+            return None
+        left = 0.0
+        for case in cases:
+            gflop, count = self._work[case.key]
+            left += gflop * count - self._done.get(case.key, 0.0)
+        return (self._clock() - self._start) * left / done
+
     @property
     def fraction(self) -> float:
         """The share of the work that is done."""
@@ -125,15 +136,8 @@ class ProgressLines(Listener):
     def begin(self, cases: Sequence[Case]) -> None:
         self._number += 1
         self._in_flight = list(cases)
-        case = cases[0]
-        backends = ", ".join(c.backend for c in cases)
-        sizes = f"latent {case.latent_height}x{case.latent_width}, {counted(case.context_tokens, 'token')}"
-        self._write(
-            f"[{self._number}/{self._total}] {case.label} {case.task} {case.sampler} "
-            f"{counted(case.steps, 'step')}, batch {case.batch}, guidance {case.guidance_scale:g}, "
-            f"{sizes}, seed {case.seed}, {case.dtype} on {case.device}: {backends}"
-        )
-        self._update(f"{self._number}/{self._total} {case.label}")
+        self._write(f"[{self._number}/{self._total}] {heading(cases)}")
+        self._update(f"{self._number}/{self._total} {cases[0].label}")
 
     def ran(self, case: Case, phase: str) -> None:
         self._remaining.ran(case)
@@ -151,6 +155,17 @@ class ProgressLines(Listener):
             left = "the time is up" if self._deadline.passed else readable(self._remaining.seconds)
             self._write(f"    {self._total - self._number} to go" + (f", {left}" if left else ""))
 
+    def told(self, line: str) -> None:
+        self._write(line)
+
+    def stopping(self) -> None:
+        left = readable(self._remaining.seconds_of(self._in_flight))
+        what = counted(len(self._in_flight), "case")
+        self._write(
+            f"stopping once the group in flight is done ({what} to go{left and ', ' + left}); "
+            "Ctrl-C again stops at once"
+        )
+
     def _write(self, line: str) -> None:
         say(self._console, line)
 
@@ -162,6 +177,17 @@ class ProgressLines(Listener):
                 completed=self._remaining.fraction,
                 left=readable(self._remaining.seconds),
             )
+
+
+def heading(cases: Sequence[Case]) -> str:
+    """One line: what a group measures, and its backends."""
+    case = cases[0]
+    backends = ", ".join(c.backend for c in cases)
+    sizes = f"latent {case.latent_height}x{case.latent_width}, {counted(case.context_tokens, 'token')}"
+    return (
+        f"{case.label} {case.task} {case.sampler} {counted(case.steps, 'step')}, batch {case.batch}, "
+        f"guidance {case.guidance_scale:g}, {sizes}, seed {case.seed}, {case.dtype} on {case.device}: {backends}"
+    )
 
 
 def summary(record: Record) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..measure.ceiling_cache import CeilingSource
-from ..measure.environment import collect_environment, state_now
+from ..measure.environment import Environment, collect_environment, state_now
 from ..measure.nvml import Sensor
 from ..measure.recorded import new_run_id
 from ..measure.settings import measuring_settings
@@ -33,6 +34,13 @@ class Listener:
     def begin(self, cases: Sequence[Case]) -> None:
         """These cases, of one group, are in flight now."""
 
+    def entered(self, case: Case, phase: str) -> None:
+        """The case's phase begins: should its process end now, this is what ended it.
+
+        Phases: "weights" (of all cases of the group), "build", "first call", "reference", "warm-up", "timing",
+        "check", "energy", "trace".
+        """
+
     def ran(self, case: Case, phase: str) -> None:
         """One more trajectory is done, or the case's "energy" or "trace".
 
@@ -44,6 +52,63 @@ class Listener:
 
     def end(self) -> None:
         """The group is done; of a case that there was no time for there is no record."""
+
+    def told(self, line: str) -> None:
+        """A line for people, on what is done beside measuring."""
+
+    def stopping(self) -> None:
+        """The group in flight is to be the last one."""
+
+
+@dataclass
+class GroupRunner:
+    """Measures groups in this process, one after the other; references of a device serve all of them.
+
+    on_record: called with each record when its case is done. environment_of: of a device. until: when timing ends.
+    facts: those of the group that is measured now, or was last.
+    """
+
+    rule: RepetitionRule
+    run_id: str
+    listener: Listener
+    on_record: Callable[[Record], None]
+    environment_of: Callable[[str], Environment]
+    backends: Mapping[str, Backend]
+    networks: Networks
+    until: Deadline
+    energy: EnergyTime
+    floors: Floors
+    references: Path | None = None
+    decodes: DecoderTimes | None = None
+    facts: GroupFacts | None = None
+    _kept: dict[str, References] = field(default_factory=dict)
+
+    def measure(self, cases: Sequence[Case]) -> None:
+        """Times the cases of one group; raises an interrupt, and what `on_record` raises."""
+        device = cases[0].device
+        with measuring_settings():
+            environment = self.environment_of(device)
+            self.floors.prepare(device)
+            if device not in self._kept:
+                self._kept[device] = References(self.references, code_identity(environment))
+            sensor = Sensor.of(device)
+            self.facts = GroupFacts(
+                self.run_id,
+                environment,
+                self.rule,
+                tuple(case.backend for case in cases),
+                self.listener.ran,
+                state_now(sensor),
+                sensor,
+                entered=self.listener.entered,
+            )
+            kept = self._kept[device]
+            if self.decodes is not None:
+                self.facts.decoder_ms = self.decodes.of(cases[0], self.facts, kept)
+            group = Group(
+                cases, self.backends, self.facts, kept, self.on_record, self.until, self.floors, self.energy
+            )
+            group.measure(self.networks)
 
 
 def profile(
@@ -62,7 +127,7 @@ def profile(
     subjects: Mapping[Task, Subject] = FAMILY_SUBJECTS,
     decoder: Callable[[Case], Case | None] | None = None,
 ) -> list[Record]:
-    """Measures the cases and returns a record for each, failures included, in the order in which they were done.
+    """Measures the cases in this process and returns a record for each, failures included, as they were done.
 
     Cases that differ only in the backend run interleaved. Each record goes to `store` as soon as its case is done;
     cases whose key is in `skip` are left out. An interrupt (KeyboardInterrupt) passes through: what is in the
@@ -78,13 +143,8 @@ def profile(
     read (`checkpoints.identified`).
     """
     listener = listener or Listener()
-    backends = backends or {name: of for subject in subjects.values() for name, of in subject.backends.items()}
+    backends = backends or all_backends_of(subjects)
     deadline = deadline or Deadline(None)
-    networks = Networks(subjects)
-    floors = Floors(ceilings)
-    # Once: the code that runs is what was loaded, whatever is committed meanwhile.
-    environment_of = functools.cache(collect_environment)
-    kept: dict[str, References] = {}
     records: list[Record] = []
 
     def recorded(record: Record) -> None:
@@ -99,45 +159,55 @@ def profile(
         records[:] = [record if other.case_key == record.case_key else other for other in records]
         listener.ran(record.case, phase)
 
+    wanted, left = wanted_and_left(cases, skip)
+    until = timing_deadline(wanted, deadline)
+    runner = GroupRunner(
+        rule or RepetitionRule(),
+        run_id or new_run_id(),
+        listener,
+        recorded,
+        # Once: the code that runs is what was loaded, whatever is committed meanwhile.
+        functools.cache(collect_environment),
+        backends,
+        Networks(subjects),
+        until,
+        EnergyTime(deadline, until, functools.partial(completed, phase="energy")),
+        Floors(ceilings),
+        references,
+        None if decoder is None else DecoderTimes(decoder, subjects, until),
+    )
+    for cases_in_flight in groups(left):
+        if until.passed:
+            break
+        listener.begin(cases_in_flight)
+        runner.measure(cases_in_flight)
+        listener.end()
+    located = {case.key: case for case in wanted}
+    untraced = to_trace(records if store is None else store.load(), located)
+    for record in short_traces(
+        untraced, runner.networks, backends, deadline, tracer or traced, located, listener.entered
+    ):
+        completed(record, "trace")
+    return records
+
+
+def all_backends_of(subjects: Mapping[Task, Subject]) -> Mapping[str, Backend]:
+    """The backends of all subjects, by name."""
+    return {name: backend for subject in subjects.values() for name, backend in subject.backends.items()}
+
+
+def wanted_and_left(cases: Iterable[Case], skip: Collection[str]) -> tuple[list[Case], list[Case]]:
+    """The cases, their checkpoints identified, and those of them whose key is not in `skip`."""
     given = list(cases)
     wanted = identified(given)
     skipped = {case.key for case in identified(case for case in given if case.key in skip)} | set(skip)
-    run_id = run_id or new_run_id()
-    until = timing_deadline(wanted, deadline)
-    energy_time = EnergyTime(deadline, until, functools.partial(completed, phase="energy"))
-    decodes = None if decoder is None else DecoderTimes(decoder, subjects, until)
-    for cases_in_flight in groups(case for case in wanted if case.key not in skipped):
-        if until.passed:
-            break
-        device = cases_in_flight[0].device
-        listener.begin(cases_in_flight)
-        with measuring_settings():
-            environment = environment_of(device)
-            floors.prepare(device)
-            if device not in kept:
-                kept[device] = References(references, code_identity(environment))
-            sensor = Sensor.of(device)
-            shared = GroupFacts(
-                run_id,
-                environment,
-                rule or RepetitionRule(),
-                tuple(case.backend for case in cases_in_flight),
-                listener.ran,
-                state_now(sensor),
-                sensor,
-            )
-            if decodes is not None:
-                shared.decoder_ms = decodes.of(cases_in_flight[0], shared, kept[device])
-            Group(cases_in_flight, backends, shared, kept[device], recorded, until, floors, energy_time).measure(
-                networks
-            )
-        listener.end()
-    located = {case.key: case for case in wanted}
-    latest = {record.case_key: record for record in (records if store is None else store.load())}
-    untraced = [latest[key] for key in located if key in latest and wants_trace(latest[key])]
-    for record in short_traces(untraced, networks, backends, deadline, tracer or traced, located):
-        completed(record, "trace")
-    return records
+    return wanted, [case for case in wanted if case.key not in skipped]
+
+
+def to_trace(records: Iterable[Record], located: Mapping[str, Case]) -> list[Record]:
+    """The last record of each of the cases (by key), where it has a time and no trace yet."""
+    latest = {record.case_key: record for record in records}
+    return [latest[key] for key in located if key in latest and wants_trace(latest[key])]
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AwareDatetime, Field
+from pydantic import AwareDatetime, Field, model_validator
 
 from ..measure.environment import Environment
 from ..measure.folders import RunError, holds, new_folder
@@ -19,11 +19,33 @@ from .records import RECORDS_NAME
 RUN_NAME = "run.json"
 
 
+class Shard(RecordModel):
+    """One of `count` parts of a sweep, the first of which has index 1.
+
+    `plan` is the same for all parts of one sweep, which has so many `cases` in all.
+    """
+
+    index: Annotated[int, Field(ge=1)]
+    count: Annotated[int, Field(ge=1)]
+    plan: Annotated[str | None, Field(min_length=1)] = None
+    cases: Annotated[int | None, Field(ge=1)] = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.index > self.count:
+            raise ValueError(f"there is no part {self.index} of {self.count}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
 class Run(RecordModel):
     """What a run set out to do, and where: with it a killed run resumes without its options.
 
     `cases` have the paths of checkpoints and the digests of their weights; records have names alone. `run_id` is
-    that of its records; null in version 1. `with_decoder`: whether records have the decoder's time.
+    that of its records; null in version 1. `with_decoder`: whether records have the decoder's time. `shard`: the
+    part of a sweep that `cases` are; null where they are all of it.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -33,6 +55,7 @@ class Run(RecordModel):
     min_count: int
     min_seconds: float
     with_decoder: bool = False
+    shard: Shard | None = None
     environment: Environment
 
     @property
@@ -41,7 +64,12 @@ class Run(RecordModel):
 
 
 def create_run(
-    out: Path, cases: Iterable[Case], rule: RepetitionRule, environment: Environment, with_decoder: bool = False
+    out: Path,
+    cases: Iterable[Case],
+    rule: RepetitionRule,
+    environment: Environment,
+    with_decoder: bool = False,
+    shard: Shard | None = None,
 ) -> Path:
     """A new folder in `out` (made if need be), its run.json written. Raises OSError where it cannot be."""
     now = utc_now()
@@ -52,9 +80,11 @@ def create_run(
         min_count=rule.min_count,
         min_seconds=rule.min_seconds,
         with_decoder=with_decoder,
+        shard=shard,
         environment=environment,
     )
-    folder = new_folder(out, now, environment)
+    suffix = "" if shard is None else f"-{shard.index}of{shard.count}"
+    folder = new_folder(out, now, environment, suffix)
     write_whole(folder / RUN_NAME, (run.model_dump_json(indent=2) + "\n").encode())
     return folder
 

@@ -87,6 +87,7 @@ class SharedRounds:
             return False
         where = f"in round {1 + kept.number}, on inputs that only that round had, the final latents were"
         reference = None
+        lane.shared.entered(lane.case, "reference")
         try:
             inputs = lane.round_inputs(self.problem, kept.number)
             reference = self.references.of_round(self.problem, lane.backend.implementation, self.backends, inputs)

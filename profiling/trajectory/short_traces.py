@@ -65,11 +65,13 @@ def short_traces(
     deadline: Deadline,
     tracer: Tracer,
     cases: Mapping[str, Case],
+    entered: Callable[[Case, str], None] = lambda case, phase: None,
 ) -> Iterator[Record]:
     """The records, completed by a trace, by `trace_order`; one whose trace fails gives a warning and is left out.
 
     No trace is begun once `deadline` has passed. A compiled peer is passed over where less time is left than its
-    first build and call took. `cases`, by key, say where a checkpoint lies, which a record does not.
+    first build and call took. `cases`, by key, say where a checkpoint lies, which a record does not. `entered` is
+    called before each trace with its case and "trace".
     """
     group = ""
     for record in sorted(records, key=lambda record: trace_order(record.case)):
@@ -81,9 +83,10 @@ def short_traces(
         if record.case.group_key != group:
             torch.compiler.reset()
             group = record.case.group_key
+        case = cases.get(record.case_key, record.case)
+        entered(case, "trace")
         with measuring_settings():
             try:
-                case = cases.get(record.case_key, record.case)
                 trace = _short_trace(case, networks, backends, tracer)
             except Exception as error:
                 warnings.warn(f"{record.case.key}: no trace ({failure(error)[1]})", stacklevel=2)

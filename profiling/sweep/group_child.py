@@ -1,0 +1,203 @@
+"""What a group's own process does: measures or traces it, and tells the process that has started it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TextIO
+
+import torch
+
+from ..measure.ceiling_cache import KeptCeilings
+from ..measure.environment import collect_environment
+from ..measure.gpu_lock import held_gpu
+from ..measure.outcomes import failure
+from ..measure.turn import TURNS
+from ..rivals.decoding import decoder_case
+from ..trajectory.backend import Subject
+from ..trajectory.case import Case, Task
+from ..trajectory.decoder_times import DecoderTimes
+from ..trajectory.energy_windows import EnergyTime
+from ..trajectory.floors import Floors
+from ..trajectory.network import Networks
+from ..trajectory.records import Record
+from ..trajectory.runner import GroupRunner, Listener, all_backends_of
+from ..trajectory.short_traces import short_traces
+from ..trajectory.trace import traced
+from .child_process import Mouth
+from .events import (
+    AwaitsTurn,
+    Broken,
+    Completed,
+    Entered,
+    Finished,
+    GroupKnown,
+    Interrupted,
+    Learned,
+    Queued,
+    Ran,
+    Recorded,
+    Told,
+    TookTurns,
+    Warned,
+)
+from .group_task import Carried, GroupTask
+from .patience import patience
+
+
+def collect(mouth: Mouth, device: str) -> None:
+    """Tells the environment of a device, or what went wrong with asking for it."""
+    try:
+        mouth.say(collect_environment(device))
+    except Exception as error:
+        mouth.say(error)
+
+
+def measure_group(mouth: Mouth, task: GroupTask) -> None:
+    """Does the task and tells of it, to the end of the process."""
+    warnings.showwarning = partial(_warned, mouth)
+    TURNS.on_wait = _TurnsTold(mouth)
+    device = task.cases[0].device
+    whole, timing = task.time.deadlines()
+    try:
+        # Before anything is computed there: who only waits takes nothing of the GPU.
+        with held_gpu(device, lambda holder: mouth.say(Queued(holder)), lambda: mouth.say(Queued("", True))):
+            work = _Work(mouth, task, EnergyTime(whole, timing, lambda _: None, task.carried.energy_s))
+            if task.untraced is not None:
+                work.trace()
+            elif not timing.passed:
+                work.time()
+    except KeyboardInterrupt as interrupt:
+        # Whoever dealt turns has ended.
+        mouth.say(Interrupted(str(interrupt)))
+    except Exception as error:
+        mouth.say(Broken(*failure(error), blames_all=True))
+    mouth.say(Finished())
+
+
+@dataclass
+class _Work:
+    mouth: Mouth
+    task: GroupTask
+    energy: EnergyTime
+    ceilings: KeptCeilings = field(init=False)
+    subjects: Mapping[Task, Subject] = field(init=False)
+    _patience: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.subjects = self.task.subjects()
+        self.energy.on_record = partial(self._completed, "energy")
+        self.ceilings = KeptCeilings(lambda line: self.mouth.say(Told(line)), known=self.task.carried.ceilings)
+
+    def time(self) -> None:
+        task, timing = self.task, self.energy.timing
+        decodes = DecoderTimes(decoder_case, self.subjects, timing, dict(task.carried.decodes))
+        told = _Teller(self.mouth, self._entering)
+        runner = GroupRunner(
+            task.rule,
+            task.run_id,
+            told,
+            told.recorded,
+            lambda device: task.environment,
+            all_backends_of(self.subjects),
+            Networks(self.subjects),
+            timing,
+            self.energy,
+            Floors(self.ceilings),
+            task.references,
+            decodes if task.with_decoder else None,
+        )
+        told.runner = runner
+        told.learned = lambda: Carried(dict(decodes.known), dict(self.ceilings.known), self.energy.taken)
+        runner.measure(task.cases)
+        self.mouth.say(Learned(told.learned()))
+
+    def trace(self) -> None:
+        task = self.task
+        assert task.untraced is not None
+        located = {case.key: case for case in task.cases}
+        for record in short_traces(
+            task.untraced,
+            Networks(self.subjects),
+            all_backends_of(self.subjects),
+            self.energy.whole,
+            traced,
+            located,
+            lambda case, phase: self.mouth.say(self._entering(case, phase)),
+        ):
+            self._completed("trace", record)
+
+    def _entering(self, case: Case, phase: str) -> Entered:
+        if case.key not in self._patience:
+            self._patience[case.key] = patience(case, self.task.rule, self.subjects)
+        return Entered(case, phase, self._patience[case.key])
+
+    def _completed(self, phase: str, record: Record) -> None:
+        self.mouth.say(Completed(record, phase))
+
+
+class _Teller(Listener):
+    """Tells the parent what the runner says."""
+
+    runner: GroupRunner
+    learned: Callable[[], Carried]
+    known: int | None = -1
+
+    def __init__(self, mouth: Mouth, entering: Callable[[Case, str], Entered]) -> None:
+        self._say, self.entering = mouth.say, entering
+
+    def entered(self, case: Case, phase: str) -> None:
+        facts = self.runner.facts
+        if facts is not None and facts.evaluations != self.known:
+            self.known = facts.evaluations
+            self._say(GroupKnown(facts.lost(case, "error", "nothing else is known")))
+        if phase == "weights":
+            self._say(Learned(self.learned()))
+        self._say(self.entering(case, phase))
+
+    def ran(self, case: Case, phase: str) -> None:
+        self._say(Ran(case, phase))
+
+    def recorded(self, record: Record) -> None:
+        self._say(Recorded(record))
+        if record.status == "error" and record.case.device != "cpu" and (reason := _cuda_is_broken()):
+            self._say(Broken("error", reason, blames_all=False))
+
+
+def _cuda_is_broken() -> str | None:
+    """What CUDA answers where an error has ended this process's use of it, as an illegal address does."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        return failure(error)[1]
+    return None
+
+
+class _TurnsTold:
+    """Told of turns by `Turns.on_wait`, tells the parent: waiting is no hang, and counts for no deadline."""
+
+    def __init__(self, mouth: Mouth) -> None:
+        self._say = mouth.say
+        self._waited = TURNS.waited
+
+    def __call__(self, is_waiting: bool) -> None:
+        if is_waiting:
+            self._say(AwaitsTurn())
+            return
+        self._say(TookTurns(TURNS.waited - self._waited))
+        self._waited = TURNS.waited
+
+
+def _warned(
+    mouth: Mouth,
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In place of `warnings.showwarning`."""
+    mouth.say(Warned(str(message), category, filename, lineno))
