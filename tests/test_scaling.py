@@ -16,6 +16,7 @@ import pytest
 
 from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.commands import profile_command
+from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.sweep.events import Event, Recorded
 from ldmperf.profiling.sweep.group_task import GroupTask
 from ldmperf.profiling.sweep.local import Workers
@@ -208,3 +209,20 @@ def test_a_wrong_shard_is_a_wrong_call(tmp_path: Path, run: Callable[..., Any], 
     wrong = run("profile", *SWEEP, *options, "--out", "runs")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
     assert not (tmp_path / "runs").exists()
+
+
+def test_two_machines_that_write_one_file_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process ids may be the same there, as in two containers."""
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        write_whole(path, b"theirs")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    write_whole(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
