@@ -17,6 +17,7 @@ import pytest
 from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.commands import profile_command
 from ldmperf.profiling.measure.store import write_whole
+from ldmperf.profiling.record_files import gather
 from ldmperf.profiling.sweep.events import Event, Recorded
 from ldmperf.profiling.sweep.group_task import GroupTask
 from ldmperf.profiling.sweep.local import Workers
@@ -31,12 +32,13 @@ COMMAND = f"""#!{sys.executable}
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import plausible_record
-from ldmperf.profiling import cli, load_records
+from ldmperf.profiling import cli
 from ldmperf.profiling.commands import profile_command
+from ldmperf.profiling.record_files import gather
 from ldmperf.profiling.sweep.events import Recorded
 from ldmperf.profiling.sweep.local import Workers
 
-profile_command.report_run = load_records
+profile_command.report_run = lambda folder: gather([folder])
 groups = 0
 def measured(task):
     global groups
@@ -70,7 +72,7 @@ def _no_array(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_command, "report_run", load_records)
+    monkeypatch.setattr(profile_command, "report_run", lambda folder: gather([folder]))
 
 
 def keys(folder: Path) -> Counter[str]:
