@@ -18,7 +18,8 @@ from ldmperf.profiling.figures import overview
 from ldmperf.profiling.measure.environment import Gpu
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.report import write_page
-from ldmperf.profiling.report.page_input import PageInput
+from ldmperf.profiling.report.page_input import GridSection, PageInput
+from ldmperf.profiling.terminal.layout import Grid
 from ldmperf.profiling.trajectory.record_parts import Energy
 
 from .conftest import plausible_record
@@ -212,6 +213,19 @@ def test_tables_sort_by_mouse_and_keys_with_missing_values_last(opened: Opened) 
     assert sizes[:3] == ["39M", "83M", "145M"]
 
 
+def test_numbers_are_sorted_by_value_whatever_their_unit(browser: Any, tmp_path: Path) -> None:
+    texts = ("2.19B", "-", "865.9M", "12.5 (3)", "0.002..0.1", "1.5e-05", "3x", "-4.5")
+    grid = Grid(("kernel", "value"), tuple((f"k{place}", text) for place, text in enumerate(texts)), ("kernel",))
+    write_page(PageInput(overview([]), sections=(GridSection("Kernels", grid),)), tmp_path / "page.html")
+    opened = Opened(browser, tmp_path / "page.html")
+    expected = ["-4.5", "1.5e-05", "0.002..0.1", "3x", "12.5 (3)", "865.9M", "2.19B"]
+    for order in (expected, expected[::-1]):
+        opened.page.get_by_role("button", name="value").click()
+        assert texts_of(opened, "tbody td") == [*order, "-"]
+    assert opened.errors == []
+    opened.context.close()
+
+
 def test_rows_beyond_the_first_are_shown_when_asked_for(opened: Opened) -> None:
     assert len(opened.column("size")) == 40
     opened.page.locator('[data-table="cases"]').get_by_role("button", name="Show more").click()
@@ -243,12 +257,12 @@ def test_a_hostile_name_stays_text_in_tables_charts_and_tips(opened: Opened) -> 
 
 def test_charts_are_downloaded_as_svg_and_png(opened: Opened, tmp_path: Path) -> None:
     files = {}
-    panel = opened.page.locator("#ladder .panel").last
+    panel = opened.page.locator("#cost .panel").last
     for kind in ("SVG", "PNG"):
         with opened.page.expect_download() as found:
             panel.get_by_role("button", name=kind).click()
         name = found.value.suggested_filename
-        assert re.fullmatch(rf"ladder-[\w.-]{{1,80}}\.{kind.lower()}", name), name
+        assert re.fullmatch(rf"cost-[\w.-]{{1,80}}\.{kind.lower()}", name), name
         found.value.save_as(tmp_path / kind)
         files[kind] = (tmp_path / kind).read_bytes()
     assert files["PNG"].startswith(b"\x89PNG\r\n\x1a\n")
@@ -257,7 +271,7 @@ def test_charts_are_downloaded_as_svg_and_png(opened: Opened, tmp_path: Path) ->
         "".join(text.itertext()) for text in ET.fromstring(files["SVG"]).iter("{http://www.w3.org/2000/svg}text")
     ]
     # By itself it says what it is of.
-    assert {"The ladder at each size", *BACKENDS, "ms of a step"} <= {*texts}
+    assert {"Measured cost against the paper's cost", *BACKENDS, *SIZES} <= {*texts}
     assert "8 steps" in " ".join(texts)
     assert b"currentColor" not in files["SVG"]
 
