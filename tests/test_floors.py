@@ -25,7 +25,8 @@ from ldmperf.profiling.trajectory import unet_problem
 from ldmperf.profiling.trajectory.backend import Problem
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors, floor_of
-from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
+from ldmperf.profiling.trajectory.group_facts import GroupFacts
+from ldmperf.profiling.trajectory.lane import Lane
 from ldmperf.profiling.trajectory.network import family_config
 from ldmperf.profiling.trajectory.record_parts import Floor
 from ldmperf.profiling.trajectory.rungs import all_backends

@@ -10,7 +10,7 @@ import pytest
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.sweep import group_child
-from ldmperf.profiling.sweep.child_process import Mouth
+from ldmperf.profiling.sweep.child_end import Mouth
 from ldmperf.profiling.sweep.events import Broken, Recorded
 from ldmperf.profiling.sweep.patience import COMPILED_S, LEAST_S, patience
 from ldmperf.profiling.trajectory.network import FAMILY_SUBJECTS

@@ -26,7 +26,8 @@ from ldmperf.profiling.measure.timing import RepetitionRule, Timed
 from ldmperf.profiling.trajectory.backend import Backend, Inputs, Problem, Trajectory
 from ldmperf.profiling.trajectory.checkpoints import identified
 from ldmperf.profiling.trajectory.floors import Floors
-from ldmperf.profiling.trajectory.lane import GroupFacts, Lane
+from ldmperf.profiling.trajectory.group_facts import GroupFacts
+from ldmperf.profiling.trajectory.lane import Lane
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.records import Floor
 from ldmperf.profiling.trajectory.theirs import DiffusersBackend

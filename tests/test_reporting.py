@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.measure.store import read_lines
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.step.call import OperatorCall, TensorSpec
+from ldmperf.profiling.sweep.events import Event, Recorded
+from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.local import Workers
 from ldmperf.profiling.trajectory.records import RECORDS_NAME, RecordStore
 from ldmperf.profiling.trajectory.runs import Run, create_run, open_run
 
@@ -379,9 +382,7 @@ def test_a_profile_into_a_path_of_any_name(
     name: str,
 ) -> None:
     """The path is printed on one line, without markup and with what is unseen made visible."""
-    from ldmperf.profiling.measure import environment
     from ldmperf.profiling.terminal.visible import visible
-    from ldmperf.profiling.trajectory import runner
 
     out = tmp_path_factory.mktemp("any") / name
     try:
@@ -390,14 +391,11 @@ def test_a_profile_into_a_path_of_any_name(
         # No name on this file system.
         return
 
-    def measured(cases: list[Case], *, store: RecordStore, run_id: str, **others: object) -> list[Record]:
-        records = [make_record(case.as_recorded(), run_id=run_id) for case in cases]
-        store.append(*records)
-        return records
+    def measured(task: GroupTask) -> Generator[Event, None, None]:
+        for case in task.cases:
+            yield Recorded(make_record(case.as_recorded(), run_id=task.run_id))
 
     with monkeypatch.context() as patch:
-        patch.setattr(environment, "collect_environment", lambda device: make_record().environment)
-        patch.setattr(runner, "profile", measured)
         # An empty file is enough: names are the subject, and safetensors opens none that is not UTF-8.
         patch.setattr(profile_command, "check_loadable", lambda cases: None)
         patch.setattr(report, "write_report", lambda page, folder: [folder / "report.html"])
@@ -405,11 +403,14 @@ def test_a_profile_into_a_path_of_any_name(
         unet.write_bytes(b"")
         options = ["--unet", str(unet), "--steps", "1", "--device", "cpu", "--backend", "torch"]
         with pytest.raises(SystemExit) as exited:
-            cli.main(["profile", *options, "--out", str(out / "runs")])
+            cli.main(
+                ["profile", *options, "--out", str(out / "runs")],
+                workers=Workers(measured, lambda device: make_record().environment),
+            )
     captured = capsys.readouterr()
     assert exited.value.code == 0, captured.err
     (folder,) = (out / "runs").iterdir()
-    assert captured.err == f"{visible(str(folder))}: 1 case to measure, 0 recorded\n"
+    assert captured.err.startswith(f"{visible(str(folder))}: 1 case to measure, 0 recorded\n")
     assert visible(str(folder / "report.html")) in captured.out.splitlines()
     run = open_run(folder)
     assert isinstance(run, Run)

@@ -16,6 +16,8 @@ import pytest
 
 from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.commands import profile_command
+from ldmperf.profiling.measure.store import write_whole
+from ldmperf.profiling.record_files import gather
 from ldmperf.profiling.sweep.events import Event, Recorded
 from ldmperf.profiling.sweep.group_task import GroupTask
 from ldmperf.profiling.sweep.local import Workers
@@ -30,12 +32,13 @@ COMMAND = f"""#!{sys.executable}
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from conftest import plausible_record
-from ldmperf.profiling import cli, load_records
+from ldmperf.profiling import cli
 from ldmperf.profiling.commands import profile_command
+from ldmperf.profiling.record_files import gather
 from ldmperf.profiling.sweep.events import Recorded
 from ldmperf.profiling.sweep.local import Workers
 
-profile_command.report_run = load_records
+profile_command.report_run = lambda folder: gather([folder])
 groups = 0
 def measured(task):
     global groups
@@ -69,7 +72,7 @@ def _no_array(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile_command, "report_run", load_records)
+    monkeypatch.setattr(profile_command, "report_run", lambda folder: gather([folder]))
 
 
 def keys(folder: Path) -> Counter[str]:
@@ -208,3 +211,20 @@ def test_a_wrong_shard_is_a_wrong_call(tmp_path: Path, run: Callable[..., Any], 
     wrong = run("profile", *SWEEP, *options, "--out", "runs")
     assert (wrong.code, wrong.err.count("\n")) == (2, 1)
     assert not (tmp_path / "runs").exists()
+
+
+def test_two_machines_that_write_one_file_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Process ids may be the same there, as in two containers."""
+    path = tmp_path / "run.json"
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", replace)
+        write_whole(path, b"theirs")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    write_whole(path, b"ours")
+    assert path.read_bytes() == b"ours"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]

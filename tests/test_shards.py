@@ -137,6 +137,8 @@ def test_a_slurm_array_is_numbered_from_anywhere_in_any_steps(count, first, step
 def test_outside_an_array_there_is_no_shard():
     assert slurm_shard({}) is None
     assert slurm_shard({"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": ""}) is None
+    # A side of `ldmperf compare --commits` that runs in a task.
+    assert slurm_shard({"SLURM_ARRAY_TASK_ID": "1", "LDMPERF_TURNS": "socket"}) is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -49,6 +50,18 @@ def test_what_is_put_together_is_counted(make_record: MakeRecord) -> None:
     )
     # In one file, too.
     assert Sources.of({"/all.jsonl": Gathered(tuple(make_record(environment=e) for e in machines))}).together
+
+
+def test_compiled_launches_have_no_machine(make_record: MakeRecord, make_inspection: Callable[..., Any]) -> None:
+    launches = Gathered(inspections=(make_inspection(), make_inspection(128)))
+    assert Sources.of({"/a.jsonl": launches}).together == ""
+    both = Sources.of({"/a.jsonl": launches, "/b.jsonl": Gathered((make_record(),))})
+    assert both.together == (
+        "1 record of trajectories and 2 compiled launches from 2 files, 1 commit (7d35813), "
+        "1 kind of machine (AMD EPYC)."
+    )
+    alone = Sources.of({"/a.jsonl": launches, "/b.jsonl": launches})
+    assert alone.together == "4 compiled launches from 2 files, 1 commit (7d35813)."
 
 
 def test_cases_that_no_lists_make_are_counted(make_record: MakeRecord) -> None:

@@ -31,6 +31,7 @@ from ldmperf.profiling.sweep.events import Event, Learned, Queued, TookTurns, Wa
 from ldmperf.profiling.sweep.group_process import environment_of, measured
 from ldmperf.profiling.sweep.group_task import Carried, GroupTask
 from ldmperf.profiling.sweep.local import Sweep, run_sweep, trace_tasks
+from ldmperf.profiling.trajectory.progress import Remaining
 from ldmperf.profiling.trajectory.records import RecordStore
 from ldmperf.profiling.trajectory.runner import Listener
 
@@ -372,3 +373,30 @@ def test_warnings_are_seen_once(sweep_of: Callable[..., Sweep], tmp_path: Path) 
         warnings.simplefilter("default")
         go_on(sweep, tmp_path)
     assert [str(one.message) for one in seen if one.category is RuntimeWarning] == ["beware"]
+
+
+def test_a_process_that_hangs_ends_with_the_sweep_that_is_killed(
+    sweep_of: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    """In a call that keeps the interpreter to itself: only the kernel can end it."""
+    environment_of("cpu")
+    with forked(partial(go_on, sweep_of(1, backends=("timing:hang", "peer")), tmp_path)) as pid:
+        wait_until(lambda: bool(children()))
+        time.sleep(1.0)
+        assert children()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        wait_until(lambda: not children())
+
+
+def test_the_time_that_the_group_in_flight_will_take() -> None:
+    now = [0.0]
+    small, large = Case(unet="39M", steps=1), Case(unet="39M", steps=9)
+    remaining = Remaining([small, large], RepetitionRule(3), clock=lambda: now[0])
+    assert remaining.seconds_of([large]) is None
+    now[0] = 10.0
+    remaining.ran(small)
+    # One of 4 portions of the small case took 10 s; the large one has 36.
+    assert remaining.seconds_of([small]) == pytest.approx(30.0)
+    assert remaining.seconds_of([large]) == pytest.approx(360.0)
+    assert remaining.seconds_of([]) == 0.0

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..compare.metrics import METRICS
+from ..terminal.visible import emit
 from .shared import DEFAULT_OUT, RecordSets, list_option, stop, tell
 
 _FORMATS = "github-action-benchmark, bencher, pytorch-hud-v3, pytest-benchmark, openmetrics or csv."
@@ -51,7 +52,7 @@ def export(
     tell_aside(found.aside)
     text, left_out = exported(found.records, format_name, metrics)
     if out is None:
-        typer.echo(text, nl=False)
+        emit(text)
     else:
         try:
             write_whole(out, text.encode())

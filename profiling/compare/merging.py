@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
-from ..figures.derived import best_record
+from ..figures.best import best_record
 from ..measure.conditions import commit_name
 from ..measure.environment import Environment
 from ..measure.folders import RunError

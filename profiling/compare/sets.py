@@ -8,7 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..figures.derived import best_record, network_names
+from ..figures.best import best_record
+from ..figures.derived import network_names
 from ..figures.phrases import Conditions
 from ..figures.text import joined
 from ..measure.conditions import commit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..compare.metrics import Figure, Metric
-from ..figures.derived import best_record
+from ..figures.best import best_record
 from ..figures.text import joined
 from ..measure.conditions import commit
 from ..measure.environment import Environment, Gpu

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
-from itertools import groupby
 from operator import attrgetter
 
 from ..measure.environment import Environment
-from ..measure.recorded import FAILED
 from ..paper import paper_sizes
 from ..trajectory.case import BACKENDS, Case
 from ..trajectory.records import Record
+from .best import best_record, by_time
 from .lines import Line, fit_line
 from .phrases import Conditions
 
@@ -145,7 +143,7 @@ def overview(records: Sequence[Record]) -> Overview:
 
     Files may be given in any order: environments have their letters, and cases their latest record, by time.
     """
-    records = _by_time(records)
+    records = by_time(records)
     kinds: dict[tuple[object, ...], list[Environment]] = {}
     for environment in dict.fromkeys(record.environment for record in records):
         kinds.setdefault(environment.kind, []).append(environment)
@@ -173,38 +171,6 @@ def overview(records: Sequence[Record]) -> Overview:
     return Overview(
         environments, conditions, sections, _steps_series(sections), superseded, tuple(rivals), measured_in
     )
-
-
-def _by_time(records: Sequence[Record]) -> list[Record]:
-    """In the order of their start; what was started in one second by key, then by content."""
-    ordered = []
-    for _, alike in groupby(sorted(records, key=_started), key=_started):
-        same = list(alike)
-        ordered += sorted(same, key=lambda record: record.model_dump_json()) if len(same) > 1 else same
-    return ordered
-
-
-def _started(record: Record) -> tuple[datetime, str]:
-    return record.started_at, record.case_key
-
-
-def best_record(records: Sequence[Record]) -> Record:
-    """The record to show of a case, out of those of one kind of environment in the order in which they were made.
-
-    Preferred in this order: a record with a time; one that was not cut short; one timed in turn with more backends
-    (the ladder's ratios are within one group); one with a trace; the latest. What was measured before a defect
-    (`FAILED`) does not count: the defect is shown until the case is measured again.
-    """
-    defects = [place for place, record in enumerate(records) if record.status in FAILED]
-    since = records[defects[-1] :] if defects else records
-
-    def merit(numbered: tuple[int, Record]) -> tuple[object, ...]:
-        place, record = numbered
-        harness = record.harness
-        is_timed, is_whole = record.wall_ms is not None, harness.stopped_by is None
-        return is_timed, is_whole, len(harness.interleaved), record.trace is not None, place
-
-    return max(enumerate(since), key=merit)[1]
 
 
 def network_names(records: Iterable[Record]) -> dict[str, str]:

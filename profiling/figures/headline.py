@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..measure.conditions import commit, is_busy, is_unsteady, marks
 from ..measure.intervals import FEWEST, Interval, ratio_interval
 from ..terminal.visible import counted
-from .derived import PEER, Overview, Row, Section, rung_place, step_samples
+from .derived import Overview, Row, Section, rung_place, step_samples
 from .phrases import phrases_of
 from .text import joined, short_ratio
 
@@ -45,8 +45,8 @@ class Headline:
 def headline(shown: Overview) -> Headline | None:
     """The headline of a record set; None where no two networks have times under the same conditions.
 
-    Chosen is the section and backend with most networks timed; among these ours before the peer's, then the
-    highest rung of the ladder, then the longest trajectory, then the first in the order of the report.
+    Chosen is the section and backend with most networks timed; among these the highest rung of the ladder (ours
+    before the peer's), then the longest trajectory, then the first in the order of the report.
     """
     found = [(section, rows) for section in shown.sections for rows in _by_backend(section)]
     if not found:
@@ -84,8 +84,7 @@ def _by_backend(section: Section) -> Iterator[list[Row]]:
 
 
 def _merit(rows: list[Row]) -> tuple[object, ...]:
-    backend = rows[0].case.backend
-    return len(rows), not backend.startswith(PEER), rung_place(backend), rows[0].record.evaluations
+    return len(rows), rung_place(rows[0].case.backend), rows[0].record.evaluations
 
 
 def _flops(row: Row) -> float | None:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -177,8 +178,8 @@ def _is_at(file: FileIO, path: Path) -> bool:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces a file's content at once: who reads it, or a crash, meets the old or the new, never a part."""
-    # No two processes share it.
-    replacement = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No two processes share it, on whatever machines: ids of processes are alike there.
+    replacement = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         _write_durably(replacement, content, "wb")
         replacement.replace(path)

@@ -61,7 +61,7 @@ CONFIG: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Series:
+class BackendMark:
     """A backend as charts and their legends show it."""
 
     name: str
@@ -74,7 +74,7 @@ class Series:
 class Palette:
     """The colour and shape of each backend, the same in every chart of a page."""
 
-    series: tuple[Series, ...]
+    series: tuple[BackendMark, ...]
 
     @classmethod
     def of(cls, backends: Iterable[str]) -> Palette:
@@ -83,11 +83,11 @@ class Palette:
         others = [name for name in names if name != PEER]
         shapes = list(SHAPES.items())
 
-        def one(name: str) -> Series:
+        def one(name: str) -> BackendMark:
             if name == PEER:
-                return Series(name, PEER_COLOUR, PEER_SHAPE, PEER_CHARACTER)
+                return BackendMark(name, PEER_COLOUR, PEER_SHAPE, PEER_CHARACTER)
             place = others.index(name)
-            return Series(name, COLOURS[place % len(COLOURS)], *shapes[place % len(shapes)])
+            return BackendMark(name, COLOURS[place % len(COLOURS)], *shapes[place % len(shapes)])
 
         return cls(tuple(map(one, names)))
 

@@ -45,9 +45,20 @@ def report_paths(
     Raises RunError where there are no records to read, ReportNotWritten.
     """
     for path in paths:
-        if holds(path, RUN_NAME) and not holds(path, RECORDS_NAME):
+        if holds(path, RUN_NAME) and not _has_lines(path / RECORDS_NAME):
             raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
     return _report(gather_files(paths), paths, out or _itself(paths), everything, url)
+
+
+def _has_lines(path: Path) -> bool:
+    """Whether there is anything in a file that can be looked at."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError:
+        # Reading it says why.
+        return True
 
 
 def report_run(folder: Path) -> Gathered:

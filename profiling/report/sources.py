@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..compare.commits import commit_order, machine_names
-from ..compare.sets import machine_kind
+from ..compare.sets import machine_kind, measured
 from ..figures.text import first_of, joined
 from ..measure.environment import Environment
 from ..measure.timing import RepetitionRule
@@ -83,9 +83,10 @@ def _command(records: Sequence[Record]) -> str | None:
 
 
 def _together(files: Mapping[str, Gathered], records: Sequence[AnyRecord]) -> str:
-    environments = list(dict.fromkeys(record.environment for record in records))
+    # A compiler makes the same of a launch on every machine.
+    environments = list(dict.fromkeys(record.environment for record in measured(records)))
     kinds = {environment.kind: environment for environment in environments}
-    if len(files) == 1 and len(kinds) == 1 and len(_machines(environments)) == 1:
+    if len(files) == 1 and len(kinds) <= 1 and len(_machines(environments)) <= 1:
         return ""
     of = joined_files(files.values())
     counts = [
@@ -101,7 +102,7 @@ def _together(files: Mapping[str, Gathered], records: Sequence[AnyRecord]) -> st
     said = [
         f"{what} from {counted(len(files), 'file')}",
         f"{counted(len(commits), 'commit')} ({first_of(commits)})",
-        f"{counted(len(names), 'kind of machine', 'kinds of machines')} ({'; '.join(names)})",
+        f"{counted(len(names), 'kind of machine', 'kinds of machines')} ({'; '.join(names)})" if names else "",
         counted(machines, "machine") if machines > len(names) else "",
     ]
     apart = " Nothing is compared across kinds of machines." if len(names) > 1 else ""

@@ -9,27 +9,20 @@ and a record is on disk before the next measurement begins.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import pickle
 import signal
-import struct
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn
+from multiprocessing.connection import wait
+from typing import Any
 
+from .child_end import HEADER, TAKEN, Mouth, run_child
 from .preload import PRELOADED
 
-# fcntl.h; python's fcntl has no name for it before 3.13.
-_F_SETSIG = 10
-_HEADER = struct.Struct("!I")
-_TAKEN = b"."
 _CHUNK = 1 << 20
 # poll(2) takes milliseconds as an int.
 _LONGEST_WAIT_S = 1e6
@@ -63,31 +56,6 @@ def how_it_ended(code: int) -> str:
         return f"was ended by signal {-code}"
 
 
-@dataclass(frozen=True)
-class Mouth:
-    """The child's end: what it says, and when that was taken."""
-
-    said: Connection
-    taken: Connection
-    alive: Connection
-
-    def say(self, sign: object) -> None:
-        """Sends a value and waits until it has been dealt with; where there is no parent, the process ends."""
-        content = pickle.dumps(sign)
-        with _SPEAKING:
-            try:
-                _write(self.said.fileno(), _HEADER.pack(len(content)) + content)
-                taken = os.read(self.taken.fileno(), 1)
-            except OSError:
-                taken = b""
-        if not taken:
-            end_group()
-
-
-# Warnings may come from other threads.
-_SPEAKING = threading.RLock()
-
-
 class ChildProcess:
     """A process that runs `work(mouth, *arguments)`. As a context it leaves nothing that runs."""
 
@@ -99,7 +67,7 @@ class ChildProcess:
         torch = sys.modules.get("torch")
         threads = None if torch is None else torch.get_num_threads()
         self._process = context.Process(
-            target=_run, args=(Mouth(said, taken, alive), dict(os.environ), threads, work, arguments)
+            target=run_child, args=(Mouth(said, taken, alive), dict(os.environ), threads, work, arguments)
         )
         try:
             self._process.start()
@@ -137,7 +105,7 @@ class ChildProcess:
                 return
             # A child that died meanwhile is heard of at the next turn.
             with suppress(BrokenPipeError):
-                os.write(self._taking.fileno(), _TAKEN)
+                os.write(self._taking.fileno(), TAKEN)
 
     def _next(self, seconds: float) -> Any:
         until = time.monotonic() + seconds
@@ -166,13 +134,13 @@ class ChildProcess:
 
     def _whole(self) -> Any:
         """The next value that has been received to its end; None where there is none."""
-        if len(self._buffer) < _HEADER.size:
+        if len(self._buffer) < HEADER.size:
             return None
-        (length,) = _HEADER.unpack_from(self._buffer)
-        if len(self._buffer) < _HEADER.size + length:
+        (length,) = HEADER.unpack_from(self._buffer)
+        if len(self._buffer) < HEADER.size + length:
             return None
-        content = bytes(self._buffer[_HEADER.size : _HEADER.size + length])
-        del self._buffer[: _HEADER.size + length]
+        content = bytes(self._buffer[HEADER.size : HEADER.size + length])
+        del self._buffer[: HEADER.size + length]
         return pickle.loads(content)
 
     def end(self) -> None:
@@ -212,84 +180,3 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _run(
-    mouth: Mouth,
-    variables: dict[str, str],
-    threads: int | None,
-    work: Callable[..., None],
-    arguments: tuple[object, ...],
-) -> NoReturn:
-    """In the child: stands in for the process that started it, then does the work."""
-    # A session: no terminal's signals, and one group with all that it starts.
-    os.setsid()
-    _die_with_parent(mouth.alive)
-    # What was loaded is no garbage: looking through it would copy its pages into this process.
-    gc.freeze()
-    os.environ.clear()
-    os.environ.update(variables)
-    _offer_to_the_oom_killer()
-    if threads is not None:
-        import torch
-
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
-    code = 1
-    try:
-        work(mouth, *arguments)
-        code = 0
-    finally:
-        if code:
-            sys.excepthook(*sys.exc_info())
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        # All is said. Taking down CUDA and pools of threads may take seconds, hang or crash.
-        os._exit(code)
-
-
-def _die_with_parent(alive: Connection) -> None:
-    """Has this process's group killed as soon as the parent's end of the pipe is closed: when the parent ends.
-
-    The kernel does it where it can (fcntl(2): O_ASYNC with F_SETSIG), whatever this process hangs in; elsewhere a
-    thread does.
-    """
-    import fcntl
-    import select
-
-    descriptor = alive.fileno()
-    try:
-        if sys.platform != "linux":
-            raise OSError
-        fcntl.fcntl(descriptor, fcntl.F_SETOWN, -os.getpgid(0))
-        fcntl.fcntl(descriptor, _F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
-    except OSError:
-        threading.Thread(target=_wait_for_the_end, args=(descriptor,), daemon=True).start()
-        return
-    # It may have ended before.
-    if select.select([descriptor], [], [], 0)[0]:
-        end_group()
-
-
-def _wait_for_the_end(descriptor: int) -> None:
-    os.read(descriptor, 1)
-    end_group()
-
-
-def end_group() -> NoReturn:
-    """Ends this process and all that it has started, at once."""
-    os.killpg(0, signal.SIGKILL)
-    os._exit(1)
-
-
-def _offer_to_the_oom_killer() -> None:
-    """Where memory runs out the kernel takes this process, and not the one that keeps the records."""
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]

@@ -13,7 +13,7 @@ from typing import Any
 from ..measure.folders import RunError
 from ..measure.timing import Deadline
 from ..options import CaseError, device_kind
-from ..terminal.visible import counted
+from ..terminal.visible import counted, visible
 from ..trajectory.records import RecordStore
 from ..trajectory.runner import groups, to_trace, wanted_and_left
 from ..trajectory.short_traces import timing_deadline
@@ -29,6 +29,7 @@ from .on_node import Arrived, NodeEvent, Refused, on_node
 LOCAL = "local"
 # How often Ctrl-C and the deadline are looked at while nothing comes.
 _PAUSE_S = 0.5
+_LONGEST_REASON = 300
 
 
 def run_on_cluster(
@@ -214,7 +215,8 @@ class _Tasks:
 def reason_of(failure: Exception) -> str:
     """What Ray says of a lost task, in its first line, with its kind. Raises RunError where no node can do it."""
     cause = getattr(failure, "cause", None)
-    first = next((line.strip() for line in str(cause or failure).splitlines() if line.strip()), "no message")
+    lines = (visible(line.strip()) for line in str(cause or failure).splitlines() if line.strip())
+    first = next(lines, "no message")[:_LONGEST_REASON]
     if isinstance(cause, ImportError) or "failed to import" in first:
         raise RunError(f"--ray: a node cannot load ldmperf ({first}); install the same ldmperf on all nodes")
     return f"{type(cause or failure).__name__}: {first}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ..measure.environment import collect_environment
 from ..measure.gpu_lock import held_gpu
 from ..measure.outcomes import failure
 from ..measure.turn import TURNS
+from ..options import CaseError
 from ..rivals.decoding import decoder_case
 from ..trajectory.backend import Subject
 from ..trajectory.case import Case, Task
@@ -26,7 +28,7 @@ from ..trajectory.records import Record
 from ..trajectory.runner import GroupRunner, Listener, all_backends_of
 from ..trajectory.short_traces import short_traces
 from ..trajectory.trace import traced
-from .child_process import Mouth
+from .child_end import Mouth
 from .events import (
     AwaitsTurn,
     Broken,
@@ -51,8 +53,10 @@ def collect(mouth: Mouth, device: str) -> None:
     """Tells the environment of a device, or what went wrong with asking for it."""
     try:
         mouth.say(collect_environment(device))
+    except CaseError as wrong:
+        mouth.say(wrong)
     except Exception as error:
-        mouth.say(error)
+        mouth.say(RuntimeError(failure(error)[1]))
 
 
 def measure_group(mouth: Mouth, task: GroupTask) -> None:
@@ -200,4 +204,5 @@ def _warned(
     line: str | None = None,
 ) -> None:
     """In place of `warnings.showwarning`."""
-    mouth.say(Warned(str(message), category, filename, lineno))
+    is_named = getattr(sys.modules.get(category.__module__), category.__name__, None) is category
+    mouth.say(Warned(str(message), category if is_named else UserWarning, filename, lineno))

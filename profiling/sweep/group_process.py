@@ -13,7 +13,7 @@ from ..measure.nvml import NO_SENSOR
 from ..measure.oom_kills import oom_kills
 from ..measure.recorded import Status
 from ..trajectory.case import Case
-from ..trajectory.lane import GroupFacts
+from ..trajectory.group_facts import GroupFacts
 from ..trajectory.records import Record
 from .child_process import ChildProcess, Died, Hung, how_it_ended
 from .events import (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..measure.folders import RunError
 from ..measure.recorded import short_id
+from ..measure.turn import TURNS_VARIABLE
 from ..options import CaseError, device_kind, whole
 from ..trajectory.case import Case
 from ..trajectory.runs import RUN_NAME, Shard, open_run
@@ -33,9 +34,11 @@ def shard_named(text: str) -> Shard:
 def slurm_shard(variables: Mapping[str, str]) -> Shard | None:
     """The shard of a task of a Slurm array, by its place in the array; None outside an array.
 
-    Raises CaseError where the array's numbers do not say the place, as in --array=1,2,7.
+    A side of a comparison measures all of its cases, wherever it runs. Raises CaseError where the array's numbers
+    do not say the place, as in --array=1,2,7.
     """
-    if not (task := variables.get(_TASK)):
+    task = variables.get(_TASK)
+    if not task or TURNS_VARIABLE in variables:
         return None
     number, count, first = whole(task), whole(variables.get(_COUNT, "")), whole(variables.get(_FIRST, ""))
     step = whole(variables.get(_STEP, "1"))

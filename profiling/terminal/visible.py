@@ -54,6 +54,13 @@ def say(console: Console, line: str = "", style: str = "") -> None:
     console.print(Text(visible(line), style=style), soft_wrap=True)
 
 
+def emit(document: str) -> None:
+    """Writes a document for another program to stdout, as it is, in UTF-8 whatever a terminal's encoding."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(document.encode())
+    sys.stdout.flush()
+
+
 def say_wrapped(console: Console, line: str, style: str = "", indent: int = 0) -> None:
     """Prints prose, broken between words where the console has a width; lines but the first are indented."""
     width, shown = width_of(console), visible(line)

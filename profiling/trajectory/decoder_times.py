@@ -12,7 +12,7 @@ from .backend import Subject
 from .case import Case, Task
 from .check import References
 from .group import Group
-from .lane import GroupFacts
+from .group_facts import GroupFacts
 from .network import Networks
 from .records import Record
 

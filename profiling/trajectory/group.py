@@ -21,7 +21,8 @@ from .case import Case
 from .check import Reference, References, tolerances
 from .energy_windows import EnergyTime, energy_windows
 from .floors import Floors
-from .lane import GroupFacts, Lane
+from .group_facts import GroupFacts
+from .lane import Lane
 from .network import Networks
 from .records import Record
 from .shared_rounds import SharedRounds

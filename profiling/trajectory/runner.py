@@ -21,7 +21,7 @@ from .decoder_times import DecoderTimes
 from .energy_windows import EnergyTime
 from .floors import Floors
 from .group import Group
-from .lane import GroupFacts
+from .group_facts import GroupFacts
 from .network import FAMILY_SUBJECTS, Networks
 from .records import Record, RecordStore
 from .short_traces import Tracer, short_traces, timing_deadline, wants_trace
