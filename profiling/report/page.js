@@ -36,6 +36,8 @@
 
   const buildFilters = () => {
     const form = document.getElementById("filters");
+    // A page of kernels alone has no cases to filter.
+    if (!form) return;
     for (const { name, label, values } of island.filters) {
       const chips = values.map((value) => {
         const box = make("input", { type: "checkbox", name, value });
@@ -60,7 +62,9 @@
 
   const tellKept = () => {
     const kept = tables.cases.filter(passes).length;
-    document.getElementById("kept").textContent =
+    const output = document.getElementById("kept");
+    if (!output) return;
+    output.textContent =
       kept === tables.cases.length
         ? `All ${plural(kept, "case")}`
         : `${kept.toLocaleString("en")} of ${plural(tables.cases.length, "case")}`;
