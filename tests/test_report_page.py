@@ -322,9 +322,6 @@ def test_the_whole_family_with_batches_tasks_and_samplers(make_record: MakeRecor
     assert "NaN" not in json.dumps(page.island["facts"])
 
 
-# ---- panels ---------------------------------------------------------------------------------------------------
-
-
 def chart_of(name: str, records: list[Record]) -> tuple[Chart, tuple[Pane, ...], Facts]:
     facts = Facts.of(overview(records))
     palette = Palette.of(record.case.backend for record in records)
@@ -484,9 +481,6 @@ def test_a_history_has_a_panel_for_each_size_and_the_changes_in_words(make_recor
         ("aaa", 1.0, 10.0, ""),
         ("bbb", 0.0, 5.0, "FASTER"),
     ]
-
-
-# ---- values ---------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.text(max_size=3)))

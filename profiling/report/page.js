@@ -26,8 +26,6 @@
   };
   const tables = Object.fromEntries(Object.entries(island.facts).map(([name, table]) => [name, rowsOf(table)]));
 
-  // ---- filters ------------------------------------------------------------------------------------------------
-
   // Of each condition the values that were chosen; none stands for all.
   const chosen = new Map(island.filters.map(({ name }) => [name, new Set()]));
   // A filter says nothing of facts that do not have its condition.
@@ -69,8 +67,6 @@
         ? `All ${plural(kept, "case")}`
         : `${kept.toLocaleString("en")} of ${plural(tables.cases.length, "case")}`;
   };
-
-  // ---- charts -------------------------------------------------------------------------------------------------
 
   const EMBED = {
     mode: "vega",
@@ -221,8 +217,6 @@
 
   const safeName = (text) => text.replace(/[^\w.-]+/g, "-").replace(/^[.-]+|-+$/g, "").slice(0, 80) || "chart";
 
-  // ---- tables -------------------------------------------------------------------------------------------------
-
   const collator = new Intl.Collator("en", { numeric: true });
   const UNITS = { k: 1e3, M: 1e6, B: 1e9 };
   // The number that a text begins with: "38.8M", "0.95x", "601.4..610.7", "2 steps".
@@ -303,8 +297,6 @@
       this.more.hidden = rows.length === kept.length;
     }
   }
-
-  // ---- all together -------------------------------------------------------------------------------------------
 
   const charts = island.charts.map((chart) => new ChartView(chart));
   const views = [];
