@@ -106,7 +106,8 @@ def lines_for(cases: Sequence[Case], kind: type[ClusterLines] = ClusterLines) ->
 def test_a_killed_worker_costs_no_row_and_doubles_none(
     two_nodes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cases = cases_of((1, 2, 3, 4), ("steady", "second", "peer"))
+    # The first has its row at once; the others are all done in the same round, later.
+    cases = cases_of((1, 2, 3, 4), ("build:exit 3", "steady", "peer"))
     store = RecordStore(tmp_path / "records.jsonl")
     sweep = fake_sweep(cases, environment_of("cpu"))
     with connected(two_nodes):
@@ -119,7 +120,8 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(
     records = store.load()
     assert made == (len(cases), False)
     assert Counter(record.case_key for record in records) == Counter(case.key for case in cases)
-    assert {record.status for record in records} == {"ok"}, [record.message for record in records]
+    assert Counter(record.status for record in records) == {"error": 4, "ok": 8}
+    assert {record.case.backend for record in records if record.status == "error"} == {"build:exit 3"}
     assert {record.environment.torch_threads for record in records} == {1}, "a node's one core"
     # The group that lost its worker began again, by another one, without the row that was back.
     assert isinstance(lines, Lines)
@@ -209,6 +211,19 @@ def played(
 
 
 LOST = FakeRay.exceptions.RayError("the worker died\nmore of it")
+
+
+def test_a_group_whose_rows_are_all_back_is_not_begun_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_record: MakeRecord, here: Environment
+) -> None:
+    cases = cases_of((1,), ("torch",))
+    script: list[NodeEvent | Exception] = [
+        Arrived("a", here, 1),
+        Recorded(make_record(cases[0], environment=here)),
+        LOST,
+    ]
+    ray, records, made = played(monkeypatch, tmp_path, cases, here, [script])
+    assert (len(ray.sent), len(records), made) == (1, 1, (1, False))
 
 
 def test_a_group_that_loses_every_worker_ends_as_error_rows(

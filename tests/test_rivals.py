@@ -6,12 +6,13 @@ import copy
 import importlib
 import json
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ldmperf.profiling import Case, Record, load_records, profile
 from ldmperf.profiling.measure.timing import RepetitionRule
+from ldmperf.profiling.measure.turn import TURNS
 from ldmperf.profiling.options import CaseError
 from ldmperf.profiling.rivals import decoding
 from ldmperf.profiling.rivals.decoding import decoder_case
@@ -39,6 +41,11 @@ from ldmperf.profiling.rivals.rival_backends import RivalBackend, rival_backends
 from ldmperf.profiling.rivals.rival_problem import RivalProblem, kind_of
 from ldmperf.profiling.rivals.rival_selection import cases_beside, rival_names
 from ldmperf.profiling.rivals.subjects import RivalSubject, all_subjects
+from ldmperf.profiling.sweep.child_end import Mouth
+from ldmperf.profiling.sweep.events import Event
+from ldmperf.profiling.sweep.group_child import measure_group
+from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.local import Workers
 from ldmperf.profiling.trajectory.backend import Trajectory
 from ldmperf.profiling.trajectory.network import Networks
 
@@ -68,6 +75,28 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, rival in (TINY_DECODERS | TINY).items():
         monkeypatch.setitem(DECODERS, name, rival)  # type: ignore[arg-type]
     monkeypatch.setattr(decoding, "LATENT_DECODER", "vae-decoder-tiny")
+
+
+class _Ear:
+    """In place of a child's end of the pipe: keeps what is said."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def say(self, sign: object) -> None:
+        self.heard.append(sign)
+
+
+def in_this_process(task: GroupTask) -> Generator[Event, None, None]:
+    """Does a task where the tiny rivals are known."""
+    ear = _Ear()
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TURNS, "on_wait", TURNS.on_wait)
+        measure_group(cast(Mouth, ear), task)
+    yield from (sign for sign in ear.heard if isinstance(sign, get_args(Event)))
+
+
+HERE = Workers(in_this_process)
 
 
 def rival_case(name: str, **changes: Any) -> Case:
@@ -458,7 +487,7 @@ def test_the_command_measures_rivals_beside_the_family_and_goes_on(
     run: Callable[..., Any], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     beside = ("--rival", ",".join(TINY), "--with-decoder", "--latent", "8", "--min-count", "1", "--out", tmp_path)
-    done = run("profile", "--unet", tiny_checkpoint, "--steps", "1", "--backend", "torch", *beside)
+    done = run("profile", "--unet", tiny_checkpoint, "--steps", "1", "--backend", "torch", *beside, workers=HERE)
     assert done.code == 0, done.err
     assert "Rivals beside the family" in done.out
     assert "decoder" in done.out
@@ -466,17 +495,18 @@ def test_the_command_measures_rivals_beside_the_family_and_goes_on(
     records, rejected = load_records(folder)
     assert (len(records), rejected) == (4, 0)
     assert json.loads((folder / "run.json").read_text())["with_decoder"] is True
-    assert "<h2>Rivals</h2>" in (folder / "report.html").read_text()
+    assert ">Rivals</h2>" in (folder / "report.html").read_text()
     # Gone on with after a stop, decoders and all.
     lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
     (folder / "records.jsonl").write_text("".join(line for line in lines if '"task":"rival"' in line))
-    again = run("profile", "--resume", folder)
+    again = run("profile", "--resume", folder, workers=HERE)
     assert again.code == 0, again.err
     assert next(r for r in load_records(folder)[0] if r.case.task == "t2i").decoder_ms is not None
 
 
 def test_the_command_with_rivals_alone_reports_them_alone(run: Callable[..., Any], tmp_path: Path) -> None:
-    done = run("profile", "--rival", "gan-tiny", "--latent", "8", "--min-count", "1", "--out", tmp_path)
+    alone = ("--rival", "gan-tiny", "--latent", "8", "--min-count", "1", "--out", tmp_path)
+    done = run("profile", *alone, workers=HERE)
     assert done.code == 0, done.err
     assert "gan-tiny" in done.out
     assert "cost" not in done.out

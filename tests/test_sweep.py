@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +153,14 @@ def test_what_a_process_has_started_ends_with_it(
     assert {record.status for record in records.values()} == {"error", "ok"}
     (pid,) = map(int, (tmp_path / "pids").read_text().split())
     wait_until(lambda: not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z")
+
+
+def test_a_fork_server_that_is_killed_is_replaced(task_of: Callable[..., GroupTask]) -> None:
+    records_of(task_of("steady", "peer"))
+    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(server, signal.SIGKILL)
+    assert {record.status for record in records_of(task_of("steady", "peer")).values()} == {"ok"}
+    assert server != forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
 
 
 HOLD = """

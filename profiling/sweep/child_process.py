@@ -24,6 +24,8 @@ from .child_end import HEADER, TAKEN, Mouth, run_child
 from .preload import PRELOADED
 
 _CHUNK = 1 << 20
+# A server that is killed takes a moment to be gone.
+_MOST_TRIES, _PAUSE_S = 20, 0.1
 # poll(2) takes milliseconds as an int.
 _LONGEST_WAIT_S = 1e6
 # How long a child whose last word was heard may take to end, and one that was killed to be gone.
@@ -70,7 +72,7 @@ class ChildProcess:
             target=run_child, args=(Mouth(said, taken, alive), dict(os.environ), threads, work, arguments)
         )
         try:
-            self._process.start()
+            self._start()
         except BaseException:
             self._close()
             raise
@@ -79,6 +81,17 @@ class ChildProcess:
                 end.close()
         os.set_blocking(self._heard.fileno(), False)
         self._buffer = bytearray()
+
+    def _start(self) -> None:
+        """Starts it; where the fork server has just been killed, from another one."""
+        for _ in range(_MOST_TRIES):
+            try:
+                self._process.start()
+                return
+            except (ConnectionError, EOFError):
+                time.sleep(_PAUSE_S)
+                start_server()
+        self._process.start()
 
     def __enter__(self) -> ChildProcess:
         return self

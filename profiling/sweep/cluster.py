@@ -208,7 +208,7 @@ class _Tasks:
         self._lines.lost(group.task.cases, group.host, reason)
         for record in group.lost(reason):
             self._run.heard(Recorded(record))
-        if not group.is_ended:
+        if not group.is_ended and (group.left or group.untraced):
             self._send(group)
 
 
