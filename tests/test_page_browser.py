@@ -297,6 +297,12 @@ def test_what_all_panels_of_a_chart_share_is_said_where_the_page_has_more(opened
     assert "relative to" in text_of(opened, "#cost .choices")
 
 
+def test_charts_side_by_side_begin_at_one_height(opened: Opened) -> None:
+    left, right = (opened.page.locator(f"#{chart} .canvas").first.bounding_box() for chart in ("fid", "fid-flops"))
+    assert left["x"] < right["x"]
+    assert left["y"] == pytest.approx(right["y"], abs=1)
+
+
 def test_long_times_have_readable_units(opened: Opened) -> None:
     ticks = texts_of(opened, "#steps .panel:first-child .role-axis-label text")
     assert {"1 s", "0"} <= {*ticks}

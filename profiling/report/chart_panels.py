@@ -20,9 +20,9 @@ MARK: dict[str, Any] = {"filled": False, "size": 90, "strokeWidth": 2, "opacity"
 # Where a falling curve leaves room for a label.
 BESIDE: dict[str, Any] = {"align": "left", "baseline": "bottom", "dx": 7, "dy": -5}
 WIDTH, HEIGHT = 420, 320
-# Of an axis of times that may be long.
+# Of an axis of times that may be long: each labelled tick in the unit that suits it.
 _UNITS = (
-    "!datum.value ? '0' : abs(datum.value) < 1000 ? format(datum.value, '~g') + ' ms' : "
+    "datum.label === '' ? '' : !datum.value ? '0' : abs(datum.value) < 1000 ? format(datum.value, '~g') + ' ms' : "
     "format(datum.value / 1000, ',~g') + ' s'"
 )
 # What a tip calls a number.
