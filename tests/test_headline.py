@@ -148,3 +148,14 @@ def test_two_machines_of_one_kind_are_a_doubt(make_record: MakeRecord) -> None:
 def test_a_ratio_that_flops_explain_is_told_to_be_one(make_record: MakeRecord) -> None:
     found = told(timed(make_record, "145M", 100.0), timed(make_record, "39M", 35.0))
     assert found.doubts == ("what its FLOPs say lies within the interval",)
+
+
+def test_a_higher_rung_is_told_before_a_longer_trajectory(make_record: MakeRecord) -> None:
+    made = [
+        make_record(Case(unet=unet, steps=steps, backend=backend))
+        for unet in ("39M", "83M")
+        for backend, steps in (("triton", 2), ("torch", 8))
+    ]
+    found = headline(overview(made))
+    assert found is not None
+    assert found.conditions.startswith("a step with triton")

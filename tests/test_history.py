@@ -80,6 +80,9 @@ def test_a_slower_commit_is_marked_and_only_where_it_came(make_record: MakeRecor
     assert slower.step_ms.p50 == pytest.approx(110 / 4, rel=0.01)
     assert slower.runs == 6
     assert (series.name, series.size, series.backend, series.machine) == ("39M torch", "39M", "torch", "")
+    grid = over(records).grid()
+    column = [row[grid.headings.index("verdict")] for row in grid.rows]
+    assert column == ["-", "SAME", "SLOWER", "SAME", "FASTER"]
 
 
 def test_each_step_has_the_verdict_that_comparing_the_two_commits_has(make_record: MakeRecord) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from ldmperf.profiling import Case, Record, cli
+from ldmperf.profiling.compare.history import CaseHistory, History, HistoryPoint
 from ldmperf.profiling.figures import overview
+from ldmperf.profiling.figures.derived import Spread
 from ldmperf.profiling.measure.environment import Gpu
 from ldmperf.profiling.measure.recorded import Samples
 from ldmperf.profiling.report import write_page
@@ -294,7 +296,29 @@ def test_a_chart_by_itself_tells_backends_and_predictions(opened: Opened, tmp_pa
 def test_what_all_panels_of_a_chart_share_is_said_where_the_page_has_more(opened: Opened) -> None:
     # Two commits were measured on one of the two GPUs alone.
     assert "machine NVIDIA H200" in text_of(opened, "#history .choices")
+    # A history is of no environment: a filter of these leaves it.
+    before = opened.marks("history")
+    opened.chip("NVIDIA H200")
+    assert opened.marks("history") == before > 0
     assert "relative to" in text_of(opened, "#cost .choices")
+
+
+def test_predictions_are_hollow_and_changes_ringed(opened: Opened, browser: Any, tmp_path: Path) -> None:
+    hollow = "all => all.map((one) => one.getAttribute('fill-opacity'))"
+    assert {*opened.page.locator("#fid .mark-symbol path").evaluate_all(hollow)} == {"0"}
+    made = [plausible_record(Case(unet=size, steps=50)) for size in SIZES]
+    points = tuple(
+        HistoryPoint(name, datetime(2026, 11, day, tzinfo=UTC), Spread(9.0, 10.0, 11.0), 4, verdict)
+        for day, (name, verdict) in enumerate((("aaa", ""), ("bbb", "FASTER"), ("ccc", "SLOWER")), 1)
+    )
+    series = CaseHistory("39M torch", made[0].case_id, "39M", "torch", "", "", points)
+    write_page(PageInput(overview(made), history=History((series,), "", ())), tmp_path / "page.html")
+    other = Opened(browser, tmp_path / "page.html")
+    assert {*other.page.locator("#fid .mark-symbol path").evaluate_all(hollow)} == {"1"}
+    opacity = "all => all.map((one) => one.getAttribute('opacity'))"
+    assert other.page.locator("#history .mark-symbol path").evaluate_all(opacity)[3:] == ["0", "1", "1"]
+    assert [text for text in texts_of(other, "#history .mark-text text") if text in "▼▲"][-2:] == ["▼", "▲"]
+    other.context.close()
 
 
 def test_charts_side_by_side_begin_at_one_height(opened: Opened) -> None:
