@@ -16,6 +16,7 @@ from ldmperf.profiling.compare.merging import machine_name, merged, read_written
 from ldmperf.profiling.compare.unmeasured import missing_shards, runs_at, unmeasured
 from ldmperf.profiling.figures.derived import overview
 from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
+from ldmperf.profiling.kernel_bench.table import by_conditions
 from ldmperf.profiling.measure.environment import Environment, Gpu
 from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.measure.timing import RepetitionRule
@@ -212,6 +213,20 @@ def test_each_kind_of_machine_and_of_records_has_a_file_and_says_what_sets_it_ap
         "nvidia-h200-2/2026-11-26-7d35813.jsonl": 1,
     }
     assert merge.differences == ["nvidia-h200-2 is apart from nvidia-h200: gpu.driver: 570.1, 580.2"]
+
+
+def test_of_a_kernel_measured_twice_the_time_stays_that_a_report_shows(tmp_path_factory):
+    environment, later = ENVIRONMENTS[0], START + timedelta(seconds=9)
+    timed = kernel(environment, START, 16)
+    nothing = {"ms": None, "clock": None, "calls_per_sample": None, "input_sets": None, "l2": None}
+    for status, kept in (("oom", timed), ("incorrect", None)):
+        again = timed.model_copy(
+            update=nothing | {"started_at": later, "status": status, "message": "why", "correctness": None}
+        )
+        lines = [[record.model_dump_json() for record in (again, timed)]]
+        (file,) = merged(written(tmp_path_factory, lines)[1]).files
+        ((shown,),) = by_conditions([again, timed])
+        assert file.written[0].record == shown == (kept or again)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.name}")
