@@ -27,7 +27,7 @@ from ldmperf.profiling.measure.folders import locked
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS
 from ldmperf.profiling.sweep.child_process import start_server
-from ldmperf.profiling.sweep.events import Event, Learned, Queued, TookTurns, Warned
+from ldmperf.profiling.sweep.events import Completed, Event, Learned, Queued, TookTurns, Warned
 from ldmperf.profiling.sweep.group_process import environment_of, measured
 from ldmperf.profiling.sweep.group_task import Carried, GroupTask
 from ldmperf.profiling.sweep.local import Sweep, run_sweep, trace_tasks
@@ -331,28 +331,46 @@ def test_a_group_knows_what_earlier_ones_found_and_what_time_is_left(
     assert whole.left - timing.left == pytest.approx(13.0, abs=0.01)
 
 
-def test_what_is_traced_in_one_process_and_in_which_order(
+def test_all_traces_on_a_device_are_of_one_process(
     sweep_of: Callable[..., Sweep], make_record: Callable[..., Record]
 ) -> None:
-    """Without a deadline a group is one process; with one the most important backends of all groups come first."""
+    """One process for each device, whatever the groups; `short_traces` takes the most important backends first."""
     names = ("torch", "diffusers-compile", "graph", "diffusers")
     cases = [Case(unet="39M", device="cuda", seed=seed, backend=name) for seed in (1, 2) for name in names]
-    sweep = replace(sweep_of(0), cases=tuple(cases), environments={"cuda": make_record().environment})
+    cases += [Case(unet="39M", device="cuda:1", backend="graph"), Case(unet="39M", device="cpu", backend="torch")]
+    environment = make_record().environment
+    devices = dict.fromkeys(("cuda", "cuda:1", "cpu"), environment)
+    sweep = replace(sweep_of(0), cases=tuple(cases), environments=devices)
     records = [make_record(case) for case in reversed(cases)]
-    records[0] = make_record(cases[-1], status="oom")
+    records[2] = make_record(cases[-3], status="oom")
+    first, second = trace_tasks(sweep, records, cases)
+    assert [one.case_key for one in first.untraced or ()] == [case.key for case in cases[:7]]
+    assert [one.case_key for one in second.untraced or ()] == [cases[8].key]
+    assert all(task.cases == task.left for task in (first, second))
 
-    def order(deadline: Deadline) -> list[list[tuple[int, str]]]:
-        tasks = trace_tasks(sweep, records, cases, deadline)
-        assert all(task.cases == task.left for task in tasks)
-        return [[(one.case.seed, one.case.backend) for one in task.untraced or ()] for task in tasks]
 
-    first, second = order(Deadline(None))
-    assert sorted(first) == sorted((1, name) for name in names)
-    assert sorted(second) == sorted((2, name) for name in names[:3])
-    assert order(Deadline(60.0)) == [
-        [(1, "graph")], [(2, "graph")], [(1, "diffusers"), (1, "torch")], [(2, "torch")],
-        [(1, "diffusers-compile")], [(2, "diffusers-compile")],
-    ]  # fmt: skip
+def test_ctrl_c_lets_the_trace_in_flight_finish(
+    sweep_of: Callable[..., Sweep], make_record: Callable[..., Record], tmp_path: Path
+) -> None:
+    cases = tuple(Case(unet="39M", device="cuda", seed=seed, backend="graph") for seed in range(3))
+    sweep = replace(sweep_of(0), cases=cases, environments={"cuda": make_record().environment})
+    store = RecordStore(tmp_path / "r.jsonl")
+    store.append(*map(make_record, cases))
+    closed: list[GroupTask] = []
+
+    def traced_until_interrupted(task: GroupTask) -> Generator[Event, None, None]:
+        try:
+            for number, record in enumerate(task.untraced or ()):
+                if number == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield Completed(record, "trace")
+        finally:
+            closed.append(task)
+
+    keys = {case.key for case in cases}
+    assert run_sweep(sweep, store, Listener(), Deadline(None), keys, traced_until_interrupted) == (0, True)
+    assert len(closed) == 1
+    assert len(store.load()) == 5
 
 
 def test_a_trace_that_ends_its_process_leaves_the_record_and_the_other_traces(
