@@ -18,12 +18,12 @@ def claims(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the paper's claims by records: verdict, figures and conditions of each.
+    """Judge the paper's claims by records.
 
-    A verdict is "holds", "does not hold", "undecided" (the limit lies inside the interval of the samples) or "not
-    measured", with what it needs. Claims about quality are not judged by timing: what timing can say is printed.
-    Only times of one environment are compared. A line that is no whole record is set aside and named, and the exit
-    code is 1.
+    Prints verdict, figures and conditions of each claim. A verdict is "holds", "does not hold", "undecided" (the
+    limit lies inside the interval of the samples) or "not measured", with what it needs. Claims about quality are
+    not judged by timing: what timing can say is printed. Only times of one environment are compared. A line that
+    is no whole record is set aside and named, and the exit code is 1.
 
     \b
     Examples:

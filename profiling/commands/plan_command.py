@@ -45,10 +45,11 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell from records which sizes, samplers and step counts fit a budget, the best by the paper's FID first.
+    """Tell which sizes, samplers and step counts fit a budget.
 
-    A step count that was not measured is told by the line through those that were, and marked. The FID is the
-    paper's, of 50 steps of ddim; where it has none that is said. Environments and conditions are never mixed.
+    The answer comes from records, the best by the paper's FID first. A step count that was not measured is told by
+    the line through those that were, and marked. The FID is the paper's, of 50 steps of ddim; where it has none
+    that is said. Environments and conditions are never mixed.
 
     \b
     Examples:
