@@ -1,7 +1,7 @@
 """Terminal tables, charts and the HTML page of a run. The tables need neither of the others' packages.
 
 `reporting` is `ldmperf report`. `tables`, `ladder`, `charts` and `page` show the numbers of `figures`; `columns`,
-`details` and `notes` are their parts.
+`details`, `notes`, `facts`, `chart_panels`, `drawings`, `palette`, `page_content`, `page_tables` are their parts.
 """
 
 from .page import ReportUnavailable, write_page, write_report

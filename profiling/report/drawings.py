@@ -13,7 +13,8 @@ import vl_convert
 from ..figures.derived import Overview, Row
 from ..figures.text import joined
 from ..measure.store import write_whole
-from .charts import FACTS, Chart, all_charts
+from .chart_panels import FACTS
+from .charts import Chart, all_charts
 from .facts import Fact, Facts, FactTable, natural
 from .page_tables import label_of
 from .palette import CONFIG, Palette
