@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.compare import merging
-from ldmperf.profiling.compare.merging import machine_name, merged, read_written, write_merged
+from ldmperf.profiling.compare.merging import machine_folder, merged, read_written, write_merged
 from ldmperf.profiling.compare.unmeasured import missing_shards, runs_at, unmeasured
 from ldmperf.profiling.figures.derived import overview
 from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
@@ -44,7 +44,7 @@ ENVIRONMENTS = [
         ("AMD EPYC", 2, H200.model_copy(update={"driver": "580.2"}), "e"),
     )
 ]
-# What `machine_name` and the numbering make of them, by the place of the environment in the list.
+# What `machine_folder` and the numbering make of them, by the place of the environment in the list.
 KINDS = {0: "cpu", 1: "cpu", 2: "570", 3: "570", 4: "580"}
 
 
@@ -247,9 +247,9 @@ def test_a_committed_set_merges_into_the_file_that_it_is(path):
     ],
 )
 def test_the_name_of_a_machine_is_a_folders(cpu, name):
-    assert machine_name([Environment(os="Linux", python="3", cpu=cpu, usable_cores=2)]) == name
+    assert machine_folder([Environment(os="Linux", python="3", cpu=cpu, usable_cores=2)]) == name
     gpu = Gpu(name=cpu or "", count=1)
-    assert "/" not in machine_name([Environment(os="Linux", python="3", gpu=gpu)])
+    assert "/" not in machine_folder([Environment(os="Linux", python="3", gpu=gpu)])
 
 
 def with_environment(record, **changes):

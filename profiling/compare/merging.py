@@ -147,7 +147,7 @@ def merged(written: Iterable[WrittenLine]) -> Merge:
     files: list[MergedFile] = []
     for kept in kinds:
         environments = [each.record.environment for kind in _SUFFIXES for each in kept.get(kind, ())]
-        name = machine_name(environments)
+        name = machine_folder(environments)
         folder = _free(name, {file.path.parts[0] for file in files})
         for kind, suffix in _SUFFIXES.items():
             if kind in kept:
@@ -198,7 +198,7 @@ def _free(name: str, taken: Container[str]) -> str:
     return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
-def machine_name(environments: Sequence[Environment]) -> str:
+def machine_folder(environments: Sequence[Environment]) -> str:
     """A folder's name for a kind of machine: "nvidia-h200", "cpu-intel-xeon-2-cores" (the fewest seen)."""
     first = environments[0]
     if first.gpu is not None:
