@@ -8,11 +8,11 @@ import typer
 
 from ..options import CaseError
 from ..terminal.visible import console, say_wrapped
-from .shared import AsJson, RecordSets, given_records, print_json
+from .shared import AsJson, RecordPaths, given_records, print_json
 
 
 def claims(
-    records: RecordSets = None,
+    records: RecordPaths = None,
     table: Annotated[
         bool, typer.Option("--table", help="Print the paper's Table 1, its source and notes, and judge nothing.")
     ] = False,

@@ -9,7 +9,7 @@ import typer
 
 from ..options import dtype_named, joules, milliseconds, split_values
 from ..terminal.visible import console
-from .shared import AsJson, RecordSets, given_records, list_option, print_json, stop, tell, with_options
+from .shared import AsJson, RecordPaths, given_records, list_option, print_json, stop, tell, with_options
 
 if TYPE_CHECKING:
     from ..claims.planning import Answer
@@ -28,7 +28,7 @@ FILTERS = {
 
 @with_options("only", FILTERS)
 def plan(
-    records: RecordSets = None,
+    records: RecordPaths = None,
     *,
     budget: Annotated[str, typer.Option(help="Wall time, with its unit: 50ms, 1.5s.", metavar="TIME")],
     joules_: Annotated[

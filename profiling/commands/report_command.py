@@ -10,11 +10,11 @@ import typer
 from ..options import CaseError
 from ..report.reporting import ReportNotWritten, is_page, report_paths
 from ..trajectory.runs import find_run
-from .shared import DEFAULT_OUT, RecordSets, stop
+from .shared import DEFAULT_OUT, RecordPaths, stop
 
 
 def report(
-    paths: RecordSets = None,
+    paths: RecordPaths = None,
     out: Annotated[
         Path | None,
         typer.Option(
