@@ -7,22 +7,30 @@ right; "peer" is the other implementation. Imported by name in the processes of 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ldmperf.profiling.measure import gpu_lock
+from ldmperf.profiling.measure import gpu_lock, recorded
+from ldmperf.profiling.measure.ceiling_cache import KeptCeilings
+from ldmperf.profiling.measure.ceiling_probes import measure_ceilings
 from ldmperf.profiling.step.roofline import StepPart
+from ldmperf.profiling.sweep import group_child
+from ldmperf.profiling.sweep.child_end import HEADER, Mouth
 from ldmperf.profiling.trajectory.backend import Backend, Subject, Trajectory
 from ldmperf.profiling.trajectory.case import Case, Task
 
@@ -147,23 +155,52 @@ def fakes() -> Mapping[Task, Subject]:
 
 
 @dataclass(frozen=True)
-class OnAGpu:
-    """`fakes`, in a process that sees one GPU with this UUID."""
+class Changed:
+    """`fakes`, in a process in which `change(*given)` was called first."""
 
-    uuid: str
-    locks: Path
+    change: Callable[..., None]
+    given: tuple[object, ...] = ()
 
     def __call__(self) -> Mapping[Task, Subject]:
         return fakes()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.uuid, self.locks)
+        return _arrive, (self.change, self.given)
 
 
-def _arrive(uuid: str, locks: Path) -> OnAGpu:
+def _arrive(change: Callable[..., None], given: tuple[object, ...]) -> Changed:
+    change(*given)
+    return Changed(change, given)
+
+
+def one_gpu(uuid: str, locks: Path) -> None:
+    """The process sees one GPU with this UUID."""
     gpu_lock.gpu_uuid = lambda device: uuid
     gpu_lock.LOCKS = locks
-    return OnAGpu(uuid, locks)
+
+
+def quick_ceilings() -> None:
+    """A sample of each rate is enough."""
+    group_child.KeptCeilings = partial(KeptCeilings, measure=partial(measure_ceilings, seconds_each=0.0))  # type: ignore[assignment, misc]
+
+
+def clock_backwards() -> None:
+    """The time of day is two hours earlier each time that it is asked for."""
+    hours = itertools.count(2, 2)
+
+    class Backwards(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) - timedelta(hours=next(hours))
+
+    recorded.datetime = Backwards  # type: ignore[misc]
+
+
+def last_words(mouth: Mouth) -> None:
+    """Says something and ends before it was taken."""
+    content = pickle.dumps("last words")
+    os.write(mouth.said.fileno(), HEADER.pack(len(content)) + content)
+    os._exit(3)
 
 
 def broken() -> Mapping[Task, Subject]:
