@@ -25,8 +25,8 @@ from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS_VARIABLE, granted
 from ldmperf.profiling.sweep import child_process, group_process
 from ldmperf.profiling.sweep.events import Event, Queued, Ran, Recorded, TookTurns, Warned
-from ldmperf.profiling.sweep.group_process import measured
-from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.group_process import _Flight, measured
+from ldmperf.profiling.sweep.group_task import GroupTask, TimeGiven
 
 pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
 
@@ -126,6 +126,14 @@ def test_a_process_that_cannot_begin_costs_its_group(task_of: Callable[..., Grou
     task = task_of("steady", "peer", subjects=sweep_fakes.broken)
     for name, record in records_of(task).items():
         assert (name, record.status, record.message) == (name, "error", "ValueError: no subjects today")
+
+
+def test_the_next_process_has_the_time_that_is_left(task_of: Callable[..., GroupTask]) -> None:
+    """Others' turns take none of it."""
+    flight = _Flight(task_of("steady", time=TimeGiven(1e5, 8e4, 5e3)), _begun=time.monotonic() - 3e4)
+    assert flight.rest().time == TimeGiven(1e5, 8e4, pytest.approx(3.5e4, abs=500))
+    assert list(flight.heard(TookTurns(2e4))) == [TookTurns(2e4)]
+    assert flight.rest().time == TimeGiven(1e5, 8e4, pytest.approx(1.5e4, abs=500))
 
 
 def test_warnings_pass_with_their_place(task_of: Callable[..., GroupTask]) -> None:
