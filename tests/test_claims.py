@@ -366,6 +366,8 @@ def test_fewer_steps_decide_only_that_fifty_are_slow(make_record: MakeRecord) ->
     slow = only([timed(make_record, 1800.0, "39M", steps=2)], "ddim50-slow")
     assert slow.finding == "holds"
     assert "an image is not there before 1800 ms, 2 steps of the 39M" in slow.sentence
+    long = only([timed(make_record, 13_343.0, "39M", steps=20)], "ddim50-slow")
+    assert re.search(r"before 13343 ms, .* \(interval 1\d{4} to 1\d{4}; above 1000 ms", long.sentence)
     # Of each size the longest trajectory tells most. So the shortest wait need not be that of the fastest size.
     waits = ((2700.0, "39M", 3), (2400.0, "83M", 2), (1800.0, "39M", 2))
     unlike = only([timed(make_record, ms, name, steps=steps) for ms, name, steps in waits], "ddim50-slow")

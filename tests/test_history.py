@@ -159,6 +159,14 @@ def test_kinds_of_machines_have_lines_of_their_own(make_record: MakeRecord) -> N
     assert "machine" in found.grid().headings
 
 
+def test_of_several_kinds_of_machines_only_one_with_a_history_has_no_letter(make_record: MakeRecord) -> None:
+    other = of_commit(make_record, 1, LEVELS, cpu="Intel")
+    found = over([*other, *of_commit(make_record, 1, LEVELS), *of_commit(make_record, 2, LEVELS)])
+    assert "AMD EPYC" in found.shared
+    # It would be one of a report's environments, which are of a commit each.
+    assert "environment" not in found.shared
+
+
 def test_what_is_not_known_of_a_commit_is_said(make_record: MakeRecord) -> None:
     records = [
         *of_commit(make_record, 1, LEVELS, commit_time=None),

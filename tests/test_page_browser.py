@@ -32,6 +32,7 @@ if CHROMIUM is None:
 EVIL = '/models/</script><img src=x onerror="window.taken=1">\'&\u202e-' + "long" * 40
 SIZES = ("39M", "83M", "145M")
 BACKENDS = ("diffusers", "torch", "triton")
+MARKS = (("■", "diffusers"), ("●", "torch"), ("▲", "triton"))
 CHARTS = ["fid", "fid-flops", "cost", "images", "joules", "ladder", "steps", "batch", "history"]
 
 
@@ -267,13 +268,70 @@ def test_charts_are_downloaded_as_svg_and_png(opened: Opened, tmp_path: Path) ->
         files[kind] = (tmp_path / kind).read_bytes()
     assert files["PNG"].startswith(b"\x89PNG\r\n\x1a\n")
     assert int.from_bytes(files["PNG"][16:20], "big") > 1000
-    texts = [
-        "".join(text.itertext()) for text in ET.fromstring(files["SVG"]).iter("{http://www.w3.org/2000/svg}text")
-    ]
+    texts = svg_texts(tmp_path / "SVG")
     # By itself it says what it is of.
     assert {"Measured cost against the paper's cost", *BACKENDS, *SIZES} <= {*texts}
-    assert "8 steps" in " ".join(texts)
+    # Conditions of the panel, and those of all cases.
+    for part in ("8 steps", "NVIDIA H200", "float32", "guidance 7.5"):
+        assert part in " ".join(texts)
     assert b"currentColor" not in files["SVG"]
+
+
+def test_a_chart_by_itself_tells_backends_and_predictions(opened: Opened, tmp_path: Path) -> None:
+    for chart in ("fid", "images", "steps", "batch", "history", "joules"):
+        assert texts_of(opened, f"#{chart} .legend li") == [f"{mark} {name}" for mark, name in MARKS], chart
+        with opened.page.expect_download() as found:
+            opened.page.locator(f"#{chart} .panel").last.get_by_role("button", name="SVG").click()
+        found.value.save_as(tmp_path / chart)
+        texts = svg_texts(tmp_path / chart)
+        assert {*BACKENDS} <= {*texts}, chart
+        assert ("predicted from 2, 4, 8 steps" in " ".join(texts)) == (chart == "fid")
+    # Of few backends the legend has no more.
+    opened.chip("torch")
+    assert texts_of(opened, "#cost .legend li") == ["● torch"]
+
+
+def test_what_all_panels_of_a_chart_share_is_said_where_the_page_has_more(opened: Opened) -> None:
+    # Two commits were measured on one of the two GPUs alone.
+    assert "machine NVIDIA H200" in text_of(opened, "#history .choices")
+    assert "relative to" in text_of(opened, "#cost .choices")
+
+
+def test_charts_side_by_side_begin_at_one_height(opened: Opened) -> None:
+    left, right = (opened.page.locator(f"#{chart} .canvas").first.bounding_box() for chart in ("fid", "fid-flops"))
+    assert left["x"] < right["x"]
+    assert left["y"] == pytest.approx(right["y"], abs=1)
+
+
+def test_long_times_have_readable_units(opened: Opened) -> None:
+    ticks = texts_of(opened, "#steps .panel:first-child .role-axis-label text")
+    assert {"1 s", "0"} <= {*ticks}
+    assert "1,000" not in ticks
+    assert any(re.fullmatch(r"[\d.]+ s", tick) for tick in texts_of(opened, "#fid .role-axis-label text"))
+
+
+def test_words_in_tables_are_not_broken(opened: Opened) -> None:
+    lines = opened.page.evaluate(
+        """() => [...document.querySelectorAll('[data-table="cases"] td.word, [data-table] thead th button')]
+            .filter((cell) => cell.offsetParent && !/[\\s-]/.test(cell.textContent)).map((cell) => {
+                const range = document.createRange();
+                range.selectNodeContents(cell);
+                return [cell.textContent, new Set([...range.getClientRects()].map((part) => part.top)).size];
+            })"""
+    )
+    assert "diffusers" in [text for text, _ in lines]
+    assert [text for text, count in lines if count > 1] == []
+
+
+def test_a_rung_without_a_time_says_why(browser: Any, tmp_path: Path) -> None:
+    cases = [Case(unet="39M", backend=backend, steps=2) for backend in BACKENDS]
+    made = [plausible_record(case, status="oom" if case.backend == "triton" else "ok") for case in cases]
+    write_page(PageInput(overview(made)), tmp_path / "page.html")
+    opened = Opened(browser, tmp_path / "page.html")
+    assert "oom" in texts_of(opened, "#ladder .mark-text text")
+    assert texts_of(opened, "#ladder .role-axis-label text")[-3:] == [*BACKENDS]
+    assert opened.errors == []
+    opened.context.close()
 
 
 @pytest.mark.parametrize("width", [320, 390])
@@ -318,7 +376,7 @@ def test_paper_has_all_that_is_folded_away_and_no_buttons(opened: Opened) -> Non
     assert not opened.page.locator("#filters").is_visible()
     assert not opened.page.get_by_role("button", name="PNG").first.is_visible()
     assert luminance(opened.page.evaluate("getComputedStyle(document.body).backgroundColor")) > 0.9
-    assert opened.page.locator(".legend").is_visible()
+    assert opened.page.locator("#cost .legend").is_visible()
 
 
 def test_without_scripts_there_are_sentences_tables_and_pictures(browser: Any, path: Path) -> None:
@@ -363,6 +421,11 @@ def made(first: Record, case: Case) -> Record:
     wall = first.wall_ms.model_copy(update={"p20": ms, "p50": 1.01 * ms, "p80": 1.02 * ms})  # type: ignore[union-attr]
     changes = {"case": case, "case_key": case.key, "wall_ms": wall, "evaluations": case.steps}
     return first.model_copy(update=changes)
+
+
+def svg_texts(path: Path) -> list[str]:
+    texts = ET.fromstring(path.read_bytes()).iter("{http://www.w3.org/2000/svg}text")
+    return ["".join(text.itertext()) for text in texts]
 
 
 def text_of(opened: Opened, selector: str) -> str:

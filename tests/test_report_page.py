@@ -223,6 +223,7 @@ def test_kernels_alone_make_a_page(tmp_path: Path) -> None:
     assert "Kernels & launches" in text
     assert "group_norm<T>12.5" in text
     assert "No cases were measured." not in text
+    assert "The kernels, one by one." in text
 
 
 HOSTILE = st.text(st.sampled_from("<>&\"'/ \\!-]scriptimg=\x1b\u202e\u2028{}%`"), min_size=1, max_size=40)
@@ -455,6 +456,32 @@ def test_a_condition_that_varies_is_chosen_as_the_headline_has_it(make_record: M
     assert [panel.key["steps"] for panel in shown_first(cost, panels, facts.first)] == ["4 steps"]
     # Without a headline that of the fullest panel, and among as full ones the first.
     assert [panel.key["steps"] for panel in shown_first(cost, panels, {})] == ["2 steps"]
+
+
+def test_filters_have_commits_by_time_and_backends_by_rung(make_record: MakeRecord) -> None:
+    environment = make_record().environment
+    commits = ("9f1", "10a", "0bb")
+    made = [
+        make_record(
+            Case(unet="39M", backend=backend),
+            environment=environment.model_copy(update={"git_commit": commit * 13}),
+            started_at=datetime(2026, 11, 23 + day, tzinfo=UTC),
+        )
+        for day, commit in enumerate(commits)
+        for backend in ("graph", "torch", "diffusers", "triton")
+    ]
+    filters = Facts.of(overview(made)).filters
+    assert filters["commit"] == tuple((commit * 13)[:7] for commit in commits)
+    assert filters["backend"] == ("diffusers", "torch", "triton", "graph")
+
+
+def test_a_case_of_several_commits_is_counted_once(make_record: MakeRecord, tmp_path: Path) -> None:
+    environment = make_record().environment
+    made = [
+        make_record(environment=environment.model_copy(update={"git_commit": commit * 40}))
+        for commit in ("a", "b")
+    ]
+    assert "1 case, measured 2 times in 2 environments, 2 with a time" in written(made, tmp_path).text
 
 
 def test_a_zero_time_or_an_instant_step_breaks_no_chart(make_record: MakeRecord, tmp_path: Path) -> None:

@@ -275,3 +275,23 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+PRELOADING = """
+import importlib.util, sys
+from ldmperf.profiling.sweep.preload import load_peer
+
+load_peer()
+assert "diffusers" in sys.modules
+assert "xformers" not in sys.modules
+assert importlib.util.find_spec("xformers") is not None
+"""
+
+
+def test_the_server_leaves_out_what_would_ask_cuda(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    (tmp_path / "xformers.py").write_text("raise SystemExit('imported')")
+    paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
+    subprocess.run(
+        [sys.executable, "-c", PRELOADING], check=True, timeout=300, env=os.environ | {"PYTHONPATH": paths}
+    )

@@ -70,7 +70,7 @@ def _slow_verdict(
     sentence = (
         f"an image{'' if batch == 1 else f' of a batch of {batch}'} is not there before {number(least.value)} ms, "
         f"{counted(judged[shortest].record.evaluations or 0, 'step')} of the {shortest}, the shortest wait "
-        f"judged (interval {interval_text(least, '{:.4g}')}; above {limits.SLOW_MS:.0f} ms is slow); "
+        f"judged (interval {number(least.low)} to {number(least.high)}; above {limits.SLOW_MS:.0f} ms is slow); "
         "quality is not judged"
     )
     evidence = Evidence(claim, list(judged.values()), shown.environments, grid, list(judged))

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..figures.derived import Spread, network_names, step_ms
-from ..figures.phrases import Conditions
+from ..figures.phrases import Conditions, phrases_of
 from ..figures.text import first_of, joined
 from ..measure.conditions import busy_notes, commit, flag_notes, marks
 from ..measure.timing import quantile
@@ -76,7 +76,11 @@ def history(records: Sequence[Record], rule: VerdictRule | None = None) -> Histo
     untimed = {record.case_key for record in records if record.case_key in keys and record.wall_ms is None}
     if untimed:
         notes.append(f"{counted(len(untimed), 'case')} without a time on some commit: no point is drawn there.")
-    return History(tuple(series), joined(conditions.shared), tuple(notes))
+    # An environment's letter would be another one than elsewhere in a report: here commits are of one.
+    phrases = phrases_of(found[0][0], environments)
+    apart = {*conditions.varying, "environment"}
+    shared = joined(phrase for name, phrase in phrases.items() if name not in apart)
+    return History(tuple(series), shared, tuple(notes))
 
 
 def _by_commit(records: Iterable[Record], times: Mapping[str, datetime]) -> dict[str, RecordSet]:

@@ -20,15 +20,38 @@ MARK: dict[str, Any] = {"filled": False, "size": 90, "strokeWidth": 2, "opacity"
 # Where a falling curve leaves room for a label.
 BESIDE: dict[str, Any] = {"align": "left", "baseline": "bottom", "dx": 7, "dy": -5}
 WIDTH, HEIGHT = 420, 320
+# Of an axis of times that may be long: each labelled tick in the unit that suits it.
+_UNITS = (
+    "datum.label === '' ? '' : !datum.value ? '0' : abs(datum.value) < 1000 ? format(datum.value, '~g') + ' ms' : "
+    "format(datum.value / 1000, ',~g') + ' s'"
+)
+# What a tip calls a number.
+_CALLED = {
+    "fid": "FID in the paper",
+    "ms": "ms of an image",
+    "paper_image": "the paper's cost of an image",
+    "paper": "the paper's cost",
+    "cost_p50": "measured cost",
+    "floor_cost": "cost by the floor",
+    "step_p20": "ms of a step, p20",
+    "step_p50": "ms of a step",
+    "step_p80": "ms of a step, p80",
+    "evaluations": "model evaluations",
+    "wall_p50": "ms of a trajectory",
+    "line": "ms by the line",
+    "images_per_s": "images per second",
+    "joules": "joules per image",
+    "images": "images of a batch",
+}
 
 
-def _log(field: str, title: str, count: int = 8) -> dict[str, Any]:
+def _log(field: str, title: str, count: int = 8, base: int = 10, **axis: Any) -> dict[str, Any]:
     """An axis of magnitudes with room for marks at its ends."""
     return {
         "shorthand": f"{field}:Q",
         "title": title,
-        "scale": alt.Scale(type="log", nice=False, padding=24),
-        "axis": alt.Axis(tickCount=count, format=",~g", labelOverlap="greedy"),
+        "scale": alt.Scale(type="log", base=base, nice=False, padding=24),
+        "axis": alt.Axis(tickCount=count, format=",~g", labelOverlap="greedy", **axis),
     }
 
 
@@ -40,9 +63,20 @@ def _layers(*layers: alt.Chart | alt.LayerChart, height: float | alt.Step = HEIG
     return alt.layer(*layers).properties(width=WIDTH, height=height)
 
 
-def _tooltip(*fields: str) -> list[alt.Tooltip]:
-    texts = [alt.Tooltip(f"{name}:N") for name in ("size", "backend")]
-    return [*texts, *(alt.Tooltip(f"{name}:Q", format=".4~r") for name in fields)]
+def _told(field: str) -> str:
+    """An expression: the number as the tables have it, with four digits, whole from a thousand on."""
+    return (
+        f"!isValid(datum.{field}) ? '-' : abs(datum.{field}) >= 1000 ? format(datum.{field}, '.0f') : "
+        f"format(datum.{field}, '.4r')"
+    )
+
+
+def _tips(*fields: str, words: tuple[str, ...] = ("size", "backend"), of: alt.Chart | None = None) -> alt.Chart:
+    """The facts, or what was made `of` them, with a tip: what each mark is of, and its numbers."""
+    tips = [alt.Tooltip(f"{name}:N") for name in words]
+    tips += [alt.Tooltip(f"{name}_told:N", title=_CALLED[name]) for name in fields]
+    facts = _facts() if of is None else of
+    return facts.transform_calculate(**{f"{name}_told": _told(name) for name in fields}).encode(tooltip=tips)
 
 
 def _fid_axis() -> alt.Y:
@@ -52,15 +86,15 @@ def _fid_axis() -> alt.Y:
 
 def fid_panel(palette: Palette) -> Panel:
     """The paper's FID over ms of an image; hollow where predicted."""
-    x, y, order = alt.X(**_log("ms", "ms of an image at 50 steps", 5)), _fid_axis(), alt.Order("paper_image:Q")
+    x = alt.X(**_log("ms", "time of an image at 50 steps", 5, labelExpr=_UNITS))
+    y, order = _fid_axis(), alt.Order("paper_image:Q")
     filled = alt.condition("datum.predicted", alt.value(0), alt.value(1))
-    inside = alt.Fill("backend:N", scale=palette.colours, legend=None)
+    inside = alt.Fill("backend:N", scale=palette.colours)
     return _layers(
         _facts().mark_line(strokeWidth=1.5).encode(x, y, order=order, color=palette.colour),
         _facts().mark_rule(strokeWidth=2).encode(alt.X("ms_p20:Q"), y, x2="ms_p80:Q", color=palette.colour),
-        _facts().mark_point(**MARK).encode(
-            x, y, color=palette.colour, shape=palette.shape, fill=inside, fillOpacity=filled,
-            tooltip=[*_tooltip("fid", "ms"), alt.Tooltip("basis:N")],
+        _tips("fid", "ms", words=("size", "backend", "basis")).mark_point(**MARK).encode(
+            x, y, color=palette.colour, shape=palette.shape, fill=inside, fillOpacity=filled
         ),
         _facts().transform_aggregate(right="max(ms)", groupby=["size", "fid"]).mark_text(**BESIDE).encode(
             alt.X("right:Q"), y, text="size:N"
@@ -74,11 +108,9 @@ def fid_flops_panel() -> Panel:
     sizes = _facts().transform_aggregate(groupby=["size", "fid", "paper_image"], backends="count()")
     return _layers(
         sizes.mark_line(strokeWidth=1.5, color=NEUTRAL).encode(x, y, order=alt.Order("paper_image:Q")),
-        sizes.mark_point(size=90, strokeWidth=2, opacity=1, filled=True, color=NEUTRAL).encode(
-            x,
-            y,
-            tooltip=[alt.Tooltip("size:N"), alt.Tooltip("fid:Q"), alt.Tooltip("paper_image:Q", format=".4~r")],
-        ),
+        _tips("fid", "paper_image", words=("size",), of=sizes)
+        .mark_point(size=90, strokeWidth=2, opacity=1, filled=True, color=NEUTRAL)
+        .encode(x, y),
         sizes.mark_text(**BESIDE).encode(x, y, text="size:N"),
     )
 
@@ -111,11 +143,9 @@ def cost_panel(palette: Palette) -> Panel:
             x, alt.Y("floor_cost:Q"), text=alt.value("floor")
         ),
         _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("cost_p20:Q"), y2="cost_p80:Q", color=palette.colour),
-        _facts()
+        _tips("paper", "cost_p50", "floor_cost")
         .mark_point(**MARK)
-        .encode(
-            x, y, color=palette.colour, shape=palette.shape, tooltip=_tooltip("paper", "cost_p50", "floor_cost")
-        ),
+        .encode(x, y, color=palette.colour, shape=palette.shape),
         # Across the line, where neighbours are furthest apart.
         tops.mark_text(align="right", baseline="middle", angle=60, dx=-11, limit=140).encode(
             x, alt.Y("top:Q"), text="label:N"
@@ -129,8 +159,8 @@ def ladder_panel(palette: Palette) -> Panel:
     scale = alt.Scale(zero=True, nice=False)
     x = alt.X("step_p50:Q", title="ms of a step", scale=scale, axis=alt.Axis(tickCount=5))
     return _layers(
-        _facts().mark_bar(height={"band": 0.7}).encode(
-            x, y, color=palette.colour, tooltip=_tooltip("step_p20", "step_p50", "step_p80")
+        _tips("step_p20", "step_p50", "step_p80").mark_bar(height={"band": 0.7}).encode(
+            x, y, color=palette.colour
         ),
         _facts().mark_rule(strokeWidth=2, color=TEXT).encode(alt.X("step_p20:Q"), y, x2="step_p80:Q"),
         # The room for the text beside the longest bar.
@@ -138,9 +168,10 @@ def ladder_panel(palette: Palette) -> Panel:
         .transform_calculate(room="datum.step_p80 * 1.25")
         .mark_point(opacity=0)
         .encode(alt.X("room:Q"), y),
-        _facts().mark_text(align="left", dx=6).encode(
-            alt.X("step_p80:Q"), y, text=alt.Text("step_p50:Q", format=".4~r")
+        _facts().transform_calculate(told=_told("step_p50")).mark_text(align="left", dx=6).encode(
+            alt.X("step_p80:Q"), y, text="told:N"
         ),
+        _facts().mark_text(align="left", dx=6, fontStyle="italic").encode(y, x=alt.value(0), text="no_time:N"),
         height=alt.Step(26),
     )  # fmt: skip
 
@@ -148,14 +179,14 @@ def ladder_panel(palette: Palette) -> Panel:
 def steps_panel(palette: Palette) -> Panel:
     """ms of a trajectory over model evaluations, with the line of each backend."""
     x = alt.X("evaluations:Q", title="model evaluations", scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1))
-    y = alt.Y("wall_p50:Q", title="ms of a trajectory", axis=alt.Axis(tickCount=5))
+    y = alt.Y("wall_p50:Q", title="time of a trajectory", axis=alt.Axis(tickCount=5, labelExpr=_UNITS))
     return _layers(
         _facts().mark_rule(strokeWidth=1.5).encode(
             alt.X("line_from:Q"), alt.Y("line_start:Q"), x2="evaluations:Q", y2="line:Q", color=palette.colour
         ),
         _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("wall_p20:Q"), y2="wall_p80:Q", color=palette.colour),
-        _facts().mark_point(**MARK).encode(
-            x, y, color=palette.colour, shape=palette.shape, tooltip=_tooltip("evaluations", "wall_p50", "line")
+        _tips("evaluations", "wall_p50", "line").mark_point(**MARK).encode(
+            x, y, color=palette.colour, shape=palette.shape
         ),
         height=220,
     )  # fmt: skip
@@ -165,24 +196,23 @@ def by_size_panel(palette: Palette, field: str, title: str) -> Panel:
     """A number of each size and backend, on a logarithmic axis."""
     x = alt.X("size:N", sort=alt.EncodingSortField("gflop", op="min"), title=None, axis=alt.Axis(labelAngle=-30))
     y = alt.Y(**_log(field, title))
-    marks = _facts().encode(x, y, color=palette.colour)
     return _layers(
-        marks.mark_line(strokeWidth=1.5),
-        marks.mark_point(**MARK).encode(shape=palette.shape, tooltip=_tooltip(field)),
+        _facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
+        _tips(field).mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
         height=260,
     )
 
 
 def batch_panel(palette: Palette) -> Panel:
     """Images per second over the images of a batch."""
-    marks = _facts().encode(
-        alt.X(**_log("images", "images of a batch", 6)),
+    # Batches double.
+    x, y = (
+        alt.X(**_log("images", "images of a batch", 6, base=2)),
         alt.Y(**_log("images_per_s", "images per second")),
-        color=palette.colour,
     )
     return _layers(
-        marks.mark_line(strokeWidth=1.5),
-        marks.mark_point(**MARK).encode(shape=palette.shape, tooltip=_tooltip("images", "images_per_s")),
+        _facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
+        _tips("images", "images_per_s").mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
         height=220,
     )
 
@@ -191,16 +221,20 @@ def history_panel(palette: Palette) -> Panel:
     """ms of a step over commits, the oldest first, changes ringed."""
     x = alt.X("commit:N", sort=alt.EncodingSortField("place", op="min"), title=None, axis=alt.Axis(labelAngle=-30))
     y = alt.Y("step_p50:Q", title="ms of a step", scale=alt.Scale(zero=False, padding=18))
-    marks = _facts().encode(x, y, color=palette.colour)
     is_changed = "datum.verdict == 'FASTER' || datum.verdict == 'SLOWER'"
     ring = alt.condition(is_changed, alt.value(1), alt.value(0))
+    # Arrows of neighbours that lie on each other can still be read; words cannot.
+    arrow = "datum.verdict == 'FASTER' ? '▼' : datum.verdict == 'SLOWER' ? '▲' : ''"
     return _layers(
-        marks.mark_line(strokeWidth=1.5),
+        _facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
         _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("step_p20:Q"), y2="step_p80:Q", color=palette.colour),
-        marks.mark_point(**MARK).encode(
-            shape=palette.shape, tooltip=[*_tooltip("step_p50"), alt.Tooltip("commit:N"), alt.Tooltip("verdict:N")]
-        ),
+        _tips("step_p50", words=("size", "backend", "commit", "verdict"))
+        .mark_point(**MARK)
+        .encode(x, y, color=palette.colour, shape=palette.shape),
         _facts().mark_point(size=320, strokeWidth=2.5, color=TEXT).encode(x, y, opacity=ring),
-        _facts().mark_text(dy=-18, fontWeight="bold").encode(x, y, text="verdict:N", opacity=ring),
+        _facts()
+        .transform_calculate(arrow=arrow)
+        .mark_text(align="left", dx=14, fontSize=14)
+        .encode(x, y, text="arrow:N"),
         height=260,
     )

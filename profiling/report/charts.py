@@ -66,10 +66,9 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "fid",
             "The paper's FID against measured time",
-            "The FID that the paper has after 50 steps of DDIM at guidance 7.5 (30,000 samples of COCO-2014), "
-            "over the wall-clock time of such an image here. A hollow mark is a prediction by the measured line"
-            " over fewer steps. Less is better on both axes; time is on a logarithmic one. The networks here "
-            "have random weights: the FID is the paper's, the time is ours.",
+            "The paper's FID after 50 steps of DDIM at guidance 7.5 (30,000 samples of COCO-2014), over the "
+            "wall-clock time of such an image here. Hollow marks are predictions by the line through fewer steps. "
+            "The FID is the paper's, the time is ours: networks here have random weights.",
             "it takes sizes of the paper with DDIM at guidance 7.5, latent 64x64, 77 text tokens, and 50 steps "
             "or three step counts",
             "fid",
@@ -80,8 +79,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "fid-flops",
             "The paper's FID against FLOPs",
-            "The same FID over what the paper counts: its normalized cost, which is FLOPs relative to a forward"
-            " of the 866M, times 50 steps. FLOPs span more magnitudes than time does.",
+            "The same FID over what the paper counts: FLOPs relative to a forward of the 866M, times 50 steps.",
             "it takes what its neighbour takes",
             "fid",
             ("fid", "paper_image"),
@@ -90,11 +88,9 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "cost",
             "Measured cost against the paper's cost",
-            "Wall-clock time of a step relative to the largest size, over the paper's normalized cost relative "
-            "to the same size, both on logarithmic axes. On the dashed line time follows FLOPs; above it a "
-            "small model costs more than the paper's measure says. The dotted line is what the floor says: the "
-            "least time of a step at the ceilings measured on this machine, relative to the same size. Bars are"
-            " p20 to p80.",
+            "Time of a step over the paper's normalized cost, both relative to the largest size. On the dashed "
+            "line time follows FLOPs; above it a small model costs more than they say. Dotted: the floor, the "
+            "least time of a step at the ceilings measured on this machine. Bars: p20 to p80.",
             "it takes two sizes measured under the same conditions",
             "cases",
             ("paper", "cost_p50"),
@@ -104,11 +100,10 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "ladder",
             "The ladder at each size",
-            "Wall-clock time of a step on each backend, from the peer to all of ours, a panel for each size. "
-            "Bars are medians, the lines on them p20 to p80.",
+            "Time of a step on each backend, medians, with p20 to p80; where there is none, the reason.",
             "it takes a size tried on 3 backends under the same conditions",
             "cases",
-            ("step_p50",),
+            (),
             ladder_panel(palette),
             across="backend",
             least=3,
@@ -118,9 +113,8 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "steps",
             "Time of a trajectory over its steps",
-            "Wall-clock time from noise to latents over the number of model evaluations, for each size and "
-            "backend, with the least-squares line, from three step counts on carried on to zero, where it shows"
-            " the fixed part. Bars are p20 to p80.",
+            "Time from noise to latents over model evaluations, with the least-squares line; of three step counts "
+            "or more it goes on to zero, where it shows the fixed part. Bars: p20 to p80.",
             "it takes a size measured at two step counts or more",
             "cases",
             ("wall_p50", "line"),
@@ -133,8 +127,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "images",
             "Images per second",
-            "Images a second at the median wall time, latents without decoder, for each size and backend, on a "
-            "logarithmic axis.",
+            "Images a second at the median wall time, latents without decoder.",
             "it takes two sizes measured under the same conditions",
             "cases",
             ("images_per_s",),
@@ -143,7 +136,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "joules",
             "Energy of an image",
-            "Joules of the whole GPU for an image by NVML's counter, idle power included, on a logarithmic axis.",
+            "Joules of the whole GPU for an image by NVML's counter, idle power included.",
             "it takes two sizes whose energy was measured, on a GPU",
             "cases",
             ("joules",),
@@ -152,7 +145,7 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "batch",
             "Images per second over the batch",
-            "Images a second at the median wall time over the images of a batch, both on logarithmic axes.",
+            "Images a second at the median wall time over the images of a batch.",
             "it takes a size measured at two batches or more",
             "cases",
             ("images_per_s",),
@@ -165,8 +158,8 @@ def all_charts(palette: Palette) -> tuple[Chart, ...]:
         Chart(
             "history",
             "Time of a step over commits",
-            "Medians of a step on each commit, the oldest first, with p20 to p80. A ring marks a change that "
-            "repeating the run does not explain: FASTER or SLOWER than on the commit before.",
+            "Medians of a step on each commit, the oldest first, with p20 to p80. A ring marks a change against "
+            "the commit before that repeating the run does not explain: ▼ FASTER, ▲ SLOWER.",
             "it takes a case measured on two commits on one kind of machine",
             "history",
             ("step_p50",),

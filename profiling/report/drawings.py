@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import altair as alt
 import vl_convert
 
-from ..figures.derived import Overview, Row
+from ..figures.derived import Overview, Row, rung_place
 from ..figures.text import joined
+from ..measure.conditions import commit
 from ..measure.store import write_whole
+from ..terminal.visible import visible
 from .chart_panels import FACTS
 from .charts import Chart, all_charts
 from .facts import Fact, Facts, FactTable, natural
@@ -29,24 +31,42 @@ _SCALE = 2
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart, or the reason why it was not drawn; `summary` says in words what the chart shows."""
+    """A chart, or the reason why it was not drawn; `summary` says in words what the chart shows.
+
+    `shared`: the conditions of all its panels, which a file of its own says below the title.
+    """
 
     name: str
     title: str
     summary: str
     chart: Spec | None = None
     reason: str = ""
+    shared: str = ""
 
     def png(self) -> bytes:
         """The chart on white, at twice the screen's resolution."""
-        assert self.chart is not None
-        image: bytes = vl_convert.vegalite_to_png(self.chart | {"background": "white"}, scale=_SCALE)
+        image: bytes = vl_convert.vegalite_to_png(self._by_itself() | {"background": "white"}, scale=_SCALE)
         return image
 
     def svg(self) -> str:
+        markup: str = vl_convert.vegalite_to_svg(self._by_itself())
+        return markup
+
+    def inner_svg(self) -> str:
+        """The chart for a page, which has its title and its conditions."""
         assert self.chart is not None
         markup: str = vl_convert.vegalite_to_svg(self.chart)
         return markup
+
+    def _by_itself(self) -> Spec:
+        assert self.chart is not None
+        title = {
+            "text": self.title,
+            "subtitle": [self.shared] if self.shared else [],
+            "fontSize": 16,
+            "offset": 12,
+        }
+        return self.chart | ({} if "title" in self.chart else {"title": title})
 
 
 @dataclass(frozen=True)
@@ -63,25 +83,33 @@ class Pane:
 
 @dataclass(frozen=True)
 class ChartSet:
-    """The charts of a page: facts, colours, definitions, and what is drawn of them at first."""
+    """The charts of a page: facts, colours, definitions, and what is drawn of them at first.
+
+    shared: the conditions of all cases and their commit, where there is one.
+    """
 
     facts: Facts
     palette: Palette
     charts: tuple[Chart, ...]
     drawings: tuple[Drawing, ...]
+    shared: str = ""
 
     @classmethod
     def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> ChartSet:
         """first: the row whose conditions are looked at first."""
         facts = Facts.of(shown, history, first)
-        palette = Palette.of(row.case.backend for row in shown.all_rows)
+        palette = Palette.of(sorted((row.case.backend for row in shown.all_rows), key=rung_place))
         charts = all_charts(palette)
-        return cls(facts, palette, charts, tuple(drawn(chart, facts) for chart in charts))
+        commits = {commit(environment) for environment in shown.environments}
+        shared = visible(
+            joined((*shown.conditions.shared, *(f"commit {name}" for name in commits if len(commits) == 1)))
+        )
+        return cls(facts, palette, charts, tuple(drawn(chart, facts, shared) for chart in charts), shared)
 
     def svgs(self) -> dict[str, str]:
         """By name the charts of few panels, which a page shows where no script runs."""
         pairs = zip(self.charts, self.drawings, strict=True)
-        return {chart.name: of.svg() for chart, of in pairs if of.chart is not None and not chart.is_small}
+        return {chart.name: of.inner_svg() for chart, of in pairs if of.chart is not None and not chart.is_small}
 
     def for_browser(self) -> list[dict[str, Any]]:
         """The charts with panels, for the script: what makes a panel, and its Vega specification without data."""
@@ -144,21 +172,21 @@ def shown_first(chart: Chart, panels: Sequence[Pane], first: Mapping[str, str]) 
     return shown
 
 
-def drawn(chart: Chart, facts: Facts) -> Drawing:
+def drawn(chart: Chart, facts: Facts, shared: str = "") -> Drawing:
     """The panels that are shown first, side by side under one legend."""
     panels = panels_of(chart, facts.table(chart.table))
     if not panels:
         return Drawing(chart.name, chart.title, chart.summary, reason=chart.needs)
     shown = shown_first(chart, panels, facts.first)
-    names = [name for name in panels[0].key if len({panel.key[name] for panel in panels}) > 1]
-    whole = chart.panel.to_dict()
-    inner = {name: part for name, part in whole.items() if name not in ("$schema", "config", "datasets")}
+    panel_spec = chart.panel.to_dict()
+    inner = {name: part for name, part in panel_spec.items() if name not in ("$schema", "config", "datasets")}
     charts = [
-        _named(inner, f"{FACTS}{place}") | {"title": joined(panel.key[name] for name in names)}
+        _named(inner, f"{FACTS}{place}") | {"title": joined(panel.key.values())}
         for place, panel in enumerate(shown)
     ]
     datasets = {f"{FACTS}{place}": list(panel.facts) for place, panel in enumerate(shown)}
-    return Drawing(chart.name, chart.title, chart.summary, side_by_side(charts, min(2, len(charts)), datasets))
+    whole = side_by_side(charts, min(2, len(charts)), datasets)
+    return Drawing(chart.name, chart.title, chart.summary, whole, shared=shared)
 
 
 def side_by_side(charts: Sequence[Spec], columns: int, datasets: dict[str, list[Fact]] | None = None) -> Spec:
@@ -167,7 +195,7 @@ def side_by_side(charts: Sequence[Spec], columns: int, datasets: dict[str, list[
         "$schema": alt.SCHEMA_URL,
         "concat": list(charts),
         "columns": columns,
-        "resolve": {"scale": {"color": "shared", "shape": "shared"}},
+        "resolve": {"scale": {"color": "shared", "shape": "shared", "fill": "shared"}},
         "config": dict(CONFIG),
         "datasets": datasets or {},
     }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..claims.offers import PAPER_STEPS, Course, paper_fid
+from ..compare.commits import commit_order
 from ..figures.derived import Overview, Row, Spread, StepsSeries, alike, ratio, rung_place, step_ms
 from ..figures.phrases import environment_name, phrases_of
 from ..figures.text import joined
@@ -105,7 +106,11 @@ class Facts:
         cases = _cases(shown, placing)
         by_place = _told(cases.words, "environment", "device", "commit")
         names = [name for name in placing.names if name != "environment" or not by_place]
-        values = {name: tuple(sorted(set(cases.words.get(name, ())), key=natural)) for name in (*names, "backend")}
+        order = _orders(shown)
+        values = {
+            name: tuple(sorted(set(cases.words.get(name, ())), key=order.get(name, natural)))
+            for name in (*names, "backend")
+        }
         filters = {name: of for name, of in values.items() if len(of) > 1}
         looked_at = {} if first is None else placing.words(first)
         return cls(cases, _fid(shown, placing), _history(shown, history, placing), filters, looked_at)
@@ -141,6 +146,12 @@ class Placing:
         phrases["environment"] = joined((environment_name(row.environment), told))
         placed = {name: visible(phrases[name]) for name in self.names if name not in without}
         return {"size": visible(row.name), "backend": visible(row.case.backend), **placed}
+
+
+def _orders(shown: Overview) -> dict[str, Callable[[str], Any]]:
+    """How the values of a condition are sorted: commits by time, backends as the ladder has them."""
+    times = list(commit_order([row.record for row in shown.all_rows]))
+    return {"commit": [visible(name) for name in times].index, "backend": lambda name: (rung_place(name), name)}
 
 
 def _told(words: Mapping[str, Words], name: str, *by: str) -> bool:
@@ -181,7 +192,8 @@ def _cases(shown: Overview, placing: Placing) -> FactTable:
         reference = f"{visible(row.reference)} = 1" if row.reference else ""
         by_gflop = row.paper_cost is None and row.gflop_ratio is not None
         label = visible(row.name) + (" (by GFLOP)" if by_gflop else "")
-        facts.append((placing.words(row) | {"reference": reference, "label": label}, numbers))
+        told = {"reference": reference, "label": label, "no_time": "" if record.status == "ok" else record.status}
+        facts.append((placing.words(row) | told, numbers))
     return FactTable.of(facts, placing.names)
 
 

@@ -26,6 +26,13 @@
   };
   const tables = Object.fromEntries(Object.entries(island.facts).map(([name, table]) => [name, rowsOf(table)]));
 
+  // The mark of a backend as charts have it.
+  const symbolOf = ({ colour, character }) => {
+    const symbol = make("span", { className: "symbol", style: `color: ${colour}` }, character);
+    symbol.setAttribute("aria-hidden", "true");
+    return symbol;
+  };
+
   // Of each condition the values that were chosen; none stands for all.
   const chosen = new Map(island.filters.map(({ name }) => [name, new Set()]));
   // A filter says nothing of facts that do not have its condition.
@@ -45,7 +52,7 @@
           update();
         });
         const mark = island.legend.find((series) => name === "backend" && series.name === value);
-        const symbol = mark ? [make("span", { className: "symbol", style: `color: ${mark.colour}` }, mark.character)] : [];
+        const symbol = mark ? [symbolOf(mark)] : [];
         return make("label", { className: "chip" }, box, ...symbol, make("span", {}, value));
       });
       form.append(make("fieldset", {}, make("legend", {}, label), ...chips));
@@ -87,6 +94,7 @@
       this.chart = chart;
       this.figure = document.getElementById(chart.name);
       this.choices = this.figure.querySelector(".choices");
+      this.legend = this.figure.querySelector(".legend");
       this.grid = this.figure.querySelector(".panels");
       this.picked = {};
       this.panels = [];
@@ -113,9 +121,13 @@
     shown(groups) {
       const { facets, limits, labels } = this.chart;
       const fullest = groups.reduce((best, group) => (group.facts.length > best.facts.length ? group : best), groups[0]);
-      const selects = [];
+      const parts = [];
       let left = groups;
       facets.forEach((name, place) => {
+        // What all panels have alone is told: elsewhere on the page there are others.
+        const all = new Set(groups.map(({ key }) => key[place]));
+        const [only] = all;
+        if (all.size === 1 && only) parts.push(make("span", {}, only.includes(labels[place]) ? only : `${labels[place]} ${only}`));
         const values = [...new Set(left.map(({ key }) => key[place]))];
         if (left.length <= limits[place] || values.length < 2) return;
         const wishes = [this.picked[name], island.first[name], fullest.key[place], values[0]];
@@ -125,25 +137,32 @@
           this.picked[name] = select.value;
           this.draw().then(() => this.choices.querySelector(`[name="${name}"]`)?.focus());
         });
-        selects.push(make("label", {}, `${labels[place]} `, select));
+        parts.push(make("label", {}, `${labels[place]} `, select));
         left = left.filter(({ key }) => key[place] === picked);
       });
-      this.choices.replaceChildren(...selects);
+      this.choices.replaceChildren(...parts);
       return left;
+    }
+
+    // The marks of the backends that are shown; bars have their backends beside them.
+    tellMarks(shown) {
+      const { spec, across } = this.chart;
+      const backends = new Set(shown.flatMap(({ facts }) => facts.map((fact) => fact.backend)));
+      const series = spec.legends && across !== "backend" ? island.legend.filter(({ name }) => backends.has(name)) : [];
+      this.legend.replaceChildren(...series.map((one) => make("li", {}, symbolOf(one), ` ${one.name}`)));
     }
 
     async draw() {
       const groups = this.groups();
       const shown = groups.length ? this.shown(groups) : [];
       if (!groups.length) this.choices.replaceChildren("Nothing to draw of these cases: ", this.chart.needs, ".");
-      const variesIn = (some) => this.chart.facets.map((_, place) => new Set(some.map(({ key }) => key[place])).size > 1);
-      const varying = variesIn(shown);
-      const varyingInAll = variesIn(groups);
+      this.tellMarks(shown);
+      const varying = this.chart.facets.map((_, place) => new Set(shown.map(({ key }) => key[place])).size > 1);
       while (this.panels.length > shown.length) this.panels.pop().remove();
       this.grid.classList.toggle("single", shown.length === 1);
       for (const [place, { key, facts }] of shown.entries()) {
         const heading = key.filter((value, part) => varying[part] && value).join(", ");
-        const whole = key.filter((value, part) => varyingInAll[part] && value).join(", ");
+        const whole = key.filter(Boolean).join(", ");
         if (!this.panels[place]) {
           this.panels[place] = new PanelView(this.chart);
           this.grid.append(this.panels[place].element);
@@ -169,7 +188,7 @@
       this.element.append(make("p", { className: "files" }, this.note, files));
     }
 
-    // heading: what sets the panel apart from those beside it; whole: from all others.
+    // heading: what sets the panel apart from those beside it; whole: from all that is on the page.
     async show(heading, whole, facts) {
       Object.assign(this, { facts, whole });
       this.heading.textContent = heading;
@@ -198,9 +217,10 @@
       this.element.remove();
     }
 
-    // A picture by itself: on white, with its title and its legend.
+    // A picture by itself: on white, with its title, its conditions and its legend.
     async picture() {
-      const title = { text: this.chart.title, subtitle: [this.whole, island.title].filter(Boolean) };
+      const subtitle = [this.note.textContent, this.whole, island.shared].filter(Boolean);
+      const title = { text: this.chart.title, subtitle };
       const changes = { width: 720, background: "white", title, padding: 16 };
       const spec = JSON.parse(JSON.stringify(this.chart.spec).replaceAll("currentColor", "#1a1a1a"));
       return (await vegaEmbed(make("div"), withData(spec, this.facts, changes), EMBED)).view;
@@ -330,7 +350,5 @@
   addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
   document.documentElement.classList.add("scripted");
   buildFilters();
-  // The chips of backends are a legend; on paper, where there are none, the list is.
-  document.querySelector(".legend")?.classList.toggle("on-paper", chosen.has("backend"));
   update();
 })();

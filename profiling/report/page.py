@@ -95,7 +95,7 @@ def _html(page: PageInput, charts: ChartSet) -> str:
 def _island(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable]) -> str:
     """What the script works on, as JSON that no text in it can end."""
     value: dict[str, Any] = {
-        "title": "" if page.headline is None else visible(page.headline.sentence),
+        "shared": visible(charts.shared),
         "facts": {name: charts.facts.table(name).as_json() for name in ("cases", "fid", "history")},
         "filters": [
             {"name": name, "label": label_of(name), "values": values}

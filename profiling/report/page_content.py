@@ -9,7 +9,7 @@ from ..claims.catalogue import published_readings
 from ..claims.summary import left_open, only_timed, shared_by_all, summaries
 from ..claims.verdict import ClaimVerdicts
 from ..figures import text
-from ..figures.derived import PEER, Overview, Row
+from ..figures.derived import PEER, Overview, Row, rung_place
 from ..figures.phrases import environment_name, machine_name
 from ..measure.conditions import commit
 from ..terminal.visible import counted, visible
@@ -25,8 +25,9 @@ from .tables import NOTHING
 if TYPE_CHECKING:
     from .drawings import ChartSet, Drawing
 
-# Without a headline.
+# Without a headline; of kernels alone.
 _TITLE = "What a sample costs, measured"
+_TITLE_OF_KERNELS = "The kernels, one by one"
 # Charts that stand side by side.
 _PAIRS = (("fid", "fid-flops"), ("cost", "images", "joules"))
 # Tables with a heading of their own.
@@ -41,7 +42,7 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
     shown, judged = page.overview, page.judged
     rows, table = shown.all_rows, table_of(shown)
     return {
-        "title": _TITLE if page.headline is None else page.headline.sentence,
+        "title": _title(page),
         "headline": page.headline,
         "sentence": _sentence(rows) if rows else "" if page.sections else NOTHING,
         "sources": page.sources,
@@ -52,12 +53,12 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "verdicts_shared": text.joined(shared_by_all(judged).values()),
         "warnings": (*_rejected(page.rejected_lines), *table.warnings),
         "has_rows": bool(rows),
-        "legend": charts.palette.series,
         "apart": len(shown.environments) > 1,
         "figures": _figures(charts),
         "small": {chart.name for chart in charts.charts if chart.is_small},
         "svgs": charts.svgs(),
         "not_drawn": [drawing for drawing in charts.drawings if drawing.chart is None],
+        "titles": {*(of.title for of in page.side_by_side), *(of.title for of in page.sections)},
         "tables": [table for name, table in tables.items() if "-" not in name and name not in _OF_THEIR_OWN],
         "notes": table.notes,
         "checkpoints": sorted({(visible(r.name), visible(_origin(r.case))) for r in rows if r.case.is_checkpoint}),
@@ -81,8 +82,9 @@ def tables_in(page: PageInput) -> dict[str, PageTable]:
     found = [*tables_of(page.overview), *rivals_tables(page.overview)]
     if page.history is not None:
         found.append(PageTable("history", "Each case on each commit.", page.history.grid()))
-    found += [PageTable(f"sides-{place}", of.title, of.grid) for place, of in enumerate(page.side_by_side)]
-    found += [PageTable(f"section-{place}", of.title, of.grid) for place, of in enumerate(page.sections)]
+    grids = [(f"sides-{at}", side.title, side.grid) for at, side in enumerate(page.side_by_side)]
+    grids += [(f"section-{at}", section.title, section.grid) for at, section in enumerate(page.sections)]
+    found += [PageTable(name, title, grid.without_empty()) for name, title, grid in grids]
     found += [table for of in page.judged if of.has_figures for table in claim_tables(of)]
     return {table.name: table for table in found if table.grid.rows}
 
@@ -109,21 +111,34 @@ def _rejected(count: int) -> list[str]:
     ]
 
 
+def _title(page: PageInput) -> str:
+    if page.headline is not None:
+        return page.headline.sentence
+    return _TITLE_OF_KERNELS if page.sections and not page.overview.all_rows else _TITLE
+
+
 def _sentence(rows: Sequence[Row]) -> str:
     """What was measured, how much of it, and when."""
     family = {row.case.network for row in rows if row.case.task != "rival"}
     rivals = {row.case.network for row in rows if row.case.task == "rival"}
     networks = [counted(len(family), "latent-diffusion UNet")] if family else []
     networks += [counted(len(rivals), "rival generator")] if rivals else []
-    backends = list(dict.fromkeys(visible(row.case.backend) for row in rows))
+    backends = sorted({visible(row.case.backend) for row in rows}, key=lambda name: (rung_place(name), name))
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
+    cases = len({row.record.case_key for row in rows})
+    often = f", measured {len(rows)} times in {len({row.environment for row in rows})} environments"
     return (
         f"The wall-clock time of whole sampling trajectories{', from noise to latents,' if family else ''} of "
-        f"{' and '.join(networks)} with {' and '.join(backends)}: "
-        f"{counted(len(rows), 'case')}, {timed} with a time and {len(rows) - timed} without, "
+        f"{' and '.join(networks)} with {_listed(backends)}: {counted(cases, 'case')}"
+        f"{often if len(rows) > cases else ''}, {timed} with a time and {len(rows) - timed} without, "
         f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} (UTC)."
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "torch, triton and graph"."""
+    return " and ".join([part for part in (text.joined(names[:-1]), *names[-1:]) if part])
 
 
 def _environments(shown: Overview) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 from contextlib import suppress
 
 # By their names. A fork of a process that has asked CUDA for anything cannot use it.
@@ -14,14 +15,18 @@ _ASK_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
 def load_peer() -> None:
-    """Loads of diffusers what cases need, where it is installed and asks nothing of CUDA while it is imported."""
-    # xformers, which diffusers imports, may.
-    if importlib.util.find_spec("xformers") is not None or importlib.util.find_spec("diffusers") is None:
+    """Loads of diffusers what cases need, where it is installed.
+
+    Without xformers, which asks CUDA while it is imported: diffusers takes it for missing. No case uses it.
+    """
+    if importlib.util.find_spec("diffusers") is None:
         return
     from ..peer import SCHEDULERS
 
     before = os.environ.get(_ASK_NVML)
     os.environ[_ASK_NVML] = "1"
+    # What is None there is not found.
+    is_hidden = sys.modules.setdefault("xformers", None) is None  # type: ignore[arg-type]
     try:
         # Whatever is wrong with it is a case's to tell.
         with suppress(Exception):
@@ -29,6 +34,8 @@ def load_peer() -> None:
             for name in ("UNet2DConditionModel", *SCHEDULERS.values()):
                 getattr(diffusers, name)
     finally:
+        if is_hidden:
+            del sys.modules["xformers"]
         if before is None:
             del os.environ[_ASK_NVML]
         else:
