@@ -403,6 +403,8 @@ def test_records_are_on_disk_when_something_refuses(
     with pytest.raises(RunError, match="--ray: no"):
         played(monkeypatch, tmp_path, cases, here, [script])
     assert len(RecordStore(tmp_path / "records.jsonl").load()) == 1
+    # What still runs is stopped.
+    assert len(cluster._ray().cancelled) == 1
 
 
 def test_ctrl_c_takes_back_what_no_node_has_begun(

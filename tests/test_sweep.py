@@ -93,6 +93,14 @@ def test_a_case_that_hangs_is_stopped_and_the_others_go_on(task_of: Callable[...
     assert {name: record.status for name, record in records.items()} == {"steady": "ok", "peer": "ok"}
 
 
+def test_what_a_process_has_to_load_first_is_no_hang(task_of: Callable[..., GroupTask]) -> None:
+    import sweep_fakes
+
+    subjects = sweep_fakes.Changed(time.sleep, (2.0,))
+    records = records_of(task_of("steady", "peer", timeout=1.5, subjects=subjects))
+    assert {record.status for record in records.values()} == {"ok"}
+
+
 def test_a_group_whose_every_case_ends_its_process_has_a_record_of_each(task_of: Callable[..., GroupTask]) -> None:
     import sweep_fakes
 
@@ -165,7 +173,6 @@ def test_what_a_process_has_started_ends_with_it(
 
 
 def test_a_fork_server_that_is_killed_is_replaced(task_of: Callable[..., GroupTask]) -> None:
-    """What the next one loads takes seconds, which are no hang."""
     records_of(task_of("steady", "peer"))
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     os.kill(server, signal.SIGKILL)
