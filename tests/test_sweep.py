@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ldmperf.profiling import Record
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS_VARIABLE, granted
 from ldmperf.profiling.sweep import child_process, group_process
 from ldmperf.profiling.sweep.events import Event, Queued, Ran, Recorded, TookTurns, Warned
-from ldmperf.profiling.sweep.group_process import _Flight, measured
+from ldmperf.profiling.sweep.group_process import _Flight, environment_of, measured
 from ldmperf.profiling.sweep.group_task import GroupTask, TimeGiven
 
 pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
@@ -158,8 +159,15 @@ def test_the_pace_is_the_parents(task_of: Callable[..., GroupTask]) -> None:
         following = next(events)
         assert isinstance(following, Ran)
         assert (event.case.backend, following.case.backend) == ("steady", "peer")
-        assert children()
+        (child,) = children()
+        # Where memory runs out the kernel takes it first.
+        assert Path(f"/proc/{child}/oom_score_adj").read_text() == "1000\n"
     assert not children()
+
+
+def test_a_process_has_as_many_threads_as_its_parent() -> None:
+    torch.set_num_threads(3)
+    assert environment_of("cpu").torch_threads == 3
 
 
 def test_what_a_process_has_started_ends_with_it(
