@@ -1,7 +1,8 @@
 """Subjects of a sweep whose trajectories take a moment, and end their process when their backend's name says so.
 
 A backend "PHASE:FAULT" does that in that phase: "first call:SIGSEGV", "timing:exit 3", "build:hang". Others are
-right; "peer" is the other implementation. Imported by name in the processes of a sweep.
+right; "peer" is the other implementation; "gated" is not timed before the file FAKE_GATE is there. Imported by name
+in the processes of a sweep.
 """
 
 from __future__ import annotations
@@ -109,6 +110,8 @@ class FakeBackend:
             calls += 1
             if not is_reference and (at, calls) in (("first call", 1), ("timing", 2), ("check", 1 + COUNT)):
                 fail(fault)
+            while at == "gated" and calls > 1 and not os.path.exists(os.environ["FAKE_GATE"]):
+                time.sleep(0.01)
             time.sleep(1e-3 * problem.case.batch)
             return 2 * inputs
 
@@ -123,6 +126,7 @@ class FakeSubject:
         names = (
             "steady",
             "second",
+            "gated",
             "peer",
             "warns",
             *(f"{phase}:{fault}" for phase in PHASES for fault in FAULTS),

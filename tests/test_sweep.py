@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ldmperf.profiling import Record
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS_VARIABLE, granted
 from ldmperf.profiling.sweep import child_process, group_process
 from ldmperf.profiling.sweep.events import Event, Queued, Ran, Recorded, TookTurns, Warned
-from ldmperf.profiling.sweep.group_process import _Flight, measured
+from ldmperf.profiling.sweep.group_process import _Flight, environment_of, measured
 from ldmperf.profiling.sweep.group_task import GroupTask, TimeGiven
 
 pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
@@ -93,6 +94,14 @@ def test_a_case_that_hangs_is_stopped_and_the_others_go_on(task_of: Callable[...
     assert {name: record.status for name, record in records.items()} == {"steady": "ok", "peer": "ok"}
 
 
+def test_what_a_process_has_to_load_first_is_no_hang(task_of: Callable[..., GroupTask]) -> None:
+    import sweep_fakes
+
+    subjects = sweep_fakes.Changed(time.sleep, (2.0,))
+    records = records_of(task_of("steady", "peer", timeout=1.5, subjects=subjects))
+    assert {record.status for record in records.values()} == {"ok"}
+
+
 def test_a_group_whose_every_case_ends_its_process_has_a_record_of_each(task_of: Callable[..., GroupTask]) -> None:
     import sweep_fakes
 
@@ -150,8 +159,15 @@ def test_the_pace_is_the_parents(task_of: Callable[..., GroupTask]) -> None:
         following = next(events)
         assert isinstance(following, Ran)
         assert (event.case.backend, following.case.backend) == ("steady", "peer")
-        assert children()
+        (child,) = children()
+        # Where memory runs out the kernel takes it first.
+        assert Path(f"/proc/{child}/oom_score_adj").read_text() == "1000\n"
     assert not children()
+
+
+def test_a_process_has_as_many_threads_as_its_parent() -> None:
+    torch.set_num_threads(3)
+    assert environment_of("cpu").torch_threads == 3
 
 
 def test_what_a_process_has_started_ends_with_it(
@@ -165,7 +181,6 @@ def test_what_a_process_has_started_ends_with_it(
 
 
 def test_a_fork_server_that_is_killed_is_replaced(task_of: Callable[..., GroupTask]) -> None:
-    """What the next one loads takes seconds, which are no hang."""
     records_of(task_of("steady", "peer"))
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     os.kill(server, signal.SIGKILL)

@@ -97,7 +97,7 @@ class _Flight:
         """Seconds that may pass before the next sign of life."""
         if self.is_waiting:
             return math.inf
-        # A fork server that has just begun loads torch first.
+        # What it has to load first may take longer.
         if self.task.timeout is not None and self.has_started:
             return self.task.timeout
         return self._patience
