@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "bench/results/cpu-intel-xeon-2-cores/2026-11-26-c947fbb.jsonl"
 PICTURE = ROOT / "docs/page-light.png"
 # In CSS pixels, and pixels of the picture for each.
-WIDTH, HEIGHT, SCALE = 1200, 1650, 0.85
+WIDTH, HEIGHT, SCALE = 1200, 1730, 0.85
 
 
 def picture(page: Path, scheme: str, width: int, height: int, scale: float = SCALE) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from ..terminal.layout import MISSING, Grid, formatted, number, say_grid
 from ..terminal.visible import counted, say, say_wrapped
 from .comparison import AMBIGUOUS, SAME, Change, Comparison, VerdictRule
 from .gate import Answer, Threshold
+from .metrics import Metric
 from .sets import measured
 
 HEADINGS = ("case", "metric", "A", "B", "B/A", "95% interval", "p (Holm)", "A/A noise", "verdict", "why", "flags")
@@ -95,12 +97,17 @@ def notes(found: Comparison, rule: VerdictRule, unlike: Sequence[str] = ()) -> l
     effect = f"{100 * rule.min_effect:g}%"
     by_chance = sum(change.p is not None for change in found.changes)
     adjusted = f", adjusted for {counted(by_chance, 'row')}," if by_chance else ""
+    bases = {change.contrast.basis for change in found.changes if change.contrast is not None}
+    if bases == {"exact"}:
+        return [
+            *lines,
+            "Counts do not vary from run to run: any difference is one of what was compiled or measured.",
+        ]
     lines.append(
         f"B/A is of the medians of runs, their geometric mean. FASTER, SLOWER: p{adjusted} is at most "
         f"{rule.alpha:g} and B/A is off 1 by at least {effect}. SAME: the interval lies within {effect}. "
         "AMBIGUOUS: neither. A/A noise: two runs of one commit differ by at most that, 95 times of 100."
     )
-    bases = {change.contrast.basis for change in found.changes if change.contrast is not None}
     if "assumed" in bases:
         lines.append(
             f"One run on each side tells nothing about noise between runs: {100 * rule.assumed_noise:g}% is "
@@ -127,7 +134,7 @@ def comparison_grid(changes: Sequence[Change]) -> Grid:
 
 
 def _cells(change: Change) -> tuple[str, ...]:
-    start = (change.name, change.metric.name, number(change.a), number(change.b))
+    start = (change.name, change.metric.name, _figure(change.metric, change.a), _figure(change.metric, change.b))
     contrast = change.contrast
     if contrast is None:
         told = formatted(ratio_of(change.b, change.a), ".3f")
@@ -137,7 +144,7 @@ def _cells(change: Change) -> tuple[str, ...]:
     noise += " assumed" if contrast.basis == "assumed" else ""
     return (
         *start,
-        f"{ratio.value:.3f}",
+        f"{ratio.value:.3f}" if math.isfinite(ratio.value) else MISSING,
         MISSING if contrast.basis == "exact" else f"{ratio.low:.3f} to {ratio.high:.3f}",
         formatted(change.p, ".2g"),
         MISSING if contrast.basis == "exact" else noise,
@@ -145,6 +152,11 @@ def _cells(change: Change) -> tuple[str, ...]:
         change.why or MISSING,
         change.marks or MISSING,
     )
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    """A count is whole."""
+    return f"{value:.0f}" if value is not None and metric.counted and value.is_integer() else number(value)
 
 
 def case_lists(found: Comparison) -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -86,7 +86,7 @@ def _fid_axis() -> alt.Y:
 
 def fid_panel(palette: Palette) -> Panel:
     """The paper's FID over ms of an image; hollow where predicted."""
-    x = alt.X(**_log("ms", "time of an image at 50 steps", 5, labelExpr=_UNITS))
+    x = alt.X(**_log("ms", "time of an image at 50 steps", 6, labelExpr=_UNITS))
     y, order = _fid_axis(), alt.Order("paper_image:Q")
     filled = alt.condition("datum.predicted", alt.value(0), alt.value(1))
     inside = alt.Fill("backend:N", scale=palette.colours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ class Drawing:
         assert self.chart is not None
         title = {
             "text": self.title,
-            "subtitle": [self.shared] if self.shared else [],
+            "subtitle": textwrap.wrap(self.shared, 80),
             "fontSize": 16,
             "offset": 12,
         }
@@ -181,12 +182,18 @@ def drawn(chart: Chart, facts: Facts, shared: str = "") -> Drawing:
     panel_spec = chart.panel.to_dict()
     inner = {name: part for name, part in panel_spec.items() if name not in ("$schema", "config", "datasets")}
     charts = [
-        _named(inner, f"{FACTS}{place}") | {"title": joined(panel.key.values())}
+        _named(inner, f"{FACTS}{place}")
+        | {"title": {"text": joined(panel.key.values()), "subtitle": _notes(chart, panel)}}
         for place, panel in enumerate(shown)
     ]
     datasets = {f"{FACTS}{place}": list(panel.facts) for place, panel in enumerate(shown)}
     whole = side_by_side(charts, min(2, len(charts)), datasets)
     return Drawing(chart.name, chart.title, chart.summary, whole, shared=shared)
+
+
+def _notes(chart: Chart, panel: Pane) -> list[str]:
+    """What a reader of the panel has to know of its facts."""
+    return list(dict.fromkeys(fact[chart.note] for fact in panel.facts if chart.note and fact[chart.note]))
 
 
 def side_by_side(charts: Sequence[Spec], columns: int, datasets: dict[str, list[Fact]] | None = None) -> Spec:

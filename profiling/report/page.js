@@ -219,9 +219,9 @@
 
     // A picture by itself: on white, with its title, its conditions and its legend.
     async picture() {
-      const subtitle = [this.note.textContent, this.whole, island.shared].filter(Boolean);
-      const title = { text: this.chart.title, subtitle };
-      const changes = { width: 720, background: "white", title, padding: 16 };
+      const subtitle = [this.note.textContent, this.whole, island.shared].flatMap(linesOf);
+      const title = { text: this.chart.title, subtitle, anchor: "start", offset: 12 };
+      const changes = { width: 720, background: "white", title, padding: 16, autosize: "pad" };
       const spec = JSON.parse(JSON.stringify(this.chart.spec).replaceAll("currentColor", "#1a1a1a"));
       return (await vegaEmbed(make("div"), withData(spec, this.facts, changes), EMBED)).view;
     }
@@ -235,6 +235,8 @@
     }
   }
 
+  // A text in lines that a picture has room for.
+  const linesOf = (text) => text.match(/\S(?:.{0,98}\S)?(?=\s|$)|\S{1,100}/g) ?? [];
   const safeName = (text) => text.replace(/[^\w.-]+/g, "-").replace(/^[.-]+|-+$/g, "").slice(0, 80) || "chart";
 
   const collator = new Intl.Collator("en", { numeric: true });

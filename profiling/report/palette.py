@@ -51,6 +51,7 @@ CONFIG: Mapping[str, Any] = {
         "labelColor": TEXT,
         "title": None,
         "orient": "top",
+        "columns": 4,
         "offset": 4,
         "symbolStrokeWidth": 2,
     },
