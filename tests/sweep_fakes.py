@@ -1,8 +1,8 @@
 """Subjects of a sweep whose trajectories take a moment, and end their process when their backend's name says so.
 
 A backend "PHASE:FAULT" does that in that phase: "first call:SIGSEGV", "timing:exit 3", "build:hang". Others are
-right; "peer" is the other implementation; "gated" is not timed before the file FAKE_GATE is there. Imported by name
-in the processes of a sweep.
+right; "peer" is the other implementation; "gated" is not timed before the file FAKE_GATE is there. Imported by
+name in the processes of a sweep.
 """
 
 from __future__ import annotations
