@@ -226,11 +226,10 @@ def _record_sets(contents: Mapping[str, bytes], results: Path) -> tuple[dict[Pat
 
 def _machine_and_commit(environment: Any) -> tuple[str, str]:
     """The folder and the name of what was measured there: what differs in one is never merged."""
-    from ldmperf.kernels import Chip
+    from ldmperf.profiling.compare.merging import machine_folder
     from ldmperf.profiling.measure.conditions import commit_name
 
-    name = environment.gpu.name if environment.gpu else f"cpu {environment.cpu}"
-    return Chip(name, 0).file_name, commit_name(environment) + ("-dirty" if environment.git_dirty else "")
+    return machine_folder([environment]), commit_name(environment) + ("-dirty" if environment.git_dirty else "")
 
 
 def _new_tables(contents: Mapping[str, bytes], tuned: Path) -> Iterator[tuple[Path, tuple[bytes, str]]]:

@@ -24,7 +24,7 @@ from ldmperf.profiling.static.baseline import (
     write_baseline,
 )
 from ldmperf.profiling.static.inspection_records import compiler_environment
-from ldmperf.profiling.static.sweep import Selection, inspect_items, select
+from ldmperf.profiling.static.launch_items import Selection, inspect_items, select
 from ldmperf.profiling.terminal.visible import console, prepare_streams, say
 
 FOLDER = Path(__file__).parent / "static"

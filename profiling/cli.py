@@ -65,18 +65,19 @@ def _every_command(
     pass
 
 
+# What measures, what reads records, what needs neither.
 app.command(cls=ResumeTakesAnOptionalValue)(profile)
+app.command()(trace)
+app.command()(kernels)
 app.command()(report)
 app.command()(claims)
 app.command()(plan)
 app.command()(compare)
 app.command()(export)
 app.command()(merge)
-app.command()(trace)
-app.command()(env)
 app.command()(inspect)
-app.command()(kernels)
 app.command("compile")(compile_ahead)
+app.command()(env)
 
 
 def main(arguments: Sequence[str] | None = None, *, workers: Workers | None = None) -> None:

@@ -89,14 +89,21 @@ def record_files(path: Path) -> list[Path]:
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
             return [path]
-        # A folder of runs, or one of rounds with a folder of runs each.
-        folders = [path, *sorted(inner for depth in ("*", "*/*") for inner in path.glob(depth) if inner.is_dir())]
+        folders = folders_at(path)
     except OSError as failure:
         raise _unreadable(path, failure) from None
     files = [folder / name for folder in folders for name in NAMES if holds(folder, name)]
     if not files:
         raise RunError(f"{path} is a folder without records; {_GIVE}")
     return files
+
+
+def folders_at(path: Path) -> list[Path]:
+    """A folder, those in it and those in these: a folder of runs, or one of rounds with a folder of runs each.
+
+    Raises OSError for one that cannot be read.
+    """
+    return [path, *sorted(inner for depth in ("*", "*/*") for inner in path.glob(depth) if inner.is_dir())]
 
 
 def read_file(path: Path) -> Gathered:
@@ -114,6 +121,13 @@ def read_file(path: Path) -> Gathered:
 
     trajectories = without_completed(of("trajectory"))
     return Gathered(tuple(trajectories), _latest(of("kernel")), _latest(of("inspection")), aside)
+
+
+def record_kind(record: AnyRecord) -> Kind:
+    """The kind of a record."""
+    if isinstance(record, Record):
+        return "trajectory"
+    return "inspection" if isinstance(record, InspectionRecord) else "kernel"
 
 
 def kind_of(line: bytes) -> Kind:

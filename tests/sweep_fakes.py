@@ -1,28 +1,37 @@
 """Subjects of a sweep whose trajectories take a moment, and end their process when their backend's name says so.
 
 A backend "PHASE:FAULT" does that in that phase: "first call:SIGSEGV", "timing:exit 3", "build:hang". Others are
-right; "peer" is the other implementation. Imported by name in the processes of a sweep.
+right; "peer" is the other implementation; "gated" is not timed before the file FAKE_GATE is there. Imported by
+name in the processes of a sweep.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ldmperf.profiling.measure import gpu_lock
+from ldmperf.profiling.measure import gpu_lock, recorded
+from ldmperf.profiling.measure.ceiling_cache import KeptCeilings
+from ldmperf.profiling.measure.ceiling_probes import measure_ceilings
 from ldmperf.profiling.step.roofline import StepPart
+from ldmperf.profiling.sweep import group_child
+from ldmperf.profiling.sweep.child_end import HEADER, Mouth
 from ldmperf.profiling.trajectory.backend import Backend, Subject, Trajectory
 from ldmperf.profiling.trajectory.case import Case, Task
 
@@ -101,6 +110,8 @@ class FakeBackend:
             calls += 1
             if not is_reference and (at, calls) in (("first call", 1), ("timing", 2), ("check", 1 + COUNT)):
                 fail(fault)
+            while at == "gated" and calls > 1 and not os.path.exists(os.environ["FAKE_GATE"]):
+                time.sleep(0.01)
             time.sleep(1e-3 * problem.case.batch)
             return 2 * inputs
 
@@ -115,6 +126,7 @@ class FakeSubject:
         names = (
             "steady",
             "second",
+            "gated",
             "peer",
             "warns",
             *(f"{phase}:{fault}" for phase in PHASES for fault in FAULTS),
@@ -147,23 +159,52 @@ def fakes() -> Mapping[Task, Subject]:
 
 
 @dataclass(frozen=True)
-class OnAGpu:
-    """`fakes`, in a process that sees one GPU with this UUID."""
+class Changed:
+    """`fakes`, in a process in which `change(*given)` was called first."""
 
-    uuid: str
-    locks: Path
+    change: Callable[..., None]
+    given: tuple[object, ...] = ()
 
     def __call__(self) -> Mapping[Task, Subject]:
         return fakes()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, (self.uuid, self.locks)
+        return _arrive, (self.change, self.given)
 
 
-def _arrive(uuid: str, locks: Path) -> OnAGpu:
+def _arrive(change: Callable[..., None], given: tuple[object, ...]) -> Changed:
+    change(*given)
+    return Changed(change, given)
+
+
+def one_gpu(uuid: str, locks: Path) -> None:
+    """The process sees one GPU with this UUID."""
     gpu_lock.gpu_uuid = lambda device: uuid
     gpu_lock.LOCKS = locks
-    return OnAGpu(uuid, locks)
+
+
+def quick_ceilings() -> None:
+    """A sample of each rate is enough."""
+    group_child.KeptCeilings = partial(KeptCeilings, measure=partial(measure_ceilings, seconds_each=0.0))  # type: ignore[assignment, misc]
+
+
+def clock_backwards() -> None:
+    """The time of day is two hours earlier each time that it is asked for."""
+    hours = itertools.count(2, 2)
+
+    class Backwards(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) - timedelta(hours=next(hours))
+
+    recorded.datetime = Backwards  # type: ignore[misc]
+
+
+def last_words(mouth: Mouth) -> None:
+    """Says something and ends before it was taken."""
+    content = pickle.dumps("last words")
+    os.write(mouth.said.fileno(), HEADER.pack(len(content)) + content)
+    os._exit(3)
 
 
 def broken() -> Mapping[Task, Subject]:

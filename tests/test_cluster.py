@@ -39,13 +39,20 @@ MakeRecord = Callable[..., Record]
 
 
 @pytest.fixture(scope="module")
-def two_nodes() -> Iterator[str]:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that "gated" cases wait for."""
+    return tmp_path_factory.mktemp("gate") / "open"
+
+
+@pytest.fixture(scope="module")
+def two_nodes(gate: Path) -> Iterator[str]:
     """The address of a cluster of two nodes with a core each, whose workers find the fakes."""
     pytest.importorskip("ray", reason="pip install 'ldmperf[cluster]'")
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("FAKE_GATE", str(gate))
         patch.syspath_prepend(str(FOLDER))
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
@@ -64,7 +71,9 @@ class FakeSweep(Sweep):
 
 
 class Lines(ClusterLines):
-    """Kills the worker of the first group that has a record, and takes note of who measured what."""
+    """Kills the worker of the first group that has a record, then opens the gate; keeps who measured what."""
+
+    gate: Path
 
     def __enter__(self) -> Lines:
         super().__enter__()
@@ -84,14 +93,12 @@ class Lines(ClusterLines):
             pid = self._workers[record.case.group_key]
             self.killed.append((pid, record.case_key))
             os.kill(pid, signal.SIGKILL)
+            self.gate.touch()
 
 
 def cases_of(steps: Sequence[int], backends: Sequence[str]) -> list[Case]:
-    # 50 ms a trajectory.
     return [
-        Case(unet="39M", dtype="bfloat16", steps=count, batch=50, backend=backend)
-        for count in steps
-        for backend in backends
+        Case(unet="39M", dtype="bfloat16", steps=count, backend=backend) for count in steps for backend in backends
     ]
 
 
@@ -104,14 +111,16 @@ def lines_for(cases: Sequence[Case], kind: type[ClusterLines] = ClusterLines) ->
 
 
 def test_a_killed_worker_costs_no_row_and_doubles_none(
-    two_nodes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    two_nodes: str, gate: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The first has its row at once; the others are all done in the same round, later.
-    cases = cases_of((1, 2, 3, 4), ("build:exit 3", "steady", "peer"))
+    # The first has its row at once; the others wait until its worker is killed.
+    cases = cases_of((1, 2, 3, 4), ("build:exit 3", "gated", "peer"))
     store = RecordStore(tmp_path / "records.jsonl")
     sweep = fake_sweep(cases, environment_of("cpu"))
     with connected(two_nodes):
         with lines_for(cases, Lines) as lines:
+            assert isinstance(lines, Lines)
+            lines.gate = gate
             made = run_on_cluster(sweep, store, lines, Deadline(None))
         # The same nodes, which have another commit than this.
         other = fake_sweep(cases_of((9,), ("steady",)), sweep.environments["cpu"].model_copy(update=OTHER_COMMIT))
@@ -124,7 +133,6 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(
     assert {record.case.backend for record in records if record.status == "error"} == {"build:exit 3"}
     assert {record.environment.torch_threads for record in records} == {1}, "a node's one core"
     # The group that lost its worker began again, by another one, without the row that was back.
-    assert isinstance(lines, Lines)
     ((killed, done),) = lines.killed
     group = next(case.group_key for case in cases if case.key == done)
     (first, all_rows), (second, rest) = (
@@ -403,6 +411,8 @@ def test_records_are_on_disk_when_something_refuses(
     with pytest.raises(RunError, match="--ray: no"):
         played(monkeypatch, tmp_path, cases, here, [script])
     assert len(RecordStore(tmp_path / "records.jsonl").load()) == 1
+    # What still runs is stopped.
+    assert len(cluster._ray().cancelled) == 1
 
 
 def test_ctrl_c_takes_back_what_no_node_has_begun(

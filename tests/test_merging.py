@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.compare import merging
-from ldmperf.profiling.compare.merging import machine_name, merged, read_written, write_merged
+from ldmperf.profiling.compare.merging import machine_folder, merged, read_written, write_merged
 from ldmperf.profiling.compare.unmeasured import missing_shards, runs_at, unmeasured
 from ldmperf.profiling.figures.derived import overview
-from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord, record_key
+from ldmperf.profiling.kernel_bench.table import by_conditions
 from ldmperf.profiling.measure.environment import Environment, Gpu
-from ldmperf.profiling.measure.recorded import Correctness, Samples
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.record_files import gather
-from ldmperf.profiling.static.inspection_records import InspectionRecord
-from ldmperf.profiling.step.call import OperatorCall, TensorSpec
 from ldmperf.profiling.sweep.shards import dealt, planned
 from ldmperf.profiling.trajectory.record_parts import Energy, Harness
 from ldmperf.profiling.trajectory.runs import Shard, create_run
@@ -43,7 +40,7 @@ ENVIRONMENTS = [
         ("AMD EPYC", 2, H200.model_copy(update={"driver": "580.2"}), "e"),
     )
 ]
-# What `machine_name` and the numbering make of them, by the place of the environment in the list.
+# What `machine_folder` and the numbering make of them, by the place of the environment in the list.
 KINDS = {0: "cpu", 1: "cpu", 2: "570", 3: "570", 4: "580"}
 
 
@@ -75,56 +72,14 @@ def trajectories(draw, make_record):
     return [record, *again]
 
 
-def kernel(environment, when, rows):
-    x = TensorSpec(name="x", shape=(rows, 16), stride=(16, 1), dtype="float32")
-    out = TensorSpec(name="result 0", shape=(rows, 8), stride=(8, 1), dtype="float32")
-    call = OperatorCall(operator="geglu", dtype="float32", tensors=(x,), results=(out,))
-    return KernelRecord(
-        case_key=record_key(call, "cpu", "eager", "eager"),
-        size="39M",
-        batch=2,
-        case=call,
-        peer="eager",
-        mode="eager",
-        device="cpu",
-        status="ok",
-        correctness=Correctness(error_before=0.0, error_after=0.0, tolerance=1e-4, reference="float64"),
-        ms=Samples.of([0.125]),
-        clock="host",
-        calls_per_sample=1,
-        input_sets=1,
-        l2="warm",
-        environment=environment,
-        started_at=when,
+def others(make_kernel, make_inspection):
+    return st.builds(
+        lambda make, number, environment, when: [make(number, environment=environment, started_at=when)],
+        st.sampled_from([make_kernel, make_inspection]),
+        st.sampled_from([16, 32]),
+        st.sampled_from(ENVIRONMENTS),
+        st.sampled_from([START, START + timedelta(seconds=9)]),
     )
-
-
-def inspection(environment, when, tile):
-    return InspectionRecord(
-        case_key=f"geglu_kernel bfloat16 866M batch=2 BLOCK={tile} warps=4 arch=sm_90",
-        arch="sm_90",
-        kernel="geglu_kernel",
-        size="866M",
-        batch=2,
-        dtype="bfloat16",
-        constants=(f"BLOCK={tile}",),
-        num_warps=4,
-        status="ok",
-        registers=32,
-        spills=0,
-        shared_bytes=0,
-        environment=environment,
-        started_at=when,
-    )
-
-
-OTHERS = st.builds(
-    lambda make, *rest: [make(*rest)],
-    st.sampled_from([kernel, inspection]),
-    st.sampled_from(ENVIRONMENTS),
-    st.sampled_from([START, START + timedelta(seconds=9)]),
-    st.sampled_from([16, 32]),
-)
 
 
 def written(tmp_path_factory, files):
@@ -146,8 +101,11 @@ def kind_of_machine(record):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_nothing_is_lost_but_repeats_and_merging_again_changes_nothing(tmp_path_factory, make_record, data):
-    drawn = data.draw(st.lists(trajectories(make_record) | OTHERS, min_size=1, max_size=14))
+def test_nothing_is_lost_but_repeats_and_merging_again_changes_nothing(
+    tmp_path_factory, make_record, make_kernel, make_inspection, data
+):
+    lines_of_a_case = trajectories(make_record) | others(make_kernel, make_inspection)
+    drawn = data.draw(st.lists(lines_of_a_case, min_size=1, max_size=14))
     records = list(chain.from_iterable(drawn))
     lines = [record.model_dump_json() for record in records]
     # Some lines are in several files, or twice in one.
@@ -193,14 +151,16 @@ def test_the_record_kept_is_the_one_that_a_report_of_one_machine_shows(tmp_path_
     assert kept == shown
 
 
-def test_each_kind_of_machine_and_of_records_has_a_file_and_says_what_sets_it_apart(tmp_path_factory, make_record):
+def test_each_kind_of_machine_and_of_records_has_a_file_and_says_what_sets_it_apart(
+    tmp_path_factory, make_record, make_kernel, make_inspection
+):
     records = [
         *(
             make_record(Case(unet="39M", steps=n), environment=e, started_at=START)
             for n, e in enumerate(ENVIRONMENTS, 1)
         ),
-        kernel(ENVIRONMENTS[0], START + timedelta(seconds=9), 16),
-        inspection(ENVIRONMENTS[0], START, 16),
+        make_kernel(environment=ENVIRONMENTS[0], started_at=START + timedelta(seconds=9)),
+        make_inspection(environment=ENVIRONMENTS[0], started_at=START),
     ]
     merge = merged(written(tmp_path_factory, [[record.model_dump_json() for record in records]])[1])
     assert {str(file.path): len(file.written) for file in merge.files} == {
@@ -212,6 +172,20 @@ def test_each_kind_of_machine_and_of_records_has_a_file_and_says_what_sets_it_ap
         "nvidia-h200-2/2026-11-26-7d35813.jsonl": 1,
     }
     assert merge.differences == ["nvidia-h200-2 is apart from nvidia-h200: gpu.driver: 570.1, 580.2"]
+
+
+def test_of_a_kernel_measured_twice_the_time_stays_that_a_report_shows(tmp_path_factory, make_kernel):
+    later = START + timedelta(seconds=9)
+    timed = make_kernel(environment=ENVIRONMENTS[0], started_at=START)
+    nothing = {"ms": None, "clock": None, "calls_per_sample": None, "input_sets": None, "l2": None}
+    for status, kept in (("oom", timed), ("incorrect", None)):
+        again = timed.model_copy(
+            update=nothing | {"started_at": later, "status": status, "message": "why", "correctness": None}
+        )
+        lines = [[record.model_dump_json() for record in (again, timed)]]
+        (file,) = merged(written(tmp_path_factory, lines)[1]).files
+        ((shown,),) = by_conditions([again, timed])
+        assert file.written[0].record == shown == (kept or again)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -232,9 +206,9 @@ def test_a_committed_set_merges_into_the_file_that_it_is(path):
     ],
 )
 def test_the_name_of_a_machine_is_a_folders(cpu, name):
-    assert machine_name([Environment(os="Linux", python="3", cpu=cpu, usable_cores=2)]) == name
+    assert machine_folder([Environment(os="Linux", python="3", cpu=cpu, usable_cores=2)]) == name
     gpu = Gpu(name=cpu or "", count=1)
-    assert "/" not in machine_name([Environment(os="Linux", python="3", gpu=gpu)])
+    assert "/" not in machine_folder([Environment(os="Linux", python="3", gpu=gpu)])
 
 
 def with_environment(record, **changes):

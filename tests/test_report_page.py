@@ -501,7 +501,7 @@ def test_a_history_has_a_panel_for_each_size_and_the_changes_in_words(make_recor
         HistoryPoint(commit, datetime(2026, 11, day, tzinfo=UTC), Spread(ms, ms, ms), 4, verdict)
         for commit, day, ms, verdict in (("aaa", 2, 10.0, ""), ("bbb", 1, 5.0, "FASTER"))
     )
-    series = CaseHistory("39M torch", record.case_id, "39M", "torch", "", "", points)
+    series = CaseHistory("39M torch", record.case_id, "", points)
     facts = Facts.of(overview([record]), History((series,), "", ()))
     rows = facts.history.rows()
     assert [(row["commit"], row["place"], row["step_p50"], row["verdict"]) for row in rows] == [

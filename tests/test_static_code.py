@@ -350,3 +350,18 @@ def test_every_term_of_an_update_is_rounded_once_whatever_the_number_of_register
     ttir = compile_launch(launch, MACHINES["sm_90"]).asm["ttir"]
     # Guidance, and each register's terms but the first: of every register and of the noise.
     assert ttir.count("= math.fma ") == 1 + registers * (registers + 1)
+
+
+@pytest.mark.parametrize("torn", ["*.cubin", "[!_]*.json", "__grp__*", "*"])
+def test_a_cache_of_triton_that_cannot_be_read_is_compiled_anew(tmp_path, monkeypatch, torn):
+    """As a crash or a full disk leaves it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    operator = OPERATORS["geglu"]
+    (launch,) = operator.plan(operator.bind(torch.empty(6, 64, device="meta")))[1]
+    first = inspect_launch(launch, MACHINES["sm_90"]).as_json()
+    files = [path for path in tmp_path.rglob(torn) if path.is_file()]
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[:20])
+    assert inspect_launch(launch, MACHINES["sm_90"]).as_json() == first
+    assert all(path.stat().st_size > 20 for path in files)

@@ -23,10 +23,10 @@ from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.measure.recorded import utc_now
 from ldmperf.profiling.static.baseline import checked, entries, read_baseline
 from ldmperf.profiling.static.inspection_records import compiler_environment
+from ldmperf.profiling.static.launch_items import inspect_items
 from ldmperf.profiling.static.planned import family_launches
 from ldmperf.profiling.static.score_tile import score_tile
 from ldmperf.profiling.static.shapes import SHAPES, Shape
-from ldmperf.profiling.static.sweep import inspect_items
 from ldmperf.profiling.static.tuned import calls_served, tuned_items
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS, family_calls
 

@@ -10,22 +10,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ldmperf.profiling import Record
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS_VARIABLE, granted
-from ldmperf.profiling.sweep import group_process
+from ldmperf.profiling.sweep import child_process, group_process
 from ldmperf.profiling.sweep.events import Event, Queued, Ran, Recorded, TookTurns, Warned
-from ldmperf.profiling.sweep.group_process import measured
-from ldmperf.profiling.sweep.group_task import GroupTask
+from ldmperf.profiling.sweep.group_process import _Flight, environment_of, measured
+from ldmperf.profiling.sweep.group_task import GroupTask, TimeGiven
 
 pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
 
@@ -92,6 +94,14 @@ def test_a_case_that_hangs_is_stopped_and_the_others_go_on(task_of: Callable[...
     assert {name: record.status for name, record in records.items()} == {"steady": "ok", "peer": "ok"}
 
 
+def test_what_a_process_has_to_load_first_is_no_hang(task_of: Callable[..., GroupTask]) -> None:
+    import sweep_fakes
+
+    subjects = sweep_fakes.Changed(time.sleep, (2.0,))
+    records = records_of(task_of("steady", "peer", timeout=1.5, subjects=subjects))
+    assert {record.status for record in records.values()} == {"ok"}
+
+
 def test_a_group_whose_every_case_ends_its_process_has_a_record_of_each(task_of: Callable[..., GroupTask]) -> None:
     import sweep_fakes
 
@@ -127,6 +137,14 @@ def test_a_process_that_cannot_begin_costs_its_group(task_of: Callable[..., Grou
         assert (name, record.status, record.message) == (name, "error", "ValueError: no subjects today")
 
 
+def test_the_next_process_has_the_time_that_is_left(task_of: Callable[..., GroupTask]) -> None:
+    """Others' turns take none of it."""
+    flight = _Flight(task_of("steady", time=TimeGiven(1e5, 8e4, 5e3)), _begun=time.monotonic() - 3e4)
+    assert flight.rest().time == TimeGiven(1e5, 8e4, pytest.approx(3.5e4, abs=500))
+    assert list(flight.heard(TookTurns(2e4))) == [TookTurns(2e4)]
+    assert flight.rest().time == TimeGiven(1e5, 8e4, pytest.approx(1.5e4, abs=500))
+
+
 def test_warnings_pass_with_their_place(task_of: Callable[..., GroupTask]) -> None:
     warned = [event for event in measured(task_of("warns", "peer")) if isinstance(event, Warned)]
     assert [(one.text, one.category) for one in warned] == [("beware", RuntimeWarning)] * len(warned)
@@ -141,8 +159,15 @@ def test_the_pace_is_the_parents(task_of: Callable[..., GroupTask]) -> None:
         following = next(events)
         assert isinstance(following, Ran)
         assert (event.case.backend, following.case.backend) == ("steady", "peer")
-        assert children()
+        (child,) = children()
+        # Where memory runs out the kernel takes it first.
+        assert Path(f"/proc/{child}/oom_score_adj").read_text() == "1000\n"
     assert not children()
+
+
+def test_a_process_has_as_many_threads_as_its_parent() -> None:
+    torch.set_num_threads(3)
+    assert environment_of("cpu").torch_threads == 3
 
 
 def test_what_a_process_has_started_ends_with_it(
@@ -159,8 +184,24 @@ def test_a_fork_server_that_is_killed_is_replaced(task_of: Callable[..., GroupTa
     records_of(task_of("steady", "peer"))
     server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
     os.kill(server, signal.SIGKILL)
-    assert {record.status for record in records_of(task_of("steady", "peer")).values()} == {"ok"}
+    assert {record.status for record in records_of(task_of("steady", "peer", timeout=1.5)).values()} == {"ok"}
     assert server != forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+
+
+def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its end comes to be known before them."""
+    import sweep_fakes
+
+    def end_first(objects: Sequence[Any], timeout: float) -> list[Any]:
+        _, sentinel = objects
+        return wait([sentinel], timeout)
+
+    monkeypatch.setattr(child_process, "wait", end_first)
+    with child_process.ChildProcess(sweep_fakes.last_words) as child:
+        signs = child.signs(lambda: 60.0, lambda sign: False)
+        assert next(signs) == "last words"
+        with pytest.raises(child_process.Died, match="exit code 3"):
+            next(signs)
 
 
 HOLD = """
@@ -177,7 +218,8 @@ with gpu_lock.held_gpu("cuda", print):
 def test_waiting_for_the_gpu_is_no_hang(task_of: Callable[..., GroupTask], tmp_path: Path) -> None:
     import sweep_fakes
 
-    task = task_of("steady", "peer", timeout=0.5, subjects=sweep_fakes.OnAGpu("7", tmp_path))
+    subjects = sweep_fakes.Changed(sweep_fakes.one_gpu, ("7", tmp_path))
+    task = task_of("steady", "peer", timeout=1.5, subjects=subjects)
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -186,7 +228,7 @@ def test_waiting_for_the_gpu_is_no_hang(task_of: Callable[..., GroupTask], tmp_p
             queued = next(events)
             assert isinstance(queued, Queued)
             assert queued.holder.startswith(f"process {holder.pid} on ")
-            threading.Timer(1.2, holder.kill).start()
+            threading.Timer(2.0, holder.kill).start()
             assert next(events) == Queued("", is_over=True)
             # The lock is the group's, and goes with its process.
             path = tmp_path / "ldmperf-7.lock"
@@ -207,7 +249,7 @@ def test_others_turns_are_no_hang_and_no_time(
         def deal() -> None:
             connection, _ = dealer.accept()
             with connection:
-                for pause in (0.8, 0.0):
+                for pause in (2.0, 0.0):
                     connection.recv(1)
                     time.sleep(pause)
                     connection.sendall(granted(()))
@@ -218,11 +260,11 @@ def test_others_turns_are_no_hang_and_no_time(
         # After two turns the dealer ends, and the sweep with it.
         events: list[Event] = []
         with pytest.raises(KeyboardInterrupt, match="has ended"):
-            events.extend(measured(task_of("steady", "peer", timeout=0.5)))
+            events.extend(measured(task_of("steady", "peer", timeout=1.5)))
         dealing.join()
     turns = [event.seconds for event in events if isinstance(event, TookTurns)]
     assert len(turns) == 2
-    assert turns[0] >= 0.8
+    assert turns[0] >= 2.0
     assert not [event for event in events if isinstance(event, Recorded)]
 
 

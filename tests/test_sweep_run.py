@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
@@ -23,11 +24,11 @@ import pytest
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure import recorded
 from ldmperf.profiling.measure.ceilings import CeilingDevice
-from ldmperf.profiling.measure.folders import locked
+from ldmperf.profiling.measure.folders import RunError, locked
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS
 from ldmperf.profiling.sweep.child_process import start_server
-from ldmperf.profiling.sweep.events import Event, Learned, Queued, TookTurns, Warned
+from ldmperf.profiling.sweep.events import Completed, Event, Learned, Queued, TookTurns, Warned
 from ldmperf.profiling.sweep.group_process import environment_of, measured
 from ldmperf.profiling.sweep.group_task import Carried, GroupTask
 from ldmperf.profiling.sweep.local import Sweep, run_sweep, trace_tasks
@@ -38,11 +39,12 @@ from ldmperf.profiling.trajectory.runner import Listener
 pytestmark = pytest.mark.usefixtures("_one_thread", "_fakes_found")
 
 
-def fake_measured(task: GroupTask) -> Generator[Event, None, None]:
-    """In processes of their own, with fakes."""
+def fake_measured(task: GroupTask, change: Callable[..., None] | None = None) -> Generator[Event, None, None]:
+    """In processes of their own, with fakes; `change` is called there first."""
     import sweep_fakes
 
-    return measured(replace(task, subjects=sweep_fakes.fakes))
+    subjects = sweep_fakes.Changed(change) if change else sweep_fakes.fakes
+    return measured(replace(task, subjects=subjects))
 
 
 @pytest.fixture
@@ -61,13 +63,18 @@ def sweep_of(make_record: Callable[..., Record]) -> Callable[..., Sweep]:
 
 
 def go_on(
-    sweep: Sweep, folder: Path, listener: Listener | None = None, seconds: float | None = None
+    sweep: Sweep,
+    folder: Path,
+    listener: Listener | None = None,
+    seconds: float | None = None,
+    change: Callable[..., None] | None = None,
 ) -> tuple[int, bool]:
     """As `ldmperf profile --resume`."""
+    executor = partial(fake_measured, change=change)
     with locked(folder, print):
         store = RecordStore(folder / "records.jsonl")
         done = {record.case_key for record in store.load() if record.harness.stopped_by is None}
-        return run_sweep(sweep, store, listener or Listener(), Deadline(seconds), done, fake_measured)
+        return run_sweep(sweep, store, listener or Listener(), Deadline(seconds), done, executor)
 
 
 def rows(folder: Path) -> Counter[str]:
@@ -126,7 +133,7 @@ def test_killed_at_twenty_moments_and_resumed_no_row_is_lost_or_doubled(
     sweep, chance = sweep_of(6), random.Random(16)
     wanted = Counter(case.key for case in sweep.cases)
     folder, were_alive, server = tmp_path / "run", 0, 0
-    for _ in range(20):
+    for kill in range(20):
         start_server()
         if server != (server := forkserver._forkserver._forkserver_pid):  # type: ignore[attr-defined]
             # It has loaded all: what is killed is a sweep. One whose client is killed while it asks ends itself.
@@ -136,7 +143,10 @@ def test_killed_at_twenty_moments_and_resumed_no_row_is_lost_or_doubled(
             shutil.rmtree(folder)
         folder.mkdir(exist_ok=True)
         with forked(partial(go_on, sweep, folder)) as pid:
-            time.sleep(chance.uniform(0.0, 0.7))
+            if kill % 2:
+                # However long the machine takes to begin.
+                wait_until(lambda: bool(children()))
+            time.sleep(chance.uniform(0.0, 0.1 if kill % 4 == 1 else 0.4))
             were_alive += bool(children())
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -145,7 +155,7 @@ def test_killed_at_twenty_moments_and_resumed_no_row_is_lost_or_doubled(
         RecordStore(folder / "records.jsonl")
         assert max(rows(folder).values(), default=1) == 1
         assert set(rows(folder)) <= set(wanted)
-    assert were_alive > 5
+    assert were_alive >= 3
     go_on(sweep, folder)
     assert rows(folder) == wanted
     assert {record.status for record in RecordStore(folder / "records.jsonl").load()} == {"ok"}
@@ -205,6 +215,21 @@ def test_ctrl_c_twice_and_sigterm_stop_at_once(
         go_on(sweep_of(3, ms=20), tmp_path, Hearing(3, action))
     wait_until(lambda: not children())
     assert not rows(tmp_path)
+
+
+def test_a_signal_to_all_processes_of_a_job_is_its_first_ones_to_judge(
+    sweep_of: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    """As Slurm sends SIGTERM at the end of a job's time: the case in flight has not failed."""
+
+    def signal_all_others() -> None:
+        for pid in (*children(), forkserver._forkserver._forkserver_pid):  # type: ignore[attr-defined]
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(pid, number)
+
+    environment_of("cpu")
+    assert go_on(sweep_of(2), tmp_path, Hearing(3, signal_all_others)) == (4, False)
+    assert {record.status for record in RecordStore(tmp_path / "records.jsonl").load()} == {"ok"}
 
 
 def test_ctrl_c_while_the_gpu_is_waited_for_stops_at_once(sweep_of: Callable[..., Sweep], tmp_path: Path) -> None:
@@ -276,6 +301,49 @@ def test_a_clock_that_goes_backwards_changes_nothing(
         assert began <= record.started_at <= recorded.utc_now()
 
 
+def test_a_clock_that_goes_backwards_in_the_processes_that_measure_changes_no_time(
+    sweep_of: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    import sweep_fakes
+
+    sweep = sweep_of(2, ms=5)
+    assert go_on(sweep, tmp_path, seconds=600.0, change=sweep_fakes.clock_backwards) == (4, False)
+    records = RecordStore(tmp_path / "records.jsonl").load()
+    for record in records:
+        assert (record.status, record.harness.stopped_by) == ("ok", None)
+        assert record.wall_ms is not None
+        assert record.wall_ms.min >= 5.0
+    # Nothing is measured again.
+    assert records[0].started_at < recorded.utc_now() - timedelta(hours=1)
+    assert go_on(sweep, tmp_path) == (0, False)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\0" * 1000, b'{"device": 7}', None])
+def test_ceilings_that_cannot_be_read_or_kept_are_measured_anew(
+    sweep_of: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
+) -> None:
+    """None: the folder is below a file, where not even root can write."""
+    import sweep_fakes
+
+    cache, heard = tmp_path / "cache", Hearing()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if content is None:
+        cache.write_text("")
+        said = "the ceilings cannot be kept in "
+    else:
+        go_on(sweep_of(1), tmp_path, change=sweep_fakes.quick_ceilings)
+        (kept,) = cache.rglob("*.json")
+        kept.write_bytes(content)
+        (tmp_path / "records.jsonl").unlink()
+        said = f"{kept} cannot be read ("
+    # Once for all groups.
+    assert go_on(sweep_of(2), tmp_path, heard, change=sweep_fakes.quick_ceilings) == (4, False)
+    assert sum(line.startswith(said) for line in heard.lines) == (1 if content is None else 2)
+    assert {record.status for record in RecordStore(tmp_path / "records.jsonl").load()} == {"ok"}
+    if content is not None:
+        assert kept.read_bytes().startswith(b"{\n")
+
+
 def test_a_middle_case_that_crashes_leaves_the_times_of_all_others(
     sweep_of: Callable[..., Sweep], tmp_path: Path
 ) -> None:
@@ -331,28 +399,46 @@ def test_a_group_knows_what_earlier_ones_found_and_what_time_is_left(
     assert whole.left - timing.left == pytest.approx(13.0, abs=0.01)
 
 
-def test_what_is_traced_in_one_process_and_in_which_order(
+def test_all_traces_on_a_device_are_of_one_process(
     sweep_of: Callable[..., Sweep], make_record: Callable[..., Record]
 ) -> None:
-    """Without a deadline a group is one process; with one the most important backends of all groups come first."""
+    """One process for each device, whatever the groups; `short_traces` takes the most important backends first."""
     names = ("torch", "diffusers-compile", "graph", "diffusers")
     cases = [Case(unet="39M", device="cuda", seed=seed, backend=name) for seed in (1, 2) for name in names]
-    sweep = replace(sweep_of(0), cases=tuple(cases), environments={"cuda": make_record().environment})
+    cases += [Case(unet="39M", device="cuda:1", backend="graph"), Case(unet="39M", device="cpu", backend="torch")]
+    environment = make_record().environment
+    devices = dict.fromkeys(("cuda", "cuda:1", "cpu"), environment)
+    sweep = replace(sweep_of(0), cases=tuple(cases), environments=devices)
     records = [make_record(case) for case in reversed(cases)]
-    records[0] = make_record(cases[-1], status="oom")
+    records[2] = make_record(cases[-3], status="oom")
+    first, second = trace_tasks(sweep, records, cases)
+    assert [one.case_key for one in first.untraced or ()] == [case.key for case in cases[:7]]
+    assert [one.case_key for one in second.untraced or ()] == [cases[8].key]
+    assert all(task.cases == task.left for task in (first, second))
 
-    def order(deadline: Deadline) -> list[list[tuple[int, str]]]:
-        tasks = trace_tasks(sweep, records, cases, deadline)
-        assert all(task.cases == task.left for task in tasks)
-        return [[(one.case.seed, one.case.backend) for one in task.untraced or ()] for task in tasks]
 
-    first, second = order(Deadline(None))
-    assert sorted(first) == sorted((1, name) for name in names)
-    assert sorted(second) == sorted((2, name) for name in names[:3])
-    assert order(Deadline(60.0)) == [
-        [(1, "graph")], [(2, "graph")], [(1, "diffusers"), (1, "torch")], [(2, "torch")],
-        [(1, "diffusers-compile")], [(2, "diffusers-compile")],
-    ]  # fmt: skip
+def test_ctrl_c_lets_the_trace_in_flight_finish(
+    sweep_of: Callable[..., Sweep], make_record: Callable[..., Record], tmp_path: Path
+) -> None:
+    cases = tuple(Case(unet="39M", device="cuda", seed=seed, backend="graph") for seed in range(3))
+    sweep = replace(sweep_of(0), cases=cases, environments={"cuda": make_record().environment})
+    store = RecordStore(tmp_path / "r.jsonl")
+    store.append(*map(make_record, cases))
+    closed: list[GroupTask] = []
+
+    def traced_until_interrupted(task: GroupTask) -> Generator[Event, None, None]:
+        try:
+            for number, record in enumerate(task.untraced or ()):
+                if number == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield Completed(record, "trace")
+        finally:
+            closed.append(task)
+
+    keys = {case.key for case in cases}
+    assert run_sweep(sweep, store, Listener(), Deadline(None), keys, traced_until_interrupted) == (0, True)
+    assert len(closed) == 1
+    assert len(store.load()) == 5
 
 
 def test_a_trace_that_ends_its_process_leaves_the_record_and_the_other_traces(
@@ -384,11 +470,15 @@ def test_a_process_that_hangs_ends_with_the_sweep_that_is_killed(
     environment_of("cpu")
     with forked(partial(go_on, sweep_of(1, backends=("timing:hang", "peer")), tmp_path)) as pid:
         wait_until(lambda: bool(children()))
-        time.sleep(1.0)
+        time.sleep(0.5)
         assert children()
+        # Meanwhile nobody else measures into the folder.
+        with pytest.raises(RunError, match=f"in use by process {pid} on "):
+            go_on(sweep_of(1), tmp_path)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         wait_until(lambda: not children())
+    assert go_on(sweep_of(1), tmp_path) == (2, False)
 
 
 def test_the_time_that_the_group_in_flight_will_take() -> None:

@@ -8,22 +8,22 @@ import typer
 
 from ..options import CaseError
 from ..terminal.visible import console, say_wrapped
-from .shared import AsJson, RecordSets, given_records, print_json
+from .shared import AsJson, RecordPaths, given_records, print_json
 
 
 def claims(
-    records: RecordSets = None,
+    records: RecordPaths = None,
     table: Annotated[
         bool, typer.Option("--table", help="Print the paper's Table 1, its source and notes, and judge nothing.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Judge the paper's claims by records: verdict, figures and conditions of each.
+    """Judge the paper's claims by records.
 
-    A verdict is "holds", "does not hold", "undecided" (the limit lies inside the interval of the samples) or "not
-    measured", with what it needs. Claims about quality are not judged by timing: what timing can say is printed.
-    Only times of one environment are compared. A line that is no whole record is set aside and named, and the exit
-    code is 1.
+    Prints verdict, figures and conditions of each claim. A verdict is "holds", "does not hold", "undecided" (the
+    limit lies inside the interval of the samples) or "not measured", with what it needs. Claims about quality are
+    not judged by timing: what timing can say is printed. Only times of one environment are compared. A line that
+    is no whole record is set aside and named, and the exit code is 1.
 
     \b
     Examples:

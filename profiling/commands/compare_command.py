@@ -83,11 +83,12 @@ def compare(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two sets of records case by case: SAME, FASTER, SLOWER or AMBIGUOUS, beside what noise explains.
+    """Compare two sets of records, or two commits, case by case.
 
-    A run counts as one observation, since runs of one commit differ by more than the samples of one run. So name
-    folders of several runs, or let --commits make them: each round runs both commits on this machine, each in a
-    process of its own, which take their samples in turn. p-values are adjusted for the number of tests.
+    Each is SAME, FASTER, SLOWER or AMBIGUOUS, beside what noise explains. A run counts as one observation, since
+    runs of one commit differ by more than the samples of one run. So name folders of several runs, or let
+    --commits make them: each round runs both commits on this machine, each in a process of its own, which take
+    their samples in turn. p-values are adjusted for the number of tests.
 
     COMMAND is `profile` or `kernels` with options, or any command that writes records to {out}. It runs in the
     worktree, so name what git does not track by absolute paths. In a checkout of ldmperf each side runs its own

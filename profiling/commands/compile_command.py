@@ -39,10 +39,11 @@ def compile_ahead(
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only count what there is to compile.")] = False,
 ) -> None:
-    """Compile kernels ahead, by all cores, into triton's own cache: a first run then compiles nothing.
+    """Compile kernels ahead of a run, on all cores.
 
-    It needs no GPU. Where one is, launches are those chosen for it, tuned ones included. The modules that launch
-    kernels are compiled too where libcuda.so.1 is; elsewhere the first launch does that.
+    They are in triton's own cache then, and a first run compiles nothing. It needs no GPU. Where one is, launches
+    are those chosen for it, tuned ones included. The modules that launch kernels are compiled too where
+    libcuda.so.1 is; elsewhere the first launch does that.
 
     The cache is TRITON_CACHE_DIR, or .triton/cache below home. It holds absolute paths and the key of this very
     build of triton: a copy is found only at the same path, by the same triton. Exit code 1 when a kernel does not

@@ -9,13 +9,13 @@ import typer
 
 from ..compare.metrics import METRICS
 from ..terminal.visible import emit
-from .shared import DEFAULT_OUT, RecordSets, list_option, stop, tell
+from .shared import RecordPaths, gathered, list_option, stop, tell
 
 _FORMATS = "github-action-benchmark, bencher, pytorch-hud-v3, pytest-benchmark, openmetrics or csv."
 
 
 def export(
-    records: RecordSets = None,
+    records: RecordPaths = None,
     *,
     format_name: Annotated[str, typer.Option("--format", help=_FORMATS, metavar="FORMAT")],
     metric: list_option(  # type: ignore[valid-type]
@@ -42,14 +42,10 @@ def export(
     from ..export.formats import FORMATS, exported
     from ..measure.store import write_whole
     from ..options import known_name
-    from ..record_files import gather
-    from ..report.reporting import tell_aside
-    from ..trajectory.runs import find_run
 
     form = FORMATS[known_name("format", format_name, FORMATS)]
     metrics = metrics_named(metric or [], METRICS, form.usual)
-    found = gather(records or [find_run(DEFAULT_OUT, "latest")])
-    tell_aside(found.aside)
+    found = gathered(records)
     text, left_out = exported(found.records, format_name, metrics)
     if out is None:
         emit(text)

@@ -104,7 +104,7 @@ def inspect(
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of such a record.")] = False,
 ) -> None:
-    """Show what the compiler makes of a kernel, or the roofline of a network's step.
+    """Show a kernel's machine code in figures, or a step's roofline.
 
     OPERATOR: the kernel is compiled for a chip that need not be there. Registers, spills, shared memory and
     instructions are the compiler's; cycles of each unit and the one that bounds are a prediction from published

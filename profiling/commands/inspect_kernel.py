@@ -149,7 +149,7 @@ def _every_head_dim(
     if sass:
         raise CaseError("--head-dim family prints a table; for --sass give one number")
     from ..static.forked import usable_cores
-    from ..static.sweep import ShapeItem, inspect_items
+    from ..static.launch_items import ShapeItem, inspect_items
     from ..step.calls import FAMILY_HEAD_DIMS
     from ..terminal.counting import counting
 

@@ -77,13 +77,13 @@ def kernels(
         ),
     ] = None,
 ) -> None:
-    """Measure each kernel at the shapes of a denoising step, in turn with its peers, and print the table.
+    """Measure each kernel beside its peers, at the shapes of a step.
 
-    A call is timed only when its result is right. On a GPU by its own clock, inputs rotated past the L2 cache,
-    launched one by one and replayed as a CUDA graph; on a CPU by the host's clock. Without --peer: the peers that
-    this machine can run, but for FlexAttention (flex), and on a CPU those that compile: these only when named.
-    Exit code 1 when a call ended as error, incorrect or impossible, or none as ok. A call's records are on disk
-    before the next call begins.
+    Kernel and peers run in turn. A call is timed only when its result is right. On a GPU by its own clock, inputs
+    rotated past the L2 cache, launched one by one and replayed as a CUDA graph; on a CPU by the host's clock.
+    Without --peer: the peers that this machine can run, but for FlexAttention (flex), and on a CPU those that
+    compile: these only when named. Exit code 1 when a call ended as error, incorrect or impossible, or none as ok.
+    A call's records are on disk before the next call begins.
 
     \b
     Examples:

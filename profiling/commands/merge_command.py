@@ -25,7 +25,7 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(help="Where the files go, in a folder for each kind of machine.")],
 ) -> None:
-    """Merge the records of several runs and machines into one file for each kind of machine.
+    """Merge records of many runs: a file for each kind of machine.
 
     The files are OUT/<machine>/<date>-<commit>.jsonl; kernels and inspections have files of their own. Lines stay
     as they were written, repeats are left out and counted. Of several records of a case on one kind of machine
@@ -49,7 +49,10 @@ def merge(
     try:
         files = write_merged(out, found)
     except OSError as failure:
-        stop(f"cannot write {failure.filename or out} ({failure.strerror}); nothing was written", 1)
+        where = failure.filename or out
+        stop(
+            f"cannot write {where} ({failure.strerror}); nothing was written: choose another folder with --out", 1
+        )
     for path, file in zip(files, found.files, strict=True):
         say(console(), f"{path}: {counted(len(file.written), 'record')}")
     for line in found.differences:

@@ -9,7 +9,7 @@ import typer
 
 from ..options import dtype_named, joules, milliseconds, split_values
 from ..terminal.visible import console
-from .shared import AsJson, RecordSets, given_records, list_option, print_json, stop, tell, with_options
+from .shared import AsJson, RecordPaths, given_records, list_option, print_json, stop, tell, with_options
 
 if TYPE_CHECKING:
     from ..claims.planning import Answer
@@ -28,7 +28,7 @@ FILTERS = {
 
 @with_options("only", FILTERS)
 def plan(
-    records: RecordSets = None,
+    records: RecordPaths = None,
     *,
     budget: Annotated[str, typer.Option(help="Wall time, with its unit: 50ms, 1.5s.", metavar="TIME")],
     joules_: Annotated[
@@ -45,10 +45,11 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell from records which sizes, samplers and step counts fit a budget, the best by the paper's FID first.
+    """Tell which sizes, samplers and step counts fit a budget.
 
-    A step count that was not measured is told by the line through those that were, and marked. The FID is the
-    paper's, of 50 steps of ddim; where it has none that is said. Environments and conditions are never mixed.
+    The answer comes from records, the best by the paper's FID first. A step count that was not measured is told by
+    the line through those that were, and marked. The FID is the paper's, of 50 steps of ddim; where it has none
+    that is said. Environments and conditions are never mixed.
 
     \b
     Examples:

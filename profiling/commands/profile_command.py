@@ -107,13 +107,14 @@ def profile(
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a record.")] = False,
 ) -> None:
-    """Measure whole sampling trajectories, from noise to latents, and write a run folder with the report.
+    """Measure whole sampling trajectories, and write a run folder.
 
-    Without options it takes the preset for this machine; options replace the preset's lists, and all combinations
-    are measured. Cases that differ only in the backend have a process of their own: if that crashes or hangs,
-    the case in flight has failed, and the others go on. Ctrl-C lets the cases in flight finish; twice, it stops at
-    once. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was made in
-    --seconds; oom and unsupported are data.
+    A trajectory goes from noise to latents. The folder has the records, the page and its charts. Without options
+    it takes the preset for this machine; options replace the preset's lists, and all combinations are measured.
+    Cases that differ only in the backend have a process of their own: if that crashes or hangs, the case in flight
+    has failed, and the others go on. Ctrl-C lets the cases in flight finish; twice, it stops at once. Exit code 1
+    when a case ended as error, incorrect or impossible, none as ok, or no record was made in --seconds; oom and
+    unsupported are data.
 
     \b
     Examples:
@@ -123,6 +124,7 @@ def profile(
       ldmperf profile --unet ./my-sdxl,./my-other --latent 128x128 --tokens 77,154 --steps 20
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --size 39M,866M --rival gan,vae-decoder,masked-transformer --with-decoder
+      ldmperf profile --preset family-all --shard 2/4
       ldmperf profile --resume
     """
     deadline = Deadline(seconds)

@@ -10,11 +10,11 @@ import typer
 from ..options import CaseError
 from ..report.reporting import ReportNotWritten, is_page, report_paths
 from ..trajectory.runs import find_run
-from .shared import DEFAULT_OUT, RecordSets, stop
+from .shared import DEFAULT_OUT, RecordPaths, stop
 
 
 def report(
-    paths: RecordSets = None,
+    paths: RecordPaths = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -36,13 +36,13 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Print the tables of records and write their page: one file that needs no network.
+    """Print the tables of records and write a page with the charts.
 
-    Records of several files, machines and commits are put together in one page, and it says so. Nothing is
-    compared across kinds of machines, versions or settings; commits are compared in tables of their own: times
-    over commits, and two commits side by side. A line that is no whole record, or one of a later version, is set
-    aside: the first 20 are named with number and reason, and the exit code is 1. A file without any record is a
-    wrong call.
+    The page is one file that needs no network. Records of several files, machines and commits are put together in
+    one page, and it says so. Nothing is compared across kinds of machines, versions or settings; commits are
+    compared in tables of their own: times over commits, and two commits side by side. A line that is no whole
+    record, or one of a later version, is set aside: the first 20 are named with number and reason, and the exit
+    code is 1. A file without any record is a wrong call.
 
     \b
     Examples:

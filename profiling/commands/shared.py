@@ -19,11 +19,12 @@ from ..options import real, whole_within
 from ..terminal.visible import console, say
 
 if TYPE_CHECKING:
+    from ..record_files import Gathered
     from ..trajectory.records import Record
 
 DEFAULT_OUT = Path("runs")
-# Record sets that a command reads together, by `given_records`.
-RecordSets = Annotated[
+# What a command reads records from, all together.
+RecordPaths = Annotated[
     list[Path] | None,
     typer.Argument(
         help="Run folders and files of records, of every schema version; without any the latest run.",
@@ -94,21 +95,31 @@ def seconds_option(text: str) -> Any:
     return typer.Option(help=text, parser=parse, metavar="SECONDS")
 
 
-def given_records(paths: Sequence[Path] | None) -> tuple[list[Record], bool]:
-    """The trajectories of those sets, or of the latest run, and whether each line of their files is a record.
+def gathered(paths: Sequence[Path] | None) -> Gathered:
+    """The records at those paths, or of the latest run; lines that are none are named on stderr.
 
-    Lines that are none are named on stderr. Raises RunError where there are no records.
+    Raises RunError where there are no records.
     """
-    from ..measure.folders import RunError
     from ..record_files import gather
     from ..report.reporting import tell_aside
     from ..trajectory.runs import find_run
 
-    paths = paths or [find_run(DEFAULT_OUT, "latest")]
-    found = gather(paths)
-    if not found.trajectories:
-        raise RunError(f"{paths[0]}: no record of a trajectory in it; give records of ldmperf profile")
+    found = gather(paths or [find_run(DEFAULT_OUT, "latest")])
     tell_aside(found.aside)
+    return found
+
+
+def given_records(paths: Sequence[Path] | None) -> tuple[list[Record], bool]:
+    """The trajectories of `gathered`, and whether each line of their files is a record.
+
+    Raises RunError where there are none.
+    """
+    from ..measure.folders import RunError
+
+    found = gathered(paths)
+    if not found.trajectories:
+        where = paths[0] if paths else "the latest run"
+        raise RunError(f"{where}: no record of a trajectory in it; give records of ldmperf profile")
     return list(found.trajectories), not found.aside.in_file
 
 

@@ -58,12 +58,13 @@ def trace(
     top: Annotated[int, whole_option("Rows of the table of kernels.", 1)] = TOP,
     out: Annotated[Path, typer.Option(help="Where the trace's folder goes.")] = DEFAULT_OUT,
 ) -> None:
-    """Trace one trajectory, with named ranges for each step, block and operator, and time it apart.
+    """Trace one trajectory, and time it apart.
 
-    Writes a folder with trace.json (opens in ui.perfetto.dev and chrome://tracing), classes.json (a step by class
-    of operator), trace.md (the tables that are printed) and records.jsonl (the timed run). It times first, without
-    the profiler: on a GPU the captured graph, unless --backend names another. Then it attributes work to ranges on
-    an eager run of at most 8 steps. On CUDA the ranges are NVTX's too, for nsys.
+    The trace has named ranges for each step, block and operator. Writes a folder with trace.json (opens in
+    ui.perfetto.dev and chrome://tracing), classes.json (a step by class of operator), trace.md (the tables that
+    are printed) and records.jsonl (the timed run). It times first, without the profiler: on a GPU the captured
+    graph, unless --backend names another. Then it attributes work to ranges on an eager run of at most 8 steps. On
+    CUDA the ranges are NVTX's too, for nsys.
 
     \b
     Examples:

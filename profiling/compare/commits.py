@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from ..figures.phrases import processor_name
+from ..figures.phrases import machine_name
 from ..figures.text import joined, value_of
 from ..measure.conditions import commit
 from ..measure.environment import Environment
@@ -29,7 +29,7 @@ def commit_order(records: Iterable[AnyRecord]) -> dict[str, datetime]:
 
 def machine_names(environments: Sequence[Environment]) -> list[str]:
     """Kinds of machines in words: GPU or processor, and what differs between kinds with the same."""
-    names = [e.gpu.name if e.gpu is not None else processor_name(e) for e in environments]
+    names = list(map(machine_name, environments))
     told = []
     for name, environment in zip(names, environments, strict=True):
         others = [e for other, e in zip(names, environments, strict=True) if other == name]

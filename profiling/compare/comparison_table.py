@@ -10,8 +10,8 @@ from rich.console import Console
 from ..figures.derived import ratio as ratio_of
 from ..figures.text import joined
 from ..measure.conditions import busy_notes, flag_notes
-from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
-from ..terminal.visible import counted, say, say_wrapped, width_of
+from ..terminal.layout import MISSING, Grid, formatted, number, say_grid
+from ..terminal.visible import counted, say, say_wrapped
 from .comparison import AMBIGUOUS, SAME, Change, Comparison, VerdictRule
 from .gate import Answer, Threshold
 from .metrics import Metric
@@ -46,10 +46,7 @@ def print_comparison(
     shown = found.changes
     if len(shown) > _MOST_EQUAL:
         shown = tuple(change for change in shown if not _is_equal(change))
-    grid = comparison_grid(shown)
-    table = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2)
-    for line in table.lines:
-        say(console, line)
+    say_grid(console, comparison_grid(shown), leading=2)
     if left := len(found.changes) - len(shown):
         say(console, f"{counted(left, 'more row')}, of counts that are SAME, left out")
     say(console)

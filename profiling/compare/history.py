@@ -1,4 +1,4 @@
-"""Times over commits as values: cases, their points, and the tables and chart rows that these make."""
+"""Times over commits as values: cases, their points, and their table."""
 
 from __future__ import annotations
 
@@ -47,16 +47,12 @@ class HistoryPoint:
 class CaseHistory:
     """A case on two commits or more of one kind of machine, the oldest first.
 
-    name        network and backend, and what sets the case apart from the others in the history
-    conditions  what sets it apart, alone
-    machine     the kind of machine in words; empty where all cases are of one
+    name     network and backend, and what sets the case apart from the others in the history
+    machine  the kind of machine in words; empty where all cases are of one
     """
 
     name: str
     case_id: str
-    size: str
-    backend: str
-    conditions: str
     machine: str
     points: tuple[HistoryPoint, ...]
 
@@ -99,29 +95,3 @@ class History:
             *("95% interval", "verdict", "why", "flags"),
         )
         return Grid(headings, rows, ("case", "machine", "commit", "at", "verdict", "why", "flags")).without_empty()
-
-    def chart_rows(self) -> list[dict[str, object]]:
-        """name, size, backend, conditions, machine, commit, at (ISO 8601), place (of the commit, from 0), p20,
-        p50, p80 (ms of a step), verdict, is_changed, flags: one for each point."""
-        commits = {(point.at, point.commit) for series in self.series for point in series.points}
-        places = {key: place for place, key in enumerate(sorted(commits))}
-        return [
-            {
-                "name": series.name,
-                "size": series.size,
-                "backend": series.backend,
-                "conditions": series.conditions,
-                "machine": series.machine,
-                "commit": point.commit,
-                "at": point.at.isoformat(),
-                "place": places[point.at, point.commit],
-                "p20": point.step_ms.p20,
-                "p50": point.step_ms.p50,
-                "p80": point.step_ms.p80,
-                "verdict": point.verdict,
-                "is_changed": point.is_changed,
-                "flags": point.flags,
-            }
-            for series in self.series
-            for point in series.points
-        ]

@@ -13,7 +13,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar
 
-from ..figures.best import best_record
+from ..figures.best import best_of_case, by_time
 from ..measure.conditions import commit_name
 from ..measure.environment import Environment
 from ..measure.folders import RunError
@@ -129,8 +129,8 @@ def check_one_commit(written: Iterable[WrittenLine]) -> None:
 def merged(written: Iterable[WrittenLine]) -> Merge:
     """The lines by kind of machine and of records, each case once; the order of the lines does not matter.
 
-    Of a record that was written twice the longer line stays; of trajectories of one case the one that a report
-    shows (`best_record`); of kernels and inspections the latest. Raises RunError as `check_one_commit`.
+    Of a record that was written twice the longer line stays; of the records of one case the one that a report
+    shows (`best_of_case`). Raises RunError as `check_one_commit`.
     """
     lines = list(written)
     check_one_commit(lines)
@@ -147,7 +147,7 @@ def merged(written: Iterable[WrittenLine]) -> Merge:
     files: list[MergedFile] = []
     for kept in kinds:
         environments = [each.record.environment for kind in _SUFFIXES for each in kept.get(kind, ())]
-        name = machine_name(environments)
+        name = machine_folder(environments)
         folder = _free(name, {file.path.parts[0] for file in files})
         for kind, suffix in _SUFFIXES.items():
             if kind in kept:
@@ -198,7 +198,7 @@ def _free(name: str, taken: Container[str]) -> str:
     return next(free for free in itertools.chain([name], numbered) if free not in taken)
 
 
-def machine_name(environments: Sequence[Environment]) -> str:
+def machine_folder(environments: Sequence[Environment]) -> str:
     """A folder's name for a kind of machine: "nvidia-h200", "cpu-intel-xeon-2-cores" (the fewest seen)."""
     first = environments[0]
     if first.gpu is not None:
@@ -221,20 +221,11 @@ def _each_case_once(lines: Sequence[WrittenLine]) -> tuple[list[WrittenLine], Re
     complete: list[AnyRecord] = list(records)
     if trajectories := [record for record in records if isinstance(record, Record)]:
         complete = list(without_completed(trajectories))
-    best = [_best(of_case) for of_case in _grouped(complete, attrgetter("case_id")).values()]
+    # A report's order: two may have been begun in the same second.
+    best = [best_of_case(of_case) for of_case in _grouped(by_time(complete), attrgetter("case_id")).values()]
     kept = sorted((distinct[record] for record in best), key=_by_time)
     dropped = Repeats(len(lines) - len(records), len(records) - len(complete), len(complete) - len(best))
     return kept, dropped
-
-
-def _best(of_case: Sequence[AnyRecord]) -> AnyRecord:
-    """The one that a report shows, of those of a case."""
-    if len(of_case) == 1:
-        return of_case[0]
-    # A report's order: two may have been begun in the same second.
-    by_time = sorted(of_case, key=lambda record: (record.started_at, record.model_dump_json()))
-    trajectories = [record for record in by_time if isinstance(record, Record)]
-    return best_record(trajectories) if trajectories else by_time[-1]
 
 
 def _by_time(each: WrittenLine) -> tuple[object, ...]:

@@ -66,9 +66,6 @@ def history(records: Sequence[Record], rule: VerdictRule | None = None) -> Histo
             CaseHistory(
                 joined((f"{names[case.network]} {case.backend}", heading)),
                 case.case_id,
-                names[case.network],
-                case.backend,
-                heading,
                 machines[place.environment] if len(machines) > 1 else "",
                 tuple(point if change is None else _told(point, next(judged)) for point, change in steps),
             )

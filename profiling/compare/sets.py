@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..figures.best import best_record
+from ..figures.best import best_of_case
 from ..figures.derived import network_names
 from ..figures.phrases import Conditions
 from ..figures.text import joined
@@ -103,11 +103,7 @@ def _one_of_each(records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
     by_key: dict[str, list[AnyRecord]] = {}
     for record in records:
         by_key.setdefault(record.case_key, []).append(record)
-    chosen: dict[str, AnyRecord] = {}
-    for key, of_case in by_key.items():
-        trajectories = [record for record in of_case if isinstance(record, Record)]
-        chosen[key] = best_record(trajectories) if trajectories else of_case[-1]
-    return chosen
+    return {key: best_of_case(of_case) for key, of_case in by_key.items()}
 
 
 def measured(records: Iterable[AnyRecord]) -> list[Record | KernelRecord]:

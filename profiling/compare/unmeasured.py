@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..measure.environment import Environment
 from ..measure.folders import holds
+from ..record_files import folders_at
 from ..trajectory.records import RECORDS_NAME, Record
 from ..trajectory.runs import RUN_NAME, Run, open_run
 
@@ -18,7 +19,7 @@ def runs_at(paths: Sequence[Path]) -> list[Run]:
         if path.name == RECORDS_NAME:
             folders.append(path.parent)
         elif path.is_dir():
-            folders += [path, *sorted(inner for depth in ("*", "*/*") for inner in path.glob(depth))]
+            folders += folders_at(path)
     return [open_run(folder) for folder in dict.fromkeys(folders) if holds(folder, RUN_NAME)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..compare.metrics import Metric
+from ..record_files import record_kind
 from ..terminal.visible import visible
 from ..trajectory.case import Case
 from .series import (
@@ -17,7 +18,6 @@ from .series import (
     OF_TRAJECTORIES,
     conditions,
     environment,
-    kind,
     processor,
 )
 
@@ -54,7 +54,7 @@ def csv_table(records: Sequence[AnyRecord], metrics: Sequence[Metric]) -> str:
 
 def _first(record: AnyRecord) -> dict[str, object]:
     return {
-        "kind": kind(record),
+        "kind": record_kind(record),
         "case_id": record.case_id,
         "status": record.status,
         "message": record.message,

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, get_args
 
 from ..compare.metrics import Metric
 from ..measure.recorded import Status
+from ..record_files import record_kind
 from ..terminal.visible import visible
-from .series import Series, Texts, environment, kind, processor, series_of, shown, texts
+from .series import Series, Texts, environment, processor, series_of, shown, texts
 
 if TYPE_CHECKING:
     from ..record_files import AnyRecord
@@ -95,7 +96,11 @@ def _states(record: AnyRecord) -> Iterable[_Sample]:
 
 def _info(record: AnyRecord) -> tuple[tuple[str, str], ...]:
     known = texts(environment(record))
-    told: Texts = {"kind": kind(record), "case": visible(record.case_key), "run_id": visible(record.run_id or "")}
+    told: Texts = {
+        "kind": record_kind(record),
+        "case": visible(record.case_key),
+        "run_id": visible(record.run_id or ""),
+    }
     told |= {name: known[name] for name in _TOLD if name in known}
     return (*_identity(record), *((name, value) for name, value in told.items() if value))
 

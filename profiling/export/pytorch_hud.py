@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..compare.metrics import Metric
+from ..record_files import record_kind
 from ..terminal.visible import visible
-from .series import Series, conditions, environment, in_its_run, kind, processor, series_of, shown, texts
+from .series import Series, conditions, environment, in_its_run, processor, series_of, shown, texts
 
 if TYPE_CHECKING:
     from ..record_files import AnyRecord
@@ -46,12 +47,12 @@ def _row(series: Series) -> dict[str, Any]:
             "name": "ldmperf",
             "mode": "inference",
             "dtype": case.get("dtype", ""),
-            "extra_info": {"kind": kind(record), "run_id": visible(record.run_id or "")} | case,
+            "extra_info": {"kind": record_kind(record), "run_id": visible(record.run_id or "")} | case,
         },
         # HUD tells series apart by the model and the metric, and by no extra_info.
         "model": {
             "name": record.case_id,
-            "type": kind(record),
+            "type": record_kind(record),
             "backend": case.get("backend", case.get("peer", "")),
             "origins": ["ldmperf"],
             "extra_info": {"case": visible(record.case_key)},

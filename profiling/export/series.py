@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..compare.metrics import Figure, Metric
-from ..figures.best import best_record
+from ..figures.best import best_of_case, by_time
 from ..figures.text import joined
 from ..measure.conditions import commit
 from ..measure.environment import Environment, Gpu
 from ..measure.folders import RunError
 from ..options import device_kind
+from ..record_files import record_kind
 from ..terminal.visible import visible
 from ..trajectory.records import Record
 
@@ -52,19 +53,14 @@ def _nothing(record: AnyRecord) -> Hashable:
 
 
 def shown(records: Iterable[AnyRecord], apart: Callable[[AnyRecord], Hashable] = _nothing) -> list[AnyRecord]:
-    """One record of each case: of trajectories the one that a report shows, else the latest.
+    """One record of each case, the one that a report shows.
 
     `apart`: what tells records of a case apart that stand side by side, such as their runs.
     """
     found: dict[Hashable, list[AnyRecord]] = {}
-    for record in sorted(records, key=lambda record: (record.started_at, record.model_dump_json())):
+    for record in by_time(records):
         found.setdefault((record.case_id, apart(record)), []).append(record)
-    return [_one(of_case) for of_case in found.values()]
-
-
-def _one(records: Sequence[AnyRecord]) -> AnyRecord:
-    trajectories = [record for record in records if isinstance(record, Record)]
-    return best_record(trajectories) if trajectories else records[-1]
+    return [best_of_case(of_case) for of_case in found.values()]
 
 
 def in_its_run(record: AnyRecord) -> Hashable:
@@ -81,9 +77,9 @@ def one_environment(records: Sequence[AnyRecord], format_name: str) -> None:
         known = first.setdefault("commit", environment)
         if known.git_commit != environment.git_commit:
             found[f"git_commit: {known.git_commit}, {environment.git_commit}"] = None
-        known = first.setdefault((kind(record), _device(record)), environment)
+        known = first.setdefault((record_kind(record), _device(record)), environment)
         differ = known.differences(environment)
-        if kind(record) == "inspection":
+        if record_kind(record) == "inspection":
             # The machine that compiled says nothing of the code.
             differ = [line for line in differ if line.partition(":")[0] in ("triton", "ptxas")]
         found |= dict.fromkeys(differ)
@@ -94,13 +90,6 @@ def one_environment(records: Sequence[AnyRecord], format_name: str) -> None:
             f"({'; '.join(list(found)[:3])}{more}); give those of one (`ldmperf merge` groups records), or export "
             "to openmetrics, pytorch-hud-v3 or csv"
         )
-
-
-def kind(record: AnyRecord) -> str:
-    """ "trajectory", "kernel" or "inspection"."""
-    if isinstance(record, Record):
-        return "trajectory"
-    return "kernel" if "peer" in type(record).model_fields else "inspection"
 
 
 def _device(record: Any) -> str:
@@ -120,7 +109,7 @@ def conditions(record: Any) -> dict[str, object]:
     """What was measured, field by field; what is null is left out."""
     if isinstance(record, Record):
         found = record.case.model_dump() | {name: getattr(record, name) for name in OF_TRAJECTORIES}
-    elif kind(record) == "kernel":
+    elif record_kind(record) == "kernel":
         own = {"operator": record.case.operator, "call": record.case.label}
         found = {name: own[name] if name in own else getattr(record, name) for name in OF_KERNELS}
     else:

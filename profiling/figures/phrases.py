@@ -123,6 +123,11 @@ def _device(case: Case, environment: Environment) -> str:
     return processor_name(environment)
 
 
+def machine_name(environment: Environment) -> str:
+    """The GPU's name, or the CPU's where none was measured on."""
+    return environment.gpu.name if environment.gpu is not None else processor_name(environment)
+
+
 def processor_name(environment: Environment) -> str:
     """The CPU's name, with the threads that torch used."""
     name = environment.cpu or "CPU of unknown name"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +22,7 @@ from ..measure.recorded import (
     Status,
     schema_of,
     short_id,
+    since_defect,
 )
 from ..measure.store import Aside, Store, read_lines
 from ..options import DEVICE_PATTERN, device_kind
@@ -159,6 +160,15 @@ class KernelRecord(RecordModel):
 def record_key(call: OperatorCall, device: str, peer: str, mode: Mode, seed: int = 0) -> str:
     """What tells a record from others, as text."""
     return f"{call.key} device={device} peer={peer} mode={mode}" + (f" seed={seed}" if seed else "")
+
+
+def best_kernel(records: Sequence[KernelRecord]) -> KernelRecord:
+    """The record to show of a call, out of those in the order in which they were made.
+
+    That is the last with a time, or else the last; what was measured before a defect does not count.
+    """
+    since = since_defect(records)
+    return next((record for record in reversed(since) if record.ms is not None), since[-1])
 
 
 def kernel_schema() -> dict[str, Any]:

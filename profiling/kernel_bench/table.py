@@ -13,7 +13,7 @@ from ..options import device_kind
 from ..terminal.layout import MISSING, Grid, formatted, laid_out, number
 from ..terminal.visible import counted, for_markdown, say, say_wrapped, width_of
 from .attention_table import attention_figures, attention_grid, attention_lines, attention_rows, attention_title
-from .kernel_records import MODES, KernelRecord, Mode
+from .kernel_records import MODES, KernelRecord, Mode, best_kernel
 from .ratios import ratios
 
 HEADINGS = (
@@ -31,17 +31,16 @@ NOTE = (
 def by_conditions(records: Sequence[KernelRecord]) -> list[list[KernelRecord]]:
     """The records of each kind of machine, dtype and commit apart: times of two do not belong in one table.
 
-    Of a call that several runs have there is the last record with a time, or else the last.
+    Of a call that several runs have there is one record (`best_kernel`).
     """
-    found: dict[object, dict[str, KernelRecord]] = {}
+    found: dict[object, dict[str, list[KernelRecord]]] = {}
     for record in sorted(records, key=lambda record: record.started_at):
         of = (record.environment.kind, device_kind(record.device), record.case.dtype, record.in_turns)
-        group = found.setdefault(of, {})
-        earlier = group.get(record.case_key)
-        if earlier is None or record.ms is not None or earlier.ms is None:
-            group[record.case_key] = record
+        found.setdefault(of, {}).setdefault(record.case_key, []).append(record)
     order = {id(record): place for place, record in enumerate(records)}
-    return [sorted(group.values(), key=lambda record: order[id(record)]) for group in found.values()]
+    return [
+        sorted(map(best_kernel, group.values()), key=lambda record: order[id(record)]) for group in found.values()
+    ]
 
 
 def conditions(records: Sequence[KernelRecord]) -> str:

@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -92,6 +92,25 @@ class KernelTime(RecordModel):
     name: str
     launches: Annotated[float, Field(ge=0)]
     ms: Milliseconds
+
+
+class Ended(Protocol):
+    """A record that says how its case ended."""
+
+    @property
+    def status(self) -> Status: ...
+
+
+E = TypeVar("E", bound=Ended)
+
+
+def since_defect(records: Sequence[E]) -> Sequence[E]:
+    """The records from the last defect (`FAILED`) on, out of those of a case in the order in which they were made.
+
+    A defect is shown until the case is measured again.
+    """
+    defects = [place for place, record in enumerate(records) if record.status in FAILED]
+    return records[defects[-1] :] if defects else records
 
 
 def utc_now() -> datetime:

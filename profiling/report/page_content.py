@@ -10,9 +10,8 @@ from ..claims.summary import left_open, only_timed, shared_by_all, summaries
 from ..claims.verdict import ClaimVerdicts
 from ..figures import text
 from ..figures.derived import PEER, Overview, Row, rung_place
-from ..figures.phrases import environment_name, processor_name
+from ..figures.phrases import environment_name, machine_name
 from ..measure.conditions import commit
-from ..measure.environment import Environment
 from ..terminal.visible import counted, visible
 from ..trajectory.case import Case
 from ..trajectory.records import Record
@@ -149,15 +148,13 @@ def _environments(shown: Overview) -> list[tuple[str, list[tuple[str, str]]]]:
         records.setdefault(row.environment, []).append(row.record)
     return [
         (
-            text.joined((f"Environment {environment_name(index)}", _machine(environment), commit(environment))),
+            text.joined(
+                (f"Environment {environment_name(index)}", visible(machine_name(environment)), commit(environment))
+            ),
             details.environment_lines(shown.measured_in[index]) + details.device_lines(records.get(index, ())),
         )
         for index, environment in enumerate(shown.environments)
     ]
-
-
-def _machine(environment: Environment) -> str:
-    return visible(environment.gpu.name if environment.gpu else processor_name(environment))
 
 
 def _origin(case: Case) -> str:

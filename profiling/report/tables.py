@@ -9,8 +9,8 @@ from rich.console import Console
 
 from ..figures import text
 from ..figures.derived import Overview, Row
-from ..terminal.layout import MISSING, Grid, laid_out
-from ..terminal.visible import for_markdown, say, say_wrapped, width_of
+from ..terminal.layout import MISSING, Grid, say_grid
+from ..terminal.visible import for_markdown, say, say_wrapped
 from .columns import Column, Table, table_of
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
 from .rivals_table import RIVALS_NOTE, RIVALS_TITLE, rivals_grid
@@ -93,8 +93,7 @@ def print_grid(console: Console, title: str, grid: Grid) -> None:
     """A table under its title."""
     _print(console)
     say_wrapped(console, title, "bold")
-    for line in laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=2).lines:
-        say(console, line)
+    say_grid(console, grid, leading=2)
 
 
 def _shows(column: Column, row: Row) -> bool:

@@ -18,8 +18,8 @@ from ..measure.environment import Environment
 from ..measure.store import read_lines, write_whole
 from ..step.calls import FAMILY_HEAD_DIMS
 from .inspection_records import InspectionRecord
+from .launch_items import Item, Selection, ShapeItem, select
 from .shapes import Shape
-from .sweep import Item, Selection, ShapeItem, select
 
 # What `make test` compiles. All sizes, both batches and every specialization: bench/static_baseline.py --every.
 CHECKED = (

@@ -128,12 +128,15 @@ def specialization_of(launch: Launch, machine: Machine) -> Specialization:
     )
 
 
-def compile_launch(launch: Launch, machine: Machine) -> Compiled:
-    """Compile through Triton's cache (TRITON_CACHE_DIR). Raises what the compiler raises."""
+def compile_launch(launch: Launch, machine: Machine, *, anew: bool = False) -> Compiled:
+    """Compile through Triton's cache (TRITON_CACHE_DIR); `anew` replaces what is there. Raises what the compiler
+    raises."""
     import triton
     from triton.compiler import ASTSource
 
     options, signature, constants, attributes = bind(launch, machine)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=target(machine), options=options.__dict__)
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile |= anew
+        kernel = triton.compile(source, target=target(machine), options=options.__dict__)
     return Compiled(specialization_of(launch, machine), machine, int(kernel.metadata.shared), {**kernel.asm})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from subprocess import SubprocessError
 from typing import Any
 
 from ldmperf.kernels import Launch
@@ -165,8 +166,17 @@ def launch_as_json(launch: Launch, specialization: Specialization, machine: Mach
 
 
 def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
-    """Compile a launch and read its code. Raises what the compiler raises."""
-    compiled = compile_launch(launch, machine)
+    """Compile a launch and read its code. Raises what the compiler raises.
+
+    What Triton's cache has of it is compiled anew where it cannot be read, as after a crash or on a full disk.
+    """
+    try:
+        return _read(launch, compile_launch(launch, machine), machine)
+    except (LookupError, SubprocessError, ValueError):
+        return _read(launch, compile_launch(launch, machine, anew=True), machine)
+
+
+def _read(launch: Launch, compiled: Compiled, machine: Machine) -> Inspection:
     if machine.backend == "hip":
         return Inspection(launch, compiled, amd=amd_resources(compiled.asm["amdgcn"]), tile=score_tile(launch))
     text = disassemble(compiled.asm["cubin"])

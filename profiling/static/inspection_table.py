@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from ..measure.conditions import commit
-from ..terminal.layout import MISSING, Grid, laid_out
-from ..terminal.visible import say, say_wrapped, width_of
+from ..terminal.layout import MISSING, Grid, say_grid
+from ..terminal.visible import say_wrapped
 from .inspection_records import InspectionRecord
 
 HEADINGS = (
@@ -52,10 +52,7 @@ def print_inspections(records: Sequence[InspectionRecord], console: Console) -> 
     """Of each architecture, compiler and commit a table, and how to read them."""
     for group in inspection_groups(records):
         say_wrapped(console, inspection_conditions(group[0]), "bold")
-        grid = inspection_grid(group)
-        laid = laid_out(grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=3)
-        for line in laid.lines:
-            say(console, line)
+        say_grid(console, inspection_grid(group), leading=3)
     if records:
         say_wrapped(console, INSPECTION_NOTE)
 

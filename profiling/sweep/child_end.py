@@ -20,6 +20,9 @@ from typing import NoReturn
 # Before each value its length; after each, from the other side, that it has been dealt with.
 HEADER = struct.Struct("!I")
 TAKEN = b"."
+# What stops a command is for its first process to judge: a terminal sends the one to all in its group, a batch
+# system the other to all of a job.
+STOPS = frozenset({signal.SIGINT, signal.SIGTERM})
 # fcntl.h; python's fcntl has no name for it before 3.13.
 _F_SETSIG = 10
 # Warnings may come from other threads.
@@ -58,6 +61,10 @@ def run_child(
     # A session: no terminal's signals, and one group with all that it starts.
     os.setsid()
     _die_with_parent(mouth.alive)
+    for number in STOPS:
+        # Not SIG_IGN, which what this process starts would inherit.
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     # What was loaded is no garbage: looking through it would copy its pages into this process.
     gc.freeze()
     os.environ.clear()

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any
 
-from .child_end import HEADER, TAKEN, Mouth, run_child
+from .child_end import HEADER, STOPS, TAKEN, Mouth, run_child
 from .preload import PRELOADED
 
 _CHUNK = 1 << 20
@@ -129,15 +129,17 @@ class ChildProcess:
             if left <= 0:
                 raise Hung(seconds)
             ready = wait([self._heard, self._process.sentinel], min(left, _LONGEST_WAIT_S))
-            if self._heard in ready:
-                try:
-                    received = os.read(self._heard.fileno(), _CHUNK)
-                except BlockingIOError:
+            if not ready:
+                continue
+            # What it said comes before that it has ended: both may come to be known in one wait, in either order.
+            try:
+                received = os.read(self._heard.fileno(), _CHUNK)
+            except BlockingIOError:
+                if self._process.sentinel not in ready:
                     continue
-                if received:
-                    self._buffer += received
-                    continue
-            elif not ready:
+                received = b""
+            if received:
+                self._buffer += received
                 continue
             # The pipe is closed, or the process has ended and said nothing more.
             self._process.join(_TO_END_S)
@@ -161,9 +163,12 @@ class ChildProcess:
         if self._heard.closed:
             return
         # Its group first, whose number is the child's as long as one of it runs.
-        for kill in (os.killpg, os.kill):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        # It may not have a group yet. The number of one that has ended may be another process's by now.
+        if self._process.exitcode is None:
             with suppress(ProcessLookupError, PermissionError):
-                kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
         self._process.join(_TO_END_S)
         self._close()
 
@@ -176,19 +181,21 @@ def start_server() -> Any:
     """The context of multiprocessing for children; its fork server, if it has one, is starting or there."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", *PRELOADED])
-    with _interrupts_held_back():
+    # First: where it starts, it lets signals through again.
+    resource_tracker.ensure_running()
+    with _stops_held_back():
         forkserver.ensure_running()
     return context
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Blocks SIGINT: what is started inside never gets it, as the terminal's Ctrl-C is for this process alone."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _stops_held_back() -> Iterator[None]:
+    """Blocks `STOPS`: what is started inside never gets them, which are for this process alone to judge."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:

@@ -78,6 +78,11 @@ Event: TypeAlias = Ran | Recorded | Completed | Told | Warned | TookTurns | Lear
 
 
 @dataclass(frozen=True)
+class Started:
+    """The process is there, with all that it has to load."""
+
+
+@dataclass(frozen=True)
 class Entered:
     """A case's phase begins, as `Listener.entered` says; it is done within `patience` seconds unless it hangs."""
 
@@ -120,4 +125,4 @@ class Finished:
 
 
 # What goes over the pipe.
-Sign: TypeAlias = Event | Entered | GroupKnown | AwaitsTurn | Interrupted | Broken | Finished
+Sign: TypeAlias = Event | Started | Entered | GroupKnown | AwaitsTurn | Interrupted | Broken | Finished

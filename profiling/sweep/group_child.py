@@ -41,6 +41,7 @@ from .events import (
     Queued,
     Ran,
     Recorded,
+    Started,
     Told,
     TookTurns,
     Warned,
@@ -63,6 +64,7 @@ def measure_group(mouth: Mouth, task: GroupTask) -> None:
     """Does the task and tells of it, to the end of the process."""
     warnings.showwarning = partial(_warned, mouth)
     TURNS.on_wait = _TurnsTold(mouth)
+    mouth.say(Started())
     device = task.cases[0].device
     whole, timing = task.time.deadlines()
     try:

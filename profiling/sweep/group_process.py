@@ -29,6 +29,7 @@ from .events import (
     Queued,
     Recorded,
     Sign,
+    Started,
     TookTurns,
     Warned,
 )
@@ -82,6 +83,7 @@ class _Flight:
     task: GroupTask
     case: Case | None = None
     phase: str = ""
+    has_started: bool = False
     is_waiting: bool = False
     is_finished: bool = False
     done: set[str] = field(default_factory=set)
@@ -95,7 +97,8 @@ class _Flight:
         """Seconds that may pass before the next sign of life."""
         if self.is_waiting:
             return math.inf
-        if self.task.timeout is not None:
+        # What it has to load first may take longer.
+        if self.task.timeout is not None and self.has_started:
             return self.task.timeout
         return self._patience
 
@@ -107,6 +110,8 @@ class _Flight:
         """Takes note of what was said; yields what others are to hear of it."""
         self.is_waiting = isinstance(sign, AwaitsTurn) or (isinstance(sign, Queued) and not sign.is_over)
         match sign:
+            case Started():
+                self.has_started = True
             case Entered(case, phase, seconds):
                 self.case, self.phase, self._patience = case, phase, seconds
             case GroupKnown(template):

@@ -1,4 +1,4 @@
-"""What one process is to do: measure the cases of a group, or trace them. A value that crosses machines."""
+"""What one process is to do: time the cases of a group, or trace cases. A value that crosses machines."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Carried:
 
 @dataclass(frozen=True)
 class GroupTask:
-    """The cases of one group, and how they are measured (`runner.profile`).
+    """The cases of one group, or for traces those of many on one device, and how they are measured (`profile`).
 
-    environment: of the group's device, collected once for all groups. timeout: seconds without a sign of life
+    environment: of the device, collected once for all groups. timeout: seconds without a sign of life
     until the process is given up; None for those of `patience`. untraced: records of these cases to complete by
     a trace; None to time the cases. subjects: makes what is measured; pickled by its name.
     """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +16,7 @@ from ..measure.turn import TURNS
 from ..trajectory.case import Case
 from ..trajectory.records import Record, RecordStore
 from ..trajectory.runner import Listener, groups, to_trace, wanted_and_left
-from ..trajectory.short_traces import timing_deadline, trace_order
+from ..trajectory.short_traces import timing_deadline
 from .events import Completed, Event, Learned, Queued, Ran, Recorded, Told, TookTurns, Warned
 from .group_process import environment_of, measured
 from .group_task import Carried, GroupTask, TimeGiven
@@ -86,41 +84,34 @@ def run_sweep(
             listener.begin(cases)
             run.do(sweep.task(cases))
             listener.end()
-        for task in trace_tasks(sweep, store.load(), wanted, deadline):
+        for task in trace_tasks(sweep, store.load(), wanted):
             if interrupts.is_asked:
                 return run.recorded, True
             if deadline.passed:
                 break
             run.do(task)
-    return run.recorded, False
+        return run.recorded, run.is_cut_short
 
 
-def trace_tasks(
-    sweep: Sweep, records: Sequence[Record], cases: Sequence[Case], deadline: Deadline
-) -> list[GroupTask]:
-    """The tasks of tracing what has a time and no trace yet.
+def trace_tasks(sweep: Sweep, records: Sequence[Record], cases: Sequence[Case]) -> list[GroupTask]:
+    """The tasks of tracing what has a time and no trace yet: one for each device, over all groups.
 
-    With a deadline the most important backends of all groups come first (`trace_order`), in a process for each
-    group and importance; without one each group has one process.
+    A process for each group would begin with a context, libraries and a network of its own, for traces that take
+    less. A process that ends costs the trace in flight, and another one goes on.
     """
     located = {case.key: case for case in cases}
-    order = {case.group_key: place for place, case in reversed(list(enumerate(cases)))}
-    untraced = sorted(
-        to_trace(records, located), key=lambda one: (order[one.case.group_key], trace_order(one.case))
-    )
-    if not math.isinf(deadline.seconds):
-        untraced.sort(key=lambda one: trace_order(one.case))
-    tasks = []
-    for _, of_group in groupby(untraced, key=lambda one: one.case.group_key):
-        traced = tuple(of_group)
-        task = sweep.task([located[one.case_key] for one in traced])
-        tasks.append(replace(task, untraced=traced))
-    return tasks
+    by_device: dict[str, list[Record]] = {}
+    for record in to_trace(records, located):
+        by_device.setdefault(located[record.case_key].device, []).append(record)
+    return [
+        replace(sweep.task([located[record.case_key] for record in untraced]), untraced=tuple(untraced))
+        for untraced in by_device.values()
+    ]
 
 
 @dataclass
 class SweepRun:
-    """A sweep that goes on; `recorded` counts its records."""
+    """A sweep that goes on; `recorded` counts its records. `is_cut_short`: Ctrl-C has ended a task of traces."""
 
     store: RecordStore
     listener: Listener
@@ -129,17 +120,21 @@ class SweepRun:
     executor: Executor
     interrupts: Interrupts
     recorded: int = 0
+    is_cut_short: bool = False
     carried: Carried = field(default_factory=Carried)
     _seen: dict[str | tuple[str, type[Warning], int], int] = field(default_factory=dict)
 
     def do(self, task: GroupTask) -> None:
-        """Does one task to its end."""
+        """Does one task to its end; one of traces, after Ctrl-C, to the end of the trace in flight."""
         task = replace(task, time=TimeGiven.of(self.whole, self.timing), carried=self.carried)
         self.interrupts.is_measuring = True
         try:
             with closing(self.executor(task)) as events:
                 for event in events:
                     self.heard(event)
+                    if task.untraced is not None and self.interrupts.is_asked and isinstance(event, Completed):
+                        self.is_cut_short = True
+                        return
         finally:
             self.interrupts.is_measuring = False
 

@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from .visible import for_markdown, visible
+from rich.console import Console
+
+from .visible import for_markdown, say, visible, width_of
 
 # In place of a value that is not there.
 MISSING = "-"
@@ -95,6 +97,14 @@ def laid_out(
                 below = _packed([f"{headings[i]} {row[i]}" for i in kept[leading:] if row[i] != MISSING], width)
             laid.append([_GAP + _GAP.join(pairs), *below])
     return LaidOut(line(names).rstrip() if in_columns else None, tuple(map(tuple, laid)))
+
+
+def say_grid(console: Console, grid: Grid, leading: int = 1) -> None:
+    """Prints the table within the console's width; `leading` as of `laid_out`."""
+    for line in laid_out(
+        grid.headings, grid.rows, words=grid.words, width=width_of(console), leading=leading
+    ).lines:
+        say(console, line)
 
 
 def _pair(heading: str, cell: str, words: Collection[str]) -> str:

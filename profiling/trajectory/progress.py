@@ -159,12 +159,13 @@ class ProgressLines(Listener):
         self._write(line)
 
     def stopping(self) -> None:
-        left = readable(self._remaining.seconds_of(self._in_flight))
-        what = counted(len(self._in_flight), "case")
-        self._write(
-            f"stopping once the group in flight is done ({what} to go{left and ', ' + left}); "
-            "Ctrl-C again stops at once"
-        )
+        # Of a group whose cases are all recorded energy is in flight, after all groups a trace.
+        what = "what is in flight is done"
+        if self._in_flight:
+            left = readable(self._remaining.seconds_of(self._in_flight))
+            cases = counted(len(self._in_flight), "case")
+            what = f"the group in flight is done ({cases} to go{left and ', ' + left})"
+        self._write(f"stopping once {what}; Ctrl-C again stops at once")
 
     def _write(self, line: str) -> None:
         say(self._console, line)
