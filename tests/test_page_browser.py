@@ -311,7 +311,7 @@ def test_predictions_are_hollow_and_changes_ringed(opened: Opened, browser: Any,
         HistoryPoint(name, datetime(2026, 11, day, tzinfo=UTC), Spread(9.0, 10.0, 11.0), 4, verdict)
         for day, (name, verdict) in enumerate((("aaa", ""), ("bbb", "FASTER"), ("ccc", "SLOWER")), 1)
     )
-    series = CaseHistory("39M torch", made[0].case_id, "39M", "torch", "", "", points)
+    series = CaseHistory("39M torch", made[0].case_id, "", points)
     write_page(PageInput(overview(made), history=History((series,), "", ())), tmp_path / "page.html")
     other = Opened(browser, tmp_path / "page.html")
     assert {*other.page.locator("#fid .mark-symbol path").evaluate_all(hollow)} == {"1"}

@@ -143,7 +143,7 @@ def test_a_page_takes_run_folders_folders_of_such_and_files_of_every_kind(
     assert content.sources.commits == ("7d35813", "aaaaaaa") or content.sources.commits == ("aaaaaaa", "7d35813")
     assert len(content.sources.links) == 4
     assert content.history is not None
-    assert [series.size for series in content.history.series] == ["39M"]
+    assert [series.name for series in content.history.series] == ["39M torch"]
     (side,) = content.side_by_side
     assert side.lists == (("in A only", ("83M torch", "145M torch")),) or "in B only" in dict(side.lists)
     together = "4 records of trajectories and 1 record of kernels from 4 files, 2 commits"
