@@ -26,9 +26,9 @@ from .events import (
     GroupKnown,
     Interrupted,
     Learned,
+    Message,
     Queued,
     Recorded,
-    Message,
     Started,
     TookTurns,
     Warned,
@@ -120,9 +120,9 @@ class _Flight:
                 raise KeyboardInterrupt(reason)
             case Finished():
                 self.is_finished = True
-            case Broken(status, message, blames_all):
+            case Broken(status, why, blames_all):
                 if blames_all:
-                    yield from self._lose(self.rest().left, status, message)
+                    yield from self._lose(self.rest().left, status, why)
             case AwaitsTurn():
                 pass
             case _:
