@@ -31,7 +31,7 @@ from ldmperf.profiling.measure.ceiling_cache import KeptCeilings
 from ldmperf.profiling.measure.ceiling_probes import measure_ceilings
 from ldmperf.profiling.step.roofline import StepPart
 from ldmperf.profiling.sweep import group_child
-from ldmperf.profiling.sweep.child_end import HEADER, Mouth
+from ldmperf.profiling.sweep.child_end import HEADER, ParentPipe
 from ldmperf.profiling.trajectory.backend import Backend, Subject, Trajectory
 from ldmperf.profiling.trajectory.case import Case, Task
 
@@ -200,10 +200,10 @@ def clock_backwards() -> None:
     recorded.datetime = Backwards  # type: ignore[misc]
 
 
-def last_words(mouth: Mouth) -> None:
+def last_words(parent: ParentPipe) -> None:
     """Says something and ends before it was taken."""
     content = pickle.dumps("last words")
-    os.write(mouth.said.fileno(), HEADER.pack(len(content)) + content)
+    os.write(parent.said.fileno(), HEADER.pack(len(content)) + content)
     os._exit(3)
 
 

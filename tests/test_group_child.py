@@ -10,7 +10,7 @@ import pytest
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.sweep import group_child
-from ldmperf.profiling.sweep.child_end import Mouth
+from ldmperf.profiling.sweep.child_end import ParentPipe
 from ldmperf.profiling.sweep.events import Broken, Recorded
 from ldmperf.profiling.sweep.patience import COMPILED_S, LEAST_S, patience
 from ldmperf.profiling.trajectory.network import FAMILY_SUBJECTS
@@ -18,10 +18,10 @@ from ldmperf.profiling.trajectory.network import FAMILY_SUBJECTS
 
 class Heard:
     def __init__(self) -> None:
-        self.signs: list[Any] = []
+        self.messages: list[Any] = []
 
-    def say(self, sign: Any) -> None:
-        self.signs.append(sign)
+    def say(self, message: Any) -> None:
+        self.messages.append(message)
 
 
 @pytest.mark.parametrize("status", ["error", "oom", "ok"])
@@ -37,11 +37,13 @@ def test_a_device_that_answers_no_more_ends_the_process_once_its_case_is_recorde
     monkeypatch.setattr(group_child, "_cuda_is_broken", lambda: answer)
     heard = Heard()
     record = make_record(Case(unet="39M", device=device), status=status)
-    group_child._Teller(cast("Mouth", heard), lambda case, phase: pytest.fail("nothing begins")).recorded(record)
+    group_child._Teller(cast("ParentPipe", heard), lambda case, phase: pytest.fail("nothing begins")).recorded(
+        record
+    )
     broken = (
         [Broken("error", answer, blames_all=False)] if answer and (status, device) == ("error", "cuda") else []
     )
-    assert heard.signs == [Recorded(record), *broken]
+    assert heard.messages == [Recorded(record), *broken]
 
 
 def test_patience_grows_with_the_work_and_is_longer_for_what_compiles() -> None:

@@ -41,7 +41,7 @@ from ldmperf.profiling.rivals.rival_backends import RivalBackend, rival_backends
 from ldmperf.profiling.rivals.rival_problem import RivalProblem, kind_of
 from ldmperf.profiling.rivals.rival_selection import cases_beside, rival_names
 from ldmperf.profiling.rivals.subjects import RivalSubject, all_subjects
-from ldmperf.profiling.sweep.child_end import Mouth
+from ldmperf.profiling.sweep.child_end import ParentPipe
 from ldmperf.profiling.sweep.events import Event
 from ldmperf.profiling.sweep.group_child import measure_group
 from ldmperf.profiling.sweep.group_task import GroupTask
@@ -83,8 +83,8 @@ class _Ear:
     def __init__(self) -> None:
         self.heard: list[Any] = []
 
-    def say(self, sign: object) -> None:
-        self.heard.append(sign)
+    def say(self, message: object) -> None:
+        self.heard.append(message)
 
 
 def in_this_process(task: GroupTask) -> Generator[Event, None, None]:
@@ -92,8 +92,8 @@ def in_this_process(task: GroupTask) -> Generator[Event, None, None]:
     ear = _Ear()
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(TURNS, "on_wait", TURNS.on_wait)
-        measure_group(cast(Mouth, ear), task)
-    yield from (sign for sign in ear.heard if isinstance(sign, get_args(Event)))
+        measure_group(cast(ParentPipe, ear), task)
+    yield from (message for message in ear.heard if isinstance(message, get_args(Event)))
 
 
 HERE = Workers(in_this_process)

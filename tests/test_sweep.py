@@ -198,10 +198,10 @@ def test_the_last_words_of_a_process_are_heard(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(child_process, "wait", end_first)
     with child_process.ChildProcess(sweep_fakes.last_words) as child:
-        signs = child.signs(lambda: 60.0, lambda sign: False)
-        assert next(signs) == "last words"
+        messages = child.messages(lambda: 60.0, lambda message: False)
+        assert next(messages) == "last words"
         with pytest.raises(child_process.Died, match="exit code 3"):
-            next(signs)
+            next(messages)
 
 
 HOLD = """

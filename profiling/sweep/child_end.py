@@ -30,16 +30,16 @@ _SPEAKING = threading.RLock()
 
 
 @dataclass(frozen=True)
-class Mouth:
+class ParentPipe:
     """The child's end: what it says, and when that was taken."""
 
     said: Connection
     taken: Connection
     alive: Connection
 
-    def say(self, sign: object) -> None:
+    def say(self, message: object) -> None:
         """Sends a value and waits until it has been dealt with; where there is no parent, the process ends."""
-        content = pickle.dumps(sign)
+        content = pickle.dumps(message)
         with _SPEAKING:
             try:
                 _write(self.said.fileno(), HEADER.pack(len(content)) + content)
@@ -51,7 +51,7 @@ class Mouth:
 
 
 def run_child(
-    mouth: Mouth,
+    parent: ParentPipe,
     variables: dict[str, str],
     threads: int | None,
     work: Callable[..., None],
@@ -60,7 +60,7 @@ def run_child(
     """The whole of a child: stands in for the process that started it, then does the work."""
     # A session: no terminal's signals, and one group with all that it starts.
     os.setsid()
-    _die_with_parent(mouth.alive)
+    _die_with_parent(parent.alive)
     for number in STOPS:
         # Not SIG_IGN, which what this process starts would inherit.
         signal.signal(number, lambda *_: None)
@@ -77,7 +77,7 @@ def run_child(
             torch.set_num_threads(threads)
     code = 1
     try:
-        work(mouth, *arguments)
+        work(parent, *arguments)
         code = 0
     finally:
         if code:

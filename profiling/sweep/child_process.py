@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from typing import Any
 
-from .child_end import HEADER, STOPS, TAKEN, Mouth, run_child
+from .child_end import HEADER, STOPS, TAKEN, ParentPipe, run_child
 from .preload import PRELOADED
 
 _CHUNK = 1 << 20
@@ -59,7 +59,7 @@ def how_it_ended(code: int) -> str:
 
 
 class ChildProcess:
-    """A process that runs `work(mouth, *arguments)`. As a context it leaves nothing that runs."""
+    """A process that runs `work(parent, *arguments)`. As a context it leaves nothing that runs."""
 
     def __init__(self, work: Callable[..., None], *arguments: object) -> None:
         context = start_server()
@@ -69,7 +69,7 @@ class ChildProcess:
         torch = sys.modules.get("torch")
         threads = None if torch is None else torch.get_num_threads()
         self._process = context.Process(
-            target=run_child, args=(Mouth(said, taken, alive), dict(os.environ), threads, work, arguments)
+            target=run_child, args=(ParentPipe(said, taken, alive), dict(os.environ), threads, work, arguments)
         )
         try:
             self._start()
@@ -105,16 +105,16 @@ class ChildProcess:
         assert pid is not None
         return pid
 
-    def signs(self, patience: Callable[[], float], is_last: Callable[[Any], bool]) -> Iterator[Any]:
+    def messages(self, patience: Callable[[], float], is_last: Callable[[Any], bool]) -> Iterator[Any]:
         """What the child says, up to its last word; each is taken when the next one is asked for.
 
         Raises Hung where nothing comes within the seconds of `patience`, asked anew each time, and Died.
         """
         while True:
             seconds = patience()
-            sign = self._next(seconds)
-            yield sign
-            if is_last(sign):
+            message = self._next(seconds)
+            yield message
+            if is_last(message):
                 return
             # A child that died meanwhile is heard of at the next turn.
             with suppress(BrokenPipeError):
@@ -123,8 +123,8 @@ class ChildProcess:
     def _next(self, seconds: float) -> Any:
         until = time.monotonic() + seconds
         while True:
-            if (sign := self._whole()) is not None:
-                return sign
+            if (message := self._whole()) is not None:
+                return message
             left = until - time.monotonic()
             if left <= 0:
                 raise Hung(seconds)

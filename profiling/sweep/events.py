@@ -125,4 +125,4 @@ class Finished:
 
 
 # What goes over the pipe.
-Sign: TypeAlias = Event | Started | Entered | GroupKnown | AwaitsTurn | Interrupted | Broken | Finished
+Message: TypeAlias = Event | Started | Entered | GroupKnown | AwaitsTurn | Interrupted | Broken | Finished

@@ -28,7 +28,7 @@ from ..trajectory.records import Record
 from ..trajectory.runner import GroupRunner, Listener, all_backends_of
 from ..trajectory.short_traces import short_traces
 from ..trajectory.trace import traced
-from .child_end import Mouth
+from .child_end import ParentPipe
 from .events import (
     AwaitsTurn,
     Broken,
@@ -50,42 +50,42 @@ from .group_task import Carried, GroupTask
 from .patience import patience
 
 
-def collect(mouth: Mouth, device: str) -> None:
+def collect(parent: ParentPipe, device: str) -> None:
     """Tells the environment of a device, or what went wrong with asking for it."""
     try:
-        mouth.say(collect_environment(device))
+        parent.say(collect_environment(device))
     except CaseError as wrong:
-        mouth.say(wrong)
+        parent.say(wrong)
     except Exception as error:
-        mouth.say(RuntimeError(failure(error)[1]))
+        parent.say(RuntimeError(failure(error)[1]))
 
 
-def measure_group(mouth: Mouth, task: GroupTask) -> None:
+def measure_group(parent: ParentPipe, task: GroupTask) -> None:
     """Does the task and tells of it, to the end of the process."""
-    warnings.showwarning = partial(_warned, mouth)
-    TURNS.on_wait = _TurnsTold(mouth)
-    mouth.say(Started())
+    warnings.showwarning = partial(_warned, parent)
+    TURNS.on_wait = _TurnsTold(parent)
+    parent.say(Started())
     device = task.cases[0].device
     whole, timing = task.time.deadlines()
     try:
         # Before anything is computed there: who only waits takes nothing of the GPU.
-        with held_gpu(device, lambda holder: mouth.say(Queued(holder)), lambda: mouth.say(Queued("", True))):
-            work = _Work(mouth, task, EnergyTime(whole, timing, lambda _: None, task.carried.energy_s))
+        with held_gpu(device, lambda holder: parent.say(Queued(holder)), lambda: parent.say(Queued("", True))):
+            work = _Work(parent, task, EnergyTime(whole, timing, lambda _: None, task.carried.energy_s))
             if task.untraced is not None:
                 work.trace()
             elif not timing.passed:
                 work.time()
     except KeyboardInterrupt as interrupt:
         # Whoever dealt turns has ended.
-        mouth.say(Interrupted(str(interrupt)))
+        parent.say(Interrupted(str(interrupt)))
     except Exception as error:
-        mouth.say(Broken(*failure(error), blames_all=True))
-    mouth.say(Finished())
+        parent.say(Broken(*failure(error), blames_all=True))
+    parent.say(Finished())
 
 
 @dataclass
 class _Work:
-    mouth: Mouth
+    parent: ParentPipe
     task: GroupTask
     energy: EnergyTime
     ceilings: KeptCeilings = field(init=False)
@@ -95,12 +95,12 @@ class _Work:
     def __post_init__(self) -> None:
         self.subjects = self.task.subjects()
         self.energy.on_record = partial(self._completed, "energy")
-        self.ceilings = KeptCeilings(lambda line: self.mouth.say(Told(line)), known=self.task.carried.ceilings)
+        self.ceilings = KeptCeilings(lambda line: self.parent.say(Told(line)), known=self.task.carried.ceilings)
 
     def time(self) -> None:
         task, timing = self.task, self.energy.timing
         decodes = DecoderTimes(decoder_case, self.subjects, timing, dict(task.carried.decodes))
-        told = _Teller(self.mouth, self._entering)
+        told = _Teller(self.parent, self._entering)
         runner = GroupRunner(
             task.rule,
             task.run_id,
@@ -118,7 +118,7 @@ class _Work:
         told.runner = runner
         told.learned = lambda: Carried(dict(decodes.known), dict(self.ceilings.known), self.energy.taken)
         runner.measure(task.cases)
-        self.mouth.say(Learned(told.learned()))
+        self.parent.say(Learned(told.learned()))
 
     def trace(self) -> None:
         task = self.task
@@ -131,7 +131,7 @@ class _Work:
             self.energy.whole,
             traced,
             located,
-            lambda case, phase: self.mouth.say(self._entering(case, phase)),
+            lambda case, phase: self.parent.say(self._entering(case, phase)),
         ):
             self._completed("trace", record)
 
@@ -141,7 +141,7 @@ class _Work:
         return Entered(case, phase, self._patience[case.key])
 
     def _completed(self, phase: str, record: Record) -> None:
-        self.mouth.say(Completed(record, phase))
+        self.parent.say(Completed(record, phase))
 
 
 class _Teller(Listener):
@@ -151,8 +151,8 @@ class _Teller(Listener):
     learned: Callable[[], Carried]
     known: int | None = -1
 
-    def __init__(self, mouth: Mouth, entering: Callable[[Case, str], Entered]) -> None:
-        self._say, self.entering = mouth.say, entering
+    def __init__(self, parent: ParentPipe, entering: Callable[[Case, str], Entered]) -> None:
+        self._say, self.entering = parent.say, entering
 
     def entered(self, case: Case, phase: str) -> None:
         facts = self.runner.facts
@@ -184,8 +184,8 @@ def _cuda_is_broken() -> str | None:
 class _TurnsTold:
     """Told of turns by `Turns.on_wait`, tells the parent: waiting is no hang, and counts for no deadline."""
 
-    def __init__(self, mouth: Mouth) -> None:
-        self._say = mouth.say
+    def __init__(self, parent: ParentPipe) -> None:
+        self._say = parent.say
         self._waited = TURNS.waited
 
     def __call__(self, is_waiting: bool) -> None:
@@ -197,7 +197,7 @@ class _TurnsTold:
 
 
 def _warned(
-    mouth: Mouth,
+    parent: ParentPipe,
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -207,4 +207,4 @@ def _warned(
 ) -> None:
     """In place of `warnings.showwarning`."""
     is_named = getattr(sys.modules.get(category.__module__), category.__name__, None) is category
-    mouth.say(Warned(str(message), category if is_named else UserWarning, filename, lineno))
+    parent.say(Warned(str(message), category if is_named else UserWarning, filename, lineno))

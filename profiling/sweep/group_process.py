@@ -26,9 +26,9 @@ from .events import (
     GroupKnown,
     Interrupted,
     Learned,
+    Message,
     Queued,
     Recorded,
-    Sign,
     Started,
     TookTurns,
     Warned,
@@ -45,7 +45,7 @@ def environment_of(device: str) -> Environment:
     """
     with ChildProcess(collect, device) as child:
         try:
-            found = next(child.signs(lambda: LEAST_S, lambda sign: True))
+            found = next(child.messages(lambda: LEAST_S, lambda message: True))
         except (Died, Hung) as failure:
             raise RuntimeError(f"the process that asks what is here: {failure}") from None
     if isinstance(found, Exception):
@@ -66,8 +66,8 @@ def measured(task: GroupTask) -> Generator[Event, None, None]:
         flight = _Flight(task)
         with ChildProcess(measure_group, task) as child:
             try:
-                for sign in child.signs(flight.patience, flight.is_last):
-                    yield from flight.heard(sign)
+                for message in child.messages(flight.patience, flight.is_last):
+                    yield from flight.heard(message)
             except (Died, Hung) as failure:
                 status, why = flight.judged(failure)
                 yield from flight.lost(status, why)
@@ -103,13 +103,13 @@ class _Flight:
         return self._patience
 
     @staticmethod
-    def is_last(sign: Sign) -> bool:
-        return isinstance(sign, Finished | Broken | Interrupted)
+    def is_last(message: Message) -> bool:
+        return isinstance(message, Finished | Broken | Interrupted)
 
-    def heard(self, sign: Sign) -> Iterator[Event]:
+    def heard(self, message: Message) -> Iterator[Event]:
         """Takes note of what was said; yields what others are to hear of it."""
-        self.is_waiting = isinstance(sign, AwaitsTurn) or (isinstance(sign, Queued) and not sign.is_over)
-        match sign:
+        self.is_waiting = isinstance(message, AwaitsTurn) or (isinstance(message, Queued) and not message.is_over)
+        match message:
             case Started():
                 self.has_started = True
             case Entered(case, phase, seconds):
@@ -120,21 +120,21 @@ class _Flight:
                 raise KeyboardInterrupt(reason)
             case Finished():
                 self.is_finished = True
-            case Broken(status, message, blames_all):
+            case Broken(status, why, blames_all):
                 if blames_all:
-                    yield from self._lose(self.rest().left, status, message)
+                    yield from self._lose(self.rest().left, status, why)
             case AwaitsTurn():
                 pass
             case _:
-                if isinstance(sign, Learned):
-                    self.task = replace(self.task, carried=sign.carried)
-                if isinstance(sign, TookTurns):
-                    self._begun += sign.seconds
-                if isinstance(sign, Recorded | Completed):
-                    self.done.add(sign.record.case_key)
-                    if self.case is not None and sign.record.case_key == self.case.key:
+                if isinstance(message, Learned):
+                    self.task = replace(self.task, carried=message.carried)
+                if isinstance(message, TookTurns):
+                    self._begun += message.seconds
+                if isinstance(message, Recorded | Completed):
+                    self.done.add(message.record.case_key)
+                    if self.case is not None and message.record.case_key == self.case.key:
                         self.case = None
-                yield sign
+                yield message
 
     def judged(self, failure: Died | Hung) -> tuple[Status, str]:
         """The status of the case in flight, and why its process is gone, without where that was."""
