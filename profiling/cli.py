@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None, *, workers: Workers | None = No
     except (CaseError, RunError) as wrong_call:
         stop(str(wrong_call), 2)
     except KeyboardInterrupt:
-        code = 130
+        stop("stopped", 130)
     except BrokenPipeError:
         code = _reader_gone()
     except OSError as failure:

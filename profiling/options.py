@@ -34,11 +34,11 @@ def split_values(values: Iterable[str]) -> list[str]:
     return [part.strip() for value in values for part in value.split(",") if part.strip()]
 
 
-def known_name(option: str, name: str, valid: Iterable[str]) -> str:
-    """The name, or CaseError where it is none of the valid ones."""
+def known_name(option: str, name: str, valid: Iterable[str], noun: str | None = None) -> str:
+    """The name, or CaseError where it is none of the valid ones. noun: what it names, the option's unless told."""
     known = tuple(valid)
     if name not in known:
-        raise CaseError(f"--{option}: no {option} {name!r}; choose from {', '.join(known)}")
+        raise CaseError(f"--{option}: no {noun or option} {name!r}; choose from {', '.join(known)}")
     return name
 
 
@@ -139,7 +139,7 @@ def best_device() -> str:
 def device_elsewhere(text: str) -> str:
     """A kind of device that another machine may have; CaseError for a text that is none, or names a card."""
     if text not in ("cpu", "cuda"):
-        raise CaseError(f"--device: {text!r} is not to be had of a cluster; choose from cpu, cuda")
+        raise CaseError(f"--device: a cluster chooses the card: give cpu or cuda, not {text!r}")
     return text
 
 

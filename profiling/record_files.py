@@ -16,6 +16,7 @@ from .measure.store import Aside, parsed, read_parsed, rejected_path
 from .static import INSPECTIONS_NAME
 from .static.inspection_records import InspectionRecord
 from .trajectory.records import RECORDS_NAME, Record, without_completed
+from .trajectory.runs import RUN_NAME, resume_command
 
 if TYPE_CHECKING:
     from .kernel_bench.kernel_records import KernelRecord
@@ -80,8 +81,15 @@ def gather_files(paths: Sequence[Path]) -> dict[str, Gathered]:
             if place not in read:
                 read[place] = read_file(file)
         if places and not any(read[place].records for place in places):
+            if holds(path, RUN_NAME) and not any(read[place].aside.count for place in places):
+                raise _begun(path)
             raise RunError(f"{path}: no record in it ({_first_reason(read[place] for place in places)}); {_GIVE}")
     return read
+
+
+def _begun(folder: Path) -> RunError:
+    """Of a run that was stopped before its first record."""
+    return RunError(f"{folder} has no record yet; measure with: {resume_command(folder)}")
 
 
 def record_files(path: Path) -> list[Path]:
@@ -94,7 +102,7 @@ def record_files(path: Path) -> list[Path]:
         raise _unreadable(path, failure) from None
     files = [folder / name for folder in folders for name in NAMES if holds(folder, name)]
     if not files:
-        raise RunError(f"{path} is a folder without records; {_GIVE}")
+        raise _begun(path) if holds(path, RUN_NAME) else RunError(f"{path} is a folder without records; {_GIVE}")
     return files
 
 

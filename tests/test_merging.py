@@ -314,10 +314,11 @@ def test_planned_cases_without_a_record_and_shards_that_are_not_there_are_named(
         folder = create_run(tmp_path / "runs", own, RepetitionRule(), environment, shard=planned(shard, cases))
         save(folder / "records.jsonl", make_record(own[0], environment=environment))
     told = run("merge", tmp_path / "runs", "--out", tmp_path / "out")
-    assert told.code == 0
+    assert told.code == 1
+    assert len(list((tmp_path / "out").glob("*/*.jsonl"))) == 1
     runs = runs_at([tmp_path / "runs"])
     plan = runs[0].shard.plan
-    assert f"of the sweep {plan} shard 2 of 3 is not here: 2 of 6 cases\n" in told.err
+    assert f"missing of sweep {plan[:7]}: shard 2 of 3, with 2 of its 6 cases" in told.err
     assert "without a record: 2 planned cases; go on with: ldmperf profile --resume FOLDER\n" in told.err
     missing = {case.key for index in (1, 3) for case in dealt(cases, Shard(index=index, count=3))[1:]}
     assert {line.strip() for line in told.err.splitlines() if line.startswith("  ")} == missing

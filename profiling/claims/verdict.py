@@ -19,6 +19,7 @@ Finding = Literal["holds", "does not hold", "undecided", "not measured"]
 FINDINGS: tuple[Finding, ...] = get_args(Finding)
 # A verdict on so few sizes of eleven says so: a curve over the family needs more.
 FEW_SIZES = 3
+_BUSY = "measured on a busy machine"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ class Evidence:
         finding, confidence = judged.finding, judged.interval.confidence
         if count < FEWEST:
             finding = "undecided"
-            sentence += f"; {counted(count, 'sample')} of a time decide nothing, {FEWEST} do"
+            decide = "decides" if count == 1 else "decide"
+            sentence += f"; {counted(count, 'sample')} of a time {decide} nothing, {FEWEST} do"
         elif confidence < 0.95:
             sentence += f"; with {counted(count, 'sample')} of a time the interval has {confidence:.0%} confidence"
         if len(self.sizes) <= FEW_SIZES:
@@ -142,14 +144,19 @@ class Evidence:
     def _doubts(self) -> list[str]:
         """What is against its own times; nothing where all is well."""
         records = [row.record for row in self.rows if row.record.wall_ms is not None]
-        of = f"of its {counted(len(records), 'time')}"
+
+        def of(bad: int, one: str, several: str) -> str:
+            if len(records) == 1:
+                return f"its time {one}"
+            return f"{bad} of its {len(records)} times {one if bad == 1 else several}"
+
         unsteady = sum(is_unsteady(record.wall_ms) for record in records)
         busy = sum(is_busy(record) for record in records)
         flagged = marks(*records)
         return [
             *([f"some of its times are not those of a free GPU ({flagged})"] if flagged else []),
-            *([f"{unsteady} {of} {'is' if unsteady == 1 else 'are'} unsteady"] if unsteady else []),
-            *([f"{busy} {of} {'was' if busy == 1 else 'were'} measured on a busy machine"] if busy else []),
+            *([of(unsteady, "is unsteady", "are unsteady")] if unsteady else []),
+            *([of(busy, f"was {_BUSY}", f"were {_BUSY}")] if busy else []),
         ]
 
     def _verdict(self, finding: Finding, sentence: str, judged: Judged | None = None) -> Verdict:

@@ -31,7 +31,7 @@ def merge(
     as they were written, repeats are left out and counted. Of several records of a case on one kind of machine
     that one stays which a report shows. Planned cases without a record are named. Records of several commits, or
     of a checkout with uncommitted changes, are refused, and so is a file in OUT with other records (exit code 2).
-    Exit code 1 when a line is no record.
+    Exit code 1 when a planned case or a shard is missing, or a line is no record; what is there is merged.
 
     \b
     Examples:
@@ -67,7 +67,8 @@ def merge(
         if count:
             tell(f"left out: {counted(count, 'record')} {why}")
     runs = runs_at(paths)
-    for line in missing_shards(runs):
+    shards = missing_shards(runs)
+    for line in shards:
         tell(line)
     missing = unmeasured(runs, [each.record for each in written if isinstance(each.record, Record)])
     if missing:
@@ -78,5 +79,5 @@ def merge(
     if len(missing) > _MOST_NAMED:
         tell(f"  and {len(missing) - _MOST_NAMED} more")
     tell_aside(aside)
-    if aside.in_file:
+    if shards or missing or aside.in_file:
         raise typer.Exit(1)

@@ -13,7 +13,7 @@ from ..measure.folders import RunError, check_environment, locked
 from ..measure.recorded import new_run_id
 from ..measure.timing import Deadline, RepetitionRule
 from ..options import CaseError
-from ..report.reporting import ReportNotWritten, report_run, resume_command
+from ..report.reporting import ReportNotWritten, report_run
 from ..rivals.decoding import check_decoders
 from ..rivals.rival_selection import RIVAL_OPTIONS, cases_beside
 from ..sweep.shards import check_shard, dealt, latest_of_shard, planned, shard_named, slurm_shard
@@ -22,7 +22,7 @@ from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
 from ..trajectory.presets import OPTIONS, OPTIONS_ELSEWHERE, Choices, check_devices, preset_named, usual_preset
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
-from ..trajectory.runs import create_run, find_run, open_run
+from ..trajectory.runs import create_run, find_run, open_run, resume_command
 from .shared import (
     DEFAULT_OUT,
     exit_by,
@@ -260,7 +260,8 @@ def _run(folder: Path, sweep: Sweep, deadline: Deadline, workers: Workers, ray: 
     except OSError as failure:
         stop(f"cannot write to {failure.filename or folder} ({failure.strerror}); then {go_on}", 1)
     if is_cut_short:
-        stop(f"stopped; what was measured is in {folder}; {go_on}", 130)
+        kept = "what was measured is" if _has_any(folder / RECORDS_NAME) else "nothing was measured yet"
+        stop(f"stopped; {kept} in {folder}; {go_on}", 130)
     try:
         records = report_run(folder).trajectories
     except ReportNotWritten as failure:
@@ -268,3 +269,10 @@ def _run(folder: Path, sweep: Sweep, deadline: Deadline, workers: Workers, ray: 
     if left and not made:
         stop(f"no case was done within --seconds; give more, and {go_on}", 1)
     exit_by({record.status for record in records})
+
+
+def _has_any(records: Path) -> bool:
+    try:
+        return records.stat().st_size > 0
+    except OSError:
+        return False

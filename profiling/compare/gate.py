@@ -52,7 +52,7 @@ def thresholds_named(given: Sequence[str]) -> tuple[Threshold, ...]:
         name, colon, share = text.partition(":")
         if not colon:
             raise CaseError(f"--fail-over: {text!r} has no threshold; give METRIC:PERCENT, as in wall_ms:5%")
-        metric = COMPARED[known_name("fail-over", name.strip(), COMPARED)]
+        metric = COMPARED[known_name("fail-over", name.strip(), COMPARED, "metric")]
         if metric.name in found:
             raise CaseError(f"--fail-over: {metric.name} is given twice")
         found[metric.name] = Threshold(metric, percentage("fail-over", share.strip()))

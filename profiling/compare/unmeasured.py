@@ -48,10 +48,10 @@ def missing_shards(runs: Iterable[Run]) -> list[str]:
             sweeps.setdefault((shard.plan, shard.count, shard.cases), {})[shard.index] = len(run.cases)
     lines = []
     for (plan, count, cases), found in sorted(sweeps.items()):
-        if sum(found.values()) < cases:
+        if left := cases - sum(found.values()):
             absent = ", ".join(str(index) for index in range(1, count + 1) if index not in found)
             lines.append(
-                f"of the sweep {plan} shard {absent} of {count} is not here: {cases - sum(found.values())} of "
-                f"{cases} cases"
+                f"missing of sweep {plan[:7]}: shard {absent} of {count}, with {left} of its {cases} cases; measure "
+                "it with the same options and --shard"
             )
     return lines

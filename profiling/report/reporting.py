@@ -14,7 +14,7 @@ from ..measure.store import Aside
 from ..record_files import NAMES, Gathered, gather_files, joined_files, read_file
 from ..terminal.visible import console, counted, say, say_wrapped
 from ..trajectory.records import RECORDS_NAME, Record
-from ..trajectory.runs import RUN_NAME, open_run
+from ..trajectory.runs import RUN_NAME, open_run, resume_command
 from .tables import NOTHING
 
 if TYPE_CHECKING:
@@ -44,21 +44,7 @@ def report_paths(
 
     Raises RunError where there are no records to read, ReportNotWritten.
     """
-    for path in paths:
-        if holds(path, RUN_NAME) and not _has_lines(path / RECORDS_NAME):
-            raise RunError(f"{path} has no record yet; measure with: {resume_command(path)}")
     return _report(gather_files(paths), paths, out or _itself(paths), everything, url)
-
-
-def _has_lines(path: Path) -> bool:
-    """Whether there is anything in a file that can be looked at."""
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
-    except OSError:
-        # Reading it says why.
-        return True
 
 
 def report_run(folder: Path) -> Gathered:
@@ -105,11 +91,6 @@ def _itself(paths: Sequence[Path]) -> Path | None:
     if len(paths) != 1 or not any(holds(paths[0], name) for name in NAMES):
         return None
     return paths[0]
-
-
-def resume_command(folder: Path) -> str:
-    """The command that goes on with a run."""
-    return f"ldmperf profile --resume {shlex.quote(str(folder))}"
 
 
 def _content(

@@ -81,6 +81,8 @@ def run_sweep(
                 return run.recorded, True
             if timing.passed:
                 break
+            # From here on Ctrl-C lets this group finish.
+            interrupts.is_measuring = True
             listener.begin(cases)
             run.do(sweep.task(cases))
             listener.end()

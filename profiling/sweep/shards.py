@@ -27,7 +27,7 @@ def shard_named(text: str) -> Shard:
     if not slash or None in numbers:
         raise CaseError(f"--shard: {text!r} is no shard; give i/n, as in 2/4 for the second of four")
     if not numbers[1] or not 1 <= (numbers[0] or 0) <= numbers[1]:
-        raise CaseError(f"--shard: there is no shard {text}; of n shards the first is 1/n and the last n/n")
+        raise CaseError(f"--shard: there is no shard {text}; the shards of n are 1/n to n/n")
     return Shard(index=numbers[0] or 0, count=numbers[1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Self
@@ -113,3 +114,8 @@ def open_run(folder: Path) -> Run:
     if isinstance(run, str):
         raise RunError(f"{path} cannot be read ({run}); start a new run without --resume")
     return run
+
+
+def resume_command(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"ldmperf profile --resume {shlex.quote(str(folder))}"
