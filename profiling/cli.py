@@ -41,6 +41,8 @@ app = typer.Typer(
 _WRONG_CALL = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 # The exit code that a shell reports for a program ended by SIGPIPE.
 _READER_GONE = 141
+# What a command that was interrupted and has not said so returns; those that say more exit by themselves.
+_INTERRUPTED = 130
 
 
 def _tell_version(asked: bool) -> None:
@@ -99,7 +101,7 @@ def main(arguments: Sequence[str] | None = None, *, workers: Workers | None = No
     except (CaseError, RunError) as wrong_call:
         stop(str(wrong_call), 2)
     except KeyboardInterrupt:
-        stop("stopped", 130)
+        code = _INTERRUPTED
     except BrokenPipeError:
         code = _reader_gone()
     except OSError as failure:
@@ -111,6 +113,8 @@ def main(arguments: Sequence[str] | None = None, *, workers: Workers | None = No
         if not isinstance(stopped.__context__, BrokenPipeError):
             raise
         code = _reader_gone()
+    if code == _INTERRUPTED:
+        stop("stopped", _INTERRUPTED)
     sys.exit(code or 0)
 
 

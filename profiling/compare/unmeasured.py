@@ -51,7 +51,7 @@ def missing_shards(runs: Iterable[Run]) -> list[str]:
         if left := cases - sum(found.values()):
             absent = ", ".join(str(index) for index in range(1, count + 1) if index not in found)
             lines.append(
-                f"missing of sweep {plan[:7]}: shard {absent} of {count}, with {left} of its {cases} cases; measure "
-                "it with the same options and --shard"
+                f"missing of sweep {plan[:7]}: shard {absent} of {count}, with {left} of its {cases} cases; "
+                "measure it with the same options and --shard"
             )
     return lines
