@@ -396,7 +396,7 @@ def test_a_card_by_its_number_is_refused(
         played(monkeypatch, tmp_path, [Case(unet="39M", device="cuda:1")], here, [[]])
     refused = run("profile", "--ray", "auto", "--device", "cuda:1", "--out", tmp_path)
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "choose from cpu, cuda" in refused.err
+    assert "give cpu or cuda" in refused.err
 
 
 def test_records_are_on_disk_when_something_refuses(
