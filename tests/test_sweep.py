@@ -306,6 +306,10 @@ assert importlib.util.find_spec("xformers") is not None
 def test_the_server_leaves_out_what_would_ask_cuda(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     (tmp_path / "xformers.py").write_text("raise SystemExit('imported')")
+    # Without which diffusers takes it for missing.
+    described = tmp_path / "xformers-0.0.35.dist-info" / "METADATA"
+    described.parent.mkdir()
+    described.write_text("Metadata-Version: 2.1\nName: xformers\nVersion: 0.0.35\n")
     paths = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
     subprocess.run(
         [sys.executable, "-c", PRELOADING], check=True, timeout=300, env=os.environ | {"PYTHONPATH": paths}
