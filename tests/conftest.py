@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,21 @@ def make_inspection() -> Callable[..., Any]:
 def _fakes_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """`sweep_fakes` can be imported, in the processes of a sweep too."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def children() -> Callable[[], list[int]]:
+    """Tells the processes of this one's fork server that are alive: those that measure."""
+
+    def alive() -> list[int]:
+        server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                _, _, after = path.read_text().rpartition(")")
+                state, parent = after.split()[:2]
+                if int(parent) == server and state != "Z":
+                    found.append(int(path.parent.name))
+        return found
+
+    return alive

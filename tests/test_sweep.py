@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -151,7 +151,7 @@ def test_warnings_pass_with_their_place(task_of: Callable[..., GroupTask]) -> No
     assert warned
 
 
-def test_the_pace_is_the_parents(task_of: Callable[..., GroupTask]) -> None:
+def test_the_pace_is_the_parents(children: Callable[[], list[int]], task_of: Callable[..., GroupTask]) -> None:
     """Nothing more is measured before an event has been dealt with, and nothing runs once nobody asks any more."""
     with closing(measured(task_of("steady", "peer"))) as events:
         event = next(event for event in events if isinstance(event, Ran))
@@ -215,7 +215,9 @@ with gpu_lock.held_gpu("cuda", print):
 """
 
 
-def test_waiting_for_the_gpu_is_no_hang(task_of: Callable[..., GroupTask], tmp_path: Path) -> None:
+def test_waiting_for_the_gpu_is_no_hang(
+    children: Callable[[], list[int]], task_of: Callable[..., GroupTask], tmp_path: Path
+) -> None:
     import sweep_fakes
 
     subjects = sweep_fakes.Changed(sweep_fakes.one_gpu, ("7", tmp_path))
@@ -266,19 +268,6 @@ def test_others_turns_are_no_hang_and_no_time(
     assert len(turns) == 2
     assert turns[0] >= 2.0
     assert not [event for event in events if isinstance(event, Recorded)]
-
-
-def children() -> list[int]:
-    """Processes that measure, alive."""
-    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            _, _, after = path.read_text().rpartition(")")
-            state, parent = after.split()[:2]
-            if int(parent) == server and state != "Z":
-                found.append(int(path.parent.name))
-    return found
 
 
 def state_of(pid: int) -> str:

@@ -107,19 +107,6 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
         os._exit(code)
 
 
-def children() -> list[int]:
-    """Processes that measure, alive."""
-    server = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            _, _, after = path.read_text().rpartition(")")
-            state, parent = after.split()[:2]
-            if int(parent) == server and state != "Z":
-                found.append(int(path.parent.name))
-    return found
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 30
     while not condition():
@@ -128,7 +115,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_killed_at_twenty_moments_and_resumed_no_row_is_lost_or_doubled(
-    sweep_of: Callable[..., Sweep], tmp_path: Path
+    children: Callable[[], list[int]], sweep_of: Callable[..., Sweep], tmp_path: Path
 ) -> None:
     sweep, chance = sweep_of(6), random.Random(16)
     wanted = Counter(case.key for case in sweep.cases)
@@ -209,7 +196,7 @@ def test_ctrl_c_lets_the_group_in_flight_finish_and_begins_no_other(
 
 @pytest.mark.parametrize("action", [interrupt(times=2), interrupt(signal.SIGTERM)], ids=["twice", "SIGTERM"])
 def test_ctrl_c_twice_and_sigterm_stop_at_once(
-    sweep_of: Callable[..., Sweep], tmp_path: Path, action: Callable[[], None]
+    children: Callable[[], list[int]], sweep_of: Callable[..., Sweep], tmp_path: Path, action: Callable[[], None]
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         go_on(sweep_of(3, ms=20), tmp_path, Hearing(3, action))
@@ -218,7 +205,7 @@ def test_ctrl_c_twice_and_sigterm_stop_at_once(
 
 
 def test_a_signal_to_all_processes_of_a_job_is_its_first_ones_to_judge(
-    sweep_of: Callable[..., Sweep], tmp_path: Path
+    children: Callable[[], list[int]], sweep_of: Callable[..., Sweep], tmp_path: Path
 ) -> None:
     """As Slurm sends SIGTERM at the end of a job's time: the case in flight has not failed."""
 
@@ -464,7 +451,7 @@ def test_warnings_are_seen_once(sweep_of: Callable[..., Sweep], tmp_path: Path) 
 
 
 def test_a_process_that_hangs_ends_with_the_sweep_that_is_killed(
-    sweep_of: Callable[..., Sweep], tmp_path: Path
+    children: Callable[[], list[int]], sweep_of: Callable[..., Sweep], tmp_path: Path
 ) -> None:
     """In a call that keeps the interpreter to itself: only the kernel can end it."""
     environment_of("cpu")
