@@ -95,11 +95,10 @@ class Report:
         """A table by kind and class, and which backend serves on the devices of the models."""
         replaced = Counter((entry.kind, entry.what) for entry in self.replaced)
         left = Counter((entry.reason in USUAL, entry.class_name, entry.reason) for entry in self.left)
-        rows = [
-            ("replaced", "", ""),
-            *((f"  {kind}", str(replaced[kind, what]), what) for kind, what in sorted(replaced)),
-        ]
-        rows += [("left", "", ""), *((f"  {key[1]}", str(left[key]), key[2]) for key in sorted(left))]
+        rows = [("replaced", "", "")]
+        rows += [(f"  {kind}", str(replaced[kind, what]), what) for kind, what in sorted(replaced)]
+        rows += [("left", "", "")]
+        rows += [(f"  {key[1]}", str(left[key]), key[2]) for key in sorted(left)]
         wide = max(len(name) for name, _, _ in rows)
         table = [f"{name:<{wide}} {count:>5}  {text}".rstrip() for name, count, text in rows]
         return "\n".join([*table, *self._serving()])
