@@ -29,7 +29,7 @@ from ._recipes import Decide, checked, implementation_of, plan_or_none
 # folder's name may hold what a schema may not.
 _COPY = "ldmperf_" + re.sub(r"\W", "_", __package__ or "kernels", flags=re.ASCII)
 NAMESPACE = "ldmperf" if __package__ == "ldmperf.kernels" else _COPY
-_NO_STAND_IN = -1
+_KEPT = -1
 # By operator: for who measures what the dispatcher adds to them.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 # By operator with results: what it does with `out`.
@@ -54,7 +54,7 @@ def define_operator(
     composite: Callable[[Any], Any] | None = None,
     flops: Callable[..., int] | None = None,
     in_place: Sequence[str] = (),
-    stand_ins: Mapping[str, int | None] | None = None,
+    spared: Mapping[str, int | None] | None = None,
 ) -> Callable[..., Any]:
     """Register `name(arguments) -> returns`, whose last argument is the backend, and return the callable.
 
@@ -63,8 +63,8 @@ def define_operator(
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
     `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts
     from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`). The callable of an operator
-    with results takes `out` (see `_out.Out`), which may be one of the arguments named `in_place`. `stand_ins`
-    spare the memory of arguments until the backward: {argument: the result whose value has the same derivatives in
+    with results takes `out` (see `_out.Out`), which may be one of the arguments named `in_place`. Arguments
+    that are `spared` are not kept for the backward: {argument: the result whose value has the same derivatives in
     its place, None for zeros}.
 
     A call travels: public function -> overload -> Autograd (`_differentiable`) -> implementation
@@ -111,7 +111,7 @@ def define_operator(
     if flops is not None:
         register_flop_formula(packet)(flops)
     if differentiable:
-        kernel = _differentiable(name, packet.default, reference_of, composite_of, stand_ins or {})
+        kernel = _differentiable(name, packet.default, reference_of, composite_of, spared or {})
         library.impl(name, kernel, "Autograd", with_keyset=True)
     _autocast.register(library, name, packet.default, autocast)
     # The library takes its registrations with it when nobody holds it.
@@ -143,8 +143,9 @@ class _Zeros:
     dtype: torch.dtype
     device: torch.device
 
-    def made(self) -> Tensor:
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+    def made(self, grad: Tensor) -> Tensor:
+        """Zeros in no memory, of the class that `grad` has."""
+        return grad.new_zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
 def _differentiable(
@@ -152,10 +153,10 @@ def _differentiable(
     operator: Any,
     reference: Callable[..., Any],
     composite: Callable[..., Any],
-    stand_ins: Mapping[str, int | None],
+    spared: Mapping[str, int | None],
 ) -> Callable[..., Any]:
     """The kernel of the Autograd keys."""
-    standing_in = [stand_ins.get(argument.name, _NO_STAND_IN) for argument in operator._schema.arguments]
+    kept_as = [spared.get(argument.name, _KEPT) for argument in operator._schema.arguments]
 
     def below_autograd(keys: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -167,24 +168,25 @@ def _differentiable(
         @staticmethod
         def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
             outputs = below_autograd(keys, *arguments)
-            saved, constants = [], []
-            for value, place in zip(arguments, standing_in, strict=True):
+            saved: list[Tensor] = []
+            constants: list[Any] = []
+            for value, place in zip(arguments, kept_as, strict=True):
                 if not isinstance(value, Tensor):
                     constants.append((value,))
                 elif place is None:
                     constants.append((_Zeros(value.shape, value.dtype, value.device),))
                 else:
-                    saved.append(value if place == _NO_STAND_IN else outputs[place])
+                    saved.append(value if place == _KEPT else outputs[place])
                     constants.append(None)
             ctx.save_for_backward(*saved)
             ctx.constants = constants
             return outputs
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             saved = iter(ctx.saved_tensors)
             arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
-            arguments = [value.made() if isinstance(value, _Zeros) else value for value in arguments]
+            arguments = [value.made(grads[0]) if isinstance(value, _Zeros) else value for value in arguments]
             _, *needed = ctx.needs_input_grad
             # With create_graph=True the gradients are differentiated too.
             again = torch.is_grad_enabled()
@@ -211,7 +213,7 @@ def _gradients(
     function: Callable[..., Any],
     arguments: list[Any],
     needed: Sequence[bool],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
     again: bool,
 ) -> list[Tensor | None]:
     """The gradients of the arguments that need one, by those of the outputs; `again` with a graph of their own."""
@@ -225,7 +227,7 @@ def _gradients(
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # A sum beside a norm does not depend on the norm's weight, which may be all that is trained.
-        pairs = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if grad is not None and o.requires_grad]
+        pairs = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if o.requires_grad]
         result: list[Tensor | None] = [None] * len(arguments)
         if pairs and wanted:
             outs, out_grads = zip(*pairs, strict=True)

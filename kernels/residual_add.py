@@ -285,5 +285,5 @@ _residual_add = define_operator(
     # The kernel reads an element of either in the program that writes it, before.
     in_place=("x", "residual"),
     # A sum: its derivatives are the same everywhere.
-    stand_ins={"x": None, "residual": None, "bias": None},
+    spared={"x": None, "residual": None, "bias": None},
 )
