@@ -172,6 +172,9 @@ class Attention(nn.Module):
             layer(tokens).unflatten(-1, (self.heads, -1))
             for layer, tokens in ((self.to_q, hidden_states), (self.to_k, context), (self.to_v, context))
         )
+        if hidden_states.shape[1] < self.heads:
+            # Slices of one tensor have their tokens first beyond doubt: the operator does not warn of the layout.
+            k, v = torch.stack((k, v), dim=2).unbind(2)
         out: Tensor = attention(q, k, v, key_mask=key_mask, backend=self.backend).flatten(2)
         for layer in self.to_out:
             out = layer(out)
