@@ -233,6 +233,7 @@ def test_group_norm_of_every_rank_layout_bias_and_skip(data: st.DataObject) -> N
     affine, bias = draw(st.booleans()), draw(st.booleans())
     activation = draw(st.sampled_from(["silu", None]))
     module = GroupNormSiLU(groups, channels, 1e-4, affine, bias=bias, activation=activation, backend="torch")
+    assert [name for name, _ in module.named_parameters()] == affine * (["weight", "bias"][: 1 + bias])
     with torch.no_grad():
         for parameter in module.double().parameters():
             parameter.normal_()
