@@ -259,7 +259,7 @@ def test_kernels_carry_their_licence_their_page_and_the_version(wheel, tmp_path)
     assert (ROOT / "kernels" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
     assert wheel.name.startswith(f"ldmperf-{ldmperf.kernels.__version__}-")
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    (example,) = re.findall(r"```python\n(.*?)```", carried, re.DOTALL)
+    example = "".join(re.findall(r"```python\n(.*?)```", carried, re.DOTALL))
     in_subprocess(
         f"{example}\nimport kernels\nassert kernels.__version__ == {ldmperf.kernels.__version__!r}", tmp_path
     )

@@ -141,6 +141,18 @@ def test_gradients_are_theirs_also_under_checkpointing(name: str, dtype: torch.d
             assert (mine.double() - yours).norm() < limit * max(yours.norm(), 0.01 * scale)
 
 
+def test_a_norm_is_trained_on_an_image_that_needs_no_gradient() -> None:
+    """Torch's own ends the process there, on a CPU and in channels-last memory."""
+    image = torch.randn(2, 8, 5, 3).contiguous(memory_format=torch.channels_last)
+    ours, theirs = GroupNormSiLU(4, 8, backend="torch"), NormThenSiLU(4, 8)
+    expected = gradients(theirs, [], lambda: theirs(image.contiguous()))
+    assert len(expected) == 2
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for run in (ours, compiled):
+        ours.zero_grad()
+        torch.testing.assert_close(gradients(ours, [], lambda run=run: run(image)), expected)
+
+
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_autocast_gives_the_dtype_and_values_of_theirs(name: str, dtype: torch.dtype) -> None:
