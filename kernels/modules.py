@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import layers
 from ._checks import choice
 from ._dispatch import choose_backend
 from .attention import attention
 from .group_norm import ACTIVATIONS, group_norm_silu
-from .linear import linear
 
 Device = torch.device | str | int | None
 
@@ -94,8 +94,11 @@ def _as_image(x: Tensor) -> Tensor:
     return x.flatten(2, -2)
 
 
-class GEGLU(nn.Module):
-    """proj(x) = (value, gate) -> value * gelu(gate), as diffusers' GEGLU; backend as of `linear`."""
+class GEGLU(layers.GEGLU):
+    """[..., dim_in] -> [..., dim_out]: value * gelu(gate), both of one linear layer, as diffusers' GEGLU.
+
+    backend as of `linear`, which serves while `proj` is an nn.Linear that nobody watches or wraps, else of `geglu`.
+    """
 
     def __init__(
         self,
@@ -112,10 +115,10 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim_in, 2 * dim_out, bias, device, dtype)
         self.backend = backend
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., dim_in] -> [..., dim_out], in its dtype, of which the weights must be. Errors as of `linear`."""
-        proj = self.proj
-        return linear(hidden_states, proj.weight, proj.bias, activation="geglu", backend=self.backend)
+    @property
+    def ldmperf_backend(self) -> str:
+        """The backend under the name that `layers` asks for."""
+        return self.backend
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}"

@@ -12,7 +12,7 @@ from torch.utils._device import DeviceContext
 
 from ldmperf.kernels import GroupNormSiLU
 
-from .layers import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
 from .route import Level
 from .staleness import Structure
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
+from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
-from .layers import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
 from .private import Privacy
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
