@@ -97,7 +97,7 @@ def _as_image(x: Tensor) -> Tensor:
 class GEGLU(layers.GEGLU):
     """[..., dim_in] -> [..., dim_out]: value * gelu(gate), both of one linear layer, as diffusers' GEGLU.
 
-    backend as of `linear`, which serves while `proj` is an nn.Linear that nobody watches or wraps, else of `geglu`.
+    backend as of `linear`, or of `geglu` where `proj` is no longer a plain nn.Linear.
     """
 
     def __init__(

@@ -75,6 +75,14 @@ image, tokens = torch.randn(2, 8, 5, 3), torch.randn(2, 9, 8)
 expected = nn.functional.silu(torchs(image))
 
 def made(kernels):
+    layers = importlib.import_module(kernels.__name__ + ".layers")
+
+    class Host(nn.GroupNorm):
+        forward, ldmperf_backend = layers.GroupNorm.forward, "torch"
+
+    hosted = Host(4, 8)
+    hosted.load_state_dict(torchs.state_dict())
+    torch.testing.assert_close(hosted(image), torchs(image))
     norm = kernels.GroupNormSiLU(4, 8, backend="torch")
     norm.load_state_dict(torchs.state_dict())
     torch.manual_seed(1)
@@ -100,7 +108,7 @@ for kernels in (first, second):
     check(modules, kernels)
     check(copy.deepcopy(modules), kernels)
     check(pickle.loads(pickle.dumps(modules)), kernels)
-    for module in ("modules", "group_norm", "attention", "linear"):
+    for module in ("group_norm", "attention", "linear", "layers", "modules"):
         importlib.reload(sys.modules[f"{kernels.__name__}.{module}"])
     importlib.reload(kernels)
     assert type(modules[0]) is not kernels.GroupNormSiLU

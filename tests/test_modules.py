@@ -313,14 +313,22 @@ def test_keys_that_are_masked_are_not_attended_to() -> None:
     torch.testing.assert_close(ours(tokens[:1], text[:1, :2], mask[:1, :2]), ours(tokens, text[:, :2])[:1])
 
 
-def test_a_wrapped_projection_is_called() -> None:
-    """What an adapter puts in place of a layer, or a hook on it."""
-    for layer in ("to_q", "to_k", "to_v", "to_out.0"):
-        ours, _ = PAIRS["self-attention"].make()
-        arguments = PAIRS["self-attention"].arguments(torch.float32)
-        before = ours.eval()(*arguments)
-        ours.get_submodule(layer).register_forward_hook(lambda module, given, out: 2 * out)
-        assert not torch.allclose(ours(*arguments), before), layer
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("GEGLU", "proj"), *(("self-attention", layer) for layer in ("to_q", "to_k", "to_v", "to_out.0"))],
+)
+def test_a_layer_that_is_wrapped_or_watched_is_called(name: str, layer: str) -> None:
+    """As adapters and offloading need it."""
+    ours, theirs = PAIRS[name].make()
+    ours.load_state_dict(theirs.state_dict())
+    arguments = PAIRS[name].arguments(torch.float32)
+    for module in (ours, theirs):
+        module.get_submodule(layer).register_forward_hook(lambda module, given, out: out.sin())
+    torch.testing.assert_close(ours(*arguments), theirs(*arguments))
+    for module in (ours, theirs):
+        parent, _, last = layer.rpartition(".")
+        setattr(module.get_submodule(parent), last, nn.Sequential(module.get_submodule(layer), nn.Tanh()))
+    torch.testing.assert_close(ours(*arguments), theirs(*arguments))
 
 
 def test_dropout_acts_in_training_alone() -> None:
