@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from subprocess import SubprocessError
 from typing import Any
 
@@ -17,7 +19,16 @@ from .occupancy import Occupancy, occupancy
 from .prediction import Prediction, Traffic, asked_bytes, predict
 from .ptx import Access, global_accesses
 from .ptxas import serializations
-from .sass import Region, Resources, disassemble, hot_region, parse, resources
+from .sass import (
+    Instruction,
+    Region,
+    Resources,
+    disassemble,
+    hot_region,
+    instructions_of,
+    resource_usage,
+    resources,
+)
 from .score_tile import ScoreTile, beside_its_bound, score_tile
 from .units import Mix, mix
 
@@ -40,7 +51,6 @@ class NvidiaCode:
     prediction: Prediction
     serialized: tuple[str, ...]
     order: LoopOrder | None
-    text: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,8 @@ class Inspection:
     @property
     def code(self) -> str:
         """The machine code: SASS, or an AMD chip's assembly."""
-        return self.compiled.asm["amdgcn"] if self.nvidia is None else self.nvidia.text
+        asm = self.compiled.asm
+        return asm["amdgcn"] if self.nvidia is None else disassemble(asm["cubin"])
 
     @property
     def faults(self) -> list[str]:
@@ -166,22 +177,45 @@ def launch_as_json(launch: Launch, specialization: Specialization, machine: Mach
 
 
 def inspect_launch(launch: Launch, machine: Machine) -> Inspection:
-    """Compile a launch and read its code. Raises what the compiler raises.
+    """Compile a launch and read its code. Raises what the compiler raises."""
+    return inspect_launches([(launch, machine)])[0]
 
-    What Triton's cache has of it is compiled anew where it cannot be read, as after a crash or on a full disk.
+
+def inspect_launches(launches: Sequence[tuple[Launch, Machine]]) -> list[Inspection]:
+    """The same of several: the code of all of them is disassembled at once, which is quicker.
+
+    What Triton's cache has of them is compiled anew where it cannot be read, as after a crash or on a full disk.
     """
     try:
-        return _read(launch, compile_launch(launch, machine), machine)
+        return _read([(launch, compile_launch(launch, machine)) for launch, machine in launches])
     except (LookupError, SubprocessError, ValueError):
-        return _read(launch, compile_launch(launch, machine, anew=True), machine)
+        return _read([(launch, compile_launch(launch, machine, anew=True)) for launch, machine in launches])
 
 
-def _read(launch: Launch, compiled: Compiled, machine: Machine) -> Inspection:
-    if machine.backend == "hip":
+def _read(compiled: Sequence[tuple[Launch, Compiled]]) -> list[Inspection]:
+    of_target: dict[str, list[int]] = {}
+    for i, (_, code) in enumerate(compiled):
+        if code.machine.backend == "cuda":
+            of_target.setdefault(_ptx_target(code.asm["ptx"]), []).append(i)
+    instructions: dict[int, list[Instruction]] = {}
+    for target, places in of_target.items():
+        cubins = [compiled[i][1].asm["cubin"] for i in places]
+        instructions |= zip(places, instructions_of(cubins, target), strict=True)
+    return [_inspected(launch, code, instructions.get(i)) for i, (launch, code) in enumerate(compiled)]
+
+
+def _ptx_target(ptx: str) -> str:
+    found = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    if found is None:
+        raise ValueError("the PTX names no target")
+    return found[1]
+
+
+def _inspected(launch: Launch, compiled: Compiled, instructions: list[Instruction] | None) -> Inspection:
+    machine = compiled.machine
+    if instructions is None:
         return Inspection(launch, compiled, amd=amd_resources(compiled.asm["amdgcn"]), tile=score_tile(launch))
-    text = disassemble(compiled.asm["cubin"])
-    instructions = parse(text)
-    used = resources(text, instructions)
+    used = resources(resource_usage(compiled.asm["cubin"]), instructions)
     region = hot_region(instructions)
     warps = launch.num_warps
     tile = score_tile(launch)
@@ -197,7 +231,6 @@ def _read(launch: Launch, compiled: Compiled, machine: Machine) -> Inspection:
         predict(machine, region.instructions, warps, _traffic(launch, machine, region, tile)),
         serializations(compiled),
         loop_order(region),
-        text,
     )
     return Inspection(launch, compiled, nvidia=code, tile=tile)
 

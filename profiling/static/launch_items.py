@@ -17,7 +17,7 @@ from ldmperf.kernels import Launch
 from ..machines import MACHINES
 from ..options import DType
 from .compile import Specialization
-from .inspection import inspect_launch
+from .inspection import inspect_launches
 from .planned import family_launches, planned
 from .shapes import SHAPES, Shape
 from .tuned import TunedItem
@@ -79,25 +79,35 @@ def select(selections: Iterable[Selection]) -> list[Item]:
 def inspect_items(items: Sequence[Item | ShapeItem | TunedItem], processes: int = 2) -> Iterator[dict[str, Any]]:
     """`Inspection.as_json` of each item, in order, with the item's size, batch and dtype."""
     context = multiprocessing.get_context("spawn")
+    # In small batches: results arrive batch by batch.
+    size = 12 if len(items) > 100 else 1
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        # In small chunks: results arrive chunk by chunk.
-        yield from pool.map(_inspect, items, chunksize=4 if len(items) > 100 else 1)
+        for results in pool.map(_inspect, batches):
+            yield from results
 
 
-def _inspect(item: Item | ShapeItem | TunedItem) -> dict[str, Any]:
+def _inspect(items: Sequence[Item | ShapeItem | TunedItem]) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    machine = MACHINES[item.arch]
+    inspections = inspect_launches([(_launch(item), MACHINES[item.arch]) for item in items])
+    return [_named(item) | found.as_json() for item, found in zip(items, inspections, strict=True)]
+
+
+def _launch(item: Item | ShapeItem | TunedItem) -> Launch:
     if isinstance(item, TunedItem):
-        launch = item.launch
-        named: dict[str, Any] = {"batch": None, "dtype": item.call.dtype}
-        return {"size": item.key, **named, **inspect_launch(launch, machine).as_json()}
+        return item.launch
     if isinstance(item, ShapeItem):
-        launch = planned(item.operator, SHAPES[item.operator][0](item.shape), machine)[0]
-        named = {"batch": item.shape.batch, "dtype": str(item.shape.dtype).removeprefix("torch.")}
-    else:
-        launch = _launches_by_key(item.size, item.batch, item.dtype, item.arch)[item.key]
-        named = {"batch": item.batch, "dtype": item.dtype}
-    return {"size": item.size, **named, **inspect_launch(launch, machine).as_json()}
+        return planned(item.operator, SHAPES[item.operator][0](item.shape), MACHINES[item.arch])[0]
+    return _launches_by_key(item.size, item.batch, item.dtype, item.arch)[item.key]
+
+
+def _named(item: Item | ShapeItem | TunedItem) -> dict[str, Any]:
+    if isinstance(item, TunedItem):
+        return {"size": item.key, "batch": None, "dtype": item.call.dtype}
+    if isinstance(item, ShapeItem):
+        dtype = str(item.shape.dtype).removeprefix("torch.")
+        return {"size": item.size, "batch": item.shape.batch, "dtype": dtype}
+    return {"size": item.size, "batch": item.batch, "dtype": item.dtype}
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,8 +1,11 @@
-"""NVIDIA machine code read from cuobjdump's text: instructions, resources, and the hot loop."""
+"""NVIDIA machine code read from the text of NVIDIA's tools: instructions, resources, and the hot loop."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -63,19 +66,56 @@ class Region:
 
 
 def disassemble(cubin: bytes) -> str:
-    """The text of `cuobjdump -sass -res-usage`, with the tool that the triton package brings."""
+    """The text of `cuobjdump -sass -res-usage`."""
+    return _said("cuobjdump", "-sass", "-res-usage", of=cubin)
+
+
+def instructions_of(cubins: Sequence[bytes], target: str) -> list[list[Instruction]]:
+    """The instructions of each cubin, compiled for the PTX `target`, "sm_90a".
+
+    One nvdisasm reads all codes, one behind the other, as its start takes longer than its work. Addresses count
+    from the first one's. Raises ValueError for what is no cubin of one function.
+    """
+    codes = [_code(cubin) for cubin in cubins]
+    text = _said("nvdisasm", "-novliw", "--binary", target.replace("sm_", "SM"), of=b"".join(codes))
+    ends = list(itertools.accumulate(len(code) for code in codes))
+    found: list[list[Instruction]] = [[] for _ in codes]
+    for instruction in parse(text):
+        found[bisect.bisect_right(ends, instruction.address)].append(instruction)
+    if not all(found):
+        raise ValueError("a cubin has no instructions")
+    return found
+
+
+def _code(cubin: bytes) -> bytes:
+    """The section of instructions of an ELF file."""
+    try:
+        (sections,), (count, names) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<HH", cubin, 60)
+        # Of each: its name's place, and its own offset and size.
+        headers = [struct.unpack_from("<I20xQQ", cubin, sections + 64 * i) for i in range(count)]
+    except struct.error:
+        raise ValueError("the cubin is no ELF file, or a part of one") from None
+    start = headers[names][1] if names < count else 0
+    codes = [cubin[at : at + size] for name, at, size in headers if cubin.startswith(b".text.", start + name)]
+    if len(codes) != 1:
+        raise ValueError(f"a cubin holds the code of {len(codes)} functions, not of one")
+    return codes[0]
+
+
+def _said(tool: str, *options: str, of: bytes) -> str:
+    """What a tool that the triton package brings says of a file with these bytes."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(of)
         file.flush()
-        command = [str(tool), "-sass", "-res-usage", file.name]
+        command = [str(path), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def parse(text: str) -> list[Instruction]:
-    """The instructions of the one function in a disassembly, in address order."""
+    """The instructions of a disassembly, in address order."""
     found = []
     for line in text.splitlines():
         match = _LINE.match(line)
@@ -88,8 +128,13 @@ def parse(text: str) -> list[Instruction]:
     return found
 
 
+def resource_usage(cubin: bytes) -> str:
+    """The text of `cuobjdump -res-usage`."""
+    return _said("cuobjdump", "-res-usage", of=cubin)
+
+
 def resources(text: str, instructions: Sequence[Instruction]) -> Resources:
-    """The resources of the one function in a disassembly."""
+    """The resources of the one function of a `resource_usage`, or of a disassembly that has them too."""
     found = _RESOURCES.search(text)
     if found is None:
         raise ValueError("no resource usage in the disassembly; cuobjdump needs -res-usage")
