@@ -177,24 +177,24 @@ class _Reach:
             # Others may have no address.
             if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
                 self.tensors.append(value)
-        elif isinstance(value, dict):
+            return
+        if isinstance(value, dict):
             self.dicts.append(value)
-            self._follow(value.values(), is_modules)
         elif isinstance(value, list):
             self.lists.append(value)
-            self._follow(value, is_modules)
-        elif isinstance(value, tuple):
-            self._follow(value, is_modules)
         elif isinstance(value, set | frozenset):
             self.sets.append(value)
-            self._follow(value, is_modules)
-        elif is_modules and isinstance(getattr(value, "__dict__", None), dict):
+        if isinstance(value, dict | list | tuple | set | frozenset):
+            self._follow(value.values() if isinstance(value, dict) else value, is_modules)
+        # Subclasses of these have attributes too: diffusers' configs are both.
+        if is_modules and isinstance(getattr(value, "__dict__", None), dict):
             attributes = vars(value)
             self.owners.append(value)
             if any(isinstance(held, Tensor) for held in attributes.values()):
                 self.dicts.append(attributes)
-            is_module = isinstance(value, nn.Module)
-            self._follow((attributes[name] for name in attributes.keys() - _UNREAD), is_module)
+            self._follow(
+                (attributes[name] for name in attributes.keys() - _UNREAD), is_modules=isinstance(value, nn.Module)
+            )
 
     def _follow(self, values: Iterable[Any], is_modules: bool) -> None:
         self._ahead.extend((value, is_modules) for value in values)
