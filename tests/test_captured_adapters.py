@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,11 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
+from ldmperf.samplers import GraphedSampler, NoiseSchedule, initial_noise, make_plan, sample
 from ldmperf.samplers.reads import Watch
 
 from .adapters import CONTEXT_DIM, IMAGE_DIM, ip_adapter, lora, tiny_unet
-from .tapes import graphed
+from .tapes import Tapes, graphed
 
 pytestmark = [
     pytest.mark.usefixtures("_one_thread"),
@@ -214,3 +216,30 @@ def test_parameters_of_a_pipeline_are_asked_for() -> None:
         sampler((), PLAN, NOISE)
     sampler, _ = graphed(denoise, modules=pipe.unet)
     sampler((), PLAN, NOISE)
+
+
+def test_what_the_page_shows() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "set_adapters" in block)
+    unet = tiny_unet()
+    unet.load_lora_adapter(lora(unet, 1, FEW), prefix=None, adapter_name="style")
+    graphs = Tapes()
+    names: dict[str, Any] = {
+        "unet": unet,
+        "torch": torch,
+        "plan": PLAN,
+        "noise": NOISE,
+        "text": torch.linspace(-1, 1, 2 * 3 * CONTEXT_DIM, dtype=torch.float64).reshape(2, 3, -1),
+        "GraphedSampler": partial(GraphedSampler, backend="torch", graphs=graphs),
+    }
+    exec(compile(code, "performance.md", "exec"), names)
+    assert graphs.captured == 2
+    with torch.no_grad():
+        expected = sample(
+            lambda x, step: unet(x, step.timestep, names["text"]).sample,
+            PLAN,
+            NOISE,
+            guidance_scale=7.5,
+            backend="torch",
+        )
+    torch.testing.assert_close(names["latents"], expected)
