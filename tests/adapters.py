@@ -50,7 +50,8 @@ def lora(
             weights[f"{name}.lora_A.weight"] = random(rank, *tensor.shape[1:])
             weights[f"{name}.lora_B.weight"] = random(tensor.shape[0], rank, *[1] * (tensor.dim() - 2))
             if dora:
-                weights[f"{name}.lora_magnitude_vector"] = 1 + random(tensor.shape[0]).abs()
+                kept = [tensor.shape[0]] if tensor.dim() == 2 else [1, tensor.shape[0], 1, 1]
+                weights[f"{name}.lora_magnitude_vector"] = 1 + random(*kept).abs()
     return weights
 
 
