@@ -18,18 +18,21 @@ from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
 from .adapters import CONTEXT_DIM, TARGETS, lora, tiny_unet
 from .tapes import graphed
 
+pytestmark = [
+    pytest.mark.usefixtures("_one_thread"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning"),
+]
+
 PLAN = make_plan("ddim", NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"}), 1)
 NOISE = initial_noise([1, 2], (4, 8, 8)).double()
 TEXT = torch.linspace(-1, 1, 2 * 3 * CONTEXT_DIM, dtype=torch.float64).reshape(2, 3, -1).sin()
 TIME = torch.tensor([500])
 # peft's wrappers of these parts are called as they are, and the report lists them.
 PARTS = ("conv1", "conv2", "conv_shortcut", "ff.net.0.proj")
-WARNINGS = (
-    "Already found a `peft_config`",
-    "Adapter",
-    "Already unmerged",
-    "Already following adapters were merged",
-)
 
 
 def output(unet: Any, x: Tensor = NOISE) -> Tensor:
@@ -211,6 +214,3 @@ TestAdapters.settings = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-TestAdapters = pytest.mark.usefixtures("_one_thread")(TestAdapters)
-for _warning in WARNINGS:
-    TestAdapters = pytest.mark.filterwarnings(f"ignore:{_warning}:UserWarning")(TestAdapters)
