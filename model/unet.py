@@ -30,6 +30,20 @@ CONDITIONING_PARAMETERS = {
 }
 
 
+class _Remembered:
+    """What a network remembers of its modules and weights, made anew when these have changed.
+
+    It has slots and no `__dict__`, so it is no value of the network to whoever compares a module's values
+    (`ldmperf.samplers.GraphedSampler`).
+    """
+
+    __slots__ = ("privacy", "snapshot")
+
+    def __init__(self) -> None:
+        self.snapshot: Snapshot | None = None
+        self.privacy: Privacy | None = None
+
+
 class UNet(nn.Module):
     """A text-conditioned latent-diffusion UNet (Rombach et al., arXiv 2112.10752).
 
@@ -84,8 +98,7 @@ class UNet(nn.Module):
             biases = self._deferred_biases()
         # The length of each deferred bias, 0 where there is none: set by the architecture, not by the weights.
         self._constant_sizes = [sum(map(len, vectors)) for vectors in biases]
-        self._snapshot: Snapshot | None = None
-        self._privacy: Privacy | None = None
+        self._remembered = _Remembered()
 
     def _route(self) -> tuple[Stop, ...]:
         """The stops of the modules that the network has now: any may have been replaced."""
@@ -208,9 +221,10 @@ class UNet(nn.Module):
         if torch.compiler.is_compiling():
             # A compiled graph plans its memory itself, and needs no in-place sums.
             return False
-        if self._privacy is None or not self._privacy.knows_all():
-            self._privacy = Privacy(self)
-        return self._privacy.holds()
+        remembered = self._remembered
+        if remembered.privacy is None or not remembered.privacy.knows_all():
+            remembered.privacy = Privacy(self)
+        return remembered.privacy.holds()
 
     def constants(self) -> Constants:
         """The deferred biases (`Conditioning.constants`), which depend on the weights alone."""
@@ -223,13 +237,14 @@ class UNet(nn.Module):
         """A mark of the weights as they are now; none inside torch.compile."""
         if torch.compiler.is_compiling():
             return None
-        if self._snapshot is None or self._snapshot.change() is not None:
-            self._snapshot = Snapshot(self, CONDITIONING_PARAMETERS)
-        return MadeFrom(self, self._snapshot)
+        remembered = self._remembered
+        if remembered.snapshot is None or remembered.snapshot.change() is not None:
+            remembered.snapshot = Snapshot(self, CONDITIONING_PARAMETERS)
+        return MadeFrom(self, remembered.snapshot)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's weights and modules are its own.
-        return {**self.__dict__, "_snapshot": None, "_privacy": None}
+        return {**self.__dict__, "_remembered": _Remembered()}
 
     def with_backend(self, backend: str, products: str = "auto") -> UNet:
         """The same network on the same memory, with other values of `backend` and `products`."""

@@ -72,9 +72,10 @@ class GraphedSampler(Generic[C]):
     graphs        how to capture
 
     Weights: a run reads what was written into parameters in place. Parameters, buffers or submodules that were
-    replaced or moved (`load_state_dict(assign=True)`, `.to()`, an adapter swapped in) lead to new captures, as do
-    added forward hooks; the old captures keep their memory until then. Any other tensor that denoise closes over
-    is kept alive and read in place.
+    replaced or moved (`load_state_dict(assign=True)`, `.to()`, an adapter loaded) lead to new captures, as do
+    added forward hooks, and Python values and classes of modules that changed (an adapter's scale, an attention
+    processor); the old captures keep their memory until then. Any other tensor that denoise closes over is kept
+    alive and read in place.
 
     Streams: a run waits, on the device, for the run before, on whatever streams both are.
 

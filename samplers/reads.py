@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
@@ -57,34 +58,146 @@ class Reads(TorchDispatchMode):
 
 
 class Watch:
-    """The parameters, buffers, submodules and forward hooks of modules at one moment."""
+    """What a captured step depends on in modules, at one moment.
+
+    Compared are the classes of the modules and everything that their attributes lead to: parameters, buffers,
+    submodules, hooks, and Python values, which a capture reads once (an adapter's scaling, its active adapters, an
+    attention processor and the processor's own attributes). Attributes lead through dicts, lists, tuples and sets,
+    and one step into other objects.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._roots = list(modules)
-        every = dict.fromkeys(module for root in self._roots for module in root.modules())
-        kinds = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
-        dicts: list[dict[Any, Any]] = [getattr(module, kind) for module in every for kind in kinds]
-        # Flat lists, compared by loops in C: every run checks a network of 400 modules.
-        self._full = [entries for entries in dicts if entries]
-        self._empty = [entries for entries in dicts if not entries]
-        self._entries = self._current()
-        self._tensors = [entry for entry in self._entries if type(entry) in (Tensor, nn.Parameter)]
+        found = _Reach(self._roots)
+        self._owners = found.owners
+        self._classes = list(map(type, found.owners))
+        self._attributes = [dict(vars(owner)) for owner in found.owners]
+        # Compared by loops in C: every run checks a network of 400 modules with 9,000 attributes. Flat lists by
+        # identity, as equality of tensors is a tensor; attributes by equality, as all but few hold no tensor.
+        self._dicts = [one for one in found.dicts if one]
+        self._lists = [one for one in found.lists if one]
+        self._empty = [one for one in (*found.dicts, *found.lists) if not one]
+        self._sets = found.sets
+        self._elements = list(map(frozenset, found.sets))
+        self._keys = self._current_keys()
+        self._values = self._current_values()
+        self._tensors = found.tensors
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._strides = list(map(Tensor.stride, self._tensors))
 
     def is_same(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether `modules` are the watched ones, with nothing in them replaced or moved. Values may differ."""
-        roots, entries = list(modules), self._current()
+        """Whether `modules` are the watched ones, with nothing in them replaced, moved or set to another value.
+
+        Values of tensors may differ.
+        """
+        roots = list(modules)
         return (
             len(roots) == len(self._roots)
             and all(map(is_, roots, self._roots))
+            and all(map(is_, map(type, self._owners), self._classes))
             and not any(self._empty)
-            and len(entries) == len(self._entries)
-            and all(map(is_, entries, self._entries))
+            and self._current_keys() == self._keys
+            and self._has_same_values()
+            and self._sets == self._elements
+            and self._has_same_attributes()
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(Tensor.stride, self._tensors)) == self._strides
         )
 
-    def _current(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._full)))
+    def _has_same_values(self) -> bool:
+        values = self._current_values()
+        return all(map(is_, values, self._values)) or all(map(_is_same_value, values, self._values))
+
+    def _has_same_attributes(self) -> bool:
+        try:
+            return list(map(vars, self._owners)) == self._attributes
+        except (RuntimeError, ValueError, TypeError):
+            # An array or a tensor in the place of another value: whether they are equal is not one answer.
+            return False
+
+    def _current_keys(self) -> list[Any]:
+        """Sizes, which tell what container a value is of, and names."""
+        return [*map(len, self._dicts), *map(len, self._lists), *chain.from_iterable(self._dicts)]
+
+    def _current_values(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._dicts)), *chain.from_iterable(self._lists)]
+
+
+# Values that cannot change; one that is set anew to an equal value is the same.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+# Not followed: what may lead to all of a program.
+_CLOSED = (*_PLAIN, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+# torch's own, in every module: no forward reads them, or they say more of hooks that are followed.
+_UNREAD = frozenset(
+    {
+        "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+        "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+        "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
+    }
+)  # fmt: skip
+
+
+def _is_same_value(value: Any, other: Any) -> bool:
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(other) and all(map(_is_same_value, value, other))
+    return isinstance(value, _PLAIN) and value == other
+
+
+class _Reach:
+    """Where the attributes of modules lead, each place once.
+
+    owners   modules, and other objects that these hold
+    dicts    dicts among their values, and the attributes of owners that hold a tensor
+    lists    lists among their values
+    sets     sets among their values
+    tensors  tensors among their values that have an address
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.owners: list[Any] = []
+        self.dicts: list[dict[Any, Any]] = []
+        self.lists: list[list[Any]] = []
+        self.sets: list[set[Any] | frozenset[Any]] = []
+        self.tensors: list[Tensor] = []
+        self._seen: set[tuple[int, bool]] = set()
+        # Not recursive: networks may be deeper than Python's stack. True: of a module.
+        self._ahead: list[tuple[Any, bool]] = [(module, True) for module in modules]
+        while self._ahead:
+            self._look(*self._ahead.pop())
+
+    def _look(self, value: Any, is_modules: bool) -> None:
+        if isinstance(value, _CLOSED) or (id(value), is_modules) in self._seen:
+            return
+        self._seen.add((id(value), is_modules))
+        if isinstance(value, Tensor):
+            # Others may have no address.
+            if type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided:
+                self.tensors.append(value)
+            return
+        if isinstance(value, dict):
+            self.dicts.append(value)
+        elif isinstance(value, list):
+            self.lists.append(value)
+        elif isinstance(value, set | frozenset):
+            self.sets.append(value)
+        if isinstance(value, dict | list | tuple | set | frozenset):
+            self._follow(value.values() if isinstance(value, dict) else value, is_modules)
+        # Subclasses of these have attributes too: diffusers' configs are both.
+        if is_modules and isinstance(getattr(value, "__dict__", None), dict):
+            attributes = vars(value)
+            self.owners.append(value)
+            if any(isinstance(held, Tensor) for held in attributes.values()):
+                self.dicts.append(attributes)
+            self._follow(
+                (attributes[name] for name in attributes.keys() - _UNREAD), is_modules=isinstance(value, nn.Module)
+            )
+
+    def _follow(self, values: Iterable[Any], is_modules: bool) -> None:
+        self._ahead.extend((value, is_modules) for value in values)
 
 
 def modules_of(call: Callable[..., Any]) -> list[nn.Module]:

@@ -1,15 +1,10 @@
-"""Weights under a captured step: replaced, moved, written in place, freed.
-
-The stand-in for graphs is a tape of operators on the very memory of the capture. As a CUDA graph does, it keeps
-nothing of what was there before it; unlike one it fails where it reads memory that was freed.
-"""
+"""Weights under a captured step: replaced, moved, written in place, freed."""
 
 from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -20,10 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import GraphedSampler, NoiseSchedule, initial_noise, make_plan, sample
+
+from .tapes import Tapes, graphed
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -31,101 +27,6 @@ SCHEDULE = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
 PLAN = make_plan("dpmpp_2m", SCHEDULE, 3)
 NOISE = initial_noise([1, 2], (4, 5, 6))
 TINY = UNetConfig((16, 32), (2, 4), (True, False), layers_per_block=1, context_dim=12, norm_groups=4)
-
-
-class FreedMemory(Exception):
-    pass
-
-
-class Outside:
-    """A tensor that was there before the capture: where it lies, and not what keeps it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.storage = StorageWeakRef(tensor.untyped_storage())
-        self.layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
-        self.dtype = tensor.dtype
-
-    def tensor(self) -> torch.Tensor:
-        storage = torch.UntypedStorage._new_with_weak_ptr(self.storage.cdata)
-        if storage is None:
-            raise FreedMemory("a replay reads memory that was freed")
-        return torch.empty(0, dtype=self.dtype).set_(storage, *self.layout)
-
-
-class Tape(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: set[int] = set()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def held(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor) or leaf.untyped_storage()._cdata in self.made:
-                return leaf
-            return Outside(leaf)
-
-        kept = tree_map(held, (args, kwargs or {}))
-        # Views too are made anew at each replay only as far as their memory is; a view's call does nothing.
-        out = func(*args, **(kwargs or {}))
-        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        if not is_view:
-            results = () if func._schema.is_mutable else tuple(tree_leaves(out))
-            self.calls.append((func, *kept, results))
-            self.made |= {r.untyped_storage()._cdata for r in results if isinstance(r, torch.Tensor)}
-        return out
-
-    def replay(self) -> None:
-        def real(leaf: Any) -> Any:
-            return leaf.tensor() if isinstance(leaf, Outside) else leaf
-
-        for func, args, kwargs, results in self.calls:
-            out = func(*tree_map(real, args), **tree_map(real, kwargs))
-            for result, new in zip(results, tree_leaves(out), strict=bool(results)):
-                result.copy_(new)
-
-
-class Tapes:
-    """Stands for CUDA graphs. `log` holds turns, captures and replays as they come."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.in_turn = False
-
-    def check(self, device: torch.device) -> None:
-        pass
-
-    @contextmanager
-    def turn(self, device: torch.device) -> Iterator[None]:
-        self.log.append("begin")
-        self.in_turn = True
-        try:
-            yield
-        finally:
-            self.in_turn = False
-            self.log.append("end")
-
-    def settle(self) -> None:
-        self.log.append("settle")
-
-    def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
-        assert self.in_turn
-        work()
-
-    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        self.log.append("capture")
-        with Tape() as tape:
-            work()
-
-        def replay() -> None:
-            assert self.in_turn
-            self.log.append("replay")
-            tape.replay()
-
-        return replay
-
-    @property
-    def captured(self) -> int:
-        return self.log.count("capture")
 
 
 class Net(nn.Module):
@@ -154,11 +55,6 @@ CONDITIONING = (torch.linspace(-0.3, 0.4, 128),)
 
 def eager(net: Any, noise: torch.Tensor = NOISE) -> torch.Tensor:
     return sample(lambda x, step: net(x, CONDITIONING, torch.tensor([step.index])), PLAN, noise, backend="torch")
-
-
-def graphed(denoise: Any, **options: Any) -> tuple[GraphedSampler[Any], Tapes]:
-    graphs = Tapes()
-    return GraphedSampler(denoise, backend="torch", graphs=graphs, **options), graphs
 
 
 def written(net: Net, seed: int) -> None:

@@ -136,21 +136,21 @@ def test_networks_on_the_same_memory_see_each_others_writes() -> None:
 def test_one_snapshot_serves_until_the_weights_change() -> None:
     unet = network()
     first = unet.constants()
-    snapshot = unet._snapshot
+    snapshot = unet._remembered.snapshot
     second = unet.condition([1.0], CONTEXT, constants=first)
     unet.condition([2.0], CONTEXT)
-    assert unet._snapshot is snapshot
+    assert unet._remembered.snapshot is snapshot
     unet.up[0].resblocks[0].conv1.weight.add_(1.0)
     assert not is_refused(unet, second)
     unet.conv_in.bias.add_(1.0)
     unet.constants()
-    assert unet._snapshot is not snapshot
+    assert unet._remembered.snapshot is not snapshot
 
 
 def test_a_forward_takes_no_snapshot() -> None:
     unet = network()
     unet(SAMPLE, 5.0, CONTEXT)
-    assert unet._snapshot is None
+    assert unet._remembered.snapshot is None
 
 
 def test_what_is_kept_does_not_keep_the_network() -> None:
@@ -169,7 +169,7 @@ def test_copies_and_pickles() -> None:
     kept = unet.condition([1.0], CONTEXT)
     copied, pickled = copy.deepcopy(kept), pickle.loads(pickle.dumps(kept))
     other = copy.deepcopy(unet)
-    assert other._snapshot is None
+    assert other._remembered.snapshot is None
     own = other.condition([1.0], CONTEXT)
     unet.conv_in.bias.add_(1.0)
     assert is_refused(unet, copied)
