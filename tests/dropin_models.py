@@ -263,7 +263,11 @@ def make_pipeline(kind: str) -> Any:
     """A random pipeline: "text", "img2img", "inpaint", "upscale" or "sdxl"."""
     torch.manual_seed(0)
     unet = {"text": "sd15", "img2img": "sd21"}.get(kind, kind)
-    parts = {"unet": make_unet(unet), "vae": make_vae("vae"), "scheduler": diffusers.DDIMScheduler(**_SCHEDULE)} | _text()
+    parts = {
+        "unet": make_unet(unet),
+        "vae": make_vae("vae"),
+        "scheduler": diffusers.DDIMScheduler(**_SCHEDULE),
+    } | _text()
     if kind == "sdxl":
         # The UNet attends to both encoders' states side by side.
         second = _text(projection=True)
