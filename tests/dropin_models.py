@@ -180,13 +180,6 @@ def model_inputs(model: Any, batch: int = 2, size: int | tuple[int, int] = 8, se
     return inputs
 
 
-def output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """The model's result without gradients."""
-    with torch.no_grad():
-        result: torch.Tensor = model(**inputs, return_dict=False)[0]
-    return result
-
-
 @st.composite
 def unet_configs(draw: st.DrawFn) -> dict[str, Any]:
     """Small configurations of any mix of blocks and options."""
