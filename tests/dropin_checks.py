@@ -1,4 +1,4 @@
-"""What the tests of `ldmperf.model.dropin` look at in a model: its results, its objects, the calls of our operators."""
+"""What tests of `ldmperf.model.dropin` look at in a model: results, objects, calls of our operators."""
 
 from __future__ import annotations
 

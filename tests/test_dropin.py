@@ -1,4 +1,4 @@
-"""accelerate() on a diffusers UNet or VAE of every kind: the same results, the very objects back, nothing unlisted."""
+"""accelerate() on diffusers UNets and VAEs of every kind: the same results, the very objects back, all listed."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def replaceable(path: str, module: nn.Module, parent: nn.Module | None) -> str |
 
 
 def check_report(report: Any, model: Any) -> None:
-    """Each entry against a walk of our own; what has a norm, an attention or a gate is listed, or part of a listed."""
+    """Each entry against a walk of our own; norms, attention and gates are listed, or part of what is."""
     modules = dict(model.named_modules())
     parents = {path: modules.get(path.rpartition(".")[0]) for path in modules}
     expected = {path: replaceable(path, module, parents[path]) for path, module in modules.items()}

@@ -1,4 +1,4 @@
-"""KernelAttnProcessor on inputs of every form that diffusers' own processors take; the oracle is theirs in float64."""
+"""Attention with the kernel on inputs of every form that diffusers' processors take; the oracle is theirs."""
 
 from __future__ import annotations
 

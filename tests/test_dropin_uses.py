@@ -1,0 +1,363 @@
+"""accelerate() beside what people do with a diffusers model: its options, copies, files, training."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from dropin_checks import SAME, objects, our_calls, output, relative_rms
+from dropin_models import UNETS, make, make_unet, make_vae, model_inputs
+
+from ldmperf.kernels import KernelUnsupported
+from ldmperf.model.dropin import accelerate, undo
+
+pytestmark = pytest.mark.usefixtures("_one_thread")
+SMALL = UNETS["bk_sdm_small"]
+
+
+def unet_and_inputs(dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, Any]]:
+    unet = make_unet(SMALL, dtype)
+    return unet, model_inputs(unet)
+
+
+def close(
+    model: Any, inputs: dict[str, Any], expected: torch.Tensor, tolerance: float = SAME[torch.float32]
+) -> bool:
+    return relative_rms(output(model, inputs), expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])},
+        {"encoder_attention_mask": torch.tensor([[True, True, False, False, False]] * 2)},
+        {"cross_attention_kwargs": {}},
+        {"cross_attention_kwargs": {"ip_adapter_masks": None}},
+        {"timestep": 7},
+        {"timestep": 3.5},
+    ],
+)
+def test_arguments(more):
+    unet, inputs = unet_and_inputs()
+    inputs |= more
+    expected = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        assert close(unet, inputs, expected)
+
+
+def test_self_attention_mask():
+    """One of the keys of every level, so all of one level."""
+    unet = make_unet(SMALL | {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "block_out_channels": (32, 32)})
+    unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q.weight.data.mul_(3)
+    inputs = model_inputs(unet, size=1) | {"attention_mask": torch.tensor([[1], [1]])}
+    expected = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        assert close(unet, inputs, expected)
+
+
+def test_guidance_doubles_the_batch():
+    unet, inputs = unet_and_inputs()
+    doubled = {name: torch.cat([value, value]) for name, value in inputs.items()}
+    doubled["encoder_hidden_states"][:2] = 0
+    expected = output(unet, doubled)
+    with accelerate(unet, backend="torch"):
+        assert close(unet, doubled, expected)
+        assert close(unet, inputs, expected[2:])
+
+
+def test_residuals_of_a_controlnet_and_of_an_adapter():
+    unet, inputs = unet_and_inputs()
+    unet = make_unet("bk_sdm_base")
+    shapes = [(32, 8), (32, 8), (32, 4), (64, 4)]
+    control = {
+        "down_block_additional_residuals": tuple(torch.randn(2, c, s, s) for c, s in shapes),
+        "mid_block_additional_residual": torch.randn(2, 64, 4, 4),
+    }
+    adapter = {"down_intrablock_additional_residuals": [torch.randn(2, 32, 8, 8), torch.randn(2, 64, 4, 4)]}
+    for more in (control, adapter):
+        expected = output(unet, inputs | copy.deepcopy(more))
+        with accelerate(unet, backend="torch"):
+            assert close(unet, inputs | copy.deepcopy(more), expected)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (8, 12), 1])
+def test_odd_sizes(size):
+    unet = make_unet(SMALL)
+    inputs = model_inputs(unet, size=size)
+    expected = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        assert close(unet, inputs, expected)
+
+
+def test_a_batch_past_64():
+    """There diffusers copies before it upsamples."""
+    unet = make("resnet_resamples")
+    inputs = model_inputs(unet, batch=65, size=2)
+    expected = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        assert close(unet, inputs, expected)
+
+
+def test_channels_last():
+    unet, inputs = unet_and_inputs()
+    unet.to(memory_format=torch.channels_last)
+    inputs["sample"] = inputs["sample"].contiguous(memory_format=torch.channels_last)
+    expected = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        result = output(unet, inputs)
+    assert relative_rms(result, expected) < SAME[torch.float32]
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_under_autocast():
+    unet, inputs = unet_and_inputs()
+    exact = output(unet, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output(unet, inputs)
+        with accelerate(unet, backend="torch"):
+            result = output(unet, inputs)
+    assert result.dtype == expected.dtype
+    assert relative_rms(result, exact) <= 1.25 * relative_rms(expected, exact)
+
+
+def test_chunked_feed_forward():
+    unet, inputs = unet_and_inputs()
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    for size, dim in ((1, 0), (4, 1)):
+        for block in blocks:
+            block.set_chunk_feed_forward(size, dim)
+        expected = output(unet, inputs)
+        with accelerate(unet, backend="torch"):
+            assert close(unet, inputs, expected)
+    blocks[0].set_chunk_feed_forward(3, 1)
+    with pytest.raises(ValueError, match="chunk"):
+        output(unet, inputs)
+    with accelerate(unet, backend="torch"), pytest.raises(ValueError, match="chunk"):
+        output(unet, inputs)
+
+
+def test_freeu():
+    unet, inputs = unet_and_inputs()
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.5, b2=1.6)
+    expected = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        assert close(unet, inputs, expected)
+
+
+def test_attention_slicing_before():
+    unet, inputs = unet_and_inputs()
+    plain = output(unet, inputs)
+    unet.set_attention_slice(1)
+    things = objects(unet)
+    with accelerate(unet, backend="torch") as report:
+        assert "attention" not in {entry.what for entry in report.replaced}
+        sliced = {entry.path for entry in report.left if "SlicedAttnProcessor" in entry.reason}
+        assert {name.removesuffix(".processor") for name in unet.attn_processors} <= sliced
+        assert close(unet, inputs, plain)
+        assert "attention" not in our_calls(unet, inputs)
+    assert objects(unet) == things
+
+
+def test_attention_slicing_after():
+    unet, inputs = unet_and_inputs()
+    plain = output(unet, inputs)
+    report = accelerate(unet, backend="torch")
+    assert "attention" in {entry.what for entry in report.replaced}
+    unet.set_attention_slice("auto")
+    assert "attention" not in {entry.what for entry in report.replaced}
+    assert any("SlicedAttnProcessor" in entry.reason for entry in report.left)
+    assert "attention" not in our_calls(unet, inputs)
+    assert close(unet, inputs, plain)
+    sliced = dict(unet.attn_processors)
+    report.undo()
+    assert unet.attn_processors == sliced
+    assert not our_calls(unet, inputs)
+    assert close(unet, inputs, plain)
+    unet.set_attention_slice(None)
+    assert torch.equal(output(unet, inputs), plain)
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_fused_projections(fused_first):
+    unet, inputs = unet_and_inputs()
+    plain, things = output(unet, inputs), objects(unet)
+    if fused_first:
+        unet.fuse_qkv_projections()
+        fused = dict(unet.attn_processors)
+        report = accelerate(unet, backend="torch")
+        assert our_calls(unet, inputs)["attention"]
+        assert close(unet, inputs, plain)
+        report.undo()
+        assert unet.attn_processors == fused
+    else:
+        report = accelerate(unet, backend="torch")
+        unet.fuse_qkv_projections()
+        assert {type(p).__name__ for p in unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+        assert close(unet, inputs, plain)
+        unet.unfuse_qkv_projections()
+        assert our_calls(unet, inputs)["attention"]
+        assert close(unet, inputs, plain)
+        report.undo()
+        assert {name for name, thing in objects(unet).items() if things.get(name) != thing} <= new_of_fusing(unet)
+    assert not our_calls(unet, inputs)
+    assert close(unet, inputs, plain)
+
+
+def new_of_fusing(unet: Any) -> set[str]:
+    """What fusing leaves behind in diffusers itself: projections of both, and what counts them."""
+    return {name for name in objects(unet) if ".attn" in name}
+
+
+def test_set_attention_backend_changes_nothing_and_ours_does():
+    unet, inputs = unet_and_inputs()
+    plain = output(unet, inputs)
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    try:
+        unet.set_attention_backend("_native_math")
+        assert not any(hasattr(processor, "_attention_backend") for processor in unet.attn_processors.values())
+        assert torch.equal(output(unet, inputs), plain)
+        with accelerate(unet, backend="torch"):
+            assert our_calls(unet, inputs)["attention"] == len(unet.attn_processors)
+            assert close(unet, inputs, plain)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)
+
+
+def test_vae_tiles_and_slices():
+    vae = make_vae("vae")
+    image = model_inputs(vae, size=20)["sample"]
+    latents = torch.randn(2, 4, 10, 10)
+
+    def results() -> list[torch.Tensor]:
+        with torch.no_grad():
+            encoded = vae.encode(image).latent_dist.mode()
+            return [encoded, vae.decode(latents).sample]
+
+    for option in ("enable_slicing", "enable_tiling"):
+        getattr(vae, option)()
+        expected = results()
+        with accelerate(vae, backend="torch"):
+            for result, wanted in zip(results(), expected, strict=True):
+                assert relative_rms(result, wanted) < SAME[torch.float32]
+        assert all(torch.equal(result, wanted) for result, wanted in zip(results(), expected, strict=True))
+
+
+def test_saved_and_loaded(tmp_path):
+    unet, inputs = unet_and_inputs()
+    unet.save_pretrained(tmp_path / "plain")
+    plain = output(unet, inputs)
+    with accelerate(unet, backend="torch"):
+        unet.save_pretrained(tmp_path / "accelerated")
+        result = output(unet, inputs)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "accelerated" / name).read_bytes()
+    loaded = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "accelerated").eval()
+    assert torch.equal(output(loaded, inputs), plain)
+    with accelerate(loaded, backend="torch"):
+        assert torch.equal(output(loaded, inputs), result)
+
+
+def test_loads_a_state_dict():
+    unet, inputs = unet_and_inputs()
+    other = make_unet(SMALL, seed=5)
+    with accelerate(unet, backend="torch"):
+        assert unet.load_state_dict(other.state_dict()) == ([], [])
+        assert close(unet, inputs, output(other, inputs))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["deepcopy", "pickle"]
+)
+def test_copies_are_accelerated_and_undone_alone(copied):
+    unet, inputs = unet_and_inputs()
+    plain, things = output(unet, inputs), objects(unet)
+    with accelerate(unet, backend="torch") as report:
+        result = output(unet, inputs)
+        twin = copied(unet)
+        assert torch.equal(output(twin, inputs), result)
+        assert our_calls(twin, inputs) == our_calls(unet, inputs)
+        undo(twin)
+        assert not our_calls(twin, inputs)
+        assert torch.equal(output(twin, inputs), plain)
+        assert our_calls(unet, inputs)
+        twin = copied(unet)
+        listed = len(report.replaced)
+    assert objects(unet) == things
+    assert our_calls(twin, inputs)
+    assert len(accelerate(twin).replaced) == listed
+    assert list(vars(copied(unet))) == list(vars(unet))
+
+
+def test_twice_and_undone_by_scan():
+    unet, inputs = unet_and_inputs()
+    plain, things = output(unet, inputs), objects(unet)
+    first = accelerate(unet, attention=False, backend="torch")
+    second = accelerate(unet, backend="torch")
+    assert {entry.what for entry in first.replaced} == {entry.what for entry in second.replaced}
+    assert close(unet, inputs, plain)
+    undo(unet)
+    assert first.replaced == second.replaced == ()
+    assert objects(unet) == things
+    first.undo()
+    second.undo()
+    undo(unet)
+    assert objects(unet) == things
+    assert torch.equal(output(unet, inputs), plain)
+
+
+def test_undone_when_the_block_raises():
+    unet, _ = unet_and_inputs()
+    things = objects(unet)
+    with pytest.raises(ZeroDivisionError), accelerate(unet, backend="torch"):
+        raise ZeroDivisionError
+    assert objects(unet) == things
+
+
+def test_moved_cast_and_trained_meanwhile():
+    """What the user does to the model while it is accelerated stays."""
+    unet, _ = unet_and_inputs()
+    report = accelerate(unet, backend="torch")
+    torch.nn.Module.to(unet, torch.float64)
+    optimizer = torch.optim.SGD(unet.parameters(), lr=1e-3)
+    inputs = model_inputs(unet)
+    unet.train()
+    unet(**inputs).sample.square().mean().backward()
+    optimizer.step()
+    unet.eval()
+    result = output(unet, inputs)
+    report.undo()
+    assert unet.dtype == torch.float64
+    assert relative_rms(output(unet, inputs), result) < SAME[torch.float64]
+
+
+@pytest.mark.parametrize(
+    "target", [torch.nn.Linear(2, 2), "a/path", None, {"unet": 1}, torch.compile(torch.nn.Linear(2, 2))]
+)
+def test_of_what_it_does_not_know(target):
+    for function in (accelerate, undo):
+        with pytest.raises(ValueError, match="UNet2DConditionModel") as caught:
+            function(target)
+        assert "\n" not in str(caught.value)
+
+
+def test_unknown_backend():
+    unet, _ = unet_and_inputs()
+    things = objects(unet)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, torch, triton"):
+        accelerate(unet, backend="cuda")
+    assert objects(unet) == things
+
+
+def test_the_kernels_cannot_serve_a_cpu():
+    unet, inputs = unet_and_inputs()
+    plain = output(unet, inputs)
+    with accelerate(unet, backend="triton"), pytest.raises(KernelUnsupported, match='backend="auto"'):
+        output(unet, inputs)
+    with accelerate(unet):
+        assert close(unet, inputs, plain)
