@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.models import attention, attention_processor, resnet
+from diffusers.models import activations, attention, attention_processor, resnet
 from diffusers.models.transformers import transformer_2d
 from dropin_checks import SAME, floats, objects, our_calls, output, relative_rms, same_tensors, tensors
 from dropin_models import (
@@ -25,7 +25,7 @@ from dropin_models import (
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 
-from ldmperf.model.dropin import KernelAttnProcessor, accelerate
+from ldmperf.model.dropin import accelerate
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 quick = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -81,46 +81,46 @@ def test_any_configuration(config):
     assert torch.equal(output(model, inputs), before)
 
 
-ATTENTIONS = (attention_processor.AttnProcessor2_0, KernelAttnProcessor)
-
-
-def replaceable(path: str, module: nn.Module, parent: nn.Module | None) -> str | None:
-    """What of a module accelerate() should take over, read from diffusers alone; None for what it should leave."""
-    kind = type(module)
-    kind = kind.__mro__[1] if kind.__module__.startswith("ldmperf") else kind
-    if kind is attention_processor.Attention and isinstance(module.processor, ATTENTIONS):
-        return "attention"
-    if kind is resnet.ResnetBlock2D and isinstance(module.nonlinearity, nn.SiLU):
-        return "norms"
-    if kind is attention.BasicTransformerBlock and module.norm_type == "layer_norm":
-        return "norms"
-    if kind is nn.GroupNorm and path.endswith("conv_norm_out") and isinstance(parent.conv_act, nn.SiLU):
-        return "norms"
-    if kind is nn.GroupNorm and isinstance(parent, transformer_2d.Transformer2DModel):
-        return "norms"
-    if kind.__name__ == "GEGLU":
+def kind_of(module: nn.Module, parent: nn.Module | None, name: str) -> str | None:
+    """What accelerate() should take a module over as, by diffusers' classes alone; None for what it should leave."""
+    host = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("ldmperf"))
+    if host is attention_processor.Attention:
+        is_plain = type(module.processor) is attention_processor.AttnProcessor2_0
+        return "attention" if is_plain and module.added_kv_proj_dim is None else None
+    if host is resnet.ResnetBlock2D:
+        return "resnet"
+    if host is attention.BasicTransformerBlock:
+        return "transformer block"
+    if host is activations.GEGLU:
         return "geglu"
-    return None
+    if name in ("conv_norm_out", "conv_act"):
+        return "norm" if name == "conv_norm_out" or isinstance(module, nn.SiLU) else None
+    is_norm = host is nn.GroupNorm and isinstance(parent, transformer_2d.Transformer2DModel)
+    return "norm" if is_norm else None
 
 
 def check_report(report: Any, model: Any) -> None:
-    """Each entry against a walk of our own; norms, attention and gates are listed, or part of what is."""
+    """Each entry against a walk of our own; each module that computes is listed, or part of what is replaced."""
     modules = dict(model.named_modules())
-    parents = {path: modules.get(path.rpartition(".")[0]) for path in modules}
-    expected = {path: replaceable(path, module, parents[path]) for path, module in modules.items()}
-    expected = {path: what for path, what in expected.items() if what}
-    replaced = {entry.path: entry.what for entry in report.replaced}
-    assert replaced == expected
-    left = {entry.path: entry.reason for entry in report.left}
-    assert all(path in modules and reason for path, reason in left.items())
-    assert not set(left) & set(replaced)
-    listed = {*left, *replaced}
+    expected: dict[str, str] = {}
     for path, module in modules.items():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm, attention_processor.Attention, attention.FeedForward)):
-            parts = path.split(".")
-            around = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
-            below = any(other.startswith(path + ".") for other in listed)
-            assert around & listed or below, path
+        around, _, name = path.rpartition(".")
+        if kind := kind_of(module, modules.get(around), name):
+            expected[path] = kind
+    assert {entry.path: entry.kind for entry in report.replaced} == expected
+    left = {entry.path: entry.reason for entry in report.left}
+    assert not set(left) & set(expected)
+    assert len(left) == len(report.left)
+    assert all(left.values())
+    assert all(
+        entry.class_name == type(modules[entry.path]).__name__ for entry in (*report.left, *report.replaced)
+    )
+    for path, module in modules.items():
+        if list(module.children()) or isinstance(module, (nn.Dropout, nn.Identity, nn.ModuleList)):
+            continue
+        around = path.rpartition(".")[0]
+        # Norms and activations of a block, the linear layer of a gate.
+        assert path in left or path in expected or around in expected, path
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,22 +142,26 @@ def test_dual_cross_attention():
 
 
 @pytest.mark.parametrize(
-    ("options", "operators"),
+    ("options", "operators", "kinds"),
     [
-        ({"norms": False, "geglu": False}, {"attention"}),
-        ({"attention": False, "geglu": False}, {"group_norm_silu", "residual_add", "layer_norm"}),
-        ({"attention": False, "norms": False}, {"linear"}),
+        ({"norms": False, "geglu": False}, {"attention"}, {"attention"}),
+        (
+            {"attention": False, "geglu": False},
+            {"group_norm_silu", "residual_add", "layer_norm", "add_layer_norm"},
+            {"resnet", "transformer block", "norm"},
+        ),
+        ({"attention": False, "norms": False}, {"linear"}, {"geglu"}),
     ],
 )
-def test_parts(options, operators):
+def test_parts(options, operators, kinds):
     model = make("sd15")
     inputs = model_inputs(model)
     before = output(model, inputs)
     with accelerate(model, backend="torch", **options) as report:
         assert set(our_calls(model, inputs)) == operators
         assert relative_rms(output(model, inputs), before) < SAME[torch.float32]
-        off = {name for name, wanted in options.items() if not wanted}
-        assert not off & {entry.what for entry in report.replaced}
+        assert {entry.kind for entry in report.replaced} == kinds
+        assert {f"{name}=False" for name in options} <= {entry.reason for entry in report.left}
 
 
 def test_never_a_global_patch():

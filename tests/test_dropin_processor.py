@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +14,8 @@ from dropin_models import randomized
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from ldmperf.model.dropin import KernelAttnProcessor
+from ldmperf.model.dropin.stand_ins import Attention as StandIn
+from ldmperf.model.dropin.stand_ins import give_back, take_over
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 quick = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -125,25 +124,25 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
     return Call(attention, call.processor, arguments)
 
 
-def run(call: Call, processor: Any, **more: Any) -> torch.Tensor:
-    call.attention.set_processor(processor)
+def run(call: Call, *, ours: bool) -> torch.Tensor:
     before = {name: value.clone() for name, value in call.arguments.items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        result: torch.Tensor = call.attention(**call.arguments, **more)
+    if ours:
+        take_over(call.attention, StandIn, "torch")
+    try:
+        with torch.no_grad():
+            result: torch.Tensor = call.attention(**call.arguments)
+    finally:
+        if ours:
+            give_back(call.attention)
     for name, value in call.arguments.items():
         assert torch.equal(value, before[name]), f"{name} was written to"
     return result
 
 
-def ours_for(call: Call, backend: str = "torch") -> Any:
-    return KernelAttnProcessor(backend, replaced=call.processor())
-
-
 def theirs(call: Call) -> torch.Tensor:
     """diffusers' result; an input that diffusers refuses is no example."""
     try:
-        return run(call, call.processor())
+        return run(call, ours=False)
     except (RuntimeError, ValueError):
         return reject()
 
@@ -152,7 +151,7 @@ def theirs(call: Call) -> torch.Tensor:
 @given(calls())
 def test_any_call_as_diffusers(call):
     expected = theirs(call)
-    result = run(call, ours_for(call))
+    result = run(call, ours=True)
     assert result.shape == expected.shape
     assert result.dtype == expected.dtype
     # Upcast attention is float32, from float64 too.
@@ -167,7 +166,7 @@ def test_any_call_as_diffusers(call):
 def test_any_call_in_other_dtypes(call, dtype):
     call = cast(call, dtype)
     own, exact = theirs(call), theirs(cast(call, torch.float64))
-    result = run(call, ours_for(call))
+    result = run(call, ours=True)
     assert result.dtype == own.dtype
     assert relative_rms(result, exact) <= max(FLOOR[dtype], 2 * relative_rms(own, exact))
 
@@ -181,15 +180,16 @@ def test_gradients_as_diffusers(call):
         # Random zeros would differ.
         module.p = 0.0
 
-    def gradients(processor: Any) -> list[torch.Tensor]:
-        call.attention.set_processor(processor)
+    def gradients() -> tuple[torch.Tensor | None, ...]:
         floats = {name: value for name, value in call.arguments.items() if value.is_floating_point()}
         leaves = {name: value.detach().clone().requires_grad_() for name, value in floats.items()}
         result = call.attention(**call.arguments | leaves)
         parameters = list(call.attention.parameters())
         return torch.autograd.grad(result.square().sum(), [*leaves.values(), *parameters], allow_unused=True)
 
-    for ours, expected in zip(gradients(ours_for(call)), gradients(call.processor()), strict=True):
+    wanted = gradients()
+    take_over(call.attention, StandIn, "torch")
+    for ours, expected in zip(gradients(), wanted, strict=True):
         assert (ours is None) == (expected is None)
         if expected is not None:
             # A bias of keys moves no softmax: its gradient is rounding.
@@ -202,37 +202,44 @@ def attention(**options: Any) -> Any:
     return randomized(Attention(16, heads=2, dim_head=8, **options), torch.float32)
 
 
-def test_made_without_arguments():
-    """diffusers makes processors anew by their class."""
-    module = attention()
-    x = torch.randn(2, 5, 16)
-    expected = module(x)
-    module.set_processor(KernelAttnProcessor().__class__())
-    torch.testing.assert_close(module(x), expected)
-
-
-def test_signature_is_that_of_diffusers():
-    """Attention.forward passes on the keywords that it finds in the signature, and warns of others."""
-    ours, expected = (
-        inspect.signature(kind.__call__).parameters for kind in (KernelAttnProcessor, AttnProcessor2_0)
-    )
-    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in expected.values()
-    ]
-
-
 def test_scale_is_deprecated_as_in_diffusers():
     module = attention()
     x = torch.randn(2, 5, 16)
     expected = module(x)
-    for processor in (AttnProcessor2_0(), KernelAttnProcessor("torch")):
-        with pytest.warns(FutureWarning, match="`scale` argument is deprecated"):
-            torch.testing.assert_close(processor(module, x, scale=0.5), expected)
+    for kind in (Attention, StandIn):
+        module.__class__ = kind
+        with pytest.warns(FutureWarning, match="`scale`"):
+            torch.testing.assert_close(module(x, scale=0.5), expected)
 
 
-def test_unknown_backend():
-    with pytest.raises(ValueError, match="unknown backend 'cuda'; choose one of auto, torch, triton"):
-        KernelAttnProcessor("cuda")
+def test_unknown_keywords_are_dropped_with_a_warning(caplog):
+    module = attention()
+    x = torch.randn(2, 5, 16)
+    expected = module(x)
+    take_over(module, StandIn, "torch")
+    with caplog.at_level("WARNING"):
+        torch.testing.assert_close(module(x, ip_adapter_masks=None), expected)
+        assert not caplog.records
+        torch.testing.assert_close(module(x, region=3), expected)
+    assert "region" in caplog.text
+
+
+def test_other_processors_run_as_they_are():
+    module = attention()
+    x = torch.randn(2, 5, 16)
+    take_over(module, StandIn, "torch")
+
+    def double(attn: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return 2 * hidden_states
+
+    class Subclass(AttnProcessor2_0):
+        def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return 3 * hidden_states
+
+    module.set_processor(double)
+    assert torch.equal(module(x), 2 * x)
+    module.set_processor(Subclass())
+    assert torch.equal(module(x), 3 * x)
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -243,7 +250,7 @@ def test_under_autocast(across):
     exact = module(x, states)
     with torch.autocast("cpu", torch.bfloat16):
         expected = module(x, states)
-        module.set_processor(KernelAttnProcessor("torch"))
+        take_over(module, StandIn, "torch")
         result = module(x, states)
     assert result.dtype == expected.dtype
     assert relative_rms(result, exact) <= 1.5 * relative_rms(expected, exact)
@@ -255,7 +262,7 @@ def test_dropout_in_training():
     x = torch.randn(2, 5, 16)
     torch.manual_seed(3)
     expected = module(x)
-    module.set_processor(KernelAttnProcessor("torch"))
+    take_over(module, StandIn, "torch")
     torch.manual_seed(3)
     torch.testing.assert_close(module(x), expected)
 
@@ -268,5 +275,5 @@ def test_an_infinite_bias_and_a_mask_of_nothing():
     bias[0, :, 1:] = -torch.inf
     bias[1] = -torch.inf
     expected = module(x, attention_mask=bias)
-    module.set_processor(KernelAttnProcessor("torch"))
+    take_over(module, StandIn, "torch")
     torch.testing.assert_close(module(x, attention_mask=bias), expected, equal_nan=True)

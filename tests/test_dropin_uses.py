@@ -156,7 +156,7 @@ def test_attention_slicing_before():
     unet.set_attention_slice(1)
     things = objects(unet)
     with accelerate(unet, backend="torch") as report:
-        assert "attention" not in {entry.what for entry in report.replaced}
+        assert "attention" not in {entry.kind for entry in report.replaced}
         sliced = {entry.path for entry in report.left if "SlicedAttnProcessor" in entry.reason}
         assert {name.removesuffix(".processor") for name in unet.attn_processors} <= sliced
         assert close(unet, inputs, plain)
@@ -168,9 +168,9 @@ def test_attention_slicing_after():
     unet, inputs = unet_and_inputs()
     plain = output(unet, inputs)
     report = accelerate(unet, backend="torch")
-    assert "attention" in {entry.what for entry in report.replaced}
+    assert "attention" in {entry.kind for entry in report.replaced}
     unet.set_attention_slice("auto")
-    assert "attention" not in {entry.what for entry in report.replaced}
+    assert "attention" not in {entry.kind for entry in report.replaced}
     assert any("SlicedAttnProcessor" in entry.reason for entry in report.left)
     assert "attention" not in our_calls(unet, inputs)
     assert close(unet, inputs, plain)
@@ -299,7 +299,7 @@ def test_twice_and_undone_by_scan():
     plain, things = output(unet, inputs), objects(unet)
     first = accelerate(unet, attention=False, backend="torch")
     second = accelerate(unet, backend="torch")
-    assert {entry.what for entry in first.replaced} == {entry.what for entry in second.replaced}
+    assert {entry.kind for entry in first.replaced} == {entry.kind for entry in second.replaced}
     assert close(unet, inputs, plain)
     undo(unet)
     assert first.replaced == second.replaced == ()
