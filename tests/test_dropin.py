@@ -82,7 +82,7 @@ def test_any_configuration(config):
 
 
 def kind_of(module: nn.Module, parent: nn.Module | None, name: str) -> str | None:
-    """What accelerate() should take a module over as, by diffusers' classes alone; None for what it should leave."""
+    """What accelerate() should take a module over as, by diffusers' classes; None for what it should leave."""
     host = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("ldmperf"))
     if host is attention_processor.Attention:
         is_plain = type(module.processor) is attention_processor.AttnProcessor2_0

@@ -183,35 +183,39 @@ def test_attention_slicing_after():
     assert torch.equal(output(unet, inputs), plain)
 
 
-@pytest.mark.parametrize("fused_first", [True, False])
-def test_fused_projections(fused_first):
+def test_fused_projections_before():
     unet, inputs = unet_and_inputs()
-    plain, things = output(unet, inputs), objects(unet)
-    if fused_first:
-        unet.fuse_qkv_projections()
-        fused = dict(unet.attn_processors)
-        report = accelerate(unet, backend="torch")
+    plain = output(unet, inputs)
+    unet.fuse_qkv_projections()
+    fused, things = output(unet, inputs), objects(unet)
+    with accelerate(unet, backend="torch"):
         assert our_calls(unet, inputs)["attention"]
         assert close(unet, inputs, plain)
-        report.undo()
-        assert unet.attn_processors == fused
-    else:
-        report = accelerate(unet, backend="torch")
-        unet.fuse_qkv_projections()
-        assert {type(p).__name__ for p in unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
-        assert close(unet, inputs, plain)
-        unet.unfuse_qkv_projections()
-        assert our_calls(unet, inputs)["attention"]
-        assert close(unet, inputs, plain)
-        report.undo()
-        assert {name for name, thing in objects(unet).items() if things.get(name) != thing} <= new_of_fusing(unet)
-    assert not our_calls(unet, inputs)
+    assert objects(unet) == things
+    assert torch.equal(output(unet, inputs), fused)
+
+
+@pytest.mark.parametrize("unfuse_first", [True, False])
+def test_fused_projections_after(unfuse_first):
+    (unet, inputs), (twin, _) = unet_and_inputs(), unet_and_inputs()
+    plain = output(unet, inputs)
+    report = accelerate(unet, backend="torch")
+    unet.fuse_qkv_projections()
+    assert {type(p).__name__ for p in unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+    assert our_calls(unet, inputs)["attention"]
     assert close(unet, inputs, plain)
+    steps = [report.undo, unet.unfuse_qkv_projections]
+    for step in reversed(steps) if unfuse_first else steps:
+        step()
+        assert close(unet, inputs, plain)
+    assert torch.equal(output(unet, inputs), plain)
+    twin.fuse_qkv_projections()
+    twin.unfuse_qkv_projections()
+    assert names(unet) == names(twin)
 
 
-def new_of_fusing(unet: Any) -> set[str]:
-    """What fusing leaves behind in diffusers itself: projections of both, and what counts them."""
-    return {name for name in objects(unet) if ".attn" in name}
+def names(unet: Any) -> list[tuple[str, type, list[str]]]:
+    return [(path, type(module), sorted(vars(module))) for path, module in unet.named_modules()]
 
 
 def test_set_attention_backend_changes_nothing_and_ours_does():
