@@ -1,7 +1,7 @@
 """The namespace in torch.ops of this copy's operators.
 
-The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A build for
-Hugging Face's kernel hub (docs/hub-kernels.md) has another file in this one's place.
+The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A build
+for Hugging Face's kernel hub (docs/hub-kernels.md) has another file in this one's place.
 """
 
 import re
