@@ -11,16 +11,20 @@ from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
 from .linear import linear, linear_ref, linear_separate
+from .modules import GEGLU, Attention, GroupNormSiLU
 from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
 
 __all__ = [
+    "GEGLU",
     "INITIAL_NOISE",
     "OPERATORS",
     "STEP_NOISE",
+    "Attention",
     "Chip",
+    "GroupNormSiLU",
     "KernelUnsupported",
     "Launch",
     "Operator",

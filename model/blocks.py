@@ -18,37 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmperf.kernels import attention, group_norm_silu, linear, linear_separate, residual_add
+from ldmperf.kernels import GroupNormSiLU, attention, linear, linear_separate, residual_add
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
-
-
-class GroupNorm(nn.GroupNorm):
-    """Group norm with an optional shift [B, C] or [C] before it and an optional SiLU after it.
-
-    With `skip` the norm is that of x and skip concatenated along the channels; no concatenation is written.
-    """
-
-    def __init__(self, groups: int, channels: int, eps: float, activation: str | None, backend: str) -> None:
-        super().__init__(groups, channels, eps)
-        self.activation = activation
-        self.backend = backend
-
-    def forward(self, x: Tensor, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-        if shift is not None:
-            shift = shift.expand(x.shape[0], -1)
-        return group_norm_silu(
-            x,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            x_bias=shift,
-            skip=skip,
-            activation=self.activation,
-            backend=self.backend,
-        )
 
 
 class ResBlock(nn.Module):
@@ -57,9 +30,9 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, backend: str) -> None:
         super().__init__()
         self.backend = backend
-        self.norm1 = GroupNorm(groups, in_channels, eps, "silu", backend)
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps, backend=backend)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(groups, out_channels, eps, "silu", backend)
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps, backend=backend)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         # A 1x1 convolution of channels-last memory is a linear layer of its tokens.
         self.shortcut = nn.Linear(in_channels, out_channels) if in_channels != out_channels else None
@@ -185,7 +158,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.backend = backend
-        self.norm = GroupNorm(groups, channels, TRANSFORMER_NORM_EPS, None, backend)
+        self.norm = GroupNormSiLU(groups, channels, TRANSFORMER_NORM_EPS, activation=None, backend=backend)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_dim, backend, products) for _ in range(layers)

@@ -10,13 +10,15 @@ from torch import nn
 from torch.nn.modules import module as _torch
 from torch.utils._device import DeviceContext
 
-from .blocks import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from ldmperf.kernels import GroupNormSiLU
+
+from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
 from .route import Level
 from .staleness import Structure
 
 # Module classes that keep no activation; a subclass may.
 _CLASSES = (
-    *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNorm, EmbeddingMLP, TimestepEmbedding),
+    *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNormSiLU, EmbeddingMLP, TimestepEmbedding),
     *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
 )
 # The methods that a call of a module runs.

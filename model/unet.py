@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldmperf.kernels import GroupNormSiLU
+
 from . import arguments
-from .blocks import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
+from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
@@ -72,7 +74,7 @@ class UNet(nn.Module):
             widths = [x + skips.pop() for x in (width, *[out] * layers)]
             self.up.append(level(i, widths, config.attention[i] * (layers + 1), up=i > 0))
             width = out
-        self.norm_out = GroupNorm(groups, width, eps, "silu", backend)
+        self.norm_out = GroupNormSiLU(groups, width, eps, backend=backend)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         # The time projections of all ResBlocks as one linear layer: one matmul for a whole trajectory.
         self.shift_channels = [stop.resblock.conv1.out_channels for stop in self._route()]
