@@ -17,13 +17,17 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _autocast
+from ._checks import has_tangent
 from ._dispatch import choose_backend
 from ._launch import Operator
 from ._namespace import NAMESPACE
+from ._out import Out
 from ._recipes import Decide, checked, implementation_of, plan_or_none
 
 # By operator: for who measures what the dispatcher adds to them.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+# By operator with results: what it does with `out`.
+OUTS: dict[str, Out] = {}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -43,6 +47,7 @@ def define_operator(
     differentiable: bool = True,
     composite: Callable[[Any], Any] | None = None,
     flops: Callable[..., int] | None = None,
+    in_place: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Register `name(arguments) -> returns`, whose last argument is the backend, and return the callable.
 
@@ -50,7 +55,8 @@ def define_operator(
     a call, and its derivatives are the operator's if it is `differentiable`; `composite` stands for a reference
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
     `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts
-    from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
+    from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`). The callable of an operator
+    with results takes `out` (see `_out.Out`), which may be one of the arguments named `in_place`.
 
     A call travels: public function -> overload -> Autograd (`_differentiable`) -> implementation
     (`_recipes.implementation_of`) -> `Recipe.run` or the reference.
@@ -76,6 +82,21 @@ def define_operator(
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
+    into: Any = None
+    # Here, as another overload changes the packet's hash, by which formulas of FLOPs are kept.
+    if not schema.endswith("-> ()"):
+        into = OUTS[name] = Out(
+            library,
+            qualified,
+            schema,
+            operator,
+            bind=bind,
+            reference=reference,
+            fake=fake,
+            decide=decide,
+            autocast=autocast,
+            in_place=in_place,
+        )
     torch.library.register_fake(qualified, fake_of, lib=library)
     packet = getattr(getattr(torch.ops, namespace), name)
     if flops is not None:
@@ -88,7 +109,9 @@ def define_operator(
     packet.library = library
     overload = packet.default
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, out: Any = None) -> Any:
+        if out is not None:
+            return into(arguments, out)
         # A ValueError of the fake would be one of the compiler's. What autocast casts is checked afterwards.
         if torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
             checked(operator, bind(*arguments[:-1]))
@@ -97,17 +120,9 @@ def define_operator(
     return run
 
 
-def _has_tangent(arguments: Sequence[Any]) -> bool:
-    """Whether forward mode (torch.autograd.forward_ad, torch.func.jvp) differentiates by one of these."""
-    return any(
-        isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None
-        for value in arguments
-    )
-
-
 def refuse_forward_mode(name: str, arguments: Sequence[Any]) -> None:
     """NotImplementedError where forward mode differentiates by one of these."""
-    if forward_ad._current_level >= 0 and _has_tangent(arguments):
+    if forward_ad._current_level >= 0 and has_tangent(arguments):
         raise NotImplementedError(f"{name}: it has no derivatives; in forward mode call {name}_ref")
 
 
@@ -145,7 +160,7 @@ def _differentiable(
         traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
         unusual = transformed or forward_ad._current_level >= 0 or traced is not None
         # torch.func takes no such Function, whose derivatives are of reverse mode alone.
-        if unusual and ((transformed and followed) or _has_tangent(arguments)):
+        if unusual and ((transformed and followed) or has_tangent(arguments)):
             choose_backend(name, arguments[-1], ())
             return composite(*arguments)
         if not followed:

@@ -205,13 +205,15 @@ def group_norm_silu(
     activation: str | None = "silu",
     backend: str = "auto",
     shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """act(group_norm(x + x_bias) * weight + bias), in x's dtype and memory format.
 
     x [B, C, H, W], any strides; skip [B, C2, H, W] of x's dtype or None: its channels follow those of x, and C
     below counts them too; x_bias [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
     activation "silu" or None; shift is x_bias under its former name, deprecated. Under autocast as torch.cat and
-    F.group_norm: float32 on a GPU. Raises ValueError for what does not fit, `KernelUnsupported` for
+    F.group_norm: float32 on a GPU. `out` [B, C, H, W] in x's memory format, memory of its own, is written and
+    returned: without gradients. Raises ValueError for what does not fit, `KernelUnsupported` for
     `backend="triton"` where the kernel cannot serve. Source: Wu and He, arXiv 1803.08494.
     """
     if shift is not None:
@@ -219,8 +221,8 @@ def group_norm_silu(
     tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
     choice("group_norm_silu", "activation", activation, ACTIVATIONS)
     num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
-    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend)
-    return out
+    result: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend, out=out)
+    return result
 
 
 def _renamed(x_bias: Tensor | None, shift: Tensor) -> Tensor:

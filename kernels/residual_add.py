@@ -216,21 +216,24 @@ def residual_add(
     *,
     size: Sequence[int] | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """x + residual + bias per channel, in x's dtype and memory format.
 
     x [B, C, H, W] and residual of the same shape and dtype, any strides; bias [C] of any float dtype or None.
     size (2H or 2H - 1, 2W or 2W - 1) enlarges the sum to it by nearest neighbour. Under autocast as a sum, of
-    different dtypes in the widest, and as F.interpolate, on a GPU in float32. Raises ValueError for what does not
-    fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    different dtypes in the widest, and as F.interpolate, on a GPU in float32. `out`, in x's memory format, is
+    written and returned: without gradients. It may be x or the residual, where that has the result's size and
+    strides; else it has memory of its own. Raises ValueError for what does not fit, `KernelUnsupported` for
+    `backend="triton"` where the kernel cannot serve.
     """
     tensors(residual_add, (x, residual), (bias,))
     if size is not None:
         if not isinstance(size, Iterable):
             raise ValueError(f"residual_add: size must be (height, width); got {size!r}")
         size = [whole("residual_add", "size", n) for n in size]
-    out: Tensor = _residual_add(x, residual, bias, size, backend)
-    return out
+    result: Tensor = _residual_add(x, residual, bias, size, backend, out=out)
+    return result
 
 
 def _check(call: ResidualAddCall) -> None:
@@ -279,4 +282,6 @@ _residual_add = define_operator(
     reference=lambda call: residual_add_ref(**call._asdict()),
     fake=_empty_result,
     autocast=_autocast,
+    # The kernel reads an element of either in the program that writes it, before.
+    in_place=("x", "residual"),
 )
