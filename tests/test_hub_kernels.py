@@ -63,13 +63,15 @@ def kernel(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository of other kernels: their version is 1.0.0, and geglu's result has the other sign."""
+    """A repository of other kernels: tuned for a GPU, of version 1.0.0, with the other sign in geglu's result."""
     source = tmp_path_factory.mktemp("later") / "kernels"
     shutil.copytree(ROOT / "kernels", source, ignore=shutil.ignore_patterns("__pycache__"))
     for name, before, after in (("__init__.py", '"0.1.0"', '"1.0.0"'), ("geglu.py", "(value * F", "(-value * F")):
         text = (source / name).read_text()
         assert text.count(before) == 1
         (source / name).write_text(text.replace(before, after))
+    (source / "tuned").mkdir(exist_ok=True)
+    (source / "tuned" / "a-gpu.json").write_text('{"kernels": {}}')
     write(repository(source), source.parent / "repository")
     return source.parent / "repository"
 
@@ -156,6 +158,7 @@ def test_two_versions_and_ldmperf_run_in_one_process(
     for build in (kernel, second):
         assert {f"{build.__name__}::{name}" for name in build.OPERATORS} <= set(registered)
     assert len({kernel.__name__, second.__name__}) == 2
+    assert second.tuned_table(second.Chip("A GPU", 1, "sm_90")).read_text() == '{"kernels": {}}'
     assert set(kernel.__all__) == set(ldmperf.kernels.__all__) == set(third.__all__)
     expected = results(ldmperf.kernels)
     for build in (kernel, second, third):
@@ -265,12 +268,12 @@ def test_the_examples_of_the_card_run(
     folder: Path, kernel: Any, network: Network, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, functions = re.findall(r"```python\n(.*?)```", (folder / "CARD.md").read_text(), re.DOTALL)
-    local = lambda repo_id, layer_name, **options: LocalLayerRepository(folder, layer_name=layer_name)  # noqa: E731
-    monkeypatch.setattr(kernels, "LayerRepository", local)
-    scope: dict[str, Any] = {"pipeline": SimpleNamespace(unet=copy.deepcopy(network))}
-    exec(layers, scope)
-    assert replaced(scope["unet"], kernel) == {"ResnetBlock2D", "BasicTransformerBlock", "GEGLU"}
     monkeypatch.setenv("LOCAL_KERNELS", f"{REPO_ID}={folder}")
+    scope: dict[str, Any] = {"pipeline": SimpleNamespace(unet=copy.deepcopy(network))}
+    # A LayerRepository asks the hub which revision a version is.
+    exec(layers.replace("version=0", 'revision="v0"'), scope)
+    assert replaced(scope["unet"], kernel) == {"ResnetBlock2D", "BasicTransformerBlock", "GEGLU"}
+    assert {frozenset(devices) for devices in scope["mapping"].values()} == {frozenset({"cuda", "rocm"})}
     exec(functions.replace('"cuda"', '"cpu"'), scope)
     assert scope["y"].shape == (2, 320, 64, 64)
 
