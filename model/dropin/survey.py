@@ -22,10 +22,16 @@ from .stand_ins import runs_its_class
 MODELS = (UNet2DConditionModel, AutoencoderKL)
 _WITH_PAIR = (UNet2DConditionModel, Encoder, Decoder)
 # Nothing to compute, or nothing at inference.
-_IDLE = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.Dropout, nn.Identity)
+_IDLE = (
+    *(nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict),
+    *(nn.Dropout, nn.Identity),
+)
 
 _NORMS_OF_BLOCK = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm, "norm3": nn.LayerNorm}
 _CONVOLUTIONS = {"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv_shortcut": nn.Conv2d}
+
+
+_OWN_PACKAGES = {"torch", "diffusers", "ldmperf"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,10 @@ def places(model: nn.Module) -> list[Place]:
     norms = _norms(modules.values())
     found: list[Place] = []
     parts: dict[nn.Module, type[nn.Module]] = {}
+    foreign: list[str] = []
     for path, module in modules.items():
+        if path.startswith(tuple(foreign)):
+            continue
         pair = norms.get(module)
         kind = KINDS.get(type(module)) or _BY_HOST.get(type(module))
         if kind is None and module in norms:
@@ -105,10 +114,19 @@ def places(model: nn.Module) -> list[Place]:
         reason = _reason(module, kind)
         if kind is not None and reason is None:
             parts |= {part: needed for name, needed in kind.parts.items() if (part := getattr(module, name, None))}
-        if kind is not None or (not isinstance(module, _IDLE) and not list(module.children())) or module in parts:
+        computes = not isinstance(module, _IDLE) and not list(module.children())
+        if _package(module) not in _OWN_PACKAGES:
+            # A wrapper, as peft's: what is inside is its own.
+            foreign.append(f"{path}.")
+            computes = True
+        if kind is not None or computes or module in parts or isinstance(module, tuple(_BY_HOST)):
             passes = kind is _ATTENTION and reason == stand_ins.processor_reason(module.processor)
             found.append(Place(path, module, kind, reason, pair, passes))
     return [place for one in found if (place := _as_part(one, parts.get(one.module))) is not None]
+
+
+def _package(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
 
 
 def _as_part(place: Place, needed: type[nn.Module] | None) -> Place | None:
@@ -144,6 +162,8 @@ def _reason(module: Any, kind: Kind | None) -> str | None:
         host = next((host for host in _BY_HOST if isinstance(module, host)), None)
         if host is not None:
             return f"a subclass of {host.__name__}, whose forward is its own"
+        if _package(module) not in _OWN_PACKAGES:
+            return f"called as it is: {_package(module)}'s {type(module).__name__}"
         return _OTHERS.get(type(module), "no kernel for this class")
     if not runs_its_class(module):
         return "its forward is set on the instance, as offloading and caching hooks do"
@@ -170,7 +190,7 @@ def _attention_reason(attn: Any) -> str | None:
 
 def _why_not_plain(module: Any, needed: type[nn.Module]) -> str:
     if type(module) is not needed:
-        return f"{type(module).__module__.partition('.')[0]}'s {type(module).__name__}, not {needed.__name__}"
+        return f"{_package(module)}'s {type(module).__name__}, not {needed.__name__}"
     subclasses = {type(p).__name__ for p in module.parameters(recurse=False)} - {"Parameter", "Tensor"}
     if subclasses:
         return f"parameters of class {', '.join(sorted(subclasses))}"
