@@ -45,7 +45,12 @@ def _import_problems(package: Path) -> Iterator[str]:
         yield f"{package}: holds no __init__.py"
     for path in sorted(package.rglob("*.py")):
         depth = len(path.relative_to(package).parts)
-        for node in ast.walk(ast.parse(path.read_bytes())):
+        try:
+            syntax = ast.parse(path.read_bytes())
+        except SyntaxError as error:
+            yield f"{path}:{error.lineno}: {error.msg}"
+            continue
+        for node in ast.walk(syntax):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]

@@ -8,7 +8,8 @@ where forward mode or torch.func differentiates, the reference runs instead of t
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ._namespace import NAMESPACE
 from ._out import Out
 from ._recipes import Decide, checked, implementation_of, plan_or_none
 
+_KEPT = -1
 # By operator: for who measures what the dispatcher adds to them.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 # By operator with results: what it does with `out`.
@@ -48,6 +50,7 @@ def define_operator(
     composite: Callable[[Any], Any] | None = None,
     flops: Callable[..., int] | None = None,
     in_place: Sequence[str] = (),
+    spared: Mapping[str, int | None] | None = None,
 ) -> Callable[..., Any]:
     """Register `name(arguments) -> returns`, whose last argument is the backend, and return the callable.
 
@@ -56,7 +59,9 @@ def define_operator(
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
     `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts
     from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`). The callable of an operator
-    with results takes `out` (see `_out.Out`), which may be one of the arguments named `in_place`.
+    with results takes `out` (see `_out.Out`), which may be one of the arguments named `in_place`. Arguments
+    that are `spared` are not kept for the backward: {argument: the result whose value has the same derivatives in
+    its place, None for zeros}.
 
     A call travels: public function -> overload -> Autograd (`_differentiable`) -> implementation
     (`_recipes.implementation_of`) -> `Recipe.run` or the reference.
@@ -102,7 +107,7 @@ def define_operator(
     if flops is not None:
         register_flop_formula(packet)(flops)
     if differentiable:
-        kernel = _differentiable(name, packet.default, reference_of, composite_of)
+        kernel = _differentiable(name, packet.default, reference_of, composite_of, spared or {})
         library.impl(name, kernel, "Autograd", with_keyset=True)
     _autocast.register(library, name, packet.default, autocast)
     # The library takes its registrations with it when nobody holds it.
@@ -126,28 +131,58 @@ def refuse_forward_mode(name: str, arguments: Sequence[Any]) -> None:
         raise NotImplementedError(f"{name}: it has no derivatives; in forward mode call {name}_ref")
 
 
+@dataclass(frozen=True)
+class _Zeros:
+    """What the backward knows of an argument whose values do not matter there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def made(self, grad: Tensor) -> Tensor:
+        """Zeros in no memory, of the class that `grad` has."""
+        return grad.new_zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
 def _differentiable(
-    name: str, operator: Any, reference: Callable[..., Any], composite: Callable[..., Any]
+    name: str,
+    operator: Any,
+    reference: Callable[..., Any],
+    composite: Callable[..., Any],
+    spared: Mapping[str, int | None],
 ) -> Callable[..., Any]:
     """The kernel of the Autograd keys."""
+    kept_as = [spared.get(argument.name, _KEPT) for argument in operator._schema.arguments]
 
     def below_autograd(keys: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     class Recomputed(torch.autograd.Function):
-        """Only the inputs are kept between forward and backward, which runs the reference."""
+        """Only inputs are kept between forward and backward, which runs the reference, or what stands for them."""
 
         @staticmethod
         def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
-            ctx.save_for_backward(*(value for value in arguments if isinstance(value, Tensor)))
-            ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in arguments]
-            return below_autograd(keys, *arguments)
+            outputs = below_autograd(keys, *arguments)
+            saved: list[Tensor] = []
+            constants: list[Any] = []
+            for value, place in zip(arguments, kept_as, strict=True):
+                if not isinstance(value, Tensor):
+                    constants.append((value,))
+                elif place is None:
+                    constants.append((_Zeros(value.shape, value.dtype, value.device),))
+                else:
+                    saved.append(value if place == _KEPT else outputs[place])
+                    constants.append(None)
+            ctx.save_for_backward(*saved)
+            ctx.constants = constants
+            return outputs
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             saved = iter(ctx.saved_tensors)
             arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
+            arguments = [value.made(grads[0]) if isinstance(value, _Zeros) else value for value in arguments]
             _, *needed = ctx.needs_input_grad
             # With create_graph=True the gradients are differentiated too.
             again = torch.is_grad_enabled()
@@ -174,19 +209,21 @@ def _gradients(
     function: Callable[..., Any],
     arguments: list[Any],
     needed: Sequence[bool],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
     again: bool,
 ) -> list[Tensor | None]:
     """The gradients of the arguments that need one, by those of the outputs; `again` with a graph of their own."""
     wanted = [i for i, need in enumerate(needed) if need]
     with torch.enable_grad(), _autocast.excluded():
         for i in wanted:
-            # A tensor of its own for each argument: one tensor may be two arguments.
-            alias = arguments[i].view_as(arguments[i]) if again else arguments[i].detach().requires_grad_()
+            # A tensor of its own for each argument: one tensor may be two arguments. Zeros have no graph.
+            is_followed = again and arguments[i].requires_grad
+            alias = arguments[i].view_as(arguments[i]) if is_followed else arguments[i].detach().requires_grad_()
             arguments[i] = alias
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        # A sum beside a norm does not depend on the norm's weight, which may be all that is trained.
+        pairs = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if o.requires_grad]
         result: list[Tensor | None] = [None] * len(arguments)
         if pairs and wanted:
             outs, out_grads = zip(*pairs, strict=True)

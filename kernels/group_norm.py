@@ -97,9 +97,9 @@ def group_norm_silu_ref(
     x32 = x.to(dtype) - center[:, :, None, None]
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    trained = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (weight, bias))
-    if trained and not x32.requires_grad:
-        # Torch's CPU kernel for channels-last crashes where its gradient is not that of x too (torch 2.13).
+    trains_affine = any(p is not None and p.requires_grad for p in (weight, bias))
+    if x.device.type == "cpu" and torch.is_grad_enabled() and trains_affine and not x32.requires_grad:
+        # Torch's backward for channels-last crashes the process where the image needs no gradient (seen in 2.13).
         x32 = x32.contiguous()
     y = F.group_norm(x32, num_groups, weight, bias, eps)
     if activation == "silu":

@@ -319,4 +319,6 @@ _add_layer_norm = define_operator(
     fake=_empty_result,
     bind=lambda x, residual, weight, bias, eps, x_bias: LayerNormCall(x, weight, bias, eps, x_bias, residual),
     autocast=_add_autocast,
+    # The norm depends on what is added by the sum alone, which the residual stream keeps anyway.
+    spared={"x": 1, "residual": None, "x_bias": None},
 )

@@ -284,4 +284,6 @@ _residual_add = define_operator(
     autocast=_autocast,
     # The kernel reads an element of either in the program that writes it, before.
     in_place=("x", "residual"),
+    # A sum: its derivatives are the same everywhere.
+    spared={"x": None, "residual": None, "bias": None},
 )

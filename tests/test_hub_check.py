@@ -41,6 +41,7 @@ GEGLU_CLASS = "class GEGLU(nn.Module):"
     [
         ("geglu.py", "from ._checks import", "from ldmperf_kernels._checks import", "imports ldmperf_kernels"),
         ("geglu.py", "from ._checks import", "from .._checks import", "leaves the kernel"),
+        ("geglu.py", "from torch import", "from torch", "invalid syntax"),
         ("geglu.py", "from torch import", "import numpy\nfrom torch import", "imports numpy"),
         ("_library.py", "from ._namespace import NAMESPACE", 'NAMESPACE = "too_many"', "registers too_many"),
         ("__init__.py", "from . import layers", "from . import missing as layers", "ImportError"),
