@@ -51,12 +51,10 @@ def repository(kernels: Path = ROOT / "kernels", *, repo_id: str = REPO_ID) -> d
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    """The files of a folder by their paths in it, without bytecode."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
-    }
+    """The files of a folder by their paths in it, without bytecode and caches."""
+    inner = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    kept = [path for path in inner if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
+    return {path.as_posix(): (folder / path).read_bytes() for path in kept}
 
 
 def _moved(files: Mapping[str, bytes], before: str, after: str) -> dict[str, bytes]:
@@ -69,20 +67,26 @@ def _filled(template: bytes, values: Mapping[str, str]) -> bytes:
 
 
 def _described(package: Mapping[str, bytes]) -> dict[str, str]:
-    """What the templates say of a package, read without importing it: version, operators, layers."""
-    init, layers = (ast.parse(package[path]) for path in ("__init__.py", "layers.py"))
+    """What the templates say of a package, read without importing it: version, operators, modules, layers."""
+    init = ast.parse(package["__init__.py"])
     release: str = _assigned(init, "__version__")
     public: list[str] = _assigned(init, "__all__")
     operators = [name for name in public if f"{name}_ref" in public]
-    classes = [node for node in layers.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    summaries = ((node.name, (ast.get_docstring(node) or "").partition("\n")[0]) for node in classes)
     return {
         "release": release,
         # The hub counts incompatible versions; 0 is one whose interface may still change.
         "version": release.partition(".")[0],
         "operators": ", ".join(f"`{name}`" for name in operators),
-        "layers": "\n".join(f"| `{name}` | {summary} |" for name, summary in summaries),
+        "modules": _rows(package["modules.py"]),
+        "layers": _rows(package["layers.py"]),
     }
+
+
+def _rows(source: bytes) -> str:
+    """A row of a table for each public class: its name, and the first line of its docstring."""
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    summaries = {node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in classes}
+    return "\n".join(f"| `{name}` | {what} |" for name, what in summaries.items() if not name.startswith("_"))
 
 
 def _assigned(module: ast.Module, name: str) -> Any:
