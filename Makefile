@@ -9,7 +9,7 @@ ARGS ?=
 # debugger).
 WORKERS ?= auto
 
-.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static clean
+.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static hub-kernels clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -23,6 +23,7 @@ help:
 	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
 	@echo "make static-baseline  write bench/static/ for the installed triton: what it makes of the kernels"
 	@echo "make attention-static write docs/attention.md's table: attention beside a textbook kernel, predicted without a GPU"
+	@echo "make hub-kernels   write build/hub-kernels/, a repository for Hugging Face's kernel hub, from kernels/"
 	@echo "make clean     remove .venv and caches, never runs/"
 
 profile: $(STAMP)
@@ -60,6 +61,9 @@ static-baseline: $(STAMP)
 
 attention-static: $(STAMP)
 	$(BIN)/python bench/attention_static.py $(ARGS)
+
+hub-kernels: $(STAMP)
+	$(BIN)/python bench/hub_kernels.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

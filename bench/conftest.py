@@ -10,6 +10,9 @@ from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
 from ldmperf.profiling.kernel_bench.selection import SIZES, jobs
 from ldmperf.profiling.options import CaseError, best_device, known_names, whole_number
 
+# The tests of a kernel of Hugging Face's hub run in the repository that they are written to.
+collect_ignore = ["hub"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernel benchmarks")

@@ -3,6 +3,7 @@
 # pyproject.toml reads it from here, without importing.
 __version__ = "0.1.0"
 
+from . import layers
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from .attention import attention, attention_ref
@@ -37,6 +38,7 @@ __all__ = [
     "group_norm_silu_ref",
     "layer_norm",
     "layer_norm_ref",
+    "layers",
     "linear",
     "linear_ref",
     "linear_separate",

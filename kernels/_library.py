@@ -8,7 +8,6 @@ where forward mode or torch.func differentiates, the reference runs instead of t
 """
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,10 @@ from . import _autocast
 from ._checks import has_tangent
 from ._dispatch import choose_backend
 from ._launch import Operator
+from ._namespace import NAMESPACE
 from ._out import Out
 from ._recipes import Decide, checked, implementation_of, plan_or_none
 
-# The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A
-# folder's name may hold what a schema may not.
-_COPY = "ldmperf_" + re.sub(r"\W", "_", __package__ or "kernels", flags=re.ASCII)
-NAMESPACE = "ldmperf" if __package__ == "ldmperf.kernels" else _COPY
 _KEPT = -1
 # By operator: for who measures what the dispatcher adds to them.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
