@@ -1,8 +1,8 @@
 """ComfyUI's attention contract, served by the kernel: an override of `optimized_attention`.
 
-ComfyUI calls override(func, q, k, v, heads, ...), where `func` is the attention that it would have called. q, k and
-v are [B, N, H * D], or with skip_reshape [B, H, N, D]; both are read in place. The result is [B, N, H * D], or with
-skip_output_reshape [B, H, N, D].
+ComfyUI calls override(func, q, k, v, heads, ...), where `func` is the attention that it would have called. q, k
+and v are [B, N, H * D], or with skip_reshape [B, H, N, D]; both are read in place. The result is [B, N, H * D], or
+with skip_output_reshape [B, H, N, D].
 """
 
 from __future__ import annotations

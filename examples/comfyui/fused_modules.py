@@ -1,14 +1,15 @@
 """Modules of ComfyUI's UNets with an operator inside, put in and taken out by the class of the instance.
 
 A residual block's `in_layers` and `out_layers` and the UNet's `out` are nn.Sequential(GroupNorm, SiLU, ..., conv).
-The instance stays, with its children, weights, hooks and state dict; only its class changes, and back. LoRA patches
-and offloading meet the same modules as ever. What is not plain when it is called, is called as it is.
+The instance stays, with its children, weights, hooks and state dict; only its class changes, and back. LoRA
+patches and offloading meet the same modules as ever. What is not plain when it is called, is called as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,12 @@ class FusedSequential(nn.Sequential):
 
     ldmperf_backend: str
     ldmperf_class: type
+
+    def __getitem__(self, index: Any) -> Any:
+        """A slice, which ComfyUI takes of blocks that resample, is an nn.Sequential."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
     def forward(self, x: Tensor) -> Tensor:
         norm, act, *rest = self
