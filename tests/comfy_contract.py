@@ -289,6 +289,7 @@ class _Patcher:
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
         self.patches, self.backup, self.injections = {}, {}, {}
+        self.object_patches, self.object_patches_backup = {}, {}
         self.model_options = {"transformer_options": {}}
         self.is_injected = False
 
@@ -298,6 +299,8 @@ class _Patcher:
         other.injections = {key: list(value) for key, value in self.injections.items()}
         other.model_options = copy.deepcopy(self.model_options)
         other.backup, other.is_injected = self.backup, self.is_injected
+        other.object_patches = dict(self.object_patches)
+        other.object_patches_backup = self.object_patches_backup
         return other
 
     def add_patches(self, patches, strength=1.0):
@@ -305,6 +308,16 @@ class _Patcher:
             assert kind == "diff"
             assert key in self.model.state_dict()
             self.patches.setdefault(key, []).append((strength, difference))
+
+    def add_object_patch(self, path, thing):
+        self.object_patches[path] = thing
+
+    def _exchange(self, path, thing):
+        where, _, name = path.rpartition(".")
+        owner = self.model.get_submodule(where)
+        before = getattr(owner, name)
+        setattr(owner, name, thing)
+        return before
 
     def set_injections(self, key, injections):
         self.injections[key] = injections
@@ -330,6 +343,8 @@ class _Patcher:
 
     def patch_model(self, device_to=None, lowvram_model_memory=0):
         self.eject_model()
+        for path, thing in self.object_patches.items():
+            self.object_patches_backup.setdefault(path, self._exchange(path, thing))
         for key in self.patches:
             path, _, name = key.rpartition(".")
             layer = self.model.get_submodule(path)
@@ -353,6 +368,9 @@ class _Patcher:
             if isinstance(layer, _Layer):
                 for name in ("comfy_cast_weights", "weight_function", "bias_function"):
                     vars(layer).pop(name, None)
+        for path, thing in self.object_patches_backup.items():
+            self._exchange(path, thing)
+        self.object_patches_backup.clear()
 
 
 class _Manager:

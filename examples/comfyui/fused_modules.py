@@ -117,8 +117,6 @@ def _norm_silu(norm: nn.Module, act: nn.Module, x: Tensor, backend: str) -> Tens
         )
     elif type(act) is not nn.SiLU or not _is_untouched(act, nn.SiLU):
         reasons = (f"the activation is a {_full_name(act)} that is not torch's own, or is hooked or patched",)
-    elif x.ndim != 4:
-        reasons = (f"the norm is of {x.ndim} dimensions, not 4",)
     if reasons:
         log_once("GroupNorm + SiLU", reasons)
         return None
