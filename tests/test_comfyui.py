@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def load(name, path):
     return module
 
 
+load("comfy_layers", HERE / "comfy_layers.py")
 contract = load("comfy_contract", HERE / "comfy_contract.py")
 package = load("ldmperf_comfyui_node", NODE / "__init__.py")
 serving = sys.modules["ldmperf_comfyui_node.serving"]
@@ -120,7 +122,7 @@ def same(a, b):
         assert torch.equal(weight, b[1][name][1])
 
 
-# What comfy_ui sees of a node.
+# What ComfyUI reads of a node.
 
 
 def test_the_mappings_and_widgets_are_what_comfyui_reads():
@@ -133,6 +135,13 @@ def test_the_mappings_and_widgets_are_what_comfyui_reads():
     assert widgets["model"] == ("MODEL",)
     for name, parameter in list(parameters.items())[2:]:
         assert widgets[name][1]["default"] == parameter.default
+
+
+def test_the_registrys_file_tells_the_version_of_the_kernels_and_brings_no_torch():
+    """A torch that a node's installer puts over ComfyUI's own may have no CUDA."""
+    document = tomllib.loads((NODE / "pyproject.toml").read_text())
+    assert document["project"]["version"] == serving.kernels.__version__
+    assert document["project"].get("dependencies", []) == []
 
 
 # The original and the clone.
