@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.machinery
 import sys
 import types
 from dataclasses import dataclass
@@ -239,6 +240,7 @@ def real(folder: str) -> Host:
         # Models that no UNet of SD's needs import it.
         for name in ("torchvision", "torchvision.transforms"):
             sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
         sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
     from comfy.cli_args import args
 

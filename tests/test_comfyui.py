@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import json
 import logging
 import os
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -618,3 +620,21 @@ def test_an_override_that_is_set_later_stands(host, calls):
     clone.model_options["transformer_options"][KEY] = lambda func, *args, **named: func(*args, **named)
     predict(host, clone)
     assert calls == []
+
+
+def test_what_was_measured_is_read_from_the_table_of_the_gpu(tmp_path, monkeypatch):
+    properties = SimpleNamespace(name="GPU", multi_processor_count=7, major=9, minor=0)
+    table = tmp_path / "gpu.json"
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(serving.kernels, "tuned_table", lambda chip: asked.append(chip) or table)
+    measured = serving._measured.__wrapped__
+    assert measured(torch.device("cuda", 0)) == frozenset()
+    assert asked == [serving.kernels.Chip("GPU", 7, "sm_90")]
+    document = {
+        "kernels": {"attention": {"a": None, "b": {}}, "geglu": {"c": {}}},
+        "torch": {"attention": ["b", "d"]},
+    }
+    table.write_text(json.dumps(document))
+    assert measured(torch.device("cuda", 0)) == {"a"}
+    assert measured(torch.device("cpu")) == frozenset()
