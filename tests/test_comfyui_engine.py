@@ -74,7 +74,8 @@ torch.manual_seed(0)
 with torch.no_grad():
     for name, weight in model.diffusion_model.named_parameters():
         fan_in = weight[0].numel() if weight.ndim > 1 else 100
-        weight.copy_((weight.ndim == 1 and name.endswith("weight")) + 0.7 * fan_in**-0.5 * torch.randn(weight.shape))
+        one = weight.ndim == 1 and name.endswith("weight")
+        weight.copy_(one + 0.7 * fan_in**-0.5 * torch.randn(weight.shape))
 cpu = torch.device("cpu")
 original = host.patcher_class(model, cpu, cpu)
 noise, prompts = torch.randn(1, 4, 8, 8), torch.randn(2, 1, 5, 16)

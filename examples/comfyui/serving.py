@@ -98,9 +98,11 @@ def _measured(device: torch.device) -> frozenset[str]:
     properties = torch.cuda.get_device_properties(device)
     arch = f"sm_{properties.major}{properties.minor}"
     table = kernels.tuned_table(kernels.Chip(properties.name, properties.multi_processor_count, arch))
-    return (
-        frozenset(json.loads(table.read_text())["kernels"].get("attention", {})) if table.exists() else frozenset()
-    )
+    if not table.exists():
+        return frozenset()
+    document = json.loads(table.read_text())
+    measured, torchs = (document.get(whose, {}).get("attention", ()) for whose in ("kernels", "torch"))
+    return frozenset(measured) - frozenset(torchs)
 
 
 def _name(device: torch.device) -> str:
