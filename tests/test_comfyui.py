@@ -241,6 +241,20 @@ def test_a_model_without_anything_known_is_said_to_be_one(host, log):
     assert any("no GEGLU" in message for message in said)
 
 
+def test_what_was_found_is_told_also_while_a_clone_is_loaded(host, log):
+    """ComfyUI runs a node again when a widget changes, with the earlier clone still loaded."""
+    original = host.patcher()
+    host.manager.load(node(original))
+    first = [record.message for record in log.records if " of " in record.message]
+    log.clear()
+    again = node(original, backend="auto")
+    assert [record.message for record in log.records if " of " in record.message] == first
+    assert len(first) == 2
+    assert not [record for record in log.records if record.levelname == "WARNING"]
+    host.manager.load(again)
+    host.manager.unload()
+
+
 # LoRA, casts and offloading.
 
 

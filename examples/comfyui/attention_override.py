@@ -56,11 +56,13 @@ def attention_override(backend: str, previous: Attention | None = None) -> Atten
         out = run("attention", call, backend)
         return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
 
-    def asked_second(func: Attention, *arguments: Any, **named: Any) -> Tensor:
-        inner = functools.update_wrapper(functools.partial(kernel, func), func)
-        return previous(inner, *arguments, **named)
+    override: Any = kernel
+    if previous is not None:
 
-    override = kernel if previous is None else asked_second
+        def override(func: Attention, *arguments: Any, **named: Any) -> Tensor:
+            inner = functools.update_wrapper(functools.partial(kernel, func), func)
+            return previous(inner, *arguments, **named)
+
     override.ldmperf_previous = previous
     return override
 

@@ -86,21 +86,17 @@ def eject(model: nn.Module) -> None:
 
 
 def pairs_and_gates(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The nn.Sequential that begin with GroupNorm and SiLU, and ComfyUI's GEGLU, without those that are fused."""
+    """The nn.Sequential that begin with GroupNorm and SiLU, and ComfyUI's GEGLU, fused or not."""
+    classes = [(vars(module).get("ldmperf_class", type(module)), module) for module in model.modules()]
     pairs = [
         module
-        for module in model.modules()
-        if type(module) is nn.Sequential
+        for cls, module in classes
+        if cls is nn.Sequential
         and len(module) > 1
         and isinstance(module[0], nn.GroupNorm)
         and isinstance(module[1], nn.SiLU)
     ]
-    gates = [
-        module
-        for module in model.modules()
-        if (type(module).__module__, type(module).__qualname__) == (ATTENTION, "GEGLU")
-    ]
-    return pairs, gates
+    return pairs, [module for cls, module in classes if (cls.__module__, cls.__qualname__) == (ATTENTION, "GEGLU")]
 
 
 @functools.cache
