@@ -444,7 +444,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--for", "ladders"], "smoke, ladder, family, kernels, tests, tune:"),
+        (["--for", "ladders"], "smoke, ladder, family, drop-in, kernels, tests, tune:"),
         (["--for", "ladder:866M"], "smoke, ladder"),
         (["--for", "tune"], "tune:"),
         (["--for", "tune:gelu"], "geglu"),
