@@ -19,8 +19,8 @@ Task = Literal["t2i", "sr", "rival"]
 TASKS: tuple[Task, ...] = ("t2i", "sr")
 # Published networks, measured with random weights as the family's sizes are (`ldmperf.model.RELEASED`).
 RELEASED_NAMES = ("SD1.5", "SDXL")
-# In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the one
-# before.
+# In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the
+# one before.
 BACKENDS = (
     "diffusers",
     "diffusers-accelerated",
