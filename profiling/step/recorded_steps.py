@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,54 +76,56 @@ def our_step(
 
 @torch.no_grad()
 def diffusers_step(
-    config: UNetConfig,
-    dtype: torch.dtype,
-    latents: int = 64,
-    tokens: int = 77,
-    *,
-    prepare: Callable[[Any], object] = lambda unet: None,
+    config: UNetConfig, dtype: torch.dtype, latents: int = 64, tokens: int = 77
 ) -> tuple[RecordedCall, ...]:
     """A step as in the loop of diffusers' pipeline, with channels-last weights.
 
-    `prepare` is given diffusers' network before it runs. The second step is recorded, as the first one's latents
-    may have another layout. Raises `Unsupported` without diffusers.
+    The second step is recorded, as the first one's latents may have another layout. Raises `Unsupported` without
+    diffusers.
     """
-    with torch.device("meta"):
-        unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
-    # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
-    unet = unet.to(memory_format=torch.channels_last)
-    prepare(unet)
+    unet = diffusers_network(config, dtype)
     scheduler = diffusers_scheduler(SAMPLER)
     scheduler.set_timesteps(50, device="meta")
     timestep = scheduler.timesteps[1]
     context = torch.empty(2, tokens, config.context_dim, dtype=dtype, device="meta")
-    added = None
-    if config.added_dim is not None and config.added_time_dim is not None:
-        numbers = 6 if config.added_dim > 6 * config.added_time_dim else 0
-        width = config.added_dim - numbers * config.added_time_dim
-        added = {
-            "text_embeds": torch.empty(2, width, dtype=dtype, device="meta"),
-            "time_ids": torch.empty(2, numbers, dtype=dtype, device="meta"),
-        }
     x = torch.empty(1, config.in_channels, latents, latents, dtype=dtype, device="meta")
     for recorder in (Recorder(), Recorder()):
-        with recorder, _FusedAttention():
+        with recorder, FusedAttention():
             model_input = scheduler.scale_model_input(torch.cat([x] * 2), timestep)
             with recorder.network():
-                output = unet(
-                    model_input,
-                    timestep,
-                    encoder_hidden_states=context,
-                    added_cond_kwargs=added,
-                    return_dict=False,
-                )[0]
+                output = unet(model_input, timestep, encoder_hidden_states=context, return_dict=False)[0]
             uncond, cond = output.chunk(2)
             output = uncond + GUIDANCE_SCALE * (cond - uncond)
             x = scheduler.step(output, timestep, x, return_dict=False)[0]
     return tuple(recorder.calls)
 
 
-class _FusedAttention(TorchFunctionMode):
+def diffusers_network(config: UNetConfig, dtype: torch.dtype) -> Any:
+    """diffusers' network on the meta device, its weights channels-last. Raises `Unsupported` without diffusers."""
+    with torch.device("meta"):
+        unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
+    # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
+    return unet.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def record_evaluation(recorder: Recorder, unet: Any, config: UNetConfig, latents: int, tokens: int = 77) -> None:
+    """A guided evaluation of a network by `diffusers_network`, of one image and without the sampler."""
+    added = None
+    if config.added_dim is not None:
+        # How the added width divides into text and sizes changes nothing in a step.
+        added = {
+            "text_embeds": torch.empty(2, config.added_dim, dtype=unet.dtype, device="meta"),
+            "time_ids": torch.empty(2, 0, dtype=unet.dtype, device="meta"),
+        }
+    x = torch.empty(2, config.in_channels, latents, latents, dtype=unet.dtype, device="meta")
+    context = torch.empty(2, tokens, config.context_dim, dtype=unet.dtype, device="meta")
+    timestep = torch.empty((), dtype=torch.int64, device="meta")
+    with recorder, FusedAttention(), recorder.network():
+        unet(x, timestep, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)
+
+
+class FusedAttention(TorchFunctionMode):
     """torch's attention as the one operator that it is on a GPU; on meta it would fall apart into matmuls."""
 
     def __torch_function__(
