@@ -292,7 +292,7 @@ def test_compiled_backends_have_no_ranges_and_graphs_an_eager_twin() -> None:
     for backend in BACKENDS:
         case = Case(unet="39M", backend=backend, steps=50, device="cuda")
         if "compile" in backend:
-            with pytest.raises(CaseError, match="choose from diffusers, torch, triton"):
+            with pytest.raises(CaseError, match="choose from diffusers, diffusers-accelerated, torch, triton"):
                 attributed_case(case)
             continue
         eager = attributed_case(case)

@@ -261,12 +261,10 @@ def block_hooks(ranges: Ranges, network: nn.Module) -> Iterator[RemovableHandle]
     """Sets the hooks of the network's blocks and of their parts."""
     closed: set[tuple[str, ...]] = set()
     for name, module in network.named_modules():
+        has_others = next(module.children(), None) is not None
         # Activations without weights may be shared by several blocks.
-        if (
-            not (place := place_of(name))
-            or not any(module.children())
-            or not any(True for _ in module.parameters())
-        ):
+        is_block = has_others and next(module.parameters(), None) is not None
+        if not is_block or not (place := place_of(name)):
             continue
         yield module.register_forward_pre_hook(lambda module, args, place=place: ranges.in_step(*place))
         # What a block leaves open is closed, while the parts of a block follow each other.
