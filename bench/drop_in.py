@@ -1,30 +1,32 @@
-"""Write the counted tables of docs/diffusers-kernels.md and docs/drop-in.md: `make inventory`, no GPU needed.
+"""Write the counted table of docs/diffusers-kernels.md: `make inventory`, no GPU needed.
 
 An evaluation of diffusers' own UNet is recorded launch by launch on the meta device, before and after
-`ldmperf.model.dropin.accelerate`. tests/test_drop_in_tables.py fails while a document differs from what this writes.
+`ldmperf.model.dropin.accelerate`. tests/test_drop_in_tables.py fails while the page differs from what this writes.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 from markers import with_blocks
 
+from ldmperf.kernels import layers
 from ldmperf.model import RELEASED
 from ldmperf.profiling.machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S
 from ldmperf.profiling.measure.store import write_whole
-from ldmperf.profiling.step.launches import GROUPS, GpuLaunch
+from ldmperf.profiling.step.launches import GROUPS, GpuLaunch, LaunchGroup
 from ldmperf.profiling.step.recorded_steps import diffusers_network, record_evaluation
 from ldmperf.profiling.step.recording import RecordedCall, Recorder
 from ldmperf.profiling.step.roofline import Roof
 from ldmperf.profiling.step.rules import launches_of
 
-DOCS = Path(__file__).parents[1] / "docs"
+PAGE = Path(__file__).parents[1] / "docs" / "diffusers-kernels.md"
 # Latent pixels of the images that the networks were made for: 512x512 and 1024x1024.
 LATENTS = {"SD1.5": 64, "SDXL": 128}
 DTYPE = torch.float16
@@ -46,9 +48,14 @@ class Launched:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network before and after; `kernel_attention`: after, with our attention instead of torch's."""
+    """An evaluation before and after, and after with other choices.
+
+    norm_alone        every nn.GroupNorm on our kernel and nothing else, as a hub layer of that name would have it
+    kernel_attention  as `after`, with our attention where "auto" takes torch's
+    """
 
     before: tuple[Launched, ...]
+    norm_alone: tuple[Launched, ...]
     after: tuple[Launched, ...]
     kernel_attention: tuple[Launched, ...]
 
@@ -56,49 +63,53 @@ class Evaluation:
 @cache
 def evaluation(network: str) -> Evaluation:
     """A guided evaluation of one image; takes diffusers, no GPU, no memory."""
-    before = _recorded(network, is_accelerated=False)
-    after = _recorded(network, is_accelerated=True)
-    return Evaluation(_launched(before), _launched(after, _with_torchs_attention), _launched(after))
-
-
-def _recorded(network: str, *, is_accelerated: bool) -> list[tuple[str, RecordedCall]]:
-    """The calls of an evaluation, each with its layer."""
     from ldmperf.model.dropin import accelerate
 
-    config = RELEASED[network]
-    unet = diffusers_network(config, DTYPE)
-    recorder = Recorder()
-    open_layers: list[str] = []
-    # (first call, layer): what is open from that call on.
-    changes: list[tuple[int, str]] = []
+    unet = diffusers_network(RELEASED[network], DTYPE)
+    marks = _Marks(unet)
+    before = marks.recorded(network)
+    norms = [module for module in unet.modules() if type(module) is torch.nn.GroupNorm]
+    for norm in norms:
+        norm.forward = MethodType(layers.GroupNorm.forward, norm)
+    norm_alone = marks.recorded(network)
+    for norm in norms:
+        del norm.forward
+    accelerate(unet)
+    after = marks.recorded(network)
+    return Evaluation(
+        _launched(before), _launched(norm_alone), _launched(after, _with_torchs_attention), _launched(after)
+    )
 
-    def told() -> None:
-        changes.append((len(recorder.calls), open_layers[-1] if open_layers else REST))
 
-    def entered(layer: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            open_layers.append(layer)
-            told()
+class _Marks:
+    """Hooks that tell the layer of each call."""
 
-        return hook
+    def __init__(self, unet: Any) -> None:
+        self._unet = unet
+        self._open: list[str] = [REST]
+        # The layer that is open from a call on.
+        self._changes: list[tuple[int, str]] = []
+        self._recorder = Recorder()
+        for layer, module in _layers(unet):
+            module.register_forward_pre_hook(lambda module, args, layer=layer: self._enter(layer))
+            module.register_forward_hook(lambda module, args, out: self._leave())
 
-    def left(*_: object) -> None:
-        open_layers.pop()
-        told()
+    def recorded(self, network: str) -> list[tuple[str, RecordedCall]]:
+        """The calls of an evaluation, each with its layer."""
+        self._recorder, self._changes = Recorder(), [(0, REST)]
+        record_evaluation(self._recorder, self._unet, RELEASED[network], LATENTS[network])
+        calls = self._recorder.calls
+        ends = [*(first for first, _ in self._changes[1:]), len(calls)]
+        changes = zip(self._changes, ends, strict=True)
+        return [(layer, call) for (first, layer), end in changes for call in calls[first:end]]
 
-    told()
-    for layer, module in _layers(unet):
-        module.register_forward_pre_hook(entered(layer))
-        module.register_forward_hook(left)
-    if is_accelerated:
-        accelerate(unet)
-    record_evaluation(recorder, unet, config, LATENTS[network])
-    ends = [first for first, _ in changes[1:]] + [len(recorder.calls)]
-    return [
-        (layer, call)
-        for (first, layer), end in zip(changes, ends, strict=True)
-        for call in recorder.calls[first:end]
-    ]
+    def _enter(self, layer: str) -> None:
+        self._open.append(layer)
+        self._changes.append((len(self._recorder.calls), layer))
+
+    def _leave(self) -> None:
+        self._open.pop()
+        self._changes.append((len(self._recorder.calls), self._open[-1]))
 
 
 def _layers(unet: Any) -> list[tuple[str, Any]]:
@@ -114,7 +125,7 @@ def _layers(unet: Any) -> list[tuple[str, Any]]:
 
 
 def _with_torchs_attention(call: RecordedCall) -> RecordedCall:
-    """The call that `backend="auto"` makes of our attention's where nothing was measured: torch's flash attention."""
+    """The call that "auto" makes of our attention's where nothing was measured: torch's flash attention."""
     if call.operator != "attention":
         return call
     names = {"q": "query", "k": "key", "v": "value"}
@@ -145,3 +156,75 @@ def sums(launched: Sequence[Launched], of: Callable[[Launched], bool] = lambda o
     chosen = [one.launch for one in launched if of(one)]
     h200, h100 = (1e3 * sum(max(roof.seconds(x).values()) for x in chosen) for roof in (H200, H100))
     return Sums(len(chosen), sum(x.nbytes for x in chosen), h200, h100)
+
+
+def markdown() -> str:
+    """The tables of the page, between its markers."""
+    versions = f"diffusers {version('diffusers')} and torch {version('torch').split('+')[0]}"
+    lines = [f"Counted from {versions}; guided, one image, float16, channels-last, eager. MB are powers of ten."]
+    for network, latents in LATENTS.items():
+        found = evaluation(network)
+        lines += ["", f"### {network}, {8 * latents}x{8 * latents}", "", *_by_layer(found), "", *_by_kind(found)]
+    return "\n".join(lines)
+
+
+def _by_layer(found: Evaluation) -> list[str]:
+    """What each of diffusers' layers saves, the one that saves most first, and what other choices save."""
+    whole = sums(found.before)
+
+    def change(layer: str) -> tuple[Sums, Sums]:
+        before, after = (sums(of, lambda one: one.layer == layer) for of in (found.before, found.after))
+        return before, after
+
+    changes = {layer: change(layer) for layer in (*LAYERS, REST)}
+    ranked = sorted(changes, key=lambda layer: changes[layer][1].h200 - changes[layer][0].h200)
+    # Of output_scale_factor and rescale_output_factor, which are 1.
+    divisions = sums(found.before, lambda one: one.launch.name == "div" and one.layer != REST)
+    return [
+        "| taken over | launches: before | after | MB: before | after | floor, ms: before | after "
+        "| change of the whole floor: H200 | H100 |",
+        "|---|" + "---:|" * 8,
+        *(_row(layer if layer == REST else f"`{layer}`", *changes[layer], whole) for layer in ranked),
+        _row("**all of them: `accelerate`**", whole, sums(found.after), whole),
+        _row("the same with our attention", whole, sums(found.kernel_attention), whole),
+        _row("every `nn.GroupNorm`, and nothing else", whole, sums(found.norm_alone), whole),
+        _row("no kernel: divisions by 1 left out", divisions, Sums(0, 0, 0.0, 0.0), whole),
+    ]
+
+
+def _row(title: str, before: Sums, after: Sums, whole: Sums) -> str:
+    saved = ((after.h200 - before.h200) / whole.h200, (after.h100 - before.h100) / whole.h100)
+    cells = (
+        *(str(of.launches) for of in (before, after)),
+        *(f"{of.nbytes / 1e6:.0f}" for of in (before, after)),
+        *(f"{of.h200:.2f}" for of in (before, after)),
+        *(f"{100 * share:+.1f} %" for share in saved),
+    )
+    return f"| {title} | {' | '.join(cells)} |"
+
+
+def _by_kind(found: Evaluation) -> list[str]:
+    """The launches by the groups of docs/step-inventory.md; the sampler has none here."""
+
+    def cells(group: LaunchGroup) -> list[str]:
+        before, after = (sums(of, lambda one: one.launch.group == group) for of in (found.before, found.after))
+        return [str(before.launches), str(after.launches), *(f"{of.nbytes / 1e6:.0f}" for of in (before, after))]
+
+    return [
+        "| launches of | before | after | MB: before | after |",
+        "|---|" + "---:|" * 4,
+        *(f"| {group} | {' | '.join(cells(group))} |" for group in GROUPS if group != "sampler"),
+    ]
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables between its markers."""
+    return with_blocks(page, {"counted": lambda _: markdown()})
+
+
+def main() -> None:
+    write_whole(PAGE, with_tables(PAGE.read_text(encoding="utf-8")).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
