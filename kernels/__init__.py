@@ -4,7 +4,7 @@
 __version__ = "0.1.0"
 
 from ._dispatch import KernelUnsupported
-from ._launch import Chip, Launch, Operator, planned_for, tuned_table
+from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from .attention import attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_ref",
+    "chip_of",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

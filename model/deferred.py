@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .layers import ResBlock, Transformer, TransformerBlock
+from .blocks import ResBlock, Transformer, TransformerBlock
 from .route import Stop
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules import module as _torch
 from torch.utils._device import DeviceContext
 
-from .layers import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from .blocks import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
 from .route import Level
 from .staleness import Structure
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from .layers import Resample, ResBlock, Transformer
+from .blocks import Resample, ResBlock, Transformer
 
 
 class Level(nn.Module):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import arguments
+from .blocks import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
-from .layers import EmbeddingMLP, GroupNorm, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
 from .private import Privacy
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot

@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from ldmperf.model import UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.model.blocks import Resample, ResBlock, Transformer, TransformerBlock
 from ldmperf.model.deferred import missing_in_tokens
-from ldmperf.model.layers import Resample, ResBlock, Transformer, TransformerBlock
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 

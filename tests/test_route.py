@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ldmperf.model import UNet, UNetConfig
-from ldmperf.model.layers import ResBlock
+from ldmperf.model.blocks import ResBlock
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 

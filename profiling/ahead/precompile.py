@@ -33,7 +33,7 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Report:
+class Precompilation:
     """What was done; `left`: how many were not begun in the time given."""
 
     done: tuple[Done, ...]
@@ -60,7 +60,7 @@ def compile_work(
     processes: int | None = None,
     seconds: float | None = None,
     told: Callable[[Done], None] = lambda done: None,
-) -> Report:
+) -> Precompilation:
     """Compiles what triton's cache does not have yet; `told` of each as it is done.
 
     After `seconds` nothing more is begun and what runs is ended. KeyboardInterrupt ends it too; what was compiled
@@ -83,7 +83,7 @@ def compile_work(
             told(done[-1])
             if seconds is not None and time.monotonic() - start > seconds:
                 break
-    return Report(tuple(done), time.monotonic() - start, len(items) - len(done))
+    return Precompilation(tuple(done), time.monotonic() - start, len(items) - len(done))
 
 
 def _compile(machine: Machine, item: Kernel | Stub) -> tuple[Status, str]:

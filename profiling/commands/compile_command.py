@@ -12,7 +12,7 @@ from ..terminal.visible import console, counted, say
 from .shared import seconds_option, stop, whole_option
 
 if TYPE_CHECKING:
-    from ..ahead.precompile import Report
+    from ..ahead.precompile import Precompilation
     from ..ahead.work import Work
 
 # Names of failures that are printed; the rest is counted.
@@ -107,7 +107,7 @@ def counts(work: Work) -> str:
     return f"{text}; {work.missing} to compile; {left}"
 
 
-def told(report: Report) -> list[str]:
+def told(report: Precompilation) -> list[str]:
     """What was done, in lines."""
     from ..static.compile import cache_folder
 

@@ -1,0 +1,86 @@
+"""The one line, and its undo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .report import Left, Report
+from .stand_ins import HOSTS, give_back, take_over, take_over_pair
+from .survey import MODELS, places
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def accelerate(
+    target: Any, *, attention: bool = True, norms: bool = True, geglu: bool = True, backend: str = "auto"
+) -> Report:
+    """Puts the kernels into a diffusers model, instance by instance, and tells what it did and what it left.
+
+    target     a UNet2DConditionModel or AutoencoderKL, compiled by torch.compile or not, or a pipeline with such
+               components
+    attention  every Attention, for the processors that torch's attention serves
+    norms      every ResnetBlock2D and BasicTransformerBlock, and the group norms beside them
+    geglu      every GEGLU
+    backend    "auto", "torch" or "triton", as of the operators (ldmperf.kernels)
+
+    Outputs are those of before, to rounding. The classes of the instances are set, nothing else: parameters, hooks
+    and the state dict stay, and `Report.undo` or `undo` give the classes back. Again on the same target it takes
+    what is not taken yet, and `backend` then counts for all. Raises ValueError for another target or backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"accelerate: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    models, others = _models("accelerate", target)
+    options = {"attention": attention, "norms": norms, "geglu": geglu}
+    taken: list[nn.Module] = []
+    for model in models.values():
+        for place in places(model):
+            if place.stands:
+                place.module.ldmperf_backend = backend  # type: ignore[assignment]
+            elif place.can_be_taken and place.kind is not None and options[place.kind.option]:
+                if place.pair is not None:
+                    take_over_pair(place.module, place.pair, backend)
+                    taken.append(place.pair)
+                else:
+                    take_over(place.module, place.kind.stand_in, backend)
+                taken.append(place.module)
+    return Report(models, others, options, backend, taken)
+
+
+def undo(target: Any) -> None:
+    """Gives every module that `accelerate` took over in target its class back; target as of `accelerate`."""
+    models, _ = _models("undo", target)
+    for model in models.values():
+        for module in model.modules():
+            if type(module) in HOSTS:
+                give_back(module)
+
+
+def _models(call: str, target: Any) -> tuple[Mapping[str, nn.Module], list[Left]]:
+    """The models of a target by path, and those components of a pipeline that are none."""
+    if isinstance(target, DiffusionPipeline):
+        components = {name: _unwrapped(part) for name, part in target.components.items()}
+        models = {name: part for name, part in components.items() if isinstance(part, MODELS)}
+        if not models:
+            raise ValueError(f"{call}: {type(target).__name__} has no UNet2DConditionModel and no AutoencoderKL")
+        others = [
+            Left(name, type(part).__name__, "neither UNet2DConditionModel nor AutoencoderKL")
+            for name, part in components.items()
+            if isinstance(part, nn.Module) and name not in models
+        ]
+        return models, others
+    model = _unwrapped(target)
+    if not isinstance(model, MODELS):
+        raise ValueError(
+            f"{call}: target must be a UNet2DConditionModel, an AutoencoderKL or a pipeline of diffusers; "
+            f"got {type(target).__name__}"
+        )
+    return {"": model}, []
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside of torch.compile's."""
+    return getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
