@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ TRACED: dict[str, Backend] = {
     "torch": OurBackend("torch"),
     "unhoisted": OurBackend("torch", is_hoisted=False),
     "diffusers": DiffusersBackend(),
+    "accelerated": DiffusersBackend(is_accelerated=True),
 }
+# diffusers' code: with our kernels, which take a layer along where nobody looks at it.
+THEIRS = ("diffusers", "accelerated")
 PARTS = ("proj_in", "self-attention", "cross-attention", "feed-forward", "proj_out")
 
 
@@ -125,8 +129,8 @@ def operators(run: Any) -> Counter[str]:
         around = [event.name]
         while (event := event.cpu_parent) is not None:
             around.append(event.name)
-        # Of an operator that reaches the mode, the call that the mode makes is seen again, inside a range.
-        is_again = around[2:4] == ["PythonDispatchMode", around[0]]
+        # Of an operator that reaches the mode, the call that the mode makes is seen again, inside its ranges.
+        is_again = ("PythonDispatchMode", around[0]) in pairwise(around)
         if any(word in around[0] for word in working) and not is_again:
             found[around[0]] += 1
     return found
@@ -139,7 +143,7 @@ def test_ranges_change_no_operator(tiny_checkpoint: Path, name: str) -> None:
     inputs = problem.inputs(0)
     plain, marked = TRACED[name].build(problem), ranged_trajectory(TRACED[name], problem)
     expected = operators(lambda: plain(inputs))
-    assert expected["aten::addmm_"] > 0 or name == "diffusers"
+    assert expected["aten::addmm_"] > 0 or name in THEIRS
     assert operators(lambda: marked(inputs)) == expected
 
 
@@ -208,17 +212,21 @@ def test_operators_are_in_the_blocks_that_call_them(tiny_checkpoint: Path, name:
     resnet = [operator for operator in of("down.1.resnets.0") if operator in kept]
     norm = "group_norm" if name == "diffusers" else "group_norm_silu"
     # diffusers projects the time embedding here, ours before the first step.
-    time = ["linear"] if name == "diffusers" else []
+    time = ["linear"] if name in THEIRS else []
     assert resnet == [norm, "convolution", *time, norm, "convolution"]
-    queries = 3 if name == "diffusers" else 1
+    queries = 3 if name in THEIRS else 1
     attention = [operator for operator in of("mid.attentions.0.self-attention") if operator in kept]
     assert attention == ["layer_norm", *["linear"] * queries, "self-attention", "linear"]
     cross = [operator for operator in of("mid.attentions.0.cross-attention") if operator in kept]
     assert cross == ["layer_norm", *["linear"] * queries, "cross-attention", "linear"]
     assert of("up.0.upsample")[-1] == "convolution"
     if name != "diffusers":
-        assert of("mid.attentions.0.feed-forward") == ["layer_norm", "linear", "geglu", "linear"]
+        gated = (*kept, "geglu")
+        feed_forward = [operator for operator in of("mid.attentions.0.feed-forward") if operator in gated]
+        assert feed_forward == ["layer_norm", "linear", "geglu", "linear"]
         assert "residual_add" in of("down.1.resnets.0")
+    if name not in THEIRS:
+        assert len(of("mid.attentions.0.feed-forward")) == 4
         assert "sampler_update" in of("sampler")
     else:
         # The concatenation with a skip is the level's; the enlargement is in the block that is named for it.
