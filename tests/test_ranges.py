@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn.modules import module as torch_modules
 
 from ldmperf.model import FAMILY, UNet
 from ldmperf.profiling import Case
+from ldmperf.profiling.step.classes import is_operator
 from ldmperf.profiling.trajectory.attribution import attributed, attributed_case
 from ldmperf.profiling.trajectory.backend import Backend, Problem
 from ldmperf.profiling.trajectory.case import BACKENDS
@@ -129,8 +129,10 @@ def operators(run: Any) -> Counter[str]:
         around = [event.name]
         while (event := event.cpu_parent) is not None:
             around.append(event.name)
-        # Of an operator that reaches the mode, the call that the mode makes is seen again, inside its ranges.
-        is_again = ("PythonDispatchMode", around[0]) in pairwise(around)
+        # Of an operator that reaches the mode, the call that the mode makes is seen again, inside a range. Where a
+        # block's range is opened for it too, the profiler shows it beside the first and not in it.
+        is_again = around[2:4] == ["PythonDispatchMode", around[0]]
+        is_again |= around[0].startswith("ldmperf::") and around[1:2] != [] and is_operator(around[1])
         if any(word in around[0] for word in working) and not is_again:
             found[around[0]] += 1
     return found
