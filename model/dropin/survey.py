@@ -105,7 +105,8 @@ def places(model: nn.Module) -> list[Place]:
         reason = _reason(module, kind)
         if kind is not None and reason is None:
             parts |= {part: needed for name, needed in kind.parts.items() if (part := getattr(module, name, None))}
-        if kind is not None or (not isinstance(module, _IDLE) and not list(module.children())) or module in parts:
+        computes = not isinstance(module, _IDLE) and not list(module.children())
+        if kind is not None or computes or module in parts or isinstance(module, tuple(_BY_HOST)):
             passes = kind is _ATTENTION and reason == stand_ins.processor_reason(module.processor)
             found.append(Place(path, module, kind, reason, pair, passes))
     return [place for one in found if (place := _as_part(one, parts.get(one.module))) is not None]
