@@ -1,6 +1,7 @@
 """ldmperf.model.dropin: what setting the classes of a model's modules keeps, and how it is told and undone."""
 
 import copy
+import importlib
 import io
 import pickle
 import runpy
@@ -51,6 +52,8 @@ def vae():
     ).eval()
 
 
+# The package has a function of this name.
+attention_module = importlib.import_module("ldmperf.kernels.attention")
 X, CONTEXT = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
 
 
@@ -349,6 +352,35 @@ def test_a_hook_between_the_last_norm_and_its_activation_sees_what_it_saw(name):
         assert model.conv_act(h) is h
 
 
+def test_a_last_activation_that_others_call_stays_itself():
+    model = unet()
+    model.time_embedding.act = model.conv_act
+    expected, report = run(model), accelerate(model)
+    assert type(model.conv_act) is nn.SiLU
+    assert {r.path: r.what for r in report.replaced}["conv_norm_out"] == "group norm"
+    torch.testing.assert_close(run(model), expected)
+
+
+def test_a_wrapper_of_someone_elses_is_listed_and_what_is_in_it_is_not():
+    class Wrapper(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+        def forward(self, x):
+            return 2 * self.base_layer(x)
+
+    model = unet()
+    block = model.mid_block.attentions[0].transformer_blocks[0]
+    block.attn1.to_q, block.ff.net[0].proj = Wrapper(block.attn1.to_q), Wrapper(block.ff.net[0].proj)
+    expected, report = run(model), accelerate(model)
+    reasons = {entry.path: entry.reason for entry in report.left if entry.class_name == "Wrapper"}
+    assert len(reasons) == 2
+    assert all(reason.startswith("called as it is: ") for reason in reasons.values())
+    assert not [entry for entry in report.left if "base_layer" in entry.path]
+    torch.testing.assert_close(run(model), expected)
+
+
 def test_another_last_activation_is_left():
     model = unet(act_fn="gelu")
     expected = run(model)
@@ -458,6 +490,18 @@ def test_a_mask_is_served_by_torch_and_told_once(caplog):
     told = [r.getMessage() for r in caplog.records if "additive mask" in r.getMessage()]
     assert len(told) == 1
     assert told[0].startswith("attention: torch's scaled_dot_product_attention serves an additive mask")
+
+
+def test_fewer_tokens_than_heads_are_no_mistake(recwarn):
+    model = unet(attention_head_dim=8)
+    attention_module._warn_of_layout.cache_clear()
+    torch.manual_seed(1)
+    x = torch.randn(1, 16, 1, 2)
+    expected = model.mid_block.attentions[0](x, encoder_hidden_states=CONTEXT[:1]).sample
+    with accelerate(model):
+        found = model.mid_block.attentions[0](x, encoder_hidden_states=CONTEXT[:1]).sample
+    torch.testing.assert_close(found, expected)
+    assert not [w for w in recwarn if "fewer tokens than heads" in str(w.message)]
 
 
 def test_arguments_that_no_processor_takes_are_told(caplog):
