@@ -17,7 +17,7 @@ help:
 	@echo "make check     lint, format and types"
 	@echo "make format    rewrite the code in the house format"
 	@echo "make readme    write the figures of README.md and docs/results.md from committed records"
-	@echo "make inventory write docs/step-inventory.md's tables: every launch of a step, predicted without a GPU"
+	@echo "make inventory write the tables of launches, predicted without a GPU, and of what the drop-in replaces"
 	@echo "make bench-kernels    measure each kernel beside its peers (ARGS=... goes to ldmperf kernels)"
 	@echo "make gpu-check        all that a GPU machine is for, the most important first, within 9 minutes (ARGS=--plan)"
 	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
@@ -46,6 +46,8 @@ readme: $(STAMP)
 
 inventory: $(STAMP)
 	$(BIN)/python bench/inventory.py
+	$(BIN)/python bench/drop_in.py
+	$(BIN)/python bench/drop_in_models.py
 
 bench-kernels: $(STAMP)
 	$(BIN)/ldmperf kernels $(ARGS)

@@ -13,9 +13,10 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 NAMES = (
-    *("smoke", "headline", "tests", "tests-alone", "ladder", "family", "attention", "kernels"),
-    *("tune-linear", "tune-attention", "tune-group_norm_silu", "compiled", "attention-family", "kernels-compiled"),
-    *("conv-padding", "attention-flex", "compiled-max", "sanitizer", "family-all"),
+    *("smoke", "headline", "tests", "tests-alone", "ladder", "drop-in", "family", "attention", "kernels"),
+    *("tune-linear", "tune-attention", "tune-group_norm_silu", "compiled", "drop-in-compiled"),
+    *("attention-family", "kernels-compiled", "conv-padding", "attention-flex", "compiled-max", "sanitizer"),
+    "family-all",
 )
 OTHERS = "group_norm_silu,layer_norm,linear,geglu,residual_add,sampler_update"
 KERNEL_PEERS = "triton,auto,separate,eager"
@@ -109,6 +110,8 @@ def parts(device: str, folder: Path) -> list[Part]:
     few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
     attention = ("--kernel", "attention")
     ladder = ("--preset", "ladder", "--backend")
+    drop_in = ("--preset", "drop-in")
+    compiled = "diffusers,diffusers-accelerated,diffusers-compile"
     return [
         replace(pytest_part("smoke", 55, 20, device, [SMOKE_FILE], launches=("smoke",)), beside=("tests",)),
         profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
@@ -116,6 +119,7 @@ def parts(device: str, folder: Path) -> list[Part]:
         # A few tests: what they launch is compiled with `tests`, or by themselves.
         pytest_part("tests-alone", 60, 30, device, marks="gpu and alone"),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
+        profile("drop-in", 180, 60, *drop_in, launches=("drop-in",)),
         profile("family", 150, 40, "--preset", "family", launches=("family",)),
         kernels("attention", 75, 30, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
         kernels("kernels", 90, 30, "--kernel", OTHERS, "--peer", KERNEL_PEERS),
@@ -123,6 +127,7 @@ def parts(device: str, folder: Path) -> list[Part]:
         tune("attention"),
         tune("group_norm_silu"),
         profile("compiled", 240, 90, *ladder, f"diffusers,diffusers-compile,{graphs}", launches=("ladder",)),
+        profile("drop-in-compiled", 300, 120, *drop_in, "--backend", compiled, launches=("drop-in",)),
         kernels("attention-family", 75, 30, *attention),
         kernels("kernels-compiled", 120, 45, "--kernel", OTHERS, "--peer", COMPILED_PEERS),
         Part("conv-padding", 60, 20, "convolutions", (sys.executable, str(ROOT / "bench" / "conv_padding.py"))),

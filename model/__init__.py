@@ -3,11 +3,13 @@
 from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, UnsupportedConfig, diffusers_config
 from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
+from .releases import RELEASED
 from .unet import UNet
 from .weights import diffusers_state_dict, load_unet, save_unet
 
 __all__ = [
     "FAMILY",
+    "RELEASED",
     "CheckpointError",
     "Conditioning",
     "Constants",

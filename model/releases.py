@@ -121,6 +121,13 @@ RELEASES = (
     ),
 )
 
+_CONFIGS = {release.name: release.config for release in RELEASES}
+# Releases by the names that people call them, for networks of their shape without their weights.
+RELEASED: dict[str, UNetConfig] = {
+    "SD1.5": _CONFIGS["Stable Diffusion 1"],
+    "SDXL": _CONFIGS["Stable Diffusion XL base"],
+}
+
 
 def published(layout: Layout) -> Release | None:
     """The release that a file without configuration is of, with the file's own number of input channels."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.model import UNet, load_unet
 from ldmperf.profiling import Case, profile
@@ -16,11 +17,12 @@ from ldmperf.profiling.measure.graph_memory import unused_in_pools
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
+from ldmperf.profiling.step.recording import operator_of
 from ldmperf.profiling.trajectory.case import BACKENDS
 from ldmperf.profiling.trajectory.network import make_network
 from ldmperf.profiling.trajectory.ours import GraphBackend, GraphTrajectory, OurBackend
 from ldmperf.profiling.trajectory.rungs import all_backends
-from ldmperf.profiling.trajectory.theirs import fuse_projections
+from ldmperf.profiling.trajectory.theirs import accelerated, fuse_projections
 from ldmperf.profiling.trajectory.unet_problem import UNetProblem
 from ldmperf.samplers import Graphs, NoiseSchedule, make_plan
 
@@ -95,9 +97,15 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
     case = problem(tiny_checkpoint, steps=1).case
     cases = [case.model_copy(update={"backend": name}) for name in BACKENDS]
     records = {record.case.backend: record for record in profile(cases, rule=RepetitionRule(1, 0.0))}
+    run_here = ("torch", "diffusers", "diffusers-accelerated")
     assert {name: record.status for name, record in records.items()} == {
-        name: "ok" if name in ("torch", "diffusers") else "unsupported" for name in BACKENDS
+        name: "ok" if name in run_here else "unsupported" for name in BACKENDS
     }
+    # The accelerated network is diffusers' code, so that ours in float32 is what it is checked against.
+    checked = {name: records[name].correctness for name in run_here}
+    told = {name: correctness.reference for name, correctness in checked.items() if correctness is not None}
+    assert told == {"torch": "diffusers float32"} | dict.fromkeys(run_here[1:], "torch float32")
+    assert records["diffusers-accelerated"].settings == ("accelerate",)
     said = {name: record.message or "" for name, record in records.items()}
     assert "needs a CUDA device" in said["diffusers-compile"]
     assert "max-autotune" in said["diffusers-compile-max"]
@@ -119,11 +127,46 @@ def test_what_a_graph_took_to_make_is_in_its_record(tiny_checkpoint: Path, run_a
     assert record.phases.capture_ms is not None
 
 
-def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path) -> None:
+class OperatorNames(TorchDispatchMode):
+    """The operators of ours that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names |= {name for name in [operator_of(func)] if name is not None}
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_accelerated_network_runs_our_operators_and_diffusers_own_does_not(tiny_checkpoint: Path) -> None:
+    given = problem(tiny_checkpoint, steps=1)
+    inputs = given.inputs(0)
+
+    def ours(name: str) -> set[str]:
+        trajectory = all_backends()[name].build(given)
+        with OperatorNames() as seen:
+            trajectory(inputs)
+        return seen.names
+
+    expected = {"attention", "group_norm_silu", "layer_norm", "geglu", "residual_add"}
+    assert ours("diffusers-accelerated") >= expected
+    assert ours("diffusers") == set()
+    # Built beside each other, they share weights, and no class.
+    names = ("diffusers", "diffusers-accelerated", "diffusers")
+    first, accelerated, again = (all_backends()[name].build(given)(inputs) for name in names)
+    assert torch.equal(first, again)
+    assert 0 < relative_rms(accelerated, first) < 1e-5
+
+
+@pytest.mark.parametrize("is_accelerated", [False, True])
+def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path, is_accelerated: bool) -> None:
     """What fullgraph asks of it, without the compiler that a GPU has."""
     given = problem(tiny_checkpoint)
     unet = diffusers_unet(given.unet)
     fuse_projections(unet)
+    if is_accelerated:
+        accelerated(unet)
     compiled = torch.compile(unet, fullgraph=True, dynamic=False, backend="eager")
     x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 5, given.unet.config.context_dim)
     with torch.no_grad():

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ldmperf.model import FAMILY
+from ldmperf.model import FAMILY, RELEASED
 from ldmperf.profiling import Case
 from ldmperf.profiling.options import CaseError, split_values
-from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.case import BACKENDS, RELEASED_NAMES
 from ldmperf.profiling.trajectory.presets import (
     OPTIONS,
     PRESETS,
@@ -111,9 +111,22 @@ def test_presets_cover_the_family() -> None:
     assert len(ladder) == len(set(ladder)) == 4 * len(BACKENDS)
 
 
+def test_the_drop_in_is_measured_beside_what_it_replaces_at_the_sizes_that_releases_were_made_for() -> None:
+    assert tuple(RELEASED) == RELEASED_NAMES
+    cases = [case for sweep in PRESETS["drop-in"].sweeps for case in sweep.cases()]
+    assert [(case.unet, case.latent_height, case.backend) for case in cases] == [
+        (unet, latent, backend)
+        for unet, latent in (("SD1.5", 64), ("SDXL", 128))
+        for backend in ("diffusers", "diffusers-accelerated", "graph")
+    ]
+    # Each network's cases are one group, measured in turn on the same weights and inputs.
+    assert len({case.group_key for case in cases}) == 2
+    assert not any(case.is_checkpoint for case in cases)
+
+
 def test_a_preset_for_a_gpu_says_that_none_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    for preset in ("gpu", "ladder", "family", "family-all"):
+    for preset in ("gpu", "ladder", "family", "family-all", "drop-in"):
         cases = select_cases(preset, Choices())
         with pytest.raises(CaseError, match=f"--preset {preset} needs a GPU and cuda is not here"):
             check_devices(preset, cases)

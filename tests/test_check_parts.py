@@ -57,6 +57,9 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert not any("compile" in name for name in backends(on_gpu["ladder"]))
     assert option(on_gpu["headline"], "--size") == "866M,39M"
     assert option(on_gpu["headline"], "--dtype") == "float16,bfloat16"
+    # Before and after the drop-in are of one run, the compiled peer's too.
+    assert {option(on_gpu[name], "--preset") for name in ("drop-in", "drop-in-compiled")} == {"drop-in"}
+    assert set(backends(on_gpu["drop-in-compiled"])) >= {"diffusers", "diffusers-accelerated", "diffusers-compile"}
     assert option(on_gpu["family"], "--preset") == "family"
     assert option(on_gpu["family-all"], "--preset") == "family-all"
     assert all(option(on_cpu[name], "--size") == "39M" for name in ("ladder", "compiled", "family"))
@@ -66,6 +69,7 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
         "smoke",
         "ladder",
         "family",
+        "drop-in",
         "kernels",
         "tests",
     }

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from ldmperf.model import FAMILY, UNetConfig
+from ldmperf.model import FAMILY, RELEASED, UNetConfig
 from ldmperf.profiling.step.flops import count_gflop, count_parameters
 
 # params_exact and gflop as in profiling/paper.json, counted apart with diffusers' network.
@@ -18,6 +18,12 @@ def test_counts_are_those_of_the_family(size: str) -> None:
     parameters, gflop = FACTS[size]
     assert count_parameters(FAMILY[size]) == parameters
     assert round(count_gflop(FAMILY[size]), 1) == gflop
+
+
+def test_released_networks_have_the_parameters_of_their_checkpoints() -> None:
+    """As the headers of the published safetensors files count them."""
+    found = {name: count_parameters(config) for name, config in RELEASED.items()}
+    assert found == {"SD1.5": 859_520_964, "SDXL": 2_567_463_684}
 
 
 TINY = UNetConfig(block_channels=(32, 64), num_heads=(2, 4), attention=(True, False), context_dim=32)

@@ -30,7 +30,7 @@ ALLOWED = {
     "profiling": {
         *("torch", "numpy", "pydantic", "typer", "click", "rich", "altair", "vl_convert", "jinja2", "pynvml"),
         *("scipy", "triton", "diffusers", "xformers", "safetensors"),
-        *("ldmperf.kernels", "ldmperf.model", "ldmperf.samplers"),
+        *("ldmperf.kernels", "ldmperf.model", "ldmperf.model.dropin", "ldmperf.samplers"),
     },
 }
 

@@ -32,13 +32,13 @@ from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
 from ldmperf.profiling.ahead import launch_sets, stubs, tested_launches
 from ldmperf.profiling.ahead import work as planned_work
-from ldmperf.profiling.ahead.meta_runs import NoGraphs, our_backends, run_parts
+from ldmperf.profiling.ahead.meta_runs import ACCELERATED, NoGraphs, our_backends, run_parts
 from ldmperf.profiling.ahead.precompile import compile_work
 from ldmperf.profiling.ahead.work import kernel_of, plan
 from ldmperf.profiling.commands import compile_command as ahead
 from ldmperf.profiling.kernel_bench.selection import first_of_each_key, jobs
 from ldmperf.profiling.machines import MACHINES
-from ldmperf.profiling.peer import SCHEDULER_CONFIG
+from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
 from ldmperf.profiling.static.forked import Lost, map_forked
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
 from ldmperf.profiling.trajectory.backend import Inputs
@@ -161,6 +161,25 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
     assert len(looked_up) > 40
     assert {key: name for key, name in looked_up.items() if key not in planned} == {}
     assert {key: name for key, name in planned.items() if key not in looked_up} == {}
+
+
+def test_what_diffusers_network_launches_of_ours_is_compiled_ahead(looked_up: dict[str, str]) -> None:
+    """Its linear layers left out: "auto" merges some of them with their gates, and "triton", as here, all."""
+    from ldmperf.model.dropin import accelerate
+
+    case = cases("ddim")[0].model_copy(update={"backend": ACCELERATED})
+    unet = diffusers_unet(make_network(case))
+    accelerate(unet, backend="triton")
+    context = torch.randn(2, 77, unet.config.cross_attention_dim).bfloat16()
+    unet(torch.randn(2, 4, 16, 16).bfloat16(), torch.tensor(500), encoder_hidden_states=context)
+    planned = {k.digest: k.name for k in plan(run_parts([case]), SM_90, chips=[NO_GPU]).launches}
+
+    def others(kernels: dict[str, str]) -> dict[str, str]:
+        return {key: name for key, name in kernels.items() if "linear" not in name and "geglu" not in name}
+
+    assert len(others(looked_up)) > 20
+    assert others(planned) == others(looked_up)
+    assert any("linear" in name for name in planned.values())
 
 
 def test_a_slice_that_is_not_aligned_is_another_kernel_here_and_there(looked_up: dict[str, str]) -> None:
@@ -444,7 +463,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--for", "ladders"], "smoke, ladder, family, kernels, tests, tune:"),
+        (["--for", "ladders"], "smoke, ladder, family, drop-in, kernels, tests, tune:"),
         (["--for", "ladder:866M"], "smoke, ladder"),
         (["--for", "tune"], "tune:"),
         (["--for", "tune:gelu"], "geglu"),

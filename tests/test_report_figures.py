@@ -137,10 +137,13 @@ def test_names_of_checkpoints_are_told_apart(make_record: MakeRecord) -> None:
     names = figures.network_names([make_record(case(unet)) for unet in unets])
     assert [names[unet] for unet in unets] == ["a/unet", "b/unet", "other", "/d/39M", "39M"]
     # Recorded, two that share a name are told apart by their weights, and none passes for a size.
-    recorded = [case(unet, weights_sha256=digit * 64) for unet, digit in (("x", "1"), ("x", "2"), ("39M", "3"))]
-    names = figures.network_names([make_record(of) for of in (*recorded, case("39M"), case("other"))])
+    weighted = (("x", "1"), ("x", "2"), ("39M", "3"), ("SDXL", "4"))
+    recorded = [case(unet, weights_sha256=digit * 64) for unet, digit in weighted]
+    names = figures.network_names(
+        [make_record(of) for of in (*recorded, case("39M"), case("SDXL"), case("other"))]
+    )
     assert list(names.values()) == [
-        "x weights=1111111111111111", "x weights=2222222222222222", "39M weights=3333333333333333", "39M", "other"
+        *(f"{unet} weights={digit * 16}" for unet, digit in weighted), "39M", "SDXL", "other"
     ]  # fmt: skip
     shown = figures.overview([make_record(recorded[2])])
     assert shown.rows[0].paper_cost is None

@@ -18,7 +18,15 @@ from .meta_runs import FEW_STEPS, candidates, launches_of_calls, our_backends, r
 from .tested_launches import SMOKE_SIZES, smoke_parts, tested_parts
 from .work import Part, Work, plan
 
-NAMES = ("smoke", "ladder", "family", "kernels", "tests", "tune:OPERATOR[+...][:SIZE[+...][:BATCH[+...]]]")
+NAMES = (
+    "smoke",
+    "ladder",
+    "family",
+    "drop-in",
+    "kernels",
+    "tests",
+    "tune:OPERATOR[+...][:SIZE[+...][:BATCH[+...]]]",
+)
 # Of attention in the GPU check (bench/gpu_check.py).
 CHECKED_HEAD_DIMS = (40, 64, 80, 128, 160, 384, 8)
 
@@ -61,6 +69,11 @@ def _family() -> list[Part]:
     return run_parts(case for sweep in PRESETS["family"].sweeps for case in sweep.cases())
 
 
+def _drop_in() -> list[Part]:
+    """The preset `drop-in`."""
+    return run_parts(case for sweep in PRESETS["drop-in"].sweeps for case in sweep.cases())
+
+
 def _kernels() -> list[Part]:
     """`ldmperf kernels`, and attention by head dimension as the GPU check has it."""
     steps = [
@@ -96,6 +109,7 @@ _SETS: Mapping[str, Callable[[], list[Part]]] = {
     "smoke": _smoke,
     "ladder": _ladder,
     "family": _family,
+    "drop-in": _drop_in,
     "kernels": _kernels,
     "tests": lambda: [*_smoke(), *tested_parts()],
 }

@@ -6,6 +6,7 @@ slices, and every call of an operator is planned.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import OPERATORS, Launch, linear_separate
-from ldmperf.model import FAMILY, UNet, UNetConfig
+from ldmperf.model import FAMILY, RELEASED, UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 from ..kernel_bench.selection import Job, first_of_each_key
-from ..peer import SCHEDULER_CONFIG
+from ..peer import SCHEDULER_CONFIG, diffusers_unet
 from ..step.call import OperatorCall
 from ..step.recording import RecordedCall, calls_of_ours
 from ..trajectory.backend import Inputs
@@ -29,9 +30,12 @@ from ..trajectory.case import Case
 from ..trajectory.network import IN_CHANNELS, family_config
 from ..trajectory.ours import GraphBackend, OurBackend
 from ..trajectory.rungs import all_backends
-from ..trajectory.unet_problem import UNetProblem
+from ..trajectory.theirs import accelerated
+from ..trajectory.unet_problem import UNetProblem, added_conditions
 from .work import Part
 
+# diffusers' backend that launches kernels of ours.
+ACCELERATED = "diffusers-accelerated"
 Planned = Iterator[tuple[Launch, bool]]
 SCHEDULE = NoiseSchedule.from_diffusers(SCHEDULER_CONFIG)
 # A run's launches are the same at every step, but that noise and a slice of the steps' numbers come and go.
@@ -70,14 +74,27 @@ def our_backends() -> dict[str, OurBackend | GraphBackend]:
 
 
 def run_parts(cases: Iterable[Case]) -> list[Part]:
-    """One part for each case of our backends with launches of its own; sizes of the family only."""
+    """One part for each case of our backends with launches of its own; checkpoints are left out.
+
+    Where diffusers is installed, also one for each of its networks with our kernels.
+    """
     ours = our_backends()
+    named = [case for case in cases if case.unet in FAMILY or case.unet in RELEASED]
     distinct = {
         case.model_copy(update={"steps": _steps(case.sampler, case.steps), "seed": 0}): None
-        for case in cases
-        if case.backend in ours and case.unet in FAMILY
+        for case in named
+        if case.backend in ours
     }
-    return [partial(_trajectory, case) for case in distinct]
+    parts: list[Part] = [partial(_trajectory, case) for case in distinct]
+    if importlib.util.find_spec("diffusers") is None:
+        return parts
+    # The sampler is diffusers', and launches nothing of ours.
+    networks = {
+        case.model_copy(update={"sampler": "ddim", "steps": 1, "seed": 0}): None
+        for case in named
+        if case.backend == ACCELERATED
+    }
+    return [*parts, *(partial(_accelerated, case) for case in networks)]
 
 
 def _steps(sampler: str, steps: int) -> int:
@@ -94,19 +111,40 @@ def _trajectory(case: Case) -> Planned:
     plan = make_plan(case.sampler, SCHEDULE, case.steps)
     run = our_backends()[case.backend].build(UNetProblem(case, unet, plan, SCHEDULER_CONFIG))
     noise = torch.empty(case.batch, 4, case.latent_height, case.latent_width, device="meta")
-    context = torch.empty(
-        case.model_batch, case.context_tokens, unet.config.context_dim, dtype=dtype, device="meta"
-    )
     inputs = Inputs(
         noise=noise,
-        context=context,
+        context=_context(case, unet.config),
         low_resolution=torch.empty_like(noise) if unet.config.in_channels == IN_CHANNELS["sr"] else None,
         seeds=tuple(range(case.batch)),
+        added=_added(case, unet.config),
     )
     yield from launches_of_run(lambda: run(inputs))
     if plan.stochastic:
         given = replace(inputs, step_noise=lambda index: torch.empty_like(noise))
         yield from launches_of_run(lambda: run(given))
+
+
+@torch.no_grad()
+def _accelerated(case: Case) -> Planned:
+    """An evaluation of diffusers' network with our kernels in it."""
+    config, dtype = family_config(case), getattr(torch, case.dtype)
+    unet = diffusers_unet(meta_unet(config, dtype, "torch"))
+    accelerated(unet)
+    size = (case.model_batch, config.in_channels, case.latent_height, case.latent_width)
+    x, timestep = torch.empty(size, dtype=dtype, device="meta"), torch.empty((), device="meta")
+    given = {"encoder_hidden_states": _context(case, config), "added_cond_kwargs": _added(case, config) or None}
+    yield from launches_of_run(lambda: unet(x, timestep, **given))
+
+
+def _context(case: Case, config: UNetConfig) -> Tensor:
+    size = (case.model_batch, case.context_tokens, config.context_dim)
+    return torch.empty(size, dtype=getattr(torch, case.dtype), device="meta")
+
+
+def _added(case: Case, config: UNetConfig) -> dict[str, Tensor]:
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    given = added_conditions(case, config, torch.Generator())
+    return {name: torch.empty_like(value, dtype=dtype, device="meta") for name, value in given.items()}
 
 
 def meta_unet(config: UNetConfig, dtype: torch.dtype, backend: str) -> UNet:

@@ -24,7 +24,7 @@ def compile_ahead(
         list[str],
         typer.Option(
             "--for",
-            help="What is to start at once: smoke, ladder, family, kernels, tests, "
+            help="What is to start at once: smoke, ladder, family, drop-in, kernels, tests, "
             "tune:OPERATOR[+OPERATOR...][:SIZE[+SIZE...][:BATCH[+BATCH...]]]. Repeat it or separate by commas.",
             metavar="LIST",
         ),

@@ -157,9 +157,10 @@ def inspect(
 def _is_step(name: str) -> bool:
     """Whether it is a network's name; an operator's goes before a file of that name."""
     from ldmperf.kernels import OPERATORS
-    from ldmperf.model import FAMILY
+    from ldmperf.model import FAMILY, RELEASED
 
-    return name not in OPERATORS and (name in FAMILY or os.path.exists(os.path.expanduser(name)))
+    is_network = name in FAMILY or name in RELEASED or os.path.exists(os.path.expanduser(name))
+    return name not in OPERATORS and is_network
 
 
 def _inspect_step(

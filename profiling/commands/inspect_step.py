@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldmperf.model import FAMILY, UNetConfig, load_unet
+from ldmperf.model import FAMILY, RELEASED, UNetConfig, load_unet
 
 from ..figures.step_times import times_by_name, times_by_range
 from ..machines import MACHINES
@@ -58,7 +58,7 @@ def inspect_step(
     """Prints the roofline of a step of that network; `given` are options of its case as they were typed."""
     if trace is not None and records is not None:
         raise CaseError("--trace and --records both tell what a step took: give one of them")
-    network = unet if unet in FAMILY else str(OPTIONS["unet"].read("unet", unet))
+    network = unet if unet in (*FAMILY, *RELEASED) else str(OPTIONS["unet"].read("unet", unet))
     chosen = _read(given)
     record = times = None
     backend, measured_by = "", None

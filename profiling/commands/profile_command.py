@@ -62,7 +62,7 @@ def profile(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="cpu, gpu, ladder, family or family-all: what is measured unless told; cpu or gpu by the device."
+            help="cpu, gpu, ladder, family, family-all, drop-in: what is measured; cpu or gpu by the device."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,

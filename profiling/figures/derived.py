@@ -13,7 +13,7 @@ from operator import attrgetter
 
 from ..measure.environment import Environment
 from ..paper import paper_sizes
-from ..trajectory.case import BACKENDS, Case
+from ..trajectory.case import BACKENDS, RELEASED_NAMES, Case
 from ..trajectory.records import Record
 from .best import best_record, by_time
 from .lines import Line, fit_line
@@ -179,7 +179,8 @@ def network_names(records: Iterable[Record]) -> dict[str, str]:
     labels = [case.label for case in networks.values()]
 
     def is_taken(case: Case) -> bool:
-        return case.is_checkpoint and (labels.count(case.label) > 1 or case.label in paper_sizes())
+        of_others = (*paper_sizes(), *RELEASED_NAMES)
+        return case.is_checkpoint and (labels.count(case.label) > 1 or case.label in of_others)
 
     return {network: network if is_taken(case) else case.label for network, case in networks.items()}
 

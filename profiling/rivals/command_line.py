@@ -10,7 +10,7 @@ from ..measure.timing import RepetitionRule
 from ..options import device_kind
 from ..paper import paper_sizes
 from ..terminal.visible import counted
-from ..trajectory.case import BACKENDS, DEFAULT_GUIDANCE, Case
+from ..trajectory.case import BACKENDS, DEFAULT_GUIDANCE, RELEASED_NAMES, Case
 from ..trajectory.presets import PRESETS, Combinations, preset_named
 from .rival import RIVAL_BACKENDS, RIVALS
 from .rival_selection import rival_cases
@@ -77,7 +77,8 @@ def _is_known(case: Case) -> bool:
     """Whether options of this release can name it."""
     if case.task == "rival":
         return case.unet in RIVALS and case.backend in RIVAL_BACKENDS
-    return not case.is_checkpoint and case.unet in paper_sizes() and case.backend in BACKENDS
+    is_named = case.unet in paper_sizes() or case.unet in RELEASED_NAMES
+    return not case.is_checkpoint and is_named and case.backend in BACKENDS
 
 
 def _of_preset(wanted: set[Case]) -> tuple[list[str] | None, RepetitionRule] | None:
@@ -108,7 +109,9 @@ def _of_lists(wanted: set[Case]) -> list[str] | None:
 def _listed(cases: Sequence[Case], field: str) -> tuple[Any, ...]:
     """The different values of a field: sizes and backends in the order of their tables, others sorted."""
     values = {getattr(case, field) for case in cases}
-    table = {"unet": (*paper_sizes(), *RIVALS), "backend": (*BACKENDS, *RIVAL_BACKENDS)}.get(field)
+    table = {"unet": (*paper_sizes(), *RELEASED_NAMES, *RIVALS), "backend": (*BACKENDS, *RIVAL_BACKENDS)}.get(
+        field
+    )
     return tuple(sorted(values, key=None if table is None else table.index))
 
 

@@ -83,17 +83,14 @@ def diffusers_step(
     The second step is recorded, as the first one's latents may have another layout. Raises `Unsupported` without
     diffusers.
     """
-    with torch.device("meta"):
-        unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
-    # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
-    unet = unet.to(memory_format=torch.channels_last)
+    unet = diffusers_network(config, dtype)
     scheduler = diffusers_scheduler(SAMPLER)
     scheduler.set_timesteps(50, device="meta")
     timestep = scheduler.timesteps[1]
     context = torch.empty(2, tokens, config.context_dim, dtype=dtype, device="meta")
     x = torch.empty(1, config.in_channels, latents, latents, dtype=dtype, device="meta")
     for recorder in (Recorder(), Recorder()):
-        with recorder, _FusedAttention():
+        with recorder, FusedAttention():
             model_input = scheduler.scale_model_input(torch.cat([x] * 2), timestep)
             with recorder.network():
                 output = unet(model_input, timestep, encoder_hidden_states=context, return_dict=False)[0]
@@ -103,7 +100,32 @@ def diffusers_step(
     return tuple(recorder.calls)
 
 
-class _FusedAttention(TorchFunctionMode):
+def diffusers_network(config: UNetConfig, dtype: torch.dtype) -> Any:
+    """diffusers' network on the meta device, its weights channels-last. Raises `Unsupported` without diffusers."""
+    with torch.device("meta"):
+        unet = diffusers_unet(UNet(config, backend="torch").to(dtype))
+    # Of 1x1 weights too, whose shape alone does not tell cuDNN the layout.
+    return unet.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def record_evaluation(recorder: Recorder, unet: Any, config: UNetConfig, latents: int, tokens: int = 77) -> None:
+    """A guided evaluation of a network by `diffusers_network`, of one image and without the sampler."""
+    added = None
+    if config.added_dim is not None:
+        # How the added width divides into text and sizes changes nothing in a step.
+        added = {
+            "text_embeds": torch.empty(2, config.added_dim, dtype=unet.dtype, device="meta"),
+            "time_ids": torch.empty(2, 0, dtype=unet.dtype, device="meta"),
+        }
+    x = torch.empty(2, config.in_channels, latents, latents, dtype=unet.dtype, device="meta")
+    context = torch.empty(2, tokens, config.context_dim, dtype=unet.dtype, device="meta")
+    timestep = torch.empty((), dtype=torch.int64, device="meta")
+    with recorder, FusedAttention(), recorder.network():
+        unet(x, timestep, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)
+
+
+class FusedAttention(TorchFunctionMode):
     """torch's attention as the one operator that it is on a GPU; on meta it would fall apart into matmuls."""
 
     def __torch_function__(

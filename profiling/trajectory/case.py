@@ -17,9 +17,13 @@ Task = Literal["t2i", "sr", "rival"]
 
 # Of the family; a rival's task is its name.
 TASKS: tuple[Task, ...] = ("t2i", "sr")
-# In the order of the ladder: the peer, eager and compiled, then ours, each with more than the one before.
+# Published networks, measured with random weights as the family's sizes are (`ldmperf.model.RELEASED`).
+RELEASED_NAMES = ("SD1.5", "SDXL")
+# In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the
+# one before.
 BACKENDS = (
     "diffusers",
+    "diffusers-accelerated",
     "diffusers-compile",
     "diffusers-compile-max",
     "torch",
@@ -51,11 +55,11 @@ def path_text(path: Path) -> str:
 class Case(BaseModel):
     """One trajectory to measure: hashable, and equal when all that is measured is equal.
 
-    `unet` is a name of the family ("39M" ... "5B") or the absolute path of a checkpoint (`path_text`); in a record
-    a checkpoint has its name alone. `weights_sha256` is of a checkpoint's files, null for the family's seeded
-    random weights and before the files have been read. `guidance_scale` 1 is none; above 1 every model evaluation
-    takes 2 x `batch` inputs. Latent sizes are in latent pixels (an eighth of the image's), `context_tokens` is the
-    length of the text context.
+    `unet` is a name of the family ("39M" ... "5B"), of a published network ("SD1.5") or the absolute path of a
+    checkpoint (`path_text`); in a record a checkpoint has its name alone. `weights_sha256` is of a checkpoint's
+    files, null for seeded random weights and before the files have been read. `guidance_scale` 1 is none; above 1
+    every model evaluation takes 2 x `batch` inputs. Latent sizes are in latent pixels (an eighth of the image's),
+    `context_tokens` is the length of the text context.
 
     A rival, a generator of another kind (task "rival"), has its name in `unet`, its own number of steps, the
     sampler "none", and no context tokens and no guidance where it takes no text.
@@ -120,7 +124,7 @@ class Case(BaseModel):
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether the network is a checkpoint; sizes of the family have no slash, and paths are absolute."""
+        """Whether the network is a checkpoint; names of sizes have no slash, and paths are absolute."""
         return self.weights_sha256 is not None or "/" in self.unet
 
     @property

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ldmperf.model import FAMILY, UNet, UNetConfig, load_unet
+from ldmperf.model import FAMILY, RELEASED, UNet, UNetConfig, load_unet
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 from ..measure.heap import trim_heap
@@ -52,8 +52,9 @@ def make_network(case: Case) -> UNet:
 
 
 def family_config(case: Case) -> UNetConfig:
-    """The configuration of the case's size for its task."""
-    return dataclasses.replace(FAMILY[case.unet], in_channels=IN_CHANNELS[case.task])
+    """The configuration of the case's size, or published network, for its task."""
+    config = FAMILY[case.unet] if case.unet in FAMILY else RELEASED[case.unet]
+    return dataclasses.replace(config, in_channels=IN_CHANNELS[case.task])
 
 
 @torch.no_grad()

@@ -27,7 +27,17 @@ from ..options import (
     whole_number,
 )
 from ..paper import paper_sizes
-from .case import BACKENDS, DEFAULT_BACKENDS, DEFAULT_GUIDANCE, MOST_IMAGES, TASKS, Case, Task, path_text
+from .case import (
+    BACKENDS,
+    DEFAULT_BACKENDS,
+    DEFAULT_GUIDANCE,
+    MOST_IMAGES,
+    RELEASED_NAMES,
+    TASKS,
+    Case,
+    Task,
+    path_text,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,9 @@ _CPU = Combinations(unets=_FAMILY[:3], steps=(2,), dtypes=("float32",), devices=
 _GPU = Combinations(
     unets=_FAMILY, steps=(50,), dtypes=("bfloat16",), devices=("cuda",), backends=("graph", "diffusers")
 )
+_DROP_IN = replace(
+    _GPU, steps=(20,), dtypes=("float16",), backends=("diffusers", "diffusers-accelerated", "graph")
+)
 PRESETS: dict[str, Preset] = {
     # Short: one step count for the cost of sizes, two more at 39M for the cost of steps.
     "cpu": Preset((_CPU, replace(_CPU, unets=("39M",), steps=(1, 3))), RepetitionRule(3, 0.0)),
@@ -122,11 +135,19 @@ PRESETS: dict[str, Preset] = {
         (replace(_GPU, unets=("866M", "39M", "145M", "5B"), steps=(20,), backends=BACKENDS),),
         RepetitionRule(5, 2.0),
     ),
+    # diffusers' own UNets before and after `ldmperf.model.dropin.accelerate`, beside our network.
+    "drop-in": Preset(
+        (
+            replace(_DROP_IN, unets=("SD1.5",)),
+            replace(_DROP_IN, unets=("SDXL",), latents=((128, 128),)),
+        ),
+        RepetitionRule(5, 2.0),
+    ),
 }
 
 
 def _size(option: str, text: str) -> str:
-    return known_name(option, text, _FAMILY)
+    return known_name(option, text, (*_FAMILY, *RELEASED_NAMES))
 
 
 def _sampler(option: str, text: str) -> str:
@@ -188,7 +209,7 @@ class CaseOption:
 
 
 OPTIONS: Mapping[str, CaseOption] = {
-    "size": CaseOption("unets", _size, "Sizes of the family: 39M ... 5B."),
+    "size": CaseOption("unets", _size, "Sizes of the family: 39M ... 5B; SD1.5 and SDXL, with random weights."),
     "unet": CaseOption(
         "unets",
         _checkpoint,

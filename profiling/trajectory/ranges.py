@@ -3,7 +3,7 @@
 The network is not changed, and nothing is hooked unless a trajectory is traced. In ours nobody may see the
 activations between its modules, or sums are no longer in place (`ldmperf.model`), so that no module is hooked: a
 TorchDispatchMode opens a range for each operator, and the weights that an operator reads tell the block. In
-diffusers' network hooks of modules tell it.
+diffusers' network hooks of its blocks tell it too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from ldmperf.model import Conditioning, UNet
 
@@ -158,14 +159,14 @@ class OperatorRanges(TorchDispatchMode):
 
 
 class EvaluationWatch:
-    """What `RangedUNet`s tell: when they are evaluated, and which of their weights lie where."""
+    """What networks tell: when they are evaluated, and which of their weights lie where."""
 
     def __init__(self, ranges: Ranges) -> None:
         self.ranges = ranges
         self.is_denoising = False
         self._places: dict[int, tuple[str, ...]] = {}
 
-    def add(self, unet: UNet) -> None:
+    def add(self, unet: nn.Module) -> None:
         self._places |= {id(parameter): place_of(name) for name, parameter in unet.named_parameters()}
 
     def follow(self, arguments: Iterable[object]) -> None:
@@ -217,40 +218,59 @@ def ranged(unet: UNet, watch: EvaluationWatch) -> RangedUNet:
 
 
 @contextmanager
-def module_ranges(ranges: Ranges) -> Iterator[None]:
-    """Hooks of all modules in the process, by which diffusers' UNet opens its ranges."""
+def module_ranges(ranges: Ranges, watch: EvaluationWatch) -> Iterator[None]:
+    """Hooks by which diffusers' UNet opens its ranges; in a block, the weights that an operator reads tell where.
+
+    Only modules with others inside are hooked, and no longer all modules of the process than until the network is
+    found: our kernels take a layer along only where nobody looks at it (`ldmperf.kernels.layers.is_plain`).
+    """
     network = import_diffusers().UNet2DConditionModel
-    places: dict[int, tuple[str, ...]] = {}
-    # By the block that they are: what is left here is closed, while the parts of a block follow each other.
-    blocks: dict[tuple[str, ...], int] = {}
     evaluations: list[AbstractContextManager[None]] = []
+    hooks: list[RemovableHandle] = []
 
-    def before(module: nn.Module, args: object) -> None:
+    def begin(*_: object) -> None:
+        evaluations.append(ranges.evaluation())
+        evaluations[-1].__enter__()
+        ranges.in_step(CONDITION)
+        watch.is_denoising = True
+
+    def end(*_: object) -> None:
+        watch.is_denoising = False
+        evaluations.pop().__exit__(None, None, None)
+
+    def find(module: nn.Module, args: object) -> None:
         if isinstance(module, network):
-            for name, inner in module.named_modules():
-                # Activations without weights may be shared by several blocks.
-                if next(inner.parameters(), None) is not None and (place := place_of(name)):
-                    places[id(inner)] = place
-                    if len(place) <= 2 and next(inner.children(), None) is not None:
-                        blocks.setdefault(place, id(inner))
-            evaluations.append(ranges.evaluation())
-            evaluations[-1].__enter__()
-            ranges.in_step(CONDITION)
-        elif place := places.get(id(module), ()):
-            ranges.in_step(*place)
+            finder.remove()
+            watch.add(module)
+            hooks.extend([*block_hooks(ranges, module), module.register_forward_pre_hook(begin)])
+            hooks.append(module.register_forward_hook(end))
+            # A hook that is set now runs from the next call on.
+            begin()
 
-    def after(module: nn.Module, args: object, output: object) -> None:
-        if isinstance(module, network):
-            evaluations.pop().__exit__(None, None, None)
-        elif (place := places.get(id(module), ())) and blocks.get(place) == id(module):
-            ranges.in_step(*place[:-1])
-
-    hooks = register_module_forward_pre_hook(before), register_module_forward_hook(after)
+    finder = register_module_forward_pre_hook(find)
+    hooks.append(finder)
     try:
         yield
     finally:
+        watch.is_denoising = False
         for hook in hooks:
             hook.remove()
+
+
+def block_hooks(ranges: Ranges, network: nn.Module) -> Iterator[RemovableHandle]:
+    """Sets the hooks of the network's blocks and of their parts."""
+    closed: set[tuple[str, ...]] = set()
+    for name, module in network.named_modules():
+        has_others = next(module.children(), None) is not None
+        # Activations without weights may be shared by several blocks.
+        is_block = has_others and next(module.parameters(), None) is not None
+        if not is_block or not (place := place_of(name)):
+            continue
+        yield module.register_forward_pre_hook(lambda module, args, place=place: ranges.in_step(*place))
+        # What a block leaves open is closed, while the parts of a block follow each other.
+        if len(place) <= 2 and place not in closed:
+            closed.add(place)
+            yield module.register_forward_hook(lambda module, args, out, place=place: ranges.in_step(*place[:-1]))
 
 
 def ranged_trajectory(backend: Backend, problem: Problem, marks: Marks | None = None) -> Trajectory:
@@ -261,7 +281,7 @@ def ranged_trajectory(backend: Backend, problem: Problem, marks: Marks | None = 
     ranges = Ranges(marks)
     watch = EvaluationWatch(ranges)
     if backend.implementation == "diffusers":
-        hooked: Callable[[], AbstractContextManager[None]] = partial(module_ranges, ranges)
+        hooked: Callable[[], AbstractContextManager[None]] = partial(module_ranges, ranges, watch)
         run = backend.build(problem)
     else:
         hooked = nullcontext

@@ -11,6 +11,7 @@ def all_backends() -> dict[str, Backend]:
     """Every backend by its name, in the order of the ladder: each of ours does more than the one before."""
     return {
         "diffusers": DiffusersBackend(),
+        "diffusers-accelerated": DiffusersBackend(is_accelerated=True),
         "diffusers-compile": DiffusersBackend("reduce-overhead"),
         "diffusers-compile-max": DiffusersBackend("max-autotune"),
         "torch": OurBackend("torch"),

@@ -1,4 +1,4 @@
-"""diffusers as a backend: eager or compiled, at its best public settings, on our weights and inputs."""
+"""diffusers as a backend: eager, with our kernels or compiled, at its best public settings, on our weights."""
 
 from __future__ import annotations
 
@@ -36,18 +36,22 @@ class DiffusersBackend:
     compile_mode: torch.compile's, of the whole network as one graph (fullgraph), or None for eager. Both modes run
     what they compiled as CUDA graphs of their own, with fused QKV projections; max-autotune with the inductor
     settings that diffusers recommends beside it (`INDUCTOR_SETTINGS`).
+    is_accelerated: whether `ldmperf.model.dropin.accelerate` put our kernels into the network, as one line does.
     """
 
     compile_mode: CompileMode | None = None
+    is_accelerated: bool = False
     implementation = "diffusers"
 
     @property
     def settings(self) -> tuple[str, ...]:
         """What is set beside diffusers' defaults."""
+        accelerated = ("accelerate",) if self.is_accelerated else ()
         if self.compile_mode is None:
-            return ()
+            return accelerated
         options = inductor_options(self.compile_mode)
-        return ("fuse_qkv_projections", "fullgraph", *(f"{name}={value}" for name, value in options.items()))
+        told = (f"{name}={value}" for name, value in options.items())
+        return (*accelerated, "fuse_qkv_projections", "fullgraph", *told)
 
     def build(self, problem: UNetProblem) -> Trajectory:
         case = problem.case
@@ -58,6 +62,9 @@ class DiffusersBackend:
         unet = diffusers_unet(problem.unet)
         if self.compile_mode is not None:
             fuse_projections(unet)
+        if self.is_accelerated:
+            accelerated(unet)
+        if self.compile_mode is not None:
             unet = compiled(unet, self.compile_mode)
         dtype = problem.unet.dtype
         takes_generator = "generator" in inspect.signature(scheduler.step).parameters
@@ -103,6 +110,14 @@ class DiffusersBackend:
             return latents
 
         return trajectory
+
+
+def accelerated(unet: Any) -> None:
+    """Puts our kernels into diffusers' network, wherever they serve it."""
+    # It imports diffusers, which need not be installed.
+    from ldmperf.model.dropin import accelerate
+
+    accelerate(unet)
 
 
 def inductor_options(mode: CompileMode) -> dict[str, bool]:
