@@ -255,6 +255,18 @@ def test_what_was_found_is_told_also_while_a_clone_is_loaded(host, log):
     host.manager.unload()
 
 
+def test_an_injection_replaces_one_that_was_not_taken_back(host):
+    """A clone that was dropped while it was loaded, as ComfyUI's garbage collection may leave it."""
+    model = host.patcher().model
+    state = snapshot(model)
+    fused.inject(model, True, True, "torch")
+    fused.inject(model, False, True, "auto")
+    backends = [vars(module)["ldmperf_backend"] for module in model.modules() if "ldmperf_backend" in vars(module)]
+    assert backends == ["auto"] * counts(model)[2]
+    fused.eject(model)
+    same(snapshot(model), state)
+
+
 # LoRA, casts and offloading.
 
 
