@@ -156,20 +156,16 @@ def test_two_versions_and_ldmperf_run_in_one_process(
 
 
 IN_A_PROCESS_OF_ITS_OWN = """
-import sys, types
+import sys
 import pytest
 from kernels.cli import main
-try:
-    import tabulate
-except ImportError:
-    sys.modules["tabulate"] = types.SimpleNamespace(tabulate=lambda rows, **options: rows)
 main()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--strict-markers", "--rootdir", sys.argv[2], sys.argv[2]]))
 """
 
 
 def test_the_benchmarks_and_the_tests_of_the_repository_run(folder: Path) -> None:
-    """`kernels benchmark` itself; tabulate, which draws its table, has a stand-in where it is not installed."""
+    """`kernels benchmark` itself, and the repository's own tests."""
     output = folder.parent / "benchmark.json"
     options = ("--iterations", "1", "--warmup", "0", "--output", str(output))
     command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, "benchmark", str(folder), *options]
