@@ -318,7 +318,7 @@ def test_hooks_of_all_modules_fire():
 
 
 class Twice(torch.Tensor):
-    """A parameter of another class, as quantized ones are: twice what it says, for the operators of torch alone."""
+    """A parameter of another class, as quantized ones are: twice what it says, for torch's operators alone."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

@@ -563,16 +563,15 @@ RESNETS_ALONE = {
 }
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "by block"])
+@pytest.mark.parametrize("how", ["wrapped", "by block"])
 def test_a_compiled_model_takes_the_other_path_after_accelerate_and_after_undo(how):
     torch._dynamo.reset()
     model, graphs = unet(**(RESNETS_ALONE if how != "by block" else {})), Graphs()
     expected, called = run(model), model
     if how == "wrapped":
         called = torch.compile(model, backend=graphs, fullgraph=True)
-    elif how == "in place":
-        model.compile(backend=graphs, fullgraph=True)
     else:
+        # In place, as Module.compile does it.
         model.compile_repeated_blocks(backend=graphs, fullgraph=True)
     assert torch.equal(run(called), expected)
     assert set(graphs.counts) == {0}
