@@ -376,50 +376,44 @@ def test_what_transforms_or_differentiates_is_refused():
 # What torch wraps a call in
 
 
-@pytest.mark.parametrize(
-    ("name", "dynamic"), [*((name, False) for name in CALLS), ("residual_add, doubled", True)]
-)
-def test_compiled_the_mutation_is_seen(name, dynamic):
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+def test_compiled_the_mutation_is_seen(backend, dynamic):
+    """Of every operator, and of memory that is read before, written twice, a view, or an argument."""
     torch._dynamo.reset()
-    operator, arguments = drawn(name)
-    expected = operator(**arguments, backend="torch")
+    names = ("geglu", "residual_add", "residual_add, doubled") if backend == "inductor" else tuple(CALLS)
+    drawings = {name: drawn(name) for name in names}
+    expected = {name: operator(**values, backend="torch") for name, (operator, values) in drawings.items()}
 
-    def function(values, out):
-        before = each(out)[0] + 1
-        found = operator(**values, backend="torch", out=out)
-        return before, each(found)[0] * 2, found
-
-    out = like(expected)
-    for one in each(out):
-        one.fill_(3.0)
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    with torch.no_grad():
-        before, twice, found = compiled(arguments, out)
-    assert all(a is b for a, b in zip(each(found), each(out), strict=True))
-    assert equal(out, expected)
-    assert torch.equal(twice, each(expected)[0] * 2)
-    assert torch.equal(before, torch.full_like(before, 4.0))
-
-
-def test_inductor_keeps_the_order_of_reads_and_writes():
-    """One buffer written twice and read between, a view of a buffer, and two sums in place."""
-    torch._dynamo.reset()
-    _, arguments = drawn("geglu")
-    x, image = arguments["x"], drawn("residual_add")[1]["x"]
-
-    def function(x, image, out, buffer):
-        first = geglu(x, backend="torch", out=out).clone()
-        second = geglu(x + 1, backend="torch", out=out)
-        inner = geglu(x - 1, backend="torch", out=buffer[1])
+    def function(arguments, outs, buffer, image):
+        before = outs["geglu"] + 1
+        found = {name: CALLS[name][0](**arguments[name], backend="torch", out=outs[name]) for name in names}
+        once = outs["geglu"] * 2
+        twice = geglu(arguments["geglu"]["x"] + 1, backend="torch", out=outs["geglu"])
+        inner = geglu(arguments["geglu"]["x"] - 1, backend="torch", out=buffer[1])
         total = residual_add(image, image, backend="torch", out=image)
-        return first + second, inner, residual_add(total, total, backend="torch", out=total)
+        total = residual_add(arguments["residual_add"]["x"], total, backend="torch", out=total)
+        return before, found, once, twice, inner, total
 
+    arguments = {name: values for name, (_, values) in drawings.items()}
+    outs = {name: like(result) for name, result in expected.items()}
+    outs["geglu"].fill_(3.0)
+    buffer, x = torch.zeros(3, 2, 5, 4), arguments["residual_add"]["x"]
+    image = x.clone()
+    compiled = torch.compile(function, fullgraph=True, backend=backend, dynamic=dynamic)
     with torch.no_grad():
-        given_ = [[x.clone(), image.clone(), torch.zeros(2, 5, 4), torch.zeros(3, 2, 5, 4)] for _ in range(2)]
-        expected = function(*given_[0])
-        found = torch.compile(function, fullgraph=True, backend="inductor")(*given_[1])
-    assert equal(found, expected)
-    assert equal(tuple(given_[1]), tuple(given_[0]))
+        before, found, once, twice, inner, total = compiled(arguments, outs, buffer, image)
+    for name in names:
+        assert all(a is b for a, b in zip(each(found[name]), each(outs[name]), strict=True))
+        assert name == "geglu" or equal(outs[name], expected[name])
+    assert torch.equal(before, torch.full_like(before, 4.0))
+    assert torch.equal(once, expected["geglu"] * 2)
+    gate = drawings["geglu"][1]["x"]
+    assert twice is outs["geglu"]
+    assert torch.equal(twice, geglu(gate + 1, backend="torch"))
+    assert torch.equal(buffer, torch.stack([buffer[0] * 0, geglu(gate - 1, backend="torch"), buffer[0] * 0]))
+    assert torch.equal(inner, buffer[1])
+    assert total is image
+    assert torch.equal(image, x + (x + x))
 
 
 # What raises while it is traced runs eagerly, and dynamo says what it could not follow there.
