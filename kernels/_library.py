@@ -215,11 +215,11 @@ def _gradients(
     """The gradients of the arguments that need one, by those of the outputs; `again` with a graph of their own."""
     wanted = [i for i, need in enumerate(needed) if need]
     with torch.enable_grad(), _autocast.excluded():
-        for i in wanted:
-            # A tensor of its own for each argument: one tensor may be two arguments. Zeros have no graph.
-            is_followed = again and arguments[i].requires_grad
-            alias = arguments[i].view_as(arguments[i]) if is_followed else arguments[i].detach().requires_grad_()
-            arguments[i] = alias
+        for i, value in enumerate(arguments):
+            if isinstance(value, Tensor) and (i in wanted or not again):
+                # A tensor of its own for each argument: one tensor may be two arguments. Zeros have no graph.
+                is_followed = again and value.requires_grad
+                arguments[i] = value.view_as(value) if is_followed else value.detach().requires_grad_(i in wanted)
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # A sum beside a norm does not depend on the norm's weight, which may be all that is trained.

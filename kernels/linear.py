@@ -147,7 +147,8 @@ def _matmul_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     if torch.compiler.is_compiling():
         # A compiler makes its own choice of what to write where.
         return out.copy_(F.linear(x, weight, bias))
-    rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    count = math.prod(x.shape[:-1])
+    rows, result = x.reshape(count, x.shape[-1]), out.view(count, out.shape[-1])
     if bias is None:
         torch.mm(rows, weight.t(), out=result)
     else:

@@ -248,7 +248,7 @@ def _check(call: ResidualAddCall) -> None:
     if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_floating_point()):
         raise ValueError(f"residual_add: bias must be a float [{x.shape[1]}]; got {bias.dtype} {list(bias.shape)}")
     if size is not None and (
-        len(size) != 2 or any(to not in (2 * n, 2 * n - 1) for to, n in zip(size, x.shape[2:], strict=True))
+        len(size) != 2 or any(not 2 * n - 1 <= to <= 2 * n for to, n in zip(size, x.shape[2:], strict=True))
     ):
         raise ValueError(f"residual_add: size must be twice {list(x.shape[2:])}, or one less in each; got {size}")
 

@@ -202,6 +202,17 @@ def test_gradients_under_autocast_are_float32_and_as_close_as_torchs(name):
     assert (found <= FACTOR * pooled_errors(name, under_autocast(theirs), torch.float32) + FLOOR).all()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_backward_inside_of_autocast_is_that_outside(name):
+    function = functools.partial(CALLS[name][0], backend="torch")
+    expected = gradients(function, leaves(name, torch.float32))
+    values = leaves(name, torch.float32)
+    loss = weighted(function(*values))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(loss, values)
+    assert all(map(torch.equal, found, expected))
+
+
 # A block of a UNet, by our functions or by torch's
 
 
