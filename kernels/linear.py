@@ -312,12 +312,22 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
     """What "auto" takes for the call of these arguments."""
     call = checked(OPERATOR, LinearCall(*arguments))
     x, rows = call.x, math.prod(call.x.shape[:-1])
+    if torch.compiler.is_compiling() and not _are_fixed(rows, x.shape[-1]):
+        # One graph for all sizes: no measurement of one of them decides.
+        return "torch"
     reasons = () if x.is_meta else tuple(unsupported_reasons(call))
     of_shape = {"gated": call.activation is not None, "normed": call.norm_weight is not None}
     chosen: Literal["torch", "triton"] = _chosen(
         reasons, x.device, x.dtype, rows, x.shape[-1], call.weight.shape[0], **of_shape
     )
     return chosen
+
+
+def _are_fixed(*sizes: int) -> bool:
+    """Whether a compiler that traces knows these sizes, which may be symbols."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(has_static_value(size) for size in sizes)
 
 
 _auto_by_layout = ByLayout(_auto)
