@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def tensors(call: Callable[..., Any], required: Sequence[Any], optional: Sequence[Any] = ()) -> None:
@@ -44,6 +45,14 @@ def one_device(name: str, arguments: tuple[Any, ...]) -> None:
             raise ValueError(
                 f"{name}: the tensors must share a device; got {devices[0]} and {device}: move them to one"
             )
+
+
+def has_tangent(arguments: Sequence[Any]) -> bool:
+    """Whether forward mode (torch.autograd.forward_ad, torch.func.jvp) differentiates by one of these."""
+    return any(
+        isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None
+        for value in arguments
+    )
 
 
 def whole(call: str, name: str, value: Any) -> Any:

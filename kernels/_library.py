@@ -9,7 +9,8 @@ where forward mode or torch.func differentiates, the reference runs instead of t
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,16 +19,21 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _autocast
+from ._checks import has_tangent
 from ._dispatch import choose_backend
 from ._launch import Operator
+from ._out import Out
 from ._recipes import Decide, checked, implementation_of, plan_or_none
 
 # The folder may be copied into another package and be loaded beside ours: each copy takes its own namespace. A
 # folder's name may hold what a schema may not.
 _COPY = "ldmperf_" + re.sub(r"\W", "_", __package__ or "kernels", flags=re.ASCII)
 NAMESPACE = "ldmperf" if __package__ == "ldmperf.kernels" else _COPY
+_KEPT = -1
 # By operator: for who measures what the dispatcher adds to them.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+# By operator with results: what it does with `out`.
+OUTS: dict[str, Out] = {}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -47,6 +53,8 @@ def define_operator(
     differentiable: bool = True,
     composite: Callable[[Any], Any] | None = None,
     flops: Callable[..., int] | None = None,
+    in_place: Sequence[str] = (),
+    spared: Mapping[str, int | None] | None = None,
 ) -> Callable[..., Any]:
     """Register `name(arguments) -> returns`, whose last argument is the backend, and return the callable.
 
@@ -54,7 +62,10 @@ def define_operator(
     a call, and its derivatives are the operator's if it is `differentiable`; `composite` stands for a reference
     that has no forward mode or no second derivative. `fake` gives the outputs' shapes, dtypes and strides;
     `decide` is as in `implementation_of`, `autocast` the rule there (see `_autocast.register`). `flops` counts
-    from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`).
+    from the arguments' shapes (see `torch.utils.flop_counter.register_flop_formula`). The callable of an operator
+    with results takes `out` (see `_out.Out`), which may be one of the arguments named `in_place`. Arguments
+    that are `spared` are not kept for the backward: {argument: the result whose value has the same derivatives in
+    its place, None for zeros}.
 
     A call travels: public function -> overload -> Autograd (`_differentiable`) -> implementation
     (`_recipes.implementation_of`) -> `Recipe.run` or the reference.
@@ -80,19 +91,36 @@ def define_operator(
     library = torch.library.Library(namespace, "FRAGMENT")
     library.define(schema)
     library.impl(name, implementation, "CompositeExplicitAutograd")
+    into: Any = None
+    # Here, as another overload changes the packet's hash, by which formulas of FLOPs are kept.
+    if not schema.endswith("-> ()"):
+        into = OUTS[name] = Out(
+            library,
+            qualified,
+            schema,
+            operator,
+            bind=bind,
+            reference=reference,
+            fake=fake,
+            decide=decide,
+            autocast=autocast,
+            in_place=in_place,
+        )
     torch.library.register_fake(qualified, fake_of, lib=library)
     packet = getattr(getattr(torch.ops, namespace), name)
     if flops is not None:
         register_flop_formula(packet)(flops)
     if differentiable:
-        kernel = _differentiable(name, packet.default, reference_of, composite_of)
+        kernel = _differentiable(name, packet.default, reference_of, composite_of, spared or {})
         library.impl(name, kernel, "Autograd", with_keyset=True)
     _autocast.register(library, name, packet.default, autocast)
     # The library takes its registrations with it when nobody holds it.
     packet.library = library
     overload = packet.default
 
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any, out: Any = None) -> Any:
+        if out is not None:
+            return into(arguments, out)
         # A ValueError of the fake would be one of the compiler's. What autocast casts is checked afterwards.
         if torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
             checked(operator, bind(*arguments[:-1]))
@@ -101,42 +129,64 @@ def define_operator(
     return run
 
 
-def _has_tangent(arguments: Sequence[Any]) -> bool:
-    """Whether forward mode (torch.autograd.forward_ad, torch.func.jvp) differentiates by one of these."""
-    return any(
-        isinstance(value, Tensor) and forward_ad.unpack_dual(value, level=0).tangent is not None
-        for value in arguments
-    )
-
-
 def refuse_forward_mode(name: str, arguments: Sequence[Any]) -> None:
     """NotImplementedError where forward mode differentiates by one of these."""
-    if forward_ad._current_level >= 0 and _has_tangent(arguments):
+    if forward_ad._current_level >= 0 and has_tangent(arguments):
         raise NotImplementedError(f"{name}: it has no derivatives; in forward mode call {name}_ref")
 
 
+@dataclass(frozen=True)
+class _Zeros:
+    """What the backward knows of an argument whose values do not matter there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def made(self, grad: Tensor) -> Tensor:
+        """Zeros in no memory, of the class that `grad` has."""
+        return grad.new_zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
 def _differentiable(
-    name: str, operator: Any, reference: Callable[..., Any], composite: Callable[..., Any]
+    name: str,
+    operator: Any,
+    reference: Callable[..., Any],
+    composite: Callable[..., Any],
+    spared: Mapping[str, int | None],
 ) -> Callable[..., Any]:
     """The kernel of the Autograd keys."""
+    kept_as = [spared.get(argument.name, _KEPT) for argument in operator._schema.arguments]
 
     def below_autograd(keys: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
     class Recomputed(torch.autograd.Function):
-        """Only the inputs are kept between forward and backward, which runs the reference."""
+        """Only inputs are kept between forward and backward, which runs the reference, or what stands for them."""
 
         @staticmethod
         def forward(ctx: Any, keys: Any, *arguments: Any) -> Any:
-            ctx.save_for_backward(*(value for value in arguments if isinstance(value, Tensor)))
-            ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in arguments]
-            return below_autograd(keys, *arguments)
+            outputs = below_autograd(keys, *arguments)
+            saved: list[Tensor] = []
+            constants: list[Any] = []
+            for value, place in zip(arguments, kept_as, strict=True):
+                if not isinstance(value, Tensor):
+                    constants.append((value,))
+                elif place is None:
+                    constants.append((_Zeros(value.shape, value.dtype, value.device),))
+                else:
+                    saved.append(value if place == _KEPT else outputs[place])
+                    constants.append(None)
+            ctx.save_for_backward(*saved)
+            ctx.constants = constants
+            return outputs
 
         @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             saved = iter(ctx.saved_tensors)
             arguments = [next(saved) if constant is None else constant[0] for constant in ctx.constants]
+            arguments = [value.made(grads[0]) if isinstance(value, _Zeros) else value for value in arguments]
             _, *needed = ctx.needs_input_grad
             # With create_graph=True the gradients are differentiated too.
             again = torch.is_grad_enabled()
@@ -149,7 +199,7 @@ def _differentiable(
         traced = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
         unusual = transformed or forward_ad._current_level >= 0 or traced is not None
         # torch.func takes no such Function, whose derivatives are of reverse mode alone.
-        if unusual and ((transformed and followed) or _has_tangent(arguments)):
+        if unusual and ((transformed and followed) or has_tangent(arguments)):
             choose_backend(name, arguments[-1], ())
             return composite(*arguments)
         if not followed:
@@ -163,19 +213,21 @@ def _gradients(
     function: Callable[..., Any],
     arguments: list[Any],
     needed: Sequence[bool],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
     again: bool,
 ) -> list[Tensor | None]:
     """The gradients of the arguments that need one, by those of the outputs; `again` with a graph of their own."""
     wanted = [i for i, need in enumerate(needed) if need]
     with torch.enable_grad(), _autocast.excluded():
         for i in wanted:
-            # A tensor of its own for each argument: one tensor may be two arguments.
-            alias = arguments[i].view_as(arguments[i]) if again else arguments[i].detach().requires_grad_()
+            # A tensor of its own for each argument: one tensor may be two arguments. Zeros have no graph.
+            is_followed = again and arguments[i].requires_grad
+            alias = arguments[i].view_as(arguments[i]) if is_followed else arguments[i].detach().requires_grad_()
             arguments[i] = alias
         outputs = function(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+        # A sum beside a norm does not depend on the norm's weight, which may be all that is trained.
+        pairs = [(o, grad) for o, grad in zip(outputs, grads, strict=True) if o.requires_grad]
         result: list[Tensor | None] = [None] * len(arguments)
         if pairs and wanted:
             outs, out_grads = zip(*pairs, strict=True)

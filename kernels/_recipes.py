@@ -182,6 +182,11 @@ def plan_or_none(operator: Operator, call: Any, backend: str, fastest: Any = Non
     return operator.plan(call)
 
 
+def aliases_of(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, tensors as aliases: one tensor may be two arguments of a call, and two of the next."""
+    return [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+
+
 def implementation_of(
     operator: Operator, bind: Callable[..., Any], reference: Callable[[Any], Any], decide: Decide = plan_or_none
 ) -> Callable[..., Any]:
@@ -193,8 +198,7 @@ def implementation_of(
 
     @ByLayout
     def recipe_of(*arguments: Any) -> Recipe | None:
-        # One tensor may be two arguments of a call, and two of the next: aliases tell which is which.
-        aliases = [value.detach() if isinstance(value, Tensor) else value for value in arguments]
+        aliases = aliases_of(arguments)
         planned = decide(operator, checked(operator, bind(*aliases[:-1])), arguments[-1])
         return None if planned is None else recipe(aliases, *planned)
 
@@ -205,12 +209,20 @@ def implementation_of(
     return implementation
 
 
-def recipe(aliases: Sequence[Any], result: Any, launches: Sequence[Launch]) -> Recipe:
-    """What a plan for these arguments launches, without its tensors; no tensor may be two arguments."""
+def recipe(
+    aliases: Sequence[Any], result: Any, launches: Sequence[Launch], *, outs: Sequence[Tensor] = ()
+) -> Recipe:
+    """What a plan for these arguments launches, without its tensors; no tensor may be two arguments.
+
+    `outs`, the last of the arguments, are written in place of the plan's results.
+    """
     given = [value for value in aliases if isinstance(value, Tensor)]
     known_memory = {value.untyped_storage()._cdata for value in given}
     numbers = {id(value): number for number, value in enumerate(aliases) if isinstance(value, Tensor)}
     made: list[Tensor] = []
+    results = () if result is None else result if isinstance(result, tuple) else (result,)
+    for number, planned in enumerate(results[: len(outs)], start=len(aliases) - len(outs)):
+        numbers[id(planned)] = number
 
     def number_of(tensor: Tensor) -> int:
         if id(tensor) not in numbers:

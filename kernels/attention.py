@@ -229,6 +229,7 @@ def attention(
     key_mask: Tensor | None = None,
     tf32: bool = False,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of q [B, Nq, H, D] over k, v [B, Nk, H, D] -> contiguous [B, Nq, H, D] in q's dtype.
 
@@ -240,6 +241,7 @@ def attention(
     backend      "triton": the kernels, for D a multiple of 4 up to 384, float32, bfloat16 and float16
                  "torch": scaled_dot_product_attention
                  "auto": the kernels where they were measured to be faster on this GPU (kernels/tuned), else torch
+    out          is written and returned: contiguous [B, Nq, H, D], memory of its own, no gradients
 
     float64, float32, bfloat16 and float16. What is masked off is not read: a NaN there does not matter; a row
     that attends to no key is zeros. Elsewhere NaN and Inf propagate. The kernels' softmax is exact to rounding for
@@ -252,8 +254,8 @@ def attention(
     tensors(attention, (q, k, v), (key_lengths, key_mask))
     if scale is not None:
         scale = real("attention", "scale", scale)
-    out: Tensor = _attention(q, k, v, scale, key_lengths, key_mask, tf32, backend)
-    return out
+    result: Tensor = _attention(q, k, v, scale, key_lengths, key_mask, tf32, backend, out=out)
+    return result
 
 
 def _check(call: AttentionCall) -> None:

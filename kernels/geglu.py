@@ -163,17 +163,18 @@ def unsupported_reasons(call: GegluCall) -> list[str]:
     ]
 
 
-def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+def geglu(x: Tensor, *, bias: Tensor | None = None, backend: str = "auto", out: Tensor | None = None) -> Tensor:
     """x [..., 2C] -> value * gelu_erf(gate) [..., C], contiguous, in x's dtype; value is the first half.
 
     With `bias` [2C], any float dtype, of x + bias. Autocast changes nothing, as with F.gelu. Raises ValueError for
     an odd last dimension, an integer dtype or a bias that does not fit, `KernelUnsupported` for `backend="triton"`
-    where the kernel cannot serve.
+    where the kernel cannot serve. `out`, contiguous and in memory of its own, is written and returned: without
+    gradients.
     Source: Shazeer, arXiv 2002.05202.
     """
     tensors(geglu, (x,), (bias,))
-    out: Tensor = _geglu(x, bias, backend)
-    return out
+    result: Tensor = _geglu(x, bias, backend, out=out)
+    return result
 
 
 def _check(call: GegluCall) -> None:

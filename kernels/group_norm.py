@@ -97,9 +97,9 @@ def group_norm_silu_ref(
     x32 = x.to(dtype) - center[:, :, None, None]
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    trained = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (weight, bias))
-    if trained and not x32.requires_grad:
-        # Torch's CPU kernel for channels-last crashes where its gradient is not that of x too (torch 2.13).
+    trains_affine = any(p is not None and p.requires_grad for p in (weight, bias))
+    if x.device.type == "cpu" and torch.is_grad_enabled() and trains_affine and not x32.requires_grad:
+        # Torch's backward for channels-last crashes the process where the image needs no gradient (seen in 2.13).
         x32 = x32.contiguous()
     y = F.group_norm(x32, num_groups, weight, bias, eps)
     if activation == "silu":
@@ -205,13 +205,15 @@ def group_norm_silu(
     activation: str | None = "silu",
     backend: str = "auto",
     shift: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """act(group_norm(x + x_bias) * weight + bias), in x's dtype and memory format.
 
     x [B, C, H, W], any strides; skip [B, C2, H, W] of x's dtype or None: its channels follow those of x, and C
     below counts them too; x_bias [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
     activation "silu" or None; shift is x_bias under its former name, deprecated. Under autocast as torch.cat and
-    F.group_norm: float32 on a GPU. Raises ValueError for what does not fit, `KernelUnsupported` for
+    F.group_norm: float32 on a GPU. `out` [B, C, H, W] in x's memory format, memory of its own, is written and
+    returned: without gradients. Raises ValueError for what does not fit, `KernelUnsupported` for
     `backend="triton"` where the kernel cannot serve. Source: Wu and He, arXiv 1803.08494.
     """
     if shift is not None:
@@ -219,8 +221,8 @@ def group_norm_silu(
     tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
     choice("group_norm_silu", "activation", activation, ACTIVATIONS)
     num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
-    out: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend)
-    return out
+    result: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend, out=out)
+    return result
 
 
 def _renamed(x_bias: Tensor | None, shift: Tensor) -> Tensor:

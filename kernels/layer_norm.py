@@ -239,21 +239,23 @@ def layer_norm(
     x_bias: Tensor | None = None,
     residual: Tensor | None = None,
     backend: str = "auto",
+    out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of x [..., C] with weight and bias [C]; contiguous, in x's dtype.
 
     With `x_bias` [C], any float dtype, of x + x_bias. With `residual` (shape and dtype of x) returns
     (norm(x + x_bias + residual), x + x_bias + residual). Under autocast as a sum and F.layer_norm: x and residual
-    of different dtypes are added in the wider one, the norm is float32 on a GPU. Raises ValueError for what does
-    not fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    of different dtypes are added in the wider one, the norm is float32 on a GPU. `out`, with a residual a pair, is
+    written and returned: contiguous, memory of its own, without gradients. Raises ValueError for what does not
+    fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     Source: Ba et al., arXiv 1607.06450.
     """
     tensors(layer_norm, (x, weight, bias), (x_bias, residual))
     eps = real("layer_norm", "eps", eps)
     if residual is None:
-        out: Tensor = _layer_norm(x, weight, bias, eps, x_bias, backend)
-        return out
-    both: tuple[Tensor, Tensor] = _add_layer_norm(x, residual, weight, bias, eps, x_bias, backend)
+        normalized: Tensor = _layer_norm(x, weight, bias, eps, x_bias, backend, out=out)
+        return normalized
+    both: tuple[Tensor, Tensor] = _add_layer_norm(x, residual, weight, bias, eps, x_bias, backend, out=out)
     return both
 
 
@@ -317,4 +319,6 @@ _add_layer_norm = define_operator(
     fake=_empty_result,
     bind=lambda x, residual, weight, bias, eps, x_bias: LayerNormCall(x, weight, bias, eps, x_bias, residual),
     autocast=_add_autocast,
+    # The norm depends on what is added by the sum alone, which the residual stream keeps anyway.
+    spared={"x": 1, "residual": None, "x_bias": None},
 )

@@ -36,7 +36,7 @@ from ._launch import (
     tuned,
 )
 from ._layout import collapse_rows, row_reasons
-from ._library import define_operator
+from ._library import OUTS, define_operator
 from ._linear_config import (
     LinearConfig,
     LinearShape,
@@ -132,11 +132,27 @@ def linear_separate(
     return _separate(checked(OPERATOR, _lowered(call, backend)), backend)
 
 
-def _separate(call: LinearCall, backend: str) -> Tensor:
+def _separate(call: LinearCall, backend: str, out: Tensor | None = None) -> Tensor:
     norm, bias = call.norm, call.bias
     x = call.x if norm is None else _normalized(norm, backend)
-    y = F.linear(x, call.weight, None if bias is None else bias.to(x.dtype))
-    return y if call.activation is None else geglu(y, backend=backend)
+    bias = None if bias is None else bias.to(x.dtype)
+    if call.activation is None and out is not None:
+        return _matmul_into(out, x, call.weight, bias)
+    y = F.linear(x, call.weight, bias)
+    return y if call.activation is None else geglu(y, backend=backend, out=out)
+
+
+def _matmul_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, which has no `out`, by the matmul that it consists of."""
+    if torch.compiler.is_compiling():
+        # A compiler makes its own choice of what to write where.
+        return out.copy_(F.linear(x, weight, bias))
+    rows, result = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if bias is None:
+        torch.mm(rows, weight.t(), out=result)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=result)
+    return out
 
 
 def _normalized(norm: LayerNormCall, backend: str) -> Tensor:
@@ -265,6 +281,7 @@ def linear(
     x_bias: Tensor | None = None,
     activation: str | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """x [..., K] times weight [N, K] transposed, plus bias [N] -> contiguous [..., N] in x's dtype.
 
@@ -275,6 +292,7 @@ def linear(
                 "torch": torch's matmul between the references of layer_norm and geglu
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
                 torch's matmul between the kernels of layer_norm and geglu
+    out         is written and returned: contiguous, of the result's shape, memory of its own, no gradients
 
     x and weight share a dtype; vectors are of any float dtype. Under autocast as F.linear after F.layer_norm: the
     norm is of x before autocast rounds it, the matmul in autocast's dtype. Raises ValueError for what does not
@@ -290,9 +308,11 @@ def linear(
         choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
         backend = choose(*call)
         if backend == "torch":
-            return _separate(call, "auto")
-    out: Tensor = _linear(*call, backend)
-    return out
+            if out is not None:
+                OUTS["linear"].checked((*call, "auto"), out)
+            return _separate(call, "auto", out)
+    result: Tensor = _linear(*call, backend, out=out)
+    return result
 
 
 def _lowered(call: LinearCall, backend: str) -> LinearCall:

@@ -216,21 +216,24 @@ def residual_add(
     *,
     size: Sequence[int] | None = None,
     backend: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """x + residual + bias per channel, in x's dtype and memory format.
 
     x [B, C, H, W] and residual of the same shape and dtype, any strides; bias [C] of any float dtype or None.
     size (2H or 2H - 1, 2W or 2W - 1) enlarges the sum to it by nearest neighbour. Under autocast as a sum, of
-    different dtypes in the widest, and as F.interpolate, on a GPU in float32. Raises ValueError for what does not
-    fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    different dtypes in the widest, and as F.interpolate, on a GPU in float32. `out`, in x's memory format, is
+    written and returned: without gradients. It may be x or the residual, where that has the result's size and
+    strides; else it has memory of its own. Raises ValueError for what does not fit, `KernelUnsupported` for
+    `backend="triton"` where the kernel cannot serve.
     """
     tensors(residual_add, (x, residual), (bias,))
     if size is not None:
         if not isinstance(size, Iterable):
             raise ValueError(f"residual_add: size must be (height, width); got {size!r}")
         size = [whole("residual_add", "size", n) for n in size]
-    out: Tensor = _residual_add(x, residual, bias, size, backend)
-    return out
+    result: Tensor = _residual_add(x, residual, bias, size, backend, out=out)
+    return result
 
 
 def _check(call: ResidualAddCall) -> None:
@@ -245,7 +248,7 @@ def _check(call: ResidualAddCall) -> None:
     if bias is not None and (bias.shape != x.shape[1:2] or not bias.is_floating_point()):
         raise ValueError(f"residual_add: bias must be a float [{x.shape[1]}]; got {bias.dtype} {list(bias.shape)}")
     if size is not None and (
-        len(size) != 2 or any(to not in (2 * n, 2 * n - 1) for to, n in zip(size, x.shape[2:], strict=True))
+        len(size) != 2 or any(not 2 * n - 1 <= to <= 2 * n for to, n in zip(size, x.shape[2:], strict=True))
     ):
         raise ValueError(f"residual_add: size must be twice {list(x.shape[2:])}, or one less in each; got {size}")
 
@@ -279,4 +282,8 @@ _residual_add = define_operator(
     reference=lambda call: residual_add_ref(**call._asdict()),
     fake=_empty_result,
     autocast=_autocast,
+    # The kernel reads an element of either in the program that writes it, before.
+    in_place=("x", "residual"),
+    # A sum: its derivatives are the same everywhere.
+    spared={"x": None, "residual": None, "bias": None},
 )

@@ -352,7 +352,7 @@ def test_a_call_holds_what_the_operator_takes_in_its_order_and_with_its_defaults
     assert [argument.name for argument in schema.arguments] == [*fields, "backend"]
     for function in (OPERATORS[name].call, OPERATORS[name].reference):
         parameters = inspect.signature(function).parameters
-        assert set(bind._fields) == set(parameters) - {"backend", "shift"}
+        assert set(bind._fields) == set(parameters) - {"backend", "shift", "out"}
         defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         assert bind._field_defaults.items() <= defaults.items()
-        assert set(defaults) - {"backend", "shift"} == set(bind._field_defaults)
+        assert set(defaults) - {"backend", "shift", "out"} == set(bind._field_defaults)
