@@ -3,7 +3,7 @@
     python examples/modules.py
 
 Needs diffusers, to compare with it. A network with these modules loads the checkpoints that it had before. For a
-network of diffusers itself one line does it all: examples/accelerate.py.
+network of diffusers itself one line does it all: examples/drop_in.py.
 """
 
 import torch

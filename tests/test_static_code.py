@@ -10,11 +10,11 @@ from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.amd import AmdResources, amd_resources
 from ldmperf.profiling.static.compile import Compiled, Specialization, compile_launch
-from ldmperf.profiling.static.inspection import Inspection, inspect_launch
+from ldmperf.profiling.static.inspection import Inspection, inspect_launch, inspect_launches
 from ldmperf.profiling.static.occupancy import occupancy
 from ldmperf.profiling.static.prediction import Traffic, predict
 from ldmperf.profiling.static.ptx import Access, global_accesses
-from ldmperf.profiling.static.sass import Instruction, hot_region, parse, resources
+from ldmperf.profiling.static.sass import Instruction, disassemble, hot_region, instructions_of, parse, resources
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 from ldmperf.profiling.static.units import class_of, is_move, mix, multiply_adds, unit_counts, width
 
@@ -365,3 +365,31 @@ def test_a_cache_of_triton_that_cannot_be_read_is_compiled_anew(tmp_path, monkey
         path.write_bytes(path.read_bytes()[:20])
     assert inspect_launch(launch, MACHINES["sm_90"]).as_json() == first
     assert all(path.stat().st_size > 20 for path in files)
+
+
+def test_codes_that_are_read_at_once_are_those_that_cuobjdump_tells_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    chosen = []
+    for name, arch in (("linear", "sm_90"), ("geglu", "gfx942"), ("linear", "sm_80"), ("geglu", "sm_90")):
+        build, _, defaults = SHAPES[name]
+        launch = OPERATORS[name].plan(OPERATORS[name].bind(**build(Shape(**defaults))))[1][-1]
+        chosen.append((launch, MACHINES[arch]))
+    together = inspect_launches(chosen)
+    for (launch, machine), found in zip(chosen, together, strict=True):
+        assert found.as_json() == inspect_launch(launch, machine).as_json()
+        if machine.backend == "cuda":
+            cubin = found.compiled.asm["cubin"]
+            target = {"sm_90": "sm_90a", "sm_80": "sm_80"}[machine.arch]
+            (alone,) = instructions_of([cubin], target)
+            told = disassemble(cubin)
+            assert alone == parse(told)
+            assert found.nvidia.resources == resources(told, alone)
+            assert found.nvidia.region.loop == hot_region(alone).loop
+            assert len(found.nvidia.region) == len(hot_region(alone))
+    assert together[0].nvidia.region.loop
+
+
+@pytest.mark.parametrize("cubin", [b"", b"\x7fELF" * 4, bytes(64), bytes(400)])
+def test_what_is_no_cubin_is_refused(cubin):
+    with pytest.raises(ValueError, match=r"no ELF file|0 functions"):
+        instructions_of([cubin], "sm_90a")

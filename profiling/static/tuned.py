@@ -17,7 +17,7 @@ from ..machines import MACHINES, Machine
 from ..options import DType
 from ..step.call import OperatorCall, TensorSpec
 from ..step.calls import FAMILY_HEAD_DIMS, attention_calls, family_calls, vae_calls
-from .inspection import inspect_launch
+from .inspection import inspect_launches
 from .planned import planned
 
 # Architectures of the GPUs that a table can be of, by a part of their name.
@@ -90,11 +90,12 @@ def calls_served(call: OperatorCall) -> list[OperatorCall]:
 def faults_of(call: OperatorCall, config: Any, machine: Machine) -> list[str]:
     """The faults (`Inspection.faults`) of all launches that an entry of this call would serve; compiles them."""
     fields = tuple(dataclasses.asdict(config).items())
+    served = [(one, launch) for one in calls_served(call) for launch in _launches(one, fields, machine)]
+    inspections = inspect_launches([(launch, machine) for _, launch in served])
     return [
         f"{one.dtype}, {launch.name}: {fault}"
-        for one in calls_served(call)
-        for launch in _launches(one, fields, machine)
-        for fault in inspect_launch(launch, machine).faults
+        for (one, launch), inspection in zip(served, inspections, strict=True)
+        for fault in inspection.faults
     ]
 
 
