@@ -128,7 +128,13 @@ class Adapters(RuleBasedStateMachine):
             for key, value in lora(self.twin, seed, sorted(adapted), rank).items()
             if key.partition(".lora_")[0] in adapted
         }
-        self.both(lambda unet: unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, hotswap=True))
+
+        def swap(unet: Any) -> None:
+            # Clones: where the rank grows, peft exchanges tensors, and those given hold the old values.
+            given = {key: value.clone() for key, value in weights.items()}
+            unet.load_lora_adapter(given, prefix=None, adapter_name=name, hotswap=True)
+
+        self.both(swap)
 
     @precondition(lambda self: self.loaded)
     @rule(data=st.data())
