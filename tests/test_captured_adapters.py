@@ -14,6 +14,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
+from ldmperf.model.dropin import accelerate
 from ldmperf.samplers import GraphedSampler, NoiseSchedule, initial_noise, make_plan, sample
 from ldmperf.samplers.reads import Watch
 
@@ -196,6 +197,23 @@ def test_what_else_diffusers_sets_on_a_unet() -> None:
         assert watch.is_same([unet])
         change()
         assert not watch.is_same([unet])
+
+
+def test_the_drop_in_and_its_undo() -> None:
+    unet = tiny_unet()
+    unet.load_lora_adapter(lora(unet, 1, FEW), prefix=None, adapter_name="a")
+    case = Case(unet)
+    case.run()
+    with accelerate(unet, backend="torch") as report:
+        assert case.run()
+        assert case.after(lambda: accelerate(unet, backend="torch")) == NOTHING
+        assert case.after(lambda: unet.set_adapters("a", 0.5)) == ANEW
+        weight = unet.up_blocks[0].resnets[0].conv2.weight
+        assert case.after(lambda: weight.mul_(1.5)) == REPLAYED
+    kernels = case.results[-1]
+    assert case.run()
+    assert not report.replaced
+    torch.testing.assert_close(case.results[-1], kernels)
 
 
 def test_parameters_of_a_pipeline_are_asked_for() -> None:

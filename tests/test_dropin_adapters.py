@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
+    pytest.mark.filterwarnings("ignore:All adapters are already merged:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning"),
 ]
 
@@ -31,8 +32,6 @@ PLAN = make_plan("ddim", NoiseSchedule.from_diffusers({"beta_schedule": "scaled_
 NOISE = initial_noise([1, 2], (4, 8, 8)).double()
 TEXT = torch.linspace(-1, 1, 2 * 3 * CONTEXT_DIM, dtype=torch.float64).reshape(2, 3, -1).sin()
 TIME = torch.tensor([500])
-# peft's wrappers of these parts are called as they are, and the report lists them.
-PARTS = ("conv1", "conv2", "conv_shortcut", "ff.net.0.proj")
 
 
 def output(unet: Any, x: Tensor = NOISE) -> Tensor:
@@ -50,7 +49,6 @@ class Adapters(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.unet, self.twin = tiny_unet(), tiny_unet()
-        self.classes = {name: type(module) for name, module in self.twin.named_modules()}
         self.reports: list[Report] = []
         self.loaded: list[str] = []
         self.merged: set[str] = set()
@@ -130,7 +128,13 @@ class Adapters(RuleBasedStateMachine):
             for key, value in lora(self.twin, seed, sorted(adapted), rank).items()
             if key.partition(".lora_")[0] in adapted
         }
-        self.both(lambda unet: unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, hotswap=True))
+
+        def swap(unet: Any) -> None:
+            # Clones: where the rank grows, peft exchanges tensors, and those given hold the old values.
+            given = {key: value.clone() for key, value in weights.items()}
+            unet.load_lora_adapter(given, prefix=None, adapter_name=name, hotswap=True)
+
+        self.both(swap)
 
     @precondition(lambda self: self.loaded)
     @rule(data=st.data())
@@ -194,7 +198,7 @@ class Adapters(RuleBasedStateMachine):
         left = self.reports[-1].left
         called = {entry.path for entry in left if "called as it is: peft's" in entry.reason}
         wrapped = {name for name, module in self.unet.named_modules() if hasattr(module, "base_layer")}
-        assert called == {name for name in wrapped if name.endswith(PARTS)}
+        assert called == wrapped
 
     def teardown(self) -> None:
         undo(self.unet)
