@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .geglu import geglu
@@ -31,7 +32,8 @@ from .layer_norm import layer_norm
 from .linear import linear
 from .residual_add import residual_add
 
-_PLAIN_PARAMETERS = (nn.Parameter, Tensor)
+# A FakeTensor stands for one of the others while torch.export traces.
+_PLAIN_PARAMETERS = (nn.Parameter, Tensor, FakeTensor)
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:

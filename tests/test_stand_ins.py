@@ -352,6 +352,15 @@ def test_a_hook_between_the_last_norm_and_its_activation_sees_what_it_saw(name):
         assert model.conv_act(h) is h
 
 
+def test_a_last_activation_that_others_call_stays_itself():
+    model = unet()
+    model.time_embedding.act = model.conv_act
+    expected, report = run(model), accelerate(model)
+    assert type(model.conv_act) is nn.SiLU
+    assert {r.path: r.what for r in report.replaced}["conv_norm_out"] == "group norm"
+    torch.testing.assert_close(run(model), expected)
+
+
 def test_a_wrapper_of_someone_elses_is_listed_and_what_is_in_it_is_not():
     class Wrapper(nn.Module):
         def __init__(self, layer):

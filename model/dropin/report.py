@@ -13,7 +13,7 @@ from torch import nn
 from ldmperf.kernels import chip_of, tuned_table
 
 from .stand_ins import HOSTS, give_back
-from .survey import Place, places
+from .survey import USUAL, Place, places
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,13 @@ class Report:
         self.undo()
 
     def __str__(self) -> str:
-        replaced, left = (
-            Counter((r.kind, r.what) for r in self.replaced),
-            Counter((entry.class_name, entry.reason) for entry in self.left),
-        )
+        """A table by kind and class, and which backend serves on the devices of the models."""
+        replaced = Counter((entry.kind, entry.what) for entry in self.replaced)
+        left = Counter((entry.reason in USUAL, entry.class_name, entry.reason) for entry in self.left)
         rows = [("replaced", "", "")]
-        rows += [(f"  {kind}", str(count), what) for (kind, what), count in replaced.items()]
+        rows += [(f"  {kind}", str(replaced[kind, what]), what) for kind, what in sorted(replaced)]
         rows += [("left", "", "")]
-        rows += [(f"  {name}", str(count), reason) for (name, reason), count in left.items()]
+        rows += [(f"  {key[1]}", str(left[key]), key[2]) for key in sorted(left)]
         wide = max(len(name) for name, _, _ in rows)
         table = [f"{name:<{wide}} {count:>5}  {text}".rstrip() for name, count, text in rows]
         return "\n".join([*table, *self._serving()])
