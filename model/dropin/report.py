@@ -47,15 +47,15 @@ class Report:
         others: Sequence[Left],
         options: Mapping[str, bool],
         backend: str,
-        before: Mapping[nn.Module, str | None],
+        taken: Sequence[nn.Module],
     ) -> None:
         """models by their path from the target ("" for the target itself); others: its components that are none;
-        before: the modules that this call of `accelerate` set, with the backend of those taken over already."""
+        taken: the modules whose classes this call of `accelerate` set."""
         self._models = models
         self._others = tuple(others)
         self._options = options
         self._backend = backend
-        self._before = before
+        self._taken = tuple(taken)
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -75,17 +75,10 @@ class Report:
         )
 
     def undo(self) -> None:
-        """Gives every module that this call took over its class back, and others the backend that they had.
-
-        Unless someone changed the class since.
-        """
-        for module, backend in self._before.items():
-            if type(module) not in HOSTS:
-                continue
-            if backend is None:
+        """Gives every module that this call took over its class back, unless someone changed the class since."""
+        for module in self._taken:
+            if type(module) in HOSTS:
                 give_back(module)
-            else:
-                module.ldmperf_backend = backend  # type: ignore[assignment]
 
     def __enter__(self) -> Report:
         return self

@@ -33,7 +33,7 @@ class StandIn(nn.Module):
     """What stands in for a host's class."""
 
     ldmperf_backend: str
-    ldmperf_owner: tuple[nn.Module]
+    ldmperf_pair: tuple[nn.Module, nn.Module]
 
 
 def while_standing(forward: Forward, host: type[nn.Module]) -> Forward:
@@ -84,12 +84,8 @@ def _is_fused(half: Any) -> bool:
     """Whether the norm does both: nobody looks at what is between the two, which norm and SiLU must agree on."""
     if not isinstance(half, StandIn):
         return False
-    # Asked anew: someone may have put another module in the place of one.
-    owner: Any = half.ldmperf_owner[0]
-    norm, silu = owner.conv_norm_out, owner.conv_act
-    return (
-        (half is norm or half is silu) and layers.is_plain(norm, OutGroupNorm) and layers.is_plain(silu, OutSiLU)
-    )
+    norm, silu = half.ldmperf_pair
+    return layers.is_plain(norm, OutGroupNorm) and layers.is_plain(silu, OutSiLU)
 
 
 class Attention(StandIn, host_attention.Attention):  # type: ignore[misc]
@@ -145,19 +141,19 @@ def take_over(module: Any, stand_in: type[StandIn], backend: str) -> None:
     module.ldmperf_backend = backend
 
 
-def take_over_pair(owner: Any, backend: str) -> None:
-    """The same for the norm of a network's output and the SiLU after it: `owner.conv_norm_out`, `owner.conv_act`."""
-    for half, stand_in in ((owner.conv_norm_out, OutGroupNorm), (owner.conv_act, OutSiLU)):
-        take_over(half, stand_in, backend)
-        # In a tuple, which registers no submodule.
-        half.ldmperf_owner = (owner,)
+def take_over_pair(norm: Any, silu: Any, backend: str) -> None:
+    """The same for a norm and the SiLU after it."""
+    take_over(norm, OutGroupNorm, backend)
+    take_over(silu, OutSiLU, backend)
+    # In a tuple, which registers no submodule.
+    norm.ldmperf_pair = silu.ldmperf_pair = (norm, silu)
 
 
 def give_back(module: nn.Module) -> None:
     """Makes an instance of a stand-in one of its host again."""
     _drop_bound_forward(module)
     module.__class__ = HOSTS[type(module)]
-    for name in ("ldmperf_backend", "ldmperf_owner"):
+    for name in ("ldmperf_backend", "ldmperf_pair"):
         module.__dict__.pop(name, None)
 
 

@@ -29,26 +29,25 @@ def accelerate(
 
     Outputs are those of before, to rounding. The classes of the instances are set, nothing else: parameters, hooks
     and the state dict stay, and `Report.undo` or `undo` give the classes back. Again on the same target it takes
-    what is not taken yet, and `backend` counts for all until the undo. Raises ValueError for another target or backend.
+    what is not taken yet, and `backend` then counts for all. Raises ValueError for another target or backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"accelerate: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     models, others = _models("accelerate", target)
     options = {"attention": attention, "norms": norms, "geglu": geglu}
-    before: dict[Any, str | None] = {}
+    taken: list[nn.Module] = []
     for model in models.values():
         for place in places(model):
             if place.stands:
-                before[place.module] = place.module.ldmperf_backend
-                place.module.ldmperf_backend = backend
+                place.module.ldmperf_backend = backend  # type: ignore[assignment]
             elif place.can_be_taken and place.kind is not None and options[place.kind.option]:
-                if place.owner is not None:
-                    take_over_pair(place.owner, backend)
-                    before[place.owner.conv_act] = None
+                if place.pair is not None:
+                    take_over_pair(place.module, place.pair, backend)
+                    taken.append(place.pair)
                 else:
                     take_over(place.module, place.kind.stand_in, backend)
-                before[place.module] = None
-    return Report(models, others, options, backend, before)
+                taken.append(place.module)
+    return Report(models, others, options, backend, taken)
 
 
 def undo(target: Any) -> None:
