@@ -66,7 +66,7 @@ UNETS: dict[str, dict[str, Any]] = {
         _CROSS,
         in_channels=7,
         num_class_embeds=1000,
-        only_cross_attention=(True, False),
+        only_cross_attention=(True, True),
         use_linear_projection=True,
     ),
 }
