@@ -312,6 +312,7 @@ def test_hooks_that_were_removed_leave_plain_modules():
     assert any("forward" in vars(m) for m in model.modules())
     expected = run(model)
     report = accelerate(model)
+    assert not any("forward" in vars(m) for m in ours(model))
     clean = unet()
     assert report.replaced == accelerate(clean).replaced
     torch.testing.assert_close(run(model), expected)
