@@ -111,7 +111,7 @@ def parts(device: str, folder: Path) -> list[Part]:
     attention = ("--kernel", "attention")
     ladder = ("--preset", "ladder", "--backend")
     drop_in = ("--preset", "drop-in")
-    compiled = "diffusers,diffusers-accelerated,diffusers-compile"
+    compiled = "diffusers,diffusers-accelerated,diffusers-compile,diffusers-accelerated-compile"
     return [
         replace(pytest_part("smoke", 55, 20, device, [SMOKE_FILE], launches=("smoke",)), beside=("tests",)),
         profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),

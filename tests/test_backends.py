@@ -180,7 +180,8 @@ def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path, is_accel
 
 def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
     given = problem(tiny_checkpoint)
-    for name in ("diffusers-compile", "diffusers-compile-max", "graph+separate", "graph"):
+    compiled = ("diffusers-compile", "diffusers-accelerated-compile", "diffusers-compile-max")
+    for name in (*compiled, "graph+separate", "graph"):
         with pytest.raises(Unsupported, match="CUDA"):
             all_backends()[name].build(replace(given))
 

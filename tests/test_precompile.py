@@ -167,7 +167,7 @@ def test_what_diffusers_network_launches_of_ours_is_compiled_ahead(looked_up: di
     """Its linear layers left out: "auto" merges some of them with their gates, and "triton", as here, all."""
     from ldmperf.model.dropin import accelerate
 
-    case = cases("ddim")[0].model_copy(update={"backend": ACCELERATED})
+    case = cases("ddim")[0].model_copy(update={"backend": ACCELERATED[0]})
     unet = diffusers_unet(make_network(case))
     accelerate(unet, backend="triton")
     context = torch.randn(2, 77, unet.config.cross_attention_dim).bfloat16()

@@ -88,7 +88,10 @@ def test_a_trace_is_a_folder_of_four_files(tiny_checkpoint: Path, tmp_path: Path
         (["--size", "7M"], "39M, 83M, 145M"),
         (["--size", "39M", "--unet", "."], "leave one out"),
         (["--unet", "/no/where"], "/no/where"),
-        (["--backend", "diffusers-compile"], "which no range can hold; choose from diffusers, diffusers-accelerated, torch, triton"),
+        (
+            ["--backend", "diffusers-compile"],
+            "which no range can hold; choose from diffusers, diffusers-accelerated, torch, triton",
+        ),
         (["--backend", "tensorrt"], "graph"),
         (["--device", "cuda:99"], "choose cpu"),
         (["--top", "0"], "of at least 1"),

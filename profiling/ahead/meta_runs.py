@@ -34,8 +34,8 @@ from ..trajectory.theirs import accelerated
 from ..trajectory.unet_problem import UNetProblem, added_conditions
 from .work import Part
 
-# diffusers' backend that launches kernels of ours.
-ACCELERATED = "diffusers-accelerated"
+# diffusers' backends that launch kernels of ours, the same ones.
+ACCELERATED = ("diffusers-accelerated", "diffusers-accelerated-compile")
 Planned = Iterator[tuple[Launch, bool]]
 SCHEDULE = NoiseSchedule.from_diffusers(SCHEDULER_CONFIG)
 # A run's launches are the same at every step, but that noise and a slice of the steps' numbers come and go.
@@ -90,9 +90,9 @@ def run_parts(cases: Iterable[Case]) -> list[Part]:
         return parts
     # The sampler is diffusers', and launches nothing of ours.
     networks = {
-        case.model_copy(update={"sampler": "ddim", "steps": 1, "seed": 0}): None
+        case.model_copy(update={"sampler": "ddim", "steps": 1, "seed": 0, "backend": ACCELERATED[0]}): None
         for case in named
-        if case.backend == ACCELERATED
+        if case.backend in ACCELERATED
     }
     return [*parts, *(partial(_accelerated, case) for case in networks)]
 

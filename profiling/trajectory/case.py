@@ -25,6 +25,7 @@ BACKENDS = (
     "diffusers",
     "diffusers-accelerated",
     "diffusers-compile",
+    "diffusers-accelerated-compile",
     "diffusers-compile-max",
     "torch",
     "triton",

@@ -13,6 +13,7 @@ def all_backends() -> dict[str, Backend]:
         "diffusers": DiffusersBackend(),
         "diffusers-accelerated": DiffusersBackend(is_accelerated=True),
         "diffusers-compile": DiffusersBackend("reduce-overhead"),
+        "diffusers-accelerated-compile": DiffusersBackend("reduce-overhead", is_accelerated=True),
         "diffusers-compile-max": DiffusersBackend("max-autotune"),
         "torch": OurBackend("torch"),
         "triton": OurBackend("triton", is_hoisted=False),
