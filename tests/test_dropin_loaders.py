@@ -1,17 +1,19 @@
-"""diffusers' loaders on accelerated UNets: LoRA through a pipeline, IP-Adapter, processors of others."""
+"""Adapters on accelerated UNets by diffusers' loaders, IP-Adapter, processors of others, other kinds of peft."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0, SlicedAttnProcessor
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
-from ldmperf.model.dropin import accelerate
+from ldmperf.model.dropin import accelerate, undo
 
 from .adapters import CONTEXT_DIM, IMAGE_DIM, ip_adapter, lora, tiny_unet
 
@@ -19,6 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("_one_thread"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
     pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]
 
 NOISE = torch.linspace(-2, 2, 2 * 4 * 8 * 8, dtype=torch.float64).reshape(2, 4, 8, 8).sin()
@@ -185,3 +188,38 @@ def test_gradients_of_an_adapter() -> None:
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         close(ours[name], gradient)
+
+
+LAYERS = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv2", "conv_shortcut"]
+OTHERS = {
+    "LoHa": LoHaConfig(r=2, target_modules=LAYERS, init_weights=False),
+    "LoKr": LoKrConfig(r=2, target_modules=LAYERS, init_weights=False),
+    "IA3": IA3Config(
+        target_modules=["to_k", "ff.net.2"], feedforward_modules=["ff.net.2"], init_ia3_weights=False
+    ),
+    "norms": LNTuningConfig(target_modules=["norm1", "norm3"]),
+    "copies of norms": LoraConfig(
+        target_modules=LAYERS, init_lora_weights=False, modules_to_save=["conv_norm_out", "norm1", "norm2", "norm"]
+    ),
+}
+
+
+@pytest.mark.parametrize("first", ["accelerate", "adapter"])
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_other_adapters_of_peft(kind: str, first: str) -> None:
+    unet, twin, plain = tiny_unet(), tiny_unet(), tiny_unet()
+    if first == "accelerate":
+        accelerate(unet, backend="torch")
+    for each in (unet, twin):
+        torch.manual_seed(1)
+        inject_adapter_in_model(deepcopy(OTHERS[kind]), each, "a").double()
+        for name, parameter in each.named_parameters():
+            if ".a." in name:
+                parameter.mul_(1.5)
+    accelerate(unet, backend="torch")
+    expected = output(twin)
+    assert not torch.allclose(expected, output(plain))
+    close(output(unet), expected)
+    undo(unet)
+    assert torch.equal(output(unet), expected)

@@ -202,6 +202,33 @@ def test_every_change_shows() -> None:
         assert torch.equal(before, net(NOISE)) == name.startswith("an equal tensor"), name
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@torch.no_grad()
+def test_a_compiled_module_is_captured_once_and_after_changes(in_place: bool) -> None:
+    net = Net()
+    if in_place:
+        net.compile(backend="eager")
+    sampler, graphs = graphed(net if in_place else torch.compile(net, backend="eager"))
+    for count in (1, 1, 2):
+        if count == 2:
+            CHANGES["a number"](net.parts[0])
+        torch.testing.assert_close(sampler((), PLAN, NOISE), eager(net, NOISE))
+        assert graphs.captured == count
+
+
+@torch.no_grad()
+def test_what_a_step_itself_changes_counts_when_another_shape_is_captured() -> None:
+    """A replay does not count on, so runs of one shape replay."""
+    net = Net()
+    counted = net.parts[0]
+    counted.calls = 0
+    counted.register_forward_pre_hook(lambda part, args: setattr(part, "calls", part.calls + 1))
+    sampler, graphs = graphed(net)
+    for batch, captured in ((1, 1), (1, 1), (2, 2), (2, 3), (2, 3)):
+        sampler((), PLAN, NOISE[:batch])
+        assert graphs.captured == captured
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 @torch.no_grad()
