@@ -318,13 +318,14 @@ def test_hooks_of_all_modules_fire():
 
 
 class Twice(torch.Tensor):
-    """A parameter of another class, as quantized ones are: twice what it says."""
+    """A parameter of another class, as quantized ones are: twice what it says, for torch's operators alone."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         def value(given):
             return 2 * given.as_subclass(torch.Tensor) if isinstance(given, Twice) else given
 
+        assert "ldmperf" not in str(func)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*map(value, args), **{name: value(given) for name, given in (kwargs or {}).items()})
 

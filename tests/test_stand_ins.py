@@ -1,11 +1,13 @@
 """ldmperf.model.dropin: what setting the classes of a model's modules keeps, and how it is told and undone."""
 
 import copy
+import gc
 import importlib
 import io
 import pickle
 import runpy
 import sys
+import weakref
 
 import accelerate as hf_accelerate
 import pytest
@@ -129,6 +131,8 @@ def test_an_inner_call_undoes_what_it_took():
         kinds = {r.kind for r in outer.replaced}
         with accelerate(model, norms=False, backend="torch") as inner:
             assert {r.kind for r in inner.replaced} == kinds | {"attention", "geglu"}
+            assert {m.ldmperf_backend for m in ours(model)} == {"torch"}
+        assert {m.ldmperf_backend for m in ours(model)} == {"auto"}
         assert {r.kind for r in outer.replaced} == kinds == {"resnet", "transformer block", "norm"}
     assert not ours(model)
 
@@ -223,7 +227,8 @@ def test_copies_and_pickles_are_accelerated_and_can_be_undone(model):
         assert not {id(m) for m in ours(other)} & {id(m) for m in ours(model)}
         pairs = [m.ldmperf_pair for m in ours(other) if "ldmperf_pair" in vars(m)]
         assert pairs
-        assert {id(m) for pair in pairs for m in pair} <= {id(m) for m in ours(other)}
+        assert all(pair.is_fused() for pair in pairs)
+        assert {id(m) for pair in pairs for m in (pair.norm, pair.silu)} <= {id(m) for m in ours(other)}
         undo(other)
         assert torch.equal(run(other), expected)
     assert torch.equal(run(model), fast)
@@ -360,6 +365,29 @@ def test_a_last_activation_that_others_call_stays_itself():
     assert type(model.conv_act) is nn.SiLU
     assert {r.path: r.what for r in report.replaced}["conv_norm_out"] == "group norm"
     torch.testing.assert_close(run(model), expected)
+
+
+@pytest.mark.parametrize("name", ["conv_norm_out", "conv_act"])
+def test_a_last_norm_or_activation_replaced_since(name):
+    expected, model = [], unet()
+    for fast in (False, True):
+        model = unet()
+        report = accelerate(model) if fast else None
+        setattr(model, name, nn.Identity())
+        expected.append(run(model))
+    torch.testing.assert_close(*expected)
+    report.undo()
+    assert torch.equal(run(model), expected[0])
+
+
+def test_the_network_is_not_kept_alive():
+    model = unet()
+    norm, network = model.conv_norm_out, weakref.ref(model)
+    accelerate(model)
+    gc.collect()
+    del model
+    assert network() is None
+    norm(torch.randn(1, 8, 2, 2))
 
 
 def test_a_wrapper_of_someone_elses_is_listed_and_what_is_in_it_is_not():
@@ -535,16 +563,15 @@ RESNETS_ALONE = {
 }
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "by block"])
+@pytest.mark.parametrize("how", ["wrapped", "by block"])
 def test_a_compiled_model_takes_the_other_path_after_accelerate_and_after_undo(how):
     torch._dynamo.reset()
     model, graphs = unet(**(RESNETS_ALONE if how != "by block" else {})), Graphs()
     expected, called = run(model), model
     if how == "wrapped":
         called = torch.compile(model, backend=graphs, fullgraph=True)
-    elif how == "in place":
-        model.compile(backend=graphs, fullgraph=True)
     else:
+        # In place, as Module.compile does it.
         model.compile_repeated_blocks(backend=graphs, fullgraph=True)
     assert torch.equal(run(called), expected)
     assert set(graphs.counts) == {0}

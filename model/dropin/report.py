@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,15 +48,15 @@ class Report:
         others: Sequence[Left],
         options: Mapping[str, bool],
         backend: str,
-        taken: Sequence[nn.Module],
+        before: Mapping[nn.Module, str | None],
     ) -> None:
         """models by their path from the target ("" for the target itself); others: its components that are none;
-        taken: the modules whose classes this call of `accelerate` set."""
+        before: the modules that the call changed, with the backend that a stand-in had, None for a host's."""
         self._models = models
         self._others = tuple(others)
         self._options = options
         self._backend = backend
-        self._taken = tuple(taken)
+        self._before = dict(before)
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -75,10 +76,16 @@ class Report:
         )
 
     def undo(self) -> None:
-        """Gives every module that this call took over its class back, unless someone changed the class since."""
-        for module in self._taken:
-            if type(module) in HOSTS:
+        """Gives every module that the call took over its class back, unless someone changed the class since.
+
+        What an earlier call had taken over keeps its class, and has its backend again.
+        """
+        module: Any
+        for module, backend in self._before.items():
+            if type(module) in HOSTS and backend is None:
                 give_back(module)
+            elif type(module) in HOSTS:
+                module.ldmperf_backend = backend
 
     def __enter__(self) -> Report:
         return self

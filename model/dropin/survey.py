@@ -71,7 +71,7 @@ _BY_HOST = {ResnetBlock2D: _RESNET, BasicTransformerBlock: _BLOCK, GEGLU: _GEGLU
 class Place:
     """A module of a model: what takes it over or has, or the reason why it runs as it did.
 
-    pair    the SiLU after a norm
+    network the one whose last norm it is, with the SiLU after it
     passes  whether the reason may pass: an unknown processor is left alone for as long as an Attention holds it
     """
 
@@ -79,7 +79,7 @@ class Place:
     module: nn.Module
     kind: Kind | None
     reason: str | None
-    pair: nn.Module | None = None
+    network: Any = None
     passes: bool = False
 
     @property
@@ -114,7 +114,7 @@ def places(model: nn.Module) -> list[Place]:
         if kind is not None or module in parts or _computes(module):
             passes = kind is _ATTENTION and reason == stand_ins.processor_reason(module.processor)
             found.append(Place(path, module, kind, reason, norms.get(module), passes))
-    halves = set(norms.values())
+    halves = {network.conv_act for network in norms.values() if network is not None}
     return [p for one in found if one.module not in halves and (p := _as_part(one, parts.get(one.module)))]
 
 
@@ -144,17 +144,18 @@ def _as_part(place: Place, needed: type[nn.Module] | None) -> Place | None:
     return place if needed is nn.Conv2d else None
 
 
-def _norms(model: nn.Module) -> dict[nn.Module, nn.Module | None]:
-    """The group norms that stand alone, or, each with it, before a SiLU that nobody else calls."""
-    found: dict[nn.Module, nn.Module | None] = {}
+def _norms(model: nn.Module) -> dict[nn.Module, Any]:
+    """The group norms that stand alone, and those before a network's last SiLU, with the network."""
+    found: dict[nn.Module, Any] = {}
     calls = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     for module in model.modules():
         if isinstance(module, _WITH_PAIR):
             norm: Any = getattr(module, "conv_norm_out", None)
             silu: Any = getattr(module, "conv_act", None)
             are_plain = layers.is_plain(norm, nn.GroupNorm) and layers.is_plain(silu, nn.SiLU)
+            # A SiLU that others call too stays one.
             if are_plain and calls[silu] == 1:
-                found[norm] = silu
+                found[norm] = module
             elif type(norm) is nn.GroupNorm:
                 found[norm] = None
         elif isinstance(module, Transformer2DModel) and type(getattr(module, "norm", None)) is nn.GroupNorm:
