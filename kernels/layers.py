@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from .geglu import geglu
@@ -31,7 +32,8 @@ from .layer_norm import layer_norm
 from .linear import linear
 from .residual_add import residual_add
 
-_PLAIN_PARAMETERS = (nn.Parameter, Tensor)
+# A FakeTensor stands for one of the others while torch.export traces.
+_PLAIN_PARAMETERS = (nn.Parameter, Tensor, FakeTensor)
 
 
 def is_plain(module: Any, kind: type[nn.Module]) -> bool:
@@ -77,7 +79,7 @@ class LayerNorm(nn.Module):
     def forward(self: Any, input: Tensor) -> Tensor:
         if not _over_rows(self):
             return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-        return cast(Tensor, layer_norm(input, self.weight, self.bias, self.eps, backend=_backend(self)))
+        return cast(Tensor, layer_norm(_rows(input), self.weight, self.bias, self.eps, backend=_backend(self)))
 
 
 class GEGLU(nn.Module):
@@ -167,10 +169,7 @@ class BasicTransformerBlock(nn.Module):
                 added_cond_kwargs,
             )
             return host
-        backend, x = _backend(self), hidden_states
-        if x.stride(-1) != 1:
-            # An image that is not channels-last, read as tokens: torch's layer norm would copy it too.
-            x = x.contiguous()
+        backend, x = _backend(self), _rows(hidden_states)
         options = dict(cross_attention_kwargs or {})
         _warn_of_scale((), options)
         gligen = options.pop("gligen", None)
@@ -249,6 +248,12 @@ def _backend(module: Any) -> str:
 def _over_rows(norm: Any) -> bool:
     """Whether the kernel knows this nn.LayerNorm: over the last dimension alone, with weight and bias."""
     return len(norm.normalized_shape) == 1 and norm.weight is not None and norm.bias is not None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension. Torch's layer norm copies too what has none: tokens of an image that is
+    not channels-last."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _normed(norm: Any, x: Tensor, backend: str) -> Tensor:

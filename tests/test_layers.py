@@ -64,7 +64,7 @@ def compare(module, *args, **kwargs):
         assert ours.shape == theirs.shape
         assert ours.dtype == theirs.dtype
         assert relative_error(ours, exact) <= 2 * relative_error(theirs, exact) + 1e-7
-    return ours, theirs
+    return ours
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +136,10 @@ CHANGED = {
 def test_resnet_block(name, channels_last):
     block = CHANGED[name](resnet()) if name in CHANGED else resnet(**RESNETS[name])
     temb = None if block.time_emb_proj is None else torch.randn(3, 6, dtype=torch.float64)
-    ours, theirs = compare(block, image(3, 8, 4, 6, channels_last=channels_last), temb)
-    assert ours.is_contiguous(memory_format=torch.channels_last) == theirs.is_contiguous(
-        memory_format=torch.channels_last
-    )
+    ours = compare(block, image(3, 8, 4, 6, channels_last=channels_last), temb)
+    # In the format of the image that it came as, which diffusers' FIR filters do not keep.
+    expected = channels_last and "fir" not in name
+    assert ours.is_contiguous(memory_format=torch.channels_last) is expected
 
 
 def test_resnet_block_takes_a_time_for_all_images_and_a_raw_one():
@@ -318,13 +318,14 @@ def test_hooks_of_all_modules_fire():
 
 
 class Twice(torch.Tensor):
-    """A parameter of another class, as quantized ones are: twice what it says."""
+    """A parameter of another class, as quantized ones are: twice what it says, for torch's operators alone."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         def value(given):
             return 2 * given.as_subclass(torch.Tensor) if isinstance(given, Twice) else given
 
+        assert "ldmperf" not in str(func)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*map(value, args), **{name: value(given) for name, given in (kwargs or {}).items()})
 
@@ -467,7 +468,8 @@ def test_a_resnet_block_with_a_shortcut():
     ours, theirs = computed(taken(resnet()), *given), computed(resnet(), *given)
     assert "bias" not in ours
     # The biases are added to one another, not to images.
-    assert (len(ours), len(theirs)) == (10, 15)
+    assert len(ours) == 10
+    assert len(theirs) >= 15
 
 
 def test_a_transformer_block_adds_and_normalizes_at_once():

@@ -96,7 +96,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     """softmax(scale q k^T + mask) v of [B, N, heads, D], mask [B, heads, 1 or Nq, Nk]."""
     if mask is None:
         if q.shape == k.shape and k.shape[1] < k.shape[2]:
-            # Fewer tokens than heads look transposed to `attention`, which warns; slices of a packed tensor do not.
+            # Fewer tokens than heads look transposed: `attention` warns, but not of slices of a packed tensor.
             k, v = torch.stack((k, v), dim=2).unbind(2)
         return attention(q, k, v, scale=scale, backend=backend)
     if backend == "triton":

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from ldmperf.kernels import chip_of, tuned_table
 
 from .stand_ins import HOSTS, give_back
-from .survey import Place, places
+from .survey import USUAL, Place, places
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Report:
         others: Sequence[Left],
         options: Mapping[str, bool],
         backend: str,
-        taken: Sequence[nn.Module],
+        before: Mapping[nn.Module, str | None],
     ) -> None:
         """models by their path from the target ("" for the target itself); others: its components that are none;
-        taken: the modules whose classes this call of `accelerate` set."""
+        before: the modules that the call changed, with the backend that a stand-in had, None for a host's."""
         self._models = models
         self._others = tuple(others)
         self._options = options
         self._backend = backend
-        self._taken = tuple(taken)
+        self._before = dict(before)
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -75,10 +76,16 @@ class Report:
         )
 
     def undo(self) -> None:
-        """Gives every module that this call took over its class back, unless someone changed the class since."""
-        for module in self._taken:
-            if type(module) in HOSTS:
+        """Gives every module that the call took over its class back, unless someone changed the class since.
+
+        What an earlier call had taken over keeps its class, and has its backend again.
+        """
+        module: Any
+        for module, backend in self._before.items():
+            if type(module) in HOSTS and backend is None:
                 give_back(module)
+            elif type(module) in HOSTS:
+                module.ldmperf_backend = backend
 
     def __enter__(self) -> Report:
         return self
@@ -92,14 +99,13 @@ class Report:
         self.undo()
 
     def __str__(self) -> str:
-        replaced, left = (
-            Counter((r.kind, r.what) for r in self.replaced),
-            Counter((entry.class_name, entry.reason) for entry in self.left),
-        )
+        """A table by kind and class, and which backend serves on the devices of the models."""
+        replaced = Counter((entry.kind, entry.what) for entry in self.replaced)
+        left = Counter((entry.reason in USUAL, entry.class_name, entry.reason) for entry in self.left)
         rows = [("replaced", "", "")]
-        rows += [(f"  {kind}", str(count), what) for (kind, what), count in replaced.items()]
+        rows += [(f"  {kind}", str(replaced[kind, what]), what) for kind, what in sorted(replaced)]
         rows += [("left", "", "")]
-        rows += [(f"  {name}", str(count), reason) for (name, reason), count in left.items()]
+        rows += [(f"  {key[1]}", str(left[key]), key[2]) for key in sorted(left)]
         wide = max(len(name) for name, _, _ in rows)
         table = [f"{name:<{wide}} {count:>5}  {text}".rstrip() for name, count, text in rows]
         return "\n".join([*table, *self._serving()])

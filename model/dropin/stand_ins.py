@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -33,7 +34,23 @@ class StandIn(nn.Module):
     """What stands in for a host's class."""
 
     ldmperf_backend: str
-    ldmperf_pair: tuple[nn.Module, nn.Module]
+    ldmperf_pair: Pair
+
+
+class Pair:
+    """The norm of a network's output, the SiLU after it, and the network, which a pair does not keep alive."""
+
+    def __init__(self, norm: nn.Module, silu: nn.Module, network: nn.Module) -> None:
+        self.norm, self.silu, self._network = norm, silu, weakref.ref(network)
+
+    def __reduce__(self) -> tuple[type[Pair], tuple[Any, ...]]:
+        return Pair, (self.norm, self.silu, self._network())
+
+    def is_fused(self) -> bool:
+        """Whether the norm does both: the network still calls these two, and nobody looks between them."""
+        network = self._network()
+        together = network is not None and network.conv_norm_out is self.norm and network.conv_act is self.silu
+        return together and layers.is_plain(self.norm, OutGroupNorm) and layers.is_plain(self.silu, OutSiLU)
 
 
 def while_standing(forward: Forward, host: type[nn.Module]) -> Forward:
@@ -80,12 +97,8 @@ class OutSiLU(StandIn, nn.SiLU):
         return input if _is_fused(self) else F.silu(input)
 
 
-def _is_fused(half: Any) -> bool:
-    """Whether the norm does both: nobody looks at what is between the two, which norm and SiLU must agree on."""
-    if not isinstance(half, StandIn):
-        return False
-    norm, silu = half.ldmperf_pair
-    return layers.is_plain(norm, OutGroupNorm) and layers.is_plain(silu, OutSiLU)
+def _is_fused(half: nn.Module) -> bool:
+    return isinstance(half, StandIn) and half.ldmperf_pair.is_fused()
 
 
 class Attention(StandIn, host_attention.Attention):  # type: ignore[misc]
@@ -141,12 +154,12 @@ def take_over(module: Any, stand_in: type[StandIn], backend: str) -> None:
     module.ldmperf_backend = backend
 
 
-def take_over_pair(norm: Any, silu: Any, backend: str) -> None:
-    """The same for a norm and the SiLU after it."""
+def take_over_pair(network: Any, backend: str) -> None:
+    """The same for the last norm of a network and the SiLU after it."""
+    norm, silu = network.conv_norm_out, network.conv_act
     take_over(norm, OutGroupNorm, backend)
     take_over(silu, OutSiLU, backend)
-    # In a tuple, which registers no submodule.
-    norm.ldmperf_pair = silu.ldmperf_pair = (norm, silu)
+    norm.ldmperf_pair = silu.ldmperf_pair = Pair(norm, silu, network)
 
 
 def give_back(module: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +30,6 @@ _IDLE = (
 
 _NORMS_OF_BLOCK = {"norm1": nn.LayerNorm, "norm2": nn.LayerNorm, "norm3": nn.LayerNorm}
 _CONVOLUTIONS = {"conv1": nn.Conv2d, "conv2": nn.Conv2d, "conv_shortcut": nn.Conv2d}
-
-
-_OWN_PACKAGES = {"torch", "diffusers", "ldmperf"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ _BY_HOST = {ResnetBlock2D: _RESNET, BasicTransformerBlock: _BLOCK, GEGLU: _GEGLU
 class Place:
     """A module of a model: what takes it over or has, or the reason why it runs as it did.
 
-    pair    the SiLU after a norm
+    network the one whose last norm it is, with the SiLU after it
     passes  whether the reason may pass: an unknown processor is left alone for as long as an Attention holds it
     """
 
@@ -81,7 +79,7 @@ class Place:
     module: nn.Module
     kind: Kind | None
     reason: str | None
-    pair: nn.Module | None = None
+    network: Any = None
     passes: bool = False
 
     @property
@@ -97,32 +95,39 @@ class Place:
 
 def places(model: nn.Module) -> list[Place]:
     """The modules of a model that compute something, except those that a stand-in computes with its own."""
-    modules = dict(model.named_modules())
-    norms = _norms(modules.values())
+    norms = _norms(model)
     found: list[Place] = []
+    # The submodules that stand-ins compute, and what is inside of others' wrappers.
     parts: dict[nn.Module, type[nn.Module]] = {}
-    foreign: list[str] = []
-    for path, module in modules.items():
-        if path.startswith(tuple(foreign)):
+    wrapped: list[str] = []
+    for path, module in model.named_modules():
+        if path.startswith(tuple(wrapped)):
             continue
-        pair = norms.get(module)
         kind = KINDS.get(type(module)) or _BY_HOST.get(type(module))
         if kind is None and module in norms:
-            kind = _NORM if pair is None else _OUT_NORM
-        if kind is None and module in norms.values():
-            continue
+            kind = _NORM if norms[module] is None else _OUT_NORM
         reason = _reason(module, kind)
         if kind is not None and reason is None:
             parts |= {part: needed for name, needed in kind.parts.items() if (part := getattr(module, name, None))}
-        computes = not isinstance(module, _IDLE) and not list(module.children())
-        if _package(module) not in _OWN_PACKAGES:
-            # A wrapper, as peft's: what is inside is its own.
-            foreign.append(f"{path}.")
-            computes = True
-        if kind is not None or computes or module in parts or isinstance(module, tuple(_BY_HOST)):
+        if _is_foreign(module):
+            wrapped.append(f"{path}.")
+        if kind is not None or module in parts or _computes(module):
             passes = kind is _ATTENTION and reason == stand_ins.processor_reason(module.processor)
-            found.append(Place(path, module, kind, reason, pair, passes))
-    return [place for one in found if (place := _as_part(one, parts.get(one.module))) is not None]
+            found.append(Place(path, module, kind, reason, norms.get(module), passes))
+    halves = {network.conv_act for network in norms.values() if network is not None}
+    return [p for one in found if one.module not in halves and (p := _as_part(one, parts.get(one.module)))]
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a module that nothing takes over is worth a line: no container, and no part of a larger one."""
+    if isinstance(module, tuple(_BY_HOST)) or _is_foreign(module):
+        return True
+    return not isinstance(module, _IDLE) and not list(module.children())
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether the class is neither torch's nor diffusers' nor ours: a wrapper, as of peft."""
+    return _package(module) not in {"torch", "diffusers", "ldmperf"}
 
 
 def _package(module: nn.Module) -> str:
@@ -139,16 +144,18 @@ def _as_part(place: Place, needed: type[nn.Module] | None) -> Place | None:
     return place if needed is nn.Conv2d else None
 
 
-def _norms(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module | None]:
-    """The group norms that stand alone, or, each with it, before a SiLU."""
-    found: dict[nn.Module, nn.Module | None] = {}
-    for module in modules:
+def _norms(model: nn.Module) -> dict[nn.Module, Any]:
+    """The group norms that stand alone, and those before a network's last SiLU, with the network."""
+    found: dict[nn.Module, Any] = {}
+    calls = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    for module in model.modules():
         if isinstance(module, _WITH_PAIR):
             norm: Any = getattr(module, "conv_norm_out", None)
-            act: Any = getattr(module, "conv_act", None)
-            plain = layers.is_plain(norm, nn.GroupNorm) and layers.is_plain(act, nn.SiLU)
-            if plain or type(norm) is stand_ins.OutGroupNorm:
-                found[norm] = act
+            silu: Any = getattr(module, "conv_act", None)
+            are_plain = layers.is_plain(norm, nn.GroupNorm) and layers.is_plain(silu, nn.SiLU)
+            # A SiLU that others call too stays one.
+            if are_plain and calls[silu] == 1:
+                found[norm] = module
             elif type(norm) is nn.GroupNorm:
                 found[norm] = None
         elif isinstance(module, Transformer2DModel) and type(getattr(module, "norm", None)) is nn.GroupNorm:
@@ -162,10 +169,10 @@ def _reason(module: Any, kind: Kind | None) -> str | None:
         host = next((host for host in _BY_HOST if isinstance(module, host)), None)
         if host is not None:
             return f"a subclass of {host.__name__}, whose forward is its own"
-        if _package(module) not in _OWN_PACKAGES:
+        if _is_foreign(module):
             return f"called as it is: {_package(module)}'s {type(module).__name__}"
-        return _OTHERS.get(type(module), "no kernel for this class")
-    if not runs_its_class(module):
+        return _OTHERS.get(type(module), NO_KERNEL)
+    if type(module) not in KINDS and not runs_its_class(module):
         return "its forward is set on the instance, as offloading and caching hooks do"
     if kind is _BLOCK and module.norm_type != "layer_norm":
         return f"norm_type {module.norm_type!r}"
@@ -174,10 +181,10 @@ def _reason(module: Any, kind: Kind | None) -> str | None:
     return None
 
 
-_OTHERS: dict[type[nn.Module], str] = {
-    nn.Conv2d: "torch's convolution",
-    nn.Linear: "torch's matmul",
-}
+NO_KERNEL = "no kernel for this class"
+_OTHERS: dict[type[nn.Module], str] = {nn.Conv2d: "torch's convolution", nn.Linear: "torch's matmul"}
+# What is left of every model.
+USUAL = {NO_KERNEL, *_OTHERS.values()}
 
 
 def _attention_reason(attn: Any) -> str | None:

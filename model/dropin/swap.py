@@ -29,25 +29,28 @@ def accelerate(
 
     Outputs are those of before, to rounding. The classes of the instances are set, nothing else: parameters, hooks
     and the state dict stay, and `Report.undo` or `undo` give the classes back. Again on the same target it takes
-    what is not taken yet, and `backend` then counts for all. Raises ValueError for another target or backend.
+    what is not taken yet, and `backend` counts for all until that report's undo. Raises ValueError for another
+    target or backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"accelerate: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
     models, others = _models("accelerate", target)
     options = {"attention": attention, "norms": norms, "geglu": geglu}
-    taken: list[nn.Module] = []
+    before: dict[nn.Module, str | None] = {}
     for model in models.values():
         for place in places(model):
+            module: Any = place.module
             if place.stands:
-                place.module.ldmperf_backend = backend  # type: ignore[assignment]
+                before[module] = module.ldmperf_backend
+                module.ldmperf_backend = backend
             elif place.can_be_taken and place.kind is not None and options[place.kind.option]:
-                if place.pair is not None:
-                    take_over_pair(place.module, place.pair, backend)
-                    taken.append(place.pair)
+                before[module] = None
+                if place.network is not None:
+                    before[place.network.conv_act] = None
+                    take_over_pair(place.network, backend)
                 else:
-                    take_over(place.module, place.kind.stand_in, backend)
-                taken.append(place.module)
-    return Report(models, others, options, backend, taken)
+                    take_over(module, place.kind.stand_in, backend)
+    return Report(models, others, options, backend, before)
 
 
 def undo(target: Any) -> None:

@@ -48,7 +48,7 @@ CASES = {
     ),
     "geglu": (lambda: GEGLU(6, 10), lambda: (torch.randn(2, 3, 6),), ["linear"]),
     "group norm": (lambda: nn.GroupNorm(3, 12), lambda: (image(2, 12, 3, 5),), ["group_norm"]),
-    "layer norm": (lambda: nn.LayerNorm(12), lambda: (torch.randn(2, 3, 12),), ["layer_norm"]),
+    "layer norm": (lambda: nn.LayerNorm(12), lambda: (torch.randn(2, 12, 3).transpose(1, 2),), ["layer_norm"]),
 }
 
 
