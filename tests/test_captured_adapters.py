@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable
 from functools import partial
@@ -56,7 +55,6 @@ class Case:
 
     @torch.no_grad()
     def run(self) -> bool:
-        gc.collect()
         result = self.sampler(self.conditioning, PLAN, NOISE)
         expected = sample(
             lambda x, step: self.denoise(x, self.conditioning, torch.tensor([step.index])),
