@@ -132,8 +132,7 @@ def randomized(module: torch.nn.Module, dtype: torch.dtype, seed: int = 0) -> to
 
 def make_unet(config: dict[str, Any] | str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A random `UNet2DConditionModel`; the config may be a name of UNETS or RARE_UNETS."""
-    if isinstance(config, str):
-        config = (UNETS | RARE_UNETS)[config]
+    config = (UNETS | RARE_UNETS)[config] if isinstance(config, str) else config
     torch.manual_seed(seed)
     return randomized(diffusers.UNet2DConditionModel(**config), dtype, seed)
 
@@ -187,9 +186,6 @@ def unet_configs(draw: st.DrawFn) -> dict[str, Any]:
     down = tuple(draw(st.sampled_from(sorted(_UP))) for _ in range(levels))
     simple = any(kind.startswith("Simple") for kind in down)
     mids = ["UNetMidBlock2D", None, "UNetMidBlock2DSimpleCrossAttn" if simple else "UNetMidBlock2DCrossAttn"]
-    # Each block's attention has heads of this width or, transformers', this many: both divide all channels.
-    heads = draw(st.sampled_from([2, 4, 8]))
-    linear = draw(st.booleans())
     return _unet(
         *down,
         sample_size=4,
@@ -198,8 +194,9 @@ def unet_configs(draw: st.DrawFn) -> dict[str, Any]:
         layers_per_block=tuple(draw(st.integers(1, 2)) for _ in range(levels)),
         transformer_layers_per_block=tuple(draw(st.integers(1, 2)) for _ in range(levels)),
         mid_block_type=draw(st.sampled_from(mids)),
-        attention_head_dim=heads,
-        use_linear_projection=linear,
+        # Of a block's own attention the width of heads, of a transformer's their number.
+        attention_head_dim=draw(st.sampled_from([2, 4, 8])),
+        use_linear_projection=draw(st.booleans()),
         upcast_attention=draw(st.booleans()),
         only_cross_attention=draw(st.booleans()),
         act_fn=draw(st.sampled_from(["silu", "swish", "mish", "gelu", "relu"])),
@@ -283,13 +280,13 @@ def make_pipeline(kind: str) -> Any:
     return pipeline
 
 
-def pipeline_inputs(kind: str, steps: int = 2) -> dict[str, Any]:
+def pipeline_inputs(kind: str) -> dict[str, Any]:
     """What the pipeline's call needs for one small image in numpy, with guidance."""
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     inputs: dict[str, Any] = {
         "prompt": "a b c",
         "negative_prompt": "d",
-        "num_inference_steps": steps,
+        "num_inference_steps": 2,
         "guidance_scale": 5.0,
         "generator": torch.Generator().manual_seed(3),
         "output_type": "np",

@@ -132,6 +132,23 @@ def test_report_is_complete(kind):
     assert report.replaced == ()
 
 
+@pytest.mark.parametrize(
+    ("kind", "class_name", "reason"),
+    [
+        ("added_kv", "Attention", "it adds keys and values of its own"),
+        ("mish", "Mish", "called as it is: torch's Mish, not SiLU"),
+        ("sd15", "Conv2d", "torch's convolution"),
+        ("sd15", "Linear", "torch's matmul"),
+    ],
+)
+def test_reasons(kind, class_name, reason):
+    model = make(kind)
+    with accelerate(model, backend="torch") as report:
+        reasons = [entry.reason for entry in report.left if entry.class_name == class_name]
+    assert reason in reasons
+    assert class_name != "Attention" or set(reasons) == {reason}
+
+
 def test_dual_cross_attention():
     """diffusers can build it and not run it."""
     model = make_unet(DUAL_CROSS_ATTENTION)

@@ -12,7 +12,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from dropin_checks import SAME, our_calls, output, relative_rms
-from dropin_models import UNETS, make_unet, model_inputs
+from dropin_models import UNETS, make, make_unet, model_inputs
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
@@ -163,6 +163,14 @@ def test_gradient_checkpointing(reentrant):
     report.undo()
     again = gradients(unet, inputs)
     assert all(torch.equal(again[name], gradient) for name, gradient in gradients(plain, inputs).items())
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "scale_shift", "gligen", "vae"])
+def test_gradients(kind):
+    model, plain = make(kind, torch.float64).train(), make(kind, torch.float64).train()
+    inputs = model_inputs(plain)
+    with accelerate(model, backend="torch"):
+        assert our_gradients_are(gradients(model, inputs), gradients(plain, inputs))
 
 
 def gradients(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
