@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models import attention as host_blocks
 from diffusers.models import attention_processor as host_attention
 from diffusers.models.activations import GEGLU as HostGEGLU  # noqa: N811
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D as HostResnetBlock2D
 from torch import Tensor, nn
 
@@ -37,20 +39,32 @@ class StandIn(nn.Module):
     ldmperf_pair: Pair
 
 
+# They call conv_act on the result of conv_norm_out, and neither elsewhere.
+_CALL_A_PAIR = (UNet2DConditionModel.forward, Encoder.forward, Decoder.forward)
+
+
 class Pair:
     """The norm of a network's output, the SiLU after it, and the network, which a pair does not keep alive."""
 
-    def __init__(self, norm: nn.Module, silu: nn.Module, network: nn.Module) -> None:
-        self.norm, self.silu, self._network = norm, silu, weakref.ref(network)
+    def __init__(self, norm: nn.Module, silu: nn.Module, network: nn.Module | None) -> None:
+        self.norm, self.silu = norm, silu
+        self._network = None if network is None else weakref.ref(network)
 
     def __reduce__(self) -> tuple[type[Pair], tuple[Any, ...]]:
-        return Pair, (self.norm, self.silu, self._network())
+        return Pair, (self.norm, self.silu, self._network and self._network())
 
     def is_fused(self) -> bool:
         """Whether the norm does both: the network still calls these two, and nobody looks between them."""
-        network = self._network()
-        together = network is not None and network.conv_norm_out is self.norm and network.conv_act is self.silu
-        return together and layers.is_plain(self.norm, OutGroupNorm) and layers.is_plain(self.silu, OutSiLU)
+        network: Any = self._network and self._network()
+        return (
+            network is not None
+            and type(network).forward in _CALL_A_PAIR
+            and "forward" not in network.__dict__
+            and network.conv_norm_out is self.norm
+            and network.conv_act is self.silu
+            and layers.is_plain(self.norm, OutGroupNorm)
+            and layers.is_plain(self.silu, OutSiLU)
+        )
 
 
 def while_standing(forward: Forward, host: type[nn.Module]) -> Forward:
@@ -157,6 +171,7 @@ def take_over(module: Any, stand_in: type[StandIn], backend: str) -> None:
 def take_over_pair(network: Any, backend: str) -> None:
     """The same for the last norm of a network and the SiLU after it."""
     norm, silu = network.conv_norm_out, network.conv_act
+    _drop_bound_forward(network)
     take_over(norm, OutGroupNorm, backend)
     take_over(silu, OutSiLU, backend)
     norm.ldmperf_pair = silu.ldmperf_pair = Pair(norm, silu, network)

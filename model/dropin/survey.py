@@ -106,6 +106,8 @@ def places(model: nn.Module) -> list[Place]:
         kind = KINDS.get(type(module)) or _BY_HOST.get(type(module))
         if kind is None and module in norms:
             kind = _NORM if norms[module] is None else _OUT_NORM
+        elif isinstance(module, stand_ins.OutGroupNorm | stand_ins.OutSiLU) and not module.ldmperf_pair.is_fused():
+            kind = _NORM if kind is _OUT_NORM else None
         reason = _reason(module, kind)
         if kind is not None and reason is None:
             parts |= {part: needed for name, needed in kind.parts.items() if (part := getattr(module, name, None))}

@@ -41,7 +41,7 @@ def accelerate(
         for place in places(model):
             module: Any = place.module
             if place.stands:
-                before[module] = module.ldmperf_backend
+                before.setdefault(module, module.ldmperf_backend)
                 module.ldmperf_backend = backend
             elif place.can_be_taken and place.kind is not None and options[place.kind.option]:
                 before[module] = None
