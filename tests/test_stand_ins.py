@@ -342,6 +342,26 @@ def test_offloading_and_casting_hooks(hook, first, model):
     assert torch.equal(run(model), expected)
 
 
+def test_a_model_that_is_all_hooks_is_told(caplog):
+    """As `device_map="balanced"` loads it: a hook on every module with parameters in it."""
+    model = unet()
+    hf_accelerate.hooks.attach_execution_device_hook(model, "cpu")
+    expected = run(model)
+    with accelerate(model) as report:
+        assert report.replaced == ()
+        assert {r.getMessage() for r in caplog.records if "accelerate" in r.getMessage()} == {
+            "accelerate: nothing of this UNet2DConditionModel was taken over; the report says why"
+        }
+        assert torch.equal(run(model), expected)
+    reasons = {entry.reason for entry in report.left if entry.class_name == "ResnetBlock2D"}
+    assert reasons == {"its forward is set on the instance, as offloading and caching hooks do"}
+    hf_accelerate.hooks.remove_hook_from_submodules(model)
+    caplog.clear()
+    with accelerate(model) as report:
+        assert report.replaced
+        assert not [r for r in caplog.records if "nothing" in r.getMessage()]
+
+
 def test_hooks_that_were_removed_leave_plain_modules():
     model = unet()
     hf_accelerate.cpu_offload(model, torch.device("cpu"))
