@@ -342,6 +342,9 @@ def test_offloading_and_casting_hooks(hook, first, model):
     assert torch.equal(run(model), expected)
 
 
+ON_INSTANCE = "its forward is set on the instance, as offloading and caching hooks do"
+
+
 def test_a_model_that_is_all_hooks_is_told(caplog):
     """As `device_map="balanced"` loads it: a hook on every module with parameters in it."""
     model = unet()
@@ -354,7 +357,7 @@ def test_a_model_that_is_all_hooks_is_told(caplog):
         }
         assert torch.equal(run(model), expected)
     reasons = {entry.reason for entry in report.left if entry.class_name == "ResnetBlock2D"}
-    assert reasons == {"its forward is set on the instance, as offloading and caching hooks do"}
+    assert reasons == {ON_INSTANCE}
     hf_accelerate.hooks.remove_hook_from_submodules(model)
     caplog.clear()
     with accelerate(model) as report:
@@ -375,6 +378,20 @@ def test_hooks_that_were_removed_leave_plain_modules():
     torch.testing.assert_close(run(model), expected)
     report.undo()
     assert torch.equal(run(model), expected)
+
+
+def test_a_forward_set_meanwhile_is_told_apart_from_a_hook():
+    model = unet()
+    report = accelerate(model)
+    everything = report.replaced
+    hf_accelerate.hooks.attach_execution_device_hook(model, "cpu")
+    assert {r.path for r in everything} - {r.path for r in report.replaced} == {"conv_act"}
+    attn = model.mid_block.attentions[0].transformer_blocks[0].attn1
+    # As prompt-to-prompt does it.
+    attn.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    assert {entry.path: entry.reason for entry in report.left if entry.class_name == "Attention"} == {
+        "mid_block.attentions.0.transformer_blocks.0.attn1": ON_INSTANCE
+    }
 
 
 def test_a_hook_set_meanwhile_calls_the_host_after_the_undo():

@@ -9,6 +9,7 @@ class. Names are the hosts', by which diffusers and accelerate look classes up (
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -194,6 +195,12 @@ def runs_its_class(module: nn.Module) -> bool:
     if forward is None:
         return True
     return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+
+
+def wraps_its_class(module: nn.Module) -> bool:
+    """Whether the forward of the instance says that it wraps the one of its class, as those of hooks do."""
+    forward = inspect.unwrap(module.forward)
+    return getattr(forward, "__func__", forward) is inspect.unwrap(type(module).forward)
 
 
 def _drop_bound_forward(module: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from ldmperf.kernels import layers
 
 from . import stand_ins
-from .stand_ins import runs_its_class
+from .stand_ins import runs_its_class, wraps_its_class
 
 MODELS = (UNet2DConditionModel, AutoencoderKL)
 _WITH_PAIR = (UNet2DConditionModel, Encoder, Decoder)
@@ -174,7 +174,7 @@ def _reason(module: Any, kind: Kind | None) -> str | None:
         if _is_foreign(module):
             return f"called as it is: {_package(module)}'s {type(module).__name__}"
         return _OTHERS.get(type(module), NO_KERNEL)
-    if type(module) not in KINDS and not runs_its_class(module):
+    if not runs_its_class(module) and not (type(module) in KINDS and wraps_its_class(module)):
         return "its forward is set on the instance, as offloading and caching hooks do"
     if kind is _BLOCK and module.norm_type != "layer_norm":
         return f"norm_type {module.norm_type!r}"
