@@ -33,8 +33,8 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def output(unet: Any) -> Tensor:
-    out: Tensor = unet(NOISE, 500, TEXT, return_dict=False)[0]
+def output(unet: Any, **options: Any) -> Tensor:
+    out: Tensor = unet(NOISE, 500, TEXT, return_dict=False, **options)[0]
     return out
 
 
@@ -105,6 +105,11 @@ def test_lora_through_a_pipeline(at: int) -> None:
         change(pipe)
         change(twin)
         close(latents(pipe), latents(twin))
+        if number == 3:
+            with torch.no_grad():
+                scaled, expected = (output(p.unet, cross_attention_kwargs={"scale": 0.5}) for p in (pipe, twin))
+                close(scaled, expected)
+                assert not torch.allclose(expected, output(twin.unet))
     close(latents(pipe), before)
     # Loading replaces no module that a stand-in took over: unloaded, all are the kernels' still.
     resnets = [entry for entry in accelerate(pipe, backend="torch").replaced if entry.kind == "resnet"]

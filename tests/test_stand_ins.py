@@ -7,12 +7,13 @@ import io
 import pickle
 import runpy
 import sys
+import types
 import weakref
 
 import accelerate as hf_accelerate
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -135,6 +136,36 @@ def test_an_inner_call_undoes_what_it_took():
             assert {m.ldmperf_backend for m in ours(model)} == {"torch"}
         assert {m.ldmperf_backend for m in ours(model)} == {"auto"}
         assert {r.kind for r in outer.replaced} == kinds == {"resnet", "transformer block", "norm"}
+    assert not ours(model)
+
+
+def test_a_report_undoes_its_own_call_once():
+    model = unet()
+    first = accelerate(model)
+    first.undo()
+    second = accelerate(model)
+    first.undo()
+    assert second.replaced
+    # Undone out of order: what a call after both has set is its own.
+    third = accelerate(model, backend="torch")
+    second.undo()
+    fourth = accelerate(model, backend="triton")
+    third.undo()
+    assert {m.ldmperf_backend for m in ours(model)} == {"triton"}
+    fourth.undo()
+    assert not ours(model)
+
+
+def test_a_component_under_two_names_is_undone():
+    model = unet()
+
+    class Twice(DiffusionPipeline):
+        def __init__(self, unet, other):
+            super().__init__()
+            self.register_modules(unet=unet, other=other)
+
+    with accelerate(Twice(model, model)) as report:
+        assert {entry.path.split(".")[0] for entry in report.replaced} == {"unet", "other"}
     assert not ours(model)
 
 
@@ -311,6 +342,29 @@ def test_offloading_and_casting_hooks(hook, first, model):
     assert torch.equal(run(model), expected)
 
 
+ON_INSTANCE = "its forward is set on the instance, as offloading and caching hooks do"
+
+
+def test_a_model_that_is_all_hooks_is_told(caplog):
+    """As `device_map="balanced"` loads it: a hook on every module with parameters in it."""
+    model = unet()
+    hf_accelerate.hooks.attach_execution_device_hook(model, "cpu")
+    expected = run(model)
+    with accelerate(model) as report:
+        assert report.replaced == ()
+        assert {r.getMessage() for r in caplog.records if "accelerate" in r.getMessage()} == {
+            "accelerate: nothing of this UNet2DConditionModel was taken over; the report says why"
+        }
+        assert torch.equal(run(model), expected)
+    reasons = {entry.reason for entry in report.left if entry.class_name == "ResnetBlock2D"}
+    assert reasons == {ON_INSTANCE}
+    hf_accelerate.hooks.remove_hook_from_submodules(model)
+    caplog.clear()
+    with accelerate(model) as report:
+        assert report.replaced
+        assert not [r for r in caplog.records if "nothing" in r.getMessage()]
+
+
 def test_hooks_that_were_removed_leave_plain_modules():
     model = unet()
     hf_accelerate.cpu_offload(model, torch.device("cpu"))
@@ -324,6 +378,20 @@ def test_hooks_that_were_removed_leave_plain_modules():
     torch.testing.assert_close(run(model), expected)
     report.undo()
     assert torch.equal(run(model), expected)
+
+
+def test_a_forward_set_meanwhile_is_told_apart_from_a_hook():
+    model = unet()
+    report = accelerate(model)
+    everything = report.replaced
+    hf_accelerate.hooks.attach_execution_device_hook(model, "cpu")
+    assert {r.path for r in everything} - {r.path for r in report.replaced} == {"conv_act"}
+    attn = model.mid_block.attentions[0].transformer_blocks[0].attn1
+    # As prompt-to-prompt does it.
+    attn.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    assert {entry.path: entry.reason for entry in report.left if entry.class_name == "Attention"} == {
+        "mid_block.attentions.0.transformer_blocks.0.attn1": ON_INSTANCE
+    }
 
 
 def test_a_hook_set_meanwhile_calls_the_host_after_the_undo():
@@ -368,6 +436,40 @@ def test_a_last_activation_that_others_call_stays_itself():
     torch.testing.assert_close(run(model), expected)
 
 
+def own_forward(network, x, *args):
+    """Uses the last norm without the last activation."""
+    return network.conv_out(torch.tanh(network.conv_norm_out(network.conv_in(x))))
+
+
+@pytest.mark.parametrize("where", ["instance", "before", "subclass"])
+def test_a_network_with_a_forward_of_its_own(where):
+    model = unet()
+    report = accelerate(model) if where == "instance" else None
+    if where == "subclass":
+        model.__class__ = type("Own", (UNet2DConditionModel,), {"forward": own_forward})
+    else:
+        model.forward = types.MethodType(own_forward, model)
+    report = report or accelerate(model)
+    with torch.no_grad():
+        result = model(X)
+        what = {entry.path: entry.what for entry in report.replaced}
+        assert what["conv_norm_out"] == "group norm"
+        assert "conv_act" in {entry.path for entry in report.left} - what.keys()
+        report.undo()
+        torch.testing.assert_close(result, model(X))
+
+
+def test_a_compiled_forward_of_a_network():
+    torch._dynamo.reset()
+    model = unet(**RESNETS_ALONE)
+    expected = run(model)
+    accelerate(model)
+    model.forward = torch.compile(model.forward, backend=Graphs(), fullgraph=True)
+    torch.testing.assert_close(run(model), expected)
+    undo(model)
+    torch.testing.assert_close(run(model), expected)
+
+
 @pytest.mark.parametrize("name", ["conv_norm_out", "conv_act"])
 def test_a_last_norm_or_activation_replaced_since(name):
     expected, model = [], unet()
@@ -388,7 +490,9 @@ def test_the_network_is_not_kept_alive():
     gc.collect()
     del model
     assert network() is None
-    norm(torch.randn(1, 8, 2, 2))
+    x = torch.randn(1, 8, 2, 2)
+    for one in (norm, copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        torch.testing.assert_close(one(x), nn.GroupNorm.forward(norm, x))
 
 
 def test_a_wrapper_of_someone_elses_is_listed_and_what_is_in_it_is_not():

@@ -78,13 +78,15 @@ class Report:
     def undo(self) -> None:
         """Gives every module that the call took over its class back, unless someone changed the class since.
 
-        What an earlier call had taken over keeps its class, and has its backend again.
+        What an earlier call had taken over keeps its class, and has its backend again. Once for each module: what
+        a later call takes over is that call's to undo.
         """
         module: Any
-        for module, backend in self._before.items():
-            if type(module) in HOSTS and backend is None:
+        for module in [module for module in self._before if type(module) in HOSTS]:
+            backend = self._before.pop(module)
+            if backend is None:
                 give_back(module)
-            elif type(module) in HOSTS:
+            elif module.ldmperf_backend == self._backend:
                 module.ldmperf_backend = backend
 
     def __enter__(self) -> Report:

@@ -9,6 +9,7 @@ class. Names are the hosts', by which diffusers and accelerate look classes up (
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models import attention as host_blocks
 from diffusers.models import attention_processor as host_attention
 from diffusers.models.activations import GEGLU as HostGEGLU  # noqa: N811
+from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.resnet import ResnetBlock2D as HostResnetBlock2D
 from torch import Tensor, nn
 
@@ -37,20 +40,32 @@ class StandIn(nn.Module):
     ldmperf_pair: Pair
 
 
+# They call conv_act on the result of conv_norm_out, and neither elsewhere.
+_CALL_A_PAIR = (UNet2DConditionModel.forward, Encoder.forward, Decoder.forward)
+
+
 class Pair:
     """The norm of a network's output, the SiLU after it, and the network, which a pair does not keep alive."""
 
-    def __init__(self, norm: nn.Module, silu: nn.Module, network: nn.Module) -> None:
-        self.norm, self.silu, self._network = norm, silu, weakref.ref(network)
+    def __init__(self, norm: nn.Module, silu: nn.Module, network: nn.Module | None) -> None:
+        self.norm, self.silu = norm, silu
+        self._network = None if network is None else weakref.ref(network)
 
     def __reduce__(self) -> tuple[type[Pair], tuple[Any, ...]]:
-        return Pair, (self.norm, self.silu, self._network())
+        return Pair, (self.norm, self.silu, self._network and self._network())
 
     def is_fused(self) -> bool:
         """Whether the norm does both: the network still calls these two, and nobody looks between them."""
-        network = self._network()
-        together = network is not None and network.conv_norm_out is self.norm and network.conv_act is self.silu
-        return together and layers.is_plain(self.norm, OutGroupNorm) and layers.is_plain(self.silu, OutSiLU)
+        network: Any = self._network and self._network()
+        return (
+            network is not None
+            and type(network).forward in _CALL_A_PAIR
+            and "forward" not in network.__dict__
+            and network.conv_norm_out is self.norm
+            and network.conv_act is self.silu
+            and layers.is_plain(self.norm, OutGroupNorm)
+            and layers.is_plain(self.silu, OutSiLU)
+        )
 
 
 def while_standing(forward: Forward, host: type[nn.Module]) -> Forward:
@@ -157,6 +172,7 @@ def take_over(module: Any, stand_in: type[StandIn], backend: str) -> None:
 def take_over_pair(network: Any, backend: str) -> None:
     """The same for the last norm of a network and the SiLU after it."""
     norm, silu = network.conv_norm_out, network.conv_act
+    _drop_bound_forward(network)
     take_over(norm, OutGroupNorm, backend)
     take_over(silu, OutSiLU, backend)
     norm.ldmperf_pair = silu.ldmperf_pair = Pair(norm, silu, network)
@@ -179,6 +195,12 @@ def runs_its_class(module: nn.Module) -> bool:
     if forward is None:
         return True
     return getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward
+
+
+def wraps_its_class(module: nn.Module) -> bool:
+    """Whether the forward of the instance says that it wraps the one of its class, as those of hooks do."""
+    forward = inspect.unwrap(module.forward)
+    return getattr(forward, "__func__", forward) is inspect.unwrap(type(module).forward)
 
 
 def _drop_bound_forward(module: nn.Module) -> None:

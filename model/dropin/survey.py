@@ -18,7 +18,7 @@ from torch import nn
 from ldmperf.kernels import layers
 
 from . import stand_ins
-from .stand_ins import runs_its_class
+from .stand_ins import runs_its_class, wraps_its_class
 
 MODELS = (UNet2DConditionModel, AutoencoderKL)
 _WITH_PAIR = (UNet2DConditionModel, Encoder, Decoder)
@@ -106,6 +106,8 @@ def places(model: nn.Module) -> list[Place]:
         kind = KINDS.get(type(module)) or _BY_HOST.get(type(module))
         if kind is None and module in norms:
             kind = _NORM if norms[module] is None else _OUT_NORM
+        elif isinstance(module, stand_ins.OutGroupNorm | stand_ins.OutSiLU) and not module.ldmperf_pair.is_fused():
+            kind = _NORM if kind is _OUT_NORM else None
         reason = _reason(module, kind)
         if kind is not None and reason is None:
             parts |= {part: needed for name, needed in kind.parts.items() if (part := getattr(module, name, None))}
@@ -172,7 +174,7 @@ def _reason(module: Any, kind: Kind | None) -> str | None:
         if _is_foreign(module):
             return f"called as it is: {_package(module)}'s {type(module).__name__}"
         return _OTHERS.get(type(module), NO_KERNEL)
-    if type(module) not in KINDS and not runs_its_class(module):
+    if not runs_its_class(module) and not (type(module) in KINDS and wraps_its_class(module)):
         return "its forward is set on the instance, as offloading and caching hooks do"
     if kind is _BLOCK and module.norm_type != "layer_norm":
         return f"norm_type {module.norm_type!r}"

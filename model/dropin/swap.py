@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from .report import Left, Report
 from .stand_ins import HOSTS, give_back, take_over, take_over_pair
 from .survey import MODELS, places
 
+logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -29,8 +31,8 @@ def accelerate(
 
     Outputs are those of before, to rounding. The classes of the instances are set, nothing else: parameters, hooks
     and the state dict stay, and `Report.undo` or `undo` give the classes back. Again on the same target it takes
-    what is not taken yet, and `backend` counts for all until that report's undo. Raises ValueError for another
-    target or backend.
+    what is not taken yet, and `backend` counts for all until that report's undo. Not while another thread runs the
+    model. Raises ValueError for another target or backend; warns where there is nothing to take.
     """
     if backend not in BACKENDS:
         raise ValueError(f"accelerate: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
@@ -41,7 +43,7 @@ def accelerate(
         for place in places(model):
             module: Any = place.module
             if place.stands:
-                before[module] = module.ldmperf_backend
+                before.setdefault(module, module.ldmperf_backend)
                 module.ldmperf_backend = backend
             elif place.can_be_taken and place.kind is not None and options[place.kind.option]:
                 before[module] = None
@@ -50,6 +52,8 @@ def accelerate(
                     take_over_pair(place.network, backend)
                 else:
                     take_over(module, place.kind.stand_in, backend)
+    if not before:
+        logger.warning("accelerate: nothing of this %s was taken over; the report says why", type(target).__name__)
     return Report(models, others, options, backend, before)
 
 
