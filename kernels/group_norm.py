@@ -97,8 +97,8 @@ def group_norm_silu_ref(
     x32 = x.to(dtype) - center[:, :, None, None]
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    trains_affine = any(p is not None and p.requires_grad for p in (weight, bias))
-    if x.device.type == "cpu" and torch.is_grad_enabled() and trains_affine and not x32.requires_grad:
+    is_frozen = torch.is_grad_enabled() and x.device.type == "cpu" and not x32.requires_grad
+    if is_frozen and any(p is not None and p.requires_grad for p in (weight, bias)):
         # Torch's backward for channels-last crashes the process where the image needs no gradient (seen in 2.13).
         x32 = x32.contiguous()
     y = F.group_norm(x32, num_groups, weight, bias, eps)

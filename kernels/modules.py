@@ -55,10 +55,11 @@ class GroupNormSiLU(nn.GroupNorm):
         before the norm; the channels of skip [B, C2, ...] follow those of x, without a concatenation. Raises
         ValueError for what does not fit, `KernelUnsupported` for backend "triton" where the kernel cannot serve.
         """
-        if isinstance(x_bias, Tensor) and x_bias.ndim == 1:
-            x_bias = x_bias.expand(x.shape[0], -1)
-        if isinstance(x, Tensor) and x.ndim != 4:
-            return self._of_another_rank(x, x_bias, skip)
+        if isinstance(x, Tensor):
+            if x.ndim != 4:
+                return self._of_another_rank(x, x_bias, skip)
+            if isinstance(x_bias, Tensor) and x_bias.ndim == 1:
+                x_bias = x_bias.expand(x.shape[0], -1)
         return group_norm_silu(
             x,
             self.num_groups,

@@ -347,8 +347,15 @@ def test_fewer_tokens_than_heads_are_no_mistake() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "no tensor": (lambda: GroupNormSiLU(2, 8)([1.0]), "group_norm_silu: x must be a tensor; got list"),
+    "no tensor": (
+        lambda: GroupNormSiLU(2, 8)([1.0], torch.ones(8)),
+        "group_norm_silu: x must be a tensor; got list",
+    ),
     "one dimension": (lambda: GroupNormSiLU(2, 8)(torch.ones(8)), r"x must be \[B, C, ...\]; got \[8\]"),
+    "no dimension": (
+        lambda: GroupNormSiLU(2, 8)(torch.tensor(1.0), torch.ones(8)),
+        r"x must be \[B, C, ...\]; got \[\]",
+    ),
     "channels": (lambda: GroupNormSiLU(2, 8)(torch.ones(2, 6, 4)), r"weight must be a float \[6\]"),
     "bias": (
         lambda: GroupNormSiLU(2, 8)(torch.ones(2, 8, 2, 2), torch.ones(3, 8)),

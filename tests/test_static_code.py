@@ -8,6 +8,7 @@ import torch
 from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.static import sass
 from ldmperf.profiling.static.amd import AmdResources, amd_resources
 from ldmperf.profiling.static.compile import Compiled, Specialization, compile_launch
 from ldmperf.profiling.static.inspection import Inspection, inspect_launch, inspect_launches
@@ -393,3 +394,16 @@ def test_codes_that_are_read_at_once_are_those_that_cuobjdump_tells_alone(tmp_pa
 def test_what_is_no_cubin_is_refused(cubin):
     with pytest.raises(ValueError, match=r"no ELF file|0 functions"):
         instructions_of([cubin], "sm_90a")
+
+
+@pytest.mark.parametrize("size", [32, 48, 64, 40])
+def test_an_instruction_that_is_not_told_is_noticed(size, monkeypatch):
+    """The codes behind it would be cut in the wrong places."""
+    told = "        /*0000*/  MOV R1, R2 ;\n        /*0010*/  BRA 0x10 ;\n        /*0030*/  EXIT ;\n"
+    monkeypatch.setattr(sass, "_code", bytes)
+    monkeypatch.setattr(sass, "_said", lambda *_, of: "".join(told.splitlines(True)[: 2 if len(of) < 40 else 3]))
+    if size == 32:
+        assert [one.opcode for (one,) in instructions_of([bytes(16), bytes(16)], "sm_80")] == ["MOV", "BRA"]
+    else:
+        with pytest.raises(ValueError, match="does not tell every instruction"):
+            instructions_of([bytes(size)], "sm_80")

@@ -342,6 +342,21 @@ def test_compiled_training_is_that_of_eager():
     assert max(float((compiled[name] - value).abs().max()) for name, value in eager.items()) < 1e-11
 
 
+# What torch batches one by one it says that it does.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", CALLS)
+def test_several_gradients_of_one_graph_at_once(name):
+    """As torch.autograd.functional.jacobian(vectorize=True) asks for them."""
+    # Torch 2.13's own group norm cannot, of a channels-last image.
+    values = [value.detach().contiguous().requires_grad_() for value in leaves(name)]
+    out = CALLS[name][0](*values, backend="torch")
+    grads = torch.randn(3, *out.shape, dtype=out.dtype)
+    found = torch.autograd.grad(out, values, grads, retain_graph=True, is_grads_batched=True)
+    for i, grad in enumerate(grads):
+        expected = torch.autograd.grad(out, values, grad, retain_graph=True)
+        torch.testing.assert_close([one[i] for one in found], list(expected), rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_frozen_arguments_have_no_gradient_and_change_no_other(name):
     function = functools.partial(CALLS[name][0], backend="torch")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import re
 import struct
@@ -15,6 +14,8 @@ from pathlib import Path
 _LINE = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[T\d]+)\s+)?([A-Z][A-Z0-9_]*)((?:\.[A-Za-z0-9_]+)*)\s*(.*?)\s*;"
 )
+# Of an instruction, since Volta.
+_BYTES = 16
 _TARGET = re.compile(r"(?:^|[\s(])(0x[0-9a-f]+)\)?$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 # What a warp repeats until a barrier lets it pass: a copy that has not landed, another partition's work.
@@ -74,17 +75,16 @@ def instructions_of(cubins: Sequence[bytes], target: str) -> list[list[Instructi
     """The instructions of each cubin, compiled for the PTX `target`, "sm_90a".
 
     One nvdisasm reads all codes, one behind the other, as its start takes longer than its work. Addresses count
-    from the first one's. Raises ValueError for what is no cubin of one function.
+    from the first one's. Raises ValueError for what is no cubin of one function, and where an instruction is not
+    told.
     """
     codes = [_code(cubin) for cubin in cubins]
-    text = _said("nvdisasm", "-novliw", "--binary", target.replace("sm_", "SM"), of=b"".join(codes))
-    ends = list(itertools.accumulate(len(code) for code in codes))
-    found: list[list[Instruction]] = [[] for _ in codes]
-    for instruction in parse(text):
-        found[bisect.bisect_right(ends, instruction.address)].append(instruction)
-    if not all(found):
-        raise ValueError("a cubin has no instructions")
-    return found
+    joined = b"".join(codes)
+    instructions = parse(_said("nvdisasm", "-novliw", "--binary", target.replace("sm_", "SM"), of=joined))
+    if [one.address for one in instructions] != list(range(0, len(joined), _BYTES)):
+        raise ValueError("nvdisasm does not tell every instruction of the code")
+    rest = iter(instructions)
+    return [list(itertools.islice(rest, len(code) // _BYTES)) for code in codes]
 
 
 def _code(cubin: bytes) -> bytes:
