@@ -13,8 +13,6 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 NODE = ROOT / "examples" / "comfyui"
-
-
 PACKAGES = ("einops", "torchsde", "trampoline")
 
 
@@ -69,6 +67,31 @@ config = dict(
     num_heads=4, use_spatial_transformer=True, transformer_depth=[1, 0], transformer_depth_output=[1, 0, 0, 0],
     transformer_depth_middle=1, context_dim=16, adm_in_channels=None, legacy=False, dtype=torch.float32,
 )
+# The counts of docs/comfyui.md, from ComfyUI's UNets of the published shapes.
+import comfy.ldm.modules.diffusionmodules.openaimodel as networks
+from comfy.ldm.modules.attention import CrossAttention
+pairs_and_gates = sys.modules["node.fused_modules"].pairs_and_gates
+common = dict(
+    image_size=32, in_channels=4, out_channels=4, model_channels=320, use_spatial_transformer=True, legacy=False,
+    device="meta", operations=comfy.ops.disable_weight_init,
+)
+sd15 = dict(
+    num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], num_heads=8, transformer_depth=[1] * 6 + [0] * 2,
+    transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, context_dim=768,
+)
+sdxl = dict(
+    num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], num_head_channels=64, num_heads=-1, num_classes="sequential",
+    adm_in_channels=2816, use_linear_in_transformer=True, transformer_depth=[0, 0, 2, 2, 10, 10],
+    transformer_depth_output=[0] * 3 + [2] * 3 + [10] * 3, transformer_depth_middle=10, context_dim=2048,
+)
+for shape, parameters, counts in (
+    (sd15, 859_520_964, (45, 32, 16)), (sdxl, 2_567_463_684, (35, 140, 70))
+):
+    unet = networks.UNetModel(**common, **shape)
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    pairs, gates = pairs_and_gates(unet)
+    attentions = [module for module in unet.modules() if isinstance(module, CrossAttention)]
+    assert (len(pairs), len(attentions), len(gates)) == counts
 model = comfy.supported_models.SD15(config).get_model({}, "", device="cpu")
 torch.manual_seed(0)
 with torch.no_grad():

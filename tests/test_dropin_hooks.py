@@ -194,7 +194,7 @@ def our_gradients_are(ours: dict[str, torch.Tensor], expected: dict[str, torch.T
 ONE_LEVEL = SMALL | {
     "block_out_channels": (32,),
     "down_block_types": ("CrossAttnDownBlock2D",),
-    "up_block_types": ("CrossAttnUpBlock2D",),
+    "up_block_types": ("UpBlock2D",),
 }
 
 

@@ -91,9 +91,9 @@ ROW: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("at", [0, 2, 5])
+@pytest.mark.parametrize("at", [0, 5])
 def test_lora_through_a_pipeline(at: int) -> None:
-    """Accelerated before, between and after; undone in the middle of the rest."""
+    """Accelerated before and after; undone, and accelerated again, in the middle of the rest."""
     pipe, twin = pipeline(), pipeline()
     before = latents(twin)
     for number, change in enumerate(ROW):
