@@ -65,7 +65,7 @@ def whole(call: str, name: str, value: Any) -> Any:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{call}: {name} must be a whole number; got {value!r}") from None
+        raise ValueError(f"{call}: {name} must be a whole number; got {_shown(value)}") from None
 
 
 def choice(call: str, name: str, value: Any, choices: Sequence[str | None]) -> None:
@@ -84,4 +84,11 @@ def real(call: str, name: str, value: Any) -> Any:
             raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{call}: {name} must be a number; got {value!r}") from None
+        raise ValueError(f"{call}: {name} must be a number; got {_shown(value)}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value in one line: of a tensor its dtype and shape."""
+    if isinstance(value, Tensor) and value.ndim:
+        return f"a tensor, {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return " ".join(repr(value).split())

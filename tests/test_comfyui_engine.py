@@ -171,6 +171,6 @@ except ImportError as error:
 """
     command = [sys.executable, "-c", code, str(folder)]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-    assert run.stdout == f"ldmperf node: pip install ldmperf, or copy its kernels/ folder to {folder}\n", (
+    assert run.stdout == f"ldmperf node: copy the kernels/ folder of ldmperf to {folder}, or install ldmperf\n", (
         run.stderr
     )

@@ -128,6 +128,11 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
         ("linear", {"eps": "1e-5"}, "eps must be a number"),
         ("group_norm_silu", {"eps": 1j}, "eps must be a number"),
         ("group_norm_silu", {"num_groups": 4.0}, "num_groups must be a whole number; got 4.0"),
+        (
+            "group_norm_silu",
+            {"num_groups": torch.zeros(64)},
+            "num_groups must be a whole number; got a tensor, float32 [64]",
+        ),
         ("group_norm_silu", {"num_groups": torch.tensor(4.0)}, "num_groups must be a whole number"),
         ("group_norm_silu", {"num_groups": True}, "num_groups must be a whole number; got True"),
         ("group_norm_silu", {"num_groups": np.bool_(True)}, "num_groups must be a whole number"),

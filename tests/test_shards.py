@@ -15,7 +15,7 @@ from ldmperf.profiling import Case
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.options import CaseError
-from ldmperf.profiling.sweep.shards import dealt, latest_of_shard, planned, shard_named, slurm_shard
+from ldmperf.profiling.sweep.shards import _group, dealt, latest_of_shard, planned, shard_named, slurm_shard
 from ldmperf.profiling.trajectory.presets import PRESETS, select_cases
 from ldmperf.profiling.trajectory.runs import Run, Shard, create_run, open_run
 
@@ -86,7 +86,8 @@ print(planned(shard_named("2/4"), cases), [case.key for case in dealt(cases, sha
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_shard_of_a_preset_is_empty_while_there_are_groups(preset):
     cases = select_cases(preset, {})
-    assert all(dealt(cases, Shard(index=index, count=4)) for index in range(1, 5))
+    filled = sum(bool(dealt(cases, Shard(index=index, count=4))) for index in range(1, 5))
+    assert filled == min(4, len(set(map(_group, cases))))
 
 
 def test_the_dealing_is_pinned():
@@ -98,7 +99,7 @@ def test_the_dealing_is_pinned():
         {"145M"},
         {"5B"},
     ]
-    assert planned(Shard(index=1, count=4), cases) == Shard(index=1, count=4, plan="871483f2c3898117", cases=36)
+    assert planned(Shard(index=1, count=4), cases) == Shard(index=1, count=4, plan="9a559c13642555c2", cases=44)
 
 
 @pytest.mark.parametrize(("text", "said"), [("2/4", (2, 4)), ("1/1", (1, 1)), (" 3 / 12", (3, 12))])

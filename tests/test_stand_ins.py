@@ -209,12 +209,18 @@ def test_report_of_every_module_once():
     assert len(text.splitlines()) < 20
     assert "resnet" in text
     assert text.splitlines()[-1] == "cpu: the references in torch, as the kernels need a GPU"
+    assert (
+        repr(report)
+        == f"<Report: {len(report.replaced)} modules replaced, {len(report.left)} left; print it for the table>"
+    )
 
 
 @pytest.mark.parametrize("target", [nn.Linear(2, 2), "unet", None, object()])
 @pytest.mark.parametrize("call", [accelerate, undo])
 def test_a_wrong_target_is_told_in_one_line(call, target):
-    with pytest.raises(ValueError, match=f"^{call.__name__}: target must be a UNet2DConditionModel") as error:
+    with pytest.raises(
+        ValueError, match=f"^{call.__name__}: target must be a loaded UNet2DConditionModel"
+    ) as error:
         call(target)
     assert "\n" not in str(error.value)
 
@@ -223,6 +229,13 @@ def test_a_wrong_backend_is_told_before_anything_changes():
     model = unet()
     with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of auto, torch, triton"):
         accelerate(model, backend="fast")
+    assert not ours(model)
+
+
+def test_a_wrong_option_is_told_before_anything_changes():
+    model = unet()
+    with pytest.raises(ValueError, match=r"^accelerate: attention must be True or False; got 'no'$"):
+        accelerate(model, attention="no")
     assert not ours(model)
 
 
@@ -238,7 +251,7 @@ def test_the_backend_reaches_every_operator():
 
 def test_without_diffusers_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"needs diffusers: pip install 'ldmperf\[dropin\]'"):
+    with pytest.raises(ImportError, match=r"needs diffusers: pip install diffusers"):
         runpy.run_path(dropin.__file__)
 
 
@@ -431,7 +444,12 @@ def test_a_network_with_a_forward_of_its_own(where):
 
 def test_a_compiled_forward_of_a_network():
     torch._dynamo.reset()
-    model = unet(**RESNETS_ALONE)
+    model = unet(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    )
     expected = run(model)
     accelerate(model)
     model.forward = torch.compile(model.forward, backend=Graphs(), fullgraph=True)

@@ -23,7 +23,7 @@ else:
         from ldmperf import kernels
     except ImportError as error:
         raise ImportError(
-            f"ldmperf node: pip install ldmperf, or copy its kernels/ folder to {Path(__file__).parent}"
+            f"ldmperf node: copy the kernels/ folder of ldmperf to {Path(__file__).parent}, or install ldmperf"
         ) from error
 
 BACKENDS = ("auto", "triton", "torch")

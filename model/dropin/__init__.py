@@ -10,7 +10,7 @@ Needs diffusers (the extra `dropin`), which only this package of `ldmperf.model`
 try:
     import diffusers as _diffusers  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"ldmperf.model.dropin needs diffusers: pip install 'ldmperf[dropin]' ({error})") from None
+    raise ImportError(f"ldmperf.model.dropin needs diffusers: pip install diffusers ({error})") from None
 
 from .report import Left, Replaced, Report
 from .swap import accelerate, undo

@@ -100,6 +100,9 @@ class Report:
     ) -> None:
         self.undo()
 
+    def __repr__(self) -> str:
+        return f"<Report: {len(self.replaced)} modules replaced, {len(self.left)} left; print it for the table>"
+
     def __str__(self) -> str:
         """A table by kind and class, and which backend serves on the devices of the models."""
         replaced = Counter((entry.kind, entry.what) for entry in self.replaced)

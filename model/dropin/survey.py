@@ -62,7 +62,7 @@ _GEGLU = Kind(
 _ATTENTION = Kind("attention", "attention", stand_ins.Attention, "softmax(q k^T) v", {"group_norm": nn.GroupNorm})
 _NORM = Kind("norm", "norms", stand_ins.GroupNorm, "group norm", {})
 _OUT_NORM = Kind("norm", "norms", stand_ins.OutGroupNorm, "group norm + SiLU", {})
-_OUT_SILU = Kind("norm", "norms", stand_ins.OutSiLU, "done by the norm before it", {})
+_OUT_SILU = Kind("norm", "norms", stand_ins.OutSiLU, "a SiLU, done by the norm before it", {})
 KINDS = {kind.stand_in: kind for kind in (_RESNET, _BLOCK, _GEGLU, _ATTENTION, _NORM, _OUT_NORM, _OUT_SILU)}
 _BY_HOST = {ResnetBlock2D: _RESNET, BasicTransformerBlock: _BLOCK, GEGLU: _GEGLU, Attention: _ATTENTION}
 

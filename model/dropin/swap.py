@@ -32,12 +32,15 @@ def accelerate(
     Outputs are those of before, to rounding. The classes of the instances are set, nothing else: parameters, hooks
     and the state dict stay, and `Report.undo` or `undo` give the classes back. Again on the same target it takes
     what is not taken yet, and `backend` counts for all until that report's undo. Not while another thread runs the
-    model. Raises ValueError for another target or backend; warns where there is nothing to take.
+    model. Raises ValueError for another target, option or backend; warns where there is nothing to take.
     """
     if backend not in BACKENDS:
         raise ValueError(f"accelerate: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-    models, others = _models("accelerate", target)
     options = {"attention": attention, "norms": norms, "geglu": geglu}
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"accelerate: {name} must be True or False; got {value!r}")
+    models, others = _models("accelerate", target)
     before: dict[nn.Module, str | None] = {}
     for model in models.values():
         for place in places(model):
@@ -81,9 +84,10 @@ def _models(call: str, target: Any) -> tuple[Mapping[str, nn.Module], list[Left]
         return models, others
     model = _unwrapped(target)
     if not isinstance(model, MODELS):
+        got = f"the class {target.__name__}" if isinstance(target, type) else type(target).__name__
         raise ValueError(
-            f"{call}: target must be a UNet2DConditionModel, an AutoencoderKL or a pipeline of diffusers; "
-            f"got {type(target).__name__}"
+            f"{call}: target must be a loaded UNet2DConditionModel, AutoencoderKL or pipeline of diffusers; "
+            f"got {got}"
         )
     return {"": model}, []
 
