@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    XFormersAttnProcessor,
+)
 from dropin_checks import relative_rms
 from dropin_models import randomized
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from ldmperf.model.dropin.stand_ins import Attention as StandIn
-from ldmperf.model.dropin.stand_ins import give_back, take_over
+from ldmperf.model.dropin.stand_ins import give_back, processor_reason, take_over
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 quick = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -238,6 +244,20 @@ def test_other_processors_run_as_they_are():
     assert torch.equal(module(x), 2 * x)
     module.set_processor(Subclass())
     assert torch.equal(module(x), 3 * x)
+
+
+def test_the_processor_of_xformers_scales_as_the_module_says():
+    """It runs on a GPU alone; AttnProcessor is the same formula."""
+    module = attention(scale_qk=False)
+    x = torch.randn(2, 5, 16)
+    module.set_processor(AttnProcessor())
+    expected = module(x)
+    module.set_processor(XFormersAttnProcessor())
+    take_over(module, StandIn, "torch")
+    torch.testing.assert_close(module(x), expected)
+    assert processor_reason(module.processor) is None
+    reason = processor_reason(XFormersAttnProcessor(attention_op=object))
+    assert reason == "its processor asks for an operator of xformers by name"
 
 
 @pytest.mark.parametrize("across", [False, True])

@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.models.attention_processor import (
+    Attention,
     AttnProcessor,
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
@@ -580,6 +581,16 @@ def test_a_processor_of_someone_elses_runs():
     assert set(attention_left(report).values()) == {"its processor is IPAdapterAttnProcessor2_0"}
     report.undo()
     assert model.attn_processors[name] is adapter
+
+
+def test_attention_of_another_kind_is_left():
+    model = unet()
+    block = model.mid_block.attentions[0].transformer_blocks[0]
+    for options in ({"kv_heads": 1}, {"context_pre_only": True, "pre_only": True}):
+        block.attn1 = Attention(16, heads=2, dim_head=8, **options)
+        with accelerate(model) as report:
+            reasons = {"its keys or its result have other heads than its queries"}
+            assert set(attention_left(report).values()) == reasons
 
 
 def test_a_mask_is_served_by_torch_and_told_once(caplog):
