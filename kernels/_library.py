@@ -142,7 +142,7 @@ class _Zeros:
     def made(self, grad: Tensor) -> Tensor:
         """Zeros in no memory, of the class that `grad` has."""
         # Not grad.new_zeros: of a batch of gradients (is_grads_batched=True) it would be batched too.
-        zeros = torch.zeros if type(grad) is Tensor else grad.new_zeros
+        zeros: Callable[..., Tensor] = torch.zeros if type(grad) is Tensor else grad.new_zeros
         return zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
 
 
