@@ -664,3 +664,17 @@ def test_what_was_measured_is_read_from_the_table_of_the_gpu(tmp_path, monkeypat
     table.write_text(json.dumps(document))
     assert measured(torch.device("cuda", 0)) == {"a"}
     assert measured(torch.device("cpu")) == frozenset()
+
+
+def test_reasons_are_asked_once_a_layout_and_few_are_kept(monkeypatch):
+    asked = []
+    monkeypatch.setattr(serving, "_refusals", lambda operator, call, backend: asked.append(call.x) or ())
+    monkeypatch.setattr(serving, "_found", {})
+    monkeypatch.setattr(serving, "MOST", 3)
+    square = torch.randn(4, 4)
+    layouts = [square, square.t(), square.half(), square[:2], square[:, :2]]
+    for x in layouts:
+        for _ in range(2):
+            assert serving.refusals("geglu", serving.bind("geglu", x), "auto") == ()
+        assert len(serving._found) <= serving.MOST
+    assert len(asked) == len(layouts)
