@@ -131,7 +131,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
         (
             "group_norm_silu",
             {"num_groups": torch.zeros(64)},
-            "num_groups must be a whole number; got a tensor, float32 [64]",
+            r"num_groups must be a whole number; got a tensor, float32 \[64\]",
         ),
         ("group_norm_silu", {"num_groups": torch.tensor(4.0)}, "num_groups must be a whole number"),
         ("group_norm_silu", {"num_groups": True}, "num_groups must be a whole number; got True"),
