@@ -23,6 +23,11 @@ def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
+def close(model: Any, inputs: dict[str, Any], expected: torch.Tensor) -> bool:
+    """Whether a float32 model's result is the expected one, to rounding."""
+    return relative_rms(output(model, inputs), expected) < SAME[torch.float32]
+
+
 class OurCalls(TorchDispatchMode):
     """Counts the calls of our operators, by name."""
 
@@ -34,6 +39,23 @@ class OurCalls(TorchDispatchMode):
         if func.namespace == "ldmperf":
             self.names[func._schema.name.removeprefix("ldmperf::")] += 1
         return func(*args, **kwargs or {})
+
+
+class Computed(TorchDispatchMode):
+    """The names of operators that write a result, as views do not; a convolution's bias is a pass of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        if isinstance(first, torch.Tensor) and first.untyped_storage().data_ptr() not in given:
+            self.names += [name, "bias"] if name == "convolution" and args[2] is not None else [name]
+        return out
 
 
 def our_calls(model: Any, inputs: dict[str, Any]) -> Counter[str]:

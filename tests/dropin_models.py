@@ -299,3 +299,9 @@ def pipeline_inputs(kind: str) -> dict[str, Any]:
     if kind == "inpaint":
         inputs |= {"mask_image": (image[:, :1] > 0.5).float(), "height": 16, "width": 16}
     return inputs | {"strength": 1.0}
+
+
+def unet_and_inputs() -> tuple[Any, dict[str, Any]]:
+    """The smallest of Stable Diffusion's kind, and what it is called with."""
+    unet = make_unet(UNETS["bk_sdm_small"])
+    return unet, model_inputs(unet)

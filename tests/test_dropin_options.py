@@ -10,23 +10,14 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from dropin_checks import SAME, floats, objects, our_calls, output, relative_rms
-from dropin_models import UNETS, make, make_unet, make_vae, model_inputs
+from dropin_checks import SAME, close, floats, objects, our_calls, output, relative_rms
+from dropin_models import UNETS, make, make_unet, make_vae, model_inputs, unet_and_inputs
 from torch import nn
 
 from ldmperf.model.dropin import accelerate
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 SMALL = UNETS["bk_sdm_small"]
-
-
-def unet_and_inputs() -> tuple[Any, dict[str, Any]]:
-    unet = make_unet(SMALL)
-    return unet, model_inputs(unet)
-
-
-def close(model: Any, inputs: dict[str, Any], expected: torch.Tensor) -> bool:
-    return relative_rms(output(model, inputs), expected) < SAME[torch.float32]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import diffusers
 import pytest
 import torch
-from dropin_checks import SAME, objects, our_calls, output, relative_rms
-from dropin_models import UNETS, make_unet, model_inputs
+from dropin_checks import SAME, close, objects, our_calls, output, relative_rms
+from dropin_models import UNETS, make_unet, model_inputs, unet_and_inputs
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -19,15 +18,6 @@ from ldmperf.model.dropin import accelerate, undo
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 SMALL = UNETS["bk_sdm_small"]
-
-
-def unet_and_inputs() -> tuple[Any, dict[str, Any]]:
-    unet = make_unet(SMALL)
-    return unet, model_inputs(unet)
-
-
-def close(model: Any, inputs: dict[str, Any], expected: torch.Tensor) -> bool:
-    return relative_rms(output(model, inputs), expected) < SAME[torch.float32]
 
 
 def test_an_activation_that_all_share():

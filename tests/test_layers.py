@@ -8,10 +8,10 @@ import torch
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from dropin_checks import Computed
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.prune import random_unstructured
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.kernels import layers
 
@@ -428,23 +428,6 @@ def test_an_image_of_another_dtype_is_added_as_the_host_adds_it():
     expected = block(x, temb)
     assert expected.dtype == torch.float64
     torch.testing.assert_close(taken(block)(x, temb), expected, rtol=1e-5, atol=1e-6)
-
-
-class Computed(TorchDispatchMode):
-    """The names of operators that write a result, as views do not; a convolution's bias is a pass of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        first = out[0] if isinstance(out, (tuple, list)) else out
-        if first.untyped_storage().data_ptr() not in given:
-            self.names += [name, "bias"] if name == "convolution" and args[2] is not None else [name]
-        return out
 
 
 def computed(module, *args):

@@ -23,8 +23,8 @@ from diffusers.models.attention_processor import (
     IPAdapterAttnProcessor2_0,
 )
 from diffusers.models.resnet import ResnetBlock2D
+from dropin_checks import Computed
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.kernels import KernelUnsupported
 from ldmperf.model import dropin
@@ -680,23 +680,6 @@ def test_accelerated_first_and_compiled_then():
 
 
 # What it saves
-
-
-class Computed(TorchDispatchMode):
-    """The names of operators that write a result, as views do not; a convolution's bias is a pass of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        first = out[0] if isinstance(out, (tuple, list)) else out
-        if isinstance(first, torch.Tensor) and first.untyped_storage().data_ptr() not in given:
-            self.names += [name, "bias"] if name == "convolution" and args[2] is not None else [name]
-        return out
 
 
 def computed(call, *args, **kwargs):
