@@ -304,6 +304,22 @@ def test_a_hook_may_change_a_value(name):
     torch.testing.assert_close(*reversed(results))
 
 
+@pytest.mark.parametrize("which", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("case", CASES)
+def test_hooks_of_the_backward_fire(case, which):
+    make, inputs = CASES[case]
+    block, given = make(), inputs()
+    given = [value.requires_grad_() if torch.is_tensor(value) else value for value in given]
+    for name in NAMES[case]:
+        seen = {"theirs": [], "ours": []}
+        for whose, one in (("theirs", copy.deepcopy(block)), ("ours", taken(block))):
+            into = seen[whose]
+            getattr(one.get_submodule(name), which)(lambda _, *grads, into=into: into.append(grads))
+            one(*given).sum().backward()
+        assert seen["theirs"]
+        torch.testing.assert_close(seen["ours"], seen["theirs"])
+
+
 def test_hooks_of_all_modules_fire():
     make, inputs = CASES["resnet"]
     block, given = make(), inputs()
