@@ -10,6 +10,7 @@ Softmax and sums are float32 in any case, as `upcast_attention` and `upcast_soft
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any, cast
 
@@ -108,10 +109,9 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 _MASKED = "an additive mask: the kernel takes lengths of contexts and masks of keys, which are no sums with scores"
-_logged: set[str] = set()
 
 
+@functools.cache
 def _log_mask() -> None:
-    if _MASKED not in _logged:
-        _logged.add(_MASKED)
-        logger.warning("attention: torch's scaled_dot_product_attention serves %s", _MASKED)
+    """Once in a process."""
+    logger.warning("attention: torch's scaled_dot_product_attention serves %s", _MASKED)
