@@ -30,13 +30,17 @@ ALLOWED = {
     "profiling": {
         *("torch", "numpy", "pydantic", "typer", "click", "rich", "altair", "vl_convert", "jinja2", "pynvml"),
         *("scipy", "triton", "diffusers", "xformers", "safetensors"),
-        *("ldmperf.kernels", "ldmperf.model", "ldmperf.model.dropin", "ldmperf.samplers"),
+        *("ldmperf.kernels", "ldmperf.model", "ldmperf.model.dropin", "ldmperf.model.pipeline", "ldmperf.samplers"),
     },
 }
 
-# What a file or the files of a folder may import beside that: the only ones that know the engine of a cluster, and
-# the classes of diffusers that kernels are put into.
-ALLOWED_TO = {"profiling/sweep/cluster.py": {"ray"}, "model/dropin": {"diffusers"}}
+# What a file or the files of a folder may import beside that: the only ones that know the engine of a cluster, what
+# stands behind diffusers' pipelines, and the way from a prompt to an image.
+ALLOWED_TO = {
+    "profiling/sweep/cluster.py": {"ray"},
+    "model/dropin": {"diffusers", "ldmperf.samplers"},
+    "model/pipeline": {"transformers", "PIL", "ldmperf.samplers"},
+}
 
 # Their classes take over others' classes, and keep the names, by which the hosts look them up.
 NAMED_AS_THEIR_HOSTS = {"kernels/layers.py", "model/dropin/stand_ins.py"}
