@@ -30,12 +30,13 @@ ALLOWED = {
     "profiling": {
         *("torch", "numpy", "pydantic", "typer", "click", "rich", "altair", "vl_convert", "jinja2", "pynvml"),
         *("scipy", "triton", "diffusers", "xformers", "safetensors"),
-        *("ldmperf.kernels", "ldmperf.model", "ldmperf.model.dropin", "ldmperf.model.pipeline", "ldmperf.samplers"),
+        *("ldmperf.kernels", "ldmperf.model", "ldmperf.samplers"),
+        *("ldmperf.model.dropin", "ldmperf.model.pipeline"),
     },
 }
 
-# What a file or the files of a folder may import beside that: the only ones that know the engine of a cluster, what
-# stands behind diffusers' pipelines, and the way from a prompt to an image.
+# What a file or the files of a folder may import beside that: the only ones that know the engine of a cluster,
+# what stands behind diffusers' pipelines, and the way from a prompt to an image.
 ALLOWED_TO = {
     "profiling/sweep/cluster.py": {"ray"},
     "model/dropin": {"diffusers", "ldmperf.samplers"},
