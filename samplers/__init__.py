@@ -3,6 +3,7 @@
 from .cuda_graphs import CaptureError, CudaGraphs, Graphs, own_workspaces
 from .graph import Capture, GraphedSampler
 from .plan import SAMPLERS, SamplingPlan, make_plan
+from .reads import Watch
 from .sample import initial_noise, sample
 from .schedule import NoiseSchedule
 from .step import Step
@@ -17,6 +18,7 @@ __all__ = [
     "NoiseSchedule",
     "SamplingPlan",
     "Step",
+    "Watch",
     "initial_noise",
     "make_plan",
     "own_workspaces",
