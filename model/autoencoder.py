@@ -40,8 +40,8 @@ class Moments(NamedTuple):
             noise = philox_normal(seed_tensor(seeds, self.mean.device), self.mean.shape[1:])
         if noise.shape != self.mean.shape:
             raise ValueError(
-                f"noise must be {list(self.mean.shape)}; got {list(noise.shape)}: give one number per latent, or one "
-                "seed per image"
+                f"noise must be {list(self.mean.shape)}; got {list(noise.shape)}: give one number per latent, or "
+                "one seed per image"
             )
         return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
 

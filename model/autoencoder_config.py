@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .fields import UnsupportedConfig, as_integer, count, each, integers, is_same, shown, strings
+from .fields import UnsupportedConfig, count, counts, each, integer, integers, shown, strings
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             self._set(name, count(name, getattr(self, name)))
-        self._set("block_channels", tuple(count("block_channels", one) for one in each(self, "block_channels")))
+        self._set("block_channels", counts("block_channels", self.block_channels))
         if not self.block_channels:
             raise UnsupportedConfig("block_channels is empty: give at least one level")
         if len(self.block_channels) > _MOST_LEVELS:
@@ -68,7 +68,7 @@ class AutoencoderConfig:
             self._set("shift_factor", _number("shift_factor", self.shift_factor))
         for name in ("latents_mean", "latents_std"):
             if getattr(self, name) is not None:
-                numbers = tuple(_number(name, one) for one in each(self, name))
+                numbers = tuple(_number(name, one) for one in each(name, getattr(self, name)))
                 if len(numbers) != self.latent_channels:
                     raise UnsupportedConfig(
                         f"{name} has {len(numbers)} numbers for {self.latent_channels} latent channels: "
@@ -136,7 +136,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _is_number(value: Any) -> bool:
-    if as_integer(value) is None and not isinstance(value, float):
+    if integer(value) is None and not isinstance(value, float):
         return False
     try:
         return math.isfinite(float(value))
@@ -149,7 +149,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_integer(value: Any) -> bool:
-    return as_integer(value) is not None
+    return integer(value) is not None
 
 
 def _are_numbers(value: Any) -> bool:
@@ -191,7 +191,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> AutoencoderConfig:
             continue
         if field != "act_fn":
             refuse(field, value, "unknown field")
-        elif not any(is_same(value, accepted) for accepted in _ACTIVATIONS):
+        elif not isinstance(value, str) or value not in _ACTIVATIONS:
             refuse(field, value, "only 'silu'")
 
     read = {theirs: config.get(theirs, default) for _, theirs, default in _FIELDS}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import UnsupportedConfig, as_integer, count, each, integers, is_same, shown, strings
+from .fields import UnsupportedConfig, count, each, integer, integers, shown, small, strings
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,23 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
                 "give the width of one number's sinusoids, and that of all of them beside the text embedding"
             )
-        self._set("block_channels", tuple(count("block_channels", one) for one in each(self, "block_channels")))
+        self._set(
+            "block_channels",
+            tuple(count("block_channels", one) for one in each("block_channels", self.block_channels)),
+        )
         levels = len(self.block_channels)
         layers: Any = self.transformer_layers
-        if (of_all := as_integer(layers)) is not None:
+        if (of_all := integer(layers)) is not None:
             self._set("transformer_layers", (of_all,) * levels)
-        layers = tuple(count("transformer_layers", one) for one in each(self, "transformer_layers"))
+        layers = tuple(
+            count("transformer_layers", one) for one in each("transformer_layers", self.transformer_layers)
+        )
         self._set("transformer_layers", layers)
         # A level without attention may give zero heads.
-        self._set("num_heads", tuple(count("num_heads", one, least=0) for one in each(self, "num_heads")))
-        self._set("attention", tuple(bool(one) for one in each(self, "attention")))
+        self._set(
+            "num_heads", tuple(count("num_heads", one, least=0) for one in each("num_heads", self.num_heads))
+        )
+        self._set("attention", tuple(bool(one) for one in each("attention", self.attention)))
         self._set("has_middle", bool(self.has_middle))
         self._set("conv_projection", bool(self.conv_projection))
         for name in ("num_heads", "attention", "transformer_layers"):
@@ -70,7 +77,7 @@ class UNetConfig:
                     f"{name} has {len(getattr(self, name))} entries for the {levels} levels of block_channels: "
                     "give one entry per level to each, and at least one level"
                 )
-        self._set("norm_eps", _small(self.norm_eps))
+        self._set("norm_eps", small("norm_eps", self.norm_eps))
         for level, (channels, heads) in enumerate(zip(self.block_channels, self.num_heads, strict=True)):
             if channels % self.norm_groups:
                 raise UnsupportedConfig(
@@ -102,16 +109,6 @@ class UNetConfig:
 
 
 _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
-
-
-def _small(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0.0
-    if isinstance(value, str) or not 0 < number < 1:
-        raise UnsupportedConfig(f"norm_eps = {shown(value)}: give a small positive number, such as 1e-5")
-    return number
 
 
 # The paper's names by the width of the first level (arXiv 2404.01367, Table 1): heads stay 8, the rest scales.
@@ -219,7 +216,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             continue
         if field not in _ONLY:
             refuse(field, value, "unknown field")
-        elif not any(is_same(value, accepted) for accepted in _ONLY[field]):
+        elif not any(_same(value, accepted) for accepted in _ONLY[field]):
             refuse(field, value, f"only {_ONLY[field][0]!r}")
 
     read = {field: config.get(field, default) for field, default in _READ.items()}
@@ -228,7 +225,7 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         if not accepts(read[field]):
             refuse(field, read[field], f"only a list, one {kind} per level")
             read[field] = _READ[field]
-    is_number = isinstance(read["norm_eps"], float) or as_integer(read["norm_eps"]) is not None
+    is_number = isinstance(read["norm_eps"], float) or integer(read["norm_eps"]) is not None
     if not is_number or not 0 < read["norm_eps"] < 1:
         refuse("norm_eps", read["norm_eps"], "only a small positive number")
     down, up = list(read["down_block_types"]), list(read["up_block_types"])
@@ -242,20 +239,20 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
     is_xl = read["addition_embed_type"] == "text_time"
     for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
-        if as_integer(read[field]) is None:
+        if integer(read[field]) is None:
             refuse(field, read[field], "only one integer")
     for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if is_xl else ():
-        if as_integer(read[field]) is None:
+        if integer(read[field]) is None:
             refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
         square = integers(sample_size) and len(sample_size) <= 2 and len(set(map(int, sample_size))) == 1
         sample_size = sample_size[0] if square else "not square"
-    if sample_size is not None and as_integer(sample_size) is None:
+    if sample_size is not None and integer(sample_size) is None:
         refuse("sample_size", read["sample_size"], "only square")
     # diffusers' name is historic: the value is the number of heads.
     for field in ("attention_head_dim", "transformer_layers_per_block"):
-        if as_integer(read[field]) is not None:
+        if integer(read[field]) is not None:
             read[field] = (read[field],) * len(down)
         if not integers(read[field]):
             refuse(field, read[field], "only an integer, or one per level")
@@ -304,3 +301,12 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "addition_time_embed_dim": config.added_time_dim,
         "projection_class_embeddings_input_dim": config.added_dim,
     }
+
+
+def _same(value: Any, accepted: Any) -> bool:
+    # A list of one value per level says the same as the value.
+    values = value if isinstance(value, list | tuple) and value else [value]
+    return all(
+        one is accepted if isinstance(one, bool) or isinstance(accepted, bool) else bool(one == accepted)
+        for one in values
+    )
