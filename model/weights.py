@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .arguments import check_backend
-from .config import UNetConfig, UnsupportedConfig, diffusers_config, shown
+from .config import UNetConfig, diffusers_config
+from .fields import UnsupportedConfig, shown
 from .files import (
     CheckpointError,
     Source,
@@ -205,6 +206,7 @@ def _acting(config: UNetConfig) -> UNetConfig:
         config,
         num_heads=acting(config.num_heads),
         transformer_layers=acting(config.transformer_layers),
+        only_cross_attention=tuple(map(all, zip(config.only_cross_attention, config.attention, strict=True))),
         sample_size=1,
     )
 
