@@ -53,19 +53,19 @@ def apply_tiled(
     """
     overlap = out_tiles.tile - out_tiles.step
     above: list[Tensor] = []
-    for top in range(0, x.shape[2], tiles.step):
+    # By the rows and columns of the result: the pixels left beside whole latents are no tile of their own.
+    for row in range(0, out.shape[2], out_tiles.step):
         below: list[Tensor] = []
         beside: Tensor | None = None
-        for column, left in enumerate(range(0, x.shape[3], tiles.step)):
+        for column in range(0, out.shape[3], out_tiles.step):
+            top, left = (at // out_tiles.step * tiles.step for at in (row, column))
             result = network(x[:, :, top : top + tiles.tile, left : left + tiles.tile])
             if above:
-                _blend(above[column], result, dim=2)
+                _blend(above[len(below)], result, dim=2)
             if beside is not None:
                 _blend(beside, result, dim=3)
-            row, place = top // tiles.step * out_tiles.step, column * out_tiles.step
-            # Of the last tiles nothing is left for others.
             kept = result[:, :, : out_tiles.step, : out_tiles.step]
-            out[:, :, row : row + kept.shape[2], place : place + kept.shape[3]] = kept
+            out[:, :, row : row + kept.shape[2], column : column + kept.shape[3]] = kept
             if overlap:
                 beside = result[:, :, :, -overlap:].clone()
                 below.append(result[:, :, -overlap:].clone())
