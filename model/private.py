@@ -13,15 +13,8 @@ from torch.utils._device import DeviceContext
 from ldmperf.kernels import GroupNormSiLU
 
 from .autoencoder_blocks import Coder, HalvingConv, ImageAttention
-from .blocks import (
-    EmbeddingMLP,
-    LabelEmbedding,
-    Resample,
-    ResBlock,
-    TimestepEmbedding,
-    Transformer,
-    TransformerBlock,
-)
+from .blocks import Resample, ResBlock, Transformer, TransformerBlock
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding
 from .route import Level
 from .staleness import Structure
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import EmbeddingMLP, LabelEmbedding, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
+from .blocks import Resample, ResBlock, Transformer
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
 from .private import Privacy
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
@@ -63,18 +64,11 @@ class UNet(nn.Module):
         layers, last = config.layers_per_block, len(channels) - 1
 
         def level(
-            i: int,
-            widths: Iterable[int],
-            transformers: int,
-            only_cross: bool = False,
-            down: bool = False,
-            up: bool = False,
+            i: int, widths: Iterable[int], transformers: int, only: bool, down: bool = False, up: bool = False
         ) -> Level:
             """A ResBlock from each of `widths` to the level's own width, transformers, and a resampling if any."""
-            out, sizes = (
-                channels[i],
-                (config.num_heads[i], config.transformer_layers[i], config.context_dim, only_cross),
-            )
+            out = channels[i]
+            sizes = config.num_heads[i], config.transformer_layers[i], config.context_dim, only
             return Level(
                 [ResBlock(width, out, groups, eps, backend) for width in widths],
                 [Transformer(out, *sizes, groups, backend, products) for _ in range(transformers)],
@@ -94,7 +88,7 @@ class UNet(nn.Module):
             self.down.append(level(i, widths, config.attention[i] * layers, only_cross[i], down=i < last))
             skips += [out] * (layers + (i < last))
             width = out
-        self.middle = level(last, [width, width], 1) if config.has_middle else None
+        self.middle = level(last, [width, width], 1, only=False) if config.has_middle else None
         self.up = nn.ModuleList()
         for i, out in reversed(list(enumerate(channels))):
             widths = [x + skips.pop() for x in (width, *[out] * layers)]
