@@ -1,6 +1,7 @@
 """The UNet against diffusers' UNet2DConditionModel with the same weights."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.model import FAMILY, Constants, UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.samplers import NoiseSchedule, make_plan, sample
 
+from .tapes import graphed
+
+SCHEDULE = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
 SMALL = {"norm_groups": 8, "context_dim": 24}
 # A pooled text embedding of 10 and 3 sizes, of 8 sinusoids each.
 ADDED = {"added_time_dim": 8, "added_dim": 34}
@@ -410,6 +415,26 @@ def test_a_label_that_nobody_checked_makes_its_sample_nan_and_reads_nothing_outs
         found = unet(sample, 1.0, context, class_labels=torch.tensor([0, 10, -1]))
     assert relative_rms(found[0], good[0]) < 1e-6
     assert found[1:].isnan().all()
+
+
+def test_a_graphed_run_has_the_bits_of_its_eager_loop():
+    """Other labels, conditions and prompts are copied into the memory of one capture."""
+    config = dataclasses.replace(CONFIGS["all"], in_channels=4)
+    unet, _ = pair(config, torch.float32)
+    sampler, tapes = graphed(unet.denoise)
+    plan, noise = make_plan("euler", SCHEDULE, 2), torch.randn(2, 4, 8, 8)
+    timesteps = [step.timestep for step in plan.steps]
+    for _ in range(3):
+        _, context = inputs(config, 2, (8, 8), 3, torch.float32)
+        conditioning = unet.condition(timesteps, context, **added_inputs(config, 2, torch.float32))
+        with torch.no_grad():
+
+            def denoise(x, step, conditioning=conditioning):
+                return unet.denoise(x, conditioning, step.index)
+
+            expected = sample(denoise, plan, noise, backend="torch")
+        assert torch.equal(sampler(conditioning, plan, noise), expected)
+    assert tapes.captured == 1
 
 
 @settings(max_examples=25, deadline=None)
