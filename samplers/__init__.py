@@ -1,17 +1,20 @@
 """The mathematics of sampling: schedules, plans and the loop that runs them."""
 
 from .cuda_graphs import CaptureError, CudaGraphs, Graphs, own_workspaces
-from .graph import Capture, GraphedSampler
+from .graph import GraphedSampler
+from .graphed_denoiser import GraphedDenoiser
 from .plan import SAMPLERS, SamplingPlan, make_plan
 from .sample import initial_noise, sample
 from .schedule import NoiseSchedule
 from .step import Step
+from .worth import Capture
 
 __all__ = [
     "SAMPLERS",
     "Capture",
     "CaptureError",
     "CudaGraphs",
+    "GraphedDenoiser",
     "GraphedSampler",
     "Graphs",
     "NoiseSchedule",
