@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -20,9 +21,6 @@ from .worth import Capture, Worth
 
 M = TypeVar("M")
 
-# Of the warm-up's calls the first tunes cuDNN and compiles Triton's kernels, the second is timed, and in the third
-# reads are noted: under a dispatch mode, compiled functions run uncompiled.
-WARM_UP_CALLS = 3
 # The first replay of a graph also uploads it.
 _TIMED_REPLAYS = range(1, 5)
 
@@ -67,9 +65,11 @@ class Captured(Generic[M]):
         return self._report
 
     @property
-    def is_measured(self) -> bool:
-        """Whether all replays that are timed have been, and the device is done with them."""
-        return self._uses >= _TIMED_REPLAYS.stop and self.report is not None and not self._timings
+    def is_slower(self) -> bool:
+        """Whether all replays that are timed have been, and none was faster than the eager call."""
+        if self._uses < _TIMED_REPLAYS.stop or not (self._timings or self._report.is_slower):
+            return False
+        return self.report.is_slower and not self._timings
 
 
 class Captures(Generic[M]):
@@ -125,34 +125,35 @@ class Captures(Generic[M]):
         self, key: Hashable, device: torch.device, description: str, build: Callable[[], Capturable[M]]
     ) -> Captured[M] | None:
         """The capture under this key, kept or new; None where the call is to run eagerly. Inside a turn."""
+        key = (key, _autocast(device))
         if self._watch is not None and not self._watch.is_same(self._modules()):
             self._drop_all("because modules changed")
-        captured = self._kept.get(key)
-        if captured is not None:
-            if self._worth and captured.is_measured and captured.report.is_slower:
-                self._drop_slower(key, captured.report)
-                return None
+        if self._worth and key in self._kept and self._kept[key].is_slower:
+            self._drop_slower(key)
+        if key in self._kept:
             self._kept.move_to_end(key)
-            return captured
+            return self._kept[key]
         if not self._decisions.takes(key):
             return None
         self._make_room()
-        try:
-            captured = self._capture(device, description, build)
-        except torch.OutOfMemoryError as error:
-            if not self._kept:
-                if not self._worth:
+        while key not in self._kept:
+            try:
+                self._kept[key] = self._capture(device, description, build)
+                continue
+            except torch.OutOfMemoryError as error:
+                if not self._kept and not self._worth:
                     raise
-                self._decisions.refuse(key, description, " ".join(str(error).split()))
+                reason = " ".join(str(error).removeprefix(_failed(description)).split())
+            # Not in the handler, whose frames hold the memory of what failed.
+            if not self._kept:
+                _release_memory()
+                self._decisions.refuse(key, description, reason)
                 return None
-        if captured is None:
-            # Out of memory beside the captures that are kept: drop them for this one.
             self._drop_all("because memory ran out")
-            return self.find(key, device, description, build)
-        self._kept[key] = captured
         # Not renewed: parameters that the call itself replaced in this capture make the earlier captures stale.
         self._watch = self._watch or Watch(self._modules())
-        return captured
+        self._decisions.say(f"{description} was captured")
+        return self._kept[key]
 
     def _modules(self) -> Sequence[nn.Module]:
         return modules_of(self._call) if self._given_modules is None else self._given_modules
@@ -163,6 +164,8 @@ class Captures(Generic[M]):
         while len(self._kept) >= self._max_captures:
             key, captured = self._kept.popitem(last=False)
             self._decisions.dropped(key, captured.report, f"because at most {self._max_captures} are kept")
+        if not self._kept:
+            self._watch = None
 
     def _drop_all(self, why: str = "") -> None:
         self._graphs.settle()
@@ -174,9 +177,9 @@ class Captures(Generic[M]):
             if why:
                 self._decisions.dropped(key, report, why)
 
-    def _drop_slower(self, key: Hashable, report: Capture) -> None:
+    def _drop_slower(self, key: Hashable) -> None:
         self._graphs.settle()
-        del self._kept[key]
+        report = self._kept.pop(key).report
         if not self._kept:
             self._watch = None
         _release_memory()
@@ -196,8 +199,11 @@ class Captures(Generic[M]):
             timings.append(self._graphs.timed(work.call, device))
 
         start = time.perf_counter()
-        for call in (work.call, timed, noted):
-            self._graphs.warm_up(call, device)
+        # The first call tunes cuDNN and compiles Triton's kernels. The last is under a dispatch mode, in which
+        # compiled functions run uncompiled.
+        with _no_cached_casts():
+            for call in (work.call, timed, noted):
+                self._graphs.warm_up(call, device)
         warm = time.perf_counter()
         found = {parameter for module in self._modules() for parameter in module.parameters()}
         if unseen := len({*reads.parameters} - found):
@@ -208,7 +214,8 @@ class Captures(Generic[M]):
         before = self._graphs.memory(device)
         try:
             # A tensor that the call leaves for the next one must not lie where other captures write.
-            replay_graph = self._graphs.capture(work.call, device, shares=not reads.left)
+            with _no_cached_casts():
+                replay_graph = self._graphs.capture(work.call, device, shares=not reads.left)
         except Exception as error:
             # Ending the capture fails too; its error would hide the cause, which is in the chain before it.
             chain = _chain(error)
@@ -221,7 +228,7 @@ class Captures(Generic[M]):
             del error, chain, cause, one
             _release_memory()
             kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
-            raise kind(f"{description} could not be captured: {reason}") from None
+            raise kind(f"{_failed(description)}{reason}") from None
         report = Capture(
             description,
             warm_up_ms=1e3 * (warm - start),
@@ -236,6 +243,28 @@ class Captures(Generic[M]):
 
 class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):
     """A capture that ran out of memory, which is both errors."""
+
+
+def _failed(description: str) -> str:
+    return f"{description} could not be captured: "
+
+
+def _autocast(device: torch.device) -> tuple[bool, torch.dtype] | None:
+    """What launches depend on besides tensors and modules."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    return torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+
+@contextmanager
+def _no_cached_casts() -> Iterator[None]:
+    """A capture casts weights itself: autocast keeps casts, which later writes to the weights do not reach."""
+    caches = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(caches)
 
 
 def _bytes(tree: Any) -> int:

@@ -165,6 +165,9 @@ class CudaGraphs:
         return pool
 
     def memory(self, device: torch.device) -> int:
+        # cudaMallocAsync tells nothing of its pools.
+        if torch.cuda.get_allocator_backend() != "native":
+            return 0
         index = _index(device)
         pools = {tuple(graph.pool()) for graph in self._made.get(index, ())}
         return sum(

@@ -120,7 +120,7 @@ class GraphedDenoiser(Generic[C]):
                     return _replayed(captured, model_input, values, roomy, step)
             like = _like_images(model_input).copy_(model_input)
             number = _set_step(torch.empty(1, dtype=torch.int64, device=device), step)
-            return self._denoise(like, roomy, number)
+            return _checked(self._denoise(like, roomy, number)).clone()
 
     def _with_room(self, conditioning: C, values: _Values) -> Any:
         for known, roomy in self._roomy:
@@ -139,7 +139,7 @@ class GraphedDenoiser(Generic[C]):
         )
 
         def call() -> None:
-            output = self._denoise(memory.model_input, memory.conditioning, memory.step)
+            output = _checked(self._denoise(memory.model_input, memory.conditioning, memory.step))
             if memory.output is None:
                 # In the first call of the warm-up: outside the captures' memory.
                 memory.output = torch.empty_like(output)
@@ -204,6 +204,12 @@ def _replayed(
     captured.replay()
     assert memory.output is not None
     return memory.output.clone()
+
+
+def _checked(output: object) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ValueError(f"denoise must return a tensor, not {shown(output)}")
+    return output
 
 
 def _set_step(number: Tensor, step: int | Tensor) -> Tensor:
