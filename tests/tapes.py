@@ -1,7 +1,7 @@
 """A stand-in for CUDA graphs: a tape of operators on the very memory of the capture.
 
 As a CUDA graph does, it keeps nothing of what was there before it; unlike one it fails where it reads memory that
-was freed.
+was freed. Captures that share a pool write over each other: before each replay, what such captures made is NaN.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class Outside:
 
 
 class Tape(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, shares: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.shares = shares
         self.made: set[int] = set()
         self.bytes = 0
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -70,10 +71,18 @@ class Tape(TorchDispatchMode):
         def real(leaf: Any) -> Any:
             return leaf.tensor() if isinstance(leaf, Outside) else leaf
 
-        for func, args, kwargs, results in self.calls:
-            out = func(*tree_map(real, args), **tree_map(real, kwargs))
-            for result, new in zip(results, tree_leaves(out), strict=bool(results)):
-                result.copy_(new)
+        # What autocast casts was captured.
+        with torch.autocast("cpu", enabled=False):
+            for func, args, kwargs, results in self.calls:
+                out = func(*tree_map(real, args), **tree_map(real, kwargs))
+                for result, new in zip(results, tree_leaves(out), strict=bool(results)):
+                    result.copy_(new)
+
+    def overwrite(self) -> None:
+        for *_, results in self.calls:
+            for result in results:
+                if isinstance(result, torch.Tensor) and result.is_floating_point():
+                    result.fill_(torch.nan)
 
 
 class Tapes:
@@ -120,7 +129,7 @@ class Tapes:
             self.log.append("failure")
             raise failure
         self.log.append("capture" if shares else "capture apart")
-        with Tape() as tape:
+        with Tape(shares) as tape:
             work()
         if not self.tapes:
             self.pool = 0
@@ -130,6 +139,9 @@ class Tapes:
         def replay() -> None:
             assert self.in_turn
             self.log.append("replay")
+            for other in self.tapes if shares else ():
+                if other.shares:
+                    other.overwrite()
             tape.replay()
 
         return replay
