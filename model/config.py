@@ -4,7 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import UnsupportedConfig, count, each, integer, integers, shown, small, strings
+from .fields import (
+    UnsupportedConfig,
+    count,
+    counts,
+    each,
+    integer,
+    integers,
+    shown,
+    small,
+    strings,
+    switches,
+    truths,
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +29,13 @@ class UNetConfig:
     convolutions (Stable Diffusion 1) instead of linear layers (2): the same computation, another shape in
     checkpoints. `added_dim` is the width of the second embedding in Stable Diffusion XL: a pooled text embedding
     beside `added_time_dim` sinusoids for each number of an image's sizes. Both are None elsewhere.
+
+    `only_cross_attention`: at these levels, never in the middle, the first attention of a transformer block reads
+    the context too, as in Stable Diffusion's x4 upscaler; one entry per level, or one for all. `num_class_embeds`
+    counts the classes (the upscaler's noise levels) of a table whose rows are added to the time embedding.
+    `time_cond_proj_dim` is the width of a condition (the embedded guidance scale of latent consistency models)
+    that is projected and added to the sinusoids. Both are None elsewhere.
+
     Integers of numpy and torch are integers. Raises `UnsupportedConfig`.
     """
 
@@ -35,11 +54,14 @@ class UNetConfig:
     transformer_layers: tuple[int, ...] = 1  # type: ignore[assignment]  # made a tuple below
     added_time_dim: int | None = None
     added_dim: int | None = None
+    only_cross_attention: tuple[bool, ...] = False  # type: ignore[assignment]  # made a tuple below
+    num_class_embeds: int | None = None
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             self._set(name, count(name, getattr(self, name)))
-        for name in ("added_time_dim", "added_dim"):
+        for name in ("added_time_dim", "added_dim", "num_class_embeds", "time_cond_proj_dim"):
             if getattr(self, name) is not None:
                 self._set(name, count(name, getattr(self, name)))
         if (self.added_time_dim is None) != (self.added_dim is None):
@@ -52,26 +74,19 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
                 "give the width of one number's sinusoids, and that of all of them beside the text embedding"
             )
-        self._set(
-            "block_channels",
-            tuple(count("block_channels", one) for one in each("block_channels", self.block_channels)),
-        )
+        self._set("block_channels", counts("block_channels", self.block_channels))
         levels = len(self.block_channels)
         layers: Any = self.transformer_layers
         if (of_all := integer(layers)) is not None:
-            self._set("transformer_layers", (of_all,) * levels)
-        layers = tuple(
-            count("transformer_layers", one) for one in each("transformer_layers", self.transformer_layers)
-        )
-        self._set("transformer_layers", layers)
+            layers = (of_all,) * levels
+        self._set("transformer_layers", counts("transformer_layers", layers))
         # A level without attention may give zero heads.
-        self._set(
-            "num_heads", tuple(count("num_heads", one, least=0) for one in each("num_heads", self.num_heads))
-        )
+        self._set("num_heads", counts("num_heads", self.num_heads, least=0))
         self._set("attention", tuple(bool(one) for one in each("attention", self.attention)))
         self._set("has_middle", bool(self.has_middle))
         self._set("conv_projection", bool(self.conv_projection))
-        for name in ("num_heads", "attention", "transformer_layers"):
+        self._set("only_cross_attention", switches("only_cross_attention", self.only_cross_attention, levels))
+        for name in ("num_heads", "attention", "transformer_layers", "only_cross_attention"):
             if len(getattr(self, name)) != levels or not levels:
                 raise UnsupportedConfig(
                     f"{name} has {len(getattr(self, name))} entries for the {levels} levels of block_channels: "
@@ -152,6 +167,9 @@ _READ: dict[str, Any] = {
     "addition_embed_type": None,
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
+    "only_cross_attention": False,
+    "num_class_embeds": None,
+    "time_cond_proj_dim": None,
 }
 
 # Fields of that class with the only values that this network implements; the first is the class's default.
@@ -159,7 +177,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "flip_sin_to_cos": (True,),
     "freq_shift": (0,),
-    "only_cross_attention": (False,),
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
     "dropout": (0.0,),
@@ -170,7 +187,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "num_attention_heads": (None,),
     "dual_cross_attention": (False,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "resnet_time_scale_shift": ("default",),
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1.0,),
@@ -178,17 +194,15 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
     "attention_type": ("default",),
     "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
     "cross_attention_norm": (None,),
 }
 
-# Fields that change nothing here: the softmax is float32 anyway; the other belongs to embeddings that are refused.
-_WITHOUT_EFFECT = {"upcast_attention", "addition_embed_type_num_heads"}
+# Fields that change nothing here: the softmax is float32 anyway; the others belong to what is refused.
+_WITHOUT_EFFECT = {"upcast_attention", "addition_embed_type_num_heads", "mid_block_only_cross_attention"}
 
 # State of diffusers' EMAModel, which it writes into the config of the averaged UNet.
 _OF_AN_AVERAGE = {
@@ -244,6 +258,12 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if is_xl else ():
         if integer(read[field]) is None:
             refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
+    for field in ("num_class_embeds", "time_cond_proj_dim"):
+        if read[field] is not None and integer(read[field]) is None:
+            refuse(field, read[field], "only one integer or null")
+    only_cross = read["only_cross_attention"]
+    if not isinstance(only_cross, bool) and not truths(only_cross):
+        refuse("only_cross_attention", only_cross, "only true or false, or a list, one of them per level")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
         square = integers(sample_size) and len(sample_size) <= 2 and len(set(map(int, sample_size))) == 1
@@ -277,6 +297,9 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         transformer_layers=tuple(read["transformer_layers_per_block"]),
         added_time_dim=read["addition_time_embed_dim"] if is_xl else None,
         added_dim=read["projection_class_embeddings_input_dim"] if is_xl else None,
+        only_cross_attention=only_cross if isinstance(only_cross, bool) else tuple(only_cross),  # type: ignore[arg-type]
+        num_class_embeds=read["num_class_embeds"],
+        time_cond_proj_dim=read["time_cond_proj_dim"],
     )
 
 
@@ -300,6 +323,9 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "addition_embed_type": None if config.added_dim is None else "text_time",
         "addition_time_embed_dim": config.added_time_dim,
         "projection_class_embeddings_input_dim": config.added_dim,
+        "only_cross_attention": config.only_cross_attention,
+        "num_class_embeds": config.num_class_embeds,
+        "time_cond_proj_dim": config.time_cond_proj_dim,
     }
 
 

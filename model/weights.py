@@ -171,6 +171,7 @@ def _acting(config: UNetConfig) -> UNetConfig:
         config,
         num_heads=acting(config.num_heads),
         transformer_layers=acting(config.transformer_layers),
+        only_cross_attention=tuple(map(all, zip(config.only_cross_attention, config.attention, strict=True))),
         sample_size=1,
     )
 
