@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import pickle
 from collections import Counter
@@ -383,7 +384,7 @@ def test_what_is_not_implemented_is_named(field: str, value: Any) -> None:
 )
 def test_sizes_that_are_none_are_named(wrong: dict[str, Any], told: str) -> None:
     with pytest.raises(UnsupportedConfig, match=told) as caught:
-        AutoencoderConfig(**({"block_channels": (8, 16), "norm_groups": 4} | wrong))
+        dataclasses.replace(SMALL, **wrong)
     assert "\n" not in str(caught.value)
 
 
