@@ -15,9 +15,20 @@ try:
 except ImportError as error:
     raise ImportError(f"ldmperf.model.dropin needs diffusers: pip install diffusers ({error})") from None
 
+from .pipeline_autoencoder import PipelineAutoencoder
 from .pipeline_unet import PipelineUNet
 from .rebuild import Rebuilt, rebuild
 from .report import Left, Replaced, Report
 from .swap import accelerate, undo
 
-__all__ = ["Left", "PipelineUNet", "Rebuilt", "Replaced", "Report", "accelerate", "rebuild", "undo"]
+__all__ = [
+    "Left",
+    "PipelineAutoencoder",
+    "PipelineUNet",
+    "Rebuilt",
+    "Replaced",
+    "Report",
+    "accelerate",
+    "rebuild",
+    "undo",
+]

@@ -13,14 +13,15 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
+from ldmperf.samplers import Capture, Graphs
 
-from .kept_conditioning import KeptConditioning, place
+from .evaluation import Evaluation, check_graphs
+from .kept_conditioning import KeptConditioning, condition, place
 from .merged_adapters import adapted_layers
 from .pipeline_model import PipelineModel
 from .unet_source import Followed, unet_of
 
 _LACKS = (
-    "timestep_cond",
     "attention_mask",
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -36,6 +37,9 @@ class PipelineUNet(PipelineModel):
 
     unet     a `ldmperf.model.UNet`
     config   the fields of a diffusers config.json; those of the network's configuration unless given
+    graphs   whether evaluations are captured as CUDA graphs and replayed: "auto" on a CUDA device, each shape where
+             that pays; True for every shape, or CaptureError; False never; or how to capture, wherever it is, as
+             "auto". `captures` and `decisions` tell what was captured, and why what was not.
     source   diffusers' UNet with the same weights, where there is one: adapters load into it, and attributes that
              this class lacks are its own. Its weights with the active adapters are written into ours, in place, at
              the next run. It is no submodule: it is neither moved nor saved.
@@ -46,7 +50,14 @@ class PipelineUNet(PipelineModel):
 
     host = UNet2DConditionModel
 
-    def __init__(self, unet: UNet, *, config: Mapping[str, Any] | None = None, source: Any = None) -> None:
+    def __init__(
+        self,
+        unet: UNet,
+        *,
+        config: Mapping[str, Any] | None = None,
+        graphs: bool | str | Graphs = "auto",
+        source: Any = None,
+    ) -> None:
         super().__init__()
         if not isinstance(unet, UNet):
             raise ValueError(
@@ -56,13 +67,16 @@ class PipelineUNet(PipelineModel):
         self.unet = unet
         self._set_up(_full_config(unet) if config is None else config)
         self._followed = None if source is None else Followed(source, unet)
-        self._run = _Run()
+        check_graphs("PipelineUNet", graphs)
+        self._graphs = graphs
+        self._kept_run: _Run | None = None
         self.train(unet.training)
 
     @classmethod
-    def of(cls, source: Any, *, backend: str = "auto") -> PipelineUNet:
+    def of(cls, source: Any, *, backend: str = "auto", graphs: bool | str | Graphs = "auto") -> PipelineUNet:
         """Ours with the weights and the configuration of diffusers' UNet. Raises ValueError, in one line."""
-        return cls(unet_of(source, backend), config=source.config, source=source)
+        check_graphs("PipelineUNet", graphs)
+        return cls(unet_of(source, backend), config=source.config, graphs=graphs, source=source)
 
     @property
     def source(self) -> Any:
@@ -93,6 +107,21 @@ class PipelineUNet(PipelineModel):
     def dtype(self) -> torch.dtype:
         """The dtype that the network computes in."""
         return self.unet.dtype
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The captured evaluations that are kept; the last used is at the end."""
+        return self._run.evaluate.captures
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """In words: what was captured or dropped, what runs eagerly, and why."""
+        return self._run.evaluate.decisions
+
+    @property
+    def graphs_in_words(self) -> str:
+        """Whether evaluations are captured where the network is now."""
+        return self._run.evaluate.in_words(self.unet.time_projection.weight.device)
 
     @property
     def add_embedding(self) -> nn.Module | None:
@@ -128,18 +157,21 @@ class PipelineUNet(PipelineModel):
             if given[name] is not None:
                 raise ValueError(f"PipelineUNet does not compute {name}: undo(pipe) gives diffusers' UNet back")
         scale = _scale(cross_attention_kwargs)
-        values, step = self._values(timestep, encoder_hidden_states, class_labels, added_cond_kwargs)
-        conditioning = self._run.kept.find(values)
-        is_start = conditioning is None or step <= self._run.step
+        beside = {"class_labels": class_labels, "timestep_cond": timestep_cond}
+        values, step = self._values(timestep, encoder_hidden_states, beside, added_cond_kwargs)
+        run = self._run
+        conditioning = run.kept.find(values)
+        is_start = conditioning is None or step <= run.step
         if self._follow(scale, thorough=is_start):
             conditioning = None
-        self._run.step = step
+        run.step = step
         if torch.is_grad_enabled() and _needs_grad(self.unet, sample, *values.values()):
-            out = self._with_gradients(sample, values, step)
+            # A conditioning of this call alone, through which gradients flow.
+            out = self.unet.denoise(sample, condition(self.unet, values), step)
         else:
             if conditioning is None:
-                conditioning = self._run.kept.make(self.unet, values)
-            out = self.unet.denoise(sample, conditioning, step)
+                conditioning = run.kept.make(self.unet, values)
+            out = run.evaluate(sample, conditioning, step)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
     def _follow(self, scale: float, *, thorough: bool) -> bool:
@@ -147,7 +179,7 @@ class PipelineUNet(PipelineModel):
         return self._followed is not None and self._followed.update(scale, thorough=thorough)
 
     def _values(
-        self, timestep: Any, context: Tensor, class_labels: Tensor | None, added: Mapping[str, Any] | None
+        self, timestep: Any, context: Tensor, beside: Mapping[str, Any], added: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], int]:
         """All that a conditioning is computed from, except the weights, and the number of the step."""
         timesteps, step = place(timestep)
@@ -157,25 +189,14 @@ class PipelineUNet(PipelineModel):
             "context": context,
             "is_alone": timesteps is timestep,
             "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            **{name: value for name, value in beside.items() if value is not None},
         }
-        if class_labels is not None:
-            raise ValueError("PipelineUNet does not compute class_labels: undo(pipe) gives diffusers' UNet back")
         if self.unet.config.added_dim is not None:
-            unknown = set(added or {}) - {"text_embeds", "time_ids"}
-            if unknown or added is None or len(added) < 2:
-                raise ValueError(
-                    "added_cond_kwargs must hold text_embeds and time_ids, and nothing else; "
-                    f"got {', '.join(map(str, added or {})) or 'neither'}"
-                )
-            values |= added
+            missing = {"text_embeds", "time_ids"} - set(added or {})
+            if added is None or missing:
+                raise ValueError(f"added_cond_kwargs must hold text_embeds and time_ids; without {sorted(missing)}")
+            values |= {"text_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
         return values, step
-
-    def _with_gradients(self, sample: Tensor, values: Mapping[str, Any], step: int) -> Tensor:
-        """The same with a conditioning of this call alone, through which gradients flow."""
-        t = values["timesteps"]
-        t = t.reshape(1, -1) if isinstance(t, Tensor) and values["is_alone"] else t
-        given = {name: values[name] for name in ("text_embeds", "time_ids") if name in values}
-        return self.unet.denoise(sample, self.unet.condition(t, values["context"], **given), step)
 
     def modules(self) -> Iterator[nn.Module]:
         """Its modules, and the source's layers with adapters, which pipelines look for here."""
@@ -205,15 +226,24 @@ class PipelineUNet(PipelineModel):
             self._followed.moved()
         return self
 
+    @property
+    def _run(self) -> _Run:
+        if self._kept_run is None or self._kept_run.unet is not self.unet:
+            self._kept_run = _Run(self.unet, self._graphs)
+        return self._kept_run
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": _Run()}
+        # A copy's captures are its own.
+        return {**self.__dict__, "_kept_run": None}
 
 
 class _Run:
     """What is kept from call to call."""
 
-    def __init__(self) -> None:
+    def __init__(self, unet: UNet, graphs: bool | str | Graphs) -> None:
+        self.unet = unet
         self.kept = KeptConditioning()
+        self.evaluate = Evaluation(unet, graphs)
         self.step = 0
 
 

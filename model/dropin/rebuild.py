@@ -10,6 +10,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ldmperf.samplers import Capture, Graphs
+
+from .evaluation import check_graphs
+from .pipeline_autoencoder import PipelineAutoencoder
 from .pipeline_model import PipelineModel
 from .pipeline_unet import PipelineUNet
 from .report import BACKENDS, Left, Replaced, serving
@@ -47,6 +51,12 @@ class Rebuilt:
             if part is not None and not isinstance(part, OURS)
         )
 
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The UNet's captured evaluations that are kept: their times, memory and uses, and when they pay."""
+        unet = self._pipe.components.get("unet")
+        return unet.captures if isinstance(unet, PipelineUNet) else ()
+
     def undo(self) -> None:
         """Gives the pipeline the components back that the call replaced, the very objects, where it has ours still."""
         for name, ours in self._mine.items():
@@ -73,6 +83,11 @@ class Rebuilt:
         rows += [(f"  {one.path}", f"{one.kind}: {self._runs(one.path)}") for one in self.replaced]
         rows += [("left", "")]
         rows += [(f"  {one.path}", f"{one.class_name}: {one.reason}") for one in self.left]
+        unet = self._pipe.components.get("unet")
+        if isinstance(unet, PipelineUNet):
+            rows += [("graphs", unet.graphs_in_words)]
+            rows += [("  capture", str(capture)) for capture in unet.captures]
+            rows += [("  decision", line) for line in unet.decisions]
         wide = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{wide}}  {text}".rstrip() for name, text in rows)
 
@@ -84,7 +99,7 @@ class Rebuilt:
         return f"{part.device}, {str(part.dtype).removeprefix('torch.')}, {serving(part.device, self._backend)}"
 
 
-OURS: tuple[type, ...] = (PipelineUNet,)
+OURS = (PipelineUNet, PipelineAutoencoder)
 
 
 def rebuild(
@@ -94,7 +109,7 @@ def rebuild(
     vae: bool = True,
     scheduler: bool = True,
     backend: str = "auto",
-    graphs: Any = "auto",
+    graphs: bool | str | Graphs = "auto",
 ) -> Rebuilt:
     """Puts our UNet, autoencoder and sampler into a diffusers pipeline, with the weights that it has in memory.
 
@@ -115,8 +130,10 @@ def rebuild(
     for name, value in wanted.items():
         if not isinstance(value, bool):
             raise ValueError(f"rebuild: {name} must be True or False; got {value!r}")
+    check_graphs("rebuild", graphs)
     makers: dict[str, Callable[[Any], Any]] = {
-        "unet": lambda part: PipelineUNet.of(part, backend=backend),
+        "unet": lambda part: PipelineUNet.of(part, backend=backend, graphs=graphs),
+        "vae": lambda part: PipelineAutoencoder.of(part, backend=backend),
     }
     mine: dict[str, Any] = {}
     reasons: dict[str, str] = {}
