@@ -108,4 +108,6 @@ def condition(unet: UNet, values: Mapping[str, Any]) -> Conditioning:
     timesteps = values["timesteps"]
     if isinstance(timesteps, Tensor) and values["is_alone"]:
         timesteps = timesteps.reshape(1, -1)
-    return unet.condition(timesteps, values["context"], **{name: values[name] for name in BESIDE if name in values})
+    return unet.condition(
+        timesteps, values["context"], **{name: values[name] for name in BESIDE if name in values}
+    )

@@ -42,7 +42,7 @@ class PipelineUNet(PipelineModel):
              "auto". `captures` and `decisions` tell what was captured, and why what was not.
     source   diffusers' UNet with the same weights, where there is one: adapters load into it, and attributes that
              this class lacks are its own. Its weights with the active adapters are written into ours, in place, at
-             the next run. It is no submodule: it is neither moved nor saved.
+             the next call. It is no submodule: it is neither moved nor saved.
 
     A call computes the conditioning of a whole run once, and keeps it for as long as the very same tensors come
     and neither they nor the weights were written. Not for two threads at once.
@@ -100,7 +100,7 @@ class PipelineUNet(PipelineModel):
                 "PipelineUNet: adapters are loaded, which diffusers does not load back from a UNet's folder: "
                 "unload them (pipe.unload_lora_weights()), or call undo(pipe)"
             )
-        self._follow(1.0, thorough=True)
+        self._follow()
         super().save_pretrained(save_directory, **kwargs)
 
     @property
@@ -128,6 +128,8 @@ class PipelineUNet(PipelineModel):
         """The network's, for pipelines that read how long a vector its linear_1 takes."""
         return self.unet.add_embedding
 
+    # Compiled, it would keep what it compares from call to call; captures do what compiling would.
+    @torch.compiler.disable(reason="PipelineUNet captures and replays its evaluations itself")  # type: ignore[untyped-decorator]
     def forward(
         self,
         sample: Tensor,
@@ -161,10 +163,8 @@ class PipelineUNet(PipelineModel):
         values, step = self._values(timestep, encoder_hidden_states, beside, added_cond_kwargs)
         run = self._run
         conditioning = run.kept.find(values)
-        is_start = conditioning is None or step <= run.step
-        if self._follow(scale, thorough=is_start):
+        if self._follow(scale):
             conditioning = None
-        run.step = step
         if torch.is_grad_enabled() and _needs_grad(self.unet, sample, *values.values()):
             # A conditioning of this call alone, through which gradients flow.
             out = self.unet.denoise(sample, condition(self.unet, values), step)
@@ -174,9 +174,9 @@ class PipelineUNet(PipelineModel):
             out = run.evaluate(sample, conditioning, step)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
-    def _follow(self, scale: float, *, thorough: bool) -> bool:
+    def _follow(self, scale: float = 1.0) -> bool:
         """Writes the source's weights into ours where they have changed; whether they had."""
-        return self._followed is not None and self._followed.update(scale, thorough=thorough)
+        return self._followed is not None and self._followed.update(scale)
 
     def _values(
         self, timestep: Any, context: Tensor, beside: Mapping[str, Any], added: Mapping[str, Any] | None
@@ -194,7 +194,9 @@ class PipelineUNet(PipelineModel):
         if self.unet.config.added_dim is not None:
             missing = {"text_embeds", "time_ids"} - set(added or {})
             if added is None or missing:
-                raise ValueError(f"added_cond_kwargs must hold text_embeds and time_ids; without {sorted(missing)}")
+                raise ValueError(
+                    f"added_cond_kwargs must hold text_embeds and time_ids; without {sorted(missing)}"
+                )
             values |= {"text_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
         return values, step
 
@@ -244,7 +246,6 @@ class _Run:
         self.unet = unet
         self.kept = KeptConditioning()
         self.evaluate = Evaluation(unet, graphs)
-        self.step = 0
 
 
 def _full_config(unet: UNet) -> dict[str, Any]:

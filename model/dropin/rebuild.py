@@ -76,7 +76,9 @@ class Rebuilt:
         self.undo()
 
     def __repr__(self) -> str:
-        return f"<Rebuilt: {len(self.replaced)} components replaced, {len(self.left)} left; print it for the table>"
+        return (
+            f"<Rebuilt: {len(self.replaced)} components replaced, {len(self.left)} left; print it for the table>"
+        )
 
     def __str__(self) -> str:
         rows = [("replaced", "")]
