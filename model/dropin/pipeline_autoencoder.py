@@ -95,7 +95,7 @@ class PipelineAutoencoder(PipelineModel, AutoencoderMixin):  # type: ignore[misc
     def _views(self) -> dict[str, Tensor]:
         return autoencoder_state_dict(self.vae)
 
-    @apply_forward_hook  # type: ignore[untyped-decorator]
+    @apply_forward_hook
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
@@ -112,7 +112,7 @@ class PipelineAutoencoder(PipelineModel, AutoencoderMixin):  # type: ignore[misc
             return self.vae.encode_tiled(x, tile=side, overlap=self.tile_overlap_factor)
         return self.vae.encode(x)
 
-    @apply_forward_hook  # type: ignore[untyped-decorator]
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:

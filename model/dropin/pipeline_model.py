@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Self
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 _OFFLOADED = (
-    "weights are on the meta device, as sequential offload leaves them, and layers here read each other's weights: "
-    "use pipe.enable_model_cpu_offload()"
+    "its weights are on the meta device, as sequential offload leaves them, but layers here read each other's: use "
+    "pipe.enable_model_cpu_offload()"
 )
 
 
@@ -90,6 +90,6 @@ class PipelineModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 views[name].copy_(state_dict[name])
         return _IncompatibleKeys(missing, unexpected)
 
-    def _check_is_here(self, weight: nn.Parameter) -> None:
+    def _check_is_here(self, weight: Tensor) -> None:
         if weight.is_meta:
             raise ValueError(f"{type(self).__name__}: {_OFFLOADED}")

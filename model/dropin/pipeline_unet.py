@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,9 +36,9 @@ class PipelineUNet(PipelineModel):
 
     unet     a `ldmperf.model.UNet`
     config   the fields of a diffusers config.json; those of the network's configuration unless given
-    graphs   whether evaluations are captured as CUDA graphs and replayed: "auto" on a CUDA device, each shape where
-             that pays; True for every shape, or CaptureError; False never; or how to capture, wherever it is, as
-             "auto". `captures` and `decisions` tell what was captured, and why what was not.
+    graphs   whether evaluations are captured as CUDA graphs and replayed: "auto" on a CUDA device, each shape
+             where that pays; True for every shape, or CaptureError; False never; or how to capture, wherever it
+             is, as "auto". `captures` and `decisions` tell what was captured, and why what was not.
     source   diffusers' UNet with the same weights, where there is one: adapters load into it, and attributes that
              this class lacks are its own. Its weights with the active adapters are written into ours, in place, at
              the next call. It is no submodule: it is neither moved nor saved.
@@ -129,7 +128,7 @@ class PipelineUNet(PipelineModel):
         return self.unet.add_embedding
 
     # Compiled, it would keep what it compares from call to call; captures do what compiling would.
-    @torch.compiler.disable(reason="PipelineUNet captures and replays its evaluations itself")  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason="PipelineUNet captures and replays its evaluations itself")
     def forward(
         self,
         sample: Tensor,
@@ -146,10 +145,11 @@ class PipelineUNet(PipelineModel):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """sample [B, Cin, H, W], timestep a number, [] or [B], encoder_hidden_states [B, T, Dctx] -> [B, Cout, H, W].
+        """The noise, or what else it predicts, [B, Cout, H, W] in a tuple, or in a UNet2DConditionOutput.
 
+        sample [B, Cin, H, W]; timestep a number, [] or [B]; encoder_hidden_states [B, T, Dctx]; class_labels [B].
         added_cond_kwargs: text_embeds [B, P] and time_ids [B, N] of Stable Diffusion XL. cross_attention_kwargs:
-        {"scale": number} multiplies the adapters. The result is in a tuple, or a UNet2DConditionOutput.
+        {"scale": number} multiplies the adapters.
 
         Raises ValueError, in one line, for all else that this network does not compute.
         """
@@ -194,9 +194,7 @@ class PipelineUNet(PipelineModel):
         if self.unet.config.added_dim is not None:
             missing = {"text_embeds", "time_ids"} - set(added or {})
             if added is None or missing:
-                raise ValueError(
-                    f"added_cond_kwargs must hold text_embeds and time_ids; without {sorted(missing)}"
-                )
+                raise ValueError(f"added_cond_kwargs must hold text_embeds and time_ids; lacks {sorted(missing)}")
             values |= {"text_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
         return values, step
 

@@ -27,7 +27,10 @@ _INTO_THE_UNET = ("controlnet", "adapter", "t2i_adapter", "unified_controlnet")
 
 
 class Rebuilt:
-    """What `rebuild` did to a pipeline, as it is now; a context manager that undoes it at its exit. str() is a table."""
+    """What `rebuild` did to a pipeline, as it is now; a context manager that undoes it at its exit.
+
+    str() is a table.
+    """
 
     def __init__(self, pipe: Any, mine: dict[str, Any], reasons: dict[str, str], backend: str) -> None:
         """mine: those of ours that the call put in; reasons: why other components were left."""
@@ -58,7 +61,7 @@ class Rebuilt:
         return unet.captures if isinstance(unet, PipelineUNet) else ()
 
     def undo(self) -> None:
-        """Gives the pipeline the components back that the call replaced, the very objects, where it has ours still."""
+        """Gives the pipeline back the very components that the call replaced, where it has ours still."""
         for name, ours in self._mine.items():
             if getattr(self._pipe, name, None) is ours:
                 give_back_component(self._pipe, name)
@@ -167,7 +170,7 @@ def _into_the_unet(pipe: Any) -> str | None:
 
 
 def put(pipe: Any, name: str, part: Any) -> None:
-    """Sets a component, and has the pipeline's configuration name diffusers' class as before, for what it saves."""
+    """Sets a component; the pipeline's configuration, which it saves, names diffusers' class as before."""
     named = pipe.config[name]
     setattr(pipe, name, part)
     pipe.register_to_config(**{name: named})

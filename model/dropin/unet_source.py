@@ -125,8 +125,8 @@ class Followed:
             return False
         if (reason := reason_left(self.source)) is not None:
             raise ValueError(
-                f"PipelineUNet: diffusers' UNet has changed so that ours does not compute the same: {reason}; take "
-                "that back, or call undo(pipe)"
+                f"PipelineUNet: diffusers' UNet has changed so that ours does not compute the same: {reason}; "
+                "take that back, or call undo(pipe)"
             )
         if config_of(self.source) != self._unet.config:
             raise ValueError(
@@ -144,6 +144,15 @@ class Followed:
         self._scale = scale
         self._note()
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "_unet": self._unet, "_scale": self._scale}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy's memory is its own.
+        self.__dict__ |= state
+        self._note()
+        self.is_touched = True
 
     def _is_changed(self) -> bool:
         # Below a millisecond for 700 modules, while the device is at work.
