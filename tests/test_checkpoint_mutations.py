@@ -9,14 +9,35 @@ import torch
 from diffusers import UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import FUZZ, NAME, Bytes, Quiet, Work, assert_bounded, mutated_file, mutated_text
 
 from ldmperf.model import UNetConfig, diffusers_config, diffusers_state_dict, load_unet
 from ldmperf.model.weights import METADATA_KEY
 
+from .mutations import (
+    FUZZ,
+    NAME,
+    Bytes,
+    Quiet,
+    Work,
+    assert_bounded,
+    mutated_header,
+    mutated_tensors,
+    mutated_text,
+)
+
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
-CONFIG = UNetConfig((8,), (2,), (True,), layers_per_block=1, norm_groups=4, context_dim=8)
+CONFIG = UNetConfig(
+    (8,),
+    (2,),
+    (True,),
+    layers_per_block=1,
+    has_middle=False,
+    norm_groups=4,
+    context_dim=8,
+    num_class_embeds=3,
+    time_cond_proj_dim=4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +89,15 @@ def assert_as_others_load(ours, raw, tensors):
     assert found.keys() == theirs.state_dict().keys()
     prefix = next(key for key in tensors if key.endswith("conv_in.weight")).removesuffix("conv_in.weight")
     for key, value in found.items():
-        assert torch.equal(value.nan_to_num(), tensors[prefix + key].reshape(value.shape).nan_to_num())
+        assert value.shape == tensors[prefix + key].shape
+        torch.testing.assert_close(value, tensors[prefix + key].to(value.dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@settings(FUZZ, max_examples=400)
+@settings(FUZZ, max_examples=300)
 @given(data=st.data())
 def test_mutated_headers(state, content, work, tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "header.safetensors"
-    content = mutated_file(data.draw, content, METADATA_KEY, diffusers_config(CONFIG))
+    content = mutated_header(data.draw, content, METADATA_KEY, diffusers_config(CONFIG))
     file.write_bytes(content)
     loaded = work.load(file)
     assert_bounded(work, len(state), len(content))
@@ -85,7 +107,21 @@ def test_mutated_headers(state, content, work, tmp_path_factory, data):
         assert_as_others_load(loaded, json.loads(metadata[METADATA_KEY]), safetensors.torch.load_file(file))
 
 
-@settings(FUZZ, max_examples=350)
+@settings(FUZZ, max_examples=250)
+@given(data=st.data())
+def test_mutated_tensors(state, work, tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "tensors.safetensors"
+    raw_config = diffusers_config(CONFIG)
+    content = mutated_tensors(data.draw, state, {METADATA_KEY: json.dumps(raw_config)})
+    file.write_bytes(content)
+    dtype = data.draw(st.sampled_from((None, torch.float64)))
+    loaded = work.load(file, dtype=dtype)
+    assert_bounded(work, len(state), len(content) * (1 if dtype is None else 2))
+    if loaded is not None:
+        assert_as_others_load(loaded, raw_config, safetensors.torch.load_file(file))
+
+
+@settings(FUZZ, max_examples=250)
 @given(data=st.data())
 def test_mutated_configurations(state, work, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "config"
@@ -102,7 +138,7 @@ def test_mutated_configurations(state, work, tmp_path_factory, data):
         assert_as_others_load(loaded, json.loads(text), state)
 
 
-@settings(FUZZ, max_examples=250)
+@settings(FUZZ, max_examples=200)
 @given(data=st.data())
 def test_mutated_index_files(state, work, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "index"
@@ -131,6 +167,7 @@ def test_mutated_index_files(state, work, tmp_path_factory, data):
 HUGE = {
     "layers_per_block": (10_000, 10**9, 10**4000),
     "block_out_channels": ([2**30, 2**30], [2**40] * 2, [4 * 10**4000], [8] * 100_000, [2**16] * 3),
+    "num_class_embeds": (2**16, 2**62, 10**4000),
     "cross_attention_dim": (2**30, 2**62, 10**4000),
     "in_channels": (2**30, 2**62, 10**4000),
     "out_channels": (2**30, 2**62, 10**4000),
@@ -166,6 +203,9 @@ def test_a_given_configuration_far_beyond_its_file_builds_nothing(state, work, t
         {"layers_per_block": 2**16},
         {"context_dim": 2**16},
         {"added_dim": 2**16, "added_time_dim": 8},
+        {"num_class_embeds": 2**16},
+        {"time_cond_proj_dim": 2**16},
+        {"only_cross_attention": True, "context_dim": 2**12},
     ):
         config = UNetConfig((8,), (2,), (True,), norm_groups=4, **({"context_dim": 8} | changes))
         assert work.load(file, config=config) is None
