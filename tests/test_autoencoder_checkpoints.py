@@ -164,6 +164,23 @@ BESIDE = {
         0.13025,
         1024,
     ),
+    "Stable unCLIP 2.1": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 2048),
+        },
+        0.18215,
+        128,
+    ),
+    "Playground 2.5": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 2816),
+            "edm_mean": (1, 4, 1, 1),
+        },
+        None,
+        1024,
+    ),
 }
 
 
