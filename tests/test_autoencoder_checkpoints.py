@@ -331,6 +331,13 @@ def test_what_metadata_and_config_say_must_agree(plain: AutoencoderKL, tmp_path:
     assert assert_loads(tmp_path / NAME, plain) == PLAIN
 
 
+def test_pickles_are_not_read(plain: AutoencoderKL, tmp_path: Path) -> None:
+    plain.save_pretrained(tmp_path, safe_serialization=False)
+    assert "AutoencoderKL.from_pretrained(folder).save_pretrained(folder)" in refusal(tmp_path)
+    for path in tmp_path.glob("*.bin"):
+        assert "torch.save" in refusal(path)
+
+
 def test_a_configuration_that_is_not_implemented(plain: AutoencoderKL, tmp_path: Path) -> None:
     plain.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
