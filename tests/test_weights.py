@@ -197,6 +197,20 @@ def test_a_saved_unet_is_loaded_with_the_same_bits(reference, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]
 
 
+def test_a_config_beside_may_differ_where_nothing_does(tmp_path):
+    """Only cross-attention at a level without any changes nothing; at another level it does."""
+    config = UNetConfig((8, 8), (2, 2), (True, False), layers_per_block=1, norm_groups=4, context_dim=8)
+    save_unet(UNet(config), tmp_path / "diffusion_pytorch_model.safetensors")
+    for only_cross, loads in (([False, True], True), ([True, False], False)):
+        raw = diffusers_config(config) | {"only_cross_attention": only_cross}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        if loads:
+            assert load_unet(tmp_path).config.only_cross_attention == tuple(only_cross)
+        else:
+            with pytest.raises(CheckpointError, match=r"differ; remove config\.json"):
+                load_unet(tmp_path)
+
+
 def test_no_global_state_of_torch_changes_what_is_loaded(tmp_path):
     ours = UNet(TINY)
     save_unet(ours, tmp_path / "x.safetensors")
