@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import CaptureError, GraphedDenoiser
@@ -20,7 +23,10 @@ from ldmperf.samplers import CaptureError, GraphedDenoiser
 from .adapters import CONTEXT_DIM, lora, tiny_unet
 from .tapes import Tapes
 
-pytestmark = pytest.mark.usefixtures("_one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("_one_thread"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+]
 
 TINY = UNetConfig((8, 16), (2, 4), (True, False), layers_per_block=1, context_dim=12, norm_groups=4)
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 1 GiB"
@@ -177,3 +183,150 @@ class Calls(RuleBasedStateMachine):
 
 Calls.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None, derandomize=True)
 TestAnyRowOfCallsAndChanges = Calls.TestCase
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference", "autocast"])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_each_change_between_calls_of_one_shape(kind: str, mode: str) -> None:
+    calls = Calls()
+    calls.start(bound=2, asks=False)
+    for value in (0.75, -0.5):
+        calls.run(1, 3, 0, mode, 2)
+        calls.change(kind, value, 0)
+        calls.again(1)
+        calls.change("a prompt written", value / 2, 0)
+        calls.again(3)
+        calls.the_reports_tell_what_is()
+
+
+class Copies(TorchDispatchMode):
+    """Notes operators that write many tensors at once, and what pads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += [func.__name__] if "foreach" in func.__name__ or "pad" in func.__name__ else []
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_conditioning_is_copied_once_a_run() -> None:
+    net = Net()
+    denoiser, _ = graphed(net.denoise)
+    x = torch.randn(1, 3, 4, 4)
+    prompts = [Prompt(torch.arange(3.0), (torch.tensor([value]),)) for value in (0.5, 0.25)]
+    seen = []
+    for prompt in (*prompts, *prompts):
+        for step in range(3):
+            with Copies() as copies:
+                denoiser(x, prompt, step)
+            seen.append(len(copies.names))
+    # With room for more steps, two are kept.
+    assert seen[3:] == [2, 0, 0, 1, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("bound", [1, 3])
+@torch.no_grad()
+def test_a_unet_of_ours(bound: int) -> None:
+    torch.manual_seed(0)
+    unet = UNet(TINY, backend="torch").eval().requires_grad_(False)
+    denoiser, graphs = graphed(unet.denoise, max_captures=bound)
+    for steps in (3, 5):
+        texts = [torch.randn(batch, 5, TINY.context_dim) for batch in (2, 1)]
+        conditionings = [unet.condition(range(1, 1 + steps), text) for text in texts]
+        for step in (0, torch.tensor(1), torch.tensor([2])):
+            for conditioning, text in zip(conditionings, texts, strict=True):
+                x = torch.randn(len(text), 4, 8, 8)
+                expected = unet.denoise(x, conditioning, int(step))
+                assert torch.equal(denoiser(x, conditioning, step), expected)
+    assert graphs.captured == (12 if bound == 1 else 2)
+    with pytest.raises(ValueError, match="step must be a number from 0 to 4, the conditioning's last, not 5"):
+        denoiser(x, conditioning, 5)
+    unet.conv_in.weight.mul_(1.5)
+    assert torch.equal(denoiser(x, conditioning, 1), unet.denoise(x, conditioning, 1))
+    unet.conv_in.bias.add_(1.0)
+    with pytest.raises(ValueError, match=r"make it anew with UNet\.condition"):
+        denoiser(x, conditioning, 0)
+    conditioning = unet.condition(range(1, 6), texts[1])
+    assert torch.equal(denoiser(x, conditioning, 0), unet.denoise(x, conditioning, 0))
+    assert graphs.captured == (12 if bound == 1 else 2)
+
+
+@torch.no_grad()
+def test_adapters_of_a_diffusers_unet_are_swapped() -> None:
+    unet = tiny_unet()
+
+    def denoise(x: Tensor, found: Prompt, step: Tensor) -> Tensor:
+        output: Tensor = unet(x, found.times.index_select(0, step), found.text[0], return_dict=False)[0]
+        return output
+
+    denoiser, graphs = graphed(denoise, eager_unless_worth=True)
+    text = torch.linspace(-1, 1, 3 * CONTEXT_DIM, dtype=torch.float64).reshape(1, 3, -1)
+    prompt = Prompt(torch.tensor([800.0, 400.0, 1.0]), (text,))
+    x = torch.linspace(-1, 1, 4 * 8 * 8, dtype=torch.float64).reshape(1, 4, 8, 8)
+    few = ("to_q", "conv1")
+    first, second = lora(unet, 1, few), lora(unet, 2, few)
+
+    def load(weights: dict[str, Tensor], name: str, hotswap: bool = False) -> None:
+        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name=name, hotswap=hotswap)
+
+    changes: list[Any] = [
+        lambda: None,
+        lambda: load(first, "a"),
+        lambda: load(second, "a", hotswap=True),
+        lambda: unet.set_adapters("a", 0.5),
+        lambda: load(first, "b"),
+        lambda: unet.set_adapters(["a", "b"], [0.5, 0.7]),
+        unet.disable_lora,
+        unet.unload_lora,
+    ]
+    results: list[Tensor] = []
+    for change in changes:
+        change()
+        for step in range(2):
+            results.append(denoiser(x, prompt, step))
+            like = x.contiguous(memory_format=torch.channels_last)
+            assert torch.equal(results[-1], denoise(like, prompt, torch.tensor([step])))
+    assert not any(torch.equal(*pair) for pair in itertools.pairwise(results[:-2:2]))
+    assert len(denoiser.captures) <= 1
+    assert any("because modules changed" in line for line in denoiser.decisions)
+    assert graphs.captured < len(changes)
+
+
+def test_a_wrong_call_is_told_in_one_line() -> None:
+    net = Net()
+    denoiser, graphs = graphed(net.denoise)
+    x, prompt = torch.randn(1, 3, 4, 4), Prompt(torch.arange(3.0), (torch.tensor([0.5]),))
+    calls: list[tuple[Any, Any, Any, str]] = [
+        (x.int(), prompt, 0, r"model_input must be a float tensor \[B, ...\], not tensor"),
+        (None, prompt, 0, "model_input must be a float tensor"),
+        (x, (prompt, 3), 0, "it holds a int"),
+        (x, prompt, 3, "step must be a number from 0 to 2, the conditioning's last, not 3"),
+        (x, prompt, -1, "step must be a number from 0 to 2"),
+        (x, prompt, 1.0, "not 1.0"),
+        (x, (torch.zeros(1),), -1, "step must be a number from 0 on, not -1"),
+        (x, prompt, torch.zeros(2, dtype=torch.int64), r"an int64 tensor of one element, not torch.int64 \[2\]"),
+        (x, prompt, torch.zeros(1), "an int64 tensor of one element, not torch.float32"),
+        (x, replace(prompt, text=(torch.empty(1, device="meta"),)), 0, "on cpu as the model input is; .* on meta"),
+        (x.clone().requires_grad_(), prompt, 0, "a captured graph computes no gradients: call the network itself"),
+        (x, replace(prompt, text=(torch.ones(1).requires_grad_(),)), 0, "computes no gradients"),
+    ]
+    for given, conditioning, step, message in calls:
+        with pytest.raises(ValueError, match=message) as raised:
+            denoiser(given, conditioning, step)
+        assert "\n" not in str(raised.value)
+    assert graphs.captured == 0
+    with torch.no_grad():
+        denoiser(x.clone().requires_grad_(), prompt, 0)
+    with pytest.raises(ValueError, match="denoise must return a tensor, not"):
+        graphed(lambda x, found, step: (x,))[0](x, prompt, 0)
+    with pytest.raises(ValueError, match="pass these to GraphedDenoiser as modules="):
+        graphed(lambda x, found, step, nets=[net]: nets[0].denoise(x, found, step))[0](x, prompt, 0)
+    with pytest.raises(CaptureError, match="CUDA graphs need a CUDA device"):
+        GraphedDenoiser(net.denoise)(x, prompt, 0)
+    with pytest.raises(ValueError, match="max_captures must be at least 1"):
+        GraphedDenoiser(net.denoise, max_captures=0)
+    with pytest.raises(TypeError, match=r"make another with GraphedDenoiser\(denoise\)"):
+        copy.copy(denoiser)
