@@ -49,6 +49,7 @@ class Prompt:
         return len(self.times)
 
     def padded(self, steps: int) -> Prompt:
+        assert steps >= self.num_steps
         return replace(self, times=F.pad(self.times, (0, steps - len(self.times)), value=torch.nan))
 
 
@@ -84,7 +85,7 @@ class Calls(RuleBasedStateMachine):
         self.denoiser, self.graphs = graphed(self.net.denoise, max_captures=bound, eager_unless_worth=asks)
         self.prompts = [self.prompt(4, 0.25), self.prompt(200, 0.125)]
         self.kept: list[tuple[Tensor, Tensor]] = []
-        self.last: tuple[Any, ...] = (1, 3, 0, "no_grad")
+        self.last = (1, 3, 0, "no_grad")
 
     def prompt(self, steps: int, value: float) -> Prompt:
         return Prompt(torch.arange(steps) + 1.0, (torch.full((2, 2), value),))
@@ -99,13 +100,14 @@ class Calls(RuleBasedStateMachine):
     def run(self, batch: int, width: int, which: int, mode: str, steps: int) -> None:
         self.last = (batch, width, which, mode)
         for step in range(steps):
-            self.call(*self.last, step)
+            self.call(step)
 
     @rule(step=st.integers(0, 3))
     def again(self, step: int) -> None:
-        self.call(*self.last, step)
+        self.call(step)
 
-    def call(self, batch: int, width: int, which: int, mode: str, step: int) -> None:
+    def call(self, step: int) -> None:
+        batch, width, which, mode = self.last
         x = torch.randn(batch, 3, 4, width, generator=torch.Generator().manual_seed(width + 7 * len(self.kept)))
         if step % 2:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -122,13 +124,9 @@ class Calls(RuleBasedStateMachine):
             # First, as a user's own call: autocast may keep casts.
             with torch.no_grad():
                 expected = self.net.denoise(like, self.prompts[which], torch.tensor([step]))
-            try:
-                result = self.denoiser(x, self.prompts[which], given)
-            except CaptureError as error:
-                assert OUT_OF_MEMORY in str(error)
-                assert not self.asks
-                assert not self.denoiser.captures
-                return
+            result = self.result(x, self.prompts[which], given)
+        if result is None:
+            return
         assert torch.equal(result, expected)
         assert result.dtype == expected.dtype
         assert torch.equal(x, before)
@@ -136,6 +134,17 @@ class Calls(RuleBasedStateMachine):
         assert not result.is_inference()
         assert self.asks or self.graphs.log.count("replay") == replays + 1
         self.kept.append((result, expected))
+
+    def result(self, x: Tensor, prompt: Prompt, step: int | Tensor) -> Tensor | None:
+        """None where memory ran out, of captures that nobody asked to be worth it."""
+        try:
+            return self.denoiser(x, prompt, step)
+        except CaptureError as error:
+            told = str(error)
+        assert OUT_OF_MEMORY in told
+        assert not self.asks
+        assert not self.denoiser.captures
+        return None
 
     @rule(kind=st.sampled_from(CHANGES), value=st.sampled_from([-0.5, 0.25, 0.75]), which=st.integers(0, 1))
     @torch.no_grad()
@@ -181,7 +190,7 @@ class Calls(RuleBasedStateMachine):
         assert all(torch.equal(*pair) for pair in self.kept)
 
 
-Calls.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None, derandomize=True)
+Calls.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
 TestAnyRowOfCallsAndChanges = Calls.TestCase
 
 
@@ -246,7 +255,7 @@ def test_a_unet_of_ours(bound: int) -> None:
         denoiser(x, conditioning, 5)
     unet.conv_in.weight.mul_(1.5)
     assert torch.equal(denoiser(x, conditioning, 1), unet.denoise(x, conditioning, 1))
-    unet.conv_in.bias.add_(1.0)
+    unet.get_parameter("conv_in.bias").add_(1.0)
     with pytest.raises(ValueError, match=r"make it anew with UNet\.condition"):
         denoiser(x, conditioning, 0)
     conditioning = unet.condition(range(1, 6), texts[1])
