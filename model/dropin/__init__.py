@@ -12,7 +12,8 @@ try:
 except ImportError as error:
     raise ImportError(f"ldmperf.model.dropin needs diffusers: pip install diffusers ({error})") from None
 
+from .plan_scheduler import PlanScheduler
 from .report import Left, Replaced, Report
 from .swap import accelerate, undo
 
-__all__ = ["Left", "Replaced", "Report", "accelerate", "undo"]
+__all__ = ["Left", "PlanScheduler", "Replaced", "Report", "accelerate", "undo"]
