@@ -123,7 +123,7 @@ class SamplingPlan(Copied):
 
     @functools.cached_property
     def x0(self) -> FloatArray:
-        """[K, R + 2] float64: x_0 as the network sees it at each step, over [registers..., model output, noise]."""
+        """[K, R + 2] float64: x_0 as each evaluation estimates it, of [registers..., model output, noise]."""
         x, *_, output, _ = np.eye(self.num_registers + 2)
         prediction_type = self.schedule.prediction_type
         rows = [

@@ -6,7 +6,9 @@ pipeline's dtype. One register more than the plan's holds the estimate of the cl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from ldmperf.kernels import sampler_update
 from ldmperf.samplers import SamplingPlan
+
+# Plans that a scheduler keeps: a run from noise and one from an image, of a few step counts.
+_KEPT = 8
 
 
 @dataclass(frozen=True)
@@ -148,3 +153,12 @@ def _registers(count: int, shape: torch.Size, dtype: torch.dtype, device: torch.
             return torch.zeros((count, 1, shape.numel()), dtype=dtype, device=device)
         batch, channels, height, width = shape
         return torch.zeros((count, batch, height, width, channels), dtype=dtype, device=device).movedim(-1, -3)
+
+
+def kept(cache: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """The cache's value, made if it is not there; the oldest of many is forgotten."""
+    if key not in cache:
+        cache[key] = make()
+        if len(cache) > _KEPT:
+            del cache[next(iter(cache))]
+    return cache[key]

@@ -8,10 +8,8 @@ diffusers'. Only the arithmetic of a step is ours, and the search for the step, 
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import diffusers
@@ -24,36 +22,37 @@ from torch import Tensor
 
 from ldmperf.samplers import DIFFUSERS_CLASSES, NoiseSchedule, SamplingPlan, make_plan, sampler_of
 
-from .plan_run import PlanRows, PlanRun
+from .plan_run import PlanRows, PlanRun, kept
+from .scheduler_class import class_under_name
+from .timestep_places import TimestepPlaces
 
 # Keywords of set_timesteps that a plan takes as options; of the others only the count and the device.
 _PLAN_KEYWORDS = ("original_inference_steps", "strength")
-_REFUSED_KEYWORDS = ("timesteps", "sigmas")
 # Classes whose step returns the sample in the dtype of the network's output, and works in float32.
 _UPCAST = ("euler", "euler_a")
 # Classes whose step finds its place by the timestep, not by counting.
 _BY_TIMESTEP = ("ddim", "ddpm")
-# Plans and their rows that an instance keeps: a run from noise and one from an image, of a few step counts.
-_KEPT = 8
 
 
 class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """A scheduler of diffusers with the steps of a plan; `from_scheduler`, `from_config` and `from_pretrained` make one.
+    """A scheduler of diffusers with the steps of a plan: `from_scheduler`, `from_config`, `from_pretrained`.
 
     Every instance also belongs to the class that it stands for (DDIMScheduler, ...): `isinstance`, signatures,
     `config`, `compatibles`, `save_pretrained` and what a pipeline writes into its model_index.json are those of
     that class. Copies and pickles keep the state of a run.
 
-    Samples may have any shape and float dtype; the state is kept in float32 (float64 for float64 samples). Noise is
-    drawn as diffusers draws it, from the same generator in the same order. A step waits for no device as long as
-    `timestep` is a number, a tensor on the CPU or an element of `timesteps`, as in diffusers' pipelines.
+    Samples may have any shape and float dtype; the state is kept in float32 (float64 for float64 samples). Noise
+    is drawn as diffusers draws it, from the same generator in the same order. A step waits for no device as long
+    as `timestep` is a number, a tensor on the CPU or an element of `timesteps`, as in diffusers' pipelines.
     """
 
-    sampler: ClassVar[str] = ""
-    backend = "auto"
+    # Of the class that an instance stands for.
+    sampler: ClassVar[str]
+    original: ClassVar[Any]
+    output: ClassVar[Any]
 
-    _original: ClassVar[type]
-    _output: ClassVar[type]
+    backend = "auto"
+    timesteps: Tensor
 
     _schedule: NoiseSchedule | None = None
     _schedule_config: Any = None
@@ -62,7 +61,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     _run: PlanRun | None = None
     _begin = 0
     _asked: dict[str, Any] | None = None
-    _host_timesteps: Tensor | None = None
+    _places: TimestepPlaces | None = None
     _roots: list[float] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> PlanScheduler:
@@ -85,11 +84,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         name = sampler_of({"_class_name": type(scheduler).__name__})
         if type(scheduler) is not getattr(diffusers, DIFFUSERS_CLASSES[name]):
             raise ValueError(
-                f"{type(scheduler).__module__}.{type(scheduler).__name__} is not diffusers' own class of that name: "
-                "its steps are not known"
+                f"{type(scheduler).__module__}.{type(scheduler).__name__} is not diffusers' own class of that "
+                "name: its steps are not known"
             )
-        planned = _planned_class(type(scheduler))
-        made = planned.__new__(planned)
+        made = _blank(type(scheduler))
         made.__dict__.update(vars(scheduler))
         made.backend = backend
         made._check_covered()
@@ -101,19 +99,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """As diffusers' `from_config`, of the class that the config names or of `sampler`, in `SAMPLERS`."""
         if cls is not PlanScheduler:
-            original = cls._original
+            original = cls.original
         elif sampler is None:
             original = getattr(diffusers, DIFFUSERS_CLASSES[sampler_of(config)])
         elif sampler in DIFFUSERS_CLASSES:
             original = getattr(diffusers, DIFFUSERS_CLASSES[sampler])
         else:
             raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(DIFFUSERS_CLASSES)}")
-        made, unused = original.from_config(config, return_unused_kwargs=True, **kwargs)  # type: ignore[attr-defined]
+        made, unused = original.from_config(config, return_unused_kwargs=True, **kwargs)
         scheduler = PlanScheduler.from_scheduler(made)
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (type(self)._original,), {**vars(self), "_plans": {}, "_rows": {}}
+        return _blank, (type(self).original,), {**vars(self), "_plans": {}, "_rows": {}}
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The network's input, as diffusers' class makes it."""
@@ -126,31 +124,32 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """The index that diffusers' class finds, searched on the host."""
-        host = self._host_timesteps
-        if host is None or (schedule_timesteps is not None and schedule_timesteps is not self.timesteps):
-            return super().index_for_timestep(timestep, schedule_timesteps)  # type: ignore[no-any-return]
-        at = self._offset(timestep)
-        return super().index_for_timestep(timestep if at is None else host[at], host)  # type: ignore[no-any-return]
+        places = self._places
+        given = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if places is not None and given is places.timesteps:
+            timestep, given = places.on_host(timestep), places.host
+        return super().index_for_timestep(timestep, given)  # type: ignore[no-any-return]
 
     def _set_timesteps(self, given: dict[str, Any]) -> None:
         """`set_timesteps` of diffusers' class on the CPU, then the plan, then the timesteps on their device."""
         device = given.pop("device", None)
-        type(self)._original.set_timesteps(self, **given, device="cpu")  # type: ignore[attr-defined]
+        type(self).original.set_timesteps(self, **given, device="cpu")
         self._run = None
         self._begin = 0
-        self._host_timesteps = self.timesteps
+        host = self.timesteps
         self._asked = {key: given[key] for key in _PLAN_KEYWORDS if given.get(key) is not None}
         plan = self._plan(0, 0.0)
         if not np.array_equal(plan.timesteps, self.timesteps.double().numpy()):
             raise ValueError(
-                f"{type(self).__name__} with {self.num_inference_steps} steps visits timesteps outside the training "
-                "range, or others than its config's: choose another number of steps or timestep_spacing"
+                f"{type(self).__name__} with {self.num_inference_steps} steps visits timesteps outside the "
+                "training range, or others than its config's: choose another number of steps or timestep_spacing"
             )
         self._roots = None
         if (plan.input_scales != 1.0).any():
             self._roots = ((self.sigmas**2 + 1) ** 0.5).tolist()
         if device is not None:
-            self.timesteps = self.timesteps.to(device, non_blocking=True)
+            self.timesteps = host.to(device, non_blocking=True)
+        self._places = TimestepPlaces(host, self.timesteps)
 
     def _step(self, given: dict[str, Any]) -> Any:
         model_output, timestep, sample = given["model_output"], given["timestep"], given["sample"]
@@ -174,7 +173,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self.sampler == "pndm":
             self.counter += 1
         values = (result,) if estimate is None else (result, estimate)
-        return type(self)._output(*values) if given.get("return_dict", True) else values
+        return type(self).output(*values) if given.get("return_dict", True) else values
 
     def _check_step(self, given: Mapping[str, Any]) -> None:
         """ValueError for what a plan's step cannot do."""
@@ -197,12 +196,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _place(self, timestep: Any, eta: float, sample: Tensor, dtype: torch.dtype) -> tuple[PlanRun, int]:
         """The run that the step belongs to, begun if it is the first, and the step's row of the plan."""
+        assert self._places is not None
         if self.sampler in _BY_TIMESTEP:
-            index = self._position(timestep)
+            index = self._places.place(timestep)
         elif self.sampler == "pndm":
             if self.counter == 0:
-                self._begin = self._position(timestep)
+                self._begin = self._places.place(timestep)
             index = self._begin + self.counter
+            self._places.check(timestep, index)
         else:
             if self.step_index is None:
                 self._init_step_index(timestep)
@@ -228,10 +229,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _new_run(self, plan: SamplingPlan, sample: Tensor, dtype: torch.dtype) -> PlanRun:
         """A run of the plan, whose rows on the device are kept for the next."""
         key = (plan.num_steps, plan.begin, *plan.options.items(), dtype, sample.device)
-        estimates = type(self)._output is not SchedulerOutput
+        estimates = type(self).output is not SchedulerOutput
         if key in self._rows and self._rows[key].plan is not plan:
             del self._rows[key]
-        rows = _kept(
+        rows = kept(
             self._rows,
             key,
             lambda: PlanRows.of(plan, estimates=estimates, dtype=dtype, device=sample.device),
@@ -250,35 +251,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             noise = randn_tensor(output.shape, generator=given.get("generator"), device=output.device, dtype=dtype)
         return noise.to(output.device) if step.adds_noise else None
 
-    def _position(self, timestep: Any) -> int:
-        """Where a timestep stands among `timesteps`."""
-        assert self._host_timesteps is not None
-        at = self._offset(timestep)
-        if at is None:
-            # Waits for a tensor on a GPU that is none of ours, as diffusers does for every tensor.
-            value = timestep.item() if isinstance(timestep, Tensor) else timestep
-            places = (self._host_timesteps == value).nonzero()
-            if len(places) == 0:
-                raise ValueError(f"timestep {value} is none of this run's: pass an element of scheduler.timesteps")
-            at = int(places[0])
-        return at
-
-    def _offset(self, timestep: Any) -> int | None:
-        """The place of an element of `timesteps`, a view of its memory, without reading it; None for another."""
-        ours = self.timesteps
-        if not isinstance(timestep, Tensor) or timestep.numel() != 1 or timestep.dtype != ours.dtype:
-            return None
-        if timestep.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr():
-            return None
-        at = timestep.storage_offset() - ours.storage_offset()
-        return at if 0 <= at < len(ours) else None
-
     def _plan(self, begin: int, eta: float) -> SamplingPlan:
         """The plan of the timesteps that were set; kept."""
         assert self._asked is not None
         schedule = self._noise_schedule()
         options = {**self._asked, "eta": eta} if self.sampler == "ddim" else self._asked
-        return _kept(  # type: ignore[no-any-return]
+        return kept(  # type: ignore[no-any-return]
             self._plans,
             (self.num_inference_steps, begin, *options.items()),
             lambda: make_plan(self.sampler, schedule, self.num_inference_steps, begin=begin, **options),
@@ -287,11 +265,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _noise_schedule(self) -> NoiseSchedule:
         """The schedule of the config as it is now; another config makes other plans."""
         if self._schedule is None or self._schedule_config is not self.config:
-            own = inspect.signature(type(self)._original.__init__).parameters  # type: ignore[misc]
+            own = inspect.signature(type(self).original.__init__).parameters
             config = {key: value for key, value in self.config.items() if key in own}
             schedule = NoiseSchedule.from_diffusers({**config, "_class_name": type(self).__name__})
             # At zero SNR some classes have a small number, in place of zero.
-            if not np.allclose(schedule.alphas_cumprod, self.alphas_cumprod.numpy(), rtol=1e-6, atol=1e-7):
+            if not np.allclose(schedule.alphas_cumprod, self.alphas_cumprod.cpu().numpy(), rtol=1e-6, atol=1e-7):
                 raise ValueError(f"alphas_cumprod of this {type(self).__name__} is not that of its config")
             self._schedule, self._schedule_config = schedule, self.config
             self._plans, self._rows = {}, {}
@@ -310,56 +288,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         raise refusal
 
 
-def _kept(cache: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """The cache's value, made if it is not there; the oldest of many is forgotten."""
-    if key not in cache:
-        cache[key] = make()
-        if len(cache) > _KEPT:
-            del cache[next(iter(cache))]
-    return cache[key]
+def _planned_class(original: Any) -> Any:
+    return class_under_name(
+        PlanScheduler, original, step=PlanScheduler._step, set_timesteps=PlanScheduler._set_timesteps
+    )
 
 
-@functools.cache
-def _planned_class(original: type) -> type[PlanScheduler]:
-    """The subclass of PlanScheduler and of diffusers' class, under the latter's name: it is what a pipeline saves."""
-    module = sys.modules[original.__module__]
-    body = {
-        "__module__": original.__module__,
-        "__qualname__": f"PlanScheduler[{original.__name__}]",
-        "__doc__": original.__doc__,
-        "sampler": sampler_of({"_class_name": original.__name__}),
-        "_original": original,
-        "_output": getattr(module, f"{original.__name__}Output", SchedulerOutput),
-        "step": _with_signature(original.step, PlanScheduler._step),  # type: ignore[attr-defined]
-        "set_timesteps": _with_signature(
-            original.set_timesteps,  # type: ignore[attr-defined]
-            PlanScheduler._set_timesteps,
-            without=_REFUSED_KEYWORDS,
-        ),
-    }
-    return type(original.__name__, (PlanScheduler, original), body)
-
-
-def _with_signature(
-    original: Callable[..., Any],
-    method: Callable[[Any, dict[str, Any]], Any],
-    without: tuple[str, ...] = (),
-) -> Callable[..., Any]:
-    """A method that takes what `original` takes, which pipelines look up, and hands it on by name."""
-    signature = inspect.signature(original)
-    kept = [parameter for name, parameter in signature.parameters.items() if name not in without]
-    signature = signature.replace(parameters=kept)
-
-    @functools.wraps(original)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _, *given = signature.bind(self, *args, **kwargs).arguments.items()
-        return method(self, dict(given))
-
-    call.__signature__ = signature  # type: ignore[attr-defined]
-    return call
-
-
-def _blank(original: type) -> PlanScheduler:
+def _blank(original: Any) -> PlanScheduler:
     """What a copy or a pickle fills in."""
     planned = _planned_class(original)
-    return planned.__new__(planned)
+    return planned.__new__(planned)  # type: ignore[no-any-return]
