@@ -5,6 +5,7 @@ from .from_config import DIFFUSERS_CLASSES, plan_from_config, sampler_of
 from .graph import Capture, GraphedSampler
 from .graphed_denoiser import GraphedDenoiser
 from .plan import SAMPLERS, SamplingPlan, make_plan
+from .reads import Watch
 from .sample import initial_noise, sample
 from .schedule import NoiseSchedule
 from .step import Step
@@ -22,6 +23,7 @@ __all__ = [
     "NoiseSchedule",
     "SamplingPlan",
     "Step",
+    "Watch",
     "initial_noise",
     "make_plan",
     "own_workspaces",
