@@ -1,6 +1,7 @@
 """The mathematics of sampling: schedules, plans and the loop that runs them."""
 
 from .cuda_graphs import CaptureError, CudaGraphs, Graphs, own_workspaces
+from .from_config import DIFFUSERS_CLASSES, plan_from_config, sampler_of
 from .graph import Capture, GraphedSampler
 from .plan import SAMPLERS, SamplingPlan, make_plan
 from .sample import initial_noise, sample
@@ -8,6 +9,7 @@ from .schedule import NoiseSchedule
 from .step import Step
 
 __all__ = [
+    "DIFFUSERS_CLASSES",
     "SAMPLERS",
     "Capture",
     "CaptureError",
@@ -20,5 +22,7 @@ __all__ = [
     "initial_noise",
     "make_plan",
     "own_workspaces",
+    "plan_from_config",
     "sample",
+    "sampler_of",
 ]
