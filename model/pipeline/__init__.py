@@ -7,14 +7,15 @@ Text encoders, tokenizers and image files are transformers' and Pillow's (the ex
 """
 
 try:
-    import PIL as _pillow  # noqa: F401
-    import transformers as _transformers  # noqa: F401
+    import PIL  # noqa: F401
+    import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
         f"ldmperf.model.pipeline needs transformers and pillow: pip install transformers pillow ({error})"
     ) from None
 
 from .pipeline_folder import PipelineError, PipelineFolder
-from .text_to_image import Sampled, TextToImage
+from .images import as_bytes, grid, png, read_png, write_whole
+from .text_to_image import USUAL_STEPS, Sampled, TextToImage
 
 __all__ = ["PipelineError", "PipelineFolder", "Sampled", "TextToImage"]

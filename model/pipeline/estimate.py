@@ -35,7 +35,7 @@ class Estimate:
     def clean(self, step: Step) -> Tensor:
         """x_0 [B, ...] float32, as the network saw it at the step that was just made."""
         assert self._output is not None
-        output = self._output.float()
+        output: Tensor = self._output.float()
         if self._guidance_scale is not None:
             without, given = output.chunk(2)
             output = without + self._guidance_scale * (given - without)

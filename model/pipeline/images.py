@@ -62,7 +62,7 @@ def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces the file at once: who reads it, or an interrupt, meets the old or the new, never a part."""
-    unfinished = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+    unfinished = path.with_name(f".ldmperf-{secrets.token_hex(8)}.tmp")
     try:
         unfinished.write_bytes(content)
         os.replace(unfinished, path)

@@ -1,4 +1,4 @@
-"""`PipelineFolder`: a folder written by diffusers' `pipeline.save_pretrained`, checked before anything big is read.
+"""`PipelineFolder`: what diffusers' `pipeline.save_pretrained` wrote, checked before anything big is read.
 
 Configurations, tokenizers and the headers of weights are read. Nothing is fetched, no pickle is opened and no code
 of the folder is run.
@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan
+from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan, sampler_of
 
 from ..autoencoder import load_autoencoder
 from ..autoencoder_config import AutoencoderConfig
 from ..config import UNetConfig, shown
 from ..files import CheckpointError, read_json
 from ..weights import load_unet
-from .scheduler_config import corrected, sampler_named
 from .text_part import TextPart, read_text_part
 
 INDEX_NAME = "model_index.json"
@@ -62,11 +61,13 @@ class PipelineFolder:
 
     is_xl              Stable Diffusion XL, with two text encoders
     zeros_for_nothing  of XL: without a negative prompt its embedding is zeros, not that of ""
+    has_checker        a safety checker is among the parts; it is not run here
     """
 
     path: Path
     is_xl: bool
     zeros_for_nothing: bool
+    has_checker: bool
     text: tuple[TextPart, ...]
     unet: UNetConfig
     autoencoder: AutoencoderConfig
@@ -132,8 +133,8 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
         autoencoder = load_autoencoder(path / "vae", dtype=torch.float32, device="meta", backend="torch").config
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     with faults.noted(scheduler_file):
-        raw = corrected(read_json(scheduler_file), is_xl)
-        own = sampler or sampler_named(raw)
+        raw = _corrected(read_json(scheduler_file), is_xl)
+        own = sampler or sampler_of(raw)
         schedule = NoiseSchedule.from_diffusers(raw)
         if steps is not None:
             make_plan(own, schedule, steps, **options)
@@ -142,7 +143,8 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
     if faults or unet is None or autoencoder is None or schedule is None:
         raise PipelineError(faults)
     zeros = is_xl and bool(index.get("force_zeros_for_empty_prompt", True))
-    return PipelineFolder(path, is_xl, zeros, tuple(text), unet, autoencoder, own, schedule)
+    has_checker = bool(index.get("safety_checker")) and index["safety_checker"] != [None, None]
+    return PipelineFolder(path, is_xl, zeros, has_checker, tuple(text), unet, autoencoder, own, schedule)
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -167,11 +169,11 @@ def _index(path: Path) -> dict[str, Any]:
         raise PipelineError([str(fault)]) from None
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
-        fault = CheckpointError(
+        unknown = CheckpointError(
             f"{path / INDEX_NAME}: a pipeline of the class {shown(name)}; only {', '.join(_CLASSES)} make images "
             "here: run this one in diffusers"
         )
-        raise PipelineError([str(fault)])
+        raise PipelineError([str(unknown)])
     return index
 
 
@@ -188,8 +190,8 @@ def _check_parts(path: Path, index: Mapping[str, Any], is_xl: bool, faults: list
             faults.append(
                 str(
                     CheckpointError(
-                        f"{path / INDEX_NAME}: {name} is {shown(told)}; only {' or '.join(classes)} of {library} is "
-                        "supported: run this pipeline in diffusers"
+                        f"{path / INDEX_NAME}: {name} is {shown(told)}; only {' or '.join(classes)} of {library} "
+                        "is supported: run this pipeline in diffusers"
                     )
                 )
             )
@@ -199,6 +201,14 @@ def _check_parts(path: Path, index: Mapping[str, Any], is_xl: bool, faults: list
         faults.append(f"{path / 'scheduler' / 'scheduler_config.json'}: no such file; download the whole pipeline")
     if index.get("requires_aesthetics_score"):
         faults.append(f"{path / INDEX_NAME}: requires_aesthetics_score: a refiner; give the base's folder")
+
+
+def _corrected(config: Mapping[str, Any], is_xl: bool) -> dict[str, Any]:
+    """The configuration as diffusers' StableDiffusionPipeline corrects it; that of XL corrects nothing.
+
+    Files from before 2023 lack steps_offset = 1 and clip_sample = false.
+    """
+    return dict(config) if is_xl else {**config, "steps_offset": 1, "clip_sample": False}
 
 
 def _misfits(
@@ -225,8 +235,8 @@ def _misfits(
             yield f"{config}: no addition_embed_type, which Stable Diffusion XL has; {same}"
         elif unet.added_dim != wanted:
             yield (
-                f"{config}: projection_class_embeddings_input_dim = {unet.added_dim}, but the second text encoder and "
-                f"{SIZES} sizes give {wanted} (a refiner takes 5 sizes: give the base's folder); {same}"
+                f"{config}: projection_class_embeddings_input_dim = {unet.added_dim}, but the second text encoder "
+                f"and {SIZES} sizes give {wanted} (a refiner takes 5 sizes: give the base's folder); {same}"
             )
     elif unet.added_dim is not None:
         yield f"{config}: addition_embed_type = 'text_time' is Stable Diffusion XL's; {same}"

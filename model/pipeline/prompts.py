@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,9 @@ class PromptEncoder:
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] states, and [B, P] the projected pooled state of an encoder that has one."""
         ids, mask, left_out = tokens_of(part, texts)
-        for words in filter(None, left_out) if told is not None else ():
-            told(f"prompt cut at {part.length} tokens; left out: {words!r}")
+        for words in filter(None, left_out):
+            if told is not None:
+                told(f"prompt cut at {part.length} tokens; left out: {words!r}")
         out = encoder(
             ids.to(self._device),
             attention_mask=mask.to(self._device) if part.uses_mask else None,
@@ -89,5 +91,5 @@ class PromptEncoder:
         if not clip_skip:
             return out.last_hidden_state, None
         # transformers 4 has one more module in between.
-        network = getattr(encoder, "text_model", encoder)
+        network: Any = getattr(encoder, "text_model", encoder)
         return network.final_layer_norm(out.hidden_states[-(clip_skip + 1)]), None

@@ -6,7 +6,6 @@ would follow other files of the folder (adapters, quantization, kernels, code), 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -81,9 +80,9 @@ class TextPart:
             encoder.load_state_dict(state, assign=True)
         for module in encoder.modules():
             # The only buffer, which is in no file.
-            if isinstance(getattr(module, "position_ids", None), Tensor):
-                count = module.position_ids.shape[-1]  # type: ignore[union-attr]
-                module.position_ids = torch.arange(count, device=device).expand(1, -1)
+            numbers = getattr(module, "position_ids", None)
+            if isinstance(numbers, Tensor):
+                module.position_ids = torch.arange(numbers.shape[-1], device=device).expand(1, -1)
         return encoder.eval().requires_grad_(False)
 
 
@@ -130,8 +129,8 @@ def _config(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
     clip = _clip_config(config, file)
     if clip.hidden_size % clip.num_attention_heads:
         raise CheckpointError(
-            f"{file}: {clip.num_attention_heads} heads do not divide hidden_size = {clip.hidden_size}; download the "
-            "file again"
+            f"{file}: {clip.num_attention_heads} heads do not divide hidden_size = {clip.hidden_size}; download "
+            "the file again"
         )
     return config
 
@@ -213,7 +212,7 @@ def _tokenizer(place: Path, class_name: str, clip: Any) -> tuple[Any, int]:
     if type(length) is not int or not 3 <= length <= clip.max_position_embeddings:
         raise CheckpointError(
             f"{place / 'tokenizer_config.json'}: model_max_length = {shown(length)} does not fit the "
-            f"{clip.max_position_embeddings} positions of the text encoder; set it to {clip.max_position_embeddings}"
+            f"{clip.max_position_embeddings} positions of the text encoder; set it to that number"
         )
     _check_files(place)
     # What a tokenizer's file may name: a place outside the folder.
@@ -237,10 +236,10 @@ def _tokenizer(place: Path, class_name: str, clip: Any) -> tuple[Any, int]:
         ) from error
     if any(len(row) != length for row in ids):
         raise CheckpointError(f"{place}: the tokenizer does not pad to {length} tokens; download it again")
-    if not all(type(token) is int and 0 <= token for token in tokens) or largest >= clip.vocab_size:
+    if not all(type(token) is int and token >= 0 for token in tokens) or largest >= clip.vocab_size:
         raise CheckpointError(
-            f"{place}: its tokens run to {largest}, beyond the {clip.vocab_size} that the text encoder knows; take "
-            "both from one checkpoint"
+            f"{place}: its tokens run to {largest}, beyond the {clip.vocab_size} that the text encoder knows; "
+            "take both from one checkpoint"
         )
     return tokenizer, length
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.samplers import Graphs, GraphedSampler, SamplingPlan, Step, initial_noise, sample
+from ldmperf.samplers import GraphedSampler, Graphs, SamplingPlan, Step, initial_noise, sample
 
 from ..autoencoder import Autoencoder, load_autoencoder
 from ..conditioning import Conditioning
@@ -22,13 +20,13 @@ from ..unet import UNet
 from ..weights import load_unet
 from .estimate import Estimate
 from .images import save_png
+from .part_clock import PartClock, Progress
 from .pipeline_folder import PipelineFolder
 from .prompts import Embedded, PromptEncoder
 
 USUAL_STEPS = 50
 # In latent pixels; an image of 32768.
 _LARGEST_SIDE = 4096
-PARTS = ("text", "steps", "decode")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,6 @@ class Sampled:
         save_png(path, self.pixels)
 
 
-# progress(part, done, total): of "text" and "decode" 0 and then 1 of 1, of "steps" one more at each.
-Progress = Callable[[str, int, int], None]
 # preview(step, pixels): [B, 3, H, W] in [0, 1], the image so far.
 Preview = Callable[[Step, Tensor], None]
 
@@ -61,7 +57,6 @@ class TextToImage:
     """The networks of a pipeline's folder, loaded; a call makes images of prompts.
 
     folder         what was read
-    dtype          of the UNet and the text encoders; `decoder_dtype` is the autoencoder's, wider where it overflows
     """
 
     def __init__(
@@ -105,8 +100,8 @@ class TextToImage:
         sampler  a name in `ldmperf.samplers.SAMPLERS`; the folder's own unless given
         graphs   "auto" replays captured steps on a GPU, "off" runs every step; or a `Graphs`, how to capture
 
-        Nothing is fetched, no pickle is opened, no code in the folder is run. Raises PipelineError with every fault
-        of the folder before weights are read; ValueError for a device that is not there.
+        Nothing is fetched, no pickle is opened, no code in the folder is run. Raises PipelineError with every
+        fault of the folder before weights are read; ValueError for a device that is not there.
         """
         if isinstance(graphs, str) and graphs not in ("auto", "off"):
             raise ValueError(f"graphs must be 'auto', 'off' or a Graphs, not {shown(graphs)}")
@@ -172,7 +167,7 @@ class TextToImage:
         plan = self.folder.plan(steps, sampler or self.sampler, **(options or {}))
         scale = self.folder.usual_guidance if guidance_scale is None else guidance_scale
         is_guided = scale > 1.0
-        clock = _Clock(self.device, progress)
+        clock = PartClock(self.device, progress)
         with clock.part("text", 1):
             embedded = self._embedded(texts, against if is_guided else None, is_guided, clip_skip, told or _warn)
             conditioning = self._conditioning(plan, embedded, height, width)
@@ -197,7 +192,7 @@ class TextToImage:
                 latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
             )
             scaled = latents.float() * std / config.scaling_factor + mean
-        given = scaled.to(next(self.autoencoder.parameters()).dtype)
+        given = scaled.to(self.autoencoder.dtype)
         images = (
             self.autoencoder.decode(given) if tile is None else self.autoencoder.decode_tiled(given, tile=tile)
         )
@@ -243,7 +238,7 @@ class TextToImage:
         preview_every: int,
         tile: int | None,
     ) -> Tensor:
-        """The latents: by replaying captured steps, or step by step where there are no graphs or previews are due."""
+        """The latents: by replayed steps, or step by step where there are no graphs or previews are due."""
         if self._graphed is not None and preview is None:
             return self._graphed(
                 conditioning,
@@ -305,31 +300,3 @@ def _of_all(name: str, given: str | Sequence[str], count: int) -> list[str]:
 
 def _warn(line: str) -> None:
     warnings.warn(line, stacklevel=2)
-
-
-class _Clock:
-    """Times the parts of a call on the host, each to the end of its work on the device, and tells progress."""
-
-    def __init__(self, device: torch.device, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._progress = progress or (lambda part, done, total: None)
-
-    @contextmanager
-    def part(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-        """A function to call after each of `total` things; a part of one thing is counted at its end."""
-        done = 0
-
-        def count() -> None:
-            nonlocal done
-            done += 1
-            self._progress(name, done, total)
-
-        self._progress(name, 0, total)
-        begin = time.perf_counter()
-        yield count
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.seconds[name] = time.perf_counter() - begin
-        if not done:
-            count()
