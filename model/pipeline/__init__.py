@@ -14,8 +14,19 @@ except ImportError as error:
         f"ldmperf.model.pipeline needs transformers and pillow: pip install transformers pillow ({error})"
     ) from None
 
+from .images import as_bytes, grid, png, read_png, save_png, write_whole
 from .pipeline_folder import PipelineError, PipelineFolder
-from .images import as_bytes, grid, png, read_png, write_whole
-from .text_to_image import USUAL_STEPS, Sampled, TextToImage
+from .text_to_image import Sampled, TextToImage
 
-__all__ = ["PipelineError", "PipelineFolder", "Sampled", "TextToImage"]
+__all__ = [
+    "PipelineError",
+    "PipelineFolder",
+    "Sampled",
+    "TextToImage",
+    "as_bytes",
+    "grid",
+    "png",
+    "read_png",
+    "save_png",
+    "write_whole",
+]

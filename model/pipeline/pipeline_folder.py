@@ -17,9 +17,10 @@ import torch
 
 from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan, sampler_of
 
-from ..autoencoder import load_autoencoder
 from ..autoencoder_config import AutoencoderConfig
-from ..config import UNetConfig, shown
+from ..autoencoder_weights import load_autoencoder
+from ..config import UNetConfig
+from ..fields import shown
 from ..files import CheckpointError, read_json
 from ..weights import load_unet
 from .text_part import TextPart, read_text_part
@@ -43,6 +44,8 @@ _PARTS = {
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
 }
+# In latent pixels: an image of 32768.
+_LARGEST_SIDE = 4096
 # Numbers of an image's sizes that Stable Diffusion XL's base network takes: size, crop, target.
 SIZES = 6
 
@@ -65,6 +68,7 @@ class PipelineFolder:
     """
 
     path: Path
+    class_name: str
     is_xl: bool
     zeros_for_nothing: bool
     has_checker: bool
@@ -90,6 +94,17 @@ class PipelineFolder:
         return make_plan(sampler or self.sampler, self.schedule, steps, **options)
 
     @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.absolute().name
+
+    @property
+    def scaling_factor(self) -> float:
+        """The autoencoder's latents are those of the UNet divided by it."""
+        assert self.autoencoder.scaling_factor is not None
+        return self.autoencoder.scaling_factor
+
+    @property
     def usual_size(self) -> int:
         """Side, in pixels, of the images that the network was trained for."""
         return self.unet.sample_size * self.autoencoder.scale
@@ -98,6 +113,22 @@ class PipelineFolder:
     def usual_guidance(self) -> float:
         """The guidance scale that diffusers takes unless told."""
         return 5.0 if self.is_xl else 7.5
+
+    def side(self, name: str, given: int | None) -> int:
+        """A height or width in pixels, the network's own unless given; raises ValueError where it cannot be."""
+        scale = self.autoencoder.scale
+        side = self.usual_size if given is None else given
+        if type(side) is not int or side % scale or not scale <= side <= scale * _LARGEST_SIDE:
+            raise ValueError(
+                f"{name} must be a multiple of {scale} from {scale} to {scale * _LARGEST_SIDE}, not {shown(given)}"
+            )
+        return side
+
+    def check_clip_skip(self, clip_skip: int) -> None:
+        """Raises ValueError for more layers to leave out than the text encoders have."""
+        most = min(part.layers for part in self.text) - (2 if self.is_xl else 1)
+        if type(clip_skip) is not int or not 0 <= clip_skip <= most:
+            raise ValueError(f"clip_skip must be a whole number from 0 to {most}, not {shown(clip_skip)}")
 
 
 class _Faults(list[str]):
@@ -144,7 +175,18 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
         raise PipelineError(faults)
     zeros = is_xl and bool(index.get("force_zeros_for_empty_prompt", True))
     has_checker = bool(index.get("safety_checker")) and index["safety_checker"] != [None, None]
-    return PipelineFolder(path, is_xl, zeros, has_checker, tuple(text), unet, autoencoder, own, schedule)
+    return PipelineFolder(
+        path=path,
+        class_name=index["_class_name"],
+        is_xl=is_xl,
+        zeros_for_nothing=zeros,
+        has_checker=has_checker,
+        text=tuple(text),
+        unet=unet,
+        autoencoder=autoencoder,
+        sampler=own,
+        schedule=schedule,
+    )
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -227,6 +269,8 @@ def _misfits(
         yield f"{config}: in_channels = {unet.in_channels} for {channels} latent channels: {what}; {same}"
     if unet.out_channels != channels:
         yield f"{config}: out_channels = {unet.out_channels} for {channels} latent channels; {same}"
+    if autoencoder.scaling_factor is None:
+        yield f"{path / 'vae' / 'config.json'}: scaling_factor is null; download the file again"
     if autoencoder.out_channels != 3:
         yield f"{path / 'vae' / 'config.json'}: out_channels = {autoencoder.out_channels}, not red, green and blue"
     if is_xl:

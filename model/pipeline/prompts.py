@@ -78,8 +78,8 @@ class PromptEncoder:
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] states, and [B, P] the projected pooled state of an encoder that has one."""
         ids, mask, left_out = tokens_of(part, texts)
-        for words in filter(None, left_out):
-            if told is not None:
+        if told is not None:
+            for words in filter(None, left_out):
                 told(f"prompt cut at {part.length} tokens; left out: {words!r}")
         out = encoder(
             ids.to(self._device),

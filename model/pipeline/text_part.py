@@ -17,8 +17,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..config import shown
+from ..fields import shown
 from ..files import CheckpointError, Source, find, open_all, read_json, some
+from ..kinds import Kind
 
 # Every field that changes the result, with its largest value; absent fields take transformers' defaults.
 _SIZES = {
@@ -38,6 +39,7 @@ _TENSORS_OF_A_LAYER = 16
 # Whatever a tokenizer's files hold, they are read whole.
 _LARGEST_TOKENIZER = 1 << 26
 _PREFIX = "text_model."
+TEXT_ENCODER = Kind("text encoder", "text_encoder", "CLIPTextModel", frozenset({"vocab_size"}))
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def _opened(
     weights: Path, config: Mapping[str, Any], is_projected: bool, stack: ExitStack
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder without memory, and the slice of a file for each of its tensors."""
-    source: Source = find(weights)
+    source: Source = find(weights, TEXT_ENCODER)
     tensors, _ = open_all(source, stack)
     clip = _clip_config(config)
     if clip.num_hidden_layers * _TENSORS_OF_A_LAYER > len(tensors):
@@ -272,7 +274,7 @@ def tokens_of(part: TextPart, texts: Sequence[str]) -> tuple[Tensor, Tensor, lis
         list(texts), padding="max_length", max_length=part.length, truncation=True, return_tensors="pt"
     )
     left_out = []
-    for whole in part.tokenizer(list(texts)).input_ids:
+    for whole in part.tokenizer(list(texts), verbose=False).input_ids:
         # Begin and end are tokens too.
         rest = whole[part.length - 1 : -1]
         left_out.append(part.tokenizer.decode(rest).strip() if rest else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from ldmperf.samplers import GraphedSampler, Graphs, SamplingPlan, Step, initial_noise, sample
 
-from ..autoencoder import Autoencoder, load_autoencoder
+from ..autoencoder import Autoencoder
+from ..autoencoder_weights import load_autoencoder
 from ..conditioning import Conditioning
-from ..config import shown
+from ..fields import shown
 from ..unet import UNet
 from ..weights import load_unet
 from .estimate import Estimate
@@ -25,8 +27,6 @@ from .pipeline_folder import PipelineFolder
 from .prompts import Embedded, PromptEncoder
 
 USUAL_STEPS = 50
-# In latent pixels; an image of 32768.
-_LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,14 @@ class TextToImage:
         many = [seeds] if isinstance(seeds, int) else list(seeds)
         texts = _of_all("prompts", prompts, len(many))
         against = None if negative_prompt is None else _of_all("negative_prompt", negative_prompt, len(many))
-        height, width = self._side("height", height), self._side("width", width)
-        self._check_clip_skip(clip_skip)
+        height, width = self.folder.side("height", height), self.folder.side("width", width)
+        self.folder.check_clip_skip(clip_skip)
+        if tile is not None:
+            tile = self.folder.side("tile", tile)
         plan = self.folder.plan(steps, sampler or self.sampler, **(options or {}))
         scale = self.folder.usual_guidance if guidance_scale is None else guidance_scale
+        if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+            raise ValueError(f"guidance_scale must be a number of at least 0, not {shown(guidance_scale)}")
         is_guided = scale > 1.0
         clock = PartClock(self.device, progress)
         with clock.part("text", 1):
@@ -184,18 +188,19 @@ class TextToImage:
     @torch.no_grad()
     def decode(self, latents: Tensor, *, tile: int | None = None) -> Tensor:
         """[B, 3, H, W] float32 in [0, 1] on the CPU: the images of latents [B, L, h, w]. `tile` as of a call."""
-        config = self.autoencoder.config
-        scaled = latents.float() / config.scaling_factor
+        config, factor = self.autoencoder.config, self.folder.scaling_factor
+        scaled = latents.float() / factor
         # As diffusers: the pipelines of 1 and 2 know no statistics of latents.
         if self.folder.is_xl and config.latents_mean is not None and config.latents_std is not None:
             mean, std = (
                 latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std)
             )
-            scaled = latents.float() * std / config.scaling_factor + mean
+            scaled = latents.float() * std / factor + mean
         given = scaled.to(self.autoencoder.dtype)
-        images = (
-            self.autoencoder.decode(given) if tile is None else self.autoencoder.decode_tiled(given, tile=tile)
-        )
+        if tile is None:
+            images = self.autoencoder.decode(given)
+        else:
+            images = self.autoencoder.decode_tiled(given, tile=tile // config.scale)
         return (images.float() / 2 + 0.5).clamp(0, 1).cpu()
 
     def _embedded(
@@ -270,25 +275,6 @@ class TextToImage:
             input_dtype=self.unet.dtype,
             backend=self._backend,
         )
-
-    def _side(self, name: str, given: int | None) -> int:
-        return checked_side(self.folder, name, given)
-
-    def _check_clip_skip(self, clip_skip: int) -> None:
-        most = min(part.layers for part in self.folder.text) - (2 if self.folder.is_xl else 1)
-        if type(clip_skip) is not int or not 0 <= clip_skip <= most:
-            raise ValueError(f"clip_skip must be a whole number from 0 to {most}, not {shown(clip_skip)}")
-
-
-def checked_side(folder: PipelineFolder, name: str, given: int | None) -> int:
-    """A height or width in pixels, the network's own unless given; raises ValueError where it cannot be."""
-    scale = folder.autoencoder.scale
-    side = folder.usual_size if given is None else given
-    if type(side) is not int or side % scale or not scale <= side <= scale * _LARGEST_SIDE:
-        raise ValueError(
-            f"{name} must be a multiple of {scale} from {scale} to {scale * _LARGEST_SIDE}, not {shown(given)}"
-        )
-    return side
 
 
 def _of_all(name: str, given: str | Sequence[str], count: int) -> list[str]:
