@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transfo
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
+from .image_by_image import Beside, Values, conditioned, evaluated
 from .private import Privacy
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
@@ -50,15 +52,19 @@ class UNet(nn.Module):
     `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` goes to the
     matmuls that can be merged with their norm or gate (`ldmperf.kernels.linear`): "auto" merges where this is
     measured or predicted to be faster, "triton" wherever the kernel can, "torch" nowhere. With `backend="torch"`
-    nothing is merged. Weights of convolutions are channels-last, as the activations are. Raises ValueError for
-    another `backend` or `products`.
+    nothing is merged. Weights of convolutions are channels-last, as the activations are. With `batch_invariant`
+    an image's results are the same to the bit alone and in any batch (docs/batch-invariance.md): each is computed
+    alone; torch.compile is refused. Raises ValueError for another `backend` or `products`.
     """
 
-    def __init__(self, config: UNetConfig, *, backend: str = "auto", products: str = "auto") -> None:
+    def __init__(
+        self, config: UNetConfig, *, backend: str = "auto", products: str = "auto", batch_invariant: bool = False
+    ) -> None:
         super().__init__()
         arguments.check_backend("backend", backend)
         arguments.check_backend("products", products)
         self.config = config
+        self.batch_invariant = batch_invariant
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         layers, last = config.layers_per_block, len(channels) - 1
 
@@ -146,21 +152,27 @@ class UNet(nn.Module):
         t = arguments.in_rows(t, context.shape[0])
         arguments.check_constants(sum(self._constant_sizes), constants.values)
         arguments.check_added(self.config, context.shape[0], text_embeds, time_ids)
+        values = partial(conditioned, self._values) if self._is_split(context.shape[0]) else self._values
+        shifts, contexts = values(t, context, (text_embeds, time_ids))
+        return Conditioning(shifts, contexts, constants.values, constants.made_from)
+
+    def _is_split(self, batch: int) -> bool:
+        """Whether images are computed one by one."""
+        return self.batch_invariant and batch > 0
+
+    def _values(self, t: Tensor, context: Tensor, beside: Beside) -> Values:
+        """`shifts` and `context` of a `Conditioning`."""
         stops, projection = self._route(), self.time_projection
-        added = self._added(text_embeds, time_ids)
+        added = self._added(*beside)
         embedding = self.time_embedding(t.reshape(-1)).unflatten(0, tuple(t.shape))
         embedding = F.silu(embedding if added is None else embedding + added)
         conv_bias = torch.cat([stop.resblock.conv1.bias for stop in stops if stop.resblock.conv1.bias is not None])
         shifts = F.linear(embedding.flatten(0, 1), projection.weight, projection.bias + conv_bias)
         context = context.to(projection.weight)
-        return Conditioning(
-            shifts=shifts.unflatten(0, embedding.shape[:2]),
-            context=tuple(
-                stop.transformer.project_context(context) for stop in stops if stop.transformer is not None
-            ),
-            constants=constants.values,
-            made_from=constants.made_from,
+        contexts = tuple(
+            stop.transformer.project_context(context) for stop in stops if stop.transformer is not None
         )
+        return shifts.unflatten(0, embedding.shape[:2]), contexts
 
     def _added(self, text_embeds: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
         """[B, time_dim]: the summand of the time embedding in Stable Diffusion XL; None for other networks."""
@@ -189,15 +201,22 @@ class UNet(nn.Module):
         arguments.check_sample(self.config, sample)
         batch = sample.shape[0]
         arguments.check_batch(conditioning, batch)
-        shifts = arguments.of_step(conditioning.shifts, step).expand(batch, -1).split(self.shift_channels, dim=1)
-        context = iter(conditioning.context)
-        at_stops, at_end = split_biases(conditioning.constants, self._constant_sizes)
+        shifts = arguments.of_step(conditioning.shifts, step)
+        evaluate = partial(self._evaluated, conditioning.constants)
+        if self._is_split(batch):
+            return evaluated(evaluate, sample, shifts, conditioning.context)
+        return evaluate(sample, shifts.expand(batch, -1), conditioning.context)
+
+    def _evaluated(self, constants: Tensor, sample: Tensor, shifts: Tensor, contexts: Iterable[Tensor]) -> Tensor:
+        """`denoise` with the shifts [B, S] of its step."""
+        shift_of, context = iter(shifts.split(self.shift_channels, dim=1)), iter(contexts)
+        at_stops, at_end = split_biases(constants, self._constant_sizes)
         in_place = not torch.is_grad_enabled() and self._is_private()
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = F.conv2d(sample, self.conv_in.weight, padding=1)
         skips = [x]
-        for stop, shift, biases in zip(self._route(), shifts, at_stops, strict=True):
+        for stop, shift, biases in zip(self._route(), shift_of, at_stops, strict=True):
             skip = skips.pop() if stop.pops else None
             # The next skip's size, not twice x's: an odd size was rounded up on the way down.
             size = skips[-1].shape[2:] if stop.enlarges else None
@@ -246,10 +265,14 @@ class UNet(nn.Module):
         # A copy's weights and modules are its own.
         return {**self.__dict__, "_remembered": _Remembered()}
 
-    def with_backend(self, backend: str, products: str = "auto") -> UNet:
-        """The same network on the same memory, with other values of `backend` and `products`."""
+    def with_backend(self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None) -> UNet:
+        """The same network on the same memory, with other values of `backend` and `products`.
+
+        `batch_invariant` is this network's unless given.
+        """
+        invariant = self.batch_invariant if batch_invariant is None else batch_invariant
         with torch.device("meta"):
-            other = UNet(self.config, backend=backend, products=products)
+            other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant)
         other.load_state_dict(self.state_dict(), assign=True)
         for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
