@@ -9,33 +9,37 @@ and alignment, whatever the batch. docs/batch-invariance.md names the calls that
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .arguments import Added
+
 Function = TypeVar("Function", bound=Callable[..., Any])
-Beside = Sequence[Tensor | None]
 Values = tuple[Tensor, tuple[Tensor, ...]]
 _PLAIN = torch.contiguous_format
 
 
 def conditioned(
-    values: Callable[[Tensor, Tensor, Beside], Values], t: Tensor, context: Tensor, beside: Beside
+    values: Callable[[Tensor, Tensor, Added], Values], t: Tensor, context: Tensor, added: Added
 ) -> Values:
-    """values(t, context, beside), `shifts` and `context` of a conditioning, of each image alone.
+    """values(t, context, added), `shifts` and `context` of a conditioning, of each image alone.
 
-    t [K, B or 1]; the batch comes first in context and in what is beside it.
+    t [K, B or 1]; context and what is added are of the batch, labels a tensor.
     """
-    # Shifts that all images share are computed once, as for one.
-    is_shared = t.shape[1] == 1 and all(x is None for x in beside)
+    given = {name: x for name, x in added._asdict().items() if x is not None}
     found = [
         _uncompiled(values)(
-            _alone(t, i, 1), _alone(context, i), [None if x is None else _alone(x, i) for x in beside]
+            _alone(t, i, 1),
+            _alone(context, i),
+            added._replace(**{name: _alone(x, i) for name, x in given.items()}),
         )
         for i in range(context.shape[0])
     ]
+    # Shifts that all images share are kept once, as for one.
+    is_shared = t.shape[1] == 1 and not given
     shifts = [shifts for shifts, _ in found[: 1 if is_shared else None]]
     contexts = zip(*(contexts for _, contexts in found), strict=True)
     return torch.cat(shifts, dim=1), tuple(torch.cat(of_images, dim=1) for of_images in contexts)

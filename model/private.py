@@ -12,14 +12,22 @@ from torch.utils._device import DeviceContext
 
 from ldmperf.kernels import GroupNormSiLU
 
-from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from .blocks import (
+    EmbeddingMLP,
+    LabelEmbedding,
+    Resample,
+    ResBlock,
+    TimestepEmbedding,
+    Transformer,
+    TransformerBlock,
+)
 from .route import Level
 from .staleness import Structure
 
 # Module classes that keep no activation; a subclass may.
 _CLASSES = (
     *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNormSiLU, EmbeddingMLP, TimestepEmbedding),
-    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+    *(LabelEmbedding, nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
 )
 # The methods that a call of a module runs.
 _METHODS = attrgetter("__call__", "_call_impl", "forward")
