@@ -148,15 +148,25 @@ def test_published_configs_have_their_published_size(config, parameters):
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("published", "text"), [(SDXL, 1280), (SDXL_REFINER, 1280)], ids=["base", "refiner"])
-def test_sdxl_costs_what_it_costs_in_diffusers(published, text):
+@pytest.mark.parametrize(
+    ("published", "text"),
+    [(SDXL, 1280), (SDXL_REFINER, 1280), (X4_UPSCALER, None), (SD15 | {"time_cond_proj_dim": 256}, None)],
+    ids=["base", "refiner", "x4-upscaler", "lcm"],
+)
+def test_networks_that_take_more_than_a_context_cost_what_they_cost_in_diffusers(published, text):
     config = UNetConfig.from_diffusers(published)
     with torch.device("meta"), torch.no_grad(), flop_counter() as theirs:
         reference = UNet2DConditionModel.from_config(published)
-        sizes = (published["projection_class_embeddings_input_dim"] - text) // 256
-        added = {"text_embeds": torch.empty(1, text), "time_ids": torch.empty(1, sizes)}
+        given = {}
+        if text is not None:
+            sizes = (published["projection_class_embeddings_input_dim"] - text) // 256
+            given["added_cond_kwargs"] = {"text_embeds": torch.empty(1, text), "time_ids": torch.empty(1, sizes)}
+        if config.num_class_embeds is not None:
+            given["class_labels"] = torch.empty(1, dtype=torch.int64)
+        if config.time_cond_proj_dim is not None:
+            given["timestep_cond"] = torch.empty(1, config.time_cond_proj_dim)
         context = torch.empty(1, 77, config.context_dim)
-        reference(torch.empty(1, 4, 128, 128), torch.empty(1), context, added_cond_kwargs=added)
+        reference(torch.empty(1, config.in_channels, 128, 128), torch.empty(1), context, **given)
     assert count_parameters(config) == sum(parameter.numel() for parameter in reference.parameters())
     assert count_gflop(config, 128, 128, 77) * 1e9 == theirs.get_total_flops()
 
