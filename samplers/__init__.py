@@ -2,7 +2,7 @@
 
 from .cuda_graphs import CaptureError, CudaGraphs, Graphs, own_workspaces
 from .from_config import DIFFUSERS_CLASSES, plan_from_config, sampler_of
-from .graph import Capture, GraphedSampler
+from .graph import GraphedSampler
 from .graphed_denoiser import GraphedDenoiser
 from .plan import SAMPLERS, SamplingPlan, make_plan
 from .reads import Watch
