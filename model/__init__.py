@@ -1,7 +1,8 @@
 """The UNet family: configurations, the network, and its weights in other people's formats."""
 
 from .conditioning import Conditioning, Constants
-from .config import FAMILY, UNetConfig, UnsupportedConfig, diffusers_config
+from .config import FAMILY, UNetConfig, diffusers_config
+from .fields import UnsupportedConfig
 from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
 from .releases import RELEASED
 from .unet import UNet

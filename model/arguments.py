@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .config import UNetConfig, shown
+from .config import UNetConfig
+from .fields import shown
 
 BACKENDS = ("auto", "torch", "triton")
 

@@ -1,14 +1,10 @@
 """`UNetConfig`: the sizes of a UNet; the paper's eleven sizes; the fields of a diffusers config."""
 
-import operator
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class UnsupportedConfig(ValueError):
-    """A UNet configuration that this network does not implement; the message names every field at fault."""
+from .fields import UnsupportedConfig, count, each, integer, integers, shown, small, strings
 
 
 @dataclass(frozen=True)
@@ -42,10 +38,10 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            self._set(name, _count(name, getattr(self, name)))
+            self._set(name, count(name, getattr(self, name)))
         for name in ("added_time_dim", "added_dim"):
             if getattr(self, name) is not None:
-                self._set(name, _count(name, getattr(self, name)))
+                self._set(name, count(name, getattr(self, name)))
         if (self.added_time_dim is None) != (self.added_dim is None):
             raise UnsupportedConfig(
                 f"added_time_dim = {self.added_time_dim} and added_dim = {self.added_dim} go together: "
@@ -56,16 +52,23 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
                 "give the width of one number's sinusoids, and that of all of them beside the text embedding"
             )
-        self._set("block_channels", tuple(_count("block_channels", one) for one in _each(self, "block_channels")))
+        self._set(
+            "block_channels",
+            tuple(count("block_channels", one) for one in each("block_channels", self.block_channels)),
+        )
         levels = len(self.block_channels)
         layers: Any = self.transformer_layers
-        if (of_all := _integer(layers)) is not None:
+        if (of_all := integer(layers)) is not None:
             self._set("transformer_layers", (of_all,) * levels)
-        layers = tuple(_count("transformer_layers", one) for one in _each(self, "transformer_layers"))
+        layers = tuple(
+            count("transformer_layers", one) for one in each("transformer_layers", self.transformer_layers)
+        )
         self._set("transformer_layers", layers)
         # A level without attention may give zero heads.
-        self._set("num_heads", tuple(_count("num_heads", one, least=0) for one in _each(self, "num_heads")))
-        self._set("attention", tuple(bool(one) for one in _each(self, "attention")))
+        self._set(
+            "num_heads", tuple(count("num_heads", one, least=0) for one in each("num_heads", self.num_heads))
+        )
+        self._set("attention", tuple(bool(one) for one in each("attention", self.attention)))
         self._set("has_middle", bool(self.has_middle))
         self._set("conv_projection", bool(self.conv_projection))
         for name in ("num_heads", "attention", "transformer_layers"):
@@ -74,7 +77,7 @@ class UNetConfig:
                     f"{name} has {len(getattr(self, name))} entries for the {levels} levels of block_channels: "
                     "give one entry per level to each, and at least one level"
                 )
-        self._set("norm_eps", _small(self.norm_eps))
+        self._set("norm_eps", small("norm_eps", self.norm_eps))
         for level, (channels, heads) in enumerate(zip(self.block_channels, self.num_heads, strict=True)):
             if channels % self.norm_groups:
                 raise UnsupportedConfig(
@@ -105,58 +108,7 @@ class UNetConfig:
         return _from_diffusers(config)
 
 
-# Far above every field of a published UNet; products of fields still fit into 64 bits.
-_MOST = 2**16
 _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
-
-
-def _integer(value: Any) -> int | None:
-    """An integer of Python, numpy or torch as Python's; None for all else, a bool included."""
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if is_bool or len(getattr(value, "shape", ())):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _count(name: str, value: Any, least: int = 1) -> int:
-    number = _integer(value)
-    if number is None or not least <= number <= _MOST:
-        raise UnsupportedConfig(
-            f"{name} must be from {least} to {_MOST}; got {shown(value)}: give a whole number in that range"
-        )
-    return number
-
-
-def _each(config: UNetConfig, name: str) -> tuple[Any, ...]:
-    value = getattr(config, name)
-    if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "ndim", 1) != 1:
-        raise UnsupportedConfig(f"{name} = {shown(value)}: give a tuple with one entry per level")
-    return tuple(value)
-
-
-def _small(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0.0
-    if isinstance(value, str) or not 0 < number < 1:
-        raise UnsupportedConfig(f"norm_eps = {shown(value)}: give a small positive number, such as 1e-5")
-    return number
-
-
-# A file may hold a value of any length and depth, and an error is one line.
-class _Repr(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to print integers of thousands of digits.
-        return "an integer of thousands of digits" if abs(x) > 10**1000 else super().repr_int(x, level)
-
-
-_repr = _Repr()
-_repr.maxstring = 100
-shown = _repr.repr
 
 
 # The paper's names by the width of the first level (arXiv 2404.01367, Table 1): heads stay 8, the rest scales.
@@ -269,11 +221,11 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
 
     read = {field: config.get(field, default) for field, default in _READ.items()}
     for field in ("down_block_types", "up_block_types", "block_out_channels"):
-        kind, accepts = ("integer", _integers) if field == "block_out_channels" else ("string", _strings)
+        kind, accepts = ("integer", integers) if field == "block_out_channels" else ("string", strings)
         if not accepts(read[field]):
             refuse(field, read[field], f"only a list, one {kind} per level")
             read[field] = _READ[field]
-    is_number = isinstance(read["norm_eps"], float) or _integer(read["norm_eps"]) is not None
+    is_number = isinstance(read["norm_eps"], float) or integer(read["norm_eps"]) is not None
     if not is_number or not 0 < read["norm_eps"] < 1:
         refuse("norm_eps", read["norm_eps"], "only a small positive number")
     down, up = list(read["down_block_types"]), list(read["up_block_types"])
@@ -287,22 +239,22 @@ def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
         refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
     is_xl = read["addition_embed_type"] == "text_time"
     for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
-        if _integer(read[field]) is None:
+        if integer(read[field]) is None:
             refuse(field, read[field], "only one integer")
     for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if is_xl else ():
-        if _integer(read[field]) is None:
+        if integer(read[field]) is None:
             refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
     sample_size = read["sample_size"]
     if isinstance(sample_size, list | tuple):
-        square = _integers(sample_size) and len(sample_size) <= 2 and len(set(map(int, sample_size))) == 1
+        square = integers(sample_size) and len(sample_size) <= 2 and len(set(map(int, sample_size))) == 1
         sample_size = sample_size[0] if square else "not square"
-    if sample_size is not None and _integer(sample_size) is None:
+    if sample_size is not None and integer(sample_size) is None:
         refuse("sample_size", read["sample_size"], "only square")
     # diffusers' name is historic: the value is the number of heads.
     for field in ("attention_head_dim", "transformer_layers_per_block"):
-        if _integer(read[field]) is not None:
+        if integer(read[field]) is not None:
             read[field] = (read[field],) * len(down)
-        if not _integers(read[field]):
+        if not integers(read[field]):
             refuse(field, read[field], "only an integer, or one per level")
     if problems:
         raise UnsupportedConfig(
@@ -349,14 +301,6 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "addition_time_embed_dim": config.added_time_dim,
         "projection_class_embeddings_input_dim": config.added_dim,
     }
-
-
-def _integers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_integer(one) is not None for one in value)
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 
 
 def _same(value: Any, accepted: Any) -> bool:

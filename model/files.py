@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .config import UnsupportedConfig
+from .fields import UnsupportedConfig
 
 # The name that diffusers gives to weights; a variant ("diffusion_pytorch_model.fp16") has one more word.
 WEIGHTS_NAME = "diffusion_pytorch_model"

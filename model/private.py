@@ -12,6 +12,7 @@ from torch.utils._device import DeviceContext
 
 from ldmperf.kernels import GroupNormSiLU
 
+from .autoencoder_blocks import Coder, HalvingConv, ImageAttention
 from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
 from .route import Level
 from .staleness import Structure
@@ -19,6 +20,7 @@ from .staleness import Structure
 # Module classes that keep no activation; a subclass may.
 _CLASSES = (
     *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNormSiLU, EmbeddingMLP, TimestepEmbedding),
+    *(Coder, HalvingConv, ImageAttention),
     *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
 )
 # The methods that a call of a module runs.
@@ -60,6 +62,27 @@ class Privacy:
             or _torch._global_forward_pre_hooks
             or any(type(mode) is not DeviceContext for mode in _function_modes())
         )
+
+
+class PrivacyKept:
+    """A network's `Privacy`, made anew when its modules were replaced.
+
+    It has slots and no `__dict__`, so it is no value of the network to whoever compares a module's values.
+    """
+
+    __slots__ = ("_privacy",)
+
+    def __init__(self) -> None:
+        self._privacy: Privacy | None = None
+
+    def holds(self, network: nn.Module) -> bool:
+        """Whether only the network holds the activations between its modules, so that sums may overwrite them."""
+        if torch.compiler.is_compiling():
+            # A compiled graph plans its memory itself, and needs no in-place sums.
+            return False
+        if self._privacy is None or not self._privacy.knows_all():
+            self._privacy = Privacy(network)
+        return self._privacy.holds()
 
 
 def _function_modes() -> list[object]:

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .arguments import check_backend
-from .config import UNetConfig, UnsupportedConfig, diffusers_config, shown
+from .config import UNetConfig, diffusers_config
+from .fields import UnsupportedConfig, shown
 from .files import (
     CheckpointError,
     Source,

@@ -1,13 +1,16 @@
 """The mathematics of sampling: schedules, plans and the loop that runs them."""
 
 from .cuda_graphs import CaptureError, CudaGraphs, Graphs, own_workspaces
+from .from_config import DIFFUSERS_CLASSES, plan_from_config, sampler_of
 from .graph import Capture, GraphedSampler
 from .plan import SAMPLERS, SamplingPlan, make_plan
+from .reads import Watch
 from .sample import initial_noise, sample
 from .schedule import NoiseSchedule
 from .step import Step
 
 __all__ = [
+    "DIFFUSERS_CLASSES",
     "SAMPLERS",
     "Capture",
     "CaptureError",
@@ -17,8 +20,11 @@ __all__ = [
     "NoiseSchedule",
     "SamplingPlan",
     "Step",
+    "Watch",
     "initial_noise",
     "make_plan",
     "own_workspaces",
+    "plan_from_config",
     "sample",
+    "sampler_of",
 ]
