@@ -1,5 +1,8 @@
-"""The UNet family: configurations, the network, and its weights in other people's formats."""
+"""The UNet family and the autoencoder: configurations, networks, and weights in other people's formats."""
 
+from .autoencoder import Autoencoder, Moments
+from .autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
+from .autoencoder_weights import autoencoder_state_dict, load_autoencoder, save_autoencoder
 from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, diffusers_config
 from .fields import UnsupportedConfig
@@ -11,16 +14,23 @@ from .weights import diffusers_state_dict, load_unet, save_unet
 __all__ = [
     "FAMILY",
     "RELEASED",
+    "Autoencoder",
+    "AutoencoderConfig",
     "CheckpointError",
     "Conditioning",
     "Constants",
+    "Moments",
     "UNet",
     "UNetConfig",
     "UnsupportedCheckpoint",
     "UnsupportedConfig",
+    "autoencoder_diffusers_config",
+    "autoencoder_state_dict",
     "checkpoint_files",
     "diffusers_config",
     "diffusers_state_dict",
+    "load_autoencoder",
     "load_unet",
+    "save_autoencoder",
     "save_unet",
 ]

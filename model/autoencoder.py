@@ -16,6 +16,7 @@ from .autoencoder_blocks import decoder_of, encoder_of
 from .autoencoder_config import AutoencoderConfig
 from .blocks import as_image, as_tokens
 from .private import PrivacyKept
+from .tiles import Tiling, apply_tiled
 
 # As diffusers' DiagonalGaussianDistribution: beyond, exp() and its square leave float16's range of use.
 _LEAST_LOGVAR, _MOST_LOGVAR = -30.0, 20.0
@@ -89,6 +90,40 @@ class Autoencoder(nn.Module):
         """
         self._check("latents", latents, self.config.latent_channels, 1)
         return self._decode(latents)
+
+    def decode_tiled(self, latents: Tensor, *, tile: int | None = None, overlap: float = 0.25) -> Tensor:
+        """`decode` in squares of `tile` latents that share `overlap` of their side with the next, blended there.
+
+        For images whose activations do not fit into memory: beside latents and image it takes what one tile takes,
+        and the overlaps of one row of tiles. `tile` is `config.sample_size` in latents unless given. Latents that
+        fit into a tile are decoded whole. The result differs from `decode` even within a tile: a group norm sees
+        its tile alone. It is that of diffusers' `tiled_decode`, where its sizes are whole numbers. Raises
+        ValueError for shapes that do not fit, and for no tiles.
+        """
+        self._check("latents", latents, self.config.latent_channels, 1)
+        tiles, scale = self._tiling(tile, overlap), self.config.scale
+        if tiles.covers(latents):
+            return self._decode(latents)
+        size = (latents.shape[0], self.config.out_channels, *(scale * n for n in latents.shape[2:]))
+        return apply_tiled(self._decode, latents, tiles, self._empty(size, latents), tiles.times(scale))
+
+    def encode_tiled(self, image: Tensor, *, tile: int | None = None, overlap: float = 0.25) -> Moments:
+        """`encode` in squares of `tile` latents, as `decode_tiled`."""
+        config, scale = self.config, self.config.scale
+        self._check("image", image, config.in_channels, scale)
+        tiles = self._tiling(tile, overlap)
+        if tiles.times(scale).covers(image):
+            return _moments(self._encode(image))
+        # Pixels beyond the last whole latent are in no latent of `encode` either.
+        size = (image.shape[0], 2 * config.latent_channels, *(n // scale for n in image.shape[2:]))
+        out = self._empty(size, image)
+        return _moments(apply_tiled(self._encode, image, tiles.times(scale), out, tiles))
+
+    def _tiling(self, tile: int | None, overlap: float) -> Tiling:
+        return Tiling.of(max(self.config.sample_size // self.config.scale, 1) if tile is None else tile, overlap)
+
+    def _empty(self, size: Sequence[int], like: Tensor) -> Tensor:
+        return torch.empty(size, dtype=self.dtype, device=like.device, memory_format=torch.channels_last)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's modules are its own.

@@ -22,7 +22,8 @@ class AutoencoderConfig:
 
     The rest is not read by the network, but by whoever calls it. A UNet's latents are
     (z - shift_factor) scaling_factor; with `latents_mean` and `latents_std`, one number per latent channel,
-    (z - latents_mean) scaling_factor / latents_std. `force_upcast` says that float16 overflows (`compute_dtype`).
+    (z - latents_mean) scaling_factor / latents_std. A factor of None is not known. `force_upcast` says that
+    float16 overflows (`compute_dtype`).
     Raises `UnsupportedConfig`.
     """
 
@@ -36,7 +37,7 @@ class AutoencoderConfig:
     quant_conv: bool = True
     post_quant_conv: bool = True
     sample_size: int = 512
-    scaling_factor: float = 0.18215
+    scaling_factor: float | None = 0.18215
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
@@ -61,11 +62,9 @@ class AutoencoderConfig:
                 )
         for name in _FLAGS:
             self._set(name, bool(getattr(self, name)))
-        self._set("scaling_factor", _number("scaling_factor", self.scaling_factor))
-        if self.scaling_factor <= 0:
-            raise UnsupportedConfig(f"scaling_factor = {shown(self.scaling_factor)}: give a positive number")
-        if self.shift_factor is not None:
-            self._set("shift_factor", _number("shift_factor", self.shift_factor))
+        for name in ("scaling_factor", "shift_factor"):
+            if getattr(self, name) is not None:
+                self._set(name, _number(name, getattr(self, name)))
         for name in ("latents_mean", "latents_std"):
             if getattr(self, name) is not None:
                 numbers = tuple(_number(name, one) for one in each(name, getattr(self, name)))
@@ -170,8 +169,7 @@ _ACCEPTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv", "force_upcast"),
         (_is_flag, "only true or false"),
     ),
-    "scaling_factor": (_is_number, "only a finite number"),
-    "shift_factor": (_or_none(_is_number), "only a finite number or null"),
+    **dict.fromkeys(("scaling_factor", "shift_factor"), (_or_none(_is_number), "only a finite number or null")),
     **dict.fromkeys(("latents_mean", "latents_std"), (_or_none(_are_numbers), "only a list of numbers or null")),
 }
 
