@@ -14,13 +14,12 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-import diffusers
 import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ldmperf.model import RELEASED, UNet
+from ldmperf.model import RELEASED, Autoencoder, AutoencoderConfig, UNet
 from ldmperf.profiling import Case, Record, profile
 from ldmperf.profiling.compare.metrics import METRICS
 from ldmperf.profiling.figures import overview
@@ -30,6 +29,7 @@ from ldmperf.profiling.options import CaseError
 from ldmperf.profiling.pipelines import part_marks
 from ldmperf.profiling.pipelines.components import PIPELINES, Components, NumberTokenizer, PipelineShape
 from ldmperf.profiling.pipelines.part_marks import PARTS
+from ldmperf.profiling.pipelines.pipeline_backends import OurPipelineBackend
 from ldmperf.profiling.pipelines.pipeline_problem import PipelineProblem
 from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.rivals.decoding import decoder_case
@@ -60,14 +60,7 @@ TINY = PipelineShape(
         "num_attention_heads": 2,
         "hidden_act": "quick_gelu",
     },
-    {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (8, 8, 8, 8),
-        "layers_per_block": 1,
-        "latent_channels": 4,
-        "norm_num_groups": 4,
-    },
+    AutoencoderConfig(block_channels=(8, 8, 8, 8), layers_per_block=1, norm_groups=4),
 )
 
 
@@ -135,8 +128,8 @@ def test_the_parts_of_every_sample_are_all_of_it(records: dict[str, Record]) -> 
 # A module of each part, whose calls take a second where a test's clock says so.
 SLOW = {
     "text": ("CLIPTextTransformer", "CLIPEncoder"),
-    "steps": ("UNet2DConditionModel", "ResBlock"),
-    "decode": ("Decoder",),
+    "steps": ("UNet2DConditionModel", "Transformer"),
+    "decode": ("Decoder", "Coder"),
 }
 
 
@@ -159,17 +152,27 @@ def test_what_a_part_takes_is_told_by_its_name(name: str, slow: str, monkeypatch
     assert set(found.values()) == {0.0}
 
 
+def test_a_graphed_step_gives_the_images_of_the_eager_one(run_again: Any) -> None:
+    problem = problem_of(tiny_case(batch=2))
+    eager, graphed = OurPipelineBackend().build(problem), OurPipelineBackend(graphs=run_again).build(problem)
+    for number in (0, 1):
+        assert graphed(problem.inputs(number)).equal(eager(problem.inputs(number)))
+
+
 def test_every_backend_runs_on_the_same_weights_and_leaves_them() -> None:
     problem = problem_of(tiny_case())
     before = {name: value.clone() for name, value in problem.network.state_dict().items()}
     pipe = problem.network.pipeline("ddim")
-    assert pipe.vae.decoder.conv_out.weight is problem.network.vae.decoder.conv_out.weight
-    assert pipe.unet.conv_in.weight.data_ptr() == problem.network.unet.conv_in.weight.data_ptr()
+    for theirs, ours in (
+        (pipe.vae.decoder, problem.network.autoencoder.decoder),
+        (pipe.unet, problem.network.unet),
+    ):
+        assert theirs.conv_in.weight.data_ptr() == ours.conv_in.weight.data_ptr()
+    assert pipe.text_encoder is not problem.network.text
     for backend in all_subjects()["pipeline"].backends.values():
         with suppress(Unsupported):
             backend.build(problem)(problem.inputs(0))
-    modules = {type(module) for module in (*problem.network.text.modules(), *problem.network.vae.modules())}
-    assert not any("ldmperf" in of.__module__ for of in modules)
+    assert not any("ldmperf" in type(module).__module__ for module in problem.network.text.modules())
     assert all(value.equal(before[name]) for name, value in problem.network.state_dict().items())
 
 
@@ -201,10 +204,8 @@ def test_the_shape_is_that_of_stable_diffusion() -> None:
     """Parameters that its releases have: text encoder, UNet, autoencoder."""
     with torch.device("meta"):
         text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**PIPELINES["SD1.5"].text))
-        vae = diffusers.AutoencoderKL(**PIPELINES["SD1.5"].vae)
-        counts = [
-            sum(p.numel() for p in network.parameters()) for network in (text, UNet(PIPELINES["SD1.5"].unet), vae)
-        ]
+        networks = (text, UNet(PIPELINES["SD1.5"].unet), Autoencoder(PIPELINES["SD1.5"].autoencoder))
+    counts = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
     assert counts == [123_060_480, 859_520_964, 83_653_863]
 
 

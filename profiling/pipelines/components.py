@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldmperf.model import RELEASED, UNet, UNetConfig
+from ldmperf.model import RELEASED, Autoencoder, AutoencoderConfig, UNet, UNetConfig
 
 from ..measure.outcomes import Unsupported
-from ..peer import diffusers_scheduler, diffusers_unet, import_diffusers
+from ..peer import diffusers_autoencoder, diffusers_scheduler, diffusers_unet, import_diffusers
 from ..trajectory.case import Case
 from ..trajectory.network import randomize
 
@@ -25,11 +25,11 @@ _VOCABULARY = 49408
 
 @dataclass(frozen=True)
 class PipelineShape:
-    """The components' configurations: `text` of transformers' CLIPTextModel, `vae` of diffusers' AutoencoderKL."""
+    """The components' configurations; `text` is of transformers' CLIPTextModel."""
 
     unet: UNetConfig
     text: Mapping[str, Any]
-    vae: Mapping[str, Any]
+    autoencoder: AutoencoderConfig
 
 
 # Stable Diffusion 1: text_encoder/config.json and vae/config.json of its releases.
@@ -44,14 +44,7 @@ PIPELINES: dict[str, PipelineShape] = {
             "num_attention_heads": 12,
             "hidden_act": "quick_gelu",
         },
-        {
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "latent_channels": 4,
-            "sample_size": 512,
-        },
+        AutoencoderConfig(),
     )
 }
 
@@ -66,12 +59,12 @@ def shape_of(case: Case) -> PipelineShape:
 class Components(nn.Module):
     """The networks of a pipeline, in one dtype on one device: every backend runs on these very weights.
 
-    text: transformers' CLIPTextModel. unet: ours, in channels-last memory. vae: diffusers' AutoencoderKL.
+    text: transformers' CLIPTextModel. unet, autoencoder: ours, with the reference operators.
     """
 
     def __init__(self, case: Case) -> None:
         super().__init__()
-        diffusers, transformers = import_diffusers(), _transformers()
+        transformers = _transformers()
         shape = shape_of(case)
         end = shape.text["vocab_size"] - 1
         tokens = {"max_position_embeddings": case.context_tokens, "bos_token_id": end - 1, "eos_token_id": end}
@@ -79,18 +72,17 @@ class Components(nn.Module):
         with torch.device(case.device):
             self.text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**shape.text, **tokens))
             self.unet = UNet(shape.unet, backend="torch")
-            self.vae = diffusers.AutoencoderKL(**shape.vae)
+            self.autoencoder = Autoencoder(shape.autoencoder, backend="torch")
         self.to(dtype)
-        for place, network in enumerate((self.text, self.unet, self.vae)):
+        for place, network in enumerate((self.text, self.unet, self.autoencoder)):
             randomize(network, case.seed + place)
-        self.vae.to(memory_format=torch.channels_last)
         self.eval().requires_grad_(False)
 
     def pipeline(self, sampler: str) -> Any:
         """diffusers' StableDiffusionPipeline on these weights: modules of its own, memory shared."""
         diffusers = import_diffusers()
         pipe = diffusers.StableDiffusionPipeline(
-            vae=sharing(self.vae),
+            vae=diffusers_autoencoder(self.autoencoder),
             text_encoder=sharing(self.text),
             tokenizer=NumberTokenizer(self.text.config),
             unet=diffusers_unet(self.unet),
@@ -101,6 +93,13 @@ class Components(nn.Module):
         )
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def decoder_on(self, operators: str) -> Autoencoder:
+        """The autoencoder with its operators on that backend, on the same memory."""
+        with torch.device("meta"):
+            other = Autoencoder(self.autoencoder.config, backend=operators)
+        other.load_state_dict(self.autoencoder.state_dict(), assign=True)
+        return other.eval().requires_grad_(False)
 
 
 def sharing(network: nn.Module) -> Any:

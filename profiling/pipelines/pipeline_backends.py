@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ldmperf.samplers import sample
+from ldmperf.model import Conditioning
+from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, sample
 
 from ..measure.outcomes import Unsupported
 from ..trajectory.backend import Backend, Trajectory
+from ..trajectory.ours import kept_constants
 from ..trajectory.theirs import CompileMode, compiled, fuse_projections, inductor_options
 from .components import NumberTokenizer
 from .part_marks import PartMarks
@@ -116,42 +118,66 @@ def _changed(pipe: Any, change: str) -> None:
 
 @dataclass(frozen=True)
 class OurPipelineBackend:
-    """Our networks and samplers without diffusers' pipeline.
+    """Our UNet, samplers and autoencoder without diffusers' pipeline; the text encoder is transformers'.
 
-    is_graphed   whether each step is a replay of one captured graph, of our kernels; else the reference operators
+    operators   the kernels' backend
+    graphs      each step replays one captured graph, captured by these; None runs every step
     """
 
-    is_graphed: bool = False
+    operators: Literal["torch", "triton"] = "torch"
+    graphs: Graphs | None = None
     implementation = "sample"
 
     def build(self, problem: PipelineProblem) -> Trajectory:
         case, network, plan = problem.case, problem.network, problem.plan
-        if self.is_graphed:
-            raise Unsupported("not yet")
-        tokenizer = NumberTokenizer(network.text.config)
-        unet = network.unet
-        marks = PartMarks(torch.device(case.device))
+        if self.graphs is not None:
+            try:
+                self.graphs.check(torch.device(case.device))
+            except CaptureError as reason:
+                raise Unsupported(str(reason)) from None
+        unet, autoencoder = network.unet, network.autoencoder
+        if self.operators != "torch":
+            unet, autoencoder = unet.with_backend(self.operators, "auto"), network.decoder_on(self.operators)
+        text, tokenizer = network.text, NumberTokenizer(network.text.config)
         timesteps = [step.timestep for step in plan.steps]
-        scale = network.vae.config.scaling_factor
+        constants = kept_constants(unet)
+        graphed: GraphedSampler[Conditioning] | None = None
+        if self.graphs is not None:
+            graphed = GraphedSampler(
+                unet.denoise,
+                max_captures=1,
+                input_dtype=unet.dtype,
+                backend=self.operators,
+                graphs=self.graphs,
+            )
+        scale = autoencoder.config.scaling_factor
+        assert scale is not None
+        options: dict[str, Any] = {
+            "guidance_scale": case.guidance_scale if case.guided else None,
+            # Nothing is drawn at these steps.
+            "seeds": range(case.batch),
+        }
+        marks = PartMarks(torch.device(case.device))
 
         @torch.inference_mode()
         def call(inputs: PipelineInputs) -> Tensor:
             texts = [*([""] * case.batch if case.guided else ()), *inputs.prompts]
-            ids = tokenizer(texts, padding="max_length").input_ids.to(case.device)
-            context = network.text(ids)[0]
+            context = text(tokenizer(texts, padding="max_length").input_ids.to(case.device))[0]
             marks.end("text")
-            conditioning = unet.condition(timesteps, context)
-            latents = sample(
-                lambda x, step: unet.denoise(x, conditioning, step.index),
-                plan,
-                inputs.noise,
-                guidance_scale=case.guidance_scale,
-                seeds=range(case.batch),
-                input_dtype=unet.dtype,
-                backend="torch",
-            )
+            conditioning = unet.condition(timesteps, context, constants=constants)
+            if graphed is not None:
+                latents = graphed(conditioning, plan, inputs.noise, **options)
+            else:
+                latents = sample(
+                    lambda x, step: unet.denoise(x, conditioning, step.index),
+                    plan,
+                    inputs.noise,
+                    input_dtype=unet.dtype,
+                    backend=self.operators,
+                    **options,
+                )
             marks.end("steps")
-            images: Tensor = network.vae.decode(latents.to(unet.dtype) / scale, return_dict=False)[0]
+            images = autoencoder.decode((latents / scale).to(autoencoder.dtype))
             marks.end("decode")
             return images.clamp(-1.0, 1.0)
 
@@ -166,5 +192,5 @@ def pipeline_backends() -> Mapping[str, Backend]:
         "pipe-compile": PipelineBackend("compile"),
         "pipe-rebuilt": PipelineBackend("rebuild"),
         "sample": OurPipelineBackend(),
-        "sample-graph": OurPipelineBackend(is_graphed=True),
+        "sample-graph": OurPipelineBackend("triton", CudaGraphs()),
     }
