@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
+from ldmperf.model import UNet, diffusers_config
 
 from .kept_conditioning import KeptConditioning, place
 from .merged_adapters import adapted_layers
