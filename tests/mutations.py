@@ -5,9 +5,13 @@ import math
 import tracemalloc
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from ldmperf.model import CheckpointError
+
+NAME = "diffusion_pytorch_model"
+FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 class Quiet(dict):
@@ -80,7 +84,7 @@ NASTY = (
     *([], {}, [8], [2], [0], [8, 8], [2**30, 2**30], [True], [[8]], [None], {"a": 1}, [8] * 1000),
     *(
         "../x.safetensors",
-        "diffusion_pytorch_model.safetensors",
+        f"{NAME}.safetensors",
         "UNet2DModel",
         "DownBlock2D",
         ["DownBlock2D"],
@@ -147,6 +151,20 @@ def damaged(draw, content):
 
 def mutated_text(draw, raw):
     return as_text(changed(draw, raw)) if draw(st.integers(0, 4)) else damaged(draw, as_text(raw))
+
+
+def mutated_header(draw, content, metadata_key, raw_config):
+    """A .safetensors file with another header, or another configuration in its metadata."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    if not draw(st.booleans()):
+        return damaged(draw, content[:end]) + content[end:]
+    raw = json.loads(content[8:end])
+    if draw(st.integers(0, 2)) == 0:
+        raw["__metadata__"][metadata_key] = as_text(changed(draw, raw_config)).decode()
+    else:
+        raw = changed(draw, raw)
+    header = as_text(raw)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 # Of the same size, so that a file may say one and hold the other.

@@ -164,6 +164,23 @@ BESIDE = {
         0.13025,
         1024,
     ),
+    "Stable unCLIP 2.1": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 2048),
+        },
+        0.18215,
+        128,
+    ),
+    "Playground 2.5": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 2816),
+            "edm_mean": (1, 4, 1, 1),
+        },
+        None,
+        1024,
+    ),
 }
 
 
@@ -312,6 +329,13 @@ def test_what_metadata_and_config_say_must_agree(plain: AutoencoderKL, tmp_path:
     assert "its metadata and" in refusal(tmp_path)
     # A file named is what it says itself.
     assert assert_loads(tmp_path / NAME, plain) == PLAIN
+
+
+def test_pickles_are_not_read(plain: AutoencoderKL, tmp_path: Path) -> None:
+    plain.save_pretrained(tmp_path, safe_serialization=False)
+    assert "AutoencoderKL.from_pretrained(folder).save_pretrained(folder)" in refusal(tmp_path)
+    for path in tmp_path.glob("*.bin"):
+        assert "torch.save" in refusal(path)
 
 
 def test_a_configuration_that_is_not_implemented(plain: AutoencoderKL, tmp_path: Path) -> None:

@@ -7,13 +7,23 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import UNet2DConditionModel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.model import UNetConfig, diffusers_config, diffusers_state_dict, load_unet
 from ldmperf.model.weights import METADATA_KEY
 
-from .mutations import Bytes, Quiet, Work, as_text, assert_bounded, changed, damaged, mutated_tensors, mutated_text
+from .mutations import (
+    FUZZ,
+    NAME,
+    Bytes,
+    Quiet,
+    Work,
+    assert_bounded,
+    mutated_header,
+    mutated_tensors,
+    mutated_text,
+)
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -28,8 +38,6 @@ CONFIG = UNetConfig(
     num_class_embeds=3,
     time_cond_proj_dim=4,
 )
-NAME = "diffusion_pytorch_model"
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +97,7 @@ def assert_as_others_load(ours, raw, tensors):
 @given(data=st.data())
 def test_mutated_headers(state, content, work, tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "header.safetensors"
-    raw_config = diffusers_config(CONFIG)
-    end = 8 + int.from_bytes(content[:8], "little")
-    header, values = content[8:end], content[end:]
-    if data.draw(st.booleans()):
-        raw = json.loads(header)
-        if data.draw(st.integers(0, 2)) == 0:
-            raw["__metadata__"][METADATA_KEY] = as_text(changed(data.draw, raw_config)).decode()
-        else:
-            raw = changed(data.draw, raw)
-        header = as_text(raw)
-        content = len(header).to_bytes(8, "little") + header + values
-    else:
-        content = damaged(data.draw, content[:end]) + values
+    content = mutated_header(data.draw, content, METADATA_KEY, diffusers_config(CONFIG))
     file.write_bytes(content)
     loaded = work.load(file)
     assert_bounded(work, len(state), len(content))
