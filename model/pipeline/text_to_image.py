@@ -18,6 +18,7 @@ from ..autoencoder import Autoencoder
 from ..autoencoder_weights import load_autoencoder
 from ..conditioning import Conditioning
 from ..fields import shown
+from ..loading import check_device, check_dtype
 from ..unet import UNet
 from ..weights import load_unet
 from .estimate import Estimate
@@ -105,6 +106,8 @@ class TextToImage:
         """
         if isinstance(graphs, str) and graphs not in ("auto", "off"):
             raise ValueError(f"graphs must be 'auto', 'off' or a Graphs, not {shown(graphs)}")
+        check_dtype(dtype)
+        check_device(device)
         if not isinstance(folder, PipelineFolder):
             folder = PipelineFolder.read(folder)
         if sampler is not None:

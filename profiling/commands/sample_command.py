@@ -123,7 +123,7 @@ def sample(
     kept = {} if again is None else kept_settings(again)
     settings = settings_of(given, kept)
     on = best_device() if device is None else device_named(device)
-    files = out_files(out, settings, force=force)
+    files = out_files(out, settings, previews=preview is not None, force=force)
     try:
         folder = PipelineFolder.read(
             pipeline, sampler=settings.sampler, steps=settings.steps, **settings.sampler_options

@@ -90,7 +90,8 @@ class SampleRun:
                 made += pixels
         if self.files.is_grid:
             self._write(self.files.names[0], torch.stack(made), images, plan, facts)
-        self.files.preview.unlink(missing_ok=True)
+        if self.preview is not None:
+            self.files.preview.unlink(missing_ok=True)
         self._tell_end(len(images))
 
     def _sampled(
