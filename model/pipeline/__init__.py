@@ -11,7 +11,7 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"ldmperf.model.pipeline needs transformers and pillow: pip install transformers pillow ({error})"
+        f"ldmperf.model.pipeline needs transformers and pillow: pip install 'ldmperf[sample]' ({error})"
     ) from None
 
 from .images import as_bytes, grid, png, read_png, save_png, write_whole

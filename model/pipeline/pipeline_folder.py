@@ -80,18 +80,25 @@ class PipelineFolder:
 
     @classmethod
     def read(
-        cls, path: str | Path, *, sampler: str | None = None, steps: int | None = None, **options: Any
+        cls,
+        path: str | Path,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> PipelineFolder:
         """The folder's contents. Raises PipelineError with every fault that is found.
 
         sampler, steps, options: checked as by `plan`, beside the folder's own faults. Without a sampler the
         folder's own is taken, by the class in its scheduler_config.json.
         """
-        return _read(Path(path), sampler, steps, options)
+        return _read(Path(path), sampler, steps, options or {})
 
-    def plan(self, steps: int, sampler: str | None = None, **options: Any) -> SamplingPlan:
-        """The plan of so many steps on the folder's noise schedule; arguments and errors as of `make_plan`."""
-        return make_plan(sampler or self.sampler, self.schedule, steps, **options)
+    def plan(
+        self, steps: int, sampler: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> SamplingPlan:
+        """The plan of so many steps on the folder's noise schedule; options and errors as of `make_plan`."""
+        return _plan(sampler or self.sampler, self.schedule, steps, options or {})
 
     @property
     def name(self) -> str:
@@ -171,7 +178,7 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
         schedule = NoiseSchedule.from_diffusers(raw)
         if steps is not None:
             try:
-                make_plan(own, schedule, steps, **options)
+                _plan(own, schedule, steps, options)
             except ValueError as wrong:
                 raise ValueError(f"{steps} steps of {own}: {wrong}") from None
     if unet is not None and autoencoder is not None and len(text) == 1 + is_xl:
@@ -254,6 +261,13 @@ def _check_parts(path: Path, index: Mapping[str, Any], is_xl: bool, faults: list
         faults.append(f"{path / 'scheduler' / 'scheduler_config.json'}: no such file; download the whole pipeline")
     if index.get("requires_aesthetics_score"):
         faults.append(f"{path / INDEX_NAME}: requires_aesthetics_score: a refiner; give the base's folder")
+
+
+def _plan(sampler: str, schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> SamplingPlan:
+    # What `make_plan` takes beside options of samplers.
+    if taken := sorted({"name", "schedule", "num_steps", "begin"} & options.keys()):
+        raise ValueError(f"{taken[0]} is no option of a sampler; leave it out")
+    return make_plan(sampler, schedule, steps, **options)
 
 
 def _corrected(config: Mapping[str, Any], is_xl: bool) -> dict[str, Any]:

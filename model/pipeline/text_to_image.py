@@ -169,7 +169,7 @@ class TextToImage:
         self.folder.check_clip_skip(clip_skip)
         if tile is not None:
             tile = self.folder.side("tile", tile)
-        plan = self.folder.plan(steps, sampler or self.sampler, **(options or {}))
+        plan = self.folder.plan(steps, sampler or self.sampler, options)
         scale = self.folder.usual_guidance if guidance_scale is None else guidance_scale
         if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale must be a number of at least 0, not {shown(guidance_scale)}")

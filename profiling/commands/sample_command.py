@@ -126,7 +126,7 @@ def sample(
     files = out_files(out, settings, previews=preview is not None, force=force)
     try:
         folder = PipelineFolder.read(
-            pipeline, sampler=settings.sampler, steps=settings.steps, **settings.sampler_options
+            pipeline, sampler=settings.sampler, steps=settings.steps, options=settings.sampler_options
         )
     except PipelineError as error:
         *first, last = error.faults

@@ -77,7 +77,7 @@ class SampleRun:
             backend=backend,
             sampler=settings.sampler,
         )
-        plan = self.folder.plan(settings.steps, settings.sampler, **settings.sampler_options)
+        plan = self.folder.plan(settings.steps, settings.sampler, settings.sampler_options)
         batches = [images[at : at + settings.batch] for at in range(0, len(images), settings.batch)]
         made: list[Tensor] = []
         # The text and the decoder count as a step each.
