@@ -184,6 +184,14 @@ def test_parts_of_different_pipelines_do_not_fit(sound: dict[str, Path], copied:
     assert "addition_embed_type = 'text_time' is Stable Diffusion XL's" in second
 
 
+def test_other_pipelines_of_the_same_parts_and_a_named_sampler(copied: Callable[[str], Path]) -> None:
+    folder = copied("sdxl")
+    edit_json(folder / INDEX, lambda raw: raw.update(_class_name="StableDiffusionXLInpaintPipeline"))
+    edit_json(folder / INDEX, lambda raw: raw.update(scheduler=["diffusers", "KDPM2DiscreteScheduler"]))
+    edit_json(folder / INDEX, lambda raw: raw.update(image_encoder=["transformers", "AnyEncoder"]))
+    assert TextToImage.load(folder, sampler="euler").sampler == "euler"
+
+
 def test_what_is_no_folder(sound: dict[str, Path], tmp_path: Path) -> None:
     for path, told in (
         (tmp_path / "none", "no such folder"),

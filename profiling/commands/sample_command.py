@@ -133,7 +133,7 @@ def sample(
         for fault in first:
             tell(f"ldmperf: {fault}")
         stop(last, 2)
-    settings = _resolved(settings, folder, on)
+    settings = _resolved(settings, folder)
     run = SampleRun(folder, settings, files, on, preview, kept.get("weights_sha256"))
     try:
         with terminated_as_interrupted():
@@ -142,12 +142,11 @@ def sample(
         stop(f"stopped; {counted(run.written, 'file')} of {len(files.names)} written", 130)
 
 
-def _resolved(settings: SampleSettings, folder: PipelineFolder, device: str) -> SampleSettings:
-    """The settings with what the folder and the device say where they say nothing. Raises CaseError."""
+def _resolved(settings: SampleSettings, folder: PipelineFolder) -> SampleSettings:
+    """The settings with what the folder says where they say nothing. Raises CaseError."""
     own = {
         "sampler": settings.sampler or folder.sampler,
         "guidance_scale": folder.usual_guidance if settings.guidance_scale is None else settings.guidance_scale,
-        "dtype": settings.dtype or ("float32" if device == "cpu" else "float16"),
     }
     for name in ("height", "width", *(("tile",) if settings.tile is not None else ())):
         try:
