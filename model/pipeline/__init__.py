@@ -11,10 +11,10 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"ldmperf.model.pipeline needs transformers and pillow: pip install transformers pillow ({error})"
+        f"ldmperf.model.pipeline needs transformers and pillow: pip install 'ldmperf[sample]' ({error})"
     ) from None
 
-from .images import as_bytes, grid, png, read_png, save_png, write_whole
+from .images import as_bytes, read_png, save_png
 from .pipeline_folder import PipelineError, PipelineFolder
 from .text_to_image import Sampled, TextToImage
 
@@ -24,9 +24,6 @@ __all__ = [
     "Sampled",
     "TextToImage",
     "as_bytes",
-    "grid",
-    "png",
     "read_png",
     "save_png",
-    "write_whole",
 ]

@@ -36,19 +36,26 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
     )
 
 
-def png(image: Tensor, texts: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of uint8 [H, W, 3] with texts by keyword: tEXt where they are Latin-1, else iTXt."""
+def save_png(
+    path: str | Path, images: Tensor, texts: Mapping[str, str] | None = None, columns: int | None = None
+) -> None:
+    """Writes images, uint8 [B, H, W, 3], several as a `grid`, with texts by keyword: a whole file or nothing.
+
+    A text is kept as tEXt where it is Latin-1, else as iTXt. Raises OSError where the file cannot be written.
+    """
     info = PngImagePlugin.PngInfo()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)
     content = io.BytesIO()
-    Image.fromarray(image.numpy()).save(content, "PNG", pnginfo=info)
-    return content.getvalue()
-
-
-def save_png(path: str | Path, pixels: Tensor, texts: Mapping[str, str] | None = None) -> None:
-    """Writes images [B, 3, H, W] in [0, 1], several as one grid; the file is whole or as it was before."""
-    write_whole(Path(path), png(grid(as_bytes(pixels)), texts))
+    Image.fromarray(grid(images, columns).numpy()).save(content, "PNG", pnginfo=info)
+    path = Path(path)
+    # Who reads the file, or an interrupt, meets the old or the new, never a part.
+    unfinished = path.with_name(f".ldmperf-{secrets.token_hex(8)}.tmp")
+    try:
+        unfinished.write_bytes(content.getvalue())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
@@ -58,13 +65,3 @@ def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
         texts = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
         content = bytearray(image.convert("RGB").tobytes())
         return torch.frombuffer(content, dtype=torch.uint8).view(image.height, image.width, 3), texts
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file at once: who reads it, or an interrupt, meets the old or the new, never a part."""
-    unfinished = path.with_name(f".ldmperf-{secrets.token_hex(8)}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -80,18 +80,25 @@ class PipelineFolder:
 
     @classmethod
     def read(
-        cls, path: str | Path, *, sampler: str | None = None, steps: int | None = None, **options: Any
+        cls,
+        path: str | Path,
+        *,
+        sampler: str | None = None,
+        steps: int | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> PipelineFolder:
         """The folder's contents. Raises PipelineError with every fault that is found.
 
         sampler, steps, options: checked as by `plan`, beside the folder's own faults. Without a sampler the
         folder's own is taken, by the class in its scheduler_config.json.
         """
-        return _read(Path(path), sampler, steps, options)
+        return _read(Path(path), sampler, steps, options or {})
 
-    def plan(self, steps: int, sampler: str | None = None, **options: Any) -> SamplingPlan:
-        """The plan of so many steps on the folder's noise schedule; arguments and errors as of `make_plan`."""
-        return make_plan(sampler or self.sampler, self.schedule, steps, **options)
+    def plan(
+        self, steps: int, sampler: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> SamplingPlan:
+        """The plan of so many steps on the folder's noise schedule; options and errors as of `make_plan`."""
+        return _plan(sampler or self.sampler, self.schedule, steps, options or {})
 
     @property
     def name(self) -> str:
@@ -142,7 +149,7 @@ class _Faults(list[str]):
         except ValueError as fault:
             if place is None:
                 raise
-            self.append(str(CheckpointError(f"{place}: {fault}")))
+            self.append(_line(f"{place}: {fault}"))
 
 
 def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[str, Any]) -> PipelineFolder:
@@ -164,11 +171,16 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
         autoencoder = load_autoencoder(path / "vae", dtype=torch.float32, device="meta", backend="torch").config
     scheduler_file = path / "scheduler" / "scheduler_config.json"
     with faults.noted(scheduler_file):
-        raw = _corrected(read_json(scheduler_file), is_xl)
+        # diffusers takes the class that the index names, whatever class wrote the file.
+        told = {"_class_name": index["scheduler"][1]}
+        raw = _corrected(read_json(scheduler_file), is_xl) | told
         own = sampler or sampler_of(raw)
         schedule = NoiseSchedule.from_diffusers(raw)
         if steps is not None:
-            make_plan(own, schedule, steps, **options)
+            try:
+                _plan(own, schedule, steps, options)
+            except ValueError as wrong:
+                raise ValueError(f"{steps} steps of {own}: {wrong}") from None
     if unet is not None and autoencoder is not None and len(text) == 1 + is_xl:
         faults += _misfits(path, is_xl, unet, autoencoder, text)
     if faults or unet is None or autoencoder is None or schedule is None:
@@ -187,6 +199,11 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
         sampler=own,
         schedule=schedule,
     )
+
+
+def _line(text: str) -> str:
+    """The text as one line of bounded length, whatever a file has brought into it."""
+    return str(CheckpointError(text))
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -211,11 +228,11 @@ def _index(path: Path) -> dict[str, Any]:
         raise PipelineError([str(fault)]) from None
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in _CLASSES:
-        unknown = CheckpointError(
+        unknown = _line(
             f"{path / INDEX_NAME}: a pipeline of the class {shown(name)}; only {', '.join(_CLASSES)} make images "
             "here: run this one in diffusers"
         )
-        raise PipelineError([str(unknown)])
+        raise PipelineError([unknown])
     return index
 
 
@@ -230,19 +247,27 @@ def _check_parts(path: Path, index: Mapping[str, Any], is_xl: bool, faults: list
             faults.append(f"{path / INDEX_NAME}: no {name}{hint}; give a folder with every part of a pipeline")
         elif not isinstance(told, list) or len(told) != 2 or told[0] != library or told[1] not in classes:
             faults.append(
-                str(
-                    CheckpointError(
-                        f"{path / INDEX_NAME}: {name} is {shown(told)}; only {' or '.join(classes)} of {library} "
-                        "is supported: run this pipeline in diffusers"
-                    )
+                _line(
+                    f"{path / INDEX_NAME}: {name} is {shown(told)}; only {' or '.join(classes)} of {library} "
+                    "is supported: run this pipeline in diffusers"
                 )
             )
         elif not os.path.isdir(path / name):
             faults.append(f"{path / name}: no such folder; download the whole pipeline")
+    told = index.get("scheduler")
+    if not isinstance(told, list) or len(told) != 2 or told[0] != "diffusers":
+        faults.append(_line(f"{path / INDEX_NAME}: scheduler is {shown(told)}; give a class of diffusers"))
     if not os.path.isfile(path / "scheduler" / "scheduler_config.json"):
         faults.append(f"{path / 'scheduler' / 'scheduler_config.json'}: no such file; download the whole pipeline")
     if index.get("requires_aesthetics_score"):
         faults.append(f"{path / INDEX_NAME}: requires_aesthetics_score: a refiner; give the base's folder")
+
+
+def _plan(sampler: str, schedule: NoiseSchedule, steps: int, options: Mapping[str, Any]) -> SamplingPlan:
+    # What `make_plan` takes beside options of samplers.
+    if taken := sorted({"name", "schedule", "num_steps", "begin"} & options.keys()):
+        raise ValueError(f"{taken[0]} is no option of a sampler; leave it out")
+    return make_plan(sampler, schedule, steps, **options)
 
 
 def _corrected(config: Mapping[str, Any], is_xl: bool) -> dict[str, Any]:

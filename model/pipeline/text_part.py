@@ -128,20 +128,15 @@ def _config(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: layer_norm_eps = {shown(eps)} is not a small positive number; download it again"
         )
-    clip = _clip_config(config, file)
-    if clip.hidden_size % clip.num_attention_heads:
-        raise CheckpointError(
-            f"{file}: {clip.num_attention_heads} heads do not divide hidden_size = {clip.hidden_size}; download "
-            "the file again"
-        )
+    usual = transformers.CLIPTextConfig()
+    size, heads = (config.get(key, getattr(usual, key)) for key in ("hidden_size", "num_attention_heads"))
+    if size % heads:
+        raise CheckpointError(f"{file}: {heads} heads do not divide hidden_size = {size}; download the file again")
     return config
 
 
-def _clip_config(config: Mapping[str, Any], file: Path | None = None) -> Any:
-    try:
-        return transformers.CLIPTextConfig(**config)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}; download the file again") from error
+def _clip_config(config: Mapping[str, Any]) -> Any:
+    return transformers.CLIPTextConfig(**config)
 
 
 def _weights(place: Path) -> Path:

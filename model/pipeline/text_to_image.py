@@ -18,10 +18,11 @@ from ..autoencoder import Autoencoder
 from ..autoencoder_weights import load_autoencoder
 from ..conditioning import Conditioning
 from ..fields import shown
+from ..loading import check_device, check_dtype
 from ..unet import UNet
 from ..weights import load_unet
 from .estimate import Estimate
-from .images import save_png
+from .images import as_bytes, save_png
 from .part_clock import PartClock, Progress
 from .pipeline_folder import PipelineFolder
 from .prompts import Embedded, PromptEncoder
@@ -44,9 +45,14 @@ class Sampled:
     seconds: Mapping[str, float]
     plan: SamplingPlan
 
+    @property
+    def images(self) -> Tensor:
+        """The pixels as uint8 [B, H, W, 3]."""
+        return as_bytes(self.pixels)
+
     def save(self, path: str | Path) -> None:
         """Writes the images, several as one grid, as a PNG file: whole or not at all."""
-        save_png(path, self.pixels)
+        save_png(path, self.images)
 
 
 # preview(step, pixels): [B, 3, H, W] in [0, 1], the image so far.
@@ -105,8 +111,10 @@ class TextToImage:
         """
         if isinstance(graphs, str) and graphs not in ("auto", "off"):
             raise ValueError(f"graphs must be 'auto', 'off' or a Graphs, not {shown(graphs)}")
+        check_dtype(dtype)
+        check_device(device)
         if not isinstance(folder, PipelineFolder):
-            folder = PipelineFolder.read(folder)
+            folder = PipelineFolder.read(folder, sampler=sampler)
         if sampler is not None:
             folder.plan(1, sampler)
         if dtype is None:
@@ -166,14 +174,17 @@ class TextToImage:
         self.folder.check_clip_skip(clip_skip)
         if tile is not None:
             tile = self.folder.side("tile", tile)
-        plan = self.folder.plan(steps, sampler or self.sampler, **(options or {}))
+        plan = self.folder.plan(steps, sampler or self.sampler, options)
         scale = self.folder.usual_guidance if guidance_scale is None else guidance_scale
         if not isinstance(scale, int | float) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale must be a number of at least 0, not {shown(guidance_scale)}")
         is_guided = scale > 1.0
+        told = told or _warn
+        if against is not None and not is_guided:
+            told(f"negative_prompt has no effect: guidance_scale = {scale:g} is no guidance")
         clock = PartClock(self.device, progress)
         with clock.part("text", 1):
-            embedded = self._embedded(texts, against if is_guided else None, is_guided, clip_skip, told or _warn)
+            embedded = self._embedded(texts, against if is_guided else None, is_guided, clip_skip, told)
             conditioning = self._conditioning(plan, embedded, height, width)
         small = height // self.autoencoder.config.scale, width // self.autoencoder.config.scale
         noise = initial_noise(many, (self.unet.config.in_channels, *small), device=self.device)

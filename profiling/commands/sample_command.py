@@ -123,17 +123,17 @@ def sample(
     kept = {} if again is None else kept_settings(again)
     settings = settings_of(given, kept)
     on = best_device() if device is None else device_named(device)
-    files = out_files(out, settings, force=force)
+    files = out_files(out, settings, previews=preview is not None, force=force)
     try:
         folder = PipelineFolder.read(
-            pipeline, sampler=settings.sampler, steps=settings.steps, **settings.sampler_options
+            pipeline, sampler=settings.sampler, steps=settings.steps, options=settings.sampler_options
         )
     except PipelineError as error:
         *first, last = error.faults
         for fault in first:
             tell(f"ldmperf: {fault}")
         stop(last, 2)
-    settings = _resolved(settings, folder, on)
+    settings = _resolved(settings, folder)
     run = SampleRun(folder, settings, files, on, preview, kept.get("weights_sha256"))
     try:
         with terminated_as_interrupted():
@@ -142,12 +142,11 @@ def sample(
         stop(f"stopped; {counted(run.written, 'file')} of {len(files.names)} written", 130)
 
 
-def _resolved(settings: SampleSettings, folder: PipelineFolder, device: str) -> SampleSettings:
-    """The settings with what the folder and the device say where they say nothing. Raises CaseError."""
+def _resolved(settings: SampleSettings, folder: PipelineFolder) -> SampleSettings:
+    """The settings with what the folder says where they say nothing. Raises CaseError."""
     own = {
         "sampler": settings.sampler or folder.sampler,
         "guidance_scale": folder.usual_guidance if settings.guidance_scale is None else settings.guidance_scale,
-        "dtype": settings.dtype or ("float32" if device == "cpu" else "float16"),
     }
     for name in ("height", "width", *(("tile",) if settings.tile is not None else ())):
         try:

@@ -31,7 +31,7 @@ class OutFiles:
         return first.with_name(f"{first.stem}.preview{first.suffix}")
 
 
-def out_files(out: Path, settings: SampleSettings, *, force: bool) -> OutFiles:
+def out_files(out: Path, settings: SampleSettings, *, previews: bool, force: bool) -> OutFiles:
     """The files for the images of these settings. Raises CaseError where they cannot be written."""
     if out.suffix.lower() != ".png":
         raise CaseError(f"--out: {out}: the name must end in .png")
@@ -44,8 +44,9 @@ def out_files(out: Path, settings: SampleSettings, *, force: bool) -> OutFiles:
     if 1 < len(different) < len(names):
         lacking = "{prompt}" if len(different) == len(settings.seeds) else "{seed}"
         raise CaseError(f"--out: {out}: names several images alike; put {lacking} into the name too")
-    _check_writable(different, out, force=force)
-    return OutFiles(out, different)
+    files = OutFiles(out, different)
+    _check_writable([*different, *([files.preview] if previews else [])], out, force=force)
+    return files
 
 
 def _check_writable(names: Sequence[Path], out: Path, *, force: bool) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ldmperf.model.pipeline import PipelineFolder, TextToImage
-    from ldmperf.samplers import SamplingPlan
+    from ldmperf.samplers import SamplingPlan, Step
 
 
 @dataclass
@@ -64,7 +64,7 @@ class SampleRun:
     def _make(self) -> None:
         import torch
 
-        from ldmperf.model.pipeline import TextToImage, as_bytes
+        from ldmperf.model.pipeline import TextToImage
 
         settings, images = self.settings, self.settings.images
         # Without a GPU there is nothing to choose, and no line on it.
@@ -72,32 +72,38 @@ class SampleRun:
         facts = self._facts(backend)
         network = TextToImage.load(
             self.folder,
-            dtype=getattr(torch, str(settings.dtype)),
+            dtype=None if settings.dtype is None else getattr(torch, settings.dtype),
             device=self.device,
             backend=backend,
             sampler=settings.sampler,
         )
-        plan = self.folder.plan(settings.steps, settings.sampler, **settings.sampler_options)
+        dtype = str(network.unet.dtype).removeprefix("torch.")
+        self.settings = settings = settings.model_copy(update={"dtype": dtype})
+        plan = self.folder.plan(settings.steps, settings.sampler, settings.sampler_options)
         batches = [images[at : at + settings.batch] for at in range(0, len(images), settings.batch)]
         made: list[Tensor] = []
         # The text and the decoder count as a step each.
         with counting(console(stderr=True), len(batches) * (len(plan.steps) + 2), "steps") as count:
             for batch in batches:
-                pixels = as_bytes(self._sampled(network, batch, len(made), count))
+                new = self._sampled(network, batch, len(made), count)
                 if not self.files.is_grid:
-                    for image, pair in zip(pixels, batch, strict=True):
+                    for image, pair in zip(new, batch, strict=True):
                         self._write(self.files.names[self.written], image[None], [pair], plan, facts)
-                made += pixels
+                made += new
         if self.files.is_grid:
             self._write(self.files.names[0], torch.stack(made), images, plan, facts)
-        self.files.preview.unlink(missing_ok=True)
+        if self.preview is not None:
+            self.files.preview.unlink(missing_ok=True)
         self._tell_end(len(images))
 
     def _sampled(
         self, network: TextToImage, batch: Sequence[tuple[str, int]], before: int, count: Callable[[str], None]
     ) -> Tensor:
-        """[B, 3, H, W]: the images of one batch, with their progress and previews."""
-        from ldmperf.model.pipeline import save_png
+        """uint8 [B, H, W, 3]: the images of one batch, with their progress and previews."""
+        from ldmperf.model.pipeline import as_bytes, save_png
+
+        def previewed(_: Step, pixels: Tensor) -> None:
+            save_png(self.files.preview, as_bytes(pixels))
 
         settings = self.settings
         last = before + len(batch)
@@ -120,12 +126,14 @@ class SampleRun:
             clip_skip=settings.clip_skip,
             tile=settings.tile,
             progress=progress,
-            preview=None if self.preview is None else lambda _, pixels: save_png(self.files.preview, pixels),
+            preview=None
+            if self.preview is None
+            else lambda _, pixels: save_png(self.files.preview, as_bytes(pixels)),
             preview_every=self.preview or 1,
             told=self._tell_once,
         )
         self.seconds.update(sampled.seconds)
-        return sampled.pixels
+        return sampled.images
 
     def _write(
         self,
@@ -136,14 +144,14 @@ class SampleRun:
         facts: dict[str, Any],
     ) -> None:
         """Writes one file of images [B, H, W, 3] of these prompts and seeds."""
-        from ldmperf.model.pipeline import grid, png, write_whole
+        from ldmperf.model.pipeline import save_png
 
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
         columns = None if len(prompts) == 1 else len(self.settings.seeds)
         of_file = self.settings.model_copy(
             update={"prompts": prompts, "seeds": list(dict.fromkeys(seed for _, seed in pairs))}
         )
-        write_whole(path, png(grid(images, columns), texts_of(of_file, plan, facts, self.seconds)))
+        save_png(path, images, texts_of(of_file, plan, facts, self.seconds), columns)
         self.written += 1
 
     def _facts(self, backend: str) -> dict[str, Any]:
