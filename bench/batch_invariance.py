@@ -5,9 +5,9 @@ each image's part of its very inputs, copied to memory of its own with the strid
 differs where any bit of an image's result does. The network that is asked is one without `batch_invariant`; the
 step is then repeated with it, where every image has to be equal to itself alone.
 
-With --repeats the mode's price: a step of the plain network, of the whole evaluation image by image (the mode), and
-of each call image by image, in turn, at the largest batch. The result goes to --out as JSON; `make readme` writes
-what docs/batch-invariance.md says of it.
+With --repeats the price of four images: a step of the plain network, of the whole evaluation image by image (the
+mode), and of each call image by image, in turn. The result goes to --out as JSON; `make readme` writes what
+docs/batch-invariance.md says of it.
 
     python bench/batch_invariance.py --size 39M --latent 32 --dtype float32,bfloat16 --repeats 9 --out found.json
 """
