@@ -18,7 +18,7 @@ _PREFIXED = re.compile(
 )
 _ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _ATTENTION = re.compile(r".*\.(?:attentions\.\d+|attn_1)\.\w+(?:\.0)?\.weight")
-_NUMBERED = re.compile(r"encoder\.(?:down_blocks|down)\.(\d{1,3})\.(resnets|block)\.(\d{1,4})\.conv1\.weight")
+_NUMBERED = re.compile(r"encoder\.(?:down_blocks|down)\.(\d{1,3})\.(?:resnets|block)\.(\d{1,4})\.conv1\.weight")
 # Stable Diffusion XL's UNet, beside the autoencoder in a whole checkpoint.
 _XL = re.compile(r"(?:model\.)?diffusion_model\.label_emb\.0\.0\.weight")
 _UNET = re.compile(r"(?:model\.)?diffusion_model\.input_blocks\.0\.0\.weight")
@@ -77,12 +77,12 @@ def config_of_shapes(layout: AutoencoderLayout, names: Mapping[str, object]) -> 
     `names` are those of the whole file. A UNet among them tells the factor of the latents, and so do the three
     levels of Stable Diffusion's x4 upscaler; else it is None.
     """
-    widths: dict[int, int] = {}
-    layers = 0
+    widths, layers = dict[int, int](), 0
     for key, shape in layout.shapes.items():
         if (match := _NUMBERED.fullmatch(key.removeprefix(layout.prefix))) and shape:
-            widths[int(match[1])] = shape[0]
-            layers = max(layers, int(match[3]) + 1)
+            if match[2] == "0":
+                widths[int(match[1])] = shape[0]
+            layers = max(layers, int(match[2]) + 1)
     conv_in, conv_out = layout.shape("decoder.conv_in.weight"), layout.shape("decoder.conv_out.weight")
     image = layout.shape("encoder.conv_in.weight")
     if sorted(widths) != list(range(len(widths))) or not all(len(s) == 4 for s in (conv_in, conv_out, image)):
@@ -92,7 +92,7 @@ def config_of_shapes(layout: AutoencoderLayout, names: Mapping[str, object]) -> 
     factor = 0.13025 if is_xl else 0.18215 if any(map(_UNET.fullmatch, names)) else None
     if scale == 4 and conv_in[1] == 4:
         factor = 0.08333
-    attends = f"{'mid.attn_1' if layout.compvis else 'mid_block.attentions.0'}"
+    attends = "mid.attn_1" if layout.compvis else "mid_block.attentions.0"
     try:
         return AutoencoderConfig(
             block_channels=tuple(widths[level] for level in sorted(widths)),

@@ -13,7 +13,8 @@ from torch.utils._device import DeviceContext
 from ldmperf.kernels import GroupNormSiLU
 
 from .autoencoder_blocks import Coder, HalvingConv, ImageAttention
-from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from .blocks import Resample, ResBlock, Transformer, TransformerBlock
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding
 from .route import Level
 from .staleness import Structure
 
@@ -21,7 +22,7 @@ from .staleness import Structure
 _CLASSES = (
     *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNormSiLU, EmbeddingMLP, TimestepEmbedding),
     *(Coder, HalvingConv, ImageAttention),
-    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+    *(LabelEmbedding, nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
 )
 # The methods that a call of a module runs.
 _METHODS = attrgetter("__call__", "_call_impl", "forward")

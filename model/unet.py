@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
+from .blocks import Resample, ResBlock, Transformer
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
 from .private import Privacy
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
@@ -25,8 +26,8 @@ _BOTH, _BIAS = ("weight", "bias"), ("bias",)
 # The parameters that `condition` reads, by the last name of their module.
 CONDITIONING_PARAMETERS = {
     **dict.fromkeys(("linear_1", "linear_2", "time_projection", "shortcut", "proj_out"), _BOTH),
+    **dict.fromkeys(("cross_kv", "first_kv", "cond_proj", "class_embedding"), ("weight",)),
     **dict.fromkeys(("conv_in", "conv1", "conv2", "conv", "to_out", "cross_out", "ff_out"), _BIAS),
-    "cross_kv": ("weight",),
 }
 
 
@@ -62,9 +63,12 @@ class UNet(nn.Module):
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         layers, last = config.layers_per_block, len(channels) - 1
 
-        def level(i: int, widths: Iterable[int], transformers: int, down: bool = False, up: bool = False) -> Level:
+        def level(
+            i: int, widths: Iterable[int], transformers: int, only: bool, down: bool = False, up: bool = False
+        ) -> Level:
             """A ResBlock from each of `widths` to the level's own width, transformers, and a resampling if any."""
-            out, sizes = channels[i], (config.num_heads[i], config.transformer_layers[i], config.context_dim)
+            out = channels[i]
+            sizes = config.num_heads[i], config.transformer_layers[i], config.context_dim, only
             return Level(
                 [ResBlock(width, out, groups, eps, backend) for width in widths],
                 [Transformer(out, *sizes, groups, backend, products) for _ in range(transformers)],
@@ -72,21 +76,23 @@ class UNet(nn.Module):
                 upsample=Resample(out, stride=1) if up else None,
             )
 
-        self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
+        self.time_embedding = TimestepEmbedding(channels[0], config.time_dim, config.time_cond_proj_dim)
+        classes = config.num_class_embeds
+        self.class_embedding = None if classes is None else LabelEmbedding(classes, config.time_dim)
         self.add_embedding = None if config.added_dim is None else EmbeddingMLP(config.added_dim, config.time_dim)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        width, skips = channels[0], [channels[0]]
+        width, skips, only_cross = channels[0], [channels[0]], config.only_cross_attention
         self.down = nn.ModuleList()
         for i, out in enumerate(channels):
             widths = [width, *[out] * (layers - 1)]
-            self.down.append(level(i, widths, config.attention[i] * layers, down=i < last))
+            self.down.append(level(i, widths, config.attention[i] * layers, only_cross[i], down=i < last))
             skips += [out] * (layers + (i < last))
             width = out
-        self.middle = level(last, [width, width], 1) if config.has_middle else None
+        self.middle = level(last, [width, width], 1, only=False) if config.has_middle else None
         self.up = nn.ModuleList()
         for i, out in reversed(list(enumerate(channels))):
             widths = [x + skips.pop() for x in (width, *[out] * layers)]
-            self.up.append(level(i, widths, config.attention[i] * (layers + 1), up=i > 0))
+            self.up.append(level(i, widths, config.attention[i] * (layers + 1), only_cross[i], up=i > 0))
             width = out
         self.norm_out = GroupNormSiLU(groups, width, eps, backend=backend)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
@@ -120,6 +126,8 @@ class UNet(nn.Module):
         *,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        class_labels: Sequence[int] | Tensor | None = None,
+        timestep_cond: Tensor | None = None,
         constants: Constants | None = None,
     ) -> Conditioning:
         """The values that a trajectory keeps.
@@ -127,29 +135,33 @@ class UNet(nn.Module):
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
         [B, T, Dctx], any float dtype; with guidance the batch holds both halves. Stable Diffusion XL alone takes
         text_embeds [B, P], the pooled text embedding, and time_ids [B, N], sizes and crops of the images:
-        P + N * added_time_dim is the config's added_dim. constants: a kept result of `constants()`.
+        P + N * added_time_dim is the config's added_dim. class_labels: B integers below the config's
+        num_class_embeds; one on the device that is not makes its sample NaN, as the host does not wait to read it.
+        timestep_cond [B, time_cond_proj_dim]: an embedded guidance scale, or None as diffusers takes it too.
+        constants: a kept result of `constants()`.
 
-        Raises ValueError for shapes that do not fit, and for constants of weights that have changed since.
+        Raises ValueError for shapes and labels that do not fit, and for constants of weights that have changed
+        since.
         """
         if constants is None:
             constants = self.constants()
         elif not torch.compiler.is_compiling():
             constants.check()
         t = arguments.on_device(self.time_projection.weight.device, timesteps)
-        return self._condition(t, context, text_embeds, time_ids, constants)
+        added = arguments.Added(text_embeds, time_ids, class_labels, timestep_cond)
+        return self._condition(t, context, added, constants)
 
-    def _condition(
-        self, t: Tensor, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None, constants: Constants
-    ) -> Conditioning:
+    def _condition(self, t: Tensor, context: Tensor, added: arguments.Added, constants: Constants) -> Conditioning:
         """`condition` with the timesteps on the device, float32."""
         arguments.check_context(self.config, context)
         t = arguments.in_rows(t, context.shape[0])
         arguments.check_constants(sum(self._constant_sizes), constants.values)
-        arguments.check_added(self.config, context.shape[0], text_embeds, time_ids)
+        arguments.check_added(self.config, context.shape[0], added)
         stops, projection = self._route(), self.time_projection
-        added = self._added(text_embeds, time_ids)
-        embedding = self.time_embedding(t.reshape(-1)).unflatten(0, tuple(t.shape))
-        embedding = F.silu(embedding if added is None else embedding + added)
+        embedding = self.time_embedding(t, added.timestep_cond)
+        for summand in self._summands(context.shape[0], added):
+            embedding = embedding + summand
+        embedding = F.silu(embedding)
         conv_bias = torch.cat([stop.resblock.conv1.bias for stop in stops if stop.resblock.conv1.bias is not None])
         shifts = F.linear(embedding.flatten(0, 1), projection.weight, projection.bias + conv_bias)
         context = context.to(projection.weight)
@@ -162,15 +174,19 @@ class UNet(nn.Module):
             made_from=constants.made_from,
         )
 
-    def _added(self, text_embeds: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
-        """[B, time_dim]: the summand of the time embedding in Stable Diffusion XL; None for other networks."""
+    def _summands(self, batch: int, given: arguments.Added) -> Iterator[Tensor]:
+        """[B, time_dim] each, added to the time embedding: the class's row, and what Stable Diffusion XL has."""
         size, weight = self.config.added_time_dim, self.time_projection.weight
-        if self.add_embedding is None or size is None or text_embeds is None or time_ids is None:
-            return None
-        embedded = sinusoids(arguments.on_device(weight.device, time_ids).flatten(), size)
-        beside = embedded.view(time_ids.shape[0], time_ids.shape[1] * size)
-        out: Tensor = self.add_embedding(torch.cat([text_embeds.to(weight), beside.to(weight)], dim=1))
-        return out
+        if self.class_embedding is not None and given.class_labels is not None:
+            classes = self.class_embedding.num_embeddings
+            yield self.class_embedding(
+                arguments.labels_on_device(weight.device, classes, batch, given.class_labels)
+            )
+        text_embeds, time_ids = given.text_embeds, given.time_ids
+        if self.add_embedding is not None and size and text_embeds is not None and time_ids is not None:
+            embedded = sinusoids(arguments.on_device(weight.device, time_ids).flatten(), size)
+            beside = embedded.view(time_ids.shape[0], time_ids.shape[1] * size)
+            yield self.add_embedding(torch.cat([text_embeds.to(weight), beside.to(weight)], dim=1))
 
     def denoise(self, sample: Tensor, conditioning: Conditioning, step: int | Tensor) -> Tensor:
         """One evaluation: sample [B, Cin, H, W] at the step's timestep -> [B, Cout, H, W].
@@ -263,6 +279,8 @@ class UNet(nn.Module):
         *,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        class_labels: Sequence[int] | Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """sample [B, Cin, H, W], timestep a number or [B], the others of `condition` -> [B, Cout, H, W]."""
         arguments.check_sample(self.config, sample)
@@ -273,5 +291,6 @@ class UNet(nn.Module):
                 "use condition() and denoise() for several steps"
             )
         # These constants are used once, so they need no mark of the weights.
-        conditioning = self._condition(t, context, text_embeds, time_ids, self._constants(None))
+        added = arguments.Added(text_embeds, time_ids, class_labels, timestep_cond)
+        conditioning = self._condition(t, context, added, self._constants(None))
         return self.denoise(sample, conditioning, 0)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .arguments import check_backend
-from .config import UNetConfig, diffusers_config
+from .config import UNetConfig
+from .diffusers_fields import diffusers_config
 from .fields import UnsupportedConfig
 from .files import (
     CheckpointError,
@@ -171,6 +172,7 @@ def _acting(config: UNetConfig) -> UNetConfig:
         config,
         num_heads=acting(config.num_heads),
         transformer_layers=acting(config.transformer_layers),
+        only_cross_attention=tuple(map(all, zip(config.only_cross_attention, config.attention, strict=True))),
         sample_size=1,
     )
 

@@ -25,6 +25,7 @@ RELEASE = {release.name: release for release in RELEASES}
 PUBLISHED = {
     "Stable Diffusion 1": ((320, 640, 1280, 1280), 8, 1, 768, None),
     "Stable Diffusion 2": ((320, 640, 1280, 1280), (5, 10, 20, 20), 1, 1024, None),
+    "Stable Diffusion x4 upscaler": ((256, 512, 512, 1024), 8, 1, 1024, None),
     "Stable Diffusion XL base": ((320, 640, 1280), (5, 10, 20), (1, 2, 10), 2048, 2816),
     "Stable Diffusion XL refiner": ((384, 768, 1536, 1536), (6, 12, 24, 24), 4, 1280, 2560),
 }
@@ -32,6 +33,7 @@ PUBLISHED = {
 THEIR_TYPE = {
     "Stable Diffusion 1": "v1",
     "Stable Diffusion 2": "v2",
+    "Stable Diffusion x4 upscaler": "upscale",
     "Stable Diffusion XL base": "xl_base",
     "Stable Diffusion XL refiner": "xl_refiner",
 }

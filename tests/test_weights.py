@@ -19,6 +19,18 @@ CONFIGS = {
     "sd21": UNetConfig((64, 128, 128), (1, 2, 2), (True, True, False), context_dim=1024),
     "one-layer": UNetConfig((32, 64), (8, 8), (True, False), layers_per_block=1, context_dim=768),
     "all-attention": UNetConfig((32, 64), (8, 8), (True, True), context_dim=768, has_middle=False),
+    "classes": UNetConfig(
+        (16, 32, 32),
+        (2, 4, 4),
+        (False, True, True),
+        layers_per_block=1,
+        in_channels=7,
+        context_dim=24,
+        norm_groups=8,
+        only_cross_attention=(True, True, False),
+        num_class_embeds=10,
+        time_cond_proj_dim=6,
+    ),
 }
 
 TINY = UNetConfig((8,), (1,), (False,), layers_per_block=1, has_middle=False, norm_groups=4, context_dim=4)
@@ -43,9 +55,12 @@ def small():
 def assert_same_network(ours, theirs):
     sample = torch.randn(2, ours.config.in_channels, 8, 8)
     context = torch.randn(2, 3, ours.config.context_dim)
+    given = {}
+    if ours.config.num_class_embeds:
+        given = {"class_labels": torch.tensor([9, 3]), "timestep_cond": torch.randn(2, 6)}
     with torch.no_grad():
-        expected = theirs(sample, 321.0, context).sample
-        assert ((ours(sample, 321.0, context) - expected).norm() / expected.norm()).item() < 1e-5
+        expected = theirs(sample, 321.0, context, **given).sample
+        assert ((ours(sample, 321.0, context, **given) - expected).norm() / expected.norm()).item() < 1e-5
 
 
 def as_compvis(unet, config, prefix="model.diffusion_model."):
@@ -91,9 +106,10 @@ def test_files_in_both_layouts_beside_their_config(reference, tmp_path):
         assert_same_network(load_unet(file), theirs)
 
 
-def test_compvis_names_are_those_diffusers_converts_from():
+@pytest.mark.parametrize("features", [{}, {"only_cross_attention": True, "num_class_embeds": 3}])
+def test_compvis_names_are_those_diffusers_converts_from(features):
     """The oracle is diffusers' own converter, from CompVis keys to its own."""
-    config = UNetConfig((32, 64, 64, 64), (8,) * 4, (True, True, True, False), context_dim=16)
+    config = UNetConfig((32, 64, 64, 64), (8,) * 4, (True, True, True, False), context_dim=16, **features)
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**diffusers_config(config))
     keys = list(theirs.state_dict())

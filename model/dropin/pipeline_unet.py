@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from ldmperf.model import UNet, diffusers_config
+from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
 
 from .kept_conditioning import KeptConditioning, place
 from .merged_adapters import adapted_layers
+from .pipeline_model import PipelineModel
 from .unet_source import Followed, unet_of
 
 _LACKS = (
@@ -27,7 +29,7 @@ _LACKS = (
 )
 
 
-class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class PipelineUNet(PipelineModel):
     """Our UNet with the signature, the outputs and the configuration of diffusers' UNet2DConditionModel.
 
         pipe = StableDiffusionPipeline.from_pretrained(folder, unet=PipelineUNet(load_unet(folder)))
@@ -42,10 +44,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     and neither they nor the weights were written. Not for two threads at once.
     """
 
-    config_name = "config.json"
-    # diffusers' hooks of whole models move it; those of single layers, which read each other's weights, do not.
-    _no_split_modules = ["UNet"]
-    _supports_group_offloading = False
+    host = UNet2DConditionModel
 
     def __init__(self, unet: UNet, *, config: Mapping[str, Any] | None = None, source: Any = None) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 "makes one, rebuild(pipe) takes the pipeline's"
             )
         self.unet = unet
-        self._internal_dict = FrozenDict(_full_config(unet) if config is None else config)
+        self._set_up(_full_config(unet) if config is None else config)
         self._followed = None if source is None else Followed(source, unet)
         self._run = _Run()
         self.train(unet.training)
@@ -69,6 +68,26 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def source(self) -> Any:
         """diffusers' UNet that has the same weights; None where there is none."""
         return None if self._followed is None else self._followed.source
+
+    def _views(self) -> dict[str, Tensor]:
+        return diffusers_state_dict(self.unet)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Writes weights under diffusers' keys: into the source where there is one, from which ours follow."""
+        if self._followed is None:
+            return super().load_state_dict(state_dict, strict, assign)
+        self._followed.is_touched = True
+        return self.source.load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes the folder that diffusers' own class writes. Raises ValueError while adapters are loaded."""
+        if self._followed is not None and adapted_layers(self.source):
+            raise ValueError(
+                "PipelineUNet: adapters are loaded, which diffusers does not load back from a UNet's folder: "
+                "unload them (pipe.unload_lora_weights()), or call undo(pipe)"
+            )
+        self._follow(1.0, thorough=True)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,16 +123,16 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises ValueError, in one line, for all else that this network does not compute.
         """
         given = locals()
+        self._check_is_here(self.unet.time_projection.weight)
         for name in _LACKS:
             if given[name] is not None:
                 raise ValueError(f"PipelineUNet does not compute {name}: undo(pipe) gives diffusers' UNet back")
         scale = _scale(cross_attention_kwargs)
         values, step = self._values(timestep, encoder_hidden_states, class_labels, added_cond_kwargs)
         conditioning = self._run.kept.find(values)
-        if self._followed is not None:
-            is_start = conditioning is None or step <= self._run.step
-            if self._followed.update(scale, thorough=is_start):
-                conditioning = None
+        is_start = conditioning is None or step <= self._run.step
+        if self._follow(scale, thorough=is_start):
+            conditioning = None
         self._run.step = step
         if torch.is_grad_enabled() and _needs_grad(self.unet, sample, *values.values()):
             out = self._with_gradients(sample, values, step)
@@ -122,6 +141,10 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 conditioning = self._run.kept.make(self.unet, values)
             out = self.unet.denoise(sample, conditioning, step)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
+
+    def _follow(self, scale: float, *, thorough: bool) -> bool:
+        """Writes the source's weights into ours where they have changed; whether they had."""
+        return self._followed is not None and self._followed.update(scale, thorough=thorough)
 
     def _values(
         self, timestep: Any, context: Tensor, class_labels: Tensor | None, added: Mapping[str, Any] | None

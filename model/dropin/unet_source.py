@@ -30,24 +30,30 @@ def reason_left(source: Any) -> str | None:
         config_of(source)
     except UnsupportedConfig as error:
         return str(error)
-    kinds = {(p.dtype, p.device.type) for p in source.parameters()}
-    if any(device == "meta" for _, device in kinds):
-        return "weights that are offloaded: on the meta device until a hook brings them"
-    if len({dtype for dtype, _ in kinds}) != 1 or not {dtype for dtype, _ in kinds} <= set(_FLOATS):
-        return f"weights in {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype, _ in kinds))}"
     if any(all(getattr(block, name, None) for name in _FREEU) for block in source.up_blocks):
         return "FreeU is enabled"
     processors = {type(p) for p in source.attn_processors.values()} - {*KNOWN_PROCESSORS, SlicedAttnProcessor}
     if processors:
         return f"attention by {', '.join(sorted(kind.__name__ for kind in processors))}"
-    return _changed_module(source)
+    return weights_reason(source) or changed_module(source)
 
 
-def _changed_module(source: nn.Module) -> str | None:
-    """The first module whose call is not that of its class, or whose class nobody knows."""
-    adapters = tuple(adapted_layers(source))
+def weights_reason(source: nn.Module) -> str | None:
+    """Why the weights of a model of diffusers cannot be copied; None where they can. Adapters do not count."""
+    kinds = {(p.dtype, p.device) for name, p in source.named_parameters() if "lora_" not in name}
+    if any(device.type == "meta" for _, device in kinds):
+        return "its weights are offloaded: on the meta device until a hook brings them"
+    if len(kinds) != 1 or not {dtype for dtype, _ in kinds} <= set(_FLOATS):
+        shown = sorted({f"{str(dtype).removeprefix('torch.')} on {device}" for dtype, device in kinds})
+        return f"its weights are {', '.join(shown)}"
+    return None
+
+
+def changed_module(source: nn.Module) -> str | None:
+    """The first module whose call is not that of its class, or whose class nobody knows; None for none."""
+    adapters = tuple(f"{path}." for path in adapted_layers(source))
     for path, module in source.named_modules():
-        if path.startswith(adapters) and any(path == one or path.startswith(f"{one}.") for one in adapters):
+        if f"{path}.".startswith(adapters):
             continue
         at = path or "the UNet"
         if type(module).__module__.partition(".")[0] not in ("torch", "diffusers") and type(module) not in HOSTS:
