@@ -46,6 +46,7 @@ _UNET = dataclasses.replace(
     num_heads=(2, 2),
     attention=(True, False),
     transformer_layers=(1, 1),
+    only_cross_attention=(False, False),
     layers_per_block=1,
     norm_groups=8,
     context_dim=16,
