@@ -180,7 +180,8 @@ def drawn(chart: Chart, facts: Facts, shared: str = "") -> Drawing:
     if not panels:
         return Drawing(chart.name, chart.title, chart.summary, reason=chart.needs)
     shown = shown_first(chart, panels, facts.first)
-    inner = {name: part for name, part in panel_spec(chart).items() if name not in ("$schema", "config", "datasets")}
+    of_files = ("$schema", "config", "datasets")
+    inner = {name: part for name, part in panel_spec(chart).items() if name not in of_files}
     charts = [
         _named(inner, f"{FACTS}{place}")
         | {"title": {"text": joined(panel.key.values()), "subtitle": _notes(chart, panel)}}
