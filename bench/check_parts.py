@@ -69,11 +69,11 @@ class Part:
 
 def parts(device: str, folder: Path) -> list[Part]:
     """The parts in order of importance. On a CPU what a CPU can: the family's smallest size, and few calls."""
-    from ldmperf.profiling.trajectory.case import BACKENDS, PIPELINE_BACKENDS
+    from ldmperf.profiling.trajectory.case import PIPELINE_BACKENDS, RUNGS
 
     # The compiled peers take minutes to compile: they come in parts of their own, beside what is best.
-    rungs = ",".join(name for name in BACKENDS if "compile" not in name)
-    graphs = ",".join(name for name in BACKENDS if name.startswith("graph"))
+    rungs = ",".join(name for name in RUNGS if "compile" not in name)
+    graphs = ",".join(name for name in RUNGS if name.startswith("graph"))
     pipes = ",".join(name for name in PIPELINE_BACKENDS if "compile" not in name)
 
     def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:

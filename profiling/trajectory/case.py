@@ -21,7 +21,7 @@ TASKS: tuple[Task, ...] = ("t2i", "sr", "pipeline")
 RELEASED_NAMES = ("SD1.5", "SDXL")
 # In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the
 # one before.
-BACKENDS = (
+RUNGS = (
     "diffusers",
     "diffusers-accelerated",
     "diffusers-compile",
@@ -34,6 +34,9 @@ BACKENDS = (
     "graph+separate",
     "graph",
 )
+# Beside the rungs `torch`, `triton+hoist+merge` and `graph`: the same with every image evaluated alone.
+INVARIANT = ("torch-invariant", "triton-invariant", "graph-invariant")
+BACKENDS = (*RUNGS, *INVARIANT)
 # Of the task "pipeline": diffusers' pipeline as it is, with our kernels, compiled, and on our networks; then ours
 # alone, eager, and each step a graph.
 PIPELINE_BACKENDS = ("pipe", "pipe-accelerated", "pipe-compile", "pipe-rebuilt", "sample", "sample-graph")

@@ -34,6 +34,7 @@ from .case import (
     MOST_IMAGES,
     PIPELINE_BACKENDS,
     RELEASED_NAMES,
+    RUNGS,
     TASKS,
     Case,
     Task,
@@ -131,9 +132,9 @@ PRESETS: dict[str, Preset] = {
         ),
         RepetitionRule(3, 0.5),
     ),
-    # Every backend at four sizes across the family, for what each rung is worth.
+    # Every rung at four sizes across the family, for what each rung is worth.
     "ladder": Preset(
-        (replace(_GPU, unets=("866M", "39M", "145M", "5B"), steps=(20,), backends=BACKENDS),),
+        (replace(_GPU, unets=("866M", "39M", "145M", "5B"), steps=(20,), backends=RUNGS),),
         RepetitionRule(5, 2.0),
     ),
     # diffusers' own UNets before and after `ldmperf.model.dropin.accelerate`, beside our network.
