@@ -46,6 +46,7 @@ _UNET = dataclasses.replace(
     num_heads=(2, 2),
     attention=(True, False),
     transformer_layers=(1, 1),
+    only_cross_attention=(False, False),
     layers_per_block=1,
     norm_groups=8,
     context_dim=16,
@@ -230,6 +231,8 @@ def test_reports_have_a_table_of_their_own(records: dict[str, Record]) -> None:
     assert not shown.rows
     assert len(shown.pipelines) == len(PIPELINE_BACKENDS)
     lines = markdown_table(shown).splitlines()
+    (title,) = (line for line in lines if line.startswith("Pipelines ("))
+    assert "float32, from a prompt to an image, ddim, 2 steps, batch 2, guidance 7.5, latent 8x8" in title
     heads = next(line for line in lines if line.startswith("| pipeline |")).split(" | ")
     assert [head for head in heads if head in PARTS] == list(PARTS)
     (pipe,) = (line.split(" | ") for line in lines if "| pipe |" in line)

@@ -15,7 +15,7 @@ from .columns import table_of
 from .details import cases_grid, lines_grid
 from .facts import Placing, coded
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid, ladders
-from .pipelines_table import PIPELINES_TITLE, pipelines_grid
+from .pipelines_table import pipelines_grid, pipelines_title
 from .rivals_table import RIVALS_TITLE, rivals_grid
 
 # Rows that a page shows of a table unless asked for more.
@@ -133,7 +133,7 @@ def rivals_tables(shown: Overview) -> tuple[PageTable, ...]:
 def pipelines_tables(shown: Overview) -> tuple[PageTable, ...]:
     """Pipelines by part, and each of their cases with all that was seen."""
     return (
-        PageTable("pipelines", f"{PIPELINES_TITLE}.", pipelines_grid(shown)),
+        PageTable("pipelines", f"{pipelines_title(shown)}.", pipelines_grid(shown)),
         PageTable("pipelines-cases", "Every pipeline, with its check.", cases_grid(shown, shown.pipelines)),
     )
 

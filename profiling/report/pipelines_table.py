@@ -12,12 +12,16 @@ from ..terminal.visible import visible
 from ..trajectory.case import PIPELINE_BACKENDS
 from .details import flags_cell
 
-PIPELINES_TITLE = "Pipelines: from a prompt to an image"
 PIPELINES_NOTE = (
     "Medians of whole calls, wall clock; the parts are on the GPU's clock where there is one: text, the steps and "
     "what prepares them, the decoder, and what the pipeline does with the images. speed: diffusers' own pipeline "
     "(pipe) over this one. first call: with compilation and capture."
 )
+
+
+def pipelines_title(shown: Overview) -> str:
+    """The conditions that all pipelines share."""
+    return f"Pipelines ({text.joined(Conditions.of(shown.environments, shown.pipelines).shared)})"
 
 
 def pipelines_grid(shown: Overview) -> Grid:
