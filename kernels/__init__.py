@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 from . import layers
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
-from .attention import attention, attention_ref
+from .attention import MAX_HEAD_DIM, attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
@@ -20,6 +20,7 @@ from .sampler_update import sampler_update, sampler_update_ref
 __all__ = [
     "GEGLU",
     "INITIAL_NOISE",
+    "MAX_HEAD_DIM",
     "OPERATORS",
     "STEP_NOISE",
     "Attention",

@@ -1,7 +1,12 @@
-"""The UNet family: configurations, the network, and its weights in other people's formats."""
+"""The UNet family and the autoencoder: configurations, networks, and weights in other people's formats."""
 
+from .autoencoder import Autoencoder, Moments
+from .autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
+from .autoencoder_weights import autoencoder_state_dict, load_autoencoder, save_autoencoder
 from .conditioning import Conditioning, Constants
-from .config import FAMILY, UNetConfig, UnsupportedConfig, diffusers_config
+from .config import FAMILY, UNetConfig
+from .diffusers_fields import diffusers_config
+from .fields import UnsupportedConfig
 from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
 from .releases import RELEASED
 from .unet import UNet
@@ -10,16 +15,23 @@ from .weights import diffusers_state_dict, load_unet, save_unet
 __all__ = [
     "FAMILY",
     "RELEASED",
+    "Autoencoder",
+    "AutoencoderConfig",
     "CheckpointError",
     "Conditioning",
     "Constants",
+    "Moments",
     "UNet",
     "UNetConfig",
     "UnsupportedCheckpoint",
     "UnsupportedConfig",
+    "autoencoder_diffusers_config",
+    "autoencoder_state_dict",
     "checkpoint_files",
     "diffusers_config",
     "diffusers_state_dict",
+    "load_autoencoder",
     "load_unet",
+    "save_autoencoder",
     "save_unet",
 ]

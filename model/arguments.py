@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .conditioning import Conditioning
-from .config import UNetConfig, shown
+from .config import UNetConfig
+from .fields import shown
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 BACKENDS = ("auto", "torch", "triton")
 
 
@@ -51,7 +54,38 @@ def check_constants(length: int, values: Tensor) -> None:
         )
 
 
-def check_added(config: UNetConfig, batch: int, text_embeds: Tensor | None, time_ids: Tensor | None) -> None:
+class Added(NamedTuple):
+    """What some networks take besides, as of `UNet.condition`; None for the others."""
+
+    text_embeds: Tensor | None
+    time_ids: Tensor | None
+    class_labels: Sequence[int] | Tensor | None
+    timestep_cond: Tensor | None
+
+
+def check_added(config: UNetConfig, batch: int, given: Added) -> None:
+    """given: what the added_dim, num_class_embeds and time_cond_proj_dim of the config ask for, and no more."""
+    _check_pooled(config, batch, given.text_embeds, given.time_ids)
+    if config.num_class_embeds is None and given.class_labels is not None:
+        raise ValueError(
+            f"this network has no classes; got class_labels {_shape(given.class_labels)}: leave them out"
+        )
+    if config.num_class_embeds is not None and given.class_labels is None:
+        raise ValueError(
+            f"class_labels must be [{batch}], integers from 0 to {config.num_class_embeds - 1}; got None: pass "
+            "one per sample, for the x4 upscaler its noise level"
+        )
+    cond, width = given.timestep_cond, config.time_cond_proj_dim
+    if width is None and cond is not None:
+        raise ValueError(f"this network takes no timestep_cond; got {_shape(cond)}: leave it out")
+    if cond is not None and (not isinstance(cond, Tensor) or cond.shape != (batch, width) or cond.is_complex()):
+        raise ValueError(
+            f"timestep_cond must be [{batch}, {width}]; got {_shape(cond)}: pass one embedded guidance scale per "
+            "sample, or leave it out"
+        )
+
+
+def _check_pooled(config: UNetConfig, batch: int, text_embeds: Tensor | None, time_ids: Tensor | None) -> None:
     """text_embeds [B, P] and time_ids [B, N] where the config has `added_dim`, else None for both."""
     got = [_shape(given) for given in (text_embeds, time_ids)]
     if config.added_dim is None or config.added_time_dim is None:
@@ -102,6 +136,29 @@ def on_device(device: torch.device, timesteps: float | Sequence[float] | Tensor)
         return timesteps.to(device, torch.float32)
     # The copy is ours and pageable: CUDA reads it before the call returns, so that it may go.
     return timesteps.to(torch.float32, copy=True).to(device, non_blocking=True)
+
+
+def labels_on_device(device: torch.device, classes: int, batch: int, labels: Sequence[int] | Tensor) -> Tensor:
+    """Labels [B] int64 on the device; the host does not wait for the device, and so reads none that is there."""
+    elsewhere = isinstance(labels, Tensor) and labels.device.type != "cpu"
+    try:
+        found = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = None
+    if found is None or found.shape != (batch,) or found.dtype not in _INTEGERS:
+        got = shown(labels) if found is None else f"{found.dtype} {list(found.shape)}"
+        raise _wrong_labels(classes, batch, got)
+    if elsewhere or torch.compiler.is_compiling():
+        return found.to(device, torch.int64)
+    if outside := [label for label in found.tolist() if not 0 <= label < classes]:
+        raise _wrong_labels(classes, batch, shown(outside[0]))
+    return found.to(torch.int64, copy=True).to(device, non_blocking=True)
+
+
+def _wrong_labels(classes: int, batch: int, got: str) -> ValueError:
+    return ValueError(
+        f"class_labels must be [{batch}], integers from 0 to {classes - 1}; got {got}: pass one per sample"
+    )
 
 
 def in_rows(t: Tensor, batch: int) -> Tensor:

@@ -10,7 +10,6 @@ activations.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -76,16 +75,24 @@ class ResBlock(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a gated feed-forward, each added to the residual stream.
 
-    The residual stream misses the bias of every sum: each norm takes the missing biases as its shift.
+    The residual stream misses the bias of every sum: each norm takes the missing biases as its shift. With
+    `only_cross` the first attention reads the context too.
     """
 
-    def __init__(self, channels: int, heads: int, context_dim: int, backend: str, products: str) -> None:
+    def __init__(
+        self, channels: int, heads: int, context_dim: int, only_cross: bool, backend: str, products: str
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.backend = backend
         self.products = products
         self.norm1 = nn.LayerNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        if only_cross:
+            self.first_q = nn.Linear(channels, channels, bias=False)
+            self.first_kv = nn.Linear(context_dim, 2 * channels, bias=False)
+        else:
+            self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.only_cross = only_cross
         self.to_out = nn.Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.cross_q = nn.Linear(channels, channels, bias=False)
@@ -95,11 +102,12 @@ class TransformerBlock(nn.Module):
         self.ff_in = nn.Linear(channels, 8 * channels)
         self.ff_out = nn.Linear(4 * channels, channels)
 
-    def project_context(self, context: Tensor) -> Tensor:
-        """Keys and values [B, T, 2, heads, D] of a context [B, T, Dctx]."""
+    def project_context(self, context: Tensor) -> list[Tensor]:
+        """Keys and values [B, T, 2, heads, D] of a context [B, T, Dctx] for each attention that reads it."""
         batch, tokens, _ = context.shape
-        packed: Tensor = self.cross_kv(context)
-        return packed.view(batch, tokens, 2, self.heads, packed.shape[-1] // (2 * self.heads))
+        layers = (self.first_kv, self.cross_kv) if self.only_cross else (self.cross_kv,)
+        width = self.cross_q.out_features // self.heads
+        return [layer(context).view(batch, tokens, 2, self.heads, width) for layer in layers]
 
     def forward(
         self,
@@ -109,16 +117,22 @@ class TransformerBlock(nn.Module):
         after_attention: Tensor,
         after_cross: Tensor,
         in_place: bool = False,
+        first: Tensor | None = None,
     ) -> Tensor:
-        """x [B, N, C], context of `project_context` -> [B, N, C], without any block's bias.
+        """x [B, N, C], context the last of `project_context` -> [B, N, C], without any block's bias.
 
         before, after_attention, after_cross [C]: the bias missing from the tokens at each of the norms, `before`
-        None for nothing. `in_place` overwrites x, for a caller that alone holds it.
+        None for nothing. `in_place` overwrites x, for a caller that alone holds it. first: what the first
+        attention reads of the context, None where it reads x.
         """
         batch, tokens, channels = x.shape
         heads = self.heads, channels // self.heads
-        qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads)
-        h = attention(*qkv.unbind(2), backend=self.backend).view(x.shape)
+        if first is None:
+            qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads).unbind(2)
+        else:
+            q = self._linear(x, self.norm1, self.first_q, before).view(batch, tokens, *heads)
+            qkv = q, *first.unbind(2)
+        h = attention(*qkv, backend=self.backend).view(x.shape)
         x = matmul_add(x, h, self.to_out.weight, in_place)
         q = self._linear(x, self.norm2, self.cross_q, after_attention).view(batch, tokens, *heads)
         h = attention(q, *context.unbind(2), backend=self.backend).view(x.shape)
@@ -154,20 +168,29 @@ class Transformer(nn.Module):
     """Transformer blocks over the positions of an image, between a projection in and one out."""
 
     def __init__(
-        self, channels: int, heads: int, layers: int, context_dim: int, groups: int, backend: str, products: str
+        self,
+        channels: int,
+        heads: int,
+        layers: int,
+        context_dim: int,
+        only_cross: bool,
+        groups: int,
+        backend: str,
+        products: str,
     ) -> None:
         super().__init__()
         self.backend = backend
         self.norm = GroupNormSiLU(groups, channels, TRANSFORMER_NORM_EPS, activation=None, backend=backend)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, context_dim, backend, products) for _ in range(layers)
+            TransformerBlock(channels, heads, context_dim, only_cross, backend, products) for _ in range(layers)
         )
         self.proj_out = nn.Linear(channels, channels)
 
     def project_context(self, context: Tensor) -> Tensor:
-        """Keys and values [L, B, T, 2, heads, D] of L blocks, of a context [B, T, Dctx]."""
-        found = [block.project_context(context) for block in cast(Iterable[TransformerBlock], self.blocks)]
+        """Keys and values [N, B, T, 2, heads, D] of a context [B, T, Dctx], N the attentions that read it."""
+        blocks = cast(Iterable[TransformerBlock], self.blocks)
+        found = [packed for block in blocks for packed in block.project_context(context)]
         return torch.stack(found) if len(found) > 1 else found[0].unsqueeze(0)
 
     def forward(
@@ -187,8 +210,11 @@ class Transformer(nn.Module):
         """
         h = self.proj_in(as_tokens(self.norm(x, between)))
         at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
-        for i, (block, keys_values) in enumerate(zip(self.blocks, context.unbind(), strict=True)):
-            h = block(h, keys_values, *at_norms[3 * i : 3 * i + 3], in_place)
+        keys_values = context.unbind()
+        each = len(keys_values) // len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            *first, cross = keys_values[each * i : each * (i + 1)]
+            h = block(h, cross, *at_norms[3 * i : 3 * i + 3], in_place, *first)
         if closing is None:
             return matmul_add(x, h, self.proj_out.weight, in_place)
         h = as_image(F.linear(h, self.proj_out.weight), x.shape[2:])
@@ -208,36 +234,6 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.conv.weight, stride=self.conv.stride, padding=1)
-
-
-class EmbeddingMLP(nn.Module):
-    """Two linear layers with a SiLU between them: [N, in_dim] -> [N, out_dim]."""
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, out_dim)
-        self.linear_2 = nn.Linear(out_dim, out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear_2(F.silu(self.linear_1(x)))
-        return out
-
-
-class TimestepEmbedding(EmbeddingMLP):
-    """Sinusoids of a timestep through a two-layer MLP."""
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """timesteps [N] float32 -> [N, out_dim] in the layers' dtype."""
-        weight = self.linear_1.weight
-        return super().forward(sinusoids(timesteps, weight.shape[1]).to(weight.dtype))
-
-
-def sinusoids(timesteps: Tensor, dim: int) -> Tensor:
-    """[cos, sin] of timesteps [N] at dim / 2 geometric frequencies, float32 whatever the network computes in."""
-    half = dim // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
-    angles = timesteps.float()[:, None] * torch.exp(exponent)
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
 
 
 def matmul_add(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:

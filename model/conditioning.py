@@ -30,8 +30,9 @@ class Conditioning:
 
     `shifts` [K, B or 1, S]: for each of K steps the time projection plus the first convolution's bias of every
     ResBlock, side by side in the order of the route. `context`: for every transformer, in the same order, the keys
-    and values [L, B, T, 2, heads, D] of its L blocks. `constants` [N]: the deferred biases, those of each stop
-    (`Biases`) and the last norm's. `made_from`: a mark of the weights that these values were computed from.
+    and values [N, B, T, 2, heads, D] of its N attentions that read the context, block by block. `constants` [N]:
+    the deferred biases, those of each stop (`Biases`) and the last norm's. `made_from`: a mark of the weights that
+    these values were computed from.
 
     The tensors are few and dense, because each run of a captured step copies them.
     """
@@ -40,6 +41,10 @@ class Conditioning:
     context: tuple[Tensor, ...]
     constants: Tensor
     made_from: MadeFrom | None = field(default=None, compare=False, repr=False, metadata={"tensors": False})
+
+    @property
+    def num_steps(self) -> int:
+        return self.shifts.shape[0]
 
     def check(self) -> None:
         """Raises ValueError, in one line, where the network's weights have changed since."""

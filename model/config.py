@@ -1,14 +1,10 @@
-"""`UNetConfig`: the sizes of a UNet; the paper's eleven sizes; the fields of a diffusers config."""
+"""`UNetConfig`: the sizes of a UNet; the paper's eleven sizes."""
 
-import operator
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class UnsupportedConfig(ValueError):
-    """A UNet configuration that this network does not implement; the message names every field at fault."""
+from .fields import UnsupportedConfig, count, counts, each, integer, small, switches
 
 
 @dataclass(frozen=True)
@@ -21,6 +17,13 @@ class UNetConfig:
     convolutions (Stable Diffusion 1) instead of linear layers (2): the same computation, another shape in
     checkpoints. `added_dim` is the width of the second embedding in Stable Diffusion XL: a pooled text embedding
     beside `added_time_dim` sinusoids for each number of an image's sizes. Both are None elsewhere.
+
+    `only_cross_attention`: at these levels, never in the middle, the first attention of a transformer block reads
+    the context too, as in Stable Diffusion's x4 upscaler; one entry per level, or one for all. `num_class_embeds`
+    counts the classes (the upscaler's noise levels) of a table whose rows are added to the time embedding.
+    `time_cond_proj_dim` is the width of a condition (the embedded guidance scale of latent consistency models)
+    that is projected and added to the sinusoids. Both are None elsewhere.
+
     Integers of numpy and torch are integers. Raises `UnsupportedConfig`.
     """
 
@@ -39,13 +42,16 @@ class UNetConfig:
     transformer_layers: tuple[int, ...] = 1  # type: ignore[assignment]  # made a tuple below
     added_time_dim: int | None = None
     added_dim: int | None = None
+    only_cross_attention: tuple[bool, ...] = False  # type: ignore[assignment]  # made a tuple below
+    num_class_embeds: int | None = None
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            self._set(name, _count(name, getattr(self, name)))
-        for name in ("added_time_dim", "added_dim"):
+            self._set(name, count(name, getattr(self, name)))
+        for name in ("added_time_dim", "added_dim", "num_class_embeds", "time_cond_proj_dim"):
             if getattr(self, name) is not None:
-                self._set(name, _count(name, getattr(self, name)))
+                self._set(name, count(name, getattr(self, name)))
         if (self.added_time_dim is None) != (self.added_dim is None):
             raise UnsupportedConfig(
                 f"added_time_dim = {self.added_time_dim} and added_dim = {self.added_dim} go together: "
@@ -56,25 +62,25 @@ class UNetConfig:
                 f"added_time_dim = {self.added_time_dim} does not fit into added_dim = {self.added_dim}: "
                 "give the width of one number's sinusoids, and that of all of them beside the text embedding"
             )
-        self._set("block_channels", tuple(_count("block_channels", one) for one in _each(self, "block_channels")))
+        self._set("block_channels", counts("block_channels", self.block_channels))
         levels = len(self.block_channels)
         layers: Any = self.transformer_layers
-        if (of_all := _integer(layers)) is not None:
-            self._set("transformer_layers", (of_all,) * levels)
-        layers = tuple(_count("transformer_layers", one) for one in _each(self, "transformer_layers"))
-        self._set("transformer_layers", layers)
+        if (of_all := integer(layers)) is not None:
+            layers = (of_all,) * levels
+        self._set("transformer_layers", counts("transformer_layers", layers))
         # A level without attention may give zero heads.
-        self._set("num_heads", tuple(_count("num_heads", one, least=0) for one in _each(self, "num_heads")))
-        self._set("attention", tuple(bool(one) for one in _each(self, "attention")))
+        self._set("num_heads", counts("num_heads", self.num_heads, least=0))
+        self._set("attention", tuple(bool(one) for one in each("attention", self.attention)))
         self._set("has_middle", bool(self.has_middle))
         self._set("conv_projection", bool(self.conv_projection))
-        for name in ("num_heads", "attention", "transformer_layers"):
+        self._set("only_cross_attention", switches("only_cross_attention", self.only_cross_attention, levels))
+        for name in ("num_heads", "attention", "transformer_layers", "only_cross_attention"):
             if len(getattr(self, name)) != levels or not levels:
                 raise UnsupportedConfig(
                     f"{name} has {len(getattr(self, name))} entries for the {levels} levels of block_channels: "
                     "give one entry per level to each, and at least one level"
                 )
-        self._set("norm_eps", _small(self.norm_eps))
+        self._set("norm_eps", small("norm_eps", self.norm_eps))
         for level, (channels, heads) in enumerate(zip(self.block_channels, self.num_heads, strict=True)):
             if channels % self.norm_groups:
                 raise UnsupportedConfig(
@@ -102,61 +108,13 @@ class UNetConfig:
         Raises `UnsupportedConfig` naming every field whose value this network does not implement, unknown fields
         included.
         """
-        return _from_diffusers(config)
+        # That module needs this class.
+        from .diffusers_fields import from_diffusers
+
+        return from_diffusers(config)
 
 
-# Far above every field of a published UNet; products of fields still fit into 64 bits.
-_MOST = 2**16
 _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
-
-
-def _integer(value: Any) -> int | None:
-    """An integer of Python, numpy or torch as Python's; None for all else, a bool included."""
-    is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
-    if is_bool or len(getattr(value, "shape", ())):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _count(name: str, value: Any, least: int = 1) -> int:
-    number = _integer(value)
-    if number is None or not least <= number <= _MOST:
-        raise UnsupportedConfig(
-            f"{name} must be from {least} to {_MOST}; got {shown(value)}: give a whole number in that range"
-        )
-    return number
-
-
-def _each(config: UNetConfig, name: str) -> tuple[Any, ...]:
-    value = getattr(config, name)
-    if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "ndim", 1) != 1:
-        raise UnsupportedConfig(f"{name} = {shown(value)}: give a tuple with one entry per level")
-    return tuple(value)
-
-
-def _small(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = 0.0
-    if isinstance(value, str) or not 0 < number < 1:
-        raise UnsupportedConfig(f"norm_eps = {shown(value)}: give a small positive number, such as 1e-5")
-    return number
-
-
-# A file may hold a value of any length and depth, and an error is one line.
-class _Repr(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to print integers of thousands of digits.
-        return "an integer of thousands of digits" if abs(x) > 10**1000 else super().repr_int(x, level)
-
-
-_repr = _Repr()
-_repr.maxstring = 100
-shown = _repr.repr
 
 
 # The paper's names by the width of the first level (arXiv 2404.01367, Table 1): heads stay 8, the rest scales.
@@ -176,193 +134,3 @@ FAMILY: dict[str, UNetConfig] = {
         "5B": 768,
     }.items()
 }
-
-_DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-_UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-_MIDDLE = "UNetMidBlock2DCrossAttn"
-
-# Read by `_from_diffusers`, with the defaults of UNet2DConditionModel.
-_READ: dict[str, Any] = {
-    "sample_size": None,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": _MIDDLE,
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "cross_attention_dim": 1280,
-    "attention_head_dim": 8,
-    "use_linear_projection": False,
-    "norm_num_groups": 32,
-    "norm_eps": 1e-5,
-    "transformer_layers_per_block": 1,
-    "addition_embed_type": None,
-    "addition_time_embed_dim": None,
-    "projection_class_embeddings_input_dim": None,
-}
-
-# Fields of that class with the only values that this network implements; the first is the class's default.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": (False,),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "only_cross_attention": (False,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "dropout": (0.0,),
-    "act_fn": ("silu", "swish"),
-    "reverse_transformer_layers_per_block": (None,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "num_attention_heads": (None,),
-    "dual_cross_attention": (False,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "resnet_time_scale_shift": ("default",),
-    "resnet_skip_time_act": (False,),
-    "resnet_out_scale_factor": (1.0,),
-    "time_embedding_type": ("positional",),
-    "time_embedding_dim": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "attention_type": ("default",),
-    "class_embeddings_concat": (False,),
-    "mid_block_only_cross_attention": (None, False),
-    "cross_attention_norm": (None,),
-}
-
-# Fields that change nothing here: the softmax is float32 anyway; the other belongs to embeddings that are refused.
-_WITHOUT_EFFECT = {"upcast_attention", "addition_embed_type_num_heads"}
-
-# State of diffusers' EMAModel, which it writes into the config of the averaged UNet.
-_OF_AN_AVERAGE = {
-    "decay",
-    "inv_gamma",
-    "min_decay",
-    "optimization_step",
-    "power",
-    "update_after_step",
-    "use_ema_warmup",
-}
-
-
-def _from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
-    problems = []
-
-    def refuse(field: str, value: Any, only: str) -> None:
-        problems.append(f"{shown(field)[1:-1]} = {shown(value)} ({only})")
-
-    class_name = config.get("_class_name", "UNet2DConditionModel")
-    if class_name != "UNet2DConditionModel":
-        refuse("_class_name", class_name, "only 'UNet2DConditionModel'")
-    for field, value in config.items():
-        if field.startswith("_") or field in _READ or field in _WITHOUT_EFFECT or field in _OF_AN_AVERAGE:
-            continue
-        if field not in _ONLY:
-            refuse(field, value, "unknown field")
-        elif not any(_same(value, accepted) for accepted in _ONLY[field]):
-            refuse(field, value, f"only {_ONLY[field][0]!r}")
-
-    read = {field: config.get(field, default) for field, default in _READ.items()}
-    for field in ("down_block_types", "up_block_types", "block_out_channels"):
-        kind, accepts = ("integer", _integers) if field == "block_out_channels" else ("string", _strings)
-        if not accepts(read[field]):
-            refuse(field, read[field], f"only a list, one {kind} per level")
-            read[field] = _READ[field]
-    is_number = isinstance(read["norm_eps"], float) or _integer(read["norm_eps"]) is not None
-    if not is_number or not 0 < read["norm_eps"] < 1:
-        refuse("norm_eps", read["norm_eps"], "only a small positive number")
-    down, up = list(read["down_block_types"]), list(read["up_block_types"])
-    problems += [f"down_block_types holds {shown(name)}" for name in down if name not in _DOWN]
-    problems += [f"up_block_types holds {shown(name)}" for name in up if name not in _UP]
-    if not problems and [_UP[name] for name in reversed(up)] != [_DOWN[name] for name in down]:
-        problems.append("up_block_types does not mirror down_block_types")
-    if read["mid_block_type"] not in (None, _MIDDLE):
-        refuse("mid_block_type", read["mid_block_type"], f"only {_MIDDLE!r} or null")
-    if read["addition_embed_type"] not in (None, "text_time"):
-        refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
-    is_xl = read["addition_embed_type"] == "text_time"
-    for field in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim", "norm_num_groups"):
-        if _integer(read[field]) is None:
-            refuse(field, read[field], "only one integer")
-    for field in ("addition_time_embed_dim", "projection_class_embeddings_input_dim") if is_xl else ():
-        if _integer(read[field]) is None:
-            refuse(field, read[field], "only one integer beside addition_embed_type = 'text_time'")
-    sample_size = read["sample_size"]
-    if isinstance(sample_size, list | tuple):
-        square = _integers(sample_size) and len(sample_size) <= 2 and len(set(map(int, sample_size))) == 1
-        sample_size = sample_size[0] if square else "not square"
-    if sample_size is not None and _integer(sample_size) is None:
-        refuse("sample_size", read["sample_size"], "only square")
-    # diffusers' name is historic: the value is the number of heads.
-    for field in ("attention_head_dim", "transformer_layers_per_block"):
-        if _integer(read[field]) is not None:
-            read[field] = (read[field],) * len(down)
-        if not _integers(read[field]):
-            refuse(field, read[field], "only an integer, or one per level")
-    if problems:
-        raise UnsupportedConfig(
-            f"unsupported UNet config: {'; '.join(problems)}: "
-            "use a UNet with the values told, or run this one in diffusers"
-        )
-    return UNetConfig(
-        block_channels=tuple(read["block_out_channels"]),
-        num_heads=tuple(read["attention_head_dim"]),
-        attention=tuple(_DOWN[name] for name in down),
-        layers_per_block=read["layers_per_block"],
-        has_middle=read["mid_block_type"] is not None,
-        in_channels=read["in_channels"],
-        out_channels=read["out_channels"],
-        context_dim=read["cross_attention_dim"],
-        conv_projection=not read["use_linear_projection"],
-        norm_groups=read["norm_num_groups"],
-        norm_eps=read["norm_eps"],
-        sample_size=64 if sample_size is None else sample_size,
-        transformer_layers=tuple(read["transformer_layers_per_block"]),
-        added_time_dim=read["addition_time_embed_dim"] if is_xl else None,
-        added_dim=read["projection_class_embeddings_input_dim"] if is_xl else None,
-    )
-
-
-def diffusers_config(config: UNetConfig) -> dict[str, Any]:
-    """The arguments with which diffusers' `UNet2DConditionModel` builds the same network."""
-    return {
-        "sample_size": config.sample_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-        "mid_block_type": _MIDDLE if config.has_middle else None,
-        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
-        "block_out_channels": config.block_channels,
-        "layers_per_block": config.layers_per_block,
-        "cross_attention_dim": config.context_dim,
-        "attention_head_dim": config.num_heads,
-        "use_linear_projection": not config.conv_projection,
-        "norm_num_groups": config.norm_groups,
-        "norm_eps": config.norm_eps,
-        "transformer_layers_per_block": config.transformer_layers,
-        "addition_embed_type": None if config.added_dim is None else "text_time",
-        "addition_time_embed_dim": config.added_time_dim,
-        "projection_class_embeddings_input_dim": config.added_dim,
-    }
-
-
-def _integers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_integer(one) is not None for one in value)
-
-
-def _strings(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-
-
-def _same(value: Any, accepted: Any) -> bool:
-    # A list of one value per level says the same as the value.
-    values = value if isinstance(value, list | tuple) and value else [value]
-    return all(
-        one is accepted if isinstance(one, bool) or isinstance(accepted, bool) else bool(one == accepted)
-        for one in values
-    )

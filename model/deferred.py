@@ -54,6 +54,13 @@ def deferred_biases(route: Iterable[Stop], first: Tensor) -> list[list[Tensor]]:
     return [[vector for vector in field if vector is not None] for field in (*found, [missing])]
 
 
+def biases_of(route: Sequence[Stop], first: Tensor) -> tuple[list[Biases], Tensor | None]:
+    """The `Biases` of every stop of a network without skips, and the bias missing at the last norm."""
+    *fields, last = [vectors[0] if vectors else None for vectors in deferred_biases(route, first)]
+    count = len(Biases._fields)
+    return [Biases(*fields[i : i + count]) for i in range(0, len(fields), count)], last
+
+
 def split_biases(values: Tensor, sizes: Sequence[int]) -> tuple[Iterator[Biases], Tensor | None]:
     """The `Biases` of every stop and the bias missing at the last norm, as views of `values` [sum(sizes)].
 
@@ -108,7 +115,7 @@ def missing_in_tokens(transformer: Transformer) -> list[Tensor]:
 def after_transformer(transformer: Transformer, before: Tensor | None, in_tokens: Sequence[Tensor]) -> Tensor:
     """[C]: the bias missing from the sum with the input where `before` [C] is missing from the input."""
     bias = transformer.proj_out.bias if before is None else before + transformer.proj_out.bias
-    return torch.addmv(bias, transformer.proj_out.weight, in_tokens[-1])
+    return torch.addmv(bias, transformer.proj_out.weight, in_tokens[-1]) if in_tokens else bias
 
 
 def _beside(x: Tensor | None, skip: Tensor | None, channels: int) -> Tensor | None:
@@ -118,4 +125,6 @@ def _beside(x: Tensor | None, skip: Tensor | None, channels: int) -> Tensor | No
     if given and missing:
         zeros = given[0].new_zeros(missing)
         given = [zeros, *given] if x is None else [*given, zeros]
-    return torch.cat(given) if given else None
+    if len(given) < 2:
+        return given[0] if given else None
+    return torch.cat(given)

@@ -15,7 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .config import UnsupportedConfig
+from .fields import UnsupportedConfig
+from .kinds import UNET, NetworkKind
 
 # The name that diffusers gives to weights; a variant ("diffusion_pytorch_model.fp16") has one more word.
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -67,7 +68,7 @@ class Source:
     is_folder: bool
 
 
-def find(path: Path) -> Source:
+def find(path: Path, kind: NetworkKind) -> Source:
     """The files behind a folder, a .safetensors file, a shard or an index file."""
     if os.path.isfile(path):
         beside = path.parent / "config.json"
@@ -83,14 +84,14 @@ def find(path: Path) -> Source:
         return Source(files, weight_map, beside if os.path.isfile(beside) else None, is_folder=False)
     if not os.path.isdir(path):
         raise CheckpointError(f"{path}: no such file or folder; give a diffusers folder or a .safetensors file")
-    folder = _unet_folder(path)
-    files, weight_map = _weights(folder)
+    folder = _folder(path, kind)
+    files, weight_map = _weights(folder, kind)
     return Source(files, weight_map, folder / "config.json", is_folder=True)
 
 
 def checkpoint_files(path: str | Path) -> tuple[Path, ...]:
     """The files that `load_unet` reads for a path, by name. Raises `CheckpointError` where there are none."""
-    return find(Path(path)).files
+    return find(Path(path), UNET).files
 
 
 def read_json(file: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
@@ -119,13 +120,6 @@ def parse_json(content: bytes, place: str, most: int = LARGEST_CONFIG) -> dict[s
     if not isinstance(raw, dict):
         raise CheckpointError(f"{place}: not a JSON object; download or write it again")
     return raw
-
-
-def is_unet_config(raw: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a conditional UNet's: by its class, or by its fields where it names none."""
-    if "_class_name" in raw:
-        return bool(raw["_class_name"] == "UNet2DConditionModel")
-    return not raw.keys().isdisjoint({"block_out_channels", "cross_attention_dim", "down_block_types"})
 
 
 def open_all(source: Source, stack: ExitStack) -> tuple[dict[str, Any], dict[str, str]]:
@@ -182,20 +176,20 @@ def _what_it_is(file: Path) -> str:
     return "not a readable .safetensors file: truncated or damaged; download or copy it again"
 
 
-def _unet_folder(path: Path) -> Path:
-    own, nested = path / "config.json", path / "unet" / "config.json"
+def _folder(path: Path, kind: NetworkKind) -> Path:
+    own, nested = path / "config.json", path / kind.folder / "config.json"
     if os.path.isfile(nested):
         try:
-            is_unets = os.path.isfile(own) and is_unet_config(read_json(own))
+            is_its_own = os.path.isfile(own) and kind.is_config(read_json(own))
         except CheckpointError:
-            is_unets = False
+            is_its_own = False
         # A pipeline's folder may have a config.json that belongs to no network: diffusers does not read it.
-        return path if is_unets else nested.parent
+        return path if is_its_own else nested.parent
     if os.path.isfile(own):
         return path
     raise CheckpointError(
-        f"{path}: no config.json here or in a folder unet: not written by diffusers' save_pretrained; "
-        "give the UNet's folder or a .safetensors file by its path"
+        f"{path}: no config.json here or in a folder {kind.folder}: not written by diffusers' save_pretrained; "
+        f"give the {kind.name}'s folder or a .safetensors file by its path"
     )
 
 
@@ -234,7 +228,7 @@ def _sets(folder: Path) -> dict[str, _Set]:
     return sets
 
 
-def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+def _weights(folder: Path, kind: NetworkKind) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """The weights of a folder: the plain ones, or a variant (.fp16 and the like) where it stands alone."""
     sets = _sets(folder)
     # An index without any of its shards comes along when a variant is downloaded.
@@ -243,7 +237,7 @@ def _weights(folder: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     if not there:
         raise CheckpointError(
             f"{folder}: no .safetensors file (pickle weights are not read; save them with "
-            "UNet2DConditionModel.from_pretrained(folder).save_pretrained(folder))"
+            f"{kind.class_name}.from_pretrained(folder).save_pretrained(folder))"
         )
     if WEIGHTS_NAME not in there and len(there) > 1:
         names = some(found.paths[0].name for found in there.values())

@@ -32,6 +32,7 @@ _RENAMES = (
     (r"\.downsample\.", ".downsamplers.0."),
     (r"\.upsample\.", ".upsamplers.0."),
     (r"\.blocks\.", ".transformer_blocks."),
+    (r"\.first_q\.", ".attn1.to_q."),
     (r"\.to_out\.", ".attn1.to_out.0."),
     (r"\.cross_q\.", ".attn2.to_q."),
     (r"\.cross_out\.", ".attn2.to_out.0."),
@@ -41,6 +42,7 @@ _RENAMES = (
 # One parameter of ours holds several of diffusers', row after row.
 _PACKED = {
     ".to_qkv.": (".attn1.to_q.", ".attn1.to_k.", ".attn1.to_v."),
+    ".first_kv.": (".attn1.to_k.", ".attn1.to_v."),
     ".cross_kv.": (".attn2.to_k.", ".attn2.to_v."),
 }
 
@@ -88,6 +90,8 @@ _COMPVIS_RESNET = {
 _COMPVIS_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
+    "class_embedding": "label_emb",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",

@@ -12,14 +12,17 @@ from torch.utils._device import DeviceContext
 
 from ldmperf.kernels import GroupNormSiLU
 
-from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, TransformerBlock
+from .autoencoder_blocks import Coder, HalvingConv, ImageAttention
+from .blocks import Resample, ResBlock, Transformer, TransformerBlock
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding
 from .route import Level
 from .staleness import Structure
 
 # Module classes that keep no activation; a subclass may.
 _CLASSES = (
     *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNormSiLU, EmbeddingMLP, TimestepEmbedding),
-    *(nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+    *(Coder, HalvingConv, ImageAttention),
+    *(LabelEmbedding, nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
 )
 # The methods that a call of a module runs.
 _METHODS = attrgetter("__call__", "_call_impl", "forward")
@@ -60,6 +63,31 @@ class Privacy:
             or _torch._global_forward_pre_hooks
             or any(type(mode) is not DeviceContext for mode in _function_modes())
         )
+
+
+class PrivacyKept:
+    """A network's `Privacy`, made anew when its modules were replaced.
+
+    It has slots and no `__dict__`, so it is no value of the network to whoever compares a module's values.
+    """
+
+    __slots__ = ("_privacy",)
+
+    def __init__(self) -> None:
+        self._privacy: Privacy | None = None
+
+    def __reduce__(self) -> tuple[type[PrivacyKept], tuple[()]]:
+        # A copy's modules are its own.
+        return PrivacyKept, ()
+
+    def holds(self, network: nn.Module) -> bool:
+        """Whether only the network holds the activations between its modules, so that sums may overwrite them."""
+        if torch.compiler.is_compiling():
+            # A compiled graph plans its memory itself, and needs no in-place sums.
+            return False
+        if self._privacy is None or not self._privacy.knows_all():
+            self._privacy = Privacy(network)
+        return self._privacy.holds()
 
 
 def _function_modes() -> list[object]:

@@ -78,13 +78,17 @@ class Release:
     def has(self, layout: Layout) -> bool:
         """Whether the layout has the shapes that distinguish this release from all others."""
         level = self.config.attention.index(True)
-        width = self.config.block_channels[level]
+        width, context = self.config.block_channels[level], self.config.context_dim
+        classes = self.config.num_class_embeds
         place = f"down_blocks.{level}.attentions.0"
+        first, second = (f"{place}.transformer_blocks.0.attn{i}.to_k.weight" for i in (1, 2))
+        from_context = self.config.only_cross_attention[level]
         return (
             (layout.compvis or self.diffusers)
             and layout.shape("conv_in.weight", self.config)[:1] == self.config.block_channels[:1]
-            and layout.shape(f"{place}.transformer_blocks.0.attn2.to_k.weight", self.config)
-            == (width, self.config.context_dim)
+            and layout.shape("class_embedding.weight", self.config)[:1] == (() if classes is None else (classes,))
+            and layout.shape(first, self.config) == (width, context if from_context else width)
+            and layout.shape(second, self.config) == (width, context)
             and len(layout.shape(f"{place}.proj_in.weight", self.config))
             == (4 if self.config.conv_projection else 2)
         )
@@ -93,6 +97,17 @@ class Release:
 RELEASES = (
     Release("Stable Diffusion 1", UNetConfig(context_dim=768, conv_projection=True)),
     Release("Stable Diffusion 2", UNetConfig(num_heads=(5, 10, 20, 20)), diffusers=False),
+    Release(
+        "Stable Diffusion x4 upscaler",
+        UNetConfig(
+            block_channels=(256, 512, 512, 1024),
+            attention=(False, True, True, True),
+            in_channels=7,
+            sample_size=128,
+            only_cross_attention=(True, True, True, False),
+            num_class_embeds=1000,
+        ),
+    ),
     Release(
         "Stable Diffusion XL base",
         UNetConfig(
@@ -154,8 +169,11 @@ def beyond(config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> str:
         transformers = (2 * layers + 1) * config.attention[level] + middle
         blocks = transformers * config.transformer_layers[level]
         tensors += 10 * resblocks + 6 * transformers + 20 * blocks
-        parameters += 9 * resblocks * width**2 + blocks * (18 * width**2 + 2 * width * config.context_dim)
-    parameters += config.time_dim * (config.added_dim or 0)
+        parameters += 9 * resblocks * width**2 + blocks * (16 * width**2 + 2 * width * config.context_dim)
+        from_context = (blocks - middle * config.transformer_layers[level]) * config.only_cross_attention[level]
+        parameters += 2 * width * (from_context * config.context_dim + (blocks - from_context) * width)
+    parameters += config.time_dim * ((config.added_dim or 0) + (config.num_class_embeds or 0))
+    parameters += config.block_channels[0] * (config.time_cond_proj_dim or 0)
     held = [math.prod(shape) for shape in shapes]
     if tensors <= 2 * len(held) and parameters <= 2 * sum(held):
         return ""

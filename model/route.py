@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
@@ -17,7 +17,7 @@ class Level(nn.Module):
     def __init__(
         self,
         resblocks: Iterable[ResBlock],
-        transformers: Iterable[Transformer],
+        transformers: Iterable[nn.Module],
         downsample: Resample | None,
         upsample: Resample | None,
     ) -> None:
@@ -49,10 +49,15 @@ def route(down: Iterable[Level], middle: Iterable[Level], up: Iterable[Level]) -
     stops: list[Stop] = []
     for levels, pops, pushes in ((down, False, True), (middle, False, False), (up, True, False)):
         for level in levels:
-            last = len(level.resblocks) - 1
-            blocks = zip_longest(level.resblocks, level.transformers)
-            for i, (resblock, transformer) in enumerate(cast(Any, blocks)):
-                resample = None if i < last else level.upsample if pops else level.downsample
-                enlarges = pops and resample is not None
-                stops.append(Stop(resblock, transformer, resample, pops, pushes, enlarges))
+            stops += stops_of(level, pops=pops, pushes=pushes)
     return tuple(stops)
+
+
+def stops_of(level: Level, *, pops: bool = False, pushes: bool = False) -> Iterator[Stop]:
+    """The stops of a level; those of a network without skips neither pop nor push."""
+    last = len(level.resblocks) - 1
+    blocks = zip_longest(level.resblocks, level.transformers)
+    for i, (resblock, transformer) in enumerate(cast(Any, blocks)):
+        resample = None if i < last else level.upsample or level.downsample
+        enlarges = resample is not None and level.upsample is not None
+        yield Stop(resblock, transformer, resample, pops, pushes, enlarges)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import EmbeddingMLP, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
+from .blocks import Resample, ResBlock, Transformer
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
-from .private import Privacy
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
+from .image_by_image import Values, conditioned, evaluated
+from .private import PrivacyKept
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
 
@@ -25,8 +28,8 @@ _BOTH, _BIAS = ("weight", "bias"), ("bias",)
 # The parameters that `condition` reads, by the last name of their module.
 CONDITIONING_PARAMETERS = {
     **dict.fromkeys(("linear_1", "linear_2", "time_projection", "shortcut", "proj_out"), _BOTH),
+    **dict.fromkeys(("cross_kv", "first_kv", "cond_proj", "class_embedding"), ("weight",)),
     **dict.fromkeys(("conv_in", "conv1", "conv2", "conv", "to_out", "cross_out", "ff_out"), _BIAS),
-    "cross_kv": ("weight",),
 }
 
 
@@ -41,7 +44,7 @@ class _Remembered:
 
     def __init__(self) -> None:
         self.snapshot: Snapshot | None = None
-        self.privacy: Privacy | None = None
+        self.privacy = PrivacyKept()
 
 
 class UNet(nn.Module):
@@ -50,21 +53,28 @@ class UNet(nn.Module):
     `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` goes to the
     matmuls that can be merged with their norm or gate (`ldmperf.kernels.linear`): "auto" merges where this is
     measured or predicted to be faster, "triton" wherever the kernel can, "torch" nowhere. With `backend="torch"`
-    nothing is merged. Weights of convolutions are channels-last, as the activations are. Raises ValueError for
-    another `backend` or `products`.
+    nothing is merged. Weights of convolutions are channels-last, as the activations are. With `batch_invariant`
+    an image's results are the same to the bit alone and in any batch (docs/batch-invariance.md): each is computed
+    alone; torch.compile is refused. Raises ValueError for another `backend` or `products`.
     """
 
-    def __init__(self, config: UNetConfig, *, backend: str = "auto", products: str = "auto") -> None:
+    def __init__(
+        self, config: UNetConfig, *, backend: str = "auto", products: str = "auto", batch_invariant: bool = False
+    ) -> None:
         super().__init__()
         arguments.check_backend("backend", backend)
         arguments.check_backend("products", products)
         self.config = config
+        self.batch_invariant = batch_invariant
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         layers, last = config.layers_per_block, len(channels) - 1
 
-        def level(i: int, widths: Iterable[int], transformers: int, down: bool = False, up: bool = False) -> Level:
+        def level(
+            i: int, widths: Iterable[int], transformers: int, only: bool, down: bool = False, up: bool = False
+        ) -> Level:
             """A ResBlock from each of `widths` to the level's own width, transformers, and a resampling if any."""
-            out, sizes = channels[i], (config.num_heads[i], config.transformer_layers[i], config.context_dim)
+            out = channels[i]
+            sizes = config.num_heads[i], config.transformer_layers[i], config.context_dim, only
             return Level(
                 [ResBlock(width, out, groups, eps, backend) for width in widths],
                 [Transformer(out, *sizes, groups, backend, products) for _ in range(transformers)],
@@ -72,21 +82,23 @@ class UNet(nn.Module):
                 upsample=Resample(out, stride=1) if up else None,
             )
 
-        self.time_embedding = TimestepEmbedding(channels[0], config.time_dim)
+        self.time_embedding = TimestepEmbedding(channels[0], config.time_dim, config.time_cond_proj_dim)
+        classes = config.num_class_embeds
+        self.class_embedding = None if classes is None else LabelEmbedding(classes, config.time_dim)
         self.add_embedding = None if config.added_dim is None else EmbeddingMLP(config.added_dim, config.time_dim)
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        width, skips = channels[0], [channels[0]]
+        width, skips, only_cross = channels[0], [channels[0]], config.only_cross_attention
         self.down = nn.ModuleList()
         for i, out in enumerate(channels):
             widths = [width, *[out] * (layers - 1)]
-            self.down.append(level(i, widths, config.attention[i] * layers, down=i < last))
+            self.down.append(level(i, widths, config.attention[i] * layers, only_cross[i], down=i < last))
             skips += [out] * (layers + (i < last))
             width = out
-        self.middle = level(last, [width, width], 1) if config.has_middle else None
+        self.middle = level(last, [width, width], 1, only=False) if config.has_middle else None
         self.up = nn.ModuleList()
         for i, out in reversed(list(enumerate(channels))):
             widths = [x + skips.pop() for x in (width, *[out] * layers)]
-            self.up.append(level(i, widths, config.attention[i] * (layers + 1), up=i > 0))
+            self.up.append(level(i, widths, config.attention[i] * (layers + 1), only_cross[i], up=i > 0))
             width = out
         self.norm_out = GroupNormSiLU(groups, width, eps, backend=backend)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
@@ -120,6 +132,8 @@ class UNet(nn.Module):
         *,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        class_labels: Sequence[int] | Tensor | None = None,
+        timestep_cond: Tensor | None = None,
         constants: Constants | None = None,
     ) -> Conditioning:
         """The values that a trajectory keeps.
@@ -127,50 +141,65 @@ class UNet(nn.Module):
         timesteps: K numbers for K steps, or a tensor [K, B] where the samples of a batch differ. context
         [B, T, Dctx], any float dtype; with guidance the batch holds both halves. Stable Diffusion XL alone takes
         text_embeds [B, P], the pooled text embedding, and time_ids [B, N], sizes and crops of the images:
-        P + N * added_time_dim is the config's added_dim. constants: a kept result of `constants()`.
+        P + N * added_time_dim is the config's added_dim. class_labels: B integers below the config's
+        num_class_embeds; one on the device that is not makes its sample NaN, as the host does not wait to read it.
+        timestep_cond [B, time_cond_proj_dim]: an embedded guidance scale, or None as diffusers takes it too.
+        constants: a kept result of `constants()`.
 
-        Raises ValueError for shapes that do not fit, and for constants of weights that have changed since.
+        Raises ValueError for shapes and labels that do not fit, and for constants of weights that have changed
+        since.
         """
         if constants is None:
             constants = self.constants()
         elif not torch.compiler.is_compiling():
             constants.check()
         t = arguments.on_device(self.time_projection.weight.device, timesteps)
-        return self._condition(t, context, text_embeds, time_ids, constants)
+        added = arguments.Added(text_embeds, time_ids, class_labels, timestep_cond)
+        return self._condition(t, context, added, constants)
 
-    def _condition(
-        self, t: Tensor, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None, constants: Constants
-    ) -> Conditioning:
+    def _condition(self, t: Tensor, context: Tensor, added: arguments.Added, constants: Constants) -> Conditioning:
         """`condition` with the timesteps on the device, float32."""
         arguments.check_context(self.config, context)
         t = arguments.in_rows(t, context.shape[0])
         arguments.check_constants(sum(self._constant_sizes), constants.values)
-        arguments.check_added(self.config, context.shape[0], text_embeds, time_ids)
+        arguments.check_added(self.config, context.shape[0], added)
+        if self.class_embedding is not None and added.class_labels is not None:
+            classes = self.class_embedding.num_embeddings
+            labels = arguments.labels_on_device(t.device, classes, context.shape[0], added.class_labels)
+            added = added._replace(class_labels=labels)
+        values = partial(conditioned, self._values) if self._is_split(context.shape[0]) else self._values
+        shifts, contexts = values(t, context, added)
+        return Conditioning(shifts, contexts, constants.values, constants.made_from)
+
+    def _is_split(self, batch: int) -> bool:
+        """Whether images are computed one by one."""
+        return self.batch_invariant and batch > 0
+
+    def _values(self, t: Tensor, context: Tensor, added: arguments.Added) -> Values:
+        """`shifts` and `context` of a `Conditioning`."""
         stops, projection = self._route(), self.time_projection
-        added = self._added(text_embeds, time_ids)
-        embedding = self.time_embedding(t.reshape(-1)).unflatten(0, tuple(t.shape))
-        embedding = F.silu(embedding if added is None else embedding + added)
+        embedding = self.time_embedding(t, added.timestep_cond)
+        for summand in self._summands(added):
+            embedding = embedding + summand
+        embedding = F.silu(embedding)
         conv_bias = torch.cat([stop.resblock.conv1.bias for stop in stops if stop.resblock.conv1.bias is not None])
         shifts = F.linear(embedding.flatten(0, 1), projection.weight, projection.bias + conv_bias)
         context = context.to(projection.weight)
-        return Conditioning(
-            shifts=shifts.unflatten(0, embedding.shape[:2]),
-            context=tuple(
-                stop.transformer.project_context(context) for stop in stops if stop.transformer is not None
-            ),
-            constants=constants.values,
-            made_from=constants.made_from,
+        contexts = tuple(
+            stop.transformer.project_context(context) for stop in stops if stop.transformer is not None
         )
+        return shifts.unflatten(0, embedding.shape[:2]), contexts
 
-    def _added(self, text_embeds: Tensor | None, time_ids: Tensor | None) -> Tensor | None:
-        """[B, time_dim]: the summand of the time embedding in Stable Diffusion XL; None for other networks."""
+    def _summands(self, given: arguments.Added) -> Iterator[Tensor]:
+        """[B, time_dim] each, added to the time embedding: the class's row, and what Stable Diffusion XL has."""
         size, weight = self.config.added_time_dim, self.time_projection.weight
-        if self.add_embedding is None or size is None or text_embeds is None or time_ids is None:
-            return None
-        embedded = sinusoids(arguments.on_device(weight.device, time_ids).flatten(), size)
-        beside = embedded.view(time_ids.shape[0], time_ids.shape[1] * size)
-        out: Tensor = self.add_embedding(torch.cat([text_embeds.to(weight), beside.to(weight)], dim=1))
-        return out
+        if self.class_embedding is not None:
+            yield self.class_embedding(given.class_labels)
+        text_embeds, time_ids = given.text_embeds, given.time_ids
+        if self.add_embedding is not None and size and text_embeds is not None and time_ids is not None:
+            embedded = sinusoids(arguments.on_device(weight.device, time_ids).flatten(), size)
+            beside = embedded.view(time_ids.shape[0], time_ids.shape[1] * size)
+            yield self.add_embedding(torch.cat([text_embeds.to(weight), beside.to(weight)], dim=1))
 
     def denoise(self, sample: Tensor, conditioning: Conditioning, step: int | Tensor) -> Tensor:
         """One evaluation: sample [B, Cin, H, W] at the step's timestep -> [B, Cout, H, W].
@@ -189,15 +218,22 @@ class UNet(nn.Module):
         arguments.check_sample(self.config, sample)
         batch = sample.shape[0]
         arguments.check_batch(conditioning, batch)
-        shifts = arguments.of_step(conditioning.shifts, step).expand(batch, -1).split(self.shift_channels, dim=1)
-        context = iter(conditioning.context)
-        at_stops, at_end = split_biases(conditioning.constants, self._constant_sizes)
-        in_place = not torch.is_grad_enabled() and self._is_private()
+        shifts = arguments.of_step(conditioning.shifts, step)
+        evaluate = partial(self._evaluated, conditioning.constants)
+        if self._is_split(batch):
+            return evaluated(evaluate, sample, shifts, conditioning.context)
+        return evaluate(sample, shifts.expand(batch, -1), conditioning.context)
+
+    def _evaluated(self, constants: Tensor, sample: Tensor, shifts: Tensor, contexts: Iterable[Tensor]) -> Tensor:
+        """`denoise` with the shifts [B, S] of its step."""
+        shift_of, context = iter(shifts.split(self.shift_channels, dim=1)), iter(contexts)
+        at_stops, at_end = split_biases(constants, self._constant_sizes)
+        in_place = not torch.is_grad_enabled() and self._remembered.privacy.holds(self)
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = F.conv2d(sample, self.conv_in.weight, padding=1)
         skips = [x]
-        for stop, shift, biases in zip(self._route(), shifts, at_stops, strict=True):
+        for stop, shift, biases in zip(self._route(), shift_of, at_stops, strict=True):
             skip = skips.pop() if stop.pops else None
             # The next skip's size, not twice x's: an odd size was rounded up on the way down.
             size = skips[-1].shape[2:] if stop.enlarges else None
@@ -215,16 +251,6 @@ class UNet(nn.Module):
                     skips.append(x)
         out: Tensor = self.conv_out(self.norm_out(x, at_end))
         return out
-
-    def _is_private(self) -> bool:
-        """Whether only `denoise` holds the activations between its modules, so that sums may overwrite them."""
-        if torch.compiler.is_compiling():
-            # A compiled graph plans its memory itself, and needs no in-place sums.
-            return False
-        remembered = self._remembered
-        if remembered.privacy is None or not remembered.privacy.knows_all():
-            remembered.privacy = Privacy(self)
-        return remembered.privacy.holds()
 
     def constants(self) -> Constants:
         """The deferred biases (`Conditioning.constants`), which depend on the weights alone."""
@@ -246,10 +272,14 @@ class UNet(nn.Module):
         # A copy's weights and modules are its own.
         return {**self.__dict__, "_remembered": _Remembered()}
 
-    def with_backend(self, backend: str, products: str = "auto") -> UNet:
-        """The same network on the same memory, with other values of `backend` and `products`."""
+    def with_backend(self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None) -> UNet:
+        """The same network on the same memory, with other values of `backend` and `products`.
+
+        `batch_invariant` is this network's unless given.
+        """
+        invariant = self.batch_invariant if batch_invariant is None else batch_invariant
         with torch.device("meta"):
-            other = UNet(self.config, backend=backend, products=products)
+            other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant)
         other.load_state_dict(self.state_dict(), assign=True)
         for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
@@ -263,6 +293,8 @@ class UNet(nn.Module):
         *,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        class_labels: Sequence[int] | Tensor | None = None,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         """sample [B, Cin, H, W], timestep a number or [B], the others of `condition` -> [B, Cout, H, W]."""
         arguments.check_sample(self.config, sample)
@@ -273,5 +305,6 @@ class UNet(nn.Module):
                 "use condition() and denoise() for several steps"
             )
         # These constants are used once, so they need no mark of the weights.
-        conditioning = self._condition(t, context, text_embeds, time_ids, self._constants(None))
+        added = arguments.Added(text_embeds, time_ids, class_labels, timestep_cond)
+        conditioning = self._condition(t, context, added, self._constants(None))
         return self.denoise(sample, conditioning, 0)

@@ -25,6 +25,7 @@ RELEASE = {release.name: release for release in RELEASES}
 PUBLISHED = {
     "Stable Diffusion 1": ((320, 640, 1280, 1280), 8, 1, 768, None),
     "Stable Diffusion 2": ((320, 640, 1280, 1280), (5, 10, 20, 20), 1, 1024, None),
+    "Stable Diffusion x4 upscaler": ((256, 512, 512, 1024), 8, 1, 1024, None),
     "Stable Diffusion XL base": ((320, 640, 1280), (5, 10, 20), (1, 2, 10), 2048, 2816),
     "Stable Diffusion XL refiner": ((384, 768, 1536, 1536), (6, 12, 24, 24), 4, 1280, 2560),
 }
@@ -32,6 +33,7 @@ PUBLISHED = {
 THEIR_TYPE = {
     "Stable Diffusion 1": "v1",
     "Stable Diffusion 2": "v2",
+    "Stable Diffusion x4 upscaler": "upscale",
     "Stable Diffusion XL base": "xl_base",
     "Stable Diffusion XL refiner": "xl_refiner",
 }
@@ -97,6 +99,28 @@ def test_releases_with_more_input_channels(tmp_path, channels):
     config = dataclasses.replace(RELEASE["Stable Diffusion 1"].config, in_channels=channels)
     write_sparse(tmp_path / "x.safetensors", in_compvis(config, shapes_of(config)))
     assert load_unet(tmp_path / "x.safetensors", device="meta").config == config
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"only_cross_attention": False},
+        {"num_class_embeds": None},
+        {"num_class_embeds": 999},
+    ],
+)
+def test_a_network_like_the_x4_upscaler_is_not_taken_for_it(tmp_path, other):
+    release = RELEASE["Stable Diffusion x4 upscaler"].config
+    config = dataclasses.replace(release, **other)
+    file = tmp_path / "x.safetensors"
+    for shapes in (shapes_of(config), in_compvis(config, shapes_of(config))):
+        write_sparse(file, shapes)
+        with pytest.raises(CheckpointError, match="how many heads"):
+            load_unet(file, device="meta")
+        assert load_unet(file, device="meta", config=config).config == config
+        # It has none of the release's configurations, and tells what differs.
+        with pytest.raises(CheckpointError, match=r"\(config=\): .*(missing|unexpected|misshapen)"):
+            load_unet(file, device="meta", config=release)
 
 
 def test_our_866m_is_not_taken_for_stable_diffusion_2(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
-from ldmperf.model.config import _ONLY, _READ, _WITHOUT_EFFECT
+from ldmperf.model.diffusers_fields import _ONLY, _READ, _WITHOUT_EFFECT
 from ldmperf.profiling.step.flops import count_gflop, count_parameters, flop_counter
 
 PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]
@@ -98,6 +98,16 @@ SDXL_REFINER = SDXL | {
     "transformer_layers_per_block": 4,
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
 }
+X4_UPSCALER = SD21 | {  # Of stabilityai/stable-diffusion-x4-upscaler.
+    "attention_head_dim": 8,
+    "block_out_channels": [256, 512, 512, 1024],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "in_channels": 7,
+    "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False],
+    "sample_size": 128,
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
 BK_SDM_BASE = SD15 | {"layers_per_block": 1}
 BK_SDM_SMALL = BK_SDM_BASE | {"mid_block_type": None}
 BK_SDM_TINY = BK_SDM_SMALL | {
@@ -111,14 +121,26 @@ BK_SDM_TINY = BK_SDM_SMALL | {
     ("config", "parameters"),
     [
         (SD15, 859_520_964),
+        (SD15 | {"time_cond_proj_dim": 256}, 859_520_964 + 256 * 320),
         (SD21, 865_910_724),
+        (X4_UPSCALER, 473_398_020),
         (BK_SDM_BASE, 579_384_964),
         (BK_SDM_SMALL, 482_346_884),
         (BK_SDM_TINY, 323_384_964),
         (SDXL, 2_567_463_684),
         (SDXL_REFINER, 2_259_526_660),
     ],
-    ids=["sd15", "sd21", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "sdxl", "sdxl-refiner"],
+    ids=[
+        "sd15",
+        "lcm",
+        "sd21",
+        "x4-upscaler",
+        "bk-sdm-base",
+        "bk-sdm-small",
+        "bk-sdm-tiny",
+        "sdxl",
+        "sdxl-refiner",
+    ],
 )
 def test_published_configs_have_their_published_size(config, parameters):
     with torch.device("meta"):
@@ -126,20 +148,32 @@ def test_published_configs_have_their_published_size(config, parameters):
     assert sum(parameter.numel() for parameter in unet.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("published", "text"), [(SDXL, 1280), (SDXL_REFINER, 1280)], ids=["base", "refiner"])
-def test_sdxl_costs_what_it_costs_in_diffusers(published, text):
+@pytest.mark.parametrize(
+    ("published", "text"),
+    [(SDXL, 1280), (SDXL_REFINER, 1280), (X4_UPSCALER, None), (SD15 | {"time_cond_proj_dim": 256}, None)],
+    ids=["base", "refiner", "x4-upscaler", "lcm"],
+)
+def test_networks_that_take_more_than_a_context_cost_what_they_cost_in_diffusers(published, text):
     config = UNetConfig.from_diffusers(published)
     with torch.device("meta"), torch.no_grad(), flop_counter() as theirs:
         reference = UNet2DConditionModel.from_config(published)
-        sizes = (published["projection_class_embeddings_input_dim"] - text) // 256
-        added = {"text_embeds": torch.empty(1, text), "time_ids": torch.empty(1, sizes)}
+        given = {}
+        if text is not None:
+            sizes = (published["projection_class_embeddings_input_dim"] - text) // 256
+            given["added_cond_kwargs"] = {"text_embeds": torch.empty(1, text), "time_ids": torch.empty(1, sizes)}
+        if config.num_class_embeds is not None:
+            given["class_labels"] = torch.empty(1, dtype=torch.int64)
+        if config.time_cond_proj_dim is not None:
+            given["timestep_cond"] = torch.empty(1, config.time_cond_proj_dim)
         context = torch.empty(1, 77, config.context_dim)
-        reference(torch.empty(1, 4, 128, 128), torch.empty(1), context, added_cond_kwargs=added)
+        reference(torch.empty(1, config.in_channels, 128, 128), torch.empty(1), context, **given)
     assert count_parameters(config) == sum(parameter.numel() for parameter in reference.parameters())
     assert count_gflop(config, 128, 128, 77) * 1e9 == theirs.get_total_flops()
 
 
-@pytest.mark.parametrize("published", [SD21, SDXL, SDXL_REFINER], ids=["sd21", "sdxl", "sdxl-refiner"])
+@pytest.mark.parametrize(
+    "published", [SD21, X4_UPSCALER, SDXL, SDXL_REFINER], ids=["sd21", "x4-upscaler", "sdxl", "sdxl-refiner"]
+)
 def test_from_diffusers_reads_what_diffusers_class_writes(published):
     config = UNetConfig.from_diffusers(published)
     with torch.device("meta"):
@@ -148,8 +182,10 @@ def test_from_diffusers_reads_what_diffusers_class_writes(published):
             UNet2DConditionModel(**diffusers_config(config)),
         ):
             assert UNetConfig.from_diffusers(dict(other.config)) == config
-    assert config.num_heads == tuple(published["attention_head_dim"])
+    heads = published["attention_head_dim"]
+    assert config.num_heads == (tuple(heads) if isinstance(heads, list) else (heads,) * 4)
     assert config.sample_size == published["sample_size"]
+    assert config.num_class_embeds == published["num_class_embeds"]
 
 
 def test_absent_fields_take_diffusers_defaults():
@@ -176,7 +212,10 @@ def test_absent_fields_take_diffusers_defaults():
         ("cross_attention_dim", [768, 1024, 1024, 1024]),
         ("flip_sin_to_cos", False),
         ("layers_per_block", [1, 2, 2, 2]),
-        ("only_cross_attention", [True, False, False, False]),
+        ("only_cross_attention", [True, False, False]),
+        ("only_cross_attention", [True, 0, False, False]),
+        ("only_cross_attention", None),
+        ("only_cross_attention", []),
         ("norm_num_groups", None),
         ("_class_name", "UNet2DModel"),
         ("a_field_of_tomorrow", 1),
@@ -198,19 +237,21 @@ def test_absent_fields_take_diffusers_defaults():
         ("encoder_hid_dim_type", "text_proj"),
         ("num_attention_heads", 8),
         ("dual_cross_attention", True),
-        ("num_class_embeds", 1000),
+        ("num_class_embeds", 0),
+        ("num_class_embeds", True),
+        ("num_class_embeds", [1000]),
         ("resnet_skip_time_act", True),
         ("resnet_out_scale_factor", 1.4),
         ("time_embedding_type", "fourier"),
         ("time_embedding_dim", 512),
         ("time_embedding_act_fn", "silu"),
         ("timestep_post_act", "silu"),
-        ("time_cond_proj_dim", 256),
+        ("time_cond_proj_dim", 0),
+        ("time_cond_proj_dim", "256"),
         ("conv_in_kernel", 1),
         ("conv_out_kernel", 1),
         ("attention_type", "gated"),
         ("class_embeddings_concat", True),
-        ("mid_block_only_cross_attention", True),
         ("cross_attention_norm", "layer_norm"),
     ],
 )
@@ -270,6 +311,13 @@ def test_every_unsupported_field_is_named_at_once():
         {"added_time_dim": 0, "added_dim": 2816},
         {"added_time_dim": 10**9, "added_dim": 2816},
         {"added_time_dim": 2816, "added_dim": 2816},
+        {"only_cross_attention": (True, False)},
+        {"only_cross_attention": (True, False, None, 1)},
+        {"only_cross_attention": "True"},
+        {"only_cross_attention": 1},
+        {"num_class_embeds": 0},
+        {"num_class_embeds": 10**5000},
+        {"time_cond_proj_dim": 2.0},
         {"sample_size": 10**9},
         *({name: 10**5000} for name in ("sample_size", "layers_per_block", "transformer_layers", "norm_groups")),
         {"block_channels": (10**5000, 640, 1280, 1280)},
@@ -297,6 +345,9 @@ def test_one_number_of_transformer_blocks_is_that_of_every_level():
     assert UNetConfig(transformer_layers=2) == UNetConfig(transformer_layers=(2, 2, 2, 2))
 
 
+_TRUTHS = ("attention", "only_cross_attention", "has_middle", "conv_projection")
+
+
 @pytest.mark.parametrize("number", [np.int64, np.int32, torch.tensor, np.array], ids=lambda kind: kind.__name__)
 def test_integers_of_numpy_and_torch_are_integers(number):
     fields = dataclasses.asdict(UNetConfig.from_diffusers(SDXL))
@@ -305,13 +356,15 @@ def test_integers_of_numpy_and_torch_are_integers(number):
         if name in ("block_channels", "num_heads", "transformer_layers")
         else number(value)
         for name, value in fields.items()
-        if name not in ("attention", "has_middle", "conv_projection", "norm_eps")
+        if isinstance(value, int | tuple) and name not in _TRUTHS
     }
     kept = {name: fields[name] for name in ("has_middle", "conv_projection")}
-    config = UNetConfig(**given, **kept, attention=np.array(fields["attention"]), norm_eps=np.float64(1e-5))
+    kept |= {name: np.array(fields[name]) for name in ("attention", "only_cross_attention")}
+    config = UNetConfig(**given, **kept, norm_eps=np.float64(1e-5))
     assert config == UNetConfig(**fields)
     assert hash(config) == hash(UNetConfig(**fields))
-    assert {type(value) for value in dataclasses.asdict(config).values()} == {int, float, bool, tuple}
+    assert {type(value) for value in dataclasses.asdict(config).values()} == {int, float, bool, tuple, type(None)}
+    assert UNetConfig(only_cross_attention=np.bool_(True)).only_cross_attention == (True,) * 4
     assert UNetConfig(transformer_layers=number(3)).transformer_layers == (3, 3, 3, 3)
     written = {
         **SDXL,

@@ -139,6 +139,16 @@ def test_of_what_sdxls_networks_take_beside_the_text_a_step_reads_a_shift_for_ea
     }
 
 
+def test_an_attention_that_reads_the_context_instead_of_itself_is_cross_attention() -> None:
+    only, usual = of(config=dataclasses.replace(TINY, only_cross_attention=True, num_class_embeds=10)), of()
+    assert "self-attention" not in only
+    for field in ("launches", "flops", "nbytes"):
+        assert getattr(only["cross-attention"], field) == 2 * getattr(usual["cross-attention"], field)
+    # Its keys and values are projected once a trajectory: of three linear layers one is left in a step.
+    assert usual["linear"].launches == only["linear"].launches
+    assert usual["linear"].flops - only["linear"].flops == 3 * 2 * SAMPLES * PIXELS * 32 * 2 * 32
+
+
 @settings(max_examples=60, deadline=None)
 @given(roof=roofs)
 def test_floors_are_positive_and_add_up_over_classes(roof: Roof) -> None:

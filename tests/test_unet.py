@@ -1,15 +1,23 @@
 """The UNet against diffusers' UNet2DConditionModel with the same weights."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.model import FAMILY, Constants, UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.model.releases import beyond
+from ldmperf.samplers import NoiseSchedule, make_plan, sample
 
+from .tapes import graphed
+
+SCHEDULE = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
 SMALL = {"norm_groups": 8, "context_dim": 24}
 # A pooled text embedding of 10 and 3 sizes, of 8 sinusoids each.
 ADDED = {"added_time_dim": 8, "added_dim": 34}
@@ -28,8 +36,33 @@ CONFIGS = {
     "sdxl-refiner": UNetConfig(
         (24, 48, 72, 72), (2, 4, 6, 6), (False, True, True, False), transformer_layers=2, **ADDED, **SMALL
     ),
+    "x4-upscaler": UNetConfig(
+        (16, 32, 32),
+        (2, 4, 4),
+        (False, True, True),
+        layers_per_block=1,
+        in_channels=7,
+        only_cross_attention=(True, True, False),
+        num_class_embeds=10,
+        **SMALL,
+    ),
+    # A latent consistency model, and all there is at once.
+    "lcm": UNetConfig((16, 32), (2, 4), (True, False), layers_per_block=1, time_cond_proj_dim=6, **SMALL),
+    "all": UNetConfig(
+        (16, 32),
+        (2, 4),
+        (True, True),
+        layers_per_block=1,
+        transformer_layers=(2, 1),
+        only_cross_attention=True,
+        num_class_embeds=3,
+        time_cond_proj_dim=6,
+        **ADDED,
+        **SMALL,
+    ),
 }
 SDXL = ["sdxl-base", "sdxl-refiner"]
+FEATURES = ["x4-upscaler", "lcm", "all"]
 
 
 def pair(config, dtype, seed=0):
@@ -65,11 +98,22 @@ def inputs(config, batch, size, tokens, dtype):
 
 
 def added_inputs(config, batch, dtype):
-    """What Stable Diffusion XL takes besides, another for every sample; nothing elsewhere."""
-    if config.added_dim is None:
-        return {}
-    sizes = torch.randint(0, 1025, (batch, 3))
-    return {"text_embeds": torch.randn(batch, 10, dtype=dtype), "time_ids": sizes}
+    """What the network takes besides, another for every sample."""
+    added = {}
+    if config.added_dim is not None:
+        added["text_embeds"] = torch.randn(batch, 10, dtype=dtype)
+        added["time_ids"] = torch.randint(0, 1025, (batch, 3))
+    if config.num_class_embeds is not None:
+        added["class_labels"] = torch.randint(0, config.num_class_embeds, (batch,))
+    if config.time_cond_proj_dim is not None:
+        added["timestep_cond"] = torch.randn(batch, config.time_cond_proj_dim, dtype=dtype)
+    return added
+
+
+def in_diffusers_arguments(added):
+    """The same, as diffusers' network takes it."""
+    own = {name: added[name] for name in ("class_labels", "timestep_cond") if name in added}
+    return own | {"added_cond_kwargs": {name: value for name, value in added.items() if name not in own}}
 
 
 @torch.no_grad()
@@ -77,7 +121,7 @@ def error(ours, theirs, batch, size, tokens, timestep):
     """Of ours against diffusers' on random inputs."""
     sample, context = inputs(ours.config, batch, size, tokens, ours.dtype)
     added = added_inputs(ours.config, batch, ours.dtype)
-    expected = theirs(sample, timestep, context, added_cond_kwargs=added).sample
+    expected = theirs(sample, timestep, context, **in_diffusers_arguments(added)).sample
     return relative_rms(ours(sample, timestep, context, **added), expected)
 
 
@@ -105,7 +149,7 @@ def test_39m_at_full_width_equals_diffusers():
     assert error(ours, theirs, 1, (64, 64), 77, 981.0) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd15", *SDXL])
+@pytest.mark.parametrize("name", ["sd15", *SDXL, *FEATURES])
 def test_condition_and_denoise_are_forward(name):
     """A hoisted trajectory gives what single evaluations give, whatever the other steps are."""
     config = CONFIGS[name]
@@ -184,7 +228,7 @@ def test_activations_stay_channels_last():
     assert all(all(flags) for name, flags in layouts.items() if name != "conv_in")
 
 
-@pytest.mark.parametrize("name", ["one-layer", *SDXL])
+@pytest.mark.parametrize("name", ["one-layer", *SDXL, "all"])
 def test_gradients_equal_diffusers(name):
     config = CONFIGS[name]
     ours, theirs = pair(config, torch.float64)
@@ -193,7 +237,7 @@ def test_gradients_equal_diffusers(name):
     grads = []
     for run in (
         lambda x, c, **added: ours(x, 10.0, c, **added),
-        lambda x, c, **added: theirs(x, 10.0, c, added_cond_kwargs=added).sample,
+        lambda x, c, **added: theirs(x, 10.0, c, **in_diffusers_arguments(added)).sample,
     ):
         given = [x.clone().requires_grad_() for x in (sample, context, *list(added.values())[:1])]
         run(*given[:2], **added | dict(zip(added, given[2:], strict=False))).square().sum().backward()
@@ -311,6 +355,143 @@ def test_wrong_added_inputs_are_named(name):
             plain(sample, 1.0, context, **wrong)
 
 
+LABELS = r"class_labels must be \[2\], integers from 0 to 9; got .*: pass one per sample[^\n]*\Z"
+WRONG_LABELS = {
+    "none": None,
+    "too few": [1],
+    "too many": torch.tensor([1, 2, 3]),
+    "a column": torch.tensor([[1], [2]]),
+    "above": torch.tensor([0, 10]),
+    "below": [-1, 3],
+    "no integers": torch.tensor([1.0, 2.0]),
+    "truths": [True, False],
+    "words": ["a", "b"],
+    "long": [10**5000, 1],
+    "one number": 3,
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_LABELS)
+def test_class_labels_that_do_not_fit_are_refused(wrong):
+    config = CONFIGS["x4-upscaler"]
+    unet = UNet(config, backend="torch")
+    sample, context = inputs(config, 2, (8, 8), 3, torch.float32)
+    with pytest.raises(ValueError, match=LABELS):
+        unet(sample, 1.0, context, class_labels=WRONG_LABELS[wrong])
+    with pytest.raises(ValueError, match=LABELS):
+        unet.condition([1.0, 2.0], context, class_labels=WRONG_LABELS[wrong])
+
+
+def test_classes_and_conditions_that_a_network_has_not_are_refused():
+    sample, context = inputs(CONFIGS["one-layer"], 2, (8, 8), 3, torch.float32)
+    plain, lcm = (UNet(CONFIGS[name], backend="torch") for name in ("one-layer", "lcm"))
+    with pytest.raises(ValueError, match=r"has no classes; got class_labels \[2\]: leave them out"):
+        plain(sample, 1.0, context, class_labels=torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"takes no timestep_cond; got \[2, 6\]: leave it out"):
+        plain(sample, 1.0, context, timestep_cond=torch.zeros(2, 6))
+    for wrong in (torch.zeros(2, 5), torch.zeros(1, 6), torch.zeros(6), [[0.0] * 6] * 2):
+        with pytest.raises(ValueError, match=r"timestep_cond must be \[2, 6\]; got .*: pass"):
+            lcm(sample, 1.0, context, timestep_cond=wrong)
+
+
+def test_labels_may_be_given_as_numbers_and_a_condition_left_out():
+    ours, theirs = pair(CONFIGS["all"], torch.float64)
+    sample, context = inputs(ours.config, 2, (8, 8), 3, torch.float64)
+    added = added_inputs(ours.config, 2, torch.float64) | {"class_labels": torch.tensor([2, 0])}
+    del added["timestep_cond"]
+    with torch.no_grad():
+        expected = theirs(sample, 5.0, context, **in_diffusers_arguments(added)).sample
+        for labels in ([2, 0], (2, 0), torch.tensor([2, 0], dtype=torch.uint8)):
+            assert relative_rms(ours(sample, 5.0, context, **added | {"class_labels": labels}), expected) < 1e-9
+
+
+def test_a_label_that_nobody_checked_makes_its_sample_nan_and_reads_nothing_outside():
+    """On a device the host does not wait to read the labels; a compiled call does not read them either."""
+    config = CONFIGS["x4-upscaler"]
+    unet, _ = pair(config, torch.float32)
+    sample, context = inputs(config, 3, (8, 8), 3, torch.float32)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        good = unet(sample, 1.0, context, class_labels=[0, 9, 4])
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        found = unet(sample, 1.0, context, class_labels=torch.tensor([0, 10, -1]))
+    assert relative_rms(found[0], good[0]) < 1e-6
+    assert found[1:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["sd15", *FEATURES])
+def test_a_step_sums_in_place(name):
+    config = CONFIGS[name]
+    unet = UNet(config, backend="torch").eval()
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    sums = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name().startswith("aten::addmm"):
+                # Another one has a vector of biases.
+                sums.append(function is torch.ops.aten.addmm_.default or args[0].ndim == 1)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        conditioning = unet.condition([5.0], context, **added_inputs(config, 1, torch.float32))
+        with Sums():
+            unet.denoise(sample, conditioning, 0)
+    assert len(sums) > 3
+    assert all(sums)
+
+
+def test_a_graphed_run_has_the_bits_of_its_eager_loop():
+    """Other labels, conditions and prompts are copied into the memory of one capture."""
+    config = dataclasses.replace(CONFIGS["all"], in_channels=4)
+    unet, _ = pair(config, torch.float32)
+    sampler, tapes = graphed(unet.denoise)
+    plan, noise = make_plan("euler", SCHEDULE, 2), torch.randn(2, 4, 8, 8)
+    timesteps = [step.timestep for step in plan.steps]
+    for _ in range(3):
+        _, context = inputs(config, 2, (8, 8), 3, torch.float32)
+        conditioning = unet.condition(timesteps, context, **added_inputs(config, 2, torch.float32))
+        with torch.no_grad():
+
+            def denoise(x, step, conditioning=conditioning):
+                return unet.denoise(x, conditioning, step.index)
+
+            expected = sample(denoise, plan, noise, backend="torch")
+        assert torch.equal(sampler(conditioning, plan, noise), expected)
+    assert tapes.captured == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_mixture_of_features_equals_diffusers(data):
+    draw = data.draw
+    levels = draw(st.integers(1, 3))
+    flags = st.lists(st.booleans(), min_size=levels, max_size=levels).map(tuple)
+    heads = draw(st.lists(st.sampled_from((1, 2, 4)), min_size=levels, max_size=levels))
+    sdxl = {"added_time_dim": 4, "added_dim": 10 + 3 * 4} if draw(st.booleans()) else {}
+    config = UNetConfig(
+        block_channels=tuple(draw(st.lists(st.sampled_from((8, 16)), min_size=levels, max_size=levels))),
+        num_heads=tuple(heads),
+        attention=draw(flags),
+        layers_per_block=draw(st.integers(1, 2)),
+        has_middle=draw(st.booleans()),
+        in_channels=draw(st.sampled_from((4, 7, 9))),
+        context_dim=12,
+        conv_projection=draw(st.booleans()),
+        norm_groups=4,
+        transformer_layers=tuple(draw(st.lists(st.integers(1, 2), min_size=levels, max_size=levels))),
+        only_cross_attention=draw(st.one_of(st.booleans(), flags)),
+        num_class_embeds=draw(st.sampled_from((None, 1, 5))),
+        time_cond_proj_dim=draw(st.sampled_from((None, 3))),
+        **sdxl,
+    )
+    ours, theirs = pair(config, torch.float64)
+    written = dict(theirs.config) | {"mid_block_only_cross_attention": draw(st.sampled_from((None, True, False)))}
+    assert UNetConfig.from_diffusers(written) == config
+    assert beyond(config, [tuple(value.shape) for value in theirs.state_dict().values()]) == ""
+    batch, size = draw(st.integers(1, 3)), draw(st.sampled_from(((4, 4), (5, 3))))
+    assert error(ours, theirs, batch, size, draw(st.integers(0, 3)), draw(st.floats(0, 1000))) < 1e-9
+
+
 def test_a_step_held_by_a_tensor_is_that_step():
     config = CONFIGS["one-layer"]
     unet, _ = pair(config, torch.float32)
@@ -327,7 +508,7 @@ def test_a_step_held_by_a_tensor_is_that_step():
             conditioning.padded(2)
 
 
-@pytest.mark.parametrize("name", ["one-layer", *SDXL])
+@pytest.mark.parametrize("name", ["one-layer", *SDXL, "all"])
 def test_another_backend_works_on_the_same_memory(name):
     config = CONFIGS[name]
     unet, _ = pair(config, torch.bfloat16)
@@ -391,7 +572,7 @@ def test_every_bias_gets_a_gradient():
             assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("name", ["no-middle", "sdxl-base"])
+@pytest.mark.parametrize("name", ["no-middle", "sdxl-base", "all"])
 def test_a_copy_and_a_pickle_are_networks_of_their_own(name):
     config = CONFIGS[name]
     unet, _ = pair(config, torch.float32)

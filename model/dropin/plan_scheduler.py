@@ -48,9 +48,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     # Of the class that an instance stands for.
     sampler: ClassVar[str]
-    original: ClassVar[Any]
+    host: ClassVar[Any]
     output: ClassVar[Any]
 
+    # The scheduler that it was made from.
+    source: Any = None
     backend = "auto"
     timesteps: Tensor
 
@@ -89,7 +91,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             )
         made = _blank(type(scheduler))
         made.__dict__.update(vars(scheduler))
-        made.backend = backend
+        made.source, made.backend = scheduler, backend
         made._check_covered()
         return made
 
@@ -99,7 +101,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     ) -> Any:
         """As diffusers' `from_config`, of the class that the config names or of `sampler`, in `SAMPLERS`."""
         if cls is not PlanScheduler:
-            original = cls.original
+            original = cls.host
         elif sampler is None:
             original = getattr(diffusers, DIFFUSERS_CLASSES[sampler_of(config)])
         elif sampler in DIFFUSERS_CLASSES:
@@ -111,7 +113,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (type(self).original,), {**vars(self), "_plans": {}, "_rows": {}}
+        return _blank, (type(self).host,), {**vars(self), "_plans": {}, "_rows": {}}
 
     def scale_model_input(self, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The network's input, as diffusers' class makes it."""
@@ -133,7 +135,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _set_timesteps(self, given: dict[str, Any]) -> None:
         """`set_timesteps` of diffusers' class on the CPU, then the plan, then the timesteps on their device."""
         device = given.pop("device", None)
-        type(self).original.set_timesteps(self, **given, device="cpu")
+        type(self).host.set_timesteps(self, **given, device="cpu")
         self._run = None
         self._begin = 0
         host = self.timesteps
@@ -265,7 +267,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def _noise_schedule(self) -> NoiseSchedule:
         """The schedule of the config as it is now; another config makes other plans."""
         if self._schedule is None or self._schedule_config is not self.config:
-            own = inspect.signature(type(self).original.__init__).parameters
+            own = inspect.signature(type(self).host.__init__).parameters
             config = {key: value for key, value in self.config.items() if key in own}
             schedule = NoiseSchedule.from_diffusers({**config, "_class_name": type(self).__name__})
             # At zero SNR some classes have a small number, in place of zero.

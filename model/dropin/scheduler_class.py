@@ -26,7 +26,7 @@ def class_under_name(base: Any, original: Any, *, step: Work, set_timesteps: Wor
     It has the name and the module of `original`, which a pipeline writes into its model_index.json.
 
     sampler   the sampler's name
-    original  the class
+    host      the class, `original`
     output    what `step` returns, unless a tuple is asked for
     """
     body = {
@@ -34,7 +34,7 @@ def class_under_name(base: Any, original: Any, *, step: Work, set_timesteps: Wor
         "__qualname__": f"{base.__name__}[{original.__name__}]",
         "__doc__": base.__doc__,
         "sampler": sampler_of({"_class_name": original.__name__}),
-        "original": original,
+        "host": original,
         "output": getattr(sys.modules[original.__module__], f"{original.__name__}Output", SchedulerOutput),
         "step": _with_signature(original.step, step),
         "set_timesteps": _with_signature(original.set_timesteps, set_timesteps),

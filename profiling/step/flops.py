@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldmperf.model import UNet, UNetConfig
 
+from .meta_inputs import added_on_meta
+
 
 def flop_counter() -> FlopCounterMode:
     """torch's counter, and with it the matmuls that are added in place, which torch leaves out."""
@@ -29,13 +31,7 @@ def count_gflop(config: UNetConfig, height: int = 64, width: int = 64, context_t
         unet = UNet(config, backend="torch")
         sample = torch.empty(1, config.in_channels, height, width)
         context = torch.empty(1, context_tokens, config.context_dim)
-        # How the added width divides into text and sizes does not change the cost.
-        added = (
-            {"text_embeds": torch.empty(1, config.added_dim), "time_ids": torch.empty(1, 0)}
-            if config.added_dim
-            else {}
-        )
-        unet(sample, torch.empty(1), context, **added)
+        unet(sample, torch.empty(1), context, **added_on_meta(config, 1))
     return float(counter.get_total_flops()) / 1e9
 
 

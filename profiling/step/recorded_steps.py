@@ -15,6 +15,7 @@ from ldmperf.samplers import NoiseSchedule, Step, make_plan, sample
 
 from ..peer import SCHEDULER_CONFIG, diffusers_scheduler, diffusers_unet
 from .call import GUIDANCE_SCALE
+from .meta_inputs import added_on_meta
 from .recording import RecordedCall, Recorder
 
 SAMPLER = "ddim"
@@ -49,12 +50,8 @@ def our_step(
     with torch.device("meta"):
         unet = UNet(config, products=products).to(dtype)
         context = torch.empty(samples, tokens, config.context_dim, dtype=dtype)
-        # How the added width divides into text and sizes changes nothing in a step.
-        pooled, ids = (
-            (torch.empty(samples, config.added_dim), torch.empty(samples, 0)) if config.added_dim else (None, None)
-        )
         timesteps = [step.timestep for step in plan.steps]
-        conditioning = unet.condition(timesteps, context, text_embeds=pooled, time_ids=ids)
+        conditioning = unet.condition(timesteps, context, **added_on_meta(config, samples))
         noise = torch.empty(batch, config.out_channels, height, width)
         image = torch.empty(samples, beside, height, width, dtype=dtype)
         image = image.to(memory_format=torch.channels_last)
@@ -111,18 +108,13 @@ def diffusers_network(config: UNetConfig, dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def record_evaluation(recorder: Recorder, unet: Any, config: UNetConfig, latents: int, tokens: int = 77) -> None:
     """A guided evaluation of a network by `diffusers_network`, of one image and without the sampler."""
-    added = None
-    if config.added_dim is not None:
-        # How the added width divides into text and sizes changes nothing in a step.
-        added = {
-            "text_embeds": torch.empty(2, config.added_dim, dtype=unet.dtype, device="meta"),
-            "time_ids": torch.empty(2, 0, dtype=unet.dtype, device="meta"),
-        }
+    added = added_on_meta(config, 2, unet.dtype)
+    own = {name: added.pop(name, None) for name in ("class_labels", "timestep_cond")}
     x = torch.empty(2, config.in_channels, latents, latents, dtype=unet.dtype, device="meta")
     context = torch.empty(2, tokens, config.context_dim, dtype=unet.dtype, device="meta")
     timestep = torch.empty((), dtype=torch.int64, device="meta")
     with recorder, FusedAttention(), recorder.network():
-        unet(x, timestep, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)
+        unet(x, timestep, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False, **own)
 
 
 class FusedAttention(TorchFunctionMode):

@@ -28,7 +28,8 @@ IN_CHANNELS = {"t2i": 4, "sr": 8}
 def make_network(case: Case) -> UNet:
     """The case's UNet in its dtype on its device, in eval mode; the same weights for the same case and seed.
 
-    Raises `Unsupported` for a checkpoint whose channels do not fit the task, and what `load_unet` raises.
+    Raises `Unsupported` for a checkpoint whose channels do not fit the task or that has classes, and what
+    `load_unet` raises.
     """
     dtype: torch.dtype = getattr(torch, case.dtype)
     if case.is_checkpoint:
@@ -47,6 +48,10 @@ def make_network(case: Case) -> UNet:
         raise Unsupported(
             f"task {case.task} needs a UNet from {needed} to 4 channels; {case.label} goes from {channels[0]} to "
             f"{channels[1]}; {advice}"
+        )
+    if unet.config.num_class_embeds is not None:
+        raise Unsupported(
+            f"{case.label} takes a class beside each prompt, which no task here has: choose another checkpoint"
         )
     return unet.eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ _RENAMED = (
     (r"\.transformer_blocks\.", ".blocks."),
     (r"\.(down|up)samplers\.0\b", r".\1sample"),
     (r"^conv_norm_out\b", "norm_out"),
-    (r"^(?:time|add)_\w+", CONDITION),
+    (r"^(?:time|add|class)_\w+", CONDITION),
 )
 _PLACE = re.compile(
     r"(?P<level>(?:down|up)\.\d+|mid)(?![^.])"
@@ -26,7 +26,7 @@ _PLACE = re.compile(
 _OUTSIDE_LEVELS = re.compile(rf"conv_in|norm_out|conv_out|{CONDITION}")
 _PARTS = {
     **dict.fromkeys(("norm", "proj_in"), "proj_in"),
-    **dict.fromkeys(("norm1", "to_qkv", "to_out", "attn1"), "self-attention"),
+    **dict.fromkeys(("norm1", "to_qkv", "first_q", "first_kv", "to_out", "attn1"), "self-attention"),
     **dict.fromkeys(("norm2", "cross_q", "cross_kv", "cross_out", "attn2"), "cross-attention"),
     **dict.fromkeys(("norm3", "ff_in", "ff_out", "ff"), "feed-forward"),
     "proj_out": "proj_out",
