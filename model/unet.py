@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
+from .image_by_image import Values, conditioned, evaluated
 from .private import PrivacyKept
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
@@ -51,15 +53,19 @@ class UNet(nn.Module):
     `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` goes to the
     matmuls that can be merged with their norm or gate (`ldmperf.kernels.linear`): "auto" merges where this is
     measured or predicted to be faster, "triton" wherever the kernel can, "torch" nowhere. With `backend="torch"`
-    nothing is merged. Weights of convolutions are channels-last, as the activations are. Raises ValueError for
-    another `backend` or `products`.
+    nothing is merged. Weights of convolutions are channels-last, as the activations are. With `batch_invariant`
+    an image's results are the same to the bit alone and in any batch (docs/batch-invariance.md): each is computed
+    alone; torch.compile is refused. Raises ValueError for another `backend` or `products`.
     """
 
-    def __init__(self, config: UNetConfig, *, backend: str = "auto", products: str = "auto") -> None:
+    def __init__(
+        self, config: UNetConfig, *, backend: str = "auto", products: str = "auto", batch_invariant: bool = False
+    ) -> None:
         super().__init__()
         arguments.check_backend("backend", backend)
         arguments.check_backend("products", products)
         self.config = config
+        self.batch_invariant = batch_invariant
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         layers, last = config.layers_per_block, len(channels) - 1
 
@@ -157,31 +163,38 @@ class UNet(nn.Module):
         t = arguments.in_rows(t, context.shape[0])
         arguments.check_constants(sum(self._constant_sizes), constants.values)
         arguments.check_added(self.config, context.shape[0], added)
+        if self.class_embedding is not None and added.class_labels is not None:
+            classes = self.class_embedding.num_embeddings
+            labels = arguments.labels_on_device(t.device, classes, context.shape[0], added.class_labels)
+            added = added._replace(class_labels=labels)
+        values = partial(conditioned, self._values) if self._is_split(context.shape[0]) else self._values
+        shifts, contexts = values(t, context, added)
+        return Conditioning(shifts, contexts, constants.values, constants.made_from)
+
+    def _is_split(self, batch: int) -> bool:
+        """Whether images are computed one by one."""
+        return self.batch_invariant and batch > 0
+
+    def _values(self, t: Tensor, context: Tensor, added: arguments.Added) -> Values:
+        """`shifts` and `context` of a `Conditioning`."""
         stops, projection = self._route(), self.time_projection
         embedding = self.time_embedding(t, added.timestep_cond)
-        for summand in self._summands(context.shape[0], added):
+        for summand in self._summands(added):
             embedding = embedding + summand
         embedding = F.silu(embedding)
         conv_bias = torch.cat([stop.resblock.conv1.bias for stop in stops if stop.resblock.conv1.bias is not None])
         shifts = F.linear(embedding.flatten(0, 1), projection.weight, projection.bias + conv_bias)
         context = context.to(projection.weight)
-        return Conditioning(
-            shifts=shifts.unflatten(0, embedding.shape[:2]),
-            context=tuple(
-                stop.transformer.project_context(context) for stop in stops if stop.transformer is not None
-            ),
-            constants=constants.values,
-            made_from=constants.made_from,
+        contexts = tuple(
+            stop.transformer.project_context(context) for stop in stops if stop.transformer is not None
         )
+        return shifts.unflatten(0, embedding.shape[:2]), contexts
 
-    def _summands(self, batch: int, given: arguments.Added) -> Iterator[Tensor]:
+    def _summands(self, given: arguments.Added) -> Iterator[Tensor]:
         """[B, time_dim] each, added to the time embedding: the class's row, and what Stable Diffusion XL has."""
         size, weight = self.config.added_time_dim, self.time_projection.weight
-        if self.class_embedding is not None and given.class_labels is not None:
-            classes = self.class_embedding.num_embeddings
-            yield self.class_embedding(
-                arguments.labels_on_device(weight.device, classes, batch, given.class_labels)
-            )
+        if self.class_embedding is not None:
+            yield self.class_embedding(given.class_labels)
         text_embeds, time_ids = given.text_embeds, given.time_ids
         if self.add_embedding is not None and size and text_embeds is not None and time_ids is not None:
             embedded = sinusoids(arguments.on_device(weight.device, time_ids).flatten(), size)
@@ -205,15 +218,22 @@ class UNet(nn.Module):
         arguments.check_sample(self.config, sample)
         batch = sample.shape[0]
         arguments.check_batch(conditioning, batch)
-        shifts = arguments.of_step(conditioning.shifts, step).expand(batch, -1).split(self.shift_channels, dim=1)
-        context = iter(conditioning.context)
-        at_stops, at_end = split_biases(conditioning.constants, self._constant_sizes)
+        shifts = arguments.of_step(conditioning.shifts, step)
+        evaluate = partial(self._evaluated, conditioning.constants)
+        if self._is_split(batch):
+            return evaluated(evaluate, sample, shifts, conditioning.context)
+        return evaluate(sample, shifts.expand(batch, -1), conditioning.context)
+
+    def _evaluated(self, constants: Tensor, sample: Tensor, shifts: Tensor, contexts: Iterable[Tensor]) -> Tensor:
+        """`denoise` with the shifts [B, S] of its step."""
+        shift_of, context = iter(shifts.split(self.shift_channels, dim=1)), iter(contexts)
+        at_stops, at_end = split_biases(constants, self._constant_sizes)
         in_place = not torch.is_grad_enabled() and self._remembered.privacy.holds(self)
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = F.conv2d(sample, self.conv_in.weight, padding=1)
         skips = [x]
-        for stop, shift, biases in zip(self._route(), shifts, at_stops, strict=True):
+        for stop, shift, biases in zip(self._route(), shift_of, at_stops, strict=True):
             skip = skips.pop() if stop.pops else None
             # The next skip's size, not twice x's: an odd size was rounded up on the way down.
             size = skips[-1].shape[2:] if stop.enlarges else None
@@ -252,10 +272,14 @@ class UNet(nn.Module):
         # A copy's weights and modules are its own.
         return {**self.__dict__, "_remembered": _Remembered()}
 
-    def with_backend(self, backend: str, products: str = "auto") -> UNet:
-        """The same network on the same memory, with other values of `backend` and `products`."""
+    def with_backend(self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None) -> UNet:
+        """The same network on the same memory, with other values of `backend` and `products`.
+
+        `batch_invariant` is this network's unless given.
+        """
+        invariant = self.batch_invariant if batch_invariant is None else batch_invariant
         with torch.device("meta"):
-            other = UNet(self.config, backend=backend, products=products)
+            other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant)
         other.load_state_dict(self.state_dict(), assign=True)
         for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)

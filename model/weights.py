@@ -42,6 +42,7 @@ def load_unet(
     device: torch.device | str = "cpu",
     config: UNetConfig | None = None,
     backend: str = "auto",
+    batch_invariant: bool = False,
 ) -> UNet:
     """A UNet in eval mode from a checkpoint on disk.
 
@@ -55,10 +56,11 @@ def load_unet(
     are those of a published release whose head counts are known: shapes do not tell the heads. `config` replaces
     it; what the checkpoint itself states is checked all the same.
 
-    dtype: float64, float32, float16 or bfloat16; the file's own unless given. Raises `CheckpointError` before
-    memory is taken: missing, unexpected or misshapen tensors, other dtypes, truncated files, nothing to load, a
-    configuration that is not implemented (`UnsupportedCheckpoint`, an `UnsupportedConfig` too). ValueError for
-    another argument of the wrong kind, and for a device that is not there.
+    dtype: float64, float32, float16 or bfloat16; the file's own unless given. backend and batch_invariant are the
+    network's. Raises `CheckpointError` before memory is taken: missing, unexpected or misshapen tensors, other
+    dtypes, truncated files, nothing to load, a configuration that is not implemented (`UnsupportedCheckpoint`, an
+    `UnsupportedConfig` too). ValueError for another argument of the wrong kind, and for a device that is not
+    there.
     """
     check_dtype(dtype)
     check_device(device)
@@ -84,7 +86,7 @@ def load_unet(
                 "its config.json beside it, name the folder with both, write it with ldmperf.model.save_unet, or "
                 "pass config=UNetConfig(...) in Python"
             )
-        unet, slots, problem = _network(layout, stated, backend)
+        unet, slots, problem = _network(layout, stated, backend, batch_invariant)
         if unet is None or problem:
             raise CheckpointError(
                 f"{path}: the tensors are not those of the configuration ({origin}): {problem}; give the whole "
@@ -177,12 +179,14 @@ def _acting(config: UNetConfig) -> UNetConfig:
     )
 
 
-def _network(layout: Layout, config: UNetConfig, backend: str) -> tuple[UNet | None, list[Slot], str]:
+def _network(
+    layout: Layout, config: UNetConfig, backend: str, batch_invariant: bool = False
+) -> tuple[UNet | None, list[Slot], str]:
     """The network without memory, its tensors' places, and how the file's tensors differ (empty: not at all)."""
     if problem := beyond(config, layout.shapes.values()):
         return None, [], problem
     with torch.device("meta"):
-        unet = UNet(config, backend=backend)
+        unet = UNet(config, backend=backend, batch_invariant=batch_invariant)
     slots = weight_slots(unet)
     expected = {layout.stored(slot.key, config): slot.shape for slot in slots}
     return unet, slots, mismatch(expected, layout.shapes)

@@ -99,14 +99,15 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
     case = problem(tiny_checkpoint, steps=1).case
     cases = [case.model_copy(update={"backend": name}) for name in BACKENDS]
     records = {record.case.backend: record for record in profile(cases, rule=RepetitionRule(1, 0.0))}
-    run_here = ("torch", "diffusers", "diffusers-accelerated")
+    run_here = ("torch", "torch-invariant", "diffusers", "diffusers-accelerated")
     assert {name: record.status for name, record in records.items()} == {
         name: "ok" if name in run_here else "unsupported" for name in BACKENDS
     }
     # The accelerated network is diffusers' code, so that ours in float32 is what it is checked against.
     checked = {name: records[name].correctness for name in run_here}
     told = {name: correctness.reference for name, correctness in checked.items() if correctness is not None}
-    assert told == {"torch": "diffusers float32"} | dict.fromkeys(run_here[1:], "torch float32")
+    expected = dict.fromkeys(run_here[:2], "diffusers float32") | dict.fromkeys(run_here[2:], "torch float32")
+    assert told == expected
     assert records["diffusers-accelerated"].settings == ("accelerate",)
     said = {name: record.message or "" for name, record in records.items()}
     assert "needs a CUDA device" in said["diffusers-compile"]
@@ -115,6 +116,8 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
     assert "group_norm_silu" in said["triton+hoist"]
     assert said["graph"].startswith("CUDA graphs need a CUDA device")
     assert said["graph+separate"].startswith("CUDA graphs need a CUDA device")
+    assert said["graph-invariant"].startswith("CUDA graphs need a CUDA device")
+    assert "group_norm_silu" in said["triton-invariant"]
     assert all("\n" not in message for message in said.values())
     assert records["torch"].trace is None
     assert records["torch"].host_gap is None
@@ -193,9 +196,10 @@ def test_the_graphs_differ_in_the_merging_of_products_alone(
     asked: list[tuple[str, str]] = []
     real = UNet.with_backend
 
-    def with_backend(unet: UNet, operators: str, products: str = "auto") -> UNet:
+    def with_backend(unet: UNet, operators: str, products: str = "auto", *, batch_invariant: bool) -> UNet:
+        assert not batch_invariant
         asked.append((operators, products))
-        return real(unet, operators, products)
+        return real(unet, operators, products, batch_invariant=batch_invariant)
 
     monkeypatch.setattr(UNet, "with_backend", with_backend)
     given = problem(tiny_checkpoint)

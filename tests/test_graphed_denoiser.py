@@ -150,9 +150,9 @@ class Calls(RuleBasedStateMachine):
     @torch.no_grad()
     def change(self, kind: str, value: float, which: int) -> None:
         if kind == "a prompt written":
-            text = self.prompts[which].text[0]
-            with torch.inference_mode(text.is_inference()):
-                text.fill_(value)
+            prompt = self.prompts[which]
+            with torch.inference_mode(prompt.times.is_inference()):
+                (prompt.text[0] if value > 0.5 else prompt.times).fill_(value * 100)
         elif kind.startswith("a prompt made"):
             with torch.inference_mode(kind.endswith("mode")):
                 self.prompts[which] = self.prompt(self.prompts[which].num_steps, value)

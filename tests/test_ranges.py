@@ -312,6 +312,7 @@ def test_compiled_backends_have_no_ranges_and_graphs_an_eager_twin() -> None:
         twins[backend] = eager.backend
     assert twins.pop("graph") == "triton+hoist+merge"
     assert twins.pop("graph+separate") == "triton+hoist"
+    assert twins.pop("graph-invariant") == "triton-invariant"
     assert all(backend == twin for backend, twin in twins.items())
 
 

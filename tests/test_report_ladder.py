@@ -16,7 +16,7 @@ from ldmperf.profiling.report import markdown_table, print_table, write_report
 from ldmperf.profiling.report.drawings import ChartSet
 from ldmperf.profiling.report.ladder import costs_grid, groups_grid, ladder_grid, ladders
 from ldmperf.profiling.report.page_input import PageInput
-from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.case import RUNGS
 from ldmperf.profiling.trajectory.records import Trace
 
 MakeRecord = Callable[..., Record]
@@ -56,7 +56,7 @@ STEP = (
 def records(make_record: MakeRecord) -> list[Record]:
     found = []
     for size, times in TIMES.items():
-        for backend in reversed(BACKENDS):
+        for backend in reversed(RUNGS):
             case = Case(unet=size, steps=10, backend=backend, device="cuda")
             if backend not in times:
                 message = "torch.compile: Unsupported: a graph break"
@@ -77,7 +77,7 @@ def records(make_record: MakeRecord) -> list[Record]:
 def test_rungs_are_in_order_and_gain_over_the_last_that_has_a_time(records: list[Record]) -> None:
     small, large = ladders(overview(records))
     assert (small.name, large.name) == ("39M", "866M")
-    assert [rung.row.record.case.backend for rung in small.rungs] == list(BACKENDS)
+    assert [rung.row.record.case.backend for rung in small.rungs] == list(RUNGS)
     gains = {rung.row.record.case.backend: rung.gain for rung in small.rungs}
     assert gains == {
         "diffusers": None,
@@ -98,7 +98,7 @@ def test_rungs_are_in_order_and_gain_over_the_last_that_has_a_time(records: list
 def test_the_grid_shows_every_rung_and_why_one_has_no_time(records: list[Record]) -> None:
     grid = ladder_grid(overview(records))
     rows = {(row[0], row[1]): row for row in grid.rows}
-    assert len(rows) == 2 * len(BACKENDS)
+    assert len(rows) == 2 * len(RUNGS)
     assert grid.headings == (
         "size", "rung", "ms per step", "gain over the rung before", "gain over diffusers", "launches per step",
         "host gap", "peak memory GiB", "relative RMS error", "no time because",
@@ -115,13 +115,13 @@ def test_a_steps_device_time_is_told_by_group_of_kernels(records: list[Record]) 
     grid = groups_grid(overview(records))
     assert grid.headings == ("size", "rung", "convolution", "linear")
     # Of a compiled peer that failed there is no trace.
-    assert len(grid.rows) == 2 * (len(BACKENDS) - 3)
+    assert len(grid.rows) == 2 * (len(RUNGS) - 3)
     assert ("866M", "graph", "1.250 (52)", "0.5000 (139)") in grid.rows
 
 
 def test_the_headline_sets_the_clock_beside_the_paper(records: list[Record]) -> None:
     grid = costs_grid(overview(records))
-    assert grid.headings == ("size", "the paper's", *BACKENDS)
+    assert grid.headings == ("size", "the paper's", *RUNGS)
     assert grid.rows == (
         ("39M", "0.070", "0.50", "0.50", "-", "-", "-", "0.40", "0.48", "0.45", "0.38", "0.10", "0.10"),
         ("866M", "1.00", "1.00", "1.00", "-", "-", "-", "1.00", "1.00", "1.00", "1.00", "1.00", "1.00"),

@@ -22,7 +22,11 @@ from .short_traces import TRACE_STEPS, is_compiled
 from .timeline import AttributedStep, Clock, step_times, without_shells
 
 # A replayed graph has no ranges: the eager backend that runs what was captured.
-EAGER_TWINS = {"graph": "triton+hoist+merge", "graph+separate": "triton+hoist"}
+EAGER_TWINS = {
+    "graph": "triton+hoist+merge",
+    "graph+separate": "triton+hoist",
+    "graph-invariant": "triton-invariant",
+}
 
 
 def attributed_case(case: Case) -> Case:

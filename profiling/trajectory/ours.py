@@ -22,16 +22,18 @@ class OurBackend:
     """Our network and `sample`, eager.
 
     operators: the kernels' backend. is_hoisted: whether the conditioning is computed once a trajectory, and not at
-    each step. products: UNet's option.
+    each step. products, batch_invariant: UNet's options.
     """
 
     operators: Literal["torch", "triton"]
     is_hoisted: bool = True
     products: Literal["auto", "torch", "triton"] = "torch"
+    batch_invariant: bool = False
     implementation = "torch"
 
     def build(self, problem: UNetProblem) -> Trajectory:
-        unet, plan, case = our_unet(problem, self.operators, self.products), problem.plan, problem.case
+        unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
+        plan, case = problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
         constants = kept_constants(unet) if self.is_hoisted else None
 
@@ -65,12 +67,13 @@ class OurBackend:
 
 @dataclass(frozen=True)
 class GraphBackend:
-    """Our kernels, hoisted, each step a replay of one captured graph; `products` is UNet's option ("auto" fuses
-    matmuls with norms and gates)."""
+    """Our kernels, hoisted, each step a replay of one captured graph; `products` and `batch_invariant` are
+    UNet's options ("auto" fuses matmuls with norms and gates)."""
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
     products: Literal["auto", "torch", "triton"] = "auto"
+    batch_invariant: bool = False
     implementation = "torch"
 
     def build(self, problem: UNetProblem) -> Trajectory:
@@ -79,7 +82,8 @@ class GraphBackend:
             graphs.check(torch.device(problem.case.device))
         except CaptureError as reason:
             raise Unsupported(str(reason)) from None
-        return GraphTrajectory(problem, self.operators, self.products, graphs)
+        unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
+        return GraphTrajectory(problem, unet, self.operators, graphs)
 
 
 class GraphTrajectory:
@@ -88,10 +92,10 @@ class GraphTrajectory:
     One capture is kept: a stochastic check, whose noise is given, needs another, which a timed run must not hold.
     """
 
-    def __init__(self, problem: UNetProblem, operators: str, products: str, graphs: Graphs) -> None:
+    def __init__(self, problem: UNetProblem, unet: UNet, operators: str, graphs: Graphs) -> None:
         self._problem = problem
         self._timesteps = [step.timestep for step in problem.plan.steps]
-        self._unet = our_unet(problem, operators, products)
+        self._unet = unet
         self._constants = kept_constants(self._unet)
         self._sampler: GraphedSampler[tuple[Conditioning, Tensor | None]] = GraphedSampler(
             self._denoise, max_captures=1, input_dtype=self._unet.dtype, backend=operators, graphs=graphs
@@ -127,10 +131,12 @@ class GraphTrajectory:
         }
 
 
-def our_unet(problem: UNetProblem, operators: str, products: str) -> UNet:
+def our_unet(problem: UNetProblem, operators: str, products: str, batch_invariant: bool) -> UNet:
     """The problem's network with its operators and matmuls on those backends; the weights are shared."""
-    # The problem's own network has the reference operators.
-    return problem.unet if operators == "torch" else problem.unet.with_backend(operators, products)
+    if operators == "torch" and not batch_invariant:
+        # The problem's own network has the reference operators.
+        return problem.unet
+    return problem.unet.with_backend(operators, products, batch_invariant=batch_invariant)
 
 
 @torch.no_grad()

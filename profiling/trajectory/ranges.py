@@ -204,8 +204,9 @@ class RangedUNet(UNet):
             self.watch.ranges.in_step(CONDITION)
             return super().forward(*args, **kwargs)
 
-    def with_backend(self, backend: str, products: str = "auto") -> UNet:
-        return ranged(super().with_backend(backend, products), self.watch)
+    def with_backend(self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None) -> UNet:
+        other = super().with_backend(backend, products, batch_invariant=batch_invariant)
+        return ranged(other, self.watch)
 
 
 def ranged(unet: UNet, watch: EvaluationWatch) -> RangedUNet:

@@ -1,4 +1,4 @@
-"""Every backend by its name: the rungs of the ladder."""
+"""Every backend by its name: the rungs of the ladder, and what stands beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from .theirs import DiffusersBackend
 
 
 def all_backends() -> dict[str, Backend]:
-    """Every backend by its name, in the order of the ladder: each of ours does more than the one before."""
+    """Every backend by its name, in the order of the ladder: each of ours does more than the one before.
+
+    Behind them the batch-invariant ones.
+    """
     return {
         "diffusers": DiffusersBackend(),
         "diffusers-accelerated": DiffusersBackend(is_accelerated=True),
@@ -21,4 +24,7 @@ def all_backends() -> dict[str, Backend]:
         "triton+hoist+merge": OurBackend("triton", products="auto"),
         "graph+separate": GraphBackend(products="torch"),
         "graph": GraphBackend(),
+        "torch-invariant": OurBackend("torch", batch_invariant=True),
+        "triton-invariant": OurBackend("triton", products="auto", batch_invariant=True),
+        "graph-invariant": GraphBackend(batch_invariant=True),
     }
