@@ -1,4 +1,4 @@
-"""Adapters of peft in a rebuilt pipeline: loaded, scaled, swapped, fused and removed, with one capture throughout."""
+"""Adapters of peft in a rebuilt pipeline: loaded, scaled, swapped, fused and removed, with one capture for all."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ def test_through_the_pipeline(tmp_path: Any) -> None:
     check(cross_attention_kwargs={"scale": 0.4})
     check()
     with pytest.raises(ValueError, match="adapters are loaded"):
-        pipe.save_pretrained(tmp_path)
+        pipe.unet.save_pretrained(tmp_path)
     assert tapes.captured == 1
     assert len(rebuilt.captures) == 1
     undo(pipe)
