@@ -102,7 +102,7 @@ class CudaGraphs:
     def check(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise CaptureError(
-                f"CUDA graphs need a CUDA device, and the noise is on {device}; use sample(), which takes any"
+                f"CUDA graphs need a CUDA device, and the input is on {device}; use sample() or the network itself"
             )
 
     @contextmanager
