@@ -8,8 +8,9 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from ldmperf.model import Conditioning, UNet
 from ldmperf.samplers import Capture, CaptureError, GraphedDenoiser, Graphs
+
+from .. import Conditioning, UNet
 
 logger = logging.getLogger(__name__)
 

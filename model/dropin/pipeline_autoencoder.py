@@ -12,14 +12,13 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ldmperf.model import (
+from .. import (
     Autoencoder,
     AutoencoderConfig,
     UnsupportedConfig,
     autoencoder_diffusers_config,
     autoencoder_state_dict,
 )
-
 from .pipeline_model import PipelineModel
 from .unet_source import changed_module, weights_reason
 

@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
 from ldmperf.samplers import Capture, Graphs
 
+from .. import UNet, diffusers_config, diffusers_state_dict
 from .evaluation import Evaluation, check_graphs
 from .kept_conditioning import KeptConditioning, condition, place
 from .merged_adapters import adapted_layers
