@@ -1,4 +1,4 @@
-"""Plans that begin later against diffusers' schedulers after `set_begin_index`, in float64; alpha and sigma of steps.
+"""Plans that begin later against diffusers' schedulers after `set_begin_index`, in float64; each step's level.
 
 pndm, ddim and ddpm have no begin index there: a pipeline passes their timesteps from the middle on.
 """
@@ -183,7 +183,7 @@ def test_a_beginning_that_leaves_nothing_or_half_a_step_is_refused():
 def test_the_sampler_of_a_config():
     assert {sampler_of({"_class_name": name}) for name in DIFFUSERS_CLASSES.values()} == set(DIFFUSERS_CLASSES)
     for config in ({}, {"_class_name": "DEISMultistepScheduler"}, {"_class_name": 3}, None):
-        with pytest.raises(ValueError, match="_class_name .* is not supported"):
+        with pytest.raises(ValueError, match="_class_name"):
             sampler_of(config)
     config = {**SD, "_class_name": "DDIMScheduler", "set_alpha_to_one": False}
     assert plan_from_config(config, 3, eta=0.5).options["eta"] == 0.5
