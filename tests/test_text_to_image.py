@@ -66,7 +66,10 @@ def check_same(sampled: Any, latents: torch.Tensor, pixels: torch.Tensor) -> Non
     assert error < TOLERANCE
     assert (sampled.pixels - pixels).abs().max() < TOLERANCE
     assert pixels.std() > 0.05
-    assert (as_bytes(sampled.pixels).int() - (pixels * 255).round().permute(0, 2, 3, 1).int()).abs().max() <= 1
+    apart = (as_bytes(sampled.pixels).int() - (pixels * 255).round().permute(0, 2, 3, 1).int()).abs()
+    # Where rounding ties break.
+    assert apart.max() <= 1
+    assert apart.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,8 +205,8 @@ def test_in_half_only_xl_decodes_in_float32(folders: dict[str, Path]) -> None:
     for kind, wide in (("sd15", torch.float16), ("sdxl", torch.float32)):
         pipeline = TextToImage.load(folders[kind], dtype=torch.float16, backend="torch")
         assert (pipeline.unet.dtype, pipeline.autoencoder.dtype) == (torch.float16, wide)
-        made = pipeline("a b c", 1, steps=2, **SIZE)
-        exact = TextToImage.load(folders[kind], backend="torch")("a b c", 1, steps=2, **SIZE)
+        made = pipeline("a b c", 1, steps=1, height=4, width=4)
+        exact = TextToImage.load(folders[kind], backend="torch")("a b c", 1, steps=1, height=4, width=4)
         assert 0 < (made.pixels - exact.pixels).abs().max() < 0.05
 
 
