@@ -76,6 +76,10 @@ class PrivacyKept:
     def __init__(self) -> None:
         self._privacy: Privacy | None = None
 
+    def __reduce__(self) -> tuple[type[PrivacyKept], tuple[()]]:
+        # A copy's modules are its own.
+        return PrivacyKept, ()
+
     def holds(self, network: nn.Module) -> bool:
         """Whether only the network holds the activations between its modules, so that sums may overwrite them."""
         if torch.compiler.is_compiling():

@@ -20,7 +20,7 @@ from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
 from .image_by_image import Values, conditioned, evaluated
-from .private import Privacy
+from .private import PrivacyKept
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
 
@@ -44,7 +44,7 @@ class _Remembered:
 
     def __init__(self) -> None:
         self.snapshot: Snapshot | None = None
-        self.privacy: Privacy | None = None
+        self.privacy = PrivacyKept()
 
 
 class UNet(nn.Module):
@@ -228,7 +228,7 @@ class UNet(nn.Module):
         """`denoise` with the shifts [B, S] of its step."""
         shift_of, context = iter(shifts.split(self.shift_channels, dim=1)), iter(contexts)
         at_stops, at_end = split_biases(constants, self._constant_sizes)
-        in_place = not torch.is_grad_enabled() and self._is_private()
+        in_place = not torch.is_grad_enabled() and self._remembered.privacy.holds(self)
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = F.conv2d(sample, self.conv_in.weight, padding=1)
@@ -251,16 +251,6 @@ class UNet(nn.Module):
                     skips.append(x)
         out: Tensor = self.conv_out(self.norm_out(x, at_end))
         return out
-
-    def _is_private(self) -> bool:
-        """Whether only `denoise` holds the activations between its modules, so that sums may overwrite them."""
-        if torch.compiler.is_compiling():
-            # A compiled graph plans its memory itself, and needs no in-place sums.
-            return False
-        remembered = self._remembered
-        if remembered.privacy is None or not remembered.privacy.knows_all():
-            remembered.privacy = Privacy(self)
-        return remembered.privacy.holds()
 
     def constants(self) -> Constants:
         """The deferred biases (`Conditioning.constants`), which depend on the weights alone."""

@@ -149,9 +149,10 @@ class CudaGraphs:
             ):
                 work()
         except BaseException:
-            # torch refuses a pool whose last capture did not end: the next capture gets another.
-            self._pools.pop(index, None)
-            _end_allocation(graph, index, pool)
+            if not _has_ended(graph):
+                # torch refuses to use such a pool again: the next capture gets another.
+                self._pools.pop(index, None)
+                _end_allocation(index, pool)
             raise
         self._made.setdefault(index, WeakSet()).add(graph)
         replay: Callable[[], None] = graph.replay
@@ -186,19 +187,24 @@ class CudaGraphs:
         return lambda: start.elapsed_time(end) if end.query() else None
 
 
-def _end_allocation(graph: torch.cuda.CUDAGraph, index: int, pool: torch.cuda._POOL_HANDLE) -> None:
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _end_allocation(index: int, pool: torch.cuda._POOL_HANDLE) -> None:
     """After a capture that could not be ended: allocations no longer go to its pool, which it no longer uses.
 
     `CUDAGraph.capture_end` raises before it does this, and `reset` does it only after a capture that ended; the
     pool's memory would never be freed.
     """
-    try:
-        graph.pool()
-    except RuntimeError:
-        # The first raises where the capture did not begin.
-        with suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(index, pool)
-            torch._C._cuda_releasePool(index, pool)
+    # The first raises where the capture did not begin.
+    with suppress(AttributeError, RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
 
 
 def _index(device: torch.device) -> int:

@@ -90,10 +90,11 @@ class Worth:
     """Decides which shapes are captured, where a capture must pay (`is_asked`); otherwise all are.
 
     A shape is captured at its first call, because only a capture tells what one costs. From then on it runs
-    eagerly where its replay is not faster, or where memory ran out. Where its capture was dropped before it had
-    paid, it runs eagerly until the time that a capture would have saved is the price of one. From one capture to
-    the next it never takes more than twice the extra time of the better of two plans that know the future: never
-    to capture, or to capture at once (the ski-rental rule; Karlin, Manasse, Rudolph, Sleator 1988).
+    eagerly where its replay is not faster, or where memory ran out. A capture that was dropped after it had paid
+    is made again at the next call. One that was dropped before is made again once the shape has run eagerly for so
+    many calls as the next one needs to pay. So, after the first, captures and eager calls cost at most twice what
+    they cost by the better of two plans: never to capture, or to capture at once whenever there is none (the
+    ski-rental rule; Karlin, Manasse, Rudolph, Sleator 1988).
     """
 
     def __init__(self, is_asked: bool) -> None:

@@ -55,7 +55,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
 
-@settings(FUZZ, max_examples=60)
+@settings(FUZZ, max_examples=40)
 @given(data=st.data(), scale=st.sampled_from(sorted(CONFIGS)))
 @torch.no_grad()
 def test_equals_diffusers_tiles(
@@ -258,7 +258,7 @@ def test_memory_is_that_of_a_tile_beside_the_image(
     small = image(8, 8)
     one = peak(lambda: whole(small))
     result = 8 * (2 * 4 if what == "encode" else 3 * 16)
-    for height, width in ((32, 32), (96, 32), (32, 96)):
+    for height, width in ((32, 32), (56, 24), (24, 56)):
         x = image(height, width)
         found = peak(lambda x=x: tiled(x, tile=8))
         tiles = width // 6 + 1
@@ -267,9 +267,9 @@ def test_memory_is_that_of_a_tile_beside_the_image(
         assert found <= height * width * result * (1.5 if what == "encode" else 1) + strips + 1.2 * one
         assert found < peak(lambda x=x: whole(x)) / 2
     # Higher images take their own size more, and nothing else.
-    low, high = image(48, 32), image(96, 32)
+    low, high = image(32, 24), image(56, 24)
     grown = peak(lambda: tiled(high, tile=8)) - peak(lambda: tiled(low, tile=8))
-    assert grown <= 48 * 32 * result * 1.5
+    assert grown <= 24 * 24 * result * 1.5
 
 
 def test_gradients_flow_through_tiles() -> None:

@@ -18,6 +18,8 @@ from ldmperf.model import Conditioning, UNet
 
 # A run of more steps, or a timestep from some larger tensor, is conditioned step by step.
 MAX_STEPS = 1024
+# What `UNet.condition` takes beside timesteps and context.
+BESIDE = ("text_embeds", "time_ids", "class_labels", "timestep_cond")
 
 
 class Inputs:
@@ -86,20 +88,26 @@ class KeptConditioning:
         return self._kept.conditioning
 
     def make(self, unet: UNet, values: Mapping[str, Any]) -> Conditioning:
-        """Computes the conditioning of `values` and keeps it.
-
-        timesteps: [K], a number, or one per sample [B]; context, text_embeds, time_ids, class_labels as of
-        `UNet.condition`; the others are compared only.
-        """
+        """Computes the conditioning of `values` and keeps it."""
         inputs = Inputs(values)
-        timesteps, context = values["timesteps"], values["context"]
-        given = {name: values[name] for name in ("text_embeds", "time_ids", "class_labels") if name in values}
-        if isinstance(timesteps, Tensor) and values["is_alone"]:
-            timesteps = timesteps.reshape(1, -1)
         self._kept = None
         with torch.inference_mode(False), torch.no_grad():
-            conditioning = unet.condition(timesteps, context, **given)
+            conditioning = condition(unet, values)
         # Weights made in inference mode have no counter either.
         if not any(map(Tensor.is_inference, unet.parameters())):
             self._kept = _Kept(inputs, conditioning)
         return conditioning
+
+
+def condition(unet: UNet, values: Mapping[str, Any]) -> Conditioning:
+    """The conditioning of `values`.
+
+    timesteps: a number, [K] for K steps, or, where `is_alone`, [] or [B] for one; context and what
+    `UNet.condition` takes besides. Other values are not read.
+    """
+    timesteps = values["timesteps"]
+    if isinstance(timesteps, Tensor) and values["is_alone"]:
+        timesteps = timesteps.reshape(1, -1)
+    return unet.condition(
+        timesteps, values["context"], **{name: values[name] for name in BESIDE if name in values}
+    )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
+from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
+from ldmperf.samplers import Capture, Graphs
 
-from .kept_conditioning import KeptConditioning, place
+from .evaluation import Evaluation, check_graphs
+from .kept_conditioning import KeptConditioning, condition, place
 from .merged_adapters import adapted_layers
+from .pipeline_model import PipelineModel
 from .unet_source import Followed, unet_of
 
 _LACKS = (
-    "timestep_cond",
     "attention_mask",
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -28,27 +28,34 @@ _LACKS = (
 )
 
 
-class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class PipelineUNet(PipelineModel):
     """Our UNet with the signature, the outputs and the configuration of diffusers' UNet2DConditionModel.
 
         pipe = StableDiffusionPipeline.from_pretrained(folder, unet=PipelineUNet(load_unet(folder)))
 
     unet     a `ldmperf.model.UNet`
     config   the fields of a diffusers config.json; those of the network's configuration unless given
+    graphs   whether evaluations are captured as CUDA graphs and replayed: "auto" on a CUDA device, each shape
+             where that pays; True for every shape, or CaptureError; False never; or how to capture, wherever it
+             is, as "auto". `captures` and `decisions` tell what was captured, and why what was not.
     source   diffusers' UNet with the same weights, where there is one: adapters load into it, and attributes that
              this class lacks are its own. Its weights with the active adapters are written into ours, in place, at
-             the next run. It is no submodule: it is neither moved nor saved.
+             the next call. It is no submodule: it is neither moved nor saved.
 
     A call computes the conditioning of a whole run once, and keeps it for as long as the very same tensors come
     and neither they nor the weights were written. Not for two threads at once.
     """
 
-    config_name = "config.json"
-    # diffusers' hooks of whole models move it; those of single layers, which read each other's weights, do not.
-    _no_split_modules = ["UNet"]
-    _supports_group_offloading = False
+    host = UNet2DConditionModel
 
-    def __init__(self, unet: UNet, *, config: Mapping[str, Any] | None = None, source: Any = None) -> None:
+    def __init__(
+        self,
+        unet: UNet,
+        *,
+        config: Mapping[str, Any] | None = None,
+        graphs: bool | str | Graphs = "auto",
+        source: Any = None,
+    ) -> None:
         super().__init__()
         if not isinstance(unet, UNet):
             raise ValueError(
@@ -56,20 +63,43 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 "makes one, rebuild(pipe) takes the pipeline's"
             )
         self.unet = unet
-        self._internal_dict = FrozenDict(_full_config(unet) if config is None else config)
+        self._set_up(_full_config(unet) if config is None else config)
         self._followed = None if source is None else Followed(source, unet)
-        self._run = _Run()
+        check_graphs("PipelineUNet", graphs)
+        self._graphs = graphs
+        self._kept_run: _Run | None = None
         self.train(unet.training)
 
     @classmethod
-    def of(cls, source: Any, *, backend: str = "auto") -> PipelineUNet:
+    def of(cls, source: Any, *, backend: str = "auto", graphs: bool | str | Graphs = "auto") -> PipelineUNet:
         """Ours with the weights and the configuration of diffusers' UNet. Raises ValueError, in one line."""
-        return cls(unet_of(source, backend), config=source.config, source=source)
+        check_graphs("PipelineUNet", graphs)
+        return cls(unet_of(source, backend), config=source.config, graphs=graphs, source=source)
 
     @property
     def source(self) -> Any:
         """diffusers' UNet that has the same weights; None where there is none."""
         return None if self._followed is None else self._followed.source
+
+    def _views(self) -> dict[str, Tensor]:
+        return diffusers_state_dict(self.unet)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Writes weights under diffusers' keys: into the source where there is one, from which ours follow."""
+        if self._followed is None:
+            return super().load_state_dict(state_dict, strict, assign)
+        self._followed.is_touched = True
+        return self.source.load_state_dict(state_dict, strict, assign)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes the folder that diffusers' own class writes. Raises ValueError while adapters are loaded."""
+        if self._followed is not None and adapted_layers(self.source):
+            raise ValueError(
+                "PipelineUNet: adapters are loaded, which diffusers does not load back from a UNet's folder: "
+                "unload them (pipe.unload_lora_weights()), or call undo(pipe)"
+            )
+        self._follow()
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,10 +107,27 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.unet.dtype
 
     @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The captured evaluations that are kept; the last used is at the end."""
+        return self._run.evaluate.captures
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """In words: what was captured or dropped, what runs eagerly, and why."""
+        return self._run.evaluate.decisions
+
+    @property
+    def graphs_in_words(self) -> str:
+        """Whether evaluations are captured where the network is now."""
+        return self._run.evaluate.in_words(self.unet.time_projection.weight.device)
+
+    @property
     def add_embedding(self) -> nn.Module | None:
         """The network's, for pipelines that read how long a vector its linear_1 takes."""
         return self.unet.add_embedding
 
+    # Compiled, it would keep what it compares from call to call; captures do what compiling would.
+    @torch.compiler.disable(reason="PipelineUNet captures and replays its evaluations itself")
     def forward(
         self,
         sample: Tensor,
@@ -97,35 +144,41 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """sample [B, Cin, H, W], timestep a number, [] or [B], encoder_hidden_states [B, T, Dctx] -> [B, Cout, H, W].
+        """The noise, or what else it predicts, [B, Cout, H, W] in a tuple, or in a UNet2DConditionOutput.
 
+        sample [B, Cin, H, W]; timestep a number, [] or [B]; encoder_hidden_states [B, T, Dctx]; class_labels [B].
         added_cond_kwargs: text_embeds [B, P] and time_ids [B, N] of Stable Diffusion XL. cross_attention_kwargs:
-        {"scale": number} multiplies the adapters. The result is in a tuple, or a UNet2DConditionOutput.
+        {"scale": number} multiplies the adapters.
 
         Raises ValueError, in one line, for all else that this network does not compute.
         """
         given = locals()
+        self._check_is_here(self.unet.time_projection.weight)
         for name in _LACKS:
             if given[name] is not None:
                 raise ValueError(f"PipelineUNet does not compute {name}: undo(pipe) gives diffusers' UNet back")
         scale = _scale(cross_attention_kwargs)
-        values, step = self._values(timestep, encoder_hidden_states, class_labels, added_cond_kwargs)
-        conditioning = self._run.kept.find(values)
-        if self._followed is not None:
-            is_start = conditioning is None or step <= self._run.step
-            if self._followed.update(scale, thorough=is_start):
-                conditioning = None
-        self._run.step = step
+        beside = {"class_labels": class_labels, "timestep_cond": timestep_cond}
+        values, step = self._values(timestep, encoder_hidden_states, beside, added_cond_kwargs)
+        run = self._run
+        conditioning = run.kept.find(values)
+        if self._follow(scale):
+            conditioning = None
         if torch.is_grad_enabled() and _needs_grad(self.unet, sample, *values.values()):
-            out = self._with_gradients(sample, values, step)
+            # A conditioning of this call alone, through which gradients flow.
+            out = self.unet.denoise(sample, condition(self.unet, values), step)
         else:
             if conditioning is None:
-                conditioning = self._run.kept.make(self.unet, values)
-            out = self.unet.denoise(sample, conditioning, step)
+                conditioning = run.kept.make(self.unet, values)
+            out = run.evaluate(sample, conditioning, step)
         return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
+    def _follow(self, scale: float = 1.0) -> bool:
+        """Writes the source's weights into ours where they have changed; whether they had."""
+        return self._followed is not None and self._followed.update(scale)
+
     def _values(
-        self, timestep: Any, context: Tensor, class_labels: Tensor | None, added: Mapping[str, Any] | None
+        self, timestep: Any, context: Tensor, beside: Mapping[str, Any], added: Mapping[str, Any] | None
     ) -> tuple[dict[str, Any], int]:
         """All that a conditioning is computed from, except the weights, and the number of the step."""
         timesteps, step = place(timestep)
@@ -135,25 +188,14 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             "context": context,
             "is_alone": timesteps is timestep,
             "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            **{name: value for name, value in beside.items() if value is not None},
         }
-        if class_labels is not None:
-            raise ValueError("PipelineUNet does not compute class_labels: undo(pipe) gives diffusers' UNet back")
         if self.unet.config.added_dim is not None:
-            unknown = set(added or {}) - {"text_embeds", "time_ids"}
-            if unknown or added is None or len(added) < 2:
-                raise ValueError(
-                    "added_cond_kwargs must hold text_embeds and time_ids, and nothing else; "
-                    f"got {', '.join(map(str, added or {})) or 'neither'}"
-                )
-            values |= added
+            missing = {"text_embeds", "time_ids"} - set(added or {})
+            if added is None or missing:
+                raise ValueError(f"added_cond_kwargs must hold text_embeds and time_ids; lacks {sorted(missing)}")
+            values |= {"text_embeds": added["text_embeds"], "time_ids": added["time_ids"]}
         return values, step
-
-    def _with_gradients(self, sample: Tensor, values: Mapping[str, Any], step: int) -> Tensor:
-        """The same with a conditioning of this call alone, through which gradients flow."""
-        t = values["timesteps"]
-        t = t.reshape(1, -1) if isinstance(t, Tensor) and values["is_alone"] else t
-        given = {name: values[name] for name in ("text_embeds", "time_ids") if name in values}
-        return self.unet.denoise(sample, self.unet.condition(t, values["context"], **given), step)
 
     def modules(self) -> Iterator[nn.Module]:
         """Its modules, and the source's layers with adapters, which pipelines look for here."""
@@ -183,16 +225,24 @@ class PipelineUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self._followed.moved()
         return self
 
+    @property
+    def _run(self) -> _Run:
+        if self._kept_run is None or self._kept_run.unet is not self.unet:
+            self._kept_run = _Run(self.unet, self._graphs)
+        return self._kept_run
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": _Run()}
+        # A copy's captures are its own.
+        return {**self.__dict__, "_kept_run": None}
 
 
 class _Run:
     """What is kept from call to call."""
 
-    def __init__(self) -> None:
+    def __init__(self, unet: UNet, graphs: bool | str | Graphs) -> None:
+        self.unet = unet
         self.kept = KeptConditioning()
-        self.step = 0
+        self.evaluate = Evaluation(unet, graphs)
 
 
 def _full_config(unet: UNet) -> dict[str, Any]:
