@@ -141,10 +141,11 @@ def batch_invariance(marker: str) -> str:
     found = json.loads((ROOT / marker.split()[0]).read_bytes())
     environment = Environment.model_validate_json(json.dumps(found["environment"]))
     first = found["steps"][0]
+    place = f"{processor_name(environment)}, commit {commit(environment)}"
     case = f"a step of the {first['size']} at latent {first['latent']}x{first['latent']}"
     conditions = (
-        f"**Measured**: {processor_name(environment)}, commit {commit(environment)}; {case}, on torch's operators. "
-        "*Elements*: the largest share of a call's result that differs; *such as*: that call, with one image's shapes."
+        f"**Measured**: {place}; {case}, on torch's operators. *Elements*: the largest share of a call's result that "
+        "differs; *such as*: that call, with one image's shapes."
     )
     return f"{textwrap.fill(conditions, 125)}\n\n{calls_table(found)}"
 
