@@ -144,8 +144,8 @@ def batch_invariance(marker: str) -> str:
     place = f"{processor_name(environment)}, commit {commit(environment)}"
     case = f"a step of the {first['size']} at latent {first['latent']}x{first['latent']}"
     conditions = (
-        f"**Measured**: {place}; {case}, on torch's operators. *Elements*: the largest share of a call's result that "
-        "differs; *such as*: that call, with one image's shapes."
+        f"**Measured**: {place}; {case}, on torch's operators. *Elements*: the largest share of a call's result "
+        "that differs; *such as*: that call, with one image's shapes."
     )
     return f"{textwrap.fill(conditions, 125)}\n\n{calls_table(found)}"
 
