@@ -26,11 +26,13 @@ def lcm(
     *,
     original_inference_steps: int = 50,
     timestep_scaling: float = 10.0,
+    strength: float = 1.0,
 ) -> Tableau:
     """Options and defaults of diffusers' LCMScheduler; the timesteps are a subset of the distillation's own.
 
-    Every step but the last noises the denoised sample again. Raises ValueError for more steps than
-    original_inference_steps.
+    strength, of `set_timesteps` there, takes the lower part of the distillation's timesteps, for a run that starts
+    from an image. Every step but the last noises the denoised sample again. Raises ValueError for more steps than
+    original_inference_steps, or than the part of them that strength takes.
     """
     train_steps = schedule.num_train_timesteps
     if not num_steps <= original_inference_steps <= train_steps:
@@ -39,8 +41,13 @@ def lcm(
             f"and {train_steps} training timesteps"
         )
     schedule.refuse_zero_snr_epsilon("lcm")
-    distilled = np.arange(original_inference_steps, 0, -1) * (train_steps // original_inference_steps) - 1
-    chosen = np.linspace(0, original_inference_steps, num_steps, endpoint=False).astype(int)
+    if not 0.0 < strength <= 1.0 or (taken := int(original_inference_steps * strength)) < num_steps:
+        raise ValueError(
+            f"strength={shown(strength)} takes fewer than num_steps {num_steps} of {original_inference_steps} "
+            "original_inference_steps: choose a number up to 1, or fewer steps"
+        )
+    distilled = np.arange(taken, 0, -1) * (train_steps // original_inference_steps) - 1
+    chosen = np.linspace(0, taken, num_steps, endpoint=False).astype(int)
     timesteps = distilled[chosen]
     tableau = Tableau("x")
     x, output, noise = tableau.unit_vectors()

@@ -21,7 +21,7 @@ from .heun import heun
 from .lcm import lcm
 from .pndm import pndm
 from .schedule import REFUSED_OPTIONS, FloatArray, NoiseSchedule, refuse_option
-from .step import Step, Tableau
+from .step import Step, Tableau, predict
 from .unipc import unipc
 from .values import Copied, is_number, plain, shown
 
@@ -120,6 +120,17 @@ class SamplingPlan(Copied):
     def timesteps(self) -> FloatArray:
         """[K] float64: the timesteps of the steps."""
         return np.array([step.timestep for step in self.steps])
+
+    @functools.cached_property
+    def x0(self) -> FloatArray:
+        """[K, R + 2] float64: x_0 as each evaluation estimates it, of [registers..., model output, noise]."""
+        x, *_, output, _ = np.eye(self.num_registers + 2)
+        prediction_type = self.schedule.prediction_type
+        rows = [
+            predict(prediction_type, step.c_in * x, output, step.c_in * step.alpha, step.c_in * step.sigma)[0]
+            for step in self.steps
+        ]
+        return np.stack(rows)
 
     @property
     def stochastic(self) -> bool:

@@ -17,6 +17,7 @@ except ImportError as error:
 
 from .pipeline_autoencoder import PipelineAutoencoder
 from .pipeline_unet import PipelineUNet
+from .plan_scheduler import PlanScheduler
 from .rebuild import Rebuilt, rebuild
 from .report import Left, Replaced, Report
 from .swap import accelerate, undo
@@ -25,6 +26,7 @@ __all__ = [
     "Left",
     "PipelineAutoencoder",
     "PipelineUNet",
+    "PlanScheduler",
     "Rebuilt",
     "Replaced",
     "Report",
