@@ -16,6 +16,7 @@ from .evaluation import check_graphs
 from .pipeline_autoencoder import PipelineAutoencoder
 from .pipeline_model import PipelineModel
 from .pipeline_unet import PipelineUNet
+from .plan_scheduler import PlanScheduler
 from .report import BACKENDS, Left, Replaced, serving
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Rebuilt:
     def replaced(self) -> tuple[Replaced, ...]:
         """The components that are ours now, whichever call put them there."""
         return tuple(
-            Replaced(name, type(part.source).__name__, type(part).__name__, _WHAT[name])
+            Replaced(name, part.host.__name__, _name(part), _WHAT[name])
             for name, part in self._pipe.components.items()
             if isinstance(part, OURS)
         )
@@ -104,7 +105,7 @@ class Rebuilt:
         return f"{part.device}, {str(part.dtype).removeprefix('torch.')}, {serving(part.device, self._backend)}"
 
 
-OURS = (PipelineUNet, PipelineAutoencoder)
+OURS = (PipelineUNet, PipelineAutoencoder, PlanScheduler)
 
 
 def rebuild(
@@ -139,6 +140,7 @@ def rebuild(
     makers: dict[str, Callable[[Any], Any]] = {
         "unet": lambda part: PipelineUNet.of(part, backend=backend, graphs=graphs),
         "vae": lambda part: PipelineAutoencoder.of(part, backend=backend),
+        "scheduler": lambda part: PlanScheduler.from_scheduler(part, backend=backend),
     }
     mine: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -160,6 +162,12 @@ def rebuild(
     if not rebuilt.replaced:
         logger.warning("rebuild: nothing of this %s was replaced; the result says why", type(pipe).__name__)
     return rebuilt
+
+
+def _name(part: Any) -> str:
+    """The name of our class; that of a scheduler's class is diffusers'."""
+    ours: type = next(ours for ours in OURS if isinstance(part, ours))
+    return ours.__name__
 
 
 def _into_the_unet(pipe: Any) -> str | None:
