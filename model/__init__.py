@@ -4,8 +4,7 @@ from .autoencoder import Autoencoder, Moments
 from .autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
 from .autoencoder_weights import autoencoder_state_dict, load_autoencoder, save_autoencoder
 from .conditioning import Conditioning, Constants
-from .config import FAMILY, UNetConfig
-from .diffusers_fields import diffusers_config
+from .config import FAMILY, UNetConfig, diffusers_config
 from .fields import UnsupportedConfig
 from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
 from .releases import RELEASED

@@ -1,9 +1,10 @@
-"""`UNetConfig`: the sizes of a UNet; the paper's eleven sizes."""
+"""`UNetConfig`: the sizes of a UNet; the paper's eleven sizes; the same as diffusers writes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .diffusers_fields import MIDDLE, unet_arguments
 from .fields import UnsupportedConfig, count, counts, each, integer, small, switches
 
 
@@ -108,10 +109,7 @@ class UNetConfig:
         Raises `UnsupportedConfig` naming every field whose value this network does not implement, unknown fields
         included.
         """
-        # That module needs this class.
-        from .diffusers_fields import from_diffusers
-
-        return from_diffusers(config)
+        return cls(**unet_arguments(config))
 
 
 _COUNTS = ("layers_per_block", "in_channels", "out_channels", "context_dim", "norm_groups", "sample_size")
@@ -134,3 +132,29 @@ FAMILY: dict[str, UNetConfig] = {
         "5B": 768,
     }.items()
 }
+
+
+def diffusers_config(config: UNetConfig) -> dict[str, Any]:
+    """The arguments with which diffusers' `UNet2DConditionModel` builds the same network."""
+    return {
+        "sample_size": config.sample_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
+        "mid_block_type": MIDDLE if config.has_middle else None,
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
+        "block_out_channels": config.block_channels,
+        "layers_per_block": config.layers_per_block,
+        "cross_attention_dim": config.context_dim,
+        "attention_head_dim": config.num_heads,
+        "use_linear_projection": not config.conv_projection,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": config.norm_eps,
+        "transformer_layers_per_block": config.transformer_layers,
+        "addition_embed_type": None if config.added_dim is None else "text_time",
+        "addition_time_embed_dim": config.added_time_dim,
+        "projection_class_embeddings_input_dim": config.added_dim,
+        "only_cross_attention": config.only_cross_attention,
+        "num_class_embeds": config.num_class_embeds,
+        "time_cond_proj_dim": config.time_cond_proj_dim,
+    }

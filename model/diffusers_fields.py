@@ -1,22 +1,21 @@
-"""The fields of a diffusers `UNet2DConditionModel`'s configuration: read as a `UNetConfig`, and written."""
+"""The fields of the configuration of diffusers' `UNet2DConditionModel`: which are read, and which refused."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from .config import UNetConfig
 from .fields import UnsupportedConfig, integer, integers, shown, strings, truths
 
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-_MIDDLE = "UNetMidBlock2DCrossAttn"
+MIDDLE = "UNetMidBlock2DCrossAttn"
 
-# Read by `from_diffusers`, with the defaults of UNet2DConditionModel.
+# Read by `unet_arguments`, with the defaults of UNet2DConditionModel.
 _READ: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 4,
     "out_channels": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "mid_block_type": _MIDDLE,
+    "mid_block_type": MIDDLE,
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
@@ -78,8 +77,8 @@ _OF_AN_AVERAGE = {
 }
 
 
-def from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
-    """`UNetConfig.from_diffusers`."""
+def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the `UNetConfig` that a config.json describes. Raises `UnsupportedConfig`."""
     problems = []
 
     def refuse(field: str, value: Any, only: str) -> None:
@@ -110,8 +109,8 @@ def from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
     problems += [f"up_block_types holds {shown(name)}" for name in up if name not in _UP]
     if not problems and [_UP[name] for name in reversed(up)] != [_DOWN[name] for name in down]:
         problems.append("up_block_types does not mirror down_block_types")
-    if read["mid_block_type"] not in (None, _MIDDLE):
-        refuse("mid_block_type", read["mid_block_type"], f"only {_MIDDLE!r} or null")
+    if read["mid_block_type"] not in (None, MIDDLE):
+        refuse("mid_block_type", read["mid_block_type"], f"only {MIDDLE!r} or null")
     if read["addition_embed_type"] not in (None, "text_time"):
         refuse("addition_embed_type", read["addition_embed_type"], "only 'text_time' or null")
     is_xl = read["addition_embed_type"] == "text_time"
@@ -144,51 +143,25 @@ def from_diffusers(config: Mapping[str, Any]) -> UNetConfig:
             f"unsupported UNet config: {'; '.join(problems)}: "
             "use a UNet with the values told, or run this one in diffusers"
         )
-    return UNetConfig(
-        block_channels=tuple(read["block_out_channels"]),
-        num_heads=tuple(read["attention_head_dim"]),
-        attention=tuple(_DOWN[name] for name in down),
-        layers_per_block=read["layers_per_block"],
-        has_middle=read["mid_block_type"] is not None,
-        in_channels=read["in_channels"],
-        out_channels=read["out_channels"],
-        context_dim=read["cross_attention_dim"],
-        conv_projection=not read["use_linear_projection"],
-        norm_groups=read["norm_num_groups"],
-        norm_eps=read["norm_eps"],
-        sample_size=64 if sample_size is None else sample_size,
-        transformer_layers=tuple(read["transformer_layers_per_block"]),
-        added_time_dim=read["addition_time_embed_dim"] if is_xl else None,
-        added_dim=read["projection_class_embeddings_input_dim"] if is_xl else None,
-        only_cross_attention=only_cross if isinstance(only_cross, bool) else tuple(only_cross),  # type: ignore[arg-type]
-        num_class_embeds=read["num_class_embeds"],
-        time_cond_proj_dim=read["time_cond_proj_dim"],
-    )
-
-
-def diffusers_config(config: UNetConfig) -> dict[str, Any]:
-    """The arguments with which diffusers' `UNet2DConditionModel` builds the same network."""
     return {
-        "sample_size": config.sample_size,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-        "mid_block_type": _MIDDLE if config.has_middle else None,
-        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
-        "block_out_channels": config.block_channels,
-        "layers_per_block": config.layers_per_block,
-        "cross_attention_dim": config.context_dim,
-        "attention_head_dim": config.num_heads,
-        "use_linear_projection": not config.conv_projection,
-        "norm_num_groups": config.norm_groups,
-        "norm_eps": config.norm_eps,
-        "transformer_layers_per_block": config.transformer_layers,
-        "addition_embed_type": None if config.added_dim is None else "text_time",
-        "addition_time_embed_dim": config.added_time_dim,
-        "projection_class_embeddings_input_dim": config.added_dim,
-        "only_cross_attention": config.only_cross_attention,
-        "num_class_embeds": config.num_class_embeds,
-        "time_cond_proj_dim": config.time_cond_proj_dim,
+        "block_channels": tuple(read["block_out_channels"]),
+        "num_heads": tuple(read["attention_head_dim"]),
+        "attention": tuple(_DOWN[name] for name in down),
+        "layers_per_block": read["layers_per_block"],
+        "has_middle": read["mid_block_type"] is not None,
+        "in_channels": read["in_channels"],
+        "out_channels": read["out_channels"],
+        "context_dim": read["cross_attention_dim"],
+        "conv_projection": not read["use_linear_projection"],
+        "norm_groups": read["norm_num_groups"],
+        "norm_eps": read["norm_eps"],
+        "sample_size": 64 if sample_size is None else sample_size,
+        "transformer_layers": tuple(read["transformer_layers_per_block"]),
+        "added_time_dim": read["addition_time_embed_dim"] if is_xl else None,
+        "added_dim": read["projection_class_embeddings_input_dim"] if is_xl else None,
+        "only_cross_attention": only_cross if isinstance(only_cross, bool) else tuple(only_cross),
+        "num_class_embeds": read["num_class_embeds"],
+        "time_cond_proj_dim": read["time_cond_proj_dim"],
     }
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_backend
-from .config import UNetConfig
-from .diffusers_fields import diffusers_config
+from .config import UNetConfig, diffusers_config
 from .fields import UnsupportedConfig
 from .files import (
     CheckpointError,

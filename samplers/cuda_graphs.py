@@ -102,7 +102,7 @@ class CudaGraphs:
     def check(self, device: torch.device) -> None:
         if device.type != "cuda":
             raise CaptureError(
-                f"CUDA graphs need a CUDA device, and the noise is on {device}; use sample(), which takes any"
+                f"CUDA graphs need a CUDA device, and the input is on {device}; use sample() or the network itself"
             )
 
     @contextmanager
@@ -169,12 +169,11 @@ class CudaGraphs:
         # cudaMallocAsync tells nothing of its pools.
         if torch.cuda.get_allocator_backend() != "native":
             return 0
-        index = _index(device)
-        pools = {tuple(graph.pool()) for graph in self._made.get(index, ())}
+        pools = {tuple(graph.pool()) for graph in self._made.get(_index(device), ())}
         return sum(
             segment["total_size"]
             for segment in torch.cuda.memory_snapshot()
-            if segment["device"] == index and tuple(segment["segment_pool_id"]) in pools
+            if tuple(segment["segment_pool_id"]) in pools
         )
 
     def timed(self, work: Callable[[], None], device: torch.device) -> Callable[[], float | None]:

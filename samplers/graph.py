@@ -53,7 +53,7 @@ class GraphedSampler(Generic[C]):
     max_captures  how many captures are kept; one more drops the least recently used
     input_dtype   of model_input: the network's float dtype, so that it need not cast; noise's unless given
     backend       of `ldmperf.kernels.sampler_update`: "auto", "torch" or "triton"
-    graphs        how to capture
+    graphs        how to capture; several samplers that are given one `CudaGraphs` share its pool of memory
 
     Weights: a run reads what was written into parameters in place. Parameters, buffers or submodules that were
     replaced or moved (`load_state_dict(assign=True)`, `.to()`, an adapter loaded) lead to new captures, as do

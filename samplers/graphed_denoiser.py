@@ -96,10 +96,7 @@ class GraphedDenoiser(Generic[C]):
         device = model_input.device
         self._graphs.check(device)
         check(conditioning)
-        wants_gradients = torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in (model_input, *leaves(conditioning))
-        )
-        if wants_gradients:
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (model_input, *leaves(conditioning))):
             raise ValueError("a captured graph computes no gradients: call the network itself, or under no_grad")
         # A later call outside inference mode uses the same tensors.
         with torch.inference_mode(False), torch.no_grad():

@@ -78,7 +78,7 @@ def configs(draw: st.DrawFn) -> AutoencoderConfig:
     )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), config=configs())
 def test_equals_diffusers_in_float64(data: st.DataObject, config: AutoencoderConfig) -> None:
     ours, theirs = pair(config)

@@ -55,7 +55,7 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found - exact).abs().max() / exact.abs().max()).item()
 
 
-@settings(FUZZ, max_examples=40)
+@settings(FUZZ, max_examples=30)
 @given(data=st.data(), scale=st.sampled_from(sorted(CONFIGS)))
 @torch.no_grad()
 def test_equals_diffusers_tiles(
@@ -112,7 +112,7 @@ def test_what_fits_into_a_tile_is_the_whole_bit_for_bit(
     assert not torch.equal(ours.decode_tiled(latents, tile=5), ours.decode(latents))
 
 
-@settings(FUZZ, max_examples=60)
+@settings(FUZZ, max_examples=40)
 @given(
     tile=st.integers(1, 9),
     overlap=st.floats(0, 0.95),

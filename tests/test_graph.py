@@ -278,7 +278,7 @@ def test_out_of_memory_drops_the_other_captures_and_tries_again() -> None:
 def test_a_wrong_call_is_told_in_one_line_and_leaves_the_sampler_usable() -> None:
     plan, noise = make_plan("ddpm", SCHEDULE, 3), initial_noise([1, 2], SHAPE)
     found = prompt(plan, 0.5)
-    with pytest.raises(CaptureError, match="CUDA graphs need a CUDA device, and the noise is on cpu"):
+    with pytest.raises(CaptureError, match="CUDA graphs need a CUDA device, and the input is on cpu"):
         GraphedSampler(network)(found, plan, noise, seeds=[1, 2])
     sampler, _ = graphed()
     with pytest.raises(ValueError, match="give seeds, one per image, or step_noise"):

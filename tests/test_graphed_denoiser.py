@@ -190,7 +190,7 @@ class Calls(RuleBasedStateMachine):
         assert all(torch.equal(*pair) for pair in self.kept)
 
 
-Calls.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
+Calls.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None, derandomize=True)
 TestAnyRowOfCallsAndChanges = Calls.TestCase
 
 
@@ -245,12 +245,12 @@ def test_a_unet_of_ours(bound: int) -> None:
     for steps in (3, 5):
         texts = [torch.randn(batch, 5, TINY.context_dim) for batch in (2, 1)]
         conditionings = [unet.condition(range(1, 1 + steps), text) for text in texts]
-        for step in (0, torch.tensor(1), torch.tensor([2])):
+        for step in (0, torch.tensor([2])):
             for conditioning, text in zip(conditionings, texts, strict=True):
                 x = torch.randn(len(text), 4, 8, 8)
                 expected = unet.denoise(x, conditioning, int(step))
                 assert torch.equal(denoiser(x, conditioning, step), expected)
-    assert graphs.captured == (12 if bound == 1 else 2)
+    assert graphs.captured == (8 if bound == 1 else 2)
     with pytest.raises(ValueError, match="step must be a number from 0 to 4, the conditioning's last, not 5"):
         denoiser(x, conditioning, 5)
     unet.conv_in.weight.mul_(1.5)
@@ -260,7 +260,7 @@ def test_a_unet_of_ours(bound: int) -> None:
         denoiser(x, conditioning, 0)
     conditioning = unet.condition(range(1, 6), texts[1])
     assert torch.equal(denoiser(x, conditioning, 0), unet.denoise(x, conditioning, 0))
-    assert graphs.captured == (12 if bound == 1 else 2)
+    assert graphs.captured == (8 if bound == 1 else 2)
 
 
 @torch.no_grad()

@@ -8,8 +8,10 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from ldmperf.model import Conditioning, UNet
 from ldmperf.samplers import Capture, CaptureError, GraphedDenoiser, Graphs
+
+from ..conditioning import Conditioning
+from ..unet import UNet
 
 logger = logging.getLogger(__name__)
 

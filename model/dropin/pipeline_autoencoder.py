@@ -12,14 +12,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from ldmperf.model import (
-    Autoencoder,
-    AutoencoderConfig,
-    UnsupportedConfig,
-    autoencoder_diffusers_config,
-    autoencoder_state_dict,
-)
-
+from ..autoencoder import Autoencoder
+from ..autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
+from ..autoencoder_weights import autoencoder_state_dict
+from ..fields import UnsupportedConfig
 from .pipeline_model import PipelineModel
 from .unet_source import changed_module, weights_reason
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 _OFFLOADED = (
-    "its weights are on the meta device, as sequential offload leaves them, but layers here read each other's: use "
-    "pipe.enable_model_cpu_offload()"
+    "its weights are on the meta device, as sequential offload leaves them, but layers here read each other's: "
+    "use pipe.enable_model_cpu_offload()"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
 from ldmperf.samplers import Capture, Graphs
 
+from ..config import diffusers_config
+from ..unet import UNet
+from ..weights import diffusers_state_dict
 from .evaluation import Evaluation, check_graphs
 from .kept_conditioning import KeptConditioning, condition, place
 from .merged_adapters import adapted_layers

@@ -194,7 +194,8 @@ def give_back_component(pipe: Any, name: str) -> None:
         raise ValueError(
             f"undo: {name} was made without a {ours.host.__name__} of diffusers: load one and set pipe.{name}"
         )
-    if isinstance(ours, PipelineModel):
+    # Where sequential offload has taken ours apart, the source stays as it is.
+    if isinstance(ours, PipelineModel) and ours.device.type != "meta":
         # Not diffusers' own method, which warns of every dtype.
         nn.Module.to(ours.source, device=ours.device, dtype=ours.dtype)
     put(pipe, name, ours.source)

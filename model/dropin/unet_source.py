@@ -10,9 +10,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from torch import nn
 
-from ldmperf.model import UNet, UNetConfig, UnsupportedConfig
 from ldmperf.samplers import Watch
 
+from ..config import UNetConfig
+from ..fields import UnsupportedConfig
+from ..unet import UNet
 from .merged_adapters import adapted_layers, write_weights
 from .processed import KNOWN_PROCESSORS
 from .stand_ins import HOSTS, runs_its_class
