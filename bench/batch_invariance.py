@@ -17,10 +17,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -262,12 +263,42 @@ def found_of(size: str, dtype: str, latent: int, device: str, repeats: int) -> d
     }
 
 
-def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Rows of a table: the calls that differ, as one row for each name and dtype."""
+def table(found: Mapping[str, Any]) -> str:
+    """The calls that differ as rows of markdown, one for each name and dtype, and a sentence for each dtype."""
+    lines = ["| dtype | call | calls of a step | batches | elements | such as |", "|---|---|---:|---|---|---|"]
     for one in found["steps"]:
+        by_name: dict[str, list[Mapping[str, Any]]] = {}
         for call in one["differing"]:
-            batches = ", ".join(f"{batch} ({100 * share:.1f}%)" for batch, share in call["share"].items())
-            yield f"| {one['dtype']} | `{call['name']}` {call['shapes']} | {call['count']} | {batches} |"
+            by_name.setdefault(call["name"], []).append(call)
+        for name, calls in by_name.items():
+            batches = sorted({int(batch) for call in calls for batch in call["share"]})
+            shares = [share for call in calls for share in call["share"].values()]
+            most = max(calls, key=lambda call: max(call["share"].values()))
+            cells = (
+                one["dtype"],
+                f"`{name}`",
+                str(sum(call["count"] for call in calls)),
+                ", ".join(map(str, batches)),
+                f"up to {100 * max(shares):.2g}%",
+                f"{most['shapes']} at `{most['places'][0]}`",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    said = [_sentence(one) for one in found["steps"]]
+    return "\n".join([*lines, "", *said])
+
+
+def _sentence(one: Mapping[str, Any]) -> str:
+    differ, kept = (
+        [f"{count} of {batch}" for batch, count in one[key].items() if int(batch) > 1]
+        for key in ("images", "images_with_the_mode")
+    )
+    ours = sorted(name.removeprefix("ldmperf::") for name in one["same"])
+    differing = sum(call["count"] for call in one["differing"])
+    return (
+        f"- {one['dtype']}: of {one['calls']} calls that compute {differing} differ. Images of the step that have "
+        f"other bits than alone: {', '.join(differ)}; in the mode {', '.join(kept)}. The same at every batch: "
+        f"{', '.join(ours)}."
+    )
 
 
 @torch.inference_mode()
@@ -288,10 +319,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {"batches": BATCHES, "steps": steps, "threads": torch.get_num_threads(), "environment": environment}
     if given.out is not None:
         write_whole(given.out, (json.dumps(found) + "\n").encode())
-    print("\n".join(lines(found)))
+    print(table(found))
     for one in steps:
-        print({key: one[key] for key in ("dtype", "images", "images_with_the_mode", "calls", "same")})
-        print({name: sorted(ms)[len(ms) // 2] for name, ms in one["ms"].items()})
+        print(one["dtype"], {name: f"{median(ms):.1f} ms" for name, ms in one["ms"].items()})
 
 
 if __name__ == "__main__":

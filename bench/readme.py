@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from batch_invariance import table as calls_table
 from markers import with_blocks
 
 from ldmperf.profiling import Record, load_records
@@ -27,7 +28,7 @@ from ldmperf.profiling.terminal.layout import formatted, number
 from ldmperf.profiling.terminal.visible import for_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/comparing.md")
+PAGES = ("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md")
 
 
 def finding(shown: Overview) -> str:
@@ -135,6 +136,20 @@ def gate(marker: str) -> str:
     return textwrap.fill(words, 125, break_long_words=False, break_on_hyphens=False)
 
 
+def batch_invariance(marker: str) -> str:
+    """The calls that bench/batch_invariance.py has found to depend on the batch, from its JSON."""
+    found = json.loads((ROOT / marker.split()[0]).read_bytes())
+    environment = Environment.model_validate_json(json.dumps(found["environment"]))
+    first = found["steps"][0]
+    place = f"{processor_name(environment)}, commit {commit(environment)}"
+    case = f"a step of the {first['size']} at latent {first['latent']}x{first['latent']}"
+    conditions = (
+        f"**Measured**: {place}; {case}, on torch's operators. *Elements*: the largest share of a call's result "
+        "that differs; *such as*: that call, with one image's shapes."
+    )
+    return f"{textwrap.fill(conditions, 125)}\n\n{calls_table(found)}"
+
+
 # What the gate does with a case that does not fail, by its answer.
 _LET = {"passes": "lets pass", "undecided": "leaves undecided"}
 
@@ -150,6 +165,7 @@ def with_figures(page: str) -> str:
         "table": lambda marker: markdown_table(overview(_records(marker))),
         "verdicts": verdicts,
         "gate": gate,
+        "batch-invariance": batch_invariance,
     }
     return with_blocks(page, writers)
 

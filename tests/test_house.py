@@ -39,7 +39,7 @@ ALLOWED = {
 # what stands behind diffusers' pipelines, and the way from a prompt to an image.
 ALLOWED_TO = {
     "profiling/sweep/cluster.py": {"ray"},
-    "model/dropin": {"diffusers", "ldmperf.samplers"},
+    "model/dropin": {"diffusers", "numpy", "ldmperf.samplers"},
     "model/pipeline": {"transformers", "PIL", "ldmperf.samplers"},
 }
 

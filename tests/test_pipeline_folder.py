@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropin_models import make_unet
 from pipeline_folders import edit_json, write_pipeline
 
 from ldmperf.model.pipeline import PipelineError, PipelineFolder, TextToImage
@@ -54,6 +55,10 @@ def pickled(file: Path) -> None:
     """A pickle in place of weights; to open it would end the process."""
     file.rename(file.with_name("pytorch_model.bin"))
     file.with_name("pytorch_model.bin").write_bytes(b"cposix\n_exit\n(I3\ntR.")
+
+
+def with_a_word_more(file: Path) -> None:
+    edit_json(file, lambda raw: raw["model"]["vocab"].update({"z</w>": 11}))
 
 
 def index_of_shards(*names: str) -> Callable[[Path], None]:
@@ -125,6 +130,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("sd15", TOKENIZER, set_to(model_max_length=10**30), "does not fit the 8 positions"),
     ("sd15", TOKENIZER, set_to(tokenizer_file="/etc/passwd"), "tokenizer_file names another file, '/etc/passwd'"),
     ("sd15", TOKENIZER, set_to(vocab_file="../../vocab.json"), "vocab_file names another file"),
+    ("sd15", "tokenizer/tokenizer.json", with_a_word_more, "tokens run to 11, beyond the 11"),
     ("sd15", "tokenizer/tokenizer.json", gone, "neither tokenizer.json nor vocab.json and merges.txt"),
     ("sd15", "tokenizer/tokenizer.json", cut, "tokenizer.json: not readable as JSON"),
     ("sd15", "tokenizer/tokenizer.json", set_to(model=3), "transformers cannot read the tokenizer"),
@@ -184,6 +190,26 @@ def test_parts_of_different_pipelines_do_not_fit(sound: dict[str, Path], copied:
     assert "addition_embed_type = 'text_time' is Stable Diffusion XL's" in second
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("sd15", {"in_channels": 9}, "in_channels = 9 for 4 latent channels: an inpainting UNet"),
+        ("sdxl", {"projection_class_embeddings_input_dim": 56}, "6 sizes give 64 (a refiner takes 5"),
+    ],
+)
+def test_a_unet_for_something_else(
+    copied: Callable[[str], Path], kind: str, changes: dict[str, Any], told: str
+) -> None:
+    folder = copied(kind)
+    config = {key: v for key, v in json.loads((folder / UNET).read_text()).items() if not key.startswith("_")}
+    shutil.rmtree(folder / "unet")
+    make_unet(config | changes).save_pretrained(folder / "unet")
+    with pytest.raises(PipelineError) as error:
+        PipelineFolder.read(folder)
+    (fault,) = error.value.faults
+    assert told in fault
+
+
 def test_other_pipelines_of_the_same_parts_and_a_named_sampler(copied: Callable[[str], Path]) -> None:
     folder = copied("sdxl")
     edit_json(folder / INDEX, lambda raw: raw.update(_class_name="StableDiffusionXLInpaintPipeline"))
@@ -232,7 +258,7 @@ def test_a_link_of_the_hubs_cache_is_a_file(copied: Callable[[str], Path], tmp_p
 
 
 # Of each kind of pipeline; LDMPERF_MUTANTS for more.
-MUTANTS = int(os.environ.get("LDMPERF_MUTANTS", "12"))
+MUTANTS = int(os.environ.get("LDMPERF_MUTANTS", "8"))
 ODD = [None, True, -1, 0, 3, 10**400, 1e308, 0.5, "", "x" * 5000, "a\nb\x1b", [], [1] * 50, {}, {"a": [{}]}]
 
 

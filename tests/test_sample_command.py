@@ -126,12 +126,12 @@ def test_several_seeds_are_a_grid_and_a_name_with_seed_is_a_file_each(make: Run,
 
 
 def test_prompts_are_rows_and_seeds_columns(make: Run, tmp_path: Path) -> None:
-    assert make("grid.png", "--prompt", "h i", "--seed", "5,6,9").code == 0
+    assert make("grid.png", "--prompt", "h i", "--seed", "5,6,9,2").code == 0
     grid = pixels(tmp_path / "grid.png")
-    assert grid.shape == (32, 72, 3)
-    done = make("{prompt}-{seed}.png", "--prompt", "h i", "--seed", "5,6,9", "--batch", 4)
+    assert grid.shape == (32, 96, 3)
+    done = make("{prompt}-{seed}.png", "--prompt", "h i", "--seed", "5,6,9,2", "--batch", 4)
     assert done.code == 0
-    assert "6 files: 6 images of 24x16" in done.out
+    assert "8 files: 8 images of 24x16" in done.out
     assert (grid[16:, 24:48].int() - pixels(tmp_path / "2-6.png").int()).abs().max() <= 1
     assert texts(tmp_path / "2-6.png")["parameters"].startswith("h i\nSteps: 2")
     done = make("{seed}.png", "--prompt", "h i", "--seed", "5,6,9")

@@ -41,24 +41,25 @@ def theirs(folders: dict[str, Path]) -> dict[str, Any]:
     return {kind: diffusers_pipeline(folder) for kind, folder in folders.items()}
 
 
-def latents_of(pipeline: Any, seeds: list[int]) -> torch.Tensor:
-    return initial_noise(seeds, (4, SIZE["height"] // 2, SIZE["width"] // 2))
-
-
 def diffused(pipeline: Any, prompts: list[str], seeds: list[int], steps: int = 3, **options: Any) -> Any:
     """(latents, pixels) of diffusers' pipeline on our noise."""
-    found = []
-    for output in ("latent", "pt"):
-        images = pipeline(
-            prompts,
-            latents=latents_of(pipeline, seeds),
-            num_inference_steps=steps,
-            output_type=output,
-            **SIZE,
-            **options,
-        ).images
-        found.append(images)
-    return found
+    last = []
+
+    def noted(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last[:] = [tensors["latents"]]
+        return tensors
+
+    noise = initial_noise(seeds, (4, SIZE["height"] // 2, SIZE["width"] // 2))
+    images = pipeline(
+        prompts,
+        latents=noise,
+        num_inference_steps=steps,
+        output_type="pt",
+        callback_on_step_end=noted,
+        **SIZE,
+        **options,
+    ).images
+    return last[0], images
 
 
 def check_same(sampled: Any, latents: torch.Tensor, pixels: torch.Tensor) -> None:
@@ -66,7 +67,10 @@ def check_same(sampled: Any, latents: torch.Tensor, pixels: torch.Tensor) -> Non
     assert error < TOLERANCE
     assert (sampled.pixels - pixels).abs().max() < TOLERANCE
     assert pixels.std() > 0.05
-    assert (as_bytes(sampled.pixels).int() - (pixels * 255).round().permute(0, 2, 3, 1).int()).abs().max() <= 1
+    apart = (as_bytes(sampled.pixels).int() - (pixels * 255).round().permute(0, 2, 3, 1).int()).abs()
+    # Where rounding ties break.
+    assert apart.max() <= 1
+    assert apart.float().mean() < 0.01
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,21 +125,14 @@ def test_every_sampler_by_its_scheduler_config(
         warnings.simplefilter("ignore", FutureWarning)
         other = diffusers_pipeline(folder)
     module = importlib.import_module(type(scheduler).__module__)
-    evaluations = iter(range(0))
+    evaluations = iter(range(100))
 
     def step_noise(shape: Any, **_: Any) -> torch.Tensor:
         return philox_normal(seed_tensor(SEEDS[:2], "cpu"), shape[1:], next(evaluations), stream=1)
 
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", step_noise)
-    found = []
-    for output in ("latent", "pt"):
-        evaluations = iter(range(100))
-        latents = latents_of(other, SEEDS[:2])
-        found.append(
-            other(PROMPTS[:2], latents=latents, num_inference_steps=steps, output_type=output, **SIZE).images
-        )
-    check_same(made, *found)
+    check_same(made, *diffused(other, PROMPTS[:2], SEEDS[:2], steps=steps))
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
@@ -202,8 +199,8 @@ def test_in_half_only_xl_decodes_in_float32(folders: dict[str, Path]) -> None:
     for kind, wide in (("sd15", torch.float16), ("sdxl", torch.float32)):
         pipeline = TextToImage.load(folders[kind], dtype=torch.float16, backend="torch")
         assert (pipeline.unet.dtype, pipeline.autoencoder.dtype) == (torch.float16, wide)
-        made = pipeline("a b c", 1, steps=2, **SIZE)
-        exact = TextToImage.load(folders[kind], backend="torch")("a b c", 1, steps=2, **SIZE)
+        made = pipeline("a b c", 1, steps=1, height=4, width=4)
+        exact = TextToImage.load(folders[kind], backend="torch")("a b c", 1, steps=1, height=4, width=4)
         assert 0 < (made.pixels - exact.pixels).abs().max() < 0.05
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ldmperf.samplers import Capture, CaptureError, GraphedDenoiser, Graphs
 
-from .. import Conditioning, UNet
+from ..conditioning import Conditioning
+from ..unet import UNet
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import Conditioning, UNet
+from ..conditioning import Conditioning
+from ..unet import UNet
 
 # A run of more steps, or a timestep from some larger tensor, is conditioned step by step.
 MAX_STEPS = 1024
@@ -22,7 +23,7 @@ MAX_STEPS = 1024
 BESIDE = ("text_embeds", "time_ids", "class_labels", "timestep_cond")
 
 
-class RunInputs:
+class GivenValues:
     """Tensors, and values beside them, as they are now."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -54,7 +55,7 @@ def _versions(values: Mapping[str, Any]) -> list[int] | None:
 
 @dataclass
 class _Kept:
-    inputs: RunInputs
+    inputs: GivenValues
     conditioning: Conditioning
 
 
@@ -89,7 +90,7 @@ class KeptConditioning:
 
     def make(self, unet: UNet, values: Mapping[str, Any]) -> Conditioning:
         """Computes the conditioning of `values` and keeps it."""
-        inputs = RunInputs(values)
+        inputs = GivenValues(values)
         self._kept = None
         with torch.inference_mode(False), torch.no_grad():
             conditioning = condition(unet, values)

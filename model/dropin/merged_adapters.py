@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import UNet, diffusers_state_dict
+from ..unet import UNet
+from ..weights import diffusers_state_dict
 
 # As peft's BaseTunerLayer has them; peft is imported only where somebody loads an adapter.
 _OF_A_TUNER = ("base_layer", "active_adapters", "merged", "disable_adapters", "get_base_layer")

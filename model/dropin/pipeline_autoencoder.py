@@ -12,13 +12,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from .. import (
-    Autoencoder,
-    AutoencoderConfig,
-    UnsupportedConfig,
-    autoencoder_diffusers_config,
-    autoencoder_state_dict,
-)
+from ..autoencoder import Autoencoder
+from ..autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
+from ..autoencoder_weights import autoencoder_state_dict
+from ..fields import UnsupportedConfig
 from .pipeline_model import PipelineModel
 from .unet_source import changed_module, weights_reason
 
@@ -108,7 +105,7 @@ class PipelineAutoencoder(PipelineModel, AutoencoderMixin):  # type: ignore[misc
     def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         side = self.tile_sample_min_size
         if self.use_tiling and max(x.shape[2:]) > side:
-            return self.vae.encode_tiled(x, tile=side // self.vae.config.scale, overlap=self.tile_overlap_factor)
+            return self.vae.encode_tiled(x, tile=side, overlap=self.tile_overlap_factor)
         return self.vae.encode(x)
 
     @apply_forward_hook

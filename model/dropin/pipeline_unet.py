@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ldmperf.samplers import Capture, Graphs
 
-from .. import UNet, diffusers_config, diffusers_state_dict
+from ..config import diffusers_config
+from ..unet import UNet
+from ..weights import diffusers_state_dict
 from .evaluation import Evaluation, check_graphs
 from .kept_conditioning import KeptConditioning, condition, place
 from .merged_adapters import adapted_layers

@@ -2,8 +2,8 @@
 
     pipe.scheduler = PlanScheduler.from_scheduler(pipe.scheduler)
 
-It is the scheduler's own class with another `step`: its config, timesteps, `add_noise`, saving and loading are
-diffusers'. Only the arithmetic of a step is ours, and the search for the step, which waits for no device.
+It is the scheduler's own class with another `step`: only the arithmetic of a step is ours, and the search for the
+step, which waits for no device.
 """
 
 from __future__ import annotations
@@ -46,13 +46,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     as `timestep` is a number, a tensor on the CPU or an element of `timesteps`, as in diffusers' pipelines.
     """
 
-    # Of the class that an instance stands for.
     sampler: ClassVar[str]
     host: ClassVar[Any]
     output: ClassVar[Any]
 
-    # The scheduler that it was made from.
-    source: Any = None
+    source: Any = None  # what it was made from
     backend = "auto"
     timesteps: Tensor
 

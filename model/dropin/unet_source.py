@@ -12,7 +12,9 @@ from torch import nn
 
 from ldmperf.samplers import Watch
 
-from .. import UNet, UNetConfig, UnsupportedConfig
+from ..config import UNetConfig
+from ..fields import UnsupportedConfig
+from ..unet import UNet
 from .merged_adapters import adapted_layers, write_weights
 from .processed import KNOWN_PROCESSORS
 from .stand_ins import HOSTS, runs_its_class

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..fields import shown
 from ..files import CheckpointError, Source, find, open_all, read_json, some
-from ..kinds import Kind
+from ..kinds import NetworkKind
 
 # Every field that changes the result, with its largest value; absent fields take transformers' defaults.
 _SIZES = {
@@ -39,7 +39,7 @@ _TENSORS_OF_A_LAYER = 16
 # Whatever a tokenizer's files hold, they are read whole.
 _LARGEST_TOKENIZER = 1 << 26
 _PREFIX = "text_model."
-TEXT_ENCODER = Kind("text encoder", "text_encoder", "CLIPTextModel", frozenset({"vocab_size"}))
+TEXT_ENCODER = NetworkKind("text encoder", "text_encoder", "CLIPTextModel", frozenset({"vocab_size"}))
 
 
 @dataclass(frozen=True)

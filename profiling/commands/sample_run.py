@@ -126,9 +126,7 @@ class SampleRun:
             clip_skip=settings.clip_skip,
             tile=settings.tile,
             progress=progress,
-            preview=None
-            if self.preview is None
-            else lambda _, pixels: save_png(self.files.preview, as_bytes(pixels)),
+            preview=None if self.preview is None else previewed,
             preview_every=self.preview or 1,
             told=self._tell_once,
         )

@@ -275,7 +275,9 @@ def test_a_nan_stays_where_it_belongs(kit, config):
     Each alone in a head of its own, in the first tile and in the last; the first image has none.
     """
     shape = (4, 40, 2, 8)
-    x = dict(zip("qkv", torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).bfloat16(), strict=True))
+    x = dict(
+        zip("qkv", torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).bfloat16(), strict=True)
+    )
     nan = torch.zeros(shape, dtype=torch.bool)
     for image, name in enumerate("qkv", 1):
         for head, where in enumerate((2, 39)):

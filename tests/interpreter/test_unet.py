@@ -71,3 +71,15 @@ def test_a_trajectory_on_the_kernels():
 
             results.append(sample(denoise, plan, noise, guidance_scale=5.0, backend=backend))
     assert relative_rms(results[1], results[0]) < 1e-5
+
+
+def test_batch_invariant_an_image_has_the_same_bits_alone_and_beside_another():
+    """On the kernels, whose plans are then those of one image."""
+    config = CONFIGS["two-levels"]
+    unet = networks(config, torch.float32)[1].with_backend("triton", "triton", batch_invariant=True)
+    x, context = torch.randn(2, 4, 3, 5), torch.randn(2, 5, config.context_dim)
+    timesteps = torch.tensor([981.0, 3.5])
+    with torch.no_grad():
+        found = unet(x, timesteps, context)
+        for i in range(2):
+            assert torch.equal(found[i : i + 1], unet(x[i : i + 1], timesteps[i], context[i : i + 1]))
