@@ -41,7 +41,7 @@ class Rebuilt:
     def replaced(self) -> tuple[Replaced, ...]:
         """The components that are ours now, whichever call put them there."""
         return tuple(
-            Replaced(name, part.host.__name__, _kind(part).__name__, _WHAT[name])
+            Replaced(name, part.host.__name__, _kind(part).__qualname__, _WHAT[name])
             for name, part in self._pipe.components.items()
             if isinstance(part, OURS)
         )
@@ -157,7 +157,7 @@ def rebuild(
         if reason is not None:
             reasons[name] = reason
     for name, ours in mine.items():
-        put(pipe, name, ours)
+        setattr(pipe, name, ours)
     rebuilt = Rebuilt(pipe, mine, reasons, backend)
     if not rebuilt.replaced:
         logger.warning("rebuild: nothing of this %s was replaced; the result says why", type(pipe).__name__)
@@ -169,13 +169,6 @@ def _into_the_unet(pipe: Any) -> str | None:
         if pipe.components.get(name) is not None:
             return f"{name} adds residuals to the UNet's blocks, which ours does not take"
     return None
-
-
-def put(pipe: Any, name: str, part: Any) -> None:
-    """Sets a component; the pipeline's configuration, which it saves, names diffusers' class as before."""
-    named = pipe.config[name]
-    setattr(pipe, name, part)
-    pipe.register_to_config(**{name: named})
 
 
 def give_back_component(pipe: Any, name: str) -> None:
@@ -193,7 +186,7 @@ def give_back_component(pipe: Any, name: str) -> None:
     if isinstance(ours, PipelineModel) and ours.device.type != "meta":
         # Not diffusers' own method, which warns of every dtype.
         nn.Module.to(source, device=ours.device, dtype=ours.dtype)
-    put(pipe, name, source)
+    setattr(pipe, name, source)
 
 
 def _kind(ours: Any) -> type:
