@@ -36,10 +36,16 @@ def sampler_of(config: Mapping[str, Any]) -> str:
     class_name = config.get("_class_name") if isinstance(config, Mapping) else None
     if not isinstance(class_name, str) or class_name not in _SAMPLERS:
         raise ValueError(
-            f"_class_name {shown(class_name)} is not supported: the scheduler config must name one of "
+            f"_class_name {_whole(class_name)} is not supported: the scheduler config must name one of "
             f"{', '.join(_SAMPLERS)}, or name the sampler yourself"
         )
     return _SAMPLERS[class_name]
+
+
+def _whole(class_name: object) -> str:
+    """A class's name, which `shown` would cut."""
+    is_name = isinstance(class_name, str) and class_name.isidentifier() and len(class_name) < 100
+    return repr(class_name) if is_name else shown(class_name)
 
 
 def plan_from_config(

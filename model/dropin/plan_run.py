@@ -119,7 +119,8 @@ class PlanRun:
         self._written = None if result.is_inference() else (result, result._version)
         estimate = None
         if rows.estimates:
-            estimate = self._registers[-1].to(estimate_dtype, copy=True).view(self.shape)
+            estimate = torch.empty_like(sample, dtype=estimate_dtype)
+            estimate.copy_(self._registers[-1].view(self.shape) if sample.dim() != 4 else self._registers[-1])
         return result, estimate
 
     def _wrote(self, sample: Tensor) -> bool:
