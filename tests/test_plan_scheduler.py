@@ -191,6 +191,24 @@ def test_a_list_of_generators_and_the_generator_s_state_after():
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_2s", "ddim"])
+def test_noise_is_drawn_where_diffusers_draws_it_and_in_its_dtype(name):
+    """Also at a last step that does not use it; the multistep SDE solver draws float32 for any latents."""
+    states = []
+    config = {} if name == "ddim" else {"algorithm_type": "sde-dpmsolver++"}
+    for scheduler in pair(name, **config):
+        generator = torch.Generator().manual_seed(5)
+        scheduler.set_timesteps(3)
+        x = torch.linspace(-1.0, 1.0, 240).view(SHAPE).half()
+        for timestep in scheduler.timesteps:
+            options = {"eta": 1.0} if name == "ddim" else {}
+            x = scheduler.step(network(x, timestep), timestep, x, generator=generator, **options).prev_sample
+        states.append((x, generator.get_state()))
+    (expected, after), (got, ours_after) = states
+    assert torch.equal(ours_after, after)
+    assert relative_error(got, expected) <= 3e-3
+
+
 def test_lcm_takes_strength_and_original_steps_as_its_class_does():
     theirs, ours = pair("lcm")
     for strength, original in ((0.5, None), (0.8, 30), (1.0, 25)):

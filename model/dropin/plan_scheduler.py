@@ -144,9 +144,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"{type(self).__name__} with {self.num_inference_steps} steps visits timesteps outside the "
                 "training range, or others than its config's: choose another number of steps or timestep_spacing"
             )
-        self._roots = None
-        if (plan.input_scales != 1.0).any():
-            self._roots = ((self.sigmas**2 + 1) ** 0.5).tolist()
+        is_scaled = bool((plan.input_scales != 1.0).any())
+        self._roots = ((self.sigmas**2 + 1) ** 0.5).tolist() if is_scaled else None
         if device is not None:
             self.timesteps = host.to(device, non_blocking=True)
         self._places = TimestepPlaces(host, self.timesteps)
