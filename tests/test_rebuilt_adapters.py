@@ -145,7 +145,7 @@ class Adapters(RuleBasedStateMachine):
 
 
 TestAdapters = Adapters.TestCase
-TestAdapters.settings = settings(max_examples=4, stateful_step_count=12, deadline=None)
+TestAdapters.settings = settings(max_examples=3, stateful_step_count=12, deadline=None)
 TestAdapters.pytestmark = pytestmark
 
 
