@@ -297,8 +297,15 @@ def _sentence(one: Mapping[str, Any]) -> str:
     return (
         f"- {one['dtype']}: of {one['calls']} calls that compute {differing} differ. Images of the step that have "
         f"other bits than alone: {', '.join(differ)}; in the mode {', '.join(kept)}. The same at every batch: "
-        f"{', '.join(ours)}."
+        f"{', '.join(ours)}.{_price(one['ms'])}"
     )
+
+
+def _price(ms: Mapping[str, Sequence[float]]) -> str:
+    if not ms:
+        return ""
+    told = ", ".join(f"{name} {median(times):.0f} ms" for name, times in ms.items())
+    return f" A step of {BATCHES[-2]} images, median of {len(ms['plain'])} in turn, under a dispatch mode: {told}."
 
 
 @torch.inference_mode()

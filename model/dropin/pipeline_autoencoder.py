@@ -105,7 +105,7 @@ class PipelineAutoencoder(PipelineModel, AutoencoderMixin):  # type: ignore[misc
     def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         side = self.tile_sample_min_size
         if self.use_tiling and max(x.shape[2:]) > side:
-            return self.vae.encode_tiled(x, tile=side, overlap=self.tile_overlap_factor)
+            return self.vae.encode_tiled(x, tile=side // self.vae.config.scale, overlap=self.tile_overlap_factor)
         return self.vae.encode(x)
 
     @apply_forward_hook

@@ -31,6 +31,17 @@ class PipelineModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     # diffusers' class of such a model.
     host: ClassVar[Any]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A pipeline writes both into its model_index.json, by which diffusers loads what it saves.
+        cls.__name__, cls.__module__ = cls.host.__name__, cls.host.__module__
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _blank, (type(self).__qualname__,), self.__getstate__()
+
+    def _get_name(self) -> str:
+        return type(self).__qualname__
+
     def _set_up(self, config: Mapping[str, Any]) -> None:
         self._internal_dict = FrozenDict(config)
 
@@ -67,7 +78,7 @@ class PipelineModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> Any:
         """The weights that the network computes with, under diffusers' keys, on the network's own memory."""
         if args or kwargs:
-            raise ValueError(f"{type(self).__name__}.state_dict takes prefix and keep_vars alone")
+            raise ValueError(f"{type(self).__qualname__}.state_dict takes prefix and keep_vars alone")
         views = self._views()
         return {f"{prefix}{name}": view if keep_vars else view.detach() for name, view in views.items()}
 
@@ -75,14 +86,14 @@ class PipelineModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Writes weights under diffusers' keys in place: captured graphs read them."""
         if assign:
             raise ValueError(
-                f"{type(self).__name__}: weights are written in place, for graphs to read them: leave assign out"
+                f"{type(self).__qualname__}: weights are written in place, as graphs read them: leave assign out"
             )
         views = self._views()
         missing, unexpected = list(views.keys() - state_dict.keys()), list(state_dict.keys() - views.keys())
         wrong = [name for name in views.keys() & state_dict.keys() if views[name].shape != state_dict[name].shape]
         if wrong or (strict and (missing or unexpected)):
             raise RuntimeError(
-                f"{type(self).__name__}: the weights do not fit: {len(missing)} missing, {len(unexpected)} "
+                f"{type(self).__qualname__}: the weights do not fit: {len(missing)} missing, {len(unexpected)} "
                 f"unexpected, {len(wrong)} of another shape, such as {(missing + unexpected + wrong)[0]}"
             )
         with torch.no_grad():
@@ -92,4 +103,11 @@ class PipelineModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _check_is_here(self, weight: Tensor) -> None:
         if weight.is_meta:
-            raise ValueError(f"{type(self).__name__}: {_OFFLOADED}")
+            raise ValueError(f"{type(self).__qualname__}: {_OFFLOADED}")
+
+
+def _blank(name: str) -> PipelineModel:
+    """What a copy or a pickle fills in."""
+    kind: Any = next(kind for kind in PipelineModel.__subclasses__() if kind.__qualname__ == name)
+    blank: PipelineModel = kind.__new__(kind)
+    return blank

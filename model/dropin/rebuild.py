@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
 from ldmperf.samplers import Capture, Graphs
@@ -41,7 +41,7 @@ class Rebuilt:
     def replaced(self) -> tuple[Replaced, ...]:
         """The components that are ours now, whichever call put them there."""
         return tuple(
-            Replaced(name, part.host.__name__, _name(part), _WHAT[name])
+            Replaced(name, part.host.__name__, _kind(part).__qualname__, _WHAT[name])
             for name, part in self._pipe.components.items()
             if isinstance(part, OURS)
         )
@@ -52,7 +52,7 @@ class Rebuilt:
         return tuple(
             Left(name, type(part).__name__, self._reasons.get(name, "undone, or put in since"))
             for name, part in self._pipe.components.items()
-            if part is not None and not isinstance(part, OURS)
+            if isinstance(part, nn.Module | SchedulerMixin) and not isinstance(part, OURS)
         )
 
     @property
@@ -100,8 +100,8 @@ class Rebuilt:
     def _runs(self, name: str) -> str:
         """Where a component of ours runs, in words."""
         part = getattr(self._pipe, name)
-        if name == "scheduler":
-            return "one kernel for a step"
+        if isinstance(part, PlanScheduler):
+            return f"{type(part).__name__}'s steps, each one launch of sampler_update"
         return f"{part.device}, {str(part.dtype).removeprefix('torch.')}, {serving(part.device, self._backend)}"
 
 
@@ -157,17 +157,11 @@ def rebuild(
         if reason is not None:
             reasons[name] = reason
     for name, ours in mine.items():
-        put(pipe, name, ours)
+        setattr(pipe, name, ours)
     rebuilt = Rebuilt(pipe, mine, reasons, backend)
     if not rebuilt.replaced:
         logger.warning("rebuild: nothing of this %s was replaced; the result says why", type(pipe).__name__)
     return rebuilt
-
-
-def _name(part: Any) -> str:
-    """The name of our class; that of a scheduler's class is diffusers'."""
-    ours: type = next(ours for ours in OURS if isinstance(part, ours))
-    return ours.__name__
 
 
 def _into_the_unet(pipe: Any) -> str | None:
@@ -177,25 +171,23 @@ def _into_the_unet(pipe: Any) -> str | None:
     return None
 
 
-def put(pipe: Any, name: str, part: Any) -> None:
-    """Sets a component; the pipeline's configuration, which it saves, names diffusers' class as before."""
-    named = pipe.config[name]
-    setattr(pipe, name, part)
-    pipe.register_to_config(**{name: named})
-
-
 def give_back_component(pipe: Any, name: str) -> None:
     """Sets what our component was made from, on the device and in the dtype of ours.
 
     Raises ValueError where it was made from nothing of diffusers'.
     """
     ours = getattr(pipe, name)
-    if ours.source is None:
+    source = ours.source
+    if source is None:
         raise ValueError(
             f"undo: {name} was made without a {ours.host.__name__} of diffusers: load one and set pipe.{name}"
         )
     # Where sequential offload has taken ours apart, the source stays as it is.
     if isinstance(ours, PipelineModel) and ours.device.type != "meta":
         # Not diffusers' own method, which warns of every dtype.
-        nn.Module.to(ours.source, device=ours.device, dtype=ours.dtype)
-    put(pipe, name, ours.source)
+        nn.Module.to(source, device=ours.device, dtype=ours.dtype)
+    setattr(pipe, name, source)
+
+
+def _kind(ours: Any) -> type:
+    return next(kind for kind in OURS if isinstance(ours, kind))

@@ -1,0 +1,260 @@
+"""Whole pipelines, rebuilt, beside diffusers' own: latents and images, every sampler, callbacks and guidance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForImage2Image
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ldmperf.model.dropin import PipelineUNet, rebuild
+
+from .dropin_checks import Computed
+from .dropin_models import UNETS, make_pipeline, make_unet, pipeline_inputs
+from .tapes import Tape, Tapes
+
+pytestmark = [
+    pytest.mark.usefixtures("_one_thread"),
+    pytest.mark.filterwarnings("ignore:You have passed 2 text prompts:FutureWarning"),
+]
+# Of values 0 to 1, and of latents relative to the largest.
+SAME = 1e-5
+KINDS = ("text", "img2img", "inpaint", "upscale", "sdxl")
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+class Pair:
+    """A pipeline and the same rebuilt, made once and used by many tests."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.theirs, self.ours = make_pipeline(kind), make_pipeline(kind)
+        self.tapes = Tapes()
+        self.rebuilt = rebuild(self.ours, backend="torch", graphs=self.tapes)
+
+    def same(self, **changes: Any) -> np.ndarray:
+        """The images of ours, which are diffusers'."""
+        results = [self.call(pipe, **changes) for pipe in (self.ours, self.theirs)]
+        largest = max(1.0, float(np.abs(results[1]).max()))
+        assert float(np.abs(results[0] - results[1]).max()) < SAME * largest
+        assert results[0].std() > 0.02
+        return results[0]
+
+    def call(self, pipe: Any, *, seeds: tuple[int, ...] = (), **changes: Any) -> np.ndarray:
+        if seeds:
+            changes["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(**pipeline_inputs(self.kind) | changes).images
+        return images.numpy() if isinstance(images, torch.Tensor) else images
+
+    def schedule(self, name: str, **options: Any) -> None:
+        kind, fixed = SCHEDULERS[name]
+        for pipe in (self.ours, self.theirs):
+            pipe.scheduler = getattr(diffusers, kind).from_config(dict(pipe.scheduler.config), **fixed, **options)
+        rebuild(self.ours, backend="torch")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, Pair]:
+    return {kind: Pair(kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_latents_and_batches(pairs: dict[str, Pair], kind: str) -> None:
+    pair = pairs[kind]
+    alone = pair.same()
+    assert np.array_equal(alone, pair.same())
+    pair.same(output_type="latent")
+    pair.same(guidance_scale=1.0)
+    pair.same(num_images_per_prompt=2)
+    two = {"prompt": ["a b c", "d"], "negative_prompt": ["d", "e"]}
+    image = pipeline_inputs(kind).get("image")
+    if image is not None and kind != "inpaint":
+        two["image"] = image.repeat(2, 1, 1, 1)
+    pair.same(**two, seeds=(3, 4))
+
+
+@pytest.mark.parametrize("sampler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("kind", ["text", "img2img"])
+def test_every_sampler(pairs: dict[str, Pair], kind: str, sampler: str) -> None:
+    pair = pairs[kind]
+    pair.schedule(sampler)
+    changes: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
+    if sampler == "ddim":
+        changes["eta"] = 0.7
+    pair.same(**changes)
+    if kind == "img2img":
+        pair.same(**changes | {"strength": 0.5})
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "sdxl", "upscale"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_karras"])
+def test_other_pipelines_with_some_samplers(pairs: dict[str, Pair], kind: str, sampler: str) -> None:
+    pairs[kind].schedule(sampler)
+    pairs[kind].same(num_inference_steps=3)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_strength(pairs: dict[str, Pair], strength: float) -> None:
+    for kind in ("img2img", "inpaint"):
+        pairs[kind].schedule("ddim")
+        pairs[kind].same(strength=strength, num_inference_steps=4)
+
+
+def test_shapes_that_alternate(pairs: dict[str, Pair]) -> None:
+    pair = pairs["text"]
+    pair.schedule("ddim")
+    sizes = [(16, 16), (24, 16), (16, 16), (24, 16), (16, 32)]
+    pair.tapes.log.clear()
+    for height, width in sizes:
+        pair.same(height=height, width=width)
+    assert pair.tapes.captured <= 3
+    assert len(pair.rebuilt.captures) <= 4
+
+
+def test_callbacks_change_the_run_and_interrupt_it(pairs: dict[str, Pair]) -> None:
+    pair = pairs["text"]
+    pair.schedule("ddim")
+
+    def weaker(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        # As diffusers' guide shows: guidance ends in mid-run.
+        if step == 1:
+            pipe._guidance_scale = 0.0
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"].chunk(2)[-1]
+        return kwargs
+
+    def in_place(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs["prompt_embeds"].mul_(0.9)
+        return {"latents": kwargs["latents"] * 1.01}
+
+    def stop(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 1
+        return kwargs
+
+    inputs = ["latents", "prompt_embeds"]
+    plain = pair.same(num_inference_steps=4)
+    for callback in (weaker, in_place, stop):
+        changed = pair.same(
+            num_inference_steps=4, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=inputs
+        )
+        assert not np.allclose(changed, plain)
+
+
+def test_prompt_embeds_and_rescaled_guidance(pairs: dict[str, Pair]) -> None:
+    pair = pairs["text"]
+    pair.schedule("ddim")
+    embeds = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    given = {"prompt": None, "negative_prompt": None, "guidance_rescale": 0.7, "num_inference_steps": 3}
+    for guidance_scale in (1.0, 5.0):
+        first = pair.same(
+            **given, prompt_embeds=embeds, negative_prompt_embeds=-embeds, guidance_scale=guidance_scale
+        )
+        embeds.add_(0.5)
+        second = pair.same(
+            **given, prompt_embeds=embeds, negative_prompt_embeds=-embeds, guidance_scale=guidance_scale
+        )
+        assert not np.allclose(first, second)
+
+
+def test_the_same_generator_gives_the_same_image(pairs: dict[str, Pair]) -> None:
+    pair = pairs["text"]
+    pair.schedule("euler_a")
+    images = [pair.call(pair.ours, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert np.array_equal(images[0], images[1])
+    assert not np.allclose(images[0], images[2])
+
+
+def test_inpainting_with_four_channels() -> None:
+    theirs = diffusers.StableDiffusionInpaintPipeline(
+        **make_pipeline("text").components, requires_safety_checker=False
+    )
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(**pipeline_inputs("inpaint")).images
+    rebuild(theirs, backend="torch")
+    assert float(np.abs(theirs(**pipeline_inputs("inpaint")).images - expected).max()) < SAME
+
+
+def test_latent_consistency_with_an_embedded_guidance_scale() -> None:
+    parts = make_pipeline("text").components
+    parts["unet"] = make_unet(UNETS["sd15"] | {"time_cond_proj_dim": 8})
+    parts["scheduler"] = diffusers.LCMScheduler.from_config(parts["scheduler"].config)
+    pipe = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = pipeline_inputs("text") | {"num_inference_steps": 3}
+    del inputs["negative_prompt"]
+    for guidance_scale in (2.0, 8.0):
+        expected = pipe(**inputs | {"guidance_scale": guidance_scale, "generator": _generator()}).images
+        with rebuild(pipe, backend="torch", graphs=Tapes()):
+            assert isinstance(pipe.unet, PipelineUNet)
+            images = pipe(**inputs | {"guidance_scale": guidance_scale, "generator": _generator()}).images
+        assert float(np.abs(images - expected).max()) < SAME
+
+
+def test_instructions_for_an_image() -> None:
+    parts = make_pipeline("text").components
+    parts["unet"] = make_unet(UNETS["sd15"] | {"in_channels": 8})
+    pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = pipeline_inputs("img2img")
+    del inputs["strength"]
+    expected = pipe(**inputs | {"generator": _generator()}).images
+    with rebuild(pipe, backend="torch"):
+        images = pipe(**inputs | {"generator": _generator()}).images
+    assert float(np.abs(images - expected).max()) < SAME
+
+
+def test_an_image_pipeline_of_sdxl(pairs: dict[str, Pair]) -> None:
+    pair = pairs["sdxl"]
+    pair.schedule("ddim")
+    inputs = pipeline_inputs("img2img") | {"strength": 0.6, "num_inference_steps": 4}
+    images = []
+    for pipe in (pair.ours, pair.theirs):
+        other = AutoPipelineForImage2Image.from_pipe(pipe)
+        other.set_progress_bar_config(disable=True)
+        images.append(other(**inputs | {"generator": _generator()}).images)
+    assert float(np.abs(images[0] - images[1]).max()) < SAME
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_what_a_step_still_launches_outside_of_its_capture(
+    pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guidance's two halves, the input and output of the capture, the guidance itself, one update."""
+    pair = pairs["text"]
+    pair.schedule("ddim")
+    replay = Tape.replay
+
+    def unseen(tape: Tape) -> None:
+        with _disable_current_modes():
+            replay(tape)
+
+    monkeypatch.setattr(Tape, "replay", unseen)
+    monkeypatch.setattr(Tape, "overwrite", lambda tape: None)
+    counts = []
+    for steps in (2, 3, 2, 3):
+        with Computed() as computed:
+            pair.call(pair.ours, num_inference_steps=steps, output_type="latent")
+        counts.append(Counter(computed.names))
+    # Beside these the input's copy and the step's number, written in place, and sampler_update.
+    expected = ["_to_copy", "add", "cat", "clone", "empty_like", "mul", "sub"]
+    assert sorted((counts[3] - counts[2]).elements()) == expected
