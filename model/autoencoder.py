@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,10 +124,6 @@ class Autoencoder(nn.Module):
 
     def _empty(self, size: Sequence[int], like: Tensor) -> Tensor:
         return torch.empty(size, dtype=self.dtype, device=like.device, memory_format=torch.channels_last)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy's modules are its own.
-        return {**self.__dict__, "_privacy": PrivacyKept()}
 
     def forward(self, image: Tensor) -> Tensor:
         """The image [B, Cin, H, W] encoded and its mean decoded."""

@@ -46,9 +46,9 @@ class ImageAttention(nn.Module):
 
         `in_place` overwrites x, for a caller that alone holds it.
         """
-        batch, channels = x.shape[:2]
         packed: Tensor = self.to_qkv(as_tokens(self.norm(x, between)))
-        qkv = packed.view(batch, -1, 3, 1, channels)
+        # One head of all channels.
+        qkv = packed.unflatten(2, (3, 1, x.shape[1]))
         h = attention(*qkv.unbind(2), backend=self.backend).flatten(2)
         return matmul_add(x, h, self.proj_out.weight, in_place)
 

@@ -18,10 +18,12 @@ _PREFIXED = re.compile(
 )
 _ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _ATTENTION = re.compile(r".*\.(?:attentions\.\d+|attn_1)\.\w+(?:\.0)?\.weight")
-_NUMBERED = re.compile(r"encoder\.(?:down_blocks|down)\.(\d{1,3})\.(resnets|block)\.(\d{1,4})\.conv1\.weight")
-# Stable Diffusion XL's UNet, beside the autoencoder in a whole checkpoint.
-_XL = re.compile(r"(?:model\.)?diffusion_model\.label_emb\.0\.0\.weight")
-_UNET = re.compile(r"(?:model\.)?diffusion_model\.input_blocks\.0\.0\.weight")
+_NUMBERED = re.compile(r"encoder\.(?:down_blocks|down)\.(\d{1,3})\.(?:resnets|block)\.(\d{1,4})\.conv1\.weight")
+# A UNet beside the autoencoder in a whole checkpoint, and the widths that Stable Diffusion XL embeds besides.
+_UNET = re.compile(r"(?:model\.)?diffusion_model\.(?:input_blocks\.0\.0|(label_emb\.0\.0))\.weight")
+_XL_WIDTHS = (2816, 2560)
+# Statistics of latents beside the UNet (Playground 2.5), whose factor is another.
+_STATISTICS = {"edm_mean", "edm_std"}
 # A released file tells no group count; every published autoencoder has this one.
 _GROUPS = 32
 
@@ -30,13 +32,16 @@ _GROUPS = 32
 class AutoencoderLayout:
     """The tensors of a checkpoint that belong to the autoencoder: their shapes under the names of the file.
 
-    Linear layers of attention are stored as [C, C], as 1x1 convolutions or as [C, C, 1]: all are [C, C] here.
+    factor: of the latents, where a UNet in the file tells it. is_xl: whether that is Stable Diffusion XL's. Linear
+    of attention are stored as [C, C], as 1x1 convolutions or as [C, C, 1]: all are [C, C] here.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     prefix: str
     compvis: bool
     former: bool
+    factor: float | None
+    is_xl: bool
 
     def stored(self, key: str, config: AutoencoderConfig) -> str:
         """The file's name of a diffusers key."""
@@ -68,31 +73,31 @@ def find_autoencoder(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Autoe
     }
     compvis = f"{prefix}decoder.norm_out.weight" in own
     former = not compvis and any(re.search(r"\.attentions\.0\.query\.weight$", key) for key in own)
-    return AutoencoderLayout(own, prefix, compvis, former)
+    unets = [(match[1], shape) for key, shape in shapes.items() if (match := _UNET.fullmatch(key))]
+    is_xl = any(name and shape[1:] in [(width,) for width in _XL_WIDTHS] for name, shape in unets)
+    factor = None if not unets or _STATISTICS & shapes.keys() else 0.13025 if is_xl else 0.18215
+    return AutoencoderLayout(own, prefix, compvis, former, factor, is_xl)
 
 
-def config_of_shapes(layout: AutoencoderLayout, names: Mapping[str, object]) -> AutoencoderConfig | None:
+def config_of_shapes(layout: AutoencoderLayout) -> AutoencoderConfig | None:
     """The configuration that shapes and names tell; None where they are of no autoencoder with 32 groups.
 
-    `names` are those of the whole file. A UNet among them tells the factor of the latents, and so do the three
-    levels of Stable Diffusion's x4 upscaler; else it is None.
+    The factor of the latents is told by a UNet in the file, or by the three levels of Stable Diffusion's x4
+    upscaler; else it is None.
     """
-    widths: dict[int, int] = {}
-    layers = 0
+    widths, layers = dict[int, int](), 0
     for key, shape in layout.shapes.items():
         if (match := _NUMBERED.fullmatch(key.removeprefix(layout.prefix))) and shape:
-            widths[int(match[1])] = shape[0]
-            layers = max(layers, int(match[3]) + 1)
+            if match[2] == "0":
+                widths[int(match[1])] = shape[0]
+            layers = max(layers, int(match[2]) + 1)
     conv_in, conv_out = layout.shape("decoder.conv_in.weight"), layout.shape("decoder.conv_out.weight")
     image = layout.shape("encoder.conv_in.weight")
     if sorted(widths) != list(range(len(widths))) or not all(len(s) == 4 for s in (conv_in, conv_out, image)):
         return None
     scale = 2 ** (len(widths) - 1)
-    is_xl = any(map(_XL.fullmatch, names))
-    factor = 0.13025 if is_xl else 0.18215 if any(map(_UNET.fullmatch, names)) else None
-    if scale == 4 and conv_in[1] == 4:
-        factor = 0.08333
-    attends = f"{'mid.attn_1' if layout.compvis else 'mid_block.attentions.0'}"
+    is_upscalers = scale == 4 and conv_in[1] == 4
+    attends = "mid.attn_1" if layout.compvis else "mid_block.attentions.0"
     try:
         return AutoencoderConfig(
             block_channels=tuple(widths[level] for level in sorted(widths)),
@@ -104,8 +109,8 @@ def config_of_shapes(layout: AutoencoderLayout, names: Mapping[str, object]) -> 
             attention=any(key.startswith(f"{layout.prefix}decoder.{attends}.") for key in layout.shapes),
             quant_conv=bool(layout.shape("quant_conv.weight")),
             post_quant_conv=bool(layout.shape("post_quant_conv.weight")),
-            sample_size=1024 if is_xl else 64 * scale,
-            scaling_factor=factor,
+            sample_size=1024 if layout.is_xl else 64 * scale,
+            scaling_factor=0.08333 if is_upscalers else layout.factor,
         )
     except UnsupportedConfig:
         return None

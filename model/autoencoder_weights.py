@@ -70,7 +70,7 @@ def load_autoencoder(
     with ExitStack() as stack, torch.device("cpu"), torch.inference_mode(False):
         tensors, metadata = open_all(source, stack)
         layout = find_autoencoder(str(path), {key: tuple(tensors[key].get_shape()) for key in tensors})
-        stated, origin = _stated(source, layout, tensors, metadata)
+        stated, origin = _stated(source, layout, metadata)
         if config is not None:
             stated, origin = config, "config="
         if stated is None:
@@ -110,7 +110,7 @@ def autoencoder_state_dict(autoencoder: Autoencoder) -> dict[str, Tensor]:
 
 
 def _stated(
-    source: Source, layout: AutoencoderLayout, tensors: Mapping[str, Any], metadata: Mapping[str, str]
+    source: Source, layout: AutoencoderLayout, metadata: Mapping[str, str]
 ) -> tuple[AutoencoderConfig | None, str]:
     """The configuration that the checkpoint states, and where; None where nothing tells it."""
     inside = metadata.get(AUTOENCODER_METADATA_KEY)
@@ -127,7 +127,7 @@ def _stated(
         if source.is_folder or AUTOENCODER.is_config(raw):
             beside = _checked(raw, str(source.config_file))
     if beside is None:
-        return config_of_shapes(layout, tensors), "that of its shapes"
+        return config_of_shapes(layout), "that of its shapes"
     if within is not None and within != beside:
         raise CheckpointError(
             f"{source.files[0]}: its metadata and {source.config_file} differ; remove config.json, or write the "
@@ -136,7 +136,7 @@ def _stated(
     if layout.compvis and not source.is_folder:
         # Stable Diffusion's file often lies in a folder with other networks.
         _, _, problem = _network(layout, beside, "auto")
-        told = config_of_shapes(layout, tensors) if problem else None
+        told = config_of_shapes(layout) if problem else None
         if told is not None:
             return told, "that of its shapes"
     return beside, str(source.config_file)

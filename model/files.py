@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .fields import UnsupportedConfig
-from .kinds import UNET, Kind
+from .kinds import UNET, NetworkKind
 
 # The name that diffusers gives to weights; a variant ("diffusion_pytorch_model.fp16") has one more word.
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -68,7 +68,7 @@ class Source:
     is_folder: bool
 
 
-def find(path: Path, kind: Kind) -> Source:
+def find(path: Path, kind: NetworkKind) -> Source:
     """The files behind a folder, a .safetensors file, a shard or an index file."""
     if os.path.isfile(path):
         beside = path.parent / "config.json"
@@ -176,7 +176,7 @@ def _what_it_is(file: Path) -> str:
     return "not a readable .safetensors file: truncated or damaged; download or copy it again"
 
 
-def _folder(path: Path, kind: Kind) -> Path:
+def _folder(path: Path, kind: NetworkKind) -> Path:
     own, nested = path / "config.json", path / kind.folder / "config.json"
     if os.path.isfile(nested):
         try:
@@ -228,7 +228,7 @@ def _sets(folder: Path) -> dict[str, _Set]:
     return sets
 
 
-def _weights(folder: Path, kind: Kind) -> tuple[tuple[Path, ...], dict[str, str] | None]:
+def _weights(folder: Path, kind: NetworkKind) -> tuple[tuple[Path, ...], dict[str, str] | None]:
     """The weights of a folder: the plain ones, or a variant (.fp16 and the like) where it stands alone."""
     sets = _sets(folder)
     # An index without any of its shards comes along when a variant is downloaded.

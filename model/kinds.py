@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Kind:
+class NetworkKind:
     """A kind of network.
 
     name: in errors. folder: in a pipeline's folder. class_name: diffusers' class. fields: of a config.json that
@@ -25,13 +25,13 @@ class Kind:
         return not raw.keys().isdisjoint(self.fields)
 
 
-UNET = Kind(
+UNET = NetworkKind(
     "UNet",
     "unet",
     "UNet2DConditionModel",
     frozenset({"block_out_channels", "cross_attention_dim", "down_block_types"}),
 )
-AUTOENCODER = Kind(
+AUTOENCODER = NetworkKind(
     "autoencoder",
     "vae",
     "AutoencoderKL",

@@ -13,15 +13,8 @@ from torch.utils._device import DeviceContext
 from ldmperf.kernels import GroupNormSiLU
 
 from .autoencoder_blocks import Coder, HalvingConv, ImageAttention
-from .blocks import (
-    EmbeddingMLP,
-    LabelEmbedding,
-    Resample,
-    ResBlock,
-    TimestepEmbedding,
-    Transformer,
-    TransformerBlock,
-)
+from .blocks import Resample, ResBlock, Transformer, TransformerBlock
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding
 from .route import Level
 from .staleness import Structure
 
@@ -82,6 +75,10 @@ class PrivacyKept:
 
     def __init__(self) -> None:
         self._privacy: Privacy | None = None
+
+    def __reduce__(self) -> tuple[type[PrivacyKept], tuple[()]]:
+        # A copy's modules are its own.
+        return PrivacyKept, ()
 
     def holds(self, network: nn.Module) -> bool:
         """Whether only the network holds the activations between its modules, so that sums may overwrite them."""

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import EmbeddingMLP, LabelEmbedding, Resample, ResBlock, TimestepEmbedding, Transformer, sinusoids
+from .blocks import Resample, ResBlock, Transformer
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
+from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
 from .image_by_image import Values, conditioned, evaluated
-from .private import Privacy
+from .private import PrivacyKept
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
 
@@ -43,7 +44,7 @@ class _Remembered:
 
     def __init__(self) -> None:
         self.snapshot: Snapshot | None = None
-        self.privacy: Privacy | None = None
+        self.privacy = PrivacyKept()
 
 
 class UNet(nn.Module):
@@ -69,18 +70,11 @@ class UNet(nn.Module):
         layers, last = config.layers_per_block, len(channels) - 1
 
         def level(
-            i: int,
-            widths: Iterable[int],
-            transformers: int,
-            only_cross: bool = False,
-            down: bool = False,
-            up: bool = False,
+            i: int, widths: Iterable[int], transformers: int, only: bool, down: bool = False, up: bool = False
         ) -> Level:
             """A ResBlock from each of `widths` to the level's own width, transformers, and a resampling if any."""
-            out, sizes = (
-                channels[i],
-                (config.num_heads[i], config.transformer_layers[i], config.context_dim, only_cross),
-            )
+            out = channels[i]
+            sizes = config.num_heads[i], config.transformer_layers[i], config.context_dim, only
             return Level(
                 [ResBlock(width, out, groups, eps, backend) for width in widths],
                 [Transformer(out, *sizes, groups, backend, products) for _ in range(transformers)],
@@ -100,7 +94,7 @@ class UNet(nn.Module):
             self.down.append(level(i, widths, config.attention[i] * layers, only_cross[i], down=i < last))
             skips += [out] * (layers + (i < last))
             width = out
-        self.middle = level(last, [width, width], 1) if config.has_middle else None
+        self.middle = level(last, [width, width], 1, only=False) if config.has_middle else None
         self.up = nn.ModuleList()
         for i, out in reversed(list(enumerate(channels))):
             widths = [x + skips.pop() for x in (width, *[out] * layers)]
@@ -234,7 +228,7 @@ class UNet(nn.Module):
         """`denoise` with the shifts [B, S] of its step."""
         shift_of, context = iter(shifts.split(self.shift_channels, dim=1)), iter(contexts)
         at_stops, at_end = split_biases(constants, self._constant_sizes)
-        in_place = not torch.is_grad_enabled() and self._is_private()
+        in_place = not torch.is_grad_enabled() and self._remembered.privacy.holds(self)
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
         x = F.conv2d(sample, self.conv_in.weight, padding=1)
@@ -257,16 +251,6 @@ class UNet(nn.Module):
                     skips.append(x)
         out: Tensor = self.conv_out(self.norm_out(x, at_end))
         return out
-
-    def _is_private(self) -> bool:
-        """Whether only `denoise` holds the activations between its modules, so that sums may overwrite them."""
-        if torch.compiler.is_compiling():
-            # A compiled graph plans its memory itself, and needs no in-place sums.
-            return False
-        remembered = self._remembered
-        if remembered.privacy is None or not remembered.privacy.knows_all():
-            remembered.privacy = Privacy(self)
-        return remembered.privacy.holds()
 
     def constants(self) -> Constants:
         """The deferred biases (`Conditioning.constants`), which depend on the weights alone."""

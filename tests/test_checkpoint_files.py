@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import pickle
 import re
 import shutil
+import socket
 import zipfile
 
 import pytest
@@ -167,6 +169,15 @@ def test_stale_shards_are_refused_and_the_index_file_is_the_way_out(sharded, the
         (lambda m: m | {"conv_in.bias": "../elsewhere.safetensors"}, "no .safetensors file of its folder"),
         (lambda m: m | {"conv_in.bias": "/etc/passwd"}, "no .safetensors file of its folder"),
         (lambda m: m | {"conv_in.bias": ".."}, "no .safetensors file of its folder"),
+        (lambda m: m | {"conv_in.bias": f"./{m['conv_in.bias']}"}, "no .safetensors file of its folder"),
+        (lambda m: m | {"conv_in.bias": f"x/../{m['conv_in.bias']}"}, "no .safetensors file of its folder"),
+        (lambda m: m | {"conv_in.bias": f"{m['conv_in.bias']}\0"}, "no .safetensors file of its folder"),
+        (lambda m: m | {"conv_in.bias": f"\0{m['conv_in.bias']}"}, "missing"),
+        (lambda m: m | {"conv_in.bias": "\udcff.safetensors"}, "missing"),
+        (
+            lambda m: m | {"conv_in.bias": "https://example.org/x.safetensors"},
+            "no .safetensors file of its folder",
+        ),
         (lambda m: m | {"conv_in.bias": 7}, "no .safetensors file of its folder"),
         (lambda m: m | {"conv_in.bias": f"{NAME}-00009-of-00003.safetensors"}, "missing"),
         (lambda m: m | {"conv_in.bias": next(n for n in m.values() if n != m["conv_in.bias"])}, "conv_in.bias"),
@@ -202,6 +213,73 @@ def test_a_link_is_not_followed_for_its_name(theirs, tmp_path):
     dangling = tmp_path / "dangling.safetensors"
     dangling.symlink_to("nowhere")
     assert "no such file" in refusal(dangling)
+
+
+def test_a_set_of_links_out_of_its_folder_is_loaded_and_an_index_that_leads_out_is_not(sharded, theirs):
+    """In the Hugging Face cache every shard is a link; a path in the index file is none of the owner's making."""
+    outside = sharded.parent / "blobs"
+    outside.mkdir()
+    for number, shard in enumerate(sorted(sharded.glob("*.safetensors"))):
+        shard.rename(outside / f"{number}.safetensors")
+        shard.symlink_to(outside / f"{number}.safetensors" if number else f"../blobs/{number}.safetensors")
+    index = sharded / f"{NAME}.safetensors.index.json"
+    for path in (sharded, index, sharded / f"{NAME}-00002-of-00003.safetensors"):
+        assert_loads(path, theirs)
+    raw = json.loads(index.read_text())
+    for leading_out in (str(outside), "../blobs"):
+        moved = {
+            key: f"{leading_out}/{int(name[24:29]) - 1}.safetensors" for key, name in raw["weight_map"].items()
+        }
+        assert (sharded / next(iter(moved.values()))).exists()
+        index.write_text(json.dumps(raw | {"weight_map": moved}))
+        for path in (sharded, index):
+            assert "no .safetensors file of its folder" in refusal(path)
+
+
+def test_a_pipe_is_not_waited_for(theirs, tmp_path):
+    theirs.save_config(tmp_path)
+    os.mkfifo(tmp_path / f"{NAME}.safetensors")
+    assert "no such file" in refusal(tmp_path / f"{NAME}.safetensors")
+    assert "no .safetensors file" in refusal(tmp_path)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    assert "no config.json" in refusal(tmp_path)
+
+
+def test_nothing_is_unpickled_and_nothing_fetched(sharded, theirs, tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a loader unpickled or reached for the network")
+
+    # As they lie where only pickles were downloaded: nobody opens them.
+    pickled = tmp_path / "pickled"
+    theirs.save_pretrained(pickled, safe_serialization=False)
+    assert list(pickled.glob("*.bin"))
+    for place, name in (
+        (torch, "load"),
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (socket, "socket"),
+        (socket, "getaddrinfo"),
+    ):
+        monkeypatch.setattr(place, name, forbidden)
+    assert_loads(sharded, theirs)
+    assert "pickle weights are not read" in refusal(pickled)
+    assert "zip archive" in refusal(next(pickled.glob("*.bin")))
+    (sharded / f"{NAME}-00002-of-00003.safetensors").unlink()
+    assert "missing" in refusal(sharded)
+    for name in ("stabilityai/stable-diffusion-2", "https://huggingface.co/x/y"):
+        assert "no such file or folder" in refusal(name)
+
+
+def test_a_header_of_many_tensors_is_read_in_its_own_time(theirs, tmp_path):
+    """A name of a hundred thousand words, and ten thousand names."""
+    state = state_of(theirs)
+    nothing = torch.zeros(0)
+    others = {"model." * 100_000 + "conv_in": nothing} | {f"model.{i}": nothing for i in range(10_000)}
+    file = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({key: value.clone() for key, value in (state | others).items()}, file)
+    assert "10001 unexpected" in refusal(file, config=CONFIG)
 
 
 def test_an_averaged_unet_is_loaded(theirs, tmp_path):

@@ -101,6 +101,28 @@ def test_releases_with_more_input_channels(tmp_path, channels):
     assert load_unet(tmp_path / "x.safetensors", device="meta").config == config
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"only_cross_attention": False},
+        {"num_class_embeds": None},
+        {"num_class_embeds": 999},
+    ],
+)
+def test_a_network_like_the_x4_upscaler_is_not_taken_for_it(tmp_path, other):
+    release = RELEASE["Stable Diffusion x4 upscaler"].config
+    config = dataclasses.replace(release, **other)
+    file = tmp_path / "x.safetensors"
+    for shapes in (shapes_of(config), in_compvis(config, shapes_of(config))):
+        write_sparse(file, shapes)
+        with pytest.raises(CheckpointError, match="how many heads"):
+            load_unet(file, device="meta")
+        assert load_unet(file, device="meta", config=config).config == config
+        # It has none of the release's configurations, and tells what differs.
+        with pytest.raises(CheckpointError, match=r"\(config=\): .*(missing|unexpected|misshapen)"):
+            load_unet(file, device="meta", config=release)
+
+
 def test_our_866m_is_not_taken_for_stable_diffusion_2(tmp_path):
     shapes = shapes_of(FAMILY["866M"])
     assert shapes == shapes_of(RELEASE["Stable Diffusion 2"].config)

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ldmperf.model import FAMILY, UNet, UNetConfig, UnsupportedConfig, diffusers_config
-from ldmperf.model.config import _ONLY, _READ, _WITHOUT_EFFECT
+from ldmperf.model.diffusers_fields import _ONLY, _READ, _WITHOUT_EFFECT
 from ldmperf.profiling.step.flops import count_gflop, count_parameters, flop_counter
 
 PAPER = json.loads((Path(__file__).parents[1] / "profiling" / "paper.json").read_text())["sizes"]

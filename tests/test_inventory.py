@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.recorded import KernelTime
 from ldmperf.profiling.step.call import nbytes
 from ldmperf.profiling.step.launches import GpuLaunch, total
-from ldmperf.profiling.step.recorded_steps import diffusers_step, our_step
+from ldmperf.profiling.step.recorded_steps import diffusers_network, diffusers_step, our_step, record_evaluation
 from ldmperf.profiling.step.recording import Recorder
 from ldmperf.profiling.step.rules import UnknownOperator, flash_splits, launches_of
 from ldmperf.profiling.trajectory.records import Trace
@@ -117,6 +118,23 @@ def test_our_step_counted_by_hand() -> None:
     (update,) = (launch for launch in found if launch.group == "sampler")
     # Latents in float32 read and written, two outputs and two inputs in bf16; tables of a two-step plan.
     assert update.nbytes == 4 * 16 * 16 * (4 + 4 + 2 * 2 + 2 * 2) + 4 * (2 * 3 + 2 + 2) + 8
+
+
+def test_of_a_network_with_classes_one_attention_more_reads_the_context() -> None:
+    config = dataclasses.replace(TINY, only_cross_attention=True, num_class_embeds=5, time_cond_proj_dim=4)
+    found = Counter(names(launches_of(our_step(config, BF16, 16, 7, products="torch"))))
+    usual = Counter(names(launches_of(our_step(TINY, BF16, 16, 7, products="torch"))))
+    assert found - usual == {"cross-attention": 3}
+    assert usual - found == {"attention": 3}
+    recorder = Recorder()
+    record_evaluation(recorder, diffusers_network(config, BF16), config, 16, 7)
+    launches = launches_of(recorder.calls)
+    theirs = Counter(names(launches))
+    assert (theirs["attention"], theirs["cross-attention"]) == (0, 6)
+    assert theirs["linear"] > found["linear"]
+    # Two labels, and two rows of bf16 read and written.
+    (gather,) = (launch for launch in launches if launch.name == "gather of a row")
+    assert gather.nbytes == 2 * 8 + 2 * 2 * 2 * 4 * TINY.block_channels[0]
 
 
 def test_diffusers_step_counted_by_hand() -> None:

@@ -27,12 +27,21 @@ CONFIG = UNetConfig(
     transformer_layers=(1, 2),
     added_time_dim=4,
     added_dim=14,
+    only_cross_attention=(False, True),
+    num_class_embeds=4,
+    time_cond_proj_dim=5,
 )
 SAMPLE = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 CONTEXT = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
 TEXT = torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
 # Numbers that bfloat16 does not hold.
 SIZES = torch.tensor([[1023.0, 7.0], [513.0, 0.0]])
+CALL = {
+    "text_embeds": TEXT,
+    "time_ids": SIZES,
+    "class_labels": [3, 0],
+    "timestep_cond": torch.randn(2, 5, generator=torch.Generator().manual_seed(3)),
+}
 TIMESTEPS = ([999.0, 640.5], torch.tensor([[999.0, 3.0], [640.5, 8.0]]), 999)
 
 
@@ -47,7 +56,7 @@ def values(unet: UNet) -> list[Tensor]:
     constants = unet.constants()
     found = [constants.values]
     for timesteps in TIMESTEPS:
-        conditioning = unet.condition(timesteps, CONTEXT, text_embeds=TEXT, time_ids=SIZES, constants=constants)
+        conditioning = unet.condition(timesteps, CONTEXT, **CALL, constants=constants)
         found += [
             conditioning.shifts,
             *conditioning.context,
@@ -55,8 +64,8 @@ def values(unet: UNet) -> list[Tensor]:
             conditioning.padded(4).shifts,
         ]
         found.append(unet.denoise(SAMPLE, conditioning, 0))
-    found.append(unet(SAMPLE, 640.5, CONTEXT, text_embeds=TEXT, time_ids=SIZES))
-    found.append(unet.with_backend("auto")(SAMPLE, 640.5, CONTEXT, text_embeds=TEXT, time_ids=SIZES))
+    found.append(unet(SAMPLE, 640.5, CONTEXT, **CALL))
+    found.append(unet.with_backend("auto")(SAMPLE, 640.5, CONTEXT, **CALL))
     return found
 
 
@@ -123,9 +132,8 @@ def test_a_network_built_under_global_state_is_a_network(
     # It computes what a network built without that state does of the same weights.
     plain = UNet(CONFIG, backend="torch").to(dtype)
     plain.load_state_dict(unet.state_dict())
-    call = {"text_embeds": TEXT, "time_ids": SIZES}
     with torch.no_grad():
-        assert torch.equal(unet(SAMPLE, 5.0, CONTEXT, **call), plain(SAMPLE, 5.0, CONTEXT, **call))
+        assert torch.equal(unet(SAMPLE, 5.0, CONTEXT, **CALL), plain(SAMPLE, 5.0, CONTEXT, **CALL))
 
 
 @pytest.mark.parametrize(
@@ -134,22 +142,22 @@ def test_a_network_built_under_global_state_is_a_network(
     ids=["float32", "float64", "int64", "0-d", "0-d int"],
 )
 def test_numbers_of_numpy_and_torch_are_timesteps_and_steps(number: Callable[[int], object]) -> None:
-    unet, call = network(), {"text_embeds": TEXT, "time_ids": SIZES}
-    wanted = unet.condition([999.0, 7.0], CONTEXT, **call)
-    found = unet.condition([number(999), number(7)], CONTEXT, **call)
+    unet = network()
+    wanted = unet.condition([999.0, 7.0], CONTEXT, **CALL)
+    found = unet.condition([number(999), number(7)], CONTEXT, **CALL)
     assert torch.equal(found.shifts, wanted.shifts)
-    assert torch.equal(unet.condition(np.array([999, 7]), CONTEXT, **call).shifts, wanted.shifts)
+    assert torch.equal(unet.condition(np.array([999, 7]), CONTEXT, **CALL).shifts, wanted.shifts)
     for single in (number(999), np.array(999)):
         assert torch.equal(
-            unet.condition(single, CONTEXT, **call).shifts, unet.condition(999.0, CONTEXT, **call).shifts
+            unet.condition(single, CONTEXT, **CALL).shifts, unet.condition(999.0, CONTEXT, **CALL).shifts
         )
-    assert torch.equal(unet(SAMPLE, number(7), CONTEXT, **call), unet(SAMPLE, 7.0, CONTEXT, **call))
+    assert torch.equal(unet(SAMPLE, number(7), CONTEXT, **CALL), unet(SAMPLE, 7.0, CONTEXT, **CALL))
 
 
 @pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor, np.array], ids=lambda kind: kind.__name__)
 def test_integers_of_numpy_and_torch_are_steps(number: Callable[[int], object]) -> None:
     unet = network()
-    conditioning = unet.condition([999.0, 7.0], CONTEXT, text_embeds=TEXT, time_ids=SIZES)
+    conditioning = unet.condition([999.0, 7.0], CONTEXT, **CALL)
     for step in (0, 1):
         assert torch.equal(
             unet.denoise(SAMPLE, conditioning, number(step)), unet.denoise(SAMPLE, conditioning, step)

@@ -30,3 +30,13 @@ def test_channels_that_do_not_fit_the_task_say_what_to_do(tmp_path, channels, ta
     # The same checkpoint with the task that it was trained for.
     if "--task" in advice:
         assert make_network(Case(unet=str(tmp_path), task=advice.split()[-1])).config == config
+
+
+def test_a_network_with_classes_is_refused_and_one_with_a_condition_runs_without(tmp_path):
+    tiny = {"context_dim": 8, "norm_groups": 4}
+    for name, extra in (("classes", {"num_class_embeds": 5}), ("condition", {"time_cond_proj_dim": 6})):
+        config = UNetConfig((8,), (2,), (True,), 1, **tiny, **extra)
+        UNet2DConditionModel(**diffusers_config(config)).save_pretrained(tmp_path / name)
+    with pytest.raises(Unsupported, match=r"takes a class beside each prompt.*: choose another checkpoint\Z"):
+        make_network(Case(unet=str(tmp_path / "classes"), guidance_scale=1.0))
+    assert make_network(Case(unet=str(tmp_path / "condition"), guidance_scale=1.0)).config == config

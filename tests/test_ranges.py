@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_modules
 
-from ldmperf.model import FAMILY, UNet
+from ldmperf.model import FAMILY, UNet, UNetConfig
 from ldmperf.profiling import Case
 from ldmperf.profiling.step.classes import is_operator
 from ldmperf.profiling.trajectory.attribution import attributed, attributed_case
@@ -315,15 +316,18 @@ def test_compiled_backends_have_no_ranges_and_graphs_an_eager_twin() -> None:
     assert all(backend == twin for backend, twin in twins.items())
 
 
-@pytest.mark.parametrize("size", FAMILY)
-def test_every_parameter_has_a_place_alike_in_ours_and_in_diffusers(size: str) -> None:
+WITH_CLASSES = replace(FAMILY["39M"], only_cross_attention=True, num_class_embeds=9, time_cond_proj_dim=8)
+
+
+@pytest.mark.parametrize("config", [*FAMILY.values(), WITH_CLASSES], ids=[*FAMILY, "with classes"])
+def test_every_parameter_has_a_place_alike_in_ours_and_in_diffusers(config: UNetConfig) -> None:
     """The blocks of a size are the same under both names, and no weight is without one."""
     diffusers = pytest.importorskip("diffusers")
     from ldmperf.model import diffusers_config
 
     with torch.device("meta"):
-        ours = UNet(FAMILY[size])
-        theirs = diffusers.UNet2DConditionModel(**diffusers_config(FAMILY[size]))
+        ours = UNet(config)
+        theirs = diffusers.UNet2DConditionModel(**diffusers_config(config))
     places = [{place_of(name) for name, _ in network.named_parameters()} for network in (ours, theirs)]
     assert places[0] == places[1]
     assert () not in places[0]

@@ -24,6 +24,19 @@ CONFIGS = {
     "sdxl": UNetConfig(
         (16, 32), (2, 4), (False, True), transformer_layers=2, added_time_dim=4, added_dim=14, **SMALL
     ),
+    "classes": UNetConfig(
+        (16, 32),
+        (2, 4),
+        (True, False),
+        only_cross_attention=True,
+        num_class_embeds=5,
+        time_cond_proj_dim=3,
+        **SMALL,
+    ),
+}
+ADDED = {
+    "sdxl": lambda: {"text_embeds": CONTEXT[:, 0, :6], "time_ids": torch.tensor([[64, 9], [7, 0]])},
+    "classes": lambda: {"class_labels": [3, 0], "timestep_cond": CONTEXT[:, 1, :3]},
 }
 SAMPLE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 CONTEXT = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1))
@@ -52,10 +65,7 @@ def is_refused(unet: UNet, conditioning: Conditioning) -> bool:
 def test_a_conditioning_is_refused_just_where_it_would_be_another(name: str) -> None:
     """Every parameter is written in turn: those that `condition` reads make it stale, and no other."""
     unet = network(name)
-    added = (
-        {"text_embeds": CONTEXT[:, 0, :6], "time_ids": torch.tensor([[64, 9], [7, 0]])} if name == "sdxl" else {}
-    )
-    condition = functools.partial(unet.condition, [500.0, 3.0], CONTEXT, **added)
+    condition = functools.partial(unet.condition, [500.0, 3.0], CONTEXT, **ADDED.get(name, dict)())
     stale = 0
     fresh, fresh_constants = condition(), unet.constants()
     for parameter_name, parameter in unet.named_parameters():

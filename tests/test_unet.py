@@ -1,6 +1,7 @@
 """The UNet against diffusers' UNet2DConditionModel with the same weights."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -11,7 +12,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.model import FAMILY, Constants, UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.model.releases import beyond
+from ldmperf.samplers import NoiseSchedule, make_plan, sample
 
+from .tapes import graphed
+
+SCHEDULE = NoiseSchedule.from_diffusers({"beta_schedule": "scaled_linear"})
 SMALL = {"norm_groups": 8, "context_dim": 24}
 # A pooled text embedding of 10 and 3 sizes, of 8 sinusoids each.
 ADDED = {"added_time_dim": 8, "added_dim": 34}
@@ -412,6 +418,48 @@ def test_a_label_that_nobody_checked_makes_its_sample_nan_and_reads_nothing_outs
     assert found[1:].isnan().all()
 
 
+@pytest.mark.parametrize("name", ["sd15", *FEATURES])
+def test_a_step_sums_in_place(name):
+    config = CONFIGS[name]
+    unet = UNet(config, backend="torch").eval()
+    sample, context = inputs(config, 1, (8, 8), 3, torch.float32)
+    sums = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.name().startswith("aten::addmm"):
+                # Another one has a vector of biases.
+                sums.append(function is torch.ops.aten.addmm_.default or args[0].ndim == 1)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        conditioning = unet.condition([5.0], context, **added_inputs(config, 1, torch.float32))
+        with Sums():
+            unet.denoise(sample, conditioning, 0)
+    assert len(sums) > 3
+    assert all(sums)
+
+
+def test_a_graphed_run_has_the_bits_of_its_eager_loop():
+    """Other labels, conditions and prompts are copied into the memory of one capture."""
+    config = dataclasses.replace(CONFIGS["all"], in_channels=4)
+    unet, _ = pair(config, torch.float32)
+    sampler, tapes = graphed(unet.denoise)
+    plan, noise = make_plan("euler", SCHEDULE, 2), torch.randn(2, 4, 8, 8)
+    timesteps = [step.timestep for step in plan.steps]
+    for _ in range(3):
+        _, context = inputs(config, 2, (8, 8), 3, torch.float32)
+        conditioning = unet.condition(timesteps, context, **added_inputs(config, 2, torch.float32))
+        with torch.no_grad():
+
+            def denoise(x, step, conditioning=conditioning):
+                return unet.denoise(x, conditioning, step.index)
+
+            expected = sample(denoise, plan, noise, backend="torch")
+        assert torch.equal(sampler(conditioning, plan, noise), expected)
+    assert tapes.captured == 1
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_mixture_of_features_equals_diffusers(data):
@@ -439,6 +487,7 @@ def test_any_mixture_of_features_equals_diffusers(data):
     ours, theirs = pair(config, torch.float64)
     written = dict(theirs.config) | {"mid_block_only_cross_attention": draw(st.sampled_from((None, True, False)))}
     assert UNetConfig.from_diffusers(written) == config
+    assert beyond(config, [tuple(value.shape) for value in theirs.state_dict().values()]) == ""
     batch, size = draw(st.integers(1, 3)), draw(st.sampled_from(((4, 4), (5, 3))))
     assert error(ours, theirs, batch, size, draw(st.integers(0, 3)), draw(st.floats(0, 1000))) < 1e-9
 

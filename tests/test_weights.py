@@ -19,6 +19,18 @@ CONFIGS = {
     "sd21": UNetConfig((64, 128, 128), (1, 2, 2), (True, True, False), context_dim=1024),
     "one-layer": UNetConfig((32, 64), (8, 8), (True, False), layers_per_block=1, context_dim=768),
     "all-attention": UNetConfig((32, 64), (8, 8), (True, True), context_dim=768, has_middle=False),
+    "classes": UNetConfig(
+        (16, 32, 32),
+        (2, 4, 4),
+        (False, True, True),
+        layers_per_block=1,
+        in_channels=7,
+        context_dim=24,
+        norm_groups=8,
+        only_cross_attention=(True, True, False),
+        num_class_embeds=10,
+        time_cond_proj_dim=6,
+    ),
 }
 
 TINY = UNetConfig((8,), (1,), (False,), layers_per_block=1, has_middle=False, norm_groups=4, context_dim=4)
@@ -43,9 +55,12 @@ def small():
 def assert_same_network(ours, theirs):
     sample = torch.randn(2, ours.config.in_channels, 8, 8)
     context = torch.randn(2, 3, ours.config.context_dim)
+    given = {}
+    if ours.config.num_class_embeds:
+        given = {"class_labels": torch.tensor([9, 3]), "timestep_cond": torch.randn(2, 6)}
     with torch.no_grad():
-        expected = theirs(sample, 321.0, context).sample
-        assert ((ours(sample, 321.0, context) - expected).norm() / expected.norm()).item() < 1e-5
+        expected = theirs(sample, 321.0, context, **given).sample
+        assert ((ours(sample, 321.0, context, **given) - expected).norm() / expected.norm()).item() < 1e-5
 
 
 def as_compvis(unet, config, prefix="model.diffusion_model."):
@@ -91,9 +106,10 @@ def test_files_in_both_layouts_beside_their_config(reference, tmp_path):
         assert_same_network(load_unet(file), theirs)
 
 
-def test_compvis_names_are_those_diffusers_converts_from():
+@pytest.mark.parametrize("features", [{}, {"only_cross_attention": True, "num_class_embeds": 3}])
+def test_compvis_names_are_those_diffusers_converts_from(features):
     """The oracle is diffusers' own converter, from CompVis keys to its own."""
-    config = UNetConfig((32, 64, 64, 64), (8,) * 4, (True, True, True, False), context_dim=16)
+    config = UNetConfig((32, 64, 64, 64), (8,) * 4, (True, True, True, False), context_dim=16, **features)
     with torch.device("meta"):
         theirs = UNet2DConditionModel(**diffusers_config(config))
     keys = list(theirs.state_dict())
@@ -179,6 +195,20 @@ def test_a_saved_unet_is_loaded_with_the_same_bits(reference, tmp_path):
     save_unet(ours, file, dtype=torch.bfloat16)
     assert load_unet(file).dtype == torch.bfloat16
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.name]
+
+
+def test_a_config_beside_may_differ_where_nothing_does(tmp_path):
+    """Only cross-attention at a level without any changes nothing; at another level it does."""
+    config = UNetConfig((8, 8), (2, 2), (True, False), layers_per_block=1, norm_groups=4, context_dim=8)
+    save_unet(UNet(config), tmp_path / "diffusion_pytorch_model.safetensors")
+    for only_cross, loads in (([False, True], True), ([True, False], False)):
+        raw = diffusers_config(config) | {"only_cross_attention": only_cross}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        if loads:
+            assert load_unet(tmp_path).config.only_cross_attention == tuple(only_cross)
+        else:
+            with pytest.raises(CheckpointError, match=r"differ; remove config\.json"):
+                load_unet(tmp_path)
 
 
 def test_no_global_state_of_torch_changes_what_is_loaded(tmp_path):

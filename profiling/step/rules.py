@@ -175,6 +175,12 @@ def _mul(call: RecordedCall) -> list[GpuLaunch]:
     return [_launch(call, "mul", "GEGLU" if gate else "elementwise and residual")]
 
 
+def _embedding(call: RecordedCall) -> list[GpuLaunch]:
+    # Of the table, only the rows that it writes are read.
+    launch, unread = _launch(call, "gather of a row", "copies"), nbytes(call.arguments["weight"])
+    return [replace(launch, nbytes=launch.nbytes - unread + nbytes(call.results[0]))]
+
+
 def _ours(call: RecordedCall) -> list[GpuLaunch]:
     """The launches that our operator plans; the last one writes the result."""
     launches = call.launches
@@ -235,6 +241,7 @@ _RULES: Mapping[str, Callable[[RecordedCall], list[GpuLaunch]]] = {
     # UpSample.cuh, Shape.cu (up to 64 tensors in one launch), Copy.cu.
     "aten::upsample_nearest2d": _one("nearest upsampling", "copies"),
     "aten::cat": _one("concatenation", "copies"),
+    "aten::embedding": _embedding,
     "aten::index_select": _one("gather of a row", "copies"),
     "aten::_to_copy": _one("cast", "copies"),
     "aten::clone": _one("copy to contiguous", "copies"),
