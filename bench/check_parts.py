@@ -13,8 +13,9 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 NAMES = (
-    *("smoke", "headline", "tests", "tests-alone", "ladder", "drop-in", "family", "attention", "kernels"),
-    *("tune-linear", "tune-attention", "tune-group_norm_silu", "compiled", "drop-in-compiled"),
+    *("smoke", "headline", "tests", "tests-alone", "ladder", "drop-in", "pipelines", "family"),
+    *("attention", "kernels", "tune-linear", "tune-attention", "tune-group_norm_silu", "compiled"),
+    *("drop-in-compiled", "pipelines-compiled"),
     *("attention-family", "kernels-compiled", "conv-padding", "attention-flex", "compiled-max", "sanitizer"),
     "family-all",
 )
@@ -68,11 +69,12 @@ class Part:
 
 def parts(device: str, folder: Path) -> list[Part]:
     """The parts in order of importance. On a CPU what a CPU can: the family's smallest size, and few calls."""
-    from ldmperf.profiling.trajectory.case import RUNGS
+    from ldmperf.profiling.trajectory.case import PIPELINE_BACKENDS, RUNGS
 
     # The compiled peers take minutes to compile: they come in parts of their own, beside what is best.
     rungs = ",".join(name for name in RUNGS if "compile" not in name)
     graphs = ",".join(name for name in RUNGS if name.startswith("graph"))
+    pipes = ",".join(name for name in PIPELINE_BACKENDS if "compile" not in name)
 
     def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:
         command = (*LDMPERF, "profile", "--device", device, "--out", str(folder / name), *options)
@@ -88,12 +90,14 @@ def parts(device: str, folder: Path) -> list[Part]:
         return Part(name, limit, floor, "kernels", command, launches, resumes="kernels.jsonl", takes_seconds=True)
 
     if device == "cpu":
-        least = ("--size", "39M", "--steps", "1", "--min-count", "1", "--min-seconds", "0")
+        once = ("--steps", "1", "--min-count", "1", "--min-seconds", "0")
+        least = ("--size", "39M", *once)
         float32 = ("--dtype", "float32")
         return [
             pytest_part("smoke", 300, 10, device, [SMOKE_FILE]),
             pytest_part("tests", 300, 10, device),
             profile("ladder", 300, 10, *least, "--backend", rungs),
+            profile("pipelines", 300, 10, "--task", "pipeline", "--size", "SD1.5", "--latent", "16x16", *once),
             profile("family", 300, 10, *least, "--sampler", "ddim,dpmpp_2m", "--backend", "torch,diffusers"),
             kernels("attention", 300, 10, *float32, "--head-dim", "8,40", "--tokens", "256", "--batch", "2"),
             kernels("kernels", 300, 10, *float32, "--kernel", OTHERS, "--size", "39M", "--batch", "2"),
@@ -111,6 +115,7 @@ def parts(device: str, folder: Path) -> list[Part]:
     attention = ("--kernel", "attention")
     ladder = ("--preset", "ladder", "--backend")
     drop_in = ("--preset", "drop-in")
+    pipelines = ("--preset", "pipelines", "--backend")
     compiled = "diffusers,diffusers-accelerated,diffusers-compile,diffusers-accelerated-compile"
     return [
         replace(pytest_part("smoke", 55, 20, device, [SMOKE_FILE], launches=("smoke",)), beside=("tests",)),
@@ -120,6 +125,8 @@ def parts(device: str, folder: Path) -> list[Part]:
         pytest_part("tests-alone", 60, 30, device, marks="gpu and alone"),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
         profile("drop-in", 180, 60, *drop_in, launches=("drop-in",)),
+        # The decoder's own launches are compiled at its first call.
+        profile("pipelines", 150, 60, *pipelines, pipes, launches=("drop-in",)),
         profile("family", 150, 40, "--preset", "family", launches=("family",)),
         kernels("attention", 75, 30, *attention, "--head-dim", HEAD_DIMS, "--tokens", "4096"),
         kernels("kernels", 90, 30, "--kernel", OTHERS, "--peer", KERNEL_PEERS),
@@ -128,6 +135,9 @@ def parts(device: str, folder: Path) -> list[Part]:
         tune("group_norm_silu"),
         profile("compiled", 240, 90, *ladder, f"diffusers,diffusers-compile,{graphs}", launches=("ladder",)),
         profile("drop-in-compiled", 300, 120, *drop_in, "--backend", compiled, launches=("drop-in",)),
+        profile(
+            "pipelines-compiled", 300, 150, *pipelines, "pipe,pipe-compile,sample-graph", launches=("drop-in",)
+        ),
         kernels("attention-family", 75, 30, *attention),
         kernels("kernels-compiled", 120, 45, "--kernel", OTHERS, "--peer", COMPILED_PEERS),
         Part("conv-padding", 60, 20, "convolutions", (sys.executable, str(ROOT / "bench" / "conv_padding.py"))),

@@ -42,6 +42,10 @@ class Conditioning:
     constants: Tensor
     made_from: MadeFrom | None = field(default=None, compare=False, repr=False, metadata={"tensors": False})
 
+    @property
+    def num_steps(self) -> int:
+        return self.shifts.shape[0]
+
     def check(self) -> None:
         """Raises ValueError, in one line, where the network's weights have changed since."""
         if self.made_from is not None:

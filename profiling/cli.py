@@ -21,6 +21,7 @@ from .commands.merge_command import merge
 from .commands.plan_command import plan
 from .commands.profile_command import ResumeTakesAnOptionalValue, profile
 from .commands.report_command import report
+from .commands.sample_command import sample
 from .commands.shared import stop
 from .commands.trace_command import trace
 from .measure.folders import RunError
@@ -67,7 +68,7 @@ def _every_command(
     pass
 
 
-# What measures, what reads records, what needs neither.
+# What measures, what reads records, what needs neither, what makes images.
 app.command(cls=ResumeTakesAnOptionalValue)(profile)
 app.command()(trace)
 app.command()(kernels)
@@ -80,6 +81,7 @@ app.command()(merge)
 app.command()(inspect)
 app.command("compile")(compile_ahead)
 app.command()(env)
+app.command()(sample)
 
 
 def main(arguments: Sequence[str] | None = None, *, workers: Workers | None = None) -> None:

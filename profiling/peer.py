@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.model import UNet, diffusers_config, diffusers_state_dict
+from ldmperf.model import (
+    Autoencoder,
+    UNet,
+    autoencoder_diffusers_config,
+    autoencoder_state_dict,
+    diffusers_config,
+    diffusers_state_dict,
+)
 
 from .measure.outcomes import Unsupported
 
@@ -33,8 +40,19 @@ def diffusers_unet(unet: UNet) -> Any:
     diffusers = import_diffusers()
     with torch.device("meta"):
         theirs = diffusers.UNet2DConditionModel(**diffusers_config(unet.config))
-    weights = {name: _channels_last(weight) for name, weight in diffusers_state_dict(unet).items()}
-    theirs.load_state_dict(weights, assign=True)
+    return _on_weights(theirs, diffusers_state_dict(unet))
+
+
+def diffusers_autoencoder(autoencoder: Autoencoder) -> Any:
+    """diffusers' `AutoencoderKL` on the very weights of ours, as `diffusers_unet`."""
+    diffusers = import_diffusers()
+    with torch.device("meta"):
+        theirs = diffusers.AutoencoderKL(**autoencoder_diffusers_config(autoencoder.config))
+    return _on_weights(theirs, autoencoder_state_dict(autoencoder))
+
+
+def _on_weights(theirs: Any, weights: Mapping[str, Tensor]) -> Any:
+    theirs.load_state_dict({name: _channels_last(weight) for name, weight in weights.items()}, assign=True)
     return theirs.eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from .values import shown
 def ddim(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     eta: float = 0.0,
     set_alpha_to_one: bool = True,
@@ -33,7 +34,7 @@ def ddim(
     final = 1.0 if set_alpha_to_one else schedule.level(0)
     tableau = Tableau("x")
     x, output, noise = tableau.unit_vectors()
-    for timestep in spacing.timesteps(schedule, num_steps).astype(int):
+    for timestep in spacing.timesteps(schedule, num_steps).astype(int)[begin:]:
         level = schedule.level(timestep)
         level_next = schedule.level(timestep - stride) if timestep >= stride else final
         alpha_next, _ = alpha_sigma(level_next)
@@ -41,5 +42,5 @@ def ddim(
         std = eta * math.sqrt((1 - level_next) / (1 - level) * (1 - level / level_next))
         # At eta 1 and zero SNR the difference is 0, or just below 0 by rounding.
         direction = math.sqrt(max(1 - level_next - std**2, 0.0))
-        tableau.step(timestep, x=alpha_next * x0 + direction * eps + std * noise)
+        tableau.step(timestep, alpha_sigma(level), x=alpha_next * x0 + direction * eps + std * noise)
     return tableau

@@ -22,6 +22,7 @@ MIN_VARIANCE = 1e-20
 def ddpm(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     variance_type: str = "fixed_small",
     spacing: Spacing = LEADING,
@@ -32,7 +33,7 @@ def ddpm(
     """
     choose("variance_type", variance_type, ("fixed_small", "fixed_small_log", "fixed_large"))
     schedule.refuse_zero_snr_epsilon("ddpm")
-    timesteps = spacing.timesteps(schedule, num_steps).astype(int)
+    timesteps = spacing.timesteps(schedule, num_steps).astype(int)[begin:]
     tableau = Tableau("x")
     x, output, noise = tableau.unit_vectors()
     for timestep, following in zip(timesteps, np.append(timesteps[1:], -1), strict=True):
@@ -46,5 +47,5 @@ def ddpm(
         )
         small = max((1 - level_next) / (1 - level) * beta, MIN_VARIANCE)
         variance = beta if variance_type == "fixed_large" else small
-        tableau.step(timestep, x=mean + (math.sqrt(variance) * noise if timestep > 0 else 0.0))
+        tableau.step(timestep, alpha_sigma(level), x=mean + (math.sqrt(variance) * noise if timestep > 0 else 0.0))
     return tableau

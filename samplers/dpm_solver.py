@@ -96,6 +96,7 @@ SECOND_ORDER = Algorithm()
 def dpmpp_2m(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     algorithm: Algorithm = SECOND_ORDER,
     lower_order_final: bool = True,
@@ -114,10 +115,10 @@ def dpmpp_2m(
     lowers = lower_order_final and count < FEW_STEPS
     tableau = Tableau("x", "previous", "before_previous")
     x, m1, m2, output, noise = tableau.unit_vectors()
-    for index, timestep in enumerate(timesteps):
+    for index in range(begin, count):
         start, end = levels[index], levels[index + 1]
         m0 = algorithm.prediction(schedule, x, output, start)
-        order = min(solver_order, index + 1)
+        order = min(solver_order, index - begin + 1)
         if index == count - 1 and (euler_at_final or lowers or to_zero):
             order = 1
         elif index == count - 2 and lowers:
@@ -135,13 +136,14 @@ def dpmpp_2m(
             # Half of Taylor's second-order term, as in the authors' code and diffusers; so the order stays 2.
             bend = slope - h / h1 * (m1 - m2)
             new = new + weights.second * (slope + h0 / (h0 + h1) * bend) + weights.third * h / (h0 + h1) * bend
-        tableau.step(timestep, x=new, previous=m0, before_previous=m1)
+        tableau.step(timesteps[index], (start.alpha, start.sigma), x=new, previous=m0, before_previous=m1)
     return tableau
 
 
 def dpmpp_2s(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     algorithm: Algorithm = SECOND_ORDER,
     lower_order_final: bool = False,
@@ -158,7 +160,10 @@ def dpmpp_2s(
     lowers = lower_order_final or to_zero or num_steps % solver_order != 0
     tableau = Tableau("x", "start", "previous", "before_previous")
     x, block_start, m1, m2, output, noise = tableau.unit_vectors()
-    for index, order in enumerate(_singlestep_orders(num_steps, solver_order, lowers=lowers, to_zero=to_zero)):
+    orders = _singlestep_orders(num_steps, solver_order, lowers=lowers, to_zero=to_zero)
+    for index in range(begin, len(orders)):
+        # A plan that begins inside a block has fewer evaluations to go back to.
+        order = min(orders[index], index - begin + 1)
         m0 = algorithm.prediction(schedule, x, output, levels[index])
         # A step of order p starts again from the block's first sample, p - 1 evaluations ago.
         start, end = levels[index - order + 1], levels[index + 1]
@@ -178,7 +183,8 @@ def dpmpp_2s(
             else:
                 slope, bend = (r0 * near - r1 * far) / (r0 - r1), 2.0 * (far - near) / (r0 - r1)
                 new = new + weights.second * slope + weights.third * bend
-        tableau.step(timesteps[index], x=new, start=origin, previous=m0, before_previous=m1)
+        level = levels[index].alpha, levels[index].sigma
+        tableau.step(timesteps[index], level, x=new, start=origin, previous=m0, before_previous=m1)
     return tableau
 
 

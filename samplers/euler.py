@@ -9,6 +9,7 @@ Karras et al., arXiv 2206.00364, equation 1 and algorithm 2 (no churn); k-diffus
                                                           and sigma_down^2 + sigma_up^2 = sigma_next^2
 """
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ def derivative_at(
 def euler(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     interpolation_type: str = "linear",
     timestep_type: str = "discrete",
@@ -56,13 +58,14 @@ def euler(
         timesteps = 0.25 * np.log(sigmas[:num_steps])
     tableau = Tableau("x", init_noise_sigma=spacing.init_noise_sigma(sigmas))
     x, output, _ = tableau.unit_vectors()
-    for timestep, sigma, sigma_next in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+    moves = zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)
+    for timestep, sigma, sigma_next in itertools.islice(moves, begin, None):
         c_in, derivative = derivative_at(schedule, x, output, sigma)
-        tableau.step(timestep, c_in=c_in, x=x + (sigma_next - sigma) * derivative)
+        tableau.step(timestep, (1.0, sigma), c_in=c_in, x=x + (sigma_next - sigma) * derivative)
     return tableau
 
 
-def euler_a(schedule: NoiseSchedule, num_steps: int, *, spacing: Spacing = LINSPACE) -> Tableau:
+def euler_a(schedule: NoiseSchedule, num_steps: int, begin: int = 0, *, spacing: Spacing = LINSPACE) -> Tableau:
     """Ancestral: the posterior of DDPM at the noise level sigma.
 
     Options and defaults of diffusers' EulerAncestralDiscreteScheduler, which has no "sample" prediction; here it
@@ -71,11 +74,12 @@ def euler_a(schedule: NoiseSchedule, num_steps: int, *, spacing: Spacing = LINSP
     timesteps, sigmas = spacing.euler_levels(schedule, num_steps)
     tableau = Tableau("x", init_noise_sigma=spacing.init_noise_sigma(sigmas))
     x, output, noise = tableau.unit_vectors()
-    for timestep, sigma, sigma_next in zip(timesteps, sigmas[:-1], sigmas[1:], strict=True):
+    moves = zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)
+    for timestep, sigma, sigma_next in itertools.islice(moves, begin, None):
         c_in, derivative = derivative_at(schedule, x, output, sigma)
         sigma_up = sigma_next * math.sqrt(max(1.0 - (sigma_next / sigma) ** 2, 0.0))
         sigma_down = sigma_next * sigma_next / sigma
-        tableau.step(timestep, c_in=c_in, x=x + (sigma_down - sigma) * derivative + sigma_up * noise)
+        tableau.step(timestep, (1.0, sigma), c_in=c_in, x=x + (sigma_down - sigma) * derivative + sigma_up * noise)
     return tableau
 
 

@@ -8,9 +8,6 @@ steps or registers than a capture has room for.
 
 from __future__ import annotations
 
-import gc
-import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -18,43 +15,30 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .cuda_graphs import CaptureError, CudaGraphs, Graphs
+from .captures import Capturable, Captured, Captures
+from .cuda_graphs import CudaGraphs, Graphs
 from .plan import SamplingPlan
-from .reads import Reads, Watch, modules_of
 from .state import Guidance, SamplerState, check_input_dtype, check_start, guidance_scales
 from .step import Step
-from .tree import buffer, check, leaves, map_tensors, padded, structure
-from .values import plain, shown
+from .tree import buffer, check, leaves, map_tensors, padded, room, structure
+from .worth import Capture
 
 C = TypeVar("C")
 
-# Every capture has room for plans of this size, at least: room costs kilobytes, another capture seconds.
-MIN_STEPS = 128
+# Every capture has room for so many registers, at least.
 MIN_REGISTERS = 4
-# The first call tunes cuDNN and compiles Triton's kernels; the second runs as the capture will.
-WARM_UP_CALLS = 2
 
 
-@dataclass(frozen=True)
-class Capture:
-    """A capture that is kept: its description, and the host times of its warm-up and of the capture itself."""
-
-    description: str
-    warm_up_ms: float
-    capture_ms: float
-
-
-@dataclass
-class _Captured:
-    """A captured step and the memory that it works on."""
+@dataclass(eq=False)
+class _Memory:
+    """What a captured step reads and writes, outside the captures' pool."""
 
     state: SamplerState
-    conditioning: list[Tensor]
+    conditioning: Any
     step: Tensor
-    replay: Callable[[], None]
-    # What the graph reads: a graph itself keeps none of it alive.
-    memory: list[torch.UntypedStorage]
-    report: Capture
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.state.tensors(), *leaves(self.conditioning), self.step]
 
 
 class GraphedSampler(Generic[C]):
@@ -93,18 +77,14 @@ class GraphedSampler(Generic[C]):
         backend: str = "auto",
         graphs: Graphs | None = None,
     ) -> None:
-        max_captures = plain(max_captures)
-        if type(max_captures) is not int or max_captures < 1:
-            raise ValueError(f"max_captures must be at least 1, an integer, not {shown(max_captures)}")
         check_input_dtype(input_dtype)
         self._denoise = denoise
-        self._given_modules = [modules] if isinstance(modules, nn.Module) else modules
-        self._watch: Watch | None = None
-        self._max_captures = max_captures
         self._input_dtype = input_dtype
         self._backend = backend
         self._graphs = graphs or CudaGraphs()
-        self._kept: OrderedDict[tuple[object, ...], _Captured] = OrderedDict()
+        self._captures: Captures[_Memory] = Captures(
+            type(self).__name__, denoise, modules, max_captures=max_captures, graphs=self._graphs
+        )
 
     def __reduce__(self) -> str:
         raise TypeError(
@@ -115,14 +95,16 @@ class GraphedSampler(Generic[C]):
     @property
     def captures(self) -> tuple[Capture, ...]:
         """The captures that are kept; the last used is at the end."""
-        return tuple(captured.report for captured in self._kept.values())
+        return self._captures.reports
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """The last captures that were dropped, and why, in words."""
+        return self._captures.decisions
 
     def clear(self) -> None:
         """Waits until the device is done with all captures, drops them and releases their memory."""
-        self._graphs.settle()
-        self._kept.clear()
-        self._watch = None
-        _release_memory()
+        self._captures.clear()
 
     def __call__(
         self,
@@ -152,9 +134,9 @@ class GraphedSampler(Generic[C]):
         # A later call outside inference mode uses the same tensors.
         with torch.inference_mode(False), torch.no_grad(), self._graphs.turn(noise.device):
             captured = self._captured(conditioning, plan, noise, scales is not None, injects)
-            state = captured.state
+            state = captured.memory.state
             state.load(plan, noise, scales, seeds)
-            captured.step.zero_()
+            captured.memory.step.zero_()
             for step in plan.steps:
                 if state.injected is not None and step_noise is not None and step.adds_noise:
                     state.load_noise(step_noise(step.index), at=step.index)
@@ -165,130 +147,64 @@ class GraphedSampler(Generic[C]):
 
     def _captured(
         self, conditioning: C, plan: SamplingPlan, noise: Tensor, is_guided: bool, is_injected: bool
-    ) -> _Captured:
+    ) -> Captured[_Memory]:
         """The capture for such a call, kept or new, with the conditioning's values in its memory."""
-        room = _Room(
-            num_steps=max(MIN_STEPS, 1 << (len(plan.steps) - 1).bit_length()),
+        form = _Form(
+            is_guided,
+            is_injected,
+            num_steps=room(len(plan.steps)),
             num_registers=max(MIN_REGISTERS, plan.num_registers),
         )
-        roomy = padded(conditioning, room.num_steps)
+        roomy = padded(conditioning, form.num_steps)
         tensors = leaves(roomy)
         for leaf in tensors:
             if leaf.device != noise.device:
                 raise ValueError(
                     f"conditioning must be on {noise.device} as the noise is; a tensor is on {leaf.device}"
                 )
-        if self._watch is not None and not self._watch.is_same(self._modules()):
-            self.clear()
-        key = (noise.device, noise.shape, noise.dtype, is_guided, is_injected, room, structure(roomy))
-        captured = self._kept.get(key)
-        if captured is not None:
-            self._kept.move_to_end(key)
-            if tensors:
-                torch._foreach_copy_(captured.conditioning, tensors)
-            return captured
-        if len(self._kept) >= self._max_captures:
-            self._graphs.settle()
-        while len(self._kept) >= self._max_captures:
-            self._kept.popitem(last=False)
-        try:
-            captured = self._capture(roomy, noise, is_guided, is_injected, room)
-        except torch.OutOfMemoryError:
-            if not self._kept:
-                raise
-        if captured is None:
-            # Out of memory beside the captures that are kept: drop them for this one.
-            self.clear()
-            captured = self._capture(roomy, noise, is_guided, is_injected, room)
-        self._kept[key] = captured
-        # Not renewed: parameters that denoise itself replaced in this capture make the earlier captures stale.
-        self._watch = self._watch or Watch(self._modules())
+        key = (noise.device, noise.shape, noise.dtype, form, structure(roomy))
+        captured = self._captures.find(
+            key, noise.device, form.described(noise), lambda: self._work(roomy, noise, form)
+        )
+        assert captured is not None
+        if tensors:
+            torch._foreach_copy_(leaves(captured.memory.conditioning), tensors)
         return captured
 
-    def _modules(self) -> Sequence[nn.Module]:
-        return modules_of(self._denoise) if self._given_modules is None else self._given_modules
-
-    def _capture(
-        self, conditioning: Any, noise: Tensor, is_guided: bool, is_injected: bool, room: _Room
-    ) -> _Captured:
-        what = (
-            f"the step for noise {list(noise.shape)} {str(noise.dtype).removeprefix('torch.')}"
-            f"{' with guidance' if is_guided else ''}{' and injected noise' if is_injected else ''}"
-        )
+    def _work(self, conditioning: Any, noise: Tensor, form: _Form) -> Capturable[_Memory]:
         state = SamplerState(
             noise,
             self._input_dtype or noise.dtype,
-            num_registers=room.num_registers,
-            num_steps=room.num_steps,
-            is_guided=is_guided,
-            is_injected=is_injected,
+            num_registers=form.num_registers,
+            num_steps=form.num_steps,
+            is_guided=form.is_guided,
+            is_injected=form.is_injected,
         )
         state.fill()
-        kept = map_tensors(conditioning, buffer)
-        step = torch.zeros(1, dtype=torch.int64, device=noise.device)
+        memory = _Memory(
+            state, map_tensors(conditioning, buffer), torch.zeros(1, dtype=torch.int64, device=noise.device)
+        )
 
-        def work() -> None:
-            output = self._denoise(state.model_input, kept, step)
+        def call() -> None:
+            output = self._denoise(state.model_input, memory.conditioning, memory.step)
             # In a deterministic plan the coefficients of the noise are zero: it needs no capture of its own.
-            state.update(output, step, True, state.injected, self._backend, at="in the capture")
-            step.add_(1)
+            state.update(output, memory.step, True, state.injected, self._backend, at="in the capture")
+            memory.step.add_(1)
 
-        reads = Reads()
-
-        def noted() -> None:
-            with reads:
-                work()
-
-        start = time.perf_counter()
-        for call in range(WARM_UP_CALLS):
-            # Reads are noted in the last call: under a dispatch mode, compiled functions run uncompiled.
-            self._graphs.warm_up(noted if call == WARM_UP_CALLS - 1 else work, noise.device)
-        warm = time.perf_counter()
-        found = {parameter for module in self._modules() for parameter in module.parameters()}
-        if unseen := len({*reads.parameters} - found):
-            raise ValueError(
-                f"denoise reads {unseen} parameters of modules that it does not show: pass these to "
-                "GraphedSampler as modules=, so that it notices weights that were replaced"
-            )
-        try:
-            replay = self._graphs.capture(work, noise.device)
-        except Exception as error:
-            # Ending the capture fails too; its error would hide the cause, which is in the chain before it.
-            chain = _chain(error)
-            cause = next((one for one in chain if "captur" not in str(one)), chain[-1])
-            reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "no message")
-            out_of_memory = isinstance(cause, torch.OutOfMemoryError)
-            # The frames of the failed capture hold what it allocated.
-            for one in chain:
-                one.__traceback__ = None
-            del error, chain, cause, one
-            _release_memory()
-            kind: type[RuntimeError] = _CaptureOutOfMemory if out_of_memory else CaptureError
-            raise kind(f"{what} could not be captured: {reason}") from None
-        captured_ms = 1e3 * (time.perf_counter() - warm)
-        report = Capture(what, 1e3 * (warm - start), captured_ms)
-        return _Captured(state, leaves(kept), step, replay, list(reads.memory.values()), report)
-
-
-class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):
-    """A capture that ran out of memory, which is both errors."""
+        return Capturable(memory, memory.tensors, call)
 
 
 @dataclass(frozen=True)
-class _Room:
+class _Form:
+    """What the launches of a step depend on besides its tensors."""
+
+    is_guided: bool
+    is_injected: bool
     num_steps: int
     num_registers: int
 
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and its contexts, back to the first."""
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    return chain
+    def described(self, noise: Tensor) -> str:
+        return (
+            f"the step for noise {list(noise.shape)} {str(noise.dtype).removeprefix('torch.')}"
+            f"{' with guidance' if self.is_guided else ''}{' and injected noise' if self.is_injected else ''}"
+        )

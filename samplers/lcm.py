@@ -22,6 +22,7 @@ SIGMA_DATA = 0.5
 def lcm(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     original_inference_steps: int = 50,
     timestep_scaling: float = 10.0,
@@ -43,8 +44,10 @@ def lcm(
     timesteps = distilled[chosen]
     tableau = Tableau("x")
     x, output, noise = tableau.unit_vectors()
-    for index, timestep in enumerate(timesteps):
-        x0, _ = predict(schedule.prediction_type, x, output, *alpha_sigma(schedule.level(timestep)))
+    for index in range(begin, num_steps):
+        timestep = timesteps[index]
+        level = alpha_sigma(schedule.level(timestep))
+        x0, _ = predict(schedule.prediction_type, x, output, *level)
         scaled = timestep * timestep_scaling
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         c_out = scaled / math.hypot(scaled, SIGMA_DATA)
@@ -52,5 +55,5 @@ def lcm(
         if index + 1 < num_steps:
             alpha_next, sigma_next = alpha_sigma(schedule.level(timesteps[index + 1]))
             denoised = alpha_next * denoised + sigma_next * noise
-        tableau.step(timestep, x=denoised)
+        tableau.step(timestep, level, x=denoised)
     return tableau

@@ -25,8 +25,8 @@ from .step import Step, Tableau
 from .unipc import unipc
 from .values import Copied, is_number, plain, shown
 
-# builder(schedule, num_steps, **keywords): its keyword-only parameters are the sampler's options and defaults. A
-# default that has `takes`, such as a `Spacing`, stands for the options that `takes` names:
+# builder(schedule, num_steps, begin, **keywords): its keyword-only parameters are the sampler's options and
+# defaults. A default that has `takes`, such as a `Spacing`, stands for the options that `takes` names:
 # `spacing=CLIPPED` for timestep_spacing, use_karras_sigmas, ...
 Builder = Callable[..., Tableau]
 
@@ -76,9 +76,11 @@ class SamplingPlan(Copied):
     name              in `SAMPLERS`
     num_steps         as asked for; a method with two evaluations per step has more `steps`
     steps             one per model evaluation, in order
-    init_noise_sigma  the latents start as init_noise_sigma * standard normal noise
+    init_noise_sigma  the latents start as init_noise_sigma * standard normal noise; 1 where begin > 0: they start
+                      as steps[0].alpha * x_0 + steps[0].sigma * noise, which the caller makes
     schedule          the noise schedule
     options           every option of the sampler, given or default
+    begin             evaluations left out at the start
     """
 
     name: str
@@ -87,6 +89,7 @@ class SamplingPlan(Copied):
     init_noise_sigma: float
     schedule: NoiseSchedule
     options: Mapping[str, Any]
+    begin: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
@@ -124,8 +127,13 @@ class SamplingPlan(Copied):
         return any(step.adds_noise for step in self.steps)
 
 
-def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any) -> SamplingPlan:
+def make_plan(
+    name: str, schedule: NoiseSchedule, num_steps: int, *, begin: int = 0, **options: Any
+) -> SamplingPlan:
     """The plan of sampler `name` for `num_steps` inference steps, counted as diffusers' `set_timesteps` does.
+
+    begin leaves out the first evaluations, for a run that starts from a noised image. What remains has no history,
+    as in diffusers after `set_begin_index(begin)`: multistep solvers begin with lower orders.
 
     Options have diffusers' config names. An option that is not given comes from the schedule (from its
     scheduler_config.json), else it is the default of that sampler's diffusers class. Numbers may be numpy's or
@@ -146,6 +154,9 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
     num_steps = plain(num_steps)
     if type(num_steps) is not int or not 1 <= num_steps <= train_steps:
         raise ValueError(f"num_steps must be an integer from 1 to {train_steps}, not {shown(num_steps)}")
+    begin = plain(begin)
+    if type(begin) is not int or begin < 0:
+        raise ValueError(f"begin must be a number of evaluations to leave out, not {shown(begin)}")
     builder = SAMPLERS[name]
     parameters = inspect.signature(builder).parameters.values()
     keywords = {keyword.name: keyword.default for keyword in parameters if keyword.kind is keyword.KEYWORD_ONLY}
@@ -156,13 +167,18 @@ def make_plan(name: str, schedule: NoiseSchedule, num_steps: int, **options: Any
     try:
         # Whatever the caller's np.seterr: Tableau.step checks every coefficient.
         with np.errstate(all="ignore"):
-            tableau = builder(schedule, num_steps, **_with_options(keywords, resolved))
+            tableau = builder(schedule, num_steps, begin, **_with_options(keywords, resolved))
     except (ArithmeticError, np.linalg.LinAlgError):
         raise ValueError(
             f"{name} has no finite coefficients for {num_steps} steps, two of them at one noise level or an "
             "option out of range: choose fewer steps or another timestep_spacing, or leave the options out"
         ) from None
-    return SamplingPlan(name, num_steps, tableau.finish(), tableau.init_noise_sigma, schedule, resolved)
+    if not tableau.steps:
+        raise ValueError(
+            f"begin={shown(begin)} leaves no evaluation of {num_steps} steps of {name}; choose a smaller one"
+        )
+    init_noise_sigma = 1.0 if begin else tableau.init_noise_sigma
+    return SamplingPlan(name, num_steps, tableau.finish(), init_noise_sigma, schedule, resolved, begin)
 
 
 def _options(keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _RUNGE_KUTTA_STEPS = 3
 def pndm(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     skip_prk_steps: bool = False,
     set_alpha_to_one: bool = False,
@@ -38,7 +39,8 @@ def pndm(
     """Options and defaults of diffusers' PNDMScheduler (Stable Diffusion's default, with skip_prk_steps).
 
     num_steps + 9 model evaluations; with skip_prk_steps num_steps + 1, or 1 of 1. Refuses "sample" prediction, as
-    there, and fewer than four steps with Runge-Kutta, which diffusers cannot run.
+    there, and fewer than four steps with Runge-Kutta, which diffusers cannot run. A plan that begins later counts
+    its evaluations from there, as diffusers does: the second corrects the first, whatever its timestep is.
     """
     choose("prediction_type", schedule.prediction_type, ("epsilon", "v_prediction"))
     schedule.refuse_zero_snr("pndm")
@@ -48,6 +50,7 @@ def pndm(
         )
     timesteps = spacing.timesteps(schedule, num_steps).astype(int)
     stride = schedule.num_train_timesteps // num_steps
+    half = stride // 2
     final = 1.0 if set_alpha_to_one else schedule.level(0)
     tableau = Tableau("x", "start", "slope", "e1", "e2", "e3")
     x, start, slope, e1, e2, e3, output, _ = tableau.unit_vectors()
@@ -61,26 +64,33 @@ def pndm(
         return alpha_next / alpha * sample - (level_next - level) / denominator * eps
 
     if skip_prk_steps:
-        first = timesteps[0]
-        tableau.step(first, x=move(x, output, first, first - stride), start=x, e1=output)
-        if num_steps > 1:
-            # Two evaluations at the second timestep: the first corrects the first step, the second goes on.
-            second = timesteps[1]
-            tableau.step(second, x=move(start, 0.5 * (output + e1), second + stride, second))
-        multistep, known = timesteps[1:], 1
+        # The second timestep twice: its first evaluation corrects the first step, its second goes on.
+        stages, visited = 0, [*timesteps[:1], *np.repeat(timesteps[1:2], 2), *timesteps[2:]]
     else:
-        half = stride // 2
-        for timestep, following in itertools.pairwise(timesteps[: _RUNGE_KUTTA_STEPS + 1]):
-            middle = following + half
-            x_middle = move(x, output, timestep, timestep - half)
-            tableau.step(timestep, x=x_middle, start=x, slope=output / 6, e1=output, e2=e1, e3=e2)
-            tableau.step(middle, x=move(start, output, timestep, middle), slope=slope + output / 3)
-            tableau.step(middle, x=move(start, output, timestep, middle - half), slope=slope + output / 3)
-            tableau.step(following, x=move(start, slope + output / 6, timestep, following))
-        multistep, known = timesteps[_RUNGE_KUTTA_STEPS:], _RUNGE_KUTTA_STEPS
-    for index, timestep in enumerate(multistep):
-        weights = _ADAMS_BASHFORTH[min(known + index, 3)]
-        history = (output, e1, e2, e3)
-        combined = np.sum([weight * e for weight, e in zip(weights, history, strict=False)], axis=0)
-        tableau.step(timestep, x=move(x, combined, timestep, timestep - stride), e1=output, e2=e1, e3=e2)
+        pairs = itertools.pairwise(timesteps[: _RUNGE_KUTTA_STEPS + 1])
+        blocks = [(this, below + half, below + half, below) for this, below in pairs]
+        stages, visited = 4 * _RUNGE_KUTTA_STEPS, [*itertools.chain(*blocks), *timesteps[_RUNGE_KUTTA_STEPS:]]
+    for count, timestep in enumerate(visited[begin:]):
+        level = alpha_sigma(schedule.level(timestep))
+        if count < stages:
+            origin, stage = visited[count // 4 * 4], count % 4
+            target = timestep - (0 if stage % 2 else half)
+            if stage == 0:
+                x_next = move(x, output, origin, target)
+                tableau.step(timestep, level, x=x_next, start=x, slope=output / 6, e1=output, e2=e1, e3=e2)
+            elif stage == 3:
+                tableau.step(timestep, level, x=move(start, slope + output / 6, origin, target))
+            else:
+                tableau.step(timestep, level, x=move(start, output, origin, target), slope=slope + output / 3)
+        elif count == 1:
+            x_next = move(start, 0.5 * (output + e1), timestep + stride, timestep)
+            tableau.step(timestep, level, x=x_next)
+        else:
+            known = _RUNGE_KUTTA_STEPS if stages else max(count - 1, 0)
+            history = (output, e1, e2, e3)
+            weights = _ADAMS_BASHFORTH[min(known, 3)]
+            combined = np.sum([weight * e for weight, e in zip(weights, history, strict=False)], axis=0)
+            x_next = move(x, combined, timestep, timestep - stride)
+            # Only the second evaluation without Runge-Kutta reads `start`.
+            tableau.step(timestep, level, x=x_next, start=x, e1=output, e2=e1, e3=e2)
     return tableau

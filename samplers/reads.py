@@ -23,12 +23,14 @@ class Reads(TorchDispatchMode):
     memory      storages of these tensors, and of tensors made in the mode that are alive at its end (the next call
                 may read them); kept alive by this object
     parameters  these tensors that are parameters of a module
+    left        whether tensors made in the mode are alive at its end
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.memory: dict[int, torch.UntypedStorage] = {}
         self.parameters: list[nn.Parameter] = []
+        self.left = False
         # Weak references keep no activations alive, but keep the address of a storage from being used again.
         self._made: dict[int, StorageWeakRef] = {}
 
@@ -38,6 +40,7 @@ class Reads(TorchDispatchMode):
             storage = torch.UntypedStorage._new_with_weak_ptr(made.cdata)
             if storage is not None:
                 self.memory[number] = storage
+                self.left = True
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -57,6 +57,11 @@ class SamplerState:
         """[B, ...], overwritten by the next step."""
         return self._registers[0]
 
+    def tensors(self) -> list[Tensor]:
+        """The memory of this state."""
+        held = (self._registers, self._table, self._next_c_in, self._seeds, self.model_input)
+        return [*held, *(given for given in (self._guidance, self.injected) if given is not None)]
+
     def load(
         self,
         plan: SamplingPlan,

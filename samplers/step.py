@@ -26,12 +26,16 @@ class Step(Copied):
     timestep  the network's timestep, a host float; may be fractional
     c_in      the network's input is c_in * registers[0]; the kernel's input_scale of row k is c_in of step k + 1
     U         [R, R + 2] float64, read-only, maps [registers..., model output, noise] to the new registers
+    alpha     registers[0] before the step is alpha x_0 + sigma eps; in the Euler family alpha is 1
+    sigma     the noise level of registers[0] before the step
     """
 
     index: int
     timestep: float
     c_in: float
     U: FloatArray
+    alpha: float
+    sigma: float
 
     def __post_init__(self) -> None:
         matrix = np.array(self.U, dtype=np.float64)
@@ -56,8 +60,10 @@ class Tableau:
         """One vector per register, then the model output's and the noise's."""
         return list(np.eye(len(self.registers) + 2))
 
-    def step(self, timestep: float, *, c_in: float = 1.0, **registers: FloatArray) -> None:
-        """Append a step that sets the named registers and keeps the others.
+    def step(
+        self, timestep: float, level: tuple[float, float], *, c_in: float = 1.0, **registers: FloatArray
+    ) -> None:
+        """Append a step, at `level` = (alpha, sigma), that sets the named registers and keeps the others.
 
         Raises ValueError for a coefficient that is not finite, or so large that latents in float32 would not be.
         """
@@ -71,7 +77,8 @@ class Tableau:
                 f"step {len(self.steps)} at timestep {timestep:g} has no finite coefficients: "
                 "choose fewer steps, another timestep_spacing or final_sigmas_type, or sigma_min > 0"
             )
-        self.steps.append(Step(len(self.steps), float(timestep), float(c_in), rows))
+        alpha, sigma = map(float, level)
+        self.steps.append(Step(len(self.steps), float(timestep), float(c_in), rows, alpha, sigma))
 
     def finish(self) -> tuple[Step, ...]:
         """The steps without the registers that x never depends on, which would only cost memory traffic."""

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Every capture has room for plans of this size, at least: room costs kilobytes, another capture seconds.
+MIN_STEPS = 128
+
 
 def padded(tree: Any, steps: int) -> Any:
     """The tree with room for `steps` steps, made by the method padded(steps) of the parts that have one."""
@@ -17,6 +20,19 @@ def padded(tree: Any, steps: int) -> Any:
     if isinstance(tree, tuple | list):
         return _like(tree, (padded(part, steps) for part in tree))
     return {key: padded(part, steps) for key, part in tree.items()} if isinstance(tree, dict) else tree
+
+
+def num_steps(tree: Any) -> int | None:
+    """The most steps that a part says to hold by its attribute num_steps; None if no part does."""
+    if hasattr(tree, "num_steps"):
+        return int(tree.num_steps)
+    parts = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, tuple | list) else ()
+    return max((count for count in map(num_steps, parts) if count is not None), default=None)
+
+
+def room(steps: int) -> int:
+    """For how many steps a capture has room that is made for `steps`."""
+    return max(MIN_STEPS, 1 << max(steps - 1, 0).bit_length())
 
 
 def check(tree: Any) -> None:

@@ -57,6 +57,7 @@ class _Move:
 def unipc(
     schedule: NoiseSchedule,
     num_steps: int,
+    begin: int = 0,
     *,
     solver_order: int = 2,
     solver_type: str = "bh2",
@@ -81,14 +82,15 @@ def unipc(
     tableau = Tableau("x", "start", *memory)
     x, start, *memories, output, _ = tableau.unit_vectors()
     order = 1
-    for index, timestep in enumerate(timesteps):
-        x0, eps = predict(schedule.prediction_type, x, output, levels[index].alpha, levels[index].sigma)
+    for index in range(begin, len(timesteps)):
+        level = levels[index].alpha, levels[index].sigma
+        x0, eps = predict(schedule.prediction_type, x, output, *level)
         prediction = x0 if predict_x0 else eps
         corrected = x
-        if index > 0 and index - 1 not in disable_corrector:
+        if index > begin and index - 1 not in disable_corrector:
             unic = _Move(levels[max(index - order, 0) : index + 1], predict_x0, solver_type)
             corrected = unic(start, memories[:order], prediction)
-        order = min(solver_order, index + 1)
+        order = min(solver_order, index - begin + 1)
         if lower_order_final:
             order = min(order, num_steps - index)
         if order > 1 and math.isinf(levels[index + 1].lambda_):
@@ -99,5 +101,6 @@ def unipc(
         known = [prediction, *memories]
         unip = _Move(levels[max(index - order + 1, 0) : index + 2], predict_x0, solver_type)
         x_next = unip(corrected, known[:order])
-        tableau.step(timestep, c_in=1.0, x=x_next, start=corrected, **dict(zip(memory, known, strict=False)))
+        kept = dict(zip(memory, known, strict=False))
+        tableau.step(timesteps[index], level, c_in=1.0, x=x_next, start=corrected, **kept)
     return tableau

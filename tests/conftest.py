@@ -218,9 +218,16 @@ class RunAgain:
     def warm_up(self, work: Callable[[], None], device: Any) -> None:
         work()
 
-    def capture(self, work: Callable[[], None], device: Any) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None], device: Any, *, shares: bool = True) -> Callable[[], None]:
         self.captured += 1
         return work
+
+    def memory(self, device: Any) -> int:
+        return 0
+
+    def timed(self, work: Callable[[], None], device: Any) -> Callable[[], float | None]:
+        work()
+        return lambda: None
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ldmperf.model import FAMILY, RELEASED
 from ldmperf.profiling import Case
 from ldmperf.profiling.options import CaseError, split_values
-from ldmperf.profiling.trajectory.case import BACKENDS, RELEASED_NAMES
+from ldmperf.profiling.trajectory.case import BACKENDS, RELEASED_NAMES, RUNGS
 from ldmperf.profiling.trajectory.presets import (
     OPTIONS,
     PRESETS,
@@ -106,9 +106,9 @@ def test_presets_cover_the_family() -> None:
     }
     assert len(set(all_of_it)) == 11 * 27 * 2
     ladder = [case for sweep in PRESETS["ladder"].sweeps for case in sweep.cases()]
-    assert [case.backend for case in ladder[: len(BACKENDS)]] == list(BACKENDS)
+    assert [case.backend for case in ladder[: len(RUNGS)]] == list(RUNGS)
     assert {(case.batch, case.steps, case.guided, case.dtype) for case in ladder} == {(1, 20, True, "bfloat16")}
-    assert len(ladder) == len(set(ladder)) == 4 * len(BACKENDS)
+    assert len(ladder) == len(set(ladder)) == 4 * len(RUNGS)
 
 
 def test_the_drop_in_is_measured_beside_what_it_replaces_at_the_sizes_that_releases_were_made_for() -> None:

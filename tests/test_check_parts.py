@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.profiling.kernel_bench.peers import PEERS, usual_peers
-from ldmperf.profiling.trajectory.case import RUNGS
+from ldmperf.profiling.trajectory.case import PIPELINE_BACKENDS, RUNGS
 
 HAS_XDIST = importlib.util.find_spec("xdist") is not None
 
@@ -41,7 +41,7 @@ def part(evidence: str, name: str = "part", **options: Any) -> Any:
 def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Path) -> None:
     on_gpu, on_cpu = ({p.name: p for p in check_parts.parts(d, tmp_path)} for d in ("cuda", "cpu"))
     assert tuple(on_gpu) == check_parts.NAMES
-    assert list(on_cpu) == ["smoke", "tests", "ladder", "family", "attention", "kernels", "compiled"]
+    assert list(on_cpu) == ["smoke", "tests", "ladder", "pipelines", "family", "attention", "kernels", "compiled"]
     assert all(0 < p.floor < p.limit for p in (*on_gpu.values(), *on_cpu.values()))
     # Every operator is in one part.
     named = {name for p in on_gpu.values() for name in option(p, "--kernel").split(",") if name}
@@ -62,6 +62,12 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert {option(on_gpu[name], "--preset") for name in ("drop-in", "drop-in-compiled")} == {"drop-in"}
     eager = ("diffusers", "diffusers-accelerated")
     assert set(backends(on_gpu["drop-in-compiled"])) == {*eager, *(f"{name}-compile" for name in eager)}
+    # A pipeline's before and after too, and ours alone beside the compiled one.
+    pipes = [set(backends(on_gpu[name])) for name in ("pipelines", "pipelines-compiled")]
+    assert set.union(*pipes) == set(PIPELINE_BACKENDS)
+    assert set.intersection(*pipes) == {"pipe", "sample-graph"}
+    assert option(on_gpu["pipelines"], "--preset") == "pipelines"
+    assert (option(on_cpu["pipelines"], "--task"), option(on_cpu["pipelines"], "--size")) == ("pipeline", "SD1.5")
     assert option(on_gpu["family"], "--preset") == "family"
     assert option(on_gpu["family-all"], "--preset") == "family-all"
     assert all(option(on_cpu[name], "--size") == "39M" for name in ("ladder", "compiled", "family"))

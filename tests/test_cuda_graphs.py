@@ -142,6 +142,9 @@ def test_the_workspace_of_a_capture_is_neither_the_warm_ups_nor_kept_for_others(
         def replay(self) -> None:
             log.append("replay")
 
+        def pool(self) -> tuple[int, int]:
+            return (0, 1)
+
     @contextmanager
     def graph(*args: Any, **options: Any) -> Iterator[None]:
         pools.append("graph")
@@ -156,6 +159,7 @@ def test_the_workspace_of_a_capture_is_neither_the_warm_ups_nor_kept_for_others(
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", workspaces.clear, raising=False)
     if fails:

@@ -84,7 +84,16 @@ class Replays:
         self.warmed += 1
         work()
 
-    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def memory(self, device: torch.device) -> int:
+        return 0
+
+    def timed(self, work: Callable[[], None], device: torch.device) -> Callable[[], float | None]:
+        work()
+        return lambda: None
+
+    def capture(
+        self, work: Callable[[], None], device: torch.device, *, shares: bool = True
+    ) -> Callable[[], None]:
         if self.failures:
             raise self.failures.pop(0)
         self.captured += 1
@@ -118,7 +127,7 @@ def test_the_bits_of_the_eager_loop(name: str, weight: float) -> None:
         result = sampler(found, plan, noise, guidance_scale=weight, seeds=seeds)
         assert torch.equal(result, eager(plan, noise, found, guidance_scale=weight, seeds=seeds))
         assert torch.equal(noise, kept)
-    assert (graphs.captured, graphs.warmed, graphs.replayed) == (1, 2, 2 * len(plan.steps))
+    assert (graphs.captured, graphs.warmed, graphs.replayed) == (1, 3, 2 * len(plan.steps))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -409,7 +418,9 @@ def test_what_went_wrong_is_told_where_ending_the_capture_fails_too(
     plan, noise = make_plan("ddim", SCHEDULE, 2), initial_noise([1], SHAPE)
 
     class Fails(Replays):
-        def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        def capture(
+            self, work: Callable[[], None], device: torch.device, *, shares: bool = True
+        ) -> Callable[[], None]:
             try:
                 raise error
             finally:

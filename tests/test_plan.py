@@ -259,8 +259,8 @@ def test_registers_that_x_never_reads_are_left_out_and_others_kept():
     """x reads a in the second step, a reads b in the first: both live. Nobody but d itself reads d."""
     tableau = Tableau("x", "d", "a", "b")
     x, d, a, b, output, _ = tableau.unit_vectors()
-    tableau.step(2.0, x=x + output, d=d + x, a=a + 3.0 * b)
-    tableau.step(1.0, c_in=0.5, x=x + 2.0 * a, b=output)
+    tableau.step(2.0, (1.0, 0.0), x=x + output, d=d + x, a=a + 3.0 * b)
+    tableau.step(1.0, (1.0, 0.0), c_in=0.5, x=x + 2.0 * a, b=output)
     first, second = tableau.finish()
     np.testing.assert_array_equal(first.U, [[1, 0, 0, 1, 0], [0, 1, 3, 0, 0], [0, 0, 1, 0, 0]])
     np.testing.assert_array_equal(second.U, [[1, 2, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 1, 0]])
@@ -272,9 +272,9 @@ def test_a_step_without_finite_coefficients_is_refused():
     x, *_ = tableau.unit_vectors()
     for arguments in ({"x": np.full_like(x, np.inf)}, {"x": x, "c_in": np.nan}):
         with pytest.raises(ValueError, match="no finite coefficients"):
-            tableau.step(5.0, **arguments)
+            tableau.step(5.0, (1.0, 0.0), **arguments)
     with pytest.raises(KeyError, match="y"):
-        tableau.step(5.0, y=x)
+        tableau.step(5.0, (1.0, 0.0), y=x)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ class Replays(NoGraphs):
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
         work()
 
-    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def capture(
+        self, work: Callable[[], None], device: torch.device, *, shares: bool = True
+    ) -> Callable[[], None]:
         return work
 
 

@@ -330,7 +330,7 @@ def test_a_refusal_is_one_line_that_says_what_to_do(number):
 
 def test_a_step_made_by_hand_is_frozen():
     matrix = np.eye(1, 3)
-    step = Step(0, 5.0, 1.0, matrix)
+    step = Step(0, 5.0, 1.0, matrix, 0.8, 0.6)
     matrix[0, 0] = 9.0
     assert step.U[0, 0] == 1.0
     with pytest.raises(ValueError, match="read-only"):

@@ -16,6 +16,8 @@ from ldmperf.kernels import chip_of, tuned_table
 from .stand_ins import HOSTS, give_back
 from .survey import USUAL, Place, places
 
+BACKENDS = ("auto", "torch", "triton")
+
 
 @dataclass(frozen=True)
 class Replaced:

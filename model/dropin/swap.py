@@ -9,12 +9,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from .report import Left, Report
+from .rebuild import OURS, give_back_component
+from .report import BACKENDS, Left, Report
 from .stand_ins import HOSTS, give_back, take_over, take_over_pair
 from .survey import MODELS, places
 
 logger = logging.getLogger(__name__)
-BACKENDS = ("auto", "torch", "triton")
 
 
 def accelerate(
@@ -61,7 +61,17 @@ def accelerate(
 
 
 def undo(target: Any) -> None:
-    """Gives every module that `accelerate` took over in target its class back; target as of `accelerate`."""
+    """Undoes `accelerate` and `rebuild`; target as of theirs.
+
+    A pipeline gets diffusers' components back for ours, where ours were made from such; then every module that
+    `accelerate` took over has its class back.
+    """
+    if isinstance(target, DiffusionPipeline):
+        rebuilt = [name for name, part in target.components.items() if isinstance(part, OURS)]
+        for name in rebuilt:
+            give_back_component(target, name)
+        if rebuilt and not any(isinstance(_unwrapped(part), MODELS) for part in target.components.values()):
+            return
     models, _ = _models("undo", target)
     for model in models.values():
         for module in model.modules():

@@ -57,7 +57,16 @@ class NoGraphs:
     def warm_up(self, work: Callable[[], None], device: torch.device) -> None:
         pass
 
-    def capture(self, work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    def capture(
+        self, work: Callable[[], None], device: torch.device, *, shares: bool = True
+    ) -> Callable[[], None]:
+        work()
+        return lambda: None
+
+    def memory(self, device: torch.device) -> int:
+        return 0
+
+    def timed(self, work: Callable[[], None], device: torch.device) -> Callable[[], float | None]:
         work()
         return lambda: None
 

@@ -91,13 +91,17 @@ def _single(name: str) -> Callable[[Any], Figure | None]:
 
 
 def _ms_per_step(record: Any) -> Figure | None:
-    count, wall = getattr(record, "evaluations", None), _samples("wall_ms")(record)
+    count, wall = getattr(record, "evaluations", None), _part("steps")(record) or _samples("wall_ms")(record)
     return wall.over(count) if wall and count else None
 
 
 def _ms_per_image(record: Any) -> Figure | None:
     wall = _samples("wall_ms")(record)
     return wall.over(record.case.batch) if wall else None
+
+
+def _part(name: str) -> Callable[[Any], Figure | None]:
+    return lambda record: _samples(name)(getattr(record, "parts", None))
 
 
 def _first_call_ms(record: Any) -> Figure | None:
@@ -134,6 +138,9 @@ METRICS: Mapping[str, Metric] = {
         _time("ms_per_step", "step", "Wall time of a model evaluation, its whole batch", _ms_per_step),
         _time("ms_per_image", "image", "Wall time of a trajectory over its images", _ms_per_image),
         _time("decoder_ms", "decoder", "Time to decode a batch of latents to images", _samples("decoder_ms")),
+        _time("text_ms", "text", "A pipeline's text encoder", _part("text")),
+        _time("steps_ms", "steps", "A pipeline's steps, from the text to the final latents", _part("steps")),
+        _time("decode_ms", "decode", "A pipeline's decoder", _part("decode")),
         _time("first_call_ms", "first_call", "Wall time of the first call", _first_call_ms, sampled=False),
         _count("peak_memory_bytes", "peak_memory", "B", "The most memory that torch held on the GPU"),
         Metric("joules_per_image", "image_energy", "J", "GPU energy of an image", _single("joules_per_image")),

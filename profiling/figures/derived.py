@@ -78,7 +78,7 @@ class StepsSeries:
 
 @dataclass(frozen=True)
 class Overview:
-    """A record set as a report shows it: the family in sections, and its rivals, which have no place in them.
+    """A record set as a report shows it: the family in sections; rivals and pipelines, which are in none.
 
     environments  the first of each kind
     measured_in   of each kind all its environments, which differ in the machine, its memory or its cores
@@ -92,6 +92,7 @@ class Overview:
     superseded: int
     rivals: tuple[Row, ...] = ()
     measured_in: tuple[tuple[Environment, ...], ...] = ()
+    pipelines: tuple[Row, ...] = ()
 
     @property
     def rows(self) -> list[Row]:
@@ -105,8 +106,8 @@ class Overview:
 
     @property
     def all_rows(self) -> list[Row]:
-        """Those of the family, then the rivals'."""
-        return [*self.rows, *self.rivals]
+        """Those of the family, then the rivals' and the pipelines'."""
+        return [*self.rows, *self.rivals, *self.pipelines]
 
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
@@ -155,10 +156,10 @@ def overview(records: Sequence[Record]) -> Overview:
     best = {key: best_record(of_case) for key, of_case in measured.items()}
     names = network_names(best.values())
     grouped: dict[tuple[object, ...], list[Record]] = {}
-    rivals = []
+    apart: dict[str, list[Row]] = {"rival": [], "pipeline": []}
     for (index, _), record in best.items():
-        if record.case.task == "rival":
-            rivals.append(Row(record, index, record.case.label))
+        if record.case.task in apart:
+            apart[record.case.task].append(Row(record, index, record.case.label))
             continue
         grouped.setdefault((index, *_conditions(record.case)), []).append(record)
     sections = tuple(
@@ -168,9 +169,9 @@ def overview(records: Sequence[Record]) -> Overview:
     conditions = Conditions.of(environments, sections)
     superseded = len(records) - len(best)
     measured_in = tuple(map(tuple, kinds.values()))
-    return Overview(
-        environments, conditions, sections, _steps_series(sections), superseded, tuple(rivals), measured_in
-    )
+    rivals, pipelines = (tuple(rows) for rows in apart.values())
+    series = _steps_series(sections)
+    return Overview(environments, conditions, sections, series, superseded, rivals, measured_in, pipelines)
 
 
 def network_names(records: Iterable[Record]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ..terminal.visible import counted
 from ..trajectory.case import Case
 from .text import first_of, joined, value_of
 
-_TASKS = {"t2i": "text-to-image", "sr": "super-resolution"}
+_TASKS = {"t2i": "text-to-image", "sr": "super-resolution", "pipeline": "from a prompt to an image"}
 
 
 class Placed(Protocol):

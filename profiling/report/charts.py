@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .chart_panels import (
     Panel,
@@ -21,7 +22,8 @@ from .palette import Palette
 MOST_SIZES = 12
 
 
-@dataclass(frozen=True)
+# Equal where it is the same one: what is made of a panel is kept by its chart.
+@dataclass(frozen=True, eq=False)
 class Chart:
     """A chart in panels, one for each set of conditions.
 
@@ -60,6 +62,7 @@ class Chart:
         return MOST_SIZES if name == "size" else self.most
 
 
+@lru_cache(maxsize=8)
 def all_charts(palette: Palette) -> tuple[Chart, ...]:
     """Every chart, in the order of the page."""
     return (

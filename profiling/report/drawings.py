@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -179,8 +180,8 @@ def drawn(chart: Chart, facts: Facts, shared: str = "") -> Drawing:
     if not panels:
         return Drawing(chart.name, chart.title, chart.summary, reason=chart.needs)
     shown = shown_first(chart, panels, facts.first)
-    panel_spec = chart.panel.to_dict()
-    inner = {name: part for name, part in panel_spec.items() if name not in ("$schema", "config", "datasets")}
+    of_files = ("$schema", "config", "datasets")
+    inner = {name: part for name, part in panel_spec(chart).items() if name not in of_files}
     charts = [
         _named(inner, f"{FACTS}{place}")
         | {"title": {"text": joined(panel.key.values()), "subtitle": _notes(chart, panel)}}
@@ -218,9 +219,16 @@ def _named(part: Any, name: str) -> Any:
     return [_named(one, name) for one in part] if isinstance(part, list) else part
 
 
+@lru_cache(maxsize=128)
+def panel_spec(chart: Chart) -> Spec:
+    """The panel as a Vega-Lite specification, checked against its schema; not to be written to."""
+    return chart.panel.to_dict()
+
+
+@lru_cache(maxsize=128)
 def for_browser(chart: Chart) -> Spec:
     """The panel as a Vega specification without data, as wide as the page lets it be."""
-    spec = chart.panel.to_dict() | {"config": dict(CONFIG), "autosize": {"type": "fit-x", "contains": "padding"}}
+    spec = panel_spec(chart) | {"config": dict(CONFIG), "autosize": {"type": "fit-x", "contains": "padding"}}
     compiled: Spec = vl_convert.vegalite_to_vega(spec)
     return compiled
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from ..trajectory.records import Record
 from . import details
 from .columns import table_of
 from .page_input import PageInput
-from .page_tables import PageTable, claim_tables, rivals_tables, tables_of
+from .page_tables import PageTable, claim_tables, pipelines_tables, rivals_tables, tables_of
+from .pipelines_table import PIPELINES_NOTE
 from .rivals_table import RIVALS_NOTE
 from .tables import NOTHING
 
@@ -31,7 +33,7 @@ _TITLE_OF_KERNELS = "The kernels, one by one"
 # Charts that stand side by side.
 _PAIRS = (("fid", "fid-flops"), ("cost", "images", "joules"))
 # Tables with a heading of their own.
-_OF_THEIR_OWN = ("rivals", "history")
+_OF_THEIR_OWN = ("pipelines", "rivals", "history")
 
 
 def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable]) -> dict[str, object]:
@@ -62,6 +64,8 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "tables": [table for name, table in tables.items() if "-" not in name and name not in _OF_THEIR_OWN],
         "notes": table.notes,
         "checkpoints": sorted({(visible(r.name), visible(_origin(r.case))) for r in rows if r.case.is_checkpoint}),
+        "pipelines": [table for name, table in tables.items() if name.startswith("pipelines")],
+        "pipelines_note": PIPELINES_NOTE,
         "rivals": [table for name, table in tables.items() if name.startswith("rivals")],
         "rivals_note": RIVALS_NOTE,
         "history": page.history if "history" in tables else None,
@@ -79,7 +83,7 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
 
 def tables_in(page: PageInput) -> dict[str, PageTable]:
     """Every table of a page that has rows, by its name."""
-    found = [*tables_of(page.overview), *rivals_tables(page.overview)]
+    found = [*tables_of(page.overview), *pipelines_tables(page.overview), *rivals_tables(page.overview)]
     if page.history is not None:
         found.append(PageTable("history", "Each case on each commit.", page.history.grid()))
     grids = [(f"sides-{at}", side.title, side.grid) for at, side in enumerate(page.side_by_side)]
@@ -119,17 +123,18 @@ def _title(page: PageInput) -> str:
 
 def _sentence(rows: Sequence[Row]) -> str:
     """What was measured, how much of it, and when."""
-    family = {row.case.network for row in rows if row.case.task != "rival"}
-    rivals = {row.case.network for row in rows if row.case.task == "rival"}
-    networks = [counted(len(family), "latent-diffusion UNet")] if family else []
-    networks += [counted(len(rivals), "rival generator")] if rivals else []
+    apart = {"rival": "rival generator", "pipeline": "whole pipeline"}
+    family = "latent-diffusion UNet"
+    found = Counter(name for name, _ in {(apart.get(row.case.task, family), row.case.network) for row in rows})
+    networks = [counted(found[name], name) for name in (family, *apart.values()) if found[name]]
     backends = sorted({visible(row.case.backend) for row in rows}, key=lambda name: (rung_place(name), name))
     timed = sum(row.record.wall_ms is not None for row in rows)
     days = sorted({row.record.started_at.date().isoformat() for row in rows})
     cases = len({row.record.case_key for row in rows})
     often = f", measured {len(rows)} times in {len({row.environment for row in rows})} environments"
+    ends = ", from noise to latents," if found[family] else ""
     return (
-        f"The wall-clock time of whole sampling trajectories{', from noise to latents,' if family else ''} of "
+        f"The wall-clock time of whole sampling trajectories{ends} of "
         f"{' and '.join(networks)} with {_listed(backends)}: {counted(cases, 'case')}"
         f"{often if len(rows) > cases else ''}, {timed} with a time and {len(rows) - timed} without, "
         f"{days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'} (UTC)."

@@ -15,6 +15,7 @@ from .columns import table_of
 from .details import cases_grid, lines_grid
 from .facts import Placing, coded
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid, ladders
+from .pipelines_table import pipelines_grid, pipelines_title
 from .rivals_table import RIVALS_TITLE, rivals_grid
 
 # Rows that a page shows of a table unless asked for more.
@@ -126,6 +127,14 @@ def rivals_tables(shown: Overview) -> tuple[PageTable, ...]:
     return (
         PageTable("rivals", f"{RIVALS_TITLE}.", rivals_grid(shown)),
         PageTable("rivals-cases", "Every case of a rival, with its check.", cases_grid(shown, shown.rivals)),
+    )
+
+
+def pipelines_tables(shown: Overview) -> tuple[PageTable, ...]:
+    """Pipelines by part, and each of their cases with all that was seen."""
+    return (
+        PageTable("pipelines", f"{pipelines_title(shown)}.", pipelines_grid(shown)),
+        PageTable("pipelines-cases", "Every pipeline, with its check.", cases_grid(shown, shown.pipelines)),
     )
 
 

@@ -13,6 +13,7 @@ from ..terminal.layout import MISSING, Grid, say_grid
 from ..terminal.visible import for_markdown, say, say_wrapped
 from .columns import Column, Table, table_of
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid
+from .pipelines_table import PIPELINES_NOTE, pipelines_grid, pipelines_title
 from .rivals_table import RIVALS_NOTE, RIVALS_TITLE, rivals_grid
 
 NOTHING = "No cases were measured."
@@ -79,8 +80,9 @@ def markdown_table(shown: Overview) -> str:
 
 
 def _grids(shown: Overview) -> list[tuple[str, Grid, str]]:
-    """Title, grid and note of the rivals, where there are any, and of the ladder, with enough backends for one."""
+    """Title, grid and note of pipelines, rivals and the ladder, where there is enough for one."""
     found = [
+        (pipelines_title(shown), pipelines_grid(shown), PIPELINES_NOTE),
         (RIVALS_TITLE, rivals_grid(shown), RIVALS_NOTE),
         (LADDER_TITLE, ladder_grid(shown), ""),
         (GROUPS_TITLE, groups_grid(shown), ""),

@@ -10,7 +10,7 @@ from ..measure.timing import RepetitionRule
 from ..options import device_kind
 from ..paper import paper_sizes
 from ..terminal.visible import counted
-from ..trajectory.case import BACKENDS, DEFAULT_GUIDANCE, RELEASED_NAMES, Case
+from ..trajectory.case import BACKENDS, DEFAULT_GUIDANCE, PIPELINE_BACKENDS, RELEASED_NAMES, Case
 from ..trajectory.presets import PRESETS, Combinations, preset_named
 from .rival import RIVAL_BACKENDS, RIVALS
 from .rival_selection import rival_cases
@@ -78,7 +78,8 @@ def _is_known(case: Case) -> bool:
     if case.task == "rival":
         return case.unet in RIVALS and case.backend in RIVAL_BACKENDS
     is_named = case.unet in paper_sizes() or case.unet in RELEASED_NAMES
-    return not case.is_checkpoint and is_named and case.backend in BACKENDS
+    backends = PIPELINE_BACKENDS if case.task == "pipeline" else BACKENDS
+    return not case.is_checkpoint and is_named and case.backend in backends
 
 
 def _of_preset(wanted: set[Case]) -> tuple[list[str] | None, RepetitionRule] | None:
@@ -109,9 +110,11 @@ def _of_lists(wanted: set[Case]) -> list[str] | None:
 def _listed(cases: Sequence[Case], field: str) -> tuple[Any, ...]:
     """The different values of a field: sizes and backends in the order of their tables, others sorted."""
     values = {getattr(case, field) for case in cases}
-    table = {"unet": (*paper_sizes(), *RELEASED_NAMES, *RIVALS), "backend": (*BACKENDS, *RIVAL_BACKENDS)}.get(
-        field
-    )
+    tables = {
+        "unet": (*paper_sizes(), *RELEASED_NAMES, *RIVALS),
+        "backend": (*BACKENDS, *PIPELINE_BACKENDS, *RIVAL_BACKENDS),
+    }
+    table = tables.get(field)
     return tuple(sorted(values, key=None if table is None else table.index))
 
 

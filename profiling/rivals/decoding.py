@@ -12,6 +12,8 @@ def decoder_case(case: Case) -> Case | None:
 
     The family's latents go to Stable Diffusion's decoder, a masked transformer's tokens to aMUSEd's.
     """
+    if case.task == "pipeline":
+        return None
     decoder = LATENT_DECODER if case.task != "rival" else RIVALS[case.unet].decoder
     if decoder is None:
         return None

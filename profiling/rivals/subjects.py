@@ -1,4 +1,4 @@
-"""What `ldmperf profile` can measure: the rivals as a subject, beside the family."""
+"""What `ldmperf profile` can measure: the rivals as a subject, beside the family and pipelines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..measure.outcomes import Unsupported
+from ..pipelines.pipeline_subject import PipelineSubject
 from ..trajectory.backend import Backend, Subject
 from ..trajectory.case import Case, Task
 from ..trajectory.network import FAMILY_SUBJECTS
@@ -45,5 +46,5 @@ class RivalSubject:
 
 
 def all_subjects() -> Mapping[Task, Subject]:
-    """What `ldmperf profile` can measure, by task: the family and its rivals."""
-    return {**FAMILY_SUBJECTS, "rival": RivalSubject()}
+    """What `ldmperf profile` can measure, by task: the family, its rivals, and whole pipelines."""
+    return {**FAMILY_SUBJECTS, "rival": RivalSubject(), "pipeline": PipelineSubject()}

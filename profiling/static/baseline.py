@@ -24,9 +24,9 @@ from .shapes import Shape
 # What `make test` compiles. All sizes, both batches and every specialization: bench/static_baseline.py --every.
 CHECKED = (
     Selection(("39M", "866M", "5B"), (2,), ("bfloat16",), ("sm_90",)),
-    Selection(("866M",), (2,), ("bfloat16",), ("sm_80", "gfx942")),
-    Selection(("866M",), (2,), ("float32",), ("sm_90",)),
-    Selection(("866M",), (2,), ("float32",), ("sm_80", "gfx942"), one_of_each="kernel"),
+    Selection(("866M",), (2,), ("bfloat16",), ("sm_80",)),
+    Selection(("866M",), (2,), ("bfloat16",), ("gfx942",), one_of_each="kernel"),
+    Selection(("866M",), (2,), ("float32",), ("sm_80", "sm_90", "gfx942"), one_of_each="kernel"),
     Selection(("866M",), (2,), ("float16",), ("sm_80", "sm_90", "gfx942"), one_of_each="kernel"),
 )
 TEXT = 77

@@ -154,6 +154,16 @@ class Phased(Protocol):
 
 
 @runtime_checkable
+class Parted(Protocol):
+    """A trajectory that can tell what the parts of its last call took, once the device has done them."""
+
+    @property
+    def parts(self) -> Mapping[str, float]:
+        """Milliseconds by the names of `record_parts.Parts`."""
+        ...
+
+
+@runtime_checkable
 class Configured(Protocol):
     """A backend with settings that its name does not tell."""
 

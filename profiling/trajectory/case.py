@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from ..measure.recorded import short_id
 from ..options import DEVICE_PATTERN, DType, device_kind
 
-Task = Literal["t2i", "sr", "rival"]
+Task = Literal["t2i", "sr", "rival", "pipeline"]
 
-# Of the family; a rival's task is its name.
-TASKS: tuple[Task, ...] = ("t2i", "sr")
+# What --task takes; a rival's task is its name.
+TASKS: tuple[Task, ...] = ("t2i", "sr", "pipeline")
 # Published networks, measured with random weights as the family's sizes are (`ldmperf.model.RELEASED`).
 RELEASED_NAMES = ("SD1.5", "SDXL")
 # In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the
@@ -37,10 +37,13 @@ RUNGS = (
 # Beside the rungs `torch`, `triton+hoist+merge` and `graph`: the same with every image evaluated alone.
 INVARIANT = ("torch-invariant", "triton-invariant", "graph-invariant")
 BACKENDS = (*RUNGS, *INVARIANT)
+# Of the task "pipeline": diffusers' pipeline as it is, with our kernels, compiled, and on our networks; then ours
+# alone, eager, and each step a graph.
+PIPELINE_BACKENDS = ("pipe", "pipe-accelerated", "pipe-compile", "pipe-rebuilt", "sample", "sample-graph")
 # The backends that are measured unless told.
 DEFAULT_BACKENDS = ("torch", "diffusers")
 # The guidance of a task unless told: super-resolution samples without.
-DEFAULT_GUIDANCE: Mapping[Task, float] = {"t2i": 7.5, "sr": 1.0}
+DEFAULT_GUIDANCE: Mapping[Task, float] = {"t2i": 7.5, "sr": 1.0, "pipeline": 7.5}
 # The largest batch: far above what fits, and low enough that no figure of a record leaves the range of a float.
 MOST_IMAGES = 1_000_000
 # Stands before a path that is not UTF-8, which JSON cannot hold.
@@ -66,7 +69,8 @@ class Case(BaseModel):
     `context_tokens` is the length of the text context.
 
     A rival, a generator of another kind (task "rival"), has its name in `unet`, its own number of steps, the
-    sampler "none", and no context tokens and no guidance where it takes no text.
+    sampler "none", and no context tokens and no guidance where it takes no text. A pipeline (task "pipeline") goes
+    from a prompt to an image, by a text encoder, the network in `unet` and a decoder.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

@@ -75,7 +75,7 @@ def tolerances(
         # Each one's reference is the other implementation's float32 result.
         if not relative_rms(references[name].latents, references[other].latents) <= TOLERANCES["float32"]:
             return fixed
-        is_peer = implementations[name] == "diffusers"
+        is_peer = implementations[name] in ("diffusers", "pipe")
         factor = DIFFUSERS_ROUNDING_FACTOR if is_peer else ROUNDING_FACTOR
         return max(fixed, min(factor * errors[other], LARGEST_TOLERANCE))
 

@@ -24,11 +24,11 @@ from ..measure.outcomes import Outcome, Untrusted
 from ..measure.recorded import Correctness, Samples
 from ..measure.timing import Timed, Times, timed
 from ..terminal.visible import counted, visible
-from .backend import Backend, Configured, Phased, Problem, Trajectory
+from .backend import Backend, Configured, Parted, Phased, Problem, Trajectory
 from .case import Case
 from .check import TOLERANCES, Reference
 from .group_facts import GroupFacts
-from .record_parts import Energy, Phases
+from .record_parts import Energy, Parts, Phases
 from .records import Record
 
 
@@ -55,6 +55,8 @@ class Lane(Outcome):
     errors: dict[Literal["before", "after"], float | None] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     times: Times = field(default_factory=Times)
+    # Of the samples, in their order; empty where the trajectory has no parts.
+    parts: dict[str, list[float]] = field(default_factory=dict)
     stopped_by: Literal["seconds"] | None = None
     peak_memory_bytes: int | None = None
     graph_memory_bytes: int = 0
@@ -118,6 +120,9 @@ class Lane(Outcome):
             self.is_unsettled = False
         result = self.run_measured(problem.check_inputs() if is_last else self.round_inputs(problem, number))
         self.during.read_throttling()
+        if isinstance(self.trajectory, Parted):
+            for part, ms in self.trajectory.parts.items():
+                self.parts.setdefault(part, []).append(ms)
         if is_last:
             self.last_latents = self.returned.take(result.value, "its last sample", may_repeat=FIRST_CALL)
         else:
@@ -210,6 +215,9 @@ class Lane(Outcome):
             ),
             wall_ms=Samples.of(times.wall_ms) if self.active else None,
             gpu_ms=Samples.of(times.gpu_ms) if self.active and times.gpu_ms else None,
+            parts=Parts(**{part: Samples.of(ms) for part, ms in self.parts.items()})
+            if self.active and self.parts
+            else None,
             phases=Phases(
                 weights_ms=shared.weights_ms,
                 reference_ms=None if reference is None else reference.ms,

@@ -32,6 +32,7 @@ from .case import (
     DEFAULT_BACKENDS,
     DEFAULT_GUIDANCE,
     MOST_IMAGES,
+    PIPELINE_BACKENDS,
     RELEASED_NAMES,
     RUNGS,
     TASKS,
@@ -144,6 +145,11 @@ PRESETS: dict[str, Preset] = {
         ),
         RepetitionRule(5, 2.0),
     ),
+    # Stable Diffusion 1 from a prompt to an image: diffusers' pipeline before and after ours, then ours alone.
+    "pipelines": Preset(
+        (replace(_DROP_IN, unets=("SD1.5",), tasks=("pipeline",), backends=PIPELINE_BACKENDS),),
+        RepetitionRule(5, 2.0),
+    ),
 }
 
 
@@ -224,9 +230,16 @@ OPTIONS: Mapping[str, CaseOption] = {
     "dtype": CaseOption("dtypes", lambda _, text: dtype_named(text), "float32, bfloat16, float16."),
     "device": CaseOption("devices", lambda _, text: device_named(text), "cpu, cuda, cuda:N."),
     "backend": CaseOption(
-        "backends", partial(known_name, valid=BACKENDS), f"{', '.join(BACKENDS)}; torch and diffusers unless told."
+        "backends",
+        partial(known_name, valid=(*BACKENDS, *PIPELINE_BACKENDS)),
+        f"{', '.join(BACKENDS)}; torch and diffusers unless told. Of pipelines: {', '.join(PIPELINE_BACKENDS)}; "
+        "all of them unless told.",
     ),
-    "task": CaseOption("tasks", partial(known_name, valid=TASKS), "t2i; sr: 8 input channels, without guidance."),
+    "task": CaseOption(
+        "tasks",
+        partial(known_name, valid=TASKS),
+        "t2i; sr: 8 input channels, without guidance; pipeline: from a prompt to an image, of SD1.5.",
+    ),
     "latent": CaseOption(
         "latents",
         latent_size,
@@ -273,7 +286,18 @@ def chosen_sweeps(
         if values:
             read = tuple(option.read(name, text) for text in option.split(values))
             given[option.field] = (*given.get(option.field, ()), *read)
-    return [replace(sweep, **given) for sweep in preset_named(preset).sweeps]
+    return [_of_its_task(replace(sweep, **given), given) for sweep in preset_named(preset).sweeps]
+
+
+def _of_its_task(sweep: Combinations, given: Mapping[str, object]) -> Combinations:
+    """The sweep on backends of its tasks: where none were given, on all of a pipeline's."""
+    if "backends" not in given and sweep.tasks == ("pipeline",):
+        return replace(sweep, backends=PIPELINE_BACKENDS)
+    for task, backend in itertools.product(sweep.tasks, sweep.backends):
+        valid = PIPELINE_BACKENDS if task == "pipeline" else BACKENDS
+        if backend not in valid:
+            raise CaseError(f"--backend: {backend} does not run task {task}; choose from {', '.join(valid)}")
+    return sweep
 
 
 def usual_preset(choices: Choices) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ..measure.recorded import Count, KernelTime, Milliseconds, RecordModel
+from ..measure.recorded import Count, KernelTime, Milliseconds, RecordModel, Samples
 
 
 class Phases(RecordModel):
@@ -76,6 +76,20 @@ class Trace(RecordModel):
         if not further:
             return self.busy_ms
         return None if self.step_busy_ms is None else self.busy_ms + further * self.step_busy_ms
+
+
+class Parts(RecordModel):
+    """What the parts of a pipeline's calls took, sample by sample: together `gpu_ms`, on the CPU `wall_ms`.
+
+    text: the prompt's tokens and the text encoder. steps: from there to the final latents, what prepares the steps
+    included. decode: the decoder. rest: what the pipeline does with the images. On a GPU they are times between
+    events in the stream, so that one in which the device waits for the host is as long as the wait.
+    """
+
+    text: Samples
+    steps: Samples
+    decode: Samples
+    rest: Samples
 
 
 class Floor(RecordModel):

@@ -22,7 +22,7 @@ from ..measure.recorded import (
 )
 from ..measure.store import Store, read_lines
 from .case import Case
-from .record_parts import Energy, Floor, Harness, Phases, Trace
+from .record_parts import Energy, Floor, Harness, Parts, Phases, Trace
 
 RECORDS_NAME = "records.jsonl"
 
@@ -41,6 +41,7 @@ class Record(RecordModel):
     CPU, where torch does not count. `trace` is of a short trajectory, untimed, under torch's profiler; null on the
     CPU, where that failed, and where time ran out before it. `settings`: those that the backend states of itself.
     `decoder_ms`: decoding the batch's latents to images by an autoencoder of Stable Diffusion's shape, on request.
+    `parts`: of a pipeline, whose trajectory goes from a prompt to an image; null for others.
     `energy`: null where a run ended before it. `device_during`: the last reading in the energy window; its
     `throttle_reasons` are all that were seen there or right after a timed sample.
     """
@@ -54,6 +55,7 @@ class Record(RecordModel):
     correctness: Correctness | None = None
     wall_ms: Samples | None = None
     gpu_ms: Samples | None = None
+    parts: Parts | None = None
     phases: Phases = Phases()
     parameters: Count | None = None
     gflop_per_forward: float | None = None
@@ -82,7 +84,7 @@ class Record(RecordModel):
                 raise ValueError("an ok record has wall_ms and evaluations, and no message")
             if self.correctness is None or not self.correctness.passed:
                 raise ValueError("an ok record has passed its check before and after timing")
-        elif self.message is None or self.wall_ms is not None or self.gpu_ms is not None:
+        elif self.message is None or self.wall_ms or self.gpu_ms or self.parts:
             raise ValueError(f"a record with status {self.status} has a message and no time")
         return self
 
@@ -95,10 +97,12 @@ class Record(RecordModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def ms_per_step(self) -> float | None:
-        """Median wall time of a trajectory over its model evaluations, for the whole batch, sampler included."""
-        if self.wall_ms is None or not self.evaluations:
-            return None
-        return self.wall_ms.p50 / self.evaluations
+        """Median wall time of a trajectory over its model evaluations, for the whole batch, sampler included.
+
+        Of a pipeline that of its steps alone, on the clock of its parts.
+        """
+        whole = self.wall_ms if self.parts is None else self.parts.steps
+        return None if whole is None or not self.evaluations else whole.p50 / self.evaluations
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -127,8 +127,8 @@ def inductor_options(mode: CompileMode) -> dict[str, bool]:
     return options | INDUCTOR_SETTINGS if mode == "max-autotune" else options
 
 
-def compiled(module: torch.nn.Module, mode: CompileMode) -> Any:
-    """The module under torch.compile, as one graph for one shape; compiled at its first call."""
+def compiled(module: Callable[..., Any], mode: CompileMode) -> Any:
+    """The module, or its method, under torch.compile, as one graph for one shape; compiled at its first call."""
     return torch.compile(module, options={**inductor_options(mode)}, fullgraph=True, dynamic=False)
 
 
