@@ -255,6 +255,6 @@ def test_what_a_step_still_launches_outside_of_its_capture(
         with Computed() as computed:
             pair.call(pair.ours, num_inference_steps=steps, output_type="latent")
         counts.append(Counter(computed.names))
-    # Beside these the input's copy and the step's number, written in place, and sampler_update.
-    expected = ["_to_copy", "add", "cat", "clone", "empty_like", "mul", "sub"]
+    # Beside these, written in place: the input, the step's number, sampler_update, and the estimate of x_0.
+    expected = ["add", "cat", "clone", "empty_like", "empty_like", "mul", "sub"]
     assert sorted((counts[3] - counts[2]).elements()) == expected
