@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from ldmperf.model.dropin import PipelineUNet, rebuild, undo
+from ldmperf.model.dropin.merged_adapters import adapted_layers
 
 from .adapters import CONTEXT_DIM, ip_adapter, lora, tiny_unet
 from .dropin_checks import relative_rms
@@ -98,10 +99,12 @@ class Adapters(RuleBasedStateMachine):
         self.both(lambda unet: unet.enable_lora())
 
     @precondition(lambda self: self.loaded and not self.fused)
-    @rule(scale=st.sampled_from([1.0, 0.6]))
-    def fuse(self, scale: float) -> None:
+    @rule(scale=st.sampled_from([1.0, 0.6]), all_active=st.booleans())
+    def fuse(self, scale: float, all_active: bool) -> None:
         self.both(lambda unet: unet.enable_lora())
-        self.both(lambda unet: unet.fuse_lora(scale))
+        self.both(lambda unet: unet.set_adapters(self.loaded))
+        names = None if all_active else self.loaded[:1]
+        self.both(lambda unet: unet.fuse_lora(scale, adapter_names=names))
         self.fused = True
 
     @precondition(lambda self: self.fused)
@@ -147,18 +150,29 @@ TestAdapters.pytestmark = pytestmark
 
 
 def test_low_precision_merges_are_rounded_once() -> None:
-    exact = tiny_unet()
-    weights = lora(exact, 1)
+    weights = lora(tiny_unet(), 1)
     half = tiny_unet().to(torch.bfloat16)
     ours: Any = PipelineUNet.of(half, backend="torch")
-    for unet in (exact, ours):
-        unet.load_lora_adapter(dict(weights), prefix=None, adapter_name="a")
+    ours.load_lora_adapter(weights, prefix=None, adapter_name="a")
     ours(torch.zeros(1, 4, 8, 8).bfloat16(), 1, torch.zeros(1, 3, CONTEXT_DIM).bfloat16())
-    exact.fuse_lora()
     key = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    expected = exact.get_submodule(key).get_base_layer().weight
-    merged = ours.state_dict()[f"{key}.weight"]
-    assert float((merged.double() - expected).abs().max() / expected.abs().max()) < 2**-7
+    layer = half.get_submodule(key)
+    base, down, up = (one.weight.float() for one in (layer.get_base_layer(), layer.lora_A["a"], layer.lora_B["a"]))
+    expected = (base + layer.scaling["a"] * up @ down).bfloat16()
+    assert torch.equal(ours.state_dict()[f"{key}.weight"], expected)
+
+
+def test_scales_in_tensors_that_hotswaps_write() -> None:
+    """As `enable_lora_hotswap` prepares adapters: the values of tensors change, and nothing else."""
+    pair: list[Any] = [PipelineUNet.of(tiny_unet(), backend="torch"), tiny_unet()]
+    for unet in pair:
+        unet.enable_lora_hotswap(target_rank=4)
+        unet.load_lora_adapter(lora(tiny_unet(), 1), prefix=None, adapter_name="a")
+    assert relative_rms(_call(pair[0], None), _call(pair[1], None)) < CLOSE
+    for unet in pair:
+        for layer in adapted_layers(getattr(unet, "source", unet)).values():
+            layer.scaling["a"].mul_(0.5)
+    assert relative_rms(_call(pair[0], None), _call(pair[1], None)) < CLOSE
 
 
 def test_an_ip_adapter_is_refused() -> None:

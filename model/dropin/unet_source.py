@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import SlicedAttnProcessor
-from torch import nn
+from torch import Tensor, nn
 
 from ldmperf.samplers import Watch
 
@@ -106,8 +106,12 @@ class Followed:
 
     def _note(self) -> None:
         self._watch = Watch([self.source])
-        self._parameters = [p for p in self.source.parameters() if not p.is_inference()]
-        self._versions = list(map(_version, self._parameters))
+        # enable_lora_hotswap keeps scales in tensors.
+        scalings = [getattr(layer, "scaling", {}) for layer in adapted_layers(self.source).values()]
+        scales = (scale for scaling in scalings for scale in scaling.values())
+        tensors = (*self.source.parameters(), *(scale for scale in scales if isinstance(scale, Tensor)))
+        self._tensors = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._versions = list(map(_version, self._tensors))
         self._written = _versions(self._unet)
         self.is_touched = False
 
@@ -158,7 +162,7 @@ class Followed:
 
     def _is_changed(self) -> bool:
         # Below a millisecond for 700 modules, while the device is at work.
-        return list(map(_version, self._parameters)) != self._versions or not self._watch.is_same([self.source])
+        return list(map(_version, self._tensors)) != self._versions or not self._watch.is_same([self.source])
 
 
 _version = attrgetter("_version")
