@@ -15,7 +15,8 @@ from .fields import shown
 from .files import CheckpointError, some
 from .keys import Slot
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of a .safetensors header.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -27,8 +28,8 @@ def check_path(path: object) -> None:
 
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Raises ValueError for a dtype that no checkpoint is loaded in."""
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES.values()))}; got {dtype}")
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {dtype}")
 
 
 def check_device(device: torch.device | str) -> None:
@@ -114,10 +115,10 @@ def write(
 def _one_dtype(path: Path, slots: list[Slot], stored: Sequence[Any], wanted: torch.dtype | None) -> torch.dtype:
     names = [tensor.get_dtype() for tensor in stored]
     # Quantized weights need their scales, which other tensors hold: a cast alone is wrong.
-    if unknown := [f"{slot.key} ({name})" for slot, name in zip(slots, names, strict=True) if name not in _DTYPES]:
+    if unknown := [f"{slot.key} ({name})" for slot, name in zip(slots, names, strict=True) if name not in DTYPES]:
         raise CheckpointError(
-            f"{path}: not a float dtype in {some(unknown)}; only {', '.join(_DTYPES)} are read: convert the file"
+            f"{path}: not a float dtype in {some(unknown)}; only {', '.join(DTYPES)} are read: convert the file"
         )
     if wanted is None and len(set(names)) > 1:
         raise CheckpointError(f"{path}: mixed dtypes {', '.join(sorted(set(names)))}; pass dtype=")
-    return wanted or _DTYPES[names[0]]
+    return wanted or DTYPES[names[0]]

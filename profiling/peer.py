@@ -17,22 +17,9 @@ from ldmperf.model import (
     diffusers_config,
     diffusers_state_dict,
 )
+from ldmperf.samplers import DIFFUSERS_CLASSES
 
 from .measure.outcomes import Unsupported
-
-# diffusers' class for each plan of ours.
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-    "dpmpp_2s": "DPMSolverSinglestepScheduler",
-    "unipc": "UniPCMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "pndm": "PNDMScheduler",
-}
 
 
 def diffusers_unet(unet: UNet) -> Any:
@@ -92,4 +79,4 @@ SCHEDULER_CONFIG: Mapping[str, object] = {
 
 def diffusers_scheduler(sampler: str) -> Any:
     """diffusers' scheduler for a plan of ours, or `Unsupported` where diffusers is not installed."""
-    return getattr(import_diffusers(), SCHEDULERS[sampler]).from_config(dict(SCHEDULER_CONFIG))
+    return getattr(import_diffusers(), DIFFUSERS_CLASSES[sampler]).from_config(dict(SCHEDULER_CONFIG))

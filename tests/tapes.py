@@ -76,7 +76,9 @@ class Tape(TorchDispatchMode):
             for func, args, kwargs, results in self.calls:
                 out = func(*tree_map(real, args), **tree_map(real, kwargs))
                 for result, new in zip(results, tree_leaves(out), strict=bool(results)):
-                    result.copy_(new)
+                    # Some of attention's results are numbers.
+                    if isinstance(result, torch.Tensor):
+                        result.copy_(new)
 
     def overwrite(self) -> None:
         for *_, results in self.calls:

@@ -17,7 +17,7 @@ from ldmperf.profiling import Case, profile
 from ldmperf.profiling.measure.error import relative_rms
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.timing import RepetitionRule
-from ldmperf.profiling.peer import SCHEDULER_CONFIG, SCHEDULERS, diffusers_unet
+from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.theirs import (
     CompileMode,
@@ -27,7 +27,7 @@ from ldmperf.profiling.trajectory.theirs import (
     side_by_side,
 )
 from ldmperf.profiling.trajectory.unet_problem import UNetProblem, added_conditions
-from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan
+from ldmperf.samplers import DIFFUSERS_CLASSES, SAMPLERS, NoiseSchedule, make_plan
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -40,8 +40,8 @@ def problem(checkpoint: Path, **changes: Any) -> UNetProblem:
 
 def test_every_sampler_has_its_diffusers_class() -> None:
     diffusers = pytest.importorskip("diffusers")
-    assert set(SCHEDULERS) == set(SAMPLERS)
-    for name in SCHEDULERS.values():
+    assert set(DIFFUSERS_CLASSES) == set(SAMPLERS)
+    for name in DIFFUSERS_CLASSES.values():
         assert hasattr(diffusers, name)
 
 

@@ -35,7 +35,7 @@ def of(**config):
         ("heun", {"final_sigmas_type": "zero"}, "takes no option 'final_sigmas_type'"),
         ("unipc", {"lambda_min_clipped": -5.1}, "takes no option 'lambda_min_clipped'"),
         ("dpmpp_2s", {"timestep_spacing": "linspace"}, "takes no option 'timestep_spacing'"),
-        ("lcm", {"steps_offset": 0}, "it takes original_inference_steps, timestep_scaling"),
+        ("lcm", {"steps_offset": 0}, "it takes original_inference_steps, strength, timestep_scaling"),
         ("ddim", {"eta": 1.5}, "eta"),
         ("ddim", {"eta": "1"}, "eta"),
         ("ddim", {"set_alpha_to_one": 1}, "set_alpha_to_one"),
@@ -153,9 +153,9 @@ def test_words_of_another_class_are_translated_as_diffusers_does(name, config, o
     assert make_plan(name, of(**config), 5).options[option] == value
 
 
-def test_a_config_may_hold_every_option_of_a_sampler_but_eta():
+def test_a_config_may_hold_every_option_of_a_sampler_but_those_of_a_call():
     taken = {option for name in SAMPLERS for option in make_plan(name, SCHEDULE, 4).options}
-    assert taken == SAMPLER_OPTIONS | {"eta"}
+    assert taken == SAMPLER_OPTIONS | {"eta", "strength"}
 
 
 CASES = st.sampled_from(

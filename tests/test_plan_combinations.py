@@ -10,12 +10,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ldmperf.profiling.peer import SCHEDULERS
-from ldmperf.samplers import SAMPLERS, NoiseSchedule, make_plan
+from ldmperf.samplers import DIFFUSERS_CLASSES, SAMPLERS, NoiseSchedule, make_plan
 
 diffusers = pytest.importorskip("diffusers")
 
-CLASSES = {name: getattr(diffusers, class_name) for name, class_name in SCHEDULERS.items()}
+CLASSES = {name: getattr(diffusers, class_name) for name, class_name in DIFFUSERS_CLASSES.items()}
 OPTIONS = {
     "timestep_spacing": ["linspace", "leading", "trailing"],
     "steps_offset": [0, 1, -1, 2, 5],

@@ -282,8 +282,8 @@ def test_nothing_stays_hooked_even_when_a_trajectory_fails(tiny_checkpoint: Path
 def test_a_network_on_another_backend_tells_its_ranges_too() -> None:
     from dataclasses import replace
 
-    widths = {"block_channels": (32,), "num_heads": (4,), "attention": (True,), "transformer_layers": (1,)}
-    small = replace(FAMILY["39M"], **widths)
+    one = {"num_heads": (4,), "attention": (True,), "transformer_layers": (1,), "only_cross_attention": (False,)}
+    small = replace(FAMILY["39M"], block_channels=(32,), **one)
     opened = Opened()
     watch = EvaluationWatch(Ranges(opened))
     with torch.inference_mode():

@@ -135,6 +135,9 @@ def test_pipelines_that_share_components(pipe: Any) -> None:
     rebuild(pipe, backend="torch")
     assert np.array_equal(image(other, "img2img"), expected)
     sharing = diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    # from_pipe of a pipeline's class hands over models of the very class alone; AutoPipeline's all.
+    own = {"unet": pipe.unet, "vae": pipe.vae}
+    assert diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, **own).components == sharing.components
     painting = diffusers.AutoPipelineForInpainting.from_pipe(pipe)
     sharing.set_progress_bar_config(disable=True)
     painting.set_progress_bar_config(disable=True)
@@ -198,6 +201,19 @@ def test_it_takes_pipelines(what: Any) -> None:
     with pytest.raises(ValueError, match="pipe must be a loaded pipeline of diffusers") as error:
         rebuild(what)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["PAG", "SAG"])
+def test_a_pipeline_that_changes_attention_keeps_its_unet(pipe: Any, name: str) -> None:
+    kind = getattr(diffusers, f"StableDiffusion{name}Pipeline")
+    options = {"pag_applied_layers": "down_blocks.0"} if name == "PAG" else {}
+    other = kind(**pipe.components, requires_safety_checker=False, **options)
+    other.set_progress_bar_config(disable=True)
+    expected = image(other)
+    rebuilt = rebuild(other, backend="torch")
+    assert [one.path for one in rebuilt.replaced] == ["vae", "scheduler"]
+    assert "changes the UNet's attention" in str(rebuilt)
+    assert float(np.abs(image(other) - expected).max()) < SAME
 
 
 def test_slicing_tiling_and_the_encoder_of_the_autoencoder() -> None:

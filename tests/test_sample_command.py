@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from pipeline_folders import edit_json, write_pipeline
+from safetensors.torch import load_file, save_file
 
 from ldmperf.model.pipeline import TextToImage, as_bytes
 from ldmperf.profiling.commands import sample_run
@@ -137,6 +139,33 @@ def test_prompts_are_rows_and_seeds_columns(make: Run, tmp_path: Path) -> None:
     done = make("{seed}.png", "--prompt", "h i", "--seed", "5,6,9")
     assert (done.code, list(tmp_path.glob("5.png"))) == (2, [])
     assert "names several images alike; put {prompt} into the name too" in done.err
+    done = make("{prompt}.png", "--prompt", "h i", "--seed", "5,6")
+    assert "names several images alike; put {seed} into the name too" in done.err
+    done = make(
+        "{prompt}{seed}.png", *["--prompt", "b"] * 2, *(f"--prompt={n}" for n in range(9)), "--seed", "1,11"
+    )
+    assert "names several images alike; write {prompt}-{seed} in the name" in done.err
+
+
+def test_a_prompt_given_twice_is_drawn_once(make: Run, tmp_path: Path) -> None:
+    assert make("a.png", "--prompt", "a b c").code == 0
+    assert pixels(tmp_path / "a.png").shape == (16, 24, 3)
+
+
+@pytest.mark.parametrize(("part", "who"), [("unet", "the UNet"), ("vae", "the autoencoder")])
+def test_an_image_that_is_not_finite_is_told_and_not_written(
+    run: Run, folder: Path, tmp_path: Path, part: str, who: str
+) -> None:
+    broken = tmp_path / "p"
+    shutil.copytree(folder, broken)
+    file = broken / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_out.bias" if part == "unet" else "decoder.conv_in.bias"].fill_(float("nan"))
+    save_file(tensors, file, {"format": "pt"})
+    done = run("sample", "--pipeline", broken, "--prompt", "a", "--seed", 7, *SMALL, "-o", tmp_path / "a.png")
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert f"seed 7: {who} gives what is not finite in float32; take another dtype" in done.err
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_previews_are_written_beside_the_image_and_go_with_it(

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldmperf.profiling.peer import SCHEDULERS
-from ldmperf.samplers import NoiseSchedule, make_plan, sample
+from ldmperf.samplers import DIFFUSERS_CLASSES, NoiseSchedule, make_plan, sample
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -41,7 +40,7 @@ def network(x: torch.Tensor, timestep: float) -> torch.Tensor:
 
 
 def scheduler_of(name, **config):
-    cls = getattr(diffusers, SCHEDULERS[name])
+    cls = getattr(diffusers, DIFFUSERS_CLASSES[name])
     if name in CLIPS:
         config.setdefault("clip_sample", False)
     with warnings.catch_warnings():
@@ -119,7 +118,7 @@ def relative_error(value, expected):
 def check(name, num_steps, monkeypatch, **arguments):
     """One configuration, given to us as the config that diffusers itself would save."""
     of_config = {key: arguments.pop(key) for key in tuple(arguments) if key not in CHECK_ARGUMENTS}
-    saved = {**scheduler_of(name, **of_config).config, "_class_name": SCHEDULERS[name]}
+    saved = {**scheduler_of(name, **of_config).config, "_class_name": DIFFUSERS_CLASSES[name]}
     compare(name, num_steps, monkeypatch, lambda: scheduler_of(name, **of_config), saved, **arguments)
 
 
@@ -184,7 +183,7 @@ def predictions_of(name):
     return [p for p in PREDICTIONS if p != "sample" or name not in ("pndm", "euler_a")]
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSERS_CLASSES)
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7, 14, 15, 50])
 def test_steps_and_predictions(name, num_steps, monkeypatch):
     extra = {"skip_prk_steps": True} if name == "pndm" and num_steps < 4 else {}
@@ -200,13 +199,13 @@ def test_steps_and_predictions(name, num_steps, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name not in ("dpmpp_2s", "lcm")])
+@pytest.mark.parametrize("name", [name for name in DIFFUSERS_CLASSES if name not in ("dpmpp_2s", "lcm")])
 def test_spacings_and_offsets(name, monkeypatch):
     for spacing, offset, num_steps in itertools.product(SPACINGS, (0, 1), (6, 13)):
         check(name, num_steps, monkeypatch, timestep_spacing=spacing, steps_offset=offset, **SD_BETAS)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSERS_CLASSES)
 def test_beta_schedules(name, monkeypatch):
     betas = np.linspace(1e-3, 1.5e-2, 500) ** 1.1
     for config in (
@@ -220,7 +219,7 @@ def test_beta_schedules(name, monkeypatch):
         check(name, 12, monkeypatch, ill_conditioned=ill_conditioned, **config)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSERS_CLASSES)
 @pytest.mark.filterwarnings("ignore:guidance_scale=0")
 @pytest.mark.parametrize("guidance_scale", [0.0, 3.0, 7.5])
 def test_guidance(name, guidance_scale, monkeypatch):
@@ -281,7 +280,7 @@ def test_beta_ramp(name, monkeypatch):
         class stats:  # noqa: N801
             beta = Beta
 
-    module = importlib.import_module(getattr(diffusers, SCHEDULERS[name]).__module__)
+    module = importlib.import_module(getattr(diffusers, DIFFUSERS_CLASSES[name]).__module__)
     monkeypatch.setattr(module, "scipy", Scipy, raising=False)
     monkeypatch.setattr(module, "is_scipy_available", lambda: True)
     for num_steps in (2, 9):
@@ -479,21 +478,21 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSERS_CLASSES)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_scheduler_configs(name, config, monkeypatch):
     """A model's scheduler_config.json read by every sampler, as `from_config` lets another class read it."""
-    cls = getattr(diffusers, SCHEDULERS[name])
+    cls = getattr(diffusers, DIFFUSERS_CLASSES[name])
     for num_steps in (1, 4, 25):
         if name != "pndm" or num_steps >= 4 or config.get("skip_prk_steps"):
             compare(name, num_steps, monkeypatch, lambda: cls.from_config(config), config, guidance_scale=5.0)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("source", SCHEDULERS)
+@pytest.mark.parametrize("name", DIFFUSERS_CLASSES)
+@pytest.mark.parametrize("source", DIFFUSERS_CLASSES)
 def test_the_config_of_a_scheduler_in_memory(name, source, monkeypatch):
     """`Euler.from_config(pipe.scheduler.config)`: what was only a default of the first class is not inherited."""
-    cls = getattr(diffusers, SCHEDULERS[name])
+    cls = getattr(diffusers, DIFFUSERS_CLASSES[name])
     config = scheduler_of(source, **SD_BETAS).config
     # Without a word about clipping there is none here.
     clip = {"clip_sample": False} if name in CLIPS else {}

@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmperf.profiling.peer import SCHEDULERS
-from ldmperf.samplers import NoiseSchedule, make_plan
+from ldmperf.samplers import DIFFUSERS_CLASSES, NoiseSchedule, make_plan
 from ldmperf.samplers.spacing import LINSPACE, ramp_sigmas, sigmas_to_timesteps
 
 diffusers = pytest.importorskip("diffusers")
@@ -58,7 +57,7 @@ def test_absent_keys_take_the_defaults_of_their_class(name):
 
 def test_every_key_of_every_class_is_known():
     """A config that any of the classes saves is read, and so are its values by the sampler of that class."""
-    for name, class_name in SCHEDULERS.items():
+    for name, class_name in DIFFUSERS_CLASSES.items():
         config = dict(getattr(diffusers, class_name)().config)
         config.pop("clip_sample", None)
         plan = make_plan(name, NoiseSchedule.from_diffusers(config), 5)
@@ -67,7 +66,7 @@ def test_every_key_of_every_class_is_known():
                 expected = tuple(config[option]) if isinstance(config[option], list) else config[option]
                 assert (tuple(value) if isinstance(value, list) else value) == expected, (name, option)
             else:
-                assert option in ("eta", "sigma_min", "sigma_max"), (name, option)
+                assert option in ("eta", "strength", "sigma_min", "sigma_max"), (name, option)
 
 
 def test_defaults_of_make_plan_are_those_of_the_class():

@@ -25,6 +25,8 @@ _WHAT = {"unet": "UNet", "vae": "autoencoder", "scheduler": "sampler"}
 _TEXT = "not one of unet, vae and scheduler"
 # What these components compute goes into the middle of the UNet.
 _INTO_THE_UNET = ("controlnet", "adapter", "t2i_adapter", "unified_controlnet")
+# Pipelines that change the UNet's attention during a call, by what diffusers' classes of them have.
+_CHANGES_ATTENTION = ("_set_pag_attn_processor", "sag_masking", "get_indices")
 
 
 class Rebuilt:
@@ -168,6 +170,8 @@ def _into_the_unet(pipe: Any) -> str | None:
     for name in _INTO_THE_UNET:
         if pipe.components.get(name) is not None:
             return f"{name} adds residuals to the UNet's blocks, which ours does not take"
+    if any(hasattr(pipe, name) for name in _CHANGES_ATTENTION):
+        return f"{type(pipe).__name__} changes the UNet's attention during a call, which ours does not follow"
     return None
 
 

@@ -6,7 +6,7 @@ import io
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,19 @@ from torch import Tensor
 def as_bytes(pixels: Tensor) -> Tensor:
     """[B, 3, H, W] in [0, 1] as uint8 [B, H, W, 3], rounded to the nearest, ties to even."""
     return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def check_finite(
+    latents: Tensor, unet_dtype: torch.dtype, pixels: Tensor, decoder_dtype: torch.dtype, seeds: Sequence[int]
+) -> None:
+    """Raises FloatingPointError for latents or images [B, ...] that are not finite: a PNG file shows black."""
+    for what, values, dtype in (("the UNet", latents, unet_dtype), ("the autoencoder", pixels, decoder_dtype)):
+        finite = values.flatten(1).isfinite().all(1).tolist()
+        if wrong := [seed for seed, is_finite in zip(seeds, finite, strict=True) if not is_finite]:
+            raise FloatingPointError(
+                f"seed {wrong[0]}: {what} gives what is not finite in {str(dtype).removeprefix('torch.')}; take "
+                "another dtype (bfloat16, float32), or weights that are whole"
+            )
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:

@@ -102,7 +102,7 @@ class PipelineFolder:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self.path.absolute().name
+        return Path(os.path.abspath(self.path)).name
 
     @property
     def scaling_factor(self) -> float:

@@ -77,16 +77,18 @@ class PromptEncoder:
         told: Callable[[str], None] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] states, and [B, P] the projected pooled state of an encoder that has one."""
+        is_xl = len(self._parts) > 1
         ids, mask, left_out = tokens_of(part, texts)
         if told is not None:
             for words in filter(None, left_out):
                 told(f"prompt cut at {part.length} tokens; left out: {words!r}")
+        # As diffusers: the pipeline of XL gives its encoders no mask, whatever they say.
         out = encoder(
             ids.to(self._device),
-            attention_mask=mask.to(self._device) if part.uses_mask else None,
+            attention_mask=mask.to(self._device) if part.uses_mask and not is_xl else None,
             output_hidden_states=True,
         )
-        if len(self._parts) > 1:
+        if is_xl:
             return out.hidden_states[-(clip_skip + 2)], out.text_embeds if part.is_projected else None
         if not clip_skip:
             return out.last_hidden_state, None

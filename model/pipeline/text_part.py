@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..fields import shown
 from ..files import CheckpointError, Source, find, open_all, read_json, some
 from ..kinds import NetworkKind
+from ..loading import DTYPES, mismatch
 
 # Every field that changes the result, with its largest value; absent fields take transformers' defaults.
 _SIZES = {
@@ -33,7 +34,6 @@ _SIZES = {
 }
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu")
-_DTYPES = ("F64", "F32", "F16", "BF16")
 # Tensors of one layer: two norms, four projections and two of the MLP, each with its bias.
 _TENSORS_OF_A_LAYER = 16
 # Whatever a tokenizer's files hold, they are read whole.
@@ -186,18 +186,13 @@ def _opened(
         prefix = _PREFIX if next(iter(wanted)).startswith(_PREFIX) else ""
         found = {prefix + key.removeprefix(_PREFIX): tensor for key, tensor in found.items()}
         found.pop("text_projection.weight", None)
-    problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "misshapen": [
-            f"{key} {found[key].get_shape()} instead of {list(tensor.shape)}"
-            for key, tensor in wanted.items()
-            if key in found and tuple(found[key].get_shape()) != tuple(tensor.shape)
-        ],
-        "not of a float dtype": [key for key, tensor in found.items() if tensor.get_dtype() not in _DTYPES],
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{len(names)} {kind}: {some(names)}" for kind, names in problems.items() if names)
+    problem = mismatch(
+        {key: tuple(tensor.shape) for key, tensor in wanted.items()},
+        {key: tuple(tensor.get_shape()) for key, tensor in found.items()},
+    )
+    odd = [key for key, tensor in found.items() if tensor.get_dtype() not in DTYPES]
+    problems = [problem, f"{len(odd)} not of a float dtype: {some(odd)}" if odd else ""]
+    if told := "; ".join(filter(None, problems)):
         raise CheckpointError(f"{weights}: the tensors are not those of config.json: {told}; download both again")
     return encoder, found
 

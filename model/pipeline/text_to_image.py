@@ -22,7 +22,7 @@ from ..loading import check_device, check_dtype
 from ..unet import UNet
 from ..weights import load_unet
 from .estimate import Estimate
-from .images import as_bytes, save_png
+from .images import as_bytes, check_finite, save_png
 from .part_clock import PartClock, Progress
 from .pipeline_folder import PipelineFolder
 from .prompts import Embedded, PromptEncoder
@@ -60,10 +60,7 @@ Preview = Callable[[Step, Tensor], None]
 
 
 class TextToImage:
-    """The networks of a pipeline's folder, loaded; a call makes images of prompts.
-
-    folder         what was read
-    """
+    """The networks of a pipeline's folder, loaded; a call makes images of prompts. `folder` is what was read."""
 
     def __init__(
         self,
@@ -165,7 +162,8 @@ class TextToImage:
         told             called with a line for a prompt that was cut; warnings.warn unless given
 
         A seed gives the same image alone and in any batch, up to rounding. The noise is Philox's: other programs
-        make other images of it. Raises ValueError, in one line, for what does not fit.
+        make other images of it. Raises ValueError, in one line, for what does not fit, and FloatingPointError for
+        latents or an image with NaN, as where float16 overflows.
         """
         many = [seeds] if isinstance(seeds, int) else list(seeds)
         texts = _of_all("prompts", prompts, len(many))
@@ -194,6 +192,7 @@ class TextToImage:
             )
         with clock.part("decode", 1):
             pixels = self.decode(latents, tile=tile)
+        check_finite(latents, self.unet.dtype, pixels, self.autoencoder.dtype, many)
         return Sampled(pixels, latents, clock.seconds, plan)
 
     @torch.no_grad()

@@ -106,7 +106,7 @@ def sample(
     except ImportError as missing:
         stop(str(missing), 1)
     given = {
-        "prompts": prompt or None,
+        "prompts": list(dict.fromkeys(prompt)) if prompt else None,
         "negative_prompt": negative_prompt,
         "seeds": None if seed is None else seeds_of(seed),
         "steps": steps,

@@ -42,8 +42,9 @@ def out_files(out: Path, settings: SampleSettings, *, previews: bool, force: boo
     ]
     different = tuple(dict.fromkeys(names))
     if 1 < len(different) < len(names):
-        lacking = "{prompt}" if len(different) == len(settings.seeds) else "{seed}"
-        raise CaseError(f"--out: {out}: names several images alike; put {lacking} into the name too")
+        lacking = [field for field in ("{prompt}", "{seed}") if field not in out.name]
+        advice = f"put {lacking[0]} into the name too" if lacking else "write {prompt}-{seed} in the name"
+        raise CaseError(f"--out: {out}: names several images alike; {advice}")
     files = OutFiles(out, different)
     _check_writable([*different, *([files.preview] if previews else [])], out, force=force)
     return files

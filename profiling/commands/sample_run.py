@@ -84,12 +84,13 @@ class SampleRun:
         made: list[Tensor] = []
         # The text and the decoder count as a step each.
         with counting(console(stderr=True), len(batches) * (len(plan.steps) + 2), "steps") as count:
-            for batch in batches:
-                new = self._sampled(network, batch, len(made), count)
-                if not self.files.is_grid:
-                    for image, pair in zip(new, batch, strict=True):
-                        self._write(self.files.names[self.written], image[None], [pair], plan, facts)
-                made += new
+            for number, batch in enumerate(batches):
+                new = self._sampled(network, batch, number * settings.batch, count)
+                if self.files.is_grid:
+                    made += new
+                    continue
+                for image, pair in zip(new, batch, strict=True):
+                    self._write(self.files.names[self.written], image[None], [pair], plan, facts)
         if self.files.is_grid:
             self._write(self.files.names[0], torch.stack(made), images, plan, facts)
         if self.preview is not None:

@@ -21,7 +21,7 @@ def load_peer() -> None:
     """
     if importlib.util.find_spec("diffusers") is None:
         return
-    from ..peer import SCHEDULERS
+    from ldmperf.samplers import DIFFUSERS_CLASSES
 
     before = os.environ.get(_ASK_NVML)
     os.environ[_ASK_NVML] = "1"
@@ -31,7 +31,7 @@ def load_peer() -> None:
         # Whatever is wrong with it is a case's to tell.
         with suppress(Exception):
             diffusers = importlib.import_module("diffusers")
-            for name in ("UNet2DConditionModel", *SCHEDULERS.values()):
+            for name in ("UNet2DConditionModel", *DIFFUSERS_CLASSES.values()):
                 getattr(diffusers, name)
     finally:
         if is_hidden:
