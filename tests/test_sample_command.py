@@ -300,9 +300,9 @@ def test_a_long_prompt_is_told_once(make: Run) -> None:
 
 def test_what_is_cut_from_a_prompt_is_quoted_in_part(make: Run) -> None:
     done = make("a.png", "--steps", 1, prompt="a " * 20_000)
-    assert re.fullmatch(
-        r"prompt cut at 8 tokens; left out: '(a ){100}' and \d{5} more characters\n", done.err
-    ), done.err[:400]
+    assert re.fullmatch(r"prompt cut at 8 tokens; left out: '(a ){100}' and \d{5} more characters\n", done.err), (
+        done.err[:400]
+    )
 
 
 WRONG: list[tuple[tuple[Any, ...], str]] = [

@@ -92,7 +92,8 @@ def sample(
     the weights' digests and not their place. A seed gives the same image on every device, alone and in any batch,
     up to rounding; other programs make other images of it. The folder is checked before anything big is read, and
     every fault is told. Nothing is fetched, no pickle is opened, no code in the folder is run, nor is its safety
-    checker. A file that is there is replaced only with --force. On a CPU it takes minutes. Needs transformers and pillow: pip install transformers pillow.
+    checker. A file that is there is replaced only with --force. On a CPU it takes minutes. Needs transformers and
+    pillow: pip install transformers pillow.
 
     \b
     Examples:
