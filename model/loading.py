@@ -28,6 +28,8 @@ def check_path(path: object) -> None:
 
 def check_dtype(dtype: torch.dtype | None) -> None:
     """Raises ValueError for a dtype that no checkpoint is loaded in."""
+    if isinstance(dtype, str):
+        raise ValueError(f"dtype must be torch's own, as torch.float16; got the string {shown(dtype)}")
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}; got {dtype}")
 

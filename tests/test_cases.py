@@ -131,6 +131,10 @@ def test_a_preset_for_a_gpu_says_that_none_is_here(monkeypatch: pytest.MonkeyPat
         with pytest.raises(CaseError, match=f"--preset {preset} needs a GPU and cuda is not here"):
             check_devices(preset, cases)
         check_devices(preset, select_cases(preset, Choices(device=["cpu"])))
+    for choices in (Choices(), Choices(device=["cpu"])):
+        with pytest.raises(CaseError, match=r"--preset pipelines .*--task pipeline --size SD1\.5 --device cpu"):
+            check_devices("pipelines", select_cases("pipelines", choices))
+    check_devices("pipelines", select_cases("pipelines", Choices(device=["cpu"], dtype=["float32"])))
     check_devices("cpu", select_cases("cpu", Choices()))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     check_devices("ladder", select_cases("ladder", Choices(dtype=["float16"])))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dropin_models import make_unet
-from pipeline_folders import edit_json, write_pipeline
+from pipeline_folders import diffusers_pipeline, edit_json, write_pipeline
 
 from ldmperf.model.pipeline import PipelineError, PipelineFolder, TextToImage
 
@@ -216,6 +216,19 @@ def test_other_pipelines_of_the_same_parts_and_a_named_sampler(copied: Callable[
     edit_json(folder / INDEX, lambda raw: raw.update(scheduler=["diffusers", "KDPM2DiscreteScheduler"]))
     edit_json(folder / INDEX, lambda raw: raw.update(image_encoder=["transformers", "AnyEncoder"]))
     assert TextToImage.load(folder, sampler="euler").sampler == "euler"
+
+
+@pytest.mark.filterwarnings("ignore:The configuration file of the unet has set:FutureWarning")
+@pytest.mark.parametrize("version", ["0.8.1", "0.8.0.dev0", "0.9.0.dev0", "0.9.0", "0.10.2", "1.0"])
+@pytest.mark.parametrize("size", [16, 96, [16, 16]])
+def test_the_usual_size_is_that_of_diffusers_for_files_of_any_age(
+    copied: Callable[[str], Path], version: str, size: Any
+) -> None:
+    folder = copied("sd15")
+    set_to(_diffusers_version=version, sample_size=size)(folder / UNET)
+    theirs = diffusers_pipeline(folder).unet.config.sample_size
+    ours = PipelineFolder.read(folder)
+    assert ours.usual_size == ours.autoencoder.scale * (theirs if isinstance(theirs, int) else theirs[0])
 
 
 def test_what_is_no_folder(sound: dict[str, Path], tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ldmperf.profiling.pipelines.pipeline_problem import PipelineProblem
 from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.rivals.decoding import decoder_case
 from ldmperf.profiling.rivals.subjects import all_subjects
-from ldmperf.profiling.trajectory.case import PIPELINE_BACKENDS
+from ldmperf.profiling.trajectory.case import PIPELINE_BACKENDS, PIPELINE_NAMES
 from ldmperf.profiling.trajectory.network import Networks
 from ldmperf.profiling.trajectory.presets import select_cases
 
@@ -219,6 +219,10 @@ def test_options_choose_pipelines() -> None:
     for task, backend in (("pipeline", "torch"), ("t2i", "pipe"), ("t2i,pipeline", "pipe")):
         with pytest.raises(CaseError, match=rf"--backend: {backend} does not run task \w+; choose from "):
             select_cases("cpu", {"task": [task], "backend": [backend]})
+    for choices in ({}, {"size": ["39M"]}, {"size": ["SD1.5,SDXL"]}):
+        with pytest.raises(CaseError, match=r"--task pipeline: no pipeline of \w+; give --size SD1\.5"):
+            select_cases("cpu", {"task": ["pipeline"], **choices})
+    assert set(PIPELINES) - {"tiny"} == set(PIPELINE_NAMES)
     with pytest.raises(Unsupported, match=r"no pipeline of 39M; choose --size SD1\.5"):
         problem_of(tiny_case(unet="39M"))
     with pytest.raises(Unsupported, match="ddpm draws some"):

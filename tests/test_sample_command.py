@@ -104,6 +104,18 @@ def test_again_makes_the_image_again_with_what_is_told_changed(make: Run, tmp_pa
     assert changed == {"prompts", "seeds", "sampler", "sampler_options", "plan", "seconds"}
 
 
+def test_the_settings_of_a_grid_beyond_pillows_limit_are_read(
+    make: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert make("one.png").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+        with pytest.raises(Image.DecompressionBombError):
+            Image.open(tmp_path / "one.png")
+        assert make("two.png", "--again", tmp_path / "one.png", prompt=None).code == 0
+    assert torch.equal(pixels(tmp_path / "one.png"), pixels(tmp_path / "two.png"))
+
+
 def test_other_weights_than_those_of_the_image_are_told(
     make: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +180,18 @@ def test_an_image_that_is_not_finite_is_told_and_not_written(
     assert not (tmp_path / "a.png").exists()
 
 
+def _interrupted_at_the_second(decode: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    calls = []
+
+    def failing(*given: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decode(*given, **options)
+
+    return failing
+
+
 def test_previews_are_written_beside_the_image_and_go_with_it(
     make: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +209,14 @@ def test_previews_are_written_beside_the_image_and_go_with_it(
         ("a.preview.png", (16, 48, 3)), ("a.preview.png", (16, 48, 3)), ("a.png", (16, 48, 3)),
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(TextToImage, "decode", _interrupted_at_the_second(TextToImage.decode))
+            assert make("c.png", "--preview", 1, "--steps", 3).code == 130
+        assert [path.name for path in tmp_path.glob("c*")] == ["c.preview.png"]
+    # A preview that a stopped call left is replaced, what a user put there is not.
+    assert make("c.png", "--preview", 1, "--steps", 3).code == 0
+    assert [path.name for path in tmp_path.glob("c*")] == ["c.png"]
     (tmp_path / "b.preview.png").write_text("the user's")
     assert "b.preview.png is there already" in make("b.png", "--preview", 2).err
     assert make("b.png").code == 0
@@ -266,6 +298,13 @@ def test_a_long_prompt_is_told_once(make: Run) -> None:
     assert done.err == "prompt cut at 8 tokens; left out: 'g h i'\n"
 
 
+def test_what_is_cut_from_a_prompt_is_quoted_in_part(make: Run) -> None:
+    done = make("a.png", "--steps", 1, prompt="a " * 20_000)
+    assert re.fullmatch(r"prompt cut at 8 tokens; left out: '(a ){100}' and \d{5} more characters\n", done.err), (
+        done.err[:400]
+    )
+
+
 WRONG: list[tuple[tuple[Any, ...], str]] = [
     (("--seed", "x"), "--seed: 'x' is no seed; give whole numbers from 0"),
     (("--seed", "5-1"), "--seed: '5-1' is no seed"),
@@ -340,7 +379,7 @@ def test_without_the_extra_the_line_says_what_to_install(
     monkeypatch.setitem(sys.modules, module, None)
     done = make("a.png")
     assert done.code == 1
-    assert "needs transformers and pillow: pip install 'ldmperf[sample]'" in done.err
+    assert "needs transformers and pillow: pip install transformers pillow" in done.err
     assert done.err.count("\n") == 1
 
 

@@ -257,6 +257,7 @@ def test_what_is_loaded_in_inference_mode_has_gradients(tmp_path):
         ({"device": None}, "device None is not there: .*; give 'cpu'"),
         ({"backend": "zzz"}, "unknown backend 'zzz': choose one of"),
         ({"dtype": torch.int8}, "dtype must be one of"),
+        ({"dtype": "float16"}, "dtype must be torch's own, as torch.float16; got the string 'float16'"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, monkeypatch, wrong, told):

@@ -11,10 +11,10 @@ try:
     import transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        f"ldmperf.model.pipeline needs transformers and pillow: pip install 'ldmperf[sample]' ({error})"
+        f"ldmperf.model.pipeline needs transformers and pillow: pip install transformers pillow ({error})"
     ) from None
 
-from .images import as_bytes, read_png, save_png
+from .images import as_bytes, read_texts, save_png
 from .pipeline_folder import PipelineError, PipelineFolder
 from .text_to_image import Sampled, TextToImage
 
@@ -24,6 +24,6 @@ __all__ = [
     "Sampled",
     "TextToImage",
     "as_bytes",
-    "read_png",
+    "read_texts",
     "save_png",
 ]

@@ -71,10 +71,11 @@ def save_png(
         unfinished.unlink(missing_ok=True)
 
 
-def read_png(path: str | Path) -> tuple[Tensor, dict[str, str]]:
-    """uint8 [H, W, 3] and the texts of a PNG file. Raises OSError or ValueError for what is none."""
-    with Image.open(path, formats=["PNG"]) as image:
-        image.load()
-        texts = {str(key): str(text) for key, text in getattr(image, "text", {}).items()}
-        content = bytearray(image.convert("RGB").tobytes())
-        return torch.frombuffer(content, dtype=torch.uint8).view(image.height, image.width, 3), texts
+def read_texts(path: str | Path) -> dict[str, str]:
+    """The texts before the pixels of a PNG file, by keyword; no pixel is read.
+
+    Raises OSError, or SyntaxError as Pillow does, for what is no PNG file.
+    """
+    # Not Image.open, which refuses images of more pixels than a grid may have.
+    with PngImagePlugin.PngImageFile(path) as image:
+        return {str(key): str(text) for key, text in image.info.items() if isinstance(text, str)}

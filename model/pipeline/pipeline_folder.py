@@ -7,9 +7,10 @@ of the folder is run.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,9 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
     with faults.noted():
         # On the meta device: headers and configurations are read, tensors are not.
         unet = load_unet(path / "unet", dtype=torch.float32, device="meta", backend="torch").config
+        if not is_xl and unet.sample_size < 64 and _is_of_2022(path / "unet" / "config.json"):
+            # As diffusers: these files tell 32 of networks trained at 64.
+            unet = replace(unet, sample_size=64)
     with faults.noted():
         autoencoder = load_autoencoder(path / "vae", dtype=torch.float32, device="meta", backend="torch").config
     scheduler_file = path / "scheduler" / "scheduler_config.json"
@@ -203,6 +207,15 @@ def _read(path: Path, sampler: str | None, steps: int | None, options: Mapping[s
 def _line(text: str) -> str:
     """The text as one line of bounded length, whatever a file has brought into it."""
     return str(CheckpointError(text))
+
+
+def _is_of_2022(file: Path) -> bool:
+    """Whether diffusers before 0.9 wrote the configuration, with one number for its sample_size."""
+    config = read_json(file) if os.path.isfile(file) else {}
+    if not isinstance(config.get("sample_size"), int):
+        return False
+    version = re.match(r"(\d{1,9})\.(\d{1,9})", str(config.get("_diffusers_version", "")))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 9)
 
 
 def _index(path: Path) -> dict[str, Any]:

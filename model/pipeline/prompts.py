@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from .text_part import TextPart, tokens_of
 
+# Characters of a prompt that a line quotes, at most.
+_QUOTED = 200
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -57,7 +60,7 @@ class PromptEncoder:
         """The embeddings of B texts, each different text computed once.
 
         clip_skip: how many of the last layers are left out. told: called with a line for a text that is longer
-        than the encoder's positions, which quotes the words that are left out.
+        than the encoder's positions, which quotes the words that are left out (their beginning, of many).
         """
         different = list(dict.fromkeys(texts))
         found = [
@@ -81,7 +84,8 @@ class PromptEncoder:
         ids, mask, left_out = tokens_of(part, texts)
         if told is not None:
             for words in filter(None, left_out):
-                told(f"prompt cut at {part.length} tokens; left out: {words!r}")
+                more = f" and {len(words) - _QUOTED} more characters" if len(words) > _QUOTED else ""
+                told(f"prompt cut at {part.length} tokens; left out: {words[:_QUOTED]!r}{more}")
         # As diffusers: the pipeline of XL gives its encoders no mask, whatever they say.
         out = encoder(
             ids.to(self._device),

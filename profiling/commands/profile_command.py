@@ -20,7 +20,15 @@ from ..sweep.shards import check_shard, dealt, latest_of_shard, planned, shard_n
 from ..terminal.visible import console, counted
 from ..trajectory.case import Case
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
-from ..trajectory.presets import OPTIONS, OPTIONS_ELSEWHERE, Choices, check_devices, preset_named, usual_preset
+from ..trajectory.presets import (
+    OPTIONS,
+    OPTIONS_ELSEWHERE,
+    PRESETS,
+    Choices,
+    check_devices,
+    preset_named,
+    usual_preset,
+)
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
 from ..trajectory.runs import create_run, find_run, open_run, resume_command
 from .shared import (
@@ -61,9 +69,7 @@ def profile(
     choices: Choices,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="cpu, gpu, ladder, family, family-all, drop-in: what is measured; cpu or gpu by the device."
-        ),
+        typer.Option(help=f"What is measured: {', '.join(PRESETS)}; cpu or gpu by the device unless told."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = DEFAULT_OUT,
     resume: Annotated[
@@ -124,6 +130,7 @@ def profile(
       ldmperf profile --unet ./my-sdxl,./my-other --latent 128x128 --tokens 77,154 --steps 20
       ldmperf profile --preset ladder --size 866M --dtype bfloat16,float16 --seconds 120
       ldmperf profile --size 39M,866M --rival gan,vae-decoder,masked-transformer --with-decoder
+      ldmperf profile --task pipeline --size SD1.5 --backend pipe,pipe-rebuilt --latent 8x8 --steps 1
       ldmperf profile --preset family-all --shard 2/4
       ldmperf profile --resume
     """

@@ -88,11 +88,12 @@ def sample(
     """Make images of prompts with a local pipeline, as PNG files.
 
     Several images go into one grid, or a file each where the name holds {seed}. The file keeps the settings, as
-    web UIs read them and as JSON, from which --again makes the image again. A seed gives the same image on every
-    device, alone and in any batch, up to rounding; other programs make other images of it. The folder is checked
-    before anything big is read, and every fault is told. Nothing is fetched, no pickle is opened, no code in the
-    folder is run, nor is its safety checker. A file that is there is replaced only with --force. On a CPU it takes
-    minutes. Needs transformers and pillow: pip install 'ldmperf[sample]'.
+    web UIs read them and as JSON, from which --again makes the same pixels; it needs --pipeline, as the file holds
+    the weights' digests and not their place. A seed gives the same image on every device, alone and in any batch,
+    up to rounding; other programs make other images of it. The folder is checked before anything big is read, and
+    every fault is told. Nothing is fetched, no pickle is opened, no code in the folder is run, nor is its safety
+    checker. A file that is there is replaced only with --force. On a CPU it takes minutes. Needs transformers and
+    pillow: pip install transformers pillow.
 
     \b
     Examples:

@@ -11,6 +11,8 @@ from ..options import CaseError
 from .sample_settings import SampleSettings
 
 _LONGEST_NAME = 255
+# The keyword that marks a preview among PNG files.
+PREVIEW_KEYWORD = "ldmperf preview"
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,21 @@ def out_files(out: Path, settings: SampleSettings, *, previews: bool, force: boo
         advice = f"put {lacking[0]} into the name too" if lacking else "write {prompt}-{seed} in the name"
         raise CaseError(f"--out: {out}: names several images alike; {advice}")
     files = OutFiles(out, different)
-    _check_writable([*different, *([files.preview] if previews else [])], out, force=force)
+    # A call that was stopped leaves its preview to look at; the next one writes over it.
+    is_new = previews and not _is_preview(files.preview)
+    _check_writable([*different, *([files.preview] if is_new else [])], out, force=force)
     return files
+
+
+def _is_preview(path: Path) -> bool:
+    """Whether the file is a preview of this command."""
+    from ldmperf.model.pipeline import read_texts
+
+    try:
+        return PREVIEW_KEYWORD in read_texts(path)
+    # Of a broken file Pillow raises more kinds than it documents.
+    except Exception:
+        return False
 
 
 def _check_writable(names: Sequence[Path], out: Path, *, force: bool) -> None:

@@ -15,7 +15,7 @@ from ..options import CaseError
 from ..terminal.counting import counting
 from ..terminal.visible import console, counted, say
 from ..trajectory.checkpoints import weights_sha256
-from .sample_files import OutFiles
+from .sample_files import PREVIEW_KEYWORD, OutFiles
 from .sample_settings import SampleSettings
 from .sample_texts import texts_of
 from .shared import stop, tell
@@ -82,8 +82,7 @@ class SampleRun:
         plan = self.folder.plan(settings.steps, settings.sampler, settings.sampler_options)
         batches = [images[at : at + settings.batch] for at in range(0, len(images), settings.batch)]
         made: list[Tensor] = []
-        # The text and the decoder count as a step each.
-        with counting(console(stderr=True), len(batches) * (len(plan.steps) + 2), "steps") as count:
+        with counting(console(stderr=True), len(batches) * len(plan.steps), "steps") as count:
             for number, batch in enumerate(batches):
                 new = self._sampled(network, batch, number * settings.batch, count)
                 if self.files.is_grid:
@@ -104,7 +103,7 @@ class SampleRun:
         from ldmperf.model.pipeline import as_bytes, save_png
 
         def previewed(_: Step, pixels: Tensor) -> None:
-            save_png(self.files.preview, as_bytes(pixels))
+            save_png(self.files.preview, as_bytes(pixels), {PREVIEW_KEYWORD: of_all.removesuffix(": ")})
 
         settings = self.settings
         last = before + len(batch)
@@ -112,8 +111,8 @@ class SampleRun:
         of_all = f"{which} of {len(settings.images)}: "
 
         def progress(part: str, done: int, total: int) -> None:
-            if done:
-                count(of_all + (f"step {done} of {total}" if part == "steps" else part))
+            if done and part == "steps":
+                count(f"{of_all}step {done} of {total}")
 
         sampled = network(
             [prompt for prompt, _ in batch],

@@ -124,10 +124,10 @@ def guidance_of(text: str) -> float:
 
 def kept_settings(path: Path) -> dict[str, Any]:
     """What a PNG file of `ldmperf sample` says of its image. Raises CaseError for another file."""
-    from ldmperf.model.pipeline import read_png
+    from ldmperf.model.pipeline import read_texts
 
     try:
-        _, texts = read_png(path)
+        texts = read_texts(path)
     except FileNotFoundError:
         raise CaseError(f"--again: {path}: no such file") from None
     # Of a broken file Pillow raises more kinds than it documents.

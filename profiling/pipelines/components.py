@@ -137,4 +137,4 @@ def _transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError:
-        raise Unsupported("transformers is not installed: pip install 'ldmperf[sample]'") from None
+        raise Unsupported("transformers is not installed: pip install transformers") from None

@@ -19,6 +19,8 @@ Task = Literal["t2i", "sr", "rival", "pipeline"]
 TASKS: tuple[Task, ...] = ("t2i", "sr", "pipeline")
 # Published networks, measured with random weights as the family's sizes are (`ldmperf.model.RELEASED`).
 RELEASED_NAMES = ("SD1.5", "SDXL")
+# Those of them that the task "pipeline" runs, with a text encoder and a decoder of their own.
+PIPELINE_NAMES = ("SD1.5",)
 # In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the
 # one before.
 RUNGS = (

@@ -33,6 +33,7 @@ from .case import (
     DEFAULT_GUIDANCE,
     MOST_IMAGES,
     PIPELINE_BACKENDS,
+    PIPELINE_NAMES,
     RELEASED_NAMES,
     RUNGS,
     TASKS,
@@ -151,6 +152,10 @@ PRESETS: dict[str, Preset] = {
         RepetitionRule(5, 2.0),
     ),
 }
+
+
+# A line that ends within minutes.
+_PIPELINE_ON_A_CPU = "--task pipeline --size SD1.5 --device cpu --latent 8x8 --steps 1"
 
 
 def _size(option: str, text: str) -> str:
@@ -292,11 +297,14 @@ def chosen_sweeps(
 def _of_its_task(sweep: Combinations, given: Mapping[str, object]) -> Combinations:
     """The sweep on backends of its tasks: where none were given, on all of a pipeline's."""
     if "backends" not in given and sweep.tasks == ("pipeline",):
-        return replace(sweep, backends=PIPELINE_BACKENDS)
+        sweep = replace(sweep, backends=PIPELINE_BACKENDS)
     for task, backend in itertools.product(sweep.tasks, sweep.backends):
         valid = PIPELINE_BACKENDS if task == "pipeline" else BACKENDS
         if backend not in valid:
             raise CaseError(f"--backend: {backend} does not run task {task}; choose from {', '.join(valid)}")
+    others = [unet for unet in sweep.unets if unet not in PIPELINE_NAMES]
+    if "pipeline" in sweep.tasks and others:
+        raise CaseError(f"--task pipeline: no pipeline of {others[0]}; give --size {', '.join(PIPELINE_NAMES)}")
     return sweep
 
 
@@ -312,12 +320,18 @@ def preset_named(name: str) -> Preset:
 
 
 def check_devices(preset: str, cases: Iterable[Case]) -> None:
-    """Raises CaseError where a device of the preset's cases is not here, before anything runs."""
+    """Raises CaseError where a device of the preset's cases is not here, before anything runs.
+
+    So for the preset pipelines on a CPU, unless a dtype of a CPU is chosen.
+    """
+    cases = list(cases)
+    if preset == "pipelines" and any(case.device == "cpu" and case.dtype == "float16" for case in cases):
+        raise CaseError(f"--preset pipelines is of a GPU; on a CPU give {_PIPELINE_ON_A_CPU} in its place")
     for name in dict.fromkeys(case.device for case in cases):
         try:
             device_named(name)
         except CaseError:
+            here = _PIPELINE_ON_A_CPU if preset == "pipelines" else "--preset cpu, or --device cpu"
             raise CaseError(
-                f"--preset {preset} needs a GPU and {name} is not here; on this machine name --preset cpu, "
-                "or --device cpu"
+                f"--preset {preset} needs a GPU and {name} is not here; on this machine name {here}"
             ) from None
