@@ -154,7 +154,8 @@ def diffusers_config(config: UNetConfig) -> dict[str, Any]:
         "addition_embed_type": None if config.added_dim is None else "text_time",
         "addition_time_embed_dim": config.added_time_dim,
         "projection_class_embeddings_input_dim": config.added_dim,
-        "only_cross_attention": config.only_cross_attention,
+        # As files of networks without it say it, whatever their number of levels.
+        "only_cross_attention": any(config.only_cross_attention) and config.only_cross_attention,
         "num_class_embeds": config.num_class_embeds,
         "time_cond_proj_dim": config.time_cond_proj_dim,
     }
