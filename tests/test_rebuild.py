@@ -86,6 +86,25 @@ def test_undo_by_the_pipeline_also_undoes_accelerate(pipe: Any) -> None:
     assert things(pipe) == were
 
 
+def test_an_undo_that_is_refused_changes_nothing(pipe: Any) -> None:
+    rebuild(pipe)
+    pipe.unet = PipelineUNet(pipe.unet.unet)
+    were = dict(pipe.components)
+    with pytest.raises(ValueError, match="not made from diffusers' UNet2DConditionModel"):
+        undo(pipe)
+    assert pipe.components == were
+
+
+def test_a_scheduler_set_since_is_taken_by_another_rebuild(pipe: Any) -> None:
+    rebuilt = rebuild(pipe)
+    mine = pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert {one.path: one.reason for one in rebuilt.left}["scheduler"].endswith("call rebuild again for ours")
+    rebuild(pipe)
+    assert isinstance(pipe.scheduler, PlanScheduler)
+    undo(pipe)
+    assert pipe.scheduler is mine
+
+
 def test_accelerate_after_rebuild_says_to_undo(pipe: Any) -> None:
     rebuild(pipe, vae=False)
     left = {one.path: one.reason for one in accelerate(pipe).left}
