@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
+from ldmperf.model import load_autoencoder, load_unet
 from ldmperf.model.dropin import PipelineAutoencoder, PipelineUNet, PlanScheduler, accelerate, rebuild, undo
 
 from .dropin_checks import objects
@@ -49,7 +50,7 @@ def test_before_during_and_after(pipe: Any) -> None:
     assert things(pipe) == were
     assert np.array_equal(image(pipe), before)
     assert [one.path for one in rebuilt.replaced] == []
-    assert "undone" in str(rebuilt)
+    assert "undone, or put in since: call rebuild again" in str(rebuilt)
 
 
 def test_options_choose_components(pipe: Any) -> None:
@@ -85,6 +86,36 @@ def test_undo_by_the_pipeline_also_undoes_accelerate(pipe: Any) -> None:
     assert things(pipe) == were
 
 
+def test_an_undo_that_is_refused_changes_nothing(pipe: Any) -> None:
+    rebuild(pipe)
+    pipe.unet = PipelineUNet(pipe.unet.unet)
+    were = dict(pipe.components)
+    with pytest.raises(ValueError, match="not made from diffusers' UNet2DConditionModel"):
+        undo(pipe)
+    assert pipe.components == were
+
+
+def test_a_scheduler_set_since_is_taken_by_another_rebuild(pipe: Any) -> None:
+    rebuilt = rebuild(pipe)
+    mine = pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert {one.path: one.reason for one in rebuilt.left}["scheduler"].endswith("call rebuild again for ours")
+    rebuild(pipe)
+    assert isinstance(pipe.scheduler, PlanScheduler)
+    undo(pipe)
+    assert pipe.scheduler is mine
+
+
+def test_accelerate_after_rebuild_says_to_undo(pipe: Any) -> None:
+    rebuild(pipe, vae=False)
+    left = {one.path: one.reason for one in accelerate(pipe).left}
+    assert left["unet"].startswith("ours already")
+    rebuild(pipe)
+    with pytest.raises(ValueError, match=r"ours already: undo\(pipe\) first"):
+        accelerate(pipe)
+    undo(pipe)
+    accelerate(pipe)
+
+
 def test_moved_and_cast_parts_come_back_as_ours_were(pipe: Any) -> None:
     rebuild(pipe)
     pipe.unet.to(torch.bfloat16)
@@ -115,16 +146,26 @@ def test_saved_and_loaded_by_diffusers(pipe: Any, tmp_path: Any) -> None:
 def test_our_components_in_a_pipeline_from_a_folder(pipe: Any, tmp_path: Any) -> None:
     expected = image(pipe)
     pipe.save_pretrained(tmp_path)
-    ours = PipelineUNet(PipelineUNet.from_pretrained(tmp_path / "unet").unet)
-    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, unet=ours, safety_checker=None)
+    ours = {
+        "unet": PipelineUNet(load_unet(tmp_path / "unet")),
+        "vae": PipelineAutoencoder(load_autoencoder(tmp_path / "vae")),
+        "scheduler": PlanScheduler.from_pretrained(tmp_path, subfolder="scheduler"),
+    }
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, **ours, safety_checker=None)
     loaded.set_progress_bar_config(disable=True)
     assert float(np.abs(image(loaded) - expected).max()) < SAME
-    with pytest.raises(ValueError, match="made without a UNet2DConditionModel"):
+    with pytest.raises(ValueError, match=r"not made from diffusers' (UNet2DConditionModel|AutoencoderKL): set"):
         undo(loaded)
+    rebuild(loaded).undo()
+    assert {name: loaded.components[name] for name in ours} == ours
+    with pytest.raises(AttributeError, match=r"'enable_freeu'.*load that and set pipe\.unet$"):
+        loaded.enable_freeu(0.9, 0.2, 1.2, 1.4)
     loaded.save_pretrained(tmp_path / "again")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "again", safety_checker=None)
     again.set_progress_bar_config(disable=True)
     assert type(again.unet) is diffusers.UNet2DConditionModel
+    assert type(again.vae) is diffusers.AutoencoderKL
+    assert type(again.scheduler) is DDIMScheduler
     assert np.array_equal(image(again), expected)
 
 
@@ -157,6 +198,7 @@ def test_the_table_tells_captures_and_reasons(pipe: Any) -> None:
     assert [capture.uses for capture in rebuilt.captures] == [2]
     table = str(rebuilt)
     assert "PipelineUNet: cpu, float32, the references in torch" in table
+    assert "DDIMScheduler's steps, each one call of sampler_update's reference in torch" in table
     assert "the network for [2, 4, 8, 8] float32: 2 replays" in table
     assert "text_encoder" in table
     assert "3 components replaced" in repr(rebuilt)

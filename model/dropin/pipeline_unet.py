@@ -214,8 +214,9 @@ class PipelineUNet(PipelineModel):
             followed = self.__dict__.get("_followed")
             is_public = not name.startswith("_") or name == "_hf_peft_config_loaded"
             if followed is None or not is_public or not hasattr(followed.source, name):
+                remedy = "load that and set pipe.unet" if followed is None else "undo(pipe) gives it back"
                 raise AttributeError(
-                    f"PipelineUNet has no {name!r}: undo(pipe) gives diffusers' UNet back, which may"
+                    f"PipelineUNet has no {name!r}; where diffusers' UNet has it, {remedy}"
                 ) from None
             value = getattr(followed.source, name)
             # What a method writes may be counted nowhere.

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _WHAT = {"unet": "UNet", "vae": "autoencoder", "scheduler": "sampler"}
 _TEXT = "not one of unet, vae and scheduler"
+_SINCE = "undone, or put in since: call rebuild again for ours"
 # What these components compute goes into the middle of the UNet.
 _INTO_THE_UNET = ("controlnet", "adapter", "t2i_adapter", "unified_controlnet")
 # Pipelines that change the UNet's attention during a call, by what diffusers' classes of them have.
@@ -52,7 +53,7 @@ class Rebuilt:
     def left(self) -> tuple[Left, ...]:
         """The components that are as they were, and why."""
         return tuple(
-            Left(name, type(part).__name__, self._reasons.get(name, "undone, or put in since"))
+            Left(name, type(part).__name__, self._reasons.get(name, _SINCE))
             for name, part in self._pipe.components.items()
             if isinstance(part, nn.Module | SchedulerMixin) and not isinstance(part, OURS)
         )
@@ -103,7 +104,10 @@ class Rebuilt:
         """Where a component of ours runs, in words."""
         part = getattr(self._pipe, name)
         if isinstance(part, PlanScheduler):
-            return f"{type(part).__name__}'s steps, each one launch of sampler_update"
+            is_auto, on_gpu = self._backend == "auto", self._pipe.device.type == "cuda"
+            has_kernel = self._backend == "triton" or (is_auto and on_gpu)
+            how = "launch of sampler_update" if has_kernel else "call of sampler_update's reference in torch"
+            return f"{type(part).__name__}'s steps, each one {how}"
         return f"{part.device}, {str(part.dtype).removeprefix('torch.')}, {serving(part.device, self._backend)}"
 
 
@@ -176,16 +180,9 @@ def _into_the_unet(pipe: Any) -> str | None:
 
 
 def give_back_component(pipe: Any, name: str) -> None:
-    """Sets what our component was made from, on the device and in the dtype of ours.
-
-    Raises ValueError where it was made from nothing of diffusers'.
-    """
+    """Sets what our component was made from, on the device and in the dtype of ours."""
     ours = getattr(pipe, name)
     source = ours.source
-    if source is None:
-        raise ValueError(
-            f"undo: {name} was made without a {ours.host.__name__} of diffusers: load one and set pipe.{name}"
-        )
     # Where sequential offload has taken ours apart, the source stays as it is.
     if isinstance(ours, PipelineModel) and ours.device.type != "meta":
         # Not diffusers' own method, which warns of every dtype.

@@ -16,6 +16,9 @@ from .survey import MODELS, places
 
 logger = logging.getLogger(__name__)
 
+_OTHER = "neither UNet2DConditionModel nor AutoencoderKL"
+_OURS = "ours already, by rebuild or by parts"
+
 
 def accelerate(
     target: Any, *, attention: bool = True, norms: bool = True, geglu: bool = True, backend: str = "auto"
@@ -63,11 +66,15 @@ def accelerate(
 def undo(target: Any) -> None:
     """Undoes `accelerate` and `rebuild`; target as of theirs.
 
-    A pipeline gets diffusers' components back for ours, where ours were made from such; then every module that
-    `accelerate` took over has its class back.
+    A pipeline gets diffusers' components back for ours; then every module that `accelerate` took over has its
+    class back. Raises ValueError, and changes nothing, where one of ours was made from nothing of diffusers'.
     """
     if isinstance(target, DiffusionPipeline):
         rebuilt = [name for name, part in target.components.items() if isinstance(part, OURS)]
+        for name in rebuilt:
+            if (ours := getattr(target, name)).source is None:
+                kind = ours.host.__name__
+                raise ValueError(f"undo: {name} was not made from diffusers' {kind}: set pipe.{name} to one")
         for name in rebuilt:
             give_back_component(target, name)
         if rebuilt and not any(isinstance(_unwrapped(part), MODELS) for part in target.components.values()):
@@ -84,10 +91,15 @@ def _models(call: str, target: Any) -> tuple[Mapping[str, nn.Module], list[Left]
     if isinstance(target, DiffusionPipeline):
         components = {name: _unwrapped(part) for name, part in target.components.items()}
         models = {name: part for name, part in components.items() if isinstance(part, MODELS)}
+        if not models and any(isinstance(part, OURS) for part in components.values()):
+            raise ValueError(
+                f"{call}: the networks of this {type(target).__name__} are ours already: undo(pipe) first, where "
+                "rebuild(pipe) put them in"
+            )
         if not models:
             raise ValueError(f"{call}: {type(target).__name__} has no UNet2DConditionModel and no AutoencoderKL")
         others = [
-            Left(name, type(part).__name__, "neither UNet2DConditionModel nor AutoencoderKL")
+            Left(name, type(part).__name__, _OURS if isinstance(part, OURS) else _OTHER)
             for name, part in components.items()
             if isinstance(part, nn.Module) and name not in models
         ]
