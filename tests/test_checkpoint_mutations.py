@@ -82,8 +82,10 @@ def assert_as_others_load(ours, raw, tensors):
             their_value = 64 if their_value is None else their_value
             value = their_value if their_value in ([value], [value] * 2) else value
         per_level = ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
-        if field in per_level and isinstance(their_value, int):
-            their_value = (their_value,) * levels
+        if field in per_level:
+            value, their_value = (
+                (one,) * levels if isinstance(one, int) else tuple(one) for one in (value, their_value)
+            )
         assert value == (tuple(their_value) if isinstance(value, tuple) else their_value), field
     found = diffusers_state_dict(ours)
     assert found.keys() == theirs.state_dict().keys()
