@@ -73,16 +73,19 @@ def filled(
     The file's dtypes are checked whatever is wanted. Raises `CheckpointError` before memory is taken.
     """
     slots = list(slots)
-    dtype = _one_dtype(path, slots, stored, dtype)
+    allocate(network, _one_dtype(path, slots, stored, dtype), device)
+    for view, tensor in zip(views(network, slots).values(), stored, strict=True):
+        view.copy_(tensor[:].reshape(view.shape))
+    return network.eval().requires_grad_(False)
+
+
+def allocate(network: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Gives a network on the meta device memory of this dtype on that device, not initialised."""
     state = {
         name: torch.empty_like(parameter, dtype=dtype, device=device)
         for name, parameter in network.state_dict().items()
     }
-    for slot, tensor in zip(slots, stored, strict=True):
-        target = state[slot.parameter].narrow(0, slot.start, slot.rows)
-        target.copy_(tensor[:].reshape(target.shape))
     network.load_state_dict(state, assign=True)
-    return network.eval().requires_grad_(False)
 
 
 def views(network: nn.Module, slots: Iterable[Slot]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from ..autoencoder import Autoencoder
 from ..autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
 from ..autoencoder_weights import autoencoder_state_dict
 from ..fields import UnsupportedConfig
+from ..loading import allocate
 from .pipeline_model import PipelineModel
 from .unet_source import changed_module, weights_reason
 
@@ -56,11 +57,7 @@ class PipelineAutoencoder(PipelineModel, AutoencoderMixin):  # type: ignore[misc
         with torch.inference_mode(False), torch.no_grad():
             with torch.device("meta"):
                 vae = Autoencoder(_config(source), backend=backend)
-            state = {
-                name: torch.empty_like(tensor, dtype=parameter.dtype, device=parameter.device)
-                for name, tensor in vae.state_dict().items()
-            }
-            vae.load_state_dict(state, assign=True)
+            allocate(vae, parameter.dtype, parameter.device)
             theirs = source.state_dict()
             for key, view in autoencoder_state_dict(vae).items():
                 view.copy_(theirs[key])

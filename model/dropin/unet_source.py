@@ -14,6 +14,7 @@ from ldmperf.samplers import Watch
 
 from ..config import UNetConfig
 from ..fields import UnsupportedConfig
+from ..loading import allocate
 from ..unet import UNet
 from .merged_adapters import adapted_layers, write_weights
 from .processed import KNOWN_PROCESSORS
@@ -85,11 +86,7 @@ def unet_of(source: Any, backend: str) -> UNet:
     with torch.inference_mode(False):
         with torch.device("meta"):
             unet = UNet(config_of(source), backend=backend)
-        state = {
-            name: torch.empty_like(tensor, dtype=parameter.dtype, device=parameter.device)
-            for name, tensor in unet.state_dict().items()
-        }
-        unet.load_state_dict(state, assign=True)
+        allocate(unet, parameter.dtype, parameter.device)
         write_weights(source, unet)
     return unet.train(source.training).requires_grad_(False)
 
