@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from ldmperf.model import CheckpointError, load_unet
 from ldmperf.profiling import Record, load_records
+from ldmperf.profiling.cli import app
 from ldmperf.profiling.commands.shared import whole_option
 from ldmperf.profiling.measure.environment import collect_environment
 from ldmperf.profiling.measure.store import rejected_path
@@ -113,6 +114,15 @@ def test_every_command_has_help_with_an_example(run: Run, command: Sequence[str]
     assert outcome.code == 0
     assert "Usage: ldmperf" in outcome.out
     assert not command or "Example" in outcome.out
+
+
+def test_no_option_is_called_by_its_metavar() -> None:
+    """typer 0.27 would take the metavar SECONDS of `seconds` for its name, and know no --seconds."""
+    commands = typer.main.get_group(app).commands
+    assert len(commands) > 10
+    for command in commands.values():
+        for option in command.params:
+            assert (option.metavar or "").lower().replace("-", "_") != option.name, (command.name, option.opts)
 
 
 def test_without_arguments_it_helps(run: Run) -> None:

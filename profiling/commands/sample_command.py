@@ -66,10 +66,10 @@ def sample(
     clip_skip: Annotated[int | None, whole_option("Last layers of the text encoder to leave out.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16, float16; float16 on a GPU, else float32.", metavar="DTYPE"),
+        typer.Option(help="float32, bfloat16, float16; float16 on a GPU, else float32.", metavar="NAME"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.", metavar="DEVICE")
+        str | None, typer.Option(help="cpu, cuda, cuda:N; cuda where there is one.", metavar="NAME")
     ] = None,
     batch: Annotated[int | None, whole_option("Images made at once; 1 unless told.", 1)] = None,
     tile: Annotated[

@@ -92,7 +92,7 @@ def seconds_option(text: str) -> Any:
             raise typer.BadParameter(f"{given!r} is not a number of seconds of at least 0")
         return value
 
-    return typer.Option(help=text, parser=parse, metavar="SECONDS")
+    return typer.Option(help=text, parser=parse, metavar="NUMBER")
 
 
 def gathered(paths: Sequence[Path] | None) -> Gathered:

@@ -148,10 +148,11 @@ class AloneOrInABatch(TorchDispatchMode):
 
     `differing` are those whose launches are the same alone: libraries', as far as they tell, and ours. `chosen`
     are ours whose tile is another one for a batch, which may add in another order.
-    Tensors made from the samples carry a mark: a weight's first dimension is no batch, whatever its length.
+    Tensors made from the samples carry a mark: a weight's first dimension is no batch, whatever its length. What
+    all samples share is expanded over the batch: its stride there is 0.
     """
 
-    VIEWS = ("view", "expand", "split", "select", "slice", "as_strided", "permute")
+    VIEWS = ("view", "expand", "split", "select", "slice", "as_strided", "permute", "unbind")
 
     def __init__(self, batch: int) -> None:
         super().__init__()
@@ -163,6 +164,8 @@ class AloneOrInABatch(TorchDispatchMode):
         tensor._of_samples = True  # type: ignore[attr-defined]
 
     def first(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.shape[:1] == (self.batch,) and value.stride(0) == 0:
+            return value[:1]
         if not getattr(value, "_of_samples", False):
             return value
         return value[: value.shape[0] // self.batch].clone(memory_format=torch.preserve_format)
@@ -194,7 +197,8 @@ def test_the_bits_of_a_sample_alone_and_in_a_batch(size: str, kit: SimpleNamespa
     conditioning = unet.condition([500.0], context[:1].expand(4, -1, -1))
     x = x.contiguous(memory_format=torch.channels_last)
     seen = AloneOrInABatch(4)
-    seen.mark(x)
+    for value in (x, *conditioning.context):
+        seen.mark(value)
     with seen:
         unet.denoise(x, conditioning, 0)
     if seen.differing or seen.chosen:
