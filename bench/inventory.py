@@ -2,14 +2,15 @@
 
 Every launch of one denoising step: diffusers' eager mode, our step with separate matmuls, and our step. Takes
 diffusers, no GPU. Where the marker of a document names a record set (measured: bench/results/....jsonl), the times
-of our captured step are from it. tests/test_inventory.py fails while a document differs from what this writes.
+of diffusers' step and of our captured one are from it. tests/test_inventory.py fails while a document differs from
+what this writes.
 """
 
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,16 @@ RATES = (
     f"{BYTES_PER_S / 1e12:.2f} TB/s, {FLOP_PER_S / 1e12:.0f} TFLOP/s, "
     f"{EXPONENTIALS_PER_S / 1e12:.2f} T exponentials/s"
 )
-Measured = Mapping[str, Sequence[KernelTime]]
+# The backends whose measured steps stand beside the counts.
+MEASURED_BACKENDS = ("diffusers", "graph")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Traced steps of a record set by size and backend, and the words that say where they are from."""
+
+    steps: Mapping[tuple[str, str], Sequence[KernelTime]] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,26 +99,33 @@ def markdown(inventories: Iterable[Inventory]) -> str:
 
 
 def floors_markdown(inventories: Iterable[Inventory], measured: Measured | None = None) -> str:
-    """The tables of docs/performance.md, between its markers; `measured`: the kernels of our step by size."""
+    """The tables of docs/performance.md, between its markers."""
+    measured = measured or Measured()
     lines = [f"Predicted launches and floors; rates {RATES}."]
+    if measured.source:
+        lines += ["", f"**Measured**: {measured.source}."]
     for found in inventories:
         lines += ["", f"### {found.size}", ""]
         lines += [
             "| group | launches: diffusers | separate | ours "
-            "| floor with softmax, us: diffusers | separate | ours | measured, ours |"
+            "| floor with softmax, us: diffusers | separate | ours | measured, us: diffusers | ours |"
         ]
-        lines += ["|---|---:|---:|---:|---:|---:|---:|---|"]
-        step = (measured or {}).get(found.size, ())
-        times = by_group(step)
+        lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        steps = [measured.steps.get((found.size, backend), ()) for backend in MEASURED_BACKENDS]
+        times = [by_group(step) for step in steps]
         for group in (*GROUPS, None):
             totals = [total(x for x in launches if group in (None, x.group)) for launches in found.steps]
             cells = [str(of.launches) for of in totals] + [f"{of.longest_floor_s * 1e6:.0f}" for of in totals]
-            us = 1e3 * sum(ms for of, (_, ms) in times.items() if group in (None, of))
-            lines.append(
-                f"| {group or '**all**'} | {' | '.join(cells)} | {f'{us:.0f} us' if step else 'not measured'} |"
-            )
-        if OTHER in times:
-            lines += ["", f"Kernels of no group: {1e3 * times[OTHER][1]:.0f} us; they are in the sum."]
+            for step, of_groups in zip(steps, times, strict=True):
+                us = 1e3 * sum(ms for of, (_, ms) in of_groups.items() if group in (None, of))
+                cells.append(f"{us:.0f}" if step else "not measured")
+            lines.append(f"| {group or '**all**'} | {' | '.join(cells)} |")
+        others = [f"{1e3 * of_groups[OTHER][1]:.0f} us" if OTHER in of_groups else "none" for of_groups in times]
+        if any(OTHER in of_groups for of_groups in times):
+            lines += [
+                "",
+                f"Kernels of no group: {others[0]} of diffusers', {others[1]} of ours; they are in the sums.",
+            ]
     lines += ["", "### Launches per step at every size", ""]
     lines += [
         "| size | separate, eager | norms merged | gates merged | ours, eager | ours, captured "
@@ -243,19 +260,25 @@ def with_inventory(name: str, document: str) -> str:
 def measured(marker: str) -> Measured:
     """The steps of the record set that a marker names, none where it names none."""
     named = re.search(r"measured: (\S+\.jsonl)", marker)
-    return {} if named is None else measured_steps(load_records(DOCS.parent / named[1])[0])
+    return Measured() if named is None else measured_steps(load_records(DOCS.parent / named[1])[0])
 
 
-def measured_steps(records: Iterable[Record]) -> dict[str, tuple[KernelTime, ...]]:
-    """By size, the kernels of our captured step in the inventory's case: guided, one image, bf16, 64x64."""
-    found = {}
+def measured_steps(records: Iterable[Record]) -> Measured:
+    """The traced steps in the inventory's case: guided, one image, bf16, 64x64."""
+    found, source = {}, ""
     for record in records:
         case = record.case
         sizes = (case.batch, case.latent_height, case.latent_width, case.context_tokens)
-        is_ours = case.backend == "graph" and case.guided and case.dtype == "bfloat16"
-        if is_ours and sizes == (1, 64, 64, TEXT_TOKENS) and record.trace is not None:
-            found[case.network] = record.trace.step
-    return {size: step for size, step in found.items() if step}
+        is_asked = case.backend in MEASURED_BACKENDS and case.guided and case.dtype == "bfloat16"
+        if is_asked and sizes == (1, 64, 64, TEXT_TOKENS) and record.trace is not None and record.trace.step:
+            found[case.network, case.backend] = record.trace.step
+            here = record.environment
+            versions = f"torch {here.torch}, triton {here.triton}, diffusers {here.diffusers}"
+            name = "GPU of unknown name" if here.gpu is None else here.gpu.name
+            source = (
+                f"{name}, {versions}: the device's time by torch's profiler, the mean over a trajectory's steps"
+            )
+    return Measured(found, source)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from ldmperf.profiling.figures.derived import PEER, Overview, Row, Section
 from ldmperf.profiling.figures.headline import headline
 from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined, short_ratio
-from ldmperf.profiling.measure.conditions import commit
+from ldmperf.profiling.measure.conditions import commit, marks
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.report import markdown_table
@@ -43,10 +43,14 @@ def finding(shown: Overview) -> str:
         f"**A small network saves {saves} time than FLOPs promise: {told.sentence}.** These are times of a "
         f"sampling step ({PEER}: {_cost(of_peer)}) and the paper's cost, which counts FLOPs."
     )
-    heads = ("GFLOP", "ms per step: ours", PEER, f"time relative to {large.name}: ours", PEER, "cost in the paper")
+    on_gpu = large.record.case.device != "cpu"
+    heads = ["GFLOP", "ms per step: ours", PEER, *(("its kernels alone: ours", PEER) if on_gpu else ())]
+    heads += [f"time relative to {large.name}: ours", PEER, "cost in the paper"]
     lines = [f"| size | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for row, peer in (sizes[i] for i in sorted({round(part * (len(sizes) - 1) / 3) for part in range(4)})):
-        times = (number(one.record.ms_per_step) for one in (row, peer))
+        times = [number(one.record.ms_per_step) for one in (row, peer)]
+        if on_gpu:
+            times += [_kernels_ms(one) for one in (row, peer)]
         shares = (_cost(row), _cost(peer), short_ratio(row.paper_cost))
         cells = (row.name, formatted(row.record.gflop_per_forward, ".1f"), *times, *shares)
         lines.append(f"| {' | '.join(cells)} |")
@@ -54,10 +58,61 @@ def finding(shown: Overview) -> str:
     faster = [row.times_faster for row in shown.rows if row.case.backend == ours and row.times_faster]
     below = (
         f"**Measured**: {joined((*shown.conditions.shared, shown.conditions.heading(told.section)))}; medians. "
-        "On a CPU our code uses torch's operators: "
-        f"{short_ratio(min(faster))}x to {short_ratio(max(faster))}x the speed of {PEER}."
+        + (_of_a_gpu(sizes) if on_gpu else "On a CPU our code uses torch's operators: ")
+        + f"{short_ratio(min(faster))}x to {short_ratio(max(faster))}x the speed of {PEER}."
     )
     return "\n".join([textwrap.fill(words, 125), "", *lines, "", textwrap.fill(below, 125)])
+
+
+def _of_a_gpu(sizes: list[tuple[Row, Row]]) -> str:
+    """How much of the speed is the host's: what the kernels of both take on the device."""
+    busy = [[one.record.trace.step_busy_ms for one in pair if one.record.trace is not None] for pair in sizes]
+    ratios = [theirs / ours for ours, theirs in (pair for pair in busy if len(pair) == 2)]
+    environment = sizes[0][0].record.environment
+    unfree = [f"{row.name}, {row.case.backend}" for pair in sizes for row in pair if marks(row.record)]
+    said = f"torch {environment.torch}, triton {environment.triton}, {PEER} {environment.diffusers}. "
+    said += f"Throttled while it was measured: {'; '.join(unfree)}. " if unfree else ""
+    return (
+        f"{said}Ours replays one captured graph a step; {PEER} is eager, in the layout it comes in, and waits for "
+        f"the host, which is slow here: its kernels alone take {short_ratio(min(ratios))} to "
+        f"{short_ratio(max(ratios))} times as long as ours. By the clock ours has "
+    )
+
+
+def _kernels_ms(row: Row) -> str:
+    trace = row.record.trace
+    return "-" if trace is None or trace.step_busy_ms is None else number(trace.step_busy_ms)
+
+
+def pipelines(marker: str) -> str:
+    """A sentence: what a whole pipeline takes on each backend, the peer's own first."""
+    rows = [r for r in _records(marker) if r.case.task == "pipeline" and r.wall_ms is not None]
+    by_backend = {row.case.backend: row for row in rows}
+    peer, *others = (by_backend[name] for name in ("pipe", "pipe-accelerated", "pipe-rebuilt", "sample-graph"))
+    whole = peer.wall_ms
+    assert whole is not None
+    names = ("after `accelerate`", "after `rebuild`", "with `ldmperf sample`'s own loop and networks")
+    told = [
+        f"{_whole_ms(row)} ms {name} ({short_ratio(whole.p50 / row.wall_ms.p50)}x)"
+        for name, row in zip(names, others, strict=True)
+        if row.wall_ms is not None
+    ]
+    case = peer.case
+    least = min(row.wall_ms.n for row in (peer, *others) if row.wall_ms is not None)
+    unsteady = sum(
+        row.wall_ms.p80 - row.wall_ms.p20 > 0.1 * row.wall_ms.p50 for row in (peer, *others) if row.wall_ms
+    )
+    text = (
+        f"**A whole pipeline from a prompt to an image** ({case.network}'s shape, {case.dtype}, {case.steps} "
+        f"steps, the rest as above; medians of {least} or more, {unsteady} of {1 + len(others)} unsteady) takes "
+        f"{_whole_ms(peer)} ms in {PEER}, {joined(told)}."
+    )
+    return textwrap.fill(text, 125, break_on_hyphens=False)
+
+
+def _whole_ms(record: Record) -> str:
+    assert record.wall_ms is not None
+    return f"{record.wall_ms.p50:.0f}"
 
 
 def _both(section: Section, ours: str) -> list[tuple[Row, Row]]:
@@ -162,6 +217,7 @@ def with_figures(page: str) -> str:
     """The text of a page with the figures of the records between its markers."""
     writers = {
         "finding": lambda marker: finding(overview(_records(marker))),
+        "pipelines": pipelines,
         "table": lambda marker: markdown_table(overview(_records(marker))),
         "verdicts": verdicts,
         "gate": gate,

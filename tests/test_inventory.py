@@ -328,7 +328,7 @@ def test_the_document_is_what_make_inventory_writes(name: str) -> None:
     assert with_inventory(name, text) == text
 
 
-def test_measured_times_of_our_captured_step_go_beside_their_floors(
+def test_measured_times_go_beside_their_floors(
     make_record: Callable[..., Record],
 ) -> None:
     def record(unet: str, **changes: Any) -> Record:
@@ -342,16 +342,18 @@ def test_measured_times_of_our_captured_step_go_beside_their_floors(
         return make_record(Case(unet=unet, **options | changes), trace=trace)
 
     others = [record("866M", backend="triton"), record("866M", batch=4), record("866M", guidance_scale=1.0)]
-    steps = measured_steps([*others, record("39M"), record("866M", dtype="float16")])
-    assert list(steps) == ["39M"]
-    text = floors_markdown([inventory("39M"), inventory("866M")], steps)
+    of_peer = record("866M", backend="diffusers")
+    found = measured_steps([*others, record("39M"), of_peer, record("866M", dtype="float16")])
+    assert list(found.steps) == [("39M", "graph"), ("866M", "diffusers")]
+    assert found.source.startswith("GPU of unknown name, torch ")
+    text = floors_markdown([inventory("39M"), inventory("866M")], found)
     small, large = text.split("### 866M")
-    assert re.search(r"\| convolution \|.*\| 200 us \|", small)
-    assert re.search(r"\| attention \|.*\| 412 us \|", small)
-    assert re.search(r"\| \*\*all\*\* \|.*\| 620 us \|", small)
-    assert "Kernels of no group: 8 us" in small
-    assert "not measured" not in small
-    assert large.count("not measured") == 10
+    for table, cells in ((small, r"not measured \| {}"), (large, r"{} \| not measured")):
+        for group, us in (("convolution", 200), ("attention", 412), (r"\*\*all\*\*", 620)):
+            assert re.search(rf"\| {group} \|.*\| {cells.format(us)} \|", table), (group, table)
+        assert table.count("not measured") == 10
+    assert "Kernels of no group: none of diffusers', 8 us of ours" in small
+    assert "Kernels of no group: 8 us of diffusers', none of ours" in large
 
 
 def test_a_captured_step_has_two_launches_more() -> None:

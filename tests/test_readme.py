@@ -36,20 +36,36 @@ def test_the_figures_are_those_of_the_committed_records(page):
 
 def test_the_finding_follows_from_the_raw_samples():
     """Counted here from the lines of the file, by the formulas of docs/measuring.md."""
-    (path,) = re.findall(r"<!-- finding: (\S+)", README)
-    ms = {}
+    (path,) = re.findall(r"<!-- finding: (\S+) dtype=bfloat16 ", README)
+    ms, busy = {}, {}
     for record in map(json.loads, text_of(path).splitlines()):
         case = record["case"]
-        if (case["sampler"], case["steps"]) == ("ddim", 3):
-            ms[case["unet"], case["backend"]] = median(record["wall_ms"]["samples"]) / record["evaluations"]
+        if (case["dtype"], case["task"], case["steps"]) == ("bfloat16", "t2i", 20):
+            key = case["unet"], case["backend"]
+            ms[key] = median(record["wall_ms"]["samples"]) / record["evaluations"]
+            busy[key] = (record["trace"] or {}).get("step_busy_ms")
     costs = {
         size["name"]: size["paper_normalized_cost"]
         for size in json.loads(next((ROOT / "profiling").rglob("paper.json")).read_text())["sizes"]
     }
     words = " ".join(SCREEN.split())
-    ours, theirs = (ms["39M", backend] / ms["2B", backend] for backend in ("torch", "diffusers"))
+    ours, theirs = (ms["39M", backend] / ms["2B", backend] for backend in ("graph", "diffusers"))
     assert f"39M costs {ours:.2f} of 2B; its FLOPs say {costs['39M'] / costs['2B']:.2g}." in words
     assert f"(diffusers: {theirs:.2f})" in words
+    sizes = ("39M", "866M", "2B")
+    of_kernels = [busy[size, "diffusers"] / busy[size, "graph"] for size in sizes]
+    assert f"alone take {min(of_kernels):.2f} to {max(of_kernels):.2f} times as long as ours" in words
+    by_clock = [ms[size, "diffusers"] / ms[size, "graph"] for size in sizes]
+    assert f"By the clock ours has {min(by_clock):.2f}x to {max(by_clock):.2f}x the speed" in words
+    whole = {
+        record["case"]["backend"]: median(record["wall_ms"]["samples"])
+        for record in map(json.loads, text_of(path).splitlines())
+        if record["case"]["task"] == "pipeline"
+    }
+    for backend in ("pipe-accelerated", "pipe-rebuilt", "sample-graph"):
+        assert re.search(rf"{whole[backend]:.0f} ms [^(]*\({whole['pipe'] / whole[backend]:.2f}x\)", words), (
+            backend
+        )
 
 
 def test_the_first_screen_is_short():
@@ -58,7 +74,7 @@ def test_the_first_screen_is_short():
     assert 1 < len(rows) <= 1 + 4
     (commands,) = re.findall(r"```console\n(.*?)```", SCREEN, re.DOTALL)
     assert len(commands.splitlines()) == 3
-    by_hand = re.sub(r"<!-- finding.*?end of finding -->|\(https://.*?\)", "", SCREEN, flags=re.DOTALL)
+    by_hand = re.sub(r"<!-- (finding|pipelines).*?end of \1 -->|\(https://.*?\)", "", SCREEN, flags=re.DOTALL)
     assert set(re.findall(r"\d[\d.]*", by_hand)) <= {"2404.01367"}
 
 
@@ -98,12 +114,14 @@ def test_contributing_names_every_room():
 def test_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {}
-    if "accelerate(pipe)" in code:
-        diffusers = pytest.importorskip("diffusers")
-        given["pipe"] = diffusers.AutoencoderKL()
+    if "rebuild(pipe)" in code:
+        pytest.importorskip("diffusers")
+        from .dropin_models import make_pipeline
+
+        given["pipe"] = make_pipeline("text")
     exec(compile(code, "README.md", "exec"), given)
     if "pipe" in given:
-        assert any("dropin" in type(module).__module__ for module in given["pipe"].modules())
+        assert type(given["pipe"].unet).__name__ == "PipelineUNet"
 
 
 def test_a_marker_can_name_one_claim():
