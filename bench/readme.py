@@ -28,7 +28,7 @@ from ldmperf.profiling.terminal.layout import formatted, number
 from ldmperf.profiling.terminal.visible import for_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md")
+PAGES = ("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md", "docs/pipelines.md")
 
 
 def finding(shown: Overview) -> str:
@@ -73,8 +73,8 @@ def _of_a_gpu(sizes: list[tuple[Row, Row]]) -> str:
     said = f"torch {environment.torch}, triton {environment.triton}, {PEER} {environment.diffusers}. "
     said += f"Throttled while it was measured: {'; '.join(unfree)}. " if unfree else ""
     return (
-        f"{said}Ours replays one captured graph a step; {PEER} is eager, in the layout it comes in, and waits for "
-        f"the host, which is slow here: its kernels alone take {short_ratio(min(ratios))} to "
+        f"{said}Ours replays one captured graph a step; {PEER} is eager and waits for the host, which is slow "
+        f"here: its kernels alone take {short_ratio(min(ratios))} to "
         f"{short_ratio(max(ratios))} times as long as ours. By the clock ours has "
     )
 
