@@ -138,9 +138,12 @@ def tree(paths: list[str]) -> str:
         for depth in range(len(folders)):
             if before[: depth + 1] != folders[: depth + 1]:
                 what = f"    # torch-ext/{MODULE}/ and" if folders[0] == "build" and depth == 1 else ""
+                what = "    # a table for each GPU that was tuned" if folders[depth] == "tuned" else what
                 lines.append("    " * depth + f"{folders[depth]}/{what}")
         before = folders
-        lines.append("    " * len(folders) + name)
+        # So that the page stays as it is when another GPU is tuned.
+        if folders[-1:] != ["tuned"]:
+            lines.append("    " * len(folders) + name)
     return "\n".join(lines)
 
 

@@ -95,7 +95,7 @@ def test_metadata_describes_its_variant(folder: Path, backend: str) -> None:
     assert metadata.digest is not None
     metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
     sources = folder / "torch-ext" / MODULE
-    expected = {path.relative_to(sources).as_posix() for path in sources.rglob("*.py")}
+    expected = {path.relative_to(sources).as_posix() for path in sources.rglob("*") if path.is_file()}
     assert metadata.digest.files.keys() == expected | {"_ops.py", f"{MODULE}/__init__.py"}
 
 
@@ -193,4 +193,8 @@ def test_another_folder_is_not_replaced(files: dict[str, bytes], tmp_path: Path)
 def test_the_page_shows_the_tree(files: dict[str, bytes]) -> None:
     page = PAGE.read_text()
     assert with_tree(page, list(files)) == page, "run make hub-kernels"
+    another = sorted(
+        [*files, f"torch-ext/{MODULE}/tuned/another-gpu.json", "build/torch-cuda/tuned/another-gpu.json"]
+    )
+    assert with_tree(page, another) == page
     assert f"torch-ext/\n    {MODULE}/\n        __init__.py" in tree(list(files))
