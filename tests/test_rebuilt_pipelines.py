@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoPipelineForImage2Image
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ldmperf.model.dropin import PipelineUNet, plan_run, rebuild
+from ldmperf.model.dropin import PipelineUNet, PlanScheduler, plan_run, rebuild
 
 from .dropin_models import UNETS, make_pipeline, make_unet, pipeline_inputs
 from .tapes import Tape, Tapes
@@ -69,6 +69,10 @@ class Pair:
         for pipe in (self.ours, self.theirs):
             pipe.scheduler = getattr(diffusers, kind).from_config(dict(pipe.scheduler.config), **fixed, **options)
         rebuild(self.ours, backend="torch")
+        # One that was refused is left as it is: the two would be the same.
+        assert isinstance(self.ours.scheduler, PlanScheduler)
+        assert isinstance(self.ours.scheduler, getattr(diffusers, kind))
+        assert not isinstance(self.theirs.scheduler, PlanScheduler)
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +234,86 @@ def test_an_image_pipeline_of_sdxl(pairs: dict[str, Pair]) -> None:
         other.set_progress_bar_config(disable=True)
         images.append(other(**inputs | {"generator": _generator()}).images)
     assert float(np.abs(images[0] - images[1]).max()) < SAME
+
+
+def _refiner(base: Any) -> Any:
+    """As Stable Diffusion XL's: the second text encoder alone, five numbers of sizes with an aesthetic score."""
+    parts = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention_dim": 16}
+    pipe = diffusers.StableDiffusionXLImg2ImgPipeline(
+        **base.components | {"tokenizer": None, "text_encoder": None, "unet": make_unet(UNETS["sdxl"] | parts)},
+        requires_aesthetics_score=True,
+        add_watermarker=False,
+    )
+    pipe.scheduler = type(base.scheduler).from_config(base.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m_karras"])
+def test_a_refiner_takes_the_last_steps_over(sampler: str) -> None:
+    """denoising_end of one, denoising_start of the other."""
+    base = make_pipeline("sdxl")
+    kind, fixed = SCHEDULERS[sampler]
+    base.scheduler = getattr(diffusers, kind).from_config(dict(base.scheduler.config), **fixed)
+    refiner = _refiner(base)
+    expected = _refined(base, refiner)
+    with rebuild(base, backend="torch", graphs=Tapes()), rebuild(refiner, backend="torch", graphs=Tapes()):
+        for pipe in (base, refiner):
+            assert isinstance(pipe.unet, PipelineUNet)
+            assert isinstance(pipe.scheduler, PlanScheduler)
+        found = _refined(base, refiner)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float(np.abs(ours - theirs).max()) < SAME * max(1.0, float(np.abs(theirs).max()))
+
+
+def _refined(base: Any, refiner: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(the latents handed over, the image)."""
+    inputs = pipeline_inputs("sdxl") | {"num_inference_steps": 5, "generator": _generator()}
+    latents = base(**inputs | {"denoising_end": 0.6, "output_type": "latent"}).images
+    assert base.scheduler.timesteps[-1] < 400
+    del inputs["height"], inputs["width"]
+    image = refiner(**inputs | {"image": latents, "denoising_start": 0.6}).images
+    return latents.numpy(), image
+
+
+def test_inpainting_with_sdxl(pairs: dict[str, Pair]) -> None:
+    """With the four channels of the base, and with the nine of a network for inpainting."""
+    inputs = pipeline_inputs("inpaint") | {"num_inference_steps": 4}
+    nine = make_unet(UNETS["sdxl"] | {"cross_attention_dim": 32, "in_channels": 9})
+    for unet in (pairs["sdxl"].theirs.unet, nine):
+        pipe = diffusers.StableDiffusionXLInpaintPipeline(
+            **make_pipeline("sdxl").components | {"unet": unet}, add_watermarker=False
+        )
+        pipe.set_progress_bar_config(disable=True)
+        for strength in (1.0, 0.6):
+            expected = pipe(**inputs | {"strength": strength, "generator": _generator()}).images
+            with rebuild(pipe, backend="torch", graphs=Tapes()):
+                assert isinstance(pipe.unet, PipelineUNet)
+                assert isinstance(pipe.scheduler, PlanScheduler)
+                images = pipe(**inputs | {"strength": strength, "generator": _generator()}).images
+            assert float(np.abs(images - expected).max()) < SAME
+
+
+@pytest.mark.parametrize("kind", ["text", "sdxl"])
+def test_in_inference_mode(pairs: dict[str, Pair], kind: str) -> None:
+    """Called inside it, outside it after that, and inside again."""
+    pair = pairs[kind]
+    for sampler in ("ddim", "dpmpp_2m"):
+        pair.schedule(sampler)
+        plain = pair.same(num_inference_steps=3)
+        with torch.inference_mode():
+            inside = pair.same(num_inference_steps=3)
+            assert not np.allclose(pair.same(num_inference_steps=3, prompt="b"), inside)
+        assert float(np.abs(inside - plain).max()) < SAME
+        assert float(np.abs(pair.same(num_inference_steps=3) - plain).max()) < SAME
+    pair.schedule("ddim")
+    with torch.inference_mode():
+        # Weights that count no writes.
+        pipe = make_pipeline(kind)
+        rebuild(pipe, backend="torch", graphs=Tapes())
+        assert isinstance(pipe.unet, PipelineUNet)
+        image = pair.call(pipe)
+    assert float(np.abs(image - pair.call(pair.theirs)).max()) < SAME
 
 
 def _generator() -> torch.Generator:
