@@ -13,7 +13,7 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 NAMES = (
-    *("smoke", "headline", "tests", "tests-alone", "ladder", "drop-in", "pipelines", "family"),
+    *("smoke", "headline", "tests", "ladder", "tests-alone", "drop-in", "pipelines", "family"),
     *("attention", "kernels", "tune-linear", "tune-attention", "tune-group_norm_silu", "compiled"),
     *("drop-in-compiled", "pipelines-compiled"),
     *("attention-family", "kernels-compiled", "conv-padding", "attention-flex", "compiled-max", "sanitizer"),
@@ -78,7 +78,7 @@ def parts(device: str, folder: Path) -> list[Part]:
     pipes = ",".join(name for name in PIPELINE_BACKENDS if "compile" not in name)
 
     def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:
-        command = (*LDMPERF, "profile", "--device", device, "--out", str(folder / name), *options)
+        command = (*LDMPERF, "profile", "--one-process", "--device", device, "--out", str(folder / name), *options)
         # One folder for all parts: they measure the same cases on several backends.
         command += ("--references", str(folder / "references"))
         return Part(
@@ -120,11 +120,11 @@ def parts(device: str, folder: Path) -> list[Part]:
     compiled = "diffusers,diffusers-accelerated,diffusers-compile,diffusers-accelerated-compile"
     return [
         replace(pytest_part("smoke", 55, 20, device, [SMOKE_FILE], launches=("smoke",)), beside=("tests",)),
-        profile("headline", 120, 30, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
+        profile("headline", 120, 90, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
         pytest_part("tests", 100, 40, device, marks="gpu and not alone and not sanitizer", launches=("tests",)),
-        # A few tests: what they launch is compiled with `tests`, or by themselves.
-        pytest_part("tests-alone", 60, 30, device, marks="gpu and alone"),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
+        # A few tests: what they launch is compiled with `tests`, or by themselves.
+        pytest_part("tests-alone", 150, 60, device, marks="gpu and alone"),
         profile("drop-in", 180, 60, *drop_in, launches=("drop-in",)),
         # The decoder's own launches are compiled at its first call.
         profile("pipelines", 150, 60, *pipelines, pipes, launches=("drop-in",)),

@@ -27,6 +27,7 @@ from ldmperf.profiling.measure.ceilings import CeilingDevice
 from ldmperf.profiling.measure.folders import RunError, locked
 from ldmperf.profiling.measure.timing import Deadline, RepetitionRule
 from ldmperf.profiling.measure.turn import TURNS
+from ldmperf.profiling.sweep import group_process
 from ldmperf.profiling.sweep.child_process import start_server
 from ldmperf.profiling.sweep.events import Completed, Event, Learned, Queued, TookTurns, Warned
 from ldmperf.profiling.sweep.group_process import environment_of, measured
@@ -353,6 +354,56 @@ def test_nothing_begins_once_the_seconds_are_over_and_the_rest_is_for_later(
     assert made < 6
     (tmp_path / "records.jsonl").unlink()
     assert go_on(sweep, tmp_path, seconds=600.0) == (6, False)
+
+
+def test_one_process_times_all_groups_and_another_goes_on_where_it_ends(
+    sweep_of: Callable[..., Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+
+    class Counted(group_process.ChildProcess):
+        def __init__(self, *given: Any) -> None:
+            started.append(given)
+            super().__init__(*given)
+
+    monkeypatch.setattr(group_process, "ChildProcess", Counted)
+    heard = Hearing()
+    sweep = sweep_of(3, in_one_process=True)
+    (tmp_path / "whole").mkdir()
+    assert go_on(sweep, tmp_path / "whole", heard) == (6, False)
+    assert [len(group) for group in heard.groups] == [2, 2, 2]
+    assert len(started) == 1
+    heard, started[:] = Hearing(), []
+    sweep = sweep_of(3, backends=("steady", "timing:SIGSEGV", "peer"), in_one_process=True)
+    assert go_on(sweep, tmp_path, heard) == (9, False)
+    records = RecordStore(tmp_path / "records.jsonl").load()
+    assert {record.case.backend for record in records if record.status != "ok"} == {"timing:SIGSEGV"}
+    assert len(heard.groups) == 3
+    assert len(started) == 4
+
+
+def test_weights_that_end_the_one_process_cost_their_group_alone(
+    sweep_of: Callable[..., Sweep], tmp_path: Path
+) -> None:
+    import sweep_fakes
+
+    sweep = sweep_of(3, in_one_process=True)
+    faulty = [sweep_fakes.a_case(name, unet="weights:SIGSEGV") for name in ("steady", "peer")]
+    sweep = replace(sweep, cases=(*sweep.cases[:2], *faulty, *sweep.cases[2:]))
+    heard = Hearing()
+    assert go_on(sweep, tmp_path, heard) == (8, False)
+    records = RecordStore(tmp_path / "records.jsonl").load()
+    assert {record.case.unet for record in records if record.status != "ok"} == {"weights:SIGSEGV"}
+    assert rows(tmp_path) == Counter(case.key for case in sweep.cases)
+    assert len(heard.groups) == 4
+
+
+def test_ctrl_c_lets_the_group_of_the_one_process_finish(sweep_of: Callable[..., Sweep], tmp_path: Path) -> None:
+    sweep = sweep_of(3, in_one_process=True)
+    heard = Hearing(3, interrupt())
+    assert go_on(sweep, tmp_path, heard) == (2, True)
+    assert (len(heard.groups), heard.stops) == (1, 1)
+    assert go_on(sweep, tmp_path) == (4, False)
 
 
 def test_a_group_knows_what_earlier_ones_found_and_what_time_is_left(

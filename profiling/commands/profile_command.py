@@ -97,6 +97,13 @@ def profile(
             "Give up a case whose process gives no sign of life for so long; half an hour or more unless told."
         ),
     ] = None,
+    one_process: Annotated[
+        bool,
+        typer.Option(
+            "--one-process",
+            help="All groups in one process: one context, libraries loaded once; a group is no longer by itself.",
+        ),
+    ] = False,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -117,9 +124,9 @@ def profile(
 
     A trajectory goes from noise to latents. The folder has the records, the page and its charts. Without options
     it takes the preset for this machine; options replace the preset's lists, and all combinations are measured.
-    Cases that differ only in the backend have a process of their own: if that crashes or hangs, the case in flight
-    has failed, and the others go on. Ctrl-C lets the cases in flight finish; twice, it stops at once. Exit code 1
-    when a case ended as error, incorrect or impossible, none as ok, or no record was made in --seconds; oom and
+    Cases that differ only in the backend have a process of their own, unless --one-process: if it crashes or
+    hangs, the case in flight has failed, and the others go on. Ctrl-C lets the cases in flight finish; twice, it
+    stops at once. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was made in --seconds; oom and
     unsupported are data.
 
     \b
@@ -136,13 +143,26 @@ def profile(
     """
     deadline = Deadline(seconds)
     if schema:
-        others = (preset, resume, min_count, min_seconds, seconds, references, timeout, shard, ray)
+        others = (
+            one_process or None,
+            preset,
+            resume,
+            min_count,
+            min_seconds,
+            seconds,
+            references,
+            timeout,
+            shard,
+            ray,
+        )
         if choices or with_decoder or out != DEFAULT_OUT or any(value is not None for value in others):
             raise CaseError("--schema prints the schema and measures nothing: give it alone")
         print_json(record_schema())
         return
     if references is not None and references.exists() and not references.is_dir():
         raise CaseError(f"--references: {references} is no folder; name one, new or old")
+    if one_process and ray is not None:
+        raise CaseError("--one-process: a cluster measures each group by itself; leave it out with --ray")
     if with_decoder:
         check_decoders()
     part = shard_named(shard) if shard is not None else slurm_shard(os.environ)
@@ -199,6 +219,7 @@ def profile(
         references=references or (folder / "references" if ray is None else None),
         with_decoder=run.with_decoder,
         timeout=timeout,
+        in_one_process=one_process,
     )
     _run(folder, sweep, deadline, workers, ray)
 

@@ -73,8 +73,15 @@ class Queued:
     is_over: bool = False
 
 
+@dataclass(frozen=True)
+class GroupBegun:
+    """From here on these cases are measured, all of one group; the process may have measured others before."""
+
+    cases: tuple[Case, ...]
+
+
 # What `measured` yields.
-Event: TypeAlias = Ran | Recorded | Completed | Told | Warned | TookTurns | Learned | Queued
+Event: TypeAlias = GroupBegun | Ran | Recorded | Completed | Told | Warned | TookTurns | Learned | Queued
 
 
 @dataclass(frozen=True)

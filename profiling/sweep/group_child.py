@@ -1,4 +1,4 @@
-"""What a group's own process does: measures or traces it, and tells the process that has started it."""
+"""What a process that measures does: times groups or traces cases, and tells the process that has started it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..trajectory.energy_windows import EnergyTime
 from ..trajectory.floors import Floors
 from ..trajectory.network import Networks
 from ..trajectory.records import Record
-from ..trajectory.runner import GroupRunner, Listener, all_backends_of
+from ..trajectory.runner import GroupRunner, Listener, all_backends_of, groups
 from ..trajectory.short_traces import short_traces
 from ..trajectory.trace import traced
 from .child_end import ParentPipe
@@ -35,6 +35,7 @@ from .events import (
     Completed,
     Entered,
     Finished,
+    GroupBegun,
     GroupKnown,
     Interrupted,
     Learned,
@@ -117,7 +118,13 @@ class _Work:
         )
         told.runner = runner
         told.learned = lambda: Carried(dict(decodes.known), dict(self.ceilings.known), self.energy.taken)
-        runner.measure(task.cases)
+        for cases in groups(task.cases):
+            if timing.passed:
+                break
+            # Its records share nothing with those of the group before.
+            told.known = -1
+            self.parent.say(GroupBegun(tuple(cases)))
+            runner.measure(cases)
         self.parent.say(Learned(told.learned()))
 
     def trace(self) -> None:

@@ -23,6 +23,7 @@ from .events import (
     Entered,
     Event,
     Finished,
+    GroupBegun,
     GroupKnown,
     Interrupted,
     Learned,
@@ -81,6 +82,8 @@ class _Flight:
     """What is known of one process: what it does at the moment, and what it has done."""
 
     task: GroupTask
+    # What is timed now; empty before the first and while traces are made.
+    group: tuple[Case, ...] = ()
     case: Case | None = None
     phase: str = ""
     has_started: bool = False
@@ -122,10 +125,12 @@ class _Flight:
                 self.is_finished = True
             case Broken(status, why, blames_all):
                 if blames_all:
-                    yield from self._lose(self.rest().left, status, why)
+                    yield from self._lose(self._left_of_group(), status, why)
             case AwaitsTurn():
                 pass
             case _:
+                if isinstance(message, GroupBegun):
+                    self.group, self.case, self.phase, self.template = message.cases, None, "", None
                 if isinstance(message, Learned):
                     self.task = replace(self.task, carried=message.carried)
                 if isinstance(message, TookTurns):
@@ -153,7 +158,7 @@ class _Flight:
         return "error", f"the process that measured it {how_it_ended(failure.code)}"
 
     def lost(self, status: Status, why: str) -> Iterator[Event]:
-        """What is lost with the process: the case in flight; all that is left where none was."""
+        """What is lost with the process: the case in flight; all that is left of its group where none was."""
         case, phase = self.case, self.phase
         if case is not None and case.key in self.done:
             # Only energy was still to come.
@@ -168,9 +173,14 @@ class _Flight:
             yield Learned(carried)
         elif case is not None and phase != "weights":
             yield from self._lose((case,), status, f"{why} in its {phase}")
-        elif not self.done:
+        elif not self.done & {one.key for one in self.group or self.task.cases}:
             where = "while its weights were made" if phase == "weights" else "before it began"
-            yield from self._lose(self.rest().left, status, f"{why} {where}")
+            yield from self._lose(self._left_of_group(), status, f"{why} {where}")
+
+    def _left_of_group(self) -> tuple[Case, ...]:
+        """What the group in flight has no record of; of the whole task where none has begun."""
+        left = self.rest().left
+        return tuple(case for case in self.group if case.key not in self.done) if self.group else left
 
     def _lose(self, cases: tuple[Case, ...], status: Status, message: str) -> Iterator[Event]:
         for case in cases:
@@ -195,7 +205,7 @@ class _Flight:
 
 def lost_record(task: GroupTask, case: Case, status: Status, message: str) -> Record:
     """The record of a case of a group of which nothing is known but its task."""
-    backends = tuple(one.backend for one in task.cases)
+    backends = tuple(one.backend for one in task.cases if one.group_key == case.group_key)
     before = state_now(NO_SENSOR)
     facts = GroupFacts(task.run_id, task.environment, task.rule, backends, lambda case, phase: None, before)
     return facts.lost(case, status, message)

@@ -1,4 +1,4 @@
-"""What one process is to do: time the cases of a group, or trace cases. A value that crosses machines."""
+"""What one process is to do: time the cases of groups, or trace cases. A value that crosses machines."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class GroupTask:
-    """The cases of one group, or for traces those of many on one device, and how they are measured (`profile`).
+    """The cases of one group, or of several on one device, and how they are measured (`profile`).
 
     environment: of the device, collected once for all groups. timeout: seconds without a sign of life
     until the process is given up; None for those of `patience`. untraced: records of these cases to complete by

@@ -1,4 +1,4 @@
-"""A run's groups, one after the other on this machine, each in a process of its own; first timed, then traced."""
+"""A run's groups on this machine, in a process each or all in one; first timed, then traced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..trajectory.case import Case
 from ..trajectory.records import Record, RecordStore
 from ..trajectory.runner import Listener, groups, to_trace, wanted_and_left
 from ..trajectory.short_traces import timing_deadline
-from .events import Completed, Event, Learned, Queued, Ran, Recorded, Told, TookTurns, Warned
+from .events import Completed, Event, GroupBegun, Learned, Queued, Ran, Recorded, Told, TookTurns, Warned
 from .group_process import environment_of, measured
 from .group_task import Carried, GroupTask, TimeGiven
 from .interrupts import Interrupts
@@ -36,7 +36,10 @@ class Workers:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is to be measured, and how: the fields of all its tasks. `environments`: by device."""
+    """What is to be measured, and how: the fields of all its tasks. `environments`: by device.
+
+    in_one_process: a process times all groups of a device, and another one goes on where it ends.
+    """
 
     cases: tuple[Case, ...]
     rule: RepetitionRule
@@ -45,9 +48,10 @@ class Sweep:
     references: Path | None = None
     with_decoder: bool = False
     timeout: float | None = None
+    in_one_process: bool = False
 
     def task(self, cases: Sequence[Case]) -> GroupTask:
-        """The task of timing one group."""
+        """The task of timing these cases, all on one device."""
         return GroupTask(
             tuple(cases),
             self.rule,
@@ -76,16 +80,16 @@ def run_sweep(
     timing = timing_deadline(wanted, deadline)
     with Interrupts(listener.stopping) as interrupts:
         run = SweepRun(store, listener, deadline, timing, executor, interrupts)
-        for cases in groups(left):
+        for cases in groups(left) if not sweep.in_one_process else by_device(left):
             if interrupts.is_asked:
                 return run.recorded, True
             if timing.passed:
                 break
             # From here on Ctrl-C lets this group finish.
             interrupts.is_measuring = True
-            listener.begin(cases)
             run.do(sweep.task(cases))
-            listener.end()
+            if run.is_cut_short:
+                return run.recorded, True
         for task in trace_tasks(sweep, store.load(), wanted):
             if interrupts.is_asked:
                 return run.recorded, True
@@ -93,6 +97,14 @@ def run_sweep(
                 break
             run.do(task)
         return run.recorded, run.is_cut_short
+
+
+def by_device(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases of each device, in the order of first appearance."""
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.device, []).append(case)
+    return list(found.values())
 
 
 def trace_tasks(sweep: Sweep, records: Sequence[Record], cases: Sequence[Case]) -> list[GroupTask]:
@@ -113,7 +125,7 @@ def trace_tasks(sweep: Sweep, records: Sequence[Record], cases: Sequence[Case]) 
 
 @dataclass
 class SweepRun:
-    """A sweep that goes on; `recorded` counts its records. `is_cut_short`: Ctrl-C has ended a task of traces."""
+    """A sweep that goes on; `recorded` counts its records. `is_cut_short`: Ctrl-C has ended a task early."""
 
     store: RecordStore
     listener: Listener
@@ -127,16 +139,28 @@ class SweepRun:
     _seen: dict[str | tuple[str, type[Warning], int], int] = field(default_factory=dict)
 
     def do(self, task: GroupTask) -> None:
-        """Does one task to its end; one of traces, after Ctrl-C, to the end of the trace in flight."""
+        """Does one task to its end; after Ctrl-C to the end of the group or of the trace in flight."""
         task = replace(task, time=TimeGiven.of(self.whole, self.timing), carried=self.carried)
         self.interrupts.is_measuring = True
+        group = task.cases[0].group_key
         try:
+            if task.untraced is None:
+                self.listener.begin(groups(task.cases)[0])
             with closing(self.executor(task)) as events:
                 for event in events:
+                    if isinstance(event, GroupBegun) and event.cases[0].group_key != group:
+                        if self.interrupts.is_asked:
+                            self.is_cut_short = True
+                            break
+                        group = event.cases[0].group_key
+                        self.listener.end()
+                        self.listener.begin(event.cases)
                     self.heard(event)
                     if task.untraced is not None and self.interrupts.is_asked and isinstance(event, Completed):
                         self.is_cut_short = True
                         return
+            if task.untraced is None:
+                self.listener.end()
         finally:
             self.interrupts.is_measuring = False
 
