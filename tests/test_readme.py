@@ -27,7 +27,10 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md", "docs/pipelines.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("results", "comparing", "batch-invariance", "pipelines"))],
+)
 def test_the_figures_are_those_of_the_committed_records(page):
     tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))
     assert page in tool["PAGES"]

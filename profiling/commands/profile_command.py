@@ -126,8 +126,8 @@ def profile(
     it takes the preset for this machine; options replace the preset's lists, and all combinations are measured.
     Cases that differ only in the backend have a process of their own, unless --one-process: if it crashes or
     hangs, the case in flight has failed, and the others go on. Ctrl-C lets the cases in flight finish; twice, it
-    stops at once. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was made in --seconds; oom and
-    unsupported are data.
+    stops at once. Exit code 1 when a case ended as error, incorrect or impossible, none as ok, or no record was
+    made in --seconds; oom and unsupported are data.
 
     \b
     Examples:
