@@ -157,10 +157,23 @@ def main(given: Sequence[str] | None = None) -> int:
     return check(options, began)
 
 
-def has_commit() -> bool:
-    """Whether records can name the commit that is measured."""
-    commit = os.environ.get("LDMPERF_COMMIT", "").strip().lower()
-    return (ROOT / ".git").exists() or re.fullmatch("[0-9a-f]{7,40}", commit) is not None
+def no_commit() -> str | None:
+    """Why records could not name the commit that is measured; None where they can.
+
+    A copy of a checkout may have come with a .git of before: records would name the commit of that.
+    """
+    from ldmperf.profiling.measure.checkout import checkout
+
+    told = os.environ.get("LDMPERF_COMMIT", "").strip().lower()
+    if not (ROOT / ".git").exists():
+        if re.fullmatch("[0-9a-f]{7,40}", told):
+            return None
+        what = "set LDMPERF_COMMIT to what `git rev-parse HEAD` prints in the checkout it is from"
+        return f"there is no .git here: {what}"
+    head, _ = checkout()
+    if told and head and not head.startswith(told):
+        return f"LDMPERF_COMMIT is {told}, and .git here is at {head}: unset the one, or remove the other"
+    return None
 
 
 def ended(code: int, why: str) -> int:
@@ -191,9 +204,8 @@ def check(options: argparse.Namespace, began: float) -> int:
         if not torch.cuda.is_available():
             return ended(2, f"no GPU is here (torch {torch.__version__}); rehearse the check with --device cpu")
         device = "cuda"
-    if device == "cuda" and not has_commit():
-        what = "set LDMPERF_COMMIT to what `git rev-parse HEAD` prints in the checkout it is from"
-        return ended(2, f"there is no .git here: {what}")
+    if device == "cuda" and (why := no_commit()) is not None:
+        return ended(2, why)
     folder = options.out.resolve() / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-gpu-check"
     if options.resume is not None:
         folder = options.resume.resolve()

@@ -384,6 +384,18 @@ def test_on_a_gpu_records_name_a_commit(
     assert code(tmp_path, "7d35813") == 0
     assert code(tmp_path, "", "cpu") == 0
     assert code(ROOT, "") == 0
+    head = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout
+    if not head:
+        pytest.skip("this is no checkout: no .git can differ from LDMPERF_COMMIT")
+    capsys.readouterr()
+    assert code(ROOT, head[:9]) == 0
+    capsys.readouterr()
+    assert code(ROOT, "0123456") == 2
+    told = capsys.readouterr().err
+    assert "LDMPERF_COMMIT is 0123456, and .git here is at" in told
+    assert len(told.splitlines()) == 1
 
 
 def test_an_archive_is_written_again_only_where_something_changed(
