@@ -14,8 +14,9 @@ from .details import flags_cell
 
 PIPELINES_NOTE = (
     "Medians of whole calls, wall clock; the parts are on the GPU's clock where there is one: text, the steps and "
-    "what prepares them, the decoder, and what the pipeline does with the images. speed: diffusers' own pipeline "
-    "(pipe) over this one. first call: with compilation and capture."
+    "what prepares them, the decoder, and what the pipeline does with the images. A part has the time in which "
+    "the GPU waits for the host. speed: diffusers' own pipeline (pipe) over this one. first call: with "
+    "compilation and capture."
 )
 
 
