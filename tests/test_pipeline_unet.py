@@ -6,13 +6,14 @@ import copy
 import gc
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,6 +216,44 @@ def test_in_inference_mode_nothing_is_kept() -> None:
         assert case.evaluate() < CLOSE
         case.text.add_(1)
         assert case.evaluate() < CLOSE
+
+
+def test_with_weights_of_inference_mode_nothing_is_kept() -> None:
+    """Such weights have no counter that would tell of a write."""
+    theirs = make_unet("bk_sdm_small", torch.float64)
+    same = PipelineUNet.of(theirs, backend="torch").unet
+    with torch.inference_mode():
+        network = UNet(same.config, backend="torch").to(torch.float64).eval()
+        network.load_state_dict(same.state_dict())
+    assert all(map(Tensor.is_inference, network.parameters()))
+    ours = PipelineUNet(network)
+    inputs = model_inputs(theirs) | {"timestep": torch.tensor([501, 7])[0]}
+    assert both(ours, theirs, inputs) < CLOSE
+    with torch.inference_mode():
+        for parameter in network.parameters():
+            parameter.mul_(1.1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(1.1)
+    assert both(ours, theirs, inputs) < CLOSE
+
+
+def test_what_is_not_given_any_more_is_not_kept() -> None:
+    config = UNETS["bk_sdm_small"] | {"time_cond_proj_dim": 6}
+    theirs = UNet2DConditionModel(**config).to(torch.float64).eval().requires_grad_(False)
+    ours = PipelineUNet.of(theirs, backend="torch")
+    inputs = model_inputs(theirs) | {"timestep": torch.tensor([501, 7])[0]}
+    guided = {"timestep_cond": torch.randn(2, 6, dtype=torch.float64)}
+    for beside in (guided, {}, guided):
+        assert both(ours, theirs, inputs | beside) < CLOSE
+
+
+def test_a_saved_network_has_the_sources_weights_as_they_are(tmp_path: Path) -> None:
+    case = Case()
+    _write_source(case)
+    case.ours.save_pretrained(tmp_path)
+    saved = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float64).state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in case.theirs.state_dict().items())
 
 
 def test_one_text_in_two_networks_with_other_sizes() -> None:

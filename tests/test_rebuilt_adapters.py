@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import Tensor
 
 from ldmperf.model.dropin import PipelineUNet, rebuild, undo
-from ldmperf.model.dropin.merged_adapters import adapted_layers
+from ldmperf.model.dropin.merged_adapters import adapted_layers, write_weights
+from ldmperf.model.weights import diffusers_state_dict
 
 from .adapters import CONTEXT_DIM, ip_adapter, lora, tiny_unet
 from .dropin_checks import relative_rms
@@ -48,6 +49,22 @@ def _call(unet: Any, scale: float | None) -> Tensor:
     with torch.no_grad():
         result: Tensor = unet(x, torch.tensor(501), text, cross_attention_kwargs=kwargs, return_dict=False)[0]
     return result
+
+
+def test_weights_of_disabled_adapters_leave_the_source_as_it_is() -> None:
+    source = tiny_unet()
+    plain = copy.deepcopy(source)
+    source.load_lora_adapter(lora(source, **WEIGHTS["a"]), prefix=None, adapter_name="a")
+    layers = adapted_layers(source).values()
+    for layer in layers:
+        layer.merge()
+        # As peft leaves it where whoever disables does not unmerge.
+        layer._disable_adapters = True
+    ours = PipelineUNet.of(plain, backend="torch").unet
+    write_weights(source, ours)
+    assert all(layer.merged for layer in layers)
+    state = plain.state_dict()
+    assert all(relative_rms(value, state[name]) < CLOSE for name, value in diffusers_state_dict(ours).items())
 
 
 class Adapters(RuleBasedStateMachine):
