@@ -248,6 +248,15 @@ def test_what_is_not_given_any_more_is_not_kept() -> None:
         assert both(ours, theirs, inputs | beside) < CLOSE
 
 
+def test_a_conditioning_of_autocast_is_not_one_without() -> None:
+    theirs = make_unet("bk_sdm_small")
+    ours = PipelineUNet.of(theirs, backend="torch")
+    inputs = model_inputs(theirs) | {"timestep": torch.tensor([501, 7])[0]}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert 1e-4 < both(ours, theirs, inputs) < 0.05
+    assert both(ours, theirs, inputs) < 1e-5
+
+
 def test_a_saved_network_has_the_sources_weights_as_they_are(tmp_path: Path) -> None:
     case = Case()
     _write_source(case)

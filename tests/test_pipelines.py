@@ -254,3 +254,10 @@ def test_an_older_record_has_no_parts(make_record: Any) -> None:
     del line["parts"]
     assert Record.model_validate_json(json.dumps(line)) == record
     assert METRICS["text_ms"].figure(record) is None
+
+
+def test_each_implementation_is_checked_against_the_other() -> None:
+    problem: Any = SimpleNamespace(case=SimpleNamespace(dtype="float16"))
+    (ours, *_), theirs = (PipelineProblem.references(problem, name) for name in ("sample", "pipe"))
+    assert ours == ("pipe", torch.float32)
+    assert theirs == (("sample", torch.float32),)
