@@ -111,7 +111,8 @@ def parts(device: str, folder: Path) -> list[Part]:
         own = (f"tune:{operator}:866M:2",)
         return Part(f"tune-{operator}", 110, 40, "tuning", command, own_launches=own, takes_seconds=True)
 
-    both = ("--preset", "ladder", "--size", "866M,39M", "--dtype", "float16,bfloat16")
+    # In float16, as the ladder is in bfloat16; a few samples, so that both sizes have times on a slow host too.
+    both = ("--preset", "ladder", "--size", "866M,39M", "--dtype", "float16", "--min-seconds", "0.5")
     few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
     attention = ("--kernel", "attention")
     ladder = ("--preset", "ladder", "--backend")

@@ -200,6 +200,7 @@ def test_the_table_tells_captures_and_reasons(pipe: Any) -> None:
     assert "PipelineUNet: cpu, float32, the references in torch" in table
     assert "DDIMScheduler's steps, each one call of sampler_update's reference in torch" in table
     assert "the network for [2, 4, 8, 8] float32: 2 replays" in table
+    assert "each shape where it pays; the last 4 are kept" in table
     assert "text_encoder" in table
     assert "3 components replaced" in repr(rebuilt)
     with rebuild(make_pipeline("text")) as eager:

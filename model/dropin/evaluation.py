@@ -14,6 +14,8 @@ from ..conditioning import Conditioning
 from ..unet import UNet
 
 logger = logging.getLogger(__name__)
+# Of so many shapes: a run may alternate between two, with guidance and without.
+MAX_CAPTURES = 4
 
 
 def check_graphs(call: str, graphs: object) -> None:
@@ -44,7 +46,8 @@ class Evaluation:
         """Whether evaluations on a device are captured."""
         if not self._captures_on(device):
             return "none: graphs=False" if self._graphs is False else f"none: {device} captures none"
-        return "every shape" if self._graphs is True else "each shape where it pays"
+        which = "every shape" if self._graphs is True else "each shape where it pays"
+        return f"{which}; the last {MAX_CAPTURES} are kept"
 
     def __call__(self, sample: Tensor, conditioning: Conditioning, step: int) -> Tensor:
         """`UNet.denoise` of these, without gradients."""
@@ -55,7 +58,11 @@ class Evaluation:
         if self._denoiser is None:
             graphs = None if isinstance(self._graphs, bool | str) else self._graphs
             self._denoiser = GraphedDenoiser(
-                self._unet.denoise, modules=self._unet, graphs=graphs, eager_unless_worth=self._graphs is not True
+                self._unet.denoise,
+                modules=self._unet,
+                max_captures=MAX_CAPTURES,
+                graphs=graphs,
+                eager_unless_worth=self._graphs is not True,
             )
         try:
             return self._denoiser(sample, conditioning, step)
