@@ -110,11 +110,13 @@ def test_errs_no_more_than_diffusers_in_other_dtypes(dtype: torch.dtype) -> None
     exact, _ = pair(ours.config)
     exact.load_state_dict({name: value.double() for name, value in ours.state_dict().items()})
     latents, image = torch.randn(2, 4, 6, 5).to(dtype), torch.randn(2, 3, 20, 24).to(dtype)
+    # In float32 both err by the order of additions alone, which differs from processor to processor.
+    most = 3.0 if dtype == torch.float32 else 1.5
     found, expected = ours.decode(latents), exact.decode(latents.double())
     assert found.dtype == dtype
-    assert error(found, expected) < 1.5 * error(theirs.decode(latents).sample, expected)
+    assert error(found, expected) < most * error(theirs.decode(latents).sample, expected)
     found, expected = ours.encode(image).mean, exact.encode(image.double()).mean
-    assert error(found, expected) < 1.5 * error(theirs.encode(image).latent_dist.mean, expected)
+    assert error(found, expected) < most * error(theirs.encode(image).latent_dist.mean, expected)
     # Another dtype than the weights' is cast.
     assert ours.decode(latents.double()).dtype == dtype
 
