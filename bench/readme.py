@@ -20,7 +20,7 @@ from ldmperf.profiling.figures.derived import PEER, Overview, Row, Section
 from ldmperf.profiling.figures.headline import headline
 from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined, short_ratio
-from ldmperf.profiling.measure.conditions import commit, marks
+from ldmperf.profiling.measure.conditions import commit, is_unsteady, marks
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.report import markdown_table
@@ -72,10 +72,11 @@ def _of_a_gpu(sizes: list[tuple[Row, Row]]) -> str:
     unfree = [f"{row.name}, {row.case.backend}" for pair in sizes for row in pair if marks(row.record)]
     said = f"torch {environment.torch}, triton {environment.triton}, {PEER} {environment.diffusers}. "
     said += f"Throttled while it was measured: {'; '.join(unfree)}. " if unfree else ""
+    gaps = [row.record.host_gap for _, row in sizes if row.record.host_gap is not None]
     return (
-        f"{said}Ours replays one captured graph a step; {PEER} is eager and waits for the host, which is slow "
-        f"here: its kernels alone take {short_ratio(min(ratios))} to "
-        f"{short_ratio(max(ratios))} times as long as ours. By the clock ours has "
+        f"{said}Ours replays one captured graph a step. {PEER} is eager: its device waits for the host for "
+        f"{100 * min(gaps):.0f}% to {100 * max(gaps):.0f}% of the time, and its kernels alone take "
+        f"{short_ratio(min(ratios))} to {short_ratio(max(ratios))} times as long as ours. By the clock ours has "
     )
 
 
@@ -89,30 +90,24 @@ def pipelines(marker: str) -> str:
     rows = [r for r in _records(marker) if r.case.task == "pipeline" and r.wall_ms is not None]
     by_backend = {row.case.backend: row for row in rows}
     peer, *others = (by_backend[name] for name in ("pipe", "pipe-accelerated", "pipe-rebuilt", "sample-graph"))
-    whole = peer.wall_ms
-    assert whole is not None
     names = ("after `accelerate`", "after `rebuild`", "with `ldmperf sample`'s own loop and networks")
     told = [
-        f"{_whole_ms(row)} ms {name} ({short_ratio(whole.p50 / row.wall_ms.p50)}x)"
+        f"{_whole_ms(row):.0f} ms {name} ({short_ratio(_whole_ms(peer) / _whole_ms(row))}x)"
         for name, row in zip(names, others, strict=True)
-        if row.wall_ms is not None
     ]
-    case = peer.case
-    least = min(row.wall_ms.n for row in (peer, *others) if row.wall_ms is not None)
-    unsteady = sum(
-        row.wall_ms.p80 - row.wall_ms.p20 > 0.1 * row.wall_ms.p50 for row in (peer, *others) if row.wall_ms
-    )
+    case, times = peer.case, [row.wall_ms for row in (peer, *others) if row.wall_ms is not None]
     text = (
         f"**A whole pipeline from a prompt to an image** ({case.network}'s shape, {case.dtype}, {case.steps} "
-        f"steps, the rest as above; medians of {least} or more, {unsteady} of {1 + len(others)} unsteady) takes "
-        f"{_whole_ms(peer)} ms in {PEER}, {joined(told)}."
+        f"steps, the rest as above; medians of {min(one.n for one in times)} or more, "
+        f"{sum(map(is_unsteady, times))} of {len(times)} unsteady) takes {_whole_ms(peer):.0f} ms in {PEER}, "
+        f"{joined(told)}."
     )
     return textwrap.fill(text, 125, break_on_hyphens=False)
 
 
-def _whole_ms(record: Record) -> str:
+def _whole_ms(record: Record) -> float:
     assert record.wall_ms is not None
-    return f"{record.wall_ms.p50:.0f}"
+    return record.wall_ms.p50
 
 
 def _both(section: Section, ours: str) -> list[tuple[Row, Row]]:
