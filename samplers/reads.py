@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
@@ -97,7 +98,7 @@ class Watch:
         return (
             len(roots) == len(self._roots)
             and all(map(is_, roots, self._roots))
-            and all(map(is_, map(type, self._owners), self._classes))
+            and list(map(type, self._owners)) == self._classes
             and not any(self._empty)
             and self._current_keys() == self._keys
             and self._has_same_values()
@@ -189,8 +190,9 @@ class _Reach:
             self.sets.append(value)
         if isinstance(value, dict | list | tuple | set | frozenset):
             self._follow(value.values() if isinstance(value, dict) else value, is_modules)
-        # Subclasses of these have attributes too: diffusers' configs are both.
-        if is_modules and isinstance(getattr(value, "__dict__", None), dict):
+        # Subclasses of these have attributes too: diffusers' configs are both. An OrderedDict could have some;
+        # every module holds a dozen that have none.
+        if is_modules and type(value) is not OrderedDict and isinstance(getattr(value, "__dict__", None), dict):
             attributes = vars(value)
             self.owners.append(value)
             if any(isinstance(held, Tensor) for held in attributes.values()):

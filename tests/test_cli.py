@@ -274,6 +274,25 @@ def test_a_context_length_and_a_seed_end_to_end(run: Run, tiny_checkpoint: Path,
         assert "other cases" in run("profile", *named, "--tokens", other, "--resume").err
 
 
+def test_one_process_is_kept_for_what_is_gone_on_with(
+    run: Run, tiny_checkpoint: Path, tmp_path: Path, make_record: Callable[..., Record]
+) -> None:
+    tasks: list[int] = []
+
+    def measured(task: GroupTask) -> Generator[Event, None, None]:
+        tasks.append(len(task.cases))
+        for case in task.cases:
+            yield Recorded(make_record(case.as_recorded()))
+
+    options = ("--unet", tiny_checkpoint, "--steps", "1,2", "--backend", "torch", *QUICK, "--out", tmp_path)
+    assert run("profile", "--one-process", *options, workers=Workers(measured)).code == 0
+    (folder,) = tmp_path.iterdir()
+    (folder / RECORDS_NAME).unlink()
+    assert run("profile", "--resume", folder, workers=Workers(measured)).code == 0
+    assert tasks == [2, 2]
+    assert json.loads((folder / RUN_NAME).read_text())["one_process"] is True
+
+
 def test_out_of_memory_is_data_but_a_run_with_no_time_at_all_has_failed(
     run: Run,
     tiny_checkpoint: Path,

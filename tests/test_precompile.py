@@ -333,6 +333,9 @@ def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
     assert family["HEAD_DIMS"] == FAMILY_HEAD_DIMS
     assert unet["TINY"] == tested_launches.TESTED_TINY
     assert unet["SAMPLERS"] == tested_launches.TESTED_SAMPLERS
+    pool = runpy.run_path(str(ROOT / "tests/gpu/test_4_graph_pool.py"), run_name="pool")
+    assert pool["TINY"] == tested_launches.TESTED_TINY
+    assert (*pool["SHAPES"], pool["SMALL"]) == tested_launches.TESTED_GRAPHS
     check = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("*check*.py")))
     assert re.findall(r'^HEAD_DIMS = "([\d,]+)"', check, re.MULTILINE) == [
         ",".join(map(str, launch_sets.CHECKED_HEAD_DIMS))

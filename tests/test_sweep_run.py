@@ -373,11 +373,16 @@ def test_one_process_times_all_groups_and_another_goes_on_where_it_ends(
     assert go_on(sweep, tmp_path / "whole", heard) == (6, False)
     assert [len(group) for group in heard.groups] == [2, 2, 2]
     assert len(started) == 1
+    records = RecordStore(tmp_path / "whole/records.jsonl").load()
+    assert [record.harness.groups_before for record in records] == [0, 0, 1, 1, 2, 2]
     heard, started[:] = Hearing(), []
     sweep = sweep_of(3, backends=("steady", "timing:SIGSEGV", "peer"), in_one_process=True)
     assert go_on(sweep, tmp_path, heard) == (9, False)
     records = RecordStore(tmp_path / "records.jsonl").load()
     assert {record.case.backend for record in records if record.status != "ok"} == {"timing:SIGSEGV"}
+    # The process that a crash begins goes on with the rest of that group, and has the next after it.
+    crashed = [record.harness.groups_before for record in records if record.status != "ok"]
+    assert crashed == [0, 1, 1]
     assert len(heard.groups) == 3
     assert len(started) == 4
 

@@ -28,6 +28,8 @@ TESTED_SAMPLERS = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2s", "unipc", "euler", "eu
 TESTED_TINY = UNetConfig(
     (32, 64, 64), (4, 8, 8), (True, True, False), layers_per_block=1, context_dim=24, norm_groups=8
 )
+# What evaluations are captured for: (batch, latents).
+TESTED_GRAPHS = ((4, 128), (3, 128), (2, 128), (1, 32))
 _HALF: tuple[DType, ...] = ("bfloat16", "float16")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMOKE_SIZES = ("39M", "866M")
@@ -35,7 +37,7 @@ SMOKE_SIZES = ("39M", "866M")
 
 def smoke_parts() -> list[Part]:
     """What tests/gpu/test_0_smoke.py launches beside single calls."""
-    parts: list[Part] = [partial(_forward, size, "bfloat16", 2, 64) for size in SMOKE_SIZES]
+    parts: list[Part] = [partial(_forward, FAMILY[size], "bfloat16", 2, 64) for size in SMOKE_SIZES]
     return parts + [partial(_sampling, FAMILY[size], "dpmpp_2m", 1, 64, 77) for size in SMOKE_SIZES]
 
 
@@ -53,7 +55,9 @@ def tested_parts() -> list[Part]:
     forwards += [("39M", "float32", 2, 64), ("39M", "float16", 2, 32)]
     # A sample alone, and in a batch.
     forwards += [(size, "bfloat16", batch, 64) for size in SMOKE_SIZES for batch in (1, 4)]
-    parts += [partial(_forward, *forward) for forward in forwards]
+    parts += [partial(_forward, FAMILY[size], dtype, *shape) for size, dtype, *shape in forwards]
+    parts += [partial(_forward, TESTED_TINY, "bfloat16", *shape, tokens=7) for shape in TESTED_GRAPHS]
+    parts.append(partial(_sampling, TESTED_TINY, "dpmpp_2m", 2, 64, 7))
     parts += [partial(_sampling, TESTED_TINY, sampler, 2, 16, 7) for sampler in TESTED_SAMPLERS]
     return [*parts, _samplers_alone]
 
@@ -82,11 +86,11 @@ def _configurations(operator: str) -> Planned:
 
 
 @torch.no_grad()
-def _forward(size: str, dtype: DType, batch: int, latents: int) -> Planned:
-    config, torch_dtype = FAMILY[size], getattr(torch, dtype)
+def _forward(config: UNetConfig, dtype: DType, batch: int, latents: int, tokens: int = 77) -> Planned:
+    torch_dtype = getattr(torch, dtype)
     unet = meta_unet(config, torch_dtype, "triton")
     x = torch.empty(batch, config.in_channels, latents, latents, device="meta", dtype=torch_dtype)
-    context = torch.empty(batch, 77, config.context_dim, device="meta", dtype=torch_dtype)
+    context = torch.empty(batch, tokens, config.context_dim, device="meta", dtype=torch_dtype)
     yield from launches_of_run(lambda: unet(x, 500.0, context))
 
 

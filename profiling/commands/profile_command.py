@@ -203,7 +203,7 @@ def profile(
     here = environments[cases[0].device]
     if resume is None:
         try:
-            folder = create_run(out, cases, rule, here, with_decoder, part)
+            folder = create_run(out, cases, rule, here, with_decoder, part, one_process)
         except OSError as failure:
             stop(f"cannot write to {out} ({failure.strerror}); choose another folder with --out", 1)
     run = open_run(folder)
@@ -219,7 +219,8 @@ def profile(
         references=references or (folder / "references" if ray is None else None),
         with_decoder=run.with_decoder,
         timeout=timeout,
-        in_one_process=one_process,
+        # Asked for at its start, or now.
+        in_one_process=one_process or (run.one_process and ray is None),
     )
     _run(folder, sweep, deadline, workers, ray)
 

@@ -144,9 +144,10 @@ def harness_lines(records: Sequence[Record]) -> list[str]:
     for harness in (record.harness for record in timed):
         beside = f"; timed in turn: {', '.join(harness.interleaved)}" if len(harness.interleaved) > 1 else ""
         cut = "" if harness.stopped_by is None else f"; cut short by --{harness.stopped_by}"
+        after = "; in a process that had measured other cases before" if harness.groups_before else ""
         lines.append(
             f"at least {harness.min_count} trajectories and {harness.min_seconds:g} s of them, "
-            f"after {harness.warmup_count} for warm-up{beside}{cut}"
+            f"after {harness.warmup_count} for warm-up{beside}{cut}{after}"
         )
     return list(dict.fromkeys(lines))
 

@@ -46,6 +46,7 @@ class GroupFacts:
     # Nobody can know the inputs of timed rounds before they are made.
     round_seed: int = field(default_factory=lambda: secrets.randbits(48))
     decoder_ms: Samples | None = None
+    groups_before: int | None = None
     entered: Callable[[Case, str], None] = lambda case, phase: None
 
     def record(self, case: Case, **measured: Any) -> Record:
@@ -72,6 +73,7 @@ class GroupFacts:
             min_seconds=self.rule.min_seconds,
             round_seed=self.round_seed,
             in_turns=TURNS.waited > 0,
+            groups_before=self.groups_before,
             **measured,
         )
 

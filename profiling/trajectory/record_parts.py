@@ -37,6 +37,8 @@ class Harness(RecordModel):
     older records. `confirmed_by`: the backend or reference that the result of a timed round agreed with; null
     where no round had fresh inputs, or nothing to compare with, and in older records. `in_turns`: between rounds
     processes of other sides had theirs (`ldmperf compare --commits`), so that caches are colder than in a profile.
+    `groups_before`: the groups that the same process had measured before this one (`--one-process`), which may
+    have left caches warm and memory fragmented; null where its process ended before it told, and in older records.
     """
 
     min_count: int
@@ -48,6 +50,7 @@ class Harness(RecordModel):
     round_seed: Count | None = None
     confirmed_by: str | None = None
     in_turns: bool = False
+    groups_before: Count | None = None
 
 
 class Trace(RecordModel):

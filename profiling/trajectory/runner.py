@@ -82,6 +82,7 @@ class GroupRunner:
     decodes: DecoderTimes | None = None
     facts: GroupFacts | None = None
     _kept: dict[str, References] = field(default_factory=dict)
+    _groups: int = 0
 
     def measure(self, cases: Sequence[Case]) -> None:
         """Times the cases of one group; raises an interrupt, and what `on_record` raises."""
@@ -101,7 +102,9 @@ class GroupRunner:
                 state_now(sensor),
                 sensor,
                 entered=self.listener.entered,
+                groups_before=self._groups,
             )
+            self._groups += 1
             kept = self._kept[device]
             if self.decodes is not None:
                 self.facts.decoder_ms = self.decodes.of(cases[0], self.facts, kept)

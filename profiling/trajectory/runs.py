@@ -45,8 +45,9 @@ class Run(RecordModel):
     """What a run set out to do, and where: with it a killed run resumes without its options.
 
     `cases` have the paths of checkpoints and the digests of their weights; records have names alone. `run_id` is
-    that of its records; null in version 1. `with_decoder`: whether records have the decoder's time. `shard`: the
-    part of a sweep that `cases` are; null where they are all of it.
+    that of its records; null in version 1. `with_decoder`: whether records have the decoder's time.
+    `one_process`: whether one process measures all groups of a device. `shard`: the part of a sweep that `cases`
+    are; null where they are all of it.
     """
 
     schema_version: SchemaVersion = SCHEMA_VERSION
@@ -56,6 +57,7 @@ class Run(RecordModel):
     min_count: int
     min_seconds: float
     with_decoder: bool = False
+    one_process: bool = False
     shard: Shard | None = None
     environment: Environment
 
@@ -71,6 +73,7 @@ def create_run(
     environment: Environment,
     with_decoder: bool = False,
     shard: Shard | None = None,
+    one_process: bool = False,
 ) -> Path:
     """A new folder in `out` (made if need be), its run.json written. Raises OSError where it cannot be."""
     now = utc_now()
@@ -81,6 +84,7 @@ def create_run(
         min_count=rule.min_count,
         min_seconds=rule.min_seconds,
         with_decoder=with_decoder,
+        one_process=one_process,
         shard=shard,
         environment=environment,
     )
