@@ -241,6 +241,33 @@ class Captures(Generic[M]):
         return Captured(work.memory, device, self._graphs, replay_graph, list(reads.memory.values()), report)
 
 
+class Graphed(Generic[M]):
+    """What works by captures: tells of them, drops them, and is neither copied nor pickled."""
+
+    _captures: Captures[M]
+
+    def __reduce__(self) -> str:
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} cannot be copied or pickled, because its captures work on its own memory: make another "
+            f"with {name}(denoise)"
+        )
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The captures that are kept; the last used is at the end."""
+        return self._captures.reports
+
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """The last decisions in words: captures that were dropped, shapes that run eagerly, and why."""
+        return self._captures.decisions
+
+    def clear(self) -> None:
+        """Waits until the device is done with all captures, drops them and releases their memory."""
+        self._captures.clear()
+
+
 class _CaptureOutOfMemory(CaptureError, torch.OutOfMemoryError):
     """A capture that ran out of memory, which is both errors."""
 

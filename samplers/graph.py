@@ -15,13 +15,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .captures import Capturable, Captured, Captures
+from .captures import Capturable, Captured, Captures, Graphed
 from .cuda_graphs import CudaGraphs, Graphs
 from .plan import SamplingPlan
 from .state import Guidance, SamplerState, check_input_dtype, check_start, guidance_scales
 from .step import Step
 from .tree import buffer, check, leaves, map_tensors, padded, room, structure
-from .worth import Capture
 
 C = TypeVar("C")
 
@@ -41,7 +40,7 @@ class _Memory:
         return [*self.state.tensors(), *leaves(self.conditioning), self.step]
 
 
-class GraphedSampler(Generic[C]):
+class GraphedSampler(Graphed[_Memory], Generic[C]):
     """Runs plans like `sample`, with the same bits, by replaying captured steps.
 
     denoise       called as denoise(model_input, conditioning, step), like `UNet.denoise`, only while a step is
@@ -82,29 +81,9 @@ class GraphedSampler(Generic[C]):
         self._input_dtype = input_dtype
         self._backend = backend
         self._graphs = graphs or CudaGraphs()
-        self._captures: Captures[_Memory] = Captures(
+        self._captures = Captures(
             type(self).__name__, denoise, modules, max_captures=max_captures, graphs=self._graphs
         )
-
-    def __reduce__(self) -> str:
-        raise TypeError(
-            "a GraphedSampler cannot be copied or pickled, because its captures work on its own memory: make "
-            "another with GraphedSampler(denoise)"
-        )
-
-    @property
-    def captures(self) -> tuple[Capture, ...]:
-        """The captures that are kept; the last used is at the end."""
-        return self._captures.reports
-
-    @property
-    def decisions(self) -> tuple[str, ...]:
-        """The last captures that were dropped, and why, in words."""
-        return self._captures.decisions
-
-    def clear(self) -> None:
-        """Waits until the device is done with all captures, drops them and releases their memory."""
-        self._captures.clear()
 
     def __call__(
         self,

@@ -10,16 +10,61 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .captures import Capturable, Captured, Captures
+from .captures import Capturable, Captured, Captures, Graphed
 from .cuda_graphs import CudaGraphs, Graphs
 from .tree import buffer, check, leaves, map_tensors, num_steps, padded, room, structure
 from .values import shown
-from .worth import Capture
 
 C = TypeVar("C")
 
 
-class GraphedDenoiser(Generic[C]):
+@dataclass(frozen=True)
+class _Values:
+    """A conditioning as it was at a call; its tensors are kept, so that no other takes their place unnoticed."""
+
+    tree: Any
+    tensors: list[Tensor]
+    # None where a tensor made in inference mode counts no writes.
+    versions: list[int] | None
+
+    @classmethod
+    def of(cls, tree: Any) -> _Values:
+        tensors = leaves(tree)
+        counted = not any(tensor.is_inference() for tensor in tensors)
+        return cls(tree, tensors, [tensor._version for tensor in tensors] if counted else None)
+
+    def has_same(self, other: _Values) -> bool:
+        """Whether the tensors are the same, and have the same values."""
+        return (
+            self.versions is not None
+            and self.versions == other.versions
+            and all(map(operator.is_, self.tensors, other.tensors))
+        )
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What a captured evaluation reads and writes, outside the captures' pool."""
+
+    model_input: Tensor
+    conditioning: Any
+    step: Tensor
+    output: Tensor | None = None
+    loaded: _Values | None = None
+
+    def tensors(self) -> list[Tensor]:
+        return leaves((self.model_input, self.conditioning, self.step, self.output))
+
+    def load(self, values: _Values, conditioning: Any) -> None:
+        """Copies the conditioning, which has these values, unless it is there."""
+        if self.loaded is None or not self.loaded.has_same(values):
+            self.loaded = None
+            if values.tensors:
+                torch._foreach_copy_(leaves(self.conditioning), leaves(conditioning))
+            self.loaded = values
+
+
+class GraphedDenoiser(Graphed[_Memory], Generic[C]):
     """Calls `denoise(model_input, conditioning, step)` by replaying its capture, with the same bits.
 
     denoise, modules, max_captures, graphs  as of `GraphedSampler`
@@ -46,7 +91,7 @@ class GraphedDenoiser(Generic[C]):
     ) -> None:
         self._denoise = denoise
         self._graphs = graphs or CudaGraphs()
-        self._captures: Captures[_Memory] = Captures(
+        self._captures = Captures(
             type(self).__name__,
             denoise,
             modules,
@@ -57,29 +102,13 @@ class GraphedDenoiser(Generic[C]):
         # The last conditionings with room for more steps, which takes copies.
         self._roomy: list[tuple[_Values, Any]] = []
 
-    def __reduce__(self) -> str:
-        raise TypeError(
-            "a GraphedDenoiser cannot be copied or pickled, because its captures work on its own memory: make "
-            "another with GraphedDenoiser(denoise)"
-        )
-
-    @property
-    def captures(self) -> tuple[Capture, ...]:
-        """The captures that are kept; the last used is at the end."""
-        return self._captures.reports
-
-    @property
-    def decisions(self) -> tuple[str, ...]:
-        """The last decisions in words: captures that were dropped, shapes that run eagerly, and why."""
-        return self._captures.decisions
-
     def clear(self) -> None:
         """Waits until the device is done with all captures, drops them and releases their memory.
 
         Shapes that run eagerly are tried again.
         """
         self._roomy.clear()
-        self._captures.clear()
+        super().clear()
 
     def __call__(self, model_input: Tensor, conditioning: C, step: int | Tensor) -> Tensor:
         """denoise's output for model_input [B, ...], a new tensor in denoise's dtype and layout.
@@ -143,52 +172,6 @@ class GraphedDenoiser(Generic[C]):
             memory.output.copy_(output)
 
         return Capturable(memory, memory.tensors, call)
-
-
-@dataclass(frozen=True)
-class _Values:
-    """A conditioning as it was at a call; its tensors are kept, so that no other takes their place unnoticed."""
-
-    tree: Any
-    tensors: list[Tensor]
-    # None where a tensor made in inference mode counts no writes.
-    versions: list[int] | None
-
-    @classmethod
-    def of(cls, tree: Any) -> _Values:
-        tensors = leaves(tree)
-        counted = not any(tensor.is_inference() for tensor in tensors)
-        return cls(tree, tensors, [tensor._version for tensor in tensors] if counted else None)
-
-    def has_same(self, other: _Values) -> bool:
-        """Whether the tensors are the same, and have the same values."""
-        return (
-            self.versions is not None
-            and self.versions == other.versions
-            and all(map(operator.is_, self.tensors, other.tensors))
-        )
-
-
-@dataclass(eq=False)
-class _Memory:
-    """What a captured evaluation reads and writes, outside the captures' pool."""
-
-    model_input: Tensor
-    conditioning: Any
-    step: Tensor
-    output: Tensor | None = None
-    loaded: _Values | None = None
-
-    def tensors(self) -> list[Tensor]:
-        return leaves((self.model_input, self.conditioning, self.step, self.output))
-
-    def load(self, values: _Values, conditioning: Any) -> None:
-        """Copies the conditioning, which has these values, unless it is there."""
-        if self.loaded is None or not self.loaded.has_same(values):
-            self.loaded = None
-            if values.tensors:
-                torch._foreach_copy_(leaves(self.conditioning), leaves(conditioning))
-            self.loaded = values
 
 
 def _replayed(
