@@ -114,12 +114,10 @@ def trace_tasks(sweep: Sweep, records: Sequence[Record], cases: Sequence[Case]) 
     less. A process that ends costs the trace in flight, and another one goes on.
     """
     located = {case.key: case for case in cases}
-    by_device: dict[str, list[Record]] = {}
-    for record in to_trace(records, located):
-        by_device.setdefault(located[record.case_key].device, []).append(record)
+    untraced = {record.case_key: record for record in to_trace(records, located)}
     return [
-        replace(sweep.task([located[record.case_key] for record in untraced]), untraced=tuple(untraced))
-        for untraced in by_device.values()
+        replace(sweep.task(cases), untraced=tuple(untraced[case.key] for case in cases))
+        for cases in by_device([located[key] for key in untraced])
     ]
 
 
