@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .autoencoder_config import AutoencoderConfig
 from .autoencoder_keys import autoencoder_compvis_key, former_key
 from .fields import UnsupportedConfig
 from .files import CheckpointError, some
+from .loading import shortage
+from .reader import Layout, Shape
 
 # Prefixes of training code, of a pipeline, or of Stable Diffusion's whole checkpoint.
 _PREFIXED = re.compile(
@@ -29,32 +30,32 @@ _GROUPS = 32
 
 
 @dataclass(frozen=True)
-class AutoencoderLayout:
-    """The tensors of a checkpoint that belong to the autoencoder: their shapes under the names of the file.
+class AutoencoderLayout(Layout[AutoencoderConfig]):
+    """The autoencoder's tensors.
 
-    factor: of the latents, where a UNet in the file tells it. is_xl: whether that is Stable Diffusion XL's. Linear
-    of attention are stored as [C, C], as 1x1 convolutions or as [C, C, 1]: all are [C, C] here.
+    former: names of attention are those before diffusers 0.13. factor: of the latents, where a UNet in the file
+    tells it. is_xl: whether that is Stable Diffusion XL's. Linear layers of attention are stored as [C, C], as
+    1x1 convolutions or as [C, C, 1]: all are [C, C] here.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
-    prefix: str
-    compvis: bool
     former: bool
     factor: float | None
     is_xl: bool
 
     def stored(self, key: str, config: AutoencoderConfig) -> str:
-        """The file's name of a diffusers key."""
         if self.compvis:
             return self.prefix + autoencoder_compvis_key(key, len(config.block_channels))
         return self.prefix + (former_key(key) if self.former else key)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         """The shape under a name without prefix; () where there is no such tensor."""
         return self.shapes.get(self.prefix + name, ())
 
+    def told(self) -> tuple[AutoencoderConfig | None, str]:
+        return config_of_shapes(self), "its shapes"
 
-def find_autoencoder(place: str, shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderLayout:
+
+def find_autoencoder(place: str, shapes: Mapping[str, Shape]) -> AutoencoderLayout:
     """The autoencoder among the tensors of a checkpoint; others, of its losses too, are left alone."""
     found = [match for key in shapes if (match := _PREFIXED.fullmatch(key))]
     if not found:
@@ -116,7 +117,7 @@ def config_of_shapes(layout: AutoencoderLayout) -> AutoencoderConfig | None:
         return None
 
 
-def beyond_tensors(config: AutoencoderConfig, layout: AutoencoderLayout) -> str:
+def beyond_tensors(config: AutoencoderConfig, shapes: Iterable[Shape]) -> str:
     """How far a configuration is beyond the tensors at hand; empty where a network of it may be built.
 
     The counts are lower bounds, by arithmetic: shortcuts, norms and biases are not counted in the parameters.
@@ -126,7 +127,4 @@ def beyond_tensors(config: AutoencoderConfig, layout: AutoencoderLayout) -> str:
     parameters = sum(layers * 9 * width**2 for width in config.block_channels)
     parameters += 9 * config.block_channels[0] * (config.in_channels + config.out_channels)
     parameters += 27 * config.block_channels[-1] * config.latent_channels
-    held = [math.prod(shape) for shape in layout.shapes.values()]
-    if tensors <= 2 * len(held) and parameters <= 2 * sum(held):
-        return ""
-    return f"{len(held)} with {sum(held)} parameters instead of at least {tensors} with {parameters}"
+    return shortage(tensors, parameters, shapes)

@@ -1,6 +1,7 @@
 """What loading and saving have in common, whatever the network: arguments, shapes, dtypes, and one whole file."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,20 @@ def check_device(device: torch.device | str) -> None:
             f"device {shown(device)} is not there: {str(error).splitlines()[0][:200]}; give 'cpu', or 'cuda' on a "
             "machine with a GPU that torch sees"
         ) from error
+
+
+def shortage(tensors: int, parameters: int, shapes: Iterable[tuple[int, ...]]) -> str:
+    """How few tensors of these shapes there are, or parameters in them; empty where it is half or more."""
+    held = [math.prod(shape) for shape in shapes]
+    if tensors <= 2 * len(held) and parameters <= 2 * sum(held):
+        return ""
+    needed = f"{_digits(tensors)} with {_digits(parameters)}"
+    return f"{len(held)} with {sum(held)} parameters instead of at least {needed}"
+
+
+def _digits(count: int) -> str:
+    # Python refuses to print integers of thousands of digits.
+    return str(count) if count < 10**18 else "10^18 and more"
 
 
 def mismatch(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:

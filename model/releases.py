@@ -1,7 +1,6 @@
 """The layout of a checkpoint, from the names of its tensors, and its published release, from their shapes."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from dataclasses import dataclass
 from .config import UNetConfig
 from .files import CheckpointError, some
 from .keys import compvis_key
+from .loading import shortage
+from .reader import Layout, Shape
 
 # Prefixes of training code: DataParallel, torch.compile, Lightning, a pipeline or a whole model.
 _PREFIXED = re.compile(
@@ -17,23 +18,22 @@ _PREFIXED = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The tensors of a checkpoint that belong to the UNet: their shapes under the names that the file has."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    prefix: str
-    compvis: bool
+class UNetLayout(Layout[UNetConfig]):
+    """The UNet's tensors."""
 
     def stored(self, key: str, config: UNetConfig) -> str:
-        """The file's name of a diffusers key."""
         return self.prefix + (compvis_key(key, config.layers_per_block, config.attention) if self.compvis else key)
 
-    def shape(self, key: str, config: UNetConfig) -> tuple[int, ...]:
+    def shape(self, key: str, config: UNetConfig) -> Shape:
         """The shape under a diffusers key; () where there is no such tensor."""
         return self.shapes.get(self.stored(key, config), ())
 
+    def told(self) -> tuple[UNetConfig | None, str]:
+        release = published(self)
+        return (None, "") if release is None else (release.config, release.name)
 
-def find_layout(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
+
+def find_layout(place: str, shapes: Mapping[str, Shape]) -> UNetLayout:
     """The UNet among the tensors of a checkpoint, with any prefix of training code before its names."""
     found = [match for key in shapes if (match := _PREFIXED.fullmatch(key))]
     if not found:
@@ -51,10 +51,10 @@ def find_layout(place: str, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         raise CheckpointError(f"{place}: more than one UNet: {names}; keep one of them in the file")
     prefix = found[0][1]
     own = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
-    return Layout(own, prefix, compvis=found[0][2] != "conv_in")
+    return UNetLayout(own, prefix, compvis=found[0][2] != "conv_in")
 
 
-def _other_prefix(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _other_prefix(shapes: Mapping[str, Shape]) -> str:
     """The prefix of a UNet's names, empty where there is none; an autoencoder has no time embedding."""
     for first, time in (("conv_in", "time_embedding.linear_1"), ("input_blocks.0.0", "time_embed.0")):
         for key in shapes:
@@ -75,7 +75,7 @@ class Release:
     config: UNetConfig
     diffusers: bool = True
 
-    def has(self, layout: Layout) -> bool:
+    def has(self, layout: UNetLayout) -> bool:
         """Whether the layout has the shapes that distinguish this release from all others."""
         level = self.config.attention.index(True)
         width, context = self.config.block_channels[level], self.config.context_dim
@@ -144,7 +144,7 @@ RELEASED: dict[str, UNetConfig] = {
 }
 
 
-def published(layout: Layout) -> Release | None:
+def published(layout: UNetLayout) -> Release | None:
     """The release that a file without configuration is of, with the file's own number of input channels."""
     for release in RELEASES:
         if release.has(layout):
@@ -156,7 +156,7 @@ def published(layout: Layout) -> Release | None:
     return None
 
 
-def beyond(config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> str:
+def beyond(config: UNetConfig, shapes: Iterable[Shape]) -> str:
     """How far a configuration is beyond the tensors at hand; empty where a network of it may be built.
 
     The counts are lower bounds, by arithmetic: shortcuts, norms and biases are not counted in the parameters.
@@ -174,13 +174,4 @@ def beyond(config: UNetConfig, shapes: Iterable[tuple[int, ...]]) -> str:
         parameters += 2 * width * (from_context * config.context_dim + (blocks - from_context) * width)
     parameters += config.time_dim * ((config.added_dim or 0) + (config.num_class_embeds or 0))
     parameters += config.block_channels[0] * (config.time_cond_proj_dim or 0)
-    held = [math.prod(shape) for shape in shapes]
-    if tensors <= 2 * len(held) and parameters <= 2 * sum(held):
-        return ""
-    needed = f"{_digits(tensors)} with {_digits(parameters)}"
-    return f"{len(held)} with {sum(held)} parameters instead of at least {needed}"
-
-
-def _digits(count: int) -> str:
-    # Python refuses to print integers of thousands of digits.
-    return str(count) if count < 10**18 else "10^18 and more"
+    return shortage(tensors, parameters, shapes)

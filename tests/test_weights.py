@@ -261,7 +261,7 @@ def test_what_is_loaded_in_inference_mode_has_gradients(tmp_path):
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(tmp_path, monkeypatch, wrong, told):
-    monkeypatch.setattr("ldmperf.model.weights.find", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("ldmperf.model.reader.find", lambda path, kind: pytest.fail("read"))
     with pytest.raises(ValueError, match=rf"{told}[^\n]*\Z"):
         load_unet(**{"path": tmp_path / "x.safetensors", **wrong})
 
