@@ -236,6 +236,20 @@ def test_a_conditioning_is_copied_once_a_run() -> None:
     assert seen[3:] == [2, 0, 0, 1, 0, 0, 1, 0, 0]
 
 
+@torch.no_grad()
+def test_each_dtype_of_autocast_has_a_capture_of_its_own() -> None:
+    net = Net()
+    denoiser, graphs = graphed(net.denoise)
+    x, prompt = torch.randn(1, 3, 4, 4), Prompt(torch.arange(3.0), (torch.tensor([0.5]),))
+    seen = []
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            seen.append(denoiser(x, prompt, 1))
+            assert torch.equal(seen[-1], net.denoise(x, prompt, torch.tensor([1])))
+    assert graphs.captured == 2
+    assert not torch.equal(seen[0].float(), seen[1].float())
+
+
 @pytest.mark.parametrize("bound", [1, 3])
 @torch.no_grad()
 def test_a_unet_of_ours(bound: int) -> None:

@@ -278,6 +278,7 @@ def test_tiles_that_hold_the_image_are_the_image(ours: Any) -> None:
         ({"prompts": ["a", "b"]}, "prompts must be one text"),
         ({"prompts": [3]}, "prompts must be one text"),
         ({"seeds": [1.5]}, "seeds"),
+        ({"seeds": []}, "seeds must be a list of integers, one per image, not \\[\\]"),
     ],
 )
 def test_a_wrong_call_is_refused_in_one_line(ours: Any, changes: dict[str, Any], told: str) -> None:
