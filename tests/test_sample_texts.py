@@ -143,6 +143,6 @@ def test_the_web_uis_text(sampler: str, options: dict[str, Any], label: str) -> 
     texts = texts_of(settings, make_plan(sampler, schedule, 9, **options), made, {})
     # In web UIs 1 is the usual last layer; a comma would end the name.
     assert texts["parameters"] == (
-        f"a\nSteps: 9, Sampler: {label}, CFG scale: 7.5, Seed: 4, Size: 16x8, Model hash: 0123456789, Model: x  y, "
-        "Clip skip: 2, Version: ldmperf 1"
+        f"a\nSteps: 9, Sampler: {label}, CFG scale: 7.5, Seed: 4, Size: 16x8, Model hash: 0123456789, "
+        "Model: x  y, Clip skip: 2, Version: ldmperf 1"
     )
