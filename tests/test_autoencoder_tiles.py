@@ -149,6 +149,12 @@ def test_any_tiles_of_a_network_without_surroundings_are_the_whole(
     assert error(found, whole) < 1e-12
 
 
+def test_tiles_share_at_least_the_overlap() -> None:
+    """diffusers rounds the step down too."""
+    for tile, overlap, step in ((5, 0.25, 3), (7, 0.5, 3), (6, 0.3, 4), (8, 0.0, 8), (10, 0.9, 1), (1, 0.5, 1)):
+        assert Tiling.of(tile, overlap) == Tiling(tile, step)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_blend_of_equal_halves_is_exact(dtype: torch.dtype) -> None:
     """It is computed in float32 and rounded once."""
