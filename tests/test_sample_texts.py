@@ -84,6 +84,15 @@ def test_digests_are_those_of_each_parts_file(make: Callable[..., Any], folder: 
     assert read(tmp_path / "a.png")[1]["weights_sha256"] == expected
 
 
+def test_the_dtype_is_the_unets(run: Callable[..., Any], tmp_path: Path) -> None:
+    """XL's autoencoder decodes in float32 then; --again is to run the UNet in float16 again."""
+    folder, out = write_pipeline(tmp_path / "p", "sdxl"), tmp_path / "a.png"
+    sizes = ("--height", 4, "--width", 4, "--steps", 1, "--device", "cpu", "--dtype", "float16")
+    done = run("sample", "--pipeline", folder, "--prompt", "a", *sizes, "-o", out)
+    assert done.code == 0, done.err
+    assert read(out)[1]["dtype"] == "float16"
+
+
 def test_seconds_are_those_of_the_files_own_images(
     make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -355,4 +355,5 @@ def test_the_folder_tells_what_it_is(folders: dict[str, Path]) -> None:
     assert (found.name, found.class_name, found.sampler) == ("sdxl", "StableDiffusionXLPipeline", "ddim")
     assert (found.usual_size, found.usual_guidance, found.has_checker) == (16, 5.0, False)
     assert found.schedule.prediction_type == "epsilon"
+    assert TextToImage.load(found, backend="torch", sampler="euler").sampler == "euler"
     assert PipelineFolder.read(folders["sd21"]).schedule.prediction_type == "v_prediction"
