@@ -164,6 +164,14 @@ BESIDE = {
         0.13025,
         1024,
     ),
+    "Stable Diffusion XL's refiner": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (8, 2560),
+        },
+        0.13025,
+        1024,
+    ),
     "Stable unCLIP 2.1": (
         {
             "model.diffusion_model.input_blocks.0.0.weight": (4, 4, 3, 3),

@@ -112,6 +112,13 @@ def test_what_fits_into_a_tile_is_the_whole_bit_for_bit(
     assert not torch.equal(ours.decode_tiled(latents, tile=5), ours.decode(latents))
 
 
+@torch.no_grad()
+def test_a_sample_size_below_one_latent_is_a_tile_of_one() -> None:
+    ours = network(AutoencoderConfig((4, 8, 8), **SMALL | {"sample_size": 2}))  # type: ignore[arg-type]
+    latents = torch.randn(1, 4, 2, 3, dtype=torch.float64)
+    assert torch.equal(ours.decode_tiled(latents), ours.decode_tiled(latents, tile=1))
+
+
 @settings(FUZZ, max_examples=40)
 @given(
     tile=st.integers(1, 9),
@@ -140,6 +147,20 @@ def test_any_tiles_of_a_network_without_surroundings_are_the_whole(
 
         found = apply_tiled(shrink, x, tiles.times(scale), torch.full_like(whole, torch.nan), tiles)
     assert error(found, whole) < 1e-12
+
+
+def test_tiles_share_at_least_the_overlap() -> None:
+    """diffusers rounds the step down too."""
+    for tile, overlap, step in ((5, 0.25, 3), (7, 0.5, 3), (6, 0.3, 4), (8, 0.0, 8), (10, 0.9, 1), (1, 0.5, 1)):
+        assert Tiling.of(tile, overlap) == Tiling(tile, step)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_blend_of_equal_halves_is_exact(dtype: torch.dtype) -> None:
+    """It is computed in float32 and rounded once."""
+    x = torch.randn(1, 2, 40, 56).to(dtype)
+    tiles = Tiling.of(16, 0.5)
+    assert torch.equal(apply_tiled(Tensor.clone, x, tiles, torch.empty_like(x), tiles), x)
 
 
 def tile_results(ours: Autoencoder, latents: Tensor, tiles: Tiling) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,32 @@ def test_settling_waits_for_the_end_of_the_last_turn(monkeypatch: pytest.MonkeyP
     assert [mark is machine.streams[1].queue[-1][1] for mark in SYNCHRONIZED] == [True]
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_warm_up_is_between_the_callers_work_before_and_after(data: st.DataObject) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        machine = Machine(monkeypatch, 1)
+        done, side = [], Stream()
+        machine.streams.append(side)
+
+        @contextmanager
+        def on(stream: Stream) -> Iterator[None]:
+            before, machine.current = machine.current, stream
+            yield
+            machine.current = before
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        # The host waits: by then the device has done all.
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.extend(machine.run(data)))
+        machine.current.queue.append(("work", "before"))
+        CudaGraphs().warm_up(lambda: machine.current.queue.append(("work", "warm-up")), DEVICE)
+        assert done == ["before", "warm-up"]
+        machine.current.queue.append(("work", "after"))
+        assert machine.current is machine.streams[0]
+        assert machine.run(data) == ["after"]
+
+
 def by_sampler(work: Callable[[], None]) -> None:
     graphs = CudaGraphs()
     graphs.warm_up(work, DEVICE)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -234,6 +236,84 @@ def test_a_conditioning_is_copied_once_a_run() -> None:
             seen.append(len(copies.names))
     # With room for more steps, two are kept.
     assert seen[3:] == [2, 0, 0, 1, 0, 0, 1, 0, 0]
+
+
+@torch.no_grad()
+def test_each_dtype_of_autocast_has_a_capture_of_its_own() -> None:
+    net = Net()
+    denoiser, graphs = graphed(net.denoise)
+    x, prompt = torch.randn(1, 3, 4, 4), Prompt(torch.arange(3.0), (torch.tensor([0.5]),))
+    seen = []
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            seen.append(denoiser(x, prompt, 1))
+            assert torch.equal(seen[-1], net.denoise(x, prompt, torch.tensor([1])))
+    assert graphs.captured == 2
+    assert not torch.equal(seen[0].float(), seen[1].float())
+
+
+@torch.no_grad()
+def test_inputs_of_another_dtype_are_another_shape() -> None:
+    denoiser, graphs = graphed(lambda x, found, step: torch.tanh(x) * found)
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(1, 6)
+    for dtype in (torch.float32, torch.float64, torch.float32, torch.bfloat16):
+        found = denoiser(x.to(dtype), torch.tensor(0.5), 0)
+        assert found.dtype == dtype
+        assert torch.equal(found, torch.tanh(x.to(dtype)) * torch.tensor(0.5))
+    assert graphs.captured == 3
+
+
+@torch.no_grad()
+def test_the_same_tensors_in_another_tree_are_another_conditioning() -> None:
+    denoiser, _ = graphed(lambda x, found, step: x * found.get("a", 2.0) + found.get("b", 0.0))
+    x, value = torch.ones(1, 3), torch.tensor(3.0)
+    for name, expected in (("a", 3.0), ("b", 5.0), ("a", 3.0)):
+        assert torch.equal(denoiser(x, {name: value}, 0), torch.full((1, 3), expected))
+
+
+@torch.no_grad()
+def test_a_conditioning_that_was_copied_in_part_is_not_taken_for_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    denoiser, _ = graphed(lambda x, found, step: x * found[0] + found[1])
+    x = torch.ones(1, 3)
+    first, second = ((torch.tensor(value), torch.tensor(0.0)) for value in (3.0, 5.0))
+    assert torch.equal(denoiser(x, first, 0), 3 * x)
+    copy_all = torch._foreach_copy_
+
+    def interrupted(targets: list[Tensor], sources: list[Tensor]) -> None:
+        copy_all(targets[:1], sources[:1])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            denoiser(x, second, 0)
+    assert torch.equal(denoiser(x, first, 0), 3 * x)
+
+
+@torch.no_grad()
+def test_an_eager_result_is_the_callers_own() -> None:
+    """Also where denoise returns the memory that it writes at each call."""
+    kept = torch.empty(1, 3)
+    denoiser, graphs = graphed(lambda x, found, step: torch.mul(x, found, out=kept), eager_unless_worth=True)
+    graphs.failures = [torch.OutOfMemoryError(OUT_OF_MEMORY)]
+    x = torch.ones(1, 3)
+    results = [denoiser(x, torch.tensor(value), 0) for value in (1.0, 2.0, 3.0)]
+    assert [result.tolist() for result in results] == [[[1.0] * 3], [[2.0] * 3], [[3.0] * 3]]
+    assert denoiser.captures == ()
+
+
+@torch.no_grad()
+def test_what_was_cleared_keeps_no_conditioning() -> None:
+    denoiser, _ = graphed(Net().denoise)
+    prompt = Prompt(torch.arange(3.0), (torch.tensor([0.5]),))
+    denoiser(torch.randn(1, 3, 4, 4), prompt, 1)
+    kept = weakref.ref(prompt.times)
+    del prompt
+    denoiser.clear()
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("bound", [1, 3])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from dropin_models import make_unet
 from pipeline_folders import diffusers_pipeline, edit_json, write_pipeline
+from safetensors.torch import load_file, save_file
 
 from ldmperf.model.pipeline import PipelineError, PipelineFolder, TextToImage
 
@@ -57,6 +58,22 @@ def pickled(file: Path) -> None:
     file.with_name("pytorch_model.bin").write_bytes(b"cposix\n_exit\n(I3\ntR.")
 
 
+def huge(file: Path) -> None:
+    with file.open("wb") as stream:
+        stream.truncate((1 << 26) + 1)
+
+
+def as_two_variants(file: Path) -> None:
+    shutil.copy(file, file.with_name("model.a.safetensors"))
+    file.rename(file.with_name("model.b.safetensors"))
+
+
+def of_integers(file: Path) -> None:
+    state = load_file(file)
+    name = sorted(state)[0]
+    save_file(state | {name: state[name].to(torch.int32)}, file, {"format": "pt"})
+
+
 def with_a_word_more(file: Path) -> None:
     edit_json(file, lambda raw: raw["model"]["vocab"].update({"z</w>": 11}))
 
@@ -81,6 +98,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], None], str]] = [
         set_to(unet=["custom.py", "UNet"]),
         "unet is ['custom.py', 'UNet']; only UNet2D",
     ),
+    ("sd15", INDEX, set_to(unet=["mine", "UNet2DConditionModel"]), "only UNet2DConditionModel of diffusers"),
     ("sd15", INDEX, set_to(text_encoder=["transformers", "T5EncoderModel"]), "only CLIPTextModel of"),
     ("sd15", INDEX, set_to(tokenizer=None), "no tokenizer; give a folder with every part"),
     (
@@ -111,6 +129,8 @@ FAULTS: list[tuple[str, str, Callable[[Path], None], str]] = [
         index_of_shards("/etc/passwd"),
         "no .safetensors file of its folder",
     ),
+    ("sd15", "text_encoder/model.safetensors", as_two_variants, "several sets of weights, model.a.safetensors"),
+    ("sd15", "text_encoder/model.safetensors", of_integers, "1 not of a float dtype: "),
     ("sd15", UNET_WEIGHTS, index_of_shards("../x.safetensors"), "no .safetensors file of its folder"),
     ("sd15", UNET, set_to(cross_attention_dim=24), "the tensors are not those of the configuration"),
     ("sd15", UNET, set_to(act_fn="mish"), "act_fn = 'mish'"),
@@ -132,6 +152,8 @@ FAULTS: list[tuple[str, str, Callable[[Path], None], str]] = [
     ("sd15", TOKENIZER, set_to(vocab_file="../../vocab.json"), "vocab_file names another file"),
     ("sd15", "tokenizer/tokenizer.json", with_a_word_more, "tokens run to 11, beyond the 11"),
     ("sd15", "tokenizer/tokenizer.json", gone, "neither tokenizer.json nor vocab.json and merges.txt"),
+    ("sd15", "tokenizer/merges.txt", huge, "merges.txt: more than 64 MB"),
+    ("sd15", "tokenizer/added_tokens.json", huge, "added_tokens.json: "),
     ("sd15", "tokenizer/tokenizer.json", cut, "tokenizer.json: not readable as JSON"),
     ("sd15", "tokenizer/tokenizer.json", set_to(model=3), "transformers cannot read the tokenizer"),
     ("sd15", SCHEDULER, gone, "scheduler_config.json: no such file"),

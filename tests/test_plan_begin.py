@@ -188,4 +188,5 @@ def test_the_sampler_of_a_config():
     config = {**SD, "_class_name": "DDIMScheduler", "set_alpha_to_one": False}
     assert plan_from_config(config, 3, eta=0.5).options["eta"] == 0.5
     assert plan_from_config(config, 3, begin=1).name == "ddim"
+    assert len(plan_from_config(config, 3, begin=1).steps) == 2
     assert plan_from_config(config, 3, sampler="euler").name == "euler"

@@ -233,6 +233,9 @@ def test_a_file_that_is_there_is_replaced_only_by_force(make: Run, tmp_path: Pat
     )
     assert make("a.png", "--force").code == 0
     assert pixels(out).shape == (16, 24, 3)
+    # A link to nothing is there too.
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere")
+    assert "b.png is there already" in make("b.png").err
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError, RuntimeError])
@@ -265,6 +268,8 @@ def test_a_full_disk_leaves_the_old_file(make: Run, tmp_path: Path, monkeypatch:
     (tmp_path / "a.png").write_text("old")
 
     def full(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)

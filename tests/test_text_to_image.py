@@ -278,6 +278,7 @@ def test_tiles_that_hold_the_image_are_the_image(ours: Any) -> None:
         ({"prompts": ["a", "b"]}, "prompts must be one text"),
         ({"prompts": [3]}, "prompts must be one text"),
         ({"seeds": [1.5]}, "seeds"),
+        ({"seeds": []}, "seeds must be a list of integers, one per image, not \\[\\]"),
     ],
 )
 def test_a_wrong_call_is_refused_in_one_line(ours: Any, changes: dict[str, Any], told: str) -> None:
@@ -354,4 +355,5 @@ def test_the_folder_tells_what_it_is(folders: dict[str, Path]) -> None:
     assert (found.name, found.class_name, found.sampler) == ("sdxl", "StableDiffusionXLPipeline", "ddim")
     assert (found.usual_size, found.usual_guidance, found.has_checker) == (16, 5.0, False)
     assert found.schedule.prediction_type == "epsilon"
+    assert TextToImage.load(found, backend="torch", sampler="euler").sampler == "euler"
     assert PipelineFolder.read(folders["sd21"]).schedule.prediction_type == "v_prediction"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
+from ldmperf.samplers.reads import Watch
 
 from .tapes import graphed
 
@@ -244,3 +245,22 @@ def test_any_row_of_changes(data: st.DataObject) -> None:
         kept.add(batch)
         assert torch.equal(sampler((), PLAN, NOISE[:batch]), eager(net, NOISE[:batch])), name
         assert graphs.captured == expected, name
+
+
+@pytest.mark.parametrize(("value", "other"), [(1, True), (1, 1.0), ((2, 1), (2, 1.0)), ("a", b"a")])
+def test_equal_values_of_another_type_in_a_dict_are_other_values(value: Any, other: Any) -> None:
+    """What a step launches may depend on the type: a tensor of integers times 1.0 is one of floats."""
+    net = Net()
+    net.options = {"factor": value}  # type: ignore[assignment]
+    watch = Watch([net])
+    assert watch.is_same([net])
+    net.options["factor"] = other  # type: ignore[operator,index]
+    assert not watch.is_same([net])
+
+
+def test_fewer_or_more_modules_are_others() -> None:
+    first, second = Net(), Net()
+    watch = Watch([first, second])
+    assert watch.is_same([first, second])
+    for modules in ([], [first], [second, first], [first, second, Net()]):
+        assert not watch.is_same(modules)

@@ -73,6 +73,8 @@ def test_what_a_capture_tells(graphs: Tapes) -> None:
     assert (capture.replay_ms, capture.uses, capture.breakeven) == (4.0, 6, 10)
     assert [capture.runs_to_pay(steps) for steps in (1, 4, 10, 50)] == [10, 3, 1, 1]
     assert "a replay 4 ms, pays after 10 replays" in str(capture)
+    paid = [Capture("", 30.0, 30.0, eager_ms=10.0, replay_ms=4.0, uses=uses).has_paid for uses in (9, 10, 11)]
+    assert paid == [False, True, True]
     slower = Capture("", 1.0, 1.0, eager_ms=4.0, replay_ms=4.0, uses=10)
     assert (slower.breakeven, slower.runs_to_pay(20), slower.has_paid) == (None, None, False)
     assert "never pays" in str(slower)
@@ -105,15 +107,18 @@ def test_times_are_not_waited_for(graphs: Tapes) -> None:
 
 @pytest.mark.parametrize("replay_ms", [10.0, 12.0])
 def test_a_shape_whose_replay_is_not_faster_runs_eagerly(
-    replay_ms: float, graphs: Tapes, caplog: pytest.LogCaptureFixture
+    replay_ms: float, graphs: Tapes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    denoiser = asking(graphs)
+    denoiser, settled = asking(graphs), list[int]()
+    monkeypatch.setattr(graphs, "settle", lambda: settled.append(len(denoiser.captures)))
     graphs.replay_ms = replay_ms
     denoiser(LARGE, CONDITIONING, 0)
     with caplog.at_level(logging.INFO, "ldmperf.samplers"):
         for step in range(9):
             assert torch.equal(denoiser(SMALL, CONDITIONING, step), exact(SMALL, step))
     assert graphs.log.count("replay") == 1 + 5
+    # The device was done with the last replay before the capture was dropped.
+    assert settled == [2]
     assert [capture.description for capture in denoiser.captures] == ["the network for [2, 6] float32"]
     assert len(graphs.tapes) == 1
     told = (
@@ -275,3 +280,11 @@ def test_shapes_and_lines_are_bounded() -> None:
     assert len(worth.lines) == len(worth._shapes) == 256
     assert worth.takes(0)
     assert not worth.takes(999)
+    # The shape that was asked for last is remembered longest.
+    worth = Worth(is_asked=True)
+    for number in range(256):
+        worth.dropped(number, Capture("it", 9.0, 9.0, eager_ms=2.0, replay_ms=1.0), "")
+    assert not worth.takes(0)
+    worth.dropped(256, Capture("it", 9.0, 9.0, eager_ms=2.0, replay_ms=1.0), "")
+    assert not worth.takes(0)
+    assert worth.takes(1)

@@ -166,6 +166,10 @@ class TextToImage:
         latents or an image with NaN, as where float16 overflows.
         """
         many = [seeds] if isinstance(seeds, int) else list(seeds)
+        if not many:
+            raise ValueError("seeds must be a list of integers, one per image, not []")
+        if type(preview_every) is not int or preview_every < 1:
+            raise ValueError(f"preview_every must be a whole number of at least 1, not {shown(preview_every)}")
         texts = _of_all("prompts", prompts, len(many))
         against = None if negative_prompt is None else _of_all("negative_prompt", negative_prompt, len(many))
         height, width = self.folder.side("height", height), self.folder.side("width", width)

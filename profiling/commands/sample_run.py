@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from .shared import stop, tell
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ldmperf.model.pipeline import PipelineFolder, TextToImage
+    from ldmperf.model.pipeline import PipelineFolder, Sampled, TextToImage
     from ldmperf.samplers import SamplingPlan, Step
 
 
@@ -85,21 +85,22 @@ class SampleRun:
         with counting(console(stderr=True), len(batches) * len(plan.steps), "steps") as count:
             for number, batch in enumerate(batches):
                 new = self._sampled(network, batch, number * settings.batch, count)
+                self.seconds.update(new.seconds)
                 if self.files.is_grid:
-                    made += new
+                    made += new.images
                     continue
-                for image, pair in zip(new, batch, strict=True):
-                    self._write(self.files.names[self.written], image[None], [pair], plan, facts)
+                for image, pair in zip(new.images, batch, strict=True):
+                    self._write(self.files.names[self.written], image[None], [pair], plan, facts, new.seconds)
         if self.files.is_grid:
-            self._write(self.files.names[0], torch.stack(made), images, plan, facts)
+            self._write(self.files.names[0], torch.stack(made), images, plan, facts, self.seconds)
         if self.preview is not None:
             self.files.preview.unlink(missing_ok=True)
         self._tell_end(len(images))
 
     def _sampled(
         self, network: TextToImage, batch: Sequence[tuple[str, int]], before: int, count: Callable[[str], None]
-    ) -> Tensor:
-        """uint8 [B, H, W, 3]: the images of one batch, with their progress and previews."""
+    ) -> Sampled:
+        """The images of one batch, made with their progress and previews."""
         from ldmperf.model.pipeline import as_bytes, save_png
 
         def previewed(_: Step, pixels: Tensor) -> None:
@@ -114,7 +115,7 @@ class SampleRun:
             if done and part == "steps":
                 count(f"{of_all}step {done} of {total}")
 
-        sampled = network(
+        return network(
             [prompt for prompt, _ in batch],
             [seed for _, seed in batch],
             negative_prompt=settings.negative_prompt,
@@ -130,8 +131,6 @@ class SampleRun:
             preview_every=self.preview or 1,
             told=self._tell_once,
         )
-        self.seconds.update(sampled.seconds)
-        return sampled.images
 
     def _write(
         self,
@@ -140,8 +139,9 @@ class SampleRun:
         pairs: Sequence[tuple[str, int]],
         plan: SamplingPlan,
         facts: dict[str, Any],
+        seconds: Mapping[str, float],
     ) -> None:
-        """Writes one file of images [B, H, W, 3] of these prompts and seeds."""
+        """Writes one file of images [B, H, W, 3] of these prompts and seeds; `seconds`: of their batches."""
         from ldmperf.model.pipeline import save_png
 
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
@@ -149,7 +149,7 @@ class SampleRun:
         of_file = self.settings.model_copy(
             update={"prompts": prompts, "seeds": list(dict.fromkeys(seed for _, seed in pairs))}
         )
-        save_png(path, images, texts_of(of_file, plan, facts, self.seconds), columns)
+        save_png(path, images, texts_of(of_file, plan, facts, seconds), columns)
         self.written += 1
 
     def _facts(self, backend: str) -> dict[str, Any]:
