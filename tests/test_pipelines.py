@@ -129,7 +129,7 @@ def test_the_parts_of_every_sample_are_all_of_it(records: dict[str, Record]) -> 
 # A module of each part, whose calls take a second where a test's clock says so.
 SLOW = {
     "text": ("CLIPTextTransformer", "CLIPEncoder"),
-    "steps": ("UNet2DConditionModel", "Transformer"),
+    "steps": ("UNet2DConditionModel", "TimestepEmbedding", "Transformer"),
     "decode": ("Decoder", "Coder"),
 }
 
