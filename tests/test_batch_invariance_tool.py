@@ -137,7 +137,9 @@ def test_what_is_told_of_a_network(found: tuple[dict[str, Any], Any]) -> None:
     differing = {call["name"] for call in told["differing"]}
     assert "conv2d" in differing
     assert not differing & set(told["same"])
-    assert "attention" in {name.removeprefix("ldmperf::") for name in (*differing, *told["same"])}
+    # Every operator that computes was asked.
+    asked = {name.removeprefix("ldmperf::") for name in (*differing, *told["same"])}
+    assert asked >= {"addmm_", "attention", "geglu", "group_norm_silu", "layer_norm", "linear", "residual_add"}
     assert told["calls"] >= sum(call["count"] for call in told["differing"])
 
 
