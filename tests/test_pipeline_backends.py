@@ -23,6 +23,7 @@ from ldmperf.profiling.pipelines.components import PIPELINES, Components
 from ldmperf.profiling.pipelines.part_marks import PARTS, PartMarks
 from ldmperf.profiling.pipelines.pipeline_backends import OurPipelineBackend, PipelineBackend
 from ldmperf.profiling.rivals.subjects import all_subjects
+from ldmperf.profiling.trajectory.network import Networks
 from ldmperf.samplers import CudaGraphs
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -218,10 +219,17 @@ def test_what_is_counted() -> None:
     problem = problem_of(tiny_case())
     networks = (problem.network.text, problem.network.unet, problem.network.autoencoder)
     assert problem.parameters == sum(p.numel() for network in networks for p in network.parameters())
-    longer = problem_of(tiny_case(context_tokens=32))
-    assert longer.gflop > problem.gflop
-    # A text encoder has a position for each token.
-    assert longer.network.text.config.max_position_embeddings == 32
+    assert problem_of(tiny_case(context_tokens=32)).gflop > problem.gflop
+
+
+def test_cases_share_a_network_but_not_with_another_length_of_text() -> None:
+    """A text encoder has a position for each token."""
+    networks = Networks(all_subjects())
+    found: list[Any] = [
+        networks.problem(tiny_case(**changes))[0].network for changes in ({}, {"steps": 1}, {"context_tokens": 32})
+    ]
+    assert found[0] is found[1]
+    assert [one.text.config.max_position_embeddings for one in found] == [16, 16, 32]
 
 
 def test_backends_have_the_conditions_of_a_user(pipes: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
