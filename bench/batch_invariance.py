@@ -206,7 +206,7 @@ def differing_calls(unet: UNet, given: Mapping[int, Given]) -> list[Finding]:
 def prices(plain: UNet, given: Given, repeats: int) -> dict[str, list[float]]:
     """ms of a step in turn: plain, the whole evaluation image by image, each call image by image.
 
-    All under a dispatch mode, which costs each of them the same.
+    All under a dispatch mode, which costs each call some Python; that of the last way also picks the parts.
     """
     invariant = plain.with_backend("auto" if given.sample.is_cuda else "torch", batch_invariant=True)
     batched = [given.sample, given.timesteps, given.context]
@@ -295,8 +295,9 @@ def _sentence(one: Mapping[str, Any]) -> str:
     ours = sorted(name.removeprefix("ldmperf::") for name in one["same"])
     differing = sum(call["count"] for call in one["differing"])
     return (
-        f"- {one['dtype']}: of {one['calls']} calls that compute {differing} differ. Images of the step that have "
-        f"other bits than alone: {', '.join(differ)}; in the mode {', '.join(kept)}. The same at every batch: "
+        f"- {one['dtype']}: of {one['calls']} calls that compute {differing} are of a name and shapes with which "
+        f"some differ. Images of the step that have other bits than alone: {', '.join(differ)}; in the mode "
+        f"{', '.join(kept)}. The same at every batch: "
         f"{', '.join(ours)}.{_price(one['ms'])}"
     )
 
@@ -308,14 +309,21 @@ def _price(ms: Mapping[str, Sequence[float]]) -> str:
     return f" A step of {BATCHES[-2]} images, median of {len(ms['plain'])} in turn, under a dispatch mode: {told}."
 
 
+def _count(text: str, least: int = 0) -> int:
+    number = int(text)
+    if number < least:
+        raise argparse.ArgumentTypeError(f"{number} is not at least {least}")
+    return number
+
+
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="39M", choices=list(FAMILY))
-    parser.add_argument("--latent", type=int, default=32)
+    parser.add_argument("--latent", type=partial(_count, least=1), default=32)
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=0, help="of the steps that are timed; 0 times none")
+    parser.add_argument("--repeats", type=_count, default=0, help="of the steps that are timed; 0 times none")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     steps = [
@@ -327,8 +335,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.out is not None:
         write_whole(given.out, (json.dumps(found) + "\n").encode())
     print(table(found))
-    for one in steps:
-        print(one["dtype"], {name: f"{median(ms):.1f} ms" for name, ms in one["ms"].items()})
 
 
 if __name__ == "__main__":

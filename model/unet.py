@@ -55,7 +55,7 @@ class UNet(nn.Module):
     measured or predicted to be faster, "triton" wherever the kernel can, "torch" nowhere. With `backend="torch"`
     nothing is merged. Weights of convolutions are channels-last, as the activations are. With `batch_invariant`
     an image's results are the same to the bit alone and in any batch (docs/batch-invariance.md): each is computed
-    alone; torch.compile is refused. Raises ValueError for another `backend` or `products`.
+    alone, and torch.compile leaves that uncompiled. Raises ValueError for another `backend` or `products`.
     """
 
     def __init__(

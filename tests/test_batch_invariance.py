@@ -180,6 +180,26 @@ def test_every_call_sees_one_image() -> None:
     assert not any(rows % 31 == 0 for rows in chooses.batches), chooses.batches
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_lies_strided_in_a_batch_has_the_bits_of_what_does_not(name: str) -> None:
+    """Inputs whose images are interleaved in memory, or that several images share."""
+    unet = kept(name, torch.bfloat16)
+    images = [image(unet.config, number, (3, 5), 3) for number in range(3)]
+    together = {key: interleaved(value) for key, value in batch_of(images).items()}
+    shared = {key: value.expand(3, *value.shape[1:]) for key, value in images[0].items() if key != "timesteps"}
+    with Chooses():
+        alone = [run(unet, one, 2)[0] for one in images]
+        assert torch.equal(run(unet, together, 2)[0], torch.cat(alone))
+        found = run(unet, {**shared, "timesteps": images[0]["timesteps"]}, 2)[0]
+        assert torch.equal(found, torch.cat([alone[0]] * 3))
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """x with its dimensions in the reverse order in memory, so that those of images are next to each other."""
+    reverse = list(reversed(range(x.ndim)))
+    return x.permute(reverse).contiguous().permute(reverse)
+
+
 def test_shifts_of_all_images_are_kept_once() -> None:
     for name, rows in (("plain", 1), ("upscaler", 3), ("sdxl", 3), ("consistency", 3)):
         unet = kept(name)
@@ -220,6 +240,22 @@ def test_a_trajectorys_latents_have_the_same_bits_eager_and_captured(sampler: st
             for row, i in enumerate(chosen):
                 assert torch.equal(found[row : row + 1], alone[i]), (chosen, is_captured, row)
     assert graphs.captured == 2
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (3, 7, 13), (4, 91, 93)])
+def test_noise_and_updates_need_no_mode(shape: tuple[int, int, int]) -> None:
+    """At sizes that are no multiple of a vector, small ones and those that threads share."""
+    seeds, plan = [4, 2, 9], make_plan("ddpm", SCHEDULE, 2)
+
+    def latents(chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        noise = initial_noise(chosen, shape)
+        options: dict[str, Any] = {"guidance_scale": 7.5, "seeds": chosen, "backend": "torch"}
+        return noise, sample(lambda x, step: 0.9 * x.flip(1), plan, noise, **options)
+
+    together = latents(seeds)
+    for row, seed in enumerate(seeds):
+        for of_all, alone in zip(together, latents([seed]), strict=True):
+            assert torch.equal(of_all[row : row + 1], alone)
 
 
 def test_a_capture_is_made_anew_where_the_mode_is_switched() -> None:
@@ -287,20 +323,3 @@ def test_a_checkpoint_is_loaded_in_the_mode(tmp_path: Any) -> None:
     save_unet(network("plain", torch.float32), tmp_path / "unet.safetensors")
     assert load_unet(tmp_path / "unet.safetensors", batch_invariant=True).batch_invariant
     assert not load_unet(tmp_path / "unet.safetensors").batch_invariant
-
-
-@torch.inference_mode()
-def test_the_tool_names_the_calls_that_are_made_to_differ() -> None:
-    plain = network("plain", torch.float64, batch_invariant=False)
-    given = {batch: batch_invariance.Given.of(plain.config, batch, 4, torch.float64, "cpu") for batch in (1, 2, 3)}
-    with Chooses(["conv2d"]):
-        calls = batch_invariance.differing_calls(plain, given)
-        differing = [call for call in calls if call.name == "conv2d"]
-        assert all(set(call.share) == {2, 3} for call in differing), differing
-        places = {place for call in differing for place in call.places}
-        assert places == {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Conv2d)}
-        assert sum(call.count for call in differing) == len(places)
-        assert not [call for call in calls if call.name == "ldmperf::residual_add" and call.share]
-        assert batch_invariance.differing_images(plain, given[3]) == 3
-        invariant = plain.with_backend("torch", batch_invariant=True)
-        assert batch_invariance.differing_images(invariant, given[3]) == 0

@@ -236,6 +236,20 @@ def test_of_several_traces_of_a_case_the_latest_counts(
     assert told(run, "39M", "--records", path)["step"]["measured_ms"] == pytest.approx(2.0)
 
 
+def test_the_trace_of_a_pipeline_is_not_taken_for_a_steps(run: Run, recorded: Callable[..., Path]) -> None:
+    """It has the work of a text encoder and of a decoder too."""
+    path = recorded("graph", "sample-graph", floor=FLOOR)
+    step, pipeline = path.read_text().splitlines()
+    case = ON_GPU.model_copy(update={"task": "pipeline", "backend": "sample-graph"})
+    values = json.loads(pipeline) | {"case": case.model_dump(mode="json"), "case_key": case.key}
+    path.write_text(json.dumps(values) + "\n")
+    refused = run("inspect", "39M", "--records", path)
+    assert refused.code == 2
+    assert "no record of 39M with a traced step" in refused.err
+    path.write_text(f"{json.dumps(values)}\n{step}\n")
+    assert "graph" in told(run, "39M", "--records", path)["measured_by"]
+
+
 def test_a_records_machine_is_not_taken_for_this_one(run: Run, recorded: Callable[..., Path]) -> None:
     path = recorded("graph")
     refused = run("inspect", "39M", "--records", path)
@@ -260,6 +274,7 @@ def test_a_records_machine_is_not_taken_for_this_one(run: Run, recorded: Callabl
         (["39M", "--arch", "gfx942"], "no units of gfx942"),
         (["39M", "--latent", "0"], "--latent"),
         (["39M", "--tokens", "x"], "--tokens"),
+        (["SD1.5", "--task", "pipeline"], "--task pipeline: a step is a UNet's, which t2i has alone"),
         (["39M", "--guidance", "nan"], "--guidance"),
         (["39M", "--dtype", "int8"], "--dtype"),
         (["39M", "--device", "tpu"], "--device"),

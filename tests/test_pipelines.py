@@ -129,7 +129,7 @@ def test_the_parts_of_every_sample_are_all_of_it(records: dict[str, Record]) -> 
 # A module of each part, whose calls take a second where a test's clock says so.
 SLOW = {
     "text": ("CLIPTextTransformer", "CLIPEncoder"),
-    "steps": ("UNet2DConditionModel", "Transformer"),
+    "steps": ("UNet2DConditionModel", "TimestepEmbedding", "Transformer"),
     "decode": ("Decoder", "Coder"),
 }
 
@@ -170,6 +170,8 @@ def test_every_backend_runs_on_the_same_weights_and_leaves_them() -> None:
     ):
         assert theirs.conv_in.weight.data_ptr() == ours.conv_in.weight.data_ptr()
     assert pipe.text_encoder is not problem.network.text
+    for its, own in zip(pipe.text_encoder.parameters(), problem.network.text.parameters(), strict=True):
+        assert its.data_ptr() == own.data_ptr()
     for backend in all_subjects()["pipeline"].backends.values():
         with suppress(Unsupported):
             backend.build(problem)(problem.inputs(0))

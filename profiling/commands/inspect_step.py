@@ -22,7 +22,7 @@ from ..terminal.visible import console
 from ..trajectory.case import DEFAULT_GUIDANCE, Case
 from ..trajectory.checkpoints import check_loadable
 from ..trajectory.floors import measured_roof
-from ..trajectory.network import family_config
+from ..trajectory.network import IN_CHANNELS, family_config
 from ..trajectory.presets import OPTIONS
 from ..trajectory.records import RECORDS_NAME, Record, load_records
 from ..trajectory.rungs import all_backends
@@ -104,6 +104,8 @@ def _read(given: dict[str, str]) -> dict[str, Any]:
     for name, text in given.items():
         value = OPTIONS[name].read(name, text)
         chosen |= zip(_FIELDS[name], value if isinstance(value, tuple) else (value,), strict=True)
+    if chosen.get("task", "t2i") not in IN_CHANNELS:
+        raise CaseError(f"--task {chosen['task']}: a step is a UNet's, which t2i has alone: leave it out")
     return chosen
 
 
@@ -159,6 +161,8 @@ def _traced_record(path: Path, network: str, chosen: dict[str, Any]) -> Record:
         record
         for record in found
         if record.case.label == label
+        # The trace of a pipeline has its other networks too.
+        and record.case.task in IN_CHANNELS
         and record.trace is not None
         and record.trace.step
         and all(getattr(record.case, name) == value for name, value in chosen.items())

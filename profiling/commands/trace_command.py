@@ -37,6 +37,7 @@ _USUAL = {"size": ["39M"], "steps": ["4"], "batch": ["1"]}
 _HELP = {
     "size": "A size of the family, 39M ... 5B; 39M unless told.",
     "unet": "A checkpoint instead: a diffusers folder or a .safetensors file.",
+    "task": "t2i, or sr: 8 input channels, without guidance; t2i unless told.",
     "sampler": "ddim, ddpm, dpmpp_2m, ...; ddim unless told.",
     "steps": f"Sampling steps, {_USUAL['steps'][0]} unless told.",
     "batch": f"Images made at once, {_USUAL['batch'][0]} unless told.",
@@ -100,6 +101,8 @@ def _chosen(choices: Choices) -> Case:
         found = OPTIONS[name].split(values)
         if len(found) != 1:
             raise CaseError(f"--{name}: a trace is of one case: give one value, not {len(found)}")
+        if found == ["pipeline"]:
+            raise CaseError("--task pipeline: a trace is of a UNet's steps, which t2i has alone: leave it out")
     if "size" in choices and "unet" in choices:
         raise CaseError("--size and --unet name two networks, and a trace is of one: leave one out")
     preset = usual_preset(choices)

@@ -132,14 +132,24 @@ def _rate(name: str, quantity: str, unit: str, about: str) -> Metric:
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        _time("wall_ms", "wall", "Wall time of a trajectory, from noise to latents", _samples("wall_ms")),
+        _time(
+            "wall_ms",
+            "wall",
+            "Wall time of a trajectory: to latents, of a pipeline to images",
+            _samples("wall_ms"),
+        ),
         _time("gpu_ms", "gpu", "GPU time of a trajectory", _samples("gpu_ms")),
         _time("ms", "kernel", "Time of one call of a kernel", _samples("ms")),
-        _time("ms_per_step", "step", "Wall time of a model evaluation, its whole batch", _ms_per_step),
+        _time(
+            "ms_per_step",
+            "step",
+            "Wall time of a model evaluation, its whole batch; of a pipeline on its parts' clock",
+            _ms_per_step,
+        ),
         _time("ms_per_image", "image", "Wall time of a trajectory over its images", _ms_per_image),
         _time("decoder_ms", "decoder", "Time to decode a batch of latents to images", _samples("decoder_ms")),
         _time("text_ms", "text", "A pipeline's text encoder", _part("text")),
-        _time("steps_ms", "steps", "A pipeline's steps, from the text to the final latents", _part("steps")),
+        _time("steps_ms", "steps", "A pipeline's steps, from the text to scaled latents", _part("steps")),
         _time("decode_ms", "decode", "A pipeline's decoder", _part("decode")),
         _time("first_call_ms", "first_call", "Wall time of the first call", _first_call_ms, sampled=False),
         _count("peak_memory_bytes", "peak_memory", "B", "The most memory that torch held on the GPU"),

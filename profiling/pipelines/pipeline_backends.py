@@ -100,16 +100,22 @@ class PipelineBackend:
 
 
 def _changed(pipe: Any, change: str) -> None:
-    """What a user does to a pipeline before calling it."""
+    """What a user does to a pipeline before calling it; raises `Unsupported` where that changes too little."""
     # Both import diffusers, which need not be installed.
     if change == "accelerate":
         from ldmperf.model.dropin import accelerate
 
-        accelerate(pipe)
+        if not accelerate(pipe).replaced:
+            raise Unsupported("accelerate replaced nothing in this pipeline, whose time would be diffusers' own")
     elif change == "rebuild":
         from ldmperf.model.dropin import rebuild
 
-        rebuild(pipe)
+        for left in rebuild(pipe).left:
+            # The text encoder stays transformers'.
+            if left.path in ("unet", "vae", "scheduler"):
+                raise Unsupported(
+                    f"rebuild left the {left.path}, whose time would be diffusers' own: {left.reason}"
+                )
     elif change == "compile":
         fuse_projections(pipe.unet)
         pipe.unet = compiled(pipe.unet, _COMPILE_MODE)
@@ -176,8 +182,10 @@ class OurPipelineBackend:
                     backend=self.operators,
                     **options,
                 )
+            given = (latents / scale).to(autoencoder.dtype)
+            # After the scaling, as in diffusers' pipeline.
             marks.end("steps")
-            images = autoencoder.decode((latents / scale).to(autoencoder.dtype))
+            images = autoencoder.decode(given)
             marks.end("decode")
             return images.clamp(-1.0, 1.0)
 

@@ -14,6 +14,8 @@ from .components import Components
 from .pipeline_backends import pipeline_backends
 from .pipeline_problem import PipelineProblem, unet_gflop
 
+FEWEST_TOKENS = 3
+
 
 class PipelineSubject:
     """Pipelines with random weights in the shapes of `PIPELINES`; a `Subject`."""
@@ -30,6 +32,9 @@ class PipelineSubject:
         return Components(case)
 
     def problem(self, case: Case, network: Components) -> PipelineProblem:
+        if case.context_tokens < FEWEST_TOKENS:
+            # With fewer every prompt is the empty one, and a call that ignored it would pass the check.
+            raise Unsupported(f"a prompt needs a start, a word and an end: give --tokens {FEWEST_TOKENS} at least")
         try:
             plan = make_plan(case.sampler, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), case.steps)
         except ValueError as refusal:

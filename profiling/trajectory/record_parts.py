@@ -84,9 +84,10 @@ class Trace(RecordModel):
 class Parts(RecordModel):
     """What the parts of a pipeline's calls took, sample by sample: together `gpu_ms`, on the CPU `wall_ms`.
 
-    text: the prompt's tokens and the text encoder. steps: from there to the final latents, what prepares the steps
-    included. decode: the decoder. rest: what the pipeline does with the images. On a GPU they are times between
-    events in the stream, so that one in which the device waits for the host is as long as the wait.
+    text: the prompt's tokens and the text encoder. steps: from there to the latents that the decoder is given,
+    what prepares the steps included. decode: the decoder. rest: what the pipeline does with the images. On a GPU
+    they are times between events in the stream, so that one in which the device waits for the host is as long as
+    the wait.
     """
 
     text: Samples
