@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +14,18 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import torch
+from tapes import Tapes
 from test_pipelines import TINY, problem_of, tiny_case
 
 from ldmperf.model import UNet
-from ldmperf.model.dropin import PipelineAutoencoder, PipelineUNet, PlanScheduler
+from ldmperf.model.dropin import PipelineAutoencoder, PipelineUNet, PlanScheduler, rebuild
 from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.pipelines import pipeline_backends
 from ldmperf.profiling.pipelines.components import PIPELINES, Components
 from ldmperf.profiling.pipelines.part_marks import PARTS, PartMarks
 from ldmperf.profiling.pipelines.pipeline_backends import OurPipelineBackend, PipelineBackend
 from ldmperf.profiling.rivals.subjects import all_subjects
+from ldmperf.profiling.trajectory.backend import Phased
 from ldmperf.profiling.trajectory.network import Networks
 from ldmperf.samplers import CudaGraphs
 
@@ -97,6 +100,29 @@ def test_what_stays_diffusers_has_no_time_under_our_name(monkeypatch: pytest.Mon
     monkeypatch.setattr("ldmperf.model.dropin.accelerate", lambda pipe: SimpleNamespace(replaced=()))
     with pytest.raises(Unsupported, match="accelerate replaced nothing"):
         PipelineBackend("accelerate").build(problem)
+
+
+def test_a_record_tells_whether_evaluations_were_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where replays do not pay, or nothing can be captured, `rebuild` runs eagerly: no phase of a capture."""
+    problem = problem_of(tiny_case(steps=8))
+    for replay_ms, phases in ((4.0, {"graph_warmup_ms", "capture_ms"}), (40.0, set())):
+        tapes = Tapes()
+        tapes.replay_ms = replay_ms
+        with monkeypatch.context() as patch:
+            patch.setattr("ldmperf.model.dropin.rebuild", partial(rebuild, graphs=tapes))
+            rebuilt = PipelineBackend("rebuild").build(problem)
+        rebuilt(problem.inputs(0))
+        assert isinstance(rebuilt, Phased)
+        assert rebuilt.phases.keys() == phases
+    graphed = OurPipelineBackend("torch", Tapes()).build(problem)
+    graphed(problem.inputs(0))
+    assert isinstance(graphed, Phased)
+    assert graphed.phases.keys() == {"graph_warmup_ms", "capture_ms"}
+    for backend in (PipelineBackend("rebuild"), PipelineBackend(), OurPipelineBackend()):
+        trajectory = backend.build(problem)
+        trajectory(problem.inputs(0))
+        assert isinstance(trajectory, Phased)
+        assert trajectory.phases == {}
 
 
 def test_unet_and_decoder_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ldmperf.model import Conditioning
-from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, sample
+from ldmperf.samplers import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs, sample
 
 from ..measure.outcomes import Unsupported
 from ..trajectory.backend import Backend, Trajectory
-from ..trajectory.ours import kept_constants
+from ..trajectory.ours import capture_phases, kept_constants
 from ..trajectory.theirs import CompileMode, compiled, fuse_projections, inductor_options
 from .components import NumberTokenizer
 from .part_marks import PartMarks
@@ -25,10 +25,11 @@ _COMPILE_MODE: CompileMode = "reduce-overhead"
 
 @dataclass(frozen=True)
 class PartedTrajectory:
-    """Calls that tell what each of their parts took (`Parted`)."""
+    """Calls that tell what each of their parts took (`Parted`), and what captures did (`Phased`)."""
 
     call: Callable[[PipelineInputs], Tensor]
     marks: PartMarks
+    captures: Callable[[], Sequence[Capture]] = tuple
 
     def __call__(self, inputs: PipelineInputs) -> Tensor:
         self.marks.start()
@@ -40,6 +41,11 @@ class PartedTrajectory:
     def parts(self) -> Mapping[str, float]:
         """Milliseconds of the last call's parts, by `PARTS`."""
         return self.marks.parts
+
+    @property
+    def phases(self) -> Mapping[str, float]:
+        """Milliseconds of the captures that are kept; empty where all evaluations run eagerly."""
+        return capture_phases(self.captures())
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class PipelineBackend:
         if self.change == "compile" and case.device == "cpu":
             raise Unsupported(f"torch.compile's {_COMPILE_MODE} is for CUDA graphs: it needs a CUDA device")
         pipe = problem.network.pipeline(case.sampler)
-        _changed(pipe, self.change)
+        captures = _changed(pipe, self.change)
         marks = PartMarks(torch.device(case.device))
         decode = pipe.vae.decode
 
@@ -96,11 +102,14 @@ class PipelineBackend:
             # About zero, so that another image is as far off as other latents are.
             return 2.0 * images - 1.0
 
-        return PartedTrajectory(call, marks)
+        return PartedTrajectory(call, marks, captures)
 
 
-def _changed(pipe: Any, change: str) -> None:
-    """What a user does to a pipeline before calling it; raises `Unsupported` where that changes too little."""
+def _changed(pipe: Any, change: str) -> Callable[[], Sequence[Capture]]:
+    """Does what a user does to a pipeline before calling it; what tells the captures of its calls.
+
+    Raises `Unsupported` where that changes too little.
+    """
     # Both import diffusers, which need not be installed.
     if change == "accelerate":
         from ldmperf.model.dropin import accelerate
@@ -110,16 +119,19 @@ def _changed(pipe: Any, change: str) -> None:
     elif change == "rebuild":
         from ldmperf.model.dropin import rebuild
 
-        for left in rebuild(pipe).left:
+        rebuilt = rebuild(pipe)
+        for left in rebuilt.left:
             # The text encoder stays transformers'.
             if left.path in ("unet", "vae", "scheduler"):
                 raise Unsupported(
                     f"rebuild left the {left.path}, whose time would be diffusers' own: {left.reason}"
                 )
+        return lambda: rebuilt.captures
     elif change == "compile":
         fuse_projections(pipe.unet)
         pipe.unet = compiled(pipe.unet, _COMPILE_MODE)
         pipe.vae.decode = compiled(pipe.vae.decode, _COMPILE_MODE)
+    return tuple
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,7 @@ class OurPipelineBackend:
             marks.end("decode")
             return images.clamp(-1.0, 1.0)
 
-        return PartedTrajectory(call, marks)
+        return PartedTrajectory(call, marks, lambda: () if graphed is None else graphed.captures)
 
 
 def pipeline_backends() -> Mapping[str, Backend]:

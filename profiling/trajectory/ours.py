@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmperf.model import Conditioning, Constants, UNet
-from ldmperf.samplers import CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
+from ldmperf.samplers import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
 
 from ..measure.outcomes import Unsupported
 from .backend import Inputs, Trajectory
@@ -124,11 +124,17 @@ class GraphTrajectory:
 
     @property
     def phases(self) -> Mapping[str, float]:
-        captures = self._sampler.captures
-        return {
-            "graph_warmup_ms": sum(capture.warm_up_ms for capture in captures),
-            "capture_ms": sum(capture.capture_ms for capture in captures),
-        }
+        return capture_phases(self._sampler.captures)
+
+
+def capture_phases(captures: Sequence[Capture]) -> Mapping[str, float]:
+    """What captures took, by the names of `records.Phases`; empty where nothing is captured."""
+    if not captures:
+        return {}
+    return {
+        "graph_warmup_ms": sum(capture.warm_up_ms for capture in captures),
+        "capture_ms": sum(capture.capture_ms for capture in captures),
+    }
 
 
 def our_unet(problem: UNetProblem, operators: str, products: str, batch_invariant: bool) -> UNet:

@@ -15,7 +15,7 @@ class Phases(RecordModel):
     weights: making or loading the network, shared by the backends of a group. build: the backend's own.
     first_call: its first trajectory. warmup: the trajectories between that and timing. reference: the reference
     trajectory, where it was computed apart. graph_warmup and capture: of the steps that were captured as CUDA
-    graphs, a part of first_call.
+    graphs, a part of first_call; null where none was.
     """
 
     weights_ms: Milliseconds | None = None
