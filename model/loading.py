@@ -90,7 +90,9 @@ def filled(
     slots = list(slots)
     allocate(network, _one_dtype(path, slots, stored, dtype), device)
     for view, tensor in zip(views(network, slots).values(), stored, strict=True):
-        view.copy_(tensor[:].reshape(view.shape))
+        # On the meta device there is nothing to copy to: gigabytes would be read for it.
+        if not view.is_meta:
+            view.copy_(tensor[:].reshape(view.shape))
     return network.eval().requires_grad_(False)
 
 

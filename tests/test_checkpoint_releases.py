@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -14,6 +15,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, inf
 from ldmperf.model import FAMILY, CheckpointError, UNet, UNetConfig, diffusers_config, load_unet
 from ldmperf.model.files import some
 from ldmperf.model.keys import compvis_key, weight_slots
+from ldmperf.model.loading import filled
 from ldmperf.model.releases import RELEASES, find_layout, published
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -121,6 +123,23 @@ def test_a_network_like_the_x4_upscaler_is_not_taken_for_it(tmp_path, other):
         # It has none of the release's configurations, and tells what differs.
         with pytest.raises(CheckpointError, match=r"\(config=\): .*(missing|unexpected|misshapen)"):
             load_unet(file, device="meta", config=release)
+
+
+class Unread:
+    """A lazy slice that has no values to read."""
+
+    def get_dtype(self):
+        return "F16"
+
+
+def test_on_the_meta_device_no_value_is_read():
+    with torch.device("meta"):
+        unet = UNet(SMALL["base"])
+    slots = weight_slots(unet)
+    unread = [Unread() for _ in slots]
+    assert filled(unet, slots, unread, Path("x"), None, "meta").dtype == torch.float16
+    with pytest.raises(TypeError, match="not subscriptable"):
+        filled(unet, slots, unread, Path("x"), None, "cpu")
 
 
 def test_our_866m_is_not_taken_for_stable_diffusion_2(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,9 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "bench" / "gpu_check.py"
 # What a GPU machine has: everything else must be imported where it is used, or be skipped visibly.
 LIGHT = {"torch", "triton", "numpy", "safetensors", "pydantic", "typer", "rich", "pynvml", "pytest", "ldmperf"}
+
+# A suite in the background ignores SIGINT, and so would the part.
+SLEEPS = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(600)"
 
 
 def part(
@@ -95,12 +99,13 @@ def test_a_part_that_overruns_is_stopped_with_what_it_started_and_the_rest_goes_
         "print('child', child.pid, flush=True)\n"
         "time.sleep(600)"
     )
-    outcome = check_run.run_part(part(ignores), 3.0, tmp_path, grace=0.2)
+    two = [part(SLEEPS, "first", limit=3.0), part("print('hi')", "next")]
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(lambda: list(check_run.run_parts(two, 60.0, tmp_path)))
+        outcome = check_run.run_part(part(ignores), 3.0, tmp_path, grace=0.2)
+        first, second = beside.result()
     assert outcome.text.startswith("stopped at its limit")
     assert ends(int((tmp_path / "part.log").read_text().split()[1]))
-    # A suite in the background ignores SIGINT, and so would the part.
-    sleeps = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(600)"
-    first, second = check_run.run_parts([part(sleeps, limit=3.0), part("print('hi')", "next")], 60.0, tmp_path)
     assert "limit" in first.text
     assert second.text == "done"
     assert (tmp_path / "next.log").read_text() == "hi\n"
@@ -121,30 +126,44 @@ RECORD += "(f / 'records.jsonl').open('a').write('{{\"status\": \"{status}\"}}\\
 
 
 def test_what_has_no_record_has_failed(tmp_path: Path) -> None:
-    def run(code: str, evidence: Any = "profile", limit: float = 30.0, **options: Any) -> tuple[bool, str]:
-        outcome = check_run.run_part(part(code, evidence=evidence, **options), limit, tmp_path, grace=5.0)
+    def run(folder: Path, code: str, evidence: Any = "profile", **options: Any) -> tuple[bool, str]:
+        code, limit = code.replace("FOLDER", str(folder / "part" / "run")), 2.4 if SLEEPS in code else 30.0
+        outcome = check_run.run_part(part(code, evidence=evidence, **options), limit, folder, grace=5.0)
         return outcome.ok, outcome.text
 
-    ok = RECORD.format(folder=str(tmp_path / "part" / "run"), status="ok")
-    wrong = RECORD.format(folder=str(tmp_path / "part" / "run"), status="incorrect")
-    sleeps = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_DFL); time.sleep(600)"
-    assert run("raise SystemExit(3)") == (False, "failed (exit code 3); see part.log")
-    assert run("") == (False, "ended without a record; see part.log")
-    assert run(sleeps, limit=1.5)[0] is False
-    assert run(ok) == (True, "done")
-    # With an earlier check's records it may have nothing left to do, but not be stopped without a new one.
-    assert run("") == (True, "done")
-    assert run(sleeps, limit=1.5) == (False, "stopped at its limit of 2 s without a record; see part.log")
-    assert run(ok + sleeps, limit=1.5) == (True, "stopped at its limit of 2 s")
-    assert run(wrong + sleeps, limit=1.5) == (False, "stopped at its limit of 2 s; see part.log")
-    assert run("", reason="pytest is not installed") == (False, "cannot run: pytest is not installed")
-    # A log goes on from check to check; what it said before counts for nothing now.
+    def in_turn(number: int) -> list[tuple[bool, str]]:
+        (folder := tmp_path / f"{number}").mkdir()
+        return [run(folder, *one) for one in turns[number]]
+
+    ok, wrong = (RECORD.format(folder="FOLDER", status=status) for status in ("ok", "incorrect"))
     passed = "print('tests/test_a.py::test_b PASSED   [100%]', flush=True)\n"
     failed = "print('tests/test_a.py::test_b FAILED   [100%]', flush=True)\n"
-    assert run(passed, "tests") == (True, "done")
-    assert run("", "tests") == (False, "ended without a record; see part.log")
-    assert run(passed + sleeps, "tests", limit=1.5)[0] is True
-    assert run(passed + failed + sleeps, "tests", limit=1.5)[0] is False
+    turns: list[list[tuple[str, ...]]] = [
+        [("raise SystemExit(3)",), ("",), (SLEEPS,)],
+        # With an earlier check's records it may have nothing left to do, but not be stopped without a new one.
+        [(ok,), ("",), (SLEEPS,)],
+        [(ok,), (ok + SLEEPS,)],
+        [(ok,), (wrong + SLEEPS,)],
+        # A log goes on from check to check; what it said before counts for nothing now.
+        [(passed, "tests"), ("", "tests"), (passed + SLEEPS, "tests")],
+        [(passed, "tests"), (passed + failed + SLEEPS, "tests")],
+    ]
+    # Each in a folder of its own: they wait for their limits side by side.
+    with ThreadPoolExecutor(len(turns)) as pool:
+        fails, idles, goes_on, errs, tests, breaks = pool.map(in_turn, range(len(turns)))
+    assert fails[:2] == [
+        (False, "failed (exit code 3); see part.log"),
+        (False, "ended without a record; see part.log"),
+    ]
+    assert fails[2][0] is False
+    assert idles[:2] == [(True, "done")] * 2
+    assert idles[2] == (False, "stopped at its limit of 2 s without a record; see part.log")
+    assert goes_on == [(True, "done"), (True, "stopped at its limit of 2 s")]
+    assert errs == [(True, "done"), (False, "stopped at its limit of 2 s; see part.log")]
+    assert tests[:2] == [(True, "done"), (False, "ended without a record; see part.log")]
+    assert (tests[2][0], breaks[1][0]) == (True, False)
+    reason = "pytest is not installed"
+    assert run(tmp_path, "", reason=reason) == (False, f"cannot run: {reason}")
 
 
 def test_after_a_failed_smoke_only_tests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,12 +200,13 @@ def test_the_order_of_records_changes_nothing(
     whole = [*records, *again, *elsewhere]
     mixed = list(whole)
     shuffled.shuffle(mixed)
-    assert answer_json(answer(mixed, budget)) == answer_json(answer(whole, budget))
+    answered = answer(whole, budget)
+    assert answer_json(answer(mixed, budget)) == answer_json(answered)
     # The plans of one environment are those without the other's records.
     own = answer([*records, *again], budget)
-    assert [
-        p.offers for p in answer(whole, budget).plans if environment_of(answer(whole, budget), p) != other
-    ] == [p.offers for p in own.plans]
+    assert [p.offers for p in answered.plans if environment_of(answered, p) != other] == [
+        p.offers for p in own.plans
+    ]
 
 
 def environment_of(answered: Answer, plan: Plan) -> Any:

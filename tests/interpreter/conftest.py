@@ -3,6 +3,7 @@
 tests/test_interpreter.py starts it; `TRITON_INTERPRET=1 pytest tests/interpreter` does by hand.
 """
 
+import dataclasses
 import os
 from types import SimpleNamespace
 
@@ -73,9 +74,47 @@ def _patched_once_a_launch():
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_afresh
 
 
+def _without_unread_overflow_checks():
+    """Spares it a fifth of the rest: sums of integers once more in 64 bits, for what only `debug` asserts."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
+def _types_are_made_once():
+    """Spares it a quarter of that: every value makes its type, its shape and its numpy dtype anew."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    make_block, make_tensor, numpy_dtype = tl.block_type.__init__, tl.tensor.__init__, interpreter._get_np_dtype
+    blocks, tensors, dtypes = {}, {}, {}
+
+    def make_block_once(self, element_ty, shape):
+        key = (element_ty.name, *shape)
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    def make_tensor_once(self, handle, type):
+        if type.name not in tensors:
+            make_tensor(self, handle, type)
+            tensors[type.name] = {key: value for key, value in vars(self).items() if key not in ("handle", "type")}
+        vars(self).update(tensors[type.name], handle=handle, type=type)
+
+    def numpy_dtype_once(type):
+        return dtypes[type.name] if type.name in dtypes else dtypes.setdefault(type.name, numpy_dtype(type))
+
+    tl.block_type.__init__, tl.tensor.__init__ = make_block_once, make_tensor_once
+    interpreter._get_np_dtype = numpy_dtype_once
+
+
 if not collect_ignore_glob:
     _bfloat16_as_on_a_gpu()
     _patched_once_a_launch()
+    _without_unread_overflow_checks()
+    _types_are_made_once()
 
 LAYOUTS = ("plain", "channels_last", "sliced", "channel_slice", "expanded", "transposed")
 
