@@ -91,6 +91,13 @@ def test_a_large_file_is_read_once_and_that_is_said(tmp_path: Path, monkeypatch:
     assert line.startswith("x.safetensors: reading 0.0 GB")
 
 
+def test_what_cannot_be_read_names_the_option_that_gave_it(tmp_path: Path) -> None:
+    for options, named in (((), "--unet: "), ((None, "--pipeline"), "--pipeline: ")):
+        with pytest.raises(CaseError, match=f"^{named}") as caught:
+            weights_sha256(tmp_path / "none.safetensors", *options)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "diffusion_pytorch_model.bin").write_bytes(b"")

@@ -120,7 +120,7 @@ def test_other_weights_than_those_of_the_image_are_told(
     make: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make("one.png").code == 0
-    monkeypatch.setattr(sample_run, "weights_sha256", lambda path, told: "0" * 64)
+    monkeypatch.setattr(sample_run, "weights_sha256", lambda path, told, option: "0" * 64)
     done = make("two.png", "--again", tmp_path / "one.png")
     assert "tiny-sd: other weights than those of the image that --again names" in done.err
 

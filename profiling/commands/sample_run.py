@@ -157,7 +157,7 @@ class SampleRun:
         commit, is_dirty = checkout()
         paths = {"unet": self.folder.path / "unet", "vae": self.folder.path / "vae"}
         paths |= {part.weights.parent.name: part.weights for part in self.folder.text}
-        digests = {name: weights_sha256(path, tell) for name, path in paths.items()}
+        digests = {name: weights_sha256(path, tell, "--pipeline") for name, path in paths.items()}
         if self.known is not None and self.known != digests:
             tell(f"{self.folder.name}: other weights than those of the image that --again names")
         return {

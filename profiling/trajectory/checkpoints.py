@@ -55,11 +55,11 @@ def check_unchanged(cases: Iterable[Case], told: Callable[[str], None] | None = 
             raise CaseError(f"{path} has changed since the run began; start a new run, or put the old file back")
 
 
-def weights_sha256(path: Path, told: Callable[[str], None] | None = None) -> str:
+def weights_sha256(path: Path, told: Callable[[str], None] | None = None, option: str = "--unet") -> str:
     """SHA-256, in hexadecimal, of the files that are loaded for a checkpoint's path, by name, in one stream.
 
-    Read once in a process while the files stay as they are. Raises CaseError where there is none, or one cannot be
-    read.
+    Read once in a process while the files stay as they are. Raises CaseError, which names the option that gave the
+    path, where there is none, or one cannot be read.
     """
     # Loads torch, which reading a command's options does without.
     from ldmperf.model import CheckpointError, checkpoint_files
@@ -79,9 +79,9 @@ def weights_sha256(path: Path, told: Callable[[str], None] | None = None) -> str
             _digests[stamps] = digest.hexdigest()
         return _digests[stamps]
     except CheckpointError as error:
-        raise CaseError(f"--unet: {error}") from None
+        raise CaseError(f"{option}: {error}") from None
     except OSError as failure:
-        raise CaseError(f"--unet: {path} cannot be read ({failure.strerror}); give another path") from None
+        raise CaseError(f"{option}: {path} cannot be read ({failure.strerror}); give another path") from None
 
 
 # Digests by path, inode, size and time of change of the files.
