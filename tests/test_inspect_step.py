@@ -274,7 +274,7 @@ def test_a_records_machine_is_not_taken_for_this_one(run: Run, recorded: Callabl
         (["39M", "--arch", "gfx942"], "no units of gfx942"),
         (["39M", "--latent", "0"], "--latent"),
         (["39M", "--tokens", "x"], "--tokens"),
-        (["SD1.5", "--task", "pipeline"], "--task pipeline: a step is a UNet's, which t2i has alone"),
+        (["SD1.5", "--task", "pipeline"], "--task pipeline: a step is one of the UNet"),
         (["39M", "--guidance", "nan"], "--guidance"),
         (["39M", "--dtype", "int8"], "--dtype"),
         (["39M", "--device", "tpu"], "--device"),

@@ -105,7 +105,7 @@ def _read(given: dict[str, str]) -> dict[str, Any]:
         value = OPTIONS[name].read(name, text)
         chosen |= zip(_FIELDS[name], value if isinstance(value, tuple) else (value,), strict=True)
     if chosen.get("task", "t2i") not in IN_CHANNELS:
-        raise CaseError(f"--task {chosen['task']}: a step is a UNet's, which t2i has alone: leave it out")
+        raise CaseError(f"--task {chosen['task']}: a step is one of the UNet: give t2i or sr, or leave it out")
     return chosen
 
 

@@ -102,7 +102,7 @@ def _chosen(choices: Choices) -> Case:
         if len(found) != 1:
             raise CaseError(f"--{name}: a trace is of one case: give one value, not {len(found)}")
         if found == ["pipeline"]:
-            raise CaseError("--task pipeline: a trace is of a UNet's steps, which t2i has alone: leave it out")
+            raise CaseError("--task pipeline: a trace is of the UNet's steps: give t2i or sr, or leave it out")
     if "size" in choices and "unet" in choices:
         raise CaseError("--size and --unet name two networks, and a trace is of one: leave one out")
     preset = usual_preset(choices)
