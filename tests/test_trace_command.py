@@ -84,7 +84,7 @@ def test_a_trace_is_a_folder_of_four_files(tiny_checkpoint: Path, tmp_path: Path
         (["--steps", "2", "--steps", "4"], "not 2"),
         (["--steps", ","], "not 0"),
         (["--steps", "0"], "from 1 to 1000"),
-        (["--task", "pipeline", "--size", "SD1.5"], "--task pipeline: a trace is of a UNet's steps"),
+        (["--task", "pipeline", "--size", "SD1.5"], "--task pipeline: a trace is of the UNet's steps"),
         (["--task", "pipeline", "--size", "SD1.5", "--backend", "sample"], "give t2i or sr"),
         (["--size", "39M,83M"], "not 2"),
         (["--size", "7M"], "39M, 83M, 145M"),
