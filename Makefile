@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # For more options to the main job: make profile ARGS="--size 39M --steps 4"
 ARGS ?=
-# Processes of make test, of one thread each: as many as cores, one where there is a GPU; 0 for pytest's own alone (a
+# Processes of make test, of one thread each: one more than cores, one where there is a GPU; 0 for pytest's own alone (a
 # debugger).
 WORKERS ?= auto
 

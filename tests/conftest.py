@@ -69,9 +69,15 @@ def plausible_record(case: Case | None = None, **changes: Any) -> Record:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int | None:
-    """Of `-n auto`: no further process where there is a GPU, whose memory and time are one test's."""
+    """Of `-n auto`: one more than cores, as some tests wait for processes that they started.
+
+    No further process where there is a GPU, whose memory and time are one test's.
+    """
     torch = pytest.importorskip("torch")
-    return 0 if torch.cuda.is_available() else None
+    if torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (cores or 1) + 1
 
 
 def pytest_sessionstart() -> None:
