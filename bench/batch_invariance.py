@@ -21,10 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from batch_invariance_table import table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -261,52 +261,6 @@ def found_of(size: str, dtype: str, latent: int, device: str, repeats: int) -> d
         "same": sorted({call.name for call in calls} - {call.name for call in calls if call.share}),
         "ms": prices(unet, given[BATCHES[-2]], repeats) if repeats else {},
     }
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """The calls that differ as rows of markdown, one for each name and dtype, and a sentence for each dtype."""
-    lines = ["| dtype | call | calls of a step | batches | elements | such as |", "|---|---|---:|---|---|---|"]
-    for one in found["steps"]:
-        by_name: dict[str, list[Mapping[str, Any]]] = {}
-        for call in one["differing"]:
-            by_name.setdefault(call["name"], []).append(call)
-        for name, calls in by_name.items():
-            batches = sorted({int(batch) for call in calls for batch in call["share"]})
-            shares = [share for call in calls for share in call["share"].values()]
-            most = max(calls, key=lambda call: max(call["share"].values()))
-            cells = (
-                one["dtype"],
-                f"`{name}`",
-                str(sum(call["count"] for call in calls)),
-                ", ".join(map(str, batches)),
-                f"up to {100 * max(shares):.2g}%",
-                f"{most['shapes']} at `{most['places'][0]}`",
-            )
-            lines.append(f"| {' | '.join(cells)} |")
-    said = [_sentence(one) for one in found["steps"]]
-    return "\n".join([*lines, "", *said])
-
-
-def _sentence(one: Mapping[str, Any]) -> str:
-    differ, kept = (
-        [f"{count} of {batch}" for batch, count in one[key].items() if int(batch) > 1]
-        for key in ("images", "images_with_the_mode")
-    )
-    ours = sorted(name.removeprefix("ldmperf::") for name in one["same"])
-    differing = sum(call["count"] for call in one["differing"])
-    return (
-        f"- {one['dtype']}: of {one['calls']} calls that compute {differing} are of a name and shapes with which "
-        f"some differ. Images of the step that have other bits than alone: {', '.join(differ)}; in the mode "
-        f"{', '.join(kept)}. The same at every batch: "
-        f"{', '.join(ours)}.{_price(one['ms'])}"
-    )
-
-
-def _price(ms: Mapping[str, Sequence[float]]) -> str:
-    if not ms:
-        return ""
-    told = ", ".join(f"{name} {median(times):.0f} ms" for name, times in ms.items())
-    return f" A step of {BATCHES[-2]} images, median of {len(ms['plain'])} in turn, under a dispatch mode: {told}."
 
 
 def _count(text: str, least: int = 0) -> int:

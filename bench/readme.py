@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from batch_invariance import table as calls_table
+from batch_invariance_table import table as calls_table
 from markers import with_blocks
 
 from ldmperf.profiling import Record, load_records

@@ -10,6 +10,7 @@ import batch_invariance
 import pytest
 import torch
 from batch_invariance import CallByCall, Given, alone
+from batch_invariance_table import table
 from test_batch_invariance import CONFIGS, Chooses, network
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,14 +171,14 @@ def test_tables_of_found_calls() -> None:
         "same": ["ldmperf::attention", "add"],
         "ms": {"plain": [1.0, 7.0, 3.0], "image by image": [8.0, 9.0, 10.0]},
     }
-    lines = batch_invariance.table({"steps": [one]}).splitlines()
+    lines = table({"batches": [1, 2, 4, 6], "steps": [one]}).splitlines()
     assert lines[2] == "| float32 | `conv2d` | 8 | 2, 3, 8 | up to 25% | [1, 3] at `conv_in` |"
     assert lines[3] == "| float32 | `linear` | 4 | 3 | up to 50% | [1, 4] at `proj` |"
     for words in (
         "of 30 calls that compute 12 are of a name and shapes with which some differ",
         "other bits than alone: 2 of 2, 3 of 4; in the mode 0 of 2, 0 of 4",
         "same at every batch: add, attention.",
-        "median of 3 in turn, under a dispatch mode: plain 3 ms, image by image 9 ms.",
+        "A step of 4 images, median of 3 in turn, under a dispatch mode: plain 3 ms, image by image 9 ms.",
     ):
         assert words in lines[-1], words
 

@@ -14,14 +14,8 @@ from ldmperf.model import FAMILY, RELEASED
 from ldmperf.profiling import Case
 from ldmperf.profiling.options import CaseError, split_values
 from ldmperf.profiling.trajectory.case import BACKENDS, RELEASED_NAMES, RUNGS
-from ldmperf.profiling.trajectory.presets import (
-    OPTIONS,
-    PRESETS,
-    Choices,
-    check_devices,
-    select_cases,
-    split_paths,
-)
+from ldmperf.profiling.trajectory.case_options import OPTIONS, Choices, split_paths
+from ldmperf.profiling.trajectory.presets import PRESETS, check_devices, select_cases
 from ldmperf.profiling.trajectory.rungs import all_backends
 from ldmperf.samplers import SAMPLERS
 

@@ -15,8 +15,9 @@ from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.options import CaseError
 from ldmperf.profiling.trajectory import checkpoints
 from ldmperf.profiling.trajectory.case import Case, path_text
+from ldmperf.profiling.trajectory.case_options import Choices
 from ldmperf.profiling.trajectory.checkpoints import check_unchanged, identified, weights_sha256
-from ldmperf.profiling.trajectory.presets import Choices, select_cases
+from ldmperf.profiling.trajectory.presets import select_cases
 
 
 def of_path(path: Path, **changes: object) -> Case:

@@ -20,10 +20,10 @@ from ..step.class_times import ClassTimes, read_class_times
 from ..step.roofline import Roof, published_roof, published_source, step_parts
 from ..terminal.visible import console
 from ..trajectory.case import DEFAULT_GUIDANCE, Case
+from ..trajectory.case_options import OPTIONS
 from ..trajectory.checkpoints import check_loadable
 from ..trajectory.floors import measured_roof
 from ..trajectory.network import IN_CHANNELS, family_config
-from ..trajectory.presets import OPTIONS
 from ..trajectory.records import RECORDS_NAME, Record, load_records
 from ..trajectory.rungs import all_backends
 from ..trajectory.short_traces import trace_order

@@ -19,16 +19,9 @@ from ..rivals.rival_selection import RIVAL_OPTIONS, cases_beside
 from ..sweep.shards import check_shard, dealt, latest_of_shard, planned, shard_named, slurm_shard
 from ..terminal.visible import console, counted
 from ..trajectory.case import Case
+from ..trajectory.case_options import OPTIONS, OPTIONS_ELSEWHERE, Choices
 from ..trajectory.checkpoints import check_loadable, check_unchanged, identified
-from ..trajectory.presets import (
-    OPTIONS,
-    OPTIONS_ELSEWHERE,
-    PRESETS,
-    Choices,
-    check_devices,
-    preset_named,
-    usual_preset,
-)
+from ..trajectory.presets import PRESETS, check_devices, preset_named, usual_preset
 from ..trajectory.records import RECORDS_NAME, RecordStore, record_schema
 from ..trajectory.runs import create_run, find_run, open_run, resume_command
 from .shared import (

@@ -13,8 +13,9 @@ from ..measure.timing import Deadline
 from ..options import CaseError
 from ..terminal.visible import console, say
 from ..trajectory.case import Case
+from ..trajectory.case_options import OPTIONS, Choices
 from ..trajectory.checkpoints import check_loadable, identified
-from ..trajectory.presets import OPTIONS, Choices, check_devices, preset_named, select_cases, usual_preset
+from ..trajectory.presets import check_devices, preset_named, select_cases, usual_preset
 from .shared import (
     DEFAULT_OUT,
     alone_on_gpu,

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from ..options import CaseError, device_kind, known_names, split_values
 from ..trajectory.case import Case
-from ..trajectory.presets import OPTIONS, CaseOption, Choices, Combinations, chosen_sweeps, select_cases
+from ..trajectory.case_options import OPTIONS, CaseOption, Choices
+from ..trajectory.presets import Combinations, chosen_sweeps, select_cases
 from .rival import KINDS, RIVAL_BACKENDS, RIVALS
 
 # By option: its help.

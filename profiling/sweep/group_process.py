@@ -179,8 +179,7 @@ class _Flight:
 
     def _left_of_group(self) -> tuple[Case, ...]:
         """What the group in flight has no record of; of the whole task where none has begun."""
-        left = self.rest().left
-        return tuple(case for case in self.group if case.key not in self.done) if self.group else left
+        return tuple(case for case in self.group or self.task.left if case.key not in self.done)
 
     def _lose(self, cases: tuple[Case, ...], status: Status, message: str) -> Iterator[Event]:
         for case in cases:
