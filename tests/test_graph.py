@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -296,6 +298,9 @@ def test_a_wrong_call_is_told_in_one_line_and_leaves_the_sampler_usable() -> Non
     wrong, _ = graphed(lambda x, found, step: x[:1])
     with pytest.raises(ValueError, match="denoise's output at step in the capture must be a float tensor"):
         wrong(found, plan, noise, seeds=[1, 2])
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"make another with GraphedSampler\(denoise\)"):
+            copied(sampler)
     expected = eager(plan, noise, found, seeds=[1, 2])
     assert torch.equal(sampler(found, plan, noise, seeds=[1, 2]), expected)
 
