@@ -43,8 +43,7 @@ def read(path: Path) -> tuple[torch.Tensor, dict[str, Any], str]:
     image = Image.open(path)
     image.load()
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
-    texts: dict[str, str] = image.text  # type: ignore[attr-defined]
-    return pixels, json.loads(texts["ldmperf"]), texts["parameters"]
+    return pixels, json.loads(image.info["ldmperf"]), image.info["parameters"]
 
 
 OPTIONS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
