@@ -1,0 +1,177 @@
+"""Matmuls of a warp group: wgmma.mma_async, its fence, commit_group and wait_group (PTX ISA 9.7.15).
+
+A wgmma is computed when it is issued. Until it is awaited its registers are held, and what it reads of shared memory
+is watched.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .instruction_set import Action, Array, Reader, executes, reader
+from .matrix_instructions import (
+    ELEMENT_BYTES,
+    SIXTEEN_BYTES,
+    accumulator_dtype,
+    accumulator_registers,
+    accumulators,
+    element_values,
+    multiplied,
+    of_whole,
+    registers,
+    rows_by_k,
+    write_registers,
+)
+from .memory import Access
+from .memory_instructions import locate
+from .program import DTYPES, UNSIGNED, PtxInstruction, UnknownInstruction
+from .threads import Flight, Threads
+
+GROUP = 128
+
+
+@executes("wgmma")
+def _wgmma(i: PtxInstruction) -> Action | None:
+    match i.modifiers[0]:
+        case "fence":
+            # Orders registers before a wgmma, which in lock step they are.
+            return lambda threads: None
+        case "commit_group":
+            return of_whole(GROUP, _commit)
+        case "wait_group":
+            left = int(i.operand(0))
+            return lambda threads: _wait(threads, left)
+        case "mma_async":
+            return _asynchronous_matmul(i)
+    return None
+
+
+# ---------------------------------------------------------------- matrices in shared memory
+
+
+@functools.lru_cache(maxsize=16384)
+def matrix_rows(descriptor: int, rows: int, transposed: bool) -> tuple[Array, int]:
+    """(where a matrix's 16-byte rows of core matrices lie in a program's shared memory, the last one's end).
+
+    Not transposed (K-major): [rows, 2], the 32 bytes of K that an instruction takes. Transposed (MN-major), of 16-bit
+    elements: [16 of K, rows / 8]. Rows are those of A, or the columns of B. PTX ISA 9.7.15.5.1.
+    """
+    if descriptor >> 49 & 7:
+        raise UnknownInstruction(f"base offset of the matrix descriptor {descriptor:#x}")
+    start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
+    # Bytes of a row in the pattern of a swizzle: none has core matrices of 16 bytes.
+    width = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]
+    if transposed:
+        k, eight = np.arange(16)[:, None], np.arange(rows // 8)[None, :]
+        across = width // 16
+        if width == 16:
+            at = k % 8 * 16 + k // 8 * leading + eight * stride
+        else:
+            at = k % 8 * width + k // 8 * stride + eight % across * 16 + eight // across * leading
+    else:
+        row, half = np.arange(rows)[:, None], np.arange(2)[None, :]
+        at = row % 8 * width + row // 8 * stride + half * (leading if width == 16 else 16)
+    at = at + start
+    # The swizzle exchanges the 16-byte rows of a line of `width` bytes, by the number of the 128 bytes it is in.
+    at = at ^ ((at >> 7 & (width // 16 - 1)) << 4)
+    return at, int(at.max()) + 16
+
+
+@dataclass(frozen=True)
+class SharedMatrix:
+    """An operand that a descriptor tells of: `rows` of A or columns of B, by 32 bytes of K."""
+
+    descriptor: Reader
+    rows: int
+    kind: str
+    transposed: bool
+
+    def places(self, threads: Threads) -> Array:
+        """[warp groups, 16-byte rows] byte positions in the programs' shared memory."""
+        heads = threads.active[::GROUP]
+        given = self.descriptor(threads)
+        values = given if len(given) == 1 else threads.active_values(given).reshape(-1, GROUP)
+        if (values != values[..., :1]).any():
+            threads.report("differing descriptor", int((values != values[..., :1]).any(axis=1).sum()))
+        values = np.broadcast_to(values[..., 0], heads.shape)
+        spaces = threads.program_of[heads] * threads.space
+        first = int(values[0])
+        if (values == first).all():
+            return self._placed(threads, first, heads, spaces)
+        places = np.empty((len(heads), self.rows * 2), np.int64)
+        for value in np.unique(values):
+            some = values == value
+            places[some] = self._placed(threads, int(value), heads[some], spaces[some])
+        return places
+
+    def _placed(self, threads: Threads, descriptor: int, heads: Array, spaces: Array) -> Array:
+        at, end = matrix_rows(descriptor, self.rows, self.transposed)
+        if end > threads.grid.shared:
+            lanes = np.repeat(heads, at.size)
+            return locate(threads, "shared", np.tile(at.ravel(), len(heads)), 16, lanes, "matmul")[1].reshape(
+                len(heads), -1
+            )
+        return spaces[:, None] + at.ravel()
+
+    def values(self, threads: Threads, places: Array) -> Array:
+        """[warp groups, rows, K] as float32."""
+        bits = threads.shared.gather(places, SIXTEEN_BYTES).view(UNSIGNED[ELEMENT_BYTES[self.kind]])
+        if self.transposed:
+            bits = bits.reshape(len(places), 16, self.rows).transpose(0, 2, 1)
+        else:
+            bits = bits.reshape(len(places), self.rows, -1)
+        return element_values(self.kind, bits, threads.numerics)
+
+
+# ---------------------------------------------------------------- the matmul
+
+
+def _asynchronous_matmul(i: PtxInstruction) -> Action | None:
+    """wgmma.mma_async.sync.aligned.m64nNkK.{type of D, A, B} d, a, b, scale of d, signs of a and b, transposed a and b.
+
+    Integers have no signs, only 16-bit floats can be transposed, and only in shared memory.
+    """
+    form = re.fullmatch(
+        r"mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)(\.satfinite)?", ".".join(i.modifiers)
+    )
+    if form is None:
+        return None
+    columns, depth, result, kind, other = int(form[1]), int(form[2]), form[3], form[4], form[5]
+    accumulated = accumulator_dtype(result, kind, other)
+    if accumulated is None or depth * ELEMENT_BYTES[kind] != 32:
+        return None
+    names, in_registers = i.values(0), isinstance(i.operands[1], tuple)
+    flags = [int(i.operand(k)) for k in range(4, len(i.operands))]
+    signs, turned = ((1, 1), flags) if result == "s32" else (tuple(flags[:2]), flags[2:])
+    trans_a, trans_b = (bool(flag) for flag in ((0, *turned, 0) if in_registers else (*turned, 0, 0))[:2])
+    a_names = i.values(1) if in_registers else ()
+    a_shared = None if in_registers else SharedMatrix(reader(i.operand(1), "u64"), 64, kind, trans_a)
+    b_shared = SharedMatrix(reader(i.operand(2), "u64"), columns, other, trans_b)
+    keeps = reader(i.operand(3), "pred")
+    held = tuple(dict.fromkeys((*names, *a_names)))
+
+    def multiply(threads: Threads) -> None:
+        b_places = b_shared.places(threads)
+        if a_shared is None:
+            words = registers(threads, a_names, DTYPES["b32"])
+            a = element_values(kind, rows_by_k(words, ELEMENT_BYTES[kind]), threads.numerics)
+            places = b_places
+        else:
+            a_places = a_shared.places(threads)
+            a = a_shared.values(threads, a_places)
+            places = np.concatenate((a_places, b_places), axis=1)
+        b = b_shared.values(threads, b_places)
+        access = _issued(threads, places, held)
+        d = multiplied(
+            a.reshape(len(places), 64, -1) * np.float32(signs[0]),
+            b.transpose(0, 2, 1) * np.float32(signs[1]),
+            _kept(threads, keeps, names, accumulated),
+            kind, result, bool(form[6]), threads,
+        )
+        write_registers(threads, names, accumulator_registers(d.reshape(-1, 16, columns)))
+
+    return of_whole(GROUP, multiply)
