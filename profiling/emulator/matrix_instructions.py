@@ -1,8 +1,7 @@
 """Matrices of a warp: ldmatrix, stmatrix, movmatrix, mma.sync (PTX ISA 9.7.14).
 
-A warp holds a matrix in fragments: 8 rows of 4 lanes each, 4 bytes of a row in a lane. Lane 4 g + t has row g of each
-8x16-byte block and the t-th 4 bytes of it; a register is one such block. Arrays of registers here are
-[registers, lanes], and become matrices by a transposition, without an array of indices.
+A warp holds a matrix in blocks of 8 rows of 16 bytes, one in a register: lane 4 g + t has the t-th 4 bytes of row
+g. Arrays of registers here are [registers, lanes]. A transposition makes matrices of them, without index arrays.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ def accumulator_registers(matrix: Array) -> Array:
 
 @executes("ldmatrix")
 def _load_matrices(i: PtxInstruction) -> Action | None:
-    """Each of 8, 16 or 32 lanes gives the address of a row of 8 16-bit elements; eight rows are a matrix, a register."""
+    """Lanes give addresses of rows of 8 elements of 16 bits; eight rows are a matrix, and fill a register."""
     names = i.values(0)
     if "m8n8" not in i.modifiers or i.kind != "b16" or space_of(i) != "shared":
         return None
@@ -183,7 +182,7 @@ def _store_matrices(i: PtxInstruction) -> Action | None:
 
 
 def _rows_given(threads: Threads, address: Array, count: int) -> tuple[Array, Array]:
-    """(lanes, their addresses) of the first 8 lanes of a warp for each matrix: the others' addresses are ignored."""
+    """(lanes, their addresses): a warp's first 8, 16 or 32 lanes, for 1, 2 or 4 matrices. Others are ignored."""
     given = 8 * count
     return threads.active.reshape(-1, 32)[:, :given].ravel(), address.reshape(-1, 32)[:, :given].ravel()
 
@@ -208,7 +207,7 @@ def _transpose_matrix(i: PtxInstruction) -> Action | None:
 
 @executes("mma")
 def _multiply(i: PtxInstruction) -> Action | None:
-    """mma.sync.aligned.m16n8kK.row.col.{type of D, A, B, C} d, a, b, c: d = a b + c, all in registers of a warp."""
+    """mma.sync.aligned.m16n8kK.row.col.{types of D, A, B, C} d, a, b, c: d = a b + c, all in registers."""
     form = re.fullmatch(
         r"sync\.aligned\.m16n8k(\d+)\.row\.col(\.satfinite)?\.(\w+)\.(\w+)\.(\w+)\.(\w+)", ".".join(i.modifiers)
     )
@@ -236,7 +235,7 @@ def _multiply(i: PtxInstruction) -> Action | None:
 
 
 def accumulator_dtype(result: str, kind: str, other: str) -> np.dtype[Any] | None:
-    """How accumulators are read from registers, uint32 for pairs of float16; None for types not multiplied here."""
+    """What registers of accumulators hold, uint32 for pairs of float16; None for types that are unknown here."""
     same_class = {"e4m3": ("e4m3", "e5m2"), "e5m2": ("e4m3", "e5m2"), "s8": INTEGERS, "u8": INTEGERS}
     if kind not in ELEMENT_BYTES or other not in same_class.get(kind, (kind,)):
         return None

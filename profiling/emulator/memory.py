@@ -104,7 +104,9 @@ class EmulatedMemory:
         lost = differs()
         if lost.any():
             threads.report(
-                "conflicting stores", lost.sum(), f"thread {access.gid[lost][0] % threads.size}, {self.name} memory"
+                "conflicting stores",
+                lost.sum(),
+                f"thread {access.gid[lost][0] % threads.size}, {self.name} memory",
             )
 
     # ------------------------------------------------------------ who reads and writes

@@ -1,7 +1,7 @@
 """Matmuls of a warp group: wgmma.mma_async, its fence, commit_group and wait_group (PTX ISA 9.7.15).
 
-A wgmma is computed when it is issued. Until it is awaited its registers are held, and what it reads of shared memory
-is watched.
+A wgmma is computed when it is issued. Until it is awaited, its registers are held, and the shared memory that it
+reads is watched.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from .matrix_instructions import (
     rows_by_k,
     write_registers,
 )
-from .memory import Access
 from .memory_instructions import locate
 from .program import DTYPES, UNSIGNED, PtxInstruction, UnknownInstruction
 from .threads import Flight, Threads
@@ -57,8 +57,8 @@ def _wgmma(i: PtxInstruction) -> Action | None:
 def matrix_rows(descriptor: int, rows: int, transposed: bool) -> tuple[Array, int]:
     """(where a matrix's 16-byte rows of core matrices lie in a program's shared memory, the last one's end).
 
-    Not transposed (K-major): [rows, 2], the 32 bytes of K that an instruction takes. Transposed (MN-major), of 16-bit
-    elements: [16 of K, rows / 8]. Rows are those of A, or the columns of B. PTX ISA 9.7.15.5.1.
+    Not transposed (K-major): [rows, 2], the 32 bytes of K that an instruction takes. Transposed (MN-major), of
+    16-bit elements: [16 of K, rows / 8]. Rows are those of A, or the columns of B. PTX ISA 9.7.15.5.1.
     """
     if descriptor >> 49 & 7:
         raise UnknownInstruction(f"base offset of the matrix descriptor {descriptor:#x}")
@@ -131,7 +131,7 @@ class SharedMatrix:
 
 
 def _asynchronous_matmul(i: PtxInstruction) -> Action | None:
-    """wgmma.mma_async.sync.aligned.m64nNkK.{type of D, A, B} d, a, b, scale of d, signs of a and b, transposed a and b.
+    """wgmma.mma_async.sync.aligned.m64nNkK.{types of D, A, B} d, a, b, scale of d, signs, transpositions.
 
     Integers have no signs, only 16-bit floats can be transposed, and only in shared memory.
     """
@@ -146,32 +146,105 @@ def _asynchronous_matmul(i: PtxInstruction) -> Action | None:
         return None
     names, in_registers = i.values(0), isinstance(i.operands[1], tuple)
     flags = [int(i.operand(k)) for k in range(4, len(i.operands))]
-    signs, turned = ((1, 1), flags) if result == "s32" else (tuple(flags[:2]), flags[2:])
-    trans_a, trans_b = (bool(flag) for flag in ((0, *turned, 0) if in_registers else (*turned, 0, 0))[:2])
+    turned = flags[2:]
+    if len(flags) != (0 if result == "s32" else 2) + (2 - in_registers if ELEMENT_BYTES[kind] == 2 else 0):
+        return None
+    trans_a, trans_b = (bool(flag) for flag in ([0] if in_registers or not turned else []) + (turned or [0]))
+    negative = result != "s32" and flags[0] * flags[1] < 0
     a_names = i.values(1) if in_registers else ()
     a_shared = None if in_registers else SharedMatrix(reader(i.operand(1), "u64"), 64, kind, trans_a)
     b_shared = SharedMatrix(reader(i.operand(2), "u64"), columns, other, trans_b)
-    keeps = reader(i.operand(3), "pred")
+    scale = reader(i.operand(3), "pred")
     held = tuple(dict.fromkeys((*names, *a_names)))
 
     def multiply(threads: Threads) -> None:
-        b_places = b_shared.places(threads)
+        places = b_places = b_shared.places(threads)
         if a_shared is None:
             words = registers(threads, a_names, DTYPES["b32"])
             a = element_values(kind, rows_by_k(words, ELEMENT_BYTES[kind]), threads.numerics)
-            places = b_places
+            a = a.reshape(len(places), 64, -1)
         else:
             a_places = a_shared.places(threads)
             a = a_shared.values(threads, a_places)
             places = np.concatenate((a_places, b_places), axis=1)
-        b = b_shared.values(threads, b_places)
-        access = _issued(threads, places, held)
-        d = multiplied(
-            a.reshape(len(places), 64, -1) * np.float32(signs[0]),
-            b.transpose(0, 2, 1) * np.float32(signs[1]),
-            _kept(threads, keeps, names, accumulated),
-            kind, result, bool(form[6]), threads,
-        )
+        b = b_shared.values(threads, b_places).transpose(0, 2, 1)
+        c = _accumulated(threads, names, accumulated, threads.active_values(scale(threads)))
+        _issue(threads, places, held)
+        d = multiplied(-a if negative else a, b, c, kind, result, bool(form[6]), threads)
         write_registers(threads, names, accumulator_registers(d.reshape(-1, 16, columns)))
 
     return of_whole(GROUP, multiply)
+
+
+def _accumulated(threads: Threads, names: tuple[str, ...], dtype: np.dtype[Any], scale: Array) -> Array | None:
+    """[warp groups, 64, N]: what the product is added to; None where the instruction's scale of D is 0."""
+    if not scale.any():
+        return None
+    values = registers(threads, names, dtype)
+    if not scale.all():
+        values = np.where(scale, values, dtype.type(0))
+    matrix = accumulators(values)
+    return matrix.reshape(-1, 64, matrix.shape[-1])
+
+
+# ---------------------------------------------------------------- on their way
+
+
+def _issue(threads: Threads, places: Array, held: tuple[str, ...]) -> None:
+    """Notes what a wgmma reads, [warp groups, 16-byte rows], and the registers that it holds."""
+    heads, shared = threads.active[::GROUP], threads.shared
+    access = threads.access(places.ravel(), 16, np.repeat(heads, places.shape[1]), wide=True)
+    shared.saw_read(access, threads)
+    threads.tallies.accessed(threads, "shared", "read", access.start, 16)
+    np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), 1)
+    threads.products.append(Flight(heads, threads.product_group[heads], {"access": access, "registers": held}))
+    _hold(threads, heads, held)
+
+
+def _hold(threads: Threads, heads: Array, names: tuple[str, ...]) -> None:
+    groups = np.zeros(threads.lanes // GROUP, bool)
+    groups[heads // GROUP] = True
+    for name in names:
+        old = threads.held.get(name)
+        threads.held[name] = groups if old is None else old | groups
+
+
+def _commit(threads: Threads) -> None:
+    threads.product_group[threads.active] += 1
+
+
+def _wait(threads: Threads, left: int) -> None:
+    """Finishes the wgmma of a warp group but those of its last `left` groups and those not yet committed."""
+    flying = []
+    for flight in threads.products:
+        done = threads.mask[flight.lanes] & (flight.group < threads.product_group[flight.lanes] - left)
+        if done.any():
+            _finish(threads, _part(flight, done))
+        if not done.all():
+            flying.append(_part(flight, ~done))
+    if len(flying) == len(threads.products) and all(a is b for a, b in zip(flying, threads.products, strict=True)):
+        return
+    threads.products = flying
+    threads.held = {}
+    for flight in flying:
+        _hold(threads, flight.lanes, flight.detail["registers"])
+
+
+def _finish(threads: Threads, flight: Flight) -> None:
+    access, shared = flight.detail["access"], threads.shared
+    np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), -1)
+    # Writes until now were reported as of what a wgmma reads; from here on they race with a read of this epoch.
+    lanes = np.repeat(flight.lanes, len(access.start) // len(flight.lanes))
+    program = threads.program_of[lanes]
+    shared.read_until_now(replace(access, epoch=threads.epoch[program], warp_epoch=threads.warp_epoch[lanes >> 5]))
+
+
+def _part(flight: Flight, some: Array) -> Flight:
+    """The flight of some of its warp groups."""
+    if some.all():
+        return flight
+    access = flight.detail["access"]
+    rows = np.repeat(some, len(access.start) // len(some))
+    fields = ("start", "gid", "program", "epoch", "warp_epoch")
+    access = replace(access, **{name: getattr(access, name)[rows] for name in fields})
+    return Flight(flight.lanes[some], flight.group[some], {**flight.detail, "access": access})
