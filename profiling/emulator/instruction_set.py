@@ -110,7 +110,7 @@ def literal(text: str, dtype: np.dtype[Any]) -> Array:
     if re.fullmatch(r"0[dD][0-9A-Fa-f]{16}", text):
         return np.array([int(text[2:], 16)], np.uint64).view(dtype)
     try:
-        number = int(text, 0)
+        number = int(text.removesuffix("U"), 0)
     except ValueError:
         raise UnknownInstruction(f"operand {text}") from None
     if dtype == np.bool_:

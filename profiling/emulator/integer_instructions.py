@@ -32,10 +32,10 @@ def _add(i: PtxInstruction) -> Action | None:
     return computes(i, np.add if i.opcode == "add" else np.subtract, i.kind, i.kind)
 
 
-@executes("mul", "mul24")
+@executes("mul")
 def _multiply(i: PtxInstruction) -> Action | None:
     found = form(i, r"(?P<part>lo|hi|wide)\." + _INTEGER)
-    if found is None or i.opcode != "mul":
+    if found is None:
         return None
     function = _product(i.kind, found["part"])
     return None if function is None else computes(i, function, i.kind, i.kind)
@@ -297,7 +297,7 @@ def _count(i: PtxInstruction) -> Action | None:
             return found.sum(axis=1).astype(np.uint32)
         if i.opcode == "clz":
             return np.where(found.any(axis=1), found.argmax(axis=1), bits).astype(np.uint32)
-        return np.packbits(found, axis=1, bitorder="little")[:, :].copy().view(x.dtype).ravel()
+        return np.packbits(found, axis=1, bitorder="little").view(x.dtype).ravel()
 
     return computes(i, count, i.kind)
 
@@ -337,7 +337,9 @@ _COMPARISONS: Mapping[str, Callable[[Array, Array], Array]] = {
 
 @executes("setp")
 def _compare(i: PtxInstruction) -> Action | None:
-    found = form(i, r"(?P<test>eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.(?:(?P<join>and|or|xor)\.)?(?P<kind>[bus](16|32|64))")
+    found = form(
+        i, r"(?P<test>eq|ne|lt|le|gt|ge|lo|ls|hi|hs)\.(?:(?P<join>and|or|xor)\.)?(?P<kind>[bus](16|32|64))"
+    )
     if found is None:
         return None
     test, kind = found["test"], found["kind"]

@@ -36,7 +36,9 @@ class Numerics:
 def bf16_bits(values: Array) -> Array:
     """float32 to bfloat16, to nearest, ties to even; any NaN becomes 0x7FFF, as cvt does (PTX ISA 9.7.9.21)."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    nearest = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    nearest = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+        np.uint16
+    )
     return np.where(np.isnan(values), np.uint16(0x7FFF), nearest)
 
 
@@ -60,5 +62,59 @@ def tf32_values(bits: Array, numerics: Numerics) -> Array:
     return (bits & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def odd_float32(values: Array) -> Array:
+    """float64 to float32, an inexact one to the neighbour with an odd last bit: rounding that further rounds once."""
+    near = values.astype(np.float32)
+    error = values - near
+    inexact = (error != 0) & np.isfinite(near)
+    bits = near.view(np.int32)
+    # Towards the value: up the bits where it is larger in magnitude.
+    step = np.where((error > 0) == (near.view(np.int32) >= 0), 1, -1).astype(np.int32)
+    odd = np.where(inexact & (bits & 1 == 0), bits + step, bits)
+    return odd.view(np.float32)
+
+
+def flushed(values: Array) -> Array:
+    """Subnormals become zeros of their sign."""
+    small = np.abs(values) < _TINY
+    return np.where(small, np.copysign(np.float32(0), values), values) if small.any() else values
+
+
+_TINY = np.array(2.0**-126, np.float32)
+
+
 # (to values, to bits) of the 16-bit formats.
 HALVES = {"bf16": (bf16_values, bf16_bits), "f16": (f16_values, f16_bits)}
+
+
+# ---------------------------------------------------------------- operations
+
+
+def greatest(x: Array, y: Array, *, nan: bool) -> Array:
+    """The greater of two, +0 above -0; of a NaN and a number the number, or NaN."""
+    return (np.maximum if nan else np.fmax)(x, y)
+
+
+def least(x: Array, y: Array, *, nan: bool) -> Array:
+    return (np.minimum if nan else np.fmin)(x, y)
+
+
+def fused_float32(x: Array, y: Array, z: Array) -> Array:
+    """x * y + z in float32."""
+    return (x.astype(np.float64) * y + z).astype(np.float32)
+
+
+def fused_half(x: Array, y: Array, z: Array) -> Array:
+    return odd_float32(x.astype(np.float64) * y + z)
+
+
+def fused_float64(x: Array, y: Array, z: Array) -> Array:
+    return x * y + z
+
+
+# ---------------------------------------------------------------- approximations
+
+
+def approximated(name: str, exact: Array, seed: int | None) -> Array:
+    """float32 of a float64 result."""
+    return exact.astype(np.float32)
