@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,11 @@ from .numerics import Numerics, bf16_values, f16_values, tf32_values
 from .program import DTYPES, UNSIGNED, PtxInstruction
 from .threads import Threads
 
-# Operands of a matmul and the bytes of an element.
-ELEMENT_BYTES = {"bf16": 2, "f16": 2, "tf32": 4, "e4m3": 1, "e5m2": 1, "s8": 1, "u8": 1}
-INTEGERS = ("s8", "u8")
-# An eight of 16-bit elements: numpy gathers 16 bytes fastest as one number.
+# Sixteen bytes at once: numpy gathers them fastest as one number.
 SIXTEEN_BYTES = np.dtype(np.complex128)
 
 
-# ---------------------------------------------------------------- elements
+# ---------------------------------------------------------------- types
 
 
 def _e4m3_table() -> Array:
@@ -44,9 +42,17 @@ _TABLES = {
     "s8": np.arange(256, dtype=np.uint8).view(np.int8).astype(np.float32),
     "u8": np.arange(256).astype(np.float32),
 }
+_BYTES = {"bf16": 2, "f16": 2, "tf32": 4, **dict.fromkeys(_TABLES, 1)}
+_INTEGERS = ("s8", "u8")
+# Results and the operands that they are of.
+_MULTIPLIED = {
+    "f32": ("bf16", "f16", "tf32", "e4m3", "e5m2"),
+    "f16": ("f16", "e4m3", "e5m2"),
+    "s32": _INTEGERS,
+}
 
 
-def element_values(kind: str, bits: Array, numerics: Numerics) -> Array:
+def _values(kind: str, bits: Array, numerics: Numerics) -> Array:
     """float32 values of operands that are given as unsigned integers of their size."""
     if kind == "bf16":
         return bf16_values(bits)
@@ -54,8 +60,56 @@ def element_values(kind: str, bits: Array, numerics: Numerics) -> Array:
         return f16_values(bits)
     if kind == "tf32":
         return tf32_values(bits, numerics)
-    table: Array = _TABLES[kind][bits]
-    return table
+    values: Array = _TABLES[kind][bits]
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulTypes:
+    """The types of d = a b + c: those of a and b in PTX, and `result` of c and d.
+
+    saturates   whether int32 is clamped to its ends
+    warp_group  whether it is a wgmma
+    """
+
+    result: str
+    a: str
+    b: str
+    saturates: bool = False
+    warp_group: bool = False
+
+    @property
+    def known(self) -> bool:
+        return self.a in _MULTIPLIED.get(self.result, ()) and (self.a == self.b or self.b in _INTEGERS)
+
+    @property
+    def element(self) -> int:
+        """Bytes of an operand's element."""
+        return _BYTES[self.a]
+
+    @property
+    def accumulators(self) -> np.dtype[Any]:
+        """What a register of c and d is read as: two float16 as uint32."""
+        return DTYPES["b32" if self.result == "f16" else self.result]
+
+    def multiply(self, a: Array, b: Array, c: Array | None, threads: Threads, *, negative: bool = False) -> Array:
+        """a b + c, or c - a b: bits of a [..., M, K] and of b transposed, [..., N, K]; c [..., M, N] or None."""
+        left = _values(self.a, a, threads.numerics)
+        right = _values(self.b, b, threads.numerics).swapaxes(-1, -2)
+        if negative:
+            left = -left
+        if self.result == "s32":
+            return integer_matmul(left, right, c, self.saturates)
+        return matmul(
+            left,
+            right,
+            c,
+            self.a,
+            threads.numerics,
+            threads.program.arch,
+            result=self.result,
+            warp_group=self.warp_group,
+        )
 
 
 # ---------------------------------------------------------------- fragments
@@ -154,7 +208,7 @@ def _load_matrices(i: PtxInstruction) -> Action | None:
         lanes, starts = _rows_given(threads, address(threads), count)
         memory, start = locate(threads, "shared", starts, 16, lanes, "read")
         memory.saw_read(threads.access(start, 16, lanes), threads)
-        threads.tallies.accessed(threads, "shared", "read", start, 16)
+        threads.tallies.accessed(threads, "shared", "read", start, 16, lanes)
         tiles = memory.gather(start, SIXTEEN_BYTES).view(np.uint16).reshape(-1, count, 8, 8)
         tiles = tiles.transpose(1, 0, 3, 2) if transposed else tiles.transpose(1, 0, 2, 3)
         write_registers(threads, names, np.ascontiguousarray(tiles).view(np.uint32).reshape(count, -1))
@@ -176,7 +230,7 @@ def _store_matrices(i: PtxInstruction) -> Action | None:
         tiles = tiles.transpose(1, 0, 3, 2) if transposed else tiles.transpose(1, 0, 2, 3)
         words = np.ascontiguousarray(tiles).view(np.uint32).reshape(-1, 4)
         memory.put(threads.access(start, 16, lanes), list(words.T), threads)
-        threads.tallies.accessed(threads, "shared", "write", start, 16)
+        threads.tallies.accessed(threads, "shared", "write", start, 16, lanes)
 
     return of_whole(32, store)
 
@@ -214,43 +268,18 @@ def _multiply(i: PtxInstruction) -> Action | None:
     if form is None:
         return None
     depth, saturates, result, kind, other, summed = int(form[1]), bool(form[2]), *form.groups()[2:]
-    accumulated = accumulator_dtype(result, kind, other)
-    if accumulated is None or result != summed:
+    types = MatmulTypes(result, kind, other, saturates)
+    if not types.known or result != summed:
         return None
     names, a_names, b_names, c_names = (i.values(k) for k in range(4))
-    element = ELEMENT_BYTES[kind]
+    element = types.element
     if (len(a_names), len(b_names)) != (depth * element // 8, depth * element // 16):
         return None
 
     def multiply(threads: Threads) -> None:
-        a = element_values(kind, rows_by_k(registers(threads, a_names, DTYPES["b32"]), element), threads.numerics)
-        b = element_values(
-            other, columns_by_k(registers(threads, b_names, DTYPES["b32"]), element), threads.numerics
-        ).transpose(0, 2, 1)
-        c = accumulators(registers(threads, c_names, accumulated))
-        d = multiplied(a, b, c, kind, result, saturates, threads)
-        write_registers(threads, names, accumulator_registers(d))
+        a = rows_by_k(registers(threads, a_names, DTYPES["b32"]), element)
+        b = columns_by_k(registers(threads, b_names, DTYPES["b32"]), element)
+        c = accumulators(registers(threads, c_names, types.accumulators))
+        write_registers(threads, names, accumulator_registers(types.multiply(a, b, c, threads)))
 
     return of_whole(32, multiply)
-
-
-def accumulator_dtype(result: str, kind: str, other: str) -> np.dtype[Any] | None:
-    """What registers of accumulators hold, uint32 for pairs of float16; None for types that are unknown here."""
-    same_class = {"e4m3": ("e4m3", "e5m2"), "e5m2": ("e4m3", "e5m2"), "s8": INTEGERS, "u8": INTEGERS}
-    if kind not in ELEMENT_BYTES or other not in same_class.get(kind, (kind,)):
-        return None
-    if kind in INTEGERS:
-        return DTYPES["s32"] if result == "s32" else None
-    if result == "f16":
-        return DTYPES["b32"] if kind in ("f16", "e4m3", "e5m2") else None
-    return DTYPES["f32"] if result == "f32" else None
-
-
-def multiplied(
-    a: Array, b: Array, c: Array | None, kind: str, result: str, saturates: bool, threads: Threads
-) -> Array:
-    """a b + c in the accumulators' type: "f32", "f16" or "s32"."""
-    if result == "s32":
-        return integer_matmul(a, b, c, saturates)
-    total = matmul(a, b, c, kind, threads.numerics, threads.program.arch)
-    return total.astype(np.float16) if result == "f16" else total

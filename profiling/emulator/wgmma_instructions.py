@@ -9,19 +9,15 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from .instruction_set import Action, Array, Reader, executes, reader
 from .matrix_instructions import (
-    ELEMENT_BYTES,
     SIXTEEN_BYTES,
-    accumulator_dtype,
+    MatmulTypes,
     accumulator_registers,
     accumulators,
-    element_values,
-    multiplied,
     of_whole,
     registers,
     rows_by_k,
@@ -32,6 +28,8 @@ from .program import DTYPES, UNSIGNED, PtxInstruction, UnknownInstruction
 from .threads import Flight, Threads
 
 GROUP = 128
+# Of the dtype of counts: numpy adds another by a path that is forty times as slow.
+_ONE = np.int16(1)
 
 
 @executes("wgmma")
@@ -44,7 +42,7 @@ def _wgmma(i: PtxInstruction) -> Action | None:
             return of_whole(GROUP, _commit)
         case "wait_group":
             left = int(i.operand(0))
-            return lambda threads: _wait(threads, left)
+            return of_whole(GROUP, lambda threads: _wait(threads, left))
         case "mma_async":
             return _asynchronous_matmul(i)
     return None
@@ -83,11 +81,11 @@ def matrix_rows(descriptor: int, rows: int, transposed: bool) -> tuple[Array, in
 
 @dataclass(frozen=True)
 class SharedMatrix:
-    """An operand that a descriptor tells of: `rows` of A or columns of B, by 32 bytes of K."""
+    """An operand that a descriptor tells of: `rows` of A, or columns of B, of 32 bytes of K."""
 
     descriptor: Reader
     rows: int
-    kind: str
+    element: int
     transposed: bool
 
     def places(self, threads: Threads) -> Array:
@@ -117,14 +115,12 @@ class SharedMatrix:
             )
         return spaces[:, None] + at.ravel()
 
-    def values(self, threads: Threads, places: Array) -> Array:
-        """[warp groups, rows, K] as float32."""
-        bits = threads.shared.gather(places, SIXTEEN_BYTES).view(UNSIGNED[ELEMENT_BYTES[self.kind]])
+    def bits(self, threads: Threads, places: Array) -> Array:
+        """[warp groups, rows, K] as unsigned integers."""
+        bits = threads.shared.gather(places, SIXTEEN_BYTES).view(UNSIGNED[self.element])
         if self.transposed:
-            bits = bits.reshape(len(places), 16, self.rows).transpose(0, 2, 1)
-        else:
-            bits = bits.reshape(len(places), self.rows, -1)
-        return element_values(self.kind, bits, threads.numerics)
+            return bits.reshape(len(places), 16, self.rows).transpose(0, 2, 1)
+        return bits.reshape(len(places), self.rows, -1)
 
 
 # ---------------------------------------------------------------- the matmul
@@ -140,20 +136,23 @@ def _asynchronous_matmul(i: PtxInstruction) -> Action | None:
     )
     if form is None:
         return None
-    columns, depth, result, kind, other = int(form[1]), int(form[2]), form[3], form[4], form[5]
-    accumulated = accumulator_dtype(result, kind, other)
-    if accumulated is None or depth * ELEMENT_BYTES[kind] != 32:
+    columns, depth = int(form[1]), int(form[2])
+    types = MatmulTypes(form[3], form[4], form[5], bool(form[6]), warp_group=True)
+    if not types.known or depth * types.element != 32:
         return None
     names, in_registers = i.values(0), isinstance(i.operands[1], tuple)
     flags = [int(i.operand(k)) for k in range(4, len(i.operands))]
-    turned = flags[2:]
-    if len(flags) != (0 if result == "s32" else 2) + (2 - in_registers if ELEMENT_BYTES[kind] == 2 else 0):
+    signs = 0 if types.result == "s32" else 2
+    transpositions = (1 if in_registers else 2) if types.element == 2 else 0
+    if len(flags) != signs + transpositions:
         return None
-    trans_a, trans_b = (bool(flag) for flag in ([0] if in_registers or not turned else []) + (turned or [0]))
-    negative = result != "s32" and flags[0] * flags[1] < 0
+    negative = signs == 2 and flags[0] * flags[1] < 0
+    *trans_a, trans_b = [bool(flag) for flag in flags[signs:]] or [False]
     a_names = i.values(1) if in_registers else ()
-    a_shared = None if in_registers else SharedMatrix(reader(i.operand(1), "u64"), 64, kind, trans_a)
-    b_shared = SharedMatrix(reader(i.operand(2), "u64"), columns, other, trans_b)
+    a_shared = (
+        SharedMatrix(reader(i.operand(1), "u64"), 64, types.element, any(trans_a)) if not in_registers else None
+    )
+    b_shared = SharedMatrix(reader(i.operand(2), "u64"), columns, types.element, trans_b)
     scale = reader(i.operand(3), "pred")
     held = tuple(dict.fromkeys((*names, *a_names)))
 
@@ -161,28 +160,27 @@ def _asynchronous_matmul(i: PtxInstruction) -> Action | None:
         places = b_places = b_shared.places(threads)
         if a_shared is None:
             words = registers(threads, a_names, DTYPES["b32"])
-            a = element_values(kind, rows_by_k(words, ELEMENT_BYTES[kind]), threads.numerics)
-            a = a.reshape(len(places), 64, -1)
+            a = rows_by_k(words, types.element).reshape(len(places), 64, -1)
         else:
             a_places = a_shared.places(threads)
-            a = a_shared.values(threads, a_places)
+            a = a_shared.bits(threads, a_places)
             places = np.concatenate((a_places, b_places), axis=1)
-        b = b_shared.values(threads, b_places).transpose(0, 2, 1)
-        c = _accumulated(threads, names, accumulated, threads.active_values(scale(threads)))
+        b = b_shared.bits(threads, b_places)
+        c = _accumulated(threads, names, types, threads.active_values(scale(threads)))
         _issue(threads, places, held)
-        d = multiplied(-a if negative else a, b, c, kind, result, bool(form[6]), threads)
+        d = types.multiply(a, b, c, threads, negative=negative)
         write_registers(threads, names, accumulator_registers(d.reshape(-1, 16, columns)))
 
     return of_whole(GROUP, multiply)
 
 
-def _accumulated(threads: Threads, names: tuple[str, ...], dtype: np.dtype[Any], scale: Array) -> Array | None:
+def _accumulated(threads: Threads, names: tuple[str, ...], types: MatmulTypes, scale: Array) -> Array | None:
     """[warp groups, 64, N]: what the product is added to; None where the instruction's scale of D is 0."""
     if not scale.any():
         return None
-    values = registers(threads, names, dtype)
+    values = registers(threads, names, types.accumulators)
     if not scale.all():
-        values = np.where(scale, values, dtype.type(0))
+        values = np.where(scale, values, values.dtype.type(0))
     matrix = accumulators(values)
     return matrix.reshape(-1, 64, matrix.shape[-1])
 
@@ -195,9 +193,10 @@ def _issue(threads: Threads, places: Array, held: tuple[str, ...]) -> None:
     heads, shared = threads.active[::GROUP], threads.shared
     access = threads.access(places.ravel(), 16, np.repeat(heads, places.shape[1]), wide=True)
     shared.saw_read(access, threads)
-    threads.tallies.accessed(threads, "shared", "read", access.start, 16)
-    np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), 1)
-    threads.products.append(Flight(heads, threads.product_group[heads], {"access": access, "registers": held}))
+    threads.tallies.matmul_read(threads, 16 * places.size)
+    np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), _ONE)
+    detail = {"access": access, "registers": held}
+    threads.products.append(Flight(heads, threads.product_group[heads], detail))
     _hold(threads, heads, held)
 
 
@@ -232,7 +231,7 @@ def _wait(threads: Threads, left: int) -> None:
 
 def _finish(threads: Threads, flight: Flight) -> None:
     access, shared = flight.detail["access"], threads.shared
-    np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), -1)
+    np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), -_ONE)
     # Writes until now were reported as of what a wgmma reads; from here on they race with a read of this epoch.
     lanes = np.repeat(flight.lanes, len(access.start) // len(flight.lanes))
     program = threads.program_of[lanes]
