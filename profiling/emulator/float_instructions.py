@@ -1,6 +1,7 @@
-"""Floats: float32, float64, and bfloat16 and float16 alone or in pairs (PTX ISA 9.7.3, 9.7.4, 9.7.6).
+"""Floats: float32, float64, and bfloat16 and float16 alone or in pairs (PTX ISA 9.7.3, 9.7.4, 9.7.6, 9.7.7).
 
-16-bit floats are computed in float32, or float64 where that would round twice, and rounded to nearest once.
+Each instruction is computed as written, rounded to nearest. ptxas may fuse a `mul` and an `add` without a rounding
+modifier; nothing does here.
 """
 
 from __future__ import annotations
@@ -11,43 +12,50 @@ import numpy as np
 
 from .instruction_set import Action, Array, computes, executes, form, sources
 from .integer_instructions import sets_predicate
-from .numerics import HALVES, approximated, flushed, fused_float32, fused_float64, fused_half, greatest, least
-from .program import PtxInstruction
+from .numerics import (
+    HALVES,
+    flushed,
+    fused_float32,
+    fused_float64,
+    fused_half,
+    greatest,
+    least,
+    odd_float32,
+    perturbed,
+    saturated,
+)
+from .program import DTYPES, PtxInstruction
 from .threads import Threads
 
 Function = Callable[..., Array]
-_FLUSHED_F32 = r"(?P<ftz>ftz\.)?f32"
 _HALF = r"f16|f16x2|bf16|bf16x2"
 
 
-def on_halves(function: Function, kind: str, *, boolean: bool = False) -> Function:
-    """A function of 16-bit floats, alone or in pairs, from one of float32; its result is rounded, if a float."""
-    values, bits = HALVES[kind.removesuffix("x2")]
-    if not kind.endswith("x2"):
-        return lambda *words: bits(function(*(values(word) for word in words)))
-
-    def pairs(*words: Array) -> Array:
-        parts = [values(np.atleast_1d(word).view(np.uint16).reshape(-1, 2)) for word in words]
-        return np.ascontiguousarray(bits(function(*parts))).view(np.uint32).ravel()
-
-    return pairs
+def _values(words: Array, kind: str) -> Array:
+    """float32 of 16-bit floats: [lanes], or [lanes, 2] of pairs."""
+    values, _ = HALVES[kind.removesuffix("x2")]
+    return values(words.reshape(-1, 1).view(np.uint16) if kind.endswith("x2") else words)
 
 
-def _float(
-    i: PtxInstruction, function: Function, kind: str, count: int, *, ftz: bool, sat: bool = False
+def _words(values: Array, kind: str) -> Array:
+    """What `_values` read, of float32 that are rounded."""
+    _, bits = HALVES[kind.removesuffix("x2")]
+    return bits(values).view(DTYPES[kind]).ravel() if kind.endswith("x2") else bits(values)
+
+
+def _computes(
+    i: PtxInstruction, function: Function, count: int, *, ftz: str | None = None, sat: str | None = None
 ) -> Action:
-    """A function of `count` floats, with what its modifiers do to operands and results."""
-    kinds = [kind] * count
+    """A function of `count` floats of the instruction's kind, which its modifiers flush and saturate."""
+    kind = i.kind
+    whole = function
     if kind not in ("f32", "f64"):
-        function = on_halves(function, kind)
-    if ftz:
-        exact = function
-        function = lambda *values: flushed(exact(*map(flushed, values)))  # noqa: E731
-    if sat:
-        wide = function
-        # NaN becomes 0.
-        function = lambda *values: np.fmin(np.fmax(wide(*values), np.float32(0)), np.float32(1))  # noqa: E731
-    return computes(i, function, *kinds)
+        whole = lambda *words: _words(function(*(_values(word, kind) for word in words)), kind)  # noqa: E731
+    elif ftz:
+        whole = lambda *values: flushed(function(*map(flushed, values)))  # noqa: E731
+    if not sat:
+        return computes(i, whole, *[kind] * count)
+    return computes(i, lambda *values: saturated(whole(*values)), *[kind] * count)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -55,137 +63,143 @@ def _float(
 
 @executes("add", "sub", "mul")
 def _arithmetic(i: PtxInstruction) -> Action | None:
-    found = form(i, rf"(rn\.)?(?P<ftz>ftz\.)?(?P<sat>sat\.)?f32|(rn\.)?f64|(rn\.)?({_HALF})")
+    found = form(i, rf"(rn\.)?(?:(?P<ftz>ftz\.)?(?P<sat>sat\.)?f32|f64|{_HALF})")
     if found is None:
         return None
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[i.opcode]
-    return _float(i, function, i.kind, 2, ftz=bool(found["ftz"]), sat=bool(found["sat"]))
+    return _computes(i, function, 2, ftz=found["ftz"], sat=found["sat"])
 
 
 @executes("fma", "mad")
 def _fused(i: PtxInstruction) -> Action | None:
-    halves = rf"|rn\.(?P<relu>relu\.)?({_HALF})" if i.opcode == "fma" else r"(?P<relu>)"
-    found = form(i, rf"rn\.(?P<ftz>ftz\.)?(?P<sat>sat\.)?f32|rn\.f64{halves}")
-    if found is None:
+    found = form(i, rf"rn\.(?:(?P<ftz>ftz\.)?(?P<sat>sat\.)?f32|f64|(?P<relu>relu\.)?(?P<half>{_HALF}))")
+    if found is None or (i.opcode == "mad" and found["half"]):
         return None
-    if i.kind == "f32":
-        function: Function = fused_float32
-    elif i.kind == "f64":
-        function = fused_float64
-    else:
-        function = fused_half
-        if found["relu"]:
-            function = lambda x, y, z: greatest(fused_half(x, y, z), np.float32(0), nan=True)  # noqa: E731
-    return _float(i, function, i.kind, 3, ftz=bool(found["ftz"]), sat=bool(found["sat"]))
+    function = {"f32": fused_float32, "f64": fused_float64}.get(i.kind, fused_half)
+    if found["relu"]:
+        return _computes(i, lambda x, y, z: greatest(fused_half(x, y, z), np.float32(0), nan=True), 3)
+    return _computes(i, function, 3, ftz=found["ftz"], sat=found["sat"])
 
 
 @executes("min", "max")
 def _extreme(i: PtxInstruction) -> Action | None:
-    found = form(i, rf"(?P<ftz>ftz\.)?(?P<nan>NaN\.)?f32|f64|(?P<half_nan>NaN\.)?({_HALF})")
+    found = form(i, rf"(?P<ftz>ftz\.)?(?P<nan>NaN\.)?f32|f64|(?P<half_nan>NaN\.)?(?:{_HALF})")
     if found is None:
         return None
     pick, nan = (least if i.opcode == "min" else greatest), bool(found["nan"] or found["half_nan"])
-    return _float(i, lambda x, y: pick(x, y, nan=nan), i.kind, 2, ftz=bool(found["ftz"]))
+    return _computes(i, lambda x, y: pick(x, y, nan=nan), 2, ftz=found["ftz"])
 
 
 @executes("abs", "neg")
 def _sign(i: PtxInstruction) -> Action | None:
-    found = form(i, rf"{_FLUSHED_F32}|f64|{_HALF}")
+    found = form(i, rf"(?P<ftz>ftz\.)?f32|f64|(?P<half>{_HALF})")
     if found is None:
         return None
-    function = np.absolute if i.opcode == "abs" else np.negative
-    return _float(i, function, i.kind, 1, ftz=bool(found["ftz"]))
+    if not found["half"]:
+        return _computes(i, np.absolute if i.opcode == "abs" else np.negative, 1, ftz=found["ftz"])
+    sign = np.array(0x80008000 if i.kind.endswith("x2") else 0x8000, DTYPES[i.kind])
+    return computes(i, (lambda x: x & ~sign) if i.opcode == "abs" else (lambda x: x ^ sign), i.kind)
 
 
 @executes("copysign")
 def _copy_sign(i: PtxInstruction) -> Action | None:
     """The sign of a, the rest of b."""
-    return computes(i, lambda x, y: np.copysign(y, x), i.kind, i.kind) if form(i, "f32|f64") else None
+    return _computes(i, lambda x, y: np.copysign(y, x), 2) if form(i, "f32|f64") else None
 
 
 @executes("testp")
 def _test(i: PtxInstruction) -> Action | None:
-    found = form(i, r"(?P<test>finite|infinite|number|notanumber|normal|subnormal)\.(f32|f64)")
+    found = form(i, r"(?P<test>finite|infinite|number|notanumber|normal|subnormal)\.(?P<kind>f32|f64)")
     if found is None:
         return None
-    tiny = np.finfo(np.float32 if i.kind == "f32" else np.float64).tiny
+    tiny = np.finfo(DTYPES[found["kind"]]).tiny
     tests: Mapping[str, Function] = {
         "finite": np.isfinite,
         "infinite": np.isinf,
         "number": lambda x: ~np.isnan(x),
         "notanumber": np.isnan,
-        "normal": lambda x: np.isfinite(x) & (np.abs(x) >= tiny),
+        # Zeros count as normal.
+        "normal": lambda x: np.isfinite(x) & ((np.abs(x) >= tiny) | (x == 0)),
         "subnormal": lambda x: (x != 0) & (np.abs(x) < tiny),
     }
-    return computes(i, tests[found["test"]], i.kind)
+    return _computes(i, tests[found["test"]], 1)
 
 
 # ---------------------------------------------------------------- divisions, roots, transcendentals
 
 
-@executes("div")
-def _divide(i: PtxInstruction) -> Action | None:
-    found = form(i, r"(?P<mode>rn|full|approx)\.(?P<ftz>ftz\.)?f32|rn\.f64")
+@executes("div", "rcp", "sqrt")
+def _rounded(i: PtxInstruction) -> Action | None:
+    found = form(i, r"rn\.(?:(?P<ftz>ftz\.)?f32|f64)")
     if found is None:
         return None
-    if i.kind == "f64" or found["mode"] == "rn":
-        return _float(i, np.divide, i.kind, 2, ftz=bool(found["ftz"]))
-    return _approximate(i, f"div.{found['mode']}", lambda x, y: x / y, 2, ftz=bool(found["ftz"]))
+    function = {"div": np.divide, "rcp": np.reciprocal, "sqrt": np.sqrt}[i.opcode]
+    return _computes(i, function, 2 if i.opcode == "div" else 1, ftz=found["ftz"])
 
 
-@executes("rcp", "sqrt")
-def _exact_root(i: PtxInstruction) -> Action | None:
-    found = form(i, r"rn\.(?P<ftz>ftz\.)?(f32|f64)")
-    if found is None or (found["ftz"] and i.kind == "f64"):
-        return None
-    one = np.array(1, np.float32 if i.kind == "f32" else np.float64)
-    function: Function = np.sqrt if i.opcode == "sqrt" else lambda x: np.divide(one, x)
-    return _float(i, function, i.kind, 1, ftz=bool(found["ftz"]))
+def _by_reciprocal(x: Array, y: Array) -> Array:
+    """div.approx multiplies by 1 / y, which is 0 past 2^126."""
+    past = (np.abs(y) > 2.0**126) & np.isfinite(y)
+    return np.where(past, x * np.copysign(0.0, y), x / y)
 
 
 _APPROXIMATE: Mapping[str, Function] = {
-    "ex2": np.exp2,
-    "lg2": np.log2,
+    "div.full": np.divide,
+    "div.approx": _by_reciprocal,
     "rcp": np.reciprocal,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
-    "sin": np.sin,
-    "cos": np.cos,
-    "tanh": np.tanh,
+    **{"ex2": np.exp2, "lg2": np.log2, "sin": np.sin, "cos": np.cos, "tanh": np.tanh},
 }
 
 
-@executes(*_APPROXIMATE)
-def _approximate_function(i: PtxInstruction) -> Action | None:
-    found = form(i, r"approx\.(?P<ftz>ftz\.)?f32")
-    if found is None or (i.opcode == "tanh" and found["ftz"]):
+@executes("div", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh")
+def _approximate(i: PtxInstruction) -> Action | None:
+    """Computed in float64 and rounded; with an error before, where the run wants one."""
+    found = form(i, r"(?P<mode>approx|full)\.(?P<ftz>ftz\.)?f32")
+    if found is None or (found["mode"] == "full" and i.opcode != "div") or (found["ftz"] and i.opcode == "tanh"):
         return None
-    return _approximate(i, i.opcode, _APPROXIMATE[i.opcode], 1, ftz=bool(found["ftz"]))
-
-
-@executes("ex2", "tanh")
-def _approximate_half(i: PtxInstruction) -> Action | None:
-    """Of ex2, bfloat16 alone must flush subnormals, and float16 cannot."""
-    known = {"ex2": r"approx\.(f16|f16x2|ftz\.bf16|ftz\.bf16x2)", "tanh": rf"approx\.({_HALF})"}
-    if not form(i, known[i.opcode]):
-        return None
-    function = _APPROXIMATE[i.opcode]
-    exact = on_halves(lambda x: function(x.astype(np.float64)).astype(np.float32), i.kind)
-    return computes(i, exact, i.kind)
-
-
-def _approximate(i: PtxInstruction, name: str, function: Function, count: int, *, ftz: bool) -> Action:
-    """A function computed in float64, rounded, and made to err where the run wants that."""
-    result = i.operand(0)
-    operands = sources(i, *["f32"] * count)
+    ftz = bool(found["ftz"])
+    name = f"{i.opcode}.{found['mode']}" if i.opcode == "div" else i.opcode
+    function, result = _APPROXIMATE[name], i.operand(0)
+    operands = sources(i, *["f32"] * (2 if i.opcode == "div" else 1))
 
     def approximate(threads: Threads) -> None:
         values = [operand(threads) for operand in operands]
         if ftz:
             values = [flushed(value) for value in values]
         exact = function(*(value.astype(np.float64) for value in values))
-        value = approximated(name, exact, threads.numerics.perturb)
+        if threads.numerics.perturb is not None:
+            exact = perturbed(name, exact, values, threads.numerics.perturb)
+        value = exact.astype(np.float32)
         threads.write(result, flushed(value) if ftz else value)
+
+    return approximate
+
+
+@executes("ex2", "tanh")
+def _approximate_half(i: PtxInstruction) -> Action | None:
+    """ex2 of bfloat16 is always flushed, that of float16 never."""
+    known = {
+        "ex2": r"approx\.(?:f16|f16x2|(?P<ftz>ftz\.)(?:bf16|bf16x2))",
+        "tanh": rf"approx\.(?P<ftz>)(?:{_HALF})",
+    }
+    found = form(i, known[i.opcode])
+    if found is None:
+        return None
+    function, result, kind, ftz = _APPROXIMATE[i.opcode], i.operand(0), i.kind, bool(found["ftz"])
+    name = f"{i.opcode}.{kind.removesuffix('x2')}"
+    (operand,) = sources(i, kind)
+
+    def approximate(threads: Threads) -> None:
+        values = _values(operand(threads), kind)
+        if ftz:
+            values = flushed(values)
+        exact = function(values.astype(np.float64))
+        if threads.numerics.perturb is not None:
+            exact = perturbed(name, exact, [values], threads.numerics.perturb)
+        value = odd_float32(exact)
+        threads.write(result, _words(flushed(value) if ftz else value, kind))
 
     return approximate
 
@@ -193,18 +207,17 @@ def _approximate(i: PtxInstruction, name: str, function: Function, count: int, *
 # ---------------------------------------------------------------- comparisons
 
 
-def _unordered(test: Function) -> Function:
-    return lambda x, y: ~test(x, y)
-
-
 _COMPARISONS: Mapping[str, Function] = {
     **{"eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal},
     # False for NaN, unlike numpy's.
     "ne": lambda x, y: (x < y) | (x > y),
-    # True for NaN: the opposite of a test that is False.
-    **{"equ": lambda x, y: ~((x < y) | (x > y)), "neu": np.not_equal},
-    **{"ltu": _unordered(np.greater_equal), "leu": _unordered(np.greater)},
-    **{"gtu": _unordered(np.less_equal), "geu": _unordered(np.less)},
+    # True for NaN: the opposite of what is False.
+    "equ": lambda x, y: ~((x < y) | (x > y)),
+    "neu": np.not_equal,
+    "ltu": lambda x, y: ~(x >= y),
+    "leu": lambda x, y: ~(x > y),
+    "gtu": lambda x, y: ~(x <= y),
+    "geu": lambda x, y: ~(x < y),
     "num": lambda x, y: (x == x) & (y == y),
     "nan": lambda x, y: (x != x) | (y != y),
 }
@@ -213,30 +226,28 @@ _COMPARISONS: Mapping[str, Function] = {
 @executes("setp")
 def _compare(i: PtxInstruction) -> Action | None:
     tests = "|".join(_COMPARISONS)
-    found = form(i, rf"(?P<test>{tests})\.(?:(?P<join>and|or|xor)\.)?(?P<ftz>ftz\.)?(?P<kind>f32|f64|{_HALF})")
-    if found is None or (found["ftz"] and found["kind"] != "f32"):
+    found = form(i, rf"(?P<test>{tests})\.(?:(?P<join>and|or|xor)\.)?(?:(?P<ftz>ftz\.)?f32|f64|{_HALF})")
+    if found is None:
         return None
-    test, kind = _COMPARISONS[found["test"]], found["kind"]
-    if found["ftz"]:
-        return sets_predicate(i, lambda x, y: test(flushed(x), flushed(y)), kind, found["join"])
+    test, kind, join = _COMPARISONS[found["test"]], i.kind, found["join"]
     if kind.endswith("x2"):
-        return None if found["join"] else _compare_pairs(i, test, kind)
+        return None if join else _compare_pairs(i, test, kind)
     if kind in HALVES:
         values, _ = HALVES[kind]
-        return sets_predicate(i, lambda x, y: test(values(x), values(y)), kind, found["join"])
-    return sets_predicate(i, test, kind, found["join"])
+        return sets_predicate(i, lambda x, y: test(values(x), values(y)), kind, join)
+    if found["ftz"]:
+        return sets_predicate(i, lambda x, y: test(flushed(x), flushed(y)), kind, join)
+    return sets_predicate(i, test, kind, join)
 
 
 def _compare_pairs(i: PtxInstruction, test: Function, kind: str) -> Action:
     """p of `p|q` is the test of the lower halves, q of the upper."""
-    values, _ = HALVES[kind.removesuffix("x2")]
     names = i.operand(0).split("|")
-    operands = sources(i, kind, kind)
+    a, b = sources(i, kind, kind)
 
     def compare(threads: Threads) -> None:
-        x, y = (np.atleast_1d(operand(threads)).view(np.uint16).reshape(-1, 2) for operand in operands)
-        found = test(values(x), values(y))
-        for k, name in enumerate(names):
-            threads.write(name, np.ascontiguousarray(found[:, k]))
+        found = test(_values(a(threads), kind), _values(b(threads), kind))
+        for name, half in zip(names, found.T, strict=False):
+            threads.write(name, np.ascontiguousarray(half))
 
     return compare
