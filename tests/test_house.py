@@ -39,6 +39,7 @@ ALLOWED = {
 # what stands behind diffusers' pipelines, and the way from a prompt to an image.
 ALLOWED_TO = {
     "profiling/sweep/cluster.py": {"ray"},
+    "profiling/emulator/pytest_plugin.py": {"pytest"},
     "model/dropin": {"diffusers", "numpy", "ldmperf.samplers"},
     "model/pipeline": {"transformers", "PIL", "ldmperf.samplers"},
 }
@@ -48,7 +49,7 @@ NAMED_AS_THEIR_HOSTS = {"kernels/layers.py", "model/dropin/stand_ins.py"}
 
 # The rooms of profiling and the files beside them, in their order: each imports only those above it.
 ROOMS = (
-    *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static"),
+    *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static", "emulator"),
     *("trajectory", "pipelines", "rivals", "kernel_bench", "ahead", "sweep", "record_files", "figures", "claims"),
     *("compare", "export"),
     *("report", "commands", "cli"),

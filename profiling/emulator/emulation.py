@@ -1,36 +1,33 @@
 """An emulated GPU: inside `emulated("sm_90")`, Triton kernels launched on CPU tensors run in the emulator.
 
-It is a driver of Triton's, so that all else is Triton's own: binding arguments, compiling, caching, autotuning,
-heuristics, hooks. ldmperf's operators plan for the chip and take the CPU's tensors.
+Anybody's kernels do, compiled by Triton as for the chip. ldmperf's operators plan for the chip and take the CPU's
+tensors. `torch.empty` gives memory that is told to be uninitialised (poison.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ldmperf.kernels import Chip
-from ldmperf.kernels._launch import planned_for
+from ldmperf.kernels import Chip, planned_for
 
 from ..machines import MACHINES, Machine
 from ..options import CaseError
-from ..static.compile import target
-from ..static.ptx import global_accesses
+from .emulated_driver import EmulatedDriver, LoadedKernel, run_once, scalar_bits
 from .execution import Code, code_of, run
-from .findings import Findings
+from .findings import KINDS, Findings
 from .global_memory import GlobalMemory
 from .numerics import Numerics
 from .poison import poison, poisoned, poisoned_allocations
-from .program import DTYPES, UnknownInstruction
+from .program import UnknownInstruction
 from .tallies import Tallies
 from .threads import Grid
 
@@ -41,33 +38,29 @@ class FindingsError(AssertionError):
     """A launch had findings; the message has a line for each."""
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    """What Triton loads: a kernel's name, its code, and the types of the parameters that are passed to it."""
-
-    name: str
-    ptx: str
-    shared: int
-    signature: tuple[tuple[str, str], ...]
-
-
 @dataclass
 class Emulation:
     """What ran since `emulated` began, and how.
 
-    findings   of all launches; `tallies` their counts, in order, where `tallied`
+    strict     a launch that has findings raises FindingsError
     edit       changes a kernel's PTX before it runs: for tests of the checks
-    launched   called after each launch
+    findings   of all launches, or since `raise_findings`; `raised` how many it has raised
+    tallies    what each launch counted, where `tallied`
+    kernels    the names of those that ran, in `launches` launches of `seconds`; `instructions` of single threads
     """
 
     machine: Machine
     numerics: Numerics = field(default_factory=Numerics)
+    strict: bool = False
     tallied: bool = False
     edit: Callable[[str], str] | None = None
-    launched: Callable[[Emulation], None] | None = None
     findings: Findings = field(default_factory=Findings)
+    raised: int = 0
     tallies: list[Tallies] = field(default_factory=list)
+    kernels: set[str] = field(default_factory=set)
     launches: int = 0
+    instructions: int = 0
+    seconds: float = 0.0
 
     @property
     def chip(self) -> Chip:
@@ -80,187 +73,114 @@ class Emulation:
 
     def check_written(self, *tensors: Tensor) -> None:
         """Reports elements of tensors that were uninitialised and that nothing has written since."""
+        __tracebackhide__ = True
         for tensor in tensors:
             missing = int(poisoned(tensor).sum())
             if missing:
                 self.findings.add("unwritten result", None, missing, f"elements of {tensor.numel()}")
+        if self.strict:
+            self.raise_findings()
 
     def raise_findings(self) -> None:
         """FindingsError with all findings since the last call, if there are any."""
-        found, self.findings = self.findings, Findings()
+        __tracebackhide__ = True
+        found, self.findings = self.findings, Findings(self.findings.kernel)
         if found:
+            self.raised += len(found)
             raise FindingsError("\n".join(map(str, found)))
 
-    def launch(self, kernel: _Kernel, grid: Sequence[int], arguments: Sequence[Any]) -> None:
+    @contextlib.contextmanager
+    def expecting(self, *kinds: str) -> Iterator[Findings]:
+        """Inside, launches have findings of these kinds, each at least once, and of no others; yields them.
+
+        Raises FindingsError at the end where that is not so, ValueError for what is no kind of finding.
+        """
+        __tracebackhide__ = True
+        if unknown := sorted(set(kinds) - KINDS.keys()):
+            raise ValueError(f"no kind of finding: {', '.join(unknown)}; there are {', '.join(KINDS)}")
+        outer = self.findings, self.strict
+        found = self.findings = Findings(self.findings.kernel)
+        self.strict = False
+        try:
+            yield found
+        finally:
+            self.findings, self.strict = outer
+        lines = [str(finding) for finding in found if finding.kind not in kinds]
+        lines += [f"{kind}: expected, and not found" for kind in kinds if kind not in found.kinds]
+        if lines:
+            self.raised += len(lines)
+            raise FindingsError("\n".join(lines))
+
+    def launch(self, kernel: LoadedKernel, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
         """Runs a kernel with the arguments of its signature on CPU tensors."""
+        __tracebackhide__ = True
+        begun = time.perf_counter()
         self.findings.kernel = kernel.name
         passed = [
-            (kind, getattr(value, "base", value))
-            for (_, kind), value in zip(kernel.signature, arguments, strict=True)
+            (name, kind, _unwrapped(value))
+            for (name, kind), value in zip(kernel.signature, arguments, strict=True)
         ]
-        tensors = [value for _, value in passed if isinstance(value, Tensor)]
-        _check_tensors(kernel, passed)
-        code = _code(kernel.ptx if self.edit is None else self.edit(kernel.ptx))
-        accesses = global_accesses(kernel.ptx, kernel.signature)
-        stored = {access.argument for access in accesses if access.store}
-        names = [name for (name, _), (_, v) in zip(kernel.signature, passed, strict=True) if isinstance(v, Tensor)]
-        memory = GlobalMemory(
-            tensors,
-            [name in stored or "?" in stored for name in names],
-            code.program.granules["global"],
-        )
-        values = [memory.address(value) if isinstance(value, Tensor) else value for _, value in passed]
-        tallies = Tallies(code.program, detailed=self.tallied)
-        launched = Grid((grid[0], grid[1], grid[2]), _parameters(code, values), kernel.shared)
-        run(code, launched, memory, self.findings, tallies, self.numerics)
+        _check_pointers(kernel, passed)
+        tensors = {name: value for name, kind, value in passed if kind.startswith("*")}
+        try:
+            code = _code(kernel.ptx if self.edit is None else self.edit(kernel.ptx))
+            memory = GlobalMemory(
+                list(tensors.values()),
+                [name in kernel.stored for name in tensors],
+                code.program.granules["global"],
+            )
+            values = [
+                scalar_bits("u64", memory.address(value)) if name in tensors else scalar_bits(kind, value)
+                for name, kind, value in passed
+            ]
+            tallies = Tallies(code.program, detailed=self.tallied)
+            run(
+                code,
+                Grid(grid, _parameters(code, values), kernel.shared),
+                memory,
+                self.findings,
+                tallies,
+                self.numerics,
+            )
+        except UnknownInstruction as unknown:
+            raise UnknownInstruction(f"{kernel.name} has what is not emulated: {unknown}") from None
         memory.copy_back()
         self.launches += 1
+        self.kernels.add(kernel.name)
+        self.instructions += tallies.instructions
         if self.tallied:
             self.tallies.append(tallies)
-        if self.launched is not None:
-            self.launched(self)
+        self.seconds += time.perf_counter() - begun
+        if self.strict:
+            self.raise_findings()
 
 
 # Kernels are few, and decoding one takes as long as running it on a small tensor.
 _code = functools.lru_cache(maxsize=256)(code_of)
 
 
-def _check_tensors(kernel: _Kernel, passed: Sequence[tuple[str, Any]]) -> None:
-    for kind, value in passed:
-        if isinstance(value, Tensor) and value.device.type != "cpu":
-            raise CaseError(f"{kernel.name} is emulated: its tensors must be on the CPU, one is on {value.device}")
-        if kind.startswith("*") and not isinstance(value, Tensor):
-            raise CaseError(
-                f"{kernel.name} is emulated: {value!r} is passed for a pointer, which takes a CPU tensor"
-            )
+def _unwrapped(value: Any) -> Any:
+    """The tensor that `triton.reinterpret` wrapped, any other value as it is."""
+    base = None if isinstance(value, Tensor) else getattr(value, "base", None)
+    return base if isinstance(base, Tensor) else value
 
 
-def _parameters(code: Code, values: Sequence[Any]) -> Mapping[str, NDArray[Any]]:
-    """By name: [1] of the parameter's type. Two more than the arguments are Triton's scratch memory, not there."""
-    parameters = code.program.parameters
-    if not len(values) <= len(parameters) <= len(values) + 2:
-        raise UnknownInstruction(f"{len(parameters)} parameters for {len(values)} arguments")
-    padded = [*values, *[0] * (len(parameters) - len(values))]
-    made = {}
-    for (kind, name), value in zip(parameters, padded, strict=True):
-        dtype = DTYPES[kind]
-        if dtype.kind in "ui":
-            bits = int(value) & ((1 << 8 * dtype.itemsize) - 1)
-            made[name] = np.array([bits], f"u{dtype.itemsize}").view(dtype)
-        else:
-            made[name] = np.array([value], dtype)
-    return made
+def _check_pointers(kernel: LoadedKernel, passed: Sequence[tuple[str, str, Any]]) -> None:
+    for name, kind, value in passed:
+        if kind.startswith("*"):
+            if not isinstance(value, Tensor):
+                raise CaseError(f"{kernel.name} is emulated: {name} takes a CPU tensor; it was passed {value!r}")
+            if value.device.type != "cpu":
+                raise CaseError(f"{kernel.name} is emulated: {name} takes a CPU tensor; it is on {value.device}")
 
 
-class _Launcher:
-    """What Triton calls to launch a kernel."""
-
-    def __init__(self, source: Any, metadata: Any) -> None:
-        from triton.runtime.cache import get_cache_manager
-
-        path = get_cache_manager(metadata.hash).get_file(f"{source.name[:150]}.ptx")
-        if path is None:
-            raise CaseError(f"triton kept no PTX of {source.name}; unset TRITON_STORE_BINARY_ONLY")
-        with open(path) as file:
-            text = file.read()
-        signature = tuple(_flat(source.signature.items()))
-        descriptors = [name for name, kind in signature if "desc" in kind.lower()]
-        if descriptors:
-            raise UnknownInstruction(f"{source.name}: tensor descriptors (TMA) are not emulated: {descriptors[0]}")
-        if getattr(metadata, "num_ctas", 1) != 1:
-            raise UnknownInstruction(f"{source.name}: clusters of {metadata.num_ctas} programs are not emulated")
-        self._kernel = _Kernel(source.name, text, metadata.shared, signature)
-        self._passed = [kind != "constexpr" for kind in _kinds(source.signature.values())]
-
-    def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
-        """rest: stream, function, metadata, launch metadata, two hooks, and the arguments, constants too."""
-        from triton import runtime
-
-        enter, leave, *arguments = rest[4:]
-        metadata = rest[3]
-        if enter is not None:
-            enter(metadata)
-        if x * y * z > 0:
-            flat = list(_values(arguments))
-            passed = [value for value, is_passed in zip(flat, self._passed, strict=True) if is_passed]
-            runtime.driver.active.emulation.launch(self._kernel, (x, y, z), passed)
-        if leave is not None:
-            leave(metadata)
-
-
-def _flat(signature: Any) -> Iterator[tuple[str, str]]:
-    """(name, type) of what is passed; tuples are passed value by value."""
-    for name, kind in signature:
-        if isinstance(kind, tuple):
-            yield from _flat((f"{name}.{number}", inner) for number, inner in enumerate(kind))
-        elif kind != "constexpr":
-            yield name, kind
-
-
-def _kinds(kinds: Any) -> Iterator[str]:
-    for kind in kinds:
-        if isinstance(kind, tuple):
-            yield from _kinds(kind)
-        else:
-            yield kind
-
-
-def _values(arguments: Any) -> Iterator[Any]:
-    for value in arguments:
-        if isinstance(value, tuple):
-            yield from _values(value)
-        else:
-            yield value
-
-
-class _Driver:
-    """Triton's view of the emulated GPU."""
-
-    launcher_cls = _Launcher
-
-    def __init__(self, emulation: Emulation) -> None:
-        self.emulation = emulation
-        machine = emulation.machine
-        properties = {
-            "max_shared_mem": machine.shared_per_block,
-            "max_num_regs": machine.registers_per_multiprocessor,
-            "multiprocessor_count": machine.multiprocessors,
-            "warpSize": machine.warp_size,
-            "sm_clock_rate": int(machine.clock_ghz * 1e6),
-            "mem_clock_rate": 0,
-            "mem_bus_width": 0,
-        }
-        threads = 32 * machine.max_warps // 2
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            # (module, function, registers, spills, threads at most): nothing is loaded.
-            load_binary=lambda name, binary, shared, device: (name, name, 0, 0, threads),
-        )
-
-    def get_current_device(self) -> str:
-        # Kernels are kept by device: those of one architecture are not another's.
-        return f"emulated {self.emulation.machine.arch}"
-
-    def get_current_stream(self, device: Any) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return target(self.emulation.machine)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def assemble_tensormap_to_arg(self, info: Any, arguments: Any) -> Any:
-        return arguments
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """An autotuned kernel runs once in each configuration, all of which are checked; the first is taken."""
-
-        def bench(call: Callable[[], Any], *, quantiles: Sequence[float] | None = None, **options: Any) -> Any:
-            call()
-            return [0.0] * len(quantiles) if quantiles else 0.0
-
-        return bench
+def _parameters(code: Code, values: Sequence[NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+    """The bits of each parameter by name. Two more than the values are Triton's scratch memory, not there."""
+    names = [name for _, name in code.program.parameters]
+    if not len(values) <= len(names) <= len(values) + 2:
+        raise UnknownInstruction(f"{len(names)} parameters for {len(values)} arguments")
+    scratch = [scalar_bits("u64", 0)] * (len(names) - len(values))
+    return dict(zip(names, [*values, *scratch], strict=True))
 
 
 @contextlib.contextmanager
@@ -268,28 +188,49 @@ def emulated(
     arch: str = "sm_90",
     *,
     numerics: Numerics | None = None,
+    strict: bool = False,
     tallied: bool = False,
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[Emulation]:
     """Inside, Triton kernels launched on CPU tensors run in the emulator as compiled for `arch`.
 
+    strict: a launch that has findings raises FindingsError. The other options are an `Emulation`'s.
+
     Raises CaseError for an architecture that it has no machine for, and where kernels are interpreted.
     """
-    from triton.runtime import driver
-
-    from ldmperf.kernels import _triton
-
     from ..static.compile import require_compiler
 
     if arch not in ARCHITECTURES:
         raise CaseError(f"{arch} is not emulated; there are {', '.join(ARCHITECTURES)}")
     require_compiler()
-    emulation = Emulation(MACHINES[arch], numerics or Numerics(), tallied, edit)
-    active, devices = driver._active, _triton.DEVICES
-    driver.set_active(_Driver(emulation))
-    _triton.DEVICES = (*devices, "cpu")
-    try:
-        with planned_for(emulation.chip), poisoned_allocations():
-            yield emulation
-    finally:
-        driver._active, _triton.DEVICES = active, devices
+    from triton.runtime import driver
+
+    from ldmperf.kernels import _triton
+
+    emulation = Emulation(MACHINES[arch], numerics or Numerics(), strict, tallied, edit)
+    with contextlib.ExitStack() as stack:
+        # Asking for the active driver fails where there is no GPU.
+        stack.enter_context(
+            mock.patch.object(driver, "_active", EmulatedDriver(emulation.machine, emulation.launch))
+        )
+        stack.enter_context(mock.patch.object(_triton, "DEVICES", (*_triton.DEVICES, "cpu")))
+        stack.enter_context(planned_for(emulation.chip))
+        stack.enter_context(poisoned_allocations())
+        _time_nothing(stack)
+        yield emulation
+
+
+def _time_nothing(stack: contextlib.ExitStack) -> None:
+    """Autotuners run each configuration once, those too that were given times; none keeps its choice on disk."""
+    import triton.testing
+    from triton.runtime.autotuner import Autotuner
+
+    for name in ("do_bench", "do_bench_cudagraph"):
+        stack.enter_context(mock.patch.object(triton.testing, name, run_once))
+    if hasattr(Autotuner, "check_disk_cache"):
+        stack.enter_context(mock.patch.object(Autotuner, "check_disk_cache", _tune_only))
+
+
+def _tune_only(tuner: Any, key: Any, configurations: Any, tune: Callable[[], None]) -> bool:
+    tune()
+    return False

@@ -139,7 +139,8 @@ class GlobalMemory(EmulatedMemory):
         super().saw_read(access, threads)
         granules = access.granules(self.granule)
         writer, program = self._writing_program[granules], access.program[:, None]
-        self._programs_race("read of what another program wrote", (writer >= 0) & (writer != program), threads)
+        race = (writer >= 0) & (writer != program)
+        self._programs_race("read of what another program wrote", granules, race, threads)
         reader = self._reading_program[granules]
         new = np.where((reader == NOBODY) | (reader == program), program, SEVERAL)
         self._reading_program[granules] = new
@@ -157,15 +158,15 @@ class GlobalMemory(EmulatedMemory):
         granules = access.granules(self.granule)
         reader, writer = self._reading_program[granules], self._writing_program[granules]
         program = access.program[:, None]
-        self._programs_race(
-            "write of what another program reads", (reader != NOBODY) & (reader != program), threads
-        )
+        race = (reader != NOBODY) & (reader != program)
+        self._programs_race("write of what another program reads", granules, race, threads)
         race = (writer >= 0) & (writer != program)
         if race.any() and differs is not None:
             race &= differs()[:, None]
-        self._programs_race("write of what another program wrote", race, threads)
+        self._programs_race("write of what another program wrote", granules, race, threads)
         super().saw_write(access, threads, differs)
 
-    def _programs_race(self, what: str, race: Array, threads: Threads) -> None:
+    def _programs_race(self, what: str, granules: Array, race: Array, threads: Threads) -> None:
+        race = race & (granules < self.sink)
         if race.any():
             threads.report("race of programs", race.sum(), what)

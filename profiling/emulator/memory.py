@@ -65,6 +65,9 @@ class EmulatedMemory:
         self.total = -(-size * spaces // SINK) * SINK + SINK
         self.bytes = np.full(self.total, 0xFF, np.uint8)
         self.written = np.zeros(self.total // granule, bool)
+        # Granules from here on are the sink: what goes there is out of bounds, and nothing else is told of it.
+        self.sink = (self.total - SINK) // granule
+        self.written[self.sink :] = True
         self.copying = np.zeros(self.total // granule, np.int16)  # by cp.async on their way
         self.multiplying = np.zeros(self.total // granule, np.int16)  # by wgmma on their way
         self.unfenced = np.zeros(self.total // granule, bool)  # stored, and not yet seen by the async proxy
@@ -101,7 +104,7 @@ class EmulatedMemory:
         self.saw_write(access, threads, differs)
         for number, word in enumerate(words):
             self.scatter(access.start + number * width, np.ascontiguousarray(word))
-        lost = differs()
+        lost = differs() & (access.start < self.sink * self.granule)
         if lost.any():
             threads.report(
                 "conflicting stores",
@@ -244,6 +247,7 @@ class EmulatedMemory:
     def _race(
         self, what: str, granules: Array, race: Array, first: Array, second: Array, threads: Threads
     ) -> None:
+        race = race & (granules < self.sink)
         if race.any():
             one, other = first[race][0], np.broadcast_to(second, race.shape)[race][0]
             who = "several threads" if one == SEVERAL else f"thread {one % threads.size}"
