@@ -135,15 +135,23 @@ def _wait(waiting: dict[int, Array], place: int, lanes: Array) -> None:
 def _check_held(threads: Threads, i: PtxInstruction) -> None:
     """Registers of a wgmma on its way may not be touched before its wait (PTX ISA 9.7.15.7.1).
 
-    A `mov` is let pass: Triton copies accumulators between the matmul and the wait that ties them, and ptxas makes
-    one register of both.
+    A `mov` is let pass, and its result held too: Triton copies accumulators between the matmul and the wait that
+    ties them, and ptxas makes one register of both.
     """
-    if i.opcode in ("wgmma", "mov"):
+    touched = threads.held.keys() & i.registers
+    if not touched or i.opcode == "wgmma":
         return
     here = threads.mask[::128]
-    for name in threads.held.keys() & i.registers:
-        if (threads.held[name] & here).any():
+    touched = {name for name in touched if (threads.held[name] & here).any()}
+    if i.opcode != "mov":
+        for name in touched:
             threads.report("matmul not awaited", 1, f"register {name}")
+    elif touched & set(i.values(1)):
+        for flight in threads.products:
+            if touched & set(flight.detail["registers"]):
+                flight.detail["registers"] += i.values(0)
+        for name in i.values(0):
+            threads.held[name] = threads.held.get(name, False) | here
 
 
 def unknown_instructions(texts: Sequence[str]) -> list[str]:
