@@ -2,6 +2,7 @@
 
 Threads that branched apart go on in turns: those with the least program counter execute until they reach the next
 group, which they join. That is one legal order of many; what depends on another is what the checks look for.
+Where programs wait for each other by atomics, none waits for ever: see `_run`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from .threads import Grid, Threads
 
 # Lanes at once: as many as keep a register in a core's cache.
 LANES = 8192
+# Turns that threads in a loop take before others have one.
+PATIENCE = 32
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,23 @@ def run(
 
 
 def _run(code: Code, threads: Threads) -> None:
-    """Runs the threads of a chunk until all have returned."""
+    """Runs the threads of a chunk until all have returned.
+
+    A program in a loop that waits for a lock has the least program counter, and who holds the lock would never go
+    on: after so many turns those do that are furthest, if they are whole programs.
+    """
     waiting: dict[int, Array] = {0: threads.mask}
+    may_wait = any(i.opcode == "atom" and {"cas", "exch"} & set(i.modifiers) for i in code.program.instructions)
+    turns = 0
     while waiting:
         place = min(waiting)
+        turns = turns + 1 if may_wait and len(waiting) > 1 else 0
+        if turns > PATIENCE:
+            turns = 0
+            furthest = max(waiting)
+            here = waiting[furthest].reshape(threads.programs, threads.size)
+            if (here.all(axis=1) == here.any(axis=1)).all():
+                place = furthest
         threads.set_mask(waiting.pop(place))
         _run_until(code, threads, place, waiting)
 
@@ -82,7 +98,7 @@ def _run(code: Code, threads: Threads) -> None:
 def _run_until(code: Code, threads: Threads, place: int, waiting: dict[int, Array]) -> None:
     """Runs these lanes to a branch, a return, or where others wait; there they wait too."""
     instructions, actions, tallies = code.program.instructions, code.actions, threads.tallies
-    others = min(waiting, default=len(instructions))
+    others = min((other for other in waiting if other > place), default=len(instructions))
     while True:
         i, action = instructions[place], actions[place]
         threads.now, threads.place = i, place

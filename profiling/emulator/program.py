@@ -164,6 +164,10 @@ def _without_comments(ptx: str) -> str:
 def _parameters(listed: str) -> tuple[tuple[str, str], ...]:
     parameters = []
     for text in filter(None, (part.strip() for part in listed.split(","))):
+        # A float16 or bfloat16 is passed as an array of two bytes.
+        if half := re.fullmatch(r"\.param\s+\.align\s+2\s+\.b8\s+([\w$]+)\[2\]", text):
+            parameters.append(("b16", half[1]))
+            continue
         found = re.fullmatch(
             r"\.param\s+\.(\w+)(?:\s+\.ptr)?(?:\s+\.global)?(?:\s+\.align\s+\d+)?\s+([\w$]+)", text
         )
