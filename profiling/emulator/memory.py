@@ -1,11 +1,17 @@
 """Bytes of global or shared memory, and who wrote and read each granule since the last barrier.
 
-A granule is the narrowest access of the kernel. Two accesses conflict where they are by different threads, one is a
-write, and no barrier orders them: threads of a program between two barriers of it (a warp's between two of its own
-`bar.warp.sync` too), threads of different programs always, in global memory.
+A granule is the narrowest access of the kernel. Two accesses race where they are by different threads, one is a
+write, and nothing orders them: no barrier of their program, nor of the warp where both are in one.
 
-Accesses are noted as they come, and looked at only when one comes that may conflict with them: between two barriers
-a kernel mostly reads or mostly writes.
+    read     races with the last write
+    write    races with every read, and with the last write unless it stores what is there already
+    atomic   as a write, but not with another atomic
+
+An access is noted with the time of the last barrier before it: of the warp's (`bar.warp.sync`), or the program's,
+which is one for all its warps. A later access is ordered after it if its own program passed one at a later time.
+
+Accesses are noted as they come, and entered by granule only when one comes that may race with them: between two
+barriers a kernel mostly reads or mostly writes.
 """
 
 from __future__ import annotations
@@ -21,21 +27,30 @@ if TYPE_CHECKING:
     from .threads import Threads
 
 Array = NDArray[Any]
-NOBODY, SEVERAL = -1, -2
 # Bytes behind the end that out-of-bounds accesses are sent to.
 SINK = 256
+# Numbers of so many bytes: numpy moves them faster than rows of bytes, 16 of them as a complex number.
+BLOCKS = {**{size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}, 16: np.dtype(np.complex128)}
+# A stamp is an int64: the time + 1 (0 is never), three flags, and a thread's number in the launch.
+_TIME = 34
+_ATOMIC = 1 << 33  # the write was atomic
+_WARPS, _THREADS = 1 << 32, 1 << 31  # of reads: threads of several warps did; several threads did at that time
+_GID = _THREADS - 1
+# Notes at most, where no barrier makes them obsolete.
+_NOTES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
     """Lanes that access memory at once.
 
-    start   [lanes] byte positions
-    size    bytes of each lane
-    gid     [lanes] the threads' numbers in the launch, `warp` and `program` theirs
-    epoch   [lanes] barriers that each thread's program has passed, `warp_epoch` those of its warp as well
+    start   [lanes] byte positions, which the size divides
+    size    bytes of each lane: a power of two
+    gid     [lanes] the threads' numbers in the launch, in order; `program` theirs
+    epoch   [lanes] when each thread's program last passed a barrier, `warp_epoch` its warp
     place   the instruction's index: lanes of one are at the same place of the code
     wide    by no thread for itself, as a wgmma reads: its own warp's writes are not ordered before it either
+    atomic  does not race with others that are
     """
 
     start: Array
@@ -46,12 +61,23 @@ class Access:
     warp_epoch: Array
     place: int
     wide: bool = False
+    atomic: bool = False
 
     def granules(self, granule: int) -> Array:
         """[lanes, granules of an access]."""
         first = self.start // granule
         count = max(self.size // granule, 1)
         return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+
+    def stamps(self) -> Array:
+        """[lanes, 1]: what is noted of each lane."""
+        flags = (self.atomic and _ATOMIC) | (self.wide and _WARPS | _THREADS)
+        return _begin(self.warp_epoch) | flags | self.gid[:, None]
+
+
+def _begin(epoch: Array) -> Array:
+    """[lanes, 1]: the least stamp that is not older."""
+    return (epoch.astype(np.int64) + 1 << _TIME)[:, None]
 
 
 class EmulatedMemory:
@@ -64,225 +90,258 @@ class EmulatedMemory:
         self.name, self.size, self.granule, self.fences_matter = name, size, granule, fences_matter
         self.total = -(-size * spaces // SINK) * SINK + SINK
         self.bytes = np.full(self.total, 0xFF, np.uint8)
-        self.written = np.zeros(self.total // granule, bool)
+        count = self.total // granule
+        self.written = np.zeros(count, bool)
         # Granules from here on are the sink: what goes there is out of bounds, and nothing else is told of it.
         self.sink = (self.total - SINK) // granule
         self.written[self.sink :] = True
-        self.copying = np.zeros(self.total // granule, np.int16)  # by cp.async on their way
-        self.multiplying = np.zeros(self.total // granule, np.int16)  # by wgmma on their way
-        self.unfenced = np.zeros(self.total // granule, bool)  # stored, and not yet seen by the async proxy
+        self.copying = np.zeros(count, np.int16)  # by cp.async on their way
+        self.multiplying = np.zeros(count, np.int16)  # by wgmma on their way
+        self.unfenced = np.zeros(count, bool)  # stored, and not yet seen by the async proxy
+        self._read_stamp, self._write_stamp = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._noted_reads: list[Access] = []
         self._noted_writes: list[Access] = []
-        self._last_reads: dict[int, Access] = {}
-        # Stores that all have passed a barrier since, kept for a fence that not all threads execute.
-        self._stored_before: list[Access] = []
-        count = self.total // granule
-        # By granule: the thread, its epochs and its place in the code; SEVERAL where threads of a kind differ.
-        self._writer, self._reader = np.full(count, NOBODY, np.int32), np.full(count, NOBODY, np.int32)
-        self._reading_warp = np.full(count, NOBODY, np.int32)
-        self._read_place = np.full(count, NOBODY, np.int32)
-        self._write_epoch, self._read_epoch = np.full(count, -1, np.int32), np.full(count, -1, np.int32)
-        self._write_warp_epoch, self._read_warp_epoch = self._write_epoch.copy(), self._read_epoch.copy()
+        # How many of the noted writes all threads have passed a barrier since; they are kept for a fence.
+        self._before_barrier = 0
+        # Whether any thread has read, or written, since all passed a barrier; `_ticks` of what was written since.
+        self._reads_since = self._writes_since = False
+        self._ticks, self._tick = np.zeros(count, np.uint8), 1
 
     # ------------------------------------------------------------ bytes
 
     def gather(self, start: Array, dtype: np.dtype[Any]) -> Array:
         """One element at each byte position, which is aligned to it."""
-        return self.bytes.view(dtype)[start // dtype.itemsize]
+        return self.bytes.view(dtype).take(start >> (dtype.itemsize.bit_length() - 1))
 
     def scatter(self, start: Array, value: Array) -> None:
-        self.bytes.view(value.dtype)[start // value.dtype.itemsize] = value
+        self.bytes.view(value.dtype)[start >> (value.dtype.itemsize.bit_length() - 1)] = value
 
     def put(self, access: Access, words: list[Array], threads: Threads) -> None:
         """Stores [lanes] words behind one another, after the checks of a write."""
-        width = words[0].dtype.itemsize
+        block = np.ascontiguousarray(words[0]) if len(words) == 1 else np.stack(words, axis=1)
+        block = block.view(BLOCKS[access.size]).reshape(-1)
 
         def differs() -> Array:
-            places = enumerate(words)
-            return np.logical_or.reduce([self.gather(access.start + k * width, w.dtype) != w for k, w in places])
+            """[lanes, granules]: what the write changes."""
+            old = self.gather(access.start, block.dtype).view(np.uint8) != block.view(np.uint8)
+            return old.reshape(len(block), max(access.size // self.granule, 1), -1).any(axis=2)
 
         self.saw_write(access, threads, differs)
-        for number, word in enumerate(words):
-            self.scatter(access.start + number * width, np.ascontiguousarray(word))
-        lost = differs() & (access.start < self.sink * self.granule)
-        if lost.any():
-            threads.report(
-                "conflicting stores",
-                lost.sum(),
-                f"thread {access.gid[lost][0] % threads.size}, {self.name} memory",
-            )
+        self.scatter(access.start, block)
+        compared = np.dtype(f"u{min(access.size, 8)}")
+        if (self.gather(access.start, block.dtype).view(compared) != block.view(compared)).any():
+            lost = differs().any(axis=1) & (access.start < self.sink * self.granule)
+            if lost.any():
+                threads.report(
+                    "conflicting stores",
+                    lost.sum(),
+                    f"thread {access.gid[lost][0] % threads.size}, {self.name} memory",
+                )
+
+    # ------------------------------------------------------------ by granule
+
+    def _rows(self, access: Access) -> tuple[int, Array]:
+        """(granules of each lane, [lanes] which of all rows of so many granules)."""
+        size = max(access.size, self.granule)
+        return size // self.granule, access.start >> (size.bit_length() - 1)
+
+    def _of(self, told: Array, access: Access) -> Array:
+        """[lanes, granules of an access] of an array by granule."""
+        count, rows = self._rows(access)
+        return told.reshape(-1, count).take(rows, axis=0)
+
+    def _set(self, told: Array, access: Access, value: int) -> None:
+        """Sets an array of bytes by granule where an access is."""
+        count, rows = self._rows(access)
+        block = np.full(count, value, told.dtype).view(BLOCKS[count])
+        told.view(BLOCKS[count])[rows] = block[0]
+
+    def _spread(self, told: Array, access: Access, values: Array) -> None:
+        """Sets an array by granule to [lanes, granules of an access, or 1]; the last lane's stay."""
+        count, rows = self._rows(access)
+        told.reshape(-1, count)[rows] = values
 
     # ------------------------------------------------------------ who reads and writes
 
     def passed_barrier(self) -> None:
         """All threads of all programs passed a barrier: what was noted conflicts with nothing in a program."""
-        if self.fences_matter:
-            self._stored_before += self._noted_writes
         self._noted_reads.clear()
-        self._noted_writes.clear()
-        self._last_reads.clear()
+        if self.fences_matter:
+            self._before_barrier = len(self._noted_writes)
+        else:
+            self._noted_writes.clear()
+        if self._writes_since:
+            self._tick += 1
+            if self._tick == 256:
+                self._ticks[:], self._tick = 0, 1
+        self._reads_since = self._writes_since = False
 
     def saw_read(self, access: Access, threads: Threads) -> None:
         """Reports what is wrong with a read, and notes it."""
-        granules = access.granules(self.granule)
-        unwritten = ~self.written[granules]
-        if unwritten.any():
-            first = granules[unwritten][0] * self.granule % self.size
-            threads.report("uninitialised", unwritten.sum(), f"byte {first} of {self.name} memory")
-        if threads.copies and self.copying[granules].any():
-            threads.report("copy not awaited", (self.copying[granules] > 0).sum(), f"read of {self.name} memory")
-        if access.wide and self.unfenced[granules].any():
-            threads.report("missing fence", self.unfenced[granules].sum(), f"{self.name} memory")
-        self._settle(self._noted_writes, self._settle_write)
-        recent = self._write_epoch[granules] == access.epoch[:, None]
-        if recent.any():
-            self._report_read(granules, recent, access, threads)
+        self.check_written(access, threads)
+        if threads.copies and (flying := self._of(self.copying, access) > 0).any():
+            threads.report("copy not awaited", flying.sum(), f"read of {self.name} memory")
+        if access.wide and (unfenced := self._of(self.unfenced, access)).any():
+            threads.report("missing fence", unfenced.sum(), f"{self.name} memory")
+        self._check_after_write("read after write", access, threads, None)
+        self.read_until_now(access)
+
+    def check_written(self, access: Access, threads: Threads) -> None:
+        written = self._of(self.written, access)
+        if not written.all():
+            first = access.granules(self.granule)[~written][0] * self.granule % self.size
+            threads.report("uninitialised", (~written).sum(), f"byte {first} of {self.name} memory")
+
+    def read_until_now(self, access: Access) -> None:
+        """Notes a read without checking it: that of a wgmma, when it is awaited."""
+        if len(self._noted_reads) == _NOTES:
+            self._enter_reads()
         self._noted_reads.append(access)
-        self._last_reads[access.place] = access
-
-    def fenced(self, threads: Threads) -> None:
-        """A proxy fence by the threads that are here: of their own stores, and of what was stored before a barrier."""
-        if threads.full:
-            self._stored_before.clear()
-            self.unfenced[:] = False
-            return
-        self._settle(self._stored_before, self._settle_write)
-        self._settle(self._noted_writes, self._settle_write)
-        known = self._writer >= 0
-        lane = np.where(known, self._writer - threads.gid[0], 0)
-        program = threads.program_of[lane]
-        here = threads.mask.reshape(threads.programs, threads.size).any(axis=1)
-        visible = (self._write_epoch < threads.epoch[program]) | threads.mask[lane]
-        self.unfenced &= ~(known & visible & here[program])
-
-    def _report_read(self, granules: Array, recent: Array, access: Access, threads: Threads) -> None:
-        writer = self._writer[granules]
-        gid = access.gid[:, None]
-        race = recent & (writer >= 0) & (writer != gid) & (writer // threads.size == gid // threads.size)
-        if not access.wide:
-            # A warp's own writes are ordered by its own barriers.
-            race &= (writer >> 5 != gid >> 5) | (self._write_warp_epoch[granules] == access.warp_epoch[:, None])
-        self._race("read after write", granules, race, writer, gid, threads)
+        self._reads_since = True
 
     def saw_write(self, access: Access, threads: Threads, differs: Callable[[], Array] | None = None) -> None:
         """Reports what is wrong with a write, and notes it.
 
-        `differs`: which lanes change what is there, asked before the write; those that do not race harmlessly.
+        `differs`: [lanes, granules or 1] what changes, asked before the write; what does not races harmlessly.
         """
-        granules = access.granules(self.granule)
-        self.check_in_flight(granules, threads)
-        self._settle(self._noted_reads, self._settle_read)
-        self._settle(self._noted_writes, self._settle_write)
-        self._check_after_read(granules, access, threads)
-        recent = self._write_epoch[granules] == access.epoch[:, None]
-        if recent.any():
-            writer, gid = self._writer[granules], access.gid[:, None]
-            race = recent & (writer >= 0) & (writer != gid) & (writer // threads.size == gid // threads.size)
-            race &= (writer >> 5 != gid >> 5) | (self._write_warp_epoch[granules] == access.warp_epoch[:, None])
-            if differs is not None and race.any():
-                race &= differs()[:, None]
-            self._race("write after write", granules, race, writer, gid, threads)
+        self.check_overwritten(access, threads, differs)
         self.arrived(access)
 
-    def check_overwritten(self, access: Access, threads: Threads) -> None:
-        """The checks of a write by a copy that has only been issued: what it overwrites may still be read."""
-        granules = access.granules(self.granule)
-        self.check_in_flight(granules, threads)
-        self._settle(self._noted_reads, self._settle_read)
-        self._check_after_read(granules, access, threads)
+    def check_overwritten(
+        self, access: Access, threads: Threads, differs: Callable[[], Array] | None = None
+    ) -> None:
+        """The checks of a write, without noting it: of a copy that has only been issued."""
+        self.check_in_flight(access, threads)
+        self._check_after_read(access, threads)
+        self._check_after_write("write after write", access, threads, differs)
 
     def arrived(self, access: Access) -> None:
         """Notes a write without checking it: that of a copy, when it is awaited."""
-        granules = access.granules(self.granule)
-        self.written[granules] = True
-        self.unfenced[granules] = True
+        self._set(self.written, access, 1)
+        self._set(self._ticks, access, self._tick)
+        if self.fences_matter:
+            self._set(self.unfenced, access, 1)
+        if len(self._noted_writes) == _NOTES:
+            self._enter_writes()
         self._noted_writes.append(access)
+        self._writes_since = True
 
-    def read_until_now(self, access: Access) -> None:
-        """Notes a read without checking it: that of a wgmma, when it is awaited."""
-        self._noted_reads.append(access)
-
-    def check_in_flight(self, granules: Array, threads: Threads) -> None:
-        """Reports a write to what an asynchronous instruction still reads or writes."""
-        if threads.products and self.multiplying[granules].any():
-            threads.report(
-                "matmul not awaited", (self.multiplying[granules] > 0).sum(), f"write to {self.name} memory"
-            )
-        if threads.copies and self.copying[granules].any():
-            threads.report("copy not awaited", (self.copying[granules] > 0).sum(), f"write to {self.name} memory")
-
-    def _check_after_read(self, granules: Array, access: Access, threads: Threads) -> None:
-        recent = self._read_epoch[granules] == access.epoch[:, None]
-        if not recent.any():
+    def fenced(self, threads: Threads) -> None:
+        """A proxy fence by the threads that are here: of their stores, and of those before the last barrier."""
+        if threads.full:
+            del self._noted_writes[: self._before_barrier]
+            self._before_barrier = 0
+            self.unfenced[:] = False
             return
-        reader, warp = self._reader[granules], self._reading_warp[granules]
-        gid = access.gid[:, None]
-        same_warp = warp == gid >> 5
-        race = recent & (reader != gid) & (reader != NOBODY)
-        race &= ~same_warp | (self._read_warp_epoch[granules] == access.warp_epoch[:, None])
-        if race.any():
-            race &= ~self._is_replica(granules, access)
-        self._race("write after read", granules, race, reader, gid, threads)
+        self._enter_writes()
+        places = np.flatnonzero(self.unfenced)
+        stamp = self._write_stamp[places]
+        lane = (stamp & _GID) - int(threads.gid[0])
+        program = threads.program_of[lane]
+        here = threads.mask.reshape(threads.programs, threads.size).any(axis=1)
+        before = stamp < _begin(threads.epoch)[program, 0]
+        self.unfenced[places] = ~((before | threads.mask[lane]) & here[program])
 
-    def _is_replica(self, granules: Array, access: Access) -> Array:
-        """Whether the writer read the granule itself, by the instruction that all its readers read it by.
+    def check_in_flight(self, access: Access, threads: Threads) -> None:
+        """Reports a write to what an asynchronous instruction still reads or writes."""
+        for flying, told, kind in (
+            (threads.products, self.multiplying, "matmul not awaited"),
+            (threads.copies, self.copying, "copy not awaited"),
+        ):
+            if flying and (there := self._of(told, access) > 0).any():
+                threads.report(kind, there.sum(), f"write to {self.name} memory")
 
-        Triton gives lanes that a tile has no elements for those of others, and lets only the first of them store:
-        the others may read what that has overwritten, and use it for nothing.
-        """
-        places = self._read_place[granules]
-        replica = np.zeros(granules.shape, bool)
-        for place in np.unique(places[places >= 0]):
-            read = self._last_reads.get(int(place))
-            if read is None:
-                continue
-            order = np.argsort(read.gid)
-            at = np.clip(np.searchsorted(read.gid, access.gid, sorter=order), 0, len(order) - 1)
-            own = order[at]
-            first = (read.start[own] // self.granule)[:, None]
-            inside = (granules >= first) & (granules < first + max(read.size // self.granule, 1))
-            replica |= (places == place) & inside & (read.gid[own] == access.gid)[:, None]
-        return replica
+    # ------------------------------------------------------------ races
 
-    def _race(
-        self, what: str, granules: Array, race: Array, first: Array, second: Array, threads: Threads
+    def _check_after_write(
+        self, what: str, access: Access, threads: Threads, differs: Callable[[], Array] | None
     ) -> None:
+        if not self._writes_since or not (self._of(self._ticks, access) == self._tick).any():
+            return
+        self._enter_writes()
+        stamp = self._of(self._write_stamp, access)
+        race = self._unordered(stamp, access, threads)
+        if access.atomic:
+            race &= stamp & _ATOMIC == 0
+        if differs is not None and race.any():
+            race &= differs()
+        self._race(what, race, stamp & ~_ATOMIC, access, threads)
+
+    def _check_after_read(self, access: Access, threads: Threads) -> None:
+        if not self._reads_since:
+            return
+        self._enter_reads()
+        stamp = self._of(self._read_stamp, access)
+        race = self._unordered(stamp, access, threads)
+        if race.any():
+            race &= ~self._excused(access)
+        self._race("write after read", race, stamp, access, threads)
+
+    def _unordered(self, stamp: Array, access: Access, threads: Threads) -> Array:
+        """[lanes, granules]: whether nothing orders an access after the earlier one that a stamp tells of."""
+        recent: Array = stamp >= _begin(access.epoch)
+        if not recent.any():
+            return recent
+        gid, other = access.gid[:, None], stamp & _GID
+        recent &= other // threads.size == gid // threads.size
+        if access.wide:
+            return recent
+        warp = (other >> 5 == gid >> 5) & (stamp & _WARPS == 0)
+        thread = (other == gid) & (stamp & _THREADS == 0)
+        return recent & ~(warp & (thread | (stamp < _begin(access.warp_epoch))))
+
+    def _excused(self, access: Access) -> Array | bool:
+        """[lanes, granules]: what a write may overwrite though others read it."""
+        return False
+
+    def _race(self, what: str, race: Array, stamp: Array, access: Access, threads: Threads) -> None:
+        if not race.any():
+            return
+        granules = access.granules(self.granule)
         race = race & (granules < self.sink)
         if race.any():
-            one, other = first[race][0], np.broadcast_to(second, race.shape)[race][0]
-            who = "several threads" if one == SEVERAL else f"thread {one % threads.size}"
+            first, second = stamp[race][0], access.gid[race.any(axis=1)][0]
+            who = "several threads" if first & _THREADS else f"thread {(first & _GID) % threads.size}"
             byte = granules[race][0] * self.granule % self.size
             threads.report(
-                "race", race.sum(), f"{what}: byte {byte} of {self.name} memory, {who} and {other % threads.size}"
+                "race", race.sum(), f"{what}: byte {byte} of {self.name} memory, {who} and {second % threads.size}"
             )
 
     # ------------------------------------------------------------ what was noted
 
-    def _settle(self, noted: list[Access], settle: Callable[[Access], None]) -> None:
-        for access in noted:
-            settle(access)
-        noted.clear()
+    def _enter_writes(self) -> None:
+        for access in self._noted_writes:
+            self._spread(self._write_stamp, access, access.stamps())
+        self._noted_writes.clear()
+        self._before_barrier = 0
 
-    def _settle_write(self, access: Access) -> None:
-        granules = access.granules(self.granule)
-        self._writer[granules] = access.gid[:, None]
-        self._write_epoch[granules] = access.epoch[:, None]
-        self._write_warp_epoch[granules] = access.warp_epoch[:, None]
+    def _enter_reads(self) -> None:
+        for access in self._noted_reads:
+            self._enter_read(access)
+        self._noted_reads.clear()
 
-    def _settle_read(self, access: Access) -> None:
-        granules = access.granules(self.granule)
-        epoch = access.epoch[:, None]
-        stale = self._read_epoch[granules] != epoch
-        gid = np.broadcast_to(access.gid[:, None], granules.shape)
-        place = np.full(granules.shape, access.place, np.int32)
-        for owners, value in ((self._reader, gid), (self._reading_warp, gid >> 5), (self._read_place, place)):
-            old = owners[granules]
-            new = np.where(stale | (old == value), value, SEVERAL)
-            owners[granules] = new
-            # Lanes of this access that read the same.
-            clash = owners[granules] != new
-            owners[granules[clash]] = SEVERAL
-        if access.wide:
-            self._reader[granules], self._reading_warp[granules] = SEVERAL, SEVERAL
-        self._read_epoch[granules] = epoch
-        self._read_warp_epoch[granules] = access.warp_epoch[:, None]
+    def _is_recent(self, access: Access) -> Array:
+        """[lanes, granules]: whether reads that were entered are of the epoch of this one."""
+        recent: Array = self._of(self._read_stamp, access) >= _begin(access.epoch)
+        return recent
+
+    def _enter_read(self, access: Access) -> None:
+        """Adds readers by granule: one or more threads of the last time, one or more warps since a barrier."""
+        old, new = self._of(self._read_stamp, access), access.stamps()
+        recent = self._is_recent(access)
+        if recent.any():
+            warps = recent & (((old ^ new) & _GID >> 5 << 5 != 0) | (old & _WARPS != 0))
+            threads = (
+                recent & (old >> _TIME == new >> _TIME) & (old & (_GID | _THREADS) != new & (_GID | _THREADS))
+            )
+            new = new | warps * (_WARPS | _THREADS) | threads * _THREADS
+        new = np.broadcast_to(new, old.shape)
+        self._spread(self._read_stamp, access, new)
+        # Lanes of this access that read the same: the last one's stamp is there.
+        last = self._of(self._read_stamp, access)
+        clash = last != new
+        if clash.any():
+            granules, mine, last = access.granules(self.granule)[clash], new[clash], last[clash] | _THREADS
+            self._read_stamp[granules] = last
+            far = ((mine ^ last) & _GID >> 5 << 5 != 0) | ((mine | last) & _WARPS != 0)
+            self._read_stamp[granules[far]] = last[far] | _WARPS

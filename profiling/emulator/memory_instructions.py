@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from .global_memory import BASE
-from .instruction_set import Action, Array, Reader, executes, literal, reader
-from .memory import EmulatedMemory
+from .instruction_set import Action, Array, Reader, executes, reader
+from .memory import BLOCKS, EmulatedMemory
 from .program import DTYPES, UNSIGNED, PtxInstruction, UnknownInstruction
 from .threads import Threads
 
@@ -34,7 +35,8 @@ def address_of(i: PtxInstruction, index: int, space: str) -> Reader:
     read = reader(base, "u64" if space == "global" else "u32")
 
     def address(threads: Threads) -> Array:
-        return threads.active_values(read(threads)).astype(np.int64) + offset
+        values = threads.active_values(read(threads)).astype(np.int64)
+        return values + offset if offset else values
 
     return address
 
@@ -44,18 +46,22 @@ def locate(
 ) -> tuple[EmulatedMemory, Array]:
     """(memory, byte positions in it). Reports what is misaligned or outside, which goes to the memory's end."""
     memory = threads.memory if space == "global" else threads.shared
-    misaligned = address % size != 0 if size & (size - 1) == 0 else np.zeros(len(address), bool)
-    if misaligned.any():
+    if (address & (size - 1)).any():
+        misaligned = address & (size - 1) != 0
         threads.report(
-            "misaligned", misaligned.sum(), f"{what} of {size} bytes at {address[misaligned][0]:#x}, {space} memory"
+            "misaligned",
+            misaligned.sum(),
+            f"{what} of {size} bytes at {address[misaligned][0]:#x}, {space} memory",
         )
-        address = address - address % size
+        address = address & -size
     if space == "global":
         start = address - BASE
         outside = threads.memory.outside(start, size)
     else:
-        start = address + threads.program_of[lanes] * threads.space
-        outside = (address < 0) | (address + size > threads.grid.shared)
+        program = threads.program_of if lanes is threads.lane_index else threads.program_of.take(lanes)
+        start = address + program * threads.space
+        # Of a negative address, the highest bit is set.
+        outside = address.view(np.uint64) >= max(threads.grid.shared - size + 1, 0)
     if outside.any():
         lane = lanes[outside][0]
         threads.report(
@@ -71,33 +77,40 @@ def locate(
 @executes("ld")
 def _load(i: PtxInstruction) -> Action | None:
     space, kind = space_of(i), i.kind
-    if space is None:
+    if space is None or kind not in DTYPES:
         return None
     if space == "param":
         return _load_parameter(i)
     names = i.values(0)
-    width = DTYPES[kind].itemsize
-    size = width * len(names)
+    size = DTYPES[kind].itemsize * len(names)
+    if size not in BLOCKS:
+        return None
     address = address_of(i, 1, space)
-    # A register may be wider than what is loaded: a signed type is extended (PTX ISA 9.4.1).
-    widened = [(name, _register_kind(i, name, kind)) for name in names]
+    widened = [_register_kind(i, name, kind) for name in names]
 
     def load(threads: Threads) -> None:
         lanes = threads.active
         memory, start = locate(threads, space, address(threads), size, lanes, "read")
-        memory.saw_read(threads.access(start, size, lanes), threads)
+        if space == "shared" or not threads.memory.is_plain(start, size):
+            memory.saw_read(threads.access(start, size, lanes), threads)
         threads.tallies.accessed(threads, space, "read", start, size)
-        words = [memory.gather(start + k * width, DTYPES[kind]) for k in range(len(names))]
-        for (name, dtype), word in zip(widened, words, strict=True):
+        words = memory.gather(start, BLOCKS[size]).view(DTYPES[kind])
+        if len(names) > 1:
+            words = np.ascontiguousarray(words.reshape(-1, len(names)).T)
+        for name, dtype, word in zip(names, widened, words.reshape(len(names), -1), strict=True):
             threads.write_active(name, word if dtype is word.dtype else word.astype(dtype))
 
     return load
 
 
 def _register_kind(i: PtxInstruction, name: str, kind: str) -> np.dtype[np.generic]:
-    if name == "_" or i.bytes_of(name) == DTYPES[kind].itemsize:
-        return DTYPES[kind]
-    return DTYPES[("s" if kind[0] == "s" else "u") + str(8 * i.bytes_of(name))]
+    """What a register takes, which may be wider than what is loaded: a signed type is extended (PTX ISA 9.4.1)."""
+    dtype = DTYPES[kind]
+    if name == "_" or i.bytes_of(name) == dtype.itemsize:
+        return dtype
+    if dtype.kind not in "ui" or i.bytes_of(name) < dtype.itemsize:
+        raise UnknownInstruction(i.text)
+    return DTYPES[dtype.kind.replace("i", "s") + str(8 * i.bytes_of(name))]
 
 
 def _load_parameter(i: PtxInstruction) -> Action | None:
@@ -108,7 +121,9 @@ def _load_parameter(i: PtxInstruction) -> Action | None:
     to = _register_kind(i, name, i.kind)
 
     def load(threads: Threads) -> None:
-        value = threads.grid.parameters[parameter]
+        value = threads.grid.parameters.get(parameter)
+        if value is None:
+            raise UnknownInstruction(f"line {i.line}: {i.text}: no such parameter")
         bits = value.view(UNSIGNED[value.dtype.itemsize]).astype(UNSIGNED[dtype.itemsize]).view(dtype)
         threads.write(name, bits if to is dtype else bits.astype(to))
 
@@ -118,11 +133,13 @@ def _load_parameter(i: PtxInstruction) -> Action | None:
 @executes("st")
 def _store(i: PtxInstruction) -> Action | None:
     space = space_of(i)
-    if space is None or space == "param":
+    if space is None or space == "param" or i.kind not in DTYPES:
         return None
     width = DTYPES[i.kind].itemsize
     values = [reader(name, f"b{8 * width}") for name in i.values(1)]
     size = width * len(values)
+    if size not in BLOCKS:
+        return None
     address = address_of(i, 0, space)
 
     def store(threads: Threads) -> None:
@@ -134,6 +151,8 @@ def _store(i: PtxInstruction) -> Action | None:
 
     return store
 
+
+# ---------------------------------------------------------------- atomics
 
 _ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
     "add": np.add,
@@ -148,16 +167,18 @@ _ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
 
 @executes("atom", "red")
 def _atomic(i: PtxInstruction) -> Action | None:
-    """One lane after the other, in the order of their numbers: one legal order of many.
+    """One lane after the other where they access the same, in the order of their numbers: one legal order of many.
 
-    Atomics race with nothing, and are not noted as accesses; the memory must be written before.
+    Atomics race with nothing but other accesses of the same program.
     """
     space = space_of(i)
     operation = next((m for m in i.modifiers if m in (*_ATOMIC, "cas")), None)
-    if space is None or space == "param" or operation is None or i.kind not in DTYPES or "noftz" in i.modifiers:
+    if space is None or space == "param" or operation is None or i.kind not in DTYPES:
         return None
     at = 1 if i.opcode == "atom" else 0
-    if isinstance(i.operands[at + 1], tuple):
+    count = 2 if operation == "cas" else 1
+    # Of 16-bit floats only the bits are held here.
+    if len(i.operands) != at + 1 + count or i.kind in ("f16", "bf16", "f16x2", "bf16x2") or "cache_hint" in i.text:
         return None
     address = address_of(i, at, space)
     dtype = DTYPES[i.kind]
@@ -167,27 +188,40 @@ def _atomic(i: PtxInstruction) -> Action | None:
         lanes = threads.active
         memory, start = locate(threads, space, address(threads), dtype.itemsize, lanes, "atomic")
         values = [threads.active_values(operand(threads)) for operand in operands]
-        granules = start // memory.granule
-        if not memory.written[granules].all():
-            threads.report("uninitialised", int((~memory.written[granules]).sum()), "atomic")
-        cells = memory.bytes.view(dtype)
+        access = replace(threads.access(start, dtype.itemsize, lanes), atomic=True)
+        memory.check_written(access, threads)
+        memory.saw_write(access, threads)
         old = np.empty(len(lanes), dtype)
-        for k, cell in enumerate(start // dtype.itemsize):
-            old[k] = cells[cell]
+        for some in _without_repeats(start):
+            found = old[some] = memory.gather(start[some], dtype)
+            given = [value[some] for value in values]
             if operation == "cas":
-                if old[k] == values[0][k]:
-                    cells[cell] = values[1][k]
+                made = np.where(found == given[0], given[1], found)
             else:
-                cells[cell] = _ATOMIC[operation](old[k], values[0][k])
-        threads.tallies.accessed(threads, space, "write", start, dtype.itemsize)
+                made = _ATOMIC[operation](found, given[0])
+            memory.scatter(start[some], made)
+        threads.tallies.accessed(threads, space, "atomic", start, dtype.itemsize)
         if i.opcode == "atom":
             threads.write_active(i.operand(0), old)
 
     return atomic
 
 
-def array_base(i: PtxInstruction) -> Action | None:
-    """`mov` of the address of an array in shared memory: 0."""
-    name, kind = i.operand(0), i.kind
-    zero = literal("0", DTYPES[kind])
-    return lambda threads: threads.write(name, zero)
+def _without_repeats(start: Array) -> Iterator[Array]:
+    """Lanes in groups that access each place once: the first lanes that access a place, the second ones, ..."""
+    order = np.argsort(start, kind="stable")
+    placed = start[order]
+    begins = np.flatnonzero(np.r_[True, placed[1:] != placed[:-1]])
+    ends = np.r_[begins[1:], len(start)]
+    while len(begins):
+        yield order[begins]
+        begins += 1
+        left = begins < ends
+        begins, ends = begins[left], ends[left]
+
+
+@executes("createpolicy")
+def _make_policy(i: PtxInstruction) -> Action:
+    """How a cache is to keep what an access brings: no matter here."""
+    name, nothing = i.operand(0), np.zeros(1, np.uint64)
+    return lambda threads: threads.write(name, nothing)

@@ -138,7 +138,7 @@ def parse_ptx(ptx: str) -> PtxProgram:
     shared = frozenset(re.findall(r"\.extern\s+\.shared[^;]*?\s([\w$]+)\[\];", code))
     widths: dict[str, int] = {}
     instructions, labels = _instructions(_Body(ptx, code, entry.end(), widths), widths)
-    _check_names(instructions, {*shared, *labels, *(parameter for _, parameter in parameters), "_"})
+    _check_names(instructions, {*shared, *labels, "_"})
     return PtxProgram(
         name,
         parameters,
@@ -344,7 +344,8 @@ def _check_names(instructions: list[PtxInstruction], known: set[str]) -> None:
             text = operand if isinstance(operand, str) else " ".join(operand)
             registers = (name for name in _REGISTER.findall(text) if name not in SPECIAL)
             unknown = [name for name in registers if _declared(name, i.register_bytes) is None]
-            unknown += [name for name in _SYMBOL.findall(text) if name not in known]
+            if "param" not in i.modifiers:
+                unknown += [name for name in _SYMBOL.findall(text) if name not in known]
             if unknown:
                 raise UnknownInstruction(f"line {i.line}: {i.text}: {unknown[0]} is not known")
 
