@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from ldmperf.profiling.emulator.execution import code_of, run
+from ldmperf.profiling.emulator.execution import code_of
 from ldmperf.profiling.emulator.findings import Findings
 from ldmperf.profiling.emulator.global_memory import GlobalMemory
 from ldmperf.profiling.emulator.numerics import Numerics
-from ldmperf.profiling.emulator.program import parse_ptx
 from ldmperf.profiling.emulator.tallies import Tallies
 from ldmperf.profiling.emulator.threads import Grid
 
@@ -51,20 +50,34 @@ class Result:
         return self.findings.kinds
 
 
-def execute(body, registers=None, *, threads=32, programs=1, shared=0, shared_bytes=None, numerics=None, mask=None):
+def execute(
+    body,
+    registers=None,
+    *,
+    threads=32,
+    programs=1,
+    shared=0,
+    shared_bytes=None,
+    numerics=None,
+    mask=None,
+    memory=None,
+    values=None,
+):
     """Runs statements for `threads` threads of each program; `ret;` is added.
 
     registers     {"%r1": [lanes] or [1] array of its bits in any dtype of its size}
     shared        bytes of shared memory; shared_bytes: what it holds, of all programs the same
     mask          [lanes] which execute anything
+    memory        global memory, made of tensors
+    values        what the parameters of the kernel hold, {"kernel_param_0": [1] array}
     """
     from ldmperf.profiling.emulator import execution
     from ldmperf.profiling.emulator.threads import Threads
 
     code = code_of(ptx(body + "\n\tret;", threads))
     findings, tallies = Findings("kernel"), Tallies(code.program)
-    memory = GlobalMemory([], [], 1)
-    grid = Grid((programs, 1, 1), {}, shared)
+    memory = memory or GlobalMemory([], [], 1)
+    grid = Grid((programs, 1, 1), values or {}, shared)
     run_threads = Threads(code.program, grid, 0, programs, memory, numerics or Numerics(), findings, tallies)
     for name, value in (registers or {}).items():
         run_threads._registers[name] = np.ascontiguousarray(value)
@@ -73,7 +86,9 @@ def execute(body, registers=None, *, threads=32, programs=1, shared=0, shared_by
         for space in range(programs):
             at = space * run_threads.space
             run_threads.shared.bytes[at : at + len(flat)] = flat
-            run_threads.shared.written[at // run_threads.shared.granule : -(-(at + len(flat)) // run_threads.shared.granule)] = True
+            run_threads.shared.written[
+                at // run_threads.shared.granule : -(-(at + len(flat)) // run_threads.shared.granule)
+            ] = True
     if mask is not None:
         run_threads.set_mask(np.asarray(mask, bool))
     with np.errstate(all="ignore"):

@@ -16,6 +16,7 @@ barriers a kernel mostly reads or mostly writes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,47 @@ def _begin(epoch: Array) -> Array:
     return (epoch.astype(np.int64) + 1 << _TIME)[:, None]
 
 
+@functools.cache
+def _repeated(value: int, count: int) -> Any:
+    """The number of `count` bytes that are all `value`."""
+    return np.full(count, value, np.uint8).view(BLOCKS[count])[0]
+
+
+class _Notes:
+    """The reads or the writes since all threads passed a barrier.
+
+    noted   accesses that are not entered yet: by granule, nothing tells of them but their ticks
+    ticks   by granule: `tick` where there was an access since the barrier, of those that are `ticked`
+    stamps  by granule: who accessed it last, of those that were entered
+    """
+
+    def __init__(self, count: int) -> None:
+        self.noted: list[Access] = []
+        self.ticked = 0
+        self.since_barrier = False
+        self.ticks, self.tick = np.zeros(count, np.uint8), 1
+        self.stamps = np.zeros(count, np.int64)
+
+    def add(self, access: Access) -> None:
+        self.noted.append(access)
+        self.since_barrier = True
+
+    def entered(self) -> None:
+        self.noted.clear()
+        self.ticked = 0
+
+    def passed_barrier(self, keep: bool) -> None:
+        if self.since_barrier:
+            self.tick += 1
+            if self.tick == 256:
+                self.ticks[:], self.tick = 0, 1
+        self.since_barrier = False
+        if keep:
+            self.ticked = len(self.noted)
+        else:
+            self.entered()
+
+
 class EmulatedMemory:
     """`spaces` memories of `size` bytes each, behind one another: one global memory, or the programs' shared ones.
 
@@ -98,14 +140,9 @@ class EmulatedMemory:
         self.copying = np.zeros(count, np.int16)  # by cp.async on their way
         self.multiplying = np.zeros(count, np.int16)  # by wgmma on their way
         self.unfenced = np.zeros(count, bool)  # stored, and not yet seen by the async proxy
-        self._read_stamp, self._write_stamp = np.zeros(count, np.int64), np.zeros(count, np.int64)
-        self._noted_reads: list[Access] = []
-        self._noted_writes: list[Access] = []
+        self._reads, self._writes = _Notes(count), _Notes(count)
         # How many of the noted writes all threads have passed a barrier since; they are kept for a fence.
         self._before_barrier = 0
-        # Whether any thread has read, or written, since all passed a barrier; `_ticks` of what was written since.
-        self._reads_since = self._writes_since = False
-        self._ticks, self._tick = np.zeros(count, np.uint8), 1
 
     # ------------------------------------------------------------ bytes
 
@@ -153,8 +190,7 @@ class EmulatedMemory:
     def _set(self, told: Array, access: Access, value: int) -> None:
         """Sets an array of bytes by granule where an access is."""
         count, rows = self._rows(access)
-        block = np.full(count, value, told.dtype).view(BLOCKS[count])
-        told.view(BLOCKS[count])[rows] = block[0]
+        told.view(BLOCKS[count])[rows] = _repeated(value, count)
 
     def _spread(self, told: Array, access: Access, values: Array) -> None:
         """Sets an array by granule to [lanes, granules of an access, or 1]; the last lane's stay."""
@@ -165,16 +201,9 @@ class EmulatedMemory:
 
     def passed_barrier(self) -> None:
         """All threads of all programs passed a barrier: what was noted conflicts with nothing in a program."""
-        self._noted_reads.clear()
-        if self.fences_matter:
-            self._before_barrier = len(self._noted_writes)
-        else:
-            self._noted_writes.clear()
-        if self._writes_since:
-            self._tick += 1
-            if self._tick == 256:
-                self._ticks[:], self._tick = 0, 1
-        self._reads_since = self._writes_since = False
+        self._reads.passed_barrier(keep=False)
+        self._writes.passed_barrier(keep=self.fences_matter)
+        self._before_barrier = len(self._writes.noted)
 
     def saw_read(self, access: Access, threads: Threads) -> None:
         """Reports what is wrong with a read, and notes it."""
@@ -194,10 +223,9 @@ class EmulatedMemory:
 
     def read_until_now(self, access: Access) -> None:
         """Notes a read without checking it: that of a wgmma, when it is awaited."""
-        if len(self._noted_reads) == _NOTES:
+        if len(self._reads.noted) == _NOTES:
             self._enter_reads()
-        self._noted_reads.append(access)
-        self._reads_since = True
+        self._reads.add(access)
 
     def saw_write(self, access: Access, threads: Threads, differs: Callable[[], Array] | None = None) -> None:
         """Reports what is wrong with a write, and notes it.
@@ -218,24 +246,23 @@ class EmulatedMemory:
     def arrived(self, access: Access) -> None:
         """Notes a write without checking it: that of a copy, when it is awaited."""
         self._set(self.written, access, 1)
-        self._set(self._ticks, access, self._tick)
         if self.fences_matter:
             self._set(self.unfenced, access, 1)
-        if len(self._noted_writes) == _NOTES:
+        if len(self._writes.noted) == _NOTES:
             self._enter_writes()
-        self._noted_writes.append(access)
-        self._writes_since = True
+        self._writes.add(access)
 
     def fenced(self, threads: Threads) -> None:
         """A proxy fence by the threads that are here: of their stores, and of those before the last barrier."""
         if threads.full:
-            del self._noted_writes[: self._before_barrier]
+            del self._writes.noted[: self._before_barrier]
+            self._writes.ticked = max(self._writes.ticked - self._before_barrier, 0)
             self._before_barrier = 0
             self.unfenced[:] = False
             return
         self._enter_writes()
         places = np.flatnonzero(self.unfenced)
-        stamp = self._write_stamp[places]
+        stamp = self._writes.stamps[places]
         lane = (stamp & _GID) - int(threads.gid[0])
         program = threads.program_of[lane]
         here = threads.mask.reshape(threads.programs, threads.size).any(axis=1)
@@ -253,13 +280,25 @@ class EmulatedMemory:
 
     # ------------------------------------------------------------ races
 
+    def _touches(self, notes: _Notes, access: Access) -> bool:
+        """Whether there was an access since the barrier to any granule of this one."""
+        if not notes.since_barrier:
+            return False
+        self._tick_all(notes)
+        return bool((self._of(notes.ticks, access) == notes.tick).any())
+
+    def _tick_all(self, notes: _Notes) -> None:
+        for noted in notes.noted[notes.ticked :]:
+            self._set(notes.ticks, noted, notes.tick)
+        notes.ticked = len(notes.noted)
+
     def _check_after_write(
         self, what: str, access: Access, threads: Threads, differs: Callable[[], Array] | None
     ) -> None:
-        if not self._writes_since or not (self._of(self._ticks, access) == self._tick).any():
+        if not self._touches(self._writes, access):
             return
         self._enter_writes()
-        stamp = self._of(self._write_stamp, access)
+        stamp = self._of(self._writes.stamps, access)
         race = self._unordered(stamp, access, threads)
         if access.atomic:
             race &= stamp & _ATOMIC == 0
@@ -268,13 +307,13 @@ class EmulatedMemory:
         self._race(what, race, stamp & ~_ATOMIC, access, threads)
 
     def _check_after_read(self, access: Access, threads: Threads) -> None:
-        if not self._reads_since:
+        if not self._touches(self._reads, access):
             return
         self._enter_reads()
-        stamp = self._of(self._read_stamp, access)
+        stamp = self._of(self._reads.stamps, access)
         race = self._unordered(stamp, access, threads)
         if race.any():
-            race &= ~self._excused(access)
+            race &= np.logical_not(self._excused(access))
         self._race("write after read", race, stamp, access, threads)
 
     def _unordered(self, stamp: Array, access: Access, threads: Threads) -> Array:
@@ -310,24 +349,26 @@ class EmulatedMemory:
     # ------------------------------------------------------------ what was noted
 
     def _enter_writes(self) -> None:
-        for access in self._noted_writes:
-            self._spread(self._write_stamp, access, access.stamps())
-        self._noted_writes.clear()
+        for access in self._writes.noted:
+            self._spread(self._writes.stamps, access, access.stamps())
+        self._tick_all(self._writes)
+        self._writes.entered()
         self._before_barrier = 0
 
     def _enter_reads(self) -> None:
-        for access in self._noted_reads:
+        for access in self._reads.noted:
             self._enter_read(access)
-        self._noted_reads.clear()
+        self._tick_all(self._reads)
+        self._reads.entered()
 
     def _is_recent(self, access: Access) -> Array:
         """[lanes, granules]: whether reads that were entered are of the epoch of this one."""
-        recent: Array = self._of(self._read_stamp, access) >= _begin(access.epoch)
+        recent: Array = self._of(self._reads.stamps, access) >= _begin(access.epoch)
         return recent
 
     def _enter_read(self, access: Access) -> None:
         """Adds readers by granule: one or more threads of the last time, one or more warps since a barrier."""
-        old, new = self._of(self._read_stamp, access), access.stamps()
+        old, new = self._of(self._reads.stamps, access), access.stamps()
         recent = self._is_recent(access)
         if recent.any():
             warps = recent & (((old ^ new) & _GID >> 5 << 5 != 0) | (old & _WARPS != 0))
@@ -336,12 +377,12 @@ class EmulatedMemory:
             )
             new = new | warps * (_WARPS | _THREADS) | threads * _THREADS
         new = np.broadcast_to(new, old.shape)
-        self._spread(self._read_stamp, access, new)
+        self._spread(self._reads.stamps, access, new)
         # Lanes of this access that read the same: the last one's stamp is there.
-        last = self._of(self._read_stamp, access)
+        last = self._of(self._reads.stamps, access)
         clash = last != new
         if clash.any():
             granules, mine, last = access.granules(self.granule)[clash], new[clash], last[clash] | _THREADS
-            self._read_stamp[granules] = last
+            self._reads.stamps[granules] = last
             far = ((mine ^ last) & _GID >> 5 << 5 != 0) | ((mine | last) & _WARPS != 0)
-            self._read_stamp[granules[far]] = last[far] | _WARPS
+            self._reads.stamps[granules[far]] = last[far] | _WARPS
