@@ -13,6 +13,7 @@ import typer
 from .commands.claims_command import claims
 from .commands.compare_command import compare
 from .commands.compile_command import compile_ahead
+from .commands.emulate_command import emulate
 from .commands.env_command import env
 from .commands.export_command import export
 from .commands.inspect_command import inspect
@@ -79,6 +80,7 @@ app.command()(compare)
 app.command()(export)
 app.command()(merge)
 app.command()(inspect)
+app.command()(emulate)
 app.command("compile")(compile_ahead)
 app.command()(env)
 app.command()(sample)

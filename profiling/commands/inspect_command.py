@@ -8,40 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import LONGEST_SEQUENCE, CaseError
-from .inspect_kernel import inspect_kernel, option
-from .shared import AsJson, print_json, whole_option, with_options
+from ..options import CaseError
+from .inspect_kernel import inspect_kernel
+from .operator_shapes import option, size_options
+from .shared import AsJson, print_json, with_options
 
-# The largest number that most options take: a program grows with the channels, and compiling it takes time
-# and memory.
-_MOST = 2**14
-
-
-def _number(text: str, least: int = 1, most: int = _MOST) -> Any:
-    return Annotated[int | None, whole_option(text, least, most)]
-
-
-# By the names that `Shape` has for them.
-SIZES = {
-    "batch": _number("Samples that the UNet computes at once, 2 unless told. Of a step: images, 1 unless told."),
-    "channels": _number("Channels of the image, or of the tokens of the result."),
-    "height": _number("Pixels; 64 unless told."),
-    "width": _number("Pixels; 64 unless told."),
-    "groups": _number("Groups of a group norm; 32 unless told."),
-    "skip_channels": _number("Channels of a skip connection that is normalized with the image.", 0),
-    "head_dim": Annotated[
-        str | None,
-        typer.Option(
-            help="Size of a head of attention, 40 unless told; `family`: every one of the family in one table, "
-            "the farthest from its bound first."
-        ),
-    ],
-    "heads": _number("Heads of attention; 8 unless told."),
-    "context": _number(
-        "Tokens of the context attended to, 77 of a text; 0, unless told: the image's own.", 0, LONGEST_SEQUENCE
-    ),
-    "features": _number("Channels of a matmul's result; four times its own unless told."),
-}
+SIZES = size_options(
+    "Samples that the UNet computes at once, 2 unless told. Of a step: images, 1 unless told.",
+    64,
+    "; `family`: every one of the family in one table, the farthest from its bound first",
+)
 
 # Of a step alone, as `ldmperf profile` has them, and where its measured times are.
 STEP = {

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..options import CaseError, dtype_named, whole
+from ..options import CaseError, dtype_named
 from ..terminal.visible import console, say
-from .shared import print_json, stop
+from .operator_shapes import (
+    check_known,
+    head_dim_of,
+    known_operators,
+    last_line,
+    option,
+    refusals_in_one_line,
+    shape_of,
+)
+from .shared import print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ldmperf.kernels import Launch
 
     from ..machines import Machine
-    from ..static.shapes import Shape
 
 # Sizes that a shape's name has otherwise, or a record apart.
 _NAMED_APART = ("height", "width", "batch", "head_dim")
@@ -58,12 +63,12 @@ def inspect_kernel(
             print_work_list(results, console())
         return
     if "head_dim" in sizes:
-        sizes["head_dim"] = _head_dim(sizes["head_dim"])
+        sizes["head_dim"] = head_dim_of(sizes["head_dim"], or_family=True)
     machine, launches = _chosen(kernel, arch, dtype_named(dtype), size, sizes)
     if out is not None:
         _record((_told(launch, machine) | call for launch in launches), out)
         return
-    with _told_in_one_line(kernel, arch):
+    with refusals_in_one_line(kernel, arch):
         inspections = [inspect_launch(launch, machine) for launch in launches]
     if as_json:
         told = [one.as_json() | ({"sass": one.code} if sass else {}) for one in inspections]
@@ -96,22 +101,13 @@ def _told(launch: Launch, machine: Machine) -> dict[str, Any]:
         return inspect_launch(launch, machine).as_json()
     # The compiler's passes raise RuntimeError.
     except (TritonError, RuntimeError) as failure:
-        return launch_as_json(launch, specialization_of(launch, machine), machine) | {"error": _last_line(failure)}
-
-
-def _last_line(failure: Exception) -> str:
-    return (str(failure).strip().splitlines() or [type(failure).__name__])[-1].strip()
+        return launch_as_json(launch, specialization_of(launch, machine), machine) | {"error": last_line(failure)}
 
 
 def _shape_name(given: dict[str, Any]) -> str:
     """A shape by the options that name it: "64x64 context=77". A head's size is one of the kernel's constants."""
     rest = [f"{name}={value}" for name, value in given.items() if name not in _NAMED_APART]
     return " ".join([f"{given.get('height', 64)}x{given.get('width', 64)}", *sorted(rest)])
-
-
-def option(name: str) -> str:
-    """An option as it is typed."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _chosen(
@@ -121,20 +117,14 @@ def _chosen(
     from ..static.compile import require_compiler
 
     require_compiler()
-    from ldmperf.kernels import OPERATORS
-
     from ..machines import MACHINES
     from ..static.planned import planned
-    from ..static.shapes import SHAPES
 
-    known = [name for name in OPERATORS if name in SHAPES]
-    for what, name, names in (("kernel", kernel, known), ("architecture", arch, MACHINES)):
-        if name not in names:
-            others = ", sizes (39M ... 5B) and paths of checkpoints" if what == "kernel" else ""
-            raise CaseError(f"unknown {what} {name!r}; there are {', '.join(names)}{others}")
+    check_known("kernel", kernel, known_operators(), ", sizes (39M ... 5B) and paths of checkpoints")
+    check_known("architecture", arch, MACHINES)
     machine = MACHINES[arch]
     if size is None:
-        build, shape = _shape(kernel, dtype, given)
+        build, shape = shape_of(kernel, dtype, given)
         return machine, planned(kernel, build(shape), machine)
     return machine, _of_size(kernel, dtype, size, machine, given)
 
@@ -153,62 +143,17 @@ def _every_head_dim(
     from ..step.calls import FAMILY_HEAD_DIMS
     from ..terminal.counting import counting
 
-    shapes = (_shape(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
+    shapes = (shape_of(kernel, dtype, given | {"head_dim": dim})[1] for dim in FAMILY_HEAD_DIMS)
     items = [ShapeItem(kernel, f"head_dim={shape.head_dim}", shape, arch) for shape in shapes]
     results = []
     with (
-        _told_in_one_line(kernel, arch),
+        refusals_in_one_line(kernel, arch),
         counting(console(stderr=True), len(items), "head dimensions compiled") as count,
     ):
         for result in inspect_items(items, min(usable_cores(), 8)):
             results.append(result)
             count(str(result["size"]))
     return results
-
-
-@contextmanager
-def _told_in_one_line(kernel: str, arch: str) -> Iterator[None]:
-    """Ends the command with one line and exit code 1 where the compiler, or the folder it writes to, refuses."""
-    from triton.errors import TritonError
-
-    from ..static.compile import cache_refused
-
-    try:
-        yield
-    except OSError as failure:
-        reason = cache_refused(failure)
-    # The compiler's passes raise RuntimeError.
-    except (TritonError, RuntimeError) as failure:
-        reason = (
-            f"{kernel} of this shape does not compile for {arch} ({_last_line(failure)}); choose a smaller one"
-        )
-    else:
-        return
-    stop(reason, 1)
-
-
-def _head_dim(text: str) -> int:
-    value = whole(text)
-    if value is None or value % 4 or not 4 <= value <= 384:
-        raise CaseError(f"--head-dim {text} is neither a multiple of 4 up to 384 nor `family`")
-    return value
-
-
-def _shape(kernel: str, dtype: str, given: dict[str, int]) -> tuple[Callable[[Shape], dict[str, Any]], Shape]:
-    """What makes the kernel's arguments, and of which numbers."""
-    import torch
-
-    from ..static.shapes import SHAPES, Shape
-
-    build, takes, defaults = SHAPES[kernel]
-    for name in given:
-        if name not in takes:
-            raise CaseError(f"{kernel} takes no {option(name)}; it takes {', '.join(map(option, takes))}")
-    shape = Shape(getattr(torch, dtype), **{**defaults, **given})
-    channels = shape.channels + shape.skip_channels
-    if "groups" in takes and channels % shape.groups:
-        raise CaseError(f"{channels} channels do not divide into {shape.groups} groups; choose --groups")
-    return build, shape
 
 
 def _of_size(kernel: str, dtype: Any, size: str, machine: Machine, given: dict[str, int]) -> list[Launch]:

@@ -321,9 +321,10 @@ def wavefronts(lanes: Array, start: Array, size: int) -> tuple[int, int]:
     wide = max(size, _BANK_BYTES)
     at_once = WAVEFRONT_BYTES // wide
     number, cells = _distinct_in(lanes // at_once, start // wide)
-    counts = np.bincount(number * at_once + cells % at_once, minlength=at_once * (int(number[-1]) + 1))
-    counts = counts.reshape(-1, at_once)
-    return int(counts.max(axis=1).sum()), int((-(-counts.sum(axis=1) // at_once)).sum())
+    groups = int(number[-1]) + 1
+    counts = np.bincount(number * at_once + cells % at_once, minlength=at_once * groups)
+    # Lanes that are served together never want more than all banks: one wavefront is the least.
+    return int(counts.reshape(-1, at_once).max(axis=1).sum()), groups
 
 
 def _distinct_in(group: Array, position: Array) -> tuple[Array, Array]:
