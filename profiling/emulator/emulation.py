@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,7 +134,7 @@ class Emulation:
                 scalar_bits("u64", memory.address(value)) if name in tensors else scalar_bits(kind, value)
                 for name, kind, value in passed
             ]
-            tallies = Tallies(code.program, detailed=self.tallied)
+            tallies = Tallies(code.program, detailed=self.tallied, programs=grid[0] * grid[1] * grid[2])
             run(
                 code,
                 Grid(grid, _parameters(code, values), kernel.shared),
@@ -204,6 +205,7 @@ def emulated(
         raise CaseError(f"{arch} is not emulated; there are {', '.join(ARCHITECTURES)}")
     require_compiler()
     from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
 
     from ldmperf.kernels import _triton
 
@@ -216,21 +218,22 @@ def emulated(
         stack.enter_context(mock.patch.object(_triton, "DEVICES", (*_triton.DEVICES, "cpu")))
         stack.enter_context(planned_for(emulation.chip))
         stack.enter_context(poisoned_allocations())
-        _time_nothing(stack)
+        stack.enter_context(mock.patch.object(Autotuner, "run", _tuning_anew(Autotuner.run)))
         yield emulation
 
 
-def _time_nothing(stack: contextlib.ExitStack) -> None:
-    """Autotuners run each configuration once, those too that were given times; none keeps its choice on disk."""
-    import triton.testing
-    from triton.runtime.autotuner import Autotuner
+def _tuning_anew(run: Callable[..., Any]) -> Callable[..., Any]:
+    """An autotuner's `run` that times nothing: all configurations run once, those are checked; the first is taken.
 
-    for name in ("do_bench", "do_bench_cudagraph"):
-        stack.enter_context(mock.patch.object(triton.testing, name, run_once))
-    if hasattr(Autotuner, "check_disk_cache"):
-        stack.enter_context(mock.patch.object(Autotuner, "check_disk_cache", _tune_only))
+    What was chosen before holds again after, and nothing is kept on disk.
+    """
+    chosen: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
+    @functools.wraps(run)
+    def tune(tuner: Any, *arguments: Any, **options: Any) -> Any:
+        __tracebackhide__ = True
+        here = {"cache": chosen.setdefault(tuner, {}), "do_bench": run_once, "cache_results": False}
+        with mock.patch.dict(vars(tuner), here):
+            return run(tuner, *arguments, **options)
 
-def _tune_only(tuner: Any, key: Any, configurations: Any, tune: Callable[[], None]) -> bool:
-    tune()
-    return False
+    return tune
