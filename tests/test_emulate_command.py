@@ -487,7 +487,10 @@ def test_what_is_not_finite_is_counted_apart():
     error = error_of("y", found, exact)
     # Right: 1, an overflow that rounding has too, and NaN for NaN.
     assert error.not_finite == 4
-    assert (error.largest, error.rms, error.ratio) == (0, 0, 1)
+    assert (error.largest, error.rms, error.ratio) == (math.inf, math.inf, math.inf)
+    # An overflow that rounding has too is none of the kernel's.
+    error = error_of("y", found[[0, 1, 6]], exact[[0, 1, 6]])
+    assert (error.not_finite, error.largest, error.rms, error.ratio) == (0, 0, 0, 1)
 
 
 def test_a_result_where_nothing_has_to_be_rounded():

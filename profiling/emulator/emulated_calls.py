@@ -22,9 +22,9 @@ from .tallies import Tallies
 class ResultError:
     """How far a result is from what is exact, where that is finite in the result's dtype.
 
-    largest     of the absolute differences, `rms` of all relative to the RMS of what is exact
+    largest     of the absolute differences, `rms` of all relative to the RMS of what is exact; both infinite where
+                elements are `not_finite`, or finite, otherwise than what is exact and rounded
     rounding    the relative RMS of what is exact rounded to the dtype: nothing in that dtype is nearer
-    not_finite  elements that are not finite, or finite, otherwise than what is exact and rounded
     """
 
     name: str
@@ -49,18 +49,20 @@ def error_of(name: str, result: Tensor, exact: Tensor) -> ResultError:
         raise CaseError(f"{name} is of shape {list(result.shape)}, and what is expected of {list(exact.shape)}")
     rounded = exact.to(result.dtype)
     found, exact = result.double(), exact.double()
-    judged = found.isfinite() & rounded.isfinite()
-    as_rounded = (found == rounded.double()) | (found.isnan() & rounded.isnan())
-    scale = float(exact[judged].square().mean().sqrt()) if judged.any() else 0.0
-    off = (found - exact)[judged]
+    judged = rounded.isfinite()
+    same = (found == rounded.double()) | (found.isnan() & rounded.isnan())
+    not_finite = int((~same & ~(judged & found.isfinite())).sum())
+    exact, found, rounded = exact[judged], found[judged], rounded[judged]
+    scale = float(exact.square().mean().sqrt()) if len(exact) else 0.0
+    off = math.inf if not_finite else float((found - exact).abs().max()) if len(exact) else 0.0
     return ResultError(
         name,
         str(result.dtype).removeprefix("torch."),
         result.numel(),
-        float(off.abs().max()) if len(off) else 0.0,
-        _relative(off, scale),
-        _relative((rounded.double() - exact)[judged], scale),
-        int((~judged & ~as_rounded).sum()),
+        off,
+        math.inf if not_finite else _relative(found - exact, scale),
+        _relative(rounded.double() - exact, scale),
+        not_finite,
     )
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ldmperf.kernels import OPERATORS
 
-from ..kernel_bench.inputs import by_sample
 from ..options import CaseError
 from ..static.shapes import SHAPES, Shape
 
@@ -78,10 +77,7 @@ def _reference(inputs: EmulatedInputs, dtype: torch.dtype) -> dict[str, Tensor]:
         for name, value in inputs.arguments.items()
     }
     converted = EmulatedInputs(inputs.operator, inputs.kind, arguments)
-    reference = OPERATORS[inputs.operator].reference
-    if inputs.operator == "attention":
-        return converted.results(by_sample(reference, arguments))
-    return converted.results(reference(**arguments))
+    return converted.results(OPERATORS[inputs.operator].reference(**arguments))
 
 
 # ---------------------------------------------------------------- made here

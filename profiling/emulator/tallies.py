@@ -17,16 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .findings import lines_of
 from .program import PtxInstruction, PtxProgram
-
-if TYPE_CHECKING:
-    from .threads import Threads
 
 Array = NDArray[Any]
 SECTOR_BYTES = 32
@@ -155,6 +152,17 @@ class Accesses:
         self.least += other.least
 
 
+class Counted(Protocol):
+    """Of the threads that execute an instruction: which they are, how many, and the instruction's index."""
+
+    mask: Array
+    count: int
+    place: int
+
+    @property
+    def active(self) -> Array: ...
+
+
 class Tallies:
     """What a launch executed: `instructions` of threads; all else only where `detailed`.
 
@@ -174,7 +182,7 @@ class Tallies:
 
     # ------------------------------------------------------------ while a kernel runs
 
-    def executed(self, threads: Threads) -> None:
+    def executed(self, threads: Counted) -> None:
         """The lanes that are here execute the instruction that they are at."""
         self.instructions += threads.count
         if not self.detailed:
@@ -190,7 +198,7 @@ class Tallies:
             self._splits[self._place] += int(split.sum())
 
     def accessed(
-        self, threads: Threads, space: str, what: str, start: Array, size: int, lanes: Array | None = None
+        self, threads: Counted, space: str, what: str, start: Array, size: int, lanes: Array | None = None
     ) -> None:
         """Lanes "read", "write" or change ("atomic") `size` bytes each at byte positions that size divides.
 
@@ -206,7 +214,7 @@ class Tallies:
         found.touched += touched
         found.least += least
 
-    def matmul_read(self, threads: Threads, nbytes: int) -> None:
+    def matmul_read(self, threads: Counted, nbytes: int) -> None:
         """Matmuls of warp groups read their operands from shared memory, which no lane asks for."""
         if self.detailed:
             self._accesses_at(threads.place, "shared", "matmul").bytes += nbytes
@@ -214,7 +222,7 @@ class Tallies:
     def _accesses_at(self, place: int, space: str, what: str) -> Accesses:
         return self._accesses.setdefault((place, space, what), Accesses())
 
-    def _warps_of(self, threads: Threads) -> int:
+    def _warps_of(self, threads: Counted) -> int:
         """How many warps have lanes here. A mask lasts for many instructions."""
         if threads.mask is not self._mask:
             self._mask = threads.mask
@@ -261,6 +269,13 @@ class Tallies:
         """By (line of the kernel's source, space, what), the most wasteful first."""
         found = self._grouped_accesses(lambda i, space, what: (lines_of(i.source), space, what))
         return dict(sorted(found.items(), key=lambda item: item[1].least - item[1].touched))
+
+    def lanes_by_ptx_line(self) -> dict[int, int]:
+        """By the line of the PTX: how many lanes executed its instructions."""
+        found: dict[int, int] = {}
+        for i, lanes in zip(self.program.instructions, self._lanes, strict=False):
+            found[i.line] = found.get(i.line, 0) + lanes
+        return found
 
     @property
     def splits(self) -> int:
