@@ -379,7 +379,7 @@ def sets_predicate(
 
 @executes("mov")
 def _move(i: PtxInstruction) -> Action | None:
-    if not form(i, r"[bus](16|32|64)|f32|f64|pred"):
+    if not form(i, r"[bus](16|32|64)|f32|f64|pred") or len(i.operands) != 2:
         return None
     to, source = i.operands
     if isinstance(to, tuple):

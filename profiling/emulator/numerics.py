@@ -1,8 +1,8 @@
 """How numbers are computed where a GPU differs from numpy, or from what is documented: what can be chosen.
 
 Formats: bfloat16 and float16 are held as their bits and computed in float32, as the hardware's mixed units do.
-A sum or a product of theirs that is rounded to float32 and then to 16 bits is as if rounded once, since 24 bits are at
-least twice 11 and two more (S. Figueroa, "When is double rounding innocuous?", 1995). That of x * y + z is not.
+A sum or a product of theirs that is rounded to float32 and then to 16 bits is as if rounded once, since 24 bits are
+at least twice 11 and two more (S. Figueroa, "When is double rounding innocuous?", 1995). x * y + z is rounded apart.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _fused_by_fractions(x: float, y: float, z: float) -> float:
     try:
         return float(exact)
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 # ---------------------------------------------------------------- extremes
