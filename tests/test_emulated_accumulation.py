@@ -213,6 +213,30 @@ def test_the_h100_has_a_bit_more_and_takes_sixteen_products_at_once():
     assert element(a, b, 0, "sm_80") == 0
 
 
+# (architecture, how many products, s, t, d): their exact sum is 2^-149. Two of them are 2^-s (1 + 2^-t) and
+# 2^-s (1 - 2^-t), the others 2^-s. They are cut off 24 bits below 2^-132, or 25 below 2^-133.
+SMALLEST = [
+    ("sm_80", 8, 152, 4, 2.0**-149),
+    ("sm_90", 16, 153, 5, 2.0**-149),
+    ("sm_80", 8, 152, 5, 0),
+    ("sm_90", 16, 153, 6, 0),
+]
+
+
+@pytest.mark.parametrize(("arch", "count", "s", "t", "d"), SMALLEST)
+def test_smallest_sums_have_a_common_exponent(arch, count, s, t, d):
+    a = [1 + 2.0**-t, 1 - 2.0**-t, *[1] * (count - 2)]
+    assert element([x * 2.0**-76 for x in a], [2.0 ** (76 - s)] * count, 0, arch) == d
+
+
+@pytest.mark.parametrize(("arch", "kept", "lost"), [("sm_80", -44, -45), ("sm_90", -46, -47)])
+def test_smallest_sums_of_halves_have_a_common_exponent(arch, kept, lost):
+    """Beside 2^-25, a tie between 0 and 2^-24: what is kept rounds it up, what is cut off leaves it even."""
+    for exponent, d in ((kept, 2.0**-24), (lost, 0)):
+        a, b = np.float32([[2.0**-12, 2.0**-23]]), np.float32([[2.0**-13], [2.0 ** (exponent + 23)]])
+        assert float(matmul(a, b, None, "f16", CHIP, arch, result="f16")[0, 0]) == d
+
+
 # ---------------------------------------------------------------- infinities, NaN, overflow
 
 
@@ -285,7 +309,7 @@ def test_what_was_not_measured_is_told(arch, kind):
 @given(
     a=st.lists(st.integers(-128, 127), min_size=32, max_size=32),
     b=st.lists(st.integers(0, 255), min_size=32, max_size=32),
-    c=st.integers(-(2**31), 2**31 - 1),
+    c=st.integers(-(2**31), 2**31 - 1) | st.sampled_from([-(2**31), 2**31 - 1]),
 )
 def test_integers_are_summed_exactly_and_wrap_or_saturate(a, b, c):
     total = sum(x * y for x, y in zip(a, b, strict=True)) + c

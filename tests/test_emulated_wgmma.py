@@ -313,6 +313,18 @@ def test_operands_may_be_negated_and_results_halves(kind, dtype, signs, sign):
     np.testing.assert_array_equal(result_of(result, kind, 8)[0], c + sign * (a @ b))
 
 
+def test_halves_of_many_columns():
+    a, b, c = integers(16, 64, 16), integers(17, 16, 24), integers(18, 64, 24, least=-90, most=90)
+    placed = Placement(0, 32, 0, 256), Placement(2048, 32, 0, 256)
+    memory = np.zeros(4096, np.uint8)
+    place(memory, a, "f16", placed[0])
+    place(memory, b.T, "f16", placed[1])
+    fill = {f"%rd{1 + k}": np.uint64([p.descriptor()]) for k, p in enumerate(placed)} | c_registers(c, np.float16)
+    body = issue("m64n24k16", ("f16", "f16", "f16"), [1, 1, 0, 0]) + AFTER
+    result = quiet(kit.execute(body, fill, threads=128, shared=4096, shared_bytes=memory))
+    np.testing.assert_array_equal(result_of(result, "f16", 24)[0], c + a @ b)
+
+
 @pytest.mark.parametrize("scale", ["0", "1", "%p1", "%p2"])
 def test_without_its_scale_an_accumulator_is_not_even_read(scale):
     a, b, memory, fill = simple()
@@ -399,7 +411,8 @@ def test_part_of_a_warp_group_is_found(threads):
     result = run_simple(ONE + COMMIT + wait(0), threads=threads, mask=mask)
     assert "divergent warp" in result.kinds
     if threads == 256:
-        # The other warp group multiplied.
+        # The other warp group multiplied, and has waited.
+        assert not result.threads.products
         d = np.broadcast_to(result.register("%r100", np.float32), (256,))
         assert (d[:128] != 0).any()
         assert not d[128:].any()
@@ -492,15 +505,40 @@ def test_registers_of_an_operand_are_held_too():
         assert kit.execute(body, fill, threads=128, shared=4096, shared_bytes=memory).kinds == kinds
 
 
-def test_another_warp_group_may_not_overwrite_what_one_still_reads():
-    """Both warp groups read B. The first waits, passes a barrier and overwrites it; the second has not waited."""
-    store = "\t@%p1 st.shared.b32 [%r1+2048], %r2;\n"
-    body = ONE + COMMIT + "\t@%p1 wgmma.wait_group.sync.aligned 0;\n" + BARRIER + store + wait(0)
-    more = {"%r2": np.zeros(1, np.uint32), "%p1": np.arange(256) < 128}
-    more["%r1"] = np.tile(np.arange(64, dtype=np.uint32) * 4, 4)
-    assert "matmul not awaited" in run_simple(body, more, threads=256).kinds
-    body = ONE + COMMIT + wait(0) + BARRIER + store
-    assert "matmul not awaited" not in run_simple(body, more, threads=256).kinds
+def test_part_of_a_warp_group_awaits_nothing():
+    body = ONE + COMMIT + "\t@%p1 wgmma.wait_group.sync.aligned 0;\n"
+    result = run_simple(body, {"%p1": np.arange(128) < 32})
+    assert result.kinds == {"divergent warp"}
+    assert len(result.threads.products) == 1
+
+
+def test_what_is_awaited_may_be_overwritten_while_another_is_in_flight():
+    """The second multiplies the same rows further on: A from 4096, B from 6144."""
+    _, _, memory, fill = simple()
+    ahead = np.uint64(4096 >> 4)
+    fill |= zeros(4) | MORE | {"%rd3": fill["%rd1"] + ahead, "%rd4": fill["%rd2"] + ahead}
+    fill["%r1"] = np.arange(128, dtype=np.uint32) * 4
+    second = NEXT.replace("%rd1", "%rd3").replace("%rd2", "%rd4")
+    for at, kinds in ((0, set()), (2048, set()), (4096, {"matmul not awaited"}), (6144, {"matmul not awaited"})):
+        store = STORE.format(at).replace("st.", "@%p1 st.")
+        body = ONE + COMMIT + second + COMMIT + wait(1) + BARRIER + store + wait(0)
+        fill["%p1"] = np.arange(128) < 64
+        both = np.concatenate([memory, memory])
+        assert kit.execute(body, fill, threads=128, shared=8192, shared_bytes=both).kinds == kinds
+
+
+def test_a_warp_group_that_waited_may_overwrite_its_own_matrix():
+    """Each group has an A of its own, from 0 and from 4096, and both have B. Only the first waits."""
+    _, _, memory, fill = simple()
+    fill |= zeros(4) | {"%r2": np.zeros(1, np.uint32), "%p1": np.arange(256) < 128}
+    fill["%rd1"] = np.repeat(fill["%rd1"] + np.uint64([0, 4096 >> 4]), 128)
+    # A group stores 256 bytes: as much as B has.
+    fill["%r1"] = np.tile(np.arange(64, dtype=np.uint32) * 4, 4)
+    for at, kinds in ((0, set()), (4096, {"matmul not awaited"}), (2048, {"matmul not awaited"})):
+        store = STORE.format(at).replace("st.", "@%p1 st.")
+        body = ONE + COMMIT + "\t@%p1 wgmma.wait_group.sync.aligned 0;\n" + BARRIER + store + wait(0)
+        both = np.concatenate([memory, memory])
+        assert kit.execute(body, fill, threads=256, shared=8192, shared_bytes=both).kinds == kinds
 
 
 # ---------------------------------------------------------------- as Triton lays them out

@@ -73,7 +73,7 @@ def matmul(
     """
     if numerics.accumulate == "tensor core":
         return _tensor_core(a, b, c, kind, _core(kind, arch, warp_group), result)
-    total = np.matmul(a, b)
+    total: Array = np.matmul(a, b)
     if c is not None:
         total = total + c
     return total.astype(np.float16) if result == "f16" else total
@@ -81,7 +81,7 @@ def matmul(
 
 def integer_matmul(a: Array, b: Array, c: Array | None, saturates: bool) -> Array:
     """a b + c of 8-bit integers, given as float32, in int32: clamped to its ends, or modulo 2^32."""
-    total = np.matmul(a, b).astype(np.int64)
+    total: Array = np.matmul(a, b).astype(np.int64)
     if c is not None:
         total = total + c
     return np.clip(total, -(2**31), 2**31 - 1).astype(np.int32) if saturates else total.astype(np.int32)
@@ -140,5 +140,5 @@ def _toward_zero(values: Array, bits: int) -> Array:
 
 def _canonical(values: Array) -> Array:
     """Any NaN is the one whose bits but the sign are all ones."""
-    bits = values.view(np.uint32 if values.dtype == np.float32 else np.uint16)
-    return np.where(np.isnan(values), bits.dtype.type(np.iinfo(bits.dtype).max >> 1), bits).view(values.dtype)
+    unsigned, nan = (np.uint16, 0x7FFF) if values.dtype == np.float16 else (np.uint32, 0x7FFFFFFF)
+    return np.where(np.isnan(values), unsigned(nan), values.view(unsigned)).view(values.dtype)
