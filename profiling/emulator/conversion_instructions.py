@@ -23,6 +23,7 @@ _ROUNDINGS: Mapping[str, Callable[[Array], Array]] = {
     "rmi": np.floor,
     "rpi": np.ceil,
 }
+_ZERO = np.zeros((), np.float32)
 # Pairs of a type and one that holds all its values.
 _EXACT = {("f16", "f32"), ("f16", "f64"), ("bf16", "f32"), ("bf16", "f64"), ("f32", "f64"), ("f32", "f32")}
 
@@ -40,7 +41,7 @@ def _pair(i: PtxInstruction) -> Action | None:
 
 
 def _not_negative(values: Array) -> Array:
-    return greatest(values, np.float32(0), nan=True)
+    return greatest(values, _ZERO, nan=True)
 
 
 @executes("cvt")
@@ -61,14 +62,19 @@ def _between_integers(i: PtxInstruction) -> Action | None:
     found = form(i, rf"(?P<sat>sat\.)?(?P<to>{_INTEGER})\.(?P<source>{_INTEGER})")
     if found is None:
         return None
-    to, source = DTYPES[found["to"]], DTYPES[found["source"]]
-    whole = _register_dtype(i, found["to"])
+    to, whole = DTYPES[found["to"]], _register_dtype(i, found["to"])
     if found["sat"]:
-        low, high = max(np.iinfo(to).min, np.iinfo(source).min), min(np.iinfo(to).max, np.iinfo(source).max)
+        (least, most), (low, high) = _limits(found["to"]), _limits(found["source"])
+        low, high = max(low, least), min(high, most)
         return computes(i, lambda x: np.clip(x, low, high).astype(to).astype(whole), found["source"])
     if whole is to:
         return computes(i, lambda x: x.astype(to), found["source"])
     return computes(i, lambda x: x.astype(to).astype(whole), found["source"])
+
+
+def _limits(kind: str) -> tuple[int, int]:
+    bits = int(kind[1:])
+    return (-(1 << bits - 1), (1 << bits - 1) - 1) if kind[0] == "s" else (0, (1 << bits) - 1)
 
 
 def _register_dtype(i: PtxInstruction, kind: str) -> np.dtype[np.generic]:
@@ -100,15 +106,20 @@ def _to_integer(i: PtxInstruction) -> Action | None:
     to, source = DTYPES[found["to"]], found["source"]
     whole = _register_dtype(i, found["to"])
     near, values, ftz = _ROUNDINGS[found["rounding"]], _values_of(source), found["ftz"]
-    low, high = np.iinfo(to).min, np.iinfo(to).max
-    of_nan = to.type(0)
+    low, high = (np.array(float(limit)) for limit in _limits(found["to"]))
+    greatest_integer = np.array(_limits(found["to"])[1], to)
+    of_nan = np.zeros((), to)
     if source == "f64" or to.itemsize == 8:
-        of_nan = np.array(1 << 8 * to.itemsize - 1, f"u{to.itemsize}").view(to)[()]
+        of_nan = np.array(1 << 8 * to.itemsize - 1, f"u{to.itemsize}").view(to)
 
     def convert(x: Array) -> Array:
         value = values(x)
         value = near(flushed(value) if ftz else value).astype(np.float64)
-        result = np.where(value < high, np.fmax(value, low).astype(to), to.type(high))
+        inside = np.fmin(np.fmax(value, low), high)
+        result: Array = inside.astype(to)
+        if to.itemsize == 8:
+            # The greatest is no float64, and what it is rounded to is past it.
+            result = np.where(inside == high, greatest_integer, result)
         unknown = np.isnan(value)
         if some(unknown):
             result = np.where(unknown, of_nan, result)
@@ -118,7 +129,9 @@ def _to_integer(i: PtxInstruction) -> Action | None:
 
 
 def _values_of(kind: str) -> Function:
-    return HALVES[kind][0] if kind in HALVES else lambda x: x
+    if kind in HALVES:
+        return HALVES[kind][0]
+    return lambda x: x
 
 
 @executes("cvt")

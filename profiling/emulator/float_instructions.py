@@ -28,6 +28,7 @@ from .program import DTYPES, PtxInstruction
 from .threads import Threads
 
 Function = Callable[..., Array]
+_ZERO = np.zeros((), np.float32)
 _HALF = r"f16|f16x2|bf16|bf16x2"
 
 
@@ -77,7 +78,7 @@ def _fused(i: PtxInstruction) -> Action | None:
         return None
     function = {"f32": fused_float32, "f64": fused_float64}.get(i.kind, fused_half)
     if found["relu"]:
-        return _computes(i, lambda x, y, z: greatest(fused_half(x, y, z), np.float32(0), nan=True), 3)
+        return _computes(i, lambda x, y, z: greatest(fused_half(x, y, z), _ZERO, nan=True), 3)
     return _computes(i, function, 3, ftz=found["ftz"], sat=found["sat"])
 
 
@@ -112,7 +113,7 @@ def _test(i: PtxInstruction) -> Action | None:
     found = form(i, r"(?P<test>finite|infinite|number|notanumber|normal|subnormal)\.(?P<kind>f32|f64)")
     if found is None:
         return None
-    tiny = np.finfo(DTYPES[found["kind"]]).tiny
+    tiny = 2.0**-126 if found["kind"] == "f32" else 2.0**-1022
     tests: Mapping[str, Function] = {
         "finite": np.isfinite,
         "infinite": np.isinf,

@@ -1,14 +1,15 @@
-"""Integers, bits, predicates and moves (PTX ISA 9.7.1, 9.7.2, 9.7.6, 9.7.8, 9.7.9.2)."""
+"""Integers, bits, predicates and moves (PTX ISA 9.7.1, 9.7.6, 9.7.8, 9.7.9)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 
 from .instruction_set import Action, Array, Reader, computes, executes, form, literal, reader, reads, sources
+from .numerics import some
 from .program import DTYPES, UNSIGNED, PtxInstruction, UnknownInstruction
 from .threads import Threads
 
@@ -53,7 +54,7 @@ def _product(kind: str, part: str) -> Callable[[Array, Array], Array] | None:
     def whole(x: Array, y: Array) -> Array:
         return np.multiply(x.astype(wide), y.astype(wide))
 
-    shift = wide.type(8 * dtype.itemsize)
+    shift = np.array(8 * dtype.itemsize, wide)
     return whole if part == "wide" else lambda x, y: np.right_shift(whole(x, y), shift).astype(dtype)
 
 
@@ -94,20 +95,24 @@ def _divide(i: PtxInstruction) -> Action | None:
     """Rounds to zero; a remainder has the sign of the dividend. All bits are set where the divisor is zero."""
     if not form(i, _INTEGER):
         return None
-    result, function = i.operand(0), _quotient if i.opcode == "div" else np.fmod
+    result, dtype, remainder = i.operand(0), DTYPES[i.kind], i.opcode == "rem"
+    quotient = _quotient if dtype.itemsize == 8 else _quotient_by_float
     a, b = sources(i, i.kind, i.kind)
-    ones = literal("-1", DTYPES[i.kind])
+    zero, one, ones = np.zeros((), dtype), np.ones((), dtype), literal("-1", dtype)
 
     def divide(threads: Threads) -> None:
         x, y = a(threads), b(threads)
-        zero = y == 0
-        if not zero.any():
-            threads.write(result, function(x, y))
-            return
-        here = int(threads.active_values(np.atleast_1d(zero)).sum())
-        if here:
-            threads.report("division by zero", here, i.operand(2))
-        threads.write(result, np.where(zero, ones, function(x, np.where(zero, y.dtype.type(1), y))))
+        by_zero = y == zero
+        failed = some(by_zero)
+        if failed:
+            here = int(threads.active_values(np.atleast_1d(by_zero)).sum())
+            if here:
+                threads.report("division by zero", here, i.operand(2))
+            y = np.where(by_zero, one, y)
+        value = quotient(x, y)
+        if remainder:
+            value = x - value * y
+        threads.write(result, np.where(by_zero, ones, value) if failed else value)
 
     return divide
 
@@ -115,6 +120,13 @@ def _divide(i: PtxInstruction) -> Action | None:
 def _quotient(x: Array, y: Array) -> Array:
     # numpy rounds down; what is left here has no remainder.
     return np.floor_divide(x - np.fmod(x, y), y) if x.dtype.kind == "i" else np.floor_divide(x, y)
+
+
+def _quotient_by_float(x: Array, y: Array) -> Array:
+    """Of up to 32 bits: 53 are enough for a quotient to be cut off rightly, and numpy's is five times slower."""
+    whole = np.trunc(x.astype(np.float64) / y.astype(np.float64))
+    # By way of 64 bits, for the least s32 by -1.
+    return whole.astype(np.int64).astype(x.dtype)
 
 
 @executes("min", "max")
@@ -194,33 +206,37 @@ def _funnel_shift(i: PtxInstruction) -> Action | None:
     return computes(i, shifted, "b32", "b32", "u32")
 
 
-def _low_bits(count: Array, dtype: np.dtype[np.generic]) -> Array:
-    """A mask of the lowest bits, all for a count past the width."""
-    full = 8 * dtype.itemsize
-    return ~(~np.zeros((), dtype) << np.minimum(count, full).astype(dtype))
-
-
 @executes("bfe")
 def _extract(i: PtxInstruction) -> Action | None:
-    """`length` bits from `start` on, of which those past the end are the sign, which is the last bit taken."""
+    """`length` bits from `start` on; above them zeros, or copies of the last one that is taken or exists."""
     if not form(i, r"[us](32|64)"):
         return None
-    dtype, signed = DTYPES[i.kind], i.kind[0] == "s"
-    unsigned = UNSIGNED[dtype.itemsize]
-    last = 8 * dtype.itemsize - 1
+    dtype = DTYPES[i.kind]
+    if any(place.startswith("%") for place in map(i.operand, (2, 3))):
+        return computes(i, lambda x, *place: _field(x, *_field_shifts(dtype, *place)), i.kind, "u32", "u32")
+    up, down, empty = _field_shifts(dtype, *(literal(i.operand(k), DTYPES["u32"]) for k in (2, 3)))
+    result, source = i.operand(0), reader(i.operand(1), i.kind)
+    if len(i.operands) != 4:
+        raise UnknownInstruction(i.text)
+    return lambda threads: threads.write(result, _field(source(threads), up, down, empty))
 
-    def extract(x: Array, start: Array, length: Array) -> Array:
-        start, length = start & np.uint32(255), length & np.uint32(255)
-        if not signed:
-            taken = np.right_shift(x, np.minimum(start, last + 1).astype(unsigned))
-            return np.bitwise_and(taken, _low_bits(length, unsigned))
-        # Shifted past both ends, the sign fills what was left.
-        end = np.minimum(start + length, np.uint32(last + 1))
-        up = (np.uint32(last + 1) - end).astype(dtype)
-        down = np.minimum(np.uint32(last + 1) - end + start, np.uint32(last)).astype(dtype)
-        return np.where(length == 0, dtype.type(0), np.right_shift(np.left_shift(x, up), down))
 
-    return computes(i, extract, i.kind, "u32", "u32")
+def _field_shifts(dtype: np.dtype[np.generic], start: Array, length: Array) -> tuple[Array, Array, Array]:
+    """How far to the left and then to the right a bit field is shifted, and whether it has no bits."""
+    width = 8 * dtype.itemsize
+    start, length = start & np.uint32(255), length & np.uint32(255)
+    empty = length == 0
+    if dtype.kind == "u":
+        empty = empty | (start >= width)
+    start = np.minimum(start, np.uint32(width - 1))
+    taken = np.minimum(length, np.uint32(width) - start)
+    up = np.uint32(width) - start - taken
+    return np.asarray(up, dtype), np.asarray(up + start, dtype), np.asarray(empty)
+
+
+def _field(x: Array, up: Array, down: Array, empty: Array) -> Array:
+    field = x << up >> down
+    return np.where(empty, x.dtype.type(0), field) if some(empty) else field
 
 
 @executes("bfi")
@@ -235,8 +251,9 @@ def _insert(i: PtxInstruction) -> Action | None:
     def insert(threads: Threads) -> None:
         x, y = a(threads), b(threads)
         at = np.minimum(start(threads) & np.uint32(255), 8 * dtype.itemsize).astype(dtype)
-        mask = np.left_shift(_low_bits(length(threads) & np.uint32(255), dtype), at)
-        threads.write(result, y & ~mask | np.left_shift(x, at) & mask)
+        count = np.minimum(length(threads) & np.uint32(255), 8 * dtype.itemsize).astype(dtype)
+        mask = ~(~np.zeros_like(count) << count) << at
+        threads.write(result, y & ~mask | x << at & mask)
 
     return insert
 
@@ -265,18 +282,40 @@ def _permute(i: PtxInstruction) -> Action | None:
     """Bytes of b and a by the digits of a selector; a digit's highest bit copies the byte's sign."""
     if i.modifiers != ("b32",):
         return None
-    digits = np.arange(4, dtype=np.uint32) * np.uint32(4)
+    if not i.operand(3).startswith("%"):
+        selector = int(literal(i.operand(3), DTYPES["u32"])[0])
+        if not selector & 0x8888:
+            return computes(i, _chosen_bytes(selector), "b32", "b32", "b32")
+    return computes(i, _bytes_by_selector, "b32", "b32", "b32")
 
-    def permute(x: Array, y: Array, selector: Array) -> Array:
-        x, y, selector = np.broadcast_arrays(np.atleast_1d(x), y, selector)
-        both = np.stack([x, y], axis=1).view(np.uint8)  # [lanes, 8]
-        digit = selector[:, None] >> digits
-        taken = np.take_along_axis(both, (digit & np.uint32(7)).astype(np.intp), axis=1)
-        signs = (taken.view(np.int8) >> np.int8(7)).view(np.uint8)
-        taken = np.where(digit & np.uint32(8), signs, taken)
-        return np.ascontiguousarray(taken).view(np.uint32).ravel()
 
-    return computes(i, permute, "b32", "b32", "b32")
+def _chosen_bytes(selector: int) -> Callable[[Array, Array, Array], Array]:
+    """Bytes that move equally far are moved together."""
+    masks: dict[tuple[int, int], int] = {}
+    for k in range(4):
+        digit = selector >> 4 * k & 7
+        move = (digit >> 2, 8 * (k - (digit & 3)))
+        masks[move] = masks.get(move, 0) | 0xFF << 8 * k
+    moves = [
+        (word, np.array(abs(by), np.uint32), by < 0, np.array(mask, np.uint32))
+        for (word, by), mask in masks.items()
+    ]
+
+    def permute(x: Array, y: Array, _: Array) -> Array:
+        parts = [((x, y)[word] >> by if right else (x, y)[word] << by) & mask for word, by, right, mask in moves]
+        # Of the shape of both, though it may be made of one.
+        return reduce(np.bitwise_or, parts, np.zeros(np.broadcast_shapes(x.shape, y.shape), np.uint32))
+
+    return permute
+
+
+def _bytes_by_selector(x: Array, y: Array, selector: Array) -> Array:
+    x, y, selector = np.broadcast_arrays(np.atleast_1d(x), y, selector)
+    both = np.stack([x, y], axis=1).view(np.uint8)  # [lanes, 8]
+    digit = selector[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)
+    taken = np.take_along_axis(both, (digit & np.uint32(7)).astype(np.intp), axis=1)
+    signs = (taken.view(np.int8) >> np.int8(7)).view(np.uint8)
+    return np.where(digit & np.uint32(8), signs, taken).view(np.uint32).ravel()
 
 
 @executes("clz", "popc", "brev")
@@ -294,10 +333,11 @@ def _count(i: PtxInstruction) -> Action | None:
     def count(x: Array) -> Array:
         found = each_bit(x)
         if i.opcode == "popc":
-            return found.sum(axis=1).astype(np.uint32)
+            return np.sum(found, axis=1, dtype=np.uint32)
         if i.opcode == "clz":
             return np.where(found.any(axis=1), found.argmax(axis=1), bits).astype(np.uint32)
-        return np.packbits(found, axis=1, bitorder="little").view(x.dtype).ravel()
+        reverse: Array = np.packbits(found, axis=1, bitorder="little").view(x.dtype).ravel()
+        return reverse
 
     return computes(i, count, i.kind)
 
@@ -393,29 +433,31 @@ def _move(i: PtxInstruction) -> Action | None:
 
 
 def _unpack(i: PtxInstruction) -> Action:
-    names, source = i.values(0), reader(i.operand(1), i.kind)
-    part = UNSIGNED[DTYPES[i.kind].itemsize // len(names)]
+    names, source, whole = i.values(0), reader(i.operand(1), i.kind), UNSIGNED[DTYPES[i.kind].itemsize]
+    part = UNSIGNED[whole.itemsize // len(names)]
+    first, *others = names
+    shifts = [np.array(8 * part.itemsize * k, whole) for k in range(1, len(names))]
 
     def unpack(threads: Threads) -> None:
-        parts = source(threads).view(part)
-        for k, name in enumerate(names):
-            threads.write(name, np.ascontiguousarray(parts[k :: len(names)]))
+        bits = source(threads).view(whole)
+        threads.write(first, bits.astype(part))
+        for name, shift in zip(others, shifts, strict=True):
+            threads.write(name, (bits >> shift).astype(part))
 
     return unpack
 
 
 def _pack(i: PtxInstruction) -> Action:
-    names, result = i.values(1), i.operand(0)
-    whole = DTYPES[i.kind]
-    part = UNSIGNED[whole.itemsize // len(names)]
-    readers = [reader(name, f"b{8 * part.itemsize}") for name in names]
+    names, result, whole = i.values(1), i.operand(0), UNSIGNED[DTYPES[i.kind].itemsize]
+    bits = 8 * whole.itemsize // len(names)
+    first, *others = [reader(name, f"b{bits}") for name in names]
+    shifts = [np.array(bits * k, whole) for k in range(1, len(names))]
 
     def pack(threads: Threads) -> None:
-        values = [read(threads) for read in readers]
-        packed = np.empty((max(map(len, values)), len(names)), part)
-        for k, value in enumerate(values):
-            packed[:, k] = value
-        threads.write(result, packed.view(whole).ravel())
+        value = first(threads).astype(whole)
+        for read, shift in zip(others, shifts, strict=True):
+            value = value | read(threads).astype(whole) << shift
+        threads.write(result, value)
 
     return pack
 

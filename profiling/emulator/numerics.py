@@ -1,8 +1,8 @@
 """How numbers are computed where a GPU differs from numpy, or from what is documented: what can be chosen.
 
 Formats: bfloat16 and float16 are held as their bits and computed in float32, as the hardware's mixed units do.
-A sum or a product of theirs that is rounded to float32 and then to 16 bits is as if rounded once, since 24 bits are
-at least twice 11 and two more (S. Figueroa, "When is double rounding innocuous?", 1995). x * y + z is rounded apart.
+A sum or a product of theirs, rounded to float32 and then to 16 bits, is as if rounded once: 24 bits are at least
+twice 11 and two more (S. Figueroa, "When is double rounding innocuous?", 1995). x * y + z is rounded to odd first.
 """
 
 from __future__ import annotations
@@ -36,12 +36,22 @@ class Numerics:
 
 
 # Constants without dimensions, which numpy takes faster than its own scalars.
-_ONE, _SIXTEEN, _BELOW_HALF, _UPPER = (np.array(n, np.uint32) for n in (1, 16, 0x7FFF, 0xFFFF0000))
-_ZERO, _TINY, _NAN = (np.array(n, np.uint32).view(np.float32) for n in (0, 0x00800000, 0x7FFFFFFF))
-_HALF_NAN = np.array(0x7FFF, np.uint16)
-_ONE64, _FLOAT32_REST, _FLOAT32_TIE, _TWICE_TINY = (
-    np.array(n, np.uint64) for n in (1, (1 << 29) - 1, 1 << 28, (1023 - 126) << 53)
-)
+def _constant(number: int, bits: int = 32) -> Array:
+    return np.array(number, f"u{bits // 8}")
+
+
+_ONE, _SIXTEEN, _THIRTEEN = (_constant(n) for n in (1, 16, 13))
+_UPPER, _MAGNITUDE, _EXPONENT, _SIGN16 = (_constant(n) for n in (0xFFFF0000, 0x7FFFFFFF, 0x7F800000, 0x8000))
+_BF16_BELOW_HALF = _constant(0x7FFF)
+_HALF_NAN = _constant(0x7FFF, 16)
+_ZERO, _TINY, _NAN = (_constant(n).view(np.float32) for n in (0, 0x00800000, 0x7FFFFFFF))
+_ONE64, _FLOAT32_REST, _FLOAT32_TIE = (_constant(n, 64) for n in (1, (1 << 29) - 1, 1 << 28))
+# The bits of 2^-126 as float64, twice.
+_TWICE_TINY = _constant((1023 - 126) << 53, 64)
+# Of float16: the bits of its least normal and of 2^16 as float32, its infinity, 13 and -113 as exponents.
+_F16_NORMAL, _F16_OVER, _F16_INFINITY = (_constant(n) for n in (0x38800000, 0x47800000, 0x7C00))
+_F16_LONGER, _F16_BIAS = _constant(13 << 23), _constant(113 << 10)
+_F16_UP, _F16_SPECIAL, _F16_MAGNITUDE = np.array(2.0**112, np.float32), _constant(0x7C00 << 13), _constant(0x7FFF)
 
 
 def some(condition: Array) -> bool:
@@ -68,7 +78,7 @@ def _bf16_in_upper_half(values: Array) -> Array:
     bits = values.view(np.uint32)
     carry = bits >> _SIXTEEN
     carry &= _ONE
-    carry += _BELOW_HALF
+    carry += _BF16_BELOW_HALF
     carry += bits
     return carry
 
@@ -81,22 +91,44 @@ def bf16_pair(high: Array, low: Array) -> Array:
     """uint32: two float32 as bfloat16, the first in the upper half."""
     upper, lower = _bf16_in_upper_half(high), _bf16_in_upper_half(low)
     upper &= _UPPER
-    pair = upper | lower >> _SIXTEEN
+    lower = lower >> _SIXTEEN
     if _has_nan(high) or _has_nan(low):
         nan = _HALF_NAN.astype(np.uint32)
         upper = np.where(np.isnan(high), nan << _SIXTEEN, upper)
-        pair = upper | np.where(np.isnan(low), nan, lower >> _SIXTEEN)
-    return pair
+        lower = np.where(np.isnan(low), nan, lower)
+    return upper | lower
 
 
 def f16_bits(values: Array) -> Array:
-    """float32 to float16, to nearest, ties to even; any NaN becomes 0x7FFF."""
-    near = values.astype(np.float16).view(np.uint16)
-    return np.where(np.isnan(values), _HALF_NAN, near) if _has_nan(values) else near
+    """float32 to float16, to nearest, ties to even; any NaN becomes 0x7FFF.
+
+    Does what numpy's `astype` does in three times as long. A power of two that is 2^13 times as large, or 1/2 for
+    a subnormal, has a last place as wide as the float16's, so that adding it rounds.
+    """
+    bits = values.view(np.uint32)
+    size = np.minimum(bits & _MAGNITUDE, _F16_OVER)
+    exponent = np.maximum(size & _EXPONENT, _F16_NORMAL)
+    longer = exponent + _F16_LONGER
+    near = (size.view(np.float32) + longer.view(np.float32)).view(np.uint32)
+    near -= longer
+    exponent >>= _THIRTEEN
+    near += exponent
+    near -= _F16_BIAS
+    near = np.minimum(near, _F16_INFINITY)
+    near |= bits >> _SIXTEEN & _SIGN16
+    half = near.astype(np.uint16)
+    return np.where(np.isnan(values), _HALF_NAN, half) if _has_nan(values) else half
 
 
 def f16_values(bits: Array) -> Array:
-    return bits.view(np.float16).astype(np.float32)
+    """float32 of float16: its bits as those of a float32 are 2^-112 times as large."""
+    word = bits.astype(np.uint32)
+    size = (word & _F16_MAGNITUDE) << _THIRTEEN
+    values = (size.view(np.float32) * _F16_UP).view(np.uint32)
+    special = size >= _F16_SPECIAL
+    if some(special):
+        values = np.where(special, size | _EXPONENT, values)
+    return (values | (word & _SIGN16) << _SIXTEEN).view(np.float32)
 
 
 def f16_pair(high: Array, low: Array) -> Array:
@@ -125,8 +157,9 @@ def flushed(values: Array) -> Array:
 
 def saturated(values: Array) -> Array:
     """Within 0 and 1, NaN as 0, which `.sat` asks for."""
-    zero, one = values.dtype.type(0), values.dtype.type(1)
-    return np.minimum(greatest(values, zero, nan=False), one)
+    zero, one = (np.array(limit, values.dtype) for limit in (0, 1))
+    inside: Array = np.minimum(greatest(values, zero, nan=False), one)
+    return inside
 
 
 # ---------------------------------------------------------------- rounding once
@@ -165,20 +198,17 @@ def fused_float32(x: Array, y: Array, z: Array) -> Array:
     A product of float32 is exact in float64. Its sum with z is rounded there, and to float32 once more: that errs
     only where the float64 is halfway between two float32, or the result is subnormal and has fewer bits.
     """
-    product = x.astype(np.float64) * y.astype(np.float64)
-    total = product + z.astype(np.float64)
+    total = x.astype(np.float64) * y.astype(np.float64) + z.astype(np.float64)
     result = total.astype(np.float32)
     bits = total.view(np.uint64)
     doubtful = (bits & _FLOAT32_REST) == _FLOAT32_TIE
-    magnitude = bits << _ONE64
-    magnitude -= _ONE64  # a zero becomes the greatest
-    if np.minimum.reduce(magnitude) < _TWICE_TINY:
-        doubtful |= magnitude < _TWICE_TINY
-    elif not some(doubtful):
-        return result
-    at = np.flatnonzero(doubtful)
-    exact = _sum_to_odd(*(np.broadcast_to(v, total.shape)[at] for v in (product, z.astype(np.float64))))
-    result[at] = exact.astype(np.float32)
+    bits = bits << _ONE64
+    bits -= _ONE64  # without a sign, and a zero as the greatest
+    doubtful |= bits < _TWICE_TINY
+    if some(doubtful):
+        at = np.flatnonzero(doubtful)
+        x, y, z = (np.broadcast_to(v, total.shape)[at].astype(np.float64) for v in (x, y, z))
+        result[at] = _sum_to_odd(x * y, z).astype(np.float32)
     return result
 
 
