@@ -51,7 +51,7 @@ class Finding:
     def __str__(self) -> str:
         where = f"{self.kernel} at {self.source or 'an unknown line'}"
         told = "; ".join(filter(None, [self.detail, f"PTX line {self.line}: {self.ptx}" if self.ptx else ""]))
-        return f"{self.kind}: {where}, {self.count} times ({told})"
+        return f"{self.kind}: {where}, {self.count} times" + (f" ({told})" if told else "")
 
 
 @dataclass
@@ -71,11 +71,16 @@ class Findings:
         self._found.setdefault(key, [0, detail, text])[0] += int(count)
 
     def __iter__(self) -> Iterator[Finding]:
-        """One for each kind and line of source: that of the instruction with the most, and the sum of all."""
-        groups: dict[tuple[str, str, str], list[tuple[int, int, str, str]]] = {}
+        """One for each kind and line of source: that of the instruction with the most, and the sum of all.
+
+        Instructions whose source is not told are not put together.
+        """
+        groups: dict[tuple[str, str, str, int], list[tuple[int, int, str, str]]] = {}
         for (kind, kernel, line, source), (count, detail, text) in self._found.items():
-            groups.setdefault((kind, kernel, source), []).append((count, line, detail, text))
-        for (kind, kernel, source), found in groups.items():
+            groups.setdefault((kind, kernel, source, 0 if source else line), []).append(
+                (count, line, detail, text)
+            )
+        for (kind, kernel, source, _), found in groups.items():
             _, line, detail, text = max(found)
             yield Finding(kind, kernel, source, sum(count for count, *_ in found), detail, text, line)
 
@@ -92,5 +97,5 @@ class Findings:
 
 def lines_of(source: str) -> str:
     """A source without columns: "kernel.py:86:25 @[ kernel.py:334:99 ]" -> "kernel.py:86 in kernel.py:334"."""
-    places = re.findall(r"([\w.<>-]+:\d+):\d+", source)
-    return " in ".join(places)
+    places = (re.fullmatch(r"(.+?:\d+)(?::\d+)?", part.strip(" ]")) for part in source.split("@["))
+    return " in ".join(place[1] for place in places if place)

@@ -384,5 +384,5 @@ class EmulatedMemory:
         if clash.any():
             granules, mine, last = access.granules(self.granule)[clash], new[clash], last[clash] | _THREADS
             self._reads.stamps[granules] = last
-            far = ((mine ^ last) & _GID >> 5 << 5 != 0) | ((mine | last) & _WARPS != 0)
+            far = (mine ^ last) & _GID >> 5 << 5 != 0
             self._reads.stamps[granules[far]] = last[far] | _WARPS
