@@ -1,6 +1,7 @@
 """Kernels in triton's interpreter: TRITON_INTERPRET=1 is read when they are decorated, so a process of its own.
 
-tests/test_interpreter.py starts it; `TRITON_INTERPRET=1 pytest tests/interpreter` does by hand.
+tests/test_interpreter.py starts it; `TRITON_INTERPRET=1 pytest tests/interpreter` does by hand. The same tests run
+compiled kernels on an emulated GPU by `pytest -p ldmperf.emulate tests/interpreter`.
 """
 
 import dataclasses
@@ -12,7 +13,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*.py"]
+from ldmperf.kernels import _triton
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = "cpu" in _triton.DEVICES
+collect_ignore_glob = [] if INTERPRETED or EMULATED else ["*.py"]
+# Tests of the interpreter, not of kernels.
+OF_THE_INTERPRETER = {
+    "test_a_residual_add_in_place_whatever_the_order_of_its_programs": "sets the interpreter's order of programs",
+    "test_bfloat16_is_refused_in_the_interpreter_for_users": "compiled kernels take bfloat16",
+}
 
 # The same examples in every run of the suite: a failure is of the code that changed. To search further, by hand:
 # TRITON_INTERPRET=1 pytest tests/interpreter --hypothesis-profile=default
@@ -110,11 +120,19 @@ def _types_are_made_once():
     interpreter._get_np_dtype = numpy_dtype_once
 
 
-if not collect_ignore_glob:
+if INTERPRETED:
     _bfloat16_as_on_a_gpu()
     _patched_once_a_launch()
     _without_unread_overflow_checks()
     _types_are_made_once()
+
+
+def pytest_collection_modifyitems(items):
+    if EMULATED:
+        for item in items:
+            if item.originalname in OF_THE_INTERPRETER:
+                item.add_marker(pytest.mark.skip(reason=OF_THE_INTERPRETER[item.originalname]))
+
 
 LAYOUTS = ("plain", "channels_last", "sliced", "channel_slice", "expanded", "transposed")
 
