@@ -355,7 +355,7 @@ def test_races_of_threads_in_global_memory(body, kinds):
 
 
 def test_random_accesses_of_programs_race_as_an_oracle_says():
-    """Reads and writes of three programs to four words: a read races with another's last write, a write with reads."""
+    """Three programs and four words: a read races with another's last write, a write with others' reads too."""
     for seed in range(40):
         rng = np.random.default_rng(seed)
         words, last, readers, values = 4, {}, {w: set() for w in range(4)}, [0] * 4
@@ -539,8 +539,10 @@ OPERATIONS = {
 @pytest.mark.parametrize("space", ["shared", "global"])
 @pytest.mark.parametrize(
     "operation",
-    "add.u32 add.s32 add.u64 min.u32 min.s32 max.s32 max.u64 and.b32 or.b32 xor.b64 "
-    "exch.b32 exch.b64 cas.b32 cas.b64 cas.b16".split(),
+    [
+        *["add.u32", "add.s32", "add.u64", "min.u32", "min.s32", "max.s32", "max.u64", "and.b32", "or.b32"],
+        *["xor.b64", "exch.b32", "exch.b64", "cas.b32", "cas.b64", "cas.b16"],
+    ],
 )
 def test_atomics_are_done_one_after_the_other(operation, space):
     """64 lanes, some of them, on 5 cells: each finds what those before it left."""

@@ -21,7 +21,7 @@ def _copy(i: PtxInstruction) -> Action | None:
     if i.modifiers[:2] == ("async", "commit_group"):
         return _commit
     if i.modifiers[:2] == ("async", "wait_group"):
-        left = int(i.operand(0))
+        left = int(i.operand(0), 0)
         return lambda threads: _wait(threads, left)
     if i.modifiers[:2] == ("async", "wait_all"):
         return lambda threads: _wait(threads, -1)
