@@ -305,7 +305,7 @@ def test_files_by_their_names():
         ("cp.async.ca.shared.global [%r1], [%rd1], 8, %r2;", 8, 8),
         ("cp.async.cg.shared.global [%r1], [%rd1], 0x10, %r2;", 16, 16),
         ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r2];", 16, 16),
-        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 0;", 2, 16),
+        ("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 0;", 16, 16),
         ("wgmma.fence.sync.aligned;", 16, 16),
     ],
 )

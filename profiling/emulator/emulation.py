@@ -129,6 +129,7 @@ class Emulation:
                 list(tensors.values()),
                 [name in kernel.stored for name in tensors],
                 code.program.granules["global"],
+                list(tensors),
             )
             values = [
                 scalar_bits("u64", memory.address(value)) if name in tensors else scalar_bits(kind, value)

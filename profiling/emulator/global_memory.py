@@ -54,13 +54,16 @@ class _Region:
 class GlobalMemory(EmulatedMemory):
     """Copies of the storages of `tensors`, with room between them.
 
-    stored  whether the kernel may store to a tensor, by its position in `tensors`
+    stored  whether the kernel may store to a tensor, by its position in `tensors`; `names`: the arguments' names
 
     Elements that are poisoned (poison.py) are uninitialised.
     CaseError for tensors whose storages overlap without being the same.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], stored: Sequence[bool], granule: int) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], stored: Sequence[bool], granule: int, names: Sequence[str] = ()
+    ) -> None:
+        self._named = list(zip(names, tensors, strict=False))
         self._regions: dict[int, _Region] = {}
         end = GUARD
         for tensor, is_stored in zip(tensors, stored, strict=True):
@@ -134,6 +137,18 @@ class GlobalMemory(EmulatedMemory):
         each = np.arange(0, tensor.element_size(), self.granule)
         start: Array = self.address(tensor) - BASE + index[:, None] * tensor.element_size() + each
         return start // self.granule
+
+    def told(self, byte: int) -> str:
+        """As a pointer to elements: "x_ptr + 1000 of shape [1000]", by the argument that begins before it."""
+        near = [(self.address(tensor) - BASE, name, tensor) for name, tensor in self._named if tensor.numel()]
+        before = [found for found in near if found[0] <= byte] or near
+        if not before or not -GUARD <= byte < self.size + GUARD:
+            return f"address {byte + BASE:#x}, far from all tensors"
+        begin, name, tensor = max(before, key=lambda found: found[0])
+        elements, rest = divmod(byte - begin, tensor.element_size())
+        where = f"{name} {'-' if elements < 0 else '+'} {abs(elements)}{f' and {rest} bytes' if rest else ''}"
+        strides = "" if tensor.is_contiguous() else f", strides {list(tensor.stride())}"
+        return f"{where} of shape {list(tensor.shape)}{strides}"
 
     def copy_back(self) -> None:
         """Stores the bytes into the tensors."""
@@ -234,7 +249,8 @@ class GlobalMemory(EmulatedMemory):
         race = race & (access.granules(self.granule) < self.sink)
         if race.any():
             program = access.program[race.any(axis=1)][0]
-            threads.report("race of programs", race.sum(), f"{what}: program {program}")
+            where = self.told(access.granules(self.granule)[race][0] * self.granule)
+            threads.report("race of programs", race.sum(), f"{what}: program {program} at {where}")
 
     # ------------------------------------------------------------ what lanes of no use read
 

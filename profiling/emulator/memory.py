@@ -172,8 +172,12 @@ class EmulatedMemory:
                 threads.report(
                     "conflicting stores",
                     lost.sum(),
-                    f"thread {access.gid[lost][0] % threads.size}, {self.name} memory",
+                    f"thread {access.gid[lost][0] % threads.size} at {self.told(access.start[lost][0])}",
                 )
+
+    def told(self, byte: int) -> str:
+        """Where a byte position is, in words."""
+        return f"byte {byte % self.size} of {self.name} memory"
 
     # ------------------------------------------------------------ by granule
 
@@ -218,8 +222,8 @@ class EmulatedMemory:
     def check_written(self, access: Access, threads: Threads) -> None:
         written = self._of(self.written, access)
         if not written.all():
-            first = access.granules(self.granule)[~written][0] * self.granule % self.size
-            threads.report("uninitialised", (~written).sum(), f"byte {first} of {self.name} memory")
+            first = access.granules(self.granule)[~written][0] * self.granule
+            threads.report("uninitialised", (~written).sum(), self.told(first))
 
     def read_until_now(self, access: Access) -> None:
         """Notes a read without checking it: that of a wgmma, when it is awaited."""
@@ -341,10 +345,8 @@ class EmulatedMemory:
         if race.any():
             first, second = stamp[race][0], access.gid[race.any(axis=1)][0]
             who = "several threads" if first & _THREADS else f"thread {(first & _GID) % threads.size}"
-            byte = granules[race][0] * self.granule % self.size
-            threads.report(
-                "race", race.sum(), f"{what}: byte {byte} of {self.name} memory, {who} and {second % threads.size}"
-            )
+            where = self.told(granules[race][0] * self.granule)
+            threads.report("race", race.sum(), f"{what}: {who} and {second % threads.size} at {where}")
 
     # ------------------------------------------------------------ what was noted
 

@@ -51,7 +51,7 @@ def locate(
         threads.report(
             "misaligned",
             misaligned.sum(),
-            f"{what} of {size} bytes at {address[misaligned][0]:#x}, {space} memory",
+            f"{what} of {size} bytes at {_told(threads, memory, address[misaligned][0])}",
         )
         address = address & -size
     if space == "global":
@@ -68,10 +68,14 @@ def locate(
             "out of bounds",
             outside.sum(),
             f"{what} of {size} bytes by thread {lane % threads.size} of program {threads.program_id[lane]} at "
-            f"{address[outside][0]:#x}, {space} memory",
+            f"{_told(threads, memory, address[outside][0])}",
         )
         start = np.where(outside, memory.total - 64, start)
     return memory, start
+
+
+def _told(threads: Threads, memory: EmulatedMemory, address: int) -> str:
+    return memory.told(int(address) - BASE) if memory is threads.memory else f"byte {address} of shared memory"
 
 
 @executes("ld")

@@ -351,13 +351,11 @@ def _check_names(instructions: list[PtxInstruction], known: set[str]) -> None:
 
 
 def _granule(instructions: list[PtxInstruction], space: str) -> int:
-    """The narrowest access of a space: a matrix instruction's rows are 16 bytes, a wgmma reads single elements."""
+    """The narrowest access of a space: matrix instructions take rows of 16 bytes."""
     least = _WIDEST
     for i in instructions:
         if i.opcode in ("ld", "st", "atom", "red") and any(m.startswith(space) for m in i.modifiers):
             least = min(least, DTYPES[i.kind].itemsize if i.kind in DTYPES else 1)
         if i.opcode == "cp" and len(i.operands) > 2 and i.modifiers[0] == "async":
             least = min(least, int(re.sub(r"\D.*", "", i.operand(2).replace("0x", "")) or 4, 16))
-        if space == "shared" and i.opcode == "wgmma" and i.modifiers[0] == "mma_async":
-            least = min(least, 2)
     return least
