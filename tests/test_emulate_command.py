@@ -16,7 +16,8 @@ from ldmperf.profiling.options import CaseError
 
 pytest.importorskip("triton")
 
-from ldmperf.profiling.emulator.emulated_calls import configured, error_of
+from ldmperf.profiling.emulator.emulated_calls import configured, default_config, error_of, run_operator
+from ldmperf.profiling.emulator.emulation import emulated
 from ldmperf.profiling.emulator.operator_inputs import EXTREMES, KINDS_OF_INPUTS, given_inputs, made_inputs
 from ldmperf.profiling.static.shapes import SHAPES, Shape
 
@@ -115,6 +116,8 @@ def test_every_extreme_is_run(capsys):
     assert {error["ratio"] for error in told["errors"]} == {1.0}
     (kernel,) = told["kernels"]
     assert kernel["launches"] == len(EXTREMES)
+    # Two images of 64 channels, their sum, and a bias.
+    assert kernel["least_bytes"] == len(EXTREMES) * (3 * 16 * 64 + 64) * 2
 
 
 def test_seeds_and_approximations_reach_the_kernel(capsys):
@@ -319,6 +322,14 @@ def test_what_an_example_leaves_unwritten_is_found(capsys, write):
     assert [finding["kind"] for finding in json.loads(out)["findings"]] == ["unwritten result"]
 
 
+def test_what_is_expected_is_kept_from_the_kernel(capsys, write):
+    """In place: what is expected of a tensor is what it holds before the launch."""
+    path = write()
+    path.write_text(path.read_text().replace('"out_ptr": out', '"out_ptr": x', 1).replace("x.double() + 1", "x"))
+    (error,) = json.loads(emulate(capsys, f"{path}:add_one", "--json")[1])["errors"]
+    assert error["largest"] == pytest.approx(1)
+
+
 def test_a_column_is_not_coalesced(capsys, write):
     _, out, _ = emulate(capsys, f"{write()}:column", "--json")
     (kernel,) = json.loads(out)["kernels"]
@@ -335,6 +346,8 @@ def test_how_matmuls_are_computed_is_chosen(capsys, write):
         return json.loads(emulate(capsys, f"{write()}:product", *options, "--json")[1])
 
     cut = told()
+    assert told() == cut
+    assert told("--seed", "1") != cut
     assert cut["kernels"][0]["multiply_adds"] == 16**3
     # Products of positive numbers: cutting off makes them all smaller, rounding does not.
     assert told("--tf32", "round")["errors"][0]["rms"] < 0.6 * cut["errors"][0]["rms"]
@@ -373,6 +386,18 @@ def test_what_cannot_be_run_of_a_file(capsys, write, name, error):
     code, out, err = emulate(capsys, f"{write()}:{name}")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert error in err
+
+
+def test_what_is_not_emulated_is_named(capsys, write):
+    path = write()
+    sleeps = 'tl.inline_asm_elementwise("nanosleep.u32 20; mov.b32 $0, $1;", "=r,r", [x], tl.int32, False, 1)'
+    body = f"x = tl.full([32], 1, tl.int32)\n    tl.store(x_ptr + tl.arange(0, 32), {sleeps})"
+    example = "\n\ndef example_unexplained():\n    return 1, {'x_ptr': torch.empty(32, dtype=torch.int32)}\n"
+    path.write_text(path.read_text().replace("tl.store(x_ptr, 1.0)", body) + example)
+    code, out, err = emulate(capsys, f"{path}:unexplained")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "not emulated: unexplained" in err
+    assert "nanosleep.u32 20" in err
 
 
 def test_a_file_that_cannot_be_imported(capsys, tmp_path):
@@ -501,16 +526,42 @@ def test_a_result_where_nothing_has_to_be_rounded():
         error_of("y", torch.ones(4), ones)
 
 
+@pytest.mark.parametrize("side", [4, 16])
+@pytest.mark.parametrize("operator", list(OPERATORS))
+def test_the_default_configuration_is_found_again(operator, side):
+    """Also where it is none of the candidates: launches of it are those of no configuration."""
+    op = OPERATORS[operator]
+    channels = 4 if operator == "sampler_update" else 320
+    call = op.bind(**SHAPES[operator][0](Shape(batch=1, channels=channels, height=side, width=side)))
+
+    def told(launches):
+        numbers = [{n: v for n, v in one.arguments.items() if isinstance(v, int)} for one in launches]
+        return [(one.name, one.programs, one.num_warps, one.num_stages) for one in launches], numbers
+
+    assert told(op.plan(call, config=default_config(op, call))[1]) == told(op.plan(call)[1])
+
+
 def test_a_configuration_keeps_what_is_not_told():
     operator = OPERATORS["geglu"]
-    shape = Shape(batch=1, channels=64, height=4, width=4)
-    call = operator.bind(**SHAPES["geglu"][0](shape))
+    call = operator.bind(**SHAPES["geglu"][0](Shape(batch=1, channels=320, height=16, width=16)))
     default = operator.plan(call)[1][0]
     config = configured(operator, call, "num_warps=8, block_m=2")
     assert (config.num_warps, config.block_m) == (8, 2)
     assert config.block_n == default.arguments["BLOCK_N"]
-    assert configured(operator, call, "").block_m == default.arguments["BLOCK_M"]
     attention = OPERATORS["attention"]
     call = attention.bind(**SHAPES["attention"][0](Shape(batch=1, height=16, width=16)))
     assert configured(attention, call, "matrix_sums=true").matrix_sums is True
     assert configured(attention, call, "matrix_sums=0").matrix_sums is False
+
+
+def test_a_result_that_a_kernel_does_not_write_is_found():
+    """Without its stores: registers were written before the call, the model's next input was not."""
+
+    def without_stores(ptx):
+        return "\n".join(line for line in ptx.splitlines() if "st.global" not in line)
+
+    inputs = made_inputs("sampler_update", Shape(batch=1, height=4, width=4, channels=4), "random")
+    with emulated("sm_90", edit=without_stores) as emulation:
+        run_operator(emulation, inputs)
+    (finding,) = emulation.findings
+    assert (finding.kind, finding.count) == ("unwritten result", 2 * 4 * 4 * 4)

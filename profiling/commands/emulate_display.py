@@ -321,23 +321,20 @@ def _access_cells(space: str, one: Accesses) -> tuple[str, ...]:
 
 def _print_lines(tallies: Tallies, console: Console) -> None:
     total = max(tallies.executions.warps, 1)
-    lines = list(tallies.by_line().items())[:_LINES]
-    rows = tuple(
+    most = tuple(
         (line or _NO_LINE, str(one.warps), _share(one.warps, total), f"{one.lanes_per_warp:.1f}")
-        for line, one in lines
+        for line, one in list(tallies.by_line().items())[:_LINES]
     )
-    _print_table(console, "Lines executed most", Grid(("line", "by warps", "share", "threads"), rows, ("line",)))
-    wasteful = [item for item in tallies.accesses_by_line().items() if item[1].touched > item[1].least][:_LINES]
-    rows = tuple(
-        (line or _NO_LINE, f"{space} {what}", *_access_cells(space, one)) for (line, space, what), one in wasteful
+    _print_table(console, "Lines executed most", Grid(("line", "by warps", "share", "threads"), most, ("line",)))
+    wasteful = tuple(
+        (line or _NO_LINE, f"{space} {what}", *_access_cells(space, one))
+        for (line, space, what), one in tallies.accesses_by_line().items()
+        if one.touched > one.least
     )
-    if rows:
-        _print_table(
-            console,
-            "Lines whose accesses take more than the least",
-            Grid(("line", "memory", *_ACCESS_HEADINGS), rows, ("line", "memory", "")),
-            2,
-        )
+    if wasteful:
+        title = "Lines whose accesses take more than the least"
+        headings = ("line", "memory", *_ACCESS_HEADINGS)
+        _print_table(console, title, Grid(headings, wasteful[:_LINES], ("line", "memory", "")), 2)
 
 
 def _print_table(console: Console, title: str, grid: Grid, leading: int = 1) -> None:

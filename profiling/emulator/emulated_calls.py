@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,9 @@ def checked_call(operator: Operator, arguments: Mapping[str, Any]) -> Any:
 def configured(operator: Operator, call: Any, text: str) -> Any:
     """The configuration that "block_m=64,num_warps=4" gives. CaseError for a field that there is not.
 
-    Other fields are those of the candidate of bench/tune.py that comes nearest to what is launched by default.
+    Other fields are those of `default_config`.
     """
-    candidates = operator.candidates(call)
-    base = _nearest(operator, call, candidates)
+    base = default_config(operator, call)
     fields = {field.name: field for field in dataclasses.fields(base)}
     values = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -145,9 +144,27 @@ def _value(name: str, text: str, is_flag: bool) -> int | bool:
     return bool(value) if is_flag else value
 
 
-def _nearest(operator: Operator, call: Any, candidates: Sequence[Any]) -> Any:
-    default = _constants(operator.plan(call)[1])
-    return max(candidates, key=lambda config: len(default & _constants(operator.plan(call, config=config)[1])))
+def default_config(operator: Operator, call: Any) -> Any:
+    """The configuration that a call is launched with, which its launches tell.
+
+    Kernels have their configuration's fields among their constants. Where some are not, as in a kernel of another
+    kind, they are those of the candidate of bench/tune.py whose launches agree most.
+    """
+    launches = operator.plan(call)[1]
+    default = _constants(launches)
+
+    def agreement(config: Any) -> int:
+        try:
+            return len(default & _constants(operator.plan(call, config=config)[1]))
+        # A combination that the operator refuses.
+        except ValueError:
+            return -1
+
+    nearest = max(operator.candidates(call), key=agreement)
+    named = {name.lower(): value for launch in launches for name, value in launch.arguments.items()}
+    named |= {"num_warps": launches[-1].num_warps, "num_stages": launches[-1].num_stages}
+    fields = {field.name: named[field.name] for field in dataclasses.fields(nearest) if field.name in named}
+    return max(nearest, dataclasses.replace(nearest, **fields), key=agreement)
 
 
 def _constants(launches: Iterable[Launch]) -> set[tuple[Any, ...]]:

@@ -363,5 +363,4 @@ def _begins(ordered: Array) -> Array:
 
 
 def _any_of_warps(mask: Array) -> Array:
-    whole: Array = mask.reshape(-1, WARP).any(axis=1)
-    return whole
+    return np.asarray(mask.reshape(-1, WARP).any(axis=1))
