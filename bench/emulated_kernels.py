@@ -71,28 +71,26 @@ class Row:
     findings: list[str] = dataclasses.field(default_factory=list)
 
 
-def family_calls_of(job: Job) -> list[OperatorCall]:
-    """The calls of a step of every size. Not inside `emulated`, where they would run."""
+def family_calls_of(job: Job, sizes: Iterable[str] = FAMILY) -> list[OperatorCall]:
+    """The calls of a step of each size. Not inside `emulated`, where they would run."""
     return [
         call
-        for size in FAMILY
+        for size in sizes
         if job.operator != "linear" or _parameters(size) <= LARGEST_LINEAR
         for call in family_calls(size, 2, job.dtype, LATENT)
         if call.operator == job.operator
     ]
 
 
-def inputs_of(job: Job, calls: Iterable[OperatorCall]) -> Iterator[EmulatedInputs]:
-    """The family's calls, and those that other networks make: masks of keys, sums of a layer norm."""
-    generator = torch.Generator().manual_seed(0)
+def others_of(job: Job) -> Iterator[EmulatedInputs]:
+    """Calls that other networks make: masks of keys at every head dimension, sums of a layer norm, ragged images."""
     dtype = getattr(torch, job.dtype)
-    for call in calls:
-        yield EmulatedInputs(job.operator, "family", call.arguments("cpu", generator))
     if job.operator == "attention":
         shape = Shape(dtype, batch=1, heads=2, height=12, width=12)
         for dim, mask, context in itertools.product(FAMILY_HEAD_DIMS, (0, 1), (0, 77)):
-            yield made_inputs("attention", dataclasses.replace(shape, head_dim=dim, mask=mask, context=context), "random")
-    if job.operator in ("layer_norm", "residual_add", "group_norm_silu"):
+            made = dataclasses.replace(shape, head_dim=dim, mask=mask, context=context)
+            yield made_inputs("attention", made, "random")
+    elif job.operator in ("layer_norm", "residual_add", "group_norm_silu"):
         for channels in (64, 320, 1280):
             yield made_inputs(job.operator, Shape(dtype, channels=channels, height=12, width=12), "random")
 
@@ -102,19 +100,26 @@ def _parameters(size: str) -> float:
 
 
 def run_job(job: Job, limit: int | None = None) -> Row:
-    """Runs one call of each code."""
+    """Runs one call of each code, `limit` at most."""
     torch.set_num_threads(1)
-    row, seen, calls = Row(job), set(), family_calls_of(job)
+    generator = torch.Generator().manual_seed(0)
+    calls = family_calls_of(job)
+    family = (EmulatedInputs(job.operator, "random", call.arguments("cpu", generator)) for call in calls)
+    return run_inputs(job, itertools.chain(family, others_of(job)), limit)
+
+
+def run_inputs(job: Job, inputs: Iterable[EmulatedInputs], limit: int | None = None) -> Row:
+    """Runs those of the inputs whose code has not run; attention also as for a chip of one multiprocessor."""
+    row, seen = Row(job), set()
     with emulated(job.arch) as emulation:
-        # 0: the chip as it is; 1: as if it had one multiprocessor.
-        for few in (0, 1) if job.operator == "attention" else (0,):
-            chip = dataclasses.replace(emulation.chip, multiprocessors=1) if few else emulation.chip
-            with planned_for(chip):
-                for inputs in inputs_of(job, calls):
-                    codes = _codes(emulation, inputs) - seen
+        few = dataclasses.replace(emulation.chip, multiprocessors=1)
+        for one in inputs:
+            for chip in (emulation.chip, few) if job.operator == "attention" else (emulation.chip,):
+                with planned_for(chip):
+                    codes = _codes(emulation, one) - seen
                     if codes and (limit is None or row.calls < limit):
                         seen |= codes
-                        _run(emulation, inputs, row)
+                        _run(emulation, one, row)
     row.codes = len(seen)
     row.launches, row.instructions, row.seconds = emulation.launches, emulation.instructions, emulation.seconds
     row.findings = [str(finding) for finding in emulation.findings]
