@@ -219,7 +219,7 @@ def _run_example(kernel: Any, name: str, example: Callable[[], Any], emulation: 
         if not isinstance(arguments.get(wanted), Tensor):
             raise CaseError(f"example_{name}() expects numbers of {wanted}, which is none of its tensors")
     # Before the launch, which may update what it is computed from.
-    exact = {wanted: value.double().clone() for wanted, value in expected.items()}
+    exact = {wanted: value.to(torch.float64, copy=True) for wanted, value in expected.items()}
     kernel[grid](**arguments)
     emulation.check_written(*(arguments[wanted] for wanted in exact))
     errors = [error_of(wanted, arguments[wanted], value) for wanted, value in exact.items()]
