@@ -293,6 +293,10 @@ def unfenced(body, threads=128):
             "st.shared.b32 [%r1], 5; bar.sync 0; st.shared.b32 [%r1], 6; @%p1 fence.proxy.async.shared::cta;",
             [False] * 32 + [True] * 96,
         ),
+        (
+            "st.shared.b32 [%r1], 5; bar.sync 0; st.shared.b32 [%r1], 6; @!%p1 fence.proxy.async.shared::cta;",
+            [True] * 32 + [False] * 96,
+        ),
         # A read between makes the notes of stores be entered.
         (
             "st.shared.b32 [%r1], 5; bar.sync 0; @%p1 st.shared.b32 [%r1], 6; @%p1 ld.shared.b32 %r9, [%r1];"
@@ -308,6 +312,14 @@ def unfenced(body, threads=128):
 )
 def test_fences_of_the_asynchronous_proxy(body, hidden):
     assert unfenced(body) == hidden
+
+
+def test_a_fence_orders_nothing_between_threads():
+    body = "st.shared.b32 [%r1], 5; fence.proxy.async.shared::cta; xor.b32 %r2, %r1, 4; ld.shared.b32 %r9, [%r2];"
+    for between, kinds in (("", {"race"}), ("bar.sync 0;", set())):
+        given = {"%r1": np.arange(128, dtype=np.uint32) * 4, "%p9": np.zeros(1, bool)}
+        fenced = body.replace("xor", f"{between} xor")
+        assert kit.execute(fenced + NEVER, given, threads=128, shared=512).kinds == kinds
 
 
 def test_a_fence_of_one_program_is_not_of_another():

@@ -1,4 +1,4 @@
-"""Threads together in the emulator: barriers, shuffles, votes, special registers, masks; as the PTX ISA has them."""
+"""Threads together in the emulator, as the PTX ISA has them: barriers, shuffles, votes, special registers."""
 
 import itertools
 
@@ -313,6 +313,23 @@ def test_guards_of_written_and_unwritten_registers():
     # What was never written is a NaN, which is seen in a result.
     assert np.isnan(result.register("%r3", np.float32)[10:]).all()
     assert kit.execute("add.u32 %r3, %r2, 0;").kinds == {"unwritten register"}
+
+
+def test_guards_where_lanes_are_apart():
+    """Lanes that are elsewhere do not pass, whatever their predicates."""
+    body = """
+	mov.u32 %r2, 1;
+	@%p1 bra $There;
+	@%p2 mov.u32 %r2, 2;
+	@!%p2 mov.u32 %r2, 3;
+	@%p2 ret;
+$There:
+	mov.u32 %r3, 4;
+"""
+    apart, passing = LANES % 2 == 0, LANES % 3 == 0
+    result = kit.execute(body, {"%p1": apart, "%p2": passing, "%r3": np.zeros(1, np.uint32)}, threads=64)
+    assert result.register("%r2", np.uint32).tolist() == np.where(apart, 1, np.where(passing, 2, 3)).tolist()
+    assert result.register("%r3", np.uint32).tolist() == np.where(apart | ~passing, 4, 0).tolist()
 
 
 def test_a_guard_that_no_lane_passes_does_nothing():
