@@ -396,6 +396,13 @@ def test_fused_float64_beyond_what_is_exact_there():
         x, y = (rng.choice([-1, 1]) * rng.uniform(1, 2) * 2.0 ** rng.randint(-600, 500) for _ in range(2))
         z = rng.choice([-1, 1]) * rng.uniform(1, 2) * 2.0 ** rng.randint(-1074, 1023)
         cases.append((x, y, z if rng.random() < 0.5 else float(np.float64(-x) * np.float64(y))))
+    for _ in range(200):
+        # What the product loses is partly below the least subnormal, or a factor is too great to be split.
+        x, y = (rng.uniform(1, 2) * 2.0 ** rng.randint(-500, -450) for _ in range(2))
+        cases.append((x, y, -float(np.float64(x) * np.float64(y))))
+        cases.append(
+            (rng.uniform(1, 2) * 2.0 ** rng.randint(990, 1022), rng.uniform(1, 2) * 2.0**-60, rng.uniform(1, 2))
+        )
     cases += [(2.0**600, 2.0**600, -(2.0**1023)), (2.0**512, 2.0**512, -(2.0**1023)), (1e300, 1e300, -math.inf)]
     cases += [(2.0**-600, 2.0**-600, 0.0), (2.0**-600, -(2.0**-600), 0.0), (2.0**-537, 2.0**-538, 5e-324)]
     x, y, z = map(list, zip(*cases, strict=True))
@@ -624,6 +631,23 @@ def test_approximations_of_special_operands(name, seed):
     same(found, wanted)
 
 
+def test_approximations_flush_what_they_take():
+    x = np.float32([2.0**-127, -(2.0**-127)])
+    cases = {
+        "rcp": [INF, -INF],
+        "rsqrt": [INF, -INF],
+        "lg2": [-INF, -INF],
+        "sqrt": [0.0, -0.0],
+        "sin": [0.0, -0.0],
+    }
+    for name, wanted in cases.items():
+        same(decode(evaluate(f"{name}.approx.ftz.f32", np.float32, x), "f32"), wanted)
+    same(decode(evaluate("div.full.ftz.f32", np.float32, "0f3F800000", x), "f32"), [INF, -INF])
+    same(decode(evaluate("div.full.ftz.f32", np.float32, x, "0f3F000000"), "f32"), [0.0, -0.0])
+    same(decode(evaluate("rcp.approx.f32", np.float32, x), "f32"), [2.0**127, -(2.0**127)])
+    same(decode(evaluate("div.full.f32", np.float32, "0f3F800000", x), "f32"), [2.0**127, -(2.0**127)])
+
+
 def test_powers_of_two_are_exact_down_to_subnormals():
     x = np.arange(-150, 129).astype(np.float32)
     same(
@@ -669,6 +693,13 @@ def test_a_seed_makes_approximations_err_within_their_bounds(name):
     assert max(parts) > 0.6
     assert min(parts) < -0.6
     assert abs(np.mean(parts)) < 0.1
+
+
+def test_logarithms_near_one_err_absolutely():
+    x = spread(0.9, 1.1)
+    found = evaluate("lg2.approx.f32", np.float32, x, numerics=Numerics(perturb=1))
+    errors = [float(f) - math.log2(float(v)) for f, v in zip(found, x, strict=True)]
+    assert 0.9 * 2.0**-22 < max(map(abs, errors)) <= 2.0**-22
 
 
 @pytest.mark.parametrize("name", ["div.full", "div.approx"])
@@ -718,6 +749,13 @@ def test_approximations_of_halves(name, kind):
     word = bits[::2].astype(np.uint32) | bits[1::2].astype(np.uint32) << np.uint32(16)
     pairs = evaluate(f"{operation}x2", np.uint32, word)
     same(decode(np.ascontiguousarray(pairs).view(np.uint16), kind), exact)
+
+
+def test_a_half_is_rounded_once():
+    """A power of two that float32 rounds to the middle of two float16."""
+    x = np.array([0x11C5], np.uint16)
+    wanted = nearest(Fraction(math.exp2(decode(x, "f16")[0])), "f16")
+    same(decode(evaluate("ex2.approx.f16", np.uint16, x), "f16"), [wanted])
 
 
 def test_the_exponential_of_bfloat16_is_flushed():

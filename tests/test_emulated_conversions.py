@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldmperf.profiling.emulator.execution import code_of
-from ldmperf.profiling.emulator.numerics import bf16_bits, bf16_values, f16_bits, f16_values
+from ldmperf.profiling.emulator.numerics import bf16_bits, bf16_values, f16_bits, f16_values, odd_float32
 from ldmperf.profiling.emulator.program import UnknownInstruction
 
 FAST = settings(max_examples=15, deadline=None, database=None)
@@ -330,6 +330,19 @@ def test_all_halves_survive_their_conversion():
         is_nan = (bits & 0x7FFF) > nan
         with np.errstate(all="ignore"):
             assert (back(values(bits)) == np.where(is_nan, 0x7FFF, bits)).all()
+
+
+def test_rounding_to_odd_takes_the_neighbour_whose_last_bit_is_set():
+    rng = np.random.default_rng(4)
+    values = rng.uniform(-2, 2, 2000) * 2.0 ** rng.integers(-152, 127, 2000)
+    values[::3] = values[::3].astype(np.float32)
+    found = odd_float32(values)
+    for value, odd in zip(values, found, strict=True):
+        near = np.float32(value)
+        away = np.inf if value > near else -np.inf
+        neighbours = {int(v.view(np.uint32)) for v in (near, np.nextafter(near, np.float32(away)))}
+        wanted = {int(near.view(np.uint32))} if near == value else {bits for bits in neighbours if bits & 1}
+        assert wanted == {int(odd.view(np.uint32))}
 
 
 def test_float16_as_numpy_has_it():

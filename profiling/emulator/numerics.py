@@ -48,8 +48,8 @@ _ZERO, _TINY, _NAN = (_constant(n).view(np.float32) for n in (0, 0x00800000, 0x7
 _ONE64, _FLOAT32_REST, _FLOAT32_TIE = (_constant(n, 64) for n in (1, (1 << 29) - 1, 1 << 28))
 # The bits of 2^-126 as float64, twice.
 _TWICE_TINY = _constant((1023 - 126) << 53, 64)
-# Of float16: the bits of its least normal and of 2^16 as float32, its infinity, 13 and -113 as exponents.
-_F16_NORMAL, _F16_OVER, _F16_INFINITY = (_constant(n) for n in (0x38800000, 0x47800000, 0x7C00))
+# Of float16: the bits of its least normal and of 2^16 as float32, 13 and 113 as exponents.
+_F16_NORMAL, _F16_OVER = _constant(0x38800000), _constant(0x47800000)
 _F16_LONGER, _F16_BIAS = _constant(13 << 23), _constant(113 << 10)
 _F16_UP, _F16_SPECIAL, _F16_MAGNITUDE = np.array(2.0**112, np.float32), _constant(0x7C00 << 13), _constant(0x7FFF)
 
@@ -103,7 +103,7 @@ def f16_bits(values: Array) -> Array:
     """float32 to float16, to nearest, ties to even; any NaN becomes 0x7FFF.
 
     Does what numpy's `astype` does in three times as long. A power of two that is 2^13 times as large, or 1/2 for
-    a subnormal, has a last place as wide as the float16's, so that adding it rounds.
+    a subnormal, has a last place as wide as the float16's, so that adding it rounds. 2^16 becomes infinity.
     """
     bits = values.view(np.uint32)
     size = np.minimum(bits & _MAGNITUDE, _F16_OVER)
@@ -114,7 +114,6 @@ def f16_bits(values: Array) -> Array:
     exponent >>= _THIRTEEN
     near += exponent
     near -= _F16_BIAS
-    near = np.minimum(near, _F16_INFINITY)
     near |= bits >> _SIXTEEN & _SIGN16
     half = near.astype(np.uint16)
     return np.where(np.isnan(values), _HALF_NAN, half) if _has_nan(values) else half
