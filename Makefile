@@ -9,7 +9,7 @@ ARGS ?=
 # debugger).
 WORKERS ?= auto
 
-.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static hub-kernels clean
+.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static hub-kernels emulate emulate-page clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -23,6 +23,8 @@ help:
 	@echo "make tune ARGS=geglu  search the launch configurations of a kernel on this GPU"
 	@echo "make static-baseline  write bench/static/ for the installed triton: what it makes of the kernels"
 	@echo "make attention-static write docs/attention.md's table: attention beside a textbook kernel, predicted without a GPU"
+	@echo "make emulate   run tests/interpreter on compiled kernels, without a GPU (ARGS=--emulate=sm_80)"
+	@echo "make emulate-page     write the tables of docs/emulate.md: every operator and every mutant in the emulator"
 	@echo "make hub-kernels   write build/hub-kernels/, a repository for Hugging Face's kernel hub, from kernels/"
 	@echo "make clean     remove .venv and caches, never runs/"
 
@@ -66,6 +68,12 @@ attention-static: $(STAMP)
 
 hub-kernels: $(STAMP)
 	$(BIN)/python bench/hub_kernels.py $(ARGS)
+
+emulate: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -p ldmperf.emulate tests/interpreter $(ARGS)
+
+emulate-page: $(STAMP)
+	$(BIN)/python bench/emulate_page.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -1,25 +1,18 @@
-"""Write the tables of docs/emulate.md: every operator of the family in the emulator, and the mutants that it noticed.
+"""Every operator of the family in the emulator, as compiled for GPUs that need not be there, against float64.
 
-`make emulate-tables`. Takes no GPU, two processes and some ten minutes. The calls are those of one step of every
-size, at latents of 16x16 so that they are small: same channels, head dimensions, dtypes and default configurations.
-A launch that another size has compiled to the same code is run once. Attention is planned once more as for a chip of
-one multiprocessor, whose tiles are those of many tokens.
+The calls are those of one step of every size, at latents of 16x16 so that they are small: same channels, head
+dimensions, dtypes and default configurations. A code that another call has run is not run again. Attention is
+planned once more as for a chip of one multiprocessor, whose tiles are those of many tokens. bench/emulate_page.py
+writes the table.
 """
 
-import argparse
 import dataclasses
 import itertools
-import multiprocessing
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from markers import with_blocks
 
 from ldmperf.kernels import OPERATORS
 from ldmperf.kernels._launch import planned_for
@@ -28,19 +21,17 @@ from ldmperf.profiling.emulator.emulated_calls import checked_call, run_operator
 from ldmperf.profiling.emulator.emulation import Emulation, emulated
 from ldmperf.profiling.emulator.operator_inputs import EmulatedInputs, made_inputs
 from ldmperf.profiling.kernel_bench.plain import PLAIN
-from ldmperf.profiling.measure.store import write_whole
 from ldmperf.profiling.static.compile import specialization_of
 from ldmperf.profiling.static.shapes import Shape
 from ldmperf.profiling.step.call import OperatorCall
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS, family_calls
 
-PAGE = Path(__file__).parents[1] / "docs" / "emulate.md"
 ARCHS = ("sm_90", "sm_80")
 DTYPES = ("bfloat16", "float16", "float32")
 LATENT = (16, 16)
 # Matmuls of the largest sizes take minutes each, and are the same code with more channels.
 LARGEST_LINEAR = 866e6
-# tests/gpu: relative RMS errors that are rounding alone, and how much larger than that of torch's own others may be.
+# Of tests/gpu: relative RMS errors that are rounding alone, and how many times torch's own others may be.
 FLOOR = {"float32": 5e-7, "float16": 6e-4, "bfloat16": 4e-3}
 FACTOR = {"attention": 1.5}
 # Of a sampler's update, whose exact result is known: tests/gpu compares registers and the model's input by these.
@@ -83,7 +74,7 @@ def family_calls_of(job: Job, sizes: Iterable[str] = FAMILY) -> list[OperatorCal
 
 
 def others_of(job: Job) -> Iterator[EmulatedInputs]:
-    """Calls that other networks make: masks of keys at every head dimension, sums of a layer norm, ragged images."""
+    """Calls that other networks make: masks of keys at every head dimension, sums of a layer norm."""
     dtype = getattr(torch, job.dtype)
     if job.operator == "attention":
         shape = Shape(dtype, batch=1, heads=2, height=12, width=12)
@@ -159,68 +150,6 @@ def _errors_of_torchs_own(inputs: EmulatedInputs) -> list[float]:
     ] + [0.0, 0.0]
 
 
-# ---------------------------------------------------------------- pages
-
-
 def jobs(operators: Iterable[str], dtypes: Iterable[str], archs: Iterable[str]) -> list[Job]:
+    """Every combination of them."""
     return [Job(*one) for one in itertools.product(operators, dtypes, archs)]
-
-
-def run_jobs(chosen: Sequence[Job], limit: int | None, processes: int) -> list[Row]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        rows = []
-        for row in pool.map(run_job, chosen, itertools.repeat(limit)):
-            print(_line(row), *row.findings, sep="\n", flush=True)
-            rows.append(row)
-        return rows
-
-
-HEAD = (
-    "| operator | dtype | arch | codes | launches | thread-instructions | relative RMS error | of its bound | findings |"
-)
-
-
-def _line(row: Row) -> str:
-    job = row.job
-    return (
-        f"| {job.operator} | {job.dtype} | {job.arch} | {row.codes} | {row.launches} | {row.instructions / 1e6:,.1f} M "
-        f"| {row.rms:.1e} | {row.share:.2f} | {len(row.findings)} |"
-    )
-
-
-def table(rows: Sequence[Row]) -> str:
-    total = sum(row.instructions for row in rows)
-    seconds = sum(row.seconds for row in rows)
-    return "\n".join(
-        [
-            f"Triton {version('triton')}. {sum(row.codes for row in rows)} codes, {total / 1e9:.1f} billion "
-            f"thread-instructions, {sum(len(row.findings) for row in rows)} findings.",
-            "",
-            HEAD,
-            "|---|---|---|---|---|---|---|---|---|",
-            *map(_line, rows),
-        ]
-    ) + ("" if not seconds else "")
-
-
-def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--operator", action="append", choices=sorted(OPERATORS))
-    parser.add_argument("--dtype", action="append", choices=DTYPES)
-    parser.add_argument("--arch", action="append", choices=ARCHS)
-    parser.add_argument("--limit", type=int, help="calls of each operator, dtype and architecture at most")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--print", action="store_true", help="print the table and write nothing")
-    options = parser.parse_args(arguments)
-    chosen = jobs(options.operator or OPERATORS, options.dtype or DTYPES, options.arch or ARCHS)
-    rows = run_jobs(chosen, options.limit, options.processes)
-    if options.print:
-        print(table(rows))
-        return
-    writers: Mapping[str, Any] = {"operators": lambda _: table(rows)}
-    write_whole(PAGE, with_blocks(PAGE.read_text(), writers))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """Compiled kernels with one instruction taken away or weakened: how many does the emulator notice?
 
-`make emulate-tables` writes the table into docs/emulate.md. A mutant counts where it changes what is executed: not
-where no lane comes by, or where a mask that is removed was true for all. It is noticed by a finding, or by an error
-that has grown by a fifth. Those that are not noticed are listed: most change nothing that a result is made of.
+bench/emulate_page.py writes the table. A mutant counts where it changes what is executed: not where no lane comes
+by, or where a mask that is removed was true for all. It is noticed by a finding, or by an error that has grown by
+a fifth.
 """
 
 import dataclasses
@@ -37,11 +37,15 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("attention, D = 64", "attention", Shape(BF16, 1, height=10, width=13, heads=1, head_dim=64, context=300)),
+    Subject(
+        "attention, D = 64", "attention", Shape(BF16, 1, height=10, width=13, heads=1, head_dim=64, context=300)
+    ),
     Subject("attention, D = 128", "attention", Shape(BF16, 1, height=12, width=12, heads=1, head_dim=128)),
     Subject("attention, float32", "attention", Shape(FP32, 1, height=7, width=10, heads=1, context=200)),
     Subject("attention, a text", "attention", Shape(BF16, 1, height=10, width=13, heads=1, context=77)),
-    Subject("group norm, two launches", "group_norm_silu", Shape(BF16, 1, channels=40, height=33, width=31, groups=4)),
+    Subject(
+        "group norm, two launches", "group_norm_silu", Shape(BF16, 1, channels=40, height=33, width=31, groups=4)
+    ),
     Subject("group norm, one launch", "group_norm_silu", Shape(BF16, 1, channels=80, height=9, width=7, groups=8)),
     Subject("linear", "linear", Shape(BF16, 1, channels=96, height=3, width=11, features=144), few=False),
     Subject("layer norm", "layer_norm", Shape(BF16, 1, channels=130, height=3, width=3), few=False),
@@ -63,7 +67,7 @@ class Noticed:
 def try_mutants(subject: Subject, arch: str, limit: int | None = None) -> dict[str, Noticed]:
     """By kind of MUTATIONS: what became of a subject's mutants, `limit` of each kind and code at most."""
     texts: dict[str, str] = {}
-    clean, error = _run(subject, arch, lambda ptx: texts.setdefault(ptx, ptx))
+    clean, error = run_subject(subject, arch, lambda ptx: texts.setdefault(ptx, ptx))
     if clean.findings:
         raise AssertionError(f"{subject.name} has findings before anything is taken away")
     lanes = {ptx: tallies.lanes_by_ptx_line() for ptx, tallies in zip(texts, clean.tallies, strict=True)}
@@ -90,7 +94,7 @@ def _try(
         noticed.idle += 1
         return
     try:
-        ran, mutated = _run(subject, arch, lambda text: mutant.ptx if text == ptx else text)
+        ran, mutated = run_subject(subject, arch, lambda text: mutant.ptx if text == ptx else text)
     except Exception:
         noticed.made += 1
         noticed.found += 1
@@ -108,7 +112,7 @@ def _try(
         noticed.unnoticed.append(mutant)
 
 
-def _run(subject: Subject, arch: str, edit) -> tuple[Emulation, float]:
+def run_subject(subject: Subject, arch: str, edit) -> tuple[Emulation, float]:
     """(the emulation, the largest relative RMS error of the call)."""
     with emulated(arch, tallied=True, edit=edit) as emulation:
         chip = dataclasses.replace(emulation.chip, multiprocessors=1) if subject.few else emulation.chip
