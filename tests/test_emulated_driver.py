@@ -209,6 +209,14 @@ def test_a_tensor_may_be_several_arguments_and_a_view(sm_90):
     assert whole.tolist() == [[5.0] * 8, x[:8].tolist(), [5.0] * 8]
 
 
+def test_what_is_stored_to_is_watched_when_it_is_read():
+    """Elements move on by one: threads and programs read what those before them store."""
+    x = torch.arange(64.0)
+    with emulated("sm_90") as emulation, emulation.expecting("race", "race of programs") as found:
+        copy_kernel[(4,)](x, x[1:], 63, BLOCK=16)
+    assert "write of what another program reads" in "".join(finding.detail for finding in found)
+
+
 def test_reinterpreted_tensors():
     bits = torch.tensor([0.5, 1.5, -2.0], dtype=torch.float32).view(torch.int32)
     with emulated("sm_80", strict=True):
