@@ -406,7 +406,7 @@ def test_fused_float64_beyond_what_is_exact_there():
     cases += [(2.0**600, 2.0**600, -(2.0**1023)), (2.0**512, 2.0**512, -(2.0**1023)), (1e300, 1e300, -math.inf)]
     cases += [(2.0**-600, 2.0**-600, 0.0), (2.0**-600, -(2.0**-600), 0.0), (2.0**-537, 2.0**-538, 5e-324)]
     x, y, z = map(list, zip(*cases, strict=True))
-    check_floats("fma.rn.f64", "f64", fused, x, y, [v if v is not None and math.isfinite(v) else 1.0 for v in z])
+    check_floats("fma.rn.f64", "f64", fused, x, y, z)
 
 
 @pytest.mark.parametrize("kind", ["f16", "bf16"])
