@@ -182,7 +182,7 @@ def test_a_blocks_registers_are_its_own():
 def test_a_blocks_registers_are_gone_after_it():
     with pytest.raises(UnknownInstruction):
         parse_ptx(kit.ptx("{ .reg .b32 t; mov.u32 t, 1; }\n\tmov.u32 %r1, t;"))
-    result = kit.execute("{ .reg .b32 t; mov.u32 t, 1; }\n\t{ .reg .b32 t; mov.u32 %r1, t; }")
+    result = kit.execute("{ .reg .b32 t; mov.u32 t, 1; }\n\t{ .reg .b32 t; add.u32 %r1, t, 0; }")
     assert result.kinds == {"unwritten register"}
 
 

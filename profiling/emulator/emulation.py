@@ -85,7 +85,7 @@ class Emulation:
     def raise_findings(self) -> None:
         """FindingsError with all findings since the last call, if there are any."""
         __tracebackhide__ = True
-        found, self.findings = self.findings, Findings(self.findings.kernel)
+        found, self.findings = self.findings, Findings(self.findings.kernel, self.findings.files)
         if found:
             self.raised += len(found)
             raise FindingsError("\n".join(map(str, found)))
@@ -100,7 +100,7 @@ class Emulation:
         if unknown := sorted(set(kinds) - KINDS.keys()):
             raise ValueError(f"no kind of finding: {', '.join(unknown)}; there are {', '.join(KINDS)}")
         outer = self.findings, self.strict
-        found = self.findings = Findings(self.findings.kernel)
+        found = self.findings = Findings(self.findings.kernel, self.findings.files)
         self.strict = False
         try:
             yield found
@@ -125,6 +125,7 @@ class Emulation:
         tensors = {name: value for name, kind, value in passed if kind.startswith("*")}
         try:
             code = _code(kernel.ptx if self.edit is None else self.edit(kernel.ptx))
+            self.findings.files.update(code.program.files)
             memory = GlobalMemory(
                 list(tensors.values()),
                 [name in kernel.stored for name in tensors],

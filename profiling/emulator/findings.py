@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ class Finding:
     """One kind of fault at one place.
 
     source   the line of the kernel: "kernel.py:86", with the lines that it was inlined at; "" where not told
+    code     what stands in that line, or in the first of them that is not Triton's own; "" where it is not there
     count    how often: accesses, or executions of the instruction
     detail   the first example: bytes, threads, registers
     ptx      the instruction, and `line` its line in the PTX
@@ -43,22 +45,27 @@ class Finding:
     kind: str
     kernel: str
     source: str
+    code: str
     count: int
     detail: str
     ptx: str
     line: int
 
     def __str__(self) -> str:
-        where = f"{self.kernel} at {self.source or 'an unknown line'}"
+        where = f"{self.kernel} at {self.source or 'an unknown line'}" + (f" `{self.code}`" if self.code else "")
         told = "; ".join(filter(None, [self.detail, f"PTX line {self.line}: {self.ptx}" if self.ptx else ""]))
         return f"{self.kind}: {where}, {self.count} times" + (f" ({told})" if told else "")
 
 
 @dataclass
 class Findings:
-    """Collects faults of the launches that it is given to."""
+    """Collects faults of the launches that it is given to.
+
+    kernel  the launch's, and `files` the paths of its source by their names
+    """
 
     kernel: str = ""
+    files: dict[str, str] = field(default_factory=dict)
     _found: dict[tuple[str, str, int, str], list[Any]] = field(default_factory=dict)
 
     def add(self, kind: str, instruction: PtxInstruction | None, count: int = 1, detail: str = "") -> None:
@@ -82,7 +89,16 @@ class Findings:
             )
         for (kind, kernel, source, _), found in groups.items():
             _, line, detail, text = max(found)
-            yield Finding(kind, kernel, source, sum(count for count, *_ in found), detail, text, line)
+            total = sum(count for count, *_ in found)
+            yield Finding(kind, kernel, source, self._code(source), total, detail, text, line)
+
+    def _code(self, source: str) -> str:
+        for place in source.split(" in "):
+            name, _, line = place.rpartition(":")
+            path = self.files.get(name, "")
+            if path and "/triton/language/" not in path:
+                return linecache.getline(path, int(line)).strip()
+        return ""
 
     def __bool__(self) -> bool:
         return bool(self._found)

@@ -22,6 +22,8 @@ from .tallies import Tallies
 
 Array = NDArray[Any]
 _BOOL = DTYPES["pred"]
+# Instructions that move bytes, and may move those of registers that nothing wrote.
+_PACKING = ("mov", "prmt", "bfi")
 # What a register holds before it is written, by its bytes: a NaN where it is a float.
 _POISON = {1: 0xEE, 2: 0xFFF7, 4: 0xFFFEDEAD, 8: 0xFFFEDEADFFFEDEAD}
 
@@ -57,7 +59,7 @@ class Threads:
     """Programs `first` to `first + programs` of a launch.
 
     size        threads of a program; `lanes` of all the programs
-    mask        [lanes] which lanes are here; `full` where all are
+    mask        [lanes] which lanes are here, `count` of them; `full` where all are
     now         the instruction that is executed, and `place` its index
     copies      cp.async on their way, and `products` wgmma
     """
@@ -125,7 +127,8 @@ class Threads:
     def set_mask(self, mask: Array) -> None:
         """The lanes that are at this instruction from here on."""
         self.mask = mask
-        self.full = bool(mask.all())
+        self.count = int(np.count_nonzero(mask))
+        self.full = self.count == self.lanes
         self._active: Array | None = self.lane_index if self.full else None
 
     @property
@@ -161,7 +164,9 @@ class Threads:
         if value is None:
             value = self._special.get(name)
             if value is None:
-                self.report("unwritten register", 1, name)
+                # LLVM packs bytes that it does not care for beside others, and takes them out again.
+                if self.now.opcode not in _PACKING:
+                    self.report("unwritten register", 1, name)
                 value = np.array([_POISON[dtype.itemsize]], UNSIGNED[dtype.itemsize])
         if value.dtype is dtype:
             return value
@@ -203,14 +208,15 @@ class Threads:
 
     def access(self, start: Array, size: int, lanes: Array, *, wide: bool = False) -> Access:
         """What a memory notes of these lanes' accesses at byte positions of its own."""
-        program = self.program_of[lanes]
+        told = (self.gid, self.program_id, self.program_of)
+        gid, program, epoch = told if lanes is self.lane_index else (array.take(lanes) for array in told)
         return Access(
             start,
             size,
-            self.gid[lanes],
-            self.program_id[lanes],
-            self.epoch[program],
-            self.warp_epoch[lanes >> 5],
+            gid,
+            program,
+            self.epoch.take(epoch),
+            self.warp_epoch.take(lanes >> 5),
             self.place,
             wide,
         )
