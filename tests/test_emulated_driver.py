@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from emulator_kit import ptx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,7 +27,7 @@ from triton.runtime import driver  # noqa: E402
 from ldmperf.profiling.emulator.emulated_driver import scalar_bits  # noqa: E402
 from ldmperf.profiling.emulator.emulation import FindingsError, emulated  # noqa: E402
 from ldmperf.profiling.emulator.numerics import Numerics  # noqa: E402
-from ldmperf.profiling.emulator.program import UnknownInstruction  # noqa: E402
+from ldmperf.profiling.emulator.program import UnknownInstruction, parse_ptx  # noqa: E402
 
 
 @triton.jit
@@ -413,6 +414,23 @@ def test_what_is_not_emulated_is_named(sm_90):
 
 
 # ------------------------------------------------------------ findings
+
+
+def test_inline_assembly_comes_from_the_line_before_it():
+    """triton 3.8 writes lines into it, which are those of what comes after."""
+    body = """
+	.loc	1 8 9                           // kernel.py:8:9
+	// begin inline asm
+	mov.u32 %r1, 0x0;
+	.loc	1 9 9                           // kernel.py:9:9
+	mov.u32 %r2, 0x0;
+
+	// end inline asm
+	mov.u32 %r3, 0x0;
+	.loc	1 10 9                          // kernel.py:10:9
+	ret;"""
+    told = [i.source for i in parse_ptx(ptx(body)).instructions]
+    assert told == ["kernel.py:8:9"] * 3 + ["kernel.py:10:9"]
 
 
 def copy_too_much(size=1000):
