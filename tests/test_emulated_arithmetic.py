@@ -398,7 +398,7 @@ def test_fused_float64_beyond_what_is_exact_there():
         cases.append((x, y, z if rng.random() < 0.5 else float(np.float64(-x) * np.float64(y))))
     for _ in range(200):
         # What the product loses is partly below the least subnormal, or a factor is too great to be split.
-        x, y = (rng.uniform(1, 2) * 2.0 ** rng.randint(-500, -450) for _ in range(2))
+        x, y = (rng.uniform(1, 2) * 2.0 ** rng.randint(-500, -495) for _ in range(2))
         cases.append((x, y, -float(np.float64(x) * np.float64(y))))
         cases.append(
             (rng.uniform(1, 2) * 2.0 ** rng.randint(990, 1022), rng.uniform(1, 2) * 2.0**-60, rng.uniform(1, 2))
@@ -914,6 +914,8 @@ def test_the_address_of_shared_memory():
     assert left.register("%rd1", np.uint64).tolist() == [0] * 32
     with pytest.raises(UnknownInstruction, match="elsewhere"):
         execute("\tmov.b32 %r1, elsewhere;")
+    with pytest.raises(UnknownInstruction, match="no array in shared memory"):
+        execute("\tmov.b32 %r1, $place;\n$place:")
 
 
 def test_addresses_of_spaces_stay():

@@ -286,6 +286,8 @@ def test_relu_and_pairs(kind):
     same(single, wanted)
     pair = evaluate(f"cvt.rn.relu.{kind}x2.f32", np.uint32, high, low)
     same(decode((pair >> np.uint32(16)).astype(np.uint16), kind), wanted)
+    lower = [v if math.isnan(v) else max(v, 0.0) + 0.0 for v in decode(other, kind)]
+    same(decode(pair.astype(np.uint16), kind), lower)
     shared = evaluate(f"cvt.rn.{kind}x2.f32", np.uint32, high, "0f3F800000")
     assert (shared == one.astype(np.uint32) << np.uint32(16) | encode([1.0], kind)[0]).all()
 
