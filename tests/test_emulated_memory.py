@@ -724,6 +724,8 @@ def test_what_is_out_of_bounds_is_told_as_nothing_else():
     [
         ("ld.shared.b32 %r2, [global_smem+60];", set()),
         ("ld.shared.b32 %r2, [global_smem+64];", {"out of bounds"}),
+        ("ld.shared.b8 %rs2, [global_smem+63];", set()),
+        ("ld.shared.b8 %rs2, [global_smem+64];", {"out of bounds"}),
         ("ld.shared.v4.b32 {%r2,%r3,%r4,%r5}, [global_smem+64];", {"out of bounds"}),
         ("ld.shared.b32 %r2, [global_smem+-4];", {"out of bounds"}),
         ("ld.shared.b32 %r2, [%r1];", {"out of bounds"}),

@@ -113,7 +113,7 @@ class GlobalMemory(EmulatedMemory):
     def address(self, tensor: Tensor) -> int:
         """What a kernel takes for the tensor's data pointer."""
         region = self._regions[tensor.untyped_storage().data_ptr()]
-        return BASE + region.begin + tensor.storage_offset() * tensor.element_size()
+        return BASE + region.begin + int(tensor.storage_offset()) * tensor.element_size()
 
     def _granules_of(self, tensor: Tensor) -> Array | slice:
         """Index of the granules that a tensor has elements in."""
@@ -163,7 +163,7 @@ class GlobalMemory(EmulatedMemory):
         region = self._region(start, size)
         if region is not None and region.covered:
             return np.zeros(len(start), bool)
-        outside = (start < 0) | (start > self.size - size)
+        outside: Array = (start < 0) | (start > self.size - size)
         count = max(size // self.granule, 1)
         first = np.where(outside, 0, start) // (count * self.granule)
         legal: Array = self.legal.reshape(-1, count).take(first, axis=0).all(axis=1)

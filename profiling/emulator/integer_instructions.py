@@ -333,7 +333,8 @@ def _count(i: PtxInstruction) -> Action | None:
     def count(x: Array) -> Array:
         found = each_bit(x)
         if i.opcode == "popc":
-            return np.sum(found, axis=1, dtype=np.uint32)
+            ones: Array = np.add.reduce(found, axis=1, dtype=np.uint32)
+            return ones
         if i.opcode == "clz":
             return np.where(found.any(axis=1), found.argmax(axis=1), bits).astype(np.uint32)
         reverse: Array = np.packbits(found, axis=1, bitorder="little").view(x.dtype).ravel()

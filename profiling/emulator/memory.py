@@ -160,8 +160,10 @@ class EmulatedMemory:
 
         def differs() -> Array:
             """[lanes, granules]: what the write changes."""
-            old = self.gather(access.start, block.dtype).view(np.uint8) != block.view(np.uint8)
-            return old.reshape(len(block), max(access.size // self.granule, 1), -1).any(axis=2)
+            old: Array = self.gather(access.start, block.dtype).view(np.uint8)
+            shape = len(block), max(access.size // self.granule, 1), -1
+            changed: Array = np.not_equal(old, block.view(np.uint8)).reshape(shape).any(axis=2)
+            return changed
 
         self.saw_write(access, threads, differs)
         self.scatter(access.start, block)
@@ -269,7 +271,7 @@ class EmulatedMemory:
         stamp = self._writes.stamps[places]
         lane = (stamp & _GID) - int(threads.gid[0])
         program = threads.program_of[lane]
-        here = threads.mask.reshape(threads.programs, threads.size).any(axis=1)
+        here: Array = threads.mask.reshape(threads.programs, threads.size).any(axis=1)
         before = stamp < _begin(threads.epoch)[program, 0]
         self.unfenced[places] = ~((before | threads.mask[lane]) & here[program])
 
@@ -331,7 +333,8 @@ class EmulatedMemory:
             return recent
         warp = (other >> 5 == gid >> 5) & (stamp & _WARPS == 0)
         thread = (other == gid) & (stamp & _THREADS == 0)
-        return recent & ~(warp & (thread | (stamp < _begin(access.warp_epoch))))
+        recent &= ~(warp & (thread | (stamp < _begin(access.warp_epoch))))
+        return recent
 
     def _excused(self, access: Access) -> Array | bool:
         """[lanes, granules]: what a write may overwrite though others read it."""

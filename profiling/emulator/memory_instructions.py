@@ -114,7 +114,7 @@ def _register_kind(i: PtxInstruction, name: str, kind: str) -> np.dtype[np.gener
         return dtype
     if dtype.kind not in "ui" or i.bytes_of(name) < dtype.itemsize:
         raise UnknownInstruction(i.text)
-    return DTYPES[dtype.kind.replace("i", "s") + str(8 * i.bytes_of(name))]
+    return UNSIGNED[i.bytes_of(name)]
 
 
 def _load_parameter(i: PtxInstruction) -> Action | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,10 @@ def _barrier(i: PtxInstruction) -> Action | None:
 
 def _program_barrier(threads: Threads) -> None:
     here = threads.mask.reshape(threads.programs, threads.size)
-    some = here.any(axis=1)
-    if (some & ~here.all(axis=1)).any():
-        threads.report("divergent barrier", int((some & ~here.all(axis=1)).sum()))
+    some: Array = here.any(axis=1)
+    parts = int((some & ~here.all(axis=1)).sum())
+    if parts:
+        threads.report("divergent barrier", parts)
     # A time that none of the program's warps has had. New arrays: accesses that were noted keep the old ones.
     warps = threads.warp_epoch.reshape(threads.programs, -1)
     threads.epoch = np.where(some, warps.max(axis=1) + 1, threads.epoch)
@@ -130,7 +132,7 @@ def _reduce(i: PtxInstruction) -> Action | None:
     return of_whole_warp(i, 2, reduce)
 
 
-_VOTES: Mapping[str, Callable[[Array], Array]] = {
+_VOTES: Mapping[str, Callable[[Array], Any]] = {
     "ballot": lambda passes: np.packbits(passes, axis=1, bitorder="little").view("<u4")[:, 0],
     "any": lambda passes: passes.any(axis=1),
     "all": lambda passes: passes.all(axis=1),
