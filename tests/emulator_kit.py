@@ -7,7 +7,7 @@ from ldmperf.profiling.emulator.findings import Findings
 from ldmperf.profiling.emulator.global_memory import GlobalMemory
 from ldmperf.profiling.emulator.numerics import Numerics
 from ldmperf.profiling.emulator.tallies import Tallies
-from ldmperf.profiling.emulator.threads import Grid
+from ldmperf.profiling.emulator.threads import LaunchGrid
 
 HEADER = """
 .version 8.7
@@ -77,7 +77,7 @@ def execute(
     code = code_of(ptx(body + "\n\tret;", threads))
     findings, tallies = Findings("kernel"), Tallies(code.program)
     memory = memory or GlobalMemory([], [], 1)
-    grid = Grid((programs, 1, 1), values or {}, shared)
+    grid = LaunchGrid((programs, 1, 1), values or {}, shared)
     run_threads = Threads(code.program, grid, 0, programs, memory, numerics or Numerics(), findings, tallies)
     for name, value in (registers or {}).items():
         run_threads._registers[name] = np.ascontiguousarray(value)

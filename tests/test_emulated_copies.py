@@ -11,7 +11,7 @@ from ldmperf.profiling.emulator.global_memory import GlobalMemory
 from ldmperf.profiling.emulator.numerics import Numerics
 from ldmperf.profiling.emulator.program import UnknownInstruction
 from ldmperf.profiling.emulator.tallies import Tallies
-from ldmperf.profiling.emulator.threads import Grid
+from ldmperf.profiling.emulator.threads import LaunchGrid
 
 LANES = np.arange(32, dtype=np.uint32)
 # Bytes 0 to 4095 that differ from their neighbours.
@@ -144,7 +144,7 @@ def test_a_thread_waits_for_its_copies(body, kinds):
     code = code_of(kit.ptx(f"{head}{body}\n\tret;", 32, ["u64"]))
     findings = Findings("kernel")
     values = {"kernel_param_0": np.array([memory.address(SOURCE)], np.uint64)}
-    run(code, Grid((3, 1, 1), values, 1024), memory, findings, Tallies(code.program), Numerics())
+    run(code, LaunchGrid((3, 1, 1), values, 1024), memory, findings, Tallies(code.program), Numerics())
     assert findings.kinds == kinds
 
 

@@ -18,7 +18,7 @@ from ldmperf.profiling.emulator.global_memory import BASE, GlobalMemory
 from ldmperf.profiling.emulator.numerics import Numerics
 from ldmperf.profiling.emulator.program import UnknownInstruction
 from ldmperf.profiling.emulator.tallies import Tallies
-from ldmperf.profiling.emulator.threads import Grid
+from ldmperf.profiling.emulator.threads import LaunchGrid
 from ldmperf.profiling.options import CaseError
 
 # ---------------------------------------------------------------- races, by an oracle that keeps everything
@@ -272,7 +272,7 @@ def launched(body, tensors, *, threads=32, grid=(1, 1, 1), stored=None, granule=
     memory = GlobalMemory(tensors, stored or [True] * len(tensors), granule or code.program.granules["global"])
     values = {f"kernel_param_{n}": np.array([memory.address(t)], np.uint64) for n, t in enumerate(tensors)}
     findings = Findings("kernel")
-    run(code, Grid(grid, values, 0), memory, findings, Tallies(code.program), Numerics())
+    run(code, LaunchGrid(grid, values, 0), memory, findings, Tallies(code.program), Numerics())
     memory.copy_back()
     return findings
 

@@ -13,7 +13,7 @@ from ldmperf.profiling.emulator.global_memory import GlobalMemory
 from ldmperf.profiling.emulator.numerics import Numerics
 from ldmperf.profiling.emulator.program import UnknownInstruction
 from ldmperf.profiling.emulator.tallies import Tallies
-from ldmperf.profiling.emulator.threads import Grid
+from ldmperf.profiling.emulator.threads import LaunchGrid
 
 LANES = np.arange(64, dtype=np.uint32)
 
@@ -273,7 +273,7 @@ def test_special_registers(grid, threads):
     code = code_of(kit.ptx(body + "\tret;", threads, ["u64"]))
     memory, findings = GlobalMemory([out], [True], 4), Findings("kernel")
     values = {"kernel_param_0": np.array([memory.address(out)], np.uint64)}
-    run(code, Grid(grid, values, 0), memory, findings, Tallies(code.program), Numerics())
+    run(code, LaunchGrid(grid, values, 0), memory, findings, Tallies(code.program), Numerics())
     memory.copy_back()
     assert not findings
     expected = [

@@ -30,7 +30,7 @@ from .numerics import Numerics
 from .poison import poison, poisoned, poisoned_allocations
 from .program import UnknownInstruction
 from .tallies import Tallies
-from .threads import Grid
+from .threads import LaunchGrid
 
 ARCHITECTURES = tuple(arch for arch, machine in MACHINES.items() if machine.backend == "cuda")
 
@@ -139,7 +139,7 @@ class Emulation:
             tallies = Tallies(code.program, detailed=self.tallied, programs=grid[0] * grid[1] * grid[2])
             run(
                 code,
-                Grid(grid, _parameters(code, values), kernel.shared),
+                LaunchGrid(grid, _parameters(code, values), kernel.shared),
                 memory,
                 self.findings,
                 tallies,
@@ -159,7 +159,7 @@ class Emulation:
 
 
 # Kernels are few, and decoding one takes as long as running it on a small tensor.
-_code = functools.lru_cache(maxsize=256)(code_of)
+_code = functools.lru_cache(maxsize=64)(code_of)
 
 
 def _unwrapped(value: Any) -> Any:

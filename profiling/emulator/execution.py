@@ -28,7 +28,7 @@ from .instruction_set import CONTROL, Action, Array, action_of
 from .numerics import Numerics
 from .program import PtxInstruction, PtxProgram, UnknownInstruction, parse_ptx
 from .tallies import Tallies
-from .threads import Grid, Threads
+from .threads import LaunchGrid, Threads
 
 # Lanes at once: as many as keep a register in a core's cache.
 LANES = 8192
@@ -55,7 +55,7 @@ def code_of(ptx: str) -> Code:
 
 def run(
     code: Code,
-    grid: Grid,
+    grid: LaunchGrid,
     memory: GlobalMemory,
     findings: Findings,
     tallies: Tallies,

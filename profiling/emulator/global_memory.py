@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..options import CaseError
-from .memory import Access, EmulatedMemory
+from .memory import EmulatedMemory, LaneAccess, WatchedThreads
 from .poison import poisoned
-
-if TYPE_CHECKING:
-    from .threads import Threads
 
 Array = NDArray[Any]
 # Addresses start here: an integer that is taken for one lies outside.
@@ -84,7 +81,7 @@ class GlobalMemory(EmulatedMemory):
         # By granule: a program's number + 1, 0 for none. A place in the code + 1 that the last reads were at.
         self._writing_program, self._reading_program = np.zeros(count, np.int32), np.zeros(count, np.int32)
         self._read_place = np.zeros(count, np.int32)
-        self._last_reads: dict[int, Access] = {}
+        self._last_reads: dict[int, LaneAccess] = {}
         for region in self._regions.values():
             self.bytes[region.begin : region.begin + region.size] = region.raw
             self.written[self._span(region)] = True
@@ -166,7 +163,7 @@ class GlobalMemory(EmulatedMemory):
         outside: Array = (start < 0) | (start > self.size - size)
         count = max(size // self.granule, 1)
         first = np.where(outside, 0, start) // (count * self.granule)
-        legal: Array = self.legal.reshape(-1, count).take(first, axis=0).all(axis=1)
+        legal: Array = np.asarray(self.legal.reshape(-1, count).take(first, axis=0).all(axis=1))
         return outside | ~legal
 
     def _region(self, start: Array, size: int) -> _Region | None:
@@ -188,7 +185,7 @@ class GlobalMemory(EmulatedMemory):
         region = self._region(start, size)
         return region is not None and region.known and not region.stored
 
-    def saw_read(self, access: Access, threads: Threads) -> None:
+    def saw_read(self, access: LaneAccess, threads: WatchedThreads) -> None:
         region = self._region(access.start, access.size)
         if region is not None and not region.stored:
             if not region.known:
@@ -196,7 +193,7 @@ class GlobalMemory(EmulatedMemory):
             return
         super().saw_read(access, threads)
         self._last_reads[access.place] = access
-        if threads.grid.programs == 1:
+        if threads.launched == 1:
             return
         mine = access.program[:, None] + 1
         writer = self._of(self._writing_program, access)
@@ -212,9 +209,11 @@ class GlobalMemory(EmulatedMemory):
         if clash.any():
             self._reading_program[access.granules(self.granule)[clash]] = _SEVERAL
 
-    def saw_write(self, access: Access, threads: Threads, differs: Callable[[], Array] | None = None) -> None:
+    def saw_write(
+        self, access: LaneAccess, threads: WatchedThreads, differs: Callable[[], Array] | None = None
+    ) -> None:
         self._expect_stores(access)
-        if threads.grid.programs > 1 and not access.atomic:
+        if threads.launched > 1 and not access.atomic:
             mine = access.program[:, None] + 1
             reader = self._of(self._reading_program, access)
             race = (reader != 0) & (reader != mine)
@@ -227,7 +226,7 @@ class GlobalMemory(EmulatedMemory):
             self._spread(self._writing_program, access, mine)
         super().saw_write(access, threads, differs)
 
-    def _expect_stores(self, access: Access) -> None:
+    def _expect_stores(self, access: LaneAccess) -> None:
         """Storages that are stored to though the kernel was not seen to."""
         region = self._region(access.start, access.size)
         if region is None:
@@ -236,14 +235,14 @@ class GlobalMemory(EmulatedMemory):
         else:
             region.stored = True
 
-    def check_in_flight(self, access: Access, threads: Threads) -> None:
+    def check_in_flight(self, access: LaneAccess, threads: WatchedThreads) -> None:
         """No asynchronous instruction that is known writes global memory."""
 
     def passed_barrier(self) -> None:
         super().passed_barrier()
         self._last_reads.clear()
 
-    def _programs_race(self, what: str, race: Array, access: Access, threads: Threads) -> None:
+    def _programs_race(self, what: str, race: Array, access: LaneAccess, threads: WatchedThreads) -> None:
         if not race.any():
             return
         race = race & (access.granules(self.granule) < self.sink)
@@ -254,14 +253,14 @@ class GlobalMemory(EmulatedMemory):
 
     # ------------------------------------------------------------ what lanes of no use read
 
-    def _enter_read(self, access: Access) -> None:
+    def _enter_read(self, access: LaneAccess) -> None:
         # Before the stamps are entered, which tell whether the reads until now are of the same epoch.
         old = self._of(self._read_place, access)
         other = self._is_recent(access) & (old != access.place + 1)
         self._spread(self._read_place, access, np.where(other, _SEVERAL, access.place + 1))
         super()._enter_read(access)
 
-    def _excused(self, access: Access) -> Array:
+    def _excused(self, access: LaneAccess) -> Array:
         """Whether the writer read the granule itself, by the instruction that all its readers read it by.
 
         Triton gives lanes that a tile has no elements for those of others, and lets only the first of them store:

@@ -19,13 +19,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from .threads import Threads
 
 Array = NDArray[Any]
 # Bytes behind the end that out-of-bounds accesses are sent to.
@@ -42,7 +39,7 @@ _NOTES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class LaneAccess:
     """Lanes that access memory at once.
 
     start   [lanes] byte positions, which the size divides
@@ -87,6 +84,23 @@ def _repeated(value: int, count: int) -> Any:
     return np.full(count, value, np.uint8).view(BLOCKS[count])[0]
 
 
+class WatchedThreads(Protocol):
+    """What a memory asks of the threads that access it; see `Threads`."""
+
+    size: int
+    programs: int
+    launched: int
+    program_of: Array
+    gid: Array
+    mask: Array
+    full: bool
+    epoch: Array
+    copies: list[Any]
+    products: list[Any]
+
+    def report(self, kind: str, count: int = 1, detail: str = "") -> None: ...
+
+
 class _Notes:
     """The reads or the writes since all threads passed a barrier.
 
@@ -96,13 +110,13 @@ class _Notes:
     """
 
     def __init__(self, count: int) -> None:
-        self.noted: list[Access] = []
+        self.noted: list[LaneAccess] = []
         self.ticked = 0
         self.since_barrier = False
         self.ticks, self.tick = np.zeros(count, np.uint8), 1
         self.stamps = np.zeros(count, np.int64)
 
-    def add(self, access: Access) -> None:
+    def add(self, access: LaneAccess) -> None:
         self.noted.append(access)
         self.since_barrier = True
 
@@ -153,7 +167,7 @@ class EmulatedMemory:
     def scatter(self, start: Array, value: Array) -> None:
         self.bytes.view(value.dtype)[start >> (value.dtype.itemsize.bit_length() - 1)] = value
 
-    def put(self, access: Access, words: list[Array], threads: Threads) -> None:
+    def put(self, access: LaneAccess, words: list[Array], threads: WatchedThreads) -> None:
         """Stores [lanes] words behind one another, after the checks of a write."""
         block = np.ascontiguousarray(words[0]) if len(words) == 1 else np.stack(words, axis=1)
         block = block.view(BLOCKS[access.size]).reshape(-1)
@@ -162,7 +176,7 @@ class EmulatedMemory:
             """[lanes, granules]: what the write changes."""
             old: Array = self.gather(access.start, block.dtype).view(np.uint8)
             shape = len(block), max(access.size // self.granule, 1), -1
-            changed: Array = np.not_equal(old, block.view(np.uint8)).reshape(shape).any(axis=2)
+            changed: Array = np.asarray(np.not_equal(old, block.view(np.uint8)).reshape(shape).any(axis=2))
             return changed
 
         self.saw_write(access, threads, differs)
@@ -183,22 +197,22 @@ class EmulatedMemory:
 
     # ------------------------------------------------------------ by granule
 
-    def _rows(self, access: Access) -> tuple[int, Array]:
+    def _rows(self, access: LaneAccess) -> tuple[int, Array]:
         """(granules of each lane, [lanes] which of all rows of so many granules)."""
         size = max(access.size, self.granule)
         return size // self.granule, access.start >> (size.bit_length() - 1)
 
-    def _of(self, told: Array, access: Access) -> Array:
+    def _of(self, told: Array, access: LaneAccess) -> Array:
         """[lanes, granules of an access] of an array by granule."""
         count, rows = self._rows(access)
         return told.reshape(-1, count).take(rows, axis=0)
 
-    def _set(self, told: Array, access: Access, value: int) -> None:
+    def _set(self, told: Array, access: LaneAccess, value: int) -> None:
         """Sets an array of bytes by granule where an access is."""
         count, rows = self._rows(access)
         told.view(BLOCKS[count])[rows] = _repeated(value, count)
 
-    def _spread(self, told: Array, access: Access, values: Array) -> None:
+    def _spread(self, told: Array, access: LaneAccess, values: Array) -> None:
         """Sets an array by granule to [lanes, granules of an access, or 1]; the last lane's stay."""
         count, rows = self._rows(access)
         told.reshape(-1, count)[rows] = values
@@ -211,7 +225,7 @@ class EmulatedMemory:
         self._writes.passed_barrier(keep=self.fences_matter)
         self._before_barrier = len(self._writes.noted)
 
-    def saw_read(self, access: Access, threads: Threads) -> None:
+    def saw_read(self, access: LaneAccess, threads: WatchedThreads) -> None:
         """Reports what is wrong with a read, and notes it."""
         self.check_written(access, threads)
         if threads.copies and (flying := self._of(self.copying, access) > 0).any():
@@ -221,19 +235,21 @@ class EmulatedMemory:
         self._check_after_write("read after write", access, threads, None)
         self.read_until_now(access)
 
-    def check_written(self, access: Access, threads: Threads) -> None:
+    def check_written(self, access: LaneAccess, threads: WatchedThreads) -> None:
         written = self._of(self.written, access)
         if not written.all():
             first = access.granules(self.granule)[~written][0] * self.granule
             threads.report("uninitialised", (~written).sum(), self.told(first))
 
-    def read_until_now(self, access: Access) -> None:
+    def read_until_now(self, access: LaneAccess) -> None:
         """Notes a read without checking it: that of a wgmma, when it is awaited."""
         if len(self._reads.noted) == _NOTES:
             self._enter_reads()
         self._reads.add(access)
 
-    def saw_write(self, access: Access, threads: Threads, differs: Callable[[], Array] | None = None) -> None:
+    def saw_write(
+        self, access: LaneAccess, threads: WatchedThreads, differs: Callable[[], Array] | None = None
+    ) -> None:
         """Reports what is wrong with a write, and notes it.
 
         `differs`: [lanes, granules or 1] what changes, asked before the write; what does not races harmlessly.
@@ -242,14 +258,14 @@ class EmulatedMemory:
         self.arrived(access)
 
     def check_overwritten(
-        self, access: Access, threads: Threads, differs: Callable[[], Array] | None = None
+        self, access: LaneAccess, threads: WatchedThreads, differs: Callable[[], Array] | None = None
     ) -> None:
         """The checks of a write, without noting it: of a copy that has only been issued."""
         self.check_in_flight(access, threads)
         self._check_after_read(access, threads)
         self._check_after_write("write after write", access, threads, differs)
 
-    def arrived(self, access: Access) -> None:
+    def arrived(self, access: LaneAccess) -> None:
         """Notes a write without checking it: that of a copy, when it is awaited."""
         self._set(self.written, access, 1)
         if self.fences_matter:
@@ -258,7 +274,7 @@ class EmulatedMemory:
             self._enter_writes()
         self._writes.add(access)
 
-    def fenced(self, threads: Threads) -> None:
+    def fenced(self, threads: WatchedThreads) -> None:
         """A proxy fence by the threads that are here: of their stores, and of those before the last barrier."""
         if threads.full:
             del self._writes.noted[: self._before_barrier]
@@ -271,11 +287,11 @@ class EmulatedMemory:
         stamp = self._writes.stamps[places]
         lane = (stamp & _GID) - int(threads.gid[0])
         program = threads.program_of[lane]
-        here: Array = threads.mask.reshape(threads.programs, threads.size).any(axis=1)
+        here: Array = np.asarray(threads.mask.reshape(threads.programs, threads.size).any(axis=1))
         before = stamp < _begin(threads.epoch)[program, 0]
         self.unfenced[places] = ~((before | threads.mask[lane]) & here[program])
 
-    def check_in_flight(self, access: Access, threads: Threads) -> None:
+    def check_in_flight(self, access: LaneAccess, threads: WatchedThreads) -> None:
         """Reports a write to what an asynchronous instruction still reads or writes."""
         for flying, told, kind in (
             (threads.products, self.multiplying, "matmul not awaited"),
@@ -286,7 +302,7 @@ class EmulatedMemory:
 
     # ------------------------------------------------------------ races
 
-    def _touches(self, notes: _Notes, access: Access) -> bool:
+    def _touches(self, notes: _Notes, access: LaneAccess) -> bool:
         """Whether there was an access since the barrier to any granule of this one."""
         if not notes.since_barrier:
             return False
@@ -299,7 +315,7 @@ class EmulatedMemory:
         notes.ticked = len(notes.noted)
 
     def _check_after_write(
-        self, what: str, access: Access, threads: Threads, differs: Callable[[], Array] | None
+        self, what: str, access: LaneAccess, threads: WatchedThreads, differs: Callable[[], Array] | None
     ) -> None:
         if not self._touches(self._writes, access):
             return
@@ -312,7 +328,7 @@ class EmulatedMemory:
             race &= differs()
         self._race(what, race, stamp & ~_ATOMIC, access, threads)
 
-    def _check_after_read(self, access: Access, threads: Threads) -> None:
+    def _check_after_read(self, access: LaneAccess, threads: WatchedThreads) -> None:
         if not self._touches(self._reads, access):
             return
         self._enter_reads()
@@ -322,7 +338,7 @@ class EmulatedMemory:
             race &= np.logical_not(self._excused(access))
         self._race("write after read", race, stamp, access, threads)
 
-    def _unordered(self, stamp: Array, access: Access, threads: Threads) -> Array:
+    def _unordered(self, stamp: Array, access: LaneAccess, threads: WatchedThreads) -> Array:
         """[lanes, granules]: whether nothing orders an access after the earlier one that a stamp tells of."""
         recent: Array = stamp >= _begin(access.epoch)
         if not recent.any():
@@ -336,11 +352,11 @@ class EmulatedMemory:
         recent &= ~(warp & (thread | (stamp < _begin(access.warp_epoch))))
         return recent
 
-    def _excused(self, access: Access) -> Array | bool:
+    def _excused(self, access: LaneAccess) -> Array | bool:
         """[lanes, granules]: what a write may overwrite though others read it."""
         return False
 
-    def _race(self, what: str, race: Array, stamp: Array, access: Access, threads: Threads) -> None:
+    def _race(self, what: str, race: Array, stamp: Array, access: LaneAccess, threads: WatchedThreads) -> None:
         if not race.any():
             return
         granules = access.granules(self.granule)
@@ -366,12 +382,12 @@ class EmulatedMemory:
         self._tick_all(self._reads)
         self._reads.entered()
 
-    def _is_recent(self, access: Access) -> Array:
+    def _is_recent(self, access: LaneAccess) -> Array:
         """[lanes, granules]: whether reads that were entered are of the epoch of this one."""
         recent: Array = self._of(self._reads.stamps, access) >= _begin(access.epoch)
         return recent
 
-    def _enter_read(self, access: Access) -> None:
+    def _enter_read(self, access: LaneAccess) -> None:
         """Adds readers by granule: one or more threads of the last time, one or more warps since a barrier."""
         old, new = self._of(self._reads.stamps, access), access.stamps()
         recent = self._is_recent(access)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .findings import Findings
 from .global_memory import GlobalMemory
-from .memory import Access, EmulatedMemory
+from .memory import EmulatedMemory, LaneAccess
 from .numerics import Numerics
 from .program import DTYPES, UNSIGNED, PtxInstruction, PtxProgram
 from .tallies import Tallies
@@ -42,7 +42,7 @@ class Flight:
 
 
 @dataclass(frozen=True)
-class Grid:
+class LaunchGrid:
     """A launch: programs in three dimensions, the values of the parameters by name, bytes of shared memory."""
 
     size: tuple[int, int, int]
@@ -58,7 +58,7 @@ class Grid:
 class Threads:
     """Programs `first` to `first + programs` of a launch.
 
-    size        threads of a program; `lanes` of all the programs
+    size        threads of a program; `lanes` of all the programs. `launched`: programs of the whole launch
     mask        [lanes] which lanes are here, `count` of them; `full` where all are
     now         the instruction that is executed, and `place` its index
     copies      cp.async on their way, and `products` wgmma
@@ -67,7 +67,7 @@ class Threads:
     def __init__(
         self,
         program: PtxProgram,
-        grid: Grid,
+        grid: LaunchGrid,
         first: int,
         programs: int,
         memory: GlobalMemory,
@@ -77,7 +77,7 @@ class Threads:
     ) -> None:
         self.program, self.grid, self.numerics = program, grid, numerics
         self.findings, self.tallies = findings, tallies
-        self.size, self.programs = program.threads, programs
+        self.size, self.programs, self.launched = program.threads, programs, grid.programs
         self.lanes = programs * self.size
         self.lane_index = np.arange(self.lanes)
         self.program_of = self.lane_index // self.size  # in this chunk
@@ -206,11 +206,11 @@ class Threads:
 
     # ------------------------------------------------------------ accesses
 
-    def access(self, start: Array, size: int, lanes: Array, *, wide: bool = False) -> Access:
+    def access(self, start: Array, size: int, lanes: Array, *, wide: bool = False) -> LaneAccess:
         """What a memory notes of these lanes' accesses at byte positions of its own."""
         told = (self.gid, self.program_id, self.program_of)
         gid, program, epoch = told if lanes is self.lane_index else (array.take(lanes) for array in told)
-        return Access(
+        return LaneAccess(
             start,
             size,
             gid,

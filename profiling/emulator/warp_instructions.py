@@ -43,7 +43,7 @@ def _barrier(i: PtxInstruction) -> Action | None:
 
 def _program_barrier(threads: Threads) -> None:
     here = threads.mask.reshape(threads.programs, threads.size)
-    some: Array = here.any(axis=1)
+    some: Array = np.asarray(here.any(axis=1))
     parts = int((some & ~here.all(axis=1)).sum())
     if parts:
         threads.report("divergent barrier", parts)
