@@ -353,3 +353,17 @@ def test_registers_hold_bits(declared, given, read, expected):
     width = 8 * given.itemsize
     result = kit.execute(f"mov.b{width} {declared[:-1]}9, {declared};", {declared: given})
     assert set(result.register(f"{declared[:-1]}9", read).tolist()) == {expected}
+
+
+def test_a_shuffle_orders_what_was_read_before_it_and_nothing_that_was_written():
+    """A lane may overwrite what another has read and handed to it; it may not read what another has written."""
+    lanes = np.arange(32, dtype=np.uint32)
+    registers = {"%r1": 4 * lanes, "%r2": 4 * (lanes ^ 1), "%r3": lanes}
+    exchange = "\tshfl.sync.bfly.b32 %r4, %r3, 1, 31, -1;"
+    held = np.zeros(32, np.uint32)
+    read_first = f"\tld.shared.b32 %r3, [%r1];\n{exchange}\n\tst.shared.b32 [%r2], %r4;"
+    assert kit.execute(read_first, registers, shared=128, shared_bytes=held).kinds == set()
+    without = "\tld.shared.b32 %r5, [%r1];\n\tst.shared.b32 [%r2], %r3;"
+    assert kit.execute(without, registers, shared=128, shared_bytes=held).kinds == {"race"}
+    write_first = f"\tst.shared.b32 [%r1], %r3;\n{exchange}\n\tld.shared.b32 %r5, [%r2];"
+    assert kit.execute(write_first, registers, shared=128, shared_bytes=held).kinds == {"race"}

@@ -103,7 +103,7 @@ def _part(flight: Flight, lanes: Array) -> Flight:
     if lanes.all():
         return flight
     access = flight.detail["access"]
-    fields = ("start", "gid", "program", "epoch", "warp_epoch")
+    fields = ("start", "gid", "program", "epoch", "warp_epoch", "synced")
     access = replace(access, **{name: getattr(access, name)[lanes] for name in fields})
     return Flight(
         flight.lanes[lanes], flight.group[lanes], {"access": access, "data": flight.detail["data"][lanes]}

@@ -45,7 +45,8 @@ class LaneAccess:
     start   [lanes] byte positions, which the size divides
     size    bytes of each lane: a power of two
     gid     [lanes] the threads' numbers in the launch, in order; `program` theirs
-    epoch   [lanes] when each thread's program last passed a barrier, `warp_epoch` its warp
+    epoch   [lanes] when each thread's program last passed a barrier, `synced` its warp, and `warp_epoch` its warp
+            a barrier or a shuffle
     place   the instruction's index: lanes of one are at the same place of the code
     wide    by no thread for itself, as a wgmma reads: its own warp's writes are not ordered before it either
     atomic  does not race with others that are
@@ -57,6 +58,7 @@ class LaneAccess:
     program: Array
     epoch: Array
     warp_epoch: Array
+    synced: Array
     place: int
     wide: bool = False
     atomic: bool = False
@@ -321,7 +323,7 @@ class EmulatedMemory:
             return
         self._enter_writes()
         stamp = self._of(self._writes.stamps, access)
-        race = self._unordered(stamp, access, threads)
+        race = self._unordered(stamp, access, access.synced, threads)
         if access.atomic:
             race &= stamp & _ATOMIC == 0
         if differs is not None and race.any():
@@ -333,13 +335,17 @@ class EmulatedMemory:
             return
         self._enter_reads()
         stamp = self._of(self._reads.stamps, access)
-        race = self._unordered(stamp, access, threads)
+        # A warp's shuffle hands on what its lanes have read: what it is computed from is stored after it.
+        race = self._unordered(stamp, access, access.warp_epoch, threads)
         if race.any():
             race &= np.logical_not(self._excused(access))
         self._race("write after read", race, stamp, access, threads)
 
-    def _unordered(self, stamp: Array, access: LaneAccess, threads: WatchedThreads) -> Array:
-        """[lanes, granules]: whether nothing orders an access after the earlier one that a stamp tells of."""
+    def _unordered(self, stamp: Array, access: LaneAccess, since: Array, threads: WatchedThreads) -> Array:
+        """[lanes, granules]: whether nothing orders an access after the earlier one that a stamp tells of.
+
+        since: [lanes] what orders a warp's own lanes happened then.
+        """
         recent: Array = stamp >= _begin(access.epoch)
         if not recent.any():
             return recent
@@ -349,7 +355,7 @@ class EmulatedMemory:
             return recent
         warp = (other >> 5 == gid >> 5) & (stamp & _WARPS == 0)
         thread = (other == gid) & (stamp & _THREADS == 0)
-        recent &= ~(warp & (thread | (stamp < _begin(access.warp_epoch))))
+        recent &= ~(warp & (thread | (stamp < _begin(since))))
         return recent
 
     def _excused(self, access: LaneAccess) -> Array | bool:

@@ -86,7 +86,9 @@ class Threads:
         self.lane_of_warp = self.lane_index & 31
         self._special = self._special_registers()
         self._registers: dict[str, Array] = {}
+        # The time of each program's last barrier, of each warp's last barrier or shuffle, and of its last barrier.
         self.epoch, self.warp_epoch = np.zeros(programs, np.int32), np.zeros(-(-self.lanes // 32), np.int32)
+        self.synced = self.warp_epoch
         self.space = -(-max(grid.shared, 16) // 1024) * 1024
         self.memory = memory
         fences_matter = any(i.opcode == "wgmma" for i in program.instructions)
@@ -217,6 +219,7 @@ class Threads:
             program,
             self.epoch.take(epoch),
             self.warp_epoch.take(lanes >> 5),
+            self.synced.take(lanes >> 5),
             self.place,
             wide,
         )

@@ -51,14 +51,22 @@ def _program_barrier(threads: Threads) -> None:
     warps = threads.warp_epoch.reshape(threads.programs, -1)
     threads.epoch = np.where(some, warps.max(axis=1) + 1, threads.epoch)
     threads.warp_epoch = np.where(some[:, None], threads.epoch[:, None], warps).ravel()
+    threads.synced = np.where(some[:, None], threads.epoch[:, None], threads.synced.reshape(warps.shape)).ravel()
     if threads.full:
         threads.shared.passed_barrier()
         threads.memory.passed_barrier()
 
 
 def _warp_barrier(threads: Threads) -> None:
+    warps, synced = threads.whole_warps(), threads.synced.copy()
+    _pass_time(threads, warps)
+    synced[warps] = threads.warp_epoch[warps]
+    threads.synced = synced
+
+
+def _pass_time(threads: Threads, warps: Array) -> None:
     epochs = threads.warp_epoch.copy()
-    epochs[threads.whole_warps()] += 1
+    epochs[warps] += 1
     threads.warp_epoch = epochs
 
 
@@ -75,7 +83,7 @@ def _shuffle(i: PtxInstruction) -> Action | None:
         constant = _partners(mode, np.arange(32), *(literal(i.operand(k), DTYPES["u32"]) for k in (2, 3)))
 
     def shuffle(threads: Threads) -> None:
-        threads.whole_warps()
+        _pass_time(threads, threads.whole_warps())
         values = np.broadcast_to(source(threads), (threads.lanes,))
         if constant is not None:
             partner, inside = constant

@@ -244,6 +244,6 @@ def _part(flight: Flight, some: Array) -> Flight:
         return flight
     access = flight.detail["access"]
     rows = np.repeat(some, len(access.start) // len(some))
-    fields = ("start", "gid", "program", "epoch", "warp_epoch")
+    fields = ("start", "gid", "program", "epoch", "warp_epoch", "synced")
     access = replace(access, **{name: getattr(access, name)[rows] for name in fields})
     return Flight(flight.lanes[some], flight.group[some], {**flight.detail, "access": access})
