@@ -44,7 +44,10 @@ def faults_block(_: str) -> str:
 
 
 def operators_block(_: str) -> str:
-    rows = run_all(run_job, jobs(OPERATORS, DTYPES, ARCHS))
+    return operators_table(run_all(run_job, jobs(OPERATORS, DTYPES, ARCHS)))
+
+
+def operators_table(rows: Sequence[Row]) -> str:
     found = sum(len(row.findings) for row in rows)
     instructions = sum(row.instructions for row in rows)
     return "\n".join(
