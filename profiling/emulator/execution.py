@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import (  # noqa: F401
+    bit_instructions,
     conversion_instructions,
     copy_instructions,
     float_instructions,
     integer_instructions,
     matrix_instructions,
     memory_instructions,
+    move_instructions,
     warp_instructions,
     wgmma_instructions,
 )

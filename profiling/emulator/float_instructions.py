@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from .instruction_set import Action, Array, computes, executes, form, sources
-from .integer_instructions import sets_predicate
+from .move_instructions import sets_predicate
 from .numerics import (
     HALVES,
     flushed,
