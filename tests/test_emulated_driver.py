@@ -124,6 +124,16 @@ def locking_kernel(out_ptr, lock_ptr, BLOCK: tl.constexpr):
     tl.atomic_xchg(lock_ptr, 0)
 
 
+@triton.jit
+def chain_kernel(out_ptr, done_ptr, programs):
+    pid = tl.program_id(0)
+    if pid < programs - 1:
+        while tl.load(done_ptr + pid + 1, volatile=True) == 0:
+            pass
+    tl.store(out_ptr + pid, programs - pid)
+    tl.atomic_add(done_ptr + pid, 1)
+
+
 @pytest.fixture
 def sm_90():
     with emulated("sm_90") as emulation:
@@ -496,6 +506,14 @@ def test_programs_that_wait_for_a_lock():
         locking_kernel[(6,)](out, lock, BLOCK=64)
     assert out.tolist() == [6.0] * 64
     assert lock.item() == 0
+
+
+def test_programs_that_wait_for_the_next_one(sm_90):
+    """By loads alone, not by an exchange as of a lock."""
+    out = torch.zeros(4)
+    chain_kernel[(4,)](out, torch.zeros(4, dtype=torch.int32), 4, num_warps=1)
+    assert out.tolist() == [4, 3, 2, 1]
+    assert not sm_90.findings
 
 
 def test_numerics_are_those_asked_for():

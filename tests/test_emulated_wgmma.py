@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ldmperf.profiling.emulator.emulation import emulated
-from ldmperf.profiling.emulator.execution import unknown_instructions
+from ldmperf.profiling.emulator.execution import code_of
 from ldmperf.profiling.emulator.numerics import Numerics
 from ldmperf.profiling.emulator.program import UnknownInstruction
 
@@ -437,8 +437,8 @@ def test_a_wgmma_is_on_its_way_until_it_is_awaited():
     ],
 )
 def test_other_forms_are_told_by_name(body):
-    (told,) = unknown_instructions([kit.ptx(body + "\n\tret;")])
-    assert "wgmma.mma_async" in told
+    with pytest.raises(UnknownInstruction, match=r"wgmma\.mma_async"):
+        code_of(kit.ptx(body + "\n\tret;"))
 
 
 # ---------------------------------------------------------------- in flight
@@ -503,6 +503,12 @@ def test_registers_of_an_operand_are_held_too():
         after = {"m": wait(0), "w": "\tadd.s32 %r3, %r4, %r4;\n"}
         body = multiply + "".join(after[step] for step in order) + wait(0)
         assert kit.execute(body, fill, threads=128, shared=4096, shared_bytes=memory).kinds == kinds
+
+
+def test_one_warp_alone_may_not_touch_them():
+    body = ONE + COMMIT + "\t@%p1 bra $DONE;\n" + TOUCH + "$DONE:\n" + wait(0)
+    for skipping in (np.arange(128) < 32, np.arange(128) >= 32):
+        assert run_simple(body, {"%p1": skipping}).kinds == {"matmul not awaited"}
 
 
 def test_part_of_a_warp_group_awaits_nothing():

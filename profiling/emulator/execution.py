@@ -2,12 +2,12 @@
 
 Threads that branched apart go on in turns: those with the least program counter execute until they reach the next
 group, which they join. That is one legal order of many; what depends on another is what the checks look for.
-Where programs wait for each other by atomics, none waits for ever: see `_run`.
+Programs that wait for others among those do not wait for ever: see `_run`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,11 +78,11 @@ def run(
 def _run(code: Code, threads: Threads) -> None:
     """Runs the threads of a chunk until all have returned.
 
-    A program in a loop that waits for a lock has the least program counter, and who holds the lock would never go
-    on: after so many turns those do that are furthest, if they are whole programs.
+    A program in a loop that waits for another has the least program counter, and the other would never go on:
+    after so many turns those do that are furthest, if they are whole programs.
     """
     waiting: dict[int, Array] = {0: threads.mask}
-    may_wait = any(i.opcode == "atom" and {"cas", "exch"} & set(i.modifiers) for i in code.program.instructions)
+    may_wait = any(map(_asks_others, code.program.instructions))
     turns = 0
     while waiting:
         place = min(waiting)
@@ -95,6 +95,13 @@ def _run(code: Code, threads: Threads) -> None:
                 place = furthest
         threads.set_mask(waiting.pop(place))
         _run_until(code, threads, place, waiting)
+
+
+def _asks_others(i: PtxInstruction) -> bool:
+    """Whether an instruction may be what a loop waits by, for what other programs store."""
+    return i.opcode == "atom" or (
+        i.opcode == "ld" and not {"volatile", "acquire", "relaxed"}.isdisjoint(i.modifiers)
+    )
 
 
 def _run_until(code: Code, threads: Threads, place: int, waiting: dict[int, Array]) -> None:
@@ -137,11 +144,8 @@ def _branch(
     staying = threads.mask & ~taken
     threads.tallies.executed(threads)
     threads.tallies.branched(taken, staying)
-    if i.opcode == "bra":
-        if taken.any():
-            _wait(waiting, labels[i.operand(0)], taken)
-    else:
-        threads.exited |= taken
+    if i.opcode == "bra" and taken.any():
+        _wait(waiting, labels[i.operand(0)], taken)
     if staying.any():
         _wait(waiting, place + 1, staying)
 
@@ -159,7 +163,7 @@ def _check_held(threads: Threads, i: PtxInstruction) -> None:
     touched = threads.held.keys() & i.registers
     if not touched or i.opcode == "wgmma":
         return
-    here = threads.mask[::128]
+    here: Array = np.asarray(threads.mask.reshape(-1, 128).any(axis=1))
     touched = {name for name in touched if (threads.held[name] & here).any()}
     if i.opcode != "mov":
         for name in touched:
@@ -170,14 +174,3 @@ def _check_held(threads: Threads, i: PtxInstruction) -> None:
                 flight.detail["registers"] += i.values(0)
         for name in i.values(0):
             threads.held[name] = threads.held.get(name, False) | here
-
-
-def unknown_instructions(texts: Sequence[str]) -> list[str]:
-    """Of kernels in PTX, the instructions that the emulator does not execute."""
-    unknown = []
-    for text in texts:
-        try:
-            code_of(text)
-        except UnknownInstruction as found:
-            unknown.append(str(found))
-    return unknown

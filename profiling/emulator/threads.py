@@ -98,7 +98,6 @@ class Threads:
         self.products: list[Flight] = []
         self.copy_group, self.product_group = np.zeros(self.lanes, np.int32), np.zeros(self.lanes, np.int32)
         self.held: dict[str, Array] = {}  # registers of wgmma on their way: [warp groups]
-        self.exited = np.zeros(self.lanes, bool)
         self.now = program.instructions[0]
         self.place = 0
         self.set_mask(np.ones(self.lanes, bool))
