@@ -114,7 +114,7 @@ def test_a_session_on_an_emulated_gpu(users, tmp_path):
 
 def test_workers_of_xdist_sum_up(users):
     pytest.importorskip("xdist")
-    options = ("--emulate=sm_80", "--emulate-numerics=tensor-core", "--emulate-perturb=7", "--full-trace", "-n2")
+    options = ("--emulate=sm_80", "--emulate-accumulate=tensor-core", "--emulate-perturb=7", "--full-trace", "-n2")
     code, told = users(*options)
     assert code == 1, told
     assert "emulated: sm_80 (A100 SXM 80 GB), tensor core sums" in told
@@ -131,7 +131,8 @@ def test_what_cannot_be_emulated_is_an_error_of_usage(plugins, arch, monkeypatch
     import triton
 
     monkeypatch.setattr(triton.knobs.runtime, "interpret", arch != "sm_70")
-    options = SimpleNamespace(plugins=plugins, emulate=arch, emulate_numerics="float32", emulate_perturb=None)
+    numerics = {"emulate_accumulate": "float32", "emulate_tf32": "truncate", "emulate_perturb": None}
+    options = SimpleNamespace(plugins=plugins, emulate=arch, **numerics)
     config = SimpleNamespace(known_args_namespace=options, stash=pytest.Stash(), add_cleanup=None)
     message = (
         "sm_70 is not emulated; there are sm_80, sm_90" if arch == "sm_70" else "TRITON_INTERPRET=1 interprets"
@@ -142,7 +143,8 @@ def test_what_cannot_be_emulated_is_an_error_of_usage(plugins, arch, monkeypatch
 
 def test_wrong_options(users):
     for option, message in (
-        ("numerics=exact", "invalid choice: 'exact'"),
+        ("accumulate=exact", "invalid choice: 'exact'"),
+        ("tf32=up", "invalid choice: 'up'"),
         ("perturb=x", "invalid int value: 'x'"),
     ):
         code, told = users(f"--emulate-{option}")

@@ -30,10 +30,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulate", metavar="ARCH", help="run Triton kernels on CPU tensors as compiled for sm_80, sm_90"
     )
     group.addoption(
-        "--emulate-numerics",
+        "--emulate-accumulate",
         choices=("float32", "tensor-core"),
         default="float32",
         help="how a matmul sums: in float32, or aligned and cut off as the chips' tensor cores do",
+    )
+    group.addoption(
+        "--emulate-tf32",
+        choices=("truncate", "round"),
+        default="truncate",
+        help="what a matmul of float32 does with the bits that TF32 lacks",
     )
     group.addoption(
         "--emulate-perturb",
@@ -53,8 +59,8 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     from .emulation import emulated
     from .numerics import Numerics
 
-    sums: Any = options.emulate_numerics.replace("-", " ")
-    numerics = Numerics(accumulate=sums, perturb=options.emulate_perturb)
+    sums: Any = options.emulate_accumulate.replace("-", " ")
+    numerics = Numerics(accumulate=sums, perturb=options.emulate_perturb, tf32=options.emulate_tf32)
     stack = contextlib.ExitStack()
     try:
         emulation = stack.enter_context(emulated(options.emulate or "sm_90", numerics=numerics, strict=True))
@@ -97,12 +103,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
     error = call.excinfo.value
     if isinstance(error, FindingsError):
-        folders = (str(Path(triton.__file__).parent), str(Path(__file__).parent))
+        folders = (str(Path(triton.__file__).parent), str(Path(__file__).parent), contextlib.__file__)
         call.excinfo = pytest.ExceptionInfo.from_exception(_outside(error, folders))
 
 
 def _outside(error: BaseException, folders: tuple[str, ...]) -> BaseException:
-    """The error without the frames of files in these folders."""
+    """The error without the frames of files in these folders, or of these files."""
     shown, rest = [], error.__traceback__
     while rest is not None:
         if not rest.tb_frame.f_code.co_filename.startswith(folders):
