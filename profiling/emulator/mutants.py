@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _GUARD = r"(?:@!?%p\d+\s+)?"
 
@@ -23,7 +23,7 @@ class Mutant:
     kind: str
     line: int
     text: str
-    ptx: str
+    ptx: str = field(repr=False)
 
 
 def _gone(_: re.Match[str]) -> str:
