@@ -170,6 +170,10 @@ def test_a_file_of_tensors(capsys, tmp_path):
         (("geglu", "--inputs", "none.safetensors", "--seed", "8"), "leave --seed out"),
         (("geglu", "--accumulate", "float64"), "--accumulate"),
         (("geglu", "--tf32", "up"), "truncate, round"),
+        (("geglu", *TINY, "--config", "block_m=0"), "--config block_m=0 cannot be launched: integer division"),
+        (("geglu", *TINY, "--config", "block_m=7"), "--config block_m=7 cannot be launched: arange"),
+        (("geglu", *TINY, "--config", "num_warps=3"), "--config num_warps=3 cannot be launched: num_warps"),
+        (("none.py",), "none.py is a file: name a kernel or a function of it, as in none.py:NAME"),
         (("none.py:kernel",), "no Python file at none.py"),
         (("none.py:kernel", "--dtype", "float16"), "--dtype is of an operator"),
         (("none.py:kernel", "--batch", "2"), "--batch is of an operator"),
@@ -307,7 +311,8 @@ def test_a_broken_kernel_has_a_finding_with_its_line(capsys, write):
     """Without a mask the last program reads past the end."""
     code, out, _ = emulate(capsys, f"{write(mask='')}:add_one")
     assert code == 1
-    assert "FINDING out of bounds: add_one at mine.py:10, 24 times" in out
+    finding = "FINDING out of bounds: add_one at mine.py:10 `x = tl.load(x_ptr + offs)`, 24 times"
+    assert finding in " ".join(out.split())
     code, out, _ = emulate(capsys, f"{write(mask='')}:add_one", "--json", "--arch", "sm_80")
     assert code == 1
     (finding,) = json.loads(out)["findings"]
@@ -320,6 +325,18 @@ def test_what_an_example_leaves_unwritten_is_found(capsys, write):
     code, out, _ = emulate(capsys, f"{path}:add_one", "--json")
     assert code == 1
     assert [finding["kind"] for finding in json.loads(out)["findings"]] == ["unwritten result"]
+
+
+def test_no_ratio_is_shown_where_what_is_expected_needs_no_rounding(capsys, write):
+    path = write()
+    path.write_text(path.read_text().replace("x.double() + 1", "x"))
+    code, out, _ = emulate(capsys, f"{path}:add_one")
+    # A wrong number is told, and is no finding.
+    assert code == 0
+    assert "Error against what the example expects" in out
+    (row,) = (line.split() for line in out.splitlines() if line.split()[1:2] == ["out_ptr"])
+    assert (row[4], *row[6:]) == ("1.00e+00", "0.00e+00")
+    assert "inf" not in out
 
 
 def test_what_is_expected_is_kept_from_the_kernel(capsys, write):
@@ -367,7 +384,8 @@ def test_what_a_function_raises_is_told_last(capsys, write):
     code, out, err = emulate(capsys, f"{write()}:fails")
     assert code == 1
     assert "add_one: 4 programs" in out
-    assert err.endswith("fails raised RuntimeError: not what was hoped for\n")
+    line = 1 + KERNELS.splitlines().index('    raise RuntimeError("not what was hoped for")')
+    assert err.endswith(f"fails raised RuntimeError in line {line}: not what was hoped for\n")
 
 
 @pytest.mark.parametrize(
@@ -375,7 +393,11 @@ def test_what_a_function_raises_is_told_last(capsys, write):
     [
         ("nothing", "launched no Triton kernel"),
         ("needs", "needs takes size; give a function without arguments"),
-        ("gone", "has no 'gone'; its kernels are add_one, column, product, unexplained"),
+        (
+            "gone",
+            "has no 'gone'; its kernels are add_one, column, product, unexplained; "
+            "its functions without arguments are twice, fails, nothing",
+        ),
         (
             "unexplained",
             "has no example_unexplained(), which tells how to launch unexplained: let it return (grid, {",

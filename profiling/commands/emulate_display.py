@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ldmperf.kernels import Launch
 
-from ..emulator.emulated_calls import EmulatedCall, ResultError, by_code
+from ..emulator.emulated_calls import EXAMPLE, EmulatedCall, ResultError, by_code
 from ..emulator.emulation import Emulation
 from ..emulator.findings import KINDS, Finding
 from ..emulator.tallies import CLASSES, WARP, Accesses, Executions, Tallies
@@ -204,15 +204,16 @@ def _print_errors(calls: Sequence[EmulatedCall], console: Console) -> None:
             error.dtype,
             str(error.elements),
             *(f"{value:.2e}" for value in (error.largest, error.rms, error.rounding)),
-            f"{error.ratio:.3f}",
+            f"{error.ratio:.3f}" if math.isfinite(error.ratio) else MISSING,
             str(error.not_finite) if error.not_finite else MISSING,
         )
         for call in calls
         for error in call.errors
     ]
     if rows:
+        exact = "what the example expects" if calls[0].inputs == EXAMPLE else "float64"
         _print_table(
-            console, "Error against float64", Grid(headings, tuple(rows), ("inputs", "result", "dtype")), 2
+            console, f"Error against {exact}", Grid(headings, tuple(rows), ("inputs", "result", "dtype")), 2
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ldmperf.kernels import OPERATORS, Launch
 
-from ..emulator.emulated_calls import EmulatedCall, checked_call, configured, error_of, run_operator
+from ..emulator.emulated_calls import EXAMPLE, EmulatedCall, checked_call, configured, error_of, run_operator
 from ..emulator.emulation import Emulation, emulated
 from ..emulator.numerics import Numerics
 from ..emulator.operator_inputs import EXTREMES, KINDS_OF_INPUTS, EmulatedInputs, given_inputs, made_inputs
@@ -58,6 +59,8 @@ def emulate_operator(
 
     numbers: mean, scale and seed of random ones, None where not told.
     """
+    if Path(operator).suffix == ".py":
+        raise CaseError(f"{operator} is a file: name a kernel or a function of it, as in {operator}:NAME")
     check_known("kernel", operator, known_operators(), " and FILE.py:NAME")
     if "head_dim" in sizes:
         sizes["head_dim"] = head_dim_of(sizes["head_dim"])
@@ -77,7 +80,8 @@ def emulate_operator(
         if config is not None:
             call = checked_call(OPERATORS[operator], made[0].arguments)
             chosen = configured(OPERATORS[operator], call, config)
-        calls = [run_operator(emulation, one, chosen) for one in made]
+        with _configuration_in_one_line(config):
+            calls = [run_operator(emulation, one, chosen) for one in made]
         report = report_of(operator, emulation, calls, configuration=chosen)
     return _tell(report, as_json=as_json)
 
@@ -120,6 +124,19 @@ def _unknown_in_one_line() -> Iterator[None]:
     stop(f"not emulated: {reason}", 1)
 
 
+@contextmanager
+def _configuration_in_one_line(config: str | None) -> Iterator[None]:
+    """CaseError where numbers of --config cannot be: a block of 7 or of none, three warps."""
+    from triton.errors import TritonError
+
+    try:
+        yield
+    except (TritonError, AssertionError, ArithmeticError) as refused:
+        if config is None:
+            raise
+        raise CaseError(f"--config {config} cannot be launched: {last_line(refused)}") from None
+
+
 # ---------------------------------------------------------------- anybody's kernel
 
 
@@ -140,7 +157,7 @@ def emulate_module(named: str, arch: str, numerics: Numerics, *, seed: int, as_j
             raise
         # Of the file's own code, which may raise anything.
         except Exception as raised:
-            failure = f"{named} raised {type(raised).__name__}: {last_line(raised)}"
+            failure = f"{named} raised {type(raised).__name__}{_place(raised, path)}: {last_line(raised)}"
         if not emulation.launches and not failure:
             raise CaseError(f"{named} launched no Triton kernel")
         report = report_of(named, emulation, calls)
@@ -148,6 +165,12 @@ def emulate_module(named: str, arch: str, numerics: Numerics, *, seed: int, as_j
     if failure:
         stop(failure, 1)
     return found
+
+
+def _place(raised: Exception, path: str) -> str:
+    """The last line of the file that the exception passed."""
+    lines = [frame.lineno for frame in traceback.extract_tb(raised.__traceback__) if frame.filename == path]
+    return f" in line {lines[-1]}" if lines else ""
 
 
 @contextmanager
@@ -189,15 +212,20 @@ def _runner(module: ModuleType, path: str, name: str, emulation: Emulation) -> C
             )
         return lambda: [_run_example(found, name, example, emulation)]
     if not callable(found):
-        names = [key for key, value in vars(module).items() if isinstance(value, KernelInterface)]
-        raise CaseError(f"{path} has no {name!r}; its kernels are {', '.join(names) or 'none'}")
-    required = [
-        parameter.name
-        for parameter in inspect.signature(found).parameters.values()
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    if required:
+        kernels = [key for key, value in vars(module).items() if isinstance(value, KernelInterface)]
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value)
+            and value.__module__ == module.__name__
+            and not key.startswith("example_")
+            and not _required(value)
+        ]
+        there = f"its kernels are {', '.join(kernels) or 'none'}"
+        if functions:
+            there += f"; its functions without arguments are {', '.join(functions)}"
+        raise CaseError(f"{path} has no {name!r}; {there}")
+    if required := _required(found):
         raise CaseError(f"{path}:{name} takes {', '.join(required)}; give a function without arguments")
 
     def run() -> list[EmulatedCall]:
@@ -205,6 +233,16 @@ def _runner(module: ModuleType, path: str, name: str, emulation: Emulation) -> C
         return []
 
     return run
+
+
+def _required(function: Callable[..., Any]) -> list[str]:
+    """The arguments that it cannot be called without."""
+    return [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
 
 
 def _run_example(kernel: Any, name: str, example: Callable[[], Any], emulation: Emulation) -> EmulatedCall:
@@ -223,7 +261,7 @@ def _run_example(kernel: Any, name: str, example: Callable[[], Any], emulation: 
     kernel[grid](**arguments)
     emulation.check_written(*(arguments[wanted] for wanted in exact))
     errors = [error_of(wanted, arguments[wanted], value) for wanted, value in exact.items()]
-    return EmulatedCall("example", tuple(errors), _as_launches(kernel, grid, arguments))
+    return EmulatedCall(EXAMPLE, tuple(errors), _as_launches(kernel, grid, arguments))
 
 
 def _as_launches(kernel: Any, grid: Any, arguments: Mapping[str, Any]) -> tuple[Launch, ...]:

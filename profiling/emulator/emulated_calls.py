@@ -17,6 +17,9 @@ from .emulation import Emulation
 from .operator_inputs import EmulatedInputs
 from .tallies import Tallies
 
+# The inputs of a call that a kernel's own example made.
+EXAMPLE = "example"
+
 
 @dataclass(frozen=True)
 class ResultError:
