@@ -437,8 +437,10 @@ def test_lines_of_a_source():
         lines_of("kernel.py:86:25 @[ kernel.py:334:99 @[ top.py:1:2 ] ]")
         == "kernel.py:86 in kernel.py:334 in top.py:1"
     )
+    assert lines_of("_attention-kernels.py:10") == "_attention-kernels.py:10"
     # Where Triton knows no line, it tells 0, and at times no column.
-    assert lines_of("_attention-kernels.py:0") == "_attention-kernels.py:0"
+    assert lines_of("kernel.py:0") == lines_of("kernel.py:0:5") == ""
+    assert lines_of("kernel.py:0:0 @[ top.py:1:2 ]") == "top.py:1"
     assert lines_of("<string>:3:1 @[ a b.py:7:0 ]") == "<string>:3 in a b.py:7"
 
 

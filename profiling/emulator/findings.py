@@ -112,6 +112,9 @@ class Findings:
 
 
 def lines_of(source: str) -> str:
-    """A source without columns: "kernel.py:86:25 @[ kernel.py:334:99 ]" -> "kernel.py:86 in kernel.py:334"."""
+    """A source without columns: "kernel.py:86:25 @[ kernel.py:334:99 ]" -> "kernel.py:86 in kernel.py:334".
+
+    Line 0, which Triton tells where it knows none, is left out.
+    """
     places = (re.fullmatch(r"(.+?:\d+)(?::\d+)?", part.strip(" ]")) for part in source.split("@["))
-    return " in ".join(place[1] for place in places if place)
+    return " in ".join(place[1] for place in places if place and not place[1].endswith(":0"))

@@ -371,7 +371,7 @@ class EmulatedMemory:
             first, second = stamp[race][0], access.gid[race.any(axis=1)][0]
             who = "several threads" if first & _THREADS else f"thread {(first & _GID) % threads.size}"
             where = self.told(granules[race][0] * self.granule)
-            threads.report("race", race.sum(), f"{what}: {who} and {second % threads.size} at {where}")
+            threads.report("race", race.sum(), f"{what}: {who} and thread {second % threads.size} at {where}")
 
     # ------------------------------------------------------------ what was noted
 
