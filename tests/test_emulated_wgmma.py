@@ -511,6 +511,12 @@ def test_one_warp_alone_may_not_touch_them():
         assert run_simple(body, {"%p1": skipping}).kinds == {"matmul not awaited"}
 
 
+def test_threads_that_a_guard_keeps_away_do_not_touch_them():
+    body = ONE + COMMIT + "\t@%p1 " + TOUCH.lstrip() + wait(0)
+    for passing, kinds in ((np.zeros(128, bool), set()), (np.arange(128) == 77, {"matmul not awaited"})):
+        assert run_simple(body, {"%p1": passing}).kinds == kinds
+
+
 def test_part_of_a_warp_group_awaits_nothing():
     body = ONE + COMMIT + "\t@%p1 wgmma.wait_group.sync.aligned 0;\n"
     result = run_simple(body, {"%p1": np.arange(128) < 32})

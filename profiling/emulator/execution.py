@@ -163,7 +163,7 @@ def _check_held(threads: Threads, i: PtxInstruction) -> None:
     touched = threads.held.keys() & i.registers
     if not touched or i.opcode == "wgmma":
         return
-    here: Array = np.asarray(threads.mask.reshape(-1, 128).any(axis=1))
+    here: Array = np.asarray(threads.guarded(i).reshape(-1, 128).any(axis=1))
     touched = {name for name in touched if (threads.held[name] & here).any()}
     if i.opcode != "mov":
         for name in touched:
