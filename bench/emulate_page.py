@@ -121,7 +121,10 @@ def main(arguments: Sequence[str]) -> None:
     if unknown := set(chosen) - BLOCKS.keys():
         raise SystemExit(f"no block {', '.join(unknown)}; there are {', '.join(BLOCKS)}")
     for name in chosen:
-        write_whole(PAGE, with_blocks(PAGE.read_text(), {name: BLOCKS[name]}).encode())
+        # Before the page is read, which may be edited meanwhile.
+        written = BLOCKS[name]("")
+        page = with_blocks(PAGE.read_text(), {name: lambda _, text=written: text})
+        write_whole(PAGE, page.encode())
 
 
 if __name__ == "__main__":
