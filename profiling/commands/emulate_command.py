@@ -85,14 +85,15 @@ def emulate(
     Every thread executes the PTX that Triton compiled. Told are findings with the line of the kernel's source
     (races, missing barriers and waits, accesses out of bounds, memory read before it is written, ...), the error
     against float64, and what was executed: instructions by class, bytes, coalescing of global memory, bank
-    conflicts of shared memory, divergence. Exit code 1 where something was found.
+    conflicts of shared memory, divergence. Exit code 1 where something was found; a large error is told, and is no
+    finding.
 
     OPERATOR: a call with the shape options of `ldmperf inspect`, small unless told. Arguments that a file of
     tensors lacks and that are no tensors may be in its metadata, as JSON.
 
     FILE.py:NAME: a function without arguments, which launches Triton kernels on CPU tensors; or a kernel, beside
     which the file defines example_NAME(). That returns (grid, {argument: value}) and, as a third, what tensors
-    should hold afterwards: {argument: tensor}.
+    should hold afterwards, best in float64: {argument: tensor}.
 
     \b
     Examples:
