@@ -128,7 +128,7 @@ def sequences(draw):
 def instructions(unit, steps):
     """(PTX with a source line for each step, the registers that it needs)."""
     body, registers = [], {}
-    for n, (kind, mask, size, position, values) in enumerate(steps):
+    for n, (kind, mask, size, position, values) in enumerate(steps, start=1):
         guard, address = f"%p{n}", f"%r{100 * n}"
         registers[guard], registers[address] = mask, position.astype(np.uint32)
         body.append(f"\t.loc 1 {n} 1 // step.py:{n}:1")
@@ -152,7 +152,7 @@ def instructions(unit, steps):
 def expected_findings(unit, steps):
     """{(kind, step)} by the oracle, with units of all programs' shared memory."""
     oracle, found = Oracle([0] * (PROGRAMS * BYTES // unit), THREADS), set()
-    for n, (kind, mask, size, position, values) in enumerate(steps):
+    for n, (kind, mask, size, position, values) in enumerate(steps, start=1):
         lanes = np.flatnonzero(mask)
         if not len(lanes):
             continue

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..options import CaseError
-from .memory import EmulatedMemory, LaneAccess, WatchedThreads
+from .lane_accesses import LaneAccess, WatchedThreads
+from .memory import EmulatedMemory
 from .poison import poisoned
 
 Array = NDArray[Any]

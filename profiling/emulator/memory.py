@@ -18,124 +18,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .lane_accesses import ATOMIC, GID, THREADS, TIME, WARPS, AccessNotes, LaneAccess, WatchedThreads, begin_of
 
 Array = NDArray[Any]
 # Bytes behind the end that out-of-bounds accesses are sent to.
 SINK = 256
 # Numbers of so many bytes: numpy moves them faster than rows of bytes, 16 of them as a complex number.
 BLOCKS = {**{size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}, 16: np.dtype(np.complex128)}
-# A stamp is an int64: the time + 1 (0 is never), three flags, and a thread's number in the launch.
-_TIME = 34
-_ATOMIC = 1 << 33  # the write was atomic
-_WARPS, _THREADS = 1 << 32, 1 << 31  # of reads: threads of several warps did; several threads did at that time
-_GID = _THREADS - 1
 # Notes at most, where no barrier makes them obsolete.
 _NOTES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class LaneAccess:
-    """Lanes that access memory at once.
-
-    start   [lanes] byte positions, which the size divides
-    size    bytes of each lane: a power of two
-    gid     [lanes] the threads' numbers in the launch, in order; `program` theirs
-    epoch   [lanes] when each thread's program last passed a barrier, `synced` its warp, and `warp_epoch` its warp
-            a barrier or a shuffle
-    place   the instruction's index: lanes of one are at the same place of the code
-    wide    by no thread for itself, as a wgmma reads: its own warp's writes are not ordered before it either
-    atomic  does not race with others that are
-    """
-
-    start: Array
-    size: int
-    gid: Array
-    program: Array
-    epoch: Array
-    warp_epoch: Array
-    synced: Array
-    place: int
-    wide: bool = False
-    atomic: bool = False
-
-    def granules(self, granule: int) -> Array:
-        """[lanes, granules of an access]."""
-        first = self.start // granule
-        count = max(self.size // granule, 1)
-        return first[:, None] if count == 1 else first[:, None] + np.arange(count)
-
-    def stamps(self) -> Array:
-        """[lanes, 1]: what is noted of each lane."""
-        flags = (self.atomic and _ATOMIC) | (self.wide and _WARPS | _THREADS)
-        return _begin(self.warp_epoch) | flags | self.gid[:, None]
-
-
-def _begin(epoch: Array) -> Array:
-    """[lanes, 1]: the least stamp that is not older."""
-    return (epoch.astype(np.int64) + 1 << _TIME)[:, None]
 
 
 @functools.cache
 def _repeated(value: int, count: int) -> Any:
     """The number of `count` bytes that are all `value`."""
     return np.full(count, value, np.uint8).view(BLOCKS[count])[0]
-
-
-class WatchedThreads(Protocol):
-    """What a memory asks of the threads that access it; see `Threads`."""
-
-    size: int
-    programs: int
-    launched: int
-    program_of: Array
-    gid: Array
-    mask: Array
-    full: bool
-    epoch: Array
-    copies: list[Any]
-    products: list[Any]
-
-    def report(self, kind: str, count: int = 1, detail: str = "") -> None: ...
-
-
-class _Notes:
-    """The reads or the writes since all threads passed a barrier.
-
-    noted   accesses that are not entered yet: by granule, nothing tells of them but their ticks
-    ticks   by granule: `tick` where there was an access since the barrier, of those that are `ticked`
-    stamps  by granule: who accessed it last, of those that were entered
-    """
-
-    def __init__(self, count: int) -> None:
-        self.noted: list[LaneAccess] = []
-        self.ticked = 0
-        self.since_barrier = False
-        self.ticks, self.tick = np.zeros(count, np.uint8), 1
-        self.stamps = np.zeros(count, np.int64)
-
-    def add(self, access: LaneAccess) -> None:
-        self.noted.append(access)
-        self.since_barrier = True
-
-    def entered(self) -> None:
-        self.noted.clear()
-        self.ticked = 0
-
-    def passed_barrier(self, keep: bool) -> None:
-        if self.since_barrier:
-            self.tick += 1
-            if self.tick == 256:
-                self.ticks[:], self.tick = 0, 1
-        self.since_barrier = False
-        if keep:
-            self.ticked = len(self.noted)
-        else:
-            self.entered()
 
 
 class EmulatedMemory:
@@ -156,7 +58,7 @@ class EmulatedMemory:
         self.copying = np.zeros(count, np.int16)  # by cp.async on their way
         self.multiplying = np.zeros(count, np.int16)  # by wgmma on their way
         self.unfenced = np.zeros(count, bool)  # stored, and not yet seen by the async proxy
-        self._reads, self._writes = _Notes(count), _Notes(count)
+        self._reads, self._writes = AccessNotes(count), AccessNotes(count)
         # How many of the noted writes all threads have passed a barrier since; they are kept for a fence.
         self._before_barrier = 0
 
@@ -287,10 +189,10 @@ class EmulatedMemory:
         self._enter_writes()
         places = np.flatnonzero(self.unfenced)
         stamp = self._writes.stamps[places]
-        lane = (stamp & _GID) - int(threads.gid[0])
+        lane = (stamp & GID) - int(threads.gid[0])
         program = threads.program_of[lane]
         here: Array = np.asarray(threads.mask.reshape(threads.programs, threads.size).any(axis=1))
-        before = stamp < _begin(threads.epoch)[program, 0]
+        before = stamp < begin_of(threads.epoch)[program, 0]
         self.unfenced[places] = ~((before | threads.mask[lane]) & here[program])
 
     def check_in_flight(self, access: LaneAccess, threads: WatchedThreads) -> None:
@@ -304,14 +206,14 @@ class EmulatedMemory:
 
     # ------------------------------------------------------------ races
 
-    def _touches(self, notes: _Notes, access: LaneAccess) -> bool:
+    def _touches(self, notes: AccessNotes, access: LaneAccess) -> bool:
         """Whether there was an access since the barrier to any granule of this one."""
         if not notes.since_barrier:
             return False
         self._tick_all(notes)
         return bool((self._of(notes.ticks, access) == notes.tick).any())
 
-    def _tick_all(self, notes: _Notes) -> None:
+    def _tick_all(self, notes: AccessNotes) -> None:
         for noted in notes.noted[notes.ticked :]:
             self._set(notes.ticks, noted, notes.tick)
         notes.ticked = len(notes.noted)
@@ -325,10 +227,10 @@ class EmulatedMemory:
         stamp = self._of(self._writes.stamps, access)
         race = self._unordered(stamp, access, access.synced, threads)
         if access.atomic:
-            race &= stamp & _ATOMIC == 0
+            race &= stamp & ATOMIC == 0
         if differs is not None and race.any():
             race &= differs()
-        self._race(what, race, stamp & ~_ATOMIC, access, threads)
+        self._race(what, race, stamp & ~ATOMIC, access, threads)
 
     def _check_after_read(self, access: LaneAccess, threads: WatchedThreads) -> None:
         if not self._touches(self._reads, access):
@@ -346,16 +248,16 @@ class EmulatedMemory:
 
         since: [lanes] what orders a warp's own lanes happened then.
         """
-        recent: Array = stamp >= _begin(access.epoch)
+        recent: Array = stamp >= begin_of(access.epoch)
         if not recent.any():
             return recent
-        gid, other = access.gid[:, None], stamp & _GID
+        gid, other = access.gid[:, None], stamp & GID
         recent &= other // threads.size == gid // threads.size
         if access.wide:
             return recent
-        warp = (other >> 5 == gid >> 5) & (stamp & _WARPS == 0)
-        thread = (other == gid) & (stamp & _THREADS == 0)
-        recent &= ~(warp & (thread | (stamp < _begin(since))))
+        warp = (other >> 5 == gid >> 5) & (stamp & WARPS == 0)
+        thread = (other == gid) & (stamp & THREADS == 0)
+        recent &= ~(warp & (thread | (stamp < begin_of(since))))
         return recent
 
     def _excused(self, access: LaneAccess) -> Array | bool:
@@ -369,7 +271,7 @@ class EmulatedMemory:
         race = race & (granules < self.sink)
         if race.any():
             first, second = stamp[race][0], access.gid[race.any(axis=1)][0]
-            who = "several threads" if first & _THREADS else f"thread {(first & _GID) % threads.size}"
+            who = "several threads" if first & THREADS else f"thread {(first & GID) % threads.size}"
             where = self.told(granules[race][0] * self.granule)
             threads.report("race", race.sum(), f"{what}: {who} and thread {second % threads.size} at {where}")
 
@@ -390,7 +292,7 @@ class EmulatedMemory:
 
     def _is_recent(self, access: LaneAccess) -> Array:
         """[lanes, granules]: whether reads that were entered are of the epoch of this one."""
-        recent: Array = self._of(self._reads.stamps, access) >= _begin(access.epoch)
+        recent: Array = self._of(self._reads.stamps, access) >= begin_of(access.epoch)
         return recent
 
     def _enter_read(self, access: LaneAccess) -> None:
@@ -398,18 +300,16 @@ class EmulatedMemory:
         old, new = self._of(self._reads.stamps, access), access.stamps()
         recent = self._is_recent(access)
         if recent.any():
-            warps = recent & (((old ^ new) & _GID >> 5 << 5 != 0) | (old & _WARPS != 0))
-            threads = (
-                recent & (old >> _TIME == new >> _TIME) & (old & (_GID | _THREADS) != new & (_GID | _THREADS))
-            )
-            new = new | warps * (_WARPS | _THREADS) | threads * _THREADS
+            warps = recent & (((old ^ new) & GID >> 5 << 5 != 0) | (old & WARPS != 0))
+            threads = recent & (old >> TIME == new >> TIME) & (old & (GID | THREADS) != new & (GID | THREADS))
+            new = new | warps * (WARPS | THREADS) | threads * THREADS
         new = np.broadcast_to(new, old.shape)
         self._spread(self._reads.stamps, access, new)
         # Lanes of this access that read the same: the last one's stamp is there.
         last = self._of(self._reads.stamps, access)
         clash = last != new
         if clash.any():
-            granules, mine, last = access.granules(self.granule)[clash], new[clash], last[clash] | _THREADS
+            granules, mine, last = access.granules(self.granule)[clash], new[clash], last[clash] | THREADS
             self._reads.stamps[granules] = last
-            far = (mine ^ last) & _GID >> 5 << 5 != 0
-            self._reads.stamps[granules[far]] = last[far] | _WARPS
+            far = (mine ^ last) & GID >> 5 << 5 != 0
+            self._reads.stamps[granules[far]] = last[far] | WARPS

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from .findings import Findings
 from .global_memory import GlobalMemory
-from .memory import EmulatedMemory, LaneAccess
+from .lane_accesses import LaneAccess
+from .memory import EmulatedMemory
 from .numerics import Numerics
 from .program import DTYPES, UNSIGNED, PtxInstruction, PtxProgram
 from .tallies import Tallies
