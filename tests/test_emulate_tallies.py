@@ -195,7 +195,7 @@ def test_a_split_warp_is_counted():
 def test_only_threads_are_counted_without_details():
     code = code_of(ptx(DIVERGENT + "\tret;", 96))
     tallies = Tallies(code.program)
-    run(code, LaunchGrid((5, 1, 1), {}, 0), GlobalMemory([], [], 1), Findings("k"), tallies)
+    run(code, LaunchGrid((5, 1, 1), {}, 0), GlobalMemory([], [], 1), Findings("k"), tallies, Numerics())
     assert tallies.instructions == 5 * tallied(DIVERGENT, threads=96).instructions
     assert tallies.accesses() == tallies.by_class() == {}
 
@@ -265,7 +265,7 @@ def test_launches_of_one_code_are_added():
     code = code_of(ptx(DIVERGENT + "\tret;", 96))
     one, two = (Tallies(code.program, detailed=True, programs=n) for n in (1, 2))
     for tallies, programs in ((one, 1), (two, 2)):
-        run(code, LaunchGrid((programs, 1, 1), {}, 0), GlobalMemory([], [], 1), Findings("k"), tallies)
+        run(code, LaunchGrid((programs, 1, 1), {}, 0), GlobalMemory([], [], 1), Findings("k"), tallies, Numerics())
     warps, splits = one.executions.warps, one.splits
     one.add(two)
     assert (one.executions.warps, one.splits, one.programs, one.launches) == (3 * warps, 3 * splits, 3, 2)

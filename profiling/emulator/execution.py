@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Imported for what they register.
 from . import (  # noqa: F401
     bit_instructions,
     conversion_instructions,
@@ -61,7 +62,7 @@ def run(
     memory: GlobalMemory,
     findings: Findings,
     tallies: Tallies,
-    numerics: Numerics = Numerics(),  # noqa: B008
+    numerics: Numerics,
 ) -> None:
     """Runs all programs of a launch on `memory`, and adds to findings and tallies."""
     at_once = max(LANES // code.program.threads, 1)

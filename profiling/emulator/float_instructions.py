@@ -49,11 +49,14 @@ def _computes(
 ) -> Action:
     """A function of `count` floats of the instruction's kind, which its modifiers flush and saturate."""
     kind = i.kind
-    whole = function
-    if kind not in ("f32", "f64"):
-        whole = lambda *words: _words(function(*(_values(word, kind) for word in words)), kind)  # noqa: E731
-    elif ftz:
-        whole = lambda *values: flushed(function(*map(flushed, values)))  # noqa: E731
+
+    def of_halves(*words: Array) -> Array:
+        return _words(function(*(_values(word, kind) for word in words)), kind)
+
+    def of_flushed(*values: Array) -> Array:
+        return flushed(function(*map(flushed, values)))
+
+    whole = of_halves if kind not in ("f32", "f64") else of_flushed if ftz else function
     if not sat:
         return computes(i, whole, *[kind] * count)
     return computes(i, lambda *values: saturated(whole(*values)), *[kind] * count)
