@@ -1,8 +1,8 @@
 """Compiled kernels with one instruction taken away or weakened: how many does the emulator notice?
 
 bench/emulate_page.py writes the table. A mutant counts where it changes what is executed: not where no lane comes
-by, or where a mask that is removed was true for all. It is noticed by a finding, by an error that has grown by a
-fifth.
+by, or where a mask that is removed was true for all. It is noticed by a finding, or by an error that has grown
+by a fifth.
 """
 
 import dataclasses
