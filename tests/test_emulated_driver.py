@@ -294,6 +294,18 @@ def launch_ahead(emulation, folder):
         kernel[(1, 1, 1)](x, out, 64)
 
 
+def test_a_kernel_is_read_once_from_its_cache(sm_90, tmp_path, monkeypatch):
+    """An operator makes its launcher anew after the first call; Triton's cache may be another by then."""
+    x, out = torch.randn(8), torch.empty(8)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "first"))
+    kernel = copy_kernel.warmup(x, out, 8, BLOCK=8, grid=(1,), num_warps=1)
+    kernel._init_handles()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "second"))
+    kernel._init_handles()
+    copy_kernel[(1,)](x, out, 8, BLOCK=8, num_warps=1)
+    assert torch.equal(out, x)
+
+
 def test_hooks_are_called_and_no_program_runs_nothing(sm_90):
     calls = []
     entered, left = (lambda data: calls.append(("in", data.get()["name"])), lambda data: calls.append("out"))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -151,16 +152,21 @@ def _registers(binary: bytes) -> tuple[int, int]:
     return used.registers, used.stack
 
 
+# By what was compiled and its key. Triton makes a launcher anew where no module was loaded, and by then its cache
+# may be another folder.
+_LOADED: WeakKeyDictionary[Any, dict[str, LoadedKernel]] = WeakKeyDictionary()
+
+
 class _Launcher:
     """What Triton calls to launch one kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        self._source, self._metadata = source, metadata
+        self._source = source
         self._kinds = tuple(source.signature.values())
-
-    @functools.cached_property
-    def _kernel(self) -> LoadedKernel:
-        return _loaded(self._source, self._metadata)
+        loaded = _LOADED.setdefault(source, {})
+        if metadata.hash not in loaded:
+            loaded[metadata.hash] = _loaded(source, metadata)
+        self._kernel = loaded[metadata.hash]
 
     def __call__(
         self,
