@@ -19,15 +19,16 @@ from ldmperf.kernels import KernelUnsupported
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.options import CaseError
 
-triton = pytest.importorskip("triton")
-tl = triton.language
+pytest.importorskip("triton")
 
-from triton.runtime import driver  # noqa: E402
+import triton
+import triton.language as tl
+from triton.runtime import driver
 
-from ldmperf.profiling.emulator.emulated_driver import scalar_bits  # noqa: E402
-from ldmperf.profiling.emulator.emulation import FindingsError, emulated  # noqa: E402
-from ldmperf.profiling.emulator.numerics import Numerics  # noqa: E402
-from ldmperf.profiling.emulator.program import UnknownInstruction, parse_ptx  # noqa: E402
+from ldmperf.profiling.emulator.emulated_driver import scalar_bits
+from ldmperf.profiling.emulator.emulation import FindingsError, emulated
+from ldmperf.profiling.emulator.numerics import Numerics
+from ldmperf.profiling.emulator.program import UnknownInstruction, parse_ptx
 
 
 @triton.jit

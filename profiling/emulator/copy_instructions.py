@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from .instruction_set import Action, Array, executes, reader
@@ -94,20 +92,15 @@ def _arrive(threads: Threads, flight: Flight, done: Array) -> None:
     np.add.at(shared.copying, access.granules(shared.granule).ravel(), -_ONE)
     shared.scatter(access.start, part.detail["data"])
     # Until now others' reads were reported as of a copy on its way; from here on it is this thread's write.
-    program = threads.program_of[lanes]
-    shared.arrived(replace(access, epoch=threads.epoch[program], warp_epoch=threads.warp_epoch[lanes >> 5]))
+    shared.arrived(threads.made_now(access, lanes))
 
 
 def _part(flight: Flight, lanes: Array) -> Flight:
     """The flight of some of its lanes."""
     if lanes.all():
         return flight
-    access = flight.detail["access"]
-    fields = ("start", "gid", "program", "epoch", "warp_epoch", "synced")
-    access = replace(access, **{name: getattr(access, name)[lanes] for name in fields})
-    return Flight(
-        flight.lanes[lanes], flight.group[lanes], {"access": access, "data": flight.detail["data"][lanes]}
-    )
+    detail = {"access": flight.detail["access"].of(lanes), "data": flight.detail["data"][lanes]}
+    return Flight(flight.lanes[lanes], flight.group[lanes], detail)
 
 
 @executes("fence", "membar")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +46,11 @@ class LaneAccess:
         first = self.start // granule
         count = max(self.size // granule, 1)
         return first[:, None] if count == 1 else first[:, None] + np.arange(count)
+
+    def of(self, some: Array) -> LaneAccess:
+        """Those of some of the lanes."""
+        fields = ("start", "gid", "program", "epoch", "warp_epoch", "synced")
+        return replace(self, **{name: getattr(self, name)[some] for name in fields})
 
     def stamps(self) -> Array:
         """[lanes, 1]: what is noted of each lane."""

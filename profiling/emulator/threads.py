@@ -7,7 +7,7 @@ instruction computes for all lanes; those that are elsewhere in the code are mas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -223,6 +223,11 @@ class Threads:
             self.place,
             wide,
         )
+
+    def made_now(self, access: LaneAccess, lanes: Array) -> LaneAccess:
+        """An earlier access of these lanes as if they made it now."""
+        epoch = self.epoch[self.program_of[lanes]]
+        return replace(access, epoch=epoch, warp_epoch=self.warp_epoch[lanes >> 5])
 
     def report(self, kind: str, count: int = 1, detail: str = "") -> None:
         """A finding at this instruction."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -234,8 +234,7 @@ def _finish(threads: Threads, flight: Flight) -> None:
     np.add.at(shared.multiplying, access.granules(shared.granule).ravel(), -_ONE)
     # Writes until now were reported as of what a wgmma reads; from here on they race with a read of this epoch.
     lanes = np.repeat(flight.lanes, len(access.start) // len(flight.lanes))
-    program = threads.program_of[lanes]
-    shared.read_until_now(replace(access, epoch=threads.epoch[program], warp_epoch=threads.warp_epoch[lanes >> 5]))
+    shared.read_until_now(threads.made_now(access, lanes))
 
 
 def _part(flight: Flight, some: Array) -> Flight:
@@ -243,7 +242,5 @@ def _part(flight: Flight, some: Array) -> Flight:
     if some.all():
         return flight
     access = flight.detail["access"]
-    rows = np.repeat(some, len(access.start) // len(some))
-    fields = ("start", "gid", "program", "epoch", "warp_epoch", "synced")
-    access = replace(access, **{name: getattr(access, name)[rows] for name in fields})
+    access = access.of(np.repeat(some, len(access.start) // len(some)))
     return Flight(flight.lanes[some], flight.group[some], {**flight.detail, "access": access})
