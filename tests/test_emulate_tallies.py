@@ -12,14 +12,8 @@ from ldmperf.profiling.emulator.findings import Findings
 from ldmperf.profiling.emulator.global_memory import GlobalMemory
 from ldmperf.profiling.emulator.numerics import Numerics
 from ldmperf.profiling.emulator.program import parse_ptx
-from ldmperf.profiling.emulator.tallies import (
-    CLASSES,
-    Tallies,
-    class_of_ptx,
-    multiply_adds_of,
-    sectors,
-    wavefronts,
-)
+from ldmperf.profiling.emulator.ptx_classes import CLASSES, class_of_ptx, multiply_adds_of
+from ldmperf.profiling.emulator.tallies import Tallies, sectors, wavefronts
 from ldmperf.profiling.emulator.threads import LaunchGrid
 from ldmperf.profiling.static.units import CLASSES as UNIT_CLASSES
 

@@ -16,7 +16,8 @@ from ldmperf.kernels import Launch
 from ..emulator.emulated_calls import EXAMPLE, EmulatedCall, ResultError, by_code
 from ..emulator.emulation import Emulation
 from ..emulator.findings import KINDS, Finding
-from ..emulator.tallies import CLASSES, WARP, Accesses, Executions, Tallies
+from ..emulator.ptx_classes import CLASSES
+from ..emulator.tallies import WARP, Accesses, Executions, Tallies
 from ..machines import Machine
 from ..static.inspection import Inspection, NvidiaCode, inspect_launch
 from ..static.units import CLASSES as UNITS
