@@ -41,8 +41,8 @@ from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
 ACTIVATIONS = ("silu", None)
 MAX_GROUP_CHANNELS = 8192
-# Given means, and as many squares, that a program loads at once.
-_MOMENTS = 4096
+# Given means, and as many squares, that a thread loads at once.
+_THREAD_MOMENTS = 8
 
 
 class GroupNormSiluCall(NamedTuple):
@@ -198,7 +198,7 @@ def plan(
             "tile_pixels": tile_pixels(shape.pixels, tiles),
             "skip_tiles": skip_tiles,
             "skip_tile_pixels": tile_pixels(shape.pixels, skip_tiles),
-            "BLOCK_T": min(next_power_of_two(tiles), max(_MOMENTS // block_c, 1)),
+            "BLOCK_T": min(next_power_of_two(tiles), max(32 * config.num_warps * _THREAD_MOMENTS // block_c, 1)),
         }
         return out, [launch(group_norm_given_kernel, programs, chunked | result | merged, role="group_norm_given")]
     statistics = x.new_empty((shape.batch, chunks, 3, shape.num_groups), dtype=torch.float32)
