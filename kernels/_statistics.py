@@ -38,6 +38,11 @@ def channel_statistics(image: Tensor, tile: int) -> Tensor:
     return torch.stack(moments, dim=1).float() if moments else empty_statistics(image, tile)
 
 
+def like_statistics(statistics: Tensor, image: Tensor) -> Tensor:
+    """Reference: those of an image in as many tiles as `statistics` has."""
+    return channel_statistics(image, tile_pixels(image.shape[2] * image.shape[3], statistics.shape[1]))
+
+
 def statistics_misfit(statistics: Tensor, image: Tensor) -> str | None:
     """Why a tensor cannot hold the statistics of an image [B, C, H, W], in words that follow "must be"; None if it
     can."""

@@ -48,16 +48,24 @@ class GroupNormSiLU(nn.GroupNorm):
         self.activation = activation
         self.backend = backend
 
-    def forward(self, x: Tensor, x_bias: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        x_bias: Tensor | None = None,
+        skip: Tensor | None = None,
+        statistics: Tensor | None = None,
+        skip_statistics: Tensor | None = None,
+    ) -> Tensor:
         """x [B, C, ...] -> [B, C + C2, ...], in x's dtype and memory format.
 
         x is an image [B, C, H, W], or of any other rank from [B, C] on; x_bias [B, C + C2] or [C + C2] is added
-        before the norm; the channels of skip [B, C2, ...] follow those of x, without a concatenation. Raises
-        ValueError for what does not fit, `KernelUnsupported` for backend "triton" where the kernel cannot serve.
+        before the norm; the channels of skip [B, C2, ...] follow those of x, without a concatenation. statistics
+        and skip_statistics as of `group_norm_silu`. Raises ValueError for what does not fit, `KernelUnsupported`
+        for backend "triton" where the kernel cannot serve.
         """
         if isinstance(x, Tensor):
             if x.ndim != 4:
-                return self._of_another_rank(x, x_bias, skip)
+                return self._of_another_rank(x, x_bias, skip, statistics, skip_statistics)
             if isinstance(x_bias, Tensor) and x_bias.ndim == 1:
                 x_bias = x_bias.expand(x.shape[0], -1)
         return group_norm_silu(
@@ -69,10 +77,14 @@ class GroupNormSiLU(nn.GroupNorm):
             x_bias=x_bias,
             skip=skip,
             activation=self.activation,
+            statistics=statistics,
+            skip_statistics=skip_statistics,
             backend=self.backend,
         )
 
-    def _of_another_rank(self, x: Tensor, x_bias: Tensor | None, skip: Tensor | None) -> Tensor:
+    def _of_another_rank(
+        self, x: Tensor, x_bias: Tensor | None, skip: Tensor | None, *statistics: Tensor | None
+    ) -> Tensor:
         """`forward` of x and skip read as images: views, unless strides of the dimensions between do not merge."""
         if x.ndim < 2:
             raise ValueError(f"GroupNormSiLU: x must be [B, C, ...]; got {list(x.shape)}")
@@ -81,7 +93,7 @@ class GroupNormSiLU(nn.GroupNorm):
                 wanted = ", ".join(map(str, (x.shape[0], "C2", *x.shape[2:])))
                 raise ValueError(f"GroupNormSiLU: skip must be [{wanted}]; got {list(skip.shape)}")
             skip = _as_image(skip)
-        out: Tensor = self.forward(_as_image(x), x_bias, skip)
+        out: Tensor = self.forward(_as_image(x), x_bias, skip, *statistics)
         return out.view(*out.shape[:2], *x.shape[2:])
 
     def extra_repr(self) -> str:

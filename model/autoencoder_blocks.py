@@ -16,12 +16,18 @@ from torch import Tensor, nn
 from ldmperf.kernels import MAX_HEAD_DIM, GroupNormSiLU, attention
 
 from .autoencoder_config import AutoencoderConfig
-from .blocks import Resample, ResBlock, as_tokens, matmul_add
+from .blocks import Image, Resample, ResBlock, Written, as_tokens, matmul_add
+from .choices import Choices
 from .deferred import biases_of
 from .route import Level, Stop, stops_of
 
 # Every norm of AutoencoderKL has this eps; no field of its configuration says another.
 NORM_EPS = 1e-6
+
+
+def _choices(backend: str) -> Choices:
+    """Those of an autoencoder: its images are too large for convolutions of ours to be the faster ones."""
+    return Choices(backend, convolutions="torch", statistics="torch").checked()
 
 
 class ImageAttention(nn.Module):
@@ -57,10 +63,11 @@ class HalvingConv(Resample):
     """The 3x3 convolution of stride 2 that pads below and on the right alone, without its bias."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(channels, stride=2)
+        super().__init__(channels, 2, _choices("torch"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Image) -> Tensor:
         """x [B, C, H, W] -> [B, C, H // 2, W // 2]."""
+        x = Written.of(x).image
         height, width = x.shape[2] // 2, x.shape[3] // 2
         # Padded by 2 on all sides, the first row and column of the result are too many. To copy the rest costs a
         # quarter of a padded copy of x.
@@ -123,7 +130,7 @@ def decoder_of(config: AutoencoderConfig, backend: str) -> Coder:
     widths, layers = config.block_channels[::-1], config.layers_per_block
     up = []
     for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-        conv = Resample(width, stride=1) if i < len(widths) - 1 else None
+        conv = Resample(width, 1, _choices(backend)) if i < len(widths) - 1 else None
         blocks = _resblocks(config, [before, *[width] * layers], width, backend)
         up.append(Level(blocks, [], downsample=None, upsample=conv))
     conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
@@ -137,4 +144,4 @@ def _middle(config: AutoencoderConfig, backend: str) -> Level:
 
 
 def _resblocks(config: AutoencoderConfig, widths: list[int], out: int, backend: str) -> list[ResBlock]:
-    return [ResBlock(width, out, config.norm_groups, NORM_EPS, backend) for width in widths]
+    return [ResBlock(width, out, config.norm_groups, NORM_EPS, _choices(backend)) for width in widths]

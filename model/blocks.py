@@ -5,30 +5,61 @@ take the image, linear layers and attention the tokens; no layout is copied.
 
 A block leaves some biases to later stops, and takes those of earlier ones as arguments (deferred.py). A block
 overwrites nothing that its caller holds: only `UNet.denoise` passes `in_place`, where nobody else sees the
-activations.
+activations. Only then, too, activations travel as `Written`, with the statistics that the next norm needs beside
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmperf.kernels import GroupNormSiLU, attention, linear, linear_separate, residual_add
+from ldmperf.kernels import (
+    GroupNormSiLU,
+    attention,
+    conv3x3,
+    conv3x3_backend,
+    linear,
+    linear_separate,
+    residual_add,
+)
+
+from .choices import Choices
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
 
 
+# Of more pixels a group norm is two launches, of which statistics beside its input spare one.
+_FEW_PIXELS = 256
+
+
+class Written(NamedTuple):
+    """An image [B, C, H, W] and its statistics (`channel_statistics`), None where nobody left them."""
+
+    image: Tensor
+    statistics: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor | Written) -> Written:
+        """x, without statistics if it has none."""
+        return x if isinstance(x, Written) else cls(x)
+
+
+Image = Tensor | Written
+
+
 class ResBlock(nn.Module):
     """Two convolutions around the time shift. The shift already holds the first convolution's bias."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, backend: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, choices: Choices) -> None:
         super().__init__()
-        self.backend = backend
+        self.choices = choices
+        backend = choices.backend
         self.norm1 = GroupNormSiLU(groups, in_channels, eps, backend=backend)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps, backend=backend)
@@ -38,33 +69,47 @@ class ResBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Image,
         shift: Tensor,
-        skip: Tensor | None = None,
+        skip: Image | None = None,
         before: Tensor | None = None,
         bias: Tensor | None = None,
         size: torch.Size | None = None,
         in_place: bool = False,
-    ) -> Tensor:
+    ) -> Image:
         """x [B, Cin, H, W], shift [B, Cout] -> [B, Cout, H, W], or [B, Cout, *size] by nearest neighbour.
 
         With `skip` [B, Cskip, H, W] the input is both side by side, and Cin counts the channels of both. `before`
         [Cin] and `bias` [Cout] as of `Biases`; a result of another size needs `bias`. `in_place` overwrites the
-        results of the block's own layers, never x or skip.
+        results of the block's own layers, never x or skip. The result is `Written` where x is.
         """
-        h = F.conv2d(self.norm1(x, before, skip), self.conv1.weight, padding=1)
-        h = F.conv2d(self.norm2(h, shift), self.conv2.weight, padding=1)
+        travels = isinstance(x, Written)
+        x, of_x = Written.of(x)
+        skip, of_skip = (None, None) if skip is None else Written.of(skip)
+        h, of_h = convolved(self.norm1(x, before, skip, of_x, of_skip), self.conv1, self.choices, travels)
+        h = self.norm2(h, shift, None, of_h)
+        if size is None and takes_ours(h, self.conv2, self.choices):
+            parts = None if self.shortcut is None else list(self._shortcut_parts(x, skip))
+            beside: dict[str, Any] = {"residual": x} if parts is None else {"shortcut": parts}
+            written = convolved(h, self.conv2, self.choices, travels, bias=bias, **beside)
+            return written if travels else written.image
+        h = F.conv2d(h, self.conv2.weight, padding=1)
         if self.shortcut is not None:
             if bias is None:
-                return self._add_shortcut(h, x, skip, in_place)
+                h = self._add_shortcut(h, x, skip, in_place)
+                return Written(h) if travels else h
             x = self._add_shortcut(None, x, skip, in_place)
-        return residual_add(x, h, bias, size=size, backend=self.backend)
+        return summed(x, h, bias, size, self.choices, travels)
 
-    def _add_shortcut(self, h: Tensor | None, x: Tensor, skip: Tensor | None, in_place: bool) -> Tensor:
-        """h + W [x; skip] as Wx x + Ws skip: no concatenation is written. Without h the shortcut alone."""
+    def _shortcut_parts(self, x: Tensor, skip: Tensor | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """The images that the shortcut reads, with the weight's columns for each: nothing is concatenated."""
         parts = [x] if skip is None else [x, skip]
         weights = cast(nn.Linear, self.shortcut).weight.split([part.shape[1] for part in parts], dim=1)
-        for part, weight in zip(parts, weights, strict=True):
+        return zip(parts, weights, strict=True)
+
+    def _add_shortcut(self, h: Tensor | None, x: Tensor, skip: Tensor | None, in_place: bool) -> Tensor:
+        """h + W [x; skip] as Wx x + Ws skip. Without h the shortcut alone."""
+        for part, weight in self._shortcut_parts(x, skip):
             if h is None:
                 h = as_image(F.linear(as_tokens(part), weight), x.shape[2:])
             else:
@@ -79,13 +124,10 @@ class TransformerBlock(nn.Module):
     `only_cross` the first attention reads the context too.
     """
 
-    def __init__(
-        self, channels: int, heads: int, context_dim: int, only_cross: bool, backend: str, products: str
-    ) -> None:
+    def __init__(self, channels: int, heads: int, context_dim: int, only_cross: bool, choices: Choices) -> None:
         super().__init__()
         self.heads = heads
-        self.backend = backend
-        self.products = products
+        self.choices = choices
         self.norm1 = nn.LayerNorm(channels)
         if only_cross:
             self.first_q = nn.Linear(channels, channels, bias=False)
@@ -132,10 +174,10 @@ class TransformerBlock(nn.Module):
         else:
             q = self._linear(x, self.norm1, self.first_q, before).view(batch, tokens, *heads)
             qkv = q, *first.unbind(2)
-        h = attention(*qkv, backend=self.backend).view(x.shape)
+        h = attention(*qkv, backend=self.choices.backend).view(x.shape)
         x = matmul_add(x, h, self.to_out.weight, in_place)
         q = self._linear(x, self.norm2, self.cross_q, after_attention).view(batch, tokens, *heads)
-        h = attention(q, *context.unbind(2), backend=self.backend).view(x.shape)
+        h = attention(q, *context.unbind(2), backend=self.choices.backend).view(x.shape)
         x = matmul_add(x, h, self.cross_out.weight, in_place)
         h = self._linear(x, self.norm3, self.ff_in, after_cross, "geglu")
         return matmul_add(x, h, self.ff_out.weight, in_place)
@@ -149,7 +191,7 @@ class TransformerBlock(nn.Module):
         activation: str | None = None,
     ) -> Tensor:
         """activation(layer(norm(x + x_bias)))."""
-        separate = self.backend == "torch" or self.products == "torch"
+        separate = self.choices.products == "torch"
         call = linear_separate if separate else linear
         return call(
             x,
@@ -160,7 +202,7 @@ class TransformerBlock(nn.Module):
             eps=norm.eps,
             x_bias=x_bias,
             activation=activation,
-            backend=self.backend if separate else self.products,
+            backend=self.choices.backend if separate else self.choices.products,
         )
 
 
@@ -175,15 +217,15 @@ class Transformer(nn.Module):
         context_dim: int,
         only_cross: bool,
         groups: int,
-        backend: str,
-        products: str,
+        choices: Choices,
     ) -> None:
         super().__init__()
-        self.backend = backend
-        self.norm = GroupNormSiLU(groups, channels, TRANSFORMER_NORM_EPS, activation=None, backend=backend)
+        self.choices = choices
+        eps, backend = TRANSFORMER_NORM_EPS, choices.backend
+        self.norm = GroupNormSiLU(groups, channels, eps, activation=None, backend=backend)
         self.proj_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, context_dim, only_cross, backend, products) for _ in range(layers)
+            TransformerBlock(channels, heads, context_dim, only_cross, choices) for _ in range(layers)
         )
         self.proj_out = nn.Linear(channels, channels)
 
@@ -195,20 +237,23 @@ class Transformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Image,
         context: Tensor,
         between: Tensor | None,
         closing: Tensor | None,
         tokens: Tensor,
         size: torch.Size | None = None,
         in_place: bool = False,
-    ) -> Tensor:
+    ) -> Image:
         """x [B, C, H, W], context of `project_context` -> [B, C, H, W], or [B, C, *size].
 
         `between`, `closing` and `tokens` as of `Biases`; a result of another size needs `closing`. `in_place`
-        overwrites x and the results of submodules, for a caller that alone holds them.
+        overwrites x and the results of submodules, for a caller that alone holds them. The result is `Written`
+        where x is.
         """
-        h = self.proj_in(as_tokens(self.norm(x, between)))
+        travels = isinstance(x, Written)
+        x, of_x = Written.of(x)
+        h = self.proj_in(as_tokens(self.norm(x, between, None, of_x)))
         at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
         keys_values = context.unbind()
         each = len(keys_values) // len(self.blocks)
@@ -216,9 +261,10 @@ class Transformer(nn.Module):
             *first, cross = keys_values[each * i : each * (i + 1)]
             h = block(h, cross, *at_norms[3 * i : 3 * i + 3], in_place, *first)
         if closing is None:
-            return matmul_add(x, h, self.proj_out.weight, in_place)
+            h = matmul_add(x, h, self.proj_out.weight, in_place)
+            return Written(h) if travels else h
         h = as_image(F.linear(h, self.proj_out.weight), x.shape[2:])
-        return residual_add(x, h, closing, size=size, backend=self.backend)
+        return summed(x, h, closing, size, self.choices, travels)
 
 
 class Resample(nn.Module):
@@ -228,12 +274,57 @@ class Resample(nn.Module):
     result at the new size.
     """
 
-    def __init__(self, channels: int, stride: int) -> None:
+    def __init__(self, channels: int, stride: int, choices: Choices) -> None:
         super().__init__()
+        self.choices = choices
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.conv.weight, stride=self.conv.stride, padding=1)
+    def forward(self, x: Image) -> Image:
+        """[B, C, H, W] -> [B, C, H', W'], `Written` where x is."""
+        written = convolved(Written.of(x).image, self.conv, self.choices, isinstance(x, Written))
+        return written if isinstance(x, Written) else written.image
+
+
+def takes_ours(x: Tensor, conv: nn.Conv2d, choices: Choices) -> bool:
+    """Whether our kernel computes a 3x3 convolution of x."""
+    if choices.convolutions == "torch":
+        return False
+    backend: str = conv3x3_backend(x, conv.weight, stride=conv.stride[0], backend=choices.convolutions)
+    return backend == "triton"
+
+
+def convolved(
+    x: Tensor,
+    conv: nn.Conv2d,
+    choices: Choices,
+    travels: bool,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    shortcut: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Written:
+    """The convolution of x, by our kernel where `takes_ours`, with its statistics where they are of use.
+
+    Without the convolution's own bias; what is added to it (see `conv3x3`) our kernel alone adds.
+    """
+    if not takes_ours(x, conv, choices):
+        return Written(F.conv2d(x, conv.weight, stride=conv.stride, padding=1))
+    options: dict[str, Any] = {"stride": conv.stride[0], "residual": residual, "shortcut": shortcut}
+    pixels = x.shape[2] * x.shape[3] // conv.stride[0] ** 2
+    if travels and choices.statistics != "torch" and pixels > _FEW_PIXELS:
+        return Written(*conv3x3(x, conv.weight, bias, statistics=True, backend="triton", **options))
+    return Written(conv3x3(x, conv.weight, bias, backend="triton", **options))
+
+
+def summed(
+    x: Tensor, h: Tensor, bias: Tensor | None, size: torch.Size | None, choices: Choices, travels: bool
+) -> Image:
+    """x + h + bias, enlarged to `size`, with its statistics where they are wanted of sums too."""
+    leaves = choices.statistics == "triton" and x.shape[2] * x.shape[3] > _FEW_PIXELS
+    if travels and leaves and size is None:
+        return Written(*residual_add(x, h, bias, statistics=True, backend=choices.backend))
+    total = residual_add(x, h, bias, size=size, backend=choices.backend)
+    return Written(total) if travels else total
 
 
 def matmul_add(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import Resample, ResBlock, Transformer
+from .blocks import Image, Resample, ResBlock, Transformer, Written
+from .choices import Choices
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
@@ -50,20 +51,26 @@ class _Remembered:
 class UNet(nn.Module):
     """A text-conditioned latent-diffusion UNet (Rombach et al., arXiv 2112.10752).
 
-    `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products` goes to the
-    matmuls that can be merged with their norm or gate (`ldmperf.kernels.linear`): "auto" merges where this is
-    measured or predicted to be faster, "triton" wherever the kernel can, "torch" nowhere. With `backend="torch"`
-    nothing is merged. Weights of convolutions are channels-last, as the activations are. With `batch_invariant`
-    an image's results are the same to the bit alone and in any batch (docs/batch-invariance.md): each is computed
-    alone, and torch.compile leaves that uncompiled. Raises ValueError for another `backend` or `products`.
+    `backend` goes to every operator: "auto", "torch" or "triton" (see `ldmperf.kernels`). `products`,
+    `convolutions`, `tails` and `statistics` say the same of what can be merged (`Choices`). Weights of
+    convolutions are channels-last, as the activations are. With `batch_invariant` an image's results are the same
+    to the bit alone and in any batch (docs/batch-invariance.md): each is computed alone, and torch.compile leaves
+    that uncompiled. Raises ValueError for a choice that is none of these three.
     """
 
     def __init__(
-        self, config: UNetConfig, *, backend: str = "auto", products: str = "auto", batch_invariant: bool = False
+        self,
+        config: UNetConfig,
+        *,
+        backend: str = "auto",
+        products: str = "auto",
+        convolutions: str = "auto",
+        tails: str = "auto",
+        statistics: str = "auto",
+        batch_invariant: bool = False,
     ) -> None:
         super().__init__()
-        arguments.check_backend("backend", backend)
-        arguments.check_backend("products", products)
+        choices = Choices(backend, products, convolutions, tails, statistics).checked()
         self.config = config
         self.batch_invariant = batch_invariant
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
@@ -76,10 +83,10 @@ class UNet(nn.Module):
             out = channels[i]
             sizes = config.num_heads[i], config.transformer_layers[i], config.context_dim, only
             return Level(
-                [ResBlock(width, out, groups, eps, backend) for width in widths],
-                [Transformer(out, *sizes, groups, backend, products) for _ in range(transformers)],
-                downsample=Resample(out, stride=2) if down else None,
-                upsample=Resample(out, stride=1) if up else None,
+                [ResBlock(width, out, groups, eps, choices) for width in widths],
+                [Transformer(out, *sizes, groups, choices) for _ in range(transformers)],
+                downsample=Resample(out, 2, choices) if down else None,
+                upsample=Resample(out, 1, choices) if up else None,
             )
 
         self.time_embedding = TimestepEmbedding(channels[0], config.time_dim, config.time_cond_proj_dim)
@@ -100,7 +107,7 @@ class UNet(nn.Module):
             widths = [x + skips.pop() for x in (width, *[out] * layers)]
             self.up.append(level(i, widths, config.attention[i] * (layers + 1), only_cross[i], up=i > 0))
             width = out
-        self.norm_out = GroupNormSiLU(groups, width, eps, backend=backend)
+        self.norm_out = GroupNormSiLU(groups, width, eps, backend=choices.backend)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
         # The time projections of all ResBlocks as one linear layer: one matmul for a whole trajectory.
         self.shift_channels = [stop.resblock.conv1.out_channels for stop in self._route()]
@@ -231,12 +238,14 @@ class UNet(nn.Module):
         in_place = not torch.is_grad_enabled() and self._remembered.privacy.holds(self)
 
         sample = sample.to(self.dtype, memory_format=torch.channels_last)
-        x = F.conv2d(sample, self.conv_in.weight, padding=1)
+        first = F.conv2d(sample, self.conv_in.weight, padding=1)
+        # What nobody else sees may have statistics beside it.
+        x: Image = Written(first) if in_place else first
         skips = [x]
         for stop, shift, biases in zip(self._route(), shift_of, at_stops, strict=True):
             skip = skips.pop() if stop.pops else None
             # The next skip's size, not twice x's: an odd size was rounded up on the way down.
-            size = skips[-1].shape[2:] if stop.enlarges else None
+            size = Written.of(skips[-1]).image.shape[2:] if stop.enlarges else None
             of_block = size if stop.transformer is None else None
             # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
             x = stop.resblock(x, shift, skip, biases.before, biases.bias, of_block, in_place)
@@ -249,7 +258,8 @@ class UNet(nn.Module):
                 x = stop.resample(x)
                 if stop.pushes:
                     skips.append(x)
-        out: Tensor = self.conv_out(self.norm_out(x, at_end))
+        image, statistics = Written.of(x)
+        out: Tensor = self.conv_out(self.norm_out(image, at_end, None, statistics))
         return out
 
     def constants(self) -> Constants:
@@ -272,14 +282,16 @@ class UNet(nn.Module):
         # A copy's weights and modules are its own.
         return {**self.__dict__, "_remembered": _Remembered()}
 
-    def with_backend(self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None) -> UNet:
-        """The same network on the same memory, with other values of `backend` and `products`.
+    def with_backend(
+        self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None, **choices: str
+    ) -> UNet:
+        """The same network on the same memory, with other values of `backend`, `products` and other choices.
 
-        `batch_invariant` is this network's unless given.
+        `choices` as of the constructor, "auto" unless given; `batch_invariant` is this network's unless given.
         """
         invariant = self.batch_invariant if batch_invariant is None else batch_invariant
         with torch.device("meta"):
-            other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant)
+            other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant, **choices)
         other.load_state_dict(self.state_dict(), assign=True)
         for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)

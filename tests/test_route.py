@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.model.blocks import ResBlock
+from ldmperf.model.choices import Choices
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -58,7 +59,7 @@ class Doubled(nn.Module):
 
 def other_block(unet: UNet) -> None:
     torch.manual_seed(5)
-    unet.down[0].resblocks[1] = ResBlock(16, 16, 4, 1e-5, "torch").requires_grad_(False)
+    unet.down[0].resblocks[1] = ResBlock(16, 16, 4, 1e-5, Choices("torch")).requires_grad_(False)
 
 
 def other_level(unet: UNet) -> None:

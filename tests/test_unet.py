@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.model import FAMILY, Constants, UNet, UNetConfig, diffusers_config, diffusers_state_dict
+from ldmperf.model.choices import Choices
 from ldmperf.model.releases import beyond
 from ldmperf.samplers import NoiseSchedule, make_plan, sample
 
@@ -313,7 +314,7 @@ def test_what_is_no_argument_is_refused_in_one_line(wrong, told):
         UNet(config, backend="torch")(**arguments)
 
 
-@pytest.mark.parametrize("option", ["backend", "products"])
+@pytest.mark.parametrize("option", Choices._fields)
 @pytest.mark.parametrize("value", ["zzz", None, "Triton"])
 def test_an_unknown_backend_is_refused_as_it_is_given(tmp_path, option, value):
     config = CONFIGS["one-layer"]

@@ -32,6 +32,7 @@ def size_options(batch: str, side: int, head_dim: str = "") -> Mapping[str, Any]
         "width": _number(f"Pixels; {side} unless told."),
         "groups": _number("Groups of a group norm; 32 unless told."),
         "skip_channels": _number("Channels of a skip connection that is normalized with the image.", 0),
+        "statistics": _number("1: an image's statistics come with it.", 0, 1),
         "head_dim": Annotated[
             str | None, typer.Option(help=f"Size of a head of attention, 40 unless told{head_dim}.")
         ],

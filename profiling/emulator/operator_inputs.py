@@ -21,6 +21,7 @@ from ldmperf.kernels import OPERATORS
 
 from ..options import CaseError
 from ..static.shapes import SHAPES, Shape
+from ..step.call import fill_statistics
 
 # What each kind is, in the order that they are shown.
 KINDS_OF_INPUTS: Mapping[str, str] = {
@@ -131,6 +132,7 @@ class _Maker:
                 made = _like(value, memories)
                 made.copy_(self._values(name, value, described, exponent, generator))
                 arguments[name] = made
+        fill_statistics(arguments)
         return EmulatedInputs(self.operator, self.kind, arguments)
 
     def _values(

@@ -14,7 +14,7 @@ from torch import Tensor
 class Shape:
     """The numbers that shapes are made of; an operator takes those that its builder names.
 
-    mask: 1 for a mask of keys.
+    mask: 1 for a mask of keys; statistics: 1 for statistics beside an image, given or left.
     """
 
     dtype: torch.dtype = torch.bfloat16
@@ -29,6 +29,7 @@ class Shape:
     context: int = 0
     features: int = 0
     mask: int = 0
+    statistics: int = 0
 
     def empty(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(size, dtype=dtype or self.dtype, device="meta")
@@ -36,6 +37,10 @@ class Shape:
     def image(self, batch: int, channels: int) -> Tensor:
         """[batch, channels, height, width] in channels-last memory."""
         return self.empty(batch, channels, self.height, self.width).to(memory_format=torch.channels_last)
+
+    def beside(self, channels: int) -> Tensor:
+        """The statistics of an image of so many channels, in tiles of 64 pixels."""
+        return self.empty(self.batch, -(-self.height * self.width // 64), 2, channels, dtype=torch.float32)
 
     def tokens(self, channels: int) -> Tensor:
         return self.empty(self.batch, self.height * self.width, channels)
@@ -66,6 +71,8 @@ def _group_norm_silu(shape: Shape) -> Arguments:
         "bias": shape.empty(channels),
         "x_bias": None if shape.skip_channels else shape.empty(shape.batch, channels),
         "skip": skip,
+        "statistics": shape.beside(shape.channels) if shape.statistics else None,
+        "skip_statistics": shape.beside(shape.skip_channels) if shape.statistics and shape.skip_channels else None,
     }
 
 
@@ -128,7 +135,7 @@ _IMAGE = ("batch", "channels", "height", "width")
 # By operator: what makes its arguments, the numbers that it takes, and what they are by default.
 SHAPES: Mapping[str, tuple[Callable[[Shape], Arguments], tuple[str, ...], Mapping[str, int]]] = {
     "attention": (_attention, ("batch", "height", "width", "heads", "head_dim", "context"), {}),
-    "group_norm_silu": (_group_norm_silu, (*_IMAGE, "groups", "skip_channels"), {}),
+    "group_norm_silu": (_group_norm_silu, (*_IMAGE, "groups", "skip_channels", "statistics"), {}),
     "layer_norm": (_layer_norm, _IMAGE, {}),
     "linear": (_linear, (*_IMAGE, "features"), {}),
     "geglu": (_geglu, _IMAGE, {"channels": 1280}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ldmperf.kernels import OPERATORS, Launch
+from ldmperf.kernels._statistics import like_statistics
 from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan
 
 from ..options import DType
@@ -23,6 +24,8 @@ PLAN_ROW = 25
 GUIDANCE_SCALE = 7.5
 # How often a call moves a tensor: "row" for tables of which it reads a few numbers.
 Access = Literal["read", "write", "update", "row"]
+# Arguments that are the statistics of another one, by what that may be called.
+_STATISTICS = {"statistics": ("x", "image"), "skip_statistics": ("skip",)}
 _PASSES: dict[Access, int] = {"read": 1, "write": 1, "update": 2, "row": 0}
 
 
@@ -199,7 +202,17 @@ class OperatorCall(_Value):
             for name, value in plan_tensors(sampling_plan(self.plan)).items():
                 if name in made:
                     made[name].copy_(value)
+        if device.type != "meta":
+            fill_statistics(made)
         return made | {scalar.name: scalar.value for scalar in self.scalars}
+
+
+def fill_statistics(arguments: Mapping[str, Any]) -> None:
+    """Writes the statistics among a call's arguments: those of the images that they stand beside."""
+    for name, images in _STATISTICS.items():
+        image = next((arguments[of] for of in images if isinstance(arguments.get(of), Tensor)), None)
+        if image is not None and isinstance(arguments.get(name), Tensor):
+            arguments[name].copy_(like_statistics(arguments[name], image))
 
 
 def _memory(slices: Sequence[TensorSpec], device: torch.device, generator: torch.Generator | None) -> Tensor:
