@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 from . import layers
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
-from ._statistics import channel_statistics
+from ._statistics import channel_statistics, like_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
 from .conv3x3 import conv3x3, conv3x3_backend
 from .geglu import geglu, geglu_ref
@@ -45,6 +45,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_ref",
     "layers",
+    "like_statistics",
     "linear",
     "linear_ref",
     "linear_separate",

@@ -68,6 +68,12 @@ def whole(call: str, name: str, value: Any) -> Any:
         raise ValueError(f"{call}: {name} must be a whole number; got {_shown(value)}") from None
 
 
+def flag(call: str, name: str, value: Any) -> None:
+    """ValueError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{call}: {name} must be True or False; got {_shown(value)}")
+
+
 def choice(call: str, name: str, value: Any, choices: Sequence[str | None]) -> None:
     """ValueError for what is none of the choices."""
     if not (value is None or isinstance(value, str)) or value not in choices:

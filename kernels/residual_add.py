@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import in_float32, promoted
-from ._checks import tensors, whole
+from ._checks import flag, tensors, whole
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, named_strides, pixel_offsets
 from ._library import compute_dtype, define_operator
@@ -277,6 +277,7 @@ def residual_add(
     `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
     """
     tensors(residual_add, (x, residual), (bias,))
+    flag("residual_add", "statistics", statistics)
     if size is not None:
         if not isinstance(size, Iterable):
             raise ValueError(f"residual_add: size must be (height, width); got {size!r}")

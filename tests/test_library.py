@@ -29,7 +29,7 @@ CALLS = {
     ),
     "group_norm_silu": lambda: (
         OPERATORS.group_norm_silu.default,
-        (leaf(2, 8, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), None, "silu"),
+        (leaf(2, 8, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), None, "silu", None, None),
     ),
     "group_norm channels-last": lambda: (
         OPERATORS.group_norm_silu.default,
@@ -42,6 +42,8 @@ CALLS = {
             None,
             None,
             None,
+            torch.rand(2, 1, 2, 8),
+            None,
         ),
     ),
     "layer_norm": lambda: (OPERATORS.layer_norm.default, (leaf(2, 5, 8), leaf(8), leaf(8), 1e-5, leaf(8))),
@@ -51,7 +53,11 @@ CALLS = {
     ),
     "group_norm_silu of a concatenation": lambda: (
         OPERATORS.group_norm_silu.default,
-        (leaf(2, 5, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), leaf(2, 3, 4, 6), "silu"),
+        (leaf(2, 5, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), leaf(2, 3, 4, 6), "silu", None, None),
+    ),
+    "residual_add_statistics": lambda: (
+        OPERATORS.residual_add_statistics.default,
+        (leaf(2, 3, 4, 6), leaf(2, 3, 4, 6), leaf(3)),
     ),
     "residual_add": lambda: (
         OPERATORS.residual_add.default,

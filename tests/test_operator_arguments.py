@@ -144,6 +144,20 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
         ("residual_add", {"size": 2}, r"size must be \(height, width\); got 2"),
         ("residual_add", {"size": (8.0, 12.0)}, "size must be a whole number"),
         ("residual_add", {"size": (8, 12, 1)}, "size must be twice"),
+        ("residual_add", {"statistics": 1}, "statistics must be True or False; got 1$"),
+        ("residual_add", {"statistics": True, "size": (8, 12)}, "statistics are of a sum .*; leave out size or"),
+        (
+            "group_norm_silu",
+            {"statistics": torch.ones(2, 1, 2, 8)},
+            r"statistics must be float32 \[2, tiles, 2, 5\];",
+        ),
+        ("group_norm_silu", {"statistics": torch.ones(2, 1, 2, 5).double()}, "statistics must be float32"),
+        (
+            "group_norm_silu",
+            {"statistics": torch.ones(2, 0, 2, 5)},
+            "statistics must be .* tiles of a power of two",
+        ),
+        ("group_norm_silu", {"statistics": torch.ones(2, 11, 2, 5)}, "statistics must be .* of 24 pixels"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, changes, message, backend):
@@ -152,12 +166,19 @@ def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, 
     assert "\n" not in str(caught.value)
 
 
+def test_statistics_of_no_skip_are_refused():
+    given = torch.zeros(2, 1, 2, 8)
+    with pytest.raises(ValueError, match="skip_statistics must be None without skip; got torch.float32"):
+        group_norm_silu(torch.zeros(2, 8, 4, 6), 4, skip_statistics=given)
+
+
 # Tensors
 
 
 def tensor_names(name):
     values = inspect.signature(OPERATORS[name].call).parameters
     numbers = ("num_groups", "eps", "scale", "tf32", "activation", "backend", "size", "shift", "out")
+    numbers += ("statistics",) if name == "residual_add" else ()
     return [parameter for parameter in values if parameter not in numbers]
 
 

@@ -12,8 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS, Launch
-from ldmperf.kernels._statistics import like_statistics
+from ldmperf.kernels import OPERATORS, Launch, like_statistics
 from ldmperf.samplers import NoiseSchedule, SamplingPlan, make_plan
 
 from ..options import DType
