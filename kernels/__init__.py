@@ -8,7 +8,6 @@ from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics, like_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
-from .conv3x3 import conv3x3, conv3x3_backend
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
@@ -36,8 +35,6 @@ __all__ = [
     "attention_ref",
     "channel_statistics",
     "chip_of",
-    "conv3x3",
-    "conv3x3_backend",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, 
 
 def test_statistics_of_no_skip_are_refused():
     given = torch.zeros(2, 1, 2, 8)
-    with pytest.raises(ValueError, match="skip_statistics must be None without skip; got torch.float32"):
+    with pytest.raises(ValueError, match="skip_statistics must be None without skip; got"):
         group_norm_silu(torch.zeros(2, 8, 4, 6), 4, skip_statistics=given)
 
 
