@@ -184,8 +184,9 @@ def launch(operator, *args, config=None, **kwargs):
     for tensor in result if isinstance(result, tuple) else (result,):
         tensor.fill_(torch.nan)
     for one in launches:
-        if "statistics_ptr" in one.arguments:
-            one.arguments["statistics_ptr"].fill_(torch.nan)
+        for name in ("statistics_ptr", "partial_ptr"):
+            if one.arguments.get(name) is not None:
+                one.arguments[name].fill_(torch.nan)
     run(launches, torch.device("cpu"))
     return result
 
