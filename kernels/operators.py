@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ._launch import Operator
 from .attention import OPERATOR as ATTENTION
+from .conv3x3 import OPERATOR as CONV3X3
 from .geglu import OPERATOR as GEGLU
 from .group_norm import OPERATOR as GROUP_NORM_SILU
 from .layer_norm import OPERATOR as LAYER_NORM
@@ -13,5 +14,5 @@ from .sampler_update import OPERATOR as SAMPLER_UPDATE
 
 OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
-    for operator in (ATTENTION, GROUP_NORM_SILU, LAYER_NORM, LINEAR, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
+    for operator in (ATTENTION, GROUP_NORM_SILU, LAYER_NORM, LINEAR, CONV3X3, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
 }

@@ -11,7 +11,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,13 +87,17 @@ class ResBlock(nn.Module):
         travels = isinstance(x, Written)
         x, of_x = Written.of(x)
         skip, of_skip = (None, None) if skip is None else Written.of(skip)
-        h, of_h = convolved(self.norm1(x, before, skip, of_x, of_skip), self.conv1, self.choices, travels)
+        h = self.norm1(x, before, skip, of_x, of_skip)
+        h, of_h = convolved(h, self.conv1, self.choices, travels) or Written(
+            F.conv2d(h, self.conv1.weight, padding=1)
+        )
         h = self.norm2(h, shift, None, of_h)
-        if size is None and takes_ours(h, self.conv2, self.choices):
-            parts = None if self.shortcut is None else list(self._shortcut_parts(x, skip))
-            beside: dict[str, Any] = {"residual": x} if parts is None else {"shortcut": parts}
+        if size is None:
+            own = None if self.shortcut is None else self.shortcut.weight
+            beside = {"residual": x} if own is None else {"shortcut": x, "skip": skip, "shortcut_weight": own}
             written = convolved(h, self.conv2, self.choices, travels, bias=bias, **beside)
-            return written if travels else written.image
+            if written is not None:
+                return written if travels else written.image
         h = F.conv2d(h, self.conv2.weight, padding=1)
         if self.shortcut is not None:
             if bias is None:
@@ -101,15 +106,11 @@ class ResBlock(nn.Module):
             x = self._add_shortcut(None, x, skip, in_place)
         return summed(x, h, bias, size, self.choices, travels)
 
-    def _shortcut_parts(self, x: Tensor, skip: Tensor | None) -> Iterable[tuple[Tensor, Tensor]]:
-        """The images that the shortcut reads, with the weight's columns for each: nothing is concatenated."""
+    def _add_shortcut(self, h: Tensor | None, x: Tensor, skip: Tensor | None, in_place: bool) -> Tensor:
+        """h + W [x; skip] as Wx x + Ws skip: no concatenation is written. Without h the shortcut alone."""
         parts = [x] if skip is None else [x, skip]
         weights = cast(nn.Linear, self.shortcut).weight.split([part.shape[1] for part in parts], dim=1)
-        return zip(parts, weights, strict=True)
-
-    def _add_shortcut(self, h: Tensor | None, x: Tensor, skip: Tensor | None, in_place: bool) -> Tensor:
-        """h + W [x; skip] as Wx x + Ws skip. Without h the shortcut alone."""
-        for part, weight in self._shortcut_parts(x, skip):
+        for part, weight in zip(parts, weights, strict=True):
             if h is None:
                 h = as_image(F.linear(as_tokens(part), weight), x.shape[2:])
             else:
@@ -271,7 +272,7 @@ class Resample(nn.Module):
     """The 3x3 convolution between two levels, without its bias, which is deferred.
 
     Stride 2 halves the resolution, rounded up. Stride 1 follows an enlargement: the block before it writes its
-    result at the new size.
+    result at the new size, unless this convolution `enlarges` it itself.
     """
 
     def __init__(self, channels: int, stride: int, choices: Choices) -> None:
@@ -279,41 +280,32 @@ class Resample(nn.Module):
         self.choices = choices
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Image, enlarges: bool = False) -> Image:
         """[B, C, H, W] -> [B, C, H', W'], `Written` where x is."""
-        written = convolved(Written.of(x).image, self.conv, self.choices, isinstance(x, Written))
-        return written if isinstance(x, Written) else written.image
-
-
-def takes_ours(x: Tensor, conv: nn.Conv2d, choices: Choices) -> bool:
-    """Whether our kernel computes a 3x3 convolution of x."""
-    if choices.convolutions == "torch":
-        return False
-    backend: str = conv3x3_backend(x, conv.weight, stride=conv.stride[0], backend=choices.convolutions)
-    return backend == "triton"
+        travels, image = isinstance(x, Written), Written.of(x).image
+        written = convolved(image, self.conv, self.choices, travels, upsample=enlarges)
+        if written is None:
+            written = Written(F.conv2d(image, self.conv.weight, stride=self.conv.stride, padding=1))
+        return written if travels else written.image
 
 
 def convolved(
-    x: Tensor,
-    conv: nn.Conv2d,
-    choices: Choices,
-    travels: bool,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    shortcut: Sequence[tuple[Tensor, Tensor]] = (),
-) -> Written:
-    """The convolution of x, by our kernel where `takes_ours`, with its statistics where they are of use.
+    x: Tensor, conv: nn.Conv2d, choices: Choices, travels: bool, *, bias: Tensor | None = None, **beside: Any
+) -> Written | None:
+    """The 3x3 convolution of x and what stands `beside` it by our kernel; None where `choices` take torch's.
 
-    Without the convolution's own bias; what is added to it (see `conv3x3`) our kernel alone adds.
+    Without the convolution's own bias. beside: of `conv3x3`. Statistics are left where they travel and are of use.
     """
-    if not takes_ours(x, conv, choices):
-        return Written(F.conv2d(x, conv.weight, stride=conv.stride, padding=1))
-    options: dict[str, Any] = {"stride": conv.stride[0], "residual": residual, "shortcut": shortcut}
-    pixels = x.shape[2] * x.shape[3] // conv.stride[0] ** 2
-    if travels and choices.statistics != "torch" and pixels > _FEW_PIXELS:
-        return Written(*conv3x3(x, conv.weight, bias, statistics=True, backend="triton", **options))
-    return Written(conv3x3(x, conv.weight, bias, backend="triton", **options))
+    if choices.convolutions == "torch":
+        return None
+    stride = conv.stride[0]
+    pixels = x.shape[2] * x.shape[3] // stride**2
+    options = {"stride": stride, "statistics": travels and choices.statistics != "torch" and pixels > _FEW_PIXELS}
+    call = partial(conv3x3, x, conv.weight, bias, **options, **beside)
+    if conv3x3_backend(*call.args, **call.keywords, backend=choices.convolutions) == "torch":
+        return None
+    found = call(backend="triton")
+    return Written(*found) if isinstance(found, tuple) else Written(found)
 
 
 def summed(
