@@ -478,25 +478,11 @@ def conv3x3(
     return result
 
 
-def conv3x3_backend(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int = 1,
-    upsample: bool = False,
-    shortcut: Tensor | None = None,
-    skip: Tensor | None = None,
-    shortcut_weight: Tensor | None = None,
-    residual: Tensor | None = None,
-    statistics: bool = False,
-    backend: str = "auto",
-) -> Literal["torch", "triton"]:
-    """Who would serve this call of `conv3x3`, for a caller with a way of its own around torch's convolution.
+def conv3x3_backend(call: Conv3x3Call, backend: str = "auto") -> Literal["torch", "triton"]:
+    """Who serves a call, for who has a way of their own around torch's convolution.
 
-    "auto" as there; "triton" is "torch" here where the kernels cannot serve.
+    "auto" as of `conv3x3`; "triton" is "torch" here where the kernels cannot serve.
     """
-    call = Conv3x3Call(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     call = _lowered(call)
     if backend == "auto":
         return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)

@@ -12,14 +12,14 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmperf.kernels import (
+    Conv3x3Call,
     GroupNormSiLU,
     attention,
     conv3x3,
@@ -93,9 +93,10 @@ class ResBlock(nn.Module):
         )
         h = self.norm2(h, shift, None, of_h)
         if size is None:
-            own = None if self.shortcut is None else self.shortcut.weight
-            beside = {"residual": x} if own is None else {"shortcut": x, "skip": skip, "shortcut_weight": own}
-            written = convolved(h, self.conv2, self.choices, travels, bias=bias, **beside)
+            beside: dict[str, Tensor | None] = {"residual": x}
+            if self.shortcut is not None:
+                beside = {"shortcut": x, "skip": skip, "shortcut_weight": self.shortcut.weight}
+            written = merged(h, self.conv2, self.choices, travels, bias=bias, **beside)
             if written is not None:
                 return written if travels else written.image
         h = F.conv2d(h, self.conv2.weight, padding=1)
@@ -272,7 +273,7 @@ class Resample(nn.Module):
     """The 3x3 convolution between two levels, without its bias, which is deferred.
 
     Stride 2 halves the resolution, rounded up. Stride 1 follows an enlargement: the block before it writes its
-    result at the new size, unless this convolution `enlarges` it itself.
+    result at the new size.
     """
 
     def __init__(self, channels: int, stride: int, choices: Choices) -> None:
@@ -280,31 +281,42 @@ class Resample(nn.Module):
         self.choices = choices
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
-    def forward(self, x: Image, enlarges: bool = False) -> Image:
+    def forward(self, x: Image) -> Image:
         """[B, C, H, W] -> [B, C, H', W'], `Written` where x is."""
-        travels, image = isinstance(x, Written), Written.of(x).image
-        written = convolved(image, self.conv, self.choices, travels, upsample=enlarges)
-        if written is None:
-            written = Written(F.conv2d(image, self.conv.weight, stride=self.conv.stride, padding=1))
-        return written if travels else written.image
+        written = convolved(Written.of(x).image, self.conv, self.choices, isinstance(x, Written))
+        return written if isinstance(x, Written) else written.image
 
 
-def convolved(
-    x: Tensor, conv: nn.Conv2d, choices: Choices, travels: bool, *, bias: Tensor | None = None, **beside: Any
+def convolved(x: Tensor, conv: nn.Conv2d, choices: Choices, travels: bool) -> Written:
+    """The 3x3 convolution of x without its bias, by our kernel or torch's, with statistics if it left some."""
+    found = merged(x, conv, choices, travels)
+    return found or Written(F.conv2d(x, conv.weight, stride=conv.stride, padding=1))
+
+
+def merged(
+    x: Tensor,
+    conv: nn.Conv2d,
+    choices: Choices,
+    travels: bool,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    skip: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
 ) -> Written | None:
-    """The 3x3 convolution of x and what stands `beside` it by our kernel; None where `choices` take torch's.
+    """The 3x3 convolution of x and what stands beside it, as of `conv3x3`; None where `choices` take torch's.
 
-    Without the convolution's own bias. beside: of `conv3x3`. Statistics are left where they travel and are of use.
+    Without the convolution's own bias. Statistics are left where they travel and a norm of this size reads them.
     """
     if choices.convolutions == "torch":
         return None
     stride = conv.stride[0]
-    pixels = x.shape[2] * x.shape[3] // stride**2
-    options = {"stride": stride, "statistics": travels and choices.statistics != "torch" and pixels > _FEW_PIXELS}
-    call = partial(conv3x3, x, conv.weight, bias, **options, **beside)
-    if conv3x3_backend(*call.args, **call.keywords, backend=choices.convolutions) == "torch":
+    leaves = travels and choices.statistics != "torch" and x.shape[2] * x.shape[3] > _FEW_PIXELS * stride**2
+    call = Conv3x3Call(x, conv.weight, bias, stride, False, shortcut, skip, shortcut_weight, residual, leaves)
+    if conv3x3_backend(call, choices.convolutions) == "torch":
         return None
-    found = call(backend="triton")
+    found = conv3x3(**call._asdict(), backend="triton")
     return Written(*found) if isinstance(found, tuple) else Written(found)
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ldmperf.kernels import _recipes, group_norm
+from ldmperf.kernels.group_norm import GroupNormConfig
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
 
@@ -12,17 +14,19 @@ CONFIGS = {
     "two-levels": UNetConfig((8, 16), (1, 2), (True, False), has_middle=False, **SMALL),
     "same-width": UNetConfig((12, 12), (1, 1), (False, True), has_middle=False, **SMALL),
     "one-level": UNetConfig((8,), (1,), (True,), **SMALL),
+    # Wide enough for convolutions of ours.
+    "wide": UNetConfig((16, 32), (2, 2), (True, False), has_middle=False, **SMALL),
 }
 
 
-def networks(config, dtype, products="triton"):
+def networks(config, dtype, products="triton", **choices):
     torch.manual_seed(0)
     reference = UNet(config, backend="torch").to(dtype).eval()
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return reference, reference.with_backend("triton", products)
+    return reference, reference.with_backend("triton", products, **choices)
 
 
 def relative_rms(actual, exact):
@@ -41,6 +45,43 @@ def test_equals_the_reference_network(name, size, products):
         for step, held in enumerate((0, torch.tensor([1]))):
             out = ours.denoise(x, found, held)
             assert relative_rms(out, reference.denoise(x, exact, step)) < 5e-6
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched; a group norm in chunks, as of large images."""
+    names, real = [], _recipes._BoundLaunch.run
+
+    def run(bound, tensors):
+        names.append(bound.kernel.__name__)
+        real(bound, tensors)
+
+    monkeypatch.setattr(_recipes._BoundLaunch, "run", run)
+    monkeypatch.setattr(
+        group_norm, "default_config", lambda shape, chip: GroupNormConfig(shape.num_groups, 64, 4, 1)
+    )
+    _recipes.ByLayout.forget()
+    yield names
+    _recipes.ByLayout.forget()
+
+
+@pytest.mark.parametrize("statistics", ["torch", "auto", "triton"])
+@pytest.mark.parametrize("convolutions", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_with_every_combination_of_what_can_be_merged(launched, dtype, convolutions, statistics):
+    config = CONFIGS["wide"]
+    exact, _ = networks(config, torch.float32)
+    reference, ours = networks(config, dtype, convolutions=convolutions, statistics=statistics)
+    exact.load_state_dict({name: value.float() for name, value in reference.state_dict().items()})
+    # More pixels than a group norm takes in one launch.
+    x, context = torch.randn(1, 4, 17, 18).to(dtype), torch.randn(1, 5, config.context_dim).to(dtype)
+    with torch.no_grad():
+        expected = exact(x.float(), 500.0, context.float())
+        error = relative_rms(ours(x, 500.0, context), expected)
+        assert error < 1.2 * max(relative_rms(reference(x, 500.0, context), expected), 4e-6)
+    assert any("conv3x3" in name for name in launched) == (convolutions == "triton")
+    left = statistics == "triton" or (statistics == "auto" and convolutions == "triton")
+    assert ("group_norm_given_kernel" in launched) == left
 
 
 def test_half_precision_errs_no_more_than_the_reference_does():
