@@ -19,6 +19,7 @@ A convolution alone is left to cuDNN, unless the tuned table tells of a measurem
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -111,45 +112,21 @@ class Conv3x3Call(NamedTuple):
     @property
     def shape(self) -> Conv3x3Shape:
         """What a configuration depends on."""
-        return _shape(
-            tuple(self.x.shape),
-            self.columns,
-            self.stride,
-            self.upsample,
-            self.packed,
-            self.pointwise,
-            self.residual is not None,
-            self.statistics,
-            self.x.element_size(),
+        batch, channels, height, width = self.x.shape
+        return Conv3x3Shape(
+            batch=batch,
+            height=ceil_div(height, self.stride),
+            width=ceil_div(width, self.stride),
+            channels=channels,
+            columns=self.columns,
+            stride=self.stride,
+            upsample=self.upsample,
+            packed=self.packed,
+            pointwise=self.pointwise,
+            residual=self.residual is not None,
+            statistics=self.statistics,
+            itemsize=self.x.element_size(),
         )
-
-
-def _shape(
-    x: tuple[int, ...],
-    columns: int,
-    stride: int,
-    upsample: bool,
-    packed: bool,
-    pointwise: tuple[int, ...],
-    residual: bool,
-    statistics: bool,
-    itemsize: int,
-) -> Conv3x3Shape:
-    batch, channels, height, width = x
-    return Conv3x3Shape(
-        batch=batch,
-        height=ceil_div(height, stride),
-        width=ceil_div(width, stride),
-        channels=channels,
-        columns=columns,
-        stride=stride,
-        upsample=upsample,
-        packed=packed,
-        pointwise=pointwise,
-        residual=residual,
-        statistics=statistics,
-        itemsize=itemsize,
-    )
 
 
 def conv3x3_ref(
@@ -368,7 +345,15 @@ def plan(
         config.num_stages,
         operator="conv3x3",
         role=" + ".join((*fused, *["shortcut"] * (call.shortcut is not None))),
-        flops=_flop_count(shape),
+        flops=_flops(
+            x.shape,
+            weight.shape,
+            None,
+            call.stride,
+            call.upsample,
+            None if call.shortcut is None else call.shortcut.shape,
+            None if call.skip is None else call.skip.shape,
+        ),
     )
     if not is_split:
         return result, [launch]
@@ -509,9 +494,8 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
         # One graph for all sizes: no measurement of one of them decides.
         return "torch"
     reasons = () if x.is_meta else tuple(unsupported_reasons(call))
-    shape = (tuple(x.shape), call.columns, call.stride, call.upsample, call.packed, call.pointwise)
-    beside = (call.residual is not None, call.statistics)
-    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, *shape, *beside)
+    numbers = dataclasses.astuple(call.shape)
+    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, numbers)
     return chosen
 
 
@@ -527,11 +511,11 @@ _auto_by_layout = ByLayout(_auto)
 
 @constant_to_a_compiler
 def _chosen(
-    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, *shape: Any
+    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, numbers: tuple[Any, ...]
 ) -> Literal["torch", "triton"]:
     """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
     chip = chip_of(device)
-    made = _shape(*shape, itemsize=dtype.itemsize)
+    made = Conv3x3Shape(*numbers)
     unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(made, chip) else "torch"
 
     def measured() -> Literal["torch", "triton"]:
@@ -592,27 +576,23 @@ def _empty_result(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
     return (image, empty_statistics(image, call.tile)) if call.statistics else image
 
 
-def _flop_count(shape: Conv3x3Shape) -> int:
-    inner = shape.taps**2 * shape.channels + sum(shape.pointwise)
-    return 2 * shape.batch * shape.phases * shape.height * shape.width * shape.columns * inner
-
-
 def _flops(
     x: torch.Size,
     weight: torch.Size,
     _bias: torch.Size | None,
     stride: int,
     upsample: bool,
-    shortcut: torch.Size | None,
-    skip: torch.Size | None,
+    shortcut: torch.Size | None = None,
+    skip: torch.Size | None = None,
     *_: object,
     **__: object,
 ) -> int:
     """A multiply-add is two; the sums are left out, as torch leaves out its own."""
-    packed = len(weight) == 5
-    pointwise = tuple(part[1] for part in (shortcut, skip) if part is not None)
-    columns = weight[1 if packed else 0]
-    return _flop_count(_shape(tuple(x), columns, stride, upsample, packed, pointwise, False, False, 2))
+    batch, channels, height, width = x
+    *_phases, columns, _channels, taps, _taps = weight
+    pixels = 4 * height * width if upsample else ceil_div(height, stride) * ceil_div(width, stride)
+    pointwise = sum(part[1] for part in (shortcut, skip) if part is not None)
+    return 2 * batch * pixels * columns * (taps**2 * channels + pointwise)
 
 
 def _autocast(run: Any, *arguments: Any) -> Any:
