@@ -167,12 +167,21 @@ def conv3x3_separate(
     faster.
     """
     choose_backend("conv3x3", backend, ())
-    tensors(conv3x3, (x, weight), (bias, shortcut, skip, shortcut_weight, residual))
-    stride = whole("conv3x3", "stride", stride)
-    call = Conv3x3Call(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
+    call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     call = checked(OPERATOR, _lowered(call))
     y = _separate(call, backend)
     return (y, channel_statistics(y, call.tile)) if statistics else y
+
+
+def _bound(*arguments: Any) -> Conv3x3Call:
+    """The call of a user's arguments, or ValueError for what is no tensor, number or flag."""
+    call = Conv3x3Call(*arguments)
+    beside = (call.bias, call.shortcut, call.skip, call.shortcut_weight, call.residual)
+    tensors(conv3x3, (call.x, call.weight), beside)
+    for name, value in (("upsample", call.upsample), ("statistics", call.statistics)):
+        if not isinstance(value, bool):
+            raise ValueError(f"conv3x3: {name} must be True or False; got {value!r}")
+    return call._replace(stride=whole("conv3x3", "stride", call.stride))
 
 
 def _reference(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -424,7 +433,7 @@ def conv3x3(
     statistics: bool = False,
     backend: str = "auto",
     out: Tensor | tuple[Tensor, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, Tensor | None]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The 3x3 convolution of x [B, C, H, W] with padding 1, plus bias [N], residual and shortcut, in x's dtype.
 
     weight      [N, C, 3, 3]
@@ -439,8 +448,8 @@ def conv3x3(
     backend     "triton": the kernels, which round once
                 "torch": torch's convolution and matmuls and the reference of residual_add, each of which rounds
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
-                torch's convolution and matmuls and the kernel of residual_add; the statistics are then None,
-                unless `out` has a place for them
+                torch's convolution and matmuls and the kernel of residual_add; statistics then take many launches
+                (`conv3x3_backend` tells beforehand)
     out         is written and returned, a pair with statistics: in channels-last memory, of the result's shape,
                 memory of its own, no gradients
 
@@ -449,9 +458,7 @@ def conv3x3(
     memory. Under autocast as F.conv2d: all but the statistics in autocast's dtype. Raises ValueError for what does
     not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
     """
-    tensors(conv3x3, (x, weight), (bias, shortcut, skip, shortcut_weight, residual))
-    stride = whole("conv3x3", "stride", stride)
-    call = Conv3x3Call(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
+    call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
         call = _lowered(call)
@@ -463,14 +470,35 @@ def conv3x3(
     return result
 
 
-def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
+def conv3x3_backend(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    upsample: bool = False,
+    shortcut: Tensor | None = None,
+    skip: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    statistics: bool = False,
+) -> Literal["torch", "triton"]:
+    """What backend "auto" of `conv3x3` takes for these arguments: for who asks for statistics only where they come
+    with the image, or packs weights only for the kernels."""
+    call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
+    choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
+    return choose(*_lowered(call))
+
+
+def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:
     """What "auto" takes where torch is faster."""
     if out is not None:
         OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
     if not call.statistics:
         return _separate(call, "auto", out)
     if out is None:
-        return _separate(call, "auto"), None
+        y = _separate(call, "auto").contiguous(memory_format=torch.channels_last)
+        return y, channel_statistics(y, call.tile)
     image, statistics = out
     _separate(call, "auto", image)
     statistics.copy_(channel_statistics(image, call.tile))
