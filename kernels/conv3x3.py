@@ -19,6 +19,7 @@ A convolution alone is left to cuDNN, unless the tuned table tells of a measurem
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -111,45 +112,21 @@ class Conv3x3Call(NamedTuple):
     @property
     def shape(self) -> Conv3x3Shape:
         """What a configuration depends on."""
-        return _shape(
-            tuple(self.x.shape),
-            self.columns,
-            self.stride,
-            self.upsample,
-            self.packed,
-            self.pointwise,
-            self.residual is not None,
-            self.statistics,
-            self.x.element_size(),
+        batch, channels, height, width = self.x.shape
+        return Conv3x3Shape(
+            batch=batch,
+            height=ceil_div(height, self.stride),
+            width=ceil_div(width, self.stride),
+            channels=channels,
+            columns=self.columns,
+            stride=self.stride,
+            upsample=self.upsample,
+            packed=self.packed,
+            pointwise=self.pointwise,
+            residual=self.residual is not None,
+            statistics=self.statistics,
+            itemsize=self.x.element_size(),
         )
-
-
-def _shape(
-    x: tuple[int, ...],
-    columns: int,
-    stride: int,
-    upsample: bool,
-    packed: bool,
-    pointwise: tuple[int, ...],
-    residual: bool,
-    statistics: bool,
-    itemsize: int,
-) -> Conv3x3Shape:
-    batch, channels, height, width = x
-    return Conv3x3Shape(
-        batch=batch,
-        height=ceil_div(height, stride),
-        width=ceil_div(width, stride),
-        channels=channels,
-        columns=columns,
-        stride=stride,
-        upsample=upsample,
-        packed=packed,
-        pointwise=pointwise,
-        residual=residual,
-        statistics=statistics,
-        itemsize=itemsize,
-    )
 
 
 def conv3x3_ref(
@@ -190,12 +167,21 @@ def conv3x3_separate(
     faster.
     """
     choose_backend("conv3x3", backend, ())
-    tensors(conv3x3, (x, weight), (bias, shortcut, skip, shortcut_weight, residual))
-    stride = whole("conv3x3", "stride", stride)
-    call = Conv3x3Call(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
+    call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     call = checked(OPERATOR, _lowered(call))
     y = _separate(call, backend)
     return (y, channel_statistics(y, call.tile)) if statistics else y
+
+
+def _bound(*arguments: Any) -> Conv3x3Call:
+    """The call of a user's arguments, or ValueError for what is no tensor, number or flag."""
+    call = Conv3x3Call(*arguments)
+    beside = (call.bias, call.shortcut, call.skip, call.shortcut_weight, call.residual)
+    tensors(conv3x3, (call.x, call.weight), beside)
+    for name, value in (("upsample", call.upsample), ("statistics", call.statistics)):
+        if not isinstance(value, bool):
+            raise ValueError(f"conv3x3: {name} must be True or False; got {value!r}")
+    return call._replace(stride=whole("conv3x3", "stride", call.stride))
 
 
 def _reference(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
@@ -368,7 +354,15 @@ def plan(
         config.num_stages,
         operator="conv3x3",
         role=" + ".join((*fused, *["shortcut"] * (call.shortcut is not None))),
-        flops=_flop_count(shape),
+        flops=_flops(
+            x.shape,
+            weight.shape,
+            None,
+            call.stride,
+            call.upsample,
+            None if call.shortcut is None else call.shortcut.shape,
+            None if call.skip is None else call.skip.shape,
+        ),
     )
     if not is_split:
         return result, [launch]
@@ -439,7 +433,7 @@ def conv3x3(
     statistics: bool = False,
     backend: str = "auto",
     out: Tensor | tuple[Tensor, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, Tensor | None]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The 3x3 convolution of x [B, C, H, W] with padding 1, plus bias [N], residual and shortcut, in x's dtype.
 
     weight      [N, C, 3, 3]
@@ -454,8 +448,8 @@ def conv3x3(
     backend     "triton": the kernels, which round once
                 "torch": torch's convolution and matmuls and the reference of residual_add, each of which rounds
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
-                torch's convolution and matmuls and the kernel of residual_add; the statistics are then None,
-                unless `out` has a place for them
+                torch's convolution and matmuls and the kernel of residual_add; statistics then take many launches
+                (`conv3x3_backend` tells beforehand)
     out         is written and returned, a pair with statistics: in channels-last memory, of the result's shape,
                 memory of its own, no gradients
 
@@ -464,9 +458,7 @@ def conv3x3(
     memory. Under autocast as F.conv2d: all but the statistics in autocast's dtype. Raises ValueError for what does
     not fit, `KernelUnsupported` for `backend="triton"` where the kernels cannot serve.
     """
-    tensors(conv3x3, (x, weight), (bias, shortcut, skip, shortcut_weight, residual))
-    stride = whole("conv3x3", "stride", stride)
-    call = Conv3x3Call(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
+    call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
         call = _lowered(call)
@@ -495,14 +487,15 @@ def _served_by_torch(*arguments: Any) -> bool:
     return bool(unsupported_reasons(checked(OPERATOR, Conv3x3Call(*arguments))))
 
 
-def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
+def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:
     """What "auto" takes where torch is faster."""
     if out is not None:
         OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
     if not call.statistics:
         return _separate(call, "auto", out)
     if out is None:
-        return _separate(call, "auto"), None
+        y = _separate(call, "auto").contiguous(memory_format=torch.channels_last)
+        return y, channel_statistics(y, call.tile)
     image, statistics = out
     _separate(call, "auto", image)
     statistics.copy_(channel_statistics(image, call.tile))
@@ -526,9 +519,8 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
         # One graph for all sizes: no measurement of one of them decides.
         return "torch"
     reasons = () if x.is_meta else tuple(unsupported_reasons(call))
-    shape = (tuple(x.shape), call.columns, call.stride, call.upsample, call.packed, call.pointwise)
-    beside = (call.residual is not None, call.statistics)
-    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, *shape, *beside)
+    numbers = dataclasses.astuple(call.shape)
+    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, numbers)
     return chosen
 
 
@@ -544,11 +536,11 @@ _auto_by_layout = ByLayout(_auto)
 
 @constant_to_a_compiler
 def _chosen(
-    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, *shape: Any
+    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, numbers: tuple[Any, ...]
 ) -> Literal["torch", "triton"]:
     """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
     chip = chip_of(device)
-    made = _shape(*shape, itemsize=dtype.itemsize)
+    made = Conv3x3Shape(*numbers)
     unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(made, chip) else "torch"
 
     def measured() -> Literal["torch", "triton"]:
@@ -609,27 +601,23 @@ def _empty_result(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
     return (image, empty_statistics(image, call.tile)) if call.statistics else image
 
 
-def _flop_count(shape: Conv3x3Shape) -> int:
-    inner = shape.taps**2 * shape.channels + sum(shape.pointwise)
-    return 2 * shape.batch * shape.phases * shape.height * shape.width * shape.columns * inner
-
-
 def _flops(
     x: torch.Size,
     weight: torch.Size,
     _bias: torch.Size | None,
     stride: int,
     upsample: bool,
-    shortcut: torch.Size | None,
-    skip: torch.Size | None,
+    shortcut: torch.Size | None = None,
+    skip: torch.Size | None = None,
     *_: object,
     **__: object,
 ) -> int:
     """A multiply-add is two; the sums are left out, as torch leaves out its own."""
-    packed = len(weight) == 5
-    pointwise = tuple(part[1] for part in (shortcut, skip) if part is not None)
-    columns = weight[1 if packed else 0]
-    return _flop_count(_shape(tuple(x), columns, stride, upsample, packed, pointwise, False, False, 2))
+    batch, channels, height, width = x
+    *_phases, columns, _channels, taps, _taps = weight
+    pixels = 4 * height * width if upsample else ceil_div(height, stride) * ceil_div(width, stride)
+    pointwise = sum(part[1] for part in (shortcut, skip) if part is not None)
+    return 2 * batch * pixels * columns * (taps**2 * channels + pointwise)
 
 
 def _autocast(run: Any, *arguments: Any) -> Any:
