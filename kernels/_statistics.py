@@ -4,8 +4,8 @@ float32 [B, tiles, 2, C]: for each tile of pixels of one sample, by channel, the
 rounded, and the sum of their squared deviations from it. A tile has T pixels, an image's last tile what is left; T
 is the least power of two of which `tiles` cover the image. Which pixels a tile has does not matter: moments are
 merged exactly (Chan, Golub and LeVeque, 1979), a constant by channel moves means alone, and images side by side
-have two of them. One float32 holds a mean: enough for 16-bit images; of float32 images whose mean is 1e4 deviations
-the normalized values are off by 6e-4.
+have two of them. One float32 holds a mean: enough for 16-bit images; of float32 images whose mean is 1e4
+deviations the normalized values are off by 6e-4.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -279,7 +279,7 @@ def transformer_tail_kernel(
     proj_weight_ptr,
     proj_bias_ptr,
     result_ptr,
-    statistics_ptr,
+    result_statistics_ptr,
     tokens,
     tiles,
     keys,
@@ -341,8 +341,8 @@ def transformer_tail_kernel(
     y = add_vector(to_dtype(image, tl.float32), proj_bias_ptr, CHANNELS, PART_1, PART_2)
     y = add_matmul(y, to_dtype(t, dtype), weight, PRECISION)
     y = _store_rows(result_ptr + offsets, y, mask_m, CHANNELS, PART_1, PART_2)
-    if statistics_ptr is not None:
+    if result_statistics_ptr is not None:
         count = tl.minimum(tokens - (pid % tiles) * BLOCK_M, BLOCK_M)
         for i in tl.static_range(len(columns)):
             mask = part_mask(columns, i, CHANNELS, PART_1, PART_2)
-            store_statistics(statistics_ptr, pid, y[i], mask_m, count, columns[i], mask, CHANNELS)
+            store_statistics(result_statistics_ptr, pid, y[i], mask_m, count, columns[i], mask, CHANNELS)

@@ -32,6 +32,7 @@ from ._launch import (
     constant_to_a_compiler,
     dtype_name,
     fastest,
+    next_power_of_two,
     tuned,
 )
 from ._layout import MAX_INDEX
@@ -228,7 +229,7 @@ def plan(
         "proj_weight_ptr": call.proj_weight,
         "proj_bias_ptr": call.proj_bias,
         "result_ptr": out,
-        "statistics_ptr": statistics,
+        "result_statistics_ptr": statistics,
         "tokens": shape.tokens,
         "tiles": tiles,
         "keys": shape.keys,
@@ -240,7 +241,7 @@ def plan(
         "stride_ckv": call.context.stride(2),
         "HEADS": shape.heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_D": sum(parts(head_dim)[:1]),
+        "BLOCK_D": max(next_power_of_two(head_dim), 16),
         "KEYS_1": keys_1,
         "KEYS_2": keys_2,
         "WHOLE_PARTS": 0 if shape.keys < keys_1 else 2 if shape.keys == keys_1 + keys_2 else 1,
@@ -475,7 +476,12 @@ def _flops(*shapes: Any, **__: object) -> int:
     _, x, _, context, out_weight, _, _, q_weight, cross_weight, _, _, ff_in, ff_out, proj, *_ = shapes
     batch, tokens, channels = x
     weights = sum(math.prod(weight) for weight in (out_weight, q_weight, cross_weight, ff_in, ff_out, proj))
-    return 2 * batch * tokens * weights + 4 * batch * tokens * context[1] * channels
+    total: int = 2 * batch * tokens * weights + 4 * batch * tokens * context[1] * channels
+    return total
+
+
+def _with_statistics(*arguments: Any) -> TransformerTailCall:
+    return TransformerTailCall(*arguments)._replace(statistics=True)
 
 
 OPERATOR = Operator(
@@ -510,8 +516,8 @@ _transformer_tail_statistics = define_operator(
     OPERATOR,
     reference=_reference,
     fake=_empty_result,
-    bind=lambda *arguments: TransformerTailCall(*arguments, statistics=True),
-    autocast=lambda _, *arguments: _separate(TransformerTailCall(*arguments[:-1], statistics=True), arguments[-1]),
+    bind=_with_statistics,
+    autocast=lambda _, *arguments: _separate(_with_statistics(*arguments[:-1]), arguments[-1]),
     flops=_flops,
     in_place=("image",),
 )
