@@ -18,7 +18,7 @@ from .geglu import gelu
 
 
 @jit
-def normalized(
+def _normalized(
     x,
     x_bias_ptr,
     norm_weight_ptr,
@@ -149,7 +149,7 @@ def norm_linear_kernel(
     if ALIGN > 1:
         offsets = tl.multiple_of(offsets, [ALIGN])
     x = load_parts(x_ptr + offsets, offs_m < rows, CHANNELS, PART_1, PART_2)
-    a = normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
+    a = _normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
     first = (pid % blocks_n) * (BLOCK_N * tiles_n)
     for start in range(first, first + BLOCK_N * tiles_n, BLOCK_N):
         w_rows, offs_n = _product_columns(start, columns, BLOCK_N, GATED)

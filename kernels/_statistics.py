@@ -3,9 +3,9 @@
 float32 [B, tiles, 2, C]: for each tile of pixels of one sample, by channel, the mean of the values as they were
 rounded, and the sum of their squared deviations from it. A tile has T pixels, an image's last tile what is left; T
 is the least power of two of which `tiles` cover the image. Which pixels a tile has does not matter: moments are
-merged exactly (Chan, Golub and LeVeque, 1979), a constant by channel moves means alone, and images side by side
-have two of them. One float32 holds a mean: enough for 16-bit images; of float32 images whose mean is 1e4
-deviations the normalized values are off by 6e-4.
+merged exactly (Chan, Golub and LeVeque, 1979), a constant by channel moves means alone, and images side by side have
+two of them. One float32 holds a mean: enough for 16-bit images; of float32 images whose mean is 1e4 deviations the
+normalized values are off by 6e-4.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -32,17 +32,10 @@ def empty_statistics(image: Tensor, tile: int) -> Tensor:
 
 def channel_statistics(image: Tensor, tile: int) -> Tensor:
     """Reference: those of an image [B, C, H, W] whose tiles are runs of pixels, float32 from float64."""
-    pixels = image.shape[2] * image.shape[3]
-    tiles = ceil_div(pixels, tile)
     values = image.detach().double().flatten(2)
-    # The same few launches on a GPU, however many the tiles.
-    values = torch.nn.functional.pad(values, (0, tiles * tile - pixels)).unflatten(2, (tiles, tile))
-    lanes = torch.arange(tiles * tile, device=image.device).view(tiles, tile)
-    inside = lanes < pixels
-    count = inside.sum(1)
-    mean = values.sum(3) / count
-    squares = torch.where(inside, values - mean[..., None], 0).square().sum(3)
-    return torch.stack([mean, squares], dim=1).permute(0, 3, 1, 2).float().contiguous()
+    parts = values.split(tile, dim=2) if values.shape[2] else ()
+    moments = [torch.stack([part.mean(2), part.var(2, unbiased=False) * part.shape[2]], dim=1) for part in parts]
+    return torch.stack(moments, dim=1).float() if moments else empty_statistics(image, tile)
 
 
 def statistics_misfit(statistics: Tensor, image: Tensor) -> str | None:
@@ -61,8 +54,8 @@ def statistics_misfit(statistics: Tensor, image: Tensor) -> str | None:
 
 @jit
 def store_statistics(statistics_ptr, tile, values, mask_rows, count, offs_c, mask_c, channels):
-    """Writes those of one tile: `values` [pixels, channels] as they were rounded, in float32; `tile` counts
-    through all samples; `count` pixels are in `mask_rows`, which is None where all are."""
+    """Writes those of one tile: `values` [pixels, channels] as they were rounded, in float32; `tile` counts through
+    all samples; `count` pixels are in `mask_rows`, which is None where all are."""
     if mask_rows is None:
         mean = tl.sum(values, axis=0) / count
         deviation = values - mean[None, :]

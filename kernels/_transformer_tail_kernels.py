@@ -10,7 +10,7 @@ as the residual stream, rounded as the operand of a matmul. Weights pass through
 
 from __future__ import annotations
 
-from ._linear_kernels import normalized
+from ._linear_kernels import _normalized
 from ._parts import load_parts, part_columns, row_ptrs
 from ._statistics import store_statistics
 from ._triton import jit, tl
@@ -75,18 +75,18 @@ def add_matmul(acc, a, weight, PRECISION: tl.constexpr):
 
 
 @jit
-def _load_head(rows, mask_rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of one head; zeros in masked rows (None: no mask) and past HEAD_DIM."""
+def _load_head(rows, mask_rows, HEAD_CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[rows, BLOCK_D] of one head; zeros in masked rows (None: no mask) and past HEAD_CHANNELS."""
     d = tl.arange(0, BLOCK_D)[None, :]
     ptrs = rows[:, None] + d
-    if HEAD_DIM == BLOCK_D and mask_rows is None:
+    if HEAD_CHANNELS == BLOCK_D and mask_rows is None:
         values = tl.load(ptrs)
-    elif HEAD_DIM == BLOCK_D:
+    elif HEAD_CHANNELS == BLOCK_D:
         values = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
     elif mask_rows is None:
-        values = tl.load(ptrs, mask=d < HEAD_DIM, other=0.0)
+        values = tl.load(ptrs, mask=d < HEAD_CHANNELS, other=0.0)
     else:
-        values = tl.load(ptrs, mask=mask_rows[:, None] & (d < HEAD_DIM), other=0.0)
+        values = tl.load(ptrs, mask=mask_rows[:, None] & (d < HEAD_CHANNELS), other=0.0)
     return values
 
 
@@ -108,7 +108,7 @@ def _attend(
     keys,
     stride_t,
     scale_log2,
-    HEAD_DIM: tl.constexpr,
+    HEAD_CHANNELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS_1: tl.constexpr,
     KEYS_2: tl.constexpr,
@@ -122,7 +122,7 @@ def _attend(
     m_i = tl.full([q.shape[0]], float("-inf"), tl.float32)
     for j in tl.static_range(len(offs_n)):
         mask_n = _key_mask(offs_n[j], keys, j < WHOLE_PARTS)
-        k = _load_head(row_ptrs(key_ptr, offs_n[j], stride_t, 1), mask_n, HEAD_DIM, BLOCK_D)
+        k = _load_head(row_ptrs(key_ptr, offs_n[j], stride_t, 1), mask_n, HEAD_CHANNELS, BLOCK_D)
         s_j = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if mask_n is not None:
             s_j = tl.where(mask_n[None, :], s_j, float("-inf"))
@@ -133,7 +133,7 @@ def _attend(
     acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
     for j in tl.static_range(len(offs_n)):
         mask_n = _key_mask(offs_n[j], keys, j < WHOLE_PARTS)
-        v = _load_head(row_ptrs(value_ptr, offs_n[j], stride_t, 1), mask_n, HEAD_DIM, BLOCK_D)
+        v = _load_head(row_ptrs(value_ptr, offs_n[j], stride_t, 1), mask_n, HEAD_CHANNELS, BLOCK_D)
         p = tl.exp2(s[j] * scale_log2 - m_i[:, None])
         l_i += tl.sum(p, axis=1)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -152,7 +152,7 @@ def _add_cross_attention(
     stride_kv,
     scale_log2,
     HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    HEAD_CHANNELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS_1: tl.constexpr,
     KEYS_2: tl.constexpr,
@@ -166,23 +166,23 @@ def _add_cross_attention(
     columns = part_columns(PART_1, PART_2)
     d = tl.arange(0, BLOCK_D)
     for h in range(0, HEADS):
-        if HEAD_DIM == BLOCK_D:
+        if HEAD_CHANNELS == BLOCK_D:
             mask_d = None
         else:
-            mask_d = d < HEAD_DIM
-        q_rows = row_ptrs(q_weight_ptr, h * HEAD_DIM + d, CHANNELS, 1)
+            mask_d = d < HEAD_CHANNELS
+        q_rows = row_ptrs(q_weight_ptr, h * HEAD_CHANNELS + d, CHANNELS, 1)
         q_weight = (load_parts(q_rows, mask_d, CHANNELS, PART_1, PART_2),)
         (q,) = add_matmul((tl.zeros([n[0].shape[0], BLOCK_D], tl.float32),), n, q_weight, PRECISION)
-        key_ptr = context_ptr + h * HEAD_DIM
+        key_ptr = context_ptr + h * HEAD_CHANNELS
         o = _attend(
             q.to(n[0].dtype), key_ptr, key_ptr + stride_kv, keys, stride_t, scale_log2,
-            HEAD_DIM, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, PRECISION,
+            HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, PRECISION,
         ).to(n[0].dtype)  # fmt: skip
         weight = ()
         for i in tl.static_range(len(columns)):
-            rows = row_ptrs(out_weight_ptr + h * HEAD_DIM, columns[i], CHANNELS, 1)
+            rows = row_ptrs(out_weight_ptr + h * HEAD_CHANNELS, columns[i], CHANNELS, 1)
             mask = part_mask(columns, i, CHANNELS, PART_1, PART_2)
-            weight += ((_load_head(rows, mask, HEAD_DIM, BLOCK_D),),)
+            weight += ((_load_head(rows, mask, HEAD_CHANNELS, BLOCK_D),),)
         t = add_matmul(t, (o,), weight, PRECISION)
     return t
 
@@ -290,7 +290,7 @@ def transformer_tail_kernel(
     stride_ct,
     stride_ckv,
     HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    HEAD_CHANNELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS_1: tl.constexpr,
     KEYS_2: tl.constexpr,
@@ -322,14 +322,14 @@ def transformer_tail_kernel(
     t = add_vector(to_dtype(x, tl.float32), out_bias_ptr, CHANNELS, PART_1, PART_2)
     t = add_matmul(t, h, weight, PRECISION)
 
-    n = to_dtype(normalized(t, None, norm2_weight_ptr, norm2_bias_ptr, eps, CHANNELS, PART_1, PART_2), dtype)
+    n = to_dtype(_normalized(t, None, norm2_weight_ptr, norm2_bias_ptr, eps, CHANNELS, PART_1, PART_2), dtype)
     t = add_vector(t, cross_bias_ptr, CHANNELS, PART_1, PART_2)
     t = _add_cross_attention(
         t, n, q_weight_ptr, context_ptr + sample * stride_cb, cross_weight_ptr, keys, stride_ct, stride_ckv,
-        scale_log2, HEADS, HEAD_DIM, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, CHANNELS, PART_1, PART_2, PRECISION,
+        scale_log2, HEADS, HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, CHANNELS, PART_1, PART_2, PRECISION,
     )  # fmt: skip
 
-    n = to_dtype(normalized(t, None, norm3_weight_ptr, norm3_bias_ptr, eps, CHANNELS, PART_1, PART_2), dtype)
+    n = to_dtype(_normalized(t, None, norm3_weight_ptr, norm3_bias_ptr, eps, CHANNELS, PART_1, PART_2), dtype)
     t = add_vector(t, ff_bias_ptr, CHANNELS, PART_1, PART_2)
     t = _add_feed_forward(
         t, n, in_weight_ptr, in_bias_ptr, ff_weight_ptr, inner,

@@ -240,7 +240,7 @@ def plan(
         "stride_ct": call.context.stride(1),
         "stride_ckv": call.context.stride(2),
         "HEADS": shape.heads,
-        "HEAD_DIM": head_dim,
+        "HEAD_CHANNELS": head_dim,
         "BLOCK_D": max(next_power_of_two(head_dim), 16),
         "KEYS_1": keys_1,
         "KEYS_2": keys_2,
