@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 from . import layers
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
+from ._statistics import channel_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_ref",
+    "channel_statistics",
     "chip_of",
     "geglu",
     "geglu_ref",

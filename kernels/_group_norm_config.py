@@ -12,7 +12,7 @@ from ._launch import LAUNCH_NS, NO_GPU, Chip, ceil_div, next_power_of_two
 @dataclass(frozen=True)
 class GroupNormConfig:
     """A program takes `groups` groups and tiles of `block_hw` pixels; `chunks` programs share an image's bundle of
-    groups in two launches, 0 is one launch."""
+    groups in two launches, or in one where statistics are given; 0 is one launch that computes them."""
 
     groups: int
     block_hw: int
@@ -22,7 +22,11 @@ class GroupNormConfig:
 
 @dataclass(frozen=True)
 class GroupNormShape:
-    """What a configuration depends on. `interleaved`: a pixel's channels lie side by side (channels-last)."""
+    """What a configuration depends on.
+
+    interleaved  a pixel's channels lie side by side (channels-last)
+    given        statistics come with the image
+    """
 
     batch: int
     pixels: int
@@ -30,6 +34,7 @@ class GroupNormShape:
     group_channels: int
     element_size: int
     interleaved: bool
+    given: bool = False
 
 
 # For choosing only, and rough: a multiprocessor's pace over cached elements, and how long it waits for a tile.
@@ -70,7 +75,7 @@ def _bundles(shape: GroupNormShape) -> list[int]:
 
 
 def _bundled(shape: GroupNormShape, groups: int, chip: Chip) -> list[tuple[float, GroupNormConfig]]:
-    """(cost in ns, configuration) in one launch and in two, with `groups` groups a program."""
+    """(cost in ns, configuration) of one program to a bundle and of several, with `groups` groups a program."""
     block_c = next_power_of_two(groups * shape.group_channels)
     bundles = shape.batch * ceil_div(shape.num_groups, groups)
     all_pixels = next_power_of_two(shape.pixels)
@@ -97,9 +102,10 @@ def _bundled(shape: GroupNormShape, groups: int, chip: Chip) -> list[tuple[float
             # The membership of channels in groups, and every chunk's statistics, twice as wide as elements.
             merge = 3.0 * block_c * next_power_of_two(groups) + 6.0 * chunks * groups
             work = ceil_div(tiles, chunks) * block_hw * block_c
-            two = cost(bundles * chunks, warps, ceil_div(tiles, chunks), work + merge)
-            two += cost(bundles * chunks, warps, ceil_div(tiles, chunks) + 1, 2.0 * work + merge)
-            options.append((two, GroupNormConfig(groups, block_hw, chunks, warps)))
+            total = cost(bundles * chunks, warps, ceil_div(tiles, chunks) + 1, 2.0 * work + merge)
+            if not shape.given:
+                total += cost(bundles * chunks, warps, ceil_div(tiles, chunks), work + merge)
+            options.append((total, GroupNormConfig(groups, block_hw, chunks, warps)))
     return options
 
 

@@ -3,9 +3,9 @@
 float32 [B, tiles, 2, C]: for each tile of pixels of one sample, by channel, the mean of the values as they were
 rounded, and the sum of their squared deviations from it. A tile has T pixels, an image's last tile what is left; T
 is the least power of two of which `tiles` cover the image. Which pixels a tile has does not matter: moments are
-merged exactly (Chan, Golub and LeVeque, 1979), a constant by channel moves means alone, and images side by side have
-two of them. One float32 holds a mean: enough for 16-bit images; of float32 images whose mean is 1e4 deviations the
-normalized values are off by 6e-4.
+merged exactly (Chan, Golub and LeVeque, 1979), a constant by channel moves means alone, and images side by side
+have two of them. One float32 holds a mean: enough for 16-bit images. Of a float32 image whose mean is 1e4 standard
+deviations the normalized values are off by 6e-4.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -54,8 +54,10 @@ def statistics_misfit(statistics: Tensor, image: Tensor) -> str | None:
 
 @jit
 def store_statistics(statistics_ptr, tile, values, mask_rows, count, offs_c, mask_c, channels):
-    """Writes those of one tile: `values` [pixels, channels] as they were rounded, in float32; `tile` counts through
-    all samples; `count` pixels are in `mask_rows`, which is None where all are."""
+    """Writes those of one tile: `values` [pixels, channels] as they were rounded, in float32.
+
+    `tile` counts through all samples; `count` pixels are in `mask_rows`, which is None where all are.
+    """
     if mask_rows is None:
         mean = tl.sum(values, axis=0) / count
         deviation = values - mean[None, :]

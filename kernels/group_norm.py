@@ -14,6 +14,7 @@ parts, because one float32 cannot hold a mean of 1e4 exactly enough.
 - One launch where a bundle is small: the tile stays in registers, or is read again from the cache.
 - Two launches where a bundle is large, or one would leave the chip idle: many programs for each bundle write
   partial statistics; as many then merge all of these and normalize. No atomics: the order of every sum is fixed.
+- One launch of many programs where whoever wrote x left its statistics (_statistics.py, _group_norm_given.py).
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ from torch import Tensor
 from ._autocast import in_float32, promoted
 from ._checks import choice, real, tensors, whole
 from ._group_norm_config import GroupNormConfig, GroupNormShape, candidate_configs, default_config
+from ._group_norm_given import group_norm_given_kernel
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import image_reasons, image_strides, memory_format, named_strides
 from ._library import compute_dtype, define_operator
+from ._statistics import statistics_misfit, tile_pixels
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
 ACTIVATIONS = ("silu", None)
 MAX_GROUP_CHANNELS = 8192
+# Given means, and as many squares, that a thread loads at once.
+_THREAD_MOMENTS = 8
 
 
 class GroupNormSiluCall(NamedTuple):
@@ -51,6 +56,13 @@ class GroupNormSiluCall(NamedTuple):
     x_bias: Tensor | None = None
     skip: Tensor | None = None
     activation: str | None = "silu"
+    statistics: Tensor | None = None
+    skip_statistics: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether the statistics of all that is normalized are given."""
+        return self.statistics is not None and (self.skip is None or self.skip_statistics is not None)
 
     @property
     def channels(self) -> int:
@@ -68,6 +80,7 @@ class GroupNormSiluCall(NamedTuple):
             self.channels // self.num_groups,
             self.x.element_size(),
             interleaved=memory_format(self.x) == torch.channels_last or height * width == 1,
+            given=self.given,
         )
 
 
@@ -81,8 +94,10 @@ def group_norm_silu_ref(
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
+    statistics: Tensor | None = None,
+    skip_statistics: Tensor | None = None,
 ) -> Tensor:
-    """Reference of `group_norm_silu` in float32 (float64 for float64)."""
+    """Reference of `group_norm_silu` in float32 (float64 for float64), which computes the statistics itself."""
     format_ = memory_format(x)
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
@@ -116,7 +131,8 @@ def tuning_key(call: GroupNormSiluCall) -> str:
     """What a tuned configuration is looked up by."""
     shape = call.shape
     sizes = f"batch={shape.batch} pixels={shape.pixels} groups={shape.num_groups}x{shape.group_channels}"
-    return f"{sizes} {dtype_name(call.x)} {'channels_last' if shape.interleaved else 'contiguous'}"
+    layout = "channels_last" if shape.interleaved else "contiguous"
+    return f"{sizes} {dtype_name(call.x)} {layout}{' given statistics' if shape.given else ''}"
 
 
 def plan(
@@ -135,6 +151,7 @@ def plan(
     of_x = image_strides(x)
     of_skip = of_x if skip is None else image_strides(skip)
     bundles = ceil_div(shape.num_groups, config.groups)
+    block_c = next_power_of_two(config.groups * shape.group_channels)
     shared = {
         "x_ptr": x,
         "skip_ptr": skip,
@@ -151,7 +168,7 @@ def plan(
         "GROUP_CHANNELS": shape.group_channels,
         "GROUPS": config.groups,
         "BLOCK_G": next_power_of_two(config.groups),
-        "BLOCK_C": next_power_of_two(config.groups * shape.group_channels),
+        "BLOCK_C": block_c,
         "BLOCK_HW": config.block_hw,
         "FLAT": of_x.flat and of_skip.flat,
     }
@@ -169,12 +186,26 @@ def plan(
         return out, [launch(group_norm_kernel, shape.batch * bundles, arguments, role="group_norm")]
     chunk_pixels = ceil_div(ceil_div(shape.pixels, config.chunks), config.block_hw) * config.block_hw
     chunks = ceil_div(shape.pixels, chunk_pixels)
-    statistics = x.new_empty((shape.batch, chunks, 3, shape.num_groups), dtype=torch.float32)
-    shared |= {"statistics_ptr": statistics, "chunks": chunks, "chunk_pixels": chunk_pixels}
-    arguments = shared | result | {"BLOCK_CHUNKS": next_power_of_two(chunks)}
     programs = shape.batch * chunks * bundles
+    chunked: dict[str, Any] = shared | {"chunks": chunks, "chunk_pixels": chunk_pixels}
+    if call.statistics is not None and shape.given:
+        tiles = call.statistics.shape[1]
+        skip_tiles = 1 if call.skip_statistics is None else call.skip_statistics.shape[1]
+        merged = {
+            "statistics_ptr": call.statistics,
+            "skip_statistics_ptr": call.skip_statistics,
+            "tiles": tiles,
+            "tile_pixels": tile_pixels(shape.pixels, tiles),
+            "skip_tiles": skip_tiles,
+            "skip_tile_pixels": tile_pixels(shape.pixels, skip_tiles),
+            "BLOCK_T": min(next_power_of_two(tiles), max(32 * config.num_warps * _THREAD_MOMENTS // block_c, 1)),
+        }
+        return out, [launch(group_norm_given_kernel, programs, chunked | result | merged, role="group_norm_given")]
+    statistics = x.new_empty((shape.batch, chunks, 3, shape.num_groups), dtype=torch.float32)
+    chunked["statistics_ptr"] = statistics
+    arguments = chunked | result | {"BLOCK_CHUNKS": next_power_of_two(chunks)}
     return out, [
-        launch(group_norm_statistics_kernel, programs, shared, role="group_norm_statistics"),
+        launch(group_norm_statistics_kernel, programs, chunked, role="group_norm_statistics"),
         launch(group_norm_apply_kernel, programs, arguments, role="group_norm_apply"),
     ]
 
@@ -186,6 +217,7 @@ def unsupported_reasons(call: GroupNormSiluCall) -> list[str]:
         *dtype_reasons(x=call.x, weight=call.weight, bias=call.bias, x_bias=call.x_bias),
         *image_reasons(call.x),
         *contiguity_reasons(weight=call.weight, bias=call.bias),
+        *contiguity_reasons(statistics=call.statistics, skip_statistics=call.skip_statistics),
     ]
     group_channels = call.channels // call.num_groups
     if group_channels > MAX_GROUP_CHANNELS:
@@ -203,6 +235,8 @@ def group_norm_silu(
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
+    statistics: Tensor | None = None,
+    skip_statistics: Tensor | None = None,
     backend: str = "auto",
     shift: Tensor | None = None,
     out: Tensor | None = None,
@@ -211,17 +245,22 @@ def group_norm_silu(
 
     x [B, C, H, W], any strides; skip [B, C2, H, W] of x's dtype or None: its channels follow those of x, and C
     below counts them too; x_bias [B, C] or None, any strides (an expanded batch too); weight, bias [C] or None;
-    activation "silu" or None; shift is x_bias under its former name, deprecated. Under autocast as torch.cat and
-    F.group_norm: float32 on a GPU. `out` [B, C, H, W] in x's memory format, memory of its own, is written and
+    activation "silu" or None; shift is x_bias under its former name, deprecated. statistics and skip_statistics,
+    float32 [B, tiles, 2, C] and [B, tiles, 2, C2]: what `residual_add` or `conv3x3` left of x and of skip
+    (`channel_statistics`), without x_bias. With those of all that is normalized the kernel need not read it twice;
+    wrong ones give a wrong result. Derivatives take x alone, of which they are made. Under autocast as torch.cat
+    and F.group_norm: float32 on a GPU. `out` [B, C, H, W] in x's memory format, memory of its own, is written and
     returned: without gradients. Raises ValueError for what does not fit, `KernelUnsupported` for
     `backend="triton"` where the kernel cannot serve. Source: Wu and He, arXiv 1803.08494.
     """
     if shift is not None:
         x_bias = _renamed(x_bias, shift)
-    tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip))
+    tensors(group_norm_silu, (x,), (weight, bias, x_bias, skip, statistics, skip_statistics))
     choice("group_norm_silu", "activation", activation, ACTIVATIONS)
     num_groups, eps = whole("group_norm_silu", "num_groups", num_groups), real("group_norm_silu", "eps", eps)
-    result: Tensor = _group_norm_silu(x, num_groups, weight, bias, eps, x_bias, skip, activation, backend, out=out)
+    result: Tensor = _group_norm_silu(
+        x, num_groups, weight, bias, eps, x_bias, skip, activation, statistics, skip_statistics, backend, out=out
+    )
     return result
 
 
@@ -261,6 +300,15 @@ def _check(call: GroupNormSiluCall) -> None:
             raise ValueError(
                 f"group_norm_silu: {name} must be a float {list(shape)}; got {value.dtype} {list(value.shape)}"
             )
+    for name, given, image in (
+        ("statistics", call.statistics, x),
+        ("skip_statistics", call.skip_statistics, skip),
+    ):
+        if given is None:
+            continue
+        misfit = "None without skip" if image is None else statistics_misfit(given, image)
+        if misfit is not None:
+            raise ValueError(f"group_norm_silu: {name} must be {misfit}; got {given.dtype} {list(given.shape)}")
 
 
 def _reference(call: GroupNormSiluCall) -> Tensor:
@@ -301,10 +349,12 @@ OPERATOR = Operator(
 )
 _group_norm_silu = define_operator(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? x_bias, "
-    "Tensor? skip, str? activation, str backend) -> Tensor",
+    "Tensor? skip, str? activation, Tensor? statistics, Tensor? skip_statistics, str backend) -> Tensor",
     OPERATOR,
     reference=_reference,
     fake=_empty_result,
     autocast=_autocast,
     composite=_composite,
+    # The reference does not read them.
+    spared={"statistics": None, "skip_statistics": None},
 )

@@ -176,16 +176,23 @@ def tokens(shape, layout, dtype, generator, mean=0.0, scale=1.0):
     return random(*shape)
 
 
+def _flat(values):
+    """The values of a call, those of its tuples too."""
+    for value in values:
+        yield from _flat(value) if isinstance(value, tuple | list) else (value,)
+
+
 def launch(operator, *args, config=None, **kwargs):
     """The operator's result by its kernels, under a configuration; every result and workspace was NaN before."""
     from ldmperf.kernels._launch import run
 
-    result, launches = operator.plan(operator.bind(*args, **kwargs), config=config)
-    for tensor in result if isinstance(result, tuple) else (result,):
-        tensor.fill_(torch.nan)
+    call = operator.bind(*args, **kwargs)
+    result, launches = operator.plan(call, config=config)
+    given = {id(value) for value in _flat(call) if isinstance(value, torch.Tensor)}
     for one in launches:
-        if "statistics_ptr" in one.arguments:
-            one.arguments["statistics_ptr"].fill_(torch.nan)
+        for tensor in one.tensors.values():
+            if id(tensor) not in given and tensor.is_floating_point():
+                tensor.fill_(torch.nan)
     run(launches, torch.device("cpu"))
     return result
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmperf.kernels import OPERATORS, KernelUnsupported, group_norm_silu
+from ldmperf.kernels import OPERATORS, KernelUnsupported, channel_statistics, group_norm_silu, residual_add
 from ldmperf.kernels.group_norm import GroupNormConfig
 
 OPERATOR = OPERATORS["group_norm_silu"]
@@ -144,3 +144,75 @@ def test_the_results_layout_is_that_of_x():
 def test_what_it_cannot_serve_is_named(call, reason):
     with pytest.raises(KernelUnsupported, match=reason):
         call()
+
+
+def shuffled(image, generator):
+    """The image with its pixels in another order: what a tile holds does not matter."""
+    order = torch.randperm(math.prod(image.shape[2:]), generator=generator)
+    return image.flatten(2)[:, :, order].unflatten(2, image.shape[2:])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    grouping=st.sampled_from([(1, 7), (2, 3), (4, 5), (4, 24), (32, 2), (32, 10)]),
+    size=st.tuples(st.integers(2, 9), st.integers(2, 9)),
+    split=st.floats(0, 1),
+    layouts=st.tuples(LAYOUTS, LAYOUTS),
+    tiles=st.tuples(st.sampled_from([1, 2, 8, 16, 64, 128]), st.sampled_from([4, 16, 64])),
+    shifted=st.booleans(),
+    activation=st.sampled_from(["silu", None]),
+    mean=st.sampled_from([0.0, 30.0]),
+    dtype=DTYPES,
+    seed=st.integers(0, 2**31),
+)
+def test_a_norm_of_given_statistics(
+    kit, batch, grouping, size, split, layouts, tiles, shifted, activation, mean, dtype, seed
+):
+    groups, group_channels = grouping
+    generator = torch.Generator().manual_seed(seed)
+    channels = groups * group_channels
+    of_skip = int(split * (channels - 1))
+    x = kit.image((batch, channels - of_skip, *size), layouts[0], dtype, generator, mean)
+    skip = kit.image((batch, of_skip, *size), layouts[1], dtype, generator) if of_skip else None
+    weight, bias = torch.randn(2, channels, generator=generator).to(dtype)
+    x_bias = torch.randn(batch, channels, generator=generator) if shifted else None
+    arguments = (x, groups, weight, bias, 1e-3)
+    options = {"x_bias": x_bias, "skip": skip, "activation": activation}
+    exact = exact_norm(*arguments, *options.values())
+    own = torchs_own(*arguments, *options.values())
+    options["statistics"] = channel_statistics(shuffled(x, generator), tiles[0])
+    if skip is not None:
+        options["skip_statistics"] = channel_statistics(shuffled(skip, generator), tiles[1])
+    for config in kit.pick_configs(OPERATOR, random.Random(seed), *arguments, **options):
+        out = kit.launch(OPERATOR, *arguments, **options, config=config)
+        kit.judge(out, exact, own, dtype)
+    assert torch.equal(out, kit.launch(OPERATOR, *arguments, **options, config=config)), "two runs, same bits"
+
+
+def test_the_statistics_are_what_is_read(kit):
+    x = kit.image((1, 8, 8, 8), "channels_last", torch.float32, torch.Generator().manual_seed(0))
+    config = GroupNormConfig(4, 8, 5, 1)
+    out = kit.launch(OPERATOR, x, 4, activation=None, statistics=channel_statistics(2 * x + 3, 16), config=config)
+    assert kit.relative_rms(2 * out + exact_norm(x, 4, None, None, 1e-5, None, None, None), x.double()) > 0.1
+    exact = exact_norm(x, 4, None, None, 1e-5, None, None, None)
+    assert kit.relative_rms(out, exact) > 0.5
+
+
+@pytest.mark.parametrize("tile", [8, 64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_in_given_statistics_stay_in_their_group(kit, value, tile):
+    x = torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+    x[1, 3, 4, 5] = value
+    given_ = channel_statistics(x, tile)
+    out = kit.launch(OPERATOR, x, 4, statistics=given_, config=GroupNormConfig(2, 8, 3, 1))
+    assert out[1, 2:4].isnan().all()
+    assert out.isnan().sum() == out[1, 2:4].numel()
+
+
+def test_from_a_sum_to_its_norm(kit):
+    generator = torch.Generator().manual_seed(1)
+    x, residual = (kit.image((2, 64, 9, 15), "channels_last", torch.float16, generator, 5.0) for _ in "xr")
+    out, statistics = residual_add(x, residual, statistics=True, backend="triton")
+    y = group_norm_silu(out, 32, statistics=statistics, backend="triton")
+    assert kit.relative_rms(y, exact_norm(out, 32, None, None, 1e-5, None, None, "silu")) < 5e-4

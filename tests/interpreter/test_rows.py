@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldmperf.kernels import OPERATORS, KernelUnsupported, geglu, layer_norm, residual_add
+from ldmperf.kernels import OPERATORS, KernelUnsupported, channel_statistics, geglu, layer_norm, residual_add
 
 LAYOUTS = st.sampled_from(["plain", "channels_last", "sliced", "channel_slice", "expanded", "transposed"])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -205,3 +205,35 @@ def test_of_nothing():
 def test_what_they_cannot_serve_is_named(call, reason):
     with pytest.raises(KernelUnsupported, match=reason):
         call()
+
+
+@fuzz
+@given(
+    batch=st.integers(1, 3),
+    channels=st.sampled_from([1, 3, 8, 24, 40, 96]),
+    size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    layouts=st.tuples(LAYOUTS, LAYOUTS),
+    biased=st.booleans(),
+    mean=st.sampled_from([0.0, 100.0]),
+    dtype=DTYPES,
+    seed=st.integers(0, 2**31),
+)
+def test_what_a_residual_add_leaves(kit, batch, channels, size, layouts, biased, mean, dtype, seed):
+    operator = OPERATORS["residual_add"]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, channels, *size)
+    x = kit.image(shape, layouts[0], dtype, generator, mean)
+    residual = kit.image(shape, layouts[1], dtype, generator)
+    bias = torch.randn(channels, generator=generator) if biased else None
+    plain = kit.launch(operator, x, residual, bias)
+    for config in kit.pick_configs(operator, random.Random(seed), x, residual, bias, statistics=True):
+        out, statistics = kit.launch(operator, x, residual, bias, statistics=True, config=config)
+        assert torch.equal(out, plain)
+        exact = channel_statistics(out, 64)
+        assert statistics.shape == exact.shape
+        assert torch.allclose(statistics[:, :, 0], exact[:, :, 0], rtol=1e-6, atol=1e-6)
+        # A float32 mean is off by 1e-7 of it, and each deviation with it.
+        noise = 64 * (2e-6 + 1e-7 * mean) ** 2
+        assert torch.allclose(statistics[:, :, 1], exact[:, :, 1], rtol=1e-5 + 1e-6 * mean, atol=noise)
+    reference = residual_add(x, residual, bias, statistics=True, backend="torch")
+    assert torch.allclose(reference[1], exact, rtol=1e-2, atol=1e-2 * (1 + mean))
