@@ -326,7 +326,8 @@ def transformer_tail_kernel(
     t = add_vector(t, cross_bias_ptr, CHANNELS, PART_1, PART_2)
     t = _add_cross_attention(
         t, n, q_weight_ptr, context_ptr + sample * stride_cb, cross_weight_ptr, keys, stride_ct, stride_ckv,
-        scale_log2, HEADS, HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, CHANNELS, PART_1, PART_2, PRECISION,
+        scale_log2, HEADS, HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, CHANNELS, PART_1, PART_2,
+        PRECISION,
     )  # fmt: skip
 
     n = to_dtype(_normalized(t, None, norm3_weight_ptr, norm3_bias_ptr, eps, CHANNELS, PART_1, PART_2), dtype)

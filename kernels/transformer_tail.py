@@ -15,6 +15,7 @@ With statistics the kernel leaves beside the image what the next group norm need
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -46,7 +47,7 @@ from ._transformer_config import (
     TailShape,
     TransformerTailConfig,
     default_tail,
-    max_channels,
+    keeps_row,
     tail_candidates,
     tail_predicted_to_gain,
 )
@@ -99,7 +100,8 @@ class TransformerTailCall(NamedTuple):
 def transformer_tail_ref(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `transformer_tail`, whose arguments these are: torch's matmuls between the references of its
     parts, each of which rounds its result."""
-    return _separate(TransformerTailCall(*arguments, **options), "torch")
+    call = TransformerTailCall(*arguments, **options)
+    return _with_statistics(call, _separate(call, "torch"))
 
 
 def transformer_tail_separate(
@@ -114,13 +116,11 @@ def transformer_tail_separate(
     call = TransformerTailCall(*arguments, **options)
     tensors(transformer_tail, call[:14], call[15:20])
     call = call._replace(eps=real("transformer_tail", "eps", call.eps))
-    return _separate(checked(OPERATOR, call), backend)
+    return _with_statistics(call, _separate(checked(OPERATOR, call), backend))
 
 
-def _separate(
-    call: TransformerTailCall, backend: str, out: tuple[Tensor, ...] = ()
-) -> Tensor | tuple[Tensor, Tensor]:
-    """One operator after the other; the results in `out`, where it is given."""
+def _separate(call: TransformerTailCall, backend: str, out: Tensor | None = None) -> Tensor:
+    """The image by one operator after the other, in `out` where it is given."""
     x, context, eps = call.x, call.context, call.eps
     batch, tokens, channels = x.shape
     queries = batch, tokens, *context.shape[3:]
@@ -142,22 +142,17 @@ def _separate(
     )
     t = _matmul_add(t, h, call.ff_out_weight, call.ff_out_bias)
     image = call.image.permute(0, 2, 3, 1).reshape(x.shape)
-    rows = _rows_of(out[0]) if out and not torch.compiler.is_compiling() else None
-    y = _matmul_add(image, t, call.proj_weight, call.proj_bias, rows)
+    if out is not None and not torch.compiler.is_compiling():
+        rows = out.permute(0, 2, 3, 1).reshape(-1, channels)
+        _matmul_add(image, t, call.proj_weight, call.proj_bias, rows)
+        return out
+    y = _matmul_add(image, t, call.proj_weight, call.proj_bias)
     result = y.view(batch, *call.image.shape[2:], channels).permute(0, 3, 1, 2)
-    if out and rows is None:
-        result = out[0].copy_(result)
-    elif out:
-        result = out[0]
-    if not call.statistics:
-        return result
-    statistics = channel_statistics(result, statistics_tile(call))
-    return (result, out[1].copy_(statistics)) if out else (result, statistics)
+    return result if out is None else out.copy_(result)
 
 
-def _rows_of(image: Tensor) -> Tensor:
-    """[B H W, C], a view of a channels-last image."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+def _with_statistics(call: TransformerTailCall, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    return (image, channel_statistics(image, statistics_tile(call))) if call.statistics else image
 
 
 def _matmul_add(
@@ -282,9 +277,8 @@ def unsupported_reasons(call: TransformerTailCall) -> list[str]:
         reasons.append("image is not channels-last")
     if context.stride(4) != 1 or context.stride(3) != head_dim:
         reasons.append("the heads of context are not contiguous")
-    channels, most = x.shape[2], max_channels(x.element_size(), chip_of(x.device).arch)
-    if not 0 < channels <= most:
-        reasons.append(f"{channels} channels are not within 1 and {most}")
+    if not keeps_row(x.shape[2], x.element_size()):
+        reasons.append(f"{x.shape[2]} channels of {dtype_name(x)} do not fit the registers of a program")
     if not 0 < keys <= MAX_KEYS:
         reasons.append(f"{keys} keys are not within 1 and {MAX_KEYS}")
     if head_dim > MAX_HEAD_DIM:
@@ -321,7 +315,7 @@ def transformer_tail(
     statistics: bool = False,
     backend: str = "auto",
     out: Tensor | tuple[Tensor, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """The image [B, C, H, W], channels-last, that a transformer of one block returns, from its self-attention on.
 
     attended, x    [B, H * W, C]: self-attention's result, and the tokens that it is added to
@@ -335,10 +329,11 @@ def transformer_tail(
     out_bias, cross_bias, ff_out_bias, proj_bias  [C], ff_in_bias [2 F]; None adds nothing
     statistics     returns (image, statistics of the image as float32 [B, tiles, 2, C]): by tile and channel the
                    mean and the sum of squared deviations
-    backend        "triton": one kernel, for C up to 128 (64 in float32), D up to 32, T up to 128
+    backend        "triton": one kernel, for C up to 128 (float32 96), D up to 32, T up to 128
                    "torch": the references of the parts
                    "auto": the kernel where that was measured, or is predicted, to be faster on this GPU, else the
-                   kernels of the parts (`transformer_tail_separate`)
+                   kernels of the parts (`transformer_tail_separate`); the statistics are then None, unless `out`
+                   has a place for them
     out            is written and returned, with statistics a pair; `image` itself is allowed for the image
 
     Tensors share a dtype, but for vectors, of any float dtype. Under autocast as the parts one after the other.
@@ -359,14 +354,22 @@ def transformer_tail(
         choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
         backend = choose(*call)
         if backend == "torch":
-            if out is None:
-                return _separate(call, "auto")
-            name = "transformer_tail_statistics" if with_statistics else "transformer_tail"
-            OUTS[name].checked((*arguments, "auto"), out)
-            return _separate(call, "auto", out if isinstance(out, tuple) else (out,))
-    run = _transformer_tail_statistics if with_statistics else _transformer_tail
-    result: Tensor | tuple[Tensor, Tensor] = run(*arguments, backend, out=out)
+            return _unfused(call, out)
+    result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[with_statistics](*arguments, backend, out=out)
     return result
+
+
+def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
+    """What "auto" takes where the kernel is not expected to be faster."""
+    if out is not None:
+        OUTS[_NAMES[call.statistics]].checked((*call[:-1], "auto"), out)
+    if not call.statistics:
+        return _separate(call, "auto", out)
+    if out is None:
+        return _separate(call, "auto"), None
+    image, statistics = out
+    statistics.copy_(channel_statistics(_separate(call, "auto", image), statistics_tile(call)))
+    return image, statistics
 
 
 def _auto(*arguments: Any) -> Literal["torch", "triton"]:
@@ -464,10 +467,7 @@ def _empty_result(call: TransformerTailCall) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def _reference(call: TransformerTailCall) -> Tensor | tuple[Tensor, Tensor]:
-    result = _separate(call, "torch")
-    if isinstance(result, tuple):
-        return result[0].contiguous(memory_format=torch.channels_last), result[1]
-    return result.contiguous(memory_format=torch.channels_last)
+    return _with_statistics(call, _separate(call, "torch"))
 
 
 def _flops(*shapes: Any, **__: object) -> int:
@@ -480,8 +480,15 @@ def _flops(*shapes: Any, **__: object) -> int:
     return total
 
 
-def _with_statistics(*arguments: Any) -> TransformerTailCall:
-    return TransformerTailCall(*arguments)._replace(statistics=True)
+def _bind(statistics: bool, *arguments: Any) -> TransformerTailCall:
+    return TransformerTailCall(*arguments)._replace(statistics=statistics)
+
+
+def _autocast(statistics: bool, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """The parts one after the other, each of which autocast treats by its own rule."""
+    _, *given, backend = arguments
+    call = _bind(statistics, *given)
+    return _with_statistics(call, _separate(call, backend))
 
 
 OPERATOR = Operator(
@@ -502,22 +509,18 @@ _ARGUMENTS = (
     "Tensor ff_in_weight, Tensor ff_out_weight, Tensor proj_weight, float eps, Tensor? out_bias, "
     "Tensor? cross_bias, Tensor? ff_in_bias, Tensor? ff_out_bias, Tensor? proj_bias, str backend)"
 )
-_transformer_tail = define_operator(
-    f"transformer_tail{_ARGUMENTS} -> Tensor",
-    OPERATOR,
-    reference=_reference,
-    fake=_empty_result,
-    autocast=lambda _, *arguments: _separate(TransformerTailCall(*arguments[:-1]), arguments[-1]),
-    flops=_flops,
-    in_place=("image",),
-)
-_transformer_tail_statistics = define_operator(
-    f"transformer_tail_statistics{_ARGUMENTS} -> (Tensor, Tensor)",
-    OPERATOR,
-    reference=_reference,
-    fake=_empty_result,
-    bind=_with_statistics,
-    autocast=lambda _, *arguments: _separate(_with_statistics(*arguments[:-1]), arguments[-1]),
-    flops=_flops,
-    in_place=("image",),
-)
+# Without statistics and with: a library's operator has one type of result.
+_NAMES = {False: "transformer_tail", True: "statistics_transformer_tail"}
+_IMPLEMENTED = {
+    statistics: define_operator(
+        f"{name}{_ARGUMENTS} -> {'(Tensor, Tensor)' if statistics else 'Tensor'}",
+        OPERATOR,
+        reference=_reference,
+        fake=_empty_result,
+        bind=functools.partial(_bind, statistics),
+        autocast=functools.partial(_autocast, statistics),
+        flops=_flops,
+        in_place=("image",),
+    )
+    for statistics, name in _NAMES.items()
+}
