@@ -18,6 +18,7 @@ from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
+from .transformer_tail import transformer_tail, transformer_tail_ref, transformer_tail_separate
 
 __all__ = [
     "GEGLU",
@@ -60,5 +61,8 @@ __all__ = [
     "sampler_update",
     "sampler_update_ref",
     "seed_tensor",
+    "transformer_tail",
+    "transformer_tail_ref",
+    "transformer_tail_separate",
     "tuned_table",
 ]

@@ -11,8 +11,19 @@ from .layer_norm import OPERATOR as LAYER_NORM
 from .linear import OPERATOR as LINEAR
 from .residual_add import OPERATOR as RESIDUAL_ADD
 from .sampler_update import OPERATOR as SAMPLER_UPDATE
+from .transformer_tail import OPERATOR as TRANSFORMER_TAIL
 
 OPERATORS: Mapping[str, Operator] = {
     operator.name: operator
-    for operator in (ATTENTION, GROUP_NORM_SILU, LAYER_NORM, LINEAR, CONV3X3, GEGLU, RESIDUAL_ADD, SAMPLER_UPDATE)
+    for operator in (
+        ATTENTION,
+        GROUP_NORM_SILU,
+        LAYER_NORM,
+        LINEAR,
+        CONV3X3,
+        GEGLU,
+        RESIDUAL_ADD,
+        SAMPLER_UPDATE,
+        TRANSFORMER_TAIL,
+    )
 }

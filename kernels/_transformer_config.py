@@ -1,0 +1,138 @@
+"""Launch configurations of `transformer_tail` and `transformer_front`, and the predictions whether they pay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ._launch import LAUNCH_NS, Chip, ceil_div
+from ._linear_config import LinearShape, predicted_ns
+from ._parts import padded, parts
+
+# What registers hold beside a tile of rows.
+MAX_KEYS = 128
+MAX_HEAD_DIM = 32
+# The widest row that a program keeps, padded, by the bytes of an element: beyond it float32 spills.
+_MAX_ROW = {2: 128, 4: 96}
+# Assumed, for choosing only; bench/tune.py measures instead. What an H200 does per ns: bytes of memory,
+# exponentials, and instructions of a multiprocessor whose schedulers have one warp each, or more. So few of one
+# warp, as most instructions of a softmax or a GELU need the result of the one before.
+_BYTES_PER_NS = 4070.0
+_EXPONENTIALS_PER_NS = 3870.0
+_ALONE_PER_NS = 2.6
+_TOGETHER_PER_NS = 4.6
+
+
+@dataclass(frozen=True)
+class TransformerTailConfig:
+    """A tile of block_m rows, which takes block_j channels of the feed-forward at a time."""
+
+    block_m: int
+    block_j: int
+    num_warps: int
+    num_stages: int
+
+
+class TailShape(NamedTuple):
+    """What a configuration depends on; `inner` channels of the feed-forward."""
+
+    batch: int
+    tokens: int
+    channels: int
+    heads: int
+    keys: int
+    inner: int
+    itemsize: int
+    statistics: bool
+
+
+def keeps_row(channels: int, itemsize: int) -> bool:
+    """Whether registers hold a tile of rows of so many channels."""
+    return channels > 0 and padded(channels) <= _MAX_ROW.get(itemsize, 0)
+
+
+def default_tail(shape: TailShape, chip: Chip) -> TransformerTailConfig:
+    """The largest tile that fills the chip and does not spill."""
+    if shape.itemsize == 4:
+        return TransformerTailConfig(16, 32, 8, 2)
+    fitting = [block_m for block_m in (64, 32, 16) if _fits(shape, block_m, chip)]
+    filling = (m for m in fitting if _tail_programs(shape, m) >= 0.9 * chip.multiprocessors)
+    block_m = next(filling, fitting[-1])
+    return TransformerTailConfig(block_m, _block_j(shape, block_m, chip), 4, 2)
+
+
+def tail_candidates(shape: TailShape, chip: Chip) -> list[TransformerTailConfig]:
+    """What a tuner tries."""
+    default = default_tail(shape, chip)
+    if shape.itemsize == 4:
+        return [default, TransformerTailConfig(16, 16, 8, 2)]
+    # Statistics are by the default's tile, whatever is tuned.
+    tiles = [m for m in (64, 32, 16) if _fits(shape, m, chip) and (m == default.block_m or not shape.statistics)]
+    found = [
+        TransformerTailConfig(m, j, 4, stages)
+        for m in tiles
+        for j in sorted({_block_j(shape, m, chip), 64 if m == 16 else 32})
+        for stages in (2, 3)
+        if stages == 2 or m < 64 or shape.channels <= 64
+    ]
+    return list(dict.fromkeys([default, *found]))
+
+
+def _fits(shape: TailShape, block_m: int, chip: Chip) -> bool:
+    """Whether no register of a program with so many rows spills."""
+    return block_m < 64 or padded(shape.channels) <= (128 if chip.arch == "sm_90" else 96)
+
+
+def _block_j(shape: TailShape, block_m: int, chip: Chip) -> int:
+    """The most channels of the feed-forward for which nothing spills."""
+    _, part_2 = parts(shape.channels)
+    spills = part_2 and (block_m == 32 or (block_m == 64 and chip.arch != "sm_90"))
+    return 32 if spills else 64
+
+
+def _tail_programs(shape: TailShape, block_m: int) -> int:
+    return shape.batch * ceil_div(shape.tokens, block_m)
+
+
+# By rows of a tile of 4 warps, the instructions of a warp: for a head, for 64 channels of the feed-forward, and for
+# each channel of a row beside them. Counted in the code for sm_90.
+_TAIL_INSTRUCTIONS: Mapping[int, tuple[int, int, int]] = {
+    64: (385, 1050, 32),
+    32: (440, 640, 21),
+    16: (280, 400, 14),
+}
+
+
+@functools.cache
+def tail_predicted_to_gain(shape: TailShape, chip: Chip) -> bool:
+    """Whether the kernel is predicted to be faster than the operators one after the other."""
+    if shape.itemsize != 2 or not shape.tokens * shape.batch * shape.keys * shape.heads:
+        return False
+    return _fused_ns(shape, default_tail(shape, chip).block_m, chip) < _separate_ns(shape, chip)
+
+
+def _fused_ns(shape: TailShape, block_m: int, chip: Chip) -> float:
+    head, piece, channel = _TAIL_INSTRUCTIONS[block_m]
+    of_a_warp = shape.heads * head + ceil_div(shape.inner, 64) * piece + shape.channels * channel
+    rounds = ceil_div(_tail_programs(shape, block_m), chip.multiprocessors)
+    # Of the largest tiles one program has all registers and shared memory of a multiprocessor.
+    alone = rounds == 1 or (block_m == 64 and padded(shape.channels) > 96)
+    return LAUNCH_NS + rounds * 4 * of_a_warp / (_ALONE_PER_NS if alone else _TOGETHER_PER_NS)
+
+
+def _separate_ns(shape: TailShape, chip: Chip) -> float:
+    rows, channels = shape.batch * shape.tokens, shape.channels
+    attention_ns = max(
+        rows * shape.heads * shape.keys / _EXPONENTIALS_PER_NS,
+        2 * rows * channels * shape.itemsize / _BYTES_PER_NS,
+    )
+    plain = LinearShape(rows, channels, channels, gated=False, normed=False, itemsize=shape.itemsize)
+    matmuls = (
+        *(plain, plain, plain),
+        replace(plain, channels=shape.inner),
+        replace(plain, normed=True),
+        replace(plain, columns=shape.inner, gated=True, normed=True),
+    )
+    return LAUNCH_NS + attention_ns + sum(predicted_ns(one, chip) for one in matmuls)
