@@ -18,7 +18,13 @@ from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
-from .transformer_tail import transformer_tail, transformer_tail_ref, transformer_tail_separate
+from .transformer_tail import (
+    TransformerTailCall,
+    transformer_tail,
+    transformer_tail_backend,
+    transformer_tail_ref,
+    transformer_tail_separate,
+)
 
 __all__ = [
     "GEGLU",
@@ -33,6 +39,7 @@ __all__ = [
     "KernelUnsupported",
     "Launch",
     "Operator",
+    "TransformerTailCall",
     "__version__",
     "attention",
     "attention_ref",
@@ -62,6 +69,7 @@ __all__ = [
     "sampler_update_ref",
     "seed_tensor",
     "transformer_tail",
+    "transformer_tail_backend",
     "transformer_tail_ref",
     "transformer_tail_separate",
     "tuned_table",

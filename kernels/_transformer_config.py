@@ -96,8 +96,8 @@ def _tail_programs(shape: TailShape, block_m: int) -> int:
     return shape.batch * ceil_div(shape.tokens, block_m)
 
 
-# By rows of a tile of 4 warps, the instructions of a warp: for a head, for 64 channels of the feed-forward, and for
-# each channel of a row beside them. Counted in the code for sm_90.
+# By rows of a tile of 4 warps, the instructions of a warp: for a head, for 64 channels of the feed-forward, and
+# for each channel of a row beside them. Counted in the code for sm_90.
 _TAIL_INSTRUCTIONS: Mapping[int, tuple[int, int, int]] = {
     64: (385, 1050, 32),
     32: (440, 640, 21),

@@ -359,6 +359,24 @@ def transformer_tail(
     return result
 
 
+def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Literal["torch", "triton"]:
+    """Who serves a call, for who has a way of their own around the kernel.
+
+    "auto" as of `transformer_tail`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
+    """
+    choose_backend("transformer_tail", backend, ())
+    if backend == "torch" or torch._C._is_any_autocast_enabled():
+        return "torch"
+    if backend == "auto":
+        return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)
+    return "torch" if _served_by_torch(*call) else "triton"
+
+
+@ByLayout
+def _served_by_torch(*arguments: Any) -> bool:
+    return bool(unsupported_reasons(checked(OPERATOR, TransformerTailCall(*arguments))))
+
+
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
     """What "auto" takes where the kernel is not expected to be faster."""
     if out is not None:

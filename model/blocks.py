@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from ldmperf.kernels import (
     Conv3x3Call,
     GroupNormSiLU,
+    TransformerTailCall,
     attention,
     conv3x3,
     conv3x3_backend,
     linear,
     linear_separate,
     residual_add,
+    transformer_tail,
+    transformer_tail_backend,
 )
 
 from .choices import Choices
@@ -171,18 +174,38 @@ class TransformerBlock(nn.Module):
         """
         batch, tokens, channels = x.shape
         heads = self.heads, channels // self.heads
-        if first is None:
-            qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads).unbind(2)
-        else:
-            q = self._linear(x, self.norm1, self.first_q, before).view(batch, tokens, *heads)
-            qkv = q, *first.unbind(2)
-        h = attention(*qkv, backend=self.choices.backend).view(x.shape)
-        x = matmul_add(x, h, self.to_out.weight, in_place)
+        x = matmul_add(x, self.attended(x, before, first), self.to_out.weight, in_place)
         q = self._linear(x, self.norm2, self.cross_q, after_attention).view(batch, tokens, *heads)
         h = attention(q, *context.unbind(2), backend=self.choices.backend).view(x.shape)
         x = matmul_add(x, h, self.cross_out.weight, in_place)
         h = self._linear(x, self.norm3, self.ff_in, after_cross, "geglu")
         return matmul_add(x, h, self.ff_out.weight, in_place)
+
+    def attended(self, x: Tensor, before: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+        """The first attention of x [B, N, C], before the layer behind it; arguments as of `forward`."""
+        batch, tokens, channels = x.shape
+        heads = self.heads, channels // self.heads
+        if first is None:
+            qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads).unbind(2)
+        else:
+            q = self._linear(x, self.norm1, self.first_q, before).view(batch, tokens, *heads)
+            qkv = q, *first.unbind(2)
+        return attention(*qkv, backend=self.choices.backend).view(x.shape)
+
+    def tail_call(
+        self, x: Tensor, attended: Tensor, context: Tensor, image: Tensor, proj: nn.Linear, statistics: bool
+    ) -> TransformerTailCall:
+        """What follows `attended`, up to the sum with `image`, without a bias of the last projection."""
+        return TransformerTailCall(
+            *(attended, x, image, context, self.to_out.weight, self.norm2.weight, self.norm2.bias),
+            *(self.cross_q.weight, self.cross_out.weight, self.norm3.weight, self.norm3.bias),
+            *(self.ff_in.weight, self.ff_out.weight, proj.weight, self.norm2.eps),
+            out_bias=self.to_out.bias,
+            cross_bias=self.cross_out.bias,
+            ff_in_bias=self.ff_in.bias,
+            ff_out_bias=self.ff_out.bias,
+            statistics=statistics,
+        )
 
     def _linear(
         self,
@@ -244,20 +267,25 @@ class Transformer(nn.Module):
         between: Tensor | None,
         closing: Tensor | None,
         tokens: Tensor,
+        tail: Tensor | None,
         size: torch.Size | None = None,
         in_place: bool = False,
     ) -> Image:
         """x [B, C, H, W], context of `project_context` -> [B, C, H, W], or [B, C, *size].
 
-        `between`, `closing` and `tokens` as of `Biases`; a result of another size needs `closing`. `in_place`
-        overwrites x and the results of submodules, for a caller that alone holds them. The result is `Written`
-        where x is.
+        `between`, `closing`, `tokens` and `tail` as of `Biases`; a result of another size needs `closing`.
+        `in_place` overwrites x and the results of submodules, for a caller that alone holds them, and may compute
+        what a block computes without calling it. The result is `Written` where x is.
         """
         travels = isinstance(x, Written)
         x, of_x = Written.of(x)
         h = self.proj_in(as_tokens(self.norm(x, between, None, of_x)))
-        at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
         keys_values = context.unbind()
+        if in_place and tail is not None and size is None and len(keys_values) == 1:
+            written = self._ended(x, h, keys_values[0], tail, travels)
+            if written is not None:
+                return written if travels else written.image
+        at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
         each = len(keys_values) // len(self.blocks)
         for i, block in enumerate(self.blocks):
             *first, cross = keys_values[each * i : each * (i + 1)]
@@ -267,6 +295,16 @@ class Transformer(nn.Module):
             return Written(h) if travels else h
         h = as_image(F.linear(h, self.proj_out.weight), x.shape[2:])
         return summed(x, h, closing, size, self.choices, travels)
+
+    def _ended(self, x: Tensor, h: Tensor, context: Tensor, tail: Tensor, travels: bool) -> Written | None:
+        """What follows the tokens h of one block, in two launches; None where `choices` take the separate ones."""
+        block = cast(TransformerBlock, self.blocks[0])
+        call = block.tail_call(h, h, context, x, self.proj_out, travels and _leaves(x, self.choices))
+        if transformer_tail_backend(call, self.choices.tails) == "torch":
+            return None
+        call = call._replace(attended=block.attended(h), proj_bias=tail)
+        found = transformer_tail(**call._asdict(), backend="triton")
+        return Written(*found) if isinstance(found, tuple) else Written(found)
 
 
 class Resample(nn.Module):
@@ -312,7 +350,7 @@ def merged(
     if choices.convolutions == "torch":
         return None
     stride = conv.stride[0]
-    leaves = travels and choices.statistics != "torch" and x.shape[2] * x.shape[3] > _FEW_PIXELS * stride**2
+    leaves = travels and _leaves(x, choices, stride)
     call = Conv3x3Call(x, conv.weight, bias, stride, False, shortcut, skip, shortcut_weight, residual, leaves)
     if conv3x3_backend(call, choices.convolutions) == "torch":
         return None
@@ -320,12 +358,16 @@ def merged(
     return Written(*found) if isinstance(found, tuple) else Written(found)
 
 
+def _leaves(x: Tensor, choices: Choices, stride: int = 1) -> bool:
+    """Whether statistics are wanted beside what a kernel writes, which has the size of x over `stride`."""
+    return choices.statistics != "torch" and x.shape[2] * x.shape[3] > _FEW_PIXELS * stride**2
+
+
 def summed(
     x: Tensor, h: Tensor, bias: Tensor | None, size: torch.Size | None, choices: Choices, travels: bool
 ) -> Image:
     """x + h + bias, enlarged to `size`, with its statistics where they are wanted of sums too."""
-    leaves = choices.statistics == "triton" and x.shape[2] * x.shape[3] > _FEW_PIXELS
-    if travels and leaves and size is None:
+    if travels and size is None and choices.statistics == "triton" and _leaves(x, choices):
         return Written(*residual_add(x, h, bias, statistics=True, backend=choices.backend))
     total = residual_add(x, h, bias, size=size, backend=choices.backend)
     return Written(total) if travels else total

@@ -24,6 +24,7 @@ class Biases(NamedTuple):
     between  [C]: missing from the transformer's input
     closing  [C]: added by the transformer's sum
     tokens   [(3 L - 1) C]: missing from the tokens of L transformer blocks at each norm but the first
+    tail     [C]: added by the sum of a transformer of one block whose tail adds the biases of its tokens itself
     """
 
     before: Tensor | None
@@ -31,6 +32,7 @@ class Biases(NamedTuple):
     between: Tensor | None
     closing: Tensor | None
     tokens: Tensor | None
+    tail: Tensor | None
 
 
 def deferred_biases(route: Iterable[Stop], first: Tensor) -> list[list[Tensor]]:
@@ -82,16 +84,18 @@ def _at(stop: Stop, before: Tensor | None) -> tuple[list[list[Tensor | None]], T
     missing = after_resblock(resblock, before)
     if transformer is None:
         bias, after = (missing, None) if adds or whole else (None, missing)
-        return [[before], [bias], [], [], []], after
+        return [[before], [bias], [], [], [], []], after
     in_tokens = missing_in_tokens(transformer)
     if adds and whole:
         # Adds early the bias that the in-place matmul omits; the transformer's norm subtracts it.
         ahead = after_transformer(transformer, None, in_tokens)
-        return [[before], [missing + ahead], [-ahead], [], [*in_tokens[:-1]]], None
+        tail = tail_bias(transformer, None, in_tokens)
+        return [[before], [missing + ahead], [-ahead], [], [*in_tokens[:-1]], tail], None
     bias, between = (missing, None) if adds else (None, missing)
     total = after_transformer(transformer, between, in_tokens)
     closing, after = (total, None) if whole else (None, total)
-    return [[before], [bias], [between], [closing], [*in_tokens[:-1]]], after
+    tail = tail_bias(transformer, closing, in_tokens)
+    return [[before], [bias], [between], [closing], [*in_tokens[:-1]], tail], after
 
 
 def after_resblock(block: ResBlock, before: Tensor | None) -> Tensor:
@@ -116,6 +120,17 @@ def after_transformer(transformer: Transformer, before: Tensor | None, in_tokens
     """[C]: the bias missing from the sum with the input where `before` [C] is missing from the input."""
     bias = transformer.proj_out.bias if before is None else before + transformer.proj_out.bias
     return torch.addmv(bias, transformer.proj_out.weight, in_tokens[-1]) if in_tokens else bias
+
+
+def tail_bias(
+    transformer: Transformer, closing: Tensor | None, in_tokens: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """[C]: what the sum adds, `closing` or nothing, less what the biases in the tokens of one block have added."""
+    # Of the three sums of one block.
+    if len(in_tokens) != 3:
+        return []
+    added = torch.mv(transformer.proj_out.weight, in_tokens[-1])
+    return [-added if closing is None else closing - added]
 
 
 def _beside(x: Tensor | None, skip: Tensor | None, channels: int) -> Tensor | None:

@@ -250,7 +250,7 @@ class UNet(nn.Module):
             # By position: torch.utils.checkpoint takes no other arguments with use_reentrant=True.
             x = stop.resblock(x, shift, skip, biases.before, biases.bias, of_block, in_place)
             if stop.transformer is not None:
-                kept = biases.between, biases.closing, biases.tokens
+                kept = biases.between, biases.closing, biases.tokens, biases.tail
                 x = stop.transformer(x, next(context), *kept, size, in_place)
             if stop.pushes:
                 skips.append(x)

@@ -67,11 +67,12 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize("statistics", ["torch", "auto", "triton"])
 @pytest.mark.parametrize("convolutions", ["torch", "triton"])
+@pytest.mark.parametrize("tails", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_with_every_combination_of_what_can_be_merged(launched, dtype, convolutions, statistics):
+def test_with_every_combination_of_what_can_be_merged(launched, dtype, tails, convolutions, statistics):
     config = CONFIGS["wide"]
     exact, _ = networks(config, torch.float32)
-    reference, ours = networks(config, dtype, convolutions=convolutions, statistics=statistics)
+    reference, ours = networks(config, dtype, convolutions=convolutions, tails=tails, statistics=statistics)
     exact.load_state_dict({name: value.float() for name, value in reference.state_dict().items()})
     # More pixels than a group norm takes in one launch.
     x, context = torch.randn(1, 4, 17, 18).to(dtype), torch.randn(1, 5, config.context_dim).to(dtype)
@@ -80,7 +81,8 @@ def test_with_every_combination_of_what_can_be_merged(launched, dtype, convoluti
         error = relative_rms(ours(x, 500.0, context), expected)
         assert error < 1.2 * max(relative_rms(reference(x, 500.0, context), expected), 4e-6)
     assert any("conv3x3" in name for name in launched) == (convolutions == "triton")
-    left = statistics == "triton" or (statistics == "auto" and convolutions == "triton")
+    assert ("transformer_tail_kernel" in launched) == (tails == "triton")
+    left = statistics == "triton" or (statistics == "auto" and "triton" in (convolutions, tails))
     assert ("group_norm_given_kernel" in launched) == left
 
 
