@@ -47,6 +47,15 @@ def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
     return []
 
 
+def of_layout(reasons: list[str], kernel: Any, tensor: Tensor) -> list[str]:
+    """The reasons that hold on a GPU too, of tensors that stand for such on "meta"; elsewhere all."""
+    return (
+        [reason for reason in reasons if reason not in device_reasons(kernel, tensor)]
+        if tensor.is_meta
+        else reasons
+    )
+
+
 def dtype_reasons(**tensors: Tensor | None) -> list[str]:
     """One reason for each tensor of a dtype that kernels do not take."""
     return [

@@ -53,7 +53,7 @@ from ._layout import MAX_INDEX
 from ._library import OUTS, compute_dtype, define_operator
 from ._recipes import ByLayout, checked
 from ._statistics import channel_statistics, empty_statistics
-from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
 from .residual_add import residual_add
 
 # Tiles of rows that run beside each other on the same columns.
@@ -484,7 +484,8 @@ def conv3x3_backend(call: Conv3x3Call, backend: str = "auto") -> Literal["torch"
 
 @ByLayout
 def _served_by_torch(*arguments: Any) -> bool:
-    return bool(unsupported_reasons(checked(OPERATOR, Conv3x3Call(*arguments))))
+    call = checked(OPERATOR, Conv3x3Call(*arguments))
+    return bool(of_layout(unsupported_reasons(call), conv3x3_kernel, call.x))
 
 
 def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -518,7 +519,7 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
     if torch.compiler.is_compiling() and not _are_fixed(*x.shape):
         # One graph for all sizes: no measurement of one of them decides.
         return "torch"
-    reasons = () if x.is_meta else tuple(unsupported_reasons(call))
+    reasons = tuple(of_layout(unsupported_reasons(call), conv3x3_kernel, x))
     numbers = dataclasses.astuple(call.shape)
     chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, numbers)
     return chosen

@@ -287,7 +287,7 @@ def residual_add(
         return result
     if size is not None:
         raise ValueError("residual_add: statistics are of a sum of x's size; leave out size or statistics")
-    both: tuple[Tensor, Tensor] = _residual_add_statistics(x, residual, bias, backend, out=out)
+    both: tuple[Tensor, Tensor] = _statistics_residual_add(x, residual, bias, True, backend, out=out)
     return both
 
 
@@ -351,12 +351,13 @@ _residual_add = define_operator(
     # A sum: its derivatives are the same everywhere.
     spared={"x": None, "residual": None, "bias": None},
 )
-_residual_add_statistics = define_operator(
-    "residual_add_statistics(Tensor x, Tensor residual, Tensor? bias, str backend) -> (Tensor, Tensor)",
+_statistics_residual_add = define_operator(
+    "statistics_residual_add(Tensor x, Tensor residual, Tensor? bias, bool statistics, str backend) "
+    "-> (Tensor, Tensor)",
     OPERATOR,
     reference=_reference,
     fake=_empty_result,
-    bind=lambda x, residual, bias: ResidualAddCall(x, residual, bias, statistics=True),
+    bind=lambda x, residual, bias, statistics: ResidualAddCall(x, residual, bias, None, statistics),
     autocast=lambda run, x, residual, *others: run(*promoted(x, residual), *others),
     in_place=("x", "residual"),
 )

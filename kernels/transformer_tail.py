@@ -52,7 +52,7 @@ from ._transformer_config import (
     tail_predicted_to_gain,
 )
 from ._transformer_tail_kernels import transformer_tail_kernel
-from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
 from .attention import attention
 from .linear import linear_separate
 
@@ -374,7 +374,8 @@ def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -
 
 @ByLayout
 def _served_by_torch(*arguments: Any) -> bool:
-    return bool(unsupported_reasons(checked(OPERATOR, TransformerTailCall(*arguments))))
+    call = checked(OPERATOR, TransformerTailCall(*arguments))
+    return bool(of_layout(unsupported_reasons(call), transformer_tail_kernel, call.x))
 
 
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -397,7 +398,7 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
     if torch.compiler.is_compiling() and not _are_fixed(shape.batch, shape.tokens, shape.keys):
         # One graph for all sizes: no measurement of one of them decides.
         return "torch"
-    reasons = () if x.is_meta else tuple(unsupported_reasons(call))
+    reasons = tuple(of_layout(unsupported_reasons(call), transformer_tail_kernel, x))
     chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, *shape)
     return chosen
 

@@ -66,9 +66,9 @@ CALLS = {
         OPERATORS.group_norm_silu.default,
         (leaf(2, 5, 4, 6), 4, leaf(8), leaf(8), 1e-5, leaf(2, 8), leaf(2, 3, 4, 6), "silu", None, None),
     ),
-    "residual_add_statistics": lambda: (
-        OPERATORS.residual_add_statistics.default,
-        (leaf(2, 3, 4, 6), leaf(2, 3, 4, 6), leaf(3)),
+    "statistics_residual_add": lambda: (
+        OPERATORS.statistics_residual_add.default,
+        (leaf(2, 3, 4, 6), leaf(2, 3, 4, 6), leaf(3), True),
     ),
     "residual_add": lambda: (
         OPERATORS.residual_add.default,
