@@ -4,6 +4,7 @@
 __version__ = "0.1.0"
 
 from . import layers
+from ._dependent import dependent_launch_reasons, dependent_launches
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from .attention import MAX_HEAD_DIM, attention, attention_ref
@@ -33,6 +34,8 @@ __all__ = [
     "attention",
     "attention_ref",
     "chip_of",
+    "dependent_launch_reasons",
+    "dependent_launches",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

@@ -11,6 +11,7 @@ them apart moves nothing.
 
 from __future__ import annotations
 
+from ._dependent import launch_dependents, wait_for_primary
 from ._layout import row_offsets
 from ._parts import load_parts, part_columns, row_ptrs
 from ._triton import jit, tl
@@ -140,14 +141,17 @@ def norm_linear_kernel(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program normalizes BLOCK_M whole rows, keeps them, and does tiles_n tiles of columns."""
+    launch_dependents(PDL)
     blocks_n = tl.cdiv(columns, BLOCK_N * tiles_n)
     pid = tl.program_id(0)
     offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets = row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)
     if ALIGN > 1:
         offsets = tl.multiple_of(offsets, [ALIGN])
+    wait_for_primary(PDL)
     x = load_parts(x_ptr + offsets, offs_m < rows, CHANNELS, PART_1, PART_2)
     a = _normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
     first = (pid % blocks_n) * (BLOCK_N * tiles_n)
@@ -203,8 +207,10 @@ def linear_kernel(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does one tile, BLOCK_K channels at a time."""
+    launch_dependents(PDL)
     # Neighbouring programs share GROUP_M tiles of rows, so that what they read stays in the L2 cache.
     blocks_m = tl.cdiv(rows, BLOCK_M)
     blocks_n = tl.cdiv(columns, BLOCK_N)
@@ -226,6 +232,7 @@ def linear_kernel(
     else:
         w_mask = offs_n < columns
     w_ptrs = row_ptrs(weight_ptr, w_rows, stride_w, ALIGN)
+    wait_for_primary(PDL)
     acc = tl.zeros([BLOCK_M, (1 + GATED) * BLOCK_N], tl.float32)
     # No way around the loop: else triton 3.6.0 comes to wgmma that ptxas serializes in 128 x 256 tiles (C7515).
     tl.assume(channels > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ try:
     import triton
 except ImportError:
     triton = None
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
 
 tl: Any = None if triton is None else triton.language
 jit: Any = (lambda function: function) if triton is None else triton.jit
@@ -36,6 +41,16 @@ def debugs() -> bool | None:
     if compilation.instrumentation_mode or runtime.add_stages_inspection_hook is not None:
         return None
     return bool(runtime.debug)
+
+
+@functools.cache
+def has_dependent_launches() -> bool:
+    """Whether this triton can launch a kernel as a dependent one, by the option `launch_pdl`."""
+    try:
+        from triton.backends.nvidia.compiler import CUDAOptions
+    except ImportError:
+        return False
+    return gdc_wait is not None and "launch_pdl" in CUDAOptions.__dataclass_fields__
 
 
 def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
