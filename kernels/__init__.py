@@ -4,7 +4,7 @@
 __version__ = "0.1.0"
 
 from . import layers
-from ._dependent import dependent_launch_reasons, dependent_launches
+from ._dependent import dependent_launch_reasons, dependent_launches, dependent_launches_enabled
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from .attention import MAX_HEAD_DIM, attention, attention_ref
@@ -36,6 +36,7 @@ __all__ = [
     "chip_of",
     "dependent_launch_reasons",
     "dependent_launches",
+    "dependent_launches_enabled",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

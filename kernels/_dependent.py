@@ -4,11 +4,11 @@ Between two launches of a stream a GPU idles for about a microsecond. A dependen
 program of the launch before has called `launch_dependents` or ended. Its programs compute their indices, and stop
 in `wait_for_primary` until that launch is complete and what it wrote can be read.
 
-    every program waits         So a launch is complete only after all before it are, and a kernel may read what any
-                                of them wrote and overwrite what any of them reads.
-    nothing is read before it   Not even weights, which a launch may have written too: a cast, an adapter.
-                                `prefetch_weights` only brings lines into the L2 cache, which all launches share:
-                                what is written there later is what is read later.
+    every program waits   So a launch is complete only after all before it are: a kernel may read what any of them
+                          wrote, and overwrite what any of them reads.
+    none reads before     Not even weights, which a launch may have written too: a cast, an adapter.
+                          `prefetch_weights` only brings lines into the L2 cache, which all launches share: what is
+                          written there later is what is read later.
 
 A launch of others, such as cuBLAS's, begins when all launches before it are complete, as ever.
 Sources: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, griddepcontrol.
@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 
 from ._launch import Chip
-from ._triton import gdc_launch_dependents, gdc_wait, has_dependent_launches, is_interpreted, jit, tl, triton
+from ._triton import dependent_launch_misfit, gdc_launch_dependents, gdc_wait, is_interpreted, jit, tl
 
 # The first of NVIDIA's architectures that has them.
 FIRST_ARCH = 90
@@ -45,22 +45,20 @@ def dependent_launches(enabled: bool = True) -> Iterator[None]:
         _enabled.reset(token)
 
 
-def are_enabled() -> bool:
-    """Whether launches are to be dependent here."""
+def dependent_launches_enabled() -> bool:
+    """Whether launches are asked to be dependent here."""
     return _enabled.get()
 
 
 def dependent_launch_reasons(chip: Chip) -> list[str]:
     """Every reason why launches on this chip cannot be dependent; empty where they can."""
-    if triton is None:
-        return ["triton is not installed: pip install triton"]
     reasons = []
     arch = re.fullmatch(r"sm_(\d+)[a-z]*", chip.arch)
     if arch is None or int(arch[1]) < FIRST_ARCH:
         reasons.append(f"{chip.name} is {chip.arch}: dependent launches need NVIDIA's sm_{FIRST_ARCH} or newer")
-    if not has_dependent_launches():
-        reasons.append(f"triton {triton.__version__} has no launch_pdl: pip install -U triton")
-    if is_interpreted(wait_for_primary):
+    if (misfit := dependent_launch_misfit()) is not None:
+        reasons.append(misfit)
+    elif is_interpreted(wait_for_primary):
         reasons.append("triton's interpreter runs one launch after another: unset TRITON_INTERPRET")
     return reasons
 

@@ -42,7 +42,7 @@ def layout(arguments: Sequence[Any]) -> Hashable:
     key: list[Hashable] = [
         _launch.TUNED_FOLDER,
         None if chip is _launch.NO_GPU else chip,
-        _dependent.are_enabled(),
+        _dependent.dependent_launches_enabled(),
     ]
     for value in arguments:
         # Tensor's isinstance takes three times as long for what is none.

@@ -1,7 +1,7 @@
 """Loads, stores and atomics of global and shared memory: ld, st, atom, red (PTX ISA 9.7.9, 9.7.13).
 
-And what orders a launch after those before it, griddepcontrol: until a thread of a dependent launch has waited, it may
-access no global memory.
+And griddepcontrol, which orders a dependent launch after those before it: until a thread has waited, it may access
+no global memory.
 """
 
 from __future__ import annotations
