@@ -61,7 +61,7 @@ def locate(
     if space == "global":
         start = address - BASE
         outside = threads.memory.outside(start, size)
-        if threads.early is not None:
+        if threads.early is not None and what != "prefetch":
             _check_waited(threads, address, lanes, what)
     else:
         program = threads.program_of if lanes is threads.lane_index else threads.program_of.take(lanes)
@@ -263,5 +263,12 @@ def _control_dependents(i: PtxInstruction) -> Action | None:
 
 @executes("prefetch")
 def _prefetch(i: PtxInstruction) -> Action | None:
-    """To the L2 cache, which later writes reach: nothing is read, whatever the address."""
-    return (lambda threads: None) if form(i, r"global\.L2(__evict_\w+)?") else None
+    """To the L2 cache, which later writes reach: nothing is read, and it need not wait."""
+    if form(i, r"global\.L2(__evict_\w+)?") is None:
+        return None
+    address = address_of(i, 0, "global")
+
+    def prefetch(threads: Threads) -> None:
+        locate(threads, "global", address(threads), 1, threads.active, "prefetch")
+
+    return prefetch
