@@ -75,7 +75,7 @@ def run(
         if threads.copies or threads.products:
             threads.report("unfinished", 1, "cp.async" if threads.copies else "wgmma")
         if without := threads.without_wait():
-            threads.report("no wait", without, f"of {programs} programs")
+            threads.report("no wait", without)
 
 
 def _run(code: Code, threads: Threads) -> None:

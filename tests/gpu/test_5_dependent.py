@@ -1,4 +1,4 @@
-"""Dependent launches on a GPU: the bits of others, eager and captured, and edges of a graph that are programmatic."""
+"""Dependent launches on a GPU: the bits of others, eager and captured; programmatic edges of a graph."""
 
 from __future__ import annotations
 
