@@ -4,6 +4,7 @@ Triton places barriers, waits and fences itself, so that some faults cannot be w
 is taken away, or executed by half of a warp. docs/emulate.md shows all of them.
 """
 
+import dataclasses
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ WRITTEN = {
 ATTENTION = Subject("attention", "attention", Shape(BF16, 1, height=12, width=12, heads=1, head_dim=64))
 TEXT = Subject("attention to a text", "attention", Shape(BF16, 1, height=10, width=13, heads=1, context=77))
 NORM = Subject("group norm", "group_norm_silu", Shape(BF16, 1, channels=64, height=8, width=8))
+DEPENDENT = dataclasses.replace(NORM, name="group norm, a dependent launch", dependent=True)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Edit:
         return changed[:start] + self.before + changed[start:]
 
 
+WAIT = r"^\s*griddepcontrol\.wait.*\n"
 # %half0 is true for half of each warp, %wide0 is a lane's number.
 HALF = """
 	.reg .pred %half<2>;
@@ -91,6 +94,21 @@ EDITS = (
     Edit("divergent warp", "a shuffle by half of each warp", NORM, r"^(\s*)(shfl\..*)$", r"\1@%half0 \2", 0, HALF),
     Edit("unwritten register", "the thread's number never read", NORM, r"^\s*mov\.u32\s+%r\d+, %tid\.x;$"),
     Edit("unwritten result", "a store taken away", NORM, r"^\s*(?:@%p\d+ )?st\.global.*$"),
+    Edit(
+        "early read",
+        "a griddepcontrol.wait put behind the loads",
+        DEPENDENT,
+        rf"({WAIT})((?:.*\n)*?)(\s*(?:@%p\d+ )?st\.global)",
+        r"\2\1\3",
+    ),
+    Edit(
+        "early write",
+        "a griddepcontrol.wait put behind the stores",
+        DEPENDENT,
+        rf"({WAIT})((?:.*\n)*)(\s*ret;)",
+        r"\2\1\3",
+    ),
+    Edit("no wait", "a griddepcontrol.wait taken away", DEPENDENT, WAIT),
     Edit("unfinished", "the last wait for copies taken away", TEXT, r"^\s*cp\.async\.wait_group.*$", "", -1),
 )
 

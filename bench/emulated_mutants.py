@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ldmperf.kernels._launch import planned_for
+from ldmperf.kernels import dependent_launches, planned_for
 from ldmperf.profiling.emulator.emulated_calls import run_operator
 from ldmperf.profiling.emulator.emulation import Emulation, emulated
 from ldmperf.profiling.emulator.mutants import MUTATIONS, Mutant, mutants
@@ -27,13 +27,15 @@ BF16, FP32 = torch.bfloat16, torch.float32
 class Subject:
     """A call whose kernels are mutated: ragged shapes, so that masks matter.
 
-    few  planned as for a chip of one multiprocessor: the tiles of many tokens
+    few        planned as for a chip of one multiprocessor: the tiles of many tokens
+    dependent  by dependent launches
     """
 
     name: str
     operator: str
     shape: Shape
     few: bool = True
+    dependent: bool = False
 
 
 SUBJECTS = (
@@ -111,7 +113,7 @@ def run_subject(subject: Subject, arch: str, edit) -> tuple[Emulation, float]:
     """(the emulation, the largest relative RMS error of the call)."""
     with emulated(arch, tallied=True, edit=edit) as emulation:
         chip = dataclasses.replace(emulation.chip, multiprocessors=1) if subject.few else emulation.chip
-        with planned_for(chip):
+        with planned_for(chip), dependent_launches(subject.dependent):
             call = run_operator(emulation, made_inputs(subject.operator, subject.shape, "random"))
     return emulation, max(float("inf") if error.not_finite else error.rms for error in call.errors)
 

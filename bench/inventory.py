@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -138,6 +139,14 @@ def floors_markdown(inventories: Iterable[Inventory], measured: Measured | None 
         merged = [sum(word in x.name for x in launches) for word in ("layer_norm + ", " + geglu")]
         reached = ["yes" if captured <= most else "no" for most in (420, 300)]
         row = (size, len(separate[size]), *merged, len(launches), captured, *reached)
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    lines += ["", "### Launches of our kernels, and what comes before each", ""]
+    lines += ["| size | ours, eager | of our kernels | behind another of those | behind one of torch's |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for size, launches in step_launches("auto").items():
+        before = [first.is_ours for first, second in pairwise(launches) if second.is_ours]
+        ours = sum(launch.is_ours for launch in launches)
+        row = (size, len(launches), ours, sum(before), ours - sum(before))
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@
 __version__ = "0.1.0"
 
 from . import layers
+from ._dependent import dependent_launch_reasons, dependent_launches, dependent_launches_enabled
 from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics, like_statistics
@@ -49,6 +50,9 @@ __all__ = [
     "conv3x3_backend",
     "conv3x3_ref",
     "conv3x3_separate",
+    "dependent_launch_reasons",
+    "dependent_launches",
+    "dependent_launches_enabled",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

@@ -10,6 +10,7 @@ parts, PART_1 and PART_2 (0 for none), each a power of two, and a value of that 
 
 from __future__ import annotations
 
+from ._dependent import launch_dependents, wait_for_primary
 from ._parts import load_parts, part_columns, row_ptrs
 from ._triton import jit, tl
 
@@ -264,12 +265,14 @@ def attention_kernel(
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does a tile of queries of one head, over all keys tile by tile.
 
     MASKS tells which tiles may hold keys to leave out: "none", the "last", or "every". AHEAD computes the scores
     of a tile during the softmax of the tile before. PTX_COPY keeps ptxas from serializing wgmma (`_copied`).
     """
+    launch_dependents(PDL)
     blocks_m = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
     b = (pid // blocks_m // heads).to(tl.int64)
@@ -277,6 +280,7 @@ def attention_kernel(
     offs_m = (pid % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < queries
+    wait_for_primary(PDL)
     q_rows = row_ptrs(_head_ptr(q_ptr, b, h, stride_qb, stride_qh, ALIGN), offs_m, stride_qn, ALIGN)
     q = load_parts(q_rows, mask_m, HEAD_DIM, PART_1, PART_2)
     k_ptr = _head_ptr(k_ptr, b, h, stride_kb, stride_kh, ALIGN)
@@ -379,9 +383,11 @@ def short_attention_kernel(
     MATRIX_SUMS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does QUERY_TILES tiles of queries of one head and holds all its keys and values, in one or two
     parts; the first WHOLE_PARTS of them hold no key that is to be left out."""
+    launch_dependents(PDL)
     blocks_m = tl.cdiv(queries, BLOCK_M * QUERY_TILES)
     pid = tl.program_id(0)
     b = (pid // blocks_m // heads).to(tl.int64)
@@ -391,6 +397,7 @@ def short_attention_kernel(
     v_ptr = _head_ptr(v_ptr, b, h, stride_vb, stride_vh, ALIGN)
     out_ptr = _head_ptr(out_ptr, b * queries, h, heads * HEAD_DIM, HEAD_DIM, ALIGN)
 
+    wait_for_primary(PDL)
     keys = _key_count(lengths_ptr, b, keys, stride_lb)
     offs_n = part_columns(KEYS_1, KEYS_2)
     attended = keys if mask_ptr is None else 0

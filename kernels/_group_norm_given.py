@@ -8,7 +8,15 @@ of the image, and normalizes a chunk of pixels. The order of every sum is fixed.
 
 from __future__ import annotations
 
-from ._group_norm_kernels import _affine, _bundle_channels, _load_x_bias, _merge_lanes, _normalize
+from ._dependent import launch_dependents, wait_for_primary
+from ._group_norm_kernels import (
+    _affine,
+    _bundle_channels,
+    _load_x_bias,
+    _merge_lanes,
+    _normalize,
+    _prefetch_affine,
+)
 from ._triton import jit, tl
 
 
@@ -85,13 +93,18 @@ def group_norm_given_kernel(
     BLOCK_T: tl.constexpr,
     SILU: tl.constexpr,
     FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program merges the statistics of its bundle and normalizes one chunk of pixels."""
+    launch_dependents(PDL)
     pid = tl.program_id(0)
     chunk = (pid // bundles) % chunks
     b = (pid // bundles // chunks).to(tl.int64)
     bundle = pid % bundles
     offs_c, mask_c, member = _bundle_channels(bundle, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
+    first = bundle * (GROUPS * GROUP_CHANNELS)
+    _prefetch_affine(weight_ptr, bias_ptr, first, num_groups * GROUP_CHANNELS, BLOCK_C, PDL)
+    wait_for_primary(PDL)
     shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
     of_x = offs_c < x_channels
     mean, m2 = _channel_moments(

@@ -61,6 +61,7 @@ class Launch:
     flops         of its matmuls, a multiply-add being two
     exponentials  of its softmax
     updated       the arguments that it reads and writes
+    pdl           whether it is a dependent launch (_dependent.py), which its kernel has to be made for
     """
 
     kernel: Any
@@ -73,6 +74,13 @@ class Launch:
     flops: int = 0
     exponentials: int = 0
     updated: tuple[str, ...] = ()
+    pdl: bool = False
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What triton takes beside the arguments. Not every backend of it knows `launch_pdl`."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"launch_pdl": True} if self.pdl else options
 
     @property
     def name(self) -> str:
@@ -94,7 +102,7 @@ class Launch:
     def run(self) -> None:
         """For tools and tests: launch on the current device and stream. An operator's call uses `_recipes`."""
         if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[(self.programs,)](**self.arguments, **self.options)
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -11,6 +11,7 @@ them apart moves nothing.
 
 from __future__ import annotations
 
+from ._dependent import launch_dependents, prefetch_rows, prefetch_vector, wait_for_primary
 from ._layout import row_offsets
 from ._parts import load_parts, part_columns, row_ptrs
 from ._triton import jit, tl
@@ -83,6 +84,15 @@ def _product_columns(start, columns, BLOCK_N: tl.constexpr, GATED: tl.constexpr)
 
 
 @jit
+def _prefetch_weight(weight_ptr, start, columns, stride_w, channels, BLOCK_N, GATED, BLOCK_K: tl.constexpr, PDL):
+    """Asks for the first BLOCK_K channels of the weight's rows of a tile of columns."""
+    if PDL:
+        rows, _ = _product_columns(start, columns, BLOCK_N, GATED)
+        rows = tl.minimum(rows, (1 + GATED) * columns - 1).to(tl.int64)
+        prefetch_rows(weight_ptr + rows * stride_w, channels, BLOCK_K, PDL)
+
+
+@jit
 def _store_tile(
     out_ptr,
     bias_ptr,
@@ -140,17 +150,30 @@ def norm_linear_kernel(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program normalizes BLOCK_M whole rows, keeps them, and does tiles_n tiles of columns."""
+    launch_dependents(PDL)
     blocks_n = tl.cdiv(columns, BLOCK_N * tiles_n)
     pid = tl.program_id(0)
     offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets = row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)
     if ALIGN > 1:
         offsets = tl.multiple_of(offsets, [ALIGN])
+    first = (pid % blocks_n) * (BLOCK_N * tiles_n)
+    # A part at a time, as each is a power of two.
+    prefetch_vector(norm_weight_ptr, CHANNELS, PART_1, PDL)
+    prefetch_vector(norm_bias_ptr, CHANNELS, PART_1, PDL)
+    _prefetch_weight(weight_ptr, first, columns, stride_w, CHANNELS, BLOCK_N, GATED, PART_1, PDL)
+    if PART_2 > 0:
+        prefetch_vector(norm_weight_ptr + PART_1, CHANNELS - PART_1, PART_2, PDL)
+        prefetch_vector(norm_bias_ptr + PART_1, CHANNELS - PART_1, PART_2, PDL)
+        _prefetch_weight(
+            weight_ptr + PART_1, first, columns, stride_w, CHANNELS - PART_1, BLOCK_N, GATED, PART_2, PDL
+        )
+    wait_for_primary(PDL)
     x = load_parts(x_ptr + offsets, offs_m < rows, CHANNELS, PART_1, PART_2)
     a = _normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
-    first = (pid % blocks_n) * (BLOCK_N * tiles_n)
     for start in range(first, first + BLOCK_N * tiles_n, BLOCK_N):
         w_rows, offs_n = _product_columns(start, columns, BLOCK_N, GATED)
         if EVEN_N:
@@ -203,8 +226,10 @@ def linear_kernel(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does one tile, BLOCK_K channels at a time."""
+    launch_dependents(PDL)
     # Neighbouring programs share GROUP_M tiles of rows, so that what they read stays in the L2 cache.
     blocks_m = tl.cdiv(rows, BLOCK_M)
     blocks_n = tl.cdiv(columns, BLOCK_N)
@@ -226,6 +251,8 @@ def linear_kernel(
     else:
         w_mask = offs_n < columns
     w_ptrs = row_ptrs(weight_ptr, w_rows, stride_w, ALIGN)
+    _prefetch_weight(weight_ptr, first, columns, stride_w, channels, BLOCK_N, GATED, 2 * BLOCK_K, PDL)
+    wait_for_primary(PDL)
     acc = tl.zeros([BLOCK_M, (1 + GATED) * BLOCK_N], tl.float32)
     # No way around the loop: else triton 3.6.0 comes to wgmma that ptxas serializes in 128 x 256 tiles (C7515).
     tl.assume(channels > 0)

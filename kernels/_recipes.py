@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from . import _launch
+from . import _dependent, _launch
 from ._checks import one_device
 from ._dispatch import choose_backend
 from ._launch import Launch, Operator
@@ -36,9 +36,14 @@ def layout(arguments: Sequence[Any]) -> Hashable:
 
     Python takes 1, 1.0 and True for one key, and 0.0 and -0.0: harmless, as schemas fix each argument's type.
     """
-    # What else a plan reads: the table of tuned configurations, and which chip stands for none.
+    # What else a plan reads: the table of tuned configurations, which chip stands for none, and whether launches
+    # are to be dependent.
     chip = _launch.chip_of(_HOST)
-    key: list[Hashable] = [_launch.TUNED_FOLDER, None if chip is _launch.NO_GPU else chip]
+    key: list[Hashable] = [
+        _launch.TUNED_FOLDER,
+        None if chip is _launch.NO_GPU else chip,
+        _dependent.dependent_launches_enabled(),
+    ]
     for value in arguments:
         # Tensor's isinstance takes three times as long for what is none.
         if type(value) in _PLAIN:
@@ -248,7 +253,7 @@ def recipe(
                 launch.programs,
                 tuple(None if isinstance(value, Tensor) else value for value in values),
                 tuple((place, number_of(values[place])) for place in places),
-                {"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+                launch.options,
             )
         )
     return Recipe(

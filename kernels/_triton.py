@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,11 +12,17 @@ try:
     import triton
 except ImportError:
     triton = None
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch_dependents
+    from triton.language.extra.cuda import gdc_wait as gdc_wait
+except ImportError:
+    gdc_launch_dependents = gdc_wait = None
 
 tl: Any = None if triton is None else triton.language
 jit: Any = (lambda function: function) if triton is None else triton.jit
 
 
+_NO_TRITON = "triton is not installed: pip install triton"
 # The types of devices that compiled kernels run on.
 DEVICES = ("cuda",)
 # The dtypes that kernels load and store; they compute in float32.
@@ -38,10 +45,24 @@ def debugs() -> bool | None:
     return bool(runtime.debug)
 
 
+@functools.cache
+def dependent_launch_misfit() -> str | None:
+    """Why this triton cannot launch a kernel while the one before it runs; None if it can."""
+    if triton is None:
+        return _NO_TRITON
+    try:
+        from triton.backends.nvidia.compiler import CUDAOptions
+    except ImportError:
+        return "triton has no backend for NVIDIA"
+    if gdc_wait is None or "launch_pdl" not in CUDAOptions.__dataclass_fields__:
+        return f"triton {triton.__version__} has no launch_pdl: pip install -U triton"
+    return None
+
+
 def device_reasons(kernel: Any, tensor: Tensor) -> list[str]:
     """Why `kernel`, a function under `jit`, cannot run on the device of `tensor`; empty if it can."""
     if triton is None:
-        return ["triton is not installed: pip install triton"]
+        return [_NO_TRITON]
     if not is_interpreted(kernel) and tensor.device.type not in DEVICES:
         return [f"the tensors are on {tensor.device}: Triton kernels need a GPU, or TRITON_INTERPRET=1 at import"]
     return []

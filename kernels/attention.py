@@ -27,6 +27,7 @@ from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._autocast import lowered
 from ._checks import real, tensors
+from ._dependent import launches_dependently
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator
@@ -121,6 +122,7 @@ def plan(
     config = config or default_config(
         queries, keys, dim, batch * heads, q.element_size(), chip, tf32=tf32, has_mask=key_mask is not None
     )
+    pdl = launches_dependently(chip)
     part_1, part_2 = parts(dim)
     strides = {
         f"stride_{name}{axis}": tensor.stride(i)
@@ -154,6 +156,7 @@ def plan(
         # Largest power of two up to 8 that divides head_dim and all strides. The compiler cannot infer it for a
         # stride of 40.
         "ALIGN": math.gcd(8, dim, *strided),
+        "PDL": pdl,
     }
     tiles: dict[str, Any]
     if config.block_n == 0:
@@ -192,6 +195,7 @@ def plan(
         role="" if keys == queries else "cross-attention",
         flops=_flops(q.shape, k.shape),
         exponentials=batch * heads * queries * keys,
+        pdl=pdl,
     )
     return out, [launch]
 

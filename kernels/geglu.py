@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import tensors
+from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_count, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
@@ -68,7 +69,9 @@ def geglu_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_dependents(PDL)
     blocks_n = tl.cdiv(columns, BLOCK_N)
     pid = tl.program_id(0)
     offs_m = (pid // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -76,6 +79,7 @@ def geglu_kernel(  # type: ignore[no-untyped-def]
     mask_n = offs_n < columns
     mask = (offs_m < rows)[:, None] & mask_n[None, :]
     x_ptrs = x_ptr + row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)[:, None] + offs_n[None, :]
+    wait_for_primary(PDL)
     value = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(x_ptrs + columns, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -136,6 +140,7 @@ def plan(
     config = (
         config or tuned("geglu", tuning_key(call), chip, GegluConfig) or default_config(rows.count, columns, chip)
     )
+    pdl = launches_dependently(chip)
     ((stride_outer, stride_inner),) = rows.strides
     arguments = {
         "x_ptr": call.x,
@@ -149,9 +154,10 @@ def plan(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "FLAT": rows.flat,
+        "PDL": pdl,
     }
     programs = ceil_div(rows.count, config.block_m) * ceil_div(columns, config.block_n)
-    return out, [Launch(geglu_kernel, programs, arguments, config.num_warps, operator="geglu")]
+    return out, [Launch(geglu_kernel, programs, arguments, config.num_warps, operator="geglu", pdl=pdl)]
 
 
 def unsupported_reasons(call: GegluCall) -> list[str]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import choice, real, tensors, whole
+from ._dependent import launches_dependently
 from ._group_norm_config import GroupNormConfig, GroupNormShape, candidate_configs, default_config
 from ._group_norm_given import group_norm_given_kernel
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
@@ -148,6 +149,7 @@ def plan(
     config = (
         config or tuned("group_norm_silu", tuning_key(call), chip, GroupNormConfig) or default_config(shape, chip)
     )
+    pdl = launches_dependently(chip)
     of_x = image_strides(x)
     of_skip = of_x if skip is None else image_strides(skip)
     bundles = ceil_div(shape.num_groups, config.groups)
@@ -171,6 +173,7 @@ def plan(
         "BLOCK_C": block_c,
         "BLOCK_HW": config.block_hw,
         "FLAT": of_x.flat and of_skip.flat,
+        "PDL": pdl,
     }
     result = {
         "weight_ptr": call.weight,
@@ -180,7 +183,7 @@ def plan(
         **named_strides("o", image_strides(out), "bcw"),
         "SILU": call.activation == "silu",
     }
-    launch = functools.partial(Launch, num_warps=config.num_warps, operator="group_norm_silu")
+    launch = functools.partial(Launch, num_warps=config.num_warps, operator="group_norm_silu", pdl=pdl)
     if config.chunks == 0:
         arguments = shared | result | {"ONE_TILE": config.block_hw >= shape.pixels}
         return out, [launch(group_norm_kernel, shape.batch * bundles, arguments, role="group_norm")]

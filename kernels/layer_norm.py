@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import real, tensors
+from ._dependent import launch_dependents, launches_dependently, prefetch_vector, wait_for_primary
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import Rows, collapse_rows, column_block, row_count, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
@@ -86,8 +87,10 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does BLOCK_M whole rows, in CHUNKS tiles of BLOCK_N columns that all stay in registers."""
+    launch_dependents(PDL)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = (offs_m < rows)[:, None]
     x_rows = x_ptr + row_offsets(offs_m, inner, stride_x_outer, stride_x_inner, FLAT)[:, None]
@@ -95,6 +98,10 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     if residual_ptr is not None:
         r_rows = residual_ptr + row_offsets(offs_m, inner, stride_r_outer, stride_r_inner, FLAT)[:, None]
 
+    for j in tl.static_range(CHUNKS):
+        prefetch_vector(weight_ptr + j * BLOCK_N, columns - j * BLOCK_N, BLOCK_N, PDL)
+        prefetch_vector(bias_ptr + j * BLOCK_N, columns - j * BLOCK_N, BLOCK_N, PDL)
+    wait_for_primary(PDL)
     # Tiles are added up before lanes are: one reduction, whatever the number of tiles.
     tiles = ()
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -191,6 +198,7 @@ def plan(
     chip = chip or chip_of(x.device)
     config = config or tuned("layer_norm", tuning_key(call), chip, LayerNormConfig)
     config = config or default_config(rows.count, columns, chip)
+    pdl = launches_dependently(chip)
     of_x, of_residual = rows.strides
     arguments = {
         "x_ptr": x,
@@ -212,9 +220,12 @@ def plan(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "FLAT": rows.flat,
+        "PDL": pdl,
     }
     programs = ceil_div(rows.count, config.block_m)
-    return result, [Launch(layer_norm_kernel, programs, arguments, config.num_warps, operator="layer_norm")]
+    return result, [
+        Launch(layer_norm_kernel, programs, arguments, config.num_warps, operator="layer_norm", pdl=pdl)
+    ]
 
 
 def unsupported_reasons(call: LayerNormCall) -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._autocast import lowered
 from ._checks import choice, real, tensors
+from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -193,9 +194,10 @@ def plan(
         raise ValueError(f"linear: {config} keeps rows for their norm, and there is none")
     launches: list[Launch] = []
     if norm is not None and config.block_k:
-        x, launches = LAYER_NORM.plan(norm)
+        x, launches = LAYER_NORM.plan(norm, chip=chip)
     rows = collapse_rows([x])
     assert rows is not None
+    pdl = launches_dependently(chip)
     ((stride_outer, stride_inner),) = rows.strides
     arguments: dict[str, Any] = {
         "x_ptr": x,
@@ -216,6 +218,7 @@ def plan(
         "PRECISION": "ieee",
         # Largest power of two up to 8 that divides all strides. The compiler cannot infer it for a stride of 40.
         "ALIGN": math.gcd(8, stride_outer, stride_inner, weight.stride(0)),
+        "PDL": pdl,
     }
     programs = ceil_div(rows.count, config.block_m) * ceil_div(shape.columns, config.block_n * config.tiles_n)
     if config.block_k:
@@ -249,6 +252,7 @@ def plan(
         operator="linear",
         role=" + ".join(name for name in fused if name),
         flops=_flops(x.shape, weight.shape),
+        pdl=pdl,
     )
     return out, [*launches, launch]
 

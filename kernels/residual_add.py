@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import flag, tensors, whole
+from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, named_strides, pixel_offsets
 from ._library import compute_dtype, define_operator
@@ -96,7 +97,9 @@ def residual_add_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HW: tl.constexpr,
     BLOCK_C: tl.constexpr,
     FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    launch_dependents(PDL)
     blocks_c = tl.cdiv(channels, BLOCK_C)
     blocks_hw = tl.cdiv(pixels, BLOCK_HW)
     pid = tl.program_id(0)
@@ -110,6 +113,7 @@ def residual_add_kernel(  # type: ignore[no-untyped-def]
     x_rows = b * stride_xb + pixel_offsets(offs_hw, width, stride_xh, stride_xw, FLAT)
     r_rows = b * stride_rb + pixel_offsets(offs_hw, width, stride_rh, stride_rw, FLAT)
     columns = offs_c.to(tl.int64)[None, :]
+    wait_for_primary(PDL)
     total = tl.load(x_ptr + x_rows[:, None] + columns * stride_xc, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(residual_ptr + r_rows[:, None] + columns * stride_rc, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -196,6 +200,7 @@ def plan(
     config = (
         config or tuned("residual_add", tuning_key(call), chip, ResidualAddConfig) or default_config(call, chip)
     )
+    pdl = launches_dependently(chip)
     of_x, of_residual = image_strides(x), image_strides(residual)
     statistics = empty_statistics(out, STATISTICS_TILE) if call.statistics else None
     if call.statistics and config.block_hw != STATISTICS_TILE:
@@ -218,9 +223,12 @@ def plan(
         "BLOCK_HW": config.block_hw,
         "BLOCK_C": config.block_c,
         "FLAT": of_x.flat and of_residual.flat,
+        "PDL": pdl,
     }
     programs = batch * ceil_div(call.pixels, config.block_hw) * ceil_div(channels, config.block_c)
-    launches = [Launch(residual_add_kernel, programs, arguments, config.num_warps, operator="residual_add")]
+    launches = [
+        Launch(residual_add_kernel, programs, arguments, config.num_warps, operator="residual_add", pdl=pdl)
+    ]
     return out if statistics is None else (out, statistics), launches
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._checks import tensors
+from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, next_power_of_two, tuned
 from ._layout import MAX_INDEX
 from ._library import define_operator, refuse_forward_mode
@@ -142,8 +143,10 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HW: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does a tile of pixels, all channels, of one image."""
+    launch_dependents(PDL)
     blocks_hw = tl.cdiv(pixels, BLOCK_HW)
     pid = tl.program_id(0)
     b = (pid // blocks_hw).to(tl.int64)
@@ -155,6 +158,7 @@ def sampler_update_kernel(  # type: ignore[no-untyped-def]
     w = (offs_hw % width).to(tl.int64)[:, None]
     c = offs_c.to(tl.int64)[None, :]
 
+    wait_for_primary(PDL)
     step = tl.load(step_ptr)
     row_ptr = table_ptr + step * (REGISTERS * (REGISTERS + 2))
     output_ptrs = output_ptr + _offsets(h, w, c, stride_oh, stride_ow, stride_oc, ALIGN)
@@ -246,6 +250,7 @@ def plan(
     chip = chip or chip_of(registers.device)
     config = config or tuned("sampler_update", tuning_key(call), chip, SamplerUpdateConfig)
     config = config or default_config(channels, height * width)
+    pdl = launches_dependently(chip)
     rank = registers.dim() - 2
     strides = {
         **_strides(("stride_gr", "stride_gb", "stride_gc", "stride_gh", "stride_gw"), registers, rank),
@@ -273,6 +278,7 @@ def plan(
         "BLOCK_HW": config.block_hw,
         "BLOCK_C": next_power_of_two(channels),
         "ALIGN": math.gcd(8, *(strides[f"stride_{name}{axis}"] for name in "goni" for axis in "hw")),
+        "PDL": pdl,
     }
     programs = registers.shape[1] * ceil_div(height * width, config.block_hw)
     launch = Launch(
@@ -282,6 +288,7 @@ def plan(
         config.num_warps,
         operator="sampler_update",
         updated=("registers_ptr",),
+        pdl=pdl,
     )
     return None, [launch]
 

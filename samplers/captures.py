@@ -13,6 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldmperf.kernels import dependent_launches_enabled
+
 from .cuda_graphs import CaptureError, Graphs
 from .reads import Reads, Watch, modules_of
 from .tree import leaves
@@ -125,7 +127,7 @@ class Captures(Generic[M]):
         self, key: Hashable, device: torch.device, description: str, build: Callable[[], Capturable[M]]
     ) -> Captured[M] | None:
         """The capture under this key, kept or new; None where the call is to run eagerly. Inside a turn."""
-        key = (key, _autocast(device))
+        key = (key, _autocast(device), dependent_launches_enabled())
         if self._watch is not None and not self._watch.is_same(self._modules()):
             self._drop_all("because modules changed")
         if self._worth and key in self._kept and self._kept[key].is_slower:

@@ -60,6 +60,9 @@ class GraphedSampler(Graphed[_Memory], Generic[C]):
     processor); the old captures keep their memory until then. Any other tensor that denoise closes over is kept
     alive and read in place.
 
+    A run inside `ldmperf.kernels.dependent_launches()` replays a capture of its own, whose launches of ldmperf's
+    operators begin before those before them have ended.
+
     Streams: a run waits, on the device, for the run before, on whatever streams both are.
 
     cuDNN selects algorithms at the warm-up, under the switches set then (torch.backends.cudnn); an eager loop has

@@ -77,6 +77,8 @@ class GraphedDenoiser(Graphed[_Memory], Generic[C]):
     conditioning where it has other tensors than the capture's last one, or tensors that were written since. Writes
     through `.data` are not seen.
 
+    Dependent launches are captured as by `GraphedSampler`.
+
     denoise is called with images channels-last, and without gradients. Not for two threads at once.
     """
 

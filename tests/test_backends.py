@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ldmperf.kernels import Chip, dependent_launches, dependent_launches_enabled, planned_for
 from ldmperf.model import UNet, load_unet
 from ldmperf.profiling import Case, profile
 from ldmperf.profiling.measure.error import relative_rms
@@ -116,6 +118,7 @@ def test_on_a_cpu_every_rung_is_a_row_and_those_that_cannot_run_say_why(tiny_che
     assert "group_norm_silu" in said["triton+hoist"]
     assert said["graph"].startswith("CUDA graphs need a CUDA device")
     assert said["graph+separate"].startswith("CUDA graphs need a CUDA device")
+    assert said["graph+pdl"].startswith("CUDA graphs need a CUDA device")
     assert said["graph-invariant"].startswith("CUDA graphs need a CUDA device")
     assert "group_norm_silu" in said["triton-invariant"]
     assert all("\n" not in message for message in said.values())
@@ -184,7 +187,7 @@ def test_diffusers_network_compiles_as_one_graph(tiny_checkpoint: Path, is_accel
 def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
     given = problem(tiny_checkpoint)
     compiled = ("diffusers-compile", "diffusers-accelerated-compile", "diffusers-compile-max")
-    for name in (*compiled, "graph+separate", "graph"):
+    for name in (*compiled, "graph+separate", "graph", "graph+pdl"):
         with pytest.raises(Unsupported, match="CUDA"):
             all_backends()[name].build(replace(given))
 
@@ -208,6 +211,39 @@ def test_the_graphs_differ_in_the_merging_of_products_alone(
         assert isinstance(backend, GraphBackend)
         replace(backend, graphs=run_again).build(given)
     assert asked == [("triton", "torch"), ("triton", "auto")]
+
+
+def test_the_rung_of_dependent_launches_captures_inside_their_context(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run_again: Graphs
+) -> None:
+    seen: list[bool] = []
+    real = UNet.denoise
+
+    def denoise(unet: UNet, *arguments: Any) -> Tensor:
+        seen.append(dependent_launches_enabled())
+        return real(unet, *arguments)
+
+    monkeypatch.setattr(UNet, "denoise", denoise)
+    given = problem(tiny_checkpoint)
+    results = []
+    for dependent in (False, True):
+        backend = GraphBackend(run_again, "torch", dependent=dependent)
+        with dependent_launches(not dependent):
+            results.append(backend.build(given)(given.inputs(0)))
+        assert set(seen) == {dependent}
+        seen.clear()
+    assert torch.equal(*results)
+    rung = all_backends()["graph+pdl"]
+    assert rung == replace(cast(GraphBackend, all_backends()["graph"]), dependent=True)
+
+
+def test_the_rung_of_dependent_launches_needs_a_chip_that_has_them(
+    tiny_checkpoint: Path, run_again: Graphs
+) -> None:
+    backend = GraphBackend(run_again, "torch", dependent=True)
+    with planned_for(Chip("NVIDIA A100", 108, "sm_80")), pytest.raises(Unsupported) as raised:
+        backend.build(problem(tiny_checkpoint))
+    assert str(raised.value) == "NVIDIA A100 is sm_80: dependent launches need NVIDIA's sm_90 or newer"
 
 
 def test_memory_set_aside_for_graphs_is_that_of_their_pools_alone() -> None:

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ldmperf.kernels import dependent_launches, dependent_launches_enabled
 from ldmperf.model import UNet, UNetConfig
 from ldmperf.samplers import (
     SAMPLERS,
@@ -435,3 +436,22 @@ def test_what_went_wrong_is_told_where_ending_the_capture_fails_too(
     with pytest.raises(kind, match=f"could not be captured: {told}") as raised:
         sampler((torch.zeros(1),), plan, noise)
     assert isinstance(raised.value, CaptureError)
+
+
+def test_a_run_with_dependent_launches_has_a_capture_of_its_own() -> None:
+    """Replays of one are never those of the other, whichever comes first."""
+    seen: list[bool] = []
+
+    def denoise(x: torch.Tensor, found: Prompt, step: torch.Tensor) -> torch.Tensor:
+        seen.append(dependent_launches_enabled())
+        return network(x, found, step)
+
+    plan = make_plan("ddim", SCHEDULE, 2)
+    noise = initial_noise([0], SHAPE)
+    sampler: GraphedSampler[Prompt] = GraphedSampler(denoise, backend="torch", graphs=Replays())
+    results = []
+    for dependent in (False, True, False, True):
+        with dependent_launches(dependent):
+            results.append(sampler(prompt(plan, 0.5), plan, noise))
+        assert len(sampler.captures) == (1 if not any(seen) else 2)
+    assert all(torch.equal(result, results[0]) for result in results)

@@ -165,6 +165,15 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
     assert {key: name for key, name in planned.items() if key not in looked_up} == {}
 
 
+def test_a_chip_without_dependent_launches_has_none_to_compile() -> None:
+    case = cases()[0].model_copy(update={"backend": "graph+pdl"})
+    older = MACHINES["sm_80"]
+    assert plan(run_parts([case]), older, chips=[Chip("NVIDIA A100", 108, "sm_80")]).launches == ()
+    planned = plan(run_parts([case]), SM_90, chips=[NO_GPU]).launches
+    assert planned
+    assert all(kernel.options["launch_pdl"] for kernel in planned)
+
+
 def test_what_diffusers_network_launches_of_ours_is_compiled_ahead(looked_up: dict[str, str]) -> None:
     """Its linear layers left out: "auto" merges some of them with their gates, and "triton", as here, all."""
     from ldmperf.model.dropin import accelerate
@@ -336,6 +345,8 @@ def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
     pool = runpy.run_path(str(ROOT / "tests/gpu/test_4_graph_pool.py"), run_name="pool")
     assert pool["TINY"] == tested_launches.TESTED_TINY
     assert (*pool["SHAPES"], pool["SMALL"]) == tested_launches.TESTED_GRAPHS
+    dependent = runpy.run_path(str(ROOT / "tests/gpu/test_5_dependent.py"), run_name="dependent")
+    assert dependent["TINY"] == tested_launches.TESTED_TINY
     check = "".join(path.read_text() for path in sorted((ROOT / "bench").glob("*check*.py")))
     assert re.findall(r'^HEAD_DIMS = "([\d,]+)"', check, re.MULTILINE) == [
         ",".join(map(str, launch_sets.CHECKED_HEAD_DIMS))

@@ -311,6 +311,7 @@ def test_compiled_backends_have_no_ranges_and_graphs_an_eager_twin() -> None:
         assert eager.model_copy(update={"steps": 50, "backend": backend}) == case
         twins[backend] = eager.backend
     assert twins.pop("graph") == "triton+hoist+merge"
+    assert twins.pop("graph+pdl") == "triton+hoist+merge"
     assert twins.pop("graph+separate") == "triton+hoist"
     assert twins.pop("graph-invariant") == "triton-invariant"
     assert all(backend == twin for backend, twin in twins.items())

@@ -22,6 +22,7 @@ from ldmperf.model import FAMILY, RELEASED, UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 from ..kernel_bench.selection import Job, first_of_each_key
+from ..measure.outcomes import Unsupported
 from ..peer import SCHEDULER_CONFIG, diffusers_unet
 from ..step.call import OperatorCall
 from ..step.recording import RecordedCall, calls_of_ours
@@ -118,7 +119,11 @@ def _trajectory(case: Case) -> Planned:
     dtype: torch.dtype = getattr(torch, case.dtype)
     unet = meta_unet(family_config(case), dtype, "torch")
     plan = make_plan(case.sampler, SCHEDULE, case.steps)
-    run = our_backends()[case.backend].build(UNetProblem(case, unet, plan, SCHEDULER_CONFIG))
+    try:
+        run = our_backends()[case.backend].build(UNetProblem(case, unet, plan, SCHEDULER_CONFIG))
+    except Unsupported:
+        # Of a chip without dependent launches.
+        return
     noise = torch.empty(case.batch, 4, case.latent_height, case.latent_width, device="meta")
     inputs = Inputs(
         noise=noise,
@@ -171,11 +176,15 @@ def launches_of_run(run: Callable[[], Any]) -> Planned:
 
 def _layout(call: RecordedCall) -> object:
     """Equal for calls that launch the same: a layer's weights differ from another's, their shapes often do not."""
-    return call.operator, tuple(
-        (name, value.dtype, value.shape, value.stride(), value.data_ptr() % 16)
-        if isinstance(value, Tensor)
-        else (name, str(value))
-        for name, value in call.given.items()
+    return (
+        call.operator,
+        call.dependent,
+        tuple(
+            (name, value.dtype, value.shape, value.stride(), value.data_ptr() % 16)
+            if isinstance(value, Tensor)
+            else (name, str(value))
+            for name, value in call.given.items()
+        ),
     )
 
 

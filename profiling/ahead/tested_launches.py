@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS
+from ldmperf.kernels import OPERATORS, dependent_launches
 from ldmperf.model import FAMILY, UNetConfig
 from ldmperf.samplers import GraphedSampler, Step, make_plan, sample
 
@@ -59,6 +59,7 @@ def tested_parts() -> list[Part]:
     parts += [partial(_forward, TESTED_TINY, "bfloat16", *shape, tokens=7) for shape in TESTED_GRAPHS]
     parts.append(partial(_sampling, TESTED_TINY, "dpmpp_2m", 2, 64, 7))
     parts += [partial(_sampling, TESTED_TINY, sampler, 2, 16, 7) for sampler in TESTED_SAMPLERS]
+    parts += [partial(_dependent, TESTED_TINY, 16, 7), partial(_dependent, FAMILY["39M"], 64, 77)]
     return [*parts, _samplers_alone]
 
 
@@ -111,6 +112,13 @@ def _sampling(config: UNetConfig, sampler: str, images: int, latents: int, token
     yield from launches_of_run(partial(sample, denoise, plan, noise, **given, **options))
     graphed = GraphedSampler(unet.denoise, graphs=NoGraphs(), **options)
     yield from launches_of_run(partial(graphed, conditioning, plan, noise, **given))
+
+
+def _dependent(config: UNetConfig, latents: int, tokens: int) -> Planned:
+    """The same with dependent launches."""
+    with dependent_launches():
+        found = list(_sampling(config, "dpmpp_2m", 1, latents, tokens))
+    yield from found
 
 
 @torch.no_grad()

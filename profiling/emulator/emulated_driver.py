@@ -44,12 +44,14 @@ class LoadedKernel:
     """A kernel that Triton has compiled.
 
     signature  (parameter, type) of what is passed to it: "*bf16", "i32", "fp32"; members of tuples as "pair.0"
+    dependent  whether it is launched while launches before it run (Triton's option launch_pdl)
     """
 
     name: str
     ptx: str
     shared: int
     signature: tuple[tuple[str, str], ...]
+    dependent: bool = False
 
     @functools.cached_property
     def stored(self) -> frozenset[str]:
@@ -224,7 +226,7 @@ def _loaded(source: Any, metadata: Any) -> LoadedKernel:
             f"{name} calls {called[1]}, and functions are not emulated: noinline=True, tl.device_print and "
             "tl.device_assert make calls"
         )
-    return LoadedKernel(name, text, metadata.shared, signature)
+    return LoadedKernel(name, text, metadata.shared, signature, bool(getattr(metadata, "launch_pdl", False)))
 
 
 def _flat(signature: Any) -> Iterator[tuple[str, str]]:

@@ -139,7 +139,7 @@ class Emulation:
             tallies = Tallies(code.program, detailed=self.tallied, programs=grid[0] * grid[1] * grid[2])
             run(
                 code,
-                LaunchGrid(grid, _parameters(code, values), kernel.shared),
+                LaunchGrid(grid, _parameters(code, values), kernel.shared, kernel.dependent),
                 memory,
                 self.findings,
                 tallies,

@@ -74,6 +74,8 @@ def run(
             _run(code, threads)
         if threads.copies or threads.products:
             threads.report("unfinished", 1, "cp.async" if threads.copies else "wgmma")
+        if without := threads.without_wait():
+            threads.report("no wait", without)
 
 
 def _run(code: Code, threads: Threads) -> None:

@@ -26,6 +26,9 @@ KINDS: Mapping[str, str] = {
     "divergent warp": "an instruction of a whole warp or warp group is reached by part of it",
     "differing descriptor": "the threads of a warp group give their wgmma different matrices",
     "division by zero": "an integer is divided by zero",
+    "early read": "a dependent launch reads before its wait, while launches before it may still write",
+    "early write": "a dependent launch writes before its wait, while launches before it may still read or write",
+    "no wait": "a program of a dependent launch ends and has not waited for the launches before it",
     "unfinished": "the kernel ends while a cp.async or a wgmma is on its way",
     "unwritten result": "part of a result was never written",
 }

@@ -1,4 +1,8 @@
-"""Loads, stores and atomics of global and shared memory: ld, st, atom, red (PTX ISA 9.7.9, 9.7.13)."""
+"""Loads, stores and atomics of global and shared memory: ld, st, atom, red (PTX ISA 9.7.9, 9.7.13).
+
+And griddepcontrol, which orders a dependent launch after those before it: until a thread has waited, it may access
+no global memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from .global_memory import BASE
-from .instruction_set import Action, Array, Reader, executes, reader
+from .instruction_set import Action, Array, Reader, executes, form, reader
 from .memory import BLOCKS, EmulatedMemory
 from .program import DTYPES, UNSIGNED, PtxInstruction, UnknownInstruction
 from .threads import Threads
@@ -57,6 +61,8 @@ def locate(
     if space == "global":
         start = address - BASE
         outside = threads.memory.outside(start, size)
+        if threads.early is not None and what != "prefetch":
+            _check_waited(threads, address, lanes, what)
     else:
         program = threads.program_of if lanes is threads.lane_index else threads.program_of.take(lanes)
         start = address + program * threads.space
@@ -72,6 +78,20 @@ def locate(
         )
         start = np.where(outside, memory.total - 64, start)
     return memory, start
+
+
+def _check_waited(threads: Threads, address: Array, lanes: Array, what: str) -> None:
+    assert threads.early is not None
+    early = threads.early.take(lanes)
+    if early.any():
+        kind = "early read" if what in ("read", "copy") else "early write"
+        lane = lanes[early][0]
+        threads.report(
+            kind,
+            early.sum(),
+            f"{what} by thread {lane % threads.size} of program {threads.program_id[lane]} at "
+            f"{_told(threads, threads.memory, address[early][0])}",
+        )
 
 
 def _told(threads: Threads, memory: EmulatedMemory, address: int) -> str:
@@ -229,3 +249,26 @@ def _make_policy(i: PtxInstruction) -> Action:
     """How a cache is to keep what an access brings: no matter here."""
     name, nothing = i.operand(0), np.zeros(1, np.uint64)
     return lambda threads: threads.write(name, nothing)
+
+
+@executes("griddepcontrol")
+def _control_dependents(i: PtxInstruction) -> Action | None:
+    """`wait` returns at once in a launch that is not a dependent one, as on a GPU."""
+    if i.operands or i.modifiers not in (("wait",), ("launch_dependents",)):
+        return None
+    if i.modifiers == ("wait",):
+        return Threads.waited
+    return lambda threads: None
+
+
+@executes("prefetch")
+def _prefetch(i: PtxInstruction) -> Action | None:
+    """To the L2 cache, which later writes reach: nothing is read, and it need not wait."""
+    if form(i, r"global\.L2(__evict_\w+)?") is None:
+        return None
+    address = address_of(i, 0, "global")
+
+    def prefetch(threads: Threads) -> None:
+        locate(threads, "global", address(threads), 1, threads.active, "prefetch")
+
+    return prefetch

@@ -44,11 +44,15 @@ class Flight:
 
 @dataclass(frozen=True)
 class LaunchGrid:
-    """A launch: programs in three dimensions, the values of the parameters by name, bytes of shared memory."""
+    """A launch: programs in three dimensions, the values of the parameters by name, bytes of shared memory.
+
+    dependent  whether launches before it may still run, until it waits for them (griddepcontrol.wait)
+    """
 
     size: tuple[int, int, int]
     parameters: Mapping[str, Array]
     shared: int
+    dependent: bool = False
 
     @property
     def programs(self) -> int:
@@ -63,6 +67,7 @@ class Threads:
     mask        [lanes] which lanes are here, `count` of them; `full` where all are
     now         the instruction that is executed, and `place` its index
     copies      cp.async on their way, and `products` wgmma
+    early       [lanes] which have not waited for the launches before this one; None where all have
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Threads:
         self.copies: list[Flight] = []
         self.products: list[Flight] = []
         self.copy_group, self.product_group = np.zeros(self.lanes, np.int32), np.zeros(self.lanes, np.int32)
+        self.early: Array | None = np.ones(self.lanes, bool) if grid.dependent else None
         self.held: dict[str, Array] = {}  # registers of wgmma on their way: [warp groups]
         self.now = program.instructions[0]
         self.place = 0
@@ -228,6 +234,18 @@ class Threads:
         """An earlier access of these lanes as if they made it now."""
         epoch = self.epoch[self.program_of[lanes]]
         return replace(access, epoch=epoch, warp_epoch=self.warp_epoch[lanes >> 5])
+
+    def waited(self) -> None:
+        """The lanes that are here have waited for the launches before this one."""
+        if self.early is not None:
+            early = self.early & ~self.mask
+            self.early = early if early.any() else None
+
+    def without_wait(self) -> int:
+        """How many programs no thread has waited of."""
+        if self.early is None:
+            return 0
+        return int(self.early.reshape(self.programs, self.size).all(axis=1).sum())
 
     def report(self, kind: str, count: int = 1, detail: str = "") -> None:
         """A finding at this instruction."""

@@ -83,7 +83,7 @@ def bind(launch: Launch, machine: Machine) -> tuple[Any, Any, Any, Any]:
 
     kernel = launch.kernel
     backend, binder = _binder(kernel, target(machine))
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options: dict[str, Any] = {**launch.options}
     options["debug"] = kernel.debug or knobs.runtime.debug
     for name in _RUN_TIME_SETTINGS:
         if hasattr(knobs.compilation, name):

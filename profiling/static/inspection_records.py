@@ -160,10 +160,13 @@ def launch_key(record: InspectionRecord) -> str:
 
 
 def _launch_of(told: Mapping[str, Any]) -> dict[str, Any]:
+    # Only a dependent launch tells of PDL: the others have the code, and the key, that they have without it.
     return {name: told[name] for name in ("arch", "kernel", "size", "batch", "dtype", "num_warps")} | {
         "tensors": tuple(name.removesuffix("_ptr") for name in told["tensor_bytes"]),
         "constants": tuple(
-            f"{name}={value}" for name, value in sorted(told["constants"].items()) if name.isupper()
+            f"{name}={value}"
+            for name, value in sorted(told["constants"].items())
+            if name.isupper() and (name, value) != ("PDL", "False")
         ),
     }
 

@@ -26,7 +26,7 @@ GROUPS: tuple[LaunchGroup, ...] = get_args(LaunchGroup)
 
 @dataclass(frozen=True)
 class GpuLaunch:
-    """One launch; `reads` and `writes` are shapes as text."""
+    """One launch; `reads` and `writes` are shapes as text. is_ours: of a kernel of ours, and not of torch's."""
 
     name: str
     group: LaunchGroup
@@ -35,6 +35,7 @@ class GpuLaunch:
     nbytes: int
     flops: int = 0
     exponentials: int = 0
+    is_ours: bool = False
 
     @property
     def floor_s(self) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldmperf.kernels import OPERATORS, Launch
+from ldmperf.kernels import OPERATORS, Launch, dependent_launches, dependent_launches_enabled
 
 from .flops import flop_counter
 
@@ -34,6 +34,7 @@ class RecordedCall:
     result      what it returned
     flops       two per multiply-add, by torch's formulas
     in_network  whether the network called it, and not the sampler
+    dependent   whether its launches are asked to be dependent ones
     """
 
     function: Any
@@ -41,6 +42,7 @@ class RecordedCall:
     result: Any
     flops: int
     in_network: bool
+    dependent: bool = False
 
     @property
     def name(self) -> str:
@@ -65,7 +67,8 @@ class RecordedCall:
         """What our operator plans for it."""
         assert self.operator is not None
         operator = OPERATORS[self.operator]
-        launches: list[Launch] = operator.plan(operator.bind(**self.given))[1]
+        with dependent_launches(self.dependent):
+            launches: list[Launch] = operator.plan(operator.bind(**self.given))[1]
         return launches
 
     @property
@@ -132,7 +135,8 @@ class Recorder(TorchDispatchMode):
         if any(tensor.is_meta for tensor in _tensors([*arguments.values(), result])):
             formula = self._formulas.get(func.overloadpacket)
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-            self.calls.append(RecordedCall(func, arguments, result, flops, self._in_network))
+            dependent = dependent_launches_enabled()
+            self.calls.append(RecordedCall(func, arguments, result, flops, self._in_network, dependent))
         return result
 
     def _result(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

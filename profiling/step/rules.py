@@ -194,6 +194,7 @@ def _ours(call: RecordedCall) -> list[GpuLaunch]:
             nbytes=launch.nbytes,
             flops=launch.flops,
             exponentials=launch.exponentials,
+            is_ours=True,
         )
         for launch in launches
     ]

@@ -24,6 +24,7 @@ from .timeline import AttributedStep, Clock, step_times, without_shells
 # A replayed graph has no ranges: the eager backend that runs what was captured.
 EAGER_TWINS = {
     "graph": "triton+hoist+merge",
+    "graph+pdl": "triton+hoist+merge",
     "graph+separate": "triton+hoist",
     "graph-invariant": "triton-invariant",
 }

@@ -35,6 +35,7 @@ RUNGS = (
     "triton+hoist+merge",
     "graph+separate",
     "graph",
+    "graph+pdl",
 )
 # Beside the rungs `torch`, `triton+hoist+merge` and `graph`: the same with every image evaluated alone.
 INVARIANT = ("torch-invariant", "triton-invariant", "graph-invariant")

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ldmperf.kernels import chip_of, dependent_launch_reasons, dependent_launches
 from ldmperf.model import Conditioning, Constants, UNet
 from ldmperf.samplers import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
 
@@ -68,12 +69,14 @@ class OurBackend:
 @dataclass(frozen=True)
 class GraphBackend:
     """Our kernels, hoisted, each step a replay of one captured graph; `products` and `batch_invariant` are
-    UNet's options ("auto" fuses matmuls with norms and gates)."""
+    UNet's options ("auto" fuses matmuls with norms and gates). dependent: whether launches of ours begin before
+    those before them have ended (`ldmperf.kernels.dependent_launches`)."""
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
     products: Literal["auto", "torch", "triton"] = "auto"
     batch_invariant: bool = False
+    dependent: bool = False
     implementation = "torch"
 
     def build(self, problem: UNetProblem) -> Trajectory:
@@ -82,8 +85,10 @@ class GraphBackend:
             graphs.check(torch.device(problem.case.device))
         except CaptureError as reason:
             raise Unsupported(str(reason)) from None
+        if self.dependent and (reasons := dependent_launch_reasons(chip_of(problem.unet.conv_in.weight.device))):
+            raise Unsupported("; ".join(reasons))
         unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
-        return GraphTrajectory(problem, unet, self.operators, graphs)
+        return GraphTrajectory(problem, unet, self.operators, graphs, dependent=self.dependent)
 
 
 class GraphTrajectory:
@@ -92,7 +97,10 @@ class GraphTrajectory:
     One capture is kept: a stochastic check, whose noise is given, needs another, which a timed run must not hold.
     """
 
-    def __init__(self, problem: UNetProblem, unet: UNet, operators: str, graphs: Graphs) -> None:
+    def __init__(
+        self, problem: UNetProblem, unet: UNet, operators: str, graphs: Graphs, *, dependent: bool = False
+    ) -> None:
+        self._dependent = dependent
         self._problem = problem
         self._timesteps = [step.timestep for step in problem.plan.steps]
         self._unet = unet
@@ -113,14 +121,16 @@ class GraphTrajectory:
         conditioning = self._unet.condition(
             self._timesteps, inputs.context, **inputs.added, constants=self._constants
         )
-        return self._sampler(
-            (conditioning, low_resolution(inputs, problem)),
-            problem.plan,
-            inputs.noise,
-            guidance_scale=problem.case.guidance_scale,
-            seeds=inputs.seeds,
-            step_noise=inputs.step_noise,
-        )
+        held = conditioning, low_resolution(inputs, problem)
+        with dependent_launches(self._dependent):
+            return self._sampler(
+                held,
+                problem.plan,
+                inputs.noise,
+                guidance_scale=problem.case.guidance_scale,
+                seeds=inputs.seeds,
+                step_noise=inputs.step_noise,
+            )
 
     @property
     def phases(self) -> Mapping[str, float]:

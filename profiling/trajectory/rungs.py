@@ -24,6 +24,7 @@ def all_backends() -> dict[str, Backend]:
         "triton+hoist+merge": OurBackend("triton", products="auto"),
         "graph+separate": GraphBackend(products="torch"),
         "graph": GraphBackend(),
+        "graph+pdl": GraphBackend(dependent=True),
         "torch-invariant": OurBackend("torch", batch_invariant=True),
         "triton-invariant": OurBackend("triton", products="auto", batch_invariant=True),
         "graph-invariant": GraphBackend(batch_invariant=True),

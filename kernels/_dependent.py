@@ -1,0 +1,116 @@
+"""Dependent launches: a launch begins before the one before it has ended (programmatic dependent launch, PDL).
+
+Between two launches of a stream a GPU idles for about a microsecond. A dependent launch is begun as soon as every
+program of the launch before has called `launch_dependents` or ended. Its programs compute their indices, and stop
+in `wait_for_primary` until that launch is complete and what it wrote can be read.
+
+    every program waits   So a launch is complete only after all before it are: a kernel may read what any of them
+                          wrote, and overwrite what any of them reads.
+    none reads before     Not even weights, which a launch may have written too: a cast, an adapter.
+                          `prefetch_vector` only brings lines into the L2 cache, which all launches share: what is
+                          written there later is what is read later.
+
+A launch of others, such as cuBLAS's, begins when all launches before it are complete, as ever.
+Sources: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, griddepcontrol.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from ._launch import Chip
+from ._triton import dependent_launch_misfit, gdc_launch_dependents, gdc_wait, is_interpreted, jit, tl
+
+# The first of NVIDIA's architectures that has them.
+FIRST_ARCH = 90
+_enabled: ContextVar[bool] = ContextVar("_enabled", default=False)
+
+
+@contextlib.contextmanager
+def dependent_launches(enabled: bool = True) -> Iterator[None]:
+    """Inside, launches of ldmperf's operators are dependent where the chip has that (`dependent_launch_reasons`).
+
+    The results have the same bits. Off by default. It holds for this thread, or this task of asyncio, and for what
+    is captured as a CUDA graph inside. `enabled=False` turns it off inside another.
+    """
+    token = _enabled.set(enabled)
+    try:
+        yield
+    finally:
+        _enabled.reset(token)
+
+
+def dependent_launches_enabled() -> bool:
+    """Whether launches are asked to be dependent here."""
+    return _enabled.get()
+
+
+def dependent_launch_reasons(chip: Chip) -> list[str]:
+    """Every reason why launches on this chip cannot be dependent; empty where they can."""
+    reasons = []
+    arch = re.fullmatch(r"sm_(\d+)[a-z]*", chip.arch)
+    if arch is None or int(arch[1]) < FIRST_ARCH:
+        reasons.append(f"{chip.name} is {chip.arch}: dependent launches need NVIDIA's sm_{FIRST_ARCH} or newer")
+    if (misfit := dependent_launch_misfit()) is not None:
+        reasons.append(misfit)
+    elif is_interpreted(wait_for_primary):
+        reasons.append("triton's interpreter runs one launch after another: unset TRITON_INTERPRET")
+    return reasons
+
+
+def launches_dependently(chip: Chip) -> bool:
+    """What a plan for this chip takes for PDL."""
+    return _enabled.get() and not dependent_launch_reasons(chip)
+
+
+@jit
+def launch_dependents(PDL: tl.constexpr):
+    """Lets the next launch begin, if it is a dependent one, once all programs of this one have come here."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@jit
+def wait_for_primary(PDL: tl.constexpr):
+    """Waits until all earlier launches are complete: before the first load and before the first store."""
+    if PDL:
+        gdc_wait()
+
+
+@jit
+def prefetch_vector(ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Asks for the first BLOCK of `size` elements to come into the L2 cache: weights, before the wait."""
+    if PDL:
+        _prefetch(ptr + _lines(ptr, size, BLOCK))
+
+
+@jit
+def prefetch_rows(rows, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The same for rows of a matrix [N], pointers."""
+    if PDL:
+        _prefetch(rows[:, None] + _lines(rows, size, BLOCK)[None, :])
+
+
+@jit
+def _lines(ptr, size, BLOCK: tl.constexpr):
+    """The elements at which lines of 128 bytes begin."""
+    ELEMENTS: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (BLOCK + ELEMENTS - 1) // ELEMENTS
+    return tl.minimum(tl.arange(0, LINES) * ELEMENTS, size - 1)
+
+
+@jit
+def _prefetch(ptrs):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [ptrs.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
