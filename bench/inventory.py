@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from markers import with_blocks
 
-from ldmperf.model import FAMILY
+from ldmperf.model import AUTO, FAMILY, SEPARATE, Choices
 from ldmperf.profiling import Record, load_records
 from ldmperf.profiling.machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S
 from ldmperf.profiling.measure.recorded import KernelTime
@@ -72,15 +72,15 @@ def inventory(size: str, dtype: torch.dtype = torch.bfloat16) -> Inventory:
     return Inventory(
         size=size,
         diffusers=tuple(launches_of(diffusers_step(config, dtype))),
-        separate=tuple(launches_of(our_step(config, dtype, products="torch"))),
+        separate=tuple(launches_of(our_step(config, dtype, choices=SEPARATE))),
         ours=tuple(launches_of(our_step(config, dtype))),
     )
 
 
 @cache
-def step_launches(products: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, list[GpuLaunch]]:
-    """The launches of our eager step, by size of the family; `products` as of `UNet`."""
-    return {size: launches_of(our_step(config, dtype, products=products)) for size, config in FAMILY.items()}
+def step_launches(choices: Choices, dtype: torch.dtype = torch.bfloat16) -> dict[str, list[GpuLaunch]]:
+    """The launches of our eager step, by size of the family, with what is merged by `choices`."""
+    return {size: launches_of(our_step(config, dtype, choices=choices)) for size, config in FAMILY.items()}
 
 
 def markdown(inventories: Iterable[Inventory]) -> str:
@@ -133,8 +133,8 @@ def floors_markdown(inventories: Iterable[Inventory], measured: Measured | None 
         "| at most 420 | at most 300 |"
     ]
     lines += ["|---|---:|---:|---:|---:|---:|---|---|"]
-    separate = step_launches("torch")
-    for size, launches in step_launches("auto").items():
+    separate = step_launches(SEPARATE)
+    for size, launches in step_launches(AUTO).items():
         captured = len(launches) + LAUNCHES_OF_A_CAPTURE
         merged = [sum(word in x.name for x in launches) for word in ("layer_norm + ", " + geglu")]
         reached = ["yes" if captured <= most else "no" for most in (420, 300)]
@@ -143,7 +143,7 @@ def floors_markdown(inventories: Iterable[Inventory], measured: Measured | None 
     lines += ["", "### Launches of our kernels, and what comes before each", ""]
     lines += ["| size | ours, eager | of our kernels | behind another of those | behind one of torch's |"]
     lines += ["|---|---:|---:|---:|---:|"]
-    for size, launches in step_launches("auto").items():
+    for size, launches in step_launches(AUTO).items():
         before = [first.is_ours for first, second in pairwise(launches) if second.is_ours]
         ours = sum(launch.is_ours for launch in launches)
         row = (size, len(launches), ours, sum(before), ours - sum(before))

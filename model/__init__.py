@@ -3,6 +3,7 @@
 from .autoencoder import Autoencoder, Moments
 from .autoencoder_config import AutoencoderConfig, autoencoder_diffusers_config
 from .autoencoder_weights import autoencoder_state_dict, load_autoencoder, save_autoencoder
+from .choices import AUTO, SEPARATE, Choices
 from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, diffusers_config
 from .fields import UnsupportedConfig
@@ -12,11 +13,14 @@ from .unet import UNet
 from .weights import diffusers_state_dict, load_unet, save_unet
 
 __all__ = [
+    "AUTO",
     "FAMILY",
     "RELEASED",
+    "SEPARATE",
     "Autoencoder",
     "AutoencoderConfig",
     "CheckpointError",
+    "Choices",
     "Conditioning",
     "Constants",
     "Moments",

@@ -31,3 +31,8 @@ class Choices(NamedTuple):
         for option, value in zip(self._fields, self, strict=True):
             check_backend(option, value)
         return Choices(*["torch"] * len(self)) if self.backend == "torch" else self
+
+
+AUTO = Choices()
+# Nothing is merged.
+SEPARATE = Choices("auto", *["torch"] * 4)

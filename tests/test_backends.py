@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldmperf.kernels import Chip, dependent_launches, dependent_launches_enabled, planned_for
-from ldmperf.model import UNet, load_unet
+from ldmperf.model import Choices, UNet, load_unet
 from ldmperf.profiling import Case, profile
 from ldmperf.profiling.measure.error import relative_rms
 from ldmperf.profiling.measure.graph_memory import unused_in_pools
@@ -20,7 +20,7 @@ from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.measure.timing import RepetitionRule
 from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
 from ldmperf.profiling.step.recording import operator_of
-from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.case import BACKENDS, IDEAS
 from ldmperf.profiling.trajectory.network import make_network
 from ldmperf.profiling.trajectory.ours import GraphBackend, GraphTrajectory, OurBackend
 from ldmperf.profiling.trajectory.rungs import all_backends
@@ -192,25 +192,31 @@ def test_a_compiled_peer_needs_a_gpu(tiny_checkpoint: Path) -> None:
             all_backends()[name].build(replace(given))
 
 
-def test_the_graphs_differ_in_the_merging_of_products_alone(
+def test_the_graphs_differ_in_what_is_merged_alone(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, run_again: Graphs
 ) -> None:
-    """`graph+separate` tells what `graph` owes to merges: the same kernels and capture, products of cuBLAS."""
-    asked: list[tuple[str, str]] = []
+    """`graph+separate` tells what `graph` owes to merges: the same kernels and capture, the rest by torch."""
+    asked: list[Choices] = []
     real = UNet.with_backend
 
-    def with_backend(unet: UNet, operators: str, products: str = "auto", *, batch_invariant: bool) -> UNet:
+    def with_backend(unet: UNet, *, batch_invariant: bool, **choices: str) -> UNet:
         assert not batch_invariant
-        asked.append((operators, products))
-        return real(unet, operators, products, batch_invariant=batch_invariant)
+        asked.append(Choices(**choices))
+        return real(unet, **choices, batch_invariant=batch_invariant)
 
     monkeypatch.setattr(UNet, "with_backend", with_backend)
     given = problem(tiny_checkpoint)
-    for name in ("graph+separate", "graph"):
+    names = ("graph+separate", *IDEAS, "graph")
+    for name in names:
         backend = all_backends()[name]
         assert isinstance(backend, GraphBackend)
         replace(backend, graphs=run_again).build(given)
-    assert asked == [("triton", "torch"), ("triton", "auto")]
+    separate, *ideas, graph = asked
+    assert separate == Choices("triton", "torch", "torch", "torch", "torch")
+    assert graph == Choices("triton")
+    # Each differs from it by the choice in its name.
+    for name, choices in zip(IDEAS, ideas, strict=True):
+        assert choices == separate._replace(**{name.removeprefix("graph+"): "triton"})
 
 
 def test_the_rung_of_dependent_launches_captures_inside_their_context(

@@ -25,7 +25,7 @@ from inventory import (
 pytest.importorskip("diffusers")
 
 from ldmperf.kernels import linear
-from ldmperf.model import UNet, UNetConfig
+from ldmperf.model import SEPARATE, UNet, UNetConfig
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.measure.recorded import KernelTime
 from ldmperf.profiling.step.call import nbytes
@@ -100,7 +100,7 @@ def test_a_step_has_61_group_norms(size: str) -> None:
 
 
 def test_our_step_counted_by_hand() -> None:
-    found = launches_of(our_step(TINY, BF16, 16, 7, products="torch"))
+    found = launches_of(our_step(TINY, BF16, 16, 7, choices=SEPARATE))
     assert Counter(names(found)) == {
         "convolution": 2 + 3 * 2,
         "bias of a convolution": 1,  # of the last: the others' ride elsewhere
@@ -122,8 +122,8 @@ def test_our_step_counted_by_hand() -> None:
 
 def test_of_a_network_with_classes_one_attention_more_reads_the_context() -> None:
     config = dataclasses.replace(TINY, only_cross_attention=True, num_class_embeds=5, time_cond_proj_dim=4)
-    found = Counter(names(launches_of(our_step(config, BF16, 16, 7, products="torch"))))
-    usual = Counter(names(launches_of(our_step(TINY, BF16, 16, 7, products="torch"))))
+    found = Counter(names(launches_of(our_step(config, BF16, 16, 7, choices=SEPARATE))))
+    usual = Counter(names(launches_of(our_step(TINY, BF16, 16, 7, choices=SEPARATE))))
     assert found - usual == {"cross-attention": 3}
     assert usual - found == {"attention": 3}
     recorder = Recorder()

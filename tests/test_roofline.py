@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmperf.model import FAMILY, UNet, UNetConfig
+from ldmperf.model import AUTO, FAMILY, SEPARATE, Choices, UNet, UNetConfig
 from ldmperf.profiling.machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S, MACHINES
 from ldmperf.profiling.peer import diffusers_unet
 from ldmperf.profiling.step.classes import CLASSES
@@ -45,8 +45,8 @@ rates = st.floats(1e3, 1e18)
 roofs = st.builds(Roof, rates, rates, rates)
 
 
-def of(shape: StepShape = SHAPE, config: UNetConfig = TINY, products: str = "torch") -> dict[str, Any]:
-    return dict(by_class(step_parts(config, shape, products), ROOF))
+def of(shape: StepShape = SHAPE, config: UNetConfig = TINY, choices: Choices = SEPARATE) -> dict[str, Any]:
+    return dict(by_class(step_parts(config, shape, choices), ROOF))
 
 
 def test_convolutions_counted_by_hand() -> None:
@@ -110,7 +110,7 @@ def test_guidance_is_a_second_sample_in_the_network_alone() -> None:
 
 
 def test_merging_changes_no_flops_and_moves_less() -> None:
-    merged, apart = (sums_of(step_parts(TINY, SHAPE, products), ROOF) for products in ("auto", "torch"))
+    merged, apart = (sums_of(step_parts(TINY, SHAPE, choices), ROOF) for choices in (AUTO, SEPARATE))
     assert merged.flops == apart.flops
     assert merged.nbytes < apart.nbytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ldmperf.model import FAMILY, RELEASED, UNetConfig, load_unet
+from ldmperf.model import AUTO, FAMILY, RELEASED, SEPARATE, Choices, UNetConfig, load_unet
 
 from ..figures.step_times import times_by_name, times_by_range
 from ..machines import MACHINES
@@ -76,9 +76,9 @@ def inspect_step(
     case = _case(network, chosen, None if record is None else record.case, arch)
     environment = found.environment if trace is not None else None if record is None else record.environment
     roof, rates = _roof(case, arch, record, environment)
-    is_merged = not separate and (not backend or _products(backend) != "torch")
+    is_merged = not separate and (not backend or _choices(backend) != SEPARATE)
     try:
-        parts = step_parts(_config(case), step_shape(case), "auto" if is_merged else "torch")
+        parts = step_parts(_config(case), step_shape(case), _choices(backend) if is_merged else SEPARATE)
     except Exception as error:
         raise CaseError(f"{case.label}: no step of this shape can be counted: {failure(error)[1]}") from None
     told = StepRoofline(
@@ -134,9 +134,9 @@ def _config(case: Case) -> UNetConfig:
     return load_unet(case.path, device="meta", backend="torch").config
 
 
-def _products(backend: str) -> str:
-    """UNet's `products` in a backend; diffusers merges nothing."""
-    return getattr(all_backends().get(backend), "products", "torch")
+def _choices(backend: str) -> Choices:
+    """What is merged in a backend, "" for none in particular; diffusers merges nothing."""
+    return getattr(all_backends().get(backend), "choices", SEPARATE) if backend else AUTO
 
 
 def _check_network(network: str, measured: str, trace: Path) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ldmperf.model import UNet, UNetConfig
+from ldmperf.model import AUTO, Choices, UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, Step, make_plan, sample
 
 from ..peer import SCHEDULER_CONFIG, diffusers_scheduler, diffusers_unet
@@ -30,14 +30,13 @@ def our_step(
     *,
     batch: int = 1,
     is_guided: bool = True,
-    **choices: str,
+    choices: Choices = AUTO,
 ) -> tuple[RecordedCall, ...]:
     """`UNet.denoise`, and the update by `sample` that makes the next model input.
 
     `latents`: height and width, or the side of a square. `batch` counts images, each of which is two of the
-    network's samples with guidance. `choices` as of `UNet`: products, convolutions, ... Operators of ours are
-    recorded whole. Channels that the network reads beyond those it returns (super-resolution, inpainting) are
-    concatenated at each step.
+    network's samples with guidance. `choices`: what is merged. Operators of ours are recorded whole. Channels that
+    the network reads beyond those it returns (super-resolution, inpainting) are concatenated at each step.
     """
     height, width = (latents, latents) if isinstance(latents, int) else latents
     beside = config.in_channels - config.out_channels
@@ -49,7 +48,7 @@ def our_step(
     plan = make_plan(SAMPLER, NoiseSchedule.from_diffusers(SCHEDULER_CONFIG), 2)
     samples = 2 * batch if is_guided else batch
     with torch.device("meta"):
-        unet = UNet(config, **choices).to(dtype)
+        unet = UNet(config, **choices._asdict()).to(dtype)
         context = torch.empty(samples, tokens, config.context_dim, dtype=dtype)
         timesteps = [step.timestep for step in plan.steps]
         conditioning = unet.condition(timesteps, context, **added_on_meta(config, samples))

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from ldmperf.model import UNetConfig
+from ldmperf.model import AUTO, Choices, UNetConfig
 
 from ..machines import BYTES_PER_S, EXPONENTIALS_PER_S, FLOP_PER_S, SM_90, Machine
 from ..options import DType
@@ -84,8 +84,8 @@ class WorkSums:
 
 
 @functools.lru_cache(maxsize=64)
-def step_parts(config: UNetConfig, shape: StepShape, products: str = "auto") -> tuple[StepPart, ...]:
-    """The launches of our step in order; `products` as of `UNet`.
+def step_parts(config: UNetConfig, shape: StepShape, choices: Choices = AUTO) -> tuple[StepPart, ...]:
+    """The launches of our step in order, with what is merged by `choices`.
 
     Raises `UnknownOperator`, and what the network raises for sizes that it does not serve.
     """
@@ -96,7 +96,7 @@ def step_parts(config: UNetConfig, shape: StepShape, products: str = "auto") -> 
         shape.tokens,
         batch=shape.batch,
         is_guided=shape.is_guided,
-        products=products,
+        choices=choices,
     )
     return tuple(part for call in calls for part in _parts(call))
 
@@ -116,6 +116,8 @@ def class_of_call(call: RecordedCall) -> OperatorClass:
 
 
 def _is_3x3(call: RecordedCall) -> bool:
+    if call.operator == "conv3x3":
+        return True
     return operator_name(call.name) == "convolution" and tuple(call.arguments["weight"].shape[2:]) == (3, 3)
 
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity
 from ..measure.settings import measuring_settings
 from ..options import CaseError
 from .backend import Backend
-from .case import BACKENDS, Case
+from .case import BACKENDS, IDEAS, Case
 from .network import Networks
 from .ranges import ranged_trajectory
 from .rungs import all_backends
@@ -33,13 +33,18 @@ EAGER_TWINS = {
 def attributed_case(case: Case) -> Case:
     """The case whose work is attributed for `case`: eager, and of at most `TRACE_STEPS` steps.
 
-    Raises CaseError for a compiled backend: its kernels merge operators, so that no range holds one.
+    Raises CaseError for a compiled backend, whose kernels merge operators, so that no range holds one, and for one
+    of IDEAS.
     """
     if is_compiled(case):
         eager = ", ".join(name for name in BACKENDS if not is_compiled(case.model_copy(update={"backend": name})))
         raise CaseError(
             f"--backend: {case.backend} merges operators into kernels of its own, which no range can hold; "
             f"choose from {eager}"
+        )
+    if case.backend in IDEAS:
+        raise CaseError(
+            f"--backend: no eager backend launches what {case.backend} captures; choose graph+separate or graph"
         )
     backend = EAGER_TWINS.get(case.backend, case.backend)
     return case.model_copy(update={"backend": backend, "steps": min(case.steps, TRACE_STEPS)})

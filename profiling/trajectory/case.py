@@ -21,8 +21,10 @@ TASKS: tuple[Task, ...] = ("t2i", "sr", "pipeline")
 RELEASED_NAMES = ("SD1.5", "SDXL")
 # Those of them that the task "pipeline" runs, with a text encoder and a decoder of their own.
 PIPELINE_NAMES = ("SD1.5",)
+# Rungs that are `graph+separate` and one idea, wherever it can serve: what it is worth alone.
+IDEAS = ("graph+products", "graph+statistics", "graph+convolutions", "graph+tails")
 # In the order of the ladder: the peer eager, with our kernels, and compiled; then ours, each with more than the
-# one before.
+# one before, but for IDEAS.
 RUNGS = (
     "diffusers",
     "diffusers-accelerated",
@@ -34,6 +36,7 @@ RUNGS = (
     "triton+hoist",
     "triton+hoist+merge",
     "graph+separate",
+    *IDEAS,
     "graph",
     "graph+pdl",
 )

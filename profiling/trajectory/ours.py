@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import chip_of, dependent_launch_reasons, dependent_launches
-from ldmperf.model import Conditioning, Constants, UNet
+from ldmperf.model import AUTO, SEPARATE, Choices, Conditioning, Constants, UNet
 from ldmperf.samplers import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
 
 from ..measure.outcomes import Unsupported
@@ -23,17 +23,17 @@ class OurBackend:
     """Our network and `sample`, eager.
 
     operators: the kernels' backend. is_hoisted: whether the conditioning is computed once a trajectory, and not at
-    each step. products, batch_invariant: UNet's options.
+    each step. choices: what of UNet's is merged, nothing unless told. batch_invariant: UNet's option.
     """
 
     operators: Literal["torch", "triton"]
     is_hoisted: bool = True
-    products: Literal["auto", "torch", "triton"] = "torch"
+    choices: Choices = SEPARATE
     batch_invariant: bool = False
     implementation = "torch"
 
     def build(self, problem: UNetProblem) -> Trajectory:
-        unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
+        unet = our_unet(problem, self.operators, self.choices, self.batch_invariant)
         plan, case = problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
         constants = kept_constants(unet) if self.is_hoisted else None
@@ -68,13 +68,15 @@ class OurBackend:
 
 @dataclass(frozen=True)
 class GraphBackend:
-    """Our kernels, hoisted, each step a replay of one captured graph; `products` and `batch_invariant` are
-    UNet's options ("auto" fuses matmuls with norms and gates). dependent: whether launches of ours begin before
-    those before them have ended (`ldmperf.kernels.dependent_launches`)."""
+    """Our kernels, hoisted, each step a replay of one captured graph.
+
+    choices: what of UNet's is merged, what "auto" takes unless told. batch_invariant: UNet's option. dependent:
+    whether launches of ours begin before those before them have ended (`ldmperf.kernels.dependent_launches`).
+    """
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
-    products: Literal["auto", "torch", "triton"] = "auto"
+    choices: Choices = AUTO
     batch_invariant: bool = False
     dependent: bool = False
     implementation = "torch"
@@ -87,7 +89,7 @@ class GraphBackend:
             raise Unsupported(str(reason)) from None
         if self.dependent and (reasons := dependent_launch_reasons(chip_of(problem.unet.conv_in.weight.device))):
             raise Unsupported("; ".join(reasons))
-        unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
+        unet = our_unet(problem, self.operators, self.choices, self.batch_invariant)
         return GraphTrajectory(problem, unet, self.operators, graphs, dependent=self.dependent)
 
 
@@ -147,12 +149,13 @@ def capture_phases(captures: Sequence[Capture]) -> Mapping[str, float]:
     }
 
 
-def our_unet(problem: UNetProblem, operators: str, products: str, batch_invariant: bool) -> UNet:
+def our_unet(problem: UNetProblem, operators: str, choices: Choices, batch_invariant: bool) -> UNet:
     """The problem's network with its operators and matmuls on those backends; the weights are shared."""
     if operators == "torch" and not batch_invariant:
         # The problem's own network has the reference operators.
         return problem.unet
-    return problem.unet.with_backend(operators, products, batch_invariant=batch_invariant)
+    asked = choices._replace(backend=operators)._asdict()
+    return problem.unet.with_backend(**asked, batch_invariant=batch_invariant)
 
 
 @torch.no_grad()

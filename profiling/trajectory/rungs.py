@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from ldmperf.model import AUTO, SEPARATE, Choices
+
 from .backend import Backend
+from .case import IDEAS
 from .ours import GraphBackend, OurBackend
 from .theirs import DiffusersBackend
 
 
 def all_backends() -> dict[str, Backend]:
-    """Every backend by its name, in the order of the ladder: each of ours does more than the one before.
+    """Every backend by its name, in the order of the ladder: each of ours does more than the one before, but for
+    IDEAS.
 
     Behind them the batch-invariant ones.
     """
@@ -21,11 +25,17 @@ def all_backends() -> dict[str, Backend]:
         "torch": OurBackend("torch"),
         "triton": OurBackend("triton", is_hoisted=False),
         "triton+hoist": OurBackend("triton"),
-        "triton+hoist+merge": OurBackend("triton", products="auto"),
-        "graph+separate": GraphBackend(products="torch"),
+        "triton+hoist+merge": OurBackend("triton", choices=AUTO),
+        "graph+separate": GraphBackend(choices=SEPARATE),
+        **{name: GraphBackend(choices=_alone(name)) for name in IDEAS},
         "graph": GraphBackend(),
         "graph+pdl": GraphBackend(dependent=True),
         "torch-invariant": OurBackend("torch", batch_invariant=True),
-        "triton-invariant": OurBackend("triton", products="auto", batch_invariant=True),
+        "triton-invariant": OurBackend("triton", choices=AUTO, batch_invariant=True),
         "graph-invariant": GraphBackend(batch_invariant=True),
     }
+
+
+def _alone(name: str) -> Choices:
+    """The choices of one of IDEAS: the one in its name is merged wherever our kernel can serve."""
+    return SEPARATE._replace(**{name.removeprefix("graph+"): "triton"})
