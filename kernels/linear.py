@@ -194,7 +194,7 @@ def plan(
         raise ValueError(f"linear: {config} keeps rows for their norm, and there is none")
     launches: list[Launch] = []
     if norm is not None and config.block_k:
-        x, launches = LAYER_NORM.plan(norm, chip=chip)
+        x, launches = LAYER_NORM.plan(norm)
     rows = collapse_rows([x])
     assert rows is not None
     pdl = launches_dependently(chip)
