@@ -13,13 +13,13 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parents[1]
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 NAMES = (
-    *("smoke", "headline", "tests", "ladder", "tests-alone", "drop-in", "pipelines", "family"),
+    *("smoke", "headline", "tests", "ladder", "ideas", "tests-alone", "drop-in", "pipelines", "family"),
     *("attention", "kernels", "tune-linear", "tune-attention", "tune-group_norm_silu", "compiled"),
     *("drop-in-compiled", "pipelines-compiled"),
     *("attention-family", "kernels-compiled", "conv-padding", "attention-flex", "compiled-max", "sanitizer"),
     "family-all",
 )
-OTHERS = "group_norm_silu,layer_norm,linear,conv3x3,geglu,residual_add,sampler_update"
+OTHERS = "group_norm_silu,layer_norm,linear,conv3x3,geglu,residual_add,sampler_update,transformer_tail"
 KERNEL_PEERS = "triton,auto,separate,eager"
 COMPILED_PEERS = "triton,auto,eager,compile,diffusers,diffusers-compile"
 ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
@@ -70,11 +70,12 @@ class Part:
 
 def parts(device: str, folder: Path) -> list[Part]:
     """The parts in order of importance. On a CPU what a CPU can: the family's smallest size, and few calls."""
-    from ldmperf.profiling.trajectory.case import PIPELINE_BACKENDS, RUNGS
+    from ldmperf.profiling.trajectory.case import IDEAS, PIPELINE_BACKENDS, RUNGS
 
     # The compiled peers take minutes to compile: they come in parts of their own, beside what is best.
-    rungs = ",".join(name for name in RUNGS if "compile" not in name)
-    graphs = ",".join(name for name in RUNGS if name.startswith("graph"))
+    rungs = ",".join(name for name in RUNGS if "compile" not in name and name not in IDEAS)
+    graphs = ",".join(name for name in RUNGS if name.startswith("graph") and name not in IDEAS)
+    ideas = ",".join(("graph+separate", *IDEAS, "graph", "graph+pdl"))
     pipes = ",".join(name for name in PIPELINE_BACKENDS if "compile" not in name)
 
     def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:
@@ -124,6 +125,7 @@ def parts(device: str, folder: Path) -> list[Part]:
         profile("headline", 120, 90, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
         pytest_part("tests", 100, 40, device, marks="gpu and not alone and not sanitizer", launches=("tests",)),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
+        profile("ideas", 150, 45, *ladder, ideas, "--size", "39M,866M", launches=("ladder",)),
         # A few tests: what they launch is compiled with `tests`, or by themselves.
         pytest_part("tests-alone", 150, 60, device, marks="gpu and alone"),
         profile("drop-in", 180, 60, *drop_in, launches=("drop-in",)),

@@ -79,8 +79,11 @@ def test_matrix_work_is_that_of_the_family(size: str, gflop: float) -> None:
 
 @pytest.mark.parametrize(("size", "floor_ms", "digits"), [("39M", 0.45, 2), ("866M", 2.2, 1)])
 def test_the_compute_floor_is_the_one_the_targets_were_set_by(size: str, floor_ms: float, digits: int) -> None:
-    for step in inventory(size).steps:
+    found = inventory(size)
+    for step in (found.diffusers, found.separate):
         assert round(total(step).compute_floor_s * 1e3, digits) == floor_ms
+    # Of a merged launch the longer of matmuls and softmax counts, not both.
+    assert 0.98 * floor_ms < total(found.ours).compute_floor_s * 1e3 <= 1.02 * floor_ms
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -96,7 +99,8 @@ def test_a_step_has_61_group_norms(size: str) -> None:
     found = inventory(size)
     for kind in ("moments", "coefficients", "apply"):
         assert sum(launch.name == f"group norm: {kind}" for launch in found.diffusers) == 61
-    assert sum(launch.name in ("group_norm", "group_norm_apply") for launch in found.ours) == 61
+    ours = Counter(launch.name for launch in found.ours)
+    assert ours["group_norm"] + ours["group_norm_apply"] + ours["group_norm_given"] == 61
 
 
 def test_our_step_counted_by_hand() -> None:
@@ -286,7 +290,7 @@ def test_floors_add_up_by_launch() -> None:
 
 
 def test_merged_products_counted_by_hand() -> None:
-    found = launches_of(our_step(TINY, BF16, 16, 7))
+    found = launches_of(our_step(TINY, BF16, 16, 7, choices=SEPARATE._replace(products="auto")))
     counts = Counter(names(found))
     # Of each of three transformers: the norm before qkv, that before cross q, that before the gated product.
     assert (counts["layer_norm + linear"], counts["layer_norm + linear + geglu"]) == (3 * 2, 3)

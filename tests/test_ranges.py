@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ldmperf.profiling import Case
 from ldmperf.profiling.step.classes import is_operator
 from ldmperf.profiling.trajectory.attribution import attributed, attributed_case
 from ldmperf.profiling.trajectory.backend import Backend, Problem
-from ldmperf.profiling.trajectory.case import BACKENDS
+from ldmperf.profiling.trajectory.case import BACKENDS, IDEAS
 from ldmperf.profiling.trajectory.network import make_network, make_problem
 from ldmperf.profiling.trajectory.ours import OurBackend
 from ldmperf.profiling.trajectory.places import place_of
@@ -304,6 +305,10 @@ def test_compiled_backends_have_no_ranges_and_graphs_an_eager_twin() -> None:
         case = Case(unet="39M", backend=backend, steps=50, device="cuda")
         if "compile" in backend:
             with pytest.raises(CaseError, match="choose from diffusers, diffusers-accelerated, torch, triton"):
+                attributed_case(case)
+            continue
+        if backend in IDEAS:
+            with pytest.raises(CaseError, match=f"no eager backend launches what {re.escape(backend)} captures"):
                 attributed_case(case)
             continue
         eager = attributed_case(case)

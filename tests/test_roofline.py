@@ -90,10 +90,10 @@ def test_a_step_of_the_family_is_nearly_a_forward_of_the_paper(size: str, gflop:
     assert 0.98 * gflop < found.flops / 2e9 < gflop
 
 
-@pytest.mark.parametrize("products", ["auto", "torch"])
-def test_twice_the_images_are_twice_the_work(products: str) -> None:
-    one = of(products=products)
-    two = of(dataclasses.replace(SHAPE, batch=2), products=products)
+@pytest.mark.parametrize("choices", [AUTO._replace(convolutions="torch", tails="torch"), SEPARATE])
+def test_twice_the_images_are_twice_the_work(choices: Choices) -> None:
+    one = of(choices=choices)
+    two = of(dataclasses.replace(SHAPE, batch=2), choices=choices)
     assert list(one) == [name for name in CLASSES if name in one] == list(two)
     for name, sums in one.items():
         assert (two[name].flops, two[name].exponentials) == (2 * sums.flops, 2 * sums.exponentials)

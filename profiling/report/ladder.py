@@ -12,6 +12,7 @@ from ..step.groups import OTHER, Other, by_group
 from ..step.launches import GROUPS, LaunchGroup
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
+from ..trajectory.case import IDEAS
 from .details import GIB, flags_cell, largest_error
 
 # Fewer backends are told apart by the table of the run.
@@ -61,7 +62,9 @@ def _rungs(rows: list[Row]) -> tuple[Rung, ...]:
     for row in rows:
         own = step_ms(row.record)
         rungs.append(Rung(row, ratio(before, None if own is None else own.p50)))
-        before = before if own is None else own.p50
+        # An idea alone stands on the same rung as the other ideas do, and so does the next rung.
+        if own is not None and row.record.case.backend not in IDEAS:
+            before = own.p50
     return tuple(rungs)
 
 
