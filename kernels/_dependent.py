@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from ._launch import Chip
+from ._launch import Chip, constant_to_a_compiler
 from ._triton import dependent_launch_misfit, gdc_launch_dependents, gdc_wait, is_interpreted, jit, tl
 
 # The first of NVIDIA's architectures that has them.
@@ -45,6 +45,7 @@ def dependent_launches(enabled: bool = True) -> Iterator[None]:
         _enabled.reset(token)
 
 
+@constant_to_a_compiler
 def dependent_launches_enabled() -> bool:
     """Whether launches are asked to be dependent here."""
     return _enabled.get()
