@@ -23,6 +23,7 @@ _LOAD_CYCLES = 700
 _PASS_CYCLES = 150
 # What a clear gain is: this share of cuDNN's time.
 _CLEAR = 0.25
+_MIN_CHANNELS = 16
 # Elements of an image from which group norm takes its statistics in a launch of their own.
 _OWN_STATISTICS = 2**18
 # Of a multiprocessor: shared memory in bytes, by architecture, and 32-bit registers.
@@ -164,9 +165,11 @@ def candidate_configs(shape: Conv3x3Shape, chip: Chip, most: int = 40) -> list[C
 def predicted_to_gain(shape: Conv3x3Shape, chip: Chip) -> bool:
     """Whether the kernels are predicted to be clearly faster than torch's convolution with all beside it.
 
-    False where the model was compared with no measurement: for other chips than Hopper, and float32.
+    False where the model was compared with no measurement: for other chips than Hopper and float32; and for so few
+    channels that most of a tile would be empty, as of the first and the last convolution of a network.
     """
-    if shape.itemsize != 2 or chip.arch != "sm_90":
+    few = min(shape.channels, shape.columns) < _MIN_CHANNELS
+    if few or shape.itemsize != 2 or chip.arch != "sm_90":
         return False
     convolution = _cudnn_ns(shape, chip)
     own = _own_ns(shape, default_config(shape, chip), chip)

@@ -58,8 +58,6 @@ from .residual_add import residual_add
 
 # Tiles of rows that run beside each other on the same columns.
 GROUP_M = 8
-# Fewer channels leave most of a tile's products empty: the first and the last convolution of a network.
-MIN_CHANNELS = 16
 
 
 class Conv3x3Call(NamedTuple):
@@ -186,6 +184,12 @@ def _bound(*arguments: Any) -> Conv3x3Call:
 
 def _reference(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
     y = _separate(call, "torch").contiguous(memory_format=torch.channels_last)
+    return (y, channel_statistics(y, call.tile)) if call.statistics else y
+
+
+def _composite(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
+    """The same; vmap takes no memory format."""
+    y = _separate(call, "torch").movedim(1, -1).contiguous().movedim(-1, 1)
     return (y, channel_statistics(y, call.tile)) if call.statistics else y
 
 
@@ -410,8 +414,8 @@ def unsupported_reasons(call: Conv3x3Call) -> list[str]:
         for name, image in images.items()
         if image is not None and not image.is_contiguous(memory_format=torch.channels_last)
     ]
-    if min(x.shape[1], call.columns) < MIN_CHANNELS:
-        reasons.append(f"{min(x.shape[1], call.columns)} channels are fewer than {MIN_CHANNELS}")
+    if x.shape[1] == 0:
+        reasons.append("there are no channels")
     if rows > MAX_INDEX:
         reasons.append(f"{rows} pixels are more than {MAX_INDEX}")
     if x.dtype == torch.bfloat16 and is_interpreted(conv3x3_kernel):
@@ -650,7 +654,10 @@ _IMPLEMENTED = {
         reference=_reference,
         fake=_empty_result,
         autocast=_autocast,
+        composite=_composite,
         flops=_flops,
+        # Summands: but for statistics, their values do not matter to the derivatives.
+        spared=None if statistics else {"bias": None, "residual": None},
     )
     for statistics, name in _NAMES.items()
 }

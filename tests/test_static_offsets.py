@@ -267,15 +267,13 @@ def huge_calls():
     small = huge_arguments("residual_add", Shape(batch=2, height=4096, width=4096, channels=64), LAYOUTS[0])
     for width in (8192, 8191):
         yield "residual_add", small | {"size": (8192, width)}
-    # An enlarged image, and partial sums that are past it though the result is not.
-    shape = Shape(batch=80, height=512, width=512, channels=64)
-    small = {
-        name: value for name, value in huge_arguments("conv3x3", shape, LAYOUTS[0]).items() if name != "residual"
-    }
-    yield "conv3x3", small | {"upsample": True}
+    # An enlarged image, larger than what it is made of.
+    image = huge_arguments("conv3x3", Shape(batch=80, height=512, width=512, channels=64), LAYOUTS[0])
+    image = {name: image[name] for name in ("x", "weight", "bias")} | {"upsample": True}
+    yield "conv3x3", image
     yield (
         "conv3x3",
-        small | {"upsample": True, "weight": torch.empty(4, 64, 2, 2, 64, device="meta").movedim(-1, 2)},
+        image | {"weight": torch.empty(4, 64, 2, 2, 64, dtype=torch.bfloat16, device="meta").movedim(-1, 2)},
     )
     # Registers whose stride fits 32 bits, and its multiples do not.
     shape = Shape(batch=1, height=20_000, width=20_000, channels=4)

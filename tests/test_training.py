@@ -84,9 +84,9 @@ CALLS = {
         [TOKENS, (6, 8), (6,), *[CHANNELS] * 3],
     ),
     "conv3x3": (
-        lambda x, w, b, s, sw, r, **o: conv3x3(x, w, b, shortcut=s, shortcut_weight=sw, residual=r, **o),
-        lambda x, w, b, s, sw, r: F.conv2d(x, w, b, padding=1) + F.conv2d(s, sw[:, :, None, None]) + r,
-        [IMAGE, (6, 8, 3, 3), (6,), IMAGE, (6, 8), (2, 6, 6, 5)],
+        lambda x, w, b, s, sw, **o: conv3x3(x, w, b, shortcut=s, shortcut_weight=sw, **o),
+        lambda x, w, b, s, sw: F.conv2d(x, w, b, padding=1) + F.conv2d(s, sw[:, :, None, None]),
+        [IMAGE, (6, 8, 3, 3), (6,), IMAGE, (6, 8)],
     ),
     "geglu": (lambda x, b, **o: geglu(x, bias=b, **o), lambda x, b: gated(x + b), [TOKENS, CHANNELS]),
     "residual_add": (residual_add, lambda x, r, b: x + r + b[:, None, None], [IMAGE, IMAGE, CHANNELS]),
