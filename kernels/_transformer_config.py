@@ -96,7 +96,7 @@ def _tail_programs(shape: TailShape, block_m: int) -> int:
     return shape.batch * ceil_div(shape.tokens, block_m)
 
 
-# By rows of a tile of 4 warps, the instructions of a warp: for a head, for 64 channels of the feed-forward, and for
+# By rows of a tile of 4 warps, instructions of a warp: for a head, for 64 channels of the feed-forward, and for
 # each channel of a row beside them. Counted in the code for sm_90.
 _TAIL_INSTRUCTIONS: Mapping[int, tuple[int, int, int]] = {
     64: (385, 1050, 32),
@@ -136,3 +136,45 @@ def _separate_ns(shape: TailShape, chip: Chip) -> float:
         replace(plain, columns=shape.inner, gated=True, normed=True),
     )
     return LAUNCH_NS + attention_ns + sum(predicted_ns(one, chip) for one in matmuls)
+
+
+@dataclass(frozen=True)
+class TransformerFrontConfig:
+    """A tile of block_m rows, which takes block_n columns of the last matmul at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class FrontShape(NamedTuple):
+    """What a configuration depends on; `tiles` of the statistics, 0 for none."""
+
+    batch: int
+    tokens: int
+    channels: int
+    columns: int
+    tiles: int
+    itemsize: int
+
+
+def default_front(shape: FrontShape, chip: Chip) -> TransformerFrontConfig:
+    """The largest tile that fills the chip."""
+    if shape.itemsize == 4:
+        return TransformerFrontConfig(16, 32, 8, 2)
+    filling = (m for m in (64, 32) if shape.batch * ceil_div(shape.tokens, m) >= 0.9 * chip.multiprocessors)
+    return TransformerFrontConfig(next(filling, 16), 64, 4, 2)
+
+
+def front_candidates(shape: FrontShape, chip: Chip) -> list[TransformerFrontConfig]:
+    """What a tuner tries."""
+    if shape.itemsize == 4:
+        return [TransformerFrontConfig(16, n, 8, 2) for n in (32, 16)]
+    tiles = ((64, 64), (64, 32), (32, 64), (32, 32), (16, 64))
+    return [TransformerFrontConfig(m, n, 4, stages) for m, n in tiles for stages in (2, 3)]
+
+
+@functools.cache
+def front_predicted_to_gain(shape: FrontShape, chip: Chip) -> bool:
+    return shape.itemsize == 2

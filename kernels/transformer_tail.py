@@ -54,7 +54,7 @@ from ._transformer_config import (
 from ._transformer_tail_kernels import transformer_tail_kernel
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 from .attention import attention
-from .linear import linear_separate
+from .linear import linear
 
 _MATRICES = ("out_weight", "q_weight", "cross_weight", "ff_in_weight", "ff_out_weight", "proj_weight")
 _VECTORS = (
@@ -107,7 +107,7 @@ def transformer_tail_ref(*arguments: Any, **options: Any) -> Tensor | tuple[Tens
 def transformer_tail_separate(
     *arguments: Any, backend: str = "auto", **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same by `linear_separate`, `attention` and torch's matmuls, one after the other, on `backend`.
+    """The same by `linear`, `attention` and torch's matmuls, one after the other, on `backend`.
 
     Arguments and errors as of `transformer_tail`, whose backend "auto" takes this where the kernel is not expected
     to be faster.
@@ -125,12 +125,12 @@ def _separate(call: TransformerTailCall, backend: str, out: Tensor | None = None
     batch, tokens, channels = x.shape
     queries = batch, tokens, *context.shape[3:]
     t = _matmul_add(x, call.attended, call.out_weight, call.out_bias)
-    q = linear_separate(
+    q = linear(
         t, call.q_weight, norm_weight=call.norm2_weight, norm_bias=call.norm2_bias, eps=eps, backend=backend
     )
     h = attention(q.view(queries), *context.unbind(2), backend=backend).view(x.shape)
     t = _matmul_add(t, h, call.cross_weight, call.cross_bias)
-    h = linear_separate(
+    h = linear(
         t,
         call.ff_in_weight,
         call.ff_in_bias,
