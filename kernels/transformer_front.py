@@ -57,7 +57,6 @@ class TransformerFrontCall(NamedTuple):
     """The arguments of `transformer_front`."""
 
     image: Tensor
-    statistics: Tensor | None
     num_groups: int
     group_weight: Tensor
     group_bias: Tensor
@@ -67,6 +66,7 @@ class TransformerFrontCall(NamedTuple):
     qkv_weight: Tensor
     group_eps: float = 1e-6
     norm_eps: float = 1e-5
+    statistics: Tensor | None = None
     proj_bias: Tensor | None = None
     x_bias: Tensor | None = None
 
@@ -229,7 +229,6 @@ def unsupported_reasons(call: TransformerFrontCall) -> list[str]:
 
 def transformer_front(
     image: Tensor,
-    statistics: Tensor | None,
     num_groups: int,
     group_weight: Tensor,
     group_bias: Tensor,
@@ -240,6 +239,7 @@ def transformer_front(
     group_eps: float = 1e-6,
     norm_eps: float = 1e-5,
     *,
+    statistics: Tensor | None = None,
     proj_bias: Tensor | None = None,
     x_bias: Tensor | None = None,
     backend: str = "auto",
@@ -247,12 +247,12 @@ def transformer_front(
 ) -> tuple[Tensor, Tensor]:
     """(x, qkv): the tokens [B, H * W, C] of an image [B, C, H, W], and their norm times qkv_weight, [B, H * W, K].
 
-    statistics     float32 [B, tiles, 2, C]: what `residual_add` or `transformer_tail` left of the image, without
-                   x_bias; wrong ones give a wrong result. None where there are none
     num_groups, group_weight, group_bias  [C]: the group norm of image + x_bias, with `group_eps`
     proj_weight    [C, C], proj_bias [C] or None: the matmul of its result, which is x
     norm_weight, norm_bias  [C]: the layer norm of x, with `norm_eps`
     qkv_weight     [K, C]
+    statistics     float32 [B, tiles, 2, C]: what `residual_add` or `transformer_tail` left of the image, without
+                   x_bias; wrong ones give a wrong result
     x_bias         [C], added to the image before its norm; None adds nothing
     backend        "triton": one kernel, with statistics, for C up to 128 (float32 96)
                    "torch": the references of the parts
@@ -267,8 +267,8 @@ def transformer_front(
     """
     call = _numbers(
         TransformerFrontCall(
-            *(image, statistics, num_groups, group_weight, group_bias, proj_weight, norm_weight, norm_bias),
-            *(qkv_weight, group_eps, norm_eps, proj_bias, x_bias),
+            *(image, num_groups, group_weight, group_bias, proj_weight, norm_weight, norm_bias, qkv_weight),
+            *(group_eps, norm_eps, statistics, proj_bias, x_bias),
         )
     )
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
@@ -286,12 +286,8 @@ def transformer_front(
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
     """The call with Python's numbers. ValueError for what is no tensor or no number."""
     name = "transformer_front"
-    image, statistics, num_groups, *matrices = call[:9]
-    required = (image, *matrices)
-    for value in required:
-        if not isinstance(value, Tensor):
-            tensors(transformer_front, required)
-    tensors(transformer_front, required, (statistics, call.proj_bias, call.x_bias))
+    image, num_groups, *matrices = call[:8]
+    tensors(transformer_front, (image, *matrices), (call.statistics, call.proj_bias, call.x_bias))
     return call._replace(
         num_groups=whole(name, "num_groups", num_groups),
         group_eps=real(name, "group_eps", call.group_eps),
@@ -394,7 +390,7 @@ def _count(image: Any, proj_weight: Any, qkv_weight: Any) -> int:
 
 def _flops(*shapes: Any, **_: object) -> int:
     """A multiply-add is two; norms are left out, as torch leaves out its own."""
-    return _count(shapes[0], shapes[5], shapes[8])
+    return _count(shapes[0], shapes[4], shapes[7])
 
 
 OPERATOR = Operator(
@@ -410,9 +406,9 @@ OPERATOR = Operator(
     torchs_own=transformer_front_separate,
 )
 _transformer_front = define_operator(
-    "transformer_front(Tensor image, Tensor? statistics, int num_groups, Tensor group_weight, Tensor group_bias, "
-    "Tensor proj_weight, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, float group_eps, "
-    "float norm_eps, Tensor? proj_bias, Tensor? x_bias, str backend) -> (Tensor, Tensor)",
+    "transformer_front(Tensor image, int num_groups, Tensor group_weight, Tensor group_bias, Tensor proj_weight, "
+    "Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, float group_eps, float norm_eps, "
+    "Tensor? statistics, Tensor? proj_bias, Tensor? x_bias, str backend) -> (Tensor, Tensor)",
     OPERATOR,
     reference=_reference,
     fake=_empty_result,
