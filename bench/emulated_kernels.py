@@ -31,6 +31,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 LATENT = (16, 16)
 # Matmuls of the largest sizes take minutes each, and are the same code with more channels.
 LARGEST_LINEAR = 866e6
+# Channels of x, of the result, pixels a side, channels of a skip connection: whole tiles and ragged ones, splits.
+CONVOLUTIONS = (
+    *((64, 64, 16, 0), (64, 32, 20, 96), (128, 128, 12, 0), (40, 48, 9, 24), (256, 64, 8, 0), (96, 96, 11, 0)),
+    (320, 64, 8, 64),
+)
 # Of tests/gpu: relative RMS errors that are rounding alone, and how many times torch's own others may be.
 FLOOR = {"float32": 5e-7, "float16": 6e-4, "bfloat16": 4e-3}
 FACTOR = {"attention": 1.5}
@@ -81,6 +86,12 @@ def others_of(job: Job) -> Iterator[EmulatedInputs]:
         for dim, mask, context in itertools.product(FAMILY_HEAD_DIMS, (0, 1), (0, 77)):
             made = dataclasses.replace(shape, head_dim=dim, mask=mask, context=context)
             yield made_inputs("attention", made, "random")
+    elif job.operator == "conv3x3":
+        for channels, features, side, skip_channels in CONVOLUTIONS:
+            shape = Shape(
+                dtype, channels=channels, features=features, height=side, width=side, skip_channels=skip_channels
+            )
+            yield made_inputs("conv3x3", shape, "random")
     elif job.operator in ("layer_norm", "residual_add", "group_norm_silu"):
         for channels in (64, 320, 1280):
             yield made_inputs(job.operator, Shape(dtype, channels=channels, height=12, width=12), "random")

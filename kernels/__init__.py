@@ -8,6 +8,7 @@ from ._dispatch import KernelUnsupported
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
+from .conv3x3 import conv3x3, conv3x3_backend, conv3x3_ref, conv3x3_separate, pack_phases
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
@@ -37,6 +38,10 @@ __all__ = [
     "attention_ref",
     "channel_statistics",
     "chip_of",
+    "conv3x3",
+    "conv3x3_backend",
+    "conv3x3_ref",
+    "conv3x3_separate",
     "geglu",
     "geglu_ref",
     "group_norm_silu",
@@ -47,6 +52,7 @@ __all__ = [
     "linear",
     "linear_ref",
     "linear_separate",
+    "pack_phases",
     "philox_normal",
     "planned_for",
     "residual_add",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ._launch import Operator
 from .attention import OPERATOR as ATTENTION
+from .conv3x3 import OPERATOR as CONV3X3
 from .geglu import OPERATOR as GEGLU
 from .group_norm import OPERATOR as GROUP_NORM_SILU
 from .layer_norm import OPERATOR as LAYER_NORM
@@ -20,6 +21,7 @@ OPERATORS: Mapping[str, Operator] = {
         GROUP_NORM_SILU,
         LAYER_NORM,
         LINEAR,
+        CONV3X3,
         GEGLU,
         RESIDUAL_ADD,
         SAMPLER_UPDATE,

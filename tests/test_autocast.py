@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, linear, linear_separate, residual_add
+from ldmperf.kernels import (
+    attention,
+    conv3x3,
+    conv3x3_separate,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    linear_separate,
+    residual_add,
+)
 from ldmperf.model import FAMILY, UNet
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,6 +42,10 @@ def gated(y):
 
 def norm_linear(x, weight, bias, norm_weight, norm_bias):
     return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias), weight, bias)
+
+
+def conv(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=1)
 
 
 def added_norm(x, residual, weight, bias):
@@ -56,6 +70,8 @@ CALLS = {
         [(2, 5, 8), (6, 8), (6,)],
         (0, 1, 2),
     ),
+    "conv3x3": (conv3x3, conv, [(2, 5, 4, 6), (6, 5, 3, 3), (6,)], (0, 1, 2)),
+    "conv3x3_separate": (conv3x3_separate, conv, [(2, 5, 4, 6), (6, 5, 3, 3), (6,)], (0, 1, 2)),
     "geglu": (geglu, gated, [(2, 5, 8)], (0,)),
     "layer_norm": (layer_norm, lambda x, w, b: F.layer_norm(x, (8,), w, b), [(2, 5, 8), (8,), (8,)], ()),
     "layer_norm and a sum": (
@@ -187,6 +203,7 @@ OPERATORS = torch.ops.ldmperf
         (OPERATORS.attention, [(2, 5, 3, 8)] * 3, (None, None, None, False)),
         (OPERATORS.linear, [(2, 5, 8), (6, 8), (6,)], (None, None, 1e-5, None, "geglu")),
         (OPERATORS.linear, [(2, 5, 8), (6, 8), (6,), (8,), (8,)], (1e-5, None, None)),
+        (OPERATORS.conv3x3, [(2, 5, 4, 6), (6, 5, 3, 3), (6,)], (1, False, None, None, None, None, False)),
         (OPERATORS.add_layer_norm, [(2, 5, 8), (2, 5, 8), (8,), (8,)], (1e-5, None)),
         (OPERATORS.residual_add, [(2, 3, 4, 6)] * 2, (None, None)),
         (OPERATORS.geglu, [(2, 5, 8)], (None,)),

@@ -12,10 +12,12 @@ from torch.autograd import forward_ad
 
 from ldmperf.kernels import (
     attention,
+    conv3x3,
     geglu,
     group_norm_silu,
     layer_norm,
     linear,
+    pack_phases,
     residual_add,
     sampler_update,
     sampler_update_ref,
@@ -58,6 +60,20 @@ CALLS = {
         ),
         lambda x, w, b, nw, nb: gated(F.linear(F.layer_norm(x, x.shape[-1:], nw, nb), w, b)),
         [(3, 8), (6, 8), (6,), (8,), (8,)],
+    ),
+    "conv3x3": (
+        lambda x, w, b, s, k, sw, r, **options: conv3x3(
+            x, w, b, shortcut=s, skip=k, shortcut_weight=sw, residual=r, **options
+        ),
+        lambda x, w, b, s, k, sw, r: (
+            F.conv2d(x, w, b, padding=1) + F.conv2d(torch.cat([s, k], 1), sw[:, :, None, None]) + r
+        ),
+        [(2, 2, 3, 2), (3, 2, 3, 3), (3,), (2, 1, 3, 2), (2, 2, 3, 2), (3, 3), (2, 3, 3, 2)],
+    ),
+    "conv3x3 of an enlarged image": (
+        lambda x, w, **options: conv3x3(x, pack_phases(w), upsample=True, **options),
+        lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2), w, padding=1),
+        [(1, 2, 2, 3), (2, 2, 3, 3)],
     ),
     "geglu": (geglu, gated, [(3, 8)]),
     "residual_add": (

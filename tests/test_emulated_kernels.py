@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from emulated_kernels import Job, family_calls_of, run_inputs
+from emulated_kernels import Job, family_calls_of, others_of, run_inputs
 
 pytest.importorskip("triton")
 
@@ -29,10 +29,11 @@ def cache(tmp_path_factory):
 
 def family_inputs(job):
     generator = torch.Generator().manual_seed(0)
-    return [
+    found = [
         EmulatedInputs(job.operator, "random", call.arguments("cpu", generator))
         for call in family_calls_of(job, ("39M",))
     ]
+    return [*found, *(others_of(job) if job.operator == "conv3x3" else ())]
 
 
 def check(row):
@@ -56,7 +57,7 @@ def test_attention_of_many_keys(dim):
     check(run_inputs(Job("attention", "bfloat16", "sm_90"), inputs))
 
 
-@pytest.mark.parametrize("operator", ["attention", "group_norm_silu", "linear"])
+@pytest.mark.parametrize("operator", ["attention", "group_norm_silu", "linear", "conv3x3"])
 def test_an_operator_on_an_older_chip(operator):
     job = Job(operator, "bfloat16", "sm_80")
     check(run_inputs(job, family_inputs(job), limit=3))

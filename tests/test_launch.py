@@ -270,6 +270,11 @@ def test_candidates_are_distinct_and_include_no_absurd_ones(name):
             "norm_bias": meta(320),
             "activation": "geglu",
         },
+        "conv3x3": {
+            "x": meta(2, 320, 32, 32, channels_last=True),
+            "weight": meta(640, 320, 3, 3, channels_last=True),
+            "residual": meta(2, 640, 32, 32, channels_last=True),
+        },
         "residual_add": {"x": meta(2, 320, 64, 64, channels_last=True), "residual": meta(2, 320, 64, 64)},
         "sampler_update": {
             "registers": meta(2, 1, 4, 64, 64, dtype=torch.float32),
@@ -315,6 +320,13 @@ def test_a_launch_tells_whose_it_is_what_it_computes_and_moves():
     assert told("linear", x=x, weight=meta(640, 320), activation="geglu", **norm) == [
         ("linear", "layer_norm + linear + geglu", flops, 0)
     ]
+    image, weight = meta(2, 64, 16, 16, channels_last=True), meta(128, 64, 3, 3, channels_last=True)
+    flops = 2 * 512 * 128 * (9 * 64 + 64)
+    beside = {"shortcut": image, "shortcut_weight": meta(128, 64)}
+    assert [one for one in told("conv3x3", x=image, weight=weight, **beside) if one[2]] == [
+        ("conv3x3", "conv3x3 + shortcut", flops, 0)
+    ]
+    flops = 2 * 2048 * 320 * 640
     # Rows too wide to keep: the norm is a launch of layer_norm.
     wide = {"norm_weight": meta(640), "norm_bias": meta(640)}
     assert told("linear", x=meta(2, 1024, 640), weight=meta(320, 640), **wide) == [

@@ -6,7 +6,18 @@ import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, linear, linear_separate, residual_add
+from ldmperf.kernels import (
+    attention,
+    conv3x3,
+    conv3x3_separate,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    linear_separate,
+    pack_phases,
+    residual_add,
+)
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -69,6 +80,25 @@ CALLS = {
         OPERATORS.linear.default,
         (leaf(2, 5, 8), leaf(6, 8), None, None, None, 1e-5, None, None),
     ),
+    "conv3x3": lambda: (
+        OPERATORS.conv3x3.default,
+        (leaf(2, 5, 4, 6), leaf(8, 5, 3, 3), leaf(8), 2, False, *[None] * 3, leaf(2, 8, 2, 3), False),
+    ),
+    "conv3x3 and statistics": lambda: (
+        OPERATORS.statistics_conv3x3.default,
+        (
+            *(leaf(2, 5, 4, 6), leaf(8, 5, 3, 3), leaf(8), 1, False, leaf(2, 3, 4, 6), leaf(2, 4, 4, 6)),
+            *(leaf(8, 7), leaf(2, 8, 4, 6), True),
+        ),
+    ),
+    "conv3x3 of an enlarged image": lambda: (
+        OPERATORS.conv3x3.default,
+        (leaf(2, 5, 4, 6), leaf(8, 5, 3, 3), None, 1, True, *[None] * 4, False),
+    ),
+    "conv3x3 of packed weights": lambda: (
+        OPERATORS.statistics_conv3x3.default,
+        (leaf(2, 5, 4, 6), leaf(4, 8, 5, 2, 2), leaf(8), 1, True, *[None] * 4, True),
+    ),
     "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
     "sampler_update": lambda: (
         OPERATORS.sampler_update.default,
@@ -125,6 +155,28 @@ FUNCTIONS = {
         [(2, 5, 8), (6, 8), (6,), (8,), (8,), (8,)],
     ),
     "linear alone": (lambda x, w: linear(x, w, backend="torch"), [(2, 5, 8), (6, 8)]),
+    "conv3x3": (
+        lambda x, w, b, s, k, sw, r: conv3x3(
+            x, w, b, shortcut=s, skip=k, shortcut_weight=sw, residual=r, backend="torch"
+        ),
+        [(1, 2, 3, 4), (3, 2, 3, 3), (3,), (1, 1, 3, 4), (1, 2, 3, 4), (3, 3), (1, 3, 3, 4)],
+    ),
+    "conv3x3 of an enlarged image": (
+        lambda x, w: conv3x3(x, w, upsample=True, backend="torch"),
+        [(1, 2, 3, 2), (3, 2, 3, 3)],
+    ),
+    "conv3x3 of packed weights": (
+        lambda x, w, b: conv3x3(x, pack_phases(w), b, upsample=True, backend="torch"),
+        [(1, 2, 3, 2), (3, 2, 3, 3), (3,)],
+    ),
+    "conv3x3, chosen": (
+        lambda x, w, r: conv3x3(x, w, stride=2, residual=r, backend="auto"),
+        [(1, 2, 4, 3), (3, 2, 3, 3), (1, 3, 2, 2)],
+    ),
+    "conv3x3, separate": (
+        lambda x, w, r: conv3x3_separate(x, w, residual=r, backend="torch"),
+        [(1, 2, 4, 3), (3, 2, 3, 3), (1, 3, 4, 3)],
+    ),
     "linear, chosen": (
         lambda x, w, nw, nb: linear(x, w, norm_weight=nw, norm_bias=nb, backend="auto"),
         [(2, 5, 8), (6, 8), (8,), (8,)],
@@ -191,6 +243,31 @@ def test_a_product_counts_as_torchs_own():
     with FlopCounterMode(display=False) as theirs:
         F.linear(x, weight)
     assert ours.get_total_flops() == theirs.get_total_flops() == 2 * 2 * 50 * 64 * 256
+
+
+def test_a_convolution_counts_as_torchs_own():
+    with torch.device("meta"):
+        x, weight, shortcut = torch.empty(2, 8, 5, 7), torch.empty(6, 8, 3, 3), torch.empty(2, 4, 5, 7)
+        own = torch.empty(6, 4)
+        packed = torch.empty(4, 6, 8, 2, 2)
+    pairs = [
+        (lambda: conv3x3(x, weight, backend="torch"), lambda: F.conv2d(x, weight, padding=1)),
+        (lambda: conv3x3(x, weight, stride=2, backend="torch"), lambda: F.conv2d(x, weight, stride=2, padding=1)),
+        (
+            lambda: conv3x3(x, weight, shortcut=shortcut, shortcut_weight=own, statistics=True, backend="torch"),
+            lambda: (F.conv2d(x, weight, padding=1), F.conv2d(shortcut, own[:, :, None, None])),
+        ),
+        (
+            lambda: conv3x3(x, packed, upsample=True, backend="torch"),
+            lambda: [F.conv2d(x, one, padding="same") for one in packed],
+        ),
+    ]
+    for ours, theirs in pairs:
+        with FlopCounterMode(display=False) as own_count:
+            ours()
+        with FlopCounterMode(display=False) as torchs_count:
+            theirs()
+        assert own_count.get_total_flops() == torchs_count.get_total_flops() > 0
 
 
 def test_norms_and_geglu_count_as_torchs_own_none():

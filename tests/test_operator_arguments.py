@@ -40,6 +40,7 @@ def tensors(*shapes):
 
 
 X, IMAGE, VECTOR, QKV = *tensors((5, 8), (2, 8, 4, 6), (8,)), tensors(*[(2, 9, 3, 8)] * 3)
+(KERNEL,) = tensors((8, 8, 3, 3))
 
 
 def update(**changes):
@@ -72,6 +73,10 @@ ARGUMENTS = {
     "linear": {
         **{"x": X, "weight": X[:4], "bias": VECTOR[:4], "norm_weight": VECTOR, "norm_bias": VECTOR},
         **{"x_bias": VECTOR, "activation": "geglu"},
+    },
+    "conv3x3": {
+        **{"x": IMAGE, "weight": KERNEL, "bias": VECTOR, "shortcut": IMAGE[:, :5], "skip": IMAGE[:, 5:]},
+        **{"shortcut_weight": X[0].expand(8, 8), "residual": IMAGE, "statistics": True},
     },
     "geglu": {"x": X, "bias": VECTOR},
     "residual_add": {"x": IMAGE, "residual": IMAGE, "bias": VECTOR, "size": (8, 12)},
@@ -111,6 +116,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
             call("group_norm_silu", eps=eps, num_groups=of_int(4), backend=backend),
             call("group_norm_silu", eps=2.0**-10),
         ),
+        (call("conv3x3", stride=of_int(1), backend=backend), call("conv3x3")),
         (call("residual_add", size=(of_int(8), of_int(12)), backend=backend), call("residual_add")),
         (call("residual_add", size=np.array([8, 12]), backend=backend), call("residual_add")),
     ]
@@ -141,6 +147,12 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
         ("group_norm_silu", {"num_groups": np.array([4])}, "num_groups must be a whole number"),
         ("group_norm_silu", {"num_groups": 3}, "8 channels .* must be a divisor of 8$"),
         ("attention", {"q": QKV[0][:, :, :2]}, r"k must be \[2, Nk, 2, 8\] .*transpose\(1, 2\)"),
+        ("conv3x3", {"stride": 3}, "stride must be 1 or 2, with upsample 1; got 3"),
+        ("conv3x3", {"stride": "2"}, "stride must be a whole number; got '2'"),
+        ("conv3x3", {"upsample": 1}, "upsample must be True or False; got 1"),
+        ("conv3x3", {"statistics": "yes"}, "statistics must be True or False; got 'yes'"),
+        ("conv3x3", {"upsample": True, "stride": 2}, "stride must be 1 or 2, with upsample 1; got 2"),
+        ("conv3x3", {"shortcut": None}, "shortcut and shortcut_weight come together, and skip only with them"),
         ("residual_add", {"size": 2}, r"size must be \(height, width\); got 2"),
         ("residual_add", {"size": (8.0, 12.0)}, "size must be a whole number"),
         ("residual_add", {"size": (8, 12, 1)}, "size must be twice"),
@@ -158,6 +170,7 @@ def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, 
 def tensor_names(name):
     values = inspect.signature(OPERATORS[name].call).parameters
     numbers = ("num_groups", "eps", "scale", "tf32", "activation", "backend", "size", "shift", "out")
+    numbers += ("stride", "upsample", "statistics")
     return [parameter for parameter in values if parameter not in numbers]
 
 

@@ -22,7 +22,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldmperf.kernels import OPERATORS, attention, geglu, group_norm_silu, layer_norm, linear, residual_add
+from ldmperf.kernels import (
+    OPERATORS,
+    attention,
+    conv3x3,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    residual_add,
+)
 from ldmperf.kernels._library import OUTS
 
 LAST = torch.channels_last
@@ -42,6 +51,17 @@ CALLS = {
     ),
     "linear alone": (linear, {"x": (2, 5, 8), "weight": (6, 8), "bias": (6,)}),
     "linear without a bias": (linear, {"x": (8,), "weight": (6, 8)}),
+    "conv3x3": (
+        conv3x3,
+        {
+            **{"x": (2, 5, 4, 6), "weight": (8, 5, 3, 3), "bias": (8,), "shortcut": (2, 3, 4, 6)},
+            **{"shortcut_weight": (8, 3), "residual": (2, 8, 4, 6)},
+        },
+    ),
+    "statistics_conv3x3": (
+        functools.partial(conv3x3, statistics=True),
+        {"x": (2, 5, 4, 6), "weight": (8, 5, 3, 3), "residual": (2, 8, 4, 6)},
+    ),
     "geglu": (geglu, {"x": (2, 5, 8), "bias": (8,)}),
     "residual_add": (residual_add, {"x": (2, 3, 4, 6), "residual": (2, 3, 4, 6), "bias": (3,)}),
     "residual_add, doubled": (
@@ -97,7 +117,9 @@ def test_the_result_is_written_there_and_that_very_tensor_returned(name, backend
 
 def test_every_operator_with_a_result_is_called_here():
     assert {name.partition(",")[0].split()[0] for name in CALLS} == set(OUTS)
-    assert {name.removeprefix("add_") for name in OUTS} == set(OPERATORS) - {"sampler_update"}
+    assert {name.removeprefix("add_").removeprefix("statistics_") for name in OUTS} == set(OPERATORS) - {
+        "sampler_update"
+    }
 
 
 def test_slices_of_a_buffer_are_memory_too_and_strides_of_one_element_do_not_matter():
@@ -219,7 +241,8 @@ def test_memory_that_is_not_as_the_operator_makes_it_is_refused_and_untouched(na
                 # As large, and other strides.
                 right.new_full((*right.shape, 2), math.nan)[..., 0],
                 torch.full((right.numel(),), math.nan).expand(2, -1)[:, : right.shape[-1]],
-                *([right.contiguous(), right.transpose(2, 3)] if right.ndim == 4 and name != "attention" else []),
+                *([right.transpose(2, 3)] if right.ndim == 4 and name != "attention" else []),
+                *([] if right.is_contiguous() else [right.contiguous()]),
             ]
         )
     )
@@ -481,6 +504,7 @@ def test_opcheck(name):
     out = like(operator(**arguments))
     overload = getattr(torch.ops.ldmperf, name).out
     defaults = {"num_groups": 4, "eps": 1e-5, "tf32": False, "backend": "torch"}
+    defaults |= {"stride": 1, "upsample": False, "statistics": name == "statistics_conv3x3"}
     if name != "residual_add":
         defaults["activation"] = "geglu" if name == "linear" else "silu"
     results = {f"result{i}": one for i, one in enumerate(each(out))}
@@ -492,7 +516,7 @@ def test_flops_are_those_of_a_call_without():
     counts = []
     for with_out in (False, True):
         total = 0
-        for name in ("attention", "linear", "linear alone"):
+        for name in ("attention", "linear", "linear alone", "conv3x3"):
             operator, arguments = drawn(name, device="meta")
             out = {"out": operator(**arguments, backend="torch")} if with_out else {}
             with FlopCounterMode(display=False) as counter:

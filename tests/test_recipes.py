@@ -64,6 +64,20 @@ def linear_call(batch: int, size: int, channels: int, gated: bool) -> dict[str, 
     }
 
 
+def conv_call(batch: int, size: int, channels: int, with_shortcut: bool) -> dict[str, Any]:
+    x = image(batch, channels, size, size)
+    beside: dict[str, Any] = {"residual": image(batch, channels, size, size)}
+    if with_shortcut:
+        beside = {"shortcut": x, "skip": x, "shortcut_weight": half(channels, 2 * channels)}
+    return {
+        "x": x,
+        "weight": image(channels, channels, 3, 3),
+        "bias": half(channels),
+        **beside,
+        "statistics": True,
+    }
+
+
 def sampler_call(batch: int, size: int, channels: int, with_noise: bool) -> dict[str, Any]:
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape)
@@ -100,6 +114,7 @@ CALLS: dict[str, Callable[[int, int, int, bool], dict[str, Any]]] = {
     },
     "attention": attention_call,
     "linear": linear_call,
+    "conv3x3": conv_call,
     "sampler_update": sampler_call,
 }
 

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 import torch
 
 from ldmperf.kernels import OPERATORS
+from ldmperf.kernels._conv3x3_config import Conv3x3Config
 from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.kernels.group_norm import GroupNormConfig
 from ldmperf.profiling.machines import MACHINES
@@ -57,6 +58,11 @@ def product(rows, channels, columns, norm=False, bias=False, **options):
     return {"x": meta(rows, channels), "weight": meta(columns, channels), **given, **norms, **options}
 
 
+def convolution(height, width, channels=16, columns=16, **options):
+    weight = channels_last(columns, channels, 3, 3)
+    return {"x": channels_last(1, channels, height, width), "weight": weight, **options}
+
+
 # By operator: the case, its arguments, and a configuration where the default comes to other code.
 CASES = {
     "group_norm_silu": {
@@ -93,6 +99,18 @@ CASES = {
         ),
         "tiles past the columns": (product(5, 64, 96, norm=True), LinearConfig(32, 32, 0, 2, 4, 2)),
         "channels past the tile": (product(64, 40, 64), LinearConfig(64, 32, 32, 1, 4, 2)),
+    },
+    "conv3x3": {
+        "one pixel": (convolution(1, 1), None),
+        "one column, statistics": (convolution(5, 1, statistics=True), None),
+        "one row, a shortcut": (
+            convolution(1, 5, shortcut=channels_last(1, 16, 1, 5), shortcut_weight=meta(16, 16)),
+            Conv3x3Config(64, 32, 16, 1, 4, 2),
+        ),
+        "one pixel, split": (convolution(1, 1, statistics=True), Conv3x3Config(64, 32, 16, 3, 4, 2)),
+        "one pixel, enlarged": (convolution(1, 1, upsample=True), None),
+        "one channel": (convolution(3, 3, channels=1, columns=1), Conv3x3Config(64, 32, 16, 1, 4, 2)),
+        "channels past the tile": (convolution(9, 9, channels=40, columns=24), Conv3x3Config(64, 32, 32, 1, 4, 2)),
     },
     "geglu": {
         "one of everything": ({"x": meta(1, 2)}, None),

@@ -225,6 +225,11 @@ HUGE = {
         Shape(height=32767, width=16384, channels=32, features=32),
         Shape(batch=32, height=512, width=512, channels=640, features=320),
     ],
+    "conv3x3": [
+        Shape(**MANY, channels=128),
+        Shape(**LARGE, channels=64),
+        Shape(**MANY, channels=64, features=32, skip_channels=64),
+    ],
     "geglu": [Shape(batch=64, height=512, width=512, channels=1280), Shape(height=65535, width=16383, channels=8)],
     "residual_add": [Shape(**MANY, channels=128), Shape(**LARGE, channels=64)],
     "sampler_update": [
@@ -262,6 +267,14 @@ def huge_calls():
     small = huge_arguments("residual_add", Shape(batch=2, height=4096, width=4096, channels=64), LAYOUTS[0])
     for width in (8192, 8191):
         yield "residual_add", small | {"size": (8192, width)}
+    # An enlarged image, larger than what it is made of.
+    image = huge_arguments("conv3x3", Shape(batch=80, height=512, width=512, channels=64), LAYOUTS[0])
+    image = {name: image[name] for name in ("x", "weight", "bias")} | {"upsample": True}
+    yield "conv3x3", image
+    yield (
+        "conv3x3",
+        image | {"weight": torch.empty(4, 64, 2, 2, 64, dtype=torch.bfloat16, device="meta").movedim(-1, 2)},
+    )
     # Registers whose stride fits 32 bits, and its multiples do not.
     shape = Shape(batch=1, height=20_000, width=20_000, channels=4)
     registers = torch.empty(5, 1, 20_000, 20_000, 4, device="meta").permute(0, 1, 4, 2, 3)

@@ -122,6 +122,8 @@ def test_the_mean_step_is_of_whole_steps_alone() -> None:
         ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", "GEGLU"),
         ("void at::native::elementwise_kernel<128, 4, CUDAFunctor_add<float>>", "elementwise and residual"),
         ("residual_add_kernel", "elementwise and residual"),
+        ("conv3x3_kernel", "convolution"),
+        ("conv3x3_reduce_kernel", "convolution"),
         ("triton_poi_fused_add_7", "elementwise and residual"),
         ("triton_poi_fused_convolution_5", "elementwise and residual"),
         ("triton_poi_fused__to_copy_add_3", "elementwise and residual"),

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, linear, residual_add
+from ldmperf.kernels import attention, conv3x3, geglu, group_norm_silu, layer_norm, linear, residual_add
 
 
 def sdpa(q, k, v, mask=None, scale=None):
@@ -82,6 +82,11 @@ CALLS = {
         ),
         lambda x, w, b, nw, nb, s: gated(F.linear(normed(x + s, nw, nb), w, b)),
         [TOKENS, (6, 8), (6,), *[CHANNELS] * 3],
+    ),
+    "conv3x3": (
+        lambda x, w, b, s, sw, **o: conv3x3(x, w, b, shortcut=s, shortcut_weight=sw, **o),
+        lambda x, w, b, s, sw: F.conv2d(x, w, b, padding=1) + F.conv2d(s, sw[:, :, None, None]),
+        [IMAGE, (6, 8, 3, 3), (6,), IMAGE, (6, 8)],
     ),
     "geglu": (lambda x, b, **o: geglu(x, bias=b, **o), lambda x, b: gated(x + b), [TOKENS, CHANNELS]),
     "residual_add": (residual_add, lambda x, r, b: x + r + b[:, None, None], [IMAGE, IMAGE, CHANNELS]),

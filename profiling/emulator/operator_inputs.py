@@ -88,7 +88,7 @@ def made_inputs(
 ) -> EmulatedInputs:
     """Arguments of a kind of KINDS_OF_INPUTS.
 
-    seed, mean, scale: of the normal numbers. A linear's weights are divided by the square root of its channels.
+    seed, mean, scale: of the normal numbers. Weights of matmuls are divided by the square root of what is summed.
     """
     make: Callable[[int], EmulatedInputs] = _Maker(operator, shape, kind, seed, mean, scale).make
     if kind not in ("huge", "largest"):
@@ -145,8 +145,8 @@ class _Maker:
             return torch.randint(2**40, size, generator=generator)
         # In float64, so that a power of two rounds nothing away.
         values = self.mean + self.scale * torch.randn(size, generator=generator, dtype=torch.float64)
-        if self.operator == "linear" and name == "weight":
-            return values / math.sqrt(size[-1])
+        if self.operator in ("linear", "conv3x3") and name.endswith("weight") and name != "norm_weight":
+            return values / math.sqrt(math.prod(size[1:]))
         if name == "guidance_scale":
             return _GUIDANCE * values
         return values if name in _OF_ORDER_ONE else self._extreme(values, like.dtype, exponent, generator)

@@ -77,6 +77,44 @@ def linear(
     return y if activation is None else geglu(y)
 
 
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    upsample: bool = False,
+    shortcut: Tensor | None = None,
+    skip: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
+    residual: Tensor | None = None,
+    statistics: bool = False,
+) -> Any:
+    if weight.dim() == 5:
+        # Packed: the four phases' channels, each in its place.
+        height, width = x.shape[2:]
+        every = F.conv2d(x, weight.flatten(0, 1), padding=1).unflatten(1, (4, -1))
+        y = x.new_empty(x.shape[0], weight.shape[1], 2 * height, 2 * width)
+        for p in range(4):
+            of_phase = every[:, p, :, p // 2 : p // 2 + height, p % 2 : p % 2 + width]
+            y[:, :, p // 2 :: 2, p % 2 :: 2] = of_phase if bias is None else of_phase + bias[:, None, None]
+    else:
+        if upsample:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        y = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, padding=1)
+    if shortcut is not None and shortcut_weight is not None:
+        image = shortcut if skip is None else torch.cat([shortcut, skip], dim=1)
+        y = y + F.conv2d(image, shortcut_weight[:, :, None, None])
+    if residual is not None:
+        y = y + residual
+    y = y.contiguous(memory_format=torch.channels_last)
+    if not statistics:
+        return y
+    tiles = y.float().flatten(2).split(64 if y[0, 0].numel() > 256 else 16, dim=2)
+    moments = [torch.stack([t.mean(2), t.var(2, unbiased=False) * t.shape[2]], dim=1) for t in tiles]
+    return y, torch.stack(moments, dim=1)
+
+
 def residual_add(
     x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: tuple[int, int] | None = None
 ) -> Tensor:
@@ -97,6 +135,7 @@ PLAIN: Mapping[str, Function] = {
     "group_norm_silu": group_norm_silu,
     "layer_norm": layer_norm,
     "linear": linear,
+    "conv3x3": conv3x3,
     "geglu": geglu,
     "residual_add": residual_add,
     "attention": attention,

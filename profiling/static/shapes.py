@@ -98,6 +98,26 @@ def _linear(shape: Shape) -> Arguments:
     }
 
 
+def _conv3x3(shape: Shape) -> Arguments:
+    """A residual block's second convolution, to `features` channels; with `skip_channels` also its shortcut."""
+    columns = shape.features or shape.channels
+    x, weight = shape.image(shape.batch, shape.channels), shape.empty(columns, shape.channels, 3, 3)
+    beside: Arguments = {"residual": shape.image(shape.batch, columns)}
+    if shape.skip_channels:
+        beside = {
+            "shortcut": shape.image(shape.batch, shape.channels),
+            "skip": shape.image(shape.batch, shape.skip_channels),
+            "shortcut_weight": shape.empty(columns, shape.channels + shape.skip_channels),
+        }
+    return {
+        "x": x,
+        "weight": weight.to(memory_format=torch.channels_last),
+        "bias": shape.empty(columns),
+        **beside,
+        "statistics": True,
+    }
+
+
 def _residual_add(shape: Shape) -> Arguments:
     x = shape.image(shape.batch, shape.channels)
     return {"x": x, "residual": torch.empty_like(x), "bias": shape.empty(shape.channels)}
@@ -131,6 +151,7 @@ SHAPES: Mapping[str, tuple[Callable[[Shape], Arguments], tuple[str, ...], Mappin
     "group_norm_silu": (_group_norm_silu, (*_IMAGE, "groups", "skip_channels"), {}),
     "layer_norm": (_layer_norm, _IMAGE, {}),
     "linear": (_linear, (*_IMAGE, "features"), {}),
+    "conv3x3": (_conv3x3, (*_IMAGE, "features", "skip_channels"), {}),
     "geglu": (_geglu, _IMAGE, {"channels": 1280}),
     "residual_add": (_residual_add, _IMAGE, {}),
     "sampler_update": (_sampler_update, _IMAGE, {"channels": 4}),

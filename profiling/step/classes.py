@@ -21,7 +21,7 @@ _TORCH_NAMES: Mapping[str, str] = {
     "aten::scaled_dot_product_attention": ATTENTION,
 }
 _CLASS_OF: Mapping[str, OperatorClass] = {
-    "convolution": "convolution",
+    **dict.fromkeys(("convolution", "conv3x3"), "convolution"),
     "linear": "linear",
     "self-attention": "self-attention",
     "cross-attention": "cross-attention",

@@ -28,6 +28,7 @@ _PATTERNS: tuple[tuple[LaunchGroup, str], ...] = (
     ("attention", r"attention|flash_|fmha|sdpa|softmax"),
     ("group norm", r"^group_norm|group_?norm|RowwiseMoments|ComputeFusedParams|silu"),
     ("linear", r"^(norm_)?linear_kernel"),
+    ("convolution", r"^conv3x3_"),
     ("layer norm", r"^layer_norm_kernel|layer_?norm"),
     ("GEGLU", r"^geglu_kernel|gelu"),
     ("elementwise and residual", r"^residual_add_kernel"),

@@ -210,6 +210,7 @@ _OUR_GROUPS: Mapping[str, LaunchGroup] = {
     "group_norm_silu": "group norm",
     "layer_norm": "layer norm",
     "linear": "linear",
+    "conv3x3": "convolution",
     "geglu": "GEGLU",
     "residual_add": "elementwise and residual",
     "sampler_update": "sampler",

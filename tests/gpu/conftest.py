@@ -56,8 +56,9 @@ def launch(operator: Any, config: Any = None, **arguments: Any) -> Any:
     for tensor in result if isinstance(result, tuple) else (result,):
         tensor.fill_(torch.nan)
     for one in launches:
-        if "statistics_ptr" in one.arguments:
-            one.arguments["statistics_ptr"].fill_(torch.nan)
+        for name in ("statistics_ptr", "partial_ptr"):
+            if one.arguments.get(name) is not None:
+                one.arguments[name].fill_(torch.nan)
     run(launches, torch.device("cuda", torch.cuda.current_device()))
     return result
 

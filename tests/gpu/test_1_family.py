@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from ldmperf.kernels import OPERATORS, philox_normal, sampler_update
 from ldmperf.kernels.philox import STEP_NOISE
+from ldmperf.profiling.kernel_bench.plain import PLAIN
 from ldmperf.profiling.step.calls import family_calls, vae_calls
 from ldmperf.samplers import NoiseSchedule, initial_noise, make_plan, sample
 
@@ -45,6 +46,8 @@ def torchs_own(operator, a):
             return y
         value, gate = y.chunk(2, dim=-1)
         return value * F.gelu(gate)
+    if operator == "conv3x3":
+        return PLAIN["conv3x3"](**a)
     if operator == "geglu":
         value, gate = (x if a.get("bias") is None else x + a["bias"]).chunk(2, dim=-1)
         return value * F.gelu(gate)

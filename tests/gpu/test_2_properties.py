@@ -15,10 +15,12 @@ from torch.library import opcheck
 from ldmperf.kernels import (
     OPERATORS,
     attention,
+    conv3x3,
     geglu,
     group_norm_silu,
     layer_norm,
     linear,
+    pack_phases,
     residual_add,
     sampler_update,
 )
@@ -91,6 +93,44 @@ CALLS = {
             "x": randn(3, 333, 1288),
             "weight": randn(1000, 1288),
             **dict.fromkeys(("norm_weight", "norm_bias"), randn(1288)),
+        },
+    ),
+    "conv3x3, residual and statistics": (
+        conv3x3,
+        lambda: {
+            "x": randn(2, 64, 32, 32, channels_last=True),
+            "weight": randn(128, 64, 3, 3, channels_last=True),
+            "bias": randn(128),
+            "residual": randn(2, 128, 32, 32, channels_last=True),
+            "statistics": True,
+        },
+    ),
+    "conv3x3, split, a shortcut": (
+        conv3x3,
+        lambda: {
+            "x": randn(2, 256, 8, 8, channels_last=True),
+            "weight": randn(256, 256, 3, 3, channels_last=True),
+            "shortcut": randn(2, 256, 8, 8, channels_last=True),
+            "skip": randn(2, 128, 8, 8, channels_last=True),
+            "shortcut_weight": randn(256, 384),
+            "statistics": True,
+        },
+    ),
+    "conv3x3, ragged, stride 2": (
+        conv3x3,
+        lambda: {
+            "x": randn(3, 40, 33, 31, channels_last=True),
+            "weight": randn(96, 40, 3, 3, channels_last=True),
+            "stride": 2,
+            "statistics": True,
+        },
+    ),
+    "conv3x3, packed": (
+        conv3x3,
+        lambda: {
+            "x": randn(2, 64, 16, 16, channels_last=True),
+            "weight": pack_phases(randn(64, 64, 3, 3, channels_last=True)),
+            "upsample": True,
         },
     ),
     "geglu": (geglu, lambda: {"x": randn(2, 1024, 2560), "bias": randn(2560)}),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldmperf.kernels import attention, geglu, group_norm_silu, layer_norm, linear, residual_add
+from ldmperf.kernels import attention, conv3x3, geglu, group_norm_silu, layer_norm, linear, residual_add
 
 CALLS = {
     "attention": (attention, [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)], {}),
@@ -15,6 +15,11 @@ CALLS = {
     ),
     "group_norm_silu": (lambda x, k, **o: group_norm_silu(x, 4, skip=k, **o), [(2, 5, 4, 6), (2, 3, 4, 6)], {}),
     "residual_add": (residual_add, [(2, 3, 4, 6), (2, 3, 4, 6)], {"size": (8, 12)}),
+    "conv3x3": (
+        lambda x, w, b, **o: conv3x3(*(t.contiguous(memory_format=torch.channels_last) for t in (x, w)), b, **o),
+        [(1, 16, 4, 6), (16, 16, 3, 3), (16,)],
+        {},
+    ),
     "geglu": (geglu, [(5, 8)], {}),
 }
 

@@ -8,9 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime import interpreter
 
-from ldmperf.kernels import OPERATORS, attention, geglu, group_norm_silu, layer_norm, linear, residual_add
+from ldmperf.kernels import (
+    OPERATORS,
+    attention,
+    conv3x3,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    residual_add,
+)
 
 X, IMAGE, VECTOR = torch.randn(2, 5, 8), torch.randn(2, 8, 4, 6), torch.randn(8)
+LAST = torch.randn(2, 16, 4, 6).contiguous(memory_format=torch.channels_last)
+KERNEL = torch.randn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
 CALLS = {
     "attention": lambda **o: attention(*torch.ones(2, 5, 3, 2, 8).unbind(2), **o),
     "group_norm_silu": lambda **o: group_norm_silu(IMAGE, 4, VECTOR, VECTOR, **o),
@@ -18,6 +29,8 @@ CALLS = {
     "layer_norm and a sum": lambda **o: layer_norm(X, VECTOR, VECTOR, residual=X, **o),
     "linear": lambda **o: linear(X, X[0, :4], activation="geglu", **o),
     "linear of a norm": lambda **o: linear(X, X[0, :4], norm_weight=VECTOR, norm_bias=VECTOR, **o),
+    "conv3x3": lambda **o: conv3x3(LAST, KERNEL, residual=LAST, **o),
+    "conv3x3 and statistics": lambda **o: conv3x3(LAST, KERNEL, statistics=True, **o),
     "geglu": lambda **o: geglu(X, **o),
     "residual_add": lambda **o: residual_add(IMAGE, IMAGE, size=(8, 11), **o),
 }

@@ -27,9 +27,19 @@ CALLS = {
         lambda f, x, w, b, n, m: f(x, w, b, norm_weight=n, norm_bias=m, activation="geglu"),
         [TOKENS, (6, 8), (6,), VECTOR, VECTOR],
     ),
+    "conv3x3": (
+        lambda f, x, w, b, s, sw, r: f(
+            *map(last, (x, w)), b, shortcut=last(s), shortcut_weight=sw, residual=last(r)
+        ),
+        [(1, 16, 4, 6), (16, 16, 3, 3), (16,), (1, 8, 4, 6), (16, 8), (1, 16, 4, 6)],
+    ),
     "geglu": (lambda f, x, b: f(x, bias=b), [TOKENS, VECTOR]),
     "residual_add": (lambda f, x, r, b: f(x, r, b, size=(8, 11)), [(2, 8, 4, 6), (2, 8, 4, 6), VECTOR]),
 }
+
+
+def last(image):
+    return image.contiguous(memory_format=torch.channels_last)
 
 
 def gradients(run, values):
