@@ -15,7 +15,6 @@ With statistics the kernel leaves beside the image what the next group norm need
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -348,21 +347,20 @@ def transformer_tail(
     )
     tensors(transformer_tail, call[:14], call[15:20])
     call = call._replace(eps=real("transformer_tail", "eps", eps))
-    *arguments, with_statistics = call
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
         choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
         backend = choose(*call)
         if backend == "torch":
             return _unfused(call, out)
-    result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[with_statistics](*arguments, backend, out=out)
+    result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[call.statistics](*call, backend, out=out)
     return result
 
 
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
     """What "auto" takes where the kernel is not expected to be faster."""
     if out is not None:
-        OUTS[_NAMES[call.statistics]].checked((*call[:-1], "auto"), out)
+        OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
     if not call.statistics:
         return _separate(call, "auto", out)
     if out is None:
@@ -480,15 +478,10 @@ def _flops(*shapes: Any, **__: object) -> int:
     return total
 
 
-def _bind(statistics: bool, *arguments: Any) -> TransformerTailCall:
-    return TransformerTailCall(*arguments)._replace(statistics=statistics)
-
-
-def _autocast(statistics: bool, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+def _autocast(_: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The parts one after the other, each of which autocast treats by its own rule."""
-    _, *given, backend = arguments
-    call = _bind(statistics, *given)
-    return _with_statistics(call, _separate(call, backend))
+    call = TransformerTailCall(*arguments[:-1])
+    return _with_statistics(call, _separate(call, arguments[-1]))
 
 
 OPERATOR = Operator(
@@ -507,7 +500,7 @@ _ARGUMENTS = (
     "(Tensor attended, Tensor x, Tensor image, Tensor context, Tensor out_weight, Tensor norm2_weight, "
     "Tensor norm2_bias, Tensor q_weight, Tensor cross_weight, Tensor norm3_weight, Tensor norm3_bias, "
     "Tensor ff_in_weight, Tensor ff_out_weight, Tensor proj_weight, float eps, Tensor? out_bias, "
-    "Tensor? cross_bias, Tensor? ff_in_bias, Tensor? ff_out_bias, Tensor? proj_bias, str backend)"
+    "Tensor? cross_bias, Tensor? ff_in_bias, Tensor? ff_out_bias, Tensor? proj_bias, bool statistics, str backend)"
 )
 # Without statistics and with: a library's operator has one type of result.
 _NAMES = {False: "transformer_tail", True: "statistics_transformer_tail"}
@@ -517,8 +510,7 @@ _IMPLEMENTED = {
         OPERATOR,
         reference=_reference,
         fake=_empty_result,
-        bind=functools.partial(_bind, statistics),
-        autocast=functools.partial(_autocast, statistics),
+        autocast=_autocast,
         flops=_flops,
         in_place=("image",),
     )

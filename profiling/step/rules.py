@@ -214,6 +214,7 @@ _OUR_GROUPS: Mapping[str, LaunchGroup] = {
     "geglu": "GEGLU",
     "residual_add": "elementwise and residual",
     "sampler_update": "sampler",
+    **dict.fromkeys(("transformer_front", "transformer_tail"), "linear"),
 }
 
 # Memory without values, and a view that torch does not declare as one.
