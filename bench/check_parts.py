@@ -19,7 +19,10 @@ NAMES = (
     *("attention-family", "kernels-compiled", "conv-padding", "attention-flex", "compiled-max", "sanitizer"),
     "family-all",
 )
-OTHERS = "group_norm_silu,layer_norm,linear,conv3x3,geglu,residual_add,sampler_update,transformer_tail"
+OTHERS = (
+    "group_norm_silu,layer_norm,linear,conv3x3,geglu,residual_add,transformer_front,transformer_tail,"
+    "sampler_update"
+)
 KERNEL_PEERS = "triton,auto,separate,eager"
 COMPILED_PEERS = "triton,auto,eager,compile,diffusers,diffusers-compile"
 ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"

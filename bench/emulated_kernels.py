@@ -36,6 +36,10 @@ CONVOLUTIONS = (
     *((64, 64, 16, 0), (64, 32, 20, 96), (128, 128, 12, 0), (40, 48, 9, 24), (256, 64, 8, 0), (96, 96, 11, 0)),
     (320, 64, 8, 64),
 )
+# Channels and pixels a side of the image of a transformer: one part and two, whole tiles and ragged ones.
+TRANSFORMERS = ((64, 16), (64, 9), (96, 8), (128, 8), (128, 5))
+# Operators whose tiles depend on how many of them fill the chip.
+_BY_ROWS = ("attention", "transformer_front", "transformer_tail")
 # Of tests/gpu: relative RMS errors that are rounding alone, and how many times torch's own others may be.
 FLOOR = {"float32": 5e-7, "float16": 6e-4, "bfloat16": 4e-3}
 FACTOR = {"attention": 1.5}
@@ -92,6 +96,12 @@ def others_of(job: Job) -> Iterator[EmulatedInputs]:
                 dtype, channels=channels, features=features, height=side, width=side, skip_channels=skip_channels
             )
             yield made_inputs("conv3x3", shape, "random")
+    elif job.operator in ("transformer_front", "transformer_tail"):
+        widest = 96 if dtype == torch.float32 else 128
+        for channels, side in TRANSFORMERS:
+            if channels <= widest:
+                shape = Shape(dtype, channels=channels, height=side, width=side, context=77)
+                yield made_inputs(job.operator, shape, "random")
     elif job.operator in ("layer_norm", "residual_add", "group_norm_silu"):
         for channels in (64, 320, 1280):
             yield made_inputs(job.operator, Shape(dtype, channels=channels, height=12, width=12), "random")
@@ -111,12 +121,13 @@ def run_job(job: Job, limit: int | None = None) -> Row:
 
 
 def run_inputs(job: Job, inputs: Iterable[EmulatedInputs], limit: int | None = None) -> Row:
-    """Runs those of the inputs whose code has not run; attention also as for a chip of one multiprocessor."""
+    """Runs those of the inputs whose code has not run; where tiles depend on how many fill the chip also as for a
+    chip of one multiprocessor."""
     row, seen = Row(job), set()
     with emulated(job.arch) as emulation:
         few = dataclasses.replace(emulation.chip, multiprocessors=1)
         for one in inputs:
-            for chip in (emulation.chip, few) if job.operator == "attention" else (emulation.chip,):
+            for chip in (emulation.chip, few) if job.operator in _BY_ROWS else (emulation.chip,):
                 with planned_for(chip):
                     codes = _codes(emulation, one) - seen
                     if codes and (limit is None or row.calls < limit):

@@ -19,6 +19,7 @@ from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
+from .transformer_front import transformer_front, transformer_front_ref, transformer_front_separate
 from .transformer_tail import (
     TransformerTailCall,
     transformer_tail,
@@ -72,6 +73,9 @@ __all__ = [
     "sampler_update",
     "sampler_update_ref",
     "seed_tensor",
+    "transformer_front",
+    "transformer_front_ref",
+    "transformer_front_separate",
     "transformer_tail",
     "transformer_tail_backend",
     "transformer_tail_ref",

@@ -57,9 +57,7 @@ def default_tail(shape: TailShape, chip: Chip) -> TransformerTailConfig:
     """The largest tile that fills the chip and does not spill."""
     if shape.itemsize == 4:
         return TransformerTailConfig(16, 32, 8, 2)
-    fitting = [block_m for block_m in (64, 32, 16) if _fits(shape, block_m, chip)]
-    filling = (m for m in fitting if _tail_programs(shape, m) >= 0.9 * chip.multiprocessors)
-    block_m = next(filling, fitting[-1])
+    block_m = _filling(shape.batch, shape.tokens, shape.channels, chip)
     return TransformerTailConfig(block_m, _block_j(shape, block_m, chip), 4, 2)
 
 
@@ -69,7 +67,7 @@ def tail_candidates(shape: TailShape, chip: Chip) -> list[TransformerTailConfig]
     if shape.itemsize == 4:
         return [default, TransformerTailConfig(16, 16, 8, 2)]
     # Statistics are by the default's tile, whatever is tuned.
-    tiles = [m for m in (64, 32, 16) if _fits(shape, m, chip) and (m == default.block_m or not shape.statistics)]
+    tiles = [default.block_m] if shape.statistics else _fitting(shape.channels, chip)
     found = [
         TransformerTailConfig(m, j, 4, stages)
         for m in tiles
@@ -80,9 +78,16 @@ def tail_candidates(shape: TailShape, chip: Chip) -> list[TransformerTailConfig]
     return list(dict.fromkeys([default, *found]))
 
 
-def _fits(shape: TailShape, block_m: int, chip: Chip) -> bool:
-    """Whether no register of a program with so many rows spills."""
-    return block_m < 64 or padded(shape.channels) <= (128 if chip.arch == "sm_90" else 96)
+def _fitting(channels: int, chip: Chip) -> list[int]:
+    """The rows of a tile of 4 warps with which nothing spills, from many to few."""
+    return [64, 32, 16] if padded(channels) <= (128 if chip.arch == "sm_90" else 96) else [32, 16]
+
+
+def _filling(batch: int, tokens: int, channels: int, chip: Chip) -> int:
+    """The most of these rows that leave a program for each multiprocessor, or the fewest."""
+    fitting = _fitting(channels, chip)
+    filling = (m for m in fitting if batch * ceil_div(tokens, m) >= 0.9 * chip.multiprocessors)
+    return next(filling, fitting[-1])
 
 
 def _block_j(shape: TailShape, block_m: int, chip: Chip) -> int:
@@ -96,8 +101,8 @@ def _tail_programs(shape: TailShape, block_m: int) -> int:
     return shape.batch * ceil_div(shape.tokens, block_m)
 
 
-# By rows of a tile of 4 warps, the instructions of a warp: for a head, for 64 channels of the feed-forward, and
-# for each channel of a row beside them. Counted in the code for sm_90.
+# By rows of a tile of 4 warps, instructions of a warp: for a head, for 64 channels of the feed-forward, and for
+# each channel of a row beside them. Counted in the code for sm_90.
 _TAIL_INSTRUCTIONS: Mapping[int, tuple[int, int, int]] = {
     64: (385, 1050, 32),
     32: (440, 640, 21),
@@ -136,3 +141,61 @@ def _separate_ns(shape: TailShape, chip: Chip) -> float:
         replace(plain, columns=shape.inner, gated=True, normed=True),
     )
     return LAUNCH_NS + attention_ns + sum(predicted_ns(one, chip) for one in matmuls)
+
+
+@dataclass(frozen=True)
+class TransformerFrontConfig:
+    """A tile of block_m rows, which takes block_n columns of the last matmul at a time."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class FrontShape(NamedTuple):
+    """What a configuration depends on; `tiles` of the statistics, 0 for none."""
+
+    batch: int
+    tokens: int
+    channels: int
+    columns: int
+    tiles: int
+    itemsize: int
+
+
+def default_front(shape: FrontShape, chip: Chip) -> TransformerFrontConfig:
+    """The largest tile that fills the chip and does not spill."""
+    if shape.itemsize == 4:
+        return TransformerFrontConfig(16, 32, 8, 2)
+    return TransformerFrontConfig(_filling(shape.batch, shape.tokens, shape.channels, chip), 64, 4, 2)
+
+
+def front_candidates(shape: FrontShape, chip: Chip) -> list[TransformerFrontConfig]:
+    """What a tuner tries."""
+    if shape.itemsize == 4:
+        return [TransformerFrontConfig(16, n, 8, 2) for n in (32, 16)]
+    return [
+        TransformerFrontConfig(m, n, 4, stages)
+        for m in _fitting(shape.channels, chip)
+        for n in (64, 32)
+        for stages in (2, 3)
+    ]
+
+
+@functools.cache
+def front_predicted_to_gain(shape: FrontShape, chip: Chip) -> bool:
+    """Whether the kernel is predicted to be faster than the operators one after the other."""
+    if shape.itemsize != 2 or not shape.tokens * shape.batch * shape.tiles:
+        return False
+    block_m = default_front(shape, chip).block_m
+    # Instructions of a warp, counted in the code for sm_90: beside the last matmul, and for 64 columns of it.
+    fixed = 1200 + 12 * shape.channels if block_m > 16 else 900 + 9 * shape.channels
+    of_a_warp = fixed + 100 * ceil_div(shape.columns, 64)
+    rounds = ceil_div(shape.batch * ceil_div(shape.tokens, block_m), chip.multiprocessors)
+    fused_ns = LAUNCH_NS + rounds * 4 * of_a_warp / (_ALONE_PER_NS if rounds == 1 else _TOGETHER_PER_NS)
+    rows, channels = shape.batch * shape.tokens, shape.channels
+    norm_ns = LAUNCH_NS + 2 * rows * channels * shape.itemsize / _BYTES_PER_NS
+    plain = LinearShape(rows, channels, channels, gated=False, normed=False, itemsize=shape.itemsize)
+    last = replace(plain, columns=shape.columns, normed=True)
+    return fused_ns < norm_ns + predicted_ns(plain, chip) + predicted_ns(last, chip)

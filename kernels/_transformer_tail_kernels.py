@@ -237,22 +237,27 @@ def _add_feed_forward(
 
 
 @jit
-def _store_rows(rows, parts, mask_m, CHANNELS: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr):
+def store_tile(ptrs, value, mask_m, mask_n):
+    """Writes a tile; a mask of rows or columns that is None lets all pass."""
+    if mask_m is None and mask_n is None:
+        tl.store(ptrs, value)
+    elif mask_m is None:
+        tl.store(ptrs, value, mask=mask_n[None, :])
+    elif mask_n is None:
+        tl.store(ptrs, value, mask=mask_m[:, None])
+    else:
+        tl.store(ptrs, value, mask=mask_m[:, None] & mask_n[None, :])
+
+
+@jit
+def store_rows(rows, parts, mask_m, CHANNELS: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr):
     """Writes rows, part by part, in the dtype of the pointers; returns them as they were rounded, in float32."""
     columns = part_columns(PART_1, PART_2)
     rounded = ()
     for i in tl.static_range(len(columns)):
         value = parts[i].to(rows.dtype.element_ty)
-        ptrs = rows[:, None] + columns[i][None, :]
         mask = part_mask(columns, i, CHANNELS, PART_1, PART_2)
-        if mask is None and mask_m is None:
-            tl.store(ptrs, value)
-        elif mask is None:
-            tl.store(ptrs, value, mask=mask_m[:, None])
-        elif mask_m is None:
-            tl.store(ptrs, value, mask=mask[None, :])
-        else:
-            tl.store(ptrs, value, mask=mask_m[:, None] & mask[None, :])
+        store_tile(rows[:, None] + columns[i][None, :], value, mask_m, mask)
         rounded += (value.to(tl.float32),)
     return rounded
 
@@ -341,7 +346,7 @@ def transformer_tail_kernel(
     image = load_parts(image_ptr + offsets, mask_m, CHANNELS, PART_1, PART_2)
     y = add_vector(to_dtype(image, tl.float32), proj_bias_ptr, CHANNELS, PART_1, PART_2)
     y = add_matmul(y, to_dtype(t, dtype), weight, PRECISION)
-    y = _store_rows(result_ptr + offsets, y, mask_m, CHANNELS, PART_1, PART_2)
+    y = store_rows(result_ptr + offsets, y, mask_m, CHANNELS, PART_1, PART_2)
     if result_statistics_ptr is not None:
         count = tl.minimum(tokens - (pid % tiles) * BLOCK_M, BLOCK_M)
         for i in tl.static_range(len(columns)):

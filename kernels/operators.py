@@ -11,6 +11,7 @@ from .layer_norm import OPERATOR as LAYER_NORM
 from .linear import OPERATOR as LINEAR
 from .residual_add import OPERATOR as RESIDUAL_ADD
 from .sampler_update import OPERATOR as SAMPLER_UPDATE
+from .transformer_front import OPERATOR as TRANSFORMER_FRONT
 from .transformer_tail import OPERATOR as TRANSFORMER_TAIL
 
 OPERATORS: Mapping[str, Operator] = {
@@ -24,6 +25,7 @@ OPERATORS: Mapping[str, Operator] = {
         GEGLU,
         RESIDUAL_ADD,
         SAMPLER_UPDATE,
+        TRANSFORMER_FRONT,
         TRANSFORMER_TAIL,
     )
 }

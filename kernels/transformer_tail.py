@@ -15,7 +15,6 @@ With statistics the kernel leaves beside the image what the next group norm need
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +53,7 @@ from ._transformer_config import (
 from ._transformer_tail_kernels import transformer_tail_kernel
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
 from .attention import attention
-from .linear import linear_separate
+from .linear import linear
 
 _MATRICES = ("out_weight", "q_weight", "cross_weight", "ff_in_weight", "ff_out_weight", "proj_weight")
 _VECTORS = (
@@ -107,7 +106,7 @@ def transformer_tail_ref(*arguments: Any, **options: Any) -> Tensor | tuple[Tens
 def transformer_tail_separate(
     *arguments: Any, backend: str = "auto", **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same by `linear_separate`, `attention` and torch's matmuls, one after the other, on `backend`.
+    """The same by `linear`, `attention` and torch's matmuls, one after the other, on `backend`.
 
     Arguments and errors as of `transformer_tail`, whose backend "auto" takes this where the kernel is not expected
     to be faster.
@@ -125,12 +124,12 @@ def _separate(call: TransformerTailCall, backend: str, out: Tensor | None = None
     batch, tokens, channels = x.shape
     queries = batch, tokens, *context.shape[3:]
     t = _matmul_add(x, call.attended, call.out_weight, call.out_bias)
-    q = linear_separate(
+    q = linear(
         t, call.q_weight, norm_weight=call.norm2_weight, norm_bias=call.norm2_bias, eps=eps, backend=backend
     )
     h = attention(q.view(queries), *context.unbind(2), backend=backend).view(x.shape)
     t = _matmul_add(t, h, call.cross_weight, call.cross_bias)
-    h = linear_separate(
+    h = linear(
         t,
         call.ff_in_weight,
         call.ff_in_bias,
@@ -348,14 +347,13 @@ def transformer_tail(
     )
     tensors(transformer_tail, call[:14], call[15:20])
     call = call._replace(eps=real("transformer_tail", "eps", eps))
-    *arguments, with_statistics = call
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
         choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
         backend = choose(*call)
         if backend == "torch":
             return _unfused(call, out)
-    result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[with_statistics](*arguments, backend, out=out)
+    result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[call.statistics](*call, backend, out=out)
     return result
 
 
@@ -381,7 +379,7 @@ def _served_by_torch(*arguments: Any) -> bool:
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
     """What "auto" takes where the kernel is not expected to be faster."""
     if out is not None:
-        OUTS[_NAMES[call.statistics]].checked((*call[:-1], "auto"), out)
+        OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
     if not call.statistics:
         return _separate(call, "auto", out)
     if out is None:
@@ -499,15 +497,10 @@ def _flops(*shapes: Any, **__: object) -> int:
     return total
 
 
-def _bind(statistics: bool, *arguments: Any) -> TransformerTailCall:
-    return TransformerTailCall(*arguments)._replace(statistics=statistics)
-
-
-def _autocast(statistics: bool, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+def _autocast(_: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The parts one after the other, each of which autocast treats by its own rule."""
-    _, *given, backend = arguments
-    call = _bind(statistics, *given)
-    return _with_statistics(call, _separate(call, backend))
+    call = TransformerTailCall(*arguments[:-1])
+    return _with_statistics(call, _separate(call, arguments[-1]))
 
 
 OPERATOR = Operator(
@@ -526,7 +519,7 @@ _ARGUMENTS = (
     "(Tensor attended, Tensor x, Tensor image, Tensor context, Tensor out_weight, Tensor norm2_weight, "
     "Tensor norm2_bias, Tensor q_weight, Tensor cross_weight, Tensor norm3_weight, Tensor norm3_bias, "
     "Tensor ff_in_weight, Tensor ff_out_weight, Tensor proj_weight, float eps, Tensor? out_bias, "
-    "Tensor? cross_bias, Tensor? ff_in_bias, Tensor? ff_out_bias, Tensor? proj_bias, str backend)"
+    "Tensor? cross_bias, Tensor? ff_in_bias, Tensor? ff_out_bias, Tensor? proj_bias, bool statistics, str backend)"
 )
 # Without statistics and with: a library's operator has one type of result.
 _NAMES = {False: "transformer_tail", True: "statistics_transformer_tail"}
@@ -536,8 +529,7 @@ _IMPLEMENTED = {
         OPERATOR,
         reference=_reference,
         fake=_empty_result,
-        bind=functools.partial(_bind, statistics),
-        autocast=functools.partial(_autocast, statistics),
+        autocast=_autocast,
         flops=_flops,
         in_place=("image",),
     )

@@ -33,7 +33,8 @@ def family_inputs(job):
         EmulatedInputs(job.operator, "random", call.arguments("cpu", generator))
         for call in family_calls_of(job, ("39M",))
     ]
-    return [*found, *(others_of(job) if job.operator == "conv3x3" else ())]
+    others = ("conv3x3", "transformer_front", "transformer_tail")
+    return [*found, *(others_of(job) if job.operator in others else ())]
 
 
 def check(row):
@@ -57,7 +58,9 @@ def test_attention_of_many_keys(dim):
     check(run_inputs(Job("attention", "bfloat16", "sm_90"), inputs))
 
 
-@pytest.mark.parametrize("operator", ["attention", "group_norm_silu", "linear", "conv3x3"])
+@pytest.mark.parametrize(
+    "operator", ["attention", "group_norm_silu", "linear", "conv3x3", "transformer_front", "transformer_tail"]
+)
 def test_an_operator_on_an_older_chip(operator):
     job = Job(operator, "bfloat16", "sm_80")
     check(run_inputs(job, family_inputs(job), limit=3))

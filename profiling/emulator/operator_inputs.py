@@ -38,7 +38,12 @@ _TINY = {torch.float16: 2.0**-10}
 # Results stay finite where float32 does not overflow in torch's own operators, and the dtype holds what is exact.
 _HUGE, _LARGEST = 40, 127
 # Of these names extremes make no difference: their numbers are random.
-_OF_ORDER_ONE = ("weight", "norm_weight", "table", "guidance_scale", "input_scale")
+_OF_ORDER_ONE = (
+    *("weight", "norm_weight", "group_weight", "norm2_weight", "norm3_weight"),
+    *("table", "guidance_scale", "input_scale"),
+)
+# Operators whose weights are of matmuls, but for those of norms.
+_MATMULS = ("linear", "conv3x3", "transformer_front", "transformer_tail")
 # Arguments that a call only writes.
 _WRITTEN = ("model_input",)
 _GUIDANCE = 5.0
@@ -147,7 +152,7 @@ class _Maker:
             return torch.randint(2**40, size, generator=generator)
         # In float64, so that a power of two rounds nothing away.
         values = self.mean + self.scale * torch.randn(size, generator=generator, dtype=torch.float64)
-        if self.operator in ("linear", "conv3x3") and name.endswith("weight") and name != "norm_weight":
+        if self.operator in _MATMULS and name.endswith("weight") and len(size) > 1:
             return values / math.sqrt(math.prod(size[1:]))
         if name == "guidance_scale":
             return _GUIDANCE * values

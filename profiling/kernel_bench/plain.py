@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldmperf.kernels.transformer_tail import TransformerTailCall, statistics_tile
+
 from ..step.call import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
 
 Function = Callable[..., Any]
@@ -124,6 +126,77 @@ def residual_add(
     return total if size is None else F.interpolate(total, size=size, mode="nearest")
 
 
+def transformer_front(
+    image: Tensor,
+    num_groups: int,
+    group_weight: Tensor,
+    group_bias: Tensor,
+    proj_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    group_eps: float = 1e-6,
+    norm_eps: float = 1e-5,
+    *,
+    statistics: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`statistics` are for ours."""
+    if x_bias is not None:
+        image = image + x_bias[:, None, None]
+    h = F.group_norm(image, num_groups, group_weight, group_bias, group_eps)
+    x = F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), proj_weight, proj_bias)
+    return x, F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, norm_eps), qkv_weight)
+
+
+def transformer_tail(
+    attended: Tensor,
+    x: Tensor,
+    image: Tensor,
+    context: Tensor,
+    out_weight: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    q_weight: Tensor,
+    cross_weight: Tensor,
+    norm3_weight: Tensor,
+    norm3_bias: Tensor,
+    ff_in_weight: Tensor,
+    ff_out_weight: Tensor,
+    proj_weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    out_bias: Tensor | None = None,
+    cross_bias: Tensor | None = None,
+    ff_in_bias: Tensor | None = None,
+    ff_out_bias: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    statistics: bool = False,
+) -> Any:
+    batch, tokens, channels = x.shape
+    x = x + F.linear(attended, out_weight, out_bias)
+    q = F.linear(F.layer_norm(x, (channels,), norm2_weight, norm2_bias, eps), q_weight)
+    k, v = context.unbind(2)
+    h = attention(q.view(batch, tokens, *k.shape[2:]), k, v).reshape(x.shape)
+    x = x + F.linear(h, cross_weight, cross_bias)
+    h = F.linear(F.layer_norm(x, (channels,), norm3_weight, norm3_bias, eps), ff_in_weight, ff_in_bias)
+    x = x + F.linear(geglu(h), ff_out_weight, ff_out_bias)
+    h = F.linear(x, proj_weight, proj_bias)
+    y = image + h.view(batch, *image.shape[2:], channels).permute(0, 3, 1, 2)
+    if not statistics:
+        return y
+    # In tiles of as many pixels as ours has.
+    call = TransformerTailCall(
+        *(attended, x, image, context, out_weight, norm2_weight, norm2_bias, q_weight, cross_weight),
+        *(norm3_weight, norm3_bias, ff_in_weight, ff_out_weight, proj_weight),
+        statistics=True,
+    )
+    tiles = y.float().flatten(2).split(statistics_tile(call), dim=2)
+    moments = [torch.stack([t.mean(2), t.var(2, unbiased=False) * t.shape[2]], dim=1) for t in tiles]
+    return y, torch.stack(moments, dim=1)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, tf32: bool = False) -> Tensor:
     """torch's own choice among its backends; `tf32` is for ours."""
     q, k, v = (tokens.transpose(1, 2) for tokens in (q, k, v))
@@ -139,6 +212,8 @@ PLAIN: Mapping[str, Function] = {
     "geglu": geglu,
     "residual_add": residual_add,
     "attention": attention,
+    "transformer_front": transformer_front,
+    "transformer_tail": transformer_tail,
 }
 
 

@@ -14,7 +14,7 @@ from ..step.calls import family_calls
 from .compile import Specialization, specialization_of
 
 # The other operators' configurations are those of 132 multiprocessors on every architecture.
-_OF_ARCH = ("attention", "linear", "conv3x3")
+_OF_ARCH = ("attention", "linear", "conv3x3", "transformer_front", "transformer_tail")
 
 
 def planned(operator: str, arguments: Mapping[str, Any], machine: Machine, config: Any = None) -> list[Launch]:

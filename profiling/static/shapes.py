@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldmperf.kernels._launch import next_power_of_two
+from ldmperf.kernels._statistics import empty_statistics
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -125,6 +128,53 @@ def _conv3x3(shape: Shape) -> Arguments:
     }
 
 
+def _transformer_front(shape: Shape) -> Arguments:
+    channels, vector = shape.channels, shape.empty(shape.channels)
+    image = shape.image(shape.batch, channels)
+    tile = min(64, next_power_of_two(shape.height * shape.width))
+    return {
+        "image": image,
+        "num_groups": shape.groups,
+        "group_weight": vector,
+        "group_bias": vector,
+        "proj_weight": shape.empty(channels, channels),
+        "norm_weight": vector,
+        "norm_bias": vector,
+        "qkv_weight": shape.empty(shape.features or 3 * channels, channels),
+        "statistics": empty_statistics(image, tile),
+        "proj_bias": vector,
+        "x_bias": vector,
+    }
+
+
+def _transformer_tail(shape: Shape) -> Arguments:
+    channels, vector, tokens = shape.channels, shape.empty(shape.channels), shape.tokens(shape.channels)
+    inner, heads = shape.features or 4 * channels, shape.heads
+    square = shape.empty(channels, channels)
+    return {
+        "attended": tokens,
+        "x": tokens,
+        "image": shape.image(shape.batch, channels),
+        "context": shape.empty(shape.batch, shape.context, 2, heads, channels // heads),
+        "out_weight": square,
+        "norm2_weight": vector,
+        "norm2_bias": vector,
+        "q_weight": square,
+        "cross_weight": square,
+        "norm3_weight": vector,
+        "norm3_bias": vector,
+        "ff_in_weight": shape.empty(2 * inner, channels),
+        "ff_out_weight": shape.empty(channels, inner),
+        "proj_weight": square,
+        "out_bias": vector,
+        "cross_bias": vector,
+        "ff_in_bias": shape.empty(2 * inner),
+        "ff_out_bias": vector,
+        "proj_bias": vector,
+        "statistics": True,
+    }
+
+
 def _residual_add(shape: Shape) -> Arguments:
     x = shape.image(shape.batch, shape.channels)
     return {"x": x, "residual": torch.empty_like(x), "bias": shape.empty(shape.channels)}
@@ -161,5 +211,11 @@ SHAPES: Mapping[str, tuple[Callable[[Shape], Arguments], tuple[str, ...], Mappin
     "conv3x3": (_conv3x3, (*_IMAGE, "features", "skip_channels"), {}),
     "geglu": (_geglu, _IMAGE, {"channels": 1280}),
     "residual_add": (_residual_add, _IMAGE, {}),
+    "transformer_front": (_transformer_front, (*_IMAGE, "groups", "features"), {"channels": 64}),
+    "transformer_tail": (
+        _transformer_tail,
+        (*_IMAGE, "heads", "context", "features"),
+        {"channels": 64, "context": 77},
+    ),
     "sampler_update": (_sampler_update, _IMAGE, {"channels": 4}),
 }

@@ -23,6 +23,7 @@ _TORCH_NAMES: Mapping[str, str] = {
 _CLASS_OF: Mapping[str, OperatorClass] = {
     **dict.fromkeys(("convolution", "conv3x3"), "convolution"),
     "linear": "linear",
+    **dict.fromkeys(("transformer_front", "transformer_tail"), "linear"),
     "self-attention": "self-attention",
     "cross-attention": "cross-attention",
     **dict.fromkeys(("group_norm", "group_norm_silu", "layer_norm"), "norm"),

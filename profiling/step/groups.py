@@ -27,7 +27,7 @@ _PATTERNS: tuple[tuple[LaunchGroup, str], ...] = (
     ("sampler", r"^sampler_update_kernel"),
     ("attention", r"attention|flash_|fmha|sdpa|softmax"),
     ("group norm", r"^group_norm|group_?norm|RowwiseMoments|ComputeFusedParams|silu"),
-    ("linear", r"^(norm_)?linear_kernel"),
+    ("linear", r"^((norm_)?linear|transformer_(front|tail))_kernel"),
     ("convolution", r"^conv3x3_"),
     ("layer norm", r"^layer_norm_kernel|layer_?norm"),
     ("GEGLU", r"^geglu_kernel|gelu"),

@@ -215,7 +215,7 @@ _OUR_GROUPS: Mapping[str, LaunchGroup] = {
     "geglu": "GEGLU",
     "residual_add": "elementwise and residual",
     "sampler_update": "sampler",
-    "transformer_tail": "linear",
+    **dict.fromkeys(("transformer_front", "transformer_tail"), "linear"),
 }
 
 # Memory without values, and a view that torch does not declare as one.
