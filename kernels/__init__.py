@@ -19,7 +19,13 @@ from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
-from .transformer_front import transformer_front, transformer_front_ref, transformer_front_separate
+from .transformer_front import (
+    TransformerFrontCall,
+    transformer_front,
+    transformer_front_backend,
+    transformer_front_ref,
+    transformer_front_separate,
+)
 from .transformer_tail import (
     TransformerTailCall,
     transformer_tail,
@@ -41,6 +47,7 @@ __all__ = [
     "KernelUnsupported",
     "Launch",
     "Operator",
+    "TransformerFrontCall",
     "TransformerTailCall",
     "__version__",
     "attention",
@@ -74,6 +81,7 @@ __all__ = [
     "sampler_update_ref",
     "seed_tensor",
     "transformer_front",
+    "transformer_front_backend",
     "transformer_front_ref",
     "transformer_front_separate",
     "transformer_tail",

@@ -45,7 +45,7 @@ from ._transformer_config import (
     keeps_row,
 )
 from ._transformer_front_kernels import transformer_front_kernel
-from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
 from .group_norm import group_norm_silu
 from .linear import linear
 
@@ -284,6 +284,25 @@ def transformer_front(
     return result
 
 
+def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto") -> Literal["torch", "triton"]:
+    """Who serves a call, for who has a way of their own around the kernel.
+
+    "auto" as of `transformer_front`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
+    """
+    choose_backend("transformer_front", backend, ())
+    if backend == "torch" or torch._C._is_any_autocast_enabled():
+        return "torch"
+    if backend == "auto":
+        return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)
+    return "torch" if _served_by_torch(*call) else "triton"
+
+
+@ByLayout
+def _served_by_torch(*arguments: Any) -> bool:
+    call = checked(OPERATOR, TransformerFrontCall(*arguments))
+    return bool(of_layout(unsupported_reasons(call), transformer_front_kernel, call.image))
+
+
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
     """The call with Python's numbers. ValueError for what is no tensor or no number."""
     name = "transformer_front"
@@ -303,7 +322,7 @@ def _auto(*arguments: Any) -> Literal["torch", "triton"]:
     if torch.compiler.is_compiling() and not _are_fixed(shape.batch, shape.tokens):
         # One graph for all sizes: no measurement of one of them decides.
         return "torch"
-    reasons = () if image.is_meta else tuple(unsupported_reasons(call))
+    reasons = tuple(of_layout(unsupported_reasons(call), transformer_front_kernel, image))
     chosen: Literal["torch", "triton"] = _chosen(reasons, image.device, image.dtype, *shape)
     return chosen
 

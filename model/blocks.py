@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ldmperf.kernels import (
     Conv3x3Call,
     GroupNormSiLU,
+    TransformerFrontCall,
     TransformerTailCall,
     attention,
     conv3x3,
@@ -28,6 +29,8 @@ from ldmperf.kernels import (
     linear,
     linear_separate,
     residual_add,
+    transformer_front,
+    transformer_front_backend,
     transformer_tail,
     transformer_tail_backend,
 )
@@ -183,14 +186,18 @@ class TransformerBlock(nn.Module):
 
     def attended(self, x: Tensor, before: Tensor | None = None, first: Tensor | None = None) -> Tensor:
         """The first attention of x [B, N, C], before the layer behind it; arguments as of `forward`."""
-        batch, tokens, channels = x.shape
-        heads = self.heads, channels // self.heads
         if first is None:
-            qkv = self._linear(x, self.norm1, self.to_qkv, before).view(batch, tokens, 3, *heads).unbind(2)
-        else:
-            q = self._linear(x, self.norm1, self.first_q, before).view(batch, tokens, *heads)
-            qkv = q, *first.unbind(2)
-        return attention(*qkv, backend=self.choices.backend).view(x.shape)
+            return self.attention_of(self._linear(x, self.norm1, self.to_qkv, before))
+        batch, tokens, channels = x.shape
+        q = self._linear(x, self.norm1, self.first_q, before).view(
+            batch, tokens, self.heads, channels // self.heads
+        )
+        return attention(q, *first.unbind(2), backend=self.choices.backend).view(x.shape)
+
+    def attention_of(self, qkv: Tensor) -> Tensor:
+        """Self-attention of packed queries, keys and values [B, N, 3 C] -> [B, N, C]."""
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
+        return attention(q, k, v, backend=self.choices.backend).flatten(2)
 
     def tail_call(
         self, x: Tensor, attended: Tensor, context: Tensor, image: Tensor, proj: nn.Linear, statistics: bool
@@ -279,12 +286,12 @@ class Transformer(nn.Module):
         """
         travels = isinstance(x, Written)
         x, of_x = Written.of(x)
-        h = self.proj_in(as_tokens(self.norm(x, between, None, of_x)))
         keys_values = context.unbind()
         if in_place and tail is not None and size is None and len(keys_values) == 1:
-            written = self._ended(x, h, keys_values[0], tail, travels)
+            written = self._merged(x, of_x, keys_values[0], between, tail, travels)
             if written is not None:
                 return written if travels else written.image
+        h = self.proj_in(as_tokens(self.norm(x, between, None, of_x)))
         at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
         each = len(keys_values) // len(self.blocks)
         for i, block in enumerate(self.blocks):
@@ -296,13 +303,32 @@ class Transformer(nn.Module):
         h = as_image(F.linear(h, self.proj_out.weight), x.shape[2:])
         return summed(x, h, closing, size, self.choices, travels)
 
-    def _ended(self, x: Tensor, h: Tensor, context: Tensor, tail: Tensor, travels: bool) -> Written | None:
-        """What follows the tokens h of one block, in two launches; None where `choices` take the separate ones."""
-        block = cast(TransformerBlock, self.blocks[0])
-        call = block.tail_call(h, h, context, x, self.proj_out, travels and _leaves(x, self.choices))
+    def _merged(
+        self,
+        x: Tensor,
+        statistics: Tensor | None,
+        context: Tensor,
+        between: Tensor | None,
+        tail: Tensor,
+        travels: bool,
+    ) -> Written | None:
+        """`forward` with one block in three launches; None where `choices` take the separate ones."""
+        block, tokens = cast(TransformerBlock, self.blocks[0]), as_tokens(x)
+        call = block.tail_call(tokens, tokens, context, x, self.proj_out, travels and _leaves(x, self.choices))
         if transformer_tail_backend(call, self.choices.tails) == "torch":
             return None
-        call = call._replace(attended=block.attended(h), proj_bias=tail)
+        norm, proj, norm1 = self.norm, self.proj_in, block.norm1
+        front = TransformerFrontCall(
+            *(x, norm.num_groups, norm.weight, norm.bias, proj.weight, norm1.weight, norm1.bias),
+            *(block.to_qkv.weight, norm.eps, norm1.eps, statistics, proj.bias, between),
+        )
+        if statistics is not None and transformer_front_backend(front, self.choices.tails) == "triton":
+            h, qkv = transformer_front(**front._asdict(), backend="triton")
+            attended = block.attention_of(qkv)
+        else:
+            h = proj(as_tokens(norm(x, between, None, statistics)))
+            attended = block.attended(h)
+        call = call._replace(attended=attended, x=h, proj_bias=tail)
         found = transformer_tail(**call._asdict(), backend="triton")
         return Written(*found) if isinstance(found, tuple) else Written(found)
 

@@ -82,6 +82,9 @@ def test_with_every_combination_of_what_can_be_merged(launched, dtype, tails, co
         assert error < 1.2 * max(relative_rms(reference(x, 500.0, context), expected), 4e-6)
     assert any("conv3x3" in name for name in launched) == (convolutions == "triton")
     assert ("transformer_tail_kernel" in launched) == (tails == "triton")
+    # The front needs statistics of the ResBlock before it.
+    before = statistics == "triton" or (statistics == "auto" and convolutions == "triton")
+    assert ("transformer_front_kernel" in launched) == (tails == "triton" and before)
     left = statistics == "triton" or (statistics == "auto" and "triton" in (convolutions, tails))
     assert ("group_norm_given_kernel" in launched) == left
 
