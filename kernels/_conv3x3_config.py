@@ -94,14 +94,14 @@ class Conv3x3Shape:
 _Tiles = tuple[tuple[int, int, int, int, int], ...]
 
 # (block_m, block_n, block_k, num_warps, num_stages) for 16 bits, by architecture: tiles whose code has no spills
-# and no serialized wgmma. On Hopper 128 x 256 and 256 x 128 spill: 64-bit offsets of rows beside the accumulators.
+# and no serialized wgmma. 128 x 256 on Hopper and 128 x 128 on Ampere spill: 64-bit offsets beside accumulators.
 _TILES: Mapping[str, _Tiles] = {
     "sm_90": (
         *((128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4)),
         *((64, 64, 128, 4, 3), (64, 32, 128, 4, 3), (64, 64, 32, 4, 4), (64, 32, 32, 4, 4), (64, 64, 16, 4, 4)),
     ),
     "sm_80": (
-        *((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
+        *((128, 64, 64, 8, 3), (128, 64, 32, 4, 4), (64, 64, 64, 4, 4), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4)),
         (64, 32, 32, 4, 4),
         (64, 64, 16, 4, 4),
     ),
@@ -120,10 +120,10 @@ _MORE_TILES: Mapping[str, _Tiles] = {
         (64, 128, 128, 4, 3),
         (64, 64, 64, 4, 6),
     ),
-    "sm_80": ((128, 128, 64, 8, 3), (128, 64, 64, 4, 3)),
+    "sm_80": ((128, 64, 64, 4, 3), (64, 64, 64, 8, 4), (64, 128, 32, 4, 4)),
     "": ((128, 128, 64, 4, 2), (128, 64, 64, 4, 2)),
 }
-_FLOAT32_TILES: _Tiles = ((64, 32, 32, 8, 2), (64, 64, 32, 8, 2), (64, 64, 16, 8, 2), (64, 32, 16, 8, 2))
+_FLOAT32_TILES: _Tiles = ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 3))
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Passes that a split keeps at least: fewer do not fill its pipeline.
 _MIN_PASSES = 4

@@ -95,6 +95,9 @@ def _store_rows(
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < COLUMNS, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offsets, mask=mask).to(tl.float32)
+    elif bias_ptr is None:
+        # Else LLVM moves the conversion to float16 into the loop before, and ptxas serializes its wgmma (C7514).
+        acc += 0.0
     y = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets, y, mask=mask)
     return y.to(tl.float32)

@@ -386,7 +386,15 @@ def plan(
     programs = shape.batch * ceil_div(math.prod(call.size), tile) * ceil_div(shape.columns, REDUCE_COLUMNS)
     return result, [
         launch,
-        Launch(conv3x3_reduce_kernel, programs, reduced, num_warps=4, operator="conv3x3", role="sum of splits"),
+        # 8 elements a thread: 16 bytes of each image.
+        Launch(
+            conv3x3_reduce_kernel,
+            programs,
+            reduced,
+            num_warps=tile * REDUCE_COLUMNS // 256,
+            operator="conv3x3",
+            role="sum of splits",
+        ),
     ]
 
 
