@@ -54,6 +54,15 @@ def promoted(*tensors: Any) -> tuple[Any, ...]:
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
+def without_memory(call: Any, *names: str) -> Any:
+    """A call for its check alone: its tensors on "meta", those of these names in autocast's dtype."""
+    found = {}
+    for name, value in call._asdict().items():
+        if isinstance(value, Tensor):
+            (found[name],) = _cast((value.to("meta"),), _dtype(value) if name in names else None)
+    return call._replace(**found)
+
+
 def excluded() -> Any:
     """A context in which autocast is off on every device."""
     return torch._C._ExcludeDispatchKeyGuard(_ALL)

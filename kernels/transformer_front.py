@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import real, tensors, whole
+from ._autocast import without_memory
+from ._checks import one_device, real, tensors, whole
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -79,10 +80,29 @@ class TransformerFrontCall(NamedTuple):
         return FrontShape(batch, height * width, channels, self.qkv_weight.shape[0], tiles, itemsize)
 
 
-def transformer_front_ref(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Reference of `transformer_front`, whose arguments these are: torch's matmuls between the references of its
-    parts, each of which rounds its result. It computes the statistics itself."""
-    return _separate(TransformerFrontCall(*arguments, **options), "torch")
+def transformer_front_ref(
+    image: Tensor,
+    num_groups: int,
+    group_weight: Tensor,
+    group_bias: Tensor,
+    proj_weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    group_eps: float = 1e-6,
+    norm_eps: float = 1e-5,
+    *,
+    statistics: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reference of `transformer_front`: torch's matmuls between the references of its parts, each of which rounds
+    its result. It computes the statistics itself."""
+    call = TransformerFrontCall(
+        *(image, num_groups, group_weight, group_bias, proj_weight, norm_weight, norm_bias, qkv_weight),
+        *(group_eps, norm_eps, statistics, proj_bias, x_bias),
+    )
+    return _separate(call, "torch")
 
 
 def transformer_front_separate(*arguments: Any, backend: str = "auto", **options: Any) -> tuple[Tensor, Tensor]:
@@ -413,6 +433,14 @@ def _flops(*shapes: Any, **_: object) -> int:
     return _count(shapes[0], shapes[4], shapes[7])
 
 
+def _autocast(_: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The parts one after the other, each of which autocast treats by its own rule."""
+    call = TransformerFrontCall(*arguments[:-1])
+    one_device("transformer_front", call)
+    _check(without_memory(call, "image", "proj_weight", "qkv_weight"))
+    return _separate(call, arguments[-1])
+
+
 OPERATOR = Operator(
     "transformer_front",
     transformer_front,
@@ -432,7 +460,7 @@ _transformer_front = define_operator(
     OPERATOR,
     reference=_reference,
     fake=_empty_result,
-    autocast=lambda _, *arguments: _separate(TransformerFrontCall(*arguments[:-1]), arguments[-1]),
+    autocast=_autocast,
     flops=_flops,
     # The reference does not read them.
     spared={"statistics": None},

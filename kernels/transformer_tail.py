@@ -19,9 +19,11 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import real, tensors
+from ._autocast import without_memory
+from ._checks import one_device, real, tensors
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -96,10 +98,37 @@ class TransformerTailCall(NamedTuple):
         return TailShape(batch, tokens, channels, heads, keys, inner, self.x.element_size(), self.statistics)
 
 
-def transformer_tail_ref(*arguments: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """Reference of `transformer_tail`, whose arguments these are: torch's matmuls between the references of its
-    parts, each of which rounds its result."""
-    call = TransformerTailCall(*arguments, **options)
+def transformer_tail_ref(
+    attended: Tensor,
+    x: Tensor,
+    image: Tensor,
+    context: Tensor,
+    out_weight: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    q_weight: Tensor,
+    cross_weight: Tensor,
+    norm3_weight: Tensor,
+    norm3_bias: Tensor,
+    ff_in_weight: Tensor,
+    ff_out_weight: Tensor,
+    proj_weight: Tensor,
+    eps: float = 1e-5,
+    *,
+    out_bias: Tensor | None = None,
+    cross_bias: Tensor | None = None,
+    ff_in_bias: Tensor | None = None,
+    ff_out_bias: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    statistics: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Reference of `transformer_tail`: torch's matmuls between the references of its parts, each of which rounds
+    its result."""
+    call = TransformerTailCall(
+        *(attended, x, image, context, out_weight, norm2_weight, norm2_bias, q_weight, cross_weight),
+        *(norm3_weight, norm3_bias, ff_in_weight, ff_out_weight, proj_weight, eps),
+        *(out_bias, cross_bias, ff_in_bias, ff_out_bias, proj_bias, statistics),
+    )
     return _with_statistics(call, _separate(call, "torch"))
 
 
@@ -158,6 +187,9 @@ def _matmul_add(
     x: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None
 ) -> Tensor:
     """x + bias + tokens weight^T; x [B, N, C], tokens [B, N, K], weight [C, K]."""
+    if torch._C._is_any_autocast_enabled():
+        # addmm would round x too.
+        return x + F.linear(tokens, weight, bias)
     rows = x.flatten(0, 1)
     if bias is not None:
         rows = rows + bias.to(rows.dtype)
@@ -500,6 +532,8 @@ def _flops(*shapes: Any, **__: object) -> int:
 def _autocast(_: Any, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
     """The parts one after the other, each of which autocast treats by its own rule."""
     call = TransformerTailCall(*arguments[:-1])
+    one_device("transformer_tail", call)
+    _check(without_memory(call, "attended", "x", "image", "context", *_MATRICES))
     return _with_statistics(call, _separate(call, arguments[-1]))
 
 

@@ -24,8 +24,11 @@ from ldmperf.kernels import (
     linear,
     linear_separate,
     residual_add,
+    transformer_front,
+    transformer_tail,
 )
 from ldmperf.model import FAMILY, UNet
+from ldmperf.profiling.kernel_bench.plain import PLAIN
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LOWER = st.sampled_from([torch.bfloat16, torch.float16])
@@ -53,6 +56,18 @@ def added_norm(x, residual, weight, bias):
     return F.layer_norm(total, total.shape[-1:], weight, bias), total
 
 
+def tail_of(call):
+    """transformer_tail with a bias, and one vector for its norms."""
+
+    def function(attended, x, image, context, out, q, cross, ff_in, ff_out, proj, bias, vector, **options):
+        norm = vector, vector
+        return call(
+            attended, x, image, context, out, *norm, q, cross, *norm, ff_in, ff_out, proj, out_bias=bias, **options
+        )
+
+    return function
+
+
 # By name: ours, torch's, the shapes of tensors, and which of them may each have a dtype of their own.
 CALLS = {
     "attention": (attention, sdpa, [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)], (0, 1, 2)),
@@ -71,6 +86,33 @@ CALLS = {
         (0, 1, 2),
     ),
     "conv3x3": (conv3x3, conv, [(2, 5, 4, 6), (6, 5, 3, 3), (6,)], (0, 1, 2)),
+    "transformer_front": (
+        lambda image, p, w, b, gw, gb, nw, nb, **options: transformer_front(
+            image, 2, gw, gb, p, nw, nb, w, proj_bias=b, **options
+        ),
+        lambda image, p, w, b, gw, gb, nw, nb: PLAIN["transformer_front"](
+            image, 2, gw, gb, p, nw, nb, w, proj_bias=b
+        ),
+        [(2, 8, 4, 6), (8, 8), (6, 8), (8,), (8,), (8,), (8,), (8,)],
+        (1, 2),
+    ),
+    "transformer_tail": (
+        tail_of(transformer_tail),
+        tail_of(PLAIN["transformer_tail"]),
+        [
+            (2, 24, 8),
+            (2, 24, 8),
+            (2, 8, 4, 6),
+            (2, 5, 2, 2, 4),
+            *[(8, 8)] * 3,
+            (12, 8),
+            (8, 6),
+            (8, 8),
+            (8,),
+            (8,),
+        ],
+        (4, 5),
+    ),
     "conv3x3_separate": (conv3x3_separate, conv, [(2, 5, 4, 6), (6, 5, 3, 3), (6,)], (0, 1, 2)),
     "geglu": (geglu, gated, [(2, 5, 8)], (0,)),
     "layer_norm": (layer_norm, lambda x, w, b: F.layer_norm(x, (8,), w, b), [(2, 5, 8), (8,), (8,)], ()),

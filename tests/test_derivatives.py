@@ -21,8 +21,11 @@ from ldmperf.kernels import (
     residual_add,
     sampler_update,
     sampler_update_ref,
+    transformer_front,
+    transformer_tail,
 )
 from ldmperf.model import FAMILY, UNet
+from ldmperf.profiling.kernel_bench.plain import PLAIN
 
 
 def sdpa(q, k, v):
@@ -38,6 +41,21 @@ def gated(y):
 def added_norm(x, residual, weight, bias):
     total = x + residual
     return torch.cat([F.layer_norm(total, total.shape[-1:], weight, bias), total])
+
+
+def tail_of(call):
+    """transformer_tail with one square weight and one vector."""
+
+    def function(attended, x, image, context, square, ff_in, ff_out, vector, **options):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return call(
+                *(attended, x, image, context, square, vector, vector, square, square, vector, vector, ff_in),
+                *(ff_out, square, 0.1),
+                **dict.fromkeys(("out_bias", "cross_bias", "ff_in_bias", "proj_bias"), vector),
+                **options,
+            )
+
+    return function
 
 
 # By name: ours, torch's, and the shapes of the tensors.
@@ -69,6 +87,20 @@ CALLS = {
             F.conv2d(x, w, b, padding=1) + F.conv2d(torch.cat([s, k], 1), sw[:, :, None, None]) + r
         ),
         [(2, 2, 3, 2), (3, 2, 3, 3), (3,), (2, 1, 3, 2), (2, 2, 3, 2), (3, 3), (2, 3, 3, 2)],
+    ),
+    "transformer_front": (
+        lambda image, p, w, gw, nb, s, **options: torch.cat(
+            transformer_front(image, 2, gw, s, p, s, nb, w, proj_bias=s, x_bias=s, **options), dim=2
+        ),
+        lambda image, p, w, gw, nb, s: torch.cat(
+            PLAIN["transformer_front"](image, 2, gw, s, p, s, nb, w, proj_bias=s, x_bias=s), dim=2
+        ),
+        [(2, 4, 3, 2), (4, 4), (3, 4), (4,), (4,), (4,)],
+    ),
+    "transformer_tail": (
+        tail_of(transformer_tail),
+        tail_of(PLAIN["transformer_tail"]),
+        [(2, 2, 4), (2, 2, 4), (2, 4, 2, 1), (2, 3, 2, 2, 2), (4, 4), (4, 4), (4, 2), (4,)],
     ),
     "conv3x3 of an enlarged image": (
         lambda x, w, **options: conv3x3(x, pack_phases(w), upsample=True, **options),

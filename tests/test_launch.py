@@ -14,6 +14,7 @@ from ldmperf.kernels._launch import NO_GPU, Chip, constant_to_a_compiler, fastes
 from ldmperf.kernels._layout import collapse_rows, column_block, image_strides
 from ldmperf.kernels.geglu import GegluConfig
 from ldmperf.kernels.group_norm import GroupNormSiluCall, plan
+from ldmperf.profiling.static.shapes import SHAPES, Shape
 
 fuzz = settings(max_examples=200, deadline=None)
 
@@ -275,6 +276,8 @@ def test_candidates_are_distinct_and_include_no_absurd_ones(name):
             "weight": meta(640, 320, 3, 3, channels_last=True),
             "residual": meta(2, 640, 32, 32, channels_last=True),
         },
+        "transformer_front": SHAPES["transformer_front"][0](Shape(channels=64)),
+        "transformer_tail": SHAPES["transformer_tail"][0](Shape(channels=64, context=77)),
         "residual_add": {"x": meta(2, 320, 64, 64, channels_last=True), "residual": meta(2, 320, 64, 64)},
         "sampler_update": {
             "registers": meta(2, 1, 4, 64, 64, dtype=torch.float32),

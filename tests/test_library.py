@@ -1,5 +1,7 @@
 """torch.library registration: opcheck, gradients, compile, export and FLOPs of every operator."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,11 +19,26 @@ from ldmperf.kernels import (
     linear_separate,
     pack_phases,
     residual_add,
+    transformer_front,
+    transformer_tail,
 )
+from ldmperf.profiling.kernel_bench.plain import PLAIN
 
 
 def leaf(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def tail_arguments(biased):
+    """Those of transformer_tail up to its biases: 24 tokens of 8 channels, 5 keys of 2 heads."""
+    tokens, image = [leaf(2, 24, 8), leaf(2, 24, 8)], torch.randn(2, 8, 4, 6)
+    image = image.contiguous(memory_format=torch.channels_last).requires_grad_()
+    square, vector = (lambda: leaf(8, 8)), (lambda: leaf(8))
+    biases = (vector(), vector(), leaf(12), vector(), vector()) if biased else (None,) * 5
+    return (
+        *(*tokens, image, leaf(2, 5, 2, 2, 4), square(), vector(), vector(), square(), square(), vector()),
+        *(vector(), leaf(12, 8), leaf(8, 6), square(), 1e-5, *biases),
+    )
 
 
 OPERATORS = torch.ops.ldmperf
@@ -105,6 +122,22 @@ CALLS = {
         OPERATORS.statistics_conv3x3.default,
         (leaf(2, 5, 4, 6), leaf(4, 8, 5, 2, 2), leaf(8), 1, True, *[None] * 4, True),
     ),
+    "transformer_front": lambda: (
+        OPERATORS.transformer_front.default,
+        (
+            *(leaf(2, 8, 4, 6), 4, leaf(8), leaf(8), leaf(8, 8), leaf(8), leaf(8), leaf(6, 8), 1e-6, 1e-5),
+            *(torch.randn(2, 3, 2, 8), leaf(8), leaf(8)),
+        ),
+    ),
+    "transformer_tail": lambda: (OPERATORS.transformer_tail.default, (*tail_arguments(True), False)),
+    "transformer_tail without biases": lambda: (
+        OPERATORS.transformer_tail.default,
+        (*tail_arguments(False), False),
+    ),
+    "transformer_tail and statistics": lambda: (
+        OPERATORS.statistics_transformer_tail.default,
+        (*tail_arguments(True), True),
+    ),
     "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
     "sampler_update": lambda: (
         OPERATORS.sampler_update.default,
@@ -127,6 +160,17 @@ CALLS = {
 def test_opcheck(name):
     operator, arguments = CALLS[name]()
     opcheck(operator, (*arguments, "torch"))
+
+
+def tail_of(attended, x, image, context, ff_in, ff_out, vector, **options):
+    """transformer_tail with a square weight made of the feed-forward's."""
+    square = ff_out @ ff_in[:3]
+    tokens, matrices = (attended, x, image, context), (square, vector, vector, square, square, vector, vector)
+    biases = dict.fromkeys(("out_bias", "cross_bias", "ff_out_bias", "proj_bias"), vector)
+    ff_in_bias = vector.repeat(2)[:6]
+    return transformer_tail(
+        *tokens, *matrices, ff_in, ff_out, square, eps=0.1, ff_in_bias=ff_in_bias, **biases, **options
+    )
 
 
 FUNCTIONS = {
@@ -159,6 +203,24 @@ FUNCTIONS = {
             x, w, b, norm_weight=nw, norm_bias=nb, x_bias=xb, activation="geglu", backend="torch"
         ),
         [(2, 5, 8), (6, 8), (6,), (8,), (8,), (8,)],
+    ),
+    "transformer_front": (
+        lambda x, gw, gb, p, nw, nb, w, b, s: torch.cat(
+            transformer_front(x, 2, gw, gb, p, nw, nb, w, proj_bias=b, x_bias=s, backend="torch"), dim=2
+        ),
+        [(1, 4, 3, 2), (4,), (4,), (4, 4), (4,), (4,), (3, 4), (4,), (4,)],
+    ),
+    "transformer_front, chosen": (
+        lambda x, gw, gb, p, nw, nb, w: torch.cat(transformer_front(x, 2, gw, gb, p, nw, nb, w), dim=2),
+        [(1, 4, 3, 2), (4,), (4,), (4, 4), (4,), (4,), (3, 4)],
+    ),
+    "transformer_tail": (
+        functools.partial(tail_of, backend="torch"),
+        [(1, 6, 4), (1, 6, 4), (1, 4, 3, 2), (1, 3, 2, 2, 2), (6, 4), (4, 3), (4,)],
+    ),
+    "transformer_tail, chosen": (
+        functools.partial(tail_of, backend="auto"),
+        [(1, 6, 4), (1, 6, 4), (1, 4, 3, 2), (1, 3, 2, 2, 2), (6, 4), (4, 3), (4,)],
     ),
     "linear alone": (lambda x, w: linear(x, w, backend="torch"), [(2, 5, 8), (6, 8)]),
     "conv3x3": (
@@ -274,6 +336,24 @@ def test_a_convolution_counts_as_torchs_own():
         with FlopCounterMode(display=False) as torchs_count:
             theirs()
         assert own_count.get_total_flops() == torchs_count.get_total_flops() > 0
+
+
+def test_a_transformers_parts_count_as_torchs_own():
+    with torch.device("meta"):
+        attended, x, image = torch.empty(2, 35, 8), torch.empty(2, 35, 8), torch.empty(2, 8, 5, 7)
+        context, square, vector = torch.empty(2, 9, 2, 2, 4), torch.empty(8, 8), torch.empty(8)
+        ff_in, ff_out = torch.empty(48, 8), torch.empty(8, 24)
+        tail = (attended, x, image, context, square, vector, vector, square, square, vector, vector, ff_in, ff_out)
+        front = (image, 2, vector, vector, square, vector, vector, ff_in)
+    for function, plain, arguments in (
+        (transformer_tail, PLAIN["transformer_tail"], (*tail, square)),
+        (transformer_front, PLAIN["transformer_front"], front),
+    ):
+        with FlopCounterMode(display=False) as ours:
+            function(*arguments, backend="torch")
+        with FlopCounterMode(display=False) as theirs:
+            plain(*arguments)
+        assert ours.get_total_flops() == theirs.get_total_flops() > 0
 
 
 def test_norms_and_geglu_count_as_torchs_own_none():

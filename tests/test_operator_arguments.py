@@ -28,6 +28,7 @@ from ldmperf.kernels import (
     sampler_update,
 )
 from ldmperf.kernels._recipes import ByLayout
+from ldmperf.kernels._statistics import channel_statistics
 from ldmperf.kernels.attention import _warn_of_layout
 from ldmperf.model import FAMILY, UNet
 
@@ -41,6 +42,7 @@ def tensors(*shapes):
 
 X, IMAGE, VECTOR, QKV = *tensors((5, 8), (2, 8, 4, 6), (8,)), tensors(*[(2, 9, 3, 8)] * 3)
 (KERNEL,) = tensors((8, 8, 3, 3))
+SQUARE, ATTENDED, CONTEXT, INNER = tensors((8, 8), (2, 24, 8), (2, 5, 2, 2, 4), (8, 6))
 
 
 def update(**changes):
@@ -77,6 +79,18 @@ ARGUMENTS = {
     "conv3x3": {
         **{"x": IMAGE, "weight": KERNEL, "bias": VECTOR, "shortcut": IMAGE[:, :5], "skip": IMAGE[:, 5:]},
         **{"shortcut_weight": X[0].expand(8, 8), "residual": IMAGE, "statistics": True},
+    },
+    "transformer_front": {
+        **{"image": IMAGE, "num_groups": 4, "group_weight": VECTOR, "group_bias": VECTOR, "proj_weight": SQUARE},
+        **{"norm_weight": VECTOR, "norm_bias": VECTOR, "qkv_weight": SQUARE[:6], "proj_bias": VECTOR},
+        **{"statistics": channel_statistics(IMAGE, 8), "x_bias": VECTOR},
+    },
+    "transformer_tail": {
+        **{"attended": ATTENDED, "x": ATTENDED, "image": IMAGE, "context": CONTEXT, "out_weight": SQUARE},
+        **{"norm2_weight": VECTOR, "norm2_bias": VECTOR, "q_weight": SQUARE, "cross_weight": SQUARE},
+        **{"norm3_weight": VECTOR, "norm3_bias": VECTOR, "ff_in_weight": X[:4].repeat(3, 1)},
+        **{"ff_out_weight": INNER, "proj_weight": SQUARE, "out_bias": VECTOR, "cross_bias": VECTOR},
+        **{"ff_in_bias": VECTOR[:6].repeat(2), "ff_out_bias": VECTOR, "proj_bias": VECTOR},
     },
     "geglu": {"x": X, "bias": VECTOR},
     "residual_add": {"x": IMAGE, "residual": IMAGE, "bias": VECTOR, "size": (8, 12)},
@@ -190,7 +204,7 @@ def test_statistics_of_no_skip_are_refused():
 def tensor_names(name):
     values = inspect.signature(OPERATORS[name].call).parameters
     numbers = ("num_groups", "eps", "scale", "tf32", "activation", "backend", "size", "shift", "out")
-    numbers += ("stride", "upsample")
+    numbers += ("stride", "upsample", "group_eps", "norm_eps")
     return [name for name, value in values.items() if name not in numbers and value.annotation != "bool"]
 
 

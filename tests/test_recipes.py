@@ -94,6 +94,39 @@ def sampler_call(batch: int, size: int, channels: int, with_noise: bool) -> dict
     }
 
 
+def front_call(batch: int, size: int, channels: int, biased: bool) -> dict[str, Any]:
+    channels = min(channels, 128)
+    return {
+        "image": image(batch, channels, size, size),
+        "num_groups": 4,
+        "group_weight": half(channels),
+        "group_bias": half(channels),
+        "proj_weight": half(channels, channels),
+        "norm_weight": half(channels),
+        "norm_bias": half(channels),
+        "qkv_weight": half(3 * channels, channels),
+        "statistics": torch.empty(batch, -(-size * size // 16), 2, channels),
+        "x_bias": half(channels) if biased else None,
+    }
+
+
+def tail_call(batch: int, size: int, channels: int, with_statistics: bool) -> dict[str, Any]:
+    channels = min(channels, 128)
+    tokens = (batch, size * size, channels)
+    return {
+        "attended": half(*tokens),
+        "x": half(*tokens),
+        "image": image(batch, channels, size, size),
+        "context": half(batch, 7, 2, 4, channels // 4),
+        **{name: half(channels, channels) for name in ("out_weight", "q_weight", "cross_weight", "proj_weight")},
+        **{name: half(channels) for name in ("norm2_weight", "norm2_bias", "norm3_weight", "norm3_bias")},
+        "ff_in_weight": half(8 * channels, channels),
+        "ff_out_weight": half(channels, 4 * channels),
+        "out_bias": half(channels),
+        "statistics": with_statistics,
+    }
+
+
 CALLS: dict[str, Callable[[int, int, int, bool], dict[str, Any]]] = {
     "group_norm_silu": norm_call,
     "layer_norm": lambda batch, size, channels, both: {
@@ -114,6 +147,8 @@ CALLS: dict[str, Callable[[int, int, int, bool], dict[str, Any]]] = {
     },
     "attention": attention_call,
     "linear": linear_call,
+    "transformer_front": front_call,
+    "transformer_tail": tail_call,
     "conv3x3": conv_call,
     "sampler_update": sampler_call,
 }
