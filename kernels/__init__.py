@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 
 from . import layers
 from ._dispatch import KernelUnsupported
+from ._float8 import float8_rows
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
@@ -38,6 +39,7 @@ __all__ = [
     "chip_of",
     "conv3x3",
     "conv3x3_backend",
+    "float8_rows",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

@@ -29,7 +29,7 @@ _PATTERNS: tuple[tuple[LaunchGroup, str], ...] = (
     ("group norm", r"^group_norm|group_?norm|RowwiseMoments|ComputeFusedParams|silu"),
     ("linear", r"^(norm_)?linear_kernel"),
     ("layer norm", r"^layer_norm_kernel|layer_?norm"),
-    ("GEGLU", r"^geglu_kernel|gelu"),
+    ("GEGLU", r"^geglu_(float8_)?kernel|gelu"),
     ("elementwise and residual", r"^residual_add_kernel"),
     ("copies", r"memcpy|memset|nchwToNhwc|nhwcToNchw|copy|CatArray|upsample|index_?(select|elementwise)|gather"),
     ("convolution", r"fprop|dgrad|conv|winograd|cudnn"),
