@@ -1,9 +1,9 @@
 """Quantization of rows to float8 (e4m3), for torch's scaled matmul (torch.nn.functional.scaled_mm, row-wise).
 
-scale = max(|row|) * (1 / 448), at least 2^-126; quantized = row * (1 / scale), rounded to nearest even. All of it is
-float32, so that a row and its scale give the same bits everywhere. The largest number of a row becomes 448, the
-largest of e4m3: nothing overflows. NaN stays NaN and says nothing about the scale; a row with an infinity, whose
-scale is infinite, has NaN in its place and zeros beside it, so that its products are NaN.
+scale = max(|row|) * (1 / 448), at least 2^-126; quantized = row * (1 / scale), rounded to nearest, ties to even.
+All is float32, so that a row and its scale give the same bits everywhere. The largest number of a row becomes 448,
+the largest of e4m3: nothing overflows. NaN stays NaN and does not count for the scale. A row with an infinity has
+an infinite scale, NaN for the infinity and zeros beside it, so that its products are NaN.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -29,9 +29,7 @@ class GegluCall(NamedTuple):
     float8: bool = False
 
 
-def geglu_ref(
-    x: Tensor, *, bias: Tensor | None = None, float8: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+def geglu_ref(x: Tensor, *, bias: Tensor | None = None, float8: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `geglu` in float32 (float64 for float64)."""
     x32 = x.to(compute_dtype(x))
     if bias is not None:

@@ -7,12 +7,14 @@ from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, diffusers_config
 from .fields import UnsupportedConfig
 from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
+from .float8 import FLOAT8_CHANNELS
 from .releases import RELEASED
 from .unet import UNet
 from .weights import diffusers_state_dict, load_unet, save_unet
 
 __all__ = [
     "FAMILY",
+    "FLOAT8_CHANNELS",
     "RELEASED",
     "Autoencoder",
     "AutoencoderConfig",

@@ -1,4 +1,4 @@
-"""Linear layers in float8: rows that our norms and gates quantize as they write them, times weights quantized once.
+"""Linear layers in float8: rows that our norms and gates quantize as they write them, by weights quantized once.
 
 torch's scaled matmul has a scale for each row of either operand and gives bfloat16. Twice the rate of bfloat16's
 tensor cores pays where they bound a matmul. With K input features that takes more than K = rate / bandwidth
@@ -10,7 +10,7 @@ they are, and so do convolutions and the projections after an attention, whose i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class Float8Linear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves the buffers; another dtype is not for them."""
         weight, scale = self.weight, self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weight, self.scale = weight.to(self.weight.device), scale.to(self.scale.device)
         return self
 
@@ -124,7 +124,7 @@ def quantize_layers(blocks: Iterable[TransformerBlock], least_channels: int) -> 
     """Replaces the layers of blocks of so many channels; returns how many."""
     count = 0
     for block in blocks:
-        channels = cast(int, block.to_out.out_features)
+        channels = block.to_out.out_features
         if channels < least_channels or channels % _MULTIPLE:
             continue
         for name in _LAYERS:
@@ -132,3 +132,9 @@ def quantize_layers(blocks: Iterable[TransformerBlock], least_channels: int) -> 
                 setattr(block, name, Float8Linear(layer))
                 count += 1
     return count
+
+
+def refuse_float8(network: nn.Module, what: str) -> None:
+    """ValueError for a float8 copy."""
+    if any(isinstance(module, Float8Linear) for module in network.modules()):
+        raise ValueError(f"{what} is for the network that with_float8() was called on, not for its float8 copy")

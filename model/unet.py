@@ -20,7 +20,7 @@ from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
-from .float8 import FLOAT8_CHANNELS, Float8Linear, float8_misfit, quantize_layers
+from .float8 import FLOAT8_CHANNELS, float8_misfit, quantize_layers, refuse_float8
 from .image_by_image import Values, conditioned, evaluated
 from .private import PrivacyKept
 from .route import Level, Stop, route
@@ -292,7 +292,7 @@ class UNet(nn.Module):
         `choices` as of the constructor, "auto" unless given; `batch_invariant` is this network's unless given.
         Raises ValueError for a network of `with_float8`, which comes after this.
         """
-        self._refuse_float8("with_backend")
+        refuse_float8(self, "with_backend")
         invariant = self.batch_invariant if batch_invariant is None else batch_invariant
         with torch.device("meta"):
             other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant, **choices)
@@ -311,7 +311,7 @@ class UNet(nn.Module):
         since, at the next evaluation, and here a network that is not bfloat16, has no such level, or is on a
         device without float8.
         """
-        self._refuse_float8("with_float8")
+        refuse_float8(self, "with_float8")
         weight = self.conv_in.weight
         if (misfit := float8_misfit(weight.device, weight.dtype)) is not None:
             raise ValueError(misfit)
@@ -322,10 +322,6 @@ class UNet(nn.Module):
                 "use it in bfloat16"
             )
         return other
-
-    def _refuse_float8(self, method: str) -> None:
-        if any(isinstance(module, Float8Linear) for module in self.modules()):
-            raise ValueError(f"{method} is of the network that with_float8() was called on, not of its float8 copy")
 
     def forward(
         self,

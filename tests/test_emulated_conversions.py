@@ -1,5 +1,6 @@
 """Conversions of the emulator, beside Python's integers and exact fractions."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -309,7 +310,8 @@ def float8_values(mantissa, bias, codes):
     found = []
     for code in range(codes):
         exponent, digits = code >> mantissa, Fraction(code & (1 << mantissa) - 1, 1 << mantissa)
-        found.append((1 + digits) * Fraction(2) ** (exponent - bias) if exponent else digits * Fraction(2) ** (1 - bias))
+        size = (1 + digits) * Fraction(2) ** exponent if exponent else digits * 2
+        found.append(size / 2**bias)
     return found
 
 
@@ -318,7 +320,7 @@ def float8_values(mantissa, bias, codes):
 def test_pairs_of_8_bit_floats(kind, mantissa, bias, codes):
     """Every number and every tie between two, with their neighbours in float32, by the distance to all numbers."""
     numbers = float8_values(mantissa, bias, codes)
-    ties = [(a + b) / 2 for a, b in zip(numbers, numbers[1:], strict=False)]
+    ties = [(a + b) / 2 for a, b in itertools.pairwise(numbers)]
     exact = np.float32([float(v) for v in [*numbers, *ties]])
     assert [Fraction(float(v)) for v in exact] == [*numbers, *ties]
     around = np.concatenate([exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, np.float32(0))])

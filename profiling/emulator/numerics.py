@@ -136,7 +136,7 @@ def f16_pair(high: Array, low: Array) -> Array:
 
 
 def float8_bits(values: Array, mantissa: int, bias: int, largest: float) -> Array:
-    """uint8: float32 as an 8-bit float, to nearest, ties to even; what is above the largest becomes it, NaN 0x7F."""
+    """uint8: float32 as an 8-bit float, to nearest, ties to even; past the largest that one, of NaN 0x7F."""
     size = np.fmin(np.abs(values.astype(np.float64)), largest)
     # Below the normal numbers the last place is as wide as in the first of them.
     exponent = np.frexp(np.maximum(size, 2.0 ** (1 - bias)))[1] - 1

@@ -26,6 +26,7 @@ EAGER_TWINS = {
     "graph": "triton+hoist+merge",
     "graph+separate": "triton+hoist",
     "graph-invariant": "triton-invariant",
+    "graph+fp8": "triton+fp8",
 }
 
 

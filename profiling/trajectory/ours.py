@@ -9,12 +9,39 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ldmperf.model import Conditioning, Constants, UNet
+from ldmperf.model import FLOAT8_CHANNELS, Conditioning, Constants, UNet
 from ldmperf.samplers import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
 
 from ..measure.outcomes import Unsupported
 from .backend import Inputs, Trajectory
+from .check import FLOAT8_TOLERANCE
 from .unet_problem import UNetProblem
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Which networks and levels multiply in float8, by their channels.
+
+    network  of a network's first level at least: 320 of 866M. The matmuls of a smaller one take microseconds each,
+             most of them launch and memory
+    level    `least_channels` of `UNet.with_float8`
+    """
+
+    network: int = 320
+    level: int = FLOAT8_CHANNELS
+
+    def of(self, unet: UNet) -> UNet:
+        """The network's float8 copy. Raises `Unsupported` where it has none."""
+        width = unet.config.block_channels[0]
+        if width < self.network:
+            raise Unsupported(
+                f"float8 is measured of networks of {self.network} channels or more at their first level, as of "
+                f"866M; this one has {width}"
+            )
+        try:
+            return unet.with_float8(least_channels=self.level)
+        except ValueError as misfit:
+            raise Unsupported(str(misfit)) from None
 
 
 @dataclass(frozen=True)
@@ -22,17 +49,22 @@ class OurBackend:
     """Our network and `sample`, eager.
 
     operators: the kernels' backend. is_hoisted: whether the conditioning is computed once a trajectory, and not at
-    each step. products, batch_invariant: UNet's options.
+    each step. products, batch_invariant: UNet's options. float8: of which networks it takes a float8 copy.
     """
 
     operators: Literal["torch", "triton"]
     is_hoisted: bool = True
     products: Literal["auto", "torch", "triton"] = "torch"
     batch_invariant: bool = False
+    float8: Float8 | None = None
     implementation = "torch"
 
+    @property
+    def tolerance(self) -> float | None:
+        return None if self.float8 is None else FLOAT8_TOLERANCE
+
     def build(self, problem: UNetProblem) -> Trajectory:
-        unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
+        unet = our_unet(problem, self.operators, self.products, self.batch_invariant, self.float8)
         plan, case = problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
         constants = kept_constants(unet) if self.is_hoisted else None
@@ -68,13 +100,18 @@ class OurBackend:
 @dataclass(frozen=True)
 class GraphBackend:
     """Our kernels, hoisted, each step a replay of one captured graph; `products` and `batch_invariant` are
-    UNet's options ("auto" fuses matmuls with norms and gates)."""
+    UNet's options ("auto" fuses matmuls with norms and gates), `float8` as of `OurBackend`."""
 
     graphs: Graphs | None = None
     operators: Literal["torch", "triton"] = "triton"
     products: Literal["auto", "torch", "triton"] = "auto"
     batch_invariant: bool = False
+    float8: Float8 | None = None
     implementation = "torch"
+
+    @property
+    def tolerance(self) -> float | None:
+        return None if self.float8 is None else FLOAT8_TOLERANCE
 
     def build(self, problem: UNetProblem) -> Trajectory:
         graphs = self.graphs or CudaGraphs()
@@ -82,7 +119,7 @@ class GraphBackend:
             graphs.check(torch.device(problem.case.device))
         except CaptureError as reason:
             raise Unsupported(str(reason)) from None
-        unet = our_unet(problem, self.operators, self.products, self.batch_invariant)
+        unet = our_unet(problem, self.operators, self.products, self.batch_invariant, self.float8)
         return GraphTrajectory(problem, unet, self.operators, graphs)
 
 
@@ -137,12 +174,18 @@ def capture_phases(captures: Sequence[Capture]) -> Mapping[str, float]:
     }
 
 
-def our_unet(problem: UNetProblem, operators: str, products: str, batch_invariant: bool) -> UNet:
-    """The problem's network with its operators and matmuls on those backends; the weights are shared."""
-    if operators == "torch" and not batch_invariant:
-        # The problem's own network has the reference operators.
-        return problem.unet
-    return problem.unet.with_backend(operators, products, batch_invariant=batch_invariant)
+def our_unet(
+    problem: UNetProblem, operators: str, products: str, batch_invariant: bool, float8: Float8 | None = None
+) -> UNet:
+    """The problem's network with its operators and matmuls on those backends; the weights are shared.
+
+    With float8 those that it quantizes are not. Raises `Unsupported` where it cannot.
+    """
+    # The problem's own network has the reference operators.
+    unet = problem.unet
+    if operators != "torch" or batch_invariant:
+        unet = unet.with_backend(operators, products, batch_invariant=batch_invariant)
+    return unet if float8 is None else float8.of(unet)
 
 
 @torch.no_grad()

@@ -204,8 +204,10 @@ class RangedUNet(UNet):
             self.watch.ranges.in_step(CONDITION)
             return super().forward(*args, **kwargs)
 
-    def with_backend(self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None) -> UNet:
-        other = super().with_backend(backend, products, batch_invariant=batch_invariant)
+    def with_backend(
+        self, backend: str, products: str = "auto", *, batch_invariant: bool | None = None, **choices: str
+    ) -> UNet:
+        other = super().with_backend(backend, products, batch_invariant=batch_invariant, **choices)
         return ranged(other, self.watch)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .backend import Backend
-from .ours import GraphBackend, OurBackend
+from .ours import Float8, GraphBackend, OurBackend
 from .theirs import DiffusersBackend
 
 
 def all_backends() -> dict[str, Backend]:
     """Every backend by its name, in the order of the ladder: each of ours does more than the one before.
 
-    Behind them the batch-invariant ones.
+    Behind them the batch-invariant ones, and those in float8.
     """
     return {
         "diffusers": DiffusersBackend(),
@@ -27,4 +27,6 @@ def all_backends() -> dict[str, Backend]:
         "torch-invariant": OurBackend("torch", batch_invariant=True),
         "triton-invariant": OurBackend("triton", products="auto", batch_invariant=True),
         "graph-invariant": GraphBackend(batch_invariant=True),
+        "triton+fp8": OurBackend("triton", products="auto", float8=Float8()),
+        "graph+fp8": GraphBackend(float8=Float8()),
     }
