@@ -148,6 +148,17 @@ class TransformerBlock(nn.Module):
         self.ff_in: nn.Linear | Float8Linear = nn.Linear(channels, 8 * channels)
         self.ff_out: nn.Linear | Float8Linear = nn.Linear(4 * channels, channels)
 
+    @property
+    def channels(self) -> int:
+        """Those of its tokens."""
+        return self.to_out.out_features
+
+    def quantize(self) -> None:
+        """Has the layers after its norms and its gate multiply in float8."""
+        for name in ("to_qkv", "first_q", "cross_q", "ff_in", "ff_out"):
+            if (layer := getattr(self, name, None)) is not None:
+                setattr(self, name, Float8Linear(layer))
+
     def project_context(self, context: Tensor) -> list[Tensor]:
         """Keys and values [B, T, 2, heads, D] of a context [B, T, Dctx] for each attention that reads it."""
         if isinstance(self.ff_out, Float8Linear):

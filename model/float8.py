@@ -9,8 +9,7 @@ they are, and so do convolutions and the projections after an attention, whose i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +18,10 @@ from torch.nn.functional import ScalingType
 
 from ldmperf.kernels import float8_rows
 
-if TYPE_CHECKING:
-    from .blocks import TransformerBlock
-
 # The narrowest level that is quantized.
 FLOAT8_CHANNELS = 512
-# The layers of a transformer block whose input a norm or a gate of ours writes.
-_LAYERS = ("to_qkv", "first_q", "cross_q", "ff_in", "ff_out")
-# What cuBLAS wants both sizes of a float8 weight to be multiples of.
-_MULTIPLE = 16
+# What torch wants both sizes of a float8 weight on a GPU to be multiples of.
+FLOAT8_MULTIPLE = 16
 
 
 class Float8Linear(nn.Module):
@@ -118,20 +112,6 @@ def float8_misfit(device: torch.device, dtype: torch.dtype) -> str | None:
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", key):
         return f"torch {torch.__version__} has no scaled matmul on {device.type}: use a GPU, or a later torch"
     return None
-
-
-def quantize_layers(blocks: Iterable[TransformerBlock], least_channels: int) -> int:
-    """Replaces the layers of blocks of so many channels; returns how many."""
-    count = 0
-    for block in blocks:
-        channels = block.to_out.out_features
-        if channels < least_channels or channels % _MULTIPLE:
-            continue
-        for name in _LAYERS:
-            if (layer := getattr(block, name, None)) is not None:
-                setattr(block, name, Float8Linear(layer))
-                count += 1
-    return count
 
 
 def refuse_float8(network: nn.Module, what: str) -> None:

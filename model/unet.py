@@ -20,7 +20,7 @@ from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
-from .float8 import FLOAT8_CHANNELS, float8_misfit, quantize_layers, refuse_float8
+from .float8 import FLOAT8_CHANNELS, FLOAT8_MULTIPLE, float8_misfit, refuse_float8
 from .image_by_image import Values, conditioned, evaluated
 from .private import PrivacyKept
 from .route import Level, Stop, route
@@ -316,11 +316,15 @@ class UNet(nn.Module):
         if (misfit := float8_misfit(weight.device, weight.dtype)) is not None:
             raise ValueError(misfit)
         other = self.with_backend(**self.choices._asdict())
-        if not quantize_layers((m for m in other.modules() if isinstance(m, TransformerBlock)), least_channels):
+        blocks = [block for block in other.modules() if isinstance(block, TransformerBlock)]
+        wide = [b for b in blocks if b.channels >= least_channels and b.channels % FLOAT8_MULTIPLE == 0]
+        if not wide:
             raise ValueError(
-                f"no transformer of this network has {least_channels} channels or more, a multiple of 16: "
-                "use it in bfloat16"
+                f"no transformer of this network has {least_channels} channels or more, a multiple of "
+                f"{FLOAT8_MULTIPLE}: use it in bfloat16"
             )
+        for block in wide:
+            block.quantize()
         return other
 
     def forward(

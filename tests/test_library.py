@@ -70,6 +70,11 @@ CALLS = {
         (leaf(2, 5, 8), leaf(6, 8), None, None, None, 1e-5, None, None),
     ),
     "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
+    "float8_layer_norm": lambda: (
+        OPERATORS.float8_layer_norm.default,
+        (torch.randn(2, 5, 8), torch.randn(8), torch.randn(8), 1e-5, torch.randn(8)),
+    ),
+    "float8_geglu": lambda: (OPERATORS.float8_geglu.default, (torch.randn(2, 5, 8), torch.randn(8))),
     "sampler_update": lambda: (
         OPERATORS.sampler_update.default,
         (

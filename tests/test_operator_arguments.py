@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, 
 
 def tensor_names(name):
     values = inspect.signature(OPERATORS[name].call).parameters
-    numbers = ("num_groups", "eps", "scale", "tf32", "activation", "backend", "size", "shift", "out")
+    numbers = ("num_groups", "eps", "scale", "tf32", "activation", "backend", "size", "shift", "out", "float8")
     return [parameter for parameter in values if parameter not in numbers]
 
 
@@ -174,7 +174,7 @@ def test_what_is_no_tensor_is_refused_with_the_signature(name):
 
 
 def test_the_habit_of_torchs_layer_norm_is_told_the_signature():
-    signature = "layer_norm(x, weight, bias, eps=1e-05, *, x_bias=None, residual=None, backend='auto', out=None)"
+    signature = "layer_norm(x, weight, bias, eps=1e-05, *, x_bias=None, residual=None, float8=False, backend='auto'"
     with pytest.raises(ValueError, match="weight must be a tensor; got tuple; call") as caught:
         layer_norm(X, (8,), VECTOR, VECTOR)
     assert signature in str(caught.value)
