@@ -158,10 +158,8 @@ def test_operators_refuse_in_one_line(function: Any) -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "gfx942"])
 def test_a_chip_without_float8_is_named(arch: str) -> None:
     """Also where no kernel could run: of the device, and of its architecture."""
-    with (
-        planned_for(Chip("a chip", 100, arch)),
-        pytest.raises(KernelUnsupported, match=f"{arch} has no conversion"),
-    ):
+    refused = pytest.raises(KernelUnsupported, match=f"{arch} has no conversion to float8")
+    with planned_for(Chip("a chip", 100, arch)), refused:
         of_the_norm(torch.zeros(1, 8), backend="triton")
     with planned_for(Chip("a chip", 100, "sm_120")), pytest.raises(KernelUnsupported) as refusal:
         of_the_gate(torch.zeros(1, 8), backend="triton")
@@ -268,9 +266,7 @@ def test_a_weight_that_is_written_is_noticed_at_the_next_evaluation() -> None:
             with pytest.raises(ValueError, match=r"a weight was written.*call with_float8\(\) again") as refusal:
                 call()
             assert "\n" not in str(refusal.value)
-    assert (
-        torch.equal(evaluated(unet.with_float8(least_channels=32)), evaluated(copy.deepcopy(of_float8))) is False
-    )
+    assert not torch.equal(evaluated(unet.with_float8(least_channels=32)), evaluated(copy.deepcopy(of_float8)))
 
 
 def test_copies_move_and_stay_float8() -> None:
@@ -285,9 +281,7 @@ def test_copies_move_and_stay_float8() -> None:
     (layer, *_) = (module for module in wide.modules() if isinstance(module, Float8Linear))
     assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert layer.weight.is_meta
-    with pytest.raises(
-        ValueError, match="float8 layers are of a bfloat16 network; got activations of torch.float32"
-    ):
+    with pytest.raises(ValueError, match="float8 layers are of a bfloat16 network; got .*float32"):
         evaluated(copy.deepcopy(of_float8).float())
 
 
@@ -305,7 +299,7 @@ def test_networks_refuse_in_one_line() -> None:
     for call, message in (
         (
             lambda: network(dtype=torch.float16).with_float8(),
-            "the network is float16: convert it to bfloat16 first",
+            "the network is float16: convert it to bfloat16",
         ),
         (unet.with_float8, "no transformer of this network has 512 channels or more"),
         (of_float8.with_float8, "for the network that with_float8"),
