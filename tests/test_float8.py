@@ -281,7 +281,7 @@ def test_copies_move_and_stay_float8() -> None:
     (layer, *_) = (module for module in wide.modules() if isinstance(module, Float8Linear))
     assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert layer.weight.is_meta
-    with pytest.raises(ValueError, match="float8 layers are of a bfloat16 network; got .*float32"):
+    with pytest.raises(ValueError, match=r"float8 layers are of a bfloat16 network; got .*float32"):
         evaluated(copy.deepcopy(of_float8).float())
 
 
