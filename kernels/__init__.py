@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 from . import layers
 from ._dependent import dependent_launch_reasons, dependent_launches, dependent_launches_enabled
 from ._dispatch import KernelUnsupported
+from ._float8 import float8_rows
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics, like_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
@@ -61,6 +62,7 @@ __all__ = [
     "dependent_launch_reasons",
     "dependent_launches",
     "dependent_launches_enabled",
+    "float8_rows",
     "geglu",
     "geglu_ref",
     "group_norm_silu",

@@ -6,14 +6,15 @@ Statistics are float32 (float64 for float64).
 
 A program holds whole rows in registers, so it reads them once and takes the variance around the mean. Rows are in
 tiles whose width wastes the fewest lanes: the family's channels are no powers of two. The mean is in two parts,
-because one float32 cannot hold a mean of 1e4 exactly enough.
+because one float32 cannot hold a mean of 1e4 exactly enough. With float8 each row is quantized as it is written
+(_float8.py), for a matmul in float8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor
 from ._autocast import in_float32, promoted
 from ._checks import real, tensors
 from ._dependent import launch_dependents, launches_dependently, prefetch_vector, wait_for_primary
+from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import Rows, collapse_rows, column_block, row_count, row_offsets, row_reasons
 from ._library import compute_dtype, define_operator
@@ -39,6 +41,7 @@ class LayerNormCall(NamedTuple):
     eps: float = 1e-5
     x_bias: Tensor | None = None
     residual: Tensor | None = None
+    float8: bool = False
 
     @property
     def rows(self) -> Rows | None:
@@ -54,6 +57,7 @@ def layer_norm_ref(
     *,
     x_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    float8: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `layer_norm` in float32 (float64 for float64)."""
     dtype = compute_dtype(x)
@@ -62,7 +66,10 @@ def layer_norm_ref(
         x32 = x32 + x_bias.to(dtype)
     if residual is not None:
         x32 = x32 + residual.to(dtype)
-    y = F.layer_norm(x32, (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+    y = F.layer_norm(x32, (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps)
+    if float8:
+        return float8_rows(y)
+    y = y.to(x.dtype)
     return y if residual is None else (y, x32.to(x.dtype))
 
 
@@ -75,6 +82,7 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     bias_ptr,
     out_ptr,
     sum_ptr,
+    scale_ptr,
     rows,
     columns,
     eps,
@@ -128,14 +136,29 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     delta = (tl.sum(first, axis=1) / columns)[:, None]
     variance = (tl.sum(second, axis=1) / columns)[:, None] - delta * delta
     rstd = 1.0 / tl.sqrt(variance + eps)
+    normalized = ()
+    largest = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j in tl.static_range(CHUNKS):
         offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < columns
         weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
         y = ((tiles[j] - mean0) - delta) * rstd * weight + bias
-        out = out_ptr + out_rows + offs_n[None, :]
-        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
+        if scale_ptr is None:
+            out = out_ptr + out_rows + offs_n[None, :]
+            tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask_m & mask_n[None, :])
+        else:
+            normalized += (y,)  # type: ignore[assignment]
+            # Masked columns are 0, or NaN, which a maximum drops.
+            largest = tl.maximum(largest, tl.abs(y))
+    if scale_ptr is not None:
+        scale, inverse = float8_scale(tl.max(largest, axis=1))
+        tl.store(scale_ptr + offs_m, scale, mask=offs_m < rows)
+        for j in tl.static_range(CHUNKS):
+            offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
+            quantized = (normalized[j] * inverse[:, None]).to(out_ptr.dtype.element_ty)
+            out = out_ptr + out_rows + offs_n[None, :]
+            tl.store(out, quantized, mask=mask_m & (offs_n < columns)[None, :])
 
 
 @dataclass(frozen=True)
@@ -151,7 +174,7 @@ class LayerNormConfig:
 MAX_CHUNKS = 12
 
 
-def default_config(rows: int, columns: int, chip: Chip) -> LayerNormConfig:
+def default_config(rows: int, columns: int, chip: Chip, float8: bool = False) -> LayerNormConfig:
     """Columns in tiles without waste, 16 elements or more to a thread; fewer rows for a chip not filled."""
     block_n = column_block(columns, most=1024)
     if ceil_div(columns, block_n) > MAX_CHUNKS:
@@ -160,6 +183,8 @@ def default_config(rows: int, columns: int, chip: Chip) -> LayerNormConfig:
     block_m = max(128 * of_a_tile // block_n, 1)
     while block_m > 1 and ceil_div(rows, block_m) < 2 * chip.multiprocessors:
         block_m //= 2
+    if float8:
+        block_n = max(block_n, LEAST_TILE // block_m)
     return LayerNormConfig(block_m, block_n, min(max(block_m * block_n // (32 * of_a_tile), 1), 16))
 
 
@@ -175,12 +200,12 @@ def candidates(call: LayerNormCall) -> list[LayerNormConfig]:
         if ceil_div(columns, block_n) <= MAX_CHUNKS
         and block_m * block_n // (32 * warps) in (4, 8, 16)
         and ceil_div(columns, block_n) * block_m * block_n // (32 * warps) <= 96
-    ] or [default_config(row_count(call.x), columns, NO_GPU)]
+    ] or [default_config(row_count(call.x), columns, NO_GPU, call.float8)]
 
 
 def tuning_key(call: LayerNormCall) -> str:
     """What a tuned configuration is looked up by."""
-    with_sum = "" if call.residual is None else " with residual"
+    with_sum = " float8" if call.float8 else "" if call.residual is None else " with residual"
     return f"rows={row_count(call.x)} columns={call.x.shape[-1]} {dtype_name(call.x)}{with_sum}"
 
 
@@ -188,16 +213,16 @@ def plan(
     call: LayerNormCall, *, config: LayerNormConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]:
     """The result, not yet computed, and the launch that computes it."""
-    x, weight, bias, eps, x_bias, residual = call
+    x, weight, bias, eps, x_bias, residual, float8 = call
     result = _empty_result(call)
-    out, total = result if isinstance(result, tuple) else (result, None)
+    out, beside = result if isinstance(result, tuple) else (result, None)
     rows = call.rows
     if rows is None or not x.numel():
         return result, []
     columns = x.shape[-1]
     chip = chip or chip_of(x.device)
     config = config or tuned("layer_norm", tuning_key(call), chip, LayerNormConfig)
-    config = config or default_config(rows.count, columns, chip)
+    config = config or default_config(rows.count, columns, chip, float8)
     pdl = launches_dependently(chip)
     of_x, of_residual = rows.strides
     arguments = {
@@ -207,7 +232,8 @@ def plan(
         "weight_ptr": weight,
         "bias_ptr": bias,
         "out_ptr": out,
-        "sum_ptr": total,
+        "sum_ptr": None if float8 else beside,
+        "scale_ptr": beside if float8 else None,
         "rows": rows.count,
         "columns": columns,
         "eps": eps,
@@ -230,9 +256,10 @@ def plan(
 
 def unsupported_reasons(call: LayerNormCall) -> list[str]:
     """Every reason why the Triton kernel cannot serve this call; empty when it can."""
-    x, weight, bias, _, x_bias, residual = call
+    x, weight, bias, _, x_bias, residual, float8 = call
     reasons = [
         *device_reasons(layer_norm_kernel, x),
+        *(float8_reasons(layer_norm_kernel, x) if float8 else ()),
         *dtype_reasons(x=x, weight=weight, bias=bias, x_bias=x_bias),
         *row_reasons(call.rows, x=x, weight=weight, bias=bias, x_bias=x_bias, residual=residual),
     ]
@@ -241,6 +268,31 @@ def unsupported_reasons(call: LayerNormCall) -> list[str]:
     return reasons
 
 
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = ...,
+    *,
+    x_bias: Tensor | None = ...,
+    float8: Literal[True],
+    backend: str = ...,
+    out: tuple[Tensor, Tensor] | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = ...,
+    *,
+    x_bias: Tensor | None = ...,
+    residual: Tensor | None = ...,
+    float8: bool = ...,
+    backend: str = ...,
+    out: Tensor | tuple[Tensor, Tensor] | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -249,20 +301,29 @@ def layer_norm(
     *,
     x_bias: Tensor | None = None,
     residual: Tensor | None = None,
+    float8: bool = False,
     backend: str = "auto",
     out: Tensor | tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of x [..., C] with weight and bias [C]; contiguous, in x's dtype.
 
     With `x_bias` [C], any float dtype, of x + x_bias. With `residual` (shape and dtype of x) returns
-    (norm(x + x_bias + residual), x + x_bias + residual). Under autocast as a sum and F.layer_norm: x and residual
-    of different dtypes are added in the wider one, the norm is float32 on a GPU. `out`, with a residual a pair, is
-    written and returned: contiguous, memory of its own, without gradients. Raises ValueError for what does not
-    fit, `KernelUnsupported` for `backend="triton"` where the kernel cannot serve.
+    (norm(x + x_bias + residual), x + x_bias + residual). With `float8` returns the norm as `float8_rows` does, for
+    a scaled matmul: (float8_e4m3fn [..., C], scale float32 [rows, 1]), without gradients and without a residual.
+    Under autocast as a sum and F.layer_norm: x and residual of different dtypes are added in the wider one, the
+    norm is float32 on a GPU. `out`, where two results are returned a pair, is written and returned: contiguous,
+    memory of its own, without gradients. Raises ValueError for what does not fit, `KernelUnsupported` for
+    `backend="triton"` where the kernel cannot serve.
     Source: Ba et al., arXiv 1607.06450.
     """
     tensors(layer_norm, (x, weight, bias), (x_bias, residual))
     eps = real("layer_norm", "eps", eps)
+    if float8:
+        if residual is not None:
+            raise ValueError("layer_norm: float8 goes without a residual; add it before, or leave out float8")
+        refuse_gradients("layer_norm", (x, weight, bias, x_bias))
+        quantized: tuple[Tensor, Tensor] = _float8_layer_norm(x, weight, bias, eps, x_bias, backend, out=out)
+        return quantized
     if residual is None:
         normalized: Tensor = _layer_norm(x, weight, bias, eps, x_bias, backend, out=out)
         return normalized
@@ -275,6 +336,8 @@ def _check(call: LayerNormCall) -> None:
     if x.ndim < 1 or not x.is_floating_point():
         raise ValueError(f"layer_norm: x must be a float [..., C]; got {x.dtype} {list(x.shape)}")
     channels = x.shape[-1]
+    if call.float8 and not channels:
+        raise ValueError("layer_norm: with float8 there must be channels; got none")
     for name, value in (("weight", call.weight), ("bias", call.bias), ("x_bias", call.x_bias)):
         if value is not None and (value.shape != (channels,) or not value.is_floating_point()):
             raise ValueError(
@@ -287,6 +350,8 @@ def _check(call: LayerNormCall) -> None:
 
 
 def _empty_result(call: LayerNormCall) -> Tensor | tuple[Tensor, Tensor]:
+    if call.float8:
+        return empty_float8(call.x)
     out = torch.empty_like(call.x, memory_format=torch.contiguous_format)
     return out if call.residual is None else (out, torch.empty_like(out))
 
@@ -332,4 +397,14 @@ _add_layer_norm = define_operator(
     autocast=_add_autocast,
     # The norm depends on what is added by the sum alone, which the residual stream keeps anyway.
     spared={"x": 1, "residual": None, "x_bias": None},
+)
+_float8_layer_norm = define_operator(
+    "float8_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? x_bias, str backend)"
+    " -> (Tensor, Tensor)",
+    OPERATOR,
+    reference=_reference,
+    fake=_empty_result,
+    bind=lambda x, weight, bias, eps, x_bias: LayerNormCall(x, weight, bias, eps, x_bias, float8=True),
+    autocast=lambda run, x, *others: run(*in_float32(x), *others),
+    differentiable=False,
 )

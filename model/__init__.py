@@ -8,6 +8,7 @@ from .conditioning import Conditioning, Constants
 from .config import FAMILY, UNetConfig, diffusers_config
 from .fields import UnsupportedConfig
 from .files import CheckpointError, UnsupportedCheckpoint, checkpoint_files
+from .float8 import FLOAT8_CHANNELS
 from .releases import RELEASED
 from .unet import UNet
 from .weights import diffusers_state_dict, load_unet, save_unet
@@ -15,6 +16,7 @@ from .weights import diffusers_state_dict, load_unet, save_unet
 __all__ = [
     "AUTO",
     "FAMILY",
+    "FLOAT8_CHANNELS",
     "RELEASED",
     "SEPARATE",
     "Autoencoder",

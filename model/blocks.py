@@ -26,6 +26,8 @@ from ldmperf.kernels import (
     attention,
     conv3x3,
     conv3x3_backend,
+    geglu,
+    layer_norm,
     linear,
     linear_separate,
     residual_add,
@@ -36,6 +38,7 @@ from ldmperf.kernels import (
 )
 
 from .choices import Choices
+from .float8 import Float8Linear
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
@@ -129,7 +132,8 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and a gated feed-forward, each added to the residual stream.
 
     The residual stream misses the bias of every sum: each norm takes the missing biases as its shift. With
-    `only_cross` the first attention reads the context too.
+    `only_cross` the first attention reads the context too. Layers after a norm or the gate may be `Float8Linear`
+    (float8.py).
     """
 
     def __init__(self, channels: int, heads: int, context_dim: int, only_cross: bool, choices: Choices) -> None:
@@ -138,22 +142,36 @@ class TransformerBlock(nn.Module):
         self.choices = choices
         self.norm1 = nn.LayerNorm(channels)
         if only_cross:
-            self.first_q = nn.Linear(channels, channels, bias=False)
+            self.first_q: nn.Linear | Float8Linear = nn.Linear(channels, channels, bias=False)
             self.first_kv = nn.Linear(context_dim, 2 * channels, bias=False)
         else:
-            self.to_qkv = nn.Linear(channels, 3 * channels, bias=False)
+            self.to_qkv: nn.Linear | Float8Linear = nn.Linear(channels, 3 * channels, bias=False)
         self.only_cross = only_cross
         self.to_out = nn.Linear(channels, channels)
         self.norm2 = nn.LayerNorm(channels)
-        self.cross_q = nn.Linear(channels, channels, bias=False)
+        self.cross_q: nn.Linear | Float8Linear = nn.Linear(channels, channels, bias=False)
         self.cross_kv = nn.Linear(context_dim, 2 * channels, bias=False)
         self.cross_out = nn.Linear(channels, channels)
         self.norm3 = nn.LayerNorm(channels)
-        self.ff_in = nn.Linear(channels, 8 * channels)
-        self.ff_out = nn.Linear(4 * channels, channels)
+        self.ff_in: nn.Linear | Float8Linear = nn.Linear(channels, 8 * channels)
+        self.ff_out: nn.Linear | Float8Linear = nn.Linear(4 * channels, channels)
+
+    @property
+    def channels(self) -> int:
+        """Those of its tokens."""
+        return self.to_out.out_features
+
+    def quantize(self) -> None:
+        """Has the layers after its norms and its gate multiply in float8."""
+        for name in ("to_qkv", "first_q", "cross_q", "ff_in", "ff_out"):
+            if (layer := getattr(self, name, None)) is not None:
+                setattr(self, name, Float8Linear(layer))
 
     def project_context(self, context: Tensor) -> list[Tensor]:
         """Keys and values [B, T, 2, heads, D] of a context [B, T, Dctx] for each attention that reads it."""
+        if isinstance(self.ff_out, Float8Linear):
+            # Here too, because a captured step runs no forward.
+            self.ff_out.check()
         batch, tokens, _ = context.shape
         layers = (self.first_kv, self.cross_kv) if self.only_cross else (self.cross_kv,)
         width = self.cross_q.out_features // self.heads
@@ -181,6 +199,9 @@ class TransformerBlock(nn.Module):
         q = self._linear(x, self.norm2, self.cross_q, after_attention).view(batch, tokens, *heads)
         h = attention(q, *context.unbind(2), backend=self.choices.backend).view(x.shape)
         x = matmul_add(x, h, self.cross_out.weight, in_place)
+        if isinstance(self.ff_out, Float8Linear):
+            h = self._float8_feed_forward(x, after_cross)
+            return x.add_(h) if in_place and x.dtype == h.dtype else x + h
         h = self._linear(x, self.norm3, self.ff_in, after_cross, "geglu")
         return matmul_add(x, h, self.ff_out.weight, in_place)
 
@@ -218,11 +239,18 @@ class TransformerBlock(nn.Module):
         self,
         x: Tensor,
         norm: nn.LayerNorm,
-        layer: nn.Linear,
+        layer: nn.Linear | Float8Linear,
         x_bias: Tensor | None,
         activation: str | None = None,
     ) -> Tensor:
-        """activation(layer(norm(x + x_bias)))."""
+        """activation(layer(norm(x + x_bias))); of a `Float8Linear` without its bias and activation."""
+        if isinstance(layer, Float8Linear):
+            if x.dtype != torch.bfloat16:
+                raise ValueError(f"float8 layers are of a bfloat16 network; got activations of {x.dtype}")
+            backend = self.choices.backend
+            return layer(  # type: ignore[no-any-return]
+                *layer_norm(x, norm.weight, norm.bias, norm.eps, x_bias=x_bias, float8=True, backend=backend)
+            )
         separate = self.choices.products == "torch"
         call = linear_separate if separate else linear
         return call(
@@ -236,6 +264,12 @@ class TransformerBlock(nn.Module):
             activation=activation,
             backend=self.choices.backend if separate else self.choices.products,
         )
+
+    def _float8_feed_forward(self, x: Tensor, x_bias: Tensor) -> Tensor:
+        """The feed-forward of x + x_bias without the last bias; the gate adds the first."""
+        h = self._linear(x, self.norm3, self.ff_in, x_bias)
+        out: Tensor = self.ff_out(*geglu(h, bias=self.ff_in.bias, float8=True, backend=self.choices.backend))
+        return out
 
 
 class Transformer(nn.Module):

@@ -112,7 +112,8 @@ def missing_in_tokens(transformer: Transformer) -> list[Tensor]:
     found: list[Tensor] = []
     for block in cast(Iterable[TransformerBlock], transformer.blocks):
         for layer in (block.to_out, block.cross_out, block.ff_out):
-            found.append(found[-1] + layer.bias if found else layer.bias)
+            bias = cast(Tensor, layer.bias)
+            found.append(found[-1] + bias if found else bias)
     return found
 
 

@@ -15,6 +15,7 @@ from ldmperf.kernels import GroupNormSiLU
 from .autoencoder_blocks import Coder, HalvingConv, ImageAttention
 from .blocks import Resample, ResBlock, Transformer, TransformerBlock
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding
+from .float8 import Float8Linear
 from .route import Level
 from .staleness import Structure
 
@@ -22,7 +23,7 @@ from .staleness import Structure
 _CLASSES = (
     *(Level, ResBlock, Transformer, TransformerBlock, Resample, GroupNormSiLU, EmbeddingMLP, TimestepEmbedding),
     *(Coder, HalvingConv, ImageAttention),
-    *(LabelEmbedding, nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm),
+    *(LabelEmbedding, nn.ModuleList, nn.Conv2d, nn.Linear, nn.LayerNorm, Float8Linear),
 )
 # The methods that a call of a module runs.
 _METHODS = attrgetter("__call__", "_call_impl", "forward")

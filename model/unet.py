@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import Image, Resample, ResBlock, Transformer, Written
+from .blocks import Image, Resample, ResBlock, Transformer, TransformerBlock, Written
 from .choices import Choices
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
+from .float8 import FLOAT8_CHANNELS, FLOAT8_MULTIPLE, float8_misfit, refuse_float8
 from .image_by_image import Values, conditioned, evaluated
 from .private import PrivacyKept
 from .route import Level, Stop, route
@@ -72,6 +73,7 @@ class UNet(nn.Module):
         super().__init__()
         choices = Choices(backend, products, convolutions, tails, statistics).checked()
         self.config = config
+        self.choices = choices
         self.batch_invariant = batch_invariant
         groups, eps, channels = config.norm_groups, config.norm_eps, config.block_channels
         layers, last = config.layers_per_block, len(channels) - 1
@@ -288,7 +290,9 @@ class UNet(nn.Module):
         """The same network on the same memory, with other values of `backend`, `products` and other choices.
 
         `choices` as of the constructor, "auto" unless given; `batch_invariant` is this network's unless given.
+        Raises ValueError for a network of `with_float8`, which comes after this.
         """
+        refuse_float8(self, "with_backend")
         invariant = self.batch_invariant if batch_invariant is None else batch_invariant
         with torch.device("meta"):
             other = UNet(self.config, backend=backend, products=products, batch_invariant=invariant, **choices)
@@ -296,6 +300,32 @@ class UNet(nn.Module):
         for theirs, mine in zip(other.parameters(), self.parameters(), strict=True):
             theirs.requires_grad_(mine.requires_grad)
         return other.train(self.training)
+
+    @torch.no_grad()
+    def with_float8(self, *, least_channels: int = FLOAT8_CHANNELS) -> UNet:
+        """The same network on the same memory, in which wide transformers multiply in float8 (float8.py).
+
+        Replaced are the layers after their norms and gates, at levels of at least `least_channels` channels: of
+        another size than the rest of the network's memory, their weights are rounded to float8_e4m3fn with a scale
+        for each row. It is for inference: gradients raise ValueError. So does a weight of these that was written
+        since, at the next evaluation, and here a network that is not bfloat16, has no such level, or is on a
+        device without float8.
+        """
+        refuse_float8(self, "with_float8")
+        weight = self.conv_in.weight
+        if (misfit := float8_misfit(weight.device, weight.dtype)) is not None:
+            raise ValueError(misfit)
+        other = self.with_backend(**self.choices._asdict())
+        blocks = [block for block in other.modules() if isinstance(block, TransformerBlock)]
+        wide = [b for b in blocks if b.channels >= least_channels and b.channels % FLOAT8_MULTIPLE == 0]
+        if not wide:
+            raise ValueError(
+                f"no transformer of this network has {least_channels} channels or more, a multiple of "
+                f"{FLOAT8_MULTIPLE}: use it in bfloat16"
+            )
+        for block in wide:
+            block.quantize()
+        return other
 
     def forward(
         self,

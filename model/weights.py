@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .config import UNetConfig, diffusers_config
+from .float8 import refuse_float8
 from .keys import weight_slots
 from .kinds import UNET
 from .loading import views, write
@@ -62,8 +63,10 @@ def save_unet(unet: UNet, path: str | Path, *, dtype: torch.dtype | None = None)
 def diffusers_state_dict(unet: UNet) -> dict[str, Tensor]:
     """The weights under diffusers' keys and in its shapes, for `UNet2DConditionModel.load_state_dict`.
 
-    The tensors share their memory with the UNet's parameters.
+    The tensors share their memory with the UNet's parameters. Raises ValueError for a float8 copy, which has lost
+    some of them.
     """
+    refuse_float8(unet, "diffusers_state_dict")
     return views(unet, weight_slots(unet))
 
 

@@ -1,5 +1,6 @@
 """Conversions of the emulator, beside Python's integers and exact fractions."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -304,6 +305,42 @@ def test_pairs_with_nan_in_either_half(kind):
         assert found.tolist() == [wanted]
 
 
+def float8_values(mantissa, bias, codes):
+    """The finite numbers of an 8-bit float by code, from its definition: exact fractions."""
+    found = []
+    for code in range(codes):
+        exponent, digits = code >> mantissa, Fraction(code & (1 << mantissa) - 1, 1 << mantissa)
+        size = (1 + digits) * Fraction(2) ** exponent if exponent else digits * 2
+        found.append(size / 2**bias)
+    return found
+
+
+# The codes up to the largest finite number: of e4m3 the last is NaN, of e5m2 the last four are not finite.
+@pytest.mark.parametrize(("kind", "mantissa", "bias", "codes"), [("e4m3", 3, 7, 0x7F), ("e5m2", 2, 15, 0x7C)])
+def test_pairs_of_8_bit_floats(kind, mantissa, bias, codes):
+    """Every number and every tie between two, with their neighbours in float32, by the distance to all numbers."""
+    numbers = float8_values(mantissa, bias, codes)
+    ties = [(a + b) / 2 for a, b in itertools.pairwise(numbers)]
+    exact = np.float32([float(v) for v in [*numbers, *ties]])
+    assert [Fraction(float(v)) for v in exact] == [*numbers, *ties]
+    around = np.concatenate([exact, np.nextafter(exact, np.float32(np.inf)), np.nextafter(exact, np.float32(0))])
+    past = np.float32([float(numbers[-1]) * by for by in (1.01, 1.04, 1.2, 3, 1e30)] + [np.inf, 1e-45])
+    values = np.concatenate([around, past])
+    wanted = []
+    for value in values:
+        size = min(Fraction(float(value)), numbers[-1]) if np.isfinite(value) else numbers[-1]
+        # Of two that are as near, the one whose code is even.
+        wanted.append(min(range(codes), key=lambda code: (abs(numbers[code] - size), code & 1)))
+    wanted = np.array([*wanted, *(0x80 | code for code in wanted), 0x7F], np.uint16)
+    values = np.concatenate([values, -values, np.float32([np.nan])])
+    pair = evaluate(f"cvt.rn.satfinite.{kind}x2.f32", np.uint16, values, values[::-1].copy())
+    assert (pair >> 8 == wanted).all()
+    assert (pair & 0xFF == wanted[::-1]).all()
+    pair = evaluate(f"cvt.rn.satfinite.relu.{kind}x2.f32", np.uint16, values, "0f3F800000")
+    assert (pair >> 8 == np.where((wanted & 0x80) == 0, wanted, 0)).all()
+    assert (pair & 0xFF == bias << mantissa).all()
+
+
 def test_tensor_floats_round_ties_away_from_zero():
     bits = np.array(
         [0x3F800FFF, 0x3F801000, 0x3F801001, 0xBF801000, 0x3F803000, 0x7F7FFFFF, 0x00001000], np.uint32
@@ -431,7 +468,9 @@ cvt.rz.bf16.f32 %rs1, %r1
 cvt.rz.bf16x2.f32 %r1, %r2, %r3
 cvt.rn.satfinite.bf16x2.f32 %r1, %r2, %r3
 cvt.rs.f16x2.f32 %r1, %r2, %r3, %r4
-cvt.rn.satfinite.e4m3x2.f32 %rs1, %r1, %r2
+cvt.rn.e4m3x2.f32 %rs1, %r1, %r2
+cvt.rn.satfinite.e2m3x2.f32 %rs1, %r1, %r2
+cvt.rn.satfinite.e4m3x2.f16x2 %rs1, %r1
 cvt.rn.f16x2.e4m3x2 %r1, %rs1
 cvt.rna.satfinite.tf32.f32 %r1, %r2
 cvt.rz.f32.s32 %r1, %r2

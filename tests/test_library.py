@@ -139,6 +139,11 @@ CALLS = {
         (*tail_arguments(True), True),
     ),
     "geglu": lambda: (OPERATORS.geglu.default, (leaf(2, 5, 8), leaf(8))),
+    "float8_layer_norm": lambda: (
+        OPERATORS.float8_layer_norm.default,
+        (torch.randn(2, 5, 8), torch.randn(8), torch.randn(8), 1e-5, torch.randn(8)),
+    ),
+    "float8_geglu": lambda: (OPERATORS.float8_geglu.default, (torch.randn(2, 5, 8), torch.randn(8))),
     "sampler_update": lambda: (
         OPERATORS.sampler_update.default,
         (

@@ -116,8 +116,10 @@ def test_the_result_is_written_there_and_that_very_tensor_returned(name, backend
 
 
 def test_every_operator_with_a_result_is_called_here():
-    assert {name.partition(",")[0].split()[0] for name in CALLS} == set(OUTS)
-    assert {name.removeprefix("add_").removeprefix("statistics_") for name in OUTS} == set(OPERATORS) - {
+    # Float8, in which torch can compare and fill nothing, is in test_float8.py.
+    outs = {name for name in OUTS if not name.startswith("float8_")}
+    assert {name.partition(",")[0].split()[0] for name in CALLS} == outs
+    assert {name.removeprefix("add_").removeprefix("statistics_") for name in outs} == set(OPERATORS) - {
         "sampler_update"
     }
 
@@ -498,7 +500,7 @@ def test_exported():
     assert torch.equal(out, geglu(x, backend="torch"))
 
 
-@pytest.mark.parametrize("name", OUTS)
+@pytest.mark.parametrize("name", [name for name in OUTS if not name.startswith("float8_")])
 def test_opcheck(name):
     operator, arguments = drawn(name)
     out = like(operator(**arguments))

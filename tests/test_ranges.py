@@ -319,6 +319,7 @@ def test_compiled_backends_have_no_ranges_and_graphs_an_eager_twin() -> None:
     assert twins.pop("graph+pdl") == "triton+hoist+merge"
     assert twins.pop("graph+separate") == "triton+hoist"
     assert twins.pop("graph-invariant") == "triton-invariant"
+    assert twins.pop("graph+fp8") == "triton+fp8"
     assert all(backend == twin for backend, twin in twins.items())
 
 

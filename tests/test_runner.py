@@ -383,13 +383,13 @@ def test_in_a_half_dtype_the_rounding_of_the_other_implementation_is_a_yardstick
         name: Reference("float32", latents["torch" if of == "diffusers" else "diffusers"], None)
         for name, of in implementations.items()
     }
-    found = tolerances("bfloat16", implementations, errors, references)
+    found = tolerances("bfloat16", implementations, errors, references, {})
     assert found == pytest.approx(expected)
     assert {name for name, error in errors.items() if error <= found[name]} == passing
     # In float32 there is no excuse, nor where the two are not the same function in float32.
-    assert set(tolerances("float32", implementations, errors, references).values()) == {1e-4}
+    assert set(tolerances("float32", implementations, errors, references, {}).values()) == {1e-4}
     latents["diffusers"] *= 1.0 + 2e-4
-    assert set(tolerances("bfloat16", implementations, errors, references).values()) == {0.1}
+    assert set(tolerances("bfloat16", implementations, errors, references, {}).values()) == {0.1}
 
 
 def test_a_time_of_a_network_that_rounds_much_is_kept_with_the_tolerance_that_held(tiny_checkpoint: Path) -> None:

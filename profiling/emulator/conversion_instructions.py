@@ -30,8 +30,10 @@ _EXACT = {("f16", "f32"), ("f16", "f64"), ("bf16", "f32"), ("bf16", "f64"), ("f3
 
 @executes("cvt")
 def _pair(i: PtxInstruction) -> Action | None:
-    """Two float32 in one register, the first in its upper half."""
-    found = form(i, r"rn\.(?P<relu>relu\.)?(?P<to>bf16|f16)x2\.f32")
+    """Two float32 in one register, the first in its upper half; what is too large for an 8-bit float saturates."""
+    found = form(i, r"rn\.(?P<relu>relu\.)?(?P<to>bf16|f16)x2\.f32") or form(
+        i, r"rn\.satfinite\.(?P<relu>relu\.)?(?P<to>e4m3|e5m2)x2\.f32"
+    )
     if found is None:
         return None
     pair = PAIRS[found["to"]]

@@ -135,6 +135,29 @@ def f16_pair(high: Array, low: Array) -> Array:
     return f16_bits(high).astype(np.uint32) << _SIXTEEN | f16_bits(low)
 
 
+def float8_bits(values: Array, mantissa: int, bias: int, largest: float) -> Array:
+    """uint8: float32 as an 8-bit float, to nearest, ties to even; past the largest that one, of NaN 0x7F."""
+    size = np.fmin(np.abs(values.astype(np.float64)), largest)
+    # Below the normal numbers the last place is as wide as in the first of them.
+    exponent = np.frexp(np.maximum(size, 2.0 ** (1 - bias)))[1] - 1
+    code = (exponent + bias - 1 << mantissa) + np.rint(np.ldexp(size, mantissa - exponent)).astype(np.int64)
+    signed = (code | np.signbit(values).astype(np.int64) << 7).astype(np.uint8)
+    return np.where(np.isnan(values), np.uint8(0x7F), signed)
+
+
+def e4m3_bits(values: Array) -> Array:
+    return float8_bits(values, 3, 7, 448.0)
+
+
+def e5m2_bits(values: Array) -> Array:
+    return float8_bits(values, 2, 15, 57344.0)
+
+
+def float8_pair(bits: Callable[[Array], Array]) -> Callable[[Array, Array], Array]:
+    """uint16 of two float32 as 8-bit floats, the first in the upper half."""
+    return lambda high, low: bits(high).astype(np.uint16) << np.uint16(8) | bits(low)
+
+
 def tf32_values(bits: Array, numerics: Numerics) -> Array:
     """What a matmul takes of float32 operands: 10 bits of mantissa."""
     if numerics.tf32 == "round":
@@ -145,7 +168,7 @@ def tf32_values(bits: Array, numerics: Numerics) -> Array:
 # (to values, to bits) of the 16-bit formats.
 HALVES = {"bf16": (bf16_values, bf16_bits), "f16": (f16_values, f16_bits)}
 # Two float32 to a register of two 16-bit floats.
-PAIRS = {"bf16": bf16_pair, "f16": f16_pair}
+PAIRS = {"bf16": bf16_pair, "f16": f16_pair, "e4m3": float8_pair(e4m3_bits), "e5m2": float8_pair(e5m2_bits)}
 
 
 def flushed(values: Array) -> Array:

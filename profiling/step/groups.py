@@ -30,7 +30,7 @@ _PATTERNS: tuple[tuple[LaunchGroup, str], ...] = (
     ("linear", r"^((norm_)?linear|transformer_(front|tail))_kernel"),
     ("convolution", r"^conv3x3_"),
     ("layer norm", r"^layer_norm_kernel|layer_?norm"),
-    ("GEGLU", r"^geglu_kernel|gelu"),
+    ("GEGLU", r"^geglu_(float8_)?kernel|gelu"),
     ("elementwise and residual", r"^residual_add_kernel"),
     ("copies", r"memcpy|memset|nchwToNhwc|nhwcToNchw|copy|CatArray|upsample|index_?(select|elementwise)|gather"),
     ("convolution", r"fprop|dgrad|conv|winograd|cudnn"),

@@ -60,7 +60,8 @@ class RecordedCall:
         """The arguments of our operator's public function, in its order and without the backend."""
         assert self.operator is not None
         names = inspect.signature(OPERATORS[self.operator].call).parameters
-        return {name: self.arguments[name] for name in names if name in self.arguments and name != "backend"}
+        given = {name: self.arguments[name] for name in names if name in self.arguments and name != "backend"}
+        return {**given, "float8": True} if "::float8_" in self.name else given
 
     @property
     def launches(self) -> list[Launch]:

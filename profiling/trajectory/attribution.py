@@ -27,6 +27,7 @@ EAGER_TWINS = {
     "graph+pdl": "triton+hoist+merge",
     "graph+separate": "triton+hoist",
     "graph-invariant": "triton-invariant",
+    "graph+fp8": "triton+fp8",
 }
 
 

@@ -164,6 +164,16 @@ class Parted(Protocol):
 
 
 @runtime_checkable
+class Coarse(Protocol):
+    """A backend that may round more than the dtype of its case does."""
+
+    @property
+    def tolerance(self) -> float | None:
+        """The relative RMS error of its results that passes, None for the dtype's own."""
+        ...
+
+
+@runtime_checkable
 class Configured(Protocol):
     """A backend with settings that its name does not tell."""
 

@@ -42,7 +42,9 @@ RUNGS = (
 )
 # Beside the rungs `torch`, `triton+hoist+merge` and `graph`: the same with every image evaluated alone.
 INVARIANT = ("torch-invariant", "triton-invariant", "graph-invariant")
-BACKENDS = (*RUNGS, *INVARIANT)
+# Beside `triton+hoist+merge` and `graph`: the same with wide transformers' matmuls in float8, less exact.
+FLOAT8 = ("triton+fp8", "graph+fp8")
+BACKENDS = (*RUNGS, *INVARIANT, *FLOAT8)
 # Of the task "pipeline": diffusers' pipeline as it is, with our kernels, compiled, and on our networks; then ours
 # alone, eager, and each step a graph.
 PIPELINE_BACKENDS = ("pipe", "pipe-accelerated", "pipe-compile", "pipe-rebuilt", "sample", "sample-graph")

@@ -18,7 +18,7 @@ from ..measure.outcomes import release_memory
 from ..measure.timing import Deadline, Timed, Times, garbage_collection_paused, interleave
 from .backend import Backend, Problem
 from .case import Case
-from .check import Reference, References, tolerances
+from .check import Reference, References, own_tolerance, tolerances
 from .energy_windows import EnergyTime, energy_windows
 from .floors import Floors
 from .group_facts import GroupFacts
@@ -125,7 +125,9 @@ class Group:
             references[lane.name] = lane.reference
             errors[lane.name] = relative_rms(lane.first_latents, lane.reference.latents)
         implementations = {lane.name: lane.backend.implementation for lane in self.active}
-        passing = tolerances(problem.case.dtype, implementations, errors, references)
+        coarse = {lane.name: own_tolerance(lane.backend) for lane in self.active}
+        own = {name: tolerance for name, tolerance in coarse.items() if tolerance is not None}
+        passing = tolerances(problem.case.dtype, implementations, errors, references, own)
         for lane in self.active:
             lane.tolerance = passing[lane.name]
             lane.check("before")

@@ -26,7 +26,7 @@ from ..measure.timing import Timed, Times, timed
 from ..terminal.visible import counted, visible
 from .backend import Backend, Configured, Parted, Phased, Problem, Trajectory
 from .case import Case
-from .check import TOLERANCES, Reference
+from .check import TOLERANCES, Reference, own_tolerance
 from .group_facts import GroupFacts
 from .record_parts import Energy, Parts, Phases
 from .records import Record
@@ -50,7 +50,7 @@ class Lane(Outcome):
     watch: CallWatch = field(default_factory=CallWatch)
     returned: Returned = field(default_factory=Returned)
     reference: Reference | None = None
-    # The dtype's own until the group knows how the other implementation rounds.
+    # The backend's own, or the dtype's until the group knows how the other implementation rounds.
     tolerance: float = field(init=False)
     errors: dict[Literal["before", "after"], float | None] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
@@ -69,7 +69,8 @@ class Lane(Outcome):
     during: DeviceWatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tolerance = TOLERANCES[self.case.dtype]
+        own = own_tolerance(self.backend)
+        self.tolerance = TOLERANCES[self.case.dtype] if own is None else own
         self.during = DeviceWatch(self.shared.sensor)
 
     @property

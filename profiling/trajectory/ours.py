@@ -10,12 +10,39 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import chip_of, dependent_launch_reasons, dependent_launches
-from ldmperf.model import AUTO, SEPARATE, Choices, Conditioning, Constants, UNet
+from ldmperf.model import AUTO, FLOAT8_CHANNELS, SEPARATE, Choices, Conditioning, Constants, UNet
 from ldmperf.samplers import Capture, CaptureError, CudaGraphs, GraphedSampler, Graphs, Step, sample
 
 from ..measure.outcomes import Unsupported
 from .backend import Inputs, Trajectory
+from .check import FLOAT8_TOLERANCE
 from .unet_problem import UNetProblem
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Which networks and levels multiply in float8, by their channels.
+
+    network  of a network's first level at least: 320 of 866M. The matmuls of a smaller one take microseconds each,
+             most of them launch and memory
+    level    `least_channels` of `UNet.with_float8`
+    """
+
+    network: int = 320
+    level: int = FLOAT8_CHANNELS
+
+    def of(self, unet: UNet) -> UNet:
+        """The network's float8 copy. Raises `Unsupported` where it has none."""
+        width = unet.config.block_channels[0]
+        if width < self.network:
+            raise Unsupported(
+                f"float8 is measured of networks of {self.network} channels or more at their first level, as of "
+                f"866M; this one has {width}"
+            )
+        try:
+            return unet.with_float8(least_channels=self.level)
+        except ValueError as misfit:
+            raise Unsupported(str(misfit)) from None
 
 
 @dataclass(frozen=True)
@@ -23,17 +50,23 @@ class OurBackend:
     """Our network and `sample`, eager.
 
     operators: the kernels' backend. is_hoisted: whether the conditioning is computed once a trajectory, and not at
-    each step. choices: what of UNet's is merged, nothing unless told. batch_invariant: UNet's option.
+    each step. choices: what of UNet's is merged, nothing unless told. batch_invariant: UNet's option. float8: of
+    which networks it takes a float8 copy.
     """
 
     operators: Literal["torch", "triton"]
     is_hoisted: bool = True
     choices: Choices = SEPARATE
     batch_invariant: bool = False
+    float8: Float8 | None = None
     implementation = "torch"
 
+    @property
+    def tolerance(self) -> float | None:
+        return None if self.float8 is None else FLOAT8_TOLERANCE
+
     def build(self, problem: UNetProblem) -> Trajectory:
-        unet = our_unet(problem, self.operators, self.choices, self.batch_invariant)
+        unet = our_unet(problem, self.operators, self.choices, self.batch_invariant, self.float8)
         plan, case = problem.plan, problem.case
         timesteps = [step.timestep for step in plan.steps]
         constants = kept_constants(unet) if self.is_hoisted else None
@@ -72,6 +105,7 @@ class GraphBackend:
 
     choices: what of UNet's is merged, what "auto" takes unless told. batch_invariant: UNet's option. dependent:
     whether launches of ours begin before those before them have ended (`ldmperf.kernels.dependent_launches`).
+    float8: as of `OurBackend`.
     """
 
     graphs: Graphs | None = None
@@ -79,7 +113,12 @@ class GraphBackend:
     choices: Choices = AUTO
     batch_invariant: bool = False
     dependent: bool = False
+    float8: Float8 | None = None
     implementation = "torch"
+
+    @property
+    def tolerance(self) -> float | None:
+        return None if self.float8 is None else FLOAT8_TOLERANCE
 
     def build(self, problem: UNetProblem) -> Trajectory:
         graphs = self.graphs or CudaGraphs()
@@ -89,7 +128,7 @@ class GraphBackend:
             raise Unsupported(str(reason)) from None
         if self.dependent and (reasons := dependent_launch_reasons(chip_of(problem.unet.conv_in.weight.device))):
             raise Unsupported("; ".join(reasons))
-        unet = our_unet(problem, self.operators, self.choices, self.batch_invariant)
+        unet = our_unet(problem, self.operators, self.choices, self.batch_invariant, self.float8)
         return GraphTrajectory(problem, unet, self.operators, graphs, dependent=self.dependent)
 
 
@@ -149,13 +188,19 @@ def capture_phases(captures: Sequence[Capture]) -> Mapping[str, float]:
     }
 
 
-def our_unet(problem: UNetProblem, operators: str, choices: Choices, batch_invariant: bool) -> UNet:
-    """The problem's network with its operators and matmuls on those backends; the weights are shared."""
-    if operators == "torch" and not batch_invariant:
-        # The problem's own network has the reference operators.
-        return problem.unet
-    asked = choices._replace(backend=operators)._asdict()
-    return problem.unet.with_backend(**asked, batch_invariant=batch_invariant)
+def our_unet(
+    problem: UNetProblem, operators: str, choices: Choices, batch_invariant: bool, float8: Float8 | None = None
+) -> UNet:
+    """The problem's network with its operators and what is merged on those backends; the weights are shared.
+
+    With float8 those that it quantizes are not. Raises `Unsupported` where it cannot.
+    """
+    # The problem's own network has the reference operators.
+    unet = problem.unet
+    if operators != "torch" or batch_invariant:
+        asked = choices._replace(backend=operators)._asdict()
+        unet = unet.with_backend(**asked, batch_invariant=batch_invariant)
+    return unet if float8 is None else float8.of(unet)
 
 
 @torch.no_grad()

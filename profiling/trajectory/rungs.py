@@ -6,7 +6,7 @@ from ldmperf.model import AUTO, SEPARATE, Choices
 
 from .backend import Backend
 from .case import IDEAS
-from .ours import GraphBackend, OurBackend
+from .ours import Float8, GraphBackend, OurBackend
 from .theirs import DiffusersBackend
 
 
@@ -14,7 +14,7 @@ def all_backends() -> dict[str, Backend]:
     """Every backend by its name, in the order of the ladder: each of ours does more than the one before, but for
     IDEAS.
 
-    Behind them the batch-invariant ones.
+    Behind them the batch-invariant ones, and those in float8.
     """
     return {
         "diffusers": DiffusersBackend(),
@@ -33,6 +33,8 @@ def all_backends() -> dict[str, Backend]:
         "torch-invariant": OurBackend("torch", batch_invariant=True),
         "triton-invariant": OurBackend("triton", choices=AUTO, batch_invariant=True),
         "graph-invariant": GraphBackend(batch_invariant=True),
+        "triton+fp8": OurBackend("triton", choices=AUTO, float8=Float8()),
+        "graph+fp8": GraphBackend(float8=Float8()),
     }
 
 

@@ -22,6 +22,7 @@ collect_ignore_glob = [] if INTERPRETED or EMULATED else ["*.py"]
 OF_THE_INTERPRETER = {
     "test_a_residual_add_in_place_whatever_the_order_of_its_programs": "sets the interpreter's order of programs",
     "test_bfloat16_is_refused_in_the_interpreter_for_users": "compiled kernels take bfloat16",
+    "test_the_interpreter_is_refused_to_users": "compiled kernels convert to float8",
 }
 
 # The same examples in every run of the suite: a failure is of the code that changed. To search further, by hand:
@@ -66,6 +67,23 @@ def _bfloat16_as_on_a_gpu():
     InterpreterBuilder.create_fp_trunc = create_fp_trunc
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.get_bf16 = get_bf16
+
+
+def _float8_as_on_a_gpu():
+    """Repairs the interpreter: its casts to float8 cut off subnormals, round ties up and make NaN a number."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            values = torch.from_numpy(np.ascontiguousarray(src.data, np.float32))
+            nearest = values.clamp(-448, 448).to(torch.float8_e4m3fn)
+            return TensorHandle(nearest.view(torch.uint8).numpy(), tl.float8e4nv)
+        return cast(self, src, dst_type, rounding_mode)
+
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
 
 
 def _patched_once_a_launch():
@@ -122,6 +140,7 @@ def _types_are_made_once():
 
 if INTERPRETED:
     _bfloat16_as_on_a_gpu()
+    _float8_as_on_a_gpu()
     _patched_once_a_launch()
     _without_unread_overflow_checks()
     _types_are_made_once()
