@@ -18,6 +18,7 @@ column, so that a tap is at the same distance for all of them: 3 x 3 taps of the
 
 from __future__ import annotations
 
+from ._dependent import launch_dependents, prefetch_rows, wait_for_primary
 from ._triton import jit, tl
 
 
@@ -178,6 +179,7 @@ def conv3x3_kernel(
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does one tile; of SPLITS > 1, its part of the passes, into out [SPLITS, B, pixels, COLUMNS].
 
@@ -189,6 +191,7 @@ def conv3x3_kernel(
     BLOCKS_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     PASSES_TAP: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
     K: tl.constexpr = TAPS * TAPS * CHANNELS
+    launch_dependents(PDL)
     rows = batch * image_rows
     pid = tl.program_id(0)
     phase = 0
@@ -212,7 +215,10 @@ def conv3x3_kernel(
     w_rows = w_n
     if PHASES and TAPS == 2:
         w_rows = w_n + phase * COLUMNS
-    w_ptrs = weight_ptr + (w_rows.to(tl.int64) * K)[:, None] + offs_k[None, :]
+    w_row_ptrs = weight_ptr + w_rows.to(tl.int64) * K
+    w_ptrs = w_row_ptrs[:, None] + offs_k[None, :]
+    # The rows of a wide weight are too long to ask for whole.
+    prefetch_rows(w_row_ptrs, K, 1024, PDL)
 
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = tile_height * tile_width
@@ -255,6 +261,7 @@ def conv3x3_kernel(
         # No way around the loop: see linear_kernel.
         tl.assume(passes > 0)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    wait_for_primary(PDL)
     for step in range(first, end):
         tap = step // PASSES_TAP
         c = (step % PASSES_TAP) * BLOCK_K
@@ -327,10 +334,12 @@ def conv3x3_reduce_kernel(
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
     EVEN_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program sums TILE pixels of one image over the splits, in their order, and finishes them."""
     EVEN_N: tl.constexpr = COLUMNS % BLOCK_N == 0
     BLOCKS_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    launch_dependents(PDL)
     pid = tl.program_id(0)
     tile = pid // BLOCKS_N
     tiles = tl.cdiv(pixels, TILE)
@@ -341,6 +350,7 @@ def conv3x3_reduce_kernel(
     ptrs = partial_ptr + out_rows[:, None] * COLUMNS + offs_n[None, :]
     mask = mask_m[:, None] & (offs_n < COLUMNS)[None, :]
     acc = tl.zeros([TILE, BLOCK_N], tl.float32)
+    wait_for_primary(PDL)
     for _ in tl.static_range(SPLITS):
         acc += tl.load(ptrs, mask=mask, other=0.0)
         ptrs += split_stride

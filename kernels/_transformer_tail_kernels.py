@@ -10,6 +10,7 @@ as the residual stream, rounded as the operand of a matmul. Weights pass through
 
 from __future__ import annotations
 
+from ._dependent import launch_dependents, prefetch_rows, wait_for_primary
 from ._linear_kernels import _normalized
 from ._parts import load_parts, part_columns, row_ptrs
 from ._statistics import store_statistics
@@ -308,8 +309,10 @@ def transformer_tail_kernel(
     EVEN_M: tl.constexpr,
     EVEN_J: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does BLOCK_M rows of one sample."""
+    launch_dependents(PDL)
     dtype: tl.constexpr = result_ptr.dtype.element_ty
     pid = tl.program_id(0)
     sample = (pid // tiles).to(tl.int64)
@@ -320,6 +323,11 @@ def transformer_tail_kernel(
         mask_m = offs_m < tokens
     offsets = (sample * tokens + offs_m) * CHANNELS
     columns = part_columns(PART_1, PART_2)
+    for i in tl.static_range(len(columns)):
+        rows = tl.minimum(columns[i], CHANNELS - 1) * CHANNELS
+        prefetch_rows(out_weight_ptr + rows, CHANNELS, PART_1 + PART_2, PDL)
+        prefetch_rows(q_weight_ptr + rows, CHANNELS, PART_1 + PART_2, PDL)
+    wait_for_primary(PDL)
 
     weight = load_square(out_weight_ptr, CHANNELS, PART_1, PART_2)
     h = load_parts(attended_ptr + offsets, mask_m, CHANNELS, PART_1, PART_2)

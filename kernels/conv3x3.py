@@ -37,6 +37,7 @@ from ._conv3x3_config import (
     predicted_to_gain,
 )
 from ._conv3x3_kernels import conv3x3_kernel, conv3x3_reduce_kernel
+from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -297,6 +298,7 @@ def plan(
         return result, []
     chip = chip or chip_of(x.device)
     config = config or tuned("conv3x3", tuning_key(call), chip, Conv3x3Config) or default_config(shape, chip)
+    pdl = launches_dependently(chip)
     tile, pixels = call.tile, shape.height * shape.width
     splits = config.splits
     if statistics is not None and call.upsample and pixels % tile:
@@ -347,6 +349,7 @@ def plan(
         "PRECISION": "ieee",
         # Largest power of two up to 8 that divides all strides. The compiler cannot infer it for a stride of 40.
         "ALIGN": math.gcd(8, stride_b, stride_h, stride_w),
+        "PDL": pdl,
     }
     programs = shape.phases * splits * ceil_div(rows, config.block_m) * ceil_div(shape.columns, config.block_n)
     fused = ("upsample", "conv3x3") if call.upsample else ("conv3x3",)
@@ -367,6 +370,7 @@ def plan(
             None if call.shortcut is None else call.shortcut.shape,
             None if call.skip is None else call.skip.shape,
         ),
+        pdl=pdl,
     )
     if not is_split:
         return result, [launch]
@@ -382,6 +386,7 @@ def plan(
         "BLOCK_N": REDUCE_COLUMNS,
         "TILE": tile,
         "EVEN_M": math.prod(call.size) % tile == 0,
+        "PDL": pdl,
     }
     programs = shape.batch * ceil_div(math.prod(call.size), tile) * ceil_div(shape.columns, REDUCE_COLUMNS)
     return result, [
@@ -394,6 +399,7 @@ def plan(
             num_warps=tile * REDUCE_COLUMNS // 256,
             operator="conv3x3",
             role="sum of splits",
+            pdl=pdl,
         ),
     ]
 

@@ -110,13 +110,16 @@ def geglu_float8_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FLAT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program does BLOCK_M whole rows, in CHUNKS tiles of BLOCK_N columns that all stay in registers."""
+    launch_dependents(PDL)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = (offs_m < rows)[:, None]
     x_rows = x_ptr + row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)[:, None]
     out_rows = out_ptr + (offs_m.to(tl.int64) * columns)[:, None]
     tiles = ()
+    wait_for_primary(PDL)
     largest = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for j in tl.static_range(CHUNKS):
         offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._autocast import without_memory
 from ._checks import one_device, real, tensors, whole
+from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -173,6 +174,7 @@ def plan(
         return (x, qkv), []
     assert statistics is not None
     chip = chip or chip_of(call.image.device)
+    pdl = launches_dependently(chip)
     config = config or tuned("transformer_front", tuning_key(call), chip, TransformerFrontConfig)
     config = config or default_front(shape, chip)
     part_1, part_2 = parts(shape.channels)
@@ -212,6 +214,7 @@ def plan(
         "EVEN_M": shape.tokens % config.block_m == 0,
         "EVEN_N": shape.columns % config.block_n == 0,
         "PRECISION": "ieee",
+        "PDL": pdl,
     }
     launch = Launch(
         transformer_front_kernel,
@@ -221,6 +224,7 @@ def plan(
         config.num_stages,
         operator="transformer_front",
         flops=_count(call.image.shape, call.proj_weight.shape, call.qkv_weight.shape),
+        pdl=pdl,
     )
     return (x, qkv), [launch]
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._autocast import without_memory
 from ._checks import one_device, real, tensors
+from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -223,6 +224,7 @@ def plan(
     """The result, not yet computed, and the launch that computes it."""
     shape = call.shape
     chip = chip or chip_of(call.x.device)
+    pdl = launches_dependently(chip)
     config = config or tuned("transformer_tail", tuning_key(call), chip, TransformerTailConfig)
     config = config or default_tail(shape, chip)
     out = _empty_image(call)
@@ -279,6 +281,7 @@ def plan(
         "EVEN_M": shape.tokens % config.block_m == 0,
         "EVEN_J": shape.inner % config.block_j == 0,
         "PRECISION": "ieee",
+        "PDL": pdl,
     }
     launch = Launch(
         transformer_tail_kernel,
@@ -289,6 +292,7 @@ def plan(
         operator="transformer_tail",
         flops=_flops(*(value.shape for value in call[:14])),
         exponentials=shape.batch * shape.heads * shape.tokens * shape.keys,
+        pdl=pdl,
     )
     return result, [launch]
 

@@ -173,12 +173,29 @@ SHAPES = {
         {"attention_kernel", "short_attention_kernel"},
     ),
     "group_norm_silu": (
-        [{"channels": 64, "height": 6, "width": 6}, {"channels": 64, "height": 48, "width": 48}],
-        {"group_norm_kernel", "group_norm_statistics_kernel", "group_norm_apply_kernel"},
+        [
+            {"channels": 64, "height": 6, "width": 6},
+            {"channels": 64, "height": 48, "width": 48},
+            {"channels": 64, "height": 48, "width": 48, "statistics": 1},
+        ],
+        {
+            "group_norm_kernel",
+            "group_norm_statistics_kernel",
+            "group_norm_apply_kernel",
+            "group_norm_given_kernel",
+        },
     ),
     "linear": (
         [{"channels": 64, "height": 6, "width": 6}, {"channels": 640, "height": 4, "width": 4}],
         {"norm_linear_kernel", "linear_kernel", "layer_norm_kernel"},
+    ),
+    "conv3x3": (
+        [{"channels": 64, "height": 6, "width": 6}, {"channels": 32, "height": 20, "width": 20}],
+        {"conv3x3_kernel", "conv3x3_reduce_kernel"},
+    ),
+    "transformer_tail": (
+        [{"channels": 64, "height": 6, "width": 6, "heads": 8, "context": 77}],
+        {"transformer_tail_kernel"},
     ),
 }
 
