@@ -169,7 +169,7 @@ def conv3x3_separate(
     call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     call = checked(OPERATOR, _lowered(call))
     y = _separate(call, backend)
-    return (y, channel_statistics(y, call.tile)) if statistics else y
+    return (y, _statistics(y, call.tile)) if statistics else y
 
 
 def _bound(*arguments: Any) -> Conv3x3Call:
@@ -185,13 +185,23 @@ def _bound(*arguments: Any) -> Conv3x3Call:
 
 def _reference(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
     y = _separate(call, "torch").contiguous(memory_format=torch.channels_last)
-    return (y, channel_statistics(y, call.tile)) if call.statistics else y
+    return (y, _statistics(y, call.tile)) if call.statistics else y
 
 
 def _composite(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
     """The same; vmap takes no memory format."""
     y = _separate(call, "torch").movedim(1, -1).contiguous().movedim(-1, 1)
-    return (y, channel_statistics(y, call.tile)) if call.statistics else y
+    return (y, _statistics(y, call.tile)) if call.statistics else y
+
+
+def _statistics(y: Tensor, tile: int) -> Tensor:
+    """Those of an image by torch, in few launches where its tiles are even."""
+    batch, channels, height, width = y.shape
+    if height * width % tile:
+        return channel_statistics(y, tile)
+    values = y.movedim(1, -1).reshape(batch, -1, tile, channels).to(compute_dtype(y))
+    variance, mean = torch.var_mean(values, dim=2, correction=0)
+    return torch.stack([mean, variance * tile], dim=2).float()
 
 
 def _separate(call: Conv3x3Call, backend: str, out: Tensor | None = None) -> Tensor:
@@ -466,7 +476,7 @@ def conv3x3(
     backend     "triton": the kernels, which round once
                 "torch": torch's convolution and matmuls and the reference of residual_add, each of which rounds
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
-                torch's convolution and matmuls and the kernel of residual_add; statistics then take many launches
+                torch's convolution and matmuls and the kernel of residual_add; statistics then take several launches
                 (`conv3x3_backend` tells beforehand)
     out         is written and returned, a pair with statistics: in channels-last memory, of the result's shape,
                 memory of its own, no gradients
@@ -514,10 +524,10 @@ def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:
         return _separate(call, "auto", out)
     if out is None:
         y = _separate(call, "auto").contiguous(memory_format=torch.channels_last)
-        return y, channel_statistics(y, call.tile)
+        return y, _statistics(y, call.tile)
     image, statistics = out
     _separate(call, "auto", image)
-    statistics.copy_(channel_statistics(image, call.tile))
+    statistics.copy_(_statistics(image, call.tile))
     return image, statistics
 
 

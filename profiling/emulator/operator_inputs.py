@@ -83,7 +83,9 @@ def _reference(inputs: EmulatedInputs, dtype: torch.dtype) -> dict[str, Tensor]:
         for name, value in inputs.arguments.items()
     }
     converted = EmulatedInputs(inputs.operator, inputs.kind, arguments)
-    return converted.results(OPERATORS[inputs.operator].reference(**arguments))
+    results = converted.results(OPERATORS[inputs.operator].reference(**arguments))
+    # Statistics are float32 whatever they are of.
+    return {name: tensor.to(dtype) for name, tensor in results.items()}
 
 
 # ---------------------------------------------------------------- made here

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ldmperf.kernels import OPERATORS, Launch, linear_separate
+from ldmperf.kernels import OPERATORS, Launch
 
 from ..measure.outcomes import Unsupported
 from ..peer import diffusers_scheduler, import_diffusers
@@ -64,8 +64,10 @@ def _ours(backend: str, call: OperatorCall, device: torch.device) -> Implementat
 
 
 def _separate(call: OperatorCall, device: torch.device) -> Implementation:
-    """torch's matmul between our kernels of the norm and the gate: what the merged kernel has to beat."""
-    return Implementation(functools.partial(linear_separate, backend="triton"))
+    """torch's matmul or convolution between our kernels of what stands beside it: what has to be beaten."""
+    function = OPERATORS[call.operator].torchs_own
+    assert function is not None
+    return Implementation(functools.partial(function, backend="triton"))
 
 
 def _eager(call: OperatorCall, device: torch.device) -> Implementation:
@@ -130,7 +132,7 @@ def _sampler_inputs(call: OperatorCall, arguments: Arguments) -> Arguments:
 
 
 _ATTENTION = frozenset({"attention"})
-_LINEAR = frozenset({"linear"})
+_MERGED = frozenset({"linear", "conv3x3"})
 _SAMPLER = frozenset({"sampler_update"})
 
 # In the order in which they are measured and shown.
@@ -146,13 +148,13 @@ PEERS: Mapping[str, Peer] = {
         Peer(
             "auto",
             functools.partial(_ours, "auto"),
-            operators=_ATTENTION | _LINEAR,
+            operators=_ATTENTION | _MERGED,
             gpu_only="without a GPU, auto is the reference; name reference",
         ),
         Peer(
             "separate",
             _separate,
-            operators=_LINEAR,
+            operators=_MERGED,
             gpu_only="separate launches our kernels, which need a GPU; without one, name reference",
         ),
         # Of attention there is one operator: nothing to fuse.
