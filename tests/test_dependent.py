@@ -232,11 +232,15 @@ def test_weights_are_asked_for_before_the_wait(compiled: list[tuple[Launch, Comp
             assert ptx.rindex("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
             asked.add(launch.name)
     assert asked == {
+        "conv3x3_kernel",
         "group_norm_kernel",
         "group_norm_apply_kernel",
+        "group_norm_given_kernel",
         "layer_norm_kernel",
         "linear_kernel",
         "norm_linear_kernel",
+        "transformer_front_kernel",
+        "transformer_tail_kernel",
     }
 
 

@@ -190,7 +190,7 @@ SHAPES = {
         {"norm_linear_kernel", "linear_kernel", "layer_norm_kernel"},
     ),
     "conv3x3": (
-        [{"channels": 64, "height": 6, "width": 6}, {"channels": 32, "height": 20, "width": 20}],
+        [{"channels": 64, "height": 6, "width": 6}, {"channels": 256, "height": 6, "width": 6}],
         {"conv3x3_kernel", "conv3x3_reduce_kernel"},
     ),
     "transformer_tail": (

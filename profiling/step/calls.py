@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ldmperf.kernels import OPERATORS
-from ldmperf.model import FAMILY, UNet
+from ldmperf.model import FAMILY, Choices, UNet
 
 from ..options import DType
 from .call import Access, OperatorCall, Scalar, TensorSpec, sampling_plan
@@ -58,10 +58,14 @@ def family_calls(
         sample = torch.empty(batch, config.in_channels, *latent, dtype=torch_dtype)
         sample = sample.to(memory_format=torch.channels_last)
         found = _distinct(lambda: unet.denoise(sample, conditioning, 0), dtype)
-        # What the same step calls where matmuls are fused with the norms and gates beside them.
-        fused = UNet(config, products="triton").to(torch_dtype)
-        calls = _distinct(lambda: fused.denoise(sample, conditioning, 0), dtype)
-        found += [call for call in calls if call.operator == "linear"]
+        # What the same step calls besides, where all is merged that can be.
+        merged = UNet(config, **Choices(*["triton"] * 5)._replace(backend="auto")._asdict()).to(torch_dtype)
+        known = {call.key for call in found}
+        found += [
+            call
+            for call in _distinct(lambda: merged.denoise(sample, conditioning, 0), dtype)
+            if call.key not in known
+        ]
     return (*found, *(sampler_call(plan, batch, dtype, latent) for plan in PLANS))
 
 
