@@ -18,8 +18,18 @@ from .operators import OPERATORS
 from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
-from .transformer_front import transformer_front, transformer_front_ref, transformer_front_separate
-from .transformer_tail import transformer_tail, transformer_tail_ref, transformer_tail_separate
+from .transformer_front import (
+    transformer_front,
+    transformer_front_backend,
+    transformer_front_ref,
+    transformer_front_separate,
+)
+from .transformer_tail import (
+    transformer_tail,
+    transformer_tail_backend,
+    transformer_tail_ref,
+    transformer_tail_separate,
+)
 
 __all__ = [
     "GEGLU",
@@ -61,9 +71,11 @@ __all__ = [
     "sampler_update_ref",
     "seed_tensor",
     "transformer_front",
+    "transformer_front_backend",
     "transformer_front_ref",
     "transformer_front_separate",
     "transformer_tail",
+    "transformer_tail_backend",
     "transformer_tail_ref",
     "transformer_tail_separate",
     "tuned_table",

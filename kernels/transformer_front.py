@@ -304,6 +304,13 @@ def transformer_front(
     return result
 
 
+def transformer_front_backend(*arguments: Any, **options: Any) -> Literal["torch", "triton"]:
+    """What backend "auto" of `transformer_front` takes for these arguments."""
+    call = _numbers(TransformerFrontCall(*arguments, **options))
+    choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
+    return "torch" if torch._C._is_any_autocast_enabled() else choose(*call)
+
+
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
     """The call with Python's numbers. ValueError for what is no tensor or no number."""
     name = "transformer_front"
