@@ -171,9 +171,14 @@ def predicted_to_gain(shape: Conv3x3Shape, chip: Chip) -> bool:
     few = min(shape.channels, shape.columns) < _MIN_CHANNELS
     if few or shape.itemsize != 2 or chip.arch != "sm_90":
         return False
-    convolution = _cudnn_ns(shape, chip)
+    own, others = predicted_ns(shape, chip)
+    return others - own >= _CLEAR * _cudnn_ns(shape, chip)
+
+
+def predicted_ns(shape: Conv3x3Shape, chip: Chip) -> tuple[float, float]:
+    """(of the kernels, of torch's convolution with all beside it)."""
     own = _own_ns(shape, default_config(shape, chip), chip)
-    return convolution + _beside_ns(shape) - own >= _CLEAR * convolution
+    return own, _cudnn_ns(shape, chip) + _beside_ns(shape)
 
 
 @dataclass(frozen=True)

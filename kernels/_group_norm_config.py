@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ._launch import LAUNCH_NS, NO_GPU, Chip, ceil_div, next_power_of_two
 
@@ -49,11 +49,17 @@ _THREAD_ELEMENTS = 16
 @functools.cache
 def default_config(shape: GroupNormShape, chip: Chip) -> GroupNormConfig:
     """The cheapest configuration by a rough cost: of one launch or two, with fewer or more groups to a program."""
+    return _cheapest(shape, chip)[1]
+
+
+def predicted_ns(shape: GroupNormShape, chip: Chip) -> tuple[float, float]:
+    """(with the statistics that are given, without)."""
+    return _cheapest(shape, chip)[0], _cheapest(replace(shape, given=False), chip)[0]
+
+
+def _cheapest(shape: GroupNormShape, chip: Chip) -> tuple[float, GroupNormConfig]:
     options = [_bundled(shape, groups, chip) for groups in _bundles(shape)]
-    _, config = min(
-        (option for pair in options for option in pair), key=lambda option: (option[0], -option[1].groups)
-    )
-    return config
+    return min((option for pair in options for option in pair), key=lambda option: (option[0], -option[1].groups))
 
 
 def _bundles(shape: GroupNormShape) -> list[int]:

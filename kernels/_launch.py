@@ -127,6 +127,8 @@ class Operator:
     unsupported_reasons  every reason why the Triton kernels cannot serve a call; empty when they can
     torchs_own    `call` by an operator of torch's that may be the faster one, which "auto" then takes; None where
                   torch has no such operator
+    predicted_ns  (with, without): what a call is predicted to take on a chip with what it merges, and without;
+                  None where no model tells
     """
 
     name: str
@@ -139,6 +141,7 @@ class Operator:
     tuning_key: Callable[[Any], str]
     unsupported_reasons: Callable[[Any], list[str]]
     torchs_own: Callable[..., Any] | None = None
+    predicted_ns: Callable[[Any, Chip], tuple[float, float]] | None = None
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:

@@ -96,12 +96,18 @@ def predicted_to_gain(shape: LinearShape, chip: Chip) -> bool:
     """Whether the kernels are predicted to be faster than torch's matmul with norm and gate beside it."""
     if shape.itemsize != 2:
         return False
-    return min(_merged_ns(shape, config) for config in _defaults(shape, chip)) < _separate_ns(shape)
+    merged, separate = merged_and_separate_ns(shape, chip)
+    return merged < separate
+
+
+def merged_and_separate_ns(shape: LinearShape, chip: Chip) -> tuple[float, float]:
+    """(of the kernels, of torch's matmul with norm and gate beside it)."""
+    return min(_merged_ns(shape, config) for config in _defaults(shape, chip)), _separate_ns(shape)
 
 
 def predicted_ns(shape: LinearShape, chip: Chip) -> float:
     """What the faster of both is predicted to take."""
-    return min(_separate_ns(shape), *(_merged_ns(shape, config) for config in _defaults(shape, chip)))
+    return min(merged_and_separate_ns(shape, chip))
 
 
 def _defaults(shape: LinearShape, chip: Chip) -> list[LinearConfig]:

@@ -115,7 +115,13 @@ def tail_predicted_to_gain(shape: TailShape, chip: Chip) -> bool:
     """Whether the kernel is predicted to be faster than the operators one after the other."""
     if shape.itemsize != 2 or not shape.tokens * shape.batch * shape.keys * shape.heads:
         return False
-    return _fused_ns(shape, default_tail(shape, chip).block_m, chip) < _separate_ns(shape, chip)
+    merged, separate = tail_predicted_ns(shape, chip)
+    return merged < separate
+
+
+def tail_predicted_ns(shape: TailShape, chip: Chip) -> tuple[float, float]:
+    """(of the kernel, of the operators one after the other)."""
+    return _fused_ns(shape, default_tail(shape, chip).block_m, chip), _separate_ns(shape, chip)
 
 
 def _fused_ns(shape: TailShape, block_m: int, chip: Chip) -> float:
@@ -188,6 +194,12 @@ def front_predicted_to_gain(shape: FrontShape, chip: Chip) -> bool:
     """Whether the kernel is predicted to be faster than the operators one after the other."""
     if shape.itemsize != 2 or not shape.tokens * shape.batch * shape.tiles:
         return False
+    merged, separate = front_predicted_ns(shape, chip)
+    return merged < separate
+
+
+def front_predicted_ns(shape: FrontShape, chip: Chip) -> tuple[float, float]:
+    """(of the kernel, of the operators one after the other)."""
     block_m = default_front(shape, chip).block_m
     # Instructions of a warp, counted in the code for sm_90: beside the last matmul, and for 64 columns of it.
     fixed = 1200 + 12 * shape.channels if block_m > 16 else 900 + 9 * shape.channels
@@ -198,4 +210,4 @@ def front_predicted_to_gain(shape: FrontShape, chip: Chip) -> bool:
     norm_ns = LAUNCH_NS + 2 * rows * channels * shape.itemsize / _BYTES_PER_NS
     plain = LinearShape(rows, channels, channels, gated=False, normed=False, itemsize=shape.itemsize)
     last = replace(plain, columns=shape.columns, normed=True)
-    return fused_ns < norm_ns + predicted_ns(plain, chip) + predicted_ns(last, chip)
+    return fused_ns, norm_ns + predicted_ns(plain, chip) + predicted_ns(last, chip)

@@ -34,6 +34,7 @@ from ._conv3x3_config import (
     Conv3x3Shape,
     candidate_configs,
     default_config,
+    predicted_ns,
     predicted_to_gain,
 )
 from ._conv3x3_kernels import conv3x3_kernel, conv3x3_reduce_kernel
@@ -476,8 +477,8 @@ def conv3x3(
     backend     "triton": the kernels, which round once
                 "torch": torch's convolution and matmuls and the reference of residual_add, each of which rounds
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
-                torch's convolution and matmuls and the kernel of residual_add; statistics then take several launches
-                (`conv3x3_backend` tells beforehand)
+                torch's convolution and matmuls and the kernel of residual_add; statistics then take several
+                launches (`conv3x3_backend` tells beforehand)
     out         is written and returned, a pair with statistics: in channels-last memory, of the result's shape,
                 memory of its own, no gradients
 
@@ -664,6 +665,7 @@ OPERATOR = Operator(
     tuning_key,
     unsupported_reasons,
     torchs_own=conv3x3_separate,
+    predicted_ns=lambda call, chip: predicted_ns(call.shape, chip),
 )
 # Without statistics and with: a library's operator has one type of result.
 _NAMES = {False: "conv3x3", True: "statistics_conv3x3"}

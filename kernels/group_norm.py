@@ -31,7 +31,7 @@ from torch import Tensor
 from ._autocast import in_float32, promoted
 from ._checks import choice, real, tensors, whole
 from ._dependent import launches_dependently
-from ._group_norm_config import GroupNormConfig, GroupNormShape, candidate_configs, default_config
+from ._group_norm_config import GroupNormConfig, GroupNormShape, candidate_configs, default_config, predicted_ns
 from ._group_norm_given import group_norm_given_kernel
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
@@ -349,6 +349,7 @@ OPERATOR = Operator(
     candidates,
     tuning_key,
     unsupported_reasons,
+    predicted_ns=lambda call, chip: predicted_ns(call.shape, chip),
 )
 _group_norm_silu = define_operator(
     "group_norm_silu(Tensor x, int num_groups, Tensor? weight, Tensor? bias, float eps, Tensor? x_bias, "

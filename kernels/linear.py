@@ -44,6 +44,7 @@ from ._linear_config import (
     candidate_configs,
     default_config,
     keeps_rows,
+    merged_and_separate_ns,
     predicted_to_gain,
 )
 from ._linear_kernels import linear_kernel, norm_linear_kernel
@@ -429,6 +430,7 @@ OPERATOR = Operator(
     tuning_key,
     unsupported_reasons,
     torchs_own=linear_separate,
+    predicted_ns=lambda call, chip: merged_and_separate_ns(call.shape, chip),
 )
 _linear = define_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "

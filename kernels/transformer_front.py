@@ -43,6 +43,7 @@ from ._transformer_config import (
     TransformerFrontConfig,
     default_front,
     front_candidates,
+    front_predicted_ns,
     front_predicted_to_gain,
     keeps_row,
 )
@@ -308,6 +309,7 @@ def transformer_front(
     return result
 
 
+<<<<<<< HEAD
 def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto") -> Literal["torch", "triton"]:
     """Who serves a call, for who has a way of their own around the kernel.
 
@@ -325,6 +327,13 @@ def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto")
 def _served_by_torch(*arguments: Any) -> bool:
     call = checked(OPERATOR, TransformerFrontCall(*arguments))
     return bool(of_layout(unsupported_reasons(call), transformer_front_kernel, call.image))
+=======
+def transformer_front_backend(*arguments: Any, **options: Any) -> Literal["torch", "triton"]:
+    """What backend "auto" of `transformer_front` takes for these arguments."""
+    call = _numbers(TransformerFrontCall(*arguments, **options))
+    choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
+    return "torch" if torch._C._is_any_autocast_enabled() else choose(*call)
+>>>>>>> tail
 
 
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
@@ -456,6 +465,7 @@ OPERATOR = Operator(
     tuning_key,
     unsupported_reasons,
     torchs_own=transformer_front_separate,
+    predicted_ns=lambda call, chip: front_predicted_ns(call.shape, chip),
 )
 _transformer_front = define_operator(
     "transformer_front(Tensor image, int num_groups, Tensor group_weight, Tensor group_bias, Tensor proj_weight, "

@@ -51,6 +51,7 @@ from ._transformer_config import (
     default_tail,
     keeps_row,
     tail_candidates,
+    tail_predicted_ns,
     tail_predicted_to_gain,
 )
 from ._transformer_tail_kernels import transformer_tail_kernel
@@ -350,7 +351,7 @@ def transformer_tail(
     statistics: bool = False,
     backend: str = "auto",
     out: Tensor | tuple[Tensor, Tensor] | None = None,
-) -> Tensor | tuple[Tensor, Tensor | None]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The image [B, C, H, W], channels-last, that a transformer of one block returns, from its self-attention on.
 
     attended, x    [B, H * W, C]: self-attention's result, and the tokens that it is added to
@@ -367,8 +368,8 @@ def transformer_tail(
     backend        "triton": one kernel, for C up to 128 (float32 96), D up to 32, T up to 128
                    "torch": the references of the parts
                    "auto": the kernel where that was measured, or is predicted, to be faster on this GPU, else the
-                   kernels of the parts (`transformer_tail_separate`); the statistics are then None, unless `out`
-                   has a place for them
+                   kernels of the parts (`transformer_tail_separate`); statistics then take many launches
+                   (`transformer_tail_backend` tells beforehand)
     out            is written and returned, with statistics a pair; `image` itself is allowed for the image
 
     Tensors share a dtype, but for vectors, of any float dtype. Under autocast as the parts one after the other.
@@ -393,6 +394,7 @@ def transformer_tail(
     return result
 
 
+<<<<<<< HEAD
 def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Literal["torch", "triton"]:
     """Who serves a call, for who has a way of their own around the kernel.
 
@@ -413,13 +415,22 @@ def _served_by_torch(*arguments: Any) -> bool:
 
 
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
+=======
+def transformer_tail_backend(*arguments: Any, **options: Any) -> Literal["torch", "triton"]:
+    """What backend "auto" of `transformer_tail` takes for these arguments: for who asks for statistics only where
+    they come with the image."""
+    call = TransformerTailCall(*arguments, **options)
+    choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
+    return "torch" if torch._C._is_any_autocast_enabled() else choose(*call)
+
+
+def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor]:
+>>>>>>> tail
     """What "auto" takes where the kernel is not expected to be faster."""
     if out is not None:
         OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
-    if not call.statistics:
-        return _separate(call, "auto", out)
-    if out is None:
-        return _separate(call, "auto"), None
+    if out is None or not call.statistics:
+        return _with_statistics(call, _separate(call, "auto", out))
     image, statistics = out
     statistics.copy_(channel_statistics(_separate(call, "auto", image), statistics_tile(call)))
     return image, statistics
@@ -552,6 +563,7 @@ OPERATOR = Operator(
     tuning_key,
     unsupported_reasons,
     torchs_own=transformer_tail_separate,
+    predicted_ns=lambda call, chip: tail_predicted_ns(call.shape, chip),
 )
 _ARGUMENTS = (
     "(Tensor attended, Tensor x, Tensor image, Tensor context, Tensor out_weight, Tensor norm2_weight, "

@@ -31,10 +31,18 @@ from ldmperf.kernels import (
     layer_norm,
     linear,
     residual_add,
+    transformer_front,
+    transformer_tail,
 )
 from ldmperf.kernels._library import OUTS
 
 LAST = torch.channels_last
+TAIL = {
+    **{"attended": (2, 24, 8), "x": (2, 24, 8), "image": (2, 8, 4, 6), "context": (2, 5, 2, 2, 4)},
+    **{"out_weight": (8, 8), "norm2_weight": (8,), "norm2_bias": (8,), "q_weight": (8, 8), "cross_weight": (8, 8)},
+    **{"norm3_weight": (8,), "norm3_bias": (8,), "ff_in_weight": (12, 8), "ff_out_weight": (8, 6)},
+    **{"proj_weight": (8, 8), "out_bias": (8,), "proj_bias": (8,)},
+}
 # By name: the operator with what are no tensors given, its tensors by name with their shapes. Images are
 # channels-last.
 CALLS = {
@@ -58,6 +66,16 @@ CALLS = {
             **{"shortcut_weight": (8, 3), "residual": (2, 8, 4, 6)},
         },
     ),
+    "transformer_front": (
+        functools.partial(transformer_front, num_groups=4),
+        {
+            **{"image": (2, 8, 4, 6), "group_weight": (8,), "group_bias": (8,), "proj_weight": (8, 8)},
+            **{"norm_weight": (8,), "norm_bias": (8,), "qkv_weight": (6, 8), "x_bias": (8,)},
+            "statistics": (2, 1, 2, 8),
+        },
+    ),
+    "transformer_tail": (transformer_tail, TAIL),
+    "statistics_transformer_tail": (functools.partial(transformer_tail, statistics=True), TAIL),
     "statistics_conv3x3": (
         functools.partial(conv3x3, statistics=True),
         {"x": (2, 5, 4, 6), "weight": (8, 5, 3, 3), "residual": (2, 8, 4, 6)},
@@ -77,7 +95,10 @@ def drawn(name, dtype=torch.float32, device="cpu"):
     operator, shapes = CALLS[name]
     generator = torch.Generator().manual_seed(0)
     values = {key: torch.randn(shape, generator=generator).to(device, dtype) for key, shape in shapes.items()}
-    is_image = {key: len(shape) == 4 and name != "attention" for key, shape in shapes.items()}
+    if "statistics" in values:
+        values["statistics"] = values["statistics"].float().abs()
+    others = ("attention", "statistics")
+    is_image = {key: len(shape) == 4 and name not in others and key not in others for key, shape in shapes.items()}
     return operator, {key: v.contiguous(memory_format=LAST) if is_image[key] else v for key, v in values.items()}
 
 
@@ -296,7 +317,9 @@ def test_memory_of_an_argument_is_refused_wherever_they_meet(name, argument, bac
     arguments[argument] = inside
     out = tuple(outs) if len(outs) > 1 else outs[0]
     meets = -result.numel() < offset < given_.numel()
-    in_place = name == "residual_add" and argument != "bias" and offset == 0
+    # The result of transformer_tail that is drawn here beside others is its statistics.
+    in_place = (name == "residual_add" and argument != "bias") or (name, argument) == ("transformer_tail", "image")
+    in_place = in_place and offset == 0
     if meets and not in_place:
         before = buffer.clone()
         message = rf"out must not share memory with {argument}; give it memory of its own$"
@@ -506,7 +529,9 @@ def test_opcheck(name):
     out = like(operator(**arguments))
     overload = getattr(torch.ops.ldmperf, name).out
     defaults = {"num_groups": 4, "eps": 1e-5, "tf32": False, "backend": "torch"}
-    defaults |= {"stride": 1, "upsample": False, "statistics": name == "statistics_conv3x3"}
+    defaults |= {"stride": 1, "upsample": False, "statistics": name.startswith("statistics_")}
+    if name == "transformer_front":
+        defaults |= {"group_eps": 1e-6, "norm_eps": 1e-5, "statistics": None}
     if name != "residual_add":
         defaults["activation"] = "geglu" if name == "linear" else "silu"
     results = {f"result{i}": one for i, one in enumerate(each(out))}

@@ -12,7 +12,18 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from ldmperf.kernels import attention, conv3x3, geglu, group_norm_silu, layer_norm, linear, residual_add
+from ldmperf.kernels import (
+    attention,
+    conv3x3,
+    geglu,
+    group_norm_silu,
+    layer_norm,
+    linear,
+    residual_add,
+    transformer_front,
+    transformer_tail,
+)
+from ldmperf.profiling.kernel_bench.plain import PLAIN
 
 
 def sdpa(q, k, v, mask=None, scale=None):
@@ -87,6 +98,24 @@ CALLS = {
         lambda x, w, b, s, sw, **o: conv3x3(x, w, b, shortcut=s, shortcut_weight=sw, **o),
         lambda x, w, b, s, sw: F.conv2d(x, w, b, padding=1) + F.conv2d(s, sw[:, :, None, None]),
         [IMAGE, (6, 8, 3, 3), (6,), IMAGE, (6, 8)],
+    ),
+    "transformer_front": (
+        lambda x, p, w, v, **o: torch.cat(
+            transformer_front(x, 4, v, v, p, v, v, w, proj_bias=v, x_bias=v, **o), dim=2
+        ),
+        lambda x, p, w, v: torch.cat(
+            PLAIN["transformer_front"](x, 4, v, v, p, v, v, w, proj_bias=v, x_bias=v), dim=2
+        ),
+        [IMAGE, (8, 8), (6, 8), CHANNELS],
+    ),
+    "transformer_tail": (
+        lambda h, x, image, context, w, i, o, v, **options: transformer_tail(
+            h, x, image, context, w, v, v, w, w, v, v, i, o, w, 0.5, out_bias=v, proj_bias=v, **options
+        ),
+        lambda h, x, image, context, w, i, o, v: PLAIN["transformer_tail"](
+            h, x, image, context, w, v, v, w, w, v, v, i, o, w, 0.5, out_bias=v, proj_bias=v
+        ),
+        [(8, 90, 8), (8, 90, 8), (8, 8, 9, 10), (8, 5, 2, 2, 4), (8, 8), (12, 8), (8, 6), CHANNELS],
     ),
     "geglu": (lambda x, b, **o: geglu(x, bias=b, **o), lambda x, b: gated(x + b), [TOKENS, CHANNELS]),
     "residual_add": (residual_add, lambda x, r, b: x + r + b[:, None, None], [IMAGE, IMAGE, CHANNELS]),
