@@ -21,20 +21,14 @@ from .philox import INITIAL_NOISE, STEP_NOISE, philox_normal, seed_tensor
 from .residual_add import residual_add, residual_add_ref
 from .sampler_update import sampler_update, sampler_update_ref
 from .transformer_front import (
-<<<<<<< HEAD
     TransformerFrontCall,
-=======
->>>>>>> tail
     transformer_front,
     transformer_front_backend,
     transformer_front_ref,
     transformer_front_separate,
 )
 from .transformer_tail import (
-<<<<<<< HEAD
     TransformerTailCall,
-=======
->>>>>>> tail
     transformer_tail,
     transformer_tail_backend,
     transformer_tail_ref,

@@ -309,7 +309,6 @@ def transformer_front(
     return result
 
 
-<<<<<<< HEAD
 def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto") -> Literal["torch", "triton"]:
     """Who serves a call, for who has a way of their own around the kernel.
 
@@ -327,13 +326,6 @@ def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto")
 def _served_by_torch(*arguments: Any) -> bool:
     call = checked(OPERATOR, TransformerFrontCall(*arguments))
     return bool(of_layout(unsupported_reasons(call), transformer_front_kernel, call.image))
-=======
-def transformer_front_backend(*arguments: Any, **options: Any) -> Literal["torch", "triton"]:
-    """What backend "auto" of `transformer_front` takes for these arguments."""
-    call = _numbers(TransformerFrontCall(*arguments, **options))
-    choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-    return "torch" if torch._C._is_any_autocast_enabled() else choose(*call)
->>>>>>> tail
 
 
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:

@@ -394,7 +394,6 @@ def transformer_tail(
     return result
 
 
-<<<<<<< HEAD
 def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Literal["torch", "triton"]:
     """Who serves a call, for who has a way of their own around the kernel.
 
@@ -414,18 +413,7 @@ def _served_by_torch(*arguments: Any) -> bool:
     return bool(of_layout(unsupported_reasons(call), transformer_tail_kernel, call.x))
 
 
-def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor | None]:
-=======
-def transformer_tail_backend(*arguments: Any, **options: Any) -> Literal["torch", "triton"]:
-    """What backend "auto" of `transformer_tail` takes for these arguments: for who asks for statistics only where
-    they come with the image."""
-    call = TransformerTailCall(*arguments, **options)
-    choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-    return "torch" if torch._C._is_any_autocast_enabled() else choose(*call)
-
-
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor]:
->>>>>>> tail
     """What "auto" takes where the kernel is not expected to be faster."""
     if out is not None:
         OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
