@@ -16,6 +16,7 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
+import idea_gains
 import torch
 from markers import with_blocks
 
@@ -148,6 +149,7 @@ def floors_markdown(inventories: Iterable[Inventory], measured: Measured | None 
         ours = sum(launch.is_ours for launch in launches)
         row = (size, len(launches), ours, sum(before), ours - sum(before))
         lines.append(f"| {' | '.join(map(str, row))} |")
+    lines += ["", "### What each idea is predicted to gain alone", "", *idea_gains.table()]
     return "\n".join(lines)
 
 
@@ -189,11 +191,13 @@ def _facts(found: Inventory) -> list[str]:
 
     ours = total(found.ours)
     theirs = total(found.diffusers)
-    tails = count(found.diffusers, "group norm: apply"), count(found.ours, "group_norm", "group_norm_apply")
+    last = ("group_norm", "group_norm_apply", "group_norm_given", "transformer_front")
+    tails = count(found.diffusers, "group norm: apply"), count(found.ours, *last)
     idle = [sum(x.nbytes for x in launches if not x.flops) for launches in (found.diffusers, found.ours)]
     return [
         f"- Group norms: {tails[0]} in diffusers' step, {tails[1]} in ours, of which "
-        f"{count(found.ours, 'group_norm_apply')} take two launches.",
+        f"{count(found.ours, 'group_norm_apply')} take two launches and {count(found.ours, last[-1])} are in a "
+        "transformer's front.",
         f"- Ours against diffusers: {theirs.launches - ours.launches} launches and "
         f"{(theirs.nbytes - ours.nbytes) / 1e6:.0f} MB fewer. Launches without matrix work move "
         f"{idle[0] / 1e6:.0f} MB in diffusers' step and {idle[1] / 1e6:.0f} MB in ours.",
