@@ -123,7 +123,7 @@ _MORE_TILES: Mapping[str, _Tiles] = {
     "sm_80": ((128, 64, 64, 4, 3), (64, 64, 64, 8, 4), (64, 128, 32, 4, 4)),
     "": ((128, 128, 64, 4, 2), (128, 64, 64, 4, 2)),
 }
-_FLOAT32_TILES: _Tiles = ((64, 64, 16, 8, 2), (64, 32, 16, 8, 2), (64, 32, 16, 4, 2), (64, 64, 16, 8, 3))
+_FLOAT32_TILES: _Tiles = ((64, 32, 16, 8, 2), (64, 32, 16, 4, 2))
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Passes that a split keeps at least: fewer do not fill its pipeline.
 _MIN_PASSES = 4

@@ -81,7 +81,7 @@ def _attention(dim: int, dtype: torch.dtype) -> Planned:
 def _configurations(operator: str) -> Planned:
     """Every tenth of a tuner's choices."""
     calls = [call.bound("meta") for call in family_calls("866M", 2, "bfloat16") if call.operator == operator]
-    for call in (calls[0], calls[-1]):
+    for call in (*calls[:1], *calls[-1:]):
         for config in OPERATORS[operator].candidates(call)[::10]:
             yield from ((launch, True) for launch in OPERATORS[operator].plan(call, config=config)[1])
 
