@@ -37,6 +37,7 @@ def exact_front(a):
 def drawn(
     batch, size, channels, groups, dtype, seed, *, mean=0.0, tile=16, columns=None, biased=True, shifted=True
 ):
+    """The arguments of a call; the image has that mean."""
     generator = torch.Generator().manual_seed(seed)
 
     def random_(*shape, scale=1.0, around=0.0):
