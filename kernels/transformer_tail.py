@@ -457,7 +457,8 @@ def _chosen(
     def measured() -> Literal["torch", "triton"]:
         return fastest("transformer_tail", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
 
-    return choose_backend("transformer_tail", "auto", reasons, measured)
+    # Its parts serve every call, with kernels of their own: no fall back that a log should tell of.
+    return "torch" if reasons else choose_backend("transformer_tail", "auto", reasons, measured)
 
 
 def _check(call: TransformerTailCall) -> None:

@@ -12,11 +12,15 @@ from ldmperf.kernels._linear_config import LinearConfig
 from ldmperf.kernels.group_norm import GroupNormConfig
 from ldmperf.profiling.machines import MACHINES
 from ldmperf.profiling.static.compile import compile_launch
+from ldmperf.profiling.static.shapes import SHAPES, Shape
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "edges-cache"))
+
+
+ONE = {"height": 1, "width": 1}
 
 
 def meta(*shape, dtype=torch.float32):
@@ -99,6 +103,30 @@ CASES = {
         ),
         "tiles past the columns": (product(5, 64, 96, norm=True), LinearConfig(32, 32, 0, 2, 4, 2)),
         "channels past the tile": (product(64, 40, 64), LinearConfig(64, 32, 32, 1, 4, 2)),
+    },
+    "transformer_front": {
+        "one of everything": (SHAPES["transformer_front"][0](Shape(batch=1, channels=1, **ONE, groups=1)), None),
+        "one row of two parts": (
+            SHAPES["transformer_front"][0](Shape(batch=1, channels=40, **ONE, groups=5)),
+            None,
+        ),
+        "one column": (
+            SHAPES["transformer_front"][0](Shape(batch=1, channels=64, height=5, width=13, features=1)),
+            None,
+        ),
+    },
+    "transformer_tail": {
+        "one of everything": (
+            SHAPES["transformer_tail"][0](
+                Shape(batch=1, channels=1, **ONE, heads=1, context=1, features=1, dtype=torch.float32)
+            ),
+            None,
+        ),
+        "one row, one key": (SHAPES["transformer_tail"][0](Shape(batch=1, channels=96, **ONE, context=1)), None),
+        "one channel of the feed-forward": (
+            SHAPES["transformer_tail"][0](Shape(batch=3, channels=40, height=5, width=13, context=81, features=1)),
+            None,
+        ),
     },
     "conv3x3": {
         "one pixel": (convolution(1, 1), None),

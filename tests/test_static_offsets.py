@@ -225,6 +225,16 @@ HUGE = {
         Shape(height=32767, width=16384, channels=32, features=32),
         Shape(batch=32, height=512, width=512, channels=640, features=320),
     ],
+    "transformer_front": [
+        Shape(**MANY, channels=128),
+        Shape(**LARGE, channels=64),
+        Shape(**MANY, channels=96),
+    ],
+    "transformer_tail": [
+        Shape(**MANY, channels=128, context=77),
+        Shape(**LARGE, channels=64, context=77),
+        Shape(batch=2**17, height=16, width=16, channels=96, context=128),
+    ],
     "conv3x3": [
         Shape(**MANY, channels=128),
         Shape(**LARGE, channels=64),

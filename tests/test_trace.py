@@ -123,6 +123,8 @@ def test_the_mean_step_is_of_whole_steps_alone() -> None:
         ("void at::native::elementwise_kernel<128, 4, CUDAFunctor_add<float>>", "elementwise and residual"),
         ("residual_add_kernel", "elementwise and residual"),
         ("conv3x3_kernel", "convolution"),
+        ("transformer_front_kernel", "linear"),
+        ("transformer_tail_kernel", "linear"),
         ("conv3x3_reduce_kernel", "convolution"),
         ("triton_poi_fused_add_7", "elementwise and residual"),
         ("triton_poi_fused_convolution_5", "elementwise and residual"),

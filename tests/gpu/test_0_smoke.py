@@ -23,6 +23,8 @@ SIZES = ("866M", "39M")
 def test_an_operator_at_two_calls_of_a_step(operator: str, size: str, kit: SimpleNamespace) -> None:
     """The step's first and last of it against float64; what is written was NaN before."""
     cases = [case for case in family_calls(size, 2, "bfloat16") if case.operator == operator]
+    if not cases:
+        pytest.skip(f"no {operator} in a step of {size}")
     for case in (cases[0], cases[-1]):
         inputs = CallInputs(case, 1, torch.device(kit.device), seed=0)
         exact = inputs.reference()

@@ -46,8 +46,8 @@ def torchs_own(operator, a):
             return y
         value, gate = y.chunk(2, dim=-1)
         return value * F.gelu(gate)
-    if operator == "conv3x3":
-        return PLAIN["conv3x3"](**a)
+    if operator in ("conv3x3", "transformer_front", "transformer_tail"):
+        return PLAIN[operator](**a)
     if operator == "geglu":
         value, gate = (x if a.get("bias") is None else x + a["bias"]).chunk(2, dim=-1)
         return value * F.gelu(gate)

@@ -23,7 +23,10 @@ from ldmperf.kernels import (
     pack_phases,
     residual_add,
     sampler_update,
+    transformer_front,
+    transformer_tail,
 )
+from ldmperf.kernels._statistics import channel_statistics
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +38,37 @@ def randn(*shape, dtype=torch.bfloat16, channels_last=False):
 
 def packed(batch, tokens, count, heads, dim):
     return dict(zip("qkv"[-count:], randn(batch, tokens, count, heads, dim).unbind(2), strict=True))
+
+
+def front(channels, side):
+    """The arguments of transformer_front; every draw is of another image and its own statistics."""
+    image, vector = randn(2, channels, side, side, channels_last=True), randn(channels)
+    return {
+        "image": image,
+        "num_groups": 32,
+        **dict.fromkeys(("group_weight", "group_bias", "norm_weight", "norm_bias", "proj_bias"), vector),
+        "proj_weight": randn(channels, channels),
+        "qkv_weight": randn(3 * channels, channels),
+        "statistics": channel_statistics(image, 16),
+        "x_bias": randn(channels),
+    }
+
+
+def tail(channels, side):
+    """The arguments of transformer_tail of 8 heads and 77 keys."""
+    vectors = ("norm2_weight", "norm2_bias", "norm3_weight", "norm3_bias", "out_bias", "cross_bias", "proj_bias")
+    matrices = ("out_weight", "q_weight", "cross_weight", "proj_weight")
+    return {
+        **{name: randn(2, side * side, channels) for name in ("attended", "x")},
+        "image": randn(2, channels, side, side, channels_last=True),
+        "context": randn(2, 77, 2, 8, channels // 8),
+        **{name: randn(channels, channels) for name in matrices},
+        **{name: randn(channels) for name in vectors},
+        "ff_in_weight": randn(8 * channels, channels),
+        "ff_out_weight": randn(channels, 4 * channels),
+        "ff_in_bias": randn(8 * channels),
+        "statistics": True,
+    }
 
 
 CALLS = {
@@ -133,6 +167,12 @@ CALLS = {
             "upsample": True,
         },
     ),
+    "transformer_front": (transformer_front, lambda: front(64, 32)),
+    "transformer_front, two parts, ragged": (transformer_front, lambda: front(96, 13)),
+    "transformer_front, few rows": (transformer_front, lambda: front(128, 16)),
+    "transformer_tail": (transformer_tail, lambda: tail(64, 64)),
+    "transformer_tail, two parts, ragged": (transformer_tail, lambda: tail(96, 13)),
+    "transformer_tail, few rows": (transformer_tail, lambda: tail(128, 16)),
     "geglu": (geglu, lambda: {"x": randn(2, 1024, 2560), "bias": randn(2560)}),
     "residual_add": (
         residual_add,

@@ -17,11 +17,19 @@ from ldmperf.kernels import (
     layer_norm,
     linear,
     residual_add,
+    transformer_front,
+    transformer_tail,
 )
+from ldmperf.kernels._statistics import channel_statistics
 
 X, IMAGE, VECTOR = torch.randn(2, 5, 8), torch.randn(2, 8, 4, 6), torch.randn(8)
 LAST = torch.randn(2, 16, 4, 6).contiguous(memory_format=torch.channels_last)
 KERNEL = torch.randn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last)
+SQUARE, WIDE, TOKENS = torch.randn(16, 16), torch.randn(16), torch.randn(2, 24, 16)
+TAIL = (
+    *(TOKENS, TOKENS, LAST, torch.randn(2, 5, 2, 2, 8), SQUARE, WIDE, WIDE, SQUARE, SQUARE, WIDE, WIDE),
+    *(torch.randn(12, 16), torch.randn(16, 6), SQUARE),
+)
 CALLS = {
     "attention": lambda **o: attention(*torch.ones(2, 5, 3, 2, 8).unbind(2), **o),
     "group_norm_silu": lambda **o: group_norm_silu(IMAGE, 4, VECTOR, VECTOR, **o),
@@ -31,6 +39,11 @@ CALLS = {
     "linear of a norm": lambda **o: linear(X, X[0, :4], norm_weight=VECTOR, norm_bias=VECTOR, **o),
     "conv3x3": lambda **o: conv3x3(LAST, KERNEL, residual=LAST, **o),
     "conv3x3 and statistics": lambda **o: conv3x3(LAST, KERNEL, statistics=True, **o),
+    "transformer_front": lambda **o: transformer_front(
+        LAST, 4, WIDE, WIDE, SQUARE, WIDE, WIDE, SQUARE, statistics=channel_statistics(LAST, 8), **o
+    ),
+    "transformer_tail": lambda **o: transformer_tail(*TAIL, **o),
+    "transformer_tail and statistics": lambda **o: transformer_tail(*TAIL, statistics=True, **o),
     "geglu": lambda **o: geglu(X, **o),
     "residual_add": lambda **o: residual_add(IMAGE, IMAGE, size=(8, 11), **o),
 }

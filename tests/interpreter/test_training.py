@@ -10,8 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ldmperf import kernels
 from ldmperf.kernels import _recipes
+from ldmperf.kernels._statistics import channel_statistics
 
 TOKENS, VECTOR = (2, 5, 8), (8,)
+
+
+def beside(image):
+    return channel_statistics(image.detach(), 8)
+
+
 # By operator: a call of it, or of its reference, and the shapes of the tensors.
 CALLS = {
     "attention": (lambda f, q, k, v: f(q, k, v), [(2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)]),
@@ -32,6 +39,17 @@ CALLS = {
             *map(last, (x, w)), b, shortcut=last(s), shortcut_weight=sw, residual=last(r)
         ),
         [(1, 16, 4, 6), (16, 16, 3, 3), (16,), (1, 8, 4, 6), (16, 8), (1, 16, 4, 6)],
+    ),
+    "transformer_front": (
+        lambda f, x, *v: torch.cat(f(last(x), 4, *v, statistics=beside(x)), dim=2),
+        [(2, 8, 4, 6), VECTOR, VECTOR, (8, 8), VECTOR, VECTOR, (6, 8)],
+    ),
+    "transformer_tail": (
+        lambda f, h, x, image, *others: f(h, x, last(image), *others[:-1], out_bias=others[-1]),
+        [
+            *((2, 24, 8), (2, 24, 8), (2, 8, 4, 6), (2, 5, 2, 2, 4), (8, 8), VECTOR, VECTOR, (8, 8), (8, 8)),
+            *(VECTOR, VECTOR, (12, 8), (8, 6), (8, 8), VECTOR),
+        ],
     ),
     "geglu": (lambda f, x, b: f(x, bias=b), [TOKENS, VECTOR]),
     "residual_add": (lambda f, x, r, b: f(x, r, b, size=(8, 11)), [(2, 8, 4, 6), (2, 8, 4, 6), VECTOR]),
