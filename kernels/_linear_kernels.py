@@ -160,20 +160,21 @@ def norm_linear_kernel(
     offsets = row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)
     if ALIGN > 1:
         offsets = tl.multiple_of(offsets, [ALIGN])
-    first = (pid % blocks_n) * (BLOCK_N * tiles_n)
-    # A part at a time, as each is a power of two.
-    prefetch_vector(norm_weight_ptr, CHANNELS, PART_1, PDL)
-    prefetch_vector(norm_bias_ptr, CHANNELS, PART_1, PDL)
-    _prefetch_weight(weight_ptr, first, columns, stride_w, CHANNELS, BLOCK_N, GATED, PART_1, PDL)
-    if PART_2 > 0:
-        prefetch_vector(norm_weight_ptr + PART_1, CHANNELS - PART_1, PART_2, PDL)
-        prefetch_vector(norm_bias_ptr + PART_1, CHANNELS - PART_1, PART_2, PDL)
-        _prefetch_weight(
-            weight_ptr + PART_1, first, columns, stride_w, CHANNELS - PART_1, BLOCK_N, GATED, PART_2, PDL
-        )
+    if PDL:
+        tile = (pid % blocks_n) * (BLOCK_N * tiles_n)
+        # A part at a time, as each is a power of two.
+        prefetch_vector(norm_weight_ptr, CHANNELS, PART_1, PDL)
+        prefetch_vector(norm_bias_ptr, CHANNELS, PART_1, PDL)
+        _prefetch_weight(weight_ptr, tile, columns, stride_w, CHANNELS, BLOCK_N, GATED, PART_1, PDL)
+        if PART_2 > 0:
+            rest: tl.constexpr = CHANNELS - PART_1
+            prefetch_vector(norm_weight_ptr + PART_1, rest, PART_2, PDL)
+            prefetch_vector(norm_bias_ptr + PART_1, rest, PART_2, PDL)
+            _prefetch_weight(weight_ptr + PART_1, tile, columns, stride_w, rest, BLOCK_N, GATED, PART_2, PDL)
     wait_for_primary(PDL)
     x = load_parts(x_ptr + offsets, offs_m < rows, CHANNELS, PART_1, PART_2)
     a = _normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
+    first = (pid % blocks_n) * (BLOCK_N * tiles_n)
     for start in range(first, first + BLOCK_N * tiles_n, BLOCK_N):
         w_rows, offs_n = _product_columns(start, columns, BLOCK_N, GATED)
         if EVEN_N:
