@@ -477,8 +477,8 @@ def conv3x3(
     backend     "triton": the kernels, which round once
                 "torch": torch's convolution and matmuls and the reference of residual_add, each of which rounds
                 "auto": the kernels where that was measured, or is predicted, to be faster on this GPU, else
-                torch's convolution and matmuls and the kernel of residual_add; statistics then take several
-                launches (`conv3x3_backend` tells beforehand)
+                torch's convolution and matmuls and the kernel of residual_add; statistics are then launches of
+                their own (`conv3x3_backend` tells beforehand)
     out         is written and returned, a pair with statistics: in channels-last memory, of the result's shape,
                 memory of its own, no gradients
 
