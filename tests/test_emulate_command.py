@@ -53,8 +53,9 @@ def test_operators_are_right_and_have_no_findings(capsys, operator):
     told = json.loads(out)
     assert (told["name"], told["arch"], told["findings"]) == (operator, "sm_90", [])
     for error in told["errors"]:
-        # bfloat16 rounds by up to 2^-9; a matmul's operands are rounded once more.
-        assert error["rms"] < (4e-3 if error["dtype"] == "bfloat16" else 1e-6)
+        # bfloat16 rounds by up to 2^-9; a matmul's operands are rounded once more. Statistics are of what is rounded.
+        rounded = "bfloat16" in (error["dtype"], told["errors"][0]["dtype"])
+        assert error["rms"] < (4e-3 if rounded else 1e-6)
         assert error["not_finite"] == 0
     for kernel in told["kernels"]:
         lanes = sum(count["lanes"] for count in kernel["classes"].values())
@@ -452,8 +453,9 @@ def test_inputs_are_finite_and_so_are_results(operator, dtype):
             )
             assert value.isfinite().all()
         OPERATORS[operator].check(OPERATORS[operator].bind(**inputs.arguments))
-        for exact in inputs.exact().values():
-            assert exact.dtype == torch.float64
+        for name, exact in inputs.exact().items():
+            # Statistics are float32 from float64.
+            assert exact.dtype == torch.float64 or name == "result[1]"
             assert exact.to(dtype).isfinite().all()
 
 
