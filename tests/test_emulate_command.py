@@ -453,8 +453,9 @@ def test_inputs_are_finite_and_so_are_results(operator, dtype):
             )
             assert value.isfinite().all()
         OPERATORS[operator].check(OPERATORS[operator].bind(**inputs.arguments))
-        for exact in inputs.exact().values():
-            assert exact.dtype == torch.float64
+        for name, exact in inputs.exact().items():
+            # Statistics are float32 from float64.
+            assert exact.dtype == torch.float64 or name == "result[1]"
             assert exact.to(dtype).isfinite().all()
 
 
