@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldmperf.kernels import float8_rows
+from ldmperf.kernels import chip_of, float8_rows
 
 # The narrowest level that is quantized.
 FLOAT8_CHANNELS = 512
@@ -101,10 +101,12 @@ def float8_misfit(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         return f"float8 matmuls give bfloat16, and the network is {name}: convert it to bfloat16 first"
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "AMD's float8 is another format, which is not implemented: use the network in bfloat16"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        return f"{torch.cuda.get_device_name(device)} has no float8: it takes compute capability 8.9 or later"
+    if device.type in ("cuda", "meta"):
+        chip = chip_of(device)
+        if not chip.arch.startswith("sm_"):
+            return f"{chip.name}: AMD's float8 is another format, which is not implemented; use bfloat16"
+        if int(chip.arch.removeprefix("sm_")) < 89:
+            return f"{chip.name} has no float8: it takes compute capability 8.9 or later"
     key = {"cuda": "CUDA", "cpu": "CPU", "meta": "Meta"}.get(device.type)
     if (
         key is None

@@ -22,6 +22,7 @@ from ldmperf.model import FAMILY, RELEASED, UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 from ..kernel_bench.selection import Job, first_of_each_key
+from ..measure.outcomes import Unsupported
 from ..peer import SCHEDULER_CONFIG, diffusers_unet
 from ..step.call import OperatorCall
 from ..step.recording import RecordedCall, calls_of_ours
@@ -118,7 +119,11 @@ def _trajectory(case: Case) -> Planned:
     dtype: torch.dtype = getattr(torch, case.dtype)
     unet = meta_unet(family_config(case), dtype, "torch")
     plan = make_plan(case.sampler, SCHEDULE, case.steps)
-    run = our_backends()[case.backend].build(UNetProblem(case, unet, plan, SCHEDULER_CONFIG))
+    try:
+        run = our_backends()[case.backend].build(UNetProblem(case, unet, plan, SCHEDULER_CONFIG))
+    except Unsupported:
+        # On the GPU too it would launch nothing.
+        return
     noise = torch.empty(case.batch, 4, case.latent_height, case.latent_width, device="meta")
     inputs = Inputs(
         noise=noise,
