@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType
 
-from ldmperf.kernels import float8_rows
+from ldmperf.kernels import chip_of, float8_rows
 
 # The narrowest level that is quantized.
 FLOAT8_CHANNELS = 512
@@ -56,22 +55,20 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """x float8_e4m3fn [..., K], scale float32 [rows, 1] -> bfloat16 [..., N]."""
         self.check()
+        by_row = F.ScalingType.RowWise
         out = F.scaled_mm(
-            x.flatten(0, -2),
-            self.weight.t(),
-            scale,
-            ScalingType.RowWise,
-            self.scale,
-            ScalingType.RowWise,
-            output_dtype=torch.bfloat16,
+            x.flatten(0, -2), self.weight.t(), scale, by_row, self.scale, by_row, output_dtype=torch.bfloat16
         )
         return out.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves the buffers; another dtype is not for them."""
-        weight, scale = self.weight, self.scale
+        """Moves the buffers; a change of dtype is not for them."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.weight, self.scale = weight.to(self.weight.device), scale.to(self.scale.device)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         return self
 
 
@@ -104,12 +101,18 @@ def float8_misfit(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         return f"float8 matmuls give bfloat16, and the network is {name}: convert it to bfloat16 first"
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "AMD's float8 is another format, which is not implemented: use the network in bfloat16"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        return f"{torch.cuda.get_device_name(device)} has no float8: it takes compute capability 8.9 or later"
+    if device.type in ("cuda", "meta"):
+        chip = chip_of(device)
+        if not chip.arch.startswith("sm_"):
+            return f"{chip.name}: AMD's float8 is another format, which is not implemented; use bfloat16"
+        if int(chip.arch.removeprefix("sm_")) < 89:
+            return f"{chip.name} has no float8: it takes compute capability 8.9 or later"
     key = {"cuda": "CUDA", "cpu": "CPU", "meta": "Meta"}.get(device.type)
-    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", key):
+    if (
+        key is None
+        or not hasattr(F, "scaled_mm")
+        or not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", key)
+    ):
         return f"torch {torch.__version__} has no scaled matmul on {device.type}: use a GPU, or a later torch"
     return None
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ldmperf.kernels import OPERATORS, Chip, KernelUnsupported, float8_rows, geglu, layer_norm, planned_for
-from ldmperf.model import FAMILY, UNet, UNetConfig, diffusers_state_dict
+from ldmperf.model import FAMILY, UNet, UNetConfig, diffusers_state_dict, float8
 from ldmperf.model.blocks import TransformerBlock
 from ldmperf.model.float8 import Float8Linear, float8_misfit
 from ldmperf.profiling import Case, profile
@@ -315,26 +315,27 @@ def test_networks_refuse_in_one_line() -> None:
         assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("device", ["cuda", "meta"])
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("arch", "reason"),
     [
-        ({"capability": (8, 0)}, "has no float8: it takes compute capability 8.9 or later"),
-        ({"capability": (8, 9)}, None),
-        ({"capability": (9, 0)}, None),
-        ({"hip": "6.4"}, "AMD's float8 is another format"),
-        ({"kernel": False}, "has no scaled matmul on cuda"),
+        ("sm_80", "a chip has no float8: it takes compute capability 8.9 or later"),
+        ("sm_89", None),
+        ("sm_90", None),
+        ("sm_120", None),
+        ("gfx942", "AMD's float8 is another format"),
     ],
 )
 def test_devices_without_float8_are_named(
-    changed: dict[str, Any], reason: str | None, monkeypatch: pytest.MonkeyPatch
+    device: str, arch: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: changed.get("capability", (9, 0)))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
-    monkeypatch.setattr(torch.version, "hip", changed.get("hip"))
-    has = changed.get("kernel", True)
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: has)
-    said = float8_misfit(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(float8, "chip_of", lambda device: Chip("a chip", 100, arch))
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: True)
+    said = float8_misfit(torch.device(device), torch.bfloat16)
     assert said is None if reason is None else reason in (said or "")
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: False)
+    said = float8_misfit(torch.device(device), torch.bfloat16)
+    assert (reason or f"has no scaled matmul on {device}") in (said or "")
 
 
 def test_the_levels_of_866m_that_are_quantized() -> None:

@@ -54,7 +54,10 @@ def later(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of other kernels: tuned for a GPU, of version 1.0.0, with the other sign in geglu's result."""
     source = tmp_path_factory.mktemp("later") / "kernels"
     shutil.copytree(ROOT / "kernels", source, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, before, after in (("__init__.py", '"0.1.0"', '"1.0.0"'), ("geglu.py", "(value * F", "(-value * F")):
+    for name, before, after in (
+        ("__init__.py", '"0.1.0"', '"1.0.0"'),
+        ("geglu.py", "gated = value * F", "gated = -value * F"),
+    ):
         text = (source / name).read_text()
         assert text.count(before) == 1
         (source / name).write_text(text.replace(before, after))

@@ -26,7 +26,7 @@ pytest.importorskip("triton")
 import triton
 from host_time import NoKernel, StandInDriver, jit_functions
 
-from ldmperf.kernels import OPERATORS, Chip, Launch, _triton, layer_norm, residual_add
+from ldmperf.kernels import OPERATORS, Chip, Launch, _triton, layer_norm, planned_for, residual_add
 from ldmperf.kernels._launch import NO_GPU
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.profiling import cli
@@ -38,6 +38,7 @@ from ldmperf.profiling.ahead.work import kernel_of, plan
 from ldmperf.profiling.commands import compile_command as ahead
 from ldmperf.profiling.kernel_bench.selection import first_of_each_key, jobs
 from ldmperf.profiling.machines import MACHINES
+from ldmperf.profiling.measure.outcomes import Unsupported
 from ldmperf.profiling.peer import SCHEDULER_CONFIG, diffusers_unet
 from ldmperf.profiling.static.forked import Lost, map_forked
 from ldmperf.profiling.step.calls import FAMILY_HEAD_DIMS
@@ -156,6 +157,11 @@ def test_what_a_profile_launches_is_compiled_ahead_and_nothing_else(
         backend = our_backends()[one.backend]
         if hasattr(backend, "graphs"):
             backend = replace(backend, graphs=Replays())
+        if backend.float8 is not None:
+            # The size is too small for it: on a GPU and ahead it launches nothing.
+            with pytest.raises(Unsupported, match="networks of 320 channels"):
+                backend.build(problem)
+            backend = replace(backend, float8=None)
         trajectory = backend.build(problem)
         for value in inputs:
             trajectory(value)
@@ -172,6 +178,19 @@ def test_a_chip_without_dependent_launches_has_none_to_compile() -> None:
     planned = plan(run_parts([case]), SM_90, chips=[NO_GPU]).launches
     assert planned
     assert all(kernel.options["launch_pdl"] for kernel in planned)
+
+
+@pytest.mark.parametrize(("arch", "levels"), [("sm_90", {640, 1280}), ("sm_80", set())])
+def test_float8_is_compiled_ahead_where_the_chip_has_it(arch: str, levels: set[int]) -> None:
+    case = Case(unet="866M", steps=1, dtype="bfloat16", device="cuda", backend="graph+fp8")
+    (part,) = run_parts([case])
+    with planned_for(Chip("a chip", 100, arch)):
+        found = [launch for launch, _ in part()]
+    assert bool(found) == bool(levels)
+    float8 = [launch for launch in found if launch.arguments.get("scale_ptr") is not None]
+    assert {launch.arguments["columns"] for launch in float8 if launch.operator == "layer_norm"} == levels
+    gates = {launch.arguments["columns"] for launch in float8 if launch.operator == "geglu"}
+    assert gates == {4 * channels for channels in levels}
 
 
 def test_what_diffusers_network_launches_of_ours_is_compiled_ahead(looked_up: dict[str, str]) -> None:

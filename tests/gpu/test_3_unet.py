@@ -46,6 +46,28 @@ def test_the_float32_network_is_that_of_torchs_operators(kit: SimpleNamespace) -
     assert kit.relative_rms(ours(x, 981.0, context), ours.with_backend("torch")(x, 981.0, context)) < 1e-4
 
 
+@torch.no_grad()
+def test_in_float8_the_kernels_err_as_the_references_do_and_a_capture_has_the_bits_of_the_eager_loop(
+    kit: SimpleNamespace,
+) -> None:
+    """By torch's scaled matmul on this GPU, whose float8 is that of the CPU's tests."""
+    ours = kit.network(FAMILY["39M"], torch.bfloat16)
+    try:
+        quantized = [unet.with_float8(least_channels=64) for unet in (ours, ours.with_backend("torch"))]
+    except ValueError as misfit:
+        pytest.skip(str(misfit))
+    x, context = kit.given(FAMILY["39M"], 2, 64)
+    exact = ours.with_backend("torch").float()(x, 500.0, context)
+    half = kit.relative_rms(ours(x.bfloat16(), 500.0, context), exact)
+    error, own = (kit.relative_rms(unet(x.bfloat16(), 500.0, context), exact) for unet in quantized)
+    assert half < own < 0.1
+    assert error <= 1.2 * own
+    plan, noise = make_plan("ddim", kit.schedule, 3), initial_noise([1], (4, 64, 64), device=kit.device)
+    conditioning = quantized[0].condition([step.timestep for step in plan.steps], context)
+    found = kit.graphed(quantized[0])(conditioning, plan, noise, guidance_scale=3.0)
+    assert torch.equal(found, kit.eager(quantized[0], conditioning, plan, noise, guidance_scale=3.0))
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1e2, 1e3])
 @torch.no_grad()
 def test_fp16_extremes_give_no_nan_where_float32_gives_none(scale: float, kit: SimpleNamespace) -> None:
