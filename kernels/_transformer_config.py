@@ -58,7 +58,7 @@ def default_tail(shape: TailShape, chip: Chip) -> TransformerTailConfig:
     if shape.itemsize == 4:
         return TransformerTailConfig(16, 32, 8, 2)
     block_m = _filling(shape.batch, shape.tokens, shape.channels, chip)
-    return TransformerTailConfig(block_m, _block_j(shape, block_m, chip), 4, 2)
+    return TransformerTailConfig(block_m, _block_j(shape, block_m, chip), 4, min(_stages(shape, block_m)))
 
 
 def tail_candidates(shape: TailShape, chip: Chip) -> list[TransformerTailConfig]:
@@ -72,8 +72,7 @@ def tail_candidates(shape: TailShape, chip: Chip) -> list[TransformerTailConfig]
         TransformerTailConfig(m, j, 4, stages)
         for m in tiles
         for j in sorted({_block_j(shape, m, chip), 64 if m == 16 else 32})
-        for stages in (2, 3)
-        if stages == 2 or m < 64 or shape.channels <= 64
+        for stages in _stages(shape, m)
     ]
     return list(dict.fromkeys([default, *found]))
 
@@ -88,6 +87,15 @@ def _filling(batch: int, tokens: int, channels: int, chip: Chip) -> int:
     fitting = _fitting(channels, chip)
     filling = (m for m in fitting if batch * ceil_div(tokens, m) >= 0.9 * chip.multiprocessors)
     return next(filling, fitting[-1])
+
+
+def _stages(shape: TailShape, block_m: int) -> tuple[int, ...]:
+    """How far ahead weights may be copied: with few rows and two stages ptxas stops at too few registers, and with
+    many rows shared memory holds two."""
+    narrow = padded(shape.channels) <= 64
+    if block_m == 16 and narrow:
+        return (3, 4)
+    return (2, 3) if block_m < 64 or narrow else (2,)
 
 
 def _block_j(shape: TailShape, block_m: int, chip: Chip) -> int:
