@@ -4,13 +4,14 @@
 __version__ = "0.1.0"
 
 from . import layers
+from ._conv3x3_torch import pack_phases
 from ._dependent import dependent_launch_reasons, dependent_launches, dependent_launches_enabled
 from ._dispatch import KernelUnsupported
 from ._float8 import float8_rows
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics, like_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
-from .conv3x3 import Conv3x3Call, conv3x3, conv3x3_backend, conv3x3_ref, conv3x3_separate, pack_phases
+from .conv3x3 import Conv3x3Call, conv3x3, conv3x3_backend, conv3x3_ref, conv3x3_separate
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref

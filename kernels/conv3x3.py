@@ -21,10 +21,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import lowered
@@ -38,6 +37,7 @@ from ._conv3x3_config import (
     predicted_to_gain,
 )
 from ._conv3x3_kernels import conv3x3_kernel, conv3x3_reduce_kernel
+from ._conv3x3_torch import Conv3x3Call, empty_image, image_statistics, separate
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -52,81 +52,13 @@ from ._launch import (
     tuned,
 )
 from ._layout import MAX_INDEX
-from ._library import OUTS, compute_dtype, define_operator
+from ._library import OUTS, define_operator
 from ._recipes import ByLayout, checked
-from ._statistics import channel_statistics, empty_statistics
+from ._statistics import empty_statistics
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
-from .residual_add import residual_add
 
 # Tiles of rows that run beside each other on the same columns.
 GROUP_M = 8
-
-
-class Conv3x3Call(NamedTuple):
-    """The arguments of `conv3x3`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    stride: int = 1
-    upsample: bool = False
-    shortcut: Tensor | None = None
-    skip: Tensor | None = None
-    shortcut_weight: Tensor | None = None
-    residual: Tensor | None = None
-    statistics: bool = False
-
-    @property
-    def packed(self) -> bool:
-        """Whether the weight is of `pack_phases`."""
-        return self.weight.ndim == 5
-
-    @property
-    def columns(self) -> int:
-        """The channels of the result."""
-        return self.weight.shape[1 if self.packed else 0]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the result."""
-        height, width = self.x.shape[2:]
-        if self.upsample:
-            return 2 * height, 2 * width
-        return ceil_div(height, self.stride), ceil_div(width, self.stride)
-
-    @property
-    def result_shape(self) -> tuple[int, int, int, int]:
-        """Of the image."""
-        return (self.x.shape[0], self.columns, *self.size)
-
-    @property
-    def pointwise(self) -> tuple[int, ...]:
-        """The channels of shortcut and skip, where they are."""
-        return tuple(part.shape[1] for part in (self.shortcut, self.skip) if part is not None)
-
-    @property
-    def tile(self) -> int:
-        """Pixels of a tile of statistics: it depends on the image alone, so that their shape does too."""
-        return 64 if math.prod(self.size) > 256 else 16
-
-    @property
-    def shape(self) -> Conv3x3Shape:
-        """What a configuration depends on."""
-        batch, channels, height, width = self.x.shape
-        return Conv3x3Shape(
-            batch=batch,
-            height=ceil_div(height, self.stride),
-            width=ceil_div(width, self.stride),
-            channels=channels,
-            columns=self.columns,
-            stride=self.stride,
-            upsample=self.upsample,
-            packed=self.packed,
-            pointwise=self.pointwise,
-            residual=self.residual is not None,
-            statistics=self.statistics,
-            itemsize=self.x.element_size(),
-        )
 
 
 def conv3x3_ref(
@@ -169,8 +101,8 @@ def conv3x3_separate(
     choose_backend("conv3x3", backend, ())
     call = _bound(x, weight, bias, stride, upsample, shortcut, skip, shortcut_weight, residual, statistics)
     call = checked(OPERATOR, _lowered(call))
-    y = _separate(call, backend)
-    return (y, _statistics(y, call.tile)) if statistics else y
+    y = separate(call, backend)
+    return (y, image_statistics(y, call.tile)) if statistics else y
 
 
 def _bound(*arguments: Any) -> Conv3x3Call:
@@ -185,93 +117,14 @@ def _bound(*arguments: Any) -> Conv3x3Call:
 
 
 def _reference(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
-    y = _separate(call, "torch").contiguous(memory_format=torch.channels_last)
-    return (y, _statistics(y, call.tile)) if call.statistics else y
+    y = separate(call, "torch").contiguous(memory_format=torch.channels_last)
+    return (y, image_statistics(y, call.tile)) if call.statistics else y
 
 
 def _composite(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
     """The same; vmap takes no memory format."""
-    y = _separate(call, "torch").movedim(1, -1).contiguous().movedim(-1, 1)
-    return (y, _statistics(y, call.tile)) if call.statistics else y
-
-
-def _statistics(y: Tensor, tile: int) -> Tensor:
-    """Those of an image by torch, in few launches where its tiles are even."""
-    batch, channels, height, width = y.shape
-    if height * width % tile:
-        return channel_statistics(y, tile)
-    values = y.movedim(1, -1).reshape(batch, -1, tile, channels).to(compute_dtype(y))
-    variance, mean = torch.var_mean(values, dim=2, correction=0)
-    return torch.stack([mean, variance * tile], dim=2).float()
-
-
-def _separate(call: Conv3x3Call, backend: str, out: Tensor | None = None) -> Tensor:
-    """The image, in any memory format unless `out` is given."""
-    x, weight, bias, residual = call.x, call.weight, call.bias, call.residual
-    if not math.prod(call.result_shape):
-        return _empty_image(call) if out is None else out
-    own_bias = None if residual is not None or bias is None else bias.to(x.dtype)
-    if call.packed:
-        y = _packed_convolution(x, weight, own_bias)
-    else:
-        if call.upsample:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        y = F.conv2d(x, weight, own_bias, call.stride, padding=1)
-    if call.shortcut is not None and call.shortcut_weight is not None:
-        parts = [part for part in (call.shortcut, call.skip) if part is not None]
-        weights = call.shortcut_weight.split([part.shape[1] for part in parts], dim=1)
-        for part, own in zip(parts, weights, strict=True):
-            y = _matmul_add(y, part, own)
-    if residual is not None:
-        return residual_add(y, residual, bias, backend=backend, out=out)
-    return y if out is None else out.copy_(y)
-
-
-def _packed_convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One 2x2 convolution to the channels of all four phases, which then take their places."""
-    height, width = x.shape[2:]
-    every = F.conv2d(x, weight.flatten(0, 1), None if bias is None else bias.repeat(4), padding=1)
-    phases = every.unflatten(1, (4, -1)).unbind(1)
-    placed = [phases[p][:, :, p // 2 : p // 2 + height, p % 2 : p % 2 + width] for p in range(4)]
-    rows = [torch.stack(placed[2 * py : 2 * py + 2], dim=-1).flatten(-2) for py in (0, 1)]
-    return torch.stack(rows, dim=-2).flatten(-3, -2)
-
-
-def _matmul_add(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y + W x pixel by pixel."""
-    rows = torch.addmm(_as_rows(y), _as_rows(x), weight.t())
-    batch, _, height, width = y.shape
-    return rows.view(batch, height, width, -1).movedim(-1, 1)
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B * H * W, C], a view of channels-last memory."""
-    return x.movedim(1, -1).flatten(0, 2)
-
-
-def pack_phases(weight: Tensor) -> Tensor:
-    """The weight [N, C, 3, 3] of a convolution of an enlarged image -> [4, N, C, 2, 2] for the image itself.
-
-    After an enlargement to twice the size by nearest neighbour, the result's pixels of one parity of row and
-    column (phase 2 * (row % 2) + column % 2) are a 2x2 convolution of the small image, whose weights are sums of
-    one, two or four of the nine. The sums are float32 (float64 for float64) and rounded once to the weight's
-    dtype. In bfloat16 and float16 that makes the result's error 1.4 times that of the nine taps (root mean square
-    against float64, normal weights). Where that is too much, `conv3x3(upsample=True)` takes the weight as it is.
-    Each [N, C, 2, 2] lies in channels-last memory. Raises ValueError for another shape.
-    """
-    tensors(pack_phases, (weight,))
-    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
-        raise ValueError(
-            f"pack_phases: weight must be a float [N, C, 3, 3]; got {dtype_name(weight)} {list(weight.shape)}"
-        )
-    taps = weight.to(compute_dtype(weight)).permute(0, 2, 3, 1)
-    first = torch.stack([taps[:, 0], taps[:, 1] + taps[:, 2]], dim=1)
-    second = torch.stack([taps[:, 0] + taps[:, 1], taps[:, 2]], dim=1)
-    phases = []
-    for rows in (first, second):
-        phases.append(torch.stack([rows[:, :, 0], rows[:, :, 1] + rows[:, :, 2]], dim=2))
-        phases.append(torch.stack([rows[:, :, 0] + rows[:, :, 1], rows[:, :, 2]], dim=2))
-    return torch.stack(phases).to(weight.dtype).permute(0, 1, 4, 2, 3)
+    y = separate(call, "torch").movedim(1, -1).contiguous().movedim(-1, 1)
+    return (y, image_statistics(y, call.tile)) if call.statistics else y
 
 
 def candidates(call: Conv3x3Call) -> list[Conv3x3Config]:
@@ -522,13 +375,13 @@ def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:
     if out is not None:
         OUTS[_NAMES[call.statistics]].checked((*call, "auto"), out)
     if not call.statistics:
-        return _separate(call, "auto", out)
+        return separate(call, "auto", out)
     if out is None:
-        y = _separate(call, "auto").contiguous(memory_format=torch.channels_last)
-        return y, _statistics(y, call.tile)
+        y = separate(call, "auto").contiguous(memory_format=torch.channels_last)
+        return y, image_statistics(y, call.tile)
     image, statistics = out
-    _separate(call, "auto", image)
-    statistics.copy_(_statistics(image, call.tile))
+    separate(call, "auto", image)
+    statistics.copy_(image_statistics(image, call.tile))
     return image, statistics
 
 
@@ -621,13 +474,8 @@ def _check(call: Conv3x3Call) -> None:
         raise ValueError(f"conv3x3: bias must be a float [{columns}]; got {dtype_name(bias)} {list(bias.shape)}")
 
 
-def _empty_image(call: Conv3x3Call) -> Tensor:
-    x = call.x
-    return torch.empty(call.result_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def _empty_result(call: Conv3x3Call) -> Tensor | tuple[Tensor, Tensor]:
-    image = _empty_image(call)
+    image = empty_image(call)
     return (image, empty_statistics(image, call.tile)) if call.statistics else image
 
 

@@ -34,9 +34,10 @@ from ldmperf.kernels._conv3x3_config import (
     default_config,
     predicted_to_gain,
 )
+from ldmperf.kernels._conv3x3_torch import Conv3x3Call
 from ldmperf.kernels._recipes import ByLayout
 from ldmperf.kernels._statistics import channel_statistics, statistics_misfit
-from ldmperf.kernels.conv3x3 import Conv3x3Call, plan, tuning_key
+from ldmperf.kernels.conv3x3 import plan, tuning_key
 
 ARCHS = ("sm_90", "sm_80", "gfx942", "sm_86")
 # Bytes of shared memory that a program may have.
