@@ -4,14 +4,14 @@
 __version__ = "0.1.0"
 
 from . import layers
-from ._conv3x3_torch import pack_phases
+from ._conv3x3_torch import Conv3x3Call, pack_phases
 from ._dependent import dependent_launch_reasons, dependent_launches, dependent_launches_enabled
 from ._dispatch import KernelUnsupported
 from ._float8 import float8_rows
 from ._launch import Chip, Launch, Operator, chip_of, planned_for, tuned_table
 from ._statistics import channel_statistics, like_statistics
 from .attention import MAX_HEAD_DIM, attention, attention_ref
-from .conv3x3 import Conv3x3Call, conv3x3, conv3x3_backend, conv3x3_ref, conv3x3_separate
+from .conv3x3 import conv3x3, conv3x3_backend, conv3x3_ref, conv3x3_separate
 from .geglu import geglu, geglu_ref
 from .group_norm import group_norm_silu, group_norm_silu_ref
 from .layer_norm import layer_norm, layer_norm_ref
@@ -30,6 +30,7 @@ from .transformer_front import (
 )
 from .transformer_tail import (
     TransformerTailCall,
+    tail_statistics_tile,
     transformer_tail,
     transformer_tail_backend,
     transformer_tail_ref,
@@ -83,6 +84,7 @@ __all__ = [
     "sampler_update",
     "sampler_update_ref",
     "seed_tensor",
+    "tail_statistics_tile",
     "transformer_front",
     "transformer_front_backend",
     "transformer_front_ref",

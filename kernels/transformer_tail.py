@@ -182,7 +182,7 @@ def _separate(call: TransformerTailCall, backend: str, out: Tensor | None = None
 
 
 def _with_statistics(call: TransformerTailCall, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    return (image, channel_statistics(image, statistics_tile(call))) if call.statistics else image
+    return (image, channel_statistics(image, tail_statistics_tile(call))) if call.statistics else image
 
 
 def _matmul_add(
@@ -198,7 +198,7 @@ def _matmul_add(
     return torch.addmm(rows, tokens.flatten(0, 1), weight.t(), out=out).view(x.shape)
 
 
-def statistics_tile(call: TransformerTailCall) -> int:
+def tail_statistics_tile(call: TransformerTailCall) -> int:
     """Pixels of a tile of the statistics; no tuned table changes it, so that a traced call knows its shape."""
     return default_tail(call.shape, chip_of(call.x.device)).block_m
 
@@ -420,7 +420,7 @@ def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tens
     if out is None or not call.statistics:
         return _with_statistics(call, _separate(call, "auto", out))
     image, statistics = out
-    statistics.copy_(channel_statistics(_separate(call, "auto", image), statistics_tile(call)))
+    statistics.copy_(channel_statistics(_separate(call, "auto", image), tail_statistics_tile(call)))
     return image, statistics
 
 
@@ -516,7 +516,7 @@ def _empty_image(call: TransformerTailCall) -> Tensor:
 
 def _empty_result(call: TransformerTailCall) -> Tensor | tuple[Tensor, Tensor]:
     out = _empty_image(call)
-    return (out, empty_statistics(out, statistics_tile(call))) if call.statistics else out
+    return (out, empty_statistics(out, tail_statistics_tile(call))) if call.statistics else out
 
 
 def _reference(call: TransformerTailCall) -> Tensor | tuple[Tensor, Tensor]:

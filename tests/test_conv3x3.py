@@ -125,7 +125,7 @@ def test_auto_is_torchs_where_no_kernel_can_serve_and_no_log_tells(caplog: pytes
     with caplog.at_level(logging.WARNING, _dispatch.logger.name):
         y = conv3x3(x, weight)
     assert not caplog.records
-    assert conv3x3_backend(x, weight) == "torch"
+    assert conv3x3_backend(Conv3x3Call(x, weight)) == "torch"
     torch.testing.assert_close(y, F.conv2d(x, weight, padding=1))
 
 
@@ -133,15 +133,15 @@ def test_auto_takes_the_kernels_where_a_clear_gain_is_predicted() -> None:
     with planned_for(H200):
         ByLayout.forget()
         for side, channels in ((64, 64), (16, 256), (8, 256)):
-            assert conv3x3_backend(**block(channels, side), statistics=True) == "triton"
+            assert conv3x3_backend(Conv3x3Call(**block(channels, side), statistics=True)) == "triton"
         for side, channels in ((64, 320), (32, 640), (16, 1280), (8, 1280)):
-            assert conv3x3_backend(**block(channels, side), statistics=True) == "torch"
+            assert conv3x3_backend(Conv3x3Call(**block(channels, side), statistics=True)) == "torch"
         # The first and the last convolution.
-        assert conv3x3_backend(meta(2, 4, 64, 64), meta(64, 4, 3, 3)) == "torch"
-        assert conv3x3_backend(meta(2, 64, 64, 64), meta(4, 64, 3, 3)) == "torch"
+        assert conv3x3_backend(Conv3x3Call(meta(2, 4, 64, 64), meta(64, 4, 3, 3))) == "torch"
+        assert conv3x3_backend(Conv3x3Call(meta(2, 64, 64, 64), meta(4, 64, 3, 3))) == "torch"
         # float32, and a convolution with nothing beside it.
-        assert conv3x3_backend(**block(64, 64, torch.float32), statistics=True) == "torch"
-        assert conv3x3_backend(meta(2, 256, 32, 32), meta(256, 256, 3, 3)) == "torch"
+        assert conv3x3_backend(Conv3x3Call(**block(64, 64, torch.float32), statistics=True)) == "torch"
+        assert conv3x3_backend(Conv3x3Call(meta(2, 256, 32, 32), meta(256, 256, 3, 3))) == "torch"
     ByLayout.forget()
 
 
@@ -154,8 +154,8 @@ def test_what_was_measured_goes_before_what_is_predicted(tmp_path: Path, monkeyp
     monkeypatch.setattr(_launch, "TUNED_FOLDER", tmp_path)
     with planned_for(H200):
         ByLayout.forget()
-        assert conv3x3_backend(**slow) == "torch"
-        assert conv3x3_backend(**quick) == "triton"
+        assert conv3x3_backend(Conv3x3Call(**slow)) == "torch"
+        assert conv3x3_backend(Conv3x3Call(**quick)) == "triton"
         launch, reduce = plan(Conv3x3Call(**quick))[1]
         assert (launch.arguments["SPLITS"], launch.arguments["BLOCK_M"]) == (2, 64)
         assert reduce.name == "conv3x3_reduce_kernel"

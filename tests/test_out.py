@@ -86,6 +86,10 @@ CALLS = {
         functools.partial(residual_add, size=(7, 12)),
         {"x": (2, 3, 4, 6), "residual": (2, 3, 4, 6), "bias": (3,)},
     ),
+    "statistics_residual_add": (
+        functools.partial(residual_add, statistics=True),
+        {"x": (2, 3, 4, 6), "residual": (2, 3, 4, 6), "bias": (3,)},
+    ),
 }
 SHARED = [(name, argument) for name, (_, shapes) in CALLS.items() for argument in shapes]
 
@@ -530,7 +534,7 @@ def test_opcheck(name):
     overload = getattr(torch.ops.ldmperf, name).out
     defaults = {"num_groups": 4, "eps": 1e-5, "tf32": False, "backend": "torch"}
     defaults |= {"stride": 1, "upsample": False, "statistics": name.startswith("statistics_")}
-    if name == "transformer_front":
+    if name in ("transformer_front", "group_norm_silu"):
         defaults |= {"group_eps": 1e-6, "norm_eps": 1e-5, "statistics": None}
     if name != "residual_add":
         defaults["activation"] = "geglu" if name == "linear" else "silu"

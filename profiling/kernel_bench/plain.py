@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmperf.kernels.transformer_tail import TransformerTailCall, statistics_tile
+from ldmperf.kernels import TransformerTailCall, tail_statistics_tile
 
 from ..step.call import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
 
@@ -192,7 +192,7 @@ def transformer_tail(
         *(norm3_weight, norm3_bias, ff_in_weight, ff_out_weight, proj_weight),
         statistics=True,
     )
-    tiles = y.float().flatten(2).split(statistics_tile(call), dim=2)
+    tiles = y.float().flatten(2).split(tail_statistics_tile(call), dim=2)
     moments = [torch.stack([t.mean(2), t.var(2, unbiased=False) * t.shape[2]], dim=1) for t in tiles]
     return y, torch.stack(moments, dim=1)
 

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.kernels._launch import next_power_of_two
-from ldmperf.kernels._statistics import empty_statistics
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -130,10 +127,8 @@ def _conv3x3(shape: Shape) -> Arguments:
 
 def _transformer_front(shape: Shape) -> Arguments:
     channels, vector = shape.channels, shape.empty(shape.channels)
-    image = shape.image(shape.batch, channels)
-    tile = min(64, next_power_of_two(shape.height * shape.width))
     return {
-        "image": image,
+        "image": shape.image(shape.batch, channels),
         "num_groups": shape.groups,
         "group_weight": vector,
         "group_bias": vector,
@@ -141,7 +136,7 @@ def _transformer_front(shape: Shape) -> Arguments:
         "norm_weight": vector,
         "norm_bias": vector,
         "qkv_weight": shape.empty(shape.features or 3 * channels, channels),
-        "statistics": empty_statistics(image, tile),
+        "statistics": shape.beside(channels),
         "proj_bias": vector,
         "x_bias": vector,
     }
