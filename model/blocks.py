@@ -348,6 +348,8 @@ class Transformer(nn.Module):
     ) -> Written | None:
         """`forward` with one block in three launches; None where `choices` take the separate ones."""
         block, tokens = cast(TransformerBlock, self.blocks[0]), as_tokens(x)
+        if isinstance(block.ff_out, Float8Linear):
+            return None
         call = block.tail_call(tokens, tokens, context, x, self.proj_out, travels and _leaves(x, self.choices))
         if transformer_tail_backend(call, self.choices.tails) == "torch":
             return None
