@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LDMPERF = (sys.executable, "-c", "from ldmperf.profiling.cli import main; main()")
 NAMES = (
     *("smoke", "headline", "tests", "ladder", "ideas", "tests-alone", "drop-in", "pipelines", "family"),
-    *("attention", "kernels", "tune-linear", "tune-attention", "tune-group_norm_silu", "compiled"),
+    *("attention", "kernels", "tune-linear", "tune-attention", "tune-group_norm_silu"),
+    *("tune-conv3x3", "tune-transformer_front", "tune-transformer_tail", "compiled"),
     *("drop-in-compiled", "pipelines-compiled"),
     *("attention-family", "kernels-compiled", "conv-padding", "attention-flex", "compiled-max", "sanitizer"),
     "family-all",
@@ -23,6 +24,8 @@ OTHERS = (
     "group_norm_silu,layer_norm,linear,conv3x3,geglu,residual_add,transformer_front,transformer_tail,"
     "sampler_update"
 )
+# Operators that are there for the smallest networks.
+SMALL_SIZES = ("conv3x3", "transformer_front", "transformer_tail")
 KERNEL_PEERS = "triton,auto,separate,eager"
 COMPILED_PEERS = "triton,auto,eager,compile,diffusers,diffusers-compile"
 ATTENTION_PEERS = "triton,auto,eager,sdpa-cudnn,sdpa-flash,sdpa-efficient,flex,xformers"
@@ -109,10 +112,10 @@ def parts(device: str, folder: Path) -> list[Part]:
             profile("compiled", 300, 10, *least, "--backend", f"diffusers,diffusers-compile,{graphs}"),
         ]
 
-    def tune(operator: str) -> Part:
-        command = (sys.executable, str(ROOT / "bench" / "tune.py"), operator, "--size", "866M", "--batch", "2")
+    def tune(operator: str, size: str = "866M") -> Part:
+        command = (sys.executable, str(ROOT / "bench" / "tune.py"), operator, "--size", size, "--batch", "2")
         command += ("--l2", "step", "--key-seconds", "4")
-        own = (f"tune:{operator}:866M:2",)
+        own = (f"tune:{operator}:{size}:2",)
         return Part(f"tune-{operator}", 110, 40, "tuning", command, own_launches=own, takes_seconds=True)
 
     # In float16, as the ladder is in bfloat16; a few samples, so that both sizes have times on a slow host too.
@@ -140,6 +143,7 @@ def parts(device: str, folder: Path) -> list[Part]:
         tune("linear"),
         tune("attention"),
         tune("group_norm_silu"),
+        *(tune(operator, "39M") for operator in SMALL_SIZES),
         profile("compiled", 240, 90, *ladder, f"diffusers,diffusers-compile,{graphs}", launches=("ladder",)),
         profile("drop-in-compiled", 300, 120, *drop_in, "--backend", compiled, launches=("drop-in",)),
         profile(

@@ -361,6 +361,7 @@ def test_the_sets_hold_what_the_tests_on_a_gpu_launch() -> None:
     assert family["HEAD_DIMS"] == FAMILY_HEAD_DIMS
     assert unet["TINY"] == tested_launches.TESTED_TINY
     assert unet["SAMPLERS"] == tested_launches.TESTED_SAMPLERS
+    assert unet["IDEAS"] == tested_launches.TESTED_IDEAS
     pool = runpy.run_path(str(ROOT / "tests/gpu/test_4_graph_pool.py"), run_name="pool")
     assert pool["TINY"] == tested_launches.TESTED_TINY
     assert (*pool["SHAPES"], pool["SMALL"]) == tested_launches.TESTED_GRAPHS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import OPERATORS, Launch, linear_separate
-from ldmperf.model import FAMILY, RELEASED, UNet, UNetConfig
+from ldmperf.model import AUTO, FAMILY, RELEASED, Choices, UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, make_plan
 
 from ..kernel_bench.selection import Job, first_of_each_key
@@ -161,9 +161,9 @@ def _added(case: Case, config: UNetConfig) -> dict[str, Tensor]:
     return {name: torch.empty_like(value, dtype=dtype, device="meta") for name, value in given.items()}
 
 
-def meta_unet(config: UNetConfig, dtype: torch.dtype, backend: str) -> UNet:
+def meta_unet(config: UNetConfig, dtype: torch.dtype, backend: str, choices: Choices = AUTO) -> UNet:
     with torch.device("meta"):
-        unet = UNet(config, backend=backend).to(dtype)
+        unet = UNet(config, **choices._replace(backend=backend)._asdict()).to(dtype)
     return unet.eval().requires_grad_(False)
 
 

@@ -6,6 +6,7 @@ tests/test_precompile.py holds the values here against the tests' own.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ldmperf.kernels import OPERATORS, dependent_launches
-from ldmperf.model import FAMILY, UNetConfig
+from ldmperf.model import AUTO, FAMILY, Choices, UNetConfig
 from ldmperf.samplers import GraphedSampler, Step, make_plan, sample
 
 from ..options import DType
@@ -24,6 +25,7 @@ from .work import Part
 
 # The queries of attention, and the tokens that they attend to where those are others.
 TESTED_TOKENS: tuple[tuple[int, int | None], ...] = ((1024, None), (250, None), (250, 77), (64, 64))
+TESTED_IDEAS = ("convolutions", "tails", "statistics")
 TESTED_SAMPLERS = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2s", "unipc", "euler", "euler_a", "heun", "lcm")
 TESTED_TINY = UNetConfig(
     (32, 64, 64), (4, 8, 8), (True, True, False), layers_per_block=1, context_dim=24, norm_groups=8
@@ -57,6 +59,16 @@ def tested_parts() -> list[Part]:
     forwards += [(size, "bfloat16", batch, 64) for size in SMOKE_SIZES for batch in (1, 4)]
     parts += [partial(_forward, FAMILY[size], dtype, *shape) for size, dtype, *shape in forwards]
     parts += [partial(_forward, TESTED_TINY, "bfloat16", *shape, tokens=7) for shape in TESTED_GRAPHS]
+    merged = [
+        AUTO._replace(**{name: "triton" if name in on else "torch" for name in TESTED_IDEAS})
+        for on in _combinations(TESTED_IDEAS)
+    ]
+    both: tuple[DType, ...] = ("bfloat16", "float32")
+    parts += [
+        partial(_forward, FAMILY["39M"], dtype, 2, 64, choices=choices) for dtype in both for choices in merged
+    ]
+    everything = Choices(*["triton"] * len(AUTO))
+    parts.append(partial(_sampling, FAMILY["39M"], "ddim", 1, 64, 77, everything))
     parts.append(partial(_sampling, TESTED_TINY, "dpmpp_2m", 2, 64, 7))
     parts += [partial(_sampling, TESTED_TINY, sampler, 2, 16, 7) for sampler in TESTED_SAMPLERS]
     parts += [partial(_dependent, TESTED_TINY, 16, 7), partial(_dependent, FAMILY["39M"], 64, 77)]
@@ -86,19 +98,27 @@ def _configurations(operator: str) -> Planned:
             yield from ((launch, True) for launch in OPERATORS[operator].plan(call, config=config)[1])
 
 
+def _combinations(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Every set of them."""
+    for count in range(len(names) + 1):
+        yield from itertools.combinations(names, count)
+
+
 @torch.no_grad()
-def _forward(config: UNetConfig, dtype: DType, batch: int, latents: int, tokens: int = 77) -> Planned:
+def _forward(
+    config: UNetConfig, dtype: DType, batch: int, latents: int, tokens: int = 77, choices: Choices = AUTO
+) -> Planned:
     torch_dtype = getattr(torch, dtype)
-    unet = meta_unet(config, torch_dtype, "triton")
+    unet = meta_unet(config, torch_dtype, "triton", choices)
     x = torch.empty(batch, config.in_channels, latents, latents, device="meta", dtype=torch_dtype)
     context = torch.empty(batch, tokens, config.context_dim, device="meta", dtype=torch_dtype)
     yield from launches_of_run(lambda: unet(x, 500.0, context))
 
 
 @torch.no_grad()
-def _sampling(config: UNetConfig, sampler: str, images: int, latents: int, tokens: int) -> Planned:
+def _sampling(config: UNetConfig, sampler: str, images: int, latents: int, tokens: int, **choices: str) -> Planned:
     """Guided, by the eager loop and by a captured step."""
-    unet = meta_unet(config, torch.bfloat16, "triton")
+    unet = meta_unet(config, torch.bfloat16, "triton", choices)
     plan = make_plan(sampler, SCHEDULE, FEW_STEPS)
     noise = torch.empty(images, 4, latents, latents, device="meta")
     context = torch.empty(2 * images, tokens, config.context_dim, device="meta")

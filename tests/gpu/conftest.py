@@ -53,12 +53,11 @@ def launch(operator: Any, config: Any = None, **arguments: Any) -> Any:
     from ldmperf.kernels._launch import run
 
     result, launches = operator.plan(operator.bind(**arguments), config=config)
-    for tensor in result if isinstance(result, tuple) else (result,):
-        tensor.fill_(torch.nan)
+    given = {id(value) for value in arguments.values()}
     for one in launches:
-        for name in ("statistics_ptr", "partial_ptr"):
-            if one.arguments.get(name) is not None:
-                one.arguments[name].fill_(torch.nan)
+        for tensor in one.tensors.values():
+            if id(tensor) not in given and tensor.is_floating_point():
+                tensor.fill_(torch.nan)
     run(launches, torch.device("cuda", torch.cuda.current_device()))
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from ldmperf.samplers import CaptureError, GraphedSampler, initial_noise, make_p
 pytestmark = pytest.mark.gpu
 
 TINY = UNetConfig((32, 64, 64), (4, 8, 8), (True, True, False), layers_per_block=1, context_dim=24, norm_groups=8)
+# UNet's choices beside the products.
+IDEAS = ("convolutions", "tails", "statistics")
 SAMPLERS = ("ddim", "ddpm", "dpmpp_2m", "dpmpp_2s", "unipc", "euler", "euler_a", "heun", "lcm")
 
 
@@ -44,6 +47,38 @@ def test_the_float32_network_is_that_of_torchs_operators(kit: SimpleNamespace) -
     ours = kit.network(FAMILY["39M"], torch.float32)
     x, context = kit.given(FAMILY["39M"], 2, 64)
     assert kit.relative_rms(ours(x, 981.0, context), ours.with_backend("torch")(x, 981.0, context)) < 1e-4
+
+
+COMBINATIONS = [
+    pytest.param({name: "triton" if name in on else "torch" for name in IDEAS}, id="+".join(on) or "none")
+    for count in range(len(IDEAS) + 1)
+    for on in itertools.combinations(IDEAS, count)
+]
+
+
+@pytest.mark.parametrize("choices", COMBINATIONS)
+@torch.no_grad()
+def test_with_every_combination_of_what_can_be_merged(choices: dict[str, str], kit: SimpleNamespace) -> None:
+    """Half precision at 39M, and float32, in which fewer kernels serve."""
+    x, context = kit.given(FAMILY["39M"], 2, 64)
+    reference = kit.network(FAMILY["39M"], torch.bfloat16).with_backend("torch")
+    exact = reference.float()(x, 500.0, context)
+    for dtype, least in ((torch.bfloat16, 0.0), (torch.float32, 1e-5)):
+        ours = kit.network(FAMILY["39M"], torch.bfloat16).to(dtype)
+        merged = ours.with_backend(kit.operators, "auto", **choices)
+        own = kit.relative_rms(ours.with_backend("torch")(x.to(dtype), 500.0, context), exact)
+        assert kit.relative_rms(merged(x.to(dtype), 500.0, context), exact) <= max(1.2 * own, least)
+
+
+@torch.no_grad()
+def test_a_captured_step_with_all_merged_has_the_bits_of_the_eager_one(kit: SimpleNamespace) -> None:
+    ours = kit.network(FAMILY["39M"], torch.bfloat16)
+    unet = ours.with_backend(kit.operators, "triton", **dict.fromkeys(IDEAS, "triton"))
+    plan, noise = make_plan("ddim", kit.schedule, 3), initial_noise([1], (4, 64, 64), device=kit.device)
+    _, context = kit.given(FAMILY["39M"], 2, 64)
+    conditioning = unet.condition([step.timestep for step in plan.steps], context)
+    found = kit.graphed(unet)(conditioning, plan, noise, guidance_scale=3.0)
+    assert torch.equal(found, kit.eager(unet, conditioning, plan, noise, guidance_scale=3.0))
 
 
 @torch.no_grad()
