@@ -106,7 +106,7 @@ def _combinations(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 @torch.no_grad()
 def _forward(
-    config: UNetConfig, dtype: DType, batch: int, latents: int, tokens: int = 77, choices: Choices = AUTO
+    config: UNetConfig, dtype: DType, batch: int, latents: int, tokens: int = 77, *, choices: Choices = AUTO
 ) -> Planned:
     torch_dtype = getattr(torch, dtype)
     unet = meta_unet(config, torch_dtype, "triton", choices)
@@ -116,7 +116,9 @@ def _forward(
 
 
 @torch.no_grad()
-def _sampling(config: UNetConfig, sampler: str, images: int, latents: int, tokens: int, **choices: str) -> Planned:
+def _sampling(
+    config: UNetConfig, sampler: str, images: int, latents: int, tokens: int, choices: Choices = AUTO
+) -> Planned:
     """Guided, by the eager loop and by a captured step."""
     unet = meta_unet(config, torch.bfloat16, "triton", choices)
     plan = make_plan(sampler, SCHEDULE, FEW_STEPS)
