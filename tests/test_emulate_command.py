@@ -53,7 +53,7 @@ def test_operators_are_right_and_have_no_findings(capsys, operator):
     told = json.loads(out)
     assert (told["name"], told["arch"], told["findings"]) == (operator, "sm_90", [])
     for error in told["errors"]:
-        # bfloat16 rounds by up to 2^-9; a matmul's operands are rounded once more. Statistics are of rounded values.
+        # bfloat16 rounds by up to 2^-9; a matmul's operands are rounded once more, and statistics are of results.
         rounded = "bfloat16" in (error["dtype"], told["errors"][0]["dtype"])
         assert error["rms"] < (4e-3 if rounded else 1e-6)
         assert error["not_finite"] == 0
