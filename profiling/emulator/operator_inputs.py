@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS
-from ldmperf.kernels._statistics import channel_statistics, tile_pixels
+from ldmperf.kernels import OPERATORS, channel_statistics
 
 from ..options import CaseError
 from ..static.shapes import SHAPES, Shape
@@ -140,7 +139,8 @@ class _Maker:
         if self.operator == "transformer_front":
             # Not any numbers: those of the image.
             image, tiles = arguments["image"], described["statistics"].shape[1]
-            arguments["statistics"] = channel_statistics(image, tile_pixels(image[0, 0].numel(), tiles))
+            pixels = -(-image[0, 0].numel() // tiles)
+            arguments["statistics"] = channel_statistics(image, 1 << (pixels - 1).bit_length())
         return EmulatedInputs(self.operator, self.kind, arguments)
 
     def _values(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmperf.kernels.transformer_tail import TransformerTailCall, statistics_tile
+from ldmperf.kernels import OPERATORS
 
 from ..step.call import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
 
@@ -187,12 +187,14 @@ def transformer_tail(
     if not statistics:
         return y
     # In tiles of as many pixels as ours has.
-    call = TransformerTailCall(
+    operator = OPERATORS["transformer_tail"]
+    call = operator.bind(
         *(attended, x, image, context, out_weight, norm2_weight, norm2_bias, q_weight, cross_weight),
         *(norm3_weight, norm3_bias, ff_in_weight, ff_out_weight, proj_weight),
         statistics=True,
     )
-    tiles = y.float().flatten(2).split(statistics_tile(call), dim=2)
+    pixels = -(-tokens // operator.plan(call)[0][1].shape[1])
+    tiles = y.float().flatten(2).split(1 << (pixels - 1).bit_length(), dim=2)
     moments = [torch.stack([t.mean(2), t.var(2, unbiased=False) * t.shape[2]], dim=1) for t in tiles]
     return y, torch.stack(moments, dim=1)
 

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.kernels._launch import next_power_of_two
-from ldmperf.kernels._statistics import empty_statistics
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -124,7 +121,7 @@ def _conv3x3(shape: Shape) -> Arguments:
 def _transformer_front(shape: Shape) -> Arguments:
     channels, vector = shape.channels, shape.empty(shape.channels)
     image = shape.image(shape.batch, channels)
-    tile = min(64, next_power_of_two(shape.height * shape.width))
+    tiles = -(-shape.height * shape.width // 64)
     return {
         "image": image,
         "num_groups": shape.groups,
@@ -134,7 +131,7 @@ def _transformer_front(shape: Shape) -> Arguments:
         "norm_weight": vector,
         "norm_bias": vector,
         "qkv_weight": shape.empty(shape.features or 3 * channels, channels),
-        "statistics": empty_statistics(image, tile),
+        "statistics": shape.empty(shape.batch, tiles, 2, channels, dtype=torch.float32),
         "proj_bias": vector,
         "x_bias": vector,
     }
