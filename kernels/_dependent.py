@@ -23,6 +23,7 @@ import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+from ._checks import flag
 from ._launch import Chip, constant_to_a_compiler
 from ._triton import dependent_launch_misfit, gdc_launch_dependents, gdc_wait, is_interpreted, jit, tl
 
@@ -38,6 +39,7 @@ def dependent_launches(enabled: bool = True) -> Iterator[None]:
     The results have the same bits. Off by default. It holds for this thread, or this task of asyncio, and for what
     is captured as a CUDA graph inside. `enabled=False` turns it off inside another.
     """
+    flag("dependent_launches", "enabled", enabled)
     token = _enabled.set(enabled)
     try:
         yield
@@ -53,6 +55,8 @@ def dependent_launches_enabled() -> bool:
 
 def dependent_launch_reasons(chip: Chip) -> list[str]:
     """Every reason why launches on this chip cannot be dependent; empty where they can."""
+    if not isinstance(chip, Chip):
+        raise ValueError(f"dependent_launch_reasons: chip must be a Chip, chip_of(device); got {chip!r}")
     reasons = []
     arch = re.fullmatch(r"sm_(\d+)[a-z]*", chip.arch)
     if arch is None or int(arch[1]) < FIRST_ARCH:

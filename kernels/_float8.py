@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import tensors
 from ._launch import chip_of
 from ._library import refuse_forward_mode
 from ._triton import is_interpreted, jit, tl
@@ -37,6 +38,7 @@ def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     quantized * scale is x, off by at most 2^-4 of each number or 2^-10 of the scale. `layer_norm` and `geglu`
     quantize their own results so as they write them.
     """
+    tensors(float8_rows, (x,))
     if x.ndim < 1 or not x.shape[-1] or not x.is_floating_point():
         raise ValueError(f"float8_rows: x must be a float [..., C] with channels; got {x.dtype} {list(x.shape)}")
     if not x.numel():

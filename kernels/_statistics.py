@@ -12,9 +12,12 @@ deviations the normalized values are off by 6e-4.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ._checks import tensors, whole
 from ._launch import ceil_div, next_power_of_two
 from ._triton import jit, tl
 
@@ -31,7 +34,14 @@ def empty_statistics(image: Tensor, tile: int) -> Tensor:
 
 
 def channel_statistics(image: Tensor, tile: int) -> Tensor:
-    """Reference: those of an image [B, C, H, W] whose tiles are runs of pixels, float32 from float64."""
+    """Reference: those of an image [B, C, H, W] whose tiles are runs of pixels, float32 from float64.
+
+    ValueError for what is no float image, and for a `tile` that is no power of two.
+    """
+    _check_image(channel_statistics, image)
+    tile = whole("channel_statistics", "tile", tile)
+    if tile < 1 or tile & (tile - 1):
+        raise ValueError(f"channel_statistics: tile must be a power of two of pixels; got {tile}")
     values = image.double().flatten(2)
     parts = values.split(tile, dim=2) if values.shape[2] else ()
     moments = [torch.stack([part.mean(2), part.var(2, unbiased=False) * part.shape[2]], dim=1) for part in parts]
@@ -39,8 +49,23 @@ def channel_statistics(image: Tensor, tile: int) -> Tensor:
 
 
 def like_statistics(statistics: Tensor, image: Tensor) -> Tensor:
-    """Reference: those of an image in as many tiles as `statistics` has."""
+    """Reference: those of an image [B, C, H, W] in as many tiles as `statistics`, of such an image, has.
+
+    ValueError where `statistics` cannot be those of an image of this size.
+    """
+    tensors(like_statistics, (statistics,))
+    _check_image(like_statistics, image)
+    if (misfit := statistics_misfit(statistics, image)) is not None:
+        raise ValueError(
+            f"like_statistics: statistics must be {misfit}; got {statistics.dtype} {list(statistics.shape)}"
+        )
     return channel_statistics(image, tile_pixels(image.shape[2] * image.shape[3], statistics.shape[1]))
+
+
+def _check_image(call: Callable[..., Tensor], image: Tensor) -> None:
+    if not isinstance(image, Tensor) or image.ndim != 4 or not image.is_floating_point():
+        told = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"{call.__name__}: image must be a float [B, C, H, W]; got {told}")
 
 
 def statistics_misfit(statistics: Tensor, image: Tensor) -> str | None:

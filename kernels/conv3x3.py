@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ._autocast import lowered
-from ._checks import tensors, whole
+from ._checks import flag, tensors, whole
 from ._conv3x3_config import (
     Conv3x3Config,
     Conv3x3Shape,
@@ -110,9 +110,8 @@ def _bound(*arguments: Any) -> Conv3x3Call:
     call = Conv3x3Call(*arguments)
     beside = (call.bias, call.shortcut, call.skip, call.shortcut_weight, call.residual)
     tensors(conv3x3, (call.x, call.weight), beside)
-    for name, value in (("upsample", call.upsample), ("statistics", call.statistics)):
-        if not isinstance(value, bool):
-            raise ValueError(f"conv3x3: {name} must be True or False; got {value!r}")
+    flag("conv3x3", "upsample", call.upsample)
+    flag("conv3x3", "statistics", call.statistics)
     return call._replace(stride=whole("conv3x3", "stride", call.stride))
 
 

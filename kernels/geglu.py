@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, overload
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import tensors
+from ._checks import flag, tensors
 from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
@@ -293,6 +293,7 @@ def geglu(
     Source: Shazeer, arXiv 2002.05202.
     """
     tensors(geglu, (x,), (bias,))
+    flag("geglu", "float8", float8)
     if float8:
         refuse_gradients("geglu", (x, bias))
         both: tuple[Tensor, Tensor] = _float8_geglu(x, bias, backend, out=out)

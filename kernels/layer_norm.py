@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import in_float32, promoted
-from ._checks import real, tensors
+from ._checks import flag, real, tensors
 from ._dependent import launch_dependents, launches_dependently, prefetch_vector, wait_for_primary
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
@@ -318,6 +318,7 @@ def layer_norm(
     """
     tensors(layer_norm, (x, weight, bias), (x_bias, residual))
     eps = real("layer_norm", "eps", eps)
+    flag("layer_norm", "float8", float8)
     if float8:
         if residual is not None:
             raise ValueError("layer_norm: float8 goes without a residual; add it before, or leave out float8")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import without_memory
-from ._checks import one_device, real, tensors
+from ._checks import flag, one_device, real, tensors
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -145,6 +145,7 @@ def transformer_tail_separate(
     choose_backend("transformer_tail", backend, ())
     call = TransformerTailCall(*arguments, **options)
     tensors(transformer_tail, call[:14], call[15:20])
+    flag("transformer_tail", "statistics", call.statistics)
     call = call._replace(eps=real("transformer_tail", "eps", call.eps))
     return _with_statistics(call, _separate(checked(OPERATOR, call), backend))
 
@@ -380,9 +381,10 @@ def transformer_tail(
     call = TransformerTailCall(
         *(attended, x, image, context, out_weight, norm2_weight, norm2_bias, q_weight, cross_weight),
         *(norm3_weight, norm3_bias, ff_in_weight, ff_out_weight, proj_weight, eps),
-        *(out_bias, cross_bias, ff_in_bias, ff_out_bias, proj_bias, bool(statistics)),
+        *(out_bias, cross_bias, ff_in_bias, ff_out_bias, proj_bias, statistics),
     )
     tensors(transformer_tail, call[:14], call[15:20])
+    flag("transformer_tail", "statistics", statistics)
     call = call._replace(eps=real("transformer_tail", "eps", eps))
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
@@ -483,7 +485,12 @@ def _check(call: TransformerTailCall) -> None:
             f"transformer_tail: the heads of context must have {channels} channels together; "
             f"got {heads} of {head_dim}"
         )
-    inner = call.ff_out_weight.shape[-1]
+    if call.ff_out_weight.ndim != 2:
+        raise ValueError(
+            f"transformer_tail: ff_out_weight must be {dtype_name(x)} [{channels}, F]; "
+            f"got {dtype_name(call.ff_out_weight)} {list(call.ff_out_weight.shape)}"
+        )
+    inner = call.ff_out_weight.shape[1]
     shapes = {
         "attended": x.shape,
         "image": image.shape,

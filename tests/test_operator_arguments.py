@@ -20,15 +20,19 @@ from torch import nn
 from ldmperf.kernels import (
     OPERATORS,
     attention,
+    channel_statistics,
+    dependent_launch_reasons,
+    dependent_launches,
+    float8_rows,
     geglu,
     group_norm_silu,
     layer_norm,
+    like_statistics,
     linear,
     linear_separate,
     sampler_update,
 )
 from ldmperf.kernels._recipes import ByLayout
-from ldmperf.kernels._statistics import channel_statistics
 from ldmperf.kernels.attention import _warn_of_layout
 from ldmperf.model import FAMILY, UNet
 
@@ -171,6 +175,16 @@ def test_numbers_of_numpy_and_torch_are_numbers(of_float, of_int, backend):
         ("residual_add", {"size": (8.0, 12.0)}, "size must be a whole number"),
         ("residual_add", {"size": (8, 12, 1)}, "size must be twice"),
         ("residual_add", {"statistics": 1}, "statistics must be True or False; got 1$"),
+        ("conv3x3", {"statistics": IMAGE}, "statistics must be True or False; got a tensor, float32"),
+        ("transformer_tail", {"statistics": IMAGE}, "statistics must be True or False; got a tensor, float32"),
+        ("transformer_tail", {"statistics": 1}, "statistics must be True or False; got 1$"),
+        (
+            "transformer_tail",
+            {"ff_out_weight": VECTOR},
+            r"ff_out_weight must be float32 \[8, F\]; got float32",
+        ),
+        ("geglu", {"float8": "yes"}, "float8 must be True or False; got 'yes'"),
+        ("layer_norm", {"float8": 2}, "float8 must be True or False; got 2"),
         ("residual_add", {"statistics": True, "size": (8, 12)}, "statistics are of a sum .*; leave out size or"),
         (
             "group_norm_silu",
@@ -190,6 +204,38 @@ def test_what_does_not_fit_is_refused_by_every_backend_and_told_what_does(name, 
     with pytest.raises(ValueError, match=f"^{name}: {message}") as caught:
         call(name, **changes, backend=backend)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (channel_statistics, (None, 16), r"image must be a float \[B, C, H, W\]; got NoneType"),
+        (
+            channel_statistics,
+            (IMAGE[0], 16),
+            r"image must be a float \[B, C, H, W\]; got torch.float32 \[8",
+        ),
+        (channel_statistics, (IMAGE.int(), 16), "image must be a float .*; got torch.int32"),
+        (channel_statistics, (IMAGE, 0), "tile must be a power of two of pixels; got 0"),
+        (channel_statistics, (IMAGE, -8), "tile must be a power of two of pixels; got -8"),
+        (channel_statistics, (IMAGE, 24), "tile must be a power of two of pixels; got 24"),
+        (channel_statistics, (IMAGE, "16"), "tile must be a whole number; got '16'"),
+        (like_statistics, (None, IMAGE), "statistics must be a tensor; got NoneType"),
+        (like_statistics, (torch.ones(2, 1, 2, 8), None), "image must be a float"),
+        (like_statistics, (torch.ones(2, 1, 2, 5), IMAGE), r"statistics must be float32 \[2, tiles, 2, 8\]"),
+        (float8_rows, (None,), "x must be a tensor; got NoneType"),
+        (dependent_launch_reasons, (torch.device("cpu"),), r"chip must be a Chip, chip_of\(device\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_beside_the_operators_too(function, arguments, message):
+    with pytest.raises(ValueError, match=f"^{function.__name__}: {message}") as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_dependent_launches_are_on_or_off():
+    with pytest.raises(ValueError, match="enabled must be True or False; got 'graph'"):
+        dependent_launches("graph").__enter__()
 
 
 def test_statistics_of_no_skip_are_refused():

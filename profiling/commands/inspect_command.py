@@ -34,7 +34,7 @@ STEP = {
     ],
     "separate": Annotated[
         bool | None,
-        typer.Option("--separate", help="Of a step: count every matmul apart from norms and gates."),
+        typer.Option("--separate", help="Of a step: count every matmul and convolution alone."),
     ],
 }
 

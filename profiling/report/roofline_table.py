@@ -27,7 +27,7 @@ class StepRoofline:
 
     rates       whose the rates of `roof` are, in words
     prediction  whether they are a chip's published ones, and not measured here
-    is_merged   whether matmuls are merged with norms and gates where that is predicted to gain
+    is_merged   whether matmuls, convolutions and transformers are merged with what stands beside them
     times       what was measured, and `measured_by`, in words, how; None where nothing was
     timed       the record of the run that was timed without the profiler; None without one
     """
@@ -132,9 +132,9 @@ def _cells(name: str, sums: WorkSums, measured_ms: float | None) -> list[str]:
 def _notes(found: StepRoofline) -> list[str]:
     times = found.times
     merged = (
-        "matmuls merged with norms and gates where that is predicted to gain (--separate: apart)"
+        "all merged that is measured or predicted to gain by it (--separate: nothing)"
         if found.is_merged
-        else "every matmul apart from norms and gates"
+        else "every matmul and convolution apart from what stands beside it"
     )
     notes = [
         "G exp: 1e9 exponentials. floor: each launch at the longest of its bytes, FLOPs and exponentials, summed; "

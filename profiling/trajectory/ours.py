@@ -36,7 +36,7 @@ class Float8:
         width = unet.config.block_channels[0]
         if width < self.network:
             raise Unsupported(
-                f"float8 is measured of networks of {self.network} channels or more at their first level, as of "
+                f"this backend takes networks of {self.network} channels or more at their first level, as of "
                 f"866M; this one has {width}"
             )
         try:
