@@ -94,13 +94,9 @@ class ResBlock(nn.Module):
         results of the block's own layers, never x or skip. The result is `Written` where x is.
         """
         travels = isinstance(x, Written)
-        x, of_x = Written.of(x)
-        skip, of_skip = (None, None) if skip is None else Written.of(skip)
-        h = self.norm1(x, before, skip, of_x, of_skip)
-        h, of_h = convolved(h, self.conv1, self.choices, travels) or Written(
-            F.conv2d(h, self.conv1.weight, padding=1)
-        )
-        h = self.norm2(h, shift, None, of_h)
+        h = normed(self.norm1, x, before, skip)
+        x, skip = Written.of(x).image, None if skip is None else Written.of(skip).image
+        h = normed(self.norm2, convolved(h, self.conv1, self.choices, travels), shift)
         if size is None:
             beside: dict[str, Tensor | None] = {"residual": x}
             if self.shortcut is not None:
@@ -325,7 +321,7 @@ class Transformer(nn.Module):
             written = self._merged(x, of_x, keys_values[0], between, tail, travels)
             if written is not None:
                 return written if travels else written.image
-        h = self.proj_in(as_tokens(self.norm(x, between, None, of_x)))
+        h = self.proj_in(as_tokens(normed(self.norm, Written(x, of_x), between)))
         at_norms = (None, *tokens.view(-1, x.shape[1]).unbind())
         each = len(keys_values) // len(self.blocks)
         for i, block in enumerate(self.blocks):
@@ -362,7 +358,7 @@ class Transformer(nn.Module):
             h, qkv = transformer_front(**front._asdict(), backend="triton")
             attended = block.attention_of(qkv)
         else:
-            h = proj(as_tokens(norm(x, between, None, statistics)))
+            h = proj(as_tokens(normed(norm, Written(x, statistics), between)))
             attended = block.attended(h)
         call = call._replace(attended=attended, x=h, proj_bias=tail)
         found = transformer_tail(**call._asdict(), backend="triton")
@@ -385,6 +381,20 @@ class Resample(nn.Module):
         """[B, C, H, W] -> [B, C, H', W'], `Written` where x is."""
         written = convolved(Written.of(x).image, self.conv, self.choices, isinstance(x, Written))
         return written if isinstance(x, Written) else written.image
+
+
+def normed(norm: nn.Module, x: Image, x_bias: Tensor | None, skip: Image | None = None) -> Tensor:
+    """The norm of x + x_bias, with the channels of skip beside those of x.
+
+    A norm that somebody put in place of ours need not know of statistics: they are passed where there are some.
+    """
+    x, beside = Written.of(x), Written.of(skip) if skip is not None else None
+    arguments = [x_bias, None if beside is None else beside.image, x.statistics]
+    arguments.append(None if beside is None else beside.statistics)
+    while arguments and arguments[-1] is None:
+        arguments.pop()
+    out: Tensor = norm(x.image, *arguments)
+    return out
 
 
 def convolved(x: Tensor, conv: nn.Conv2d, choices: Choices, travels: bool) -> Written:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import Image, Resample, ResBlock, Transformer, TransformerBlock, Written
+from .blocks import Image, Resample, ResBlock, Transformer, TransformerBlock, Written, normed
 from .choices import Choices
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
@@ -260,8 +260,7 @@ class UNet(nn.Module):
                 x = stop.resample(x)
                 if stop.pushes:
                     skips.append(x)
-        image, statistics = Written.of(x)
-        out: Tensor = self.conv_out(self.norm_out(image, at_end, None, statistics))
+        out: Tensor = self.conv_out(normed(self.norm_out, x, at_end))
         return out
 
     def constants(self) -> Constants:
