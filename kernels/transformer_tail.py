@@ -466,11 +466,7 @@ def _check(call: TransformerTailCall) -> None:
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"transformer_tail: x must be a float [B, N, C]; got {x.dtype} {list(x.shape)}")
     batch, tokens, channels = x.shape
-    if image.ndim != 4 or (image.shape[0], image.shape[1], image[0, 0].numel() if batch else tokens) != (
-        batch,
-        channels,
-        tokens,
-    ):
+    if image.ndim != 4 or (*image.shape[:2], image.shape[2] * image.shape[3]) != (batch, channels, tokens):
         raise ValueError(
             f"transformer_tail: image must be [{batch}, {channels}, H, W] of {tokens} pixels; "
             f"got {list(image.shape)}"
@@ -483,7 +479,7 @@ def _check(call: TransformerTailCall) -> None:
             f"transformer_tail: the heads of context must have {channels} channels together; "
             f"got {heads} of {head_dim}"
         )
-    inner = call.ff_out_weight.shape[-1]
+    inner = call.ff_out_weight.shape[-1] if call.ff_out_weight.ndim else 0
     shapes = {
         "attended": x.shape,
         "image": image.shape,
