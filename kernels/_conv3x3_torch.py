@@ -131,7 +131,7 @@ def _as_rows(x: Tensor) -> Tensor:
 def image_statistics(y: Tensor, tile: int) -> Tensor:
     """Those of an image by torch, in few launches where its tiles are even."""
     batch, channels, height, width = y.shape
-    if height * width % tile:
+    if height * width % tile or not y.numel():
         return channel_statistics(y, tile)
     values = y.movedim(1, -1).reshape(batch, -1, tile, channels).to(compute_dtype(y))
     variance, mean = torch.var_mean(values, dim=2, correction=0)

@@ -33,7 +33,7 @@ def empty_statistics(image: Tensor, tile: int) -> Tensor:
 def channel_statistics(image: Tensor, tile: int) -> Tensor:
     """Reference: those of an image [B, C, H, W] whose tiles are runs of pixels, float32 from float64."""
     values = image.double().flatten(2)
-    parts = values.split(tile, dim=2) if values.shape[2] else ()
+    parts = values.split(tile, dim=2) if image.numel() else ()
     moments = [torch.stack([part.mean(2), part.var(2, unbiased=False) * part.shape[2]], dim=1) for part in parts]
     return torch.stack(moments, dim=1).float() if moments else empty_statistics(image, tile)
 

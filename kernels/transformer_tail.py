@@ -16,14 +16,15 @@ With statistics the kernel leaves beside the image what the next group norm need
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import without_memory
-from ._checks import one_device, real, tensors
+from ._checks import flag, one_device, real, tensors
+from ._choice import Chosen, asked, chooser, is_open
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -32,9 +33,7 @@ from ._launch import (
     Operator,
     ceil_div,
     chip_of,
-    constant_to_a_compiler,
     dtype_name,
-    fastest,
     next_power_of_two,
     tuned,
 )
@@ -145,6 +144,7 @@ def transformer_tail_separate(
     choose_backend("transformer_tail", backend, ())
     call = TransformerTailCall(*arguments, **options)
     tensors(transformer_tail, call[:14], call[15:20])
+    flag("transformer_tail", "statistics", call.statistics)
     call = call._replace(eps=real("transformer_tail", "eps", call.eps))
     return _with_statistics(call, _separate(checked(OPERATOR, call), backend))
 
@@ -380,21 +380,21 @@ def transformer_tail(
     call = TransformerTailCall(
         *(attended, x, image, context, out_weight, norm2_weight, norm2_bias, q_weight, cross_weight),
         *(norm3_weight, norm3_bias, ff_in_weight, ff_out_weight, proj_weight, eps),
-        *(out_bias, cross_bias, ff_in_bias, ff_out_bias, proj_bias, bool(statistics)),
+        *(out_bias, cross_bias, ff_in_bias, ff_out_bias, proj_bias, statistics),
     )
     tensors(transformer_tail, call[:14], call[15:20])
+    flag("transformer_tail", "statistics", statistics)
     call = call._replace(eps=real("transformer_tail", "eps", eps))
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
-        choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-        backend = choose(*call)
+        backend = asked(_auto, _auto_by_layout, call)
         if backend == "torch":
             return _unfused(call, out)
     result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[call.statistics](*call, backend, out=out)
     return result
 
 
-def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Literal["torch", "triton"]:
+def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Chosen:
     """Who serves a call, for who has a way of their own around the kernel.
 
     "auto" as of `transformer_tail`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
@@ -403,7 +403,7 @@ def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -
     if backend == "torch" or torch._C._is_any_autocast_enabled():
         return "torch"
     if backend == "auto":
-        return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)
+        return asked(_auto, _auto_by_layout, call)
     return "torch" if _served_by_torch(*call) else "triton"
 
 
@@ -424,41 +424,18 @@ def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tens
     return image, statistics
 
 
-def _auto(*arguments: Any) -> Literal["torch", "triton"]:
+def _auto(*arguments: Any) -> Chosen:
     """What "auto" takes for the call of these arguments."""
     call = checked(OPERATOR, TransformerTailCall(*arguments))
     x, shape = call.x, call.shape
-    if torch.compiler.is_compiling() and not _are_fixed(shape.batch, shape.tokens, shape.keys):
-        # One graph for all sizes: no measurement of one of them decides.
+    if is_open(shape.batch, shape.tokens, shape.keys):
         return "torch"
     reasons = tuple(of_layout(unsupported_reasons(call), transformer_tail_kernel, x))
-    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, *shape)
-    return chosen
-
-
-def _are_fixed(*sizes: int) -> bool:
-    """Whether a compiler that traces knows these sizes, which may be symbols."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return all(has_static_value(size) for size in sizes)
+    return _chosen(reasons, x.device, x.dtype, *shape)
 
 
 _auto_by_layout = ByLayout(_auto)
-
-
-@constant_to_a_compiler
-def _chosen(
-    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, *sizes: Any
-) -> Literal["torch", "triton"]:
-    """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
-    chip, shape = chip_of(device), TailShape(*sizes)
-    unmeasured: Literal["torch", "triton"] = "triton" if tail_predicted_to_gain(shape, chip) else "torch"
-
-    def measured() -> Literal["torch", "triton"]:
-        return fastest("transformer_tail", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
-
-    # Its parts serve every call, with kernels of their own: no fall back that a log should tell of.
-    return "torch" if reasons else choose_backend("transformer_tail", "auto", reasons, measured)
+_chosen = chooser("transformer_tail", TailShape, tail_predicted_to_gain, _key)
 
 
 def _check(call: TransformerTailCall) -> None:

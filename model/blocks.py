@@ -95,13 +95,13 @@ class ResBlock(nn.Module):
         x, of_x = Written.of(x)
         skip, of_skip = (None, None) if skip is None else Written.of(skip)
         h = self.norm1(x, before, skip, of_x, of_skip)
-        h, of_h = convolved(h, self.conv1.weight, self.choices, travels)
+        h, of_h = convolved(h, self.conv1.weight, 1, self.choices, travels)
         h = self.norm2(h, shift, None, of_h)
         if size is None:
             beside: dict[str, Tensor | None] = {"residual": x}
             if self.shortcut is not None:
                 beside = {"shortcut": x, "skip": skip, "shortcut_weight": self.shortcut.weight}
-            written = merged(h, self.conv2.weight, self.choices, travels, bias=bias, **beside)
+            written = merged(h, self.conv2.weight, 1, self.choices, travels, bias=bias, **beside)
             if written is not None:
                 return written if travels else written.image
         h = F.conv2d(h, self.conv2.weight, padding=1)
@@ -380,22 +380,22 @@ class Resample(nn.Module):
     def forward(self, x: Image) -> Image:
         """[B, C, H, W] -> [B, C, H', W'], `Written` where x is."""
         image, stride, travels = Written.of(x).image, self.conv.stride[0], isinstance(x, Written)
-        written = convolved(image, self.conv.weight, self.choices, travels, stride)
+        written = convolved(image, self.conv.weight, stride, self.choices, travels)
         return written if travels else written.image
 
 
-def convolved(x: Tensor, weight: Tensor, choices: Choices, travels: bool, stride: int = 1) -> Written:
+def convolved(x: Tensor, weight: Tensor, stride: int, choices: Choices, travels: bool) -> Written:
     """The 3x3 convolution of x, by our kernel or torch's, with statistics if it left some."""
-    found = merged(x, weight, choices, travels, stride)
+    found = merged(x, weight, stride, choices, travels)
     return found or Written(F.conv2d(x, weight, stride=stride, padding=1))
 
 
 def merged(
     x: Tensor,
     weight: Tensor,
+    stride: int,
     choices: Choices,
     travels: bool,
-    stride: int = 1,
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
