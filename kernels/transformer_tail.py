@@ -219,6 +219,18 @@ def _key(shape: TailShape, dtype: torch.dtype) -> str:
     return f"{sizes} {inner} {str(dtype).removeprefix('torch.')}{' statistics' if shape.statistics else ''}"
 
 
+def _tuned_or_default(call: TransformerTailCall, chip: Chip) -> TransformerTailConfig:
+    """ValueError for a tuned one whose statistics would have another shape than callers are told."""
+    default = default_tail(call.shape, chip)
+    found = tuned("transformer_tail", tuning_key(call), chip, TransformerTailConfig) or default
+    if call.statistics and found.block_m != default.block_m:
+        raise ValueError(
+            f"transformer_tail: statistics are of {default.block_m} pixels, and {chip.name}'s tuned table has "
+            f"{found}: tune it anew"
+        )
+    return found
+
+
 def plan(
     call: TransformerTailCall, *, config: TransformerTailConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]:
@@ -226,8 +238,7 @@ def plan(
     shape = call.shape
     chip = chip or chip_of(call.x.device)
     pdl = launches_dependently(chip)
-    config = config or tuned("transformer_tail", tuning_key(call), chip, TransformerTailConfig)
-    config = config or default_tail(shape, chip)
+    config = config or _tuned_or_default(call, chip)
     out = _empty_image(call)
     statistics = empty_statistics(out, config.block_m) if call.statistics else None
     result = out if statistics is None else (out, statistics)
