@@ -90,7 +90,11 @@ def separate(call: Conv3x3Call, backend: str, out: Tensor | None = None) -> Tens
     if not math.prod(call.result_shape):
         return empty_image(call) if out is None else out
     own_bias = None if residual is not None or bias is None else bias.to(x.dtype)
-    if call.packed:
+    if not x.shape[1]:
+        # Torch's convolution of no channels has a result of none.
+        y = x.new_zeros(call.result_shape)
+        y = y if own_bias is None else y + own_bias[:, None, None]
+    elif call.packed:
         y = _packed_convolution(x, weight, own_bias)
     else:
         if call.upsample:
@@ -131,7 +135,7 @@ def _as_rows(x: Tensor) -> Tensor:
 def image_statistics(y: Tensor, tile: int) -> Tensor:
     """Those of an image by torch, in few launches where its tiles are even."""
     batch, channels, height, width = y.shape
-    if height * width % tile:
+    if height * width % tile or not y.numel():
         return channel_statistics(y, tile)
     values = y.movedim(1, -1).reshape(batch, -1, tile, channels).to(compute_dtype(y))
     variance, mean = torch.var_mean(values, dim=2, correction=0)

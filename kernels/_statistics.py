@@ -43,7 +43,7 @@ def channel_statistics(image: Tensor, tile: int) -> Tensor:
     if tile < 1 or tile & (tile - 1):
         raise ValueError(f"channel_statistics: tile must be a power of two of pixels; got {tile}")
     values = image.double().flatten(2)
-    parts = values.split(tile, dim=2) if values.shape[2] else ()
+    parts = values.split(tile, dim=2) if image.numel() else ()
     moments = [torch.stack([part.mean(2), part.var(2, unbiased=False) * part.shape[2]], dim=1) for part in parts]
     return torch.stack(moments, dim=1).float() if moments else empty_statistics(image, tile)
 

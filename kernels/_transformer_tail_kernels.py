@@ -38,6 +38,16 @@ def to_dtype(rows, dtype: tl.constexpr):
 
 
 @jit
+def _load_vector(ptrs, mask):
+    """In float32, with zeros where masked; a mask that is None lets all pass."""
+    if mask is None:
+        vector = tl.load(ptrs)
+    else:
+        vector = tl.load(ptrs, mask=mask, other=0.0)
+    return vector.to(tl.float32)
+
+
+@jit
 def add_vector(rows, vector_ptr, CHANNELS: tl.constexpr, PART_1: tl.constexpr, PART_2: tl.constexpr):
     """Float32 rows plus a vector of their channels; a pointer that is None adds nothing."""
     if vector_ptr is None:
@@ -46,8 +56,8 @@ def add_vector(rows, vector_ptr, CHANNELS: tl.constexpr, PART_1: tl.constexpr, P
         columns = part_columns(PART_1, PART_2)
         total = ()
         for i in tl.static_range(len(columns)):
-            vector = tl.load(vector_ptr + columns[i], mask=part_mask(columns, i, CHANNELS, PART_1, PART_2))
-            total += (rows[i] + vector.to(tl.float32)[None, :],)
+            vector = _load_vector(vector_ptr + columns[i], part_mask(columns, i, CHANNELS, PART_1, PART_2))
+            total += (rows[i] + vector[None, :],)
     return total
 
 
@@ -217,8 +227,8 @@ def _add_feed_forward(
         (value,) = add_matmul((zeros,), n, (load_parts(value_rows, mask_j, CHANNELS, PART_1, PART_2),), PRECISION)
         (gate,) = add_matmul((zeros,), n, (load_parts(gate_rows, mask_j, CHANNELS, PART_1, PART_2),), PRECISION)
         if in_bias_ptr is not None:
-            value += tl.load(in_bias_ptr + offs_j, mask=mask_j).to(tl.float32)[None, :]
-            gate += tl.load(in_bias_ptr + inner + offs_j, mask=mask_j).to(tl.float32)[None, :]
+            value += _load_vector(in_bias_ptr + offs_j, mask_j)[None, :]
+            gate += _load_vector(in_bias_ptr + inner + offs_j, mask_j)[None, :]
         h = (value * gelu(gate)).to(n[0].dtype)
         weight = ()
         for i in tl.static_range(len(columns)):

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._autocast import lowered
 from ._checks import flag, tensors, whole
+from ._choice import Chosen, asked, chooser, is_open
 from ._conv3x3_config import (
     Conv3x3Config,
     Conv3x3Shape,
@@ -46,9 +47,7 @@ from ._launch import (
     Operator,
     ceil_div,
     chip_of,
-    constant_to_a_compiler,
     dtype_name,
-    fastest,
     tuned,
 )
 from ._layout import MAX_INDEX
@@ -343,22 +342,21 @@ def conv3x3(
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
         call = _lowered(call)
-        choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-        backend = choose(*call)
+        backend = asked(_auto, _auto_by_layout, call)
         if backend == "torch":
             return _torchs_own(call, out)
     result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[statistics](*call, backend, out=out)
     return result
 
 
-def conv3x3_backend(call: Conv3x3Call, backend: str = "auto") -> Literal["torch", "triton"]:
+def conv3x3_backend(call: Conv3x3Call, backend: str = "auto") -> Chosen:
     """Who serves a call, for who has a way of their own around torch's convolution.
 
     "auto" as of `conv3x3`; "triton" is "torch" here where the kernels cannot serve.
     """
     call = _lowered(call)
     if backend == "auto":
-        return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)
+        return asked(_auto, _auto_by_layout, call)
     choose_backend("conv3x3", backend, ())
     return "torch" if backend == "torch" or _served_by_torch(*call) else "triton"
 
@@ -393,43 +391,18 @@ def _lowered(call: Conv3x3Call) -> Conv3x3Call:
     return call._replace(**dict(zip(names, values, strict=True)))
 
 
-def _auto(*arguments: Any) -> Literal["torch", "triton"]:
+def _auto(*arguments: Any) -> Chosen:
     """What "auto" takes for the call of these arguments."""
     call = checked(OPERATOR, Conv3x3Call(*arguments))
     x = call.x
-    if torch.compiler.is_compiling() and not _are_fixed(*x.shape):
-        # One graph for all sizes: no measurement of one of them decides.
+    if is_open(*x.shape):
         return "torch"
     reasons = tuple(of_layout(unsupported_reasons(call), conv3x3_kernel, x))
-    numbers = dataclasses.astuple(call.shape)
-    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, numbers)
-    return chosen
-
-
-def _are_fixed(*sizes: int) -> bool:
-    """Whether a compiler that traces knows these sizes, which may be symbols."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return all(has_static_value(size) for size in sizes)
+    return _chosen(reasons, x.device, x.dtype, *dataclasses.astuple(call.shape))
 
 
 _auto_by_layout = ByLayout(_auto)
-
-
-@constant_to_a_compiler
-def _chosen(
-    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, numbers: tuple[Any, ...]
-) -> Literal["torch", "triton"]:
-    """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
-    chip = chip_of(device)
-    made = Conv3x3Shape(*numbers)
-    unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(made, chip) else "torch"
-
-    def measured() -> Literal["torch", "triton"]:
-        return fastest("conv3x3", chip, lambda: _key(made, dtype), unmeasured=unmeasured)
-
-    # Torch serves every call, and some of its own are the faster ones: no fall back that a log should tell of.
-    return "torch" if reasons else choose_backend("conv3x3", "auto", reasons, measured)
+_chosen = chooser("conv3x3", Conv3x3Shape, predicted_to_gain, _key)
 
 
 def _check(call: Conv3x3Call) -> None:

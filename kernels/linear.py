@@ -15,7 +15,7 @@ tells where that was measured; elsewhere `predicted_to_gain` (_linear_config.py)
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._autocast import lowered
 from ._checks import choice, real, tensors
+from ._choice import Chosen, asked, chooser, is_open
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -31,9 +32,7 @@ from ._launch import (
     Operator,
     ceil_div,
     chip_of,
-    constant_to_a_compiler,
     dtype_name,
-    fastest,
     tuned,
 )
 from ._layout import collapse_rows, row_reasons
@@ -311,8 +310,7 @@ def linear(
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
         call = _lowered(call, backend)
-        choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-        backend = choose(*call)
+        backend = asked(_auto, _auto_by_layout, call)
         if backend == "torch":
             if out is not None:
                 OUTS["linear"].checked((*call, "auto"), out)
@@ -334,52 +332,19 @@ def _lowered(call: LinearCall, backend: str) -> LinearCall:
     return low
 
 
-def _auto(*arguments: Any) -> Literal["torch", "triton"]:
+def _auto(*arguments: Any) -> Chosen:
     """What "auto" takes for the call of these arguments."""
     call = checked(OPERATOR, LinearCall(*arguments))
-    x, rows = call.x, math.prod(call.x.shape[:-1])
-    if torch.compiler.is_compiling() and not _are_fixed(rows, x.shape[-1]):
-        # One graph for all sizes: no measurement of one of them decides.
+    x, rows, gated = call.x, math.prod(call.x.shape[:-1]), call.activation is not None
+    if is_open(rows, x.shape[-1]):
         return "torch"
     reasons = () if x.is_meta else tuple(unsupported_reasons(call))
-    of_shape = {"gated": call.activation is not None, "normed": call.norm_weight is not None}
-    chosen: Literal["torch", "triton"] = _chosen(
-        reasons, x.device, x.dtype, rows, x.shape[-1], call.weight.shape[0], **of_shape
-    )
-    return chosen
-
-
-def _are_fixed(*sizes: int) -> bool:
-    """Whether a compiler that traces knows these sizes, which may be symbols."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return all(has_static_value(size) for size in sizes)
+    columns, normed = call.weight.shape[0] // (2 if gated else 1), call.norm_weight is not None
+    return _chosen(reasons, x.device, x.dtype, rows, x.shape[-1], columns, gated, normed, x.element_size())
 
 
 _auto_by_layout = ByLayout(_auto)
-
-
-@constant_to_a_compiler
-def _chosen(
-    reasons: tuple[str, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    channels: int,
-    weight_rows: int,
-    *,
-    gated: bool,
-    normed: bool,
-) -> Literal["torch", "triton"]:
-    """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
-    chip = chip_of(device)
-    shape = LinearShape(rows, channels, weight_rows // (2 if gated else 1), gated, normed, dtype.itemsize)
-    unmeasured: Literal["torch", "triton"] = "triton" if predicted_to_gain(shape, chip) else "torch"
-
-    def measured() -> Literal["torch", "triton"]:
-        return fastest("linear", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
-
-    return choose_backend("linear", "auto", reasons, measured)
+_chosen = chooser("linear", LinearShape, predicted_to_gain, _key, tells=True)
 
 
 def _check(call: LinearCall) -> None:

@@ -11,7 +11,7 @@ read again; its norm is of the unrounded x.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._autocast import without_memory
 from ._checks import one_device, real, tensors, whole
+from ._choice import Chosen, asked, chooser, is_open
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -27,9 +28,7 @@ from ._launch import (
     Operator,
     ceil_div,
     chip_of,
-    constant_to_a_compiler,
     dtype_name,
-    fastest,
     next_power_of_two,
     tuned,
 )
@@ -299,8 +298,7 @@ def transformer_front(
     )
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
-        choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-        backend = choose(*call)
+        backend = asked(_auto, _auto_by_layout, call)
         if backend == "torch":
             if out is not None:
                 OUTS["transformer_front"].checked((*call, "auto"), out)
@@ -309,7 +307,7 @@ def transformer_front(
     return result
 
 
-def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto") -> Literal["torch", "triton"]:
+def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto") -> Chosen:
     """Who serves a call, for who has a way of their own around the kernel.
 
     "auto" as of `transformer_front`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
@@ -318,7 +316,7 @@ def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto")
     if backend == "torch" or torch._C._is_any_autocast_enabled():
         return "torch"
     if backend == "auto":
-        return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)
+        return asked(_auto, _auto_by_layout, call)
     return "torch" if _served_by_torch(*call) else "triton"
 
 
@@ -340,41 +338,18 @@ def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
     )
 
 
-def _auto(*arguments: Any) -> Literal["torch", "triton"]:
+def _auto(*arguments: Any) -> Chosen:
     """What "auto" takes for the call of these arguments."""
     call = checked(OPERATOR, TransformerFrontCall(*arguments))
     image, shape = call.image, call.shape
-    if torch.compiler.is_compiling() and not _are_fixed(shape.batch, shape.tokens):
-        # One graph for all sizes: no measurement of one of them decides.
+    if is_open(shape.batch, shape.tokens):
         return "torch"
     reasons = tuple(of_layout(unsupported_reasons(call), transformer_front_kernel, image))
-    chosen: Literal["torch", "triton"] = _chosen(reasons, image.device, image.dtype, *shape)
-    return chosen
-
-
-def _are_fixed(*sizes: int) -> bool:
-    """Whether a compiler that traces knows these sizes, which may be symbols."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return all(has_static_value(size) for size in sizes)
+    return _chosen(reasons, image.device, image.dtype, *shape)
 
 
 _auto_by_layout = ByLayout(_auto)
-
-
-@constant_to_a_compiler
-def _chosen(
-    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, *sizes: Any
-) -> Literal["torch", "triton"]:
-    """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
-    chip, shape = chip_of(device), FrontShape(*sizes)
-    unmeasured: Literal["torch", "triton"] = "triton" if front_predicted_to_gain(shape, chip) else "torch"
-
-    def measured() -> Literal["torch", "triton"]:
-        return fastest("transformer_front", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
-
-    # Its parts serve every call, with kernels of their own: no fall back that a log should tell of.
-    return "torch" if reasons else choose_backend("transformer_front", "auto", reasons, measured)
+_chosen = chooser("transformer_front", FrontShape, front_predicted_to_gain, _key)
 
 
 def _check(call: TransformerFrontCall) -> None:

@@ -16,7 +16,7 @@ With statistics the kernel leaves beside the image what the next group norm need
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._autocast import without_memory
 from ._checks import flag, one_device, real, tensors
+from ._choice import Chosen, asked, chooser, is_open
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -32,9 +33,7 @@ from ._launch import (
     Operator,
     ceil_div,
     chip_of,
-    constant_to_a_compiler,
     dtype_name,
-    fastest,
     next_power_of_two,
     tuned,
 )
@@ -220,6 +219,18 @@ def _key(shape: TailShape, dtype: torch.dtype) -> str:
     return f"{sizes} {inner} {str(dtype).removeprefix('torch.')}{' statistics' if shape.statistics else ''}"
 
 
+def _tuned_or_default(call: TransformerTailCall, chip: Chip) -> TransformerTailConfig:
+    """ValueError for a tuned one whose statistics would have another shape than callers are told."""
+    default = default_tail(call.shape, chip)
+    found = tuned("transformer_tail", tuning_key(call), chip, TransformerTailConfig) or default
+    if call.statistics and found.block_m != default.block_m:
+        raise ValueError(
+            f"transformer_tail: statistics are of {default.block_m} pixels, and {chip.name}'s tuned table has "
+            f"{found}: tune it anew"
+        )
+    return found
+
+
 def plan(
     call: TransformerTailCall, *, config: TransformerTailConfig | None = None, chip: Chip | None = None
 ) -> tuple[Tensor | tuple[Tensor, Tensor], list[Launch]]:
@@ -227,8 +238,7 @@ def plan(
     shape = call.shape
     chip = chip or chip_of(call.x.device)
     pdl = launches_dependently(chip)
-    config = config or tuned("transformer_tail", tuning_key(call), chip, TransformerTailConfig)
-    config = config or default_tail(shape, chip)
+    config = config or _tuned_or_default(call, chip)
     out = _empty_image(call)
     statistics = empty_statistics(out, config.block_m) if call.statistics else None
     result = out if statistics is None else (out, statistics)
@@ -388,15 +398,14 @@ def transformer_tail(
     call = call._replace(eps=real("transformer_tail", "eps", eps))
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
-        choose = _auto if torch.compiler.is_compiling() else _auto_by_layout
-        backend = choose(*call)
+        backend = asked(_auto, _auto_by_layout, call)
         if backend == "torch":
             return _unfused(call, out)
     result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[call.statistics](*call, backend, out=out)
     return result
 
 
-def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Literal["torch", "triton"]:
+def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -> Chosen:
     """Who serves a call, for who has a way of their own around the kernel.
 
     "auto" as of `transformer_tail`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
@@ -405,7 +414,7 @@ def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -
     if backend == "torch" or torch._C._is_any_autocast_enabled():
         return "torch"
     if backend == "auto":
-        return (_auto if torch.compiler.is_compiling() else _auto_by_layout)(*call)
+        return asked(_auto, _auto_by_layout, call)
     return "torch" if _served_by_torch(*call) else "triton"
 
 
@@ -426,41 +435,18 @@ def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tens
     return image, statistics
 
 
-def _auto(*arguments: Any) -> Literal["torch", "triton"]:
+def _auto(*arguments: Any) -> Chosen:
     """What "auto" takes for the call of these arguments."""
     call = checked(OPERATOR, TransformerTailCall(*arguments))
     x, shape = call.x, call.shape
-    if torch.compiler.is_compiling() and not _are_fixed(shape.batch, shape.tokens, shape.keys):
-        # One graph for all sizes: no measurement of one of them decides.
+    if is_open(shape.batch, shape.tokens, shape.keys):
         return "torch"
     reasons = tuple(of_layout(unsupported_reasons(call), transformer_tail_kernel, x))
-    chosen: Literal["torch", "triton"] = _chosen(reasons, x.device, x.dtype, *shape)
-    return chosen
-
-
-def _are_fixed(*sizes: int) -> bool:
-    """Whether a compiler that traces knows these sizes, which may be symbols."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    return all(has_static_value(size) for size in sizes)
+    return _chosen(reasons, x.device, x.dtype, *shape)
 
 
 _auto_by_layout = ByLayout(_auto)
-
-
-@constant_to_a_compiler
-def _chosen(
-    reasons: tuple[str, ...], device: torch.device, dtype: torch.dtype, *sizes: Any
-) -> Literal["torch", "triton"]:
-    """The same; a compiler that traces is told, from plain numbers, and does not look inside."""
-    chip, shape = chip_of(device), TailShape(*sizes)
-    unmeasured: Literal["torch", "triton"] = "triton" if tail_predicted_to_gain(shape, chip) else "torch"
-
-    def measured() -> Literal["torch", "triton"]:
-        return fastest("transformer_tail", chip, lambda: _key(shape, dtype), unmeasured=unmeasured)
-
-    # Its parts serve every call, with kernels of their own: no fall back that a log should tell of.
-    return "torch" if reasons else choose_backend("transformer_tail", "auto", reasons, measured)
+_chosen = chooser("transformer_tail", TailShape, tail_predicted_to_gain, _key)
 
 
 def _check(call: TransformerTailCall) -> None:
@@ -468,11 +454,7 @@ def _check(call: TransformerTailCall) -> None:
     if x.ndim != 3 or not x.is_floating_point():
         raise ValueError(f"transformer_tail: x must be a float [B, N, C]; got {x.dtype} {list(x.shape)}")
     batch, tokens, channels = x.shape
-    if image.ndim != 4 or (image.shape[0], image.shape[1], image[0, 0].numel() if batch else tokens) != (
-        batch,
-        channels,
-        tokens,
-    ):
+    if image.ndim != 4 or (*image.shape[:2], image.shape[2] * image.shape[3]) != (batch, channels, tokens):
         raise ValueError(
             f"transformer_tail: image must be [{batch}, {channels}, H, W] of {tokens} pixels; "
             f"got {list(image.shape)}"

@@ -42,8 +42,6 @@ from .float8 import Float8Linear
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
-
-
 # Of more pixels a group norm is two launches, of which statistics beside its input spare one.
 _FEW_PIXELS = 256
 
@@ -96,12 +94,12 @@ class ResBlock(nn.Module):
         travels = isinstance(x, Written)
         h = normed(self.norm1, x, before, skip)
         x, skip = Written.of(x).image, None if skip is None else Written.of(skip).image
-        h = normed(self.norm2, convolved(h, self.conv1, self.choices, travels), shift)
+        h = normed(self.norm2, convolved(h, self.conv1.weight, 1, self.choices, travels), shift)
         if size is None:
             beside: dict[str, Tensor | None] = {"residual": x}
             if self.shortcut is not None:
                 beside = {"shortcut": x, "skip": skip, "shortcut_weight": self.shortcut.weight}
-            written = merged(h, self.conv2, self.choices, travels, bias=bias, **beside)
+            written = merged(h, self.conv2.weight, 1, self.choices, travels, bias=bias, **beside)
             if written is not None:
                 return written if travels else written.image
         h = F.conv2d(h, self.conv2.weight, padding=1)
@@ -379,8 +377,9 @@ class Resample(nn.Module):
 
     def forward(self, x: Image) -> Image:
         """[B, C, H, W] -> [B, C, H', W'], `Written` where x is."""
-        written = convolved(Written.of(x).image, self.conv, self.choices, isinstance(x, Written))
-        return written if isinstance(x, Written) else written.image
+        image, stride, travels = Written.of(x).image, self.conv.stride[0], isinstance(x, Written)
+        written = convolved(image, self.conv.weight, stride, self.choices, travels)
+        return written if travels else written.image
 
 
 def normed(norm: nn.Module, x: Image, x_bias: Tensor | None, skip: Image | None = None) -> Tensor:
@@ -397,15 +396,16 @@ def normed(norm: nn.Module, x: Image, x_bias: Tensor | None, skip: Image | None 
     return out
 
 
-def convolved(x: Tensor, conv: nn.Conv2d, choices: Choices, travels: bool) -> Written:
-    """The 3x3 convolution of x without its bias, by our kernel or torch's, with statistics if it left some."""
-    found = merged(x, conv, choices, travels)
-    return found or Written(F.conv2d(x, conv.weight, stride=conv.stride, padding=1))
+def convolved(x: Tensor, weight: Tensor, stride: int, choices: Choices, travels: bool) -> Written:
+    """The 3x3 convolution of x, by our kernel or torch's, with statistics if it left some."""
+    found = merged(x, weight, stride, choices, travels)
+    return found or Written(F.conv2d(x, weight, stride=stride, padding=1))
 
 
 def merged(
     x: Tensor,
-    conv: nn.Conv2d,
+    weight: Tensor,
+    stride: int,
     choices: Choices,
     travels: bool,
     *,
@@ -417,13 +417,12 @@ def merged(
 ) -> Written | None:
     """The 3x3 convolution of x and what stands beside it, as of `conv3x3`; None where `choices` take torch's.
 
-    Without the convolution's own bias. Statistics are left where they travel and a norm of this size reads them.
+    Statistics are left where they travel and a norm of this size reads them.
     """
     if choices.convolutions == "torch":
         return None
-    stride = conv.stride[0]
     leaves = travels and _leaves(x, choices, stride)
-    call = Conv3x3Call(x, conv.weight, bias, stride, False, shortcut, skip, shortcut_weight, residual, leaves)
+    call = Conv3x3Call(x, weight, bias, stride, False, shortcut, skip, shortcut_weight, residual, leaves)
     if conv3x3_backend(call, choices.convolutions) == "torch":
         return None
     found = conv3x3(**call._asdict(), backend="triton")

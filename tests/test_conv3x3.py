@@ -94,6 +94,15 @@ def test_values_are_torchs_in_float64(way: Any, kind: str, statistics: bool) -> 
         torch.testing.assert_close(result[1], channel_statistics(expected, 16))
 
 
+@pytest.mark.parametrize("way", [conv3x3_ref, conv3x3_separate, conv3x3])
+def test_of_no_channels_the_result_is_what_stands_beside(way: Any) -> None:
+    """Torch's convolution has no channels then."""
+    bias, residual = torch.randn(8), torch.randn(2, 8, 4, 5)
+    x, weight = torch.empty(2, 0, 4, 5), torch.empty(8, 0, 3, 3)
+    torch.testing.assert_close(way(x, weight, bias), bias[:, None, None].expand(2, 8, 4, 5))
+    torch.testing.assert_close(way(x, weight, bias, residual=residual), bias[:, None, None] + residual)
+
+
 def test_statistics_have_one_shape_whatever_computes_them() -> None:
     """Which depends on the image alone: not on the configuration, the chip, nor the images beside it."""
     for size, tile in (((16, 16), 16), ((16, 17), 64), ((5, 7), 16), ((64, 64), 64)):
