@@ -2,7 +2,7 @@
 
 torch's scaled matmul has a scale for each row of either operand and gives bfloat16. Twice the rate of bfloat16's
 tensor cores pays where they bound a matmul. With K input features that takes more than K = rate / bandwidth
-multiply-adds for each result of two bytes: of an H200 1,480 TFLOP/s in float8 (twice the 742 measured in bfloat16)
+multiply-adds for each result of two bytes: of an H200 1,480 TFLOP/s in float8 (twice the 742 taken for bfloat16)
 over 4.07 TB/s, K = 364. Below, writing the result does. So levels of fewer than `FLOAT8_CHANNELS` channels stay as
 they are, and so do convolutions and the projections after an attention, whose inputs come from no norm of ours.
 """

@@ -20,6 +20,7 @@ from .conditioning import Conditioning, Constants
 from .config import UNetConfig
 from .deferred import deferred_biases, split_biases
 from .embeddings import EmbeddingMLP, LabelEmbedding, TimestepEmbedding, sinusoids
+from .fields import integer, shown
 from .float8 import FLOAT8_CHANNELS, FLOAT8_MULTIPLE, float8_misfit, refuse_float8
 from .image_by_image import Values, conditioned, evaluated
 from .private import PrivacyKept
@@ -314,6 +315,8 @@ class UNet(nn.Module):
         weight = self.conv_in.weight
         if (misfit := float8_misfit(weight.device, weight.dtype)) is not None:
             raise ValueError(misfit)
+        if integer(least_channels) is None:
+            raise ValueError(f"least_channels must be a whole number; got {shown(least_channels)}")
         other = self.with_backend(**self.choices._asdict())
         blocks = [block for block in other.modules() if isinstance(block, TransformerBlock)]
         wide = [b for b in blocks if b.channels >= least_channels and b.channels % FLOAT8_MULTIPLE == 0]

@@ -302,6 +302,7 @@ def test_networks_refuse_in_one_line() -> None:
             "the network is float16: convert it to bfloat16",
         ),
         (unet.with_float8, "no transformer of this network has 512 channels or more"),
+        (lambda: unet.with_float8(least_channels="512"), "least_channels must be a whole number; got '512'"),
         (of_float8.with_float8, "for the network that with_float8"),
         (lambda: of_float8.with_backend("torch"), "for the network that with_float8"),
         (lambda: diffusers_state_dict(of_float8), "for the network that with_float8"),

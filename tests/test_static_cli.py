@@ -104,6 +104,8 @@ def test_a_size_of_the_family_brings_all_its_launches(capsys):
         (("residual_add", "--height", "1000000000"), "16384"),
         (("geglu", "--groups", "2"), "geglu takes no --groups"),
         (("group_norm_silu", "--channels", "321"), "321 channels do not divide into 32 groups"),
+        (("transformer_tail", "--channels", "320"), "320 channels of bfloat16 do not fit the registers"),
+        (("transformer_front", "--channels", "128", "--dtype", "float32"), "128 channels of float32 do not fit"),
         (("geglu", "--size", "7T"), "unknown size '7T'"),
         (("geglu", "--size", "39M", "--width", "8"), "leave out --width"),
         (("geglu", "--size", "vae"), "size vae does not use geglu"),

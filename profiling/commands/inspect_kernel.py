@@ -125,8 +125,25 @@ def _chosen(
     machine = MACHINES[arch]
     if size is None:
         build, shape = shape_of(kernel, dtype, given)
-        return machine, planned(kernel, build(shape), machine)
+        arguments = build(shape)
+        launches = planned(kernel, arguments, machine)
+        _check_served(kernel, arguments, launches)
+        return machine, launches
     return machine, _of_size(kernel, dtype, size, machine, given)
+
+
+def _check_served(kernel: str, arguments: dict[str, Any], launches: list[Launch]) -> None:
+    """Raises CaseError where the operator would refuse the call on a GPU: these launches never run."""
+    from torch import Tensor
+
+    from ldmperf.kernels import OPERATORS, _triton
+
+    operator = OPERATORS[kernel]
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    for launch in launches[:1]:
+        found = operator.unsupported_reasons(operator.bind(**arguments))
+        if reasons := _triton.of_layout(found, launch.kernel, first):
+            raise CaseError(f"the kernel of {kernel} cannot serve this call: {'; '.join(reasons)}")
 
 
 def _every_head_dim(

@@ -2,7 +2,7 @@
 
 A launch takes at least the longest of its bytes, its FLOPs and its exponentials, each at the device's ceiling; a
 step takes the sum, as no launch overlaps another. Counts are those of our step, recorded without memory, with
-all merged that is measured or predicted to gain by it: no step here launches or moves less.
+all merged that is measured or predicted to gain by it.
 
 That sum is no law. A cache may hold the bytes, exponentials may be polynomials, and Winograd's algorithm needs a
 quarter of the multiplications of a 3x3 convolution (F(4x4, 3x3); Lavin and Gray, arXiv 1509.09308). `least_ms` is
