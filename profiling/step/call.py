@@ -133,6 +133,8 @@ class OperatorCall(_Value):
             parts.append(f"over {self.attention.keys}")
         if self.operator == "linear":
             parts.append(f"to {self.results[0].shape[-1]}" if self.results else "")
+        if self.operator == "conv3x3" and self.results and self.results[0].shape[1] != first[1]:
+            parts.append(f"to {self.results[0].shape[1]}")
         parameters = inspect.signature(OPERATORS[self.operator].call).parameters
         # The weight and bias of a norm are always there.
         usual = {"weight", "bias", "norm_bias"} if "weight" in parameters else set()
@@ -143,7 +145,9 @@ class OperatorCall(_Value):
         }
         for tensor in self.tensors:
             if tensor.name in options:
-                parts.append(f"+{tensor.name}" + (f"({tensor.shape[1]})" if tensor.name == "skip" else ""))
+                parts.append(
+                    f"+{tensor.name}" + (f"({tensor.shape[1]})" if tensor.name in ("shortcut", "skip") else "")
+                )
         for scalar in self.scalars:
             if scalar.name in options and scalar.value != options[scalar.name]:
                 value = scalar.value
