@@ -27,7 +27,10 @@ def test_the_calls_of_a_step_are_those_of_the_network() -> None:
 
 def test_calls_are_distinct_and_named() -> None:
     assert len({call.key for call in CALLS}) == len({call.label + call.operator for call in CALLS}) == len(CALLS)
-    assert {call.operator for call in CALLS} == set(OPERATORS)
+    # A front takes statistics, which images of so few pixels do not have.
+    assert {call.operator for call in CALLS} == set(OPERATORS) - {"transformer_front"}
+    fronts = [call for call in family_calls("39M", 2, "float32") if call.operator == "transformer_front"]
+    assert len({call.label for call in fronts}) == len(fronts) > 0
     assert any("+skip" in call.label for call in CALLS)
     assert any("size=" in call.label for call in CALLS)
 
