@@ -59,6 +59,6 @@ def is_open(*sizes: int) -> bool:
     return not all(has_static_value(size) for size in sizes)
 
 
-def asked(auto: Callable[..., Chosen], by_layout: ByLayout[Chosen], call: Any) -> Chosen:
-    """auto(*call), kept in `by_layout` where nothing traces."""
-    return (auto if torch.compiler.is_compiling() else by_layout)(*call)
+def asked(choice: Callable[..., Chosen], by_layout: ByLayout[Chosen], call: Any) -> Chosen:
+    """choice(*call), kept in `by_layout` where nothing traces."""
+    return (choice if torch.compiler.is_compiling() else by_layout)(*call)

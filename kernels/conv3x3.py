@@ -274,7 +274,9 @@ def unsupported_reasons(call: Conv3x3Call) -> list[str]:
     """Every reason why the Triton kernels cannot serve this call; empty when they can."""
     x, weight = call.x, call.weight
     images = {"shortcut": call.shortcut, "skip": call.skip, "residual": call.residual}
-    rows = call.x.shape[0] * math.prod(call.size)
+    # Statistics have whole tiles of each image.
+    tile = call.tile if call.statistics else 1
+    rows = x.shape[0] * ceil_div(math.prod(call.size), tile) * tile
     reasons = [
         *device_reasons(conv3x3_kernel, x),
         *dtype_reasons(x=x, bias=call.bias),
@@ -293,7 +295,7 @@ def unsupported_reasons(call: Conv3x3Call) -> list[str]:
     if x.shape[1] == 0:
         reasons.append("there are no channels")
     if rows > MAX_INDEX:
-        reasons.append(f"{rows} pixels are more than {MAX_INDEX}")
+        reasons.append(f"{rows} rows are more than {MAX_INDEX}")
     if x.dtype == torch.bfloat16 and is_interpreted(conv3x3_kernel):
         reasons.append("triton's interpreter multiplies bfloat16 as if it were integers")
     return reasons
@@ -358,13 +360,16 @@ def conv3x3_backend(call: Conv3x3Call, backend: str = "auto") -> Chosen:
     if backend == "auto":
         return asked(_auto, _auto_by_layout, call)
     choose_backend("conv3x3", backend, ())
-    return "torch" if backend == "torch" or _served_by_torch(*call) else "triton"
+    return "torch" if backend == "torch" else asked(_able, _able_by_layout, call)
 
 
-@ByLayout
-def _served_by_torch(*arguments: Any) -> bool:
+def _able(*arguments: Any) -> Chosen:
+    """ "triton" where the kernels can serve."""
     call = checked(OPERATOR, Conv3x3Call(*arguments))
-    return bool(of_layout(unsupported_reasons(call), conv3x3_kernel, call.x))
+    return "torch" if of_layout(unsupported_reasons(call), conv3x3_kernel, call.x) else "triton"
+
+
+_able_by_layout = ByLayout(_able)
 
 
 def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:

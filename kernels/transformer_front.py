@@ -317,13 +317,16 @@ def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto")
         return "torch"
     if backend == "auto":
         return asked(_auto, _auto_by_layout, call)
-    return "torch" if _served_by_torch(*call) else "triton"
+    return asked(_able, _able_by_layout, call)
 
 
-@ByLayout
-def _served_by_torch(*arguments: Any) -> bool:
+def _able(*arguments: Any) -> Chosen:
+    """ "triton" where the kernels can serve."""
     call = checked(OPERATOR, TransformerFrontCall(*arguments))
-    return bool(of_layout(unsupported_reasons(call), transformer_front_kernel, call.image))
+    return "torch" if of_layout(unsupported_reasons(call), transformer_front_kernel, call.image) else "triton"
+
+
+_able_by_layout = ByLayout(_able)
 
 
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:

@@ -415,13 +415,16 @@ def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -
         return "torch"
     if backend == "auto":
         return asked(_auto, _auto_by_layout, call)
-    return "torch" if _served_by_torch(*call) else "triton"
+    return asked(_able, _able_by_layout, call)
 
 
-@ByLayout
-def _served_by_torch(*arguments: Any) -> bool:
+def _able(*arguments: Any) -> Chosen:
+    """ "triton" where the kernels can serve."""
     call = checked(OPERATOR, TransformerTailCall(*arguments))
-    return bool(of_layout(unsupported_reasons(call), transformer_tail_kernel, call.x))
+    return "torch" if of_layout(unsupported_reasons(call), transformer_tail_kernel, call.x) else "triton"
+
+
+_able_by_layout = ByLayout(_able)
 
 
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ldmperf.kernels import (
 )
 from ldmperf.kernels import modules as kernel_modules
 from ldmperf.kernels._statistics import like_statistics
-from ldmperf.model import UNetConfig, blocks
+from ldmperf.model import UNet, UNetConfig, blocks
 
 from .test_unet import error, pair
 
@@ -73,6 +73,16 @@ def test_with_all_that_can_be_merged_a_network_equals_diffusers(launched, name, 
     merged = ours.with_backend("auto", "torch", **dict.fromkeys(MERGED, "triton"))
     assert error(merged, theirs, 2, size, 3, 500.0) < 1e-9
     assert {"conv3x3", "transformer_tail", "transformer_front"} <= launched.keys()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_network_that_merges_wherever_it_can_compiles_as_one_graph(dynamic):
+    torch.manual_seed(0)
+    network = UNet(CONFIGS["its own"], **dict.fromkeys(MERGED, "triton")).eval()
+    compiled = torch.compile(network, fullgraph=True, dynamic=dynamic, backend="eager")
+    sample, context = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(sample, 3.0, context), network(sample, 3.0, context))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
