@@ -31,7 +31,10 @@ IDEAS: dict[str, tuple[dict[str, str], Sequence[str]]] = {
     "statistics of sums": ({"statistics": "triton"}, _STATISTICS),
     "convolutions": (
         {"convolutions": "auto"},
-        ("kernels/conv3x3.py", "kernels/_conv3x3_config.py", "kernels/_conv3x3_kernels.py"),
+        (
+            *("kernels/conv3x3.py", "kernels/_conv3x3_torch.py"),
+            *("kernels/_conv3x3_config.py", "kernels/_conv3x3_kernels.py"),
+        ),
     ),
     "convolutions, with statistics": ({"convolutions": "auto", "statistics": "auto"}, ()),
     "transformers' tails": (

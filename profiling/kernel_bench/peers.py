@@ -64,7 +64,7 @@ def _ours(backend: str, call: OperatorCall, device: torch.device) -> Implementat
 
 
 def _separate(call: OperatorCall, device: torch.device) -> Implementation:
-    """torch's matmul or convolution between our kernels of what stands beside it: what has to be beaten."""
+    """torch's matmuls or convolution between our kernels of what stands beside them: what has to be beaten."""
     function = OPERATORS[call.operator].torchs_own
     assert function is not None
     return Implementation(functools.partial(function, backend="triton"))
@@ -132,7 +132,8 @@ def _sampler_inputs(call: OperatorCall, arguments: Arguments) -> Arguments:
 
 
 _ATTENTION = frozenset({"attention"})
-_MERGED = frozenset({"linear", "conv3x3"})
+# Where "auto" weighs our kernel against the operators one after the other.
+_MERGED = frozenset({"linear", "conv3x3", "transformer_front", "transformer_tail"})
 _SAMPLER = frozenset({"sampler_update"})
 
 # In the order in which they are measured and shown.
