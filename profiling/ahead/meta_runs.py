@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.kernels import OPERATORS, Launch, linear_separate
+from ldmperf.kernels import OPERATORS, Launch
 from ldmperf.model import AUTO, FAMILY, RELEASED, Choices, UNet, UNetConfig
 from ldmperf.samplers import NoiseSchedule, make_plan
 
@@ -189,10 +189,12 @@ def _layout(call: RecordedCall) -> object:
 
 
 def launches_of_call(call: OperatorCall) -> Planned:
-    """The launches of a call as the benches make it; of a linear layer also those beside torch's matmul."""
+    """The launches of a call as the benches make it; of one that merges also those of its parts."""
     yield from ((launch, False) for launch in call.launches)
-    if call.operator == "linear":
-        yield from launches_of_run(partial(linear_separate, **call.arguments("meta"), backend="triton"))
+    separate = OPERATORS[call.operator].torchs_own
+    # Torch's own attention has none of ours beside it.
+    if separate is not None and call.operator != "attention":
+        yield from launches_of_run(partial(separate, **call.arguments("meta"), backend="triton"))
 
 
 def launches_of_calls(calls: Callable[[], Iterable[OperatorCall]]) -> Planned:
