@@ -43,7 +43,7 @@ from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 ACTIVATIONS = ("silu", None)
 MAX_GROUP_CHANNELS = 8192
 # Given means, and as many squares, that a thread loads at once.
-_THREAD_MOMENTS = 8
+_THREAD_MOMENTS = 4
 
 
 class GroupNormSiluCall(NamedTuple):

@@ -194,7 +194,9 @@ def test_large_tensors_are_read_and_written_in_16_bytes_a_thread(results, arch):
 def test_the_machine_code_has_these_accesses_too(results):
     """The widths above are of the PTX; in the hot loop the assembler has kept them."""
     for result in results:
-        if "region" in result and result["kernel"] != "sampler_update_kernel" and not is_attention(result):
+        # A front's longest loop is over statistics, which are a few percent of its bytes.
+        others = ("sampler_update_kernel", "transformer_front_kernel")
+        if "region" in result and result["kernel"] not in others and not is_attention(result):
             assert result["region"]["global_widths"].get("16", 0) > 0, described(result)
 
 

@@ -27,7 +27,10 @@ def group_norm_silu(
     x_bias: Tensor | None = None,
     skip: Tensor | None = None,
     activation: str | None = "silu",
+    statistics: Tensor | None = None,
+    skip_statistics: Tensor | None = None,
 ) -> Tensor:
+    """Statistics are for ours: torch computes its own."""
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
     if x_bias is not None:

@@ -19,7 +19,7 @@ from ..measure.store import read_lines, write_whole
 from ..step.calls import FAMILY_HEAD_DIMS
 from .inspection_records import InspectionRecord
 from .launch_items import Item, Selection, ShapeItem, select
-from .shapes import Shape
+from .shapes import SHAPES, Shape
 
 # What `make test` compiles. All sizes, both batches and every specialization: bench/static_baseline.py --every.
 CHECKED = (
@@ -48,6 +48,9 @@ def checked() -> list[Item | ShapeItem]:
     for arch in ("sm_90", "sm_80", "gfx942"):
         items.append(ShapeItem("layer_norm", "64x64", Shape(bf16), arch))
     for arch in ("sm_80", "gfx942"):
+        # Of the smallest size, which is compiled for sm_90 alone.
+        for name in ("transformer_front", "transformer_tail"):
+            items.append(ShapeItem(name, "64x64", Shape(bf16, **SHAPES[name][2]), arch))
         items += _attention(arch, bf16, FAMILY_HEAD_DIMS)
         items += _attention(arch, bf16, few, context=TEXT)
         items += _attention(arch, fp32, (40,))
