@@ -99,7 +99,7 @@ def test_the_dealing_is_pinned():
         {"145M"},
         {"5B"},
     ]
-    assert planned(Shard(index=1, count=4), cases) == Shard(index=1, count=4, plan="9a559c13642555c2", cases=44)
+    assert planned(Shard(index=1, count=4), cases) == Shard(index=1, count=4, plan="83553ba1ced64ddf", cases=64)
 
 
 @pytest.mark.parametrize(("text", "said"), [("2/4", (2, 4)), ("1/1", (1, 1)), (" 3 / 12", (3, 12))])

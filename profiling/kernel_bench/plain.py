@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldmperf.kernels import TransformerTailCall, tail_statistics_tile
+from ldmperf.kernels import TransformerTailCall, channel_statistics, tail_statistics_tile
 
 from ..step.call import GUIDANCE_SCALE, PLAN_ROW, sampling_plan
 
@@ -121,11 +121,18 @@ def conv3x3(
 
 
 def residual_add(
-    x: Tensor, residual: Tensor, bias: Tensor | None = None, *, size: tuple[int, int] | None = None
-) -> Tensor:
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    statistics: bool = False,
+) -> Any:
     total = x + residual
     if bias is not None:
         total = total + bias[:, None, None]
+    if statistics:
+        return total, channel_statistics(total, 64)
     return total if size is None else F.interpolate(total, size=size, mode="nearest")
 
 
