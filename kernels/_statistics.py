@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._checks import tensors, whole
 from ._launch import ceil_div, next_power_of_two
+from ._layout import MAX_INDEX
 from ._triton import jit, tl
 
 
@@ -80,6 +81,15 @@ def statistics_misfit(statistics: Tensor, image: Tensor) -> str | None:
     if pixels and (not tiles or ceil_div(pixels, tile_pixels(pixels, tiles)) != tiles):
         return f"{wanted}, tiles of a power of two of {pixels} pixels"
     return None
+
+
+def statistics_reasons(**given: Tensor | None) -> list[str]:
+    """Why kernels cannot address statistics, which they number in 32 bits within a sample; empty if they can."""
+    return [
+        f"{name} of a sample are {statistics[0].numel()} numbers, more than {MAX_INDEX}"
+        for name, statistics in given.items()
+        if statistics is not None and len(statistics) and statistics[0].numel() > MAX_INDEX
+    ]
 
 
 @jit

@@ -37,7 +37,7 @@ from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, gro
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import image_reasons, image_strides, memory_format, named_strides
 from ._library import compute_dtype, define_operator
-from ._statistics import statistics_misfit, tile_pixels
+from ._statistics import statistics_misfit, statistics_reasons, tile_pixels
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
 ACTIVATIONS = ("silu", None)
@@ -221,6 +221,7 @@ def unsupported_reasons(call: GroupNormSiluCall) -> list[str]:
         *image_reasons(call.x),
         *contiguity_reasons(weight=call.weight, bias=call.bias),
         *contiguity_reasons(statistics=call.statistics, skip_statistics=call.skip_statistics),
+        *statistics_reasons(statistics=call.statistics, skip_statistics=call.skip_statistics),
     ]
     group_channels = call.channels // call.num_groups
     if group_channels > MAX_GROUP_CHANNELS:

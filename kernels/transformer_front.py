@@ -36,7 +36,7 @@ from ._layout import MAX_INDEX
 from ._library import OUTS, define_operator
 from ._parts import parts
 from ._recipes import ByLayout, checked
-from ._statistics import statistics_misfit, tile_pixels
+from ._statistics import statistics_misfit, statistics_reasons, tile_pixels
 from ._transformer_config import (
     FrontShape,
     TransformerFrontConfig,
@@ -245,6 +245,7 @@ def unsupported_reasons(call: TransformerFrontCall) -> list[str]:
         reasons.append("image is not channels-last")
     if not keeps_row(channels, image.element_size()):
         reasons.append(f"{channels} channels of {dtype_name(image)} do not fit the registers of a program")
+    reasons += statistics_reasons(statistics=call.statistics)
     if batch * height * width > MAX_INDEX:
         reasons.append(f"{batch * height * width} rows are more than {MAX_INDEX}")
     if image.dtype == torch.bfloat16 and is_interpreted(transformer_front_kernel):

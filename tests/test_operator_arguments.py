@@ -244,6 +244,16 @@ def test_statistics_of_no_skip_are_refused():
         group_norm_silu(torch.zeros(2, 8, 4, 6), 4, skip_statistics=given)
 
 
+def test_statistics_past_32_bits_are_a_reason_against_the_kernels():
+    """A pixel a tile, of so many that their numbers are not counted in 32 bits."""
+    x, given = (torch.empty(1, *size, device="meta") for size in ((64, 2**12, 2**12), (2**24, 2, 64)))
+    operator = OPERATORS["group_norm_silu"]
+    call = operator.bind(x, 4, statistics=given.float())
+    operator.check(call)
+    told = f"statistics of a sample are {2**31} numbers, more than {2**30}"
+    assert told in operator.unsupported_reasons(call)
+
+
 # Tensors
 
 
