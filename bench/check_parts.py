@@ -81,7 +81,7 @@ def parts(device: str, folder: Path) -> list[Part]:
     # The compiled peers take minutes to compile: they come in parts of their own, beside what is best.
     rungs = ",".join(name for name in RUNGS if "compile" not in name and name not in IDEAS)
     graphs = ",".join(name for name in RUNGS if name.startswith("graph") and name not in IDEAS)
-    ideas = ",".join(("graph+separate", *IDEAS, "graph", "graph+pdl"))
+    ideas = ",".join(("graph+separate", *IDEAS, "graph", "graph+pdl", "graph+fp8"))
     pipes = ",".join(name for name in PIPELINE_BACKENDS if "compile" not in name)
 
     def profile(name: str, limit: float, floor: float, *options: str, launches: Sequence[str] = ()) -> Part:
@@ -123,15 +123,16 @@ def parts(device: str, folder: Path) -> list[Part]:
     few = ("--peer", ATTENTION_PEERS, "--head-dim", "40,8,64", "--batch", "2")
     attention = ("--kernel", "attention")
     ladder = ("--preset", "ladder", "--backend")
+    idea_sizes = ("--size", "39M,866M,145M,5B", "--min-seconds", "1")
     drop_in = ("--preset", "drop-in")
     pipelines = ("--preset", "pipelines", "--backend")
     compiled = "diffusers,diffusers-accelerated,diffusers-compile,diffusers-accelerated-compile"
     return [
         replace(pytest_part("smoke", 55, 20, device, [SMOKE_FILE], launches=("smoke",)), beside=("tests",)),
         profile("headline", 120, 90, *both, "--backend", f"{graphs},diffusers", launches=("ladder",)),
-        pytest_part("tests", 100, 40, device, marks="gpu and not alone and not sanitizer", launches=("tests",)),
+        pytest_part("tests", 120, 40, device, marks="gpu and not alone and not sanitizer", launches=("tests",)),
         profile("ladder", 180, 45, *ladder, rungs, launches=("ladder",)),
-        profile("ideas", 150, 45, *ladder, ideas, "--size", "39M,866M", launches=("ladder",)),
+        profile("ideas", 240, 45, *ladder, ideas, *idea_sizes, launches=("ladder",)),
         # A few tests: what they launch is compiled with `tests`, or by themselves.
         pytest_part("tests-alone", 150, 60, device, marks="gpu and alone"),
         profile("drop-in", 180, 60, *drop_in, launches=("drop-in",)),

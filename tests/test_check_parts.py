@@ -51,7 +51,7 @@ def test_the_parts_of_a_gpu_are_the_family_and_of_a_cpu_what_it_can(tmp_path: Pa
     assert set(PEERS) - set(usual_peers("cuda")) < set(peers)
     presets = ("ladder", "drop-in")
     rungs = {name for part in on_gpu.values() if option(part, "--preset") in presets for name in backends(part)}
-    assert rungs - {""} == set(RUNGS)
+    assert rungs - {""} == {*RUNGS, "graph+fp8"}
     # Ratios are of one run: who is compared with the peers runs beside them.
     for name in ("headline", "ladder", "compiled", "compiled-max"):
         assert {"diffusers", "graph"} <= set(backends(on_gpu[name]))
