@@ -14,9 +14,9 @@ from ldmperf.kernels import philox_normal, seed_tensor
 from .arguments import check_backend
 from .autoencoder_blocks import decoder_of, encoder_of
 from .autoencoder_config import AutoencoderConfig
-from .blocks import as_image, as_tokens
 from .private import PrivacyKept
 from .tiles import Tiling, apply_tiled
+from .written import as_image, as_tokens
 
 # As diffusers' DiagonalGaussianDistribution: beyond, exp() and its square leave float16's range of use.
 _LEAST_LOGVAR, _MOST_LOGVAR = -30.0, 20.0

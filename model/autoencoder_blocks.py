@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ldmperf.kernels import MAX_HEAD_DIM, GroupNormSiLU, attention
 
 from .autoencoder_config import AutoencoderConfig
-from .blocks import Image, Resample, ResBlock, Written, as_tokens, matmul_add
+from .blocks import Resample, ResBlock
 from .choices import Choices
 from .deferred import biases_of
 from .route import Level, Stop, stops_of
+from .written import Image, Written, as_tokens, matmul_add
 
 # Every norm of AutoencoderKL has this eps; no field of its configuration says another.
 NORM_EPS = 1e-6

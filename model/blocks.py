@@ -1,36 +1,28 @@
 """The blocks of the UNet.
 
-Activations are [B, C, H, W] in channels-last memory, which is [B, H * W, C] tokens read another way. Convolutions
-take the image, linear layers and attention the tokens; no layout is copied.
-
 A block leaves some biases to later stops, and takes those of earlier ones as arguments (deferred.py). A block
 overwrites nothing that its caller holds: only `UNet.denoise` passes `in_place`, where nobody else sees the
-activations. Only then, too, activations travel as `Written`, with the statistics that the next norm needs beside
-them.
+activations. Only then, too, activations travel with the statistics that the next norm needs (written.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmperf.kernels import (
-    Conv3x3Call,
     GroupNormSiLU,
     TransformerFrontCall,
     TransformerTailCall,
     attention,
-    conv3x3,
-    conv3x3_backend,
     geglu,
     layer_norm,
     linear,
     linear_separate,
-    residual_add,
     transformer_front,
     transformer_front_backend,
     transformer_tail,
@@ -39,26 +31,21 @@ from ldmperf.kernels import (
 
 from .choices import Choices
 from .float8 import Float8Linear
+from .written import (
+    Image,
+    Written,
+    as_image,
+    as_tokens,
+    convolved,
+    matmul_add,
+    merged,
+    normed,
+    summed,
+    wants_statistics,
+)
 
 # The GroupNorm before a transformer has its own eps, and no SiLU, in every Stable Diffusion release.
 TRANSFORMER_NORM_EPS = 1e-6
-# Of more pixels a group norm is two launches, of which statistics beside its input spare one.
-_FEW_PIXELS = 256
-
-
-class Written(NamedTuple):
-    """An image [B, C, H, W] and its statistics (`channel_statistics`), None where nobody left them."""
-
-    image: Tensor
-    statistics: Tensor | None = None
-
-    @classmethod
-    def of(cls, x: Tensor | Written) -> Written:
-        """x, without statistics if it has none."""
-        return x if isinstance(x, Written) else cls(x)
-
-
-Image = Tensor | Written
 
 
 class ResBlock(nn.Module):
@@ -344,7 +331,8 @@ class Transformer(nn.Module):
         block, tokens = cast(TransformerBlock, self.blocks[0]), as_tokens(x)
         if isinstance(block.ff_out, Float8Linear):
             return None
-        call = block.tail_call(tokens, tokens, context, x, self.proj_out, travels and _leaves(x, self.choices))
+        leaves = travels and wants_statistics(x, self.choices)
+        call = block.tail_call(tokens, tokens, context, x, self.proj_out, leaves)
         if transformer_tail_backend(call, self.choices.tails) == "torch":
             return None
         norm, proj, norm1 = self.norm, self.proj_in, block.norm1
@@ -380,86 +368,3 @@ class Resample(nn.Module):
         image, stride, travels = Written.of(x).image, self.conv.stride[0], isinstance(x, Written)
         written = convolved(image, self.conv.weight, stride, self.choices, travels)
         return written if travels else written.image
-
-
-def normed(norm: nn.Module, x: Image, x_bias: Tensor | None, skip: Image | None = None) -> Tensor:
-    """The norm of x + x_bias, with the channels of skip beside those of x.
-
-    A norm that somebody put in place of ours need not know of statistics: they are passed where there are some.
-    """
-    x, beside = Written.of(x), Written.of(skip) if skip is not None else None
-    arguments = [x_bias, None if beside is None else beside.image, x.statistics]
-    arguments.append(None if beside is None else beside.statistics)
-    while arguments and arguments[-1] is None:
-        arguments.pop()
-    out: Tensor = norm(x.image, *arguments)
-    return out
-
-
-def convolved(x: Tensor, weight: Tensor, stride: int, choices: Choices, travels: bool) -> Written:
-    """The 3x3 convolution of x, by our kernel or torch's, with statistics if it left some."""
-    found = merged(x, weight, stride, choices, travels)
-    return found or Written(F.conv2d(x, weight, stride=stride, padding=1))
-
-
-def merged(
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    choices: Choices,
-    travels: bool,
-    *,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    shortcut: Tensor | None = None,
-    skip: Tensor | None = None,
-    shortcut_weight: Tensor | None = None,
-) -> Written | None:
-    """The 3x3 convolution of x and what stands beside it, as of `conv3x3`; None where `choices` take torch's.
-
-    Statistics are left where they travel and a norm of this size reads them.
-    """
-    if choices.convolutions == "torch":
-        return None
-    leaves = travels and _leaves(x, choices, stride)
-    call = Conv3x3Call(x, weight, bias, stride, False, shortcut, skip, shortcut_weight, residual, leaves)
-    if conv3x3_backend(call, choices.convolutions) == "torch":
-        return None
-    found = conv3x3(**call._asdict(), backend="triton")
-    return Written(*found) if isinstance(found, tuple) else Written(found)
-
-
-def _leaves(x: Tensor, choices: Choices, stride: int = 1) -> bool:
-    """Whether statistics are wanted beside what a kernel writes, which has the size of x over `stride`."""
-    return choices.statistics != "torch" and x.shape[2] * x.shape[3] > _FEW_PIXELS * stride**2
-
-
-def summed(
-    x: Tensor, h: Tensor, bias: Tensor | None, size: torch.Size | None, choices: Choices, travels: bool
-) -> Image:
-    """x + h + bias, enlarged to `size`, with its statistics where they are wanted of sums too."""
-    if travels and size is None and choices.statistics == "triton" and _leaves(x, choices):
-        return Written(*residual_add(x, h, bias, statistics=True, backend=choices.backend))
-    total = residual_add(x, h, bias, size=size, backend=choices.backend)
-    return Written(total) if travels else total
-
-
-def matmul_add(x: Tensor, tokens: Tensor, weight: Tensor, in_place: bool) -> Tensor:
-    """x + tokens weight^T in one matmul; x [B, C, H, W] or [B, N, C], tokens [B, N, K], weight [C, K].
-
-    `in_place` overwrites x, except under autocast, where dtypes differ.
-    """
-    rows = (as_tokens(x) if x.ndim == 4 else x).flatten(0, 1)
-    add = rows.addmm_ if in_place and tokens.dtype == rows.dtype == weight.dtype else rows.addmm
-    out = add(tokens.flatten(0, 1), weight.t()).view(*tokens.shape[:2], weight.shape[0])
-    return out if x.ndim == 3 else as_image(out, x.shape[2:])
-
-
-def as_tokens(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H * W, C], a view of channels-last memory."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def as_image(tokens: Tensor, size: torch.Size) -> Tensor:
-    """[B, H * W, C] -> [B, C, H, W], a view: the result is channels-last."""
-    return tokens.view(tokens.shape[0], *size, tokens.shape[2]).permute(0, 3, 1, 2)

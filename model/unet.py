@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldmperf.kernels import GroupNormSiLU
 
 from . import arguments
-from .blocks import Image, Resample, ResBlock, Transformer, TransformerBlock, Written, normed
+from .blocks import Resample, ResBlock, Transformer, TransformerBlock
 from .choices import Choices
 from .conditioning import Conditioning, Constants
 from .config import UNetConfig
@@ -26,6 +26,7 @@ from .image_by_image import Values, conditioned, evaluated
 from .private import PrivacyKept
 from .route import Level, Stop, route
 from .staleness import MadeFrom, Snapshot
+from .written import Image, Written, normed
 
 _BOTH, _BIAS = ("weight", "bias"), ("bias",)
 # The parameters that `condition` reads, by the last name of their module.

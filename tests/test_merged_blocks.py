@@ -18,7 +18,7 @@ from ldmperf.kernels import (
 )
 from ldmperf.kernels import modules as kernel_modules
 from ldmperf.kernels._statistics import like_statistics
-from ldmperf.model import UNet, UNetConfig, blocks
+from ldmperf.model import UNet, UNetConfig, blocks, written
 
 from .test_unet import error, pair
 
@@ -36,11 +36,11 @@ def checked_norm(x, *arguments, statistics=None, skip=None, skip_statistics=None
 def launched(monkeypatch):
     """How often each reference ran in the place of a merged kernel."""
     count = Counter()
-    for name, reference in (
-        ("conv3x3", conv3x3_ref),
-        ("transformer_tail", transformer_tail_ref),
-        ("transformer_front", transformer_front_ref),
-        ("residual_add", residual_add_ref),
+    for module, name, reference in (
+        (written, "conv3x3", conv3x3_ref),
+        (blocks, "transformer_tail", transformer_tail_ref),
+        (blocks, "transformer_front", transformer_front_ref),
+        (written, "residual_add", residual_add_ref),
     ):
 
         @functools.wraps(reference)
@@ -48,10 +48,10 @@ def launched(monkeypatch):
             count[name] += 1
             return reference(*arguments, **options)
 
-        monkeypatch.setattr(blocks, name, run)
+        monkeypatch.setattr(module, name, run)
         if name != "residual_add":
-            monkeypatch.setattr(blocks, f"{name}_backend", lambda call, backend: backend)
-    monkeypatch.setattr(blocks, "_FEW_PIXELS", 0)
+            monkeypatch.setattr(module, f"{name}_backend", lambda call, backend: backend)
+    monkeypatch.setattr(written, "_FEW_PIXELS", 0)
     monkeypatch.setattr(kernel_modules, "group_norm_silu", checked_norm)
     return count
 
