@@ -1,19 +1,19 @@
 """What "auto" takes of an operator that merges what others compute one after the other.
 
-It is asked outside the operator, so that what is chosen is seen by whoever traces: one operator, or several. Its
-function `_auto` computes it from a call, and is kept by layout where nothing traces.
+It is asked outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from ._dispatch import choose_backend
-from ._launch import Chip, chip_of, constant_to_a_compiler, fastest
-from ._recipes import ByLayout
+from ._launch import Chip, Operator, chip_of, constant_to_a_compiler, fastest
+from ._recipes import ByLayout, checked
+from ._triton import of_layout
 
 Chosen = Literal["torch", "triton"]
 Shape = TypeVar("Shape")
@@ -59,6 +59,49 @@ def is_open(*sizes: int) -> bool:
     return not all(has_static_value(size) for size in sizes)
 
 
-def asked(choice: Callable[..., Chosen], by_layout: ByLayout[Chosen], call: Any) -> Chosen:
-    """choice(*call), kept in `by_layout` where nothing traces."""
-    return (choice if torch.compiler.is_compiling() else by_layout)(*call)
+class Choice:
+    """Who serves calls of an operator: its kernels ("triton"), or what it merges, one after the other ("torch").
+
+    operator  the first of its calls' arguments is of their device and dtype
+    kernel    of its launches
+    chosen    `chooser(...)`, and `numbers` of a call what it takes
+    sizes     of a call, those that its user may vary
+    """
+
+    def __init__(
+        self,
+        operator: Operator,
+        kernel: Any,
+        chosen: Callable[..., Chosen],
+        numbers: Callable[[Any], Sequence[Any]],
+        sizes: Callable[[Any], Sequence[int]],
+    ) -> None:
+        self._operator, self._kernel = operator, kernel
+        self._chosen, self._numbers, self._sizes = chosen, numbers, sizes
+        # Kept by layout where nothing traces.
+        self._auto_by_layout, self._able_by_layout = ByLayout(self._auto), ByLayout(self._able)
+
+    def auto(self, call: Any) -> Chosen:
+        """What "auto" takes."""
+        return self._auto(*call) if torch.compiler.is_compiling() else self._auto_by_layout(*call)
+
+    def of(self, call: Any, backend: str) -> Chosen:
+        """Who serves on `backend`: "auto" as told, "triton" the kernels where they can serve."""
+        if backend == "auto":
+            return self.auto(call)
+        choose_backend(self._operator.name, backend, ())
+        if backend == "torch":
+            return "torch"
+        return self._able(*call) if torch.compiler.is_compiling() else self._able_by_layout(*call)
+
+    def _reasons(self, call: Any) -> list[str]:
+        return of_layout(self._operator.unsupported_reasons(call), self._kernel, call[0])
+
+    def _able(self, *arguments: Any) -> Chosen:
+        return "torch" if self._reasons(checked(self._operator, self._operator.bind(*arguments))) else "triton"
+
+    def _auto(self, *arguments: Any) -> Chosen:
+        call = checked(self._operator, self._operator.bind(*arguments))
+        if is_open(*self._sizes(call)):
+            return "torch"
+        return self._chosen(tuple(self._reasons(call)), call[0].device, call[0].dtype, *self._numbers(call))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ._autocast import lowered
 from ._checks import flag, tensors, whole
-from ._choice import Chosen, asked, chooser, is_open
+from ._choice import Choice, Chosen, chooser
 from ._conv3x3_config import (
     Conv3x3Config,
     Conv3x3Shape,
@@ -52,9 +52,9 @@ from ._launch import (
 )
 from ._layout import MAX_INDEX
 from ._library import OUTS, define_operator
-from ._recipes import ByLayout, checked
+from ._recipes import checked
 from ._statistics import empty_statistics
-from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 
 # Tiles of rows that run beside each other on the same columns.
 GROUP_M = 8
@@ -344,7 +344,7 @@ def conv3x3(
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
         call = _lowered(call)
-        backend = asked(_auto, _auto_by_layout, call)
+        backend = _CHOICE.auto(call)
         if backend == "torch":
             return _torchs_own(call, out)
     result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[statistics](*call, backend, out=out)
@@ -356,20 +356,7 @@ def conv3x3_backend(call: Conv3x3Call, backend: str = "auto") -> Chosen:
 
     "auto" as of `conv3x3`; "triton" is "torch" here where the kernels cannot serve.
     """
-    call = _lowered(call)
-    if backend == "auto":
-        return asked(_auto, _auto_by_layout, call)
-    choose_backend("conv3x3", backend, ())
-    return "torch" if backend == "torch" else asked(_able, _able_by_layout, call)
-
-
-def _able(*arguments: Any) -> Chosen:
-    """ "triton" where the kernels can serve."""
-    call = checked(OPERATOR, Conv3x3Call(*arguments))
-    return "torch" if of_layout(unsupported_reasons(call), conv3x3_kernel, call.x) else "triton"
-
-
-_able_by_layout = ByLayout(_able)
+    return _CHOICE.of(_lowered(call), backend)
 
 
 def _torchs_own(call: Conv3x3Call, out: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -394,20 +381,6 @@ def _lowered(call: Conv3x3Call) -> Conv3x3Call:
     names = [name for name, value in call._asdict().items() if isinstance(value, Tensor)]
     values = lowered(*(getattr(call, name) for name in names))
     return call._replace(**dict(zip(names, values, strict=True)))
-
-
-def _auto(*arguments: Any) -> Chosen:
-    """What "auto" takes for the call of these arguments."""
-    call = checked(OPERATOR, Conv3x3Call(*arguments))
-    x = call.x
-    if is_open(*x.shape):
-        return "torch"
-    reasons = tuple(of_layout(unsupported_reasons(call), conv3x3_kernel, x))
-    return _chosen(reasons, x.device, x.dtype, *dataclasses.astuple(call.shape))
-
-
-_auto_by_layout = ByLayout(_auto)
-_chosen = chooser("conv3x3", Conv3x3Shape, predicted_to_gain, _key)
 
 
 def _check(call: Conv3x3Call) -> None:
@@ -491,6 +464,13 @@ OPERATOR = Operator(
     unsupported_reasons,
     torchs_own=conv3x3_separate,
     predicted_ns=lambda call, chip: predicted_ns(call.shape, chip),
+)
+_CHOICE = Choice(
+    OPERATOR,
+    conv3x3_kernel,
+    chooser("conv3x3", Conv3x3Shape, predicted_to_gain, _key),
+    lambda call: dataclasses.astuple(call.shape),
+    lambda call: call.x.shape,
 )
 # Without statistics and with: a library's operator has one type of result.
 _NAMES = {False: "conv3x3", True: "statistics_conv3x3"}

@@ -14,6 +14,7 @@ tells where that was measured; elsewhere `predicted_to_gain` (_linear_config.py)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ._autocast import lowered
 from ._checks import choice, real, tensors
-from ._choice import Chosen, asked, chooser, is_open
+from ._choice import Choice, chooser
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -48,7 +49,7 @@ from ._linear_config import (
 )
 from ._linear_kernels import linear_kernel, norm_linear_kernel
 from ._parts import parts
-from ._recipes import ByLayout, checked
+from ._recipes import checked
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 from .geglu import geglu
 from .layer_norm import OPERATOR as LAYER_NORM
@@ -310,7 +311,7 @@ def linear(
     if backend == "auto":
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or three.
         call = _lowered(call, backend)
-        backend = asked(_auto, _auto_by_layout, call)
+        backend = _CHOICE.auto(call)
         if backend == "torch":
             if out is not None:
                 OUTS["linear"].checked((*call, "auto"), out)
@@ -330,21 +331,6 @@ def _lowered(call: LinearCall, backend: str) -> LinearCall:
         (x,) = lowered(_normalized(call.norm, backend))
         low = low._replace(x=x, norm_weight=None, norm_bias=None, x_bias=None)
     return low
-
-
-def _auto(*arguments: Any) -> Chosen:
-    """What "auto" takes for the call of these arguments."""
-    call = checked(OPERATOR, LinearCall(*arguments))
-    x, rows, gated = call.x, math.prod(call.x.shape[:-1]), call.activation is not None
-    if is_open(rows, x.shape[-1]):
-        return "torch"
-    reasons = () if x.is_meta else tuple(unsupported_reasons(call))
-    columns, normed = call.weight.shape[0] // (2 if gated else 1), call.norm_weight is not None
-    return _chosen(reasons, x.device, x.dtype, rows, x.shape[-1], columns, gated, normed, x.element_size())
-
-
-_auto_by_layout = ByLayout(_auto)
-_chosen = chooser("linear", LinearShape, predicted_to_gain, _key, tells=True)
 
 
 def _check(call: LinearCall) -> None:
@@ -396,6 +382,13 @@ OPERATOR = Operator(
     unsupported_reasons,
     torchs_own=linear_separate,
     predicted_ns=lambda call, chip: merged_and_separate_ns(call.shape, chip),
+)
+_CHOICE = Choice(
+    OPERATOR,
+    linear_kernel,
+    chooser("linear", LinearShape, predicted_to_gain, _key, tells=True),
+    lambda call: dataclasses.astuple(call.shape),
+    lambda call: (call.shape.rows, call.shape.channels),
 )
 _linear = define_operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, float eps, "

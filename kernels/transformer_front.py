@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._autocast import without_memory
 from ._checks import one_device, real, tensors, whole
-from ._choice import Chosen, asked, chooser, is_open
+from ._choice import Choice, Chosen, chooser
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -35,7 +35,7 @@ from ._launch import (
 from ._layout import MAX_INDEX
 from ._library import OUTS, define_operator
 from ._parts import parts
-from ._recipes import ByLayout, checked
+from ._recipes import checked
 from ._statistics import statistics_misfit, statistics_reasons, tile_pixels
 from ._transformer_config import (
     FrontShape,
@@ -47,7 +47,7 @@ from ._transformer_config import (
     keeps_row,
 )
 from ._transformer_front_kernels import transformer_front_kernel
-from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 from .group_norm import group_norm_silu
 from .linear import linear
 
@@ -299,7 +299,7 @@ def transformer_front(
     )
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
-        backend = asked(_auto, _auto_by_layout, call)
+        backend = _CHOICE.auto(call)
         if backend == "torch":
             if out is not None:
                 OUTS["transformer_front"].checked((*call, "auto"), out)
@@ -313,21 +313,7 @@ def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto")
 
     "auto" as of `transformer_front`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
     """
-    choose_backend("transformer_front", backend, ())
-    if backend == "torch" or torch._C._is_any_autocast_enabled():
-        return "torch"
-    if backend == "auto":
-        return asked(_auto, _auto_by_layout, call)
-    return asked(_able, _able_by_layout, call)
-
-
-def _able(*arguments: Any) -> Chosen:
-    """ "triton" where the kernels can serve."""
-    call = checked(OPERATOR, TransformerFrontCall(*arguments))
-    return "torch" if of_layout(unsupported_reasons(call), transformer_front_kernel, call.image) else "triton"
-
-
-_able_by_layout = ByLayout(_able)
+    return _CHOICE.of(call, "torch" if torch._C._is_any_autocast_enabled() else backend)
 
 
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
@@ -340,20 +326,6 @@ def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:
         group_eps=real(name, "group_eps", call.group_eps),
         norm_eps=real(name, "norm_eps", call.norm_eps),
     )
-
-
-def _auto(*arguments: Any) -> Chosen:
-    """What "auto" takes for the call of these arguments."""
-    call = checked(OPERATOR, TransformerFrontCall(*arguments))
-    image, shape = call.image, call.shape
-    if is_open(shape.batch, shape.tokens):
-        return "torch"
-    reasons = tuple(of_layout(unsupported_reasons(call), transformer_front_kernel, image))
-    return _chosen(reasons, image.device, image.dtype, *shape)
-
-
-_auto_by_layout = ByLayout(_auto)
-_chosen = chooser("transformer_front", FrontShape, front_predicted_to_gain, _key)
 
 
 def _check(call: TransformerFrontCall) -> None:
@@ -437,6 +409,13 @@ OPERATOR = Operator(
     unsupported_reasons,
     torchs_own=transformer_front_separate,
     predicted_ns=lambda call, chip: front_predicted_ns(call.shape, chip),
+)
+_CHOICE = Choice(
+    OPERATOR,
+    transformer_front_kernel,
+    chooser("transformer_front", FrontShape, front_predicted_to_gain, _key),
+    lambda call: call.shape,
+    lambda call: (call.shape.batch, call.shape.tokens),
 )
 _transformer_front = define_operator(
     "transformer_front(Tensor image, int num_groups, Tensor group_weight, Tensor group_bias, Tensor proj_weight, "

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ._autocast import without_memory
 from ._checks import flag, one_device, real, tensors
-from ._choice import Chosen, asked, chooser, is_open
+from ._choice import Choice, Chosen, chooser
 from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
@@ -40,7 +40,7 @@ from ._launch import (
 from ._layout import MAX_INDEX
 from ._library import OUTS, define_operator
 from ._parts import parts
-from ._recipes import ByLayout, checked
+from ._recipes import checked
 from ._statistics import channel_statistics, empty_statistics
 from ._transformer_config import (
     MAX_HEAD_DIM,
@@ -54,7 +54,7 @@ from ._transformer_config import (
     tail_predicted_to_gain,
 )
 from ._transformer_tail_kernels import transformer_tail_kernel
-from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted, of_layout
+from ._triton import contiguity_reasons, device_reasons, dtype_reasons, is_interpreted
 from .attention import attention
 from .linear import linear
 
@@ -398,7 +398,7 @@ def transformer_tail(
     call = call._replace(eps=real("transformer_tail", "eps", eps))
     if backend == "auto" and not torch._C._is_any_autocast_enabled():
         # Outside the operator, so that what is chosen is seen by whoever traces: one operator, or several.
-        backend = asked(_auto, _auto_by_layout, call)
+        backend = _CHOICE.auto(call)
         if backend == "torch":
             return _unfused(call, out)
     result: Tensor | tuple[Tensor, Tensor] = _IMPLEMENTED[call.statistics](*call, backend, out=out)
@@ -410,21 +410,7 @@ def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -
 
     "auto" as of `transformer_tail`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
     """
-    choose_backend("transformer_tail", backend, ())
-    if backend == "torch" or torch._C._is_any_autocast_enabled():
-        return "torch"
-    if backend == "auto":
-        return asked(_auto, _auto_by_layout, call)
-    return asked(_able, _able_by_layout, call)
-
-
-def _able(*arguments: Any) -> Chosen:
-    """ "triton" where the kernels can serve."""
-    call = checked(OPERATOR, TransformerTailCall(*arguments))
-    return "torch" if of_layout(unsupported_reasons(call), transformer_tail_kernel, call.x) else "triton"
-
-
-_able_by_layout = ByLayout(_able)
+    return _CHOICE.of(call, "torch" if torch._C._is_any_autocast_enabled() else backend)
 
 
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -436,20 +422,6 @@ def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tens
     image, statistics = out
     statistics.copy_(channel_statistics(_separate(call, "auto", image), tail_statistics_tile(call)))
     return image, statistics
-
-
-def _auto(*arguments: Any) -> Chosen:
-    """What "auto" takes for the call of these arguments."""
-    call = checked(OPERATOR, TransformerTailCall(*arguments))
-    x, shape = call.x, call.shape
-    if is_open(shape.batch, shape.tokens, shape.keys):
-        return "torch"
-    reasons = tuple(of_layout(unsupported_reasons(call), transformer_tail_kernel, x))
-    return _chosen(reasons, x.device, x.dtype, *shape)
-
-
-_auto_by_layout = ByLayout(_auto)
-_chosen = chooser("transformer_tail", TailShape, tail_predicted_to_gain, _key)
 
 
 def _check(call: TransformerTailCall) -> None:
@@ -545,6 +517,13 @@ OPERATOR = Operator(
     unsupported_reasons,
     torchs_own=transformer_tail_separate,
     predicted_ns=lambda call, chip: tail_predicted_ns(call.shape, chip),
+)
+_CHOICE = Choice(
+    OPERATOR,
+    transformer_tail_kernel,
+    chooser("transformer_tail", TailShape, tail_predicted_to_gain, _key),
+    lambda call: call.shape,
+    lambda call: (call.shape.batch, call.shape.tokens, call.shape.keys),
 )
 _ARGUMENTS = (
     "(Tensor attended, Tensor x, Tensor image, Tensor context, Tensor out_weight, Tensor norm2_weight, "
