@@ -14,6 +14,7 @@ activations were just written, weights were last read a step ago. The table tell
     python bench/tune.py geglu --size 39M,866M --batch 2 --seconds 120
     python bench/tune.py linear --size 866M --l2 step
     python bench/tune.py attention --head-dim 40,64 --tokens 4096 --batch 16
+    python bench/tune.py linear,conv3x3 --size 39M,145M --batch 2 --key-seconds 4
 """
 
 from __future__ import annotations
@@ -108,6 +109,14 @@ def as_in_a_step(
     return list(itertools.islice(itertools.cycle(sets), max(len(sets), LEAST_CALLS)))
 
 
+def without_statistics(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a network that takes torch's operator, which asks for no statistics beside its result.
+
+    A kernel that leaves them is so judged without what the next norm gains by them.
+    """
+    return arguments | {"statistics": False} if arguments.get("statistics") is True else arguments
+
+
 class GpuTimer:
     """Times configurations of one case; a configuration is compared with the reference before its first time."""
 
@@ -129,7 +138,7 @@ class GpuTimer:
             self._check(config)
 
         def call(arguments: dict[str, Any]) -> Any:
-            result = self._call(config, arguments)
+            result = self._call(config, without_statistics(arguments) if config == TORCH else arguments)
             # Where it is not kept the next call writes to the same memory, as in a step.
             return result if self.keeps_results else None
 
@@ -284,7 +293,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="tune.py"
     )
-    parser.add_argument("kernel", help=f"One of {', '.join(OPERATORS)}.")
+    parser.add_argument("kernel", help=f"Of {', '.join(OPERATORS)}; separate several by commas.")
     parser.add_argument(
         "--size", action="append", default=[], help="Sizes of the family, or vae; all unless told."
     )
@@ -318,13 +327,15 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    (kernel,) = known_names("kernel", [options.kernel], OPERATORS)
+    kernels = known_names("kernel", [options.kernel], OPERATORS)
+    if not kernels:
+        raise CaseError(f"name a kernel: {', '.join(OPERATORS)}")
     sizes = known_names("size", options.size, SIZES) or SIZES
     batches = tuple(sorted({whole_number("batch", b) for b in split_values(options.batch)})) or BATCHES
     dtype = dtype_named(options.dtype)
     head_dims = [whole_number("head-dim", text, 1024) for text in split_values(options.head_dim)]
     tokens = [whole_number("tokens", text, 2**20) for text in split_values(options.tokens)] or TOKENS
-    if head_dims and kernel != "attention":
+    if head_dims and kernels != ("attention",):
         raise CaseError("--head-dim chooses attention's calls; tune attention with it")
     for option, asked, known in (
         ("batch", batches, TUNED_BATCHES),
@@ -341,9 +352,10 @@ def run(options: argparse.Namespace) -> int:
     if chip is None:
         raise CaseError("there is no GPU here, and configurations are chosen by measuring on one")
     calls = (
-        head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs((kernel,), sizes, batches, dtype)
+        head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs(kernels, sizes, batches, dtype)
     )
-    given = list(first_of_each_key(calls))
+    # The first of the kernels to the end, then the next.
+    given = sorted(first_of_each_key(calls), key=lambda one: kernels.index(one[1].call.operator))
     refused = compile_ahead(given, chip, options.seconds * COMPILING)
     device = torch.device("cuda", 0)
     environment = collect_environment("cuda:0")

