@@ -295,8 +295,8 @@ def test_gradients_are_the_references(name):
         }
         out = as_tuple(function(**{**arguments, **leaves}, backend=backend))
         if arguments.get("statistics") is True:
-            # Squared deviations are as large as the image's own squares. Squared once more, what rounding leaves of
-            # a bias's gradient, which they do not depend on, would be larger than that gradient.
+            # Squared deviations are as large as the image's squares. Squared once more, what rounding leaves of a
+            # bias's gradient, which they do not depend on, would be larger than that gradient.
             image, statistics = out
             means, deviations = statistics.unbind(2)
             loss = image.float().square().sum() + means.square().sum() + deviations.sum()
