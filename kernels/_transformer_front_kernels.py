@@ -9,7 +9,7 @@ A tile of rows stays in registers, its channels in one or two parts (_parts.py).
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_rows, wait_for_primary
+from ._dependent import launch_dependents, prefetch_share, wait_for_primary
 from ._group_norm_given import _channel_moments
 from ._linear_kernels import _normalized
 from ._parts import load_parts, part_columns, row_ptrs
@@ -132,6 +132,7 @@ def transformer_front_kernel(
     BLOCK_N: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_N: tl.constexpr,
+    LINES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -147,10 +148,8 @@ def transformer_front_kernel(
         mask_m = offs_m < tokens
     rows = sample * tokens + offs_m
 
-    weight_columns = part_columns(PART_1, PART_2)
-    for i in tl.static_range(len(weight_columns)):
-        weight_rows = tl.minimum(weight_columns[i], CHANNELS - 1) * CHANNELS
-        prefetch_rows(proj_weight_ptr + weight_rows, CHANNELS, PART_1 + PART_2, PDL)
+    # What was last read a step ago comes from memory, while the statistics are merged.
+    prefetch_share(qkv_weight_ptr, columns * CHANNELS, LINES)
     wait_for_primary(PDL)
     weight = load_square(proj_weight_ptr, CHANNELS, PART_1, PART_2)
     centers, slopes, offsets = _group_norm_factors(

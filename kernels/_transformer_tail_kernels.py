@@ -10,7 +10,7 @@ as the residual stream, rounded as the operand of a matmul. Weights pass through
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_rows, wait_for_primary
+from ._dependent import launch_dependents, prefetch_share, wait_for_primary
 from ._linear_kernels import _normalized
 from ._parts import load_parts, part_columns, row_ptrs
 from ._statistics import store_statistics
@@ -38,13 +38,35 @@ def to_dtype(rows, dtype: tl.constexpr):
 
 
 @jit
-def _load_vector(ptrs, mask):
-    """In float32, with zeros where masked; a mask that is None lets all pass."""
-    if mask is None:
-        vector = tl.load(ptrs)
+def _both(a, b):
+    """Where both masks hold; one that is None lets all pass."""
+    if a is None:
+        mask = b
+    elif b is None:
+        mask = a
     else:
-        vector = tl.load(ptrs, mask=mask, other=0.0)
-    return vector.to(tl.float32)
+        mask = a & b
+    return mask
+
+
+@jit
+def _tile_mask(rows, columns):
+    """The mask of a tile of rows and columns; one that is None lets all pass."""
+    if rows is not None:
+        rows = rows[:, None]
+    if columns is not None:
+        columns = columns[None, :]
+    return _both(rows, columns)
+
+
+@jit
+def _load(ptrs, mask):
+    """Zeros where masked; a mask that is None lets all pass."""
+    if mask is None:
+        values = tl.load(ptrs)
+    else:
+        values = tl.load(ptrs, mask=mask, other=0.0)
+    return values
 
 
 @jit
@@ -56,7 +78,7 @@ def add_vector(rows, vector_ptr, CHANNELS: tl.constexpr, PART_1: tl.constexpr, P
         columns = part_columns(PART_1, PART_2)
         total = ()
         for i in tl.static_range(len(columns)):
-            vector = _load_vector(vector_ptr + columns[i], part_mask(columns, i, CHANNELS, PART_1, PART_2))
+            vector = _load(vector_ptr + columns[i], part_mask(columns, i, CHANNELS, PART_1, PART_2)).to(tl.float32)
             total += (rows[i] + vector[None, :],)
     return total
 
@@ -86,36 +108,11 @@ def add_matmul(acc, a, weight, PRECISION: tl.constexpr):
 
 
 @jit
-def _load_head(rows, mask_rows, HEAD_CHANNELS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of one head; zeros in masked rows (None: no mask) and past HEAD_CHANNELS."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = rows[:, None] + d
-    if HEAD_CHANNELS == BLOCK_D and mask_rows is None:
-        values = tl.load(ptrs)
-    elif HEAD_CHANNELS == BLOCK_D:
-        values = tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
-    elif mask_rows is None:
-        values = tl.load(ptrs, mask=d < HEAD_CHANNELS, other=0.0)
-    else:
-        values = tl.load(ptrs, mask=mask_rows[:, None] & (d < HEAD_CHANNELS), other=0.0)
-    return values
-
-
-@jit
-def _key_mask(offs_n, keys, IS_WHOLE: tl.constexpr):
-    """Which keys there are; None where all are."""
-    if IS_WHOLE:
-        mask = None
-    else:
-        mask = offs_n < keys
-    return mask
-
-
-@jit
 def _attend(
     q,
     key_ptr,
     value_ptr,
+    mask_heads,
     keys,
     stride_t,
     scale_log2,
@@ -127,28 +124,46 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """Attention of queries [rows, BLOCK_D] over all keys of one head, float32; the first WHOLE_PARTS parts of the
-    keys have no padding."""
+    keys have no padding. Of several heads [heads, rows, BLOCK_D], pointers and their mask (None: no mask) are
+    [heads, 1, 1]."""
     offs_n = part_columns(KEYS_1, KEYS_2)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if HEAD_CHANNELS == BLOCK_D:
+        mask_d = mask_heads
+    else:
+        mask_d = _both(mask_heads, d < HEAD_CHANNELS)
     s = ()
-    m_i = tl.full([q.shape[0]], float("-inf"), tl.float32)
     for j in tl.static_range(len(offs_n)):
-        mask_n = _key_mask(offs_n[j], keys, j < WHOLE_PARTS)
-        k = _load_head(row_ptrs(key_ptr, offs_n[j], stride_t, 1), mask_n, HEAD_CHANNELS, BLOCK_D)
+        n = offs_n[j]
+        if j < WHOLE_PARTS:
+            mask_n = None
+        else:
+            mask_n = (n < keys)[:, None]
+        k = _load(key_ptr + (row_ptrs(0, n, stride_t, 1)[:, None] + d), _both(mask_n, mask_d))
         s_j = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if mask_n is not None:
-            s_j = tl.where(mask_n[None, :], s_j, float("-inf"))
+        if j >= WHOLE_PARTS:
+            s_j = tl.where((n < keys)[None, :], s_j, float("-inf"))
         s += (s_j,)
-        m_i = tl.maximum(m_i, tl.max(s_j, axis=1))
+        if j == 0:
+            m_i = tl.max(s_j, axis=-1)
+        else:
+            m_i = tl.maximum(m_i, tl.max(s_j, axis=-1))
     m_i *= scale_log2
-    l_i = tl.zeros([q.shape[0]], tl.float32)
-    acc = tl.zeros([q.shape[0], BLOCK_D], tl.float32)
     for j in tl.static_range(len(offs_n)):
-        mask_n = _key_mask(offs_n[j], keys, j < WHOLE_PARTS)
-        v = _load_head(row_ptrs(value_ptr, offs_n[j], stride_t, 1), mask_n, HEAD_CHANNELS, BLOCK_D)
-        p = tl.exp2(s[j] * scale_log2 - m_i[:, None])
-        l_i += tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc * (1.0 / l_i)[:, None]
+        n = offs_n[j]
+        if j < WHOLE_PARTS:
+            mask_n = None
+        else:
+            mask_n = (n < keys)[:, None]
+        v = _load(value_ptr + (row_ptrs(0, n, stride_t, 1)[:, None] + d), _both(mask_n, mask_d))
+        p = tl.exp2(s[j] * scale_log2 - tl.expand_dims(m_i, -1))
+        if j == 0:
+            l_i = tl.sum(p, axis=-1)
+            acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        else:
+            l_i += tl.sum(p, axis=-1)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc * tl.expand_dims(1.0 / l_i, -1)
 
 
 @jit
@@ -163,6 +178,7 @@ def _add_cross_attention(
     stride_kv,
     scale_log2,
     HEADS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
     HEAD_CHANNELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS_1: tl.constexpr,
@@ -173,27 +189,46 @@ def _add_cross_attention(
     PART_2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """t + attention(n Wq^T, keys, values) Wo^T, one head after the other."""
+    """t + attention(n Wq^T, keys, values) Wo^T, HEADS_AT_ONCE heads after the other.
+
+    Of several heads at once each warp has some: no sum of a row is over warps, and while one head waits others
+    need not. One at a time needs the fewest registers.
+    """
     columns = part_columns(PART_1, PART_2)
-    d = tl.arange(0, BLOCK_D)
-    for h in range(0, HEADS):
+    lanes = tl.arange(0, HEADS_AT_ONCE * BLOCK_D)
+    rows: tl.constexpr = n[0].shape[0]
+    for first in range(0, HEADS, HEADS_AT_ONCE):
         if HEAD_CHANNELS == BLOCK_D:
-            mask_d = None
+            channels = first * HEAD_CHANNELS + lanes
+            mask_c = None
         else:
-            mask_d = d < HEAD_CHANNELS
-        q_rows = row_ptrs(q_weight_ptr, h * HEAD_CHANNELS + d, CHANNELS, 1)
-        q_weight = (load_parts(q_rows, mask_d, CHANNELS, PART_1, PART_2),)
-        (q,) = add_matmul((tl.zeros([n[0].shape[0], BLOCK_D], tl.float32),), n, q_weight, PRECISION)
-        key_ptr = context_ptr + h * HEAD_CHANNELS
+            channels = (first + lanes // BLOCK_D) * HEAD_CHANNELS + lanes % BLOCK_D
+            mask_c = lanes % BLOCK_D < HEAD_CHANNELS
+        key_ptr = context_ptr + first * HEAD_CHANNELS
+        mask_heads = None
+        if HEADS_AT_ONCE > 1:
+            heads = tl.arange(0, HEADS_AT_ONCE)
+            key_ptr += (heads * HEAD_CHANNELS)[:, None, None]
+            if HEADS % HEADS_AT_ONCE:
+                mask_heads = (first + heads < HEADS)[:, None, None]
+                mask_c = _both(mask_c, first + lanes // BLOCK_D < HEADS)
+        q_rows = row_ptrs(q_weight_ptr, channels, CHANNELS, 1)
+        q_weight = (load_parts(q_rows, mask_c, CHANNELS, PART_1, PART_2),)
+        (q,) = add_matmul((tl.zeros([rows, HEADS_AT_ONCE * BLOCK_D], tl.float32),), n, q_weight, PRECISION)
+        q = q.to(n[0].dtype)
+        if HEADS_AT_ONCE > 1:
+            q = tl.permute(tl.reshape(q, [rows, HEADS_AT_ONCE, BLOCK_D]), (1, 0, 2))
         o = _attend(
-            q.to(n[0].dtype), key_ptr, key_ptr + stride_kv, keys, stride_t, scale_log2,
+            q, key_ptr, key_ptr + stride_kv, mask_heads, keys, stride_t, scale_log2,
             HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, PRECISION,
         ).to(n[0].dtype)  # fmt: skip
+        if HEADS_AT_ONCE > 1:
+            o = tl.reshape(tl.permute(o, (1, 0, 2)), [rows, HEADS_AT_ONCE * BLOCK_D])
         weight = ()
         for i in tl.static_range(len(columns)):
-            rows = row_ptrs(out_weight_ptr + h * HEAD_CHANNELS, columns[i], CHANNELS, 1)
+            ptrs = row_ptrs(out_weight_ptr, columns[i], CHANNELS, 1)[:, None] + channels[None, :]
             mask = part_mask(columns, i, CHANNELS, PART_1, PART_2)
-            weight += ((_load_head(rows, mask, HEAD_CHANNELS, BLOCK_D),),)
+            weight += ((_load(ptrs, _tile_mask(mask, mask_c)),),)
         t = add_matmul(t, (o,), weight, PRECISION)
     return t
 
@@ -227,22 +262,14 @@ def _add_feed_forward(
         (value,) = add_matmul((zeros,), n, (load_parts(value_rows, mask_j, CHANNELS, PART_1, PART_2),), PRECISION)
         (gate,) = add_matmul((zeros,), n, (load_parts(gate_rows, mask_j, CHANNELS, PART_1, PART_2),), PRECISION)
         if in_bias_ptr is not None:
-            value += _load_vector(in_bias_ptr + offs_j, mask_j)[None, :]
-            gate += _load_vector(in_bias_ptr + inner + offs_j, mask_j)[None, :]
+            value += _load(in_bias_ptr + offs_j, mask_j).to(tl.float32)[None, :]
+            gate += _load(in_bias_ptr + inner + offs_j, mask_j).to(tl.float32)[None, :]
         h = (value * gelu(gate)).to(n[0].dtype)
         weight = ()
         for i in tl.static_range(len(columns)):
             ptrs = row_ptrs(out_weight_ptr, columns[i], inner, 1)[:, None] + offs_j[None, :]
             mask = part_mask(columns, i, CHANNELS, PART_1, PART_2)
-            if mask is None and mask_j is None:
-                w = tl.load(ptrs)
-            elif mask_j is None:
-                w = tl.load(ptrs, mask=mask[:, None], other=0.0)
-            elif mask is None:
-                w = tl.load(ptrs, mask=mask_j[None, :], other=0.0)
-            else:
-                w = tl.load(ptrs, mask=mask[:, None] & mask_j[None, :], other=0.0)
-            weight += ((w,),)
+            weight += ((_load(ptrs, _tile_mask(mask, mask_j)),),)
         t = add_matmul(t, (h,), weight, PRECISION)
     return t
 
@@ -250,14 +277,11 @@ def _add_feed_forward(
 @jit
 def store_tile(ptrs, value, mask_m, mask_n):
     """Writes a tile; a mask of rows or columns that is None lets all pass."""
-    if mask_m is None and mask_n is None:
+    mask = _tile_mask(mask_m, mask_n)
+    if mask is None:
         tl.store(ptrs, value)
-    elif mask_m is None:
-        tl.store(ptrs, value, mask=mask_n[None, :])
-    elif mask_n is None:
-        tl.store(ptrs, value, mask=mask_m[:, None])
     else:
-        tl.store(ptrs, value, mask=mask_m[:, None] & mask_n[None, :])
+        tl.store(ptrs, value, mask=mask)
 
 
 @jit
@@ -306,6 +330,7 @@ def transformer_tail_kernel(
     stride_ct,
     stride_ckv,
     HEADS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
     HEAD_CHANNELS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     KEYS_1: tl.constexpr,
@@ -318,6 +343,8 @@ def transformer_tail_kernel(
     BLOCK_J: tl.constexpr,
     EVEN_M: tl.constexpr,
     EVEN_J: tl.constexpr,
+    SQUARE_LINES: tl.constexpr,
+    INNER_LINES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -333,10 +360,12 @@ def transformer_tail_kernel(
         mask_m = offs_m < tokens
     offsets = (sample * tokens + offs_m) * CHANNELS
     columns = part_columns(PART_1, PART_2)
-    for i in tl.static_range(len(columns)):
-        rows = tl.minimum(columns[i], CHANNELS - 1) * CHANNELS
-        prefetch_rows(out_weight_ptr + rows, CHANNELS, PART_1 + PART_2, PDL)
-        prefetch_rows(q_weight_ptr + rows, CHANNELS, PART_1 + PART_2, PDL)
+    # What was last read a step ago comes from memory, in the time of the first loads.
+    prefetch_share(q_weight_ptr, CHANNELS * CHANNELS, SQUARE_LINES)
+    prefetch_share(cross_weight_ptr, CHANNELS * CHANNELS, SQUARE_LINES)
+    prefetch_share(in_weight_ptr, 2 * inner * CHANNELS, 2 * INNER_LINES)
+    prefetch_share(ff_weight_ptr, inner * CHANNELS, INNER_LINES)
+    prefetch_share(proj_weight_ptr, CHANNELS * CHANNELS, SQUARE_LINES)
     wait_for_primary(PDL)
 
     weight = load_square(out_weight_ptr, CHANNELS, PART_1, PART_2)
@@ -349,8 +378,8 @@ def transformer_tail_kernel(
     t = add_vector(t, cross_bias_ptr, CHANNELS, PART_1, PART_2)
     t = _add_cross_attention(
         t, n, q_weight_ptr, context_ptr + sample * stride_cb, cross_weight_ptr, keys, stride_ct, stride_ckv,
-        scale_log2, HEADS, HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, CHANNELS, PART_1, PART_2,
-        PRECISION,
+        scale_log2, HEADS, HEADS_AT_ONCE, HEAD_CHANNELS, BLOCK_D, KEYS_1, KEYS_2, WHOLE_PARTS, CHANNELS, PART_1,
+        PART_2, PRECISION,
     )  # fmt: skip
 
     n = to_dtype(_normalized(t, None, norm3_weight_ptr, norm3_bias_ptr, eps, CHANNELS, PART_1, PART_2), dtype)

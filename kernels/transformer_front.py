@@ -20,7 +20,7 @@ from torch import Tensor
 from ._autocast import without_memory
 from ._checks import one_device, real, tensors, whole
 from ._choice import Choice, Chosen, chooser
-from ._dependent import launches_dependently
+from ._dependent import launches_dependently, lines_of_a_program
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -213,6 +213,9 @@ def plan(
         "BLOCK_N": config.block_n,
         "EVEN_M": shape.tokens % config.block_m == 0,
         "EVEN_N": shape.columns % config.block_n == 0,
+        "LINES": lines_of_a_program(
+            shape.columns * shape.channels, shape.itemsize, shape.batch * blocks, transformer_front_kernel, chip
+        ),
         "PRECISION": "ieee",
         "PDL": pdl,
     }

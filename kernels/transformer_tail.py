@@ -25,7 +25,7 @@ from torch import Tensor
 from ._autocast import without_memory
 from ._checks import flag, one_device, real, tensors
 from ._choice import Choice, Chosen, chooser
-from ._dependent import launches_dependently
+from ._dependent import launches_dependently, lines_of_a_program
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -248,6 +248,10 @@ def plan(
     part_1, part_2 = parts(shape.channels)
     keys_1, keys_2 = parts(shape.keys)
     tiles = ceil_div(shape.tokens, config.block_m)
+
+    def lines(size: int) -> int:
+        return lines_of_a_program(size, shape.itemsize, shape.batch * tiles, transformer_tail_kernel, chip)
+
     arguments: dict[str, Any] = {
         "attended_ptr": call.attended,
         "x_ptr": call.x,
@@ -280,6 +284,7 @@ def plan(
         "stride_ct": call.context.stride(1),
         "stride_ckv": call.context.stride(2),
         "HEADS": shape.heads,
+        "HEADS_AT_ONCE": config.heads_at_once,
         "HEAD_CHANNELS": head_dim,
         "BLOCK_D": max(next_power_of_two(head_dim), 16),
         "KEYS_1": keys_1,
@@ -292,6 +297,8 @@ def plan(
         "BLOCK_J": config.block_j,
         "EVEN_M": shape.tokens % config.block_m == 0,
         "EVEN_J": shape.inner % config.block_j == 0,
+        "SQUARE_LINES": lines(shape.channels**2),
+        "INNER_LINES": lines(shape.inner * shape.channels),
         "PRECISION": "ieee",
         "PDL": pdl,
     }

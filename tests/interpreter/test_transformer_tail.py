@@ -14,8 +14,8 @@ from ldmperf.kernels._transformer_config import TransformerTailConfig
 
 TAIL = OPERATORS["transformer_tail"]
 BIASES = ("out_bias", "cross_bias", "ff_in_bias", "ff_out_bias", "proj_bias")
-# Channels and heads: head dimensions 8, 12, 16, those that a tile pads, and channels in two parts.
-WIDTHS = ((64, 8), (96, 8), (128, 8), (48, 4), (80, 8), (40, 5), (24, 3), (64, 2))
+# Channels and heads: head dimensions 8, 12, 16, those that a tile pads, channels in two parts, heads in two turns.
+WIDTHS = ((64, 8), (96, 8), (128, 8), (48, 4), (80, 8), (40, 5), (24, 3), (64, 2), (96, 12))
 
 
 def exact_tail(a):
@@ -104,12 +104,12 @@ def test_transformer_tail(kit, batch, size, width, keys, inner, biases, mean, wi
             torch.testing.assert_close(statistics[:, :, 1], expected[:, :, 1], rtol=2e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize(("block_m", "heads_at_once"), [(16, 8), (16, 2), (32, 8), (64, 1)])
 @pytest.mark.parametrize("pixels", [(1, 1), (3, 11), (8, 8), (5, 13)])
-def test_tiles_end_where_samples_do(kit, block_m, pixels):
+def test_tiles_end_where_samples_do(kit, block_m, heads_at_once, pixels):
     """Each sample alone has the same bits: no tile has rows of two, and none reads another's keys."""
     arguments = drawn(3, pixels, 64, 8, 7, 64, torch.float16, 0)
-    config = TransformerTailConfig(block_m, 64, 4, 2)
+    config = TransformerTailConfig(block_m, 64, heads_at_once, 4, 2)
     together = kit.launch(TAIL, **arguments, statistics=True, config=config)
     for i in range(3):
         given_ = {name: arguments[name][i : i + 1] for name in ("attended", "x", "image", "context")}
