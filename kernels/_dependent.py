@@ -22,10 +22,9 @@ import contextlib
 import re
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
 
 from ._checks import flag
-from ._launch import Chip, ceil_div, constant_to_a_compiler, next_power_of_two
+from ._launch import Chip, constant_to_a_compiler
 from ._triton import dependent_launch_misfit, gdc_launch_dependents, gdc_wait, is_interpreted, jit, tl
 
 # The first of NVIDIA's architectures that has them.
@@ -100,22 +99,6 @@ def prefetch_rows(rows, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The same for rows of a matrix [N], pointers."""
     if PDL:
         _prefetch(rows[:, None] + _lines(rows, size, BLOCK)[None, :])
-
-
-@jit
-def prefetch_share(ptr, size, LINES: tl.constexpr):
-    """Asks for this program's LINES lines of `size` elements, which all programs read, to be in the L2 cache."""
-    if LINES > 0:
-        ELEMENTS: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-        lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
-        _prefetch(ptr + tl.minimum(lines * ELEMENTS, size - 1))
-
-
-def lines_of_a_program(size: int, itemsize: int, programs: int, kernel: Any, chip: Chip) -> int:
-    """LINES of `prefetch_share`: 0 where there is no such instruction."""
-    if is_interpreted(kernel) or not chip.arch.startswith("sm_"):
-        return 0
-    return next_power_of_two(ceil_div(ceil_div(size * itemsize, 128), programs))
 
 
 @jit

@@ -9,10 +9,11 @@ A tile of rows stays in registers, its channels in one or two parts (_parts.py).
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_share, wait_for_primary
+from ._dependent import launch_dependents, wait_for_primary
 from ._group_norm_given import _channel_moments
 from ._linear_kernels import _normalized
 from ._parts import load_parts, part_columns, row_ptrs
+from ._prefetch import prefetch_share
 from ._transformer_tail_kernels import add_matmul, add_vector, load_square, store_rows, store_tile, to_dtype
 from ._triton import jit, tl
 

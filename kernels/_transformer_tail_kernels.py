@@ -10,9 +10,10 @@ as the residual stream, rounded as the operand of a matmul. Weights pass through
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_share, wait_for_primary
+from ._dependent import launch_dependents, wait_for_primary
 from ._linear_kernels import _normalized
 from ._parts import load_parts, part_columns, row_ptrs
+from ._prefetch import prefetch_share
 from ._statistics import store_statistics
 from ._triton import jit, tl
 from .geglu import gelu

@@ -20,7 +20,7 @@ from torch import Tensor
 from ._autocast import without_memory
 from ._checks import one_device, real, tensors, whole
 from ._choice import Choice, Chosen, chooser
-from ._dependent import launches_dependently, lines_of_a_program
+from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -35,6 +35,7 @@ from ._launch import (
 from ._layout import MAX_INDEX
 from ._library import OUTS, define_operator
 from ._parts import parts
+from ._prefetch import lines_of_a_program
 from ._recipes import checked
 from ._statistics import statistics_misfit, statistics_reasons, tile_pixels
 from ._transformer_config import (

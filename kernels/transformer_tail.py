@@ -25,7 +25,7 @@ from torch import Tensor
 from ._autocast import without_memory
 from ._checks import flag, one_device, real, tensors
 from ._choice import Choice, Chosen, chooser
-from ._dependent import launches_dependently, lines_of_a_program
+from ._dependent import launches_dependently
 from ._dispatch import choose_backend
 from ._launch import (
     Chip,
@@ -40,6 +40,7 @@ from ._launch import (
 from ._layout import MAX_INDEX
 from ._library import OUTS, define_operator
 from ._parts import parts
+from ._prefetch import lines_of_a_program
 from ._recipes import checked
 from ._statistics import channel_statistics, empty_statistics
 from ._transformer_config import (

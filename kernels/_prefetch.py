@@ -1,0 +1,34 @@
+"""Weights that every program of a launch reads, asked for before they are needed.
+
+A step reads each weight once, so that it comes from memory, not from the L2 cache. A program that computes with
+one piece after the other waits for each. Here each program asks at its beginning for a share of all pieces: soon
+they are in the L2 cache, which all programs share.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._dependent import _prefetch
+from ._launch import Chip, ceil_div, next_power_of_two
+from ._triton import is_interpreted, jit, tl
+
+_LINE_BYTES = 128
+
+
+@jit
+def prefetch_share(ptr, size, LINES: tl.constexpr):
+    """Asks for this program's LINES lines of `size` elements to come into the L2 cache."""
+    if LINES > 0:
+        ELEMENTS: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+        lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
+        _prefetch(ptr + tl.minimum(lines * ELEMENTS, size - 1))
+
+
+def lines_of_a_program(size: int, itemsize: int, programs: int, kernel: Any, chip: Chip) -> int:
+    """LINES of `prefetch_share`: 0 where there is no such instruction."""
+    if is_interpreted(kernel) or not chip.arch.startswith("sm_"):
+        return 0
+    return next_power_of_two(ceil_div(ceil_div(size * itemsize, _LINE_BYTES), programs))
