@@ -18,6 +18,9 @@ _CUBLAS_FLOP_PER_NS = 0.8 * 742e3
 _FLOP_PER_NS = 0.6 * 742e3
 _BYTES_PER_NS = 4070.0
 _L2_BYTES_PER_NS = 5500.0
+# Of a program that keeps its rows, measured on an H200: ns for each channel of a row, and for each element of the
+# weight that a multiprocessor takes.
+_KEPT_ROW_NS, _KEPT_WEIGHT_NS = 9.3, 0.076
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ _GATED: Mapping[str, _Tiles] = {
     "": _tiles((64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
 }
 _PLAIN: Mapping[str, _Tiles] = {
-    "sm_90": _tiles((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4)),
+    "sm_90": _tiles(
+        *((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (64, 32, 64, 4, 4))
+    ),
     "sm_80": _tiles((128, 128, 32, 4, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4)),
     "gfx942": _tiles((128, 128, 32, 8, 2), (64, 64, 32, 4, 2)),
     "": _tiles((64, 64, 32, 4, 3), (64, 32, 32, 4, 3)),
@@ -88,7 +93,7 @@ _FLOAT32 = _tiles((64, 32, 32, 8, 2), (32, 32, 32, 4, 2))
 @functools.cache
 def default_config(shape: LinearShape, chip: Chip) -> LinearConfig:
     """The tile for a chip that nothing was measured on: of those that fill it the one predicted to be fastest."""
-    return min(_defaults(shape, chip), key=lambda config: _merged_ns(shape, config))
+    return min(_defaults(shape, chip), key=lambda config: _merged_ns(shape, config, chip))
 
 
 @functools.cache
@@ -102,7 +107,7 @@ def predicted_to_gain(shape: LinearShape, chip: Chip) -> bool:
 
 def merged_and_separate_ns(shape: LinearShape, chip: Chip) -> tuple[float, float]:
     """(of the kernels, of torch's matmul with norm and gate beside it)."""
-    return min(_merged_ns(shape, config) for config in _defaults(shape, chip)), _separate_ns(shape)
+    return min(_merged_ns(shape, config, chip) for config in _defaults(shape, chip)), _separate_ns(shape)
 
 
 def predicted_ns(shape: LinearShape, chip: Chip) -> float:
@@ -149,13 +154,16 @@ def _separate_ns(shape: LinearShape) -> float:
     return total
 
 
-def _merged_ns(shape: LinearShape, config: LinearConfig) -> float:
+def _merged_ns(shape: LinearShape, config: LinearConfig, chip: Chip) -> float:
     matmul = _matmul_ns(shape, _FLOP_PER_NS, shape.columns)
     if config.block_k:
         return _norm_ns(shape) + matmul
     # The weight passes from the L2 cache once for each tile of rows.
     streamed = ceil_div(shape.rows, config.block_m) * _weight_rows(shape) * shape.channels * shape.itemsize
-    return max(matmul, LAUNCH_NS + streamed / _L2_BYTES_PER_NS)
+    tile = config.block_n * shape.channels * (2 if shape.gated else 1)
+    tiles = ceil_div(_programs(shape, config) // config.tiles_n, chip.multiprocessors) * config.tiles_n
+    alone = _KEPT_ROW_NS * shape.channels + _KEPT_WEIGHT_NS * tiles * tile
+    return max(matmul, LAUNCH_NS + streamed / _L2_BYTES_PER_NS, LAUNCH_NS + alone)
 
 
 def _keeping_rows(shape: LinearShape, chip: Chip) -> LinearConfig:
