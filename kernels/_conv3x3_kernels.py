@@ -18,7 +18,7 @@ column, so that a tap is at the same distance for all of them: 3 x 3 taps of the
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_rows, wait_for_primary
+from ._dependent import launch_dependents, wait_for_primary
 from ._triton import jit, tl
 
 
@@ -215,10 +215,7 @@ def conv3x3_kernel(
     w_rows = w_n
     if PHASES and TAPS == 2:
         w_rows = w_n + phase * COLUMNS
-    w_row_ptrs = weight_ptr + w_rows.to(tl.int64) * K
-    w_ptrs = w_row_ptrs[:, None] + offs_k[None, :]
-    # The rows of a wide weight are too long to ask for whole.
-    prefetch_rows(w_row_ptrs, K, 1024, PDL)
+    w_ptrs = weight_ptr + (w_rows.to(tl.int64) * K)[:, None] + offs_k[None, :]
 
     offs_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = tile_height * tile_width

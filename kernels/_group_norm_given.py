@@ -15,7 +15,6 @@ from ._group_norm_kernels import (
     _load_x_bias,
     _merge_lanes,
     _normalize,
-    _prefetch_affine,
 )
 from ._triton import jit, tl
 
@@ -102,8 +101,6 @@ def group_norm_given_kernel(
     b = (pid // bundles // chunks).to(tl.int64)
     bundle = pid % bundles
     offs_c, mask_c, member = _bundle_channels(bundle, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
-    first = bundle * (GROUPS * GROUP_CHANNELS)
-    _prefetch_affine(weight_ptr, bias_ptr, first, num_groups * GROUP_CHANNELS, BLOCK_C, PDL)
     wait_for_primary(PDL)
     shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
     of_x = offs_c < x_channels

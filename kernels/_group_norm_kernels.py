@@ -6,7 +6,7 @@ Every kernel takes an image and a bundle of GROUPS groups of GROUP_CHANNELS chan
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_vector, wait_for_primary
+from ._dependent import launch_dependents, wait_for_primary
 from ._layout import pixel_offsets
 from ._triton import jit, tl
 
@@ -99,17 +99,6 @@ def _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C: t
         offs = b * stride_tb + offs_c.to(tl.int64) * stride_tc
         shift = tl.load(x_bias_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
     return shift
-
-
-@jit
-def _prefetch_affine(  # type: ignore[no-untyped-def]
-    weight_ptr, bias_ptr, first, channels, BLOCK_C: tl.constexpr, PDL: tl.constexpr
-):
-    """Asks for the weight and the bias of channels from `first` on."""
-    if PDL and weight_ptr is not None:
-        prefetch_vector(weight_ptr + first, channels - first, BLOCK_C, PDL)
-    if PDL and bias_ptr is not None:
-        prefetch_vector(bias_ptr + first, channels - first, BLOCK_C, PDL)
 
 
 @jit
@@ -276,8 +265,6 @@ def group_norm_kernel(  # type: ignore[no-untyped-def]
     pid = tl.program_id(0)
     b = (pid // bundles).to(tl.int64)
     offs_c, mask_c, member = _bundle_channels(pid % bundles, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
-    first = (pid % bundles) * (GROUPS * GROUP_CHANNELS)
-    _prefetch_affine(weight_ptr, bias_ptr, first, num_groups * GROUP_CHANNELS, BLOCK_C, PDL)
     wait_for_primary(PDL)
     shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
     x_ptr += b * stride_xb
@@ -419,8 +406,6 @@ def group_norm_apply_kernel(  # type: ignore[no-untyped-def]
     b = (pid // bundles // chunks).to(tl.int64)
     bundle = pid % bundles
     offs_c, mask_c, member = _bundle_channels(bundle, num_groups, GROUP_CHANNELS, GROUPS, BLOCK_C, BLOCK_G)
-    first = bundle * (GROUPS * GROUP_CHANNELS)
-    _prefetch_affine(weight_ptr, bias_ptr, first, num_groups * GROUP_CHANNELS, BLOCK_C, PDL)
     wait_for_primary(PDL)
     shift = _load_x_bias(x_bias_ptr, b, offs_c, mask_c, stride_tb, stride_tc, BLOCK_C)
 

@@ -11,7 +11,7 @@ them apart moves nothing.
 
 from __future__ import annotations
 
-from ._dependent import launch_dependents, prefetch_rows, prefetch_vector, wait_for_primary
+from ._dependent import launch_dependents, wait_for_primary
 from ._layout import row_offsets
 from ._parts import load_parts, part_columns, row_ptrs
 from ._triton import jit, tl
@@ -84,15 +84,6 @@ def _product_columns(start, columns, BLOCK_N: tl.constexpr, GATED: tl.constexpr)
 
 
 @jit
-def _prefetch_weight(weight_ptr, start, columns, stride_w, channels, BLOCK_N, GATED, BLOCK_K: tl.constexpr, PDL):
-    """Asks for the first BLOCK_K channels of the weight's rows of a tile of columns."""
-    if PDL:
-        rows, _ = _product_columns(start, columns, BLOCK_N, GATED)
-        rows = tl.minimum(rows, (1 + GATED) * columns - 1).to(tl.int64)
-        prefetch_rows(weight_ptr + rows * stride_w, channels, BLOCK_K, PDL)
-
-
-@jit
 def _store_tile(
     out_ptr,
     bias_ptr,
@@ -160,17 +151,6 @@ def norm_linear_kernel(
     offsets = row_offsets(offs_m, inner, stride_outer, stride_inner, FLAT)
     if ALIGN > 1:
         offsets = tl.multiple_of(offsets, [ALIGN])
-    if PDL:
-        tile = (pid % blocks_n) * (BLOCK_N * tiles_n)
-        # A part at a time, as each is a power of two.
-        prefetch_vector(norm_weight_ptr, CHANNELS, PART_1, PDL)
-        prefetch_vector(norm_bias_ptr, CHANNELS, PART_1, PDL)
-        _prefetch_weight(weight_ptr, tile, columns, stride_w, CHANNELS, BLOCK_N, GATED, PART_1, PDL)
-        if PART_2 > 0:
-            rest: tl.constexpr = CHANNELS - PART_1
-            prefetch_vector(norm_weight_ptr + PART_1, rest, PART_2, PDL)
-            prefetch_vector(norm_bias_ptr + PART_1, rest, PART_2, PDL)
-            _prefetch_weight(weight_ptr + PART_1, tile, columns, stride_w, rest, BLOCK_N, GATED, PART_2, PDL)
     wait_for_primary(PDL)
     x = load_parts(x_ptr + offsets, offs_m < rows, CHANNELS, PART_1, PART_2)
     a = _normalized(x, x_bias_ptr, norm_weight_ptr, norm_bias_ptr, eps, CHANNELS, PART_1, PART_2)
@@ -252,7 +232,6 @@ def linear_kernel(
     else:
         w_mask = offs_n < columns
     w_ptrs = row_ptrs(weight_ptr, w_rows, stride_w, ALIGN)
-    _prefetch_weight(weight_ptr, first, columns, stride_w, channels, BLOCK_N, GATED, 2 * BLOCK_K, PDL)
     wait_for_primary(PDL)
     acc = tl.zeros([BLOCK_M, (1 + GATED) * BLOCK_N], tl.float32)
     # No way around the loop: else triton 3.6.0 comes to wgmma that ptxas serializes in 128 x 256 tiles (C7515).

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._dependent import _prefetch
 from ._launch import Chip, ceil_div, next_power_of_two
 from ._triton import is_interpreted, jit, tl
 
@@ -25,6 +24,18 @@ def prefetch_share(ptr, size, LINES: tl.constexpr):
         ELEMENTS: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
         lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
         _prefetch(ptr + tl.minimum(lines * ELEMENTS, size - 1))
+
+
+@jit
+def _prefetch(ptrs):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [ptrs.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 def lines_of_a_program(size: int, itemsize: int, programs: int, kernel: Any, chip: Chip) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ._autocast import in_float32, promoted
 from ._checks import flag, real, tensors
-from ._dependent import launch_dependents, launches_dependently, prefetch_vector, wait_for_primary
+from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import Rows, collapse_rows, column_block, row_count, row_offsets, row_reasons
@@ -106,9 +106,6 @@ def layer_norm_kernel(  # type: ignore[no-untyped-def]
     if residual_ptr is not None:
         r_rows = residual_ptr + row_offsets(offs_m, inner, stride_r_outer, stride_r_inner, FLAT)[:, None]
 
-    for j in tl.static_range(CHUNKS):
-        prefetch_vector(weight_ptr + j * BLOCK_N, columns - j * BLOCK_N, BLOCK_N, PDL)
-        prefetch_vector(bias_ptr + j * BLOCK_N, columns - j * BLOCK_N, BLOCK_N, PDL)
     wait_for_primary(PDL)
     # Tiles are added up before lanes are: one reduction, whatever the number of tiles.
     tiles = ()
