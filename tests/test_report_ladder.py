@@ -106,6 +106,19 @@ def test_rungs_are_in_order_and_gain_over_the_last_that_has_a_time(records: list
     }
 
 
+def test_what_stands_beside_a_rung_is_compared_with_it(make_record: MakeRecord) -> None:
+    times = {"graph+separate": 25.0, "graph": 20.0, "graph+pdl": 30.0, "graph-invariant": 40.0, "graph+fp8": 16.0}
+    times["triton+fp8"] = 10.0
+    made = [
+        make_record(Case(unet="866M", steps=10, backend=name, device="cuda"), wall_ms=Samples.of([wall]))
+        for name, wall in times.items()
+    ]
+    (found,) = ladders(overview(made))
+    gains = {rung.row.record.case.backend: rung.gain for rung in found.rungs}
+    assert (gains["graph"], gains["graph+pdl"]) == (25 / 20, pytest.approx(20 / 30))
+    assert (gains["graph-invariant"], gains["graph+fp8"], gains["triton+fp8"]) == (20 / 40, 20 / 16, None)
+
+
 def test_the_grid_shows_every_rung_and_why_one_has_no_time(records: list[Record]) -> None:
     grid = ladder_grid(overview(records))
     rows = {(row[0], row[1]): row for row in grid.rows}

@@ -12,7 +12,7 @@ from ..step.groups import OTHER, Other, by_group
 from ..step.launches import GROUPS, LaunchGroup
 from ..terminal.layout import MISSING, Grid, formatted, number
 from ..terminal.visible import visible
-from ..trajectory.case import IDEAS
+from ..trajectory.case import BESIDE, IDEAS
 from .details import GIB, flags_cell, largest_error
 
 # Fewer backends are told apart by the table of the run.
@@ -25,7 +25,7 @@ COSTS_TITLE = "Measured cost of a step relative to {}, beside the paper's"
 
 @dataclass(frozen=True)
 class Rung:
-    """A backend's row; `gain` is the previous timed rung's time divided by this rung's."""
+    """A backend's row; `gain` is the time of the rung it stands on, or beside, divided by its own."""
 
     row: Row
     gain: float | None
@@ -59,12 +59,14 @@ def _place(row: Row) -> tuple[int, str]:
 def _rungs(rows: list[Row]) -> tuple[Rung, ...]:
     rungs = []
     before: float | None = None
+    of_rungs: dict[str, float] = {}
     for row in rows:
-        own = step_ms(row.record)
-        rungs.append(Rung(row, ratio(before, None if own is None else own.p50)))
+        backend, own = row.record.case.backend, step_ms(row.record)
+        compared = of_rungs.get(BESIDE[backend]) if backend in BESIDE else before
+        rungs.append(Rung(row, ratio(compared, None if own is None else own.p50)))
         # An idea alone stands on the same rung as the other ideas do, and so does the next rung.
-        if own is not None and row.record.case.backend not in IDEAS:
-            before = own.p50
+        if own is not None and backend not in IDEAS:
+            before = of_rungs[backend] = own.p50
     return tuple(rungs)
 
 

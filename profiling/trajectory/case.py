@@ -40,11 +40,16 @@ RUNGS = (
     "graph",
     "graph+pdl",
 )
-# Beside the rungs `torch`, `triton+hoist+merge` and `graph`: the same with every image evaluated alone.
-INVARIANT = ("torch-invariant", "triton-invariant", "graph-invariant")
-# Beside `triton+hoist+merge` and `graph`: the same with wide transformers' matmuls in float8, less exact.
-FLOAT8 = ("triton+fp8", "graph+fp8")
-BACKENDS = (*RUNGS, *INVARIANT, *FLOAT8)
+# By backend, the rung that it stands beside: the same with every image evaluated alone, or, less exact, with wide
+# transformers' matmuls in float8.
+BESIDE = {
+    "torch-invariant": "torch",
+    "triton-invariant": "triton+hoist+merge",
+    "graph-invariant": "graph",
+    "triton+fp8": "triton+hoist+merge",
+    "graph+fp8": "graph",
+}
+BACKENDS = (*RUNGS, *BESIDE)
 # Of the task "pipeline": diffusers' pipeline as it is, with our kernels, compiled, and on our networks; then ours
 # alone, eager, and each step a graph.
 PIPELINE_BACKENDS = ("pipe", "pipe-accelerated", "pipe-compile", "pipe-rebuilt", "sample", "sample-graph")
