@@ -161,7 +161,7 @@ def _merged_ns(shape: LinearShape, config: LinearConfig, chip: Chip) -> float:
     # The weight passes from the L2 cache once for each tile of rows.
     streamed = ceil_div(shape.rows, config.block_m) * _weight_rows(shape) * shape.channels * shape.itemsize
     tile = config.block_n * shape.channels * (2 if shape.gated else 1)
-    tiles = ceil_div(_programs(shape, config) // config.tiles_n, chip.multiprocessors) * config.tiles_n
+    tiles = max(_programs(shape, config) / chip.multiprocessors, config.tiles_n)
     alone = _KEPT_ROW_NS * shape.channels + _KEPT_WEIGHT_NS * tiles * tile
     return max(matmul, LAUNCH_NS + streamed / _L2_BYTES_PER_NS, LAUNCH_NS + alone)
 
