@@ -321,7 +321,12 @@ def test_a_launch_tells_whose_it_is_what_it_computes_and_moves():
     flops = 2 * 2048 * 320 * 640
     assert told("linear", x=x, weight=meta(640, 320)) == [("linear", "linear", flops, 0)]
     assert told("linear", x=x, weight=meta(640, 320), activation="geglu", **norm) == [
-        ("linear", "layer_norm + linear + geglu", flops, 0)
+        ("layer_norm", "", 0, 0),
+        ("linear", "linear + geglu", flops, 0),
+    ]
+    x, norm = meta(2, 1024, 64), {"norm_weight": meta(64), "norm_bias": meta(64)}
+    assert told("linear", x=x, weight=meta(640, 64), activation="geglu", **norm) == [
+        ("linear", "layer_norm + linear + geglu", flops // 5, 0)
     ]
     image, weight = meta(2, 64, 16, 16, channels_last=True), meta(128, 64, 3, 3, channels_last=True)
     flops = 2 * 512 * 128 * (9 * 64 + 64)

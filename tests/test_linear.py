@@ -145,8 +145,11 @@ def test_auto_takes_what_is_predicted_until_it_was_measured(table: Path) -> None
 
 
 def test_a_norm_is_in_the_product_where_rows_can_be_kept_and_else_before_it() -> None:
-    (both,) = plan(LinearCall(**call(512, 512, 1536)))[1]
+    (both,) = plan(LinearCall(**call(2048, 128, 384)))[1]
     assert both.name == "norm_linear_kernel"
+    # Rows so wide that the program would only wait for them: an H200 takes 8.5 us so, and 6.4 us in two launches.
+    apart = plan(LinearCall(**call(512, 512, 512)))[1]
+    assert [launch.name for launch in apart] == ["layer_norm_kernel", "linear_kernel"]
     x_bias = meta(640)
     norm, product = plan(LinearCall(**call(512, 640, 1920, x_bias=x_bias)))[1]
     assert [norm.name, product.name] == ["layer_norm_kernel", "linear_kernel"]
@@ -204,5 +207,4 @@ def test_the_smaller_the_network_the_more_is_predicted_to_gain() -> None:
         width: sum(gains(width * factor, rows, gated) for factor, rows in levels for gated in (True, False))
         for width in (64, 128, 320, 768)
     }
-    assert merged[64] == merged[128] == 6
-    assert merged[64] > merged[320] > merged[768]
+    assert merged[64] > merged[128] > merged[320] > merged[768]

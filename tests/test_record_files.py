@@ -56,7 +56,10 @@ def test_the_marks_of_a_kind_are_always_written_and_are_of_no_other() -> None:
 def test_the_kind_of_every_committed_line(
     make_record: MakeRecord, kernel_line: Line, inspection_line: Line
 ) -> None:
-    assert {kind_of(line) for path in COMMITTED for line in path.read_bytes().splitlines()} == {"trajectory"}
+    assert {kind_of(line) for path in COMMITTED for line in path.read_bytes().splitlines()} == {
+        "trajectory",
+        "kernel",
+    }
     assert kind_of(kernel_line().encode()) == "kernel"
     assert kind_of(inspection_line().encode()) == "inspection"
 
@@ -65,7 +68,8 @@ def test_the_kind_of_every_committed_line(
 def test_every_committed_set_reads_whole(path: Path) -> None:
     found = gather([path])
     assert not found.aside.count
-    assert len(found.trajectories) == len({line for line in path.read_text().splitlines() if line})
+    of_its_kind = found.kernels if path.stem.endswith("-kernels") else found.trajectories
+    assert len(of_its_kind) == len({line for line in path.read_text().splitlines() if line})
 
 
 FOREIGN = (
