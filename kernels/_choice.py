@@ -62,10 +62,11 @@ def is_open(*sizes: int) -> bool:
 class Choice:
     """Who serves calls of an operator: its kernels ("triton"), or what it merges, one after the other ("torch").
 
-    operator  the first of its calls' arguments is of their device and dtype
-    kernel    of its launches
-    chosen    `chooser(...)`, and `numbers` of a call what it takes
-    sizes     of a call, those that its user may vary
+    operator  a call's first argument has its device and its dtype
+    kernel    what it launches
+    chosen    what `chooser` made of it
+    numbers   of a call, those that `chosen` takes
+    sizes     of a call, those that may vary: where a compiler leaves one open, "auto" is torch
     """
 
     def __init__(
@@ -85,13 +86,16 @@ class Choice:
         """What "auto" takes."""
         return self._auto(*call) if torch.compiler.is_compiling() else self._auto_by_layout(*call)
 
-    def of(self, call: Any, backend: str) -> Chosen:
-        """Who serves on `backend`: "auto" as told, "triton" the kernels where they can serve."""
+    def of(self, call: Any, backend: str, *, able: bool = True) -> Chosen:
+        """Who serves on `backend`: "auto" as of `auto`, "triton" the kernels where they can serve.
+
+        Without `able` they cannot, for a reason that the call does not show. ValueError for an unknown backend.
+        """
+        choose_backend(self._operator.name, backend, ())
+        if backend == "torch" or not able:
+            return "torch"
         if backend == "auto":
             return self.auto(call)
-        choose_backend(self._operator.name, backend, ())
-        if backend == "torch":
-            return "torch"
         return self._able(*call) if torch.compiler.is_compiling() else self._able_by_layout(*call)
 
     def _reasons(self, call: Any) -> list[str]:

@@ -317,7 +317,7 @@ def transformer_front_backend(call: TransformerFrontCall, backend: str = "auto")
 
     "auto" as of `transformer_front`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
     """
-    return _CHOICE.of(call, "torch" if torch._C._is_any_autocast_enabled() else backend)
+    return _CHOICE.of(call, backend, able=not torch._C._is_any_autocast_enabled())
 
 
 def _numbers(call: TransformerFrontCall) -> TransformerFrontCall:

@@ -418,7 +418,7 @@ def transformer_tail_backend(call: TransformerTailCall, backend: str = "auto") -
 
     "auto" as of `transformer_tail`; "triton" is "torch" here where the kernel cannot serve, as under autocast.
     """
-    return _CHOICE.of(call, "torch" if torch._C._is_any_autocast_enabled() else backend)
+    return _CHOICE.of(call, backend, able=not torch._C._is_any_autocast_enabled())
 
 
 def _unfused(call: TransformerTailCall, out: Any) -> Tensor | tuple[Tensor, Tensor]:

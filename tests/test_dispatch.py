@@ -5,7 +5,13 @@ import logging
 import pytest
 import torch
 
-from ldmperf.kernels import KernelUnsupported, attention, geglu
+from ldmperf.kernels import (
+    KernelUnsupported,
+    attention,
+    geglu,
+    transformer_front_backend,
+    transformer_tail_backend,
+)
 from ldmperf.kernels._dispatch import _logged, choose_backend
 
 
@@ -50,6 +56,15 @@ def test_auto_takes_the_faster_of_two_that_can_serve_and_logs_nothing(caplog):
     assert choose_backend("op", "triton", [], not_asked) == "triton"
     assert choose_backend("op", "torch", [], not_asked) == "torch"
     assert choose_backend("op", "auto", ["tensors are on the CPU"], not_asked) == "torch"
+
+
+@pytest.mark.parametrize("backend_of", [transformer_front_backend, transformer_tail_backend])
+def test_autocast_takes_the_parts_and_hides_no_unknown_backend(backend_of):
+    """Whatever the call."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [backend_of(None, backend) for backend in ("auto", "triton", "torch")] == ["torch"] * 3
+        with pytest.raises(ValueError, match="choose one of auto, torch, triton"):
+            backend_of(None, "cuda")
 
 
 def test_operators_go_through_the_dispatch(caplog):
