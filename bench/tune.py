@@ -351,9 +351,7 @@ def run(options: argparse.Namespace) -> int:
     chip = chip_here()
     if chip is None:
         raise CaseError("there is no GPU here, and configurations are chosen by measuring on one")
-    calls = (
-        head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs(kernels, sizes, batches, dtype)
-    )
+    calls = head_dim_jobs(head_dims, tokens, batches, dtype) if head_dims else jobs(kernels, sizes, batches, dtype)
     # The first of the kernels to the end, then the next.
     given = sorted(first_of_each_key(calls), key=lambda one: kernels.index(one[1].call.operator))
     refused = compile_ahead(given, chip, options.seconds * COMPILING)

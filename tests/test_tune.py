@@ -277,6 +277,13 @@ def test_torch_is_timed_with_the_finalists() -> None:
     assert (found.best, found.ms, found.torch_is_faster) == (None, 1.0, True)
 
 
+def test_torch_is_asked_for_no_statistics_of_a_convolution_but_keeps_those_that_are_given() -> None:
+    given = torch.ones(1)
+    assert tune.without_statistics({"x": 1, "statistics": True}) == {"x": 1, "statistics": False}
+    for arguments in ({"x": 1}, {"statistics": False}, {"statistics": given}):
+        assert tune.without_statistics(arguments) is arguments
+
+
 def test_torch_that_is_wrong_or_not_asked_for_has_no_time() -> None:
     seen: list[Any] = []
     found = tune_search.search([Config(1)], timer({None: 1.0, Config(1): 0.5}, seen), Deadline(None))
