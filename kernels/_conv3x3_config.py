@@ -212,8 +212,8 @@ class _Gemm:
         return total
 
 
-# Fitted: within a sixth (RMS) of what 63 calls of 39M, 145M and 866M parameters took on an H200, one and the same
-# call in two configurations among them (bench/results/nvidia-h200/2026-11-27-3cc7722-kernels.jsonl, tune.py).
+# Fitted: within a sixth (RMS) of 63 times on an H200: of 33 calls of 866M, and of 15 of 39M and 145M in two
+# configurations each (bench/results/nvidia-h200/2026-11-27-3cc7722-kernels.jsonl, 2026-11-27-cda03e3-alone.json).
 _OWN = _Gemm(fixed=8700, split_ns=700, busy=0.53, l2=14800, load=550, beside=120)
 # Fitted: within 6% of the time of cuDNN's kernels in a step of 39M, 866M and 2B parameters, less that of the first
 # convolution (bench/results/nvidia-h200/2026-11-27-82b9cee.jsonl).

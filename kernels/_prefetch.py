@@ -1,8 +1,8 @@
 """Weights that every program of a launch reads, asked for before they are needed.
 
-A step reads each weight once, so that it comes from memory, not from the L2 cache. A program that computes with
-one piece after the other waits for each. Here each program asks at its beginning for a share of all pieces: soon
-they are in the L2 cache, which all programs share.
+A step reads each weight once, so it comes from memory, not from the L2 cache. A program that reads weights piece
+by piece waits for each piece. Here each program first asks for its share of all pieces, so that all of them are
+soon in the L2 cache, which the programs share.
 """
 
 # mypy: disable-error-code="no-untyped-def"

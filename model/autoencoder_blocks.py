@@ -1,6 +1,6 @@
 """The blocks that the autoencoder has beside the UNet's: attention of an image, and encoder and decoder.
 
-Layouts, deferred biases and `in_place` are as in blocks.py.
+Layouts are as in written.py, deferred biases and `in_place` as in blocks.py.
 """
 
 from __future__ import annotations
