@@ -117,6 +117,15 @@ def test_tiles_end_where_samples_do(kit, block_m, heads_at_once, pixels):
         assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
 
 
+@pytest.mark.parametrize("key", [3, 70])
+def test_scores_too_large_for_an_exponential(kit, key):
+    """Of a key in either part of the keys; the largest of a row is taken away before."""
+    arguments = drawn(1, (4, 5), 64, 8, 77, 64, torch.float32, 0)
+    arguments["context"][:, key, 0] *= 300
+    exact, own = exact_tail(arguments), transformer_tail_ref(**arguments)
+    kit.judge(kit.launch(TAIL, **arguments), exact, own, torch.float32, factor=2.0)
+
+
 def test_at_a_mean_of_1e4(kit):
     """The norms' mean is in two parts; the residual stream loses what float32 loses."""
     arguments = drawn(1, (4, 5), 64, 8, 77, 64, torch.float32, 0, mean=1e4)
