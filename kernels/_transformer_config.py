@@ -17,8 +17,8 @@ MAX_HEAD_DIM = 32
 # The widest row that a program keeps, padded, by the bytes of an element: beyond it float32 spills.
 _MAX_ROW = {2: 128, 4: 96}
 # Assumed, for choosing only; bench/tune.py measures instead. What an H200 does per ns: bytes of memory,
-# exponentials, and instructions of a multiprocessor whose schedulers have one warp each, or more. So few of one
-# warp, as most instructions of a softmax or a GELU need the result of the one before.
+# exponentials, and a front's instructions of a multiprocessor whose schedulers have one warp each, or more. So few
+# of one warp, as most instructions need the result of the one before.
 _BYTES_PER_NS = 4070.0
 _EXPONENTIALS_PER_NS = 3870.0
 _ALONE_PER_NS = 2.6

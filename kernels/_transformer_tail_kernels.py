@@ -109,6 +109,16 @@ def add_matmul(acc, a, weight, PRECISION: tl.constexpr):
 
 
 @jit
+def _load_keys(ptr, n, keys, stride_t, d, mask_d, IS_WHOLE: tl.constexpr):
+    """Rows n of keys or values, their channels d; zeros past `keys`, unless all are there, and where masked."""
+    if IS_WHOLE:
+        mask_n = None
+    else:
+        mask_n = (n < keys)[:, None]
+    return _load(ptr + (row_ptrs(0, n, stride_t, 1)[:, None] + d), _both(mask_n, mask_d))
+
+
+@jit
 def _attend(
     q,
     key_ptr,
@@ -135,15 +145,10 @@ def _attend(
         mask_d = _both(mask_heads, d < HEAD_CHANNELS)
     s = ()
     for j in tl.static_range(len(offs_n)):
-        n = offs_n[j]
-        if j < WHOLE_PARTS:
-            mask_n = None
-        else:
-            mask_n = (n < keys)[:, None]
-        k = _load(key_ptr + (row_ptrs(0, n, stride_t, 1)[:, None] + d), _both(mask_n, mask_d))
+        k = _load_keys(key_ptr, offs_n[j], keys, stride_t, d, mask_d, j < WHOLE_PARTS)
         s_j = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if j >= WHOLE_PARTS:
-            s_j = tl.where((n < keys)[None, :], s_j, float("-inf"))
+            s_j = tl.where((offs_n[j] < keys)[None, :], s_j, float("-inf"))
         s += (s_j,)
         if j == 0:
             m_i = tl.max(s_j, axis=-1)
@@ -151,12 +156,7 @@ def _attend(
             m_i = tl.maximum(m_i, tl.max(s_j, axis=-1))
     m_i *= scale_log2
     for j in tl.static_range(len(offs_n)):
-        n = offs_n[j]
-        if j < WHOLE_PARTS:
-            mask_n = None
-        else:
-            mask_n = (n < keys)[:, None]
-        v = _load(value_ptr + (row_ptrs(0, n, stride_t, 1)[:, None] + d), _both(mask_n, mask_d))
+        v = _load_keys(value_ptr, offs_n[j], keys, stride_t, d, mask_d, j < WHOLE_PARTS)
         p = tl.exp2(s[j] * scale_log2 - tl.expand_dims(m_i, -1))
         if j == 0:
             l_i = tl.sum(p, axis=-1)
