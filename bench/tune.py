@@ -109,12 +109,14 @@ def as_in_a_step(
     return list(itertools.islice(itertools.cycle(sets), max(len(sets), LEAST_CALLS)))
 
 
-def without_statistics(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a network that takes torch's operator, which asks for no statistics beside its result.
+def as_timed(config: Config, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments; of torch's operator those of a network that takes it, which asks for no statistics beside its
+    result.
 
     A kernel that leaves them is so judged without what the next norm gains by them.
     """
-    return arguments | {"statistics": False} if arguments.get("statistics") is True else arguments
+    asks = config == TORCH and arguments.get("statistics") is True
+    return arguments | {"statistics": False} if asks else arguments
 
 
 class GpuTimer:
@@ -138,7 +140,7 @@ class GpuTimer:
             self._check(config)
 
         def call(arguments: dict[str, Any]) -> Any:
-            result = self._call(config, without_statistics(arguments) if config == TORCH else arguments)
+            result = self._call(config, as_timed(config, arguments))
             # Where it is not kept the next call writes to the same memory, as in a step.
             return result if self.keeps_results else None
 

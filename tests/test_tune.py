@@ -279,9 +279,11 @@ def test_torch_is_timed_with_the_finalists() -> None:
 
 def test_torch_is_asked_for_no_statistics_of_a_convolution_but_keeps_those_that_are_given() -> None:
     given = torch.ones(1)
-    assert tune.without_statistics({"x": 1, "statistics": True}) == {"x": 1, "statistics": False}
+    asked = {"x": 1, "statistics": True}
+    assert tune.as_timed(tune_search.TORCH, asked) == {"x": 1, "statistics": False}
+    assert tune.as_timed(Config(1), asked) is tune.as_timed(None, asked) is asked
     for arguments in ({"x": 1}, {"statistics": False}, {"statistics": given}):
-        assert tune.without_statistics(arguments) is arguments
+        assert tune.as_timed(tune_search.TORCH, arguments) is arguments
 
 
 def test_torch_that_is_wrong_or_not_asked_for_has_no_time() -> None:
