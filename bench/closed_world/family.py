@@ -24,7 +24,7 @@ SCHEDULE = NoiseSchedule.from_diffusers(
 
 @dataclass(frozen=True)
 class World:
-    """A latent size with the widths that are trained at it; a level multiplies a width, with or without attention."""
+    """A latent size, the widths trained at it, and what each level of a network multiplies its width by."""
 
     latent: int
     widths: tuple[int, ...]
