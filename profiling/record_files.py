@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from .kernel_bench import KERNELS_NAME
 from .measure.folders import RunError, holds
 from .measure.store import Aside, parsed, read_parsed, rejected_path
+from .quality import QUALITY_NAME, QualityRecord
 from .static import INSPECTIONS_NAME
 from .static.inspection_records import InspectionRecord
 from .trajectory.records import RECORDS_NAME, Record, without_completed
@@ -21,22 +22,23 @@ from .trajectory.runs import RUN_NAME, resume_command
 if TYPE_CHECKING:
     from .kernel_bench.kernel_records import KernelRecord
 
-    R = TypeVar("R", KernelRecord, InspectionRecord)
+    R = TypeVar("R", KernelRecord, InspectionRecord, QualityRecord)
 
-AnyRecord: TypeAlias = "Record | KernelRecord | InspectionRecord"
-Kind = Literal["trajectory", "kernel", "inspection"]
+AnyRecord: TypeAlias = "Record | KernelRecord | InspectionRecord | QualityRecord"
+Kind = Literal["trajectory", "kernel", "inspection", "quality"]
 
 # The files of a folder that have records, by kind.
-NAMES = (RECORDS_NAME, KERNELS_NAME, INSPECTIONS_NAME)
+NAMES = (RECORDS_NAME, KERNELS_NAME, INSPECTIONS_NAME, QUALITY_NAME)
 # Fields that a kind always writes, and no other kind has.
 MARKS: Mapping[Kind, frozenset[str]] = {
     "trajectory": frozenset(("harness", "phases", "wall_ms", "evaluations")),
     "kernel": frozenset(("peer", "mode", "clock", "interleaved")),
     "inspection": frozenset(("arch", "kernel", "constants", "num_warps")),
+    "quality": frozenset(("takes", "frechet", "kid", "sliced_wasserstein")),
 }
 _GIVE = (
-    f"give a folder with {RECORDS_NAME}, {KERNELS_NAME} or {INSPECTIONS_NAME}, a folder of such, or a file of "
-    "records"
+    f"give a folder with {RECORDS_NAME}, {KERNELS_NAME}, {INSPECTIONS_NAME} or {QUALITY_NAME}, a folder of such, "
+    "or a file of records"
 )
 
 
@@ -44,18 +46,19 @@ _GIVE = (
 class Gathered:
     """What some paths hold, in their order and that of the lines; lines that are no records are set aside.
 
-    A trajectory's record that was appended again with its energy or its trace counts once; of a kernel's call that
+    A trajectory's record that was appended again with its energy or its trace counts once; of any other case that
     a run has twice the last counts.
     """
 
     trajectories: tuple[Record, ...] = ()
     kernels: tuple[KernelRecord, ...] = ()
     inspections: tuple[InspectionRecord, ...] = ()
+    qualities: tuple[QualityRecord, ...] = ()
     aside: Aside = field(default_factory=Aside)
 
     @property
     def records(self) -> tuple[AnyRecord, ...]:
-        return (*self.trajectories, *self.kernels, *self.inspections)
+        return (*self.trajectories, *self.kernels, *self.inspections, *self.qualities)
 
 
 def gather(paths: Sequence[Path]) -> Gathered:
@@ -128,13 +131,16 @@ def read_file(path: Path) -> Gathered:
         return [record for its, record in records if its == kind]
 
     trajectories = without_completed(of("trajectory"))
-    return Gathered(tuple(trajectories), _latest(of("kernel")), _latest(of("inspection")), aside)
+    others = (_latest(of(kind)) for kind in ("kernel", "inspection", "quality"))
+    return Gathered(tuple(trajectories), *others, aside)
 
 
 def record_kind(record: AnyRecord) -> Kind:
     """The kind of a record."""
     if isinstance(record, Record):
         return "trajectory"
+    if isinstance(record, QualityRecord):
+        return "quality"
     return "inspection" if isinstance(record, InspectionRecord) else "kernel"
 
 
@@ -156,13 +162,14 @@ def of_its_kind(line: bytes) -> tuple[Kind, AnyRecord] | str:
     return record if isinstance(record, str) else (kind, record)
 
 
-def _model(kind: Kind) -> type[Record | KernelRecord | InspectionRecord]:
+def _model(kind: Kind) -> type[AnyRecord]:
     """The model of a kind; that of kernels loads torch, which the others do not need."""
     if kind == "kernel":
         from .kernel_bench.kernel_records import KernelRecord
 
         return KernelRecord
-    return InspectionRecord if kind == "inspection" else Record
+    models = {"trajectory": Record, "inspection": InspectionRecord, "quality": QualityRecord}
+    return models[kind]
 
 
 def _latest(records: Iterable[R]) -> tuple[R, ...]:
@@ -180,6 +187,7 @@ def joined_files(parts: Iterable[Gathered]) -> Gathered:
         tuple(record for part in parts for record in part.trajectories),
         tuple(record for part in parts for record in part.kernels),
         tuple(record for part in parts for record in part.inspections),
+        tuple(record for part in parts for record in part.qualities),
         aside,
     )
 

@@ -323,6 +323,52 @@ def plausible_inspection(tile: int = 64, **changes: Any) -> Any:
     return InspectionRecord(**({"case_key": key} | fields))
 
 
+def plausible_quality(network: str = "w8", steps: int = 3, **changes: Any) -> Any:
+    """A record of quality such as a closed world's bench writes; `changes` replace its fields and its case's."""
+    from ldmperf.profiling.quality import Estimate, QualityCase, QualityRecord, stitched_label
+
+    def estimate(value: float) -> Any:
+        return Estimate(value=value, replicates=tuple(value * (1 + 0.001 * n) for n in range(-10, 11)))
+
+    kind = changes.get("kind", "diffusion")
+    takes = changes.pop("takes", () if kind == "real" else ((network, steps),))
+    of_case: dict[str, Any] = {
+        "world": "scenes-8x8-v1",
+        "kind": kind,
+        "network": stitched_label(takes) if kind == "stitched" else network,
+        "training_steps": 0 if kind == "real" else 20_000,
+        "steps": steps,
+        "guidance_scale": 1.0 if kind == "real" else 2.0,
+        "samples": 2048,
+    }
+    of_case |= {name: changes.pop(name) for name in list(changes) if name in QualityCase.model_fields}
+    case = QualityCase(**of_case)
+    ok = changes.get("status", "ok") == "ok"
+    fields: dict[str, Any] = {
+        "run_id": "quality",
+        "case_key": case.key,
+        "case": case,
+        "message": None if ok else "the network's weights are not finite",
+        "tuned": kind != "real",
+        "takes": takes,
+        "parameters": 10_000,
+        "gflop_per_image": 0.01 * steps,
+        "training_gflop": 1e5,
+        "environment": Environment(os="Linux", python="3.12", torch="2.13.0+cpu", git_commit=_COMMIT),
+        "started_at": datetime(2026, 11, 28, 1, tzinfo=UTC),
+    }
+    if ok:
+        fields |= {"frechet": estimate(5.0), "kid": estimate(0.02), "sliced_wasserstein": estimate(0.3)}
+        fields |= {"alignment": estimate(0.8), "factors": {"colour": 0.9, "shape": 0.7}, "all_right": 0.6}
+    return QualityRecord(**(fields | changes))
+
+
+@pytest.fixture
+def make_quality() -> Callable[..., Any]:
+    """The function `plausible_quality`: make_quality("w8", 3, frechet=Estimate(...), sampler="ddpm", ...)."""
+    return plausible_quality
+
+
 @pytest.fixture
 def make_kernel() -> Callable[..., Any]:
     """The function `plausible_kernel`: make_kernel(rows, peer="triton", ...)."""

@@ -50,8 +50,8 @@ NAMED_AS_THEIR_HOSTS = {"kernels/layers.py", "model/dropin/stand_ins.py"}
 # The rooms of profiling and the files beside them, in their order: each imports only those above it.
 ROOMS = (
     *("terminal", "options", "machines", "paper", "measure", "peer", "step", "static", "emulator"),
-    *("trajectory", "pipelines", "rivals", "kernel_bench", "ahead", "sweep", "record_files", "figures", "claims"),
-    *("compare", "export"),
+    *("trajectory", "pipelines", "rivals", "kernel_bench", "ahead", "sweep", "quality"),
+    *("record_files", "figures", "claims", "compare", "export"),
     *("report", "commands", "cli"),
 )
 

@@ -18,6 +18,7 @@ from ldmperf.profiling import Case, Record
 from ldmperf.profiling.kernel_bench.kernel_records import KernelRecord
 from ldmperf.profiling.measure.folders import RunError
 from ldmperf.profiling.measure.recorded import RecordModel, Samples
+from ldmperf.profiling.quality import QualityRecord
 from ldmperf.profiling.record_files import MARKS, NAMES, gather, kind_of
 from ldmperf.profiling.static.inspection_records import InspectionRecord
 
@@ -29,6 +30,7 @@ MODELS: dict[str, type[RecordModel]] = {
     "trajectory": Record,
     "kernel": KernelRecord,
     "inspection": InspectionRecord,
+    "quality": QualityRecord,
 }
 
 
@@ -40,6 +42,11 @@ def kernel_line(make_kernel: Callable[..., Any]) -> Line:
 @pytest.fixture
 def inspection_line(make_inspection: Callable[..., Any]) -> Line:
     return lambda *given, **changes: str(make_inspection(*given, **changes).model_dump_json())
+
+
+@pytest.fixture
+def quality_line(make_quality: Callable[..., Any]) -> Line:
+    return lambda steps=1, **changes: str(make_quality("w8", steps, **changes).model_dump_json())
 
 
 def trajectory_line(make_record: MakeRecord, steps: int = 1, **changes: Any) -> str:
@@ -54,7 +61,7 @@ def test_the_marks_of_a_kind_are_always_written_and_are_of_no_other() -> None:
 
 
 def test_the_kind_of_every_committed_line(
-    make_record: MakeRecord, kernel_line: Line, inspection_line: Line
+    make_record: MakeRecord, kernel_line: Line, inspection_line: Line, quality_line: Line
 ) -> None:
     assert {kind_of(line) for path in COMMITTED for line in path.read_bytes().splitlines()} == {
         "trajectory",
@@ -62,6 +69,7 @@ def test_the_kind_of_every_committed_line(
     }
     assert kind_of(kernel_line().encode()) == "kernel"
     assert kind_of(inspection_line().encode()) == "inspection"
+    assert kind_of(quality_line().encode()) == "quality"
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.name)
@@ -93,6 +101,7 @@ def test_any_mix_of_lines_gives_the_whole_records_in_their_order_and_counts_the_
     data: st.DataObject,
     kernel_line: Line,
     inspection_line: Line,
+    quality_line: Line,
 ) -> None:
     """Files of one kind or several, lines cut anywhere, foreign and blank lines between them."""
     numbers = st.integers(1, 6)
@@ -100,18 +109,19 @@ def test_any_mix_of_lines_gives_the_whole_records_in_their_order_and_counts_the_
         "t": {n: trajectory_line(make_record, n) for n in range(1, 7)},
         "k": {n: kernel_line(n) for n in range(1, 7)},
         "i": {n: inspection_line(n) for n in range(1, 7)},
+        "q": {n: quality_line(n) for n in range(1, 7)},
     }
     line = st.one_of(
-        st.tuples(st.sampled_from("tki"), numbers),
-        st.tuples(st.just("cut"), st.tuples(st.sampled_from("tki"), numbers, st.floats(0.01, 0.99))),
+        st.tuples(st.sampled_from("tkiq"), numbers),
+        st.tuples(st.just("cut"), st.tuples(st.sampled_from("tkiq"), numbers, st.floats(0.01, 0.99))),
         st.tuples(st.just("foreign"), st.sampled_from(FOREIGN)),
         st.tuples(st.just("blank"), st.sampled_from(("", "  "))),
     )
     folder = tmp_path_factory.mktemp("mix")
-    expected: dict[str, list[str]] = {"t": [], "k": [], "i": []}
+    expected: dict[str, list[str]] = {"t": [], "k": [], "i": [], "q": []}
     paths, bad = [], 0
     for number, lines in enumerate(data.draw(st.lists(st.lists(line, max_size=8), min_size=1, max_size=3))):
-        of_file: dict[str, dict[str, None]] = {"t": {}, "k": {}, "i": {}}
+        of_file: dict[str, dict[str, None]] = {"t": {}, "k": {}, "i": {}, "q": {}}
         texts, trajectories = [], []
         for kind, drawn in lines:
             if kind in whole:
@@ -133,6 +143,7 @@ def test_any_mix_of_lines_gives_the_whole_records_in_their_order_and_counts_the_
         expected["t"] += trajectories
         expected["k"] += of_file["k"]
         expected["i"] += of_file["i"]
+        expected["q"] += of_file["q"]
         path = folder / f"{number}.jsonl"
         path.write_text("\n".join(texts), encoding="utf-8", errors="surrogateescape")
         paths.append(path)
@@ -144,16 +155,18 @@ def test_any_mix_of_lines_gives_the_whole_records_in_their_order_and_counts_the_
     assert [r.model_dump_json() for r in found.trajectories] == expected["t"]
     assert [r.model_dump_json() for r in found.kernels] == expected["k"]
     assert [r.model_dump_json() for r in found.inspections] == expected["i"]
+    assert [r.model_dump_json() for r in found.qualities] == expected["q"]
     assert found.aside.in_file == found.aside.count == bad
 
 
 def test_a_line_that_is_no_record_has_the_reason_of_the_kind_it_looks_most_like(
-    tmp_path: Path, kernel_line: Line, inspection_line: Line
+    tmp_path: Path, kernel_line: Line, inspection_line: Line, quality_line: Line
 ) -> None:
     torn = {
         "clock: Input should be": json.loads(kernel_line()) | {"clock": "sun"},
         "num_warps: Input should be": json.loads(inspection_line()) | {"num_warps": 0},
         "case_key is not the key of the launch": json.loads(inspection_line()) | {"arch": "sm_80"},
+        "the steps of takes do not add up": json.loads(quality_line()) | {"takes": [["w8", 2]]},
         "evaluations: Input should be": json.loads(COMMITTED[-1].read_text().splitlines()[0])
         | {"evaluations": "x"},
     }
@@ -165,17 +178,19 @@ def test_a_line_that_is_no_record_has_the_reason_of_the_kind_it_looks_most_like(
 
 
 def test_folders_of_folders_are_searched_and_each_file_counts_once(
-    tmp_path: Path, make_record: MakeRecord, kernel_line: Line, inspection_line: Line
+    tmp_path: Path, make_record: MakeRecord, kernel_line: Line, inspection_line: Line, quality_line: Line
 ) -> None:
-    lines = dict(zip(NAMES, (trajectory_line(make_record), kernel_line(), inspection_line()), strict=True))
+    of_each = (trajectory_line(make_record), kernel_line(), inspection_line(), quality_line())
+    lines = dict(zip(NAMES, of_each, strict=True))
     for name, line in lines.items():
         folder = tmp_path / "rounds" / "a" / f"run-of-{name}"
         folder.mkdir(parents=True)
         (folder / name).write_text(line + "\n")
     (tmp_path / "link").symlink_to(folder)
     found = gather([tmp_path / "rounds", folder, folder / name, tmp_path / "link"])
-    assert list(map(len, (found.trajectories, found.kernels, found.inspections))) == [1, 1, 1]
-    assert found.records == (*found.trajectories, *found.kernels, *found.inspections)
+    kinds = (found.trajectories, found.kernels, found.inspections, found.qualities)
+    assert list(map(len, kinds)) == [1, 1, 1, 1]
+    assert found.records == tuple(record for kind in kinds for record in kind)
 
 
 def test_lines_that_resuming_moved_away_may_be_named_with_their_file(
@@ -202,11 +217,11 @@ def test_a_call_measured_in_two_runs_counts_in_both(tmp_path: Path, kernel_line:
     ]
 
 
-@pytest.mark.parametrize("kinds", ["t", "i", "ti"])
+@pytest.mark.parametrize("kinds", ["t", "i", "q", "tiq"])
 def test_without_kernels_torch_is_not_loaded(
-    tmp_path: Path, make_record: MakeRecord, kinds: str, inspection_line: Line
+    tmp_path: Path, make_record: MakeRecord, kinds: str, inspection_line: Line, quality_line: Line
 ) -> None:
-    lines = {"t": trajectory_line(make_record), "i": inspection_line()}
+    lines = {"t": trajectory_line(make_record), "i": inspection_line(), "q": quality_line()}
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines[kind] for kind in kinds))
     code = f"""

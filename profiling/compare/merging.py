@@ -24,7 +24,12 @@ from ..trajectory.records import Record, without_completed
 T = TypeVar("T", bound=Hashable)
 V = TypeVar("V")
 # What follows the name of a file, by the kind of its records.
-_SUFFIXES: dict[Kind, str] = {"trajectory": "", "kernel": "-kernels", "inspection": "-inspections"}
+_SUFFIXES: dict[Kind, str] = {
+    "trajectory": "",
+    "kernel": "-kernels",
+    "inspection": "-inspections",
+    "quality": "-quality",
+}
 # What says nothing in a processor's name: "Intel(R) Xeon(R) Processor @ 2.20GHz".
 _NOISE = re.compile(r"\((r|tm)\)|\b(processor|cpu)\b|@.*", re.IGNORECASE)
 

@@ -15,6 +15,7 @@ from ..figures.text import joined
 from ..measure.conditions import commit
 from ..measure.environment import Environment
 from ..measure.folders import RunError
+from ..quality import QualityRecord
 from ..record_files import AnyRecord, gather_files
 from ..static.inspection_records import InspectionRecord
 from ..static.inspection_table import launch_names
@@ -107,8 +108,8 @@ def _one_of_each(records: Sequence[AnyRecord]) -> dict[str, AnyRecord]:
 
 
 def measured(records: Iterable[AnyRecord]) -> list[Record | KernelRecord]:
-    """Those that a machine's state counts for: an inspection has no times, and is the same on every machine."""
-    return [record for record in records if not isinstance(record, InspectionRecord)]
+    """Those that a machine's state counts for: inspections and qualities have no times."""
+    return [record for record in records if not isinstance(record, InspectionRecord | QualityRecord)]
 
 
 def in_turn(a: RecordSet, b: RecordSet) -> bool:
@@ -138,6 +139,8 @@ def differences(a: RecordSet, b: RecordSet) -> list[str]:
     for key in dict.fromkeys([*a.keys, *b.keys]):
         records = [record for side in (a, b) for record in side.of(key)]
         differ = _of_the_machine if measured(records) else _of_the_compiler
+        if isinstance(records[0], QualityRecord):
+            differ = _of_the_arithmetic
         environments = list(dict.fromkeys(record.environment for record in records))
         for other in environments[1:]:
             found += differ(environments[0], other)
@@ -156,6 +159,13 @@ def _of_the_compiler(first: Environment, other: Environment) -> list[str]:
     """What makes other code of the same kernel; older baselines do not say with which ptxas."""
     pairs = {"triton": (first.triton, other.triton), "ptxas": (first.ptxas, other.ptxas)}
     return [f"{name}: {a}, {b}" for name, (a, b) in pairs.items() if a and b and a != b]
+
+
+def _of_the_arithmetic(first: Environment, other: Environment) -> list[str]:
+    """What may round samples otherwise: torch, and the kind of GPU."""
+    gpus = [environment.gpu.name if environment.gpu else None for environment in (first, other)]
+    pairs = {"torch": (first.torch, other.torch), "gpu.name": (gpus[0], gpus[1])}
+    return [f"{name}: {a}, {b}" for name, (a, b) in pairs.items() if a != b]
 
 
 def check_comparable(a: RecordSet, b: RecordSet, force: bool) -> list[str]:
@@ -199,7 +209,9 @@ def names_of(records: Sequence[AnyRecord]) -> tuple[tuple[str, ...], dict[str, s
         for record in trajectories
     }
     for record in records:
-        if not isinstance(record, Record | InspectionRecord):
+        if isinstance(record, QualityRecord):
+            names[record.case_key] = record.case.label
+        elif not isinstance(record, Record | InspectionRecord):
             names[record.case_key] = f"{record.case.operator} {record.case.label} {record.peer} {record.mode}"
     names |= launch_names([record for record in records if isinstance(record, InspectionRecord)])
     return conditions.shared, names

@@ -15,6 +15,7 @@ from .series import (
     ENVIRONMENT_FIELDS,
     OF_INSPECTIONS,
     OF_KERNELS,
+    OF_QUALITIES,
     OF_TRAJECTORIES,
     conditions,
     environment,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from ..record_files import AnyRecord
 
 _FIRST = ("kind", "case_id", "status", "message", "case_key", "run_id", "started_at", "processor")
-_CONDITIONS = tuple(dict.fromkeys((*Case.model_fields, *OF_TRAJECTORIES, *OF_KERNELS, *OF_INSPECTIONS)))
+_OWN = (*OF_TRAJECTORIES, *OF_KERNELS, *OF_INSPECTIONS, *OF_QUALITIES, "generator")
+_CONDITIONS = tuple(dict.fromkeys((*Case.model_fields, *_OWN)))
 # A spreadsheet takes a text for a formula that begins with one of these; the quote itself, to be told from ours.
 _GUARDED = ("=", "+", "-", "@", "'")
 

@@ -13,6 +13,7 @@ from ..measure.conditions import commit
 from ..measure.environment import Environment, Gpu
 from ..measure.folders import RunError
 from ..options import device_kind
+from ..quality import QualityCase, QualityRecord
 from ..record_files import record_kind
 from ..terminal.visible import visible
 from ..trajectory.records import Record
@@ -93,7 +94,9 @@ def one_environment(records: Sequence[AnyRecord], format_name: str) -> None:
 
 
 def _device(record: Any) -> str:
-    """ "cpu" or "cuda"; of an inspection its architecture."""
+    """ "cpu" or "cuda"; of an inspection its architecture, of a quality its world."""
+    if isinstance(record, QualityRecord):
+        return record.case.world
     if isinstance(record, Record):
         return device_kind(record.case.device)
     return device_kind(getattr(record, "device", "")) or str(record.arch)
@@ -103,6 +106,8 @@ def _device(record: Any) -> str:
 OF_TRAJECTORIES = ("evaluations", "parameters", "gflop_per_forward")
 OF_KERNELS = ("operator", "call", "size", "batch", "peer", "mode", "device", "clock", "l2")
 OF_INSPECTIONS = ("arch", "kernel", "size", "batch", "dtype", "constants", "num_warps")
+# "kind" is that of the record.
+OF_QUALITIES = tuple(name for name in QualityCase.model_fields if name != "kind")
 
 
 def conditions(record: Any) -> dict[str, object]:
@@ -112,6 +117,8 @@ def conditions(record: Any) -> dict[str, object]:
     elif record_kind(record) == "kernel":
         own = {"operator": record.case.operator, "call": record.case.label}
         found = {name: own[name] if name in own else getattr(record, name) for name in OF_KERNELS}
+    elif record_kind(record) == "quality":
+        found = {name: getattr(record.case, name) for name in OF_QUALITIES} | {"generator": record.case.kind}
     else:
         found = {name: getattr(record, name) for name in OF_INSPECTIONS}
         found["constants"] = " ".join(record.constants)

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TypeVar, cast
 
 from ..measure.recorded import since_defect
+from ..quality import QualityRecord
 from ..record_files import AnyRecord
 from ..static.inspection_records import InspectionRecord
 from ..trajectory.records import Record
@@ -31,12 +32,12 @@ def _started(record: AnyRecord) -> tuple[datetime, str]:
 def best_of_case(records: Sequence[AnyRecord]) -> AnyRecord:
     """The record to show of a case, as `best_record`, whatever kind of records they are.
 
-    Of a kernel's call as `best_kernel`. Of a launch the latest: a compiler does not vary.
+    Of a kernel's call as `best_kernel`. Of a launch the latest: a compiler does not vary. Of a quality the latest.
     """
     last = records[-1]
     if isinstance(last, Record):
         return best_record(cast("Sequence[Record]", records))
-    if isinstance(last, InspectionRecord):
+    if isinstance(last, InspectionRecord | QualityRecord):
         return last
     # Loads torch, which whoever has a kernel's record has loaded.
     from ..kernel_bench.kernel_records import KernelRecord, best_kernel

@@ -1,4 +1,4 @@
-"""The tables of kernels and of compiled launches, on a page and on the terminal."""
+"""The tables of kernels, of compiled launches and of qualities, on a page and on the terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from rich.console import Console
 
 from ..figures.text import first_of, statuses_in_words
 from ..measure.conditions import commit
+from ..quality import QualityRecord
+from ..quality.quality_table import (
+    QUALITY_NOTE,
+    print_qualities,
+    quality_conditions,
+    quality_grid,
+    quality_groups,
+)
 from ..record_files import Gathered
 from ..static.inspection_records import InspectionRecord
 from ..static.inspection_table import (
@@ -27,7 +35,8 @@ if TYPE_CHECKING:
 
 
 def kind_sections(found: Gathered) -> tuple[GridSection, ...]:
-    """Sections for kernels, each of one kind of machine and commit, and for launches, each of one compiler."""
+    """Sections for kernels, each of one kind of machine and commit, for launches, each of one compiler, and for
+    qualities, each of one world."""
     return (
         *(section for group in kernel_groups(found.kernels) for section in _of_kernels(group)),
         *(
@@ -35,6 +44,12 @@ def kind_sections(found: Gathered) -> tuple[GridSection, ...]:
                 f"Compiled launches: {inspection_conditions(group[0])}", inspection_grid(group), INSPECTION_NOTE
             )
             for group in inspection_groups(found.inspections)
+        ),
+        *(
+            GridSection(
+                f"Quality in a closed world: {quality_conditions(group[0])}", quality_grid(group), QUALITY_NOTE
+            )
+            for group in quality_groups(found.qualities)
         ),
     )
 
@@ -98,3 +113,14 @@ def print_launches(records: Sequence[InspectionRecord], console: Console, most: 
     ):
         if names:
             say_wrapped(console, f"{title} in {len(names)}: {first_of(names, 5)}", "red", indent=2)
+
+
+def print_quality_group(records: Sequence[QualityRecord], console: Console, most: int | None) -> None:
+    """The table of a group of qualities; of more than `most` (None: any number) counts alone."""
+    if most is None or len(records) <= most:
+        print_qualities(records, console)
+        return
+    say_wrapped(console, quality_conditions(records[0]), "bold")
+    networks = counted(len({record.case.network for record in records}), "network")
+    statuses = statuses_in_words(record.status for record in records)
+    say_wrapped(console, f"{len(records)} qualities of {networks}: {statuses}")

@@ -133,14 +133,16 @@ def _content(
 
 
 def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, is_written: bool) -> None:
+    from ..quality.quality_table import quality_groups
     from ..static.inspection_table import inspection_groups
-    from .kind_sections import kernel_groups, print_kernels, print_launches
+    from .kind_sections import kernel_groups, print_kernels, print_launches, print_quality_group
     from .summary_text import MOST_CASES, print_changes, print_headline, print_summary
     from .tables import print_table
 
     shown, terminal = content.overview, console()
     most = None if everything else MOST_CASES
     kernels, launches = kernel_groups(found.kernels), inspection_groups(found.inspections)
+    qualities = quality_groups(found.qualities)
     if found.trajectories and (most is None or len(shown.all_rows) <= most):
         print_table(shown, terminal)
     elif found.trajectories:
@@ -151,7 +153,9 @@ def _print(content: PageInput, found: Gathered, spelled: str, everything: bool, 
         print_kernels(of_group, terminal, most)
     for launch_group in launches:
         print_launches(launch_group, terminal, most)
-    counts = [len(shown.all_rows), *(len(of) for of in kernels), *(len(of) for of in launches)]
+    for quality_group in qualities:
+        print_quality_group(quality_group, terminal, most)
+    counts = [len(shown.all_rows), *(len(of) for groups in (kernels, launches, qualities) for of in groups)]
     if most is not None and max(counts) > most:
         _tell_rest(spelled, is_written)
 

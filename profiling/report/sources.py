@@ -93,6 +93,7 @@ def _together(files: Mapping[str, Gathered], records: Sequence[AnyRecord]) -> st
         (len(of.trajectories), "record of trajectories", "records of trajectories"),
         (len(of.kernels), "record of kernels", "records of kernels"),
         (len(of.inspections), "compiled launch", "compiled launches"),
+        (len(of.qualities), "record of quality", "records of quality"),
     ]
     what = " and ".join(counted(count, one, many) for count, one, many in counts if count)
     commits = list(commit_order(records))
