@@ -13,6 +13,7 @@ from ldmperf.model import UNet
 from ldmperf.samplers import SamplingPlan, Step, initial_noise, make_plan, sample
 
 from .captions import embedded, none_embedded
+from .data import Batch, Source
 from .family import SCHEDULE, World
 from .latents import CHANNELS
 from .scenes import Scenes
@@ -73,3 +74,8 @@ def sampled(
             )
             found.append(made.cpu())
     return torch.cat(found).contiguous()
+
+
+def real_samples(world: World, split: Split, count: int) -> Batch:
+    """Real scenes of the prompts of a split."""
+    return Source(world, _PROMPTS[split]).read(0, count)

@@ -32,8 +32,8 @@ class Recipe:
 
     steps: int = 2400
     batch: int = 32
-    learning_rate: float = 2e-3
-    last_rate: float = 2e-5
+    learning_rate: float = 5e-3
+    last_rate: float = 5e-5
     warmup: int = 100
     weight_decay: float = 0.01
     averaging: float = 0.995

@@ -1,0 +1,110 @@
+"""`make closed-world`, or `python -m closed_world` in bench/: from training to records."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from ldmperf.profiling.measure.recorded import new_run_id
+
+from . import cells
+from .family import WORLDS
+from .networks import COMMITTED, network_folder
+from .study import Study
+from .tasks import Task, stages
+from .training import Recipe
+
+_TIMES = ("1", "4", "16", "50")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where records and states go; the same folder goes on.")] = Path(
+        "runs/closed-world"
+    ),
+    weights: Annotated[Path | None, typer.Option(help="The networks' folder; in --out unless told.")] = None,
+    committed: Annotated[bool, typer.Option("--committed", help="Judge the committed networks.")] = False,
+    latent: Annotated[int, typer.Option(help="8 for a CPU, 16 for a GPU.")] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = Recipe.steps,
+    seeds: Annotated[int, typer.Option(help="Training seeds of each width.")] = 3,
+    samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
+    only: Annotated[str, typer.Option(help="Stages: judge, train, tune, sample, guidance, time.")] = "",
+    workers: Annotated[int, typer.Option(help="Processes of one thread each; the cores unless told.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train the closed world's networks, sample and judge them, measure their cost."""
+    if latent not in WORLDS:
+        raise typer.BadParameter(
+            f"no world has latent {latent}: give one of {', '.join(map(str, WORLDS))}"
+        )
+    unknown = set(samplers.split(",")) - set(cells.STEPS)
+    if unknown:
+        raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
+    folder = COMMITTED if committed else weights or out / "weights"
+    study = Study(out, folder, new_run_id(), latent, device, Recipe(steps=steps), seeds=tuple(range(seeds)))
+    out.mkdir(parents=True, exist_ok=True)
+    parts = stages(study, tuple(samplers.split(",")))
+    wanted = only.split(",") if only else [*parts, "time"]
+    if unknown := set(wanted) - {*parts, "time"}:
+        raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
+    for name, tasks in parts.items():
+        if name in wanted:
+            _run(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+    if "time" in wanted:
+        _time(study)
+    print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
+
+
+def _run(name: str, tasks: Sequence[Task], study: Study, workers: int) -> None:
+    """Runs tasks beside each other, the longest first, under a bar."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool,
+    ):
+        bar = progress.add_task(name, total=sum(task.cost for task in tasks))
+        ordered = sorted(tasks, key=lambda task: -task.cost)
+        running = {pool.submit(task.run, study): task for task in ordered}
+        for done in as_completed(running):
+            done.result()
+            progress.advance(bar, running[done].cost)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _time(study: Study) -> None:
+    """The cost of the family's steps, by the project's own profiler, in the study's folder."""
+    networks = [str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths]
+    size = f"{study.latent}x{study.latent}"
+    options = {
+        "--unet": ",".join(networks),
+        "--sampler": ",".join(cells.STEPS),
+        "--steps": ",".join(_TIMES),
+        "--guidance": "1,2",
+        "--batch": "1,64",
+        "--latent": size,
+        "--tokens": "6",
+        "--dtype": "float32",
+        "--device": study.device,
+        "--backend": "torch" if study.device == "cpu" else "graph",
+        "--out": str(study.folder / "times"),
+    }
+    flat = [word for option in options.items() for word in option]
+    command = [sys.executable, "-P", "-m", "ldmperf.profiling.cli", "profile", "--one-process", *flat]
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
