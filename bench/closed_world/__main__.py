@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from ldmperf.profiling.measure.recorded import new_run_id
 
 from . import cells
 from .family import WORLDS
 from .networks import COMMITTED, network_folder
+from .pool import run_all
 from .study import Study
-from .tasks import Task, stages
+from .tasks import stages
 from .training import Recipe
 
 _TIMES = ("1", "4", "16", "50")
@@ -39,19 +34,29 @@ def main(
     seeds: Annotated[int, typer.Option(help="Training seeds of each width.")] = 3,
     samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
     only: Annotated[str, typer.Option(help="Stages: judge, train, tune, sample, guidance, time.")] = "",
+    samples: Annotated[int, typer.Option(help="Images of a cell that decides.")] = cells.SAMPLES,
+    held_out: Annotated[int, typer.Option(help="Images that a guidance is chosen by.")] = cells.HELD_OUT,
     workers: Annotated[int, typer.Option(help="Processes of one thread each; the cores unless told.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the closed world's networks, sample and judge them, measure their cost."""
     if latent not in WORLDS:
-        raise typer.BadParameter(
-            f"no world has latent {latent}: give one of {', '.join(map(str, WORLDS))}"
-        )
+        raise typer.BadParameter(f"no world has latent {latent}: give one of {', '.join(map(str, WORLDS))}")
     unknown = set(samplers.split(",")) - set(cells.STEPS)
     if unknown:
         raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
     folder = COMMITTED if committed else weights or out / "weights"
-    study = Study(out, folder, new_run_id(), latent, device, Recipe(steps=steps), seeds=tuple(range(seeds)))
+    study = Study(
+        out,
+        folder,
+        new_run_id(),
+        latent,
+        device,
+        Recipe(steps=steps),
+        seeds=tuple(range(seeds)),
+        samples=samples,
+        held_out=held_out,
+    )
     out.mkdir(parents=True, exist_ok=True)
     parts = stages(study, tuple(samplers.split(",")))
     wanted = only.split(",") if only else [*parts, "time"]
@@ -59,29 +64,10 @@ def main(
         raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
     for name, tasks in parts.items():
         if name in wanted:
-            _run(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+            run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
     if "time" in wanted:
         _time(study)
     print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
-
-
-def _run(name: str, tasks: Sequence[Task], study: Study, workers: int) -> None:
-    """Runs tasks beside each other, the longest first, under a bar."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool,
-    ):
-        bar = progress.add_task(name, total=sum(task.cost for task in tasks))
-        ordered = sorted(tasks, key=lambda task: -task.cost)
-        running = {pool.submit(task.run, study): task for task in ordered}
-        for done in as_completed(running):
-            done.result()
-            progress.advance(bar, running[done].cost)
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def _time(study: Study) -> None:
@@ -107,4 +93,6 @@ def _time(study: Study) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()
