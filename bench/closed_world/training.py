@@ -30,7 +30,7 @@ _FIRST_SEED = 1000
 class Recipe:
     """How a network is trained. `untold`: the share of captions that are dropped, for guidance."""
 
-    steps: int = 2400
+    steps: int = 3000
     batch: int = 32
     learning_rate: float = 5e-3
     last_rate: float = 5e-5
