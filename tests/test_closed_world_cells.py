@@ -95,16 +95,25 @@ def test_a_judged_cell_is_on_disk_and_is_not_sampled_again(tmp_path, monkeypatch
     one = of(tmp_path)
     save_network(tiny(), network_folder(one.weights, 8, 0))
     one.judge.write_bytes((COMMITTED / "judge.safetensors").read_bytes())
-    case = one.case(8, 0, "ddim", 2, 1.5, "test")
-    record = study.judged_cell(one, case, 8, tuned=True)
+    case = one.case([8, 8], 0, "ddim", 1.5, "test")
+    record = study.judged_cell(one, case, [8, 8], tuned=True)
     assert record.case.samples == 60
     assert record.takes == (("w8", 2),)
     assert len(record.frechet.replicates) == 200
     assert record.frechet.value > 5
     assert 0.1 < record.alignment.value < 0.4
     monkeypatch.setattr(study, "sampled", lambda *_: pytest.fail("sampled again"))
-    assert study.judged_cell(one, case, 8) == record
+    assert study.judged_cell(one, case, [8, 8]) == record
     assert study.kept(one) == {case.key: record}
+
+
+def test_a_stitched_cell_tells_who_takes_which_steps():
+    one = of(COMMITTED)
+    widths = (8, 8, 8, 32)
+    case = one.case(widths, 0, "ddim", 2.0, "test")
+    assert study.takes_of(widths) == (("w8", 3), ("w32", 1))
+    assert (case.kind, case.network, case.steps) == ("stitched", "w8x3+w32x1", 4)
+    assert one.case([8] * 4, 0, "ddim", 2.0, "test").network == "w8"
 
 
 def test_stages_cover_the_grid_once():
