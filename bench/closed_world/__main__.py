@@ -13,14 +13,13 @@ import typer
 from ldmperf.profiling.measure.recorded import new_run_id
 
 from . import cells
+from .captions import TOKENS
 from .family import WORLDS
 from .networks import COMMITTED, network_folder
 from .pool import run_all
 from .study import Study
 from .tasks import stages
 from .training import Recipe
-
-_TIMES = ("1", "4", "16", "50")
 
 
 def main(
@@ -71,25 +70,20 @@ def main(
 
 
 def _time(study: Study) -> None:
-    """The cost of the family's steps, by the project's own profiler, in the study's folder."""
-    networks = [str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths]
+    """The cost of the family's steps by the project's own profiler: an image alone, and one in a batch."""
+    networks = ",".join(str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths)
     size = f"{study.latent}x{study.latent}"
-    options = {
-        "--unet": ",".join(networks),
-        "--sampler": ",".join(cells.STEPS),
-        "--steps": ",".join(_TIMES),
-        "--guidance": "1,2",
-        "--batch": "1,64",
-        "--latent": size,
-        "--tokens": "6",
-        "--dtype": "float32",
-        "--device": study.device,
-        "--backend": "torch" if study.device == "cpu" else "graph",
-        "--out": str(study.folder / "times"),
-    }
-    flat = [word for option in options.items() for word in option]
-    command = [sys.executable, "-P", "-m", "ldmperf.profiling.cli", "profile", "--one-process", *flat]
-    subprocess.run(command, check=True)
+    backend = "torch" if study.device == "cpu" else "graph"
+    for batch, (samplers, steps) in cells.TIMED.items():
+        options = {
+            **{"--unet": networks, "--latent": size, "--tokens": str(TOKENS), "--guidance": "1,2"},
+            **{"--sampler": ",".join(samplers), "--steps": ",".join(map(str, steps)), "--batch": str(batch)},
+            **{"--dtype": "float32", "--device": study.device, "--backend": backend},
+            **{"--out": str(study.folder / "times")},
+        }
+        words = [word for option in options.items() for word in option]
+        profiler = Path(sys.executable).with_name("ldmperf")
+        subprocess.run([str(profiler), "profile", "--one-process", *words], check=True)
 
 
 if __name__ == "__main__":

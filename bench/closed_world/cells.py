@@ -16,6 +16,11 @@ VARIED = ("ddim", 16)
 # Trajectories that two networks share: their steps, and the shares of these that the first one takes.
 STITCHED_STEPS = (4, 8, 16)
 STITCHED_PARTS = (0.25, 0.5, 0.75)
+# What is timed, by batch: an image alone under every sampler, and images at once, where the sampler weighs little.
+TIMED: Mapping[int, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    1: (tuple(STEPS), (1, 4, 16, 50)),
+    64: (("ddim",), (1, 8)),
+}
 # Samples of a cell that decides, and of one that a guidance is chosen by.
 SAMPLES, HELD_OUT = 2000, 500
 
