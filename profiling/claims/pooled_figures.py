@@ -173,8 +173,8 @@ def _seed_weights(network: str, seeds: tuple[int, ...]) -> Any:
     """Normal weights of the seeds' distances from their mean, whose sum varies as that mean does (wild bootstrap).
 
     Drawing two or three seeds with replacement gives a handful of means, whose percentiles hold the truth less
-    often than they say. The weights are the same for all figures of a network, whose seeds are the same trainings; other
-    networks have their own.
+    often than they say. The weights are the same for all figures of a network, whose seeds are the same trainings;
+    other networks have their own.
     """
     import numpy
 
