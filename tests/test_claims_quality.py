@@ -141,7 +141,7 @@ def test_the_best_steps_are_chosen_on_held_out_prompts(make_quality: Make) -> No
 
 def test_only_tuned_records_of_the_whole_training_are_used(make_quality: Make) -> None:
     good = world(make_quality)
-    untuned = world(make_quality, lambda name, steps: 0.01, guidance_scale=9.0, tuned=False)
+    untuned = world(make_quality, lambda name, steps: 0.01, guidance_scale=1.5, tuned=False)
     early = world(make_quality, lambda name, steps: 0.01, training_steps=5)
     failed = [make_quality("w8", 40, status="error", training_seed=3)]
     assert judge([], [*good, *untuned, *early, *failed])[2] == judge([], good)[2]
