@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from batch_invariance_table import table as calls_table
+from closed_world.tables import tables as closed_world_tables
 from markers import with_blocks
 
 from ldmperf.profiling import Record, load_records
@@ -28,7 +29,10 @@ from ldmperf.profiling.terminal.layout import formatted, number
 from ldmperf.profiling.terminal.visible import for_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md", "docs/pipelines.md")
+PAGES = (
+    *("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md", "docs/pipelines.md"),
+    "docs/closed-world.md",
+)
 
 
 def finding(shown: Overview) -> str:
@@ -217,6 +221,7 @@ def with_figures(page: str) -> str:
         "verdicts": verdicts,
         "gate": gate,
         "batch-invariance": batch_invariance,
+        "closed-world": lambda marker: closed_world_tables(ROOT / marker),
     }
     return with_blocks(page, writers)
 
