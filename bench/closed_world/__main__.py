@@ -1,0 +1,95 @@
+"""`make closed-world`, or `python -m closed_world` in bench/: from training to records."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldmperf.profiling.measure.recorded import new_run_id
+
+from . import cells
+from .captions import TOKENS
+from .family import WORLDS
+from .metrics import FEWEST
+from .networks import COMMITTED, network_folder
+from .pool import run_all
+from .study import Study
+from .tasks import stages
+from .training import Recipe
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where records and states go; the same folder goes on.")] = Path(
+        "runs/closed-world"
+    ),
+    weights: Annotated[Path | None, typer.Option(help="The networks' folder; in --out unless told.")] = None,
+    committed: Annotated[bool, typer.Option("--committed", help="Judge the committed networks.")] = False,
+    latent: Annotated[int, typer.Option(help="8 for a CPU, 16 for a GPU.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = Recipe.steps,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each width.")] = 3,
+    samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
+    only: Annotated[str, typer.Option(help="Stages: judge, train, tune, sample, guidance, stitch, time.")] = "",
+    samples: Annotated[int, typer.Option(min=FEWEST, help="Images of a cell that decides.")] = cells.SAMPLES,
+    held_out: Annotated[
+        int, typer.Option(min=FEWEST, help="Images that a guidance is chosen by.")
+    ] = cells.HELD_OUT,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; the cores unless told.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train the closed world's networks, sample and judge them, measure their cost."""
+    if latent not in WORLDS:
+        raise typer.BadParameter(f"no world has latent {latent}: give one of {', '.join(map(str, WORLDS))}")
+    unknown = set(samplers.split(",")) - set(cells.STEPS)
+    if unknown:
+        raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
+    folder = COMMITTED if committed else weights or out / "weights"
+    study = Study(
+        out,
+        folder,
+        new_run_id(),
+        latent,
+        device,
+        Recipe(steps=steps),
+        seeds=tuple(range(seeds)),
+        samples=samples,
+        held_out=held_out,
+    )
+    parts = stages(study, tuple(samplers.split(",")))
+    wanted = only.split(",") if only else [*parts, "time"]
+    if unknown := set(wanted) - {*parts, "time"}:
+        raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, tasks in parts.items():
+        if name in wanted:
+            run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+    if "time" in wanted:
+        _time(study)
+    print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
+
+
+def _time(study: Study) -> None:
+    """The cost of the family's steps by the project's own profiler: an image alone, and one in a batch."""
+    networks = ",".join(str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths)
+    size = f"{study.latent}x{study.latent}"
+    backend = "torch" if study.device == "cpu" else "graph"
+    for batch, (samplers, steps) in cells.TIMED.items():
+        options = {
+            **{"--unet": networks, "--latent": size, "--tokens": str(TOKENS), "--guidance": "1,2"},
+            **{"--sampler": ",".join(samplers), "--steps": ",".join(map(str, steps)), "--batch": str(batch)},
+            **{"--dtype": "float32", "--device": study.device, "--backend": backend},
+            **{"--out": str(study.folder / "times")},
+        }
+        words = [word for option in options.items() for word in option]
+        profiler = Path(sys.executable).with_name("ldmperf")
+        subprocess.run([str(profiler), "profile", "--one-process", *words], check=True)
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

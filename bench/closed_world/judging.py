@@ -1,0 +1,81 @@
+"""Samples judged, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldmperf.profiling.measure.environment import Environment, collect_environment
+from ldmperf.profiling.measure.recorded import utc_now
+from ldmperf.profiling.quality import Estimate, QualityCase, QualityRecord
+
+from .data import Source
+from .family import World
+from .judge import load_judge
+from .metrics import Reference, proportion
+from .scenes import FACTORS
+
+# Of what real samples the distances are.
+_REAL_SEED, _REAL_SAMPLES = 31, 10_000
+RESAMPLES = 200
+
+
+class Judging:
+    """The judge of a world with the real samples that others are compared with."""
+
+    def __init__(self, world: World, judge: Path, run_id: str) -> None:
+        self.world, self._run_id = world, run_id
+        self._judge = load_judge(judge, world)
+        real = Source(world, _REAL_SEED).read(0, _REAL_SAMPLES)
+        features = self._judge.answers(real.latents, real.factors).features
+        self._reference = Reference(features.double().numpy(), real.latents.flatten(1).double().numpy())
+        self._environment: Environment = collect_environment("cpu")
+
+    def record(
+        self,
+        case: QualityCase,
+        latents: Tensor,
+        factors: Tensor,
+        *,
+        resamples: int = RESAMPLES,
+        **known: object,
+    ) -> QualityRecord:
+        """The record of samples [n, 4, h, w] whose captions have those factors; `known`: its other fields."""
+        started = utc_now()
+        if not torch.isfinite(latents).all():
+            failed = {"status": "error", "message": "the samples hold NaN or infinity"}
+            return self._made(case, started, **known, **failed)
+        answers = self._judge.answers(latents, factors)
+        found = self._reference.distances(
+            answers.features.double().numpy(), latents.double().numpy(), resamples=resamples
+        )
+        found["alignment"] = proportion(answers.right.numpy(), resamples)
+        estimates = {name: _estimate(*estimated) for name, estimated in found.items()}
+        shares = answers.right.double().mean(0).tolist()
+        return self._made(
+            case,
+            started,
+            **known,
+            **estimates,
+            factors=dict(zip(FACTORS, shares, strict=True)),
+            all_right=float(answers.right.all(1).double().mean()),
+        )
+
+    def _made(self, case: QualityCase, started: object, **fields: object) -> QualityRecord:
+        values: Mapping[str, object] = {
+            "run_id": self._run_id,
+            "case_key": case.key,
+            "case": case,
+            "environment": self._environment,
+            "started_at": started,
+            **fields,
+        }
+        return QualityRecord(**values)  # type: ignore[arg-type]
+
+
+def _estimate(value: float, replicates: Sequence[float]) -> Estimate:
+    """With replicates of five digits, more than they tell."""
+    return Estimate(value=value, replicates=tuple(float(f"{one:.5g}") for one in replicates))

@@ -1,0 +1,37 @@
+"""Tasks beside each other, each in a process of one thread, under a bar."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from .study import Study
+from .tasks import Task
+
+
+def run_all(name: str, tasks: Sequence[Task], study: Study, workers: int) -> None:
+    """Runs the tasks, the longest first. The first that fails ends it, once those in flight are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool,
+    ):
+        bar = progress.add_task(name, total=sum(task.cost for task in tasks))
+        ordered = sorted(tasks, key=lambda task: -task.cost)
+        running = {pool.submit(task.run, study): task for task in ordered}
+        try:
+            for done in as_completed(running):
+                done.result()
+                progress.advance(bar, running[done].cost)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,157 @@
+"""What a study has on disk, and a cell of it: sampled, judged and kept.
+
+What is done is on disk: a folder for each network, a line for each judged cell. Whoever asks again finds it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import groupby
+from pathlib import Path
+
+from ldmperf.model import UNet
+from ldmperf.profiling.measure.store import load_lines
+from ldmperf.profiling.quality import (
+    QUALITY_NAME,
+    QualityCase,
+    QualityRecord,
+    QualityStore,
+    stitched_label,
+)
+
+from . import cells
+from .family import WORLDS, World
+from .judging import RESAMPLES, Judging
+from .networks import forward_gflop, label, load_network, network_folder, parameters
+from .sampling import Prompts, Split, plan_of, sampled
+from .training import Recipe
+
+# The training seed by whose networks the guidance of a cell is chosen.
+TUNED_ON = 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study keeps its files, and how large it is.
+
+    folder     records and the states of trainings
+    weights    the judge and the trained networks
+    samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
+    """
+
+    folder: Path
+    weights: Path
+    run_id: str
+    latent: int = 8
+    device: str = "cpu"
+    recipe: Recipe = field(default_factory=Recipe)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    samples: int = cells.SAMPLES
+    held_out: int = cells.HELD_OUT
+
+    @property
+    def world(self) -> World:
+        return WORLDS[self.latent]
+
+    @property
+    def judge(self) -> Path:
+        """The file of its judge."""
+        return self.weights / "judge.safetensors"
+
+    @property
+    def records(self) -> Path:
+        """The file of its records."""
+        return self.folder / QUALITY_NAME
+
+    def case(self, widths: Sequence[int], seed: int, sampler: str, guidance: float, split: Split) -> QualityCase:
+        """A cell of the family, by the width of the network that takes each step."""
+        takes = takes_of(widths)
+        return QualityCase(
+            world=self.world.name,
+            kind="diffusion" if len(takes) == 1 else "stitched",
+            network=takes[0][0] if len(takes) == 1 else stitched_label(takes),
+            training_seed=seed,
+            training_steps=self.recipe.steps,
+            sampler=sampler,
+            steps=len(widths),
+            guidance_scale=guidance,
+            split=split,
+            samples=self.samples if split == "test" else self.held_out,
+        )
+
+
+def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
+    """The guidance of each number of steps: that of the least Frechet distance on held-out prompts."""
+    found: dict[int, float] = {}
+    start = 2.0
+    for steps in cells.STEPS[sampler]:
+
+        def score(rate: float, steps: int = steps) -> float:
+            case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
+            record = judged_cell(study, case, [width] * steps)
+            return float("inf") if record.frechet is None else record.frechet.value
+
+        start = found[steps] = cells.climbed(score, start)
+    return found
+
+
+def judged_cell(study: Study, case: QualityCase, widths: Sequence[int], *, tuned: bool = False) -> QualityRecord:
+    """The record of a cell of the family: from disk, or sampled and judged now. `widths` has that of each step."""
+    if there := kept(study).get(case.key):
+        return there
+    networks = {
+        width: _network(network_folder(study.weights, width, case.training_seed), study.device)
+        for width in dict.fromkeys(widths)
+    }
+    prompts = Prompts.of(case.split, case.samples)
+    plan = plan_of(case.sampler, case.steps)
+    latents = sampled([networks[width] for width in widths], study.world, plan, prompts, case.guidance_scale)
+    forward = {width: forward_gflop(network.config, study.latent) for width, network in networks.items()}
+    record = judging(study).record(
+        case,
+        latents,
+        prompts.factors,
+        resamples=RESAMPLES if case.split == "test" else 0,
+        tuned=tuned,
+        takes=takes_of(widths),
+        parameters=sum(map(parameters, networks.values())),
+        gflop_per_image=sum(forward[width] for width in widths) * (2 if case.guided else 1),
+        # A backward takes twice its forward.
+        training_gflop=3 * sum(forward.values()) * study.recipe.batch * study.recipe.steps,
+    )
+    keep(study, record)
+    return record
+
+
+def takes_of(widths: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    """Which network takes how many steps, in order, by the width of each step."""
+    return tuple((label(width), len(list(steps))) for width, steps in groupby(widths))
+
+
+def kept(study: Study) -> dict[str, QualityRecord]:
+    """The judged cells on disk, by their keys."""
+    return _read(study.records, study.records.stat().st_size) if study.records.exists() else {}
+
+
+@lru_cache(1)
+def _read(path: Path, size: int) -> dict[str, QualityRecord]:
+    records, _ = load_lines(path, QualityRecord)
+    return {record.case_key: record for record in records}
+
+
+def keep(study: Study, record: QualityRecord) -> None:
+    """Appends a record; other processes may do the same."""
+    QualityStore(study.records).append(record)
+
+
+@cache
+def judging(study: Study) -> Judging:
+    """The judge with its real samples, made once in a process."""
+    return Judging(study.world, study.judge, study.run_id)
+
+
+@cache
+def _network(folder: Path, device: str) -> UNet:
+    return load_network(folder, device)

@@ -1,0 +1,185 @@
+"""The parts of a study that run beside each other, each in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ldmperf.profiling.quality import QualityCase
+
+from . import cells
+from .judge import ceiling, save_judge, trained_judge
+from .networks import label, network_folder, save_network
+from .sampling import real_samples
+from .study import Study, judged_cell, judging, keep, kept, tuned_rates
+from .training import Training, trained
+
+
+class Task(Protocol):
+    """`cost`, in any unit, orders tasks and fills the bar; `run` does what is not on disk yet."""
+
+    @property
+    def cost(self) -> float: ...
+
+    def run(self, study: Study) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainJudge:
+    """Trains the judge, and refuses one that is not good enough."""
+
+    cost: float = 2.5
+
+    def run(self, study: Study) -> None:
+        if study.judge.exists():
+            return
+        judge = trained_judge(study.world)
+        ceiling(judge, study.world)
+        study.weights.mkdir(parents=True, exist_ok=True)
+        save_judge(judge, study.judge)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Trains a network of the family."""
+
+    width: int
+    seed: int
+
+    @property
+    def cost(self) -> float:
+        return _step_cost(self.width) * 2
+
+    def run(self, study: Study) -> None:
+        folder = network_folder(study.weights, self.width, self.seed)
+        if folder.exists():
+            return
+        states = study.folder / "training"
+        states.mkdir(parents=True, exist_ok=True)
+        training = Training(study.world, self.width, self.seed, study.recipe, study.device)
+        done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt")
+        save_network(done.averaged_network(), folder)
+
+
+@dataclass(frozen=True)
+class Tune:
+    """Chooses the guidance of a network's cells on held-out prompts."""
+
+    width: int
+    sampler: str
+
+    @property
+    def cost(self) -> float:
+        return _step_cost(self.width) * sum(cells.STEPS[self.sampler]) / 20
+
+    def run(self, study: Study) -> None:
+        tuned_rates(study, self.width, self.sampler)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges a cell at the guidance chosen for it."""
+
+    width: int
+    seed: int
+    sampler: str
+    steps: int
+
+    @property
+    def cost(self) -> float:
+        return _step_cost(self.width) * self.steps / 20
+
+    def run(self, study: Study) -> None:
+        rate = tuned_rates(study, self.width, self.sampler)[self.steps]
+        widths = [self.width] * self.steps
+        judged_cell(study, study.case(widths, self.seed, self.sampler, rate, "test"), widths, tuned=True)
+
+
+@dataclass(frozen=True)
+class JudgeRates:
+    """Judges a cell at every guidance."""
+
+    width: int
+    seed: int
+    sampler: str
+    steps: int
+
+    @property
+    def cost(self) -> float:
+        return _step_cost(self.width) * self.steps * len(cells.RATES) / 20
+
+    def run(self, study: Study) -> None:
+        chosen = tuned_rates(study, self.width, self.sampler)[self.steps]
+        widths = [self.width] * self.steps
+        for rate in cells.RATES:
+            case = study.case(widths, self.seed, self.sampler, rate, "test")
+            judged_cell(study, case, widths, tuned=rate == chosen)
+
+
+@dataclass(frozen=True)
+class JudgeStitched:
+    """Judges a trajectory whose steps different networks take, at the guidance chosen for the widest of them."""
+
+    widths: tuple[int, ...]
+    seed: int
+    sampler: str
+
+    @property
+    def cost(self) -> float:
+        return sum(map(_step_cost, self.widths)) / 20
+
+    def run(self, study: Study) -> None:
+        rate = tuned_rates(study, max(self.widths), self.sampler)[len(self.widths)]
+        case = study.case(self.widths, self.seed, self.sampler, rate, "test")
+        judged_cell(study, case, self.widths, tuned=True)
+
+
+@dataclass(frozen=True)
+class JudgeReal:
+    """Judges real scenes of the test prompts as if a network had made them: the floor, and the judge's ceiling."""
+
+    cost: float = 0.5
+
+    def run(self, study: Study) -> None:
+        case = QualityCase(
+            world=study.world.name,
+            kind="real",
+            network="real",
+            training_steps=0,
+            sampler="none",
+            steps=1,
+            samples=study.samples,
+        )
+        if case.key not in kept(study):
+            real = real_samples(study.world, "test", study.samples)
+            keep(study, judging(study).record(case, real.latents, real.factors))
+
+
+def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
+    """The tasks of each stage by its name; a stage needs those before it."""
+    widths, seeds = study.world.widths, study.seeds
+    sampler, steps = cells.VARIED
+    return {
+        "judge": [TrainJudge()],
+        "train": [Train(width, seed) for width in widths for seed in seeds],
+        "tune": [JudgeReal(), *(Tune(width, name) for width in widths for name in samplers)],
+        "sample": [
+            Judge(width, seed, name, number)
+            for name in samplers
+            for width in widths
+            for seed in seeds
+            for number in cells.STEPS[name]
+        ],
+        "guidance": [JudgeRates(width, seeds[0], sampler, steps) for width in widths],
+        "stitch": [
+            JudgeStitched((first,) * early + (second,) * (steps - early), seeds[0], "ddim")
+            for first, second in cells.stitched_pairs(widths)
+            for steps in cells.STITCHED_STEPS
+            for early in sorted({round(part * steps) for part in cells.STITCHED_PARTS})
+        ],
+    }
+
+
+def _step_cost(width: int) -> float:
+    """What a step of a network costs beside that of the narrowest, roughly."""
+    return 0.6 + width / 20

@@ -1,0 +1,144 @@
+"""Training of a network on the world: v prediction, AdamW, a cosine, averaged weights.
+
+All widths see the same scenes, noise and timesteps in the same order, so that they differ by their width alone.
+What a step draws depends on its number and not on the steps before: a training that was cut off goes on to the
+same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldmperf.model import UNet
+
+from .captions import embedded
+from .data import Source
+from .family import SCHEDULE, World
+
+# A seed's scenes; those of judging and of prompts are other seeds (see `judge` and `cells`).
+_FIRST_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. `untold`: the share of captions that are dropped, for guidance."""
+
+    steps: int = 3000
+    batch: int = 32
+    learning_rate: float = 5e-3
+    last_rate: float = 5e-5
+    warmup: int = 100
+    weight_decay: float = 0.01
+    averaging: float = 0.995
+    untold: float = 0.1
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 1 on."""
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+        falling = self.last_rate + (self.learning_rate - self.last_rate) * cosine
+        return falling * min(1.0, step / self.warmup)
+
+
+class Training:
+    """A network in training. `step` runs one; `state` and `restore` carry it over a break."""
+
+    def __init__(self, world: World, width: int, seed: int, recipe: Recipe, device: str = "cpu") -> None:
+        self.world, self.recipe, self.seed = world, recipe, seed
+        torch.manual_seed(seed)
+        backend = "torch" if device == "cpu" else "auto"
+        self.network = UNet(world.config(width), backend=backend).to(device).train()
+        self.averaged = {name: value.clone() for name, value in self.network.state_dict().items()}
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            recipe.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.done = 0
+        self._source = Source(world, _FIRST_SEED + seed)
+        self._alphas = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32, device=device)
+        self._device = device
+
+    def step(self) -> float:
+        """Trains one step and returns its loss."""
+        recipe, number = self.recipe, self.done + 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(number)
+        loss = self._loss(number)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average(min(recipe.averaging, (1 + number) / (10 + number)))
+        self.done = number
+        return loss.item()
+
+    def _loss(self, number: int) -> Tensor:
+        recipe = self.recipe
+        batch = self._source.read((number - 1) * recipe.batch, recipe.batch)
+        draws = torch.Generator().manual_seed(self.seed << 32 | number)
+        noise = torch.randn(batch.latents.shape, generator=draws)
+        timesteps = torch.randint(0, len(self._alphas), (recipe.batch,), generator=draws)
+        told = torch.rand(recipe.batch, generator=draws) >= recipe.untold
+        latents, noise, timesteps, context = (
+            tensor.to(self._device) for tensor in (batch.latents, noise, timesteps, embedded(batch.factors, told))
+        )
+        alpha = self._alphas[timesteps].sqrt()[:, None, None, None]
+        sigma = (1 - self._alphas[timesteps]).sqrt()[:, None, None, None]
+        predicted = self.network(alpha * latents + sigma * noise, timesteps.float(), context)
+        return (predicted - (alpha * noise - sigma * latents)).square().mean()
+
+    @torch.no_grad()
+    def _average(self, decay: float) -> None:
+        now = self.network.state_dict()
+        torch._foreach_lerp_(list(self.averaged.values()), [now[name] for name in self.averaged], 1 - decay)
+
+    def averaged_network(self) -> UNet:
+        """The network with its averaged weights, in eval mode."""
+        network = UNet(self.network.config, backend=self.network.choices.backend).to(self._device)
+        network.load_state_dict(self.averaged)
+        return network.eval()
+
+    def state(self) -> dict[str, Any]:
+        """All that goes on from here."""
+        return {
+            "done": self.done,
+            "network": self.network.state_dict(),
+            "averaged": self.averaged,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state`."""
+        self.done = state["done"]
+        self.network.load_state_dict(state["network"])
+        self.averaged = state["averaged"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def trained(
+    training: Training,
+    keep: Path,
+    *,
+    every: int = 200,
+    tell: Callable[[int, float], None] = lambda done, loss: None,
+) -> Training:
+    """The training at its end; its state goes to the file `keep` every so many steps, and comes from there."""
+    if keep.exists():
+        training.restore(torch.load(keep, map_location=training._device, weights_only=True))
+    while training.done < training.recipe.steps:
+        loss = training.step()
+        if training.done % every == 0 or training.done == training.recipe.steps:
+            whole = keep.with_suffix(".part")
+            torch.save(training.state(), whole)
+            whole.replace(keep)
+        tell(training.done, loss)
+    return training

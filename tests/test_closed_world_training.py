@@ -1,0 +1,110 @@
+"""Training in the closed world: it learns, it is the same twice, and a break does not change it."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from closed_world.family import SCHEDULE, WORLDS
+from closed_world.networks import forward_gflop, load_network, network_folder, save_network
+from closed_world.training import Recipe, Training, trained
+
+WORLD = WORLDS[8]
+SHORT = Recipe(steps=20, batch=16, warmup=5)
+
+
+def losses(training, steps):
+    return [training.step() for _ in range(steps)]
+
+
+def test_twenty_steps_of_the_narrowest_lower_the_loss():
+    found = losses(Training(WORLD, WORLD.widths[0], 0, SHORT), 20)
+    assert sum(found[-4:]) < 0.95 * sum(found[:4])
+
+
+def test_a_seed_gives_the_same_bits_and_another_seed_others():
+    first, second, other = (Training(WORLD, 8, seed, SHORT) for seed in (3, 3, 4))
+    assert losses(first, 3) == losses(second, 3) != losses(other, 3)
+    for name, value in first.averaged.items():
+        assert torch.equal(value, second.averaged[name])
+
+
+def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
+    whole = trained(Training(WORLD, 8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "whole.pt")
+    cut = Training(WORLD, 8, 1, dataclasses.replace(SHORT, steps=6))
+
+    def cut_off(done, loss):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(cut, tmp_path / "cut.pt", every=2, tell=cut_off)
+    again = trained(Training(WORLD, 8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2)
+    assert again.done == 6
+    for name, value in whole.averaged.items():
+        assert torch.equal(value, again.averaged[name])
+
+
+def test_widths_see_the_same_scenes_noise_and_timesteps(monkeypatch):
+    seen = {}
+    for width in (8, 12):
+        training = Training(WORLD, width, 2, SHORT)
+        monkeypatch.setattr(
+            training.network, "forward", lambda *given, width=width: seen.setdefault(width, given)[0]
+        )
+        training._loss(7)
+    for narrow, wide in zip(seen[8], seen[12], strict=True):
+        assert torch.equal(narrow, wide)
+
+
+def test_the_target_is_v_of_diffusers():
+    """With a network that knows the answer the loss is zero: v as diffusers' scheduler defines it."""
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+    torch.testing.assert_close(
+        torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32), theirs.alphas_cumprod, rtol=1e-5, atol=1e-7
+    )
+    training = Training(WORLD, 8, 0, SHORT)
+    draws = torch.Generator().manual_seed(training.seed << 32 | 1)
+    latents = training._source.read(0, SHORT.batch).latents
+    noise = torch.randn(latents.shape, generator=draws)
+    timesteps = torch.randint(0, 1000, (SHORT.batch,), generator=draws)
+    asked = {}
+
+    def knows(x, t, context):
+        asked["x"] = x
+        return theirs.get_velocity(latents, noise, t.long())
+
+    training.network.forward = knows
+    assert training._loss(1).item() < 1e-10
+    torch.testing.assert_close(asked["x"], theirs.add_noise(latents, noise, timesteps))
+
+
+def test_the_rate_rises_then_falls_to_the_last():
+    recipe = Recipe(steps=1000, learning_rate=1.0, last_rate=0.01, warmup=100)
+    rates = [recipe.rate(step) for step in range(1, 1001)]
+    assert rates[0] < 0.02
+    assert max(rates) == rates[99] or max(rates) == rates[100]
+    assert rates[-1] == pytest.approx(0.01)
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+
+
+def test_a_saved_network_is_the_averaged_one_in_16_bits(tmp_path):
+    training = Training(WORLD, 8, 0, SHORT)
+    losses(training, 2)
+    folder = network_folder(tmp_path, 8, 0)
+    save_network(training.averaged_network(), folder)
+    assert folder.name == "w8"
+    found = load_network(folder).state_dict()
+    for name, value in training.averaged.items():
+        assert torch.equal(found[name], value.half().float()), name
+
+
+def test_flops_span_the_papers_range():
+    costs = [forward_gflop(WORLD.config(width), WORLD.latent) for width in WORLD.widths]
+    assert len(costs) == 5
+    assert costs == sorted(costs)
+    assert costs[0] / costs[-1] == pytest.approx(0.07, abs=0.005)
