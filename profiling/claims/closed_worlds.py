@@ -130,11 +130,11 @@ class ClosedWorld:
         ]
 
     def held_out(self, cell: QualityCell) -> QualityCell | None:
-        """The same cell on held-out prompts; null where a seed was not judged on them."""
+        """The same cell on held-out prompts, of the seeds that were judged on them; null without any."""
         keys = [record.case.model_copy(update={"split": "held-out"}).key for record in cell.records]
         found = [self._held_out.get(_without_samples(key)) for key in keys]
         known = tuple(record for record in found if record is not None)
-        return QualityCell(known) if len(known) == len(found) else None
+        return QualityCell(known) if known else None
 
     @cached_property
     def _held_out(self) -> dict[str, QualityRecord]:
