@@ -194,10 +194,10 @@ def aliases_of(arguments: Sequence[Any]) -> list[Any]:
 
 def implementation_of(
     operator: Operator, bind: Callable[..., Any], reference: Callable[[Any], Any], decide: Decide = plan_or_none
-) -> Callable[..., Any]:
-    """The implementation of an operator: what `decide` plans, or `reference` where that is None.
+) -> tuple[Callable[..., Any], Callable[..., bool]]:
+    """(the implementation of an operator: what `decide` plans, or `reference` where that is None; whether it is).
 
-    It takes the operator's arguments by position, the backend last, of which `bind` makes the call without it.
+    Both take the operator's arguments by position, the backend last, of which `bind` makes the call without it.
     What is wrong with a call and what is planned for it are asked once for each layout.
     """
 
@@ -211,7 +211,7 @@ def implementation_of(
         found = recipe_of(*arguments)
         return reference(bind(*arguments[:-1])) if found is None else found.run(arguments)
 
-    return implementation
+    return implementation, lambda *arguments: recipe_of(*arguments) is None
 
 
 def recipe(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import _formulas
 from ._attention_config import MAX_SHORT_KEYS, AttentionConfig, candidate_configs, default_config
 from ._attention_kernels import attention_kernel, short_attention_kernel
 from ._autocast import lowered
@@ -30,7 +31,7 @@ from ._checks import real, tensors
 from ._dependent import launches_dependently
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, fastest, next_power_of_two, tuned
 from ._layout import MAX_INDEX
-from ._library import define_operator
+from ._library import Formula, define_operator
 from ._parts import parts
 from ._recipes import Planned, plan_or_none
 from ._triton import device_reasons, dtype_reasons, is_interpreted
@@ -374,6 +375,7 @@ _attention = define_operator(
     fake=_empty_result,
     decide=_decided,
     autocast=lambda run, q, k, v, *others: run(*lowered(q, k, v), *others),
+    formula=Formula(_formulas.attention, _formulas.attention_and_sums),
     composite=_composite,
     flops=_flops,
 )

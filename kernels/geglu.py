@@ -14,12 +14,13 @@ from typing import Literal, NamedTuple, overload
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _formulas
 from ._checks import flag, tensors
 from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_count, row_offsets, row_reasons
-from ._library import compute_dtype, define_operator
+from ._library import Formula, compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 
@@ -326,7 +327,11 @@ OPERATOR = Operator(
     "geglu", geglu, geglu_ref, GegluCall, _check, plan, candidates, tuning_key, unsupported_reasons
 )
 _geglu = define_operator(
-    "geglu(Tensor x, Tensor? bias, str backend) -> Tensor", OPERATOR, reference=_reference, fake=_empty_result
+    "geglu(Tensor x, Tensor? bias, str backend) -> Tensor",
+    OPERATOR,
+    reference=_reference,
+    fake=_empty_result,
+    formula=Formula(_formulas.geglu),
 )
 _float8_geglu = define_operator(
     "float8_geglu(Tensor x, Tensor? bias, str backend) -> (Tensor, Tensor)",

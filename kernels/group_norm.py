@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _formulas
 from ._autocast import in_float32, promoted
 from ._checks import choice, real, tensors, whole
 from ._dependent import launches_dependently
@@ -36,7 +37,7 @@ from ._group_norm_given import group_norm_given_kernel
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import image_reasons, image_strides, memory_format, named_strides
-from ._library import compute_dtype, define_operator
+from ._library import Formula, compute_dtype, define_operator
 from ._statistics import statistics_misfit, statistics_reasons, tile_pixels
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
@@ -105,12 +106,7 @@ def group_norm_silu_ref(
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=format_)
     dtype = compute_dtype(x)
-    # Around each group's first value: torch's CPU kernel for channels-last loses the variance at large means.
-    first = x.detach()[:, :, 0, 0].unflatten(1, (num_groups, -1))[:, :, :1].to(dtype)
-    center = first.expand(-1, -1, x.shape[1] // num_groups).flatten(1)
-    if x_bias is not None:
-        center = center - x_bias.to(dtype)
-    x32 = x.to(dtype) - center[:, :, None, None]
+    x32 = _formulas.centered(x, num_groups, x_bias)
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     is_frozen = torch.is_grad_enabled() and x.device.type == "cpu" and not x32.requires_grad
@@ -359,6 +355,7 @@ _group_norm_silu = define_operator(
     reference=_reference,
     fake=_empty_result,
     autocast=_autocast,
+    formula=Formula(_formulas.group_norm_silu),
     composite=_composite,
     # The reference does not read them.
     spared={"statistics": None, "skip_statistics": None},

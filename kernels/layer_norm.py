@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _formulas
 from ._autocast import in_float32, promoted
 from ._checks import flag, real, tensors
 from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import Rows, collapse_rows, column_block, row_count, row_offsets, row_reasons
-from ._library import compute_dtype, define_operator
+from ._library import Formula, compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 MAX_CHANNELS = 16384
@@ -383,6 +384,7 @@ _layer_norm = define_operator(
     OPERATOR,
     reference=_reference,
     fake=_empty_result,
+    formula=Formula(_formulas.layer_norm),
     autocast=lambda run, x, *others: run(*in_float32(x), *others),
 )
 _add_layer_norm = define_operator(
@@ -393,6 +395,7 @@ _add_layer_norm = define_operator(
     fake=_empty_result,
     bind=lambda x, residual, weight, bias, eps, x_bias: LayerNormCall(x, weight, bias, eps, x_bias, residual),
     autocast=_add_autocast,
+    formula=Formula(_formulas.layer_norm),
     # The norm depends on what is added by the sum alone, which the residual stream keeps anyway.
     spared={"x": 1, "residual": None, "x_bias": None},
 )

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _formulas
 from ._autocast import in_float32, promoted
 from ._checks import flag, tensors, whole
 from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, named_strides, pixel_offsets
-from ._library import compute_dtype, define_operator
+from ._library import Formula, compute_dtype, define_operator
 from ._statistics import channel_statistics, empty_statistics, store_statistics
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
 
@@ -354,6 +355,7 @@ _residual_add = define_operator(
     reference=_reference,
     fake=_empty_result,
     autocast=_autocast,
+    formula=Formula(_formulas.residual_add),
     # The kernel reads an element of either in the program that writes it, before.
     in_place=("x", "residual"),
     # A sum: its derivatives are the same everywhere.
