@@ -136,7 +136,7 @@ def attention(call: Any, kept: Sequence[Tensor], grads: Sequence[Tensor], _neede
     if not kept:
         return None
     out, sums = kept
-    tokens = (t.transpose(1, 2) for t in (grads[0].contiguous(), call.q, call.k, call.v, out))
+    tokens = (t.transpose(1, 2) for t in (grads[0], call.q, call.k, call.v, out))
     found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default(
         *tokens, sums, 0.0, False, scale=call.scale
     )

@@ -39,7 +39,7 @@ def enlarged(x, residual, bias=None, size=None):
     return total if size is None else F.interpolate(total, size=size)
 
 
-def softmaxed(q, k, v, scale=0.5):
+def softmaxed(q, k, v, scale=0.3):
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
@@ -86,7 +86,7 @@ CALLS = {
         {"x": IMAGE, "residual": IMAGE},
         {"bias": (8,)},
     ),
-    "attention": (functools.partial(attention, scale=0.5), softmaxed, dict.fromkeys("qkv", HEADS), {}),
+    "attention": (functools.partial(attention, scale=0.3), softmaxed, dict.fromkeys("qkv", HEADS), {}),
 }
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
