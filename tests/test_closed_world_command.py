@@ -43,6 +43,20 @@ def test_a_wrong_option_is_told_before_anything_is_done(words, told, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_study_without_a_judge_says_how_to_get_one(tmp_path):
+    found = command("--out", tmp_path / "out", "--only", "sample")
+    assert found.returncode == 2
+    assert "--only judge" in " ".join(found.stderr.split())
+
+
+def test_the_judges_ceiling_is_printed(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "judge.safetensors").write_bytes((COMMITTED / "judge.safetensors").read_bytes())
+    found = command("--out", tmp_path, "--only", "judge")
+    assert found.returncode == 0, found.stderr
+    assert "right, of real latents: left shape 99." in found.stderr
+
+
 def test_a_training_on_disk_is_not_done_again(tmp_path):
     words = ("--out", tmp_path, "--only", "train", "--steps", 2, "--seeds", 1)
     first = command(*words)

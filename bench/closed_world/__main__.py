@@ -15,6 +15,7 @@ from ldmperf.profiling.measure.recorded import new_run_id
 from . import cells
 from .captions import TOKENS
 from .family import WORLDS
+from .judge import ceiling, load_judge
 from .metrics import FEWEST
 from .networks import COMMITTED, network_folder
 from .pool import run_all
@@ -67,9 +68,20 @@ def main(
     for name, tasks in parts.items():
         if name in wanted:
             run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+        if name == "judge" and set(wanted) - {"train", "time"}:
+            _tell_ceiling(study)
     if "time" in wanted:
         _time(study)
     print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
+
+
+def _tell_ceiling(study: Study) -> None:
+    """What the judge reads right of real latents: no network's alignment means more than that."""
+    if not study.judge.exists():
+        raise typer.BadParameter(f"{study.judge} is not there: train it with --only judge")
+    found = ceiling(load_judge(study.judge, study.world), study.world)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+    print(f"The judge reads right, of real latents: {shares}", file=sys.stderr)
 
 
 def _time(study: Study) -> None:
