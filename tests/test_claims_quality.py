@@ -1,106 +1,30 @@
-"""Verdicts on quality in a closed world, on records built to hold, to fail, to be undecided and to be too few."""
+"""Verdicts on budgets in a closed world, on records built to hold, to fail, to be undecided and to be too few."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from datetime import timedelta
 
-import numpy
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from quality_worlds import (
+    METRICS,
+    NETWORKS,
+    Make,
+    MakeRecord,
+    as_the_paper_says,
+    by_metric,
+    estimate,
+    judged,
+    rows,
+    times,
+    world,
+)
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.claims import judge
-from ldmperf.profiling.claims.judge import QUALITY_RULES
-from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries, summary
+from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries
 from ldmperf.profiling.claims.verdict import Verdict
-from ldmperf.profiling.measure.recorded import Samples
-from ldmperf.profiling.quality import Estimate, QualityRecord, QualityStore
-
-Make = Callable[..., QualityRecord]
-MakeRecord = Callable[..., Record]
-Quality = Callable[[str, int], float]
-# GFLOP of a step; a step of the w32 costs 16 of the w8.
-NETWORKS = {"w8": 1.0, "w12": 2.25, "w16": 4.0, "w24": 9.0, "w32": 16.0}
-STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
-METRICS = ("Frechet distance", "KID", "sliced Wasserstein")
-
-
-def as_the_paper_says(network: str, steps: int) -> float:
-    """A floor that is lower for larger networks, and an error that more steps take away."""
-    return 0.2 + 0.5 / NETWORKS[network] ** 0.5 + 10.0 / steps
-
-
-def estimate(value: float, rng: Any = None, noise: float = 0.02, count: int = 200) -> Estimate:
-    """With replicates that are too large, as those of a distance are: a resample has samples twice."""
-    spread = (rng or numpy.random.default_rng(0)).normal(0.0, noise, count)
-    return Estimate(value=value, replicates=tuple(float(1.1 * value + abs(value) * z) for z in spread))
-
-
-def world(make_quality: Make, value: Quality = as_the_paper_says, *, seeds: Sequence[int] = (0,),
-          noise: float = 0.01, networks: Sequence[str] = tuple(NETWORKS), steps: Sequence[int] = STEPS,
-          count: int = 200, frechet: Quality | None = None, kid_offset: float = 0.0,
-          between: float = 0.0, **changes: Any) -> list[QualityRecord]:  # fmt: skip
-    """A family, every network at every step count; `frechet` replaces that metric alone.
-
-    between: by what factor seeds differ. noise: of the replicates.
-    """
-    rng = numpy.random.default_rng(7)
-    found = []
-    for name in networks:
-        for seed in seeds:
-            luck = math.exp(between * rng.normal())
-            for n in steps:
-                of = luck * value(name, n)
-                figures = {
-                    "frechet": estimate(luck * (frechet or value)(name, n), rng, noise, count),
-                    "kid": estimate(0.01 * of + kid_offset, rng, noise, count),
-                    "sliced_wasserstein": estimate(0.1 * of, rng, noise, count),
-                }
-                costs = {
-                    "gflop_per_image": 2 * NETWORKS[name] * n,
-                    "training_gflop": 1e5 * NETWORKS[name],
-                    "parameters": int(1e4 * NETWORKS[name]),
-                }
-                found.append(make_quality(name, n, training_seed=seed, **(figures | costs | changes)))
-    return found
-
-
-def times(make_record: MakeRecord, ms: Callable[[str], float] = lambda name: NETWORKS[name], fixed: float = 0.0,
-          steps: Sequence[int] = (4, 20), networks: Sequence[str] = tuple(NETWORKS),
-          **fields: Any) -> list[Record]:  # fmt: skip
-    """Trajectories of the networks: `fixed` ms and `ms` of each step and image."""
-    found = []
-    for name in networks:
-        for n in steps:
-            case = Case(unet=name, weights_sha256=f"{list(NETWORKS).index(name):064x}", steps=n,
-                        **({"latent_height": 8, "latent_width": 8, "guidance_scale": 2.0} | fields))  # fmt: skip
-            wall = fixed + ms(name) * n * case.batch
-            found.append(make_record(case, wall_ms=Samples.of([wall * (1 + k / 1000) for k in range(-4, 5)])))
-    return found
-
-
-def judged(qualities: Sequence[QualityRecord], claim: str, records: Sequence[Record] = ()) -> tuple[Verdict, ...]:
-    """The verdicts by quality."""
-    of = next(of for of in judge(records, qualities) if of.claim.id == claim)
-    return tuple(verdict for verdict in of.verdicts if verdict.is_of_quality)
-
-
-def by_metric(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
-    found = {verdict.conditions["metric"]: verdict for verdict in verdicts}
-    assert len(found) == len(verdicts)
-    return found
-
-
-def rows(verdict: Verdict) -> list[dict[str, str]]:
-    assert verdict.figures is not None
-    return [dict(zip(verdict.figures.headings, row, strict=True)) for row in verdict.figures.rows]
-
 
 # Budgets
 
@@ -217,7 +141,7 @@ def test_the_best_steps_are_chosen_on_held_out_prompts(make_quality: Make) -> No
 
 def test_only_tuned_records_of_the_whole_training_are_used(make_quality: Make) -> None:
     good = world(make_quality)
-    untuned = world(make_quality, lambda name, steps: 0.01, guidance_scale=9.0, tuned=False)
+    untuned = world(make_quality, lambda name, steps: 0.01, guidance_scale=1.5, tuned=False)
     early = world(make_quality, lambda name, steps: 0.01, training_steps=5)
     failed = [make_quality("w8", 40, status="error", training_seed=3)]
     assert judge([], [*good, *untuned, *early, *failed])[2] == judge([], good)[2]
@@ -359,226 +283,38 @@ def test_the_papers_verdicts_by_time_stay(make_quality: Make, make_record: MakeR
             assert of_paper[: len(before.verdicts)] == list(before.verdicts)
 
 
-# Samplers
+# Which records
 
 
-def both(
-    make_quality: Make, ddpm: Quality, ddim: Quality = as_the_paper_says, **changes: Any
-) -> list[QualityRecord]:
-    """The family under two samplers."""
-    return world(make_quality, ddim, **changes) + world(make_quality, ddpm, sampler="ddpm", **changes)
+def test_worlds_and_tasks_are_judged_apart(make_quality: Make) -> None:
+    one, other = world(make_quality), world(make_quality, lambda n, s: 10.0 / NETWORKS[n], world="scenes-16x16-v1")
+    found = judged([*one, *other], "small-wins-at-budget")
+    assert [verdict.finding for verdict in found] == 3 * ["does not hold"] + 3 * ["holds"]
+    assert found[3:] == judged(one, "small-wins-at-budget")
+    told = {one.claim.id: one for one in summaries(judge([], [*one, *other]))}["small-wins-at-budget"]
+    assert "holds in 3 of 6 sets of conditions (closed world scenes-8x8-v1; " in told.sentence
+    assert judged(world(make_quality, task="sr"), "small-wins-at-budget") == ()
 
 
-def test_an_order_that_all_samplers_share_holds(make_quality: Make) -> None:
-    records = both(make_quality, lambda name, steps: 3 * as_the_paper_says(name, steps), noise=1e-4)
-    for verdict in judged(records, "sampler-independent"):
-        assert verdict.finding == "holds"
-        assert "100% of 100 pairs" in verdict.sentence
-        assert verdict.conditions["samplers"] == "ddim and ddpm"
-        (three,) = (row for row in rows(verdict) if row["steps"] == "3")
-        assert three["best first, ddim"] == "w32, w24, w16, w12, w8"
-        assert three["wins at that budget, ddpm"] == "w8 with 25"
+def test_of_a_case_the_record_with_most_samples_counts_then_the_latest(make_quality: Make) -> None:
+    good = world(make_quality)
+    fewer = world(make_quality, lambda name, steps: 0.01, samples=100)
+    assert judged([*good, *fewer], "small-wins-at-budget") == judged(good, "small-wins-at-budget")
+    older = world(make_quality, lambda name, steps: 0.01, started_at=good[0].started_at - timedelta(days=1))
+    assert judged([*good, *older], "small-wins-at-budget") == judged(good, "small-wins-at-budget")
 
 
-def test_an_order_that_turns_round_does_not_hold_and_noise_leaves_it_open(make_quality: Make) -> None:
-    turned = both(make_quality, lambda name, steps: NETWORKS[name] + 10 / steps)
-    assert {verdict.finding for verdict in judged(turned, "sampler-independent")} == {"does not hold"}
-    # One pair of ten turns round, within noise.
-    near = {"w8": 1.0, "w12": 0.9, "w16": 0.8, "w24": 0.6, "w32": 0.5}
-    swap = near | {"w24": 0.597, "w32": 0.603}
-    open_ = both(make_quality, lambda name, steps: swap[name], lambda name, steps: near[name], steps=(50,))
-    assert {verdict.finding for verdict in judged(open_, "sampler-independent")} == {"undecided"}
-    flat = both(make_quality, lambda name, steps: 1.0, lambda name, steps: 1.0, steps=(50,))
-    for verdict in judged(flat, "sampler-independent"):
-        assert verdict.finding == "not measured"
-        assert verdict.sentence.startswith("needs two networks that differ beyond noise; none of 10 pairs does")
-    assert judged(world(make_quality), "sampler-independent") == ()
+def test_a_seed_that_is_tuned_to_two_rates_counts_once(make_quality: Make) -> None:
+    good = world(make_quality)
+    higher = world(make_quality, lambda name, steps: 0.01, guidance_scale=5.0)
+    assert judged([*good, *higher], "small-wins-at-budget") == judged(good, "small-wins-at-budget")
 
 
-# Guidance
-
-
-def sweep(make_quality: Make, quality: Callable[[float], float], alignment: Callable[[float], float],
-          rates: Sequence[float] = (1.0, 1.5, 2.0, 4.0, 8.0), networks: Sequence[str] = ("w8", "w32"),
-          **changes: Any) -> list[QualityRecord]:  # fmt: skip
-    found = []
-    for rate in rates:
-        right, off = alignment(rate), quality(rate)
-        figures = {
-            "frechet": estimate(off),
-            "kid": estimate(0.01 * off),
-            "sliced_wasserstein": estimate(0.1 * off),
-            "alignment": Estimate(value=right, replicates=tuple(right + 0.002 * math.sin(k) for k in range(200))),
-        }
-        for name in networks:
-            of_network = {"parameters": int(1e4 * NETWORKS[name]), "tuned": rate == 2.0}
-            found.append(make_quality(name, 50, guidance_scale=rate, **(figures | of_network | changes)))
-    return found
-
-
-def test_quality_that_moves_more_than_alignment_holds(make_quality: Make) -> None:
-    records = sweep(make_quality, lambda rate: rate, lambda rate: 0.80 + 0.005 * rate)
-    for verdict in judged(records, "cfg-quality-not-alignment"):
-        assert verdict.finding == "holds"
-        assert "between guidance 1.5 and 8 at 50 steps" in verdict.sentence
-        assert "moves by a factor of 5.33x" in verdict.sentence
-        assert "more than both" in verdict.sentence
-        assert [row["guidance"] for row in rows(verdict)][:6] == ["1", "1.5", "2", "4", "8", "range"]
-        # 8 / 1.5 over errors of 0.1925 and 0.16.
-        assert verdict.judged is not None
-        assert verdict.judged.interval.value == pytest.approx(math.log(8 / 1.5) - math.log(0.1925 / 0.16))
-
-
-def test_quality_that_moves_less_does_not_hold_and_scales_that_disagree_are_told(make_quality: Make) -> None:
-    less = sweep(make_quality, lambda rate: 1 + 0.001 * rate, lambda rate: 0.3 + 0.05 * rate)
-    for verdict in judged(less, "cfg-quality-not-alignment"):
-        assert verdict.finding == "does not hold"
-        assert "less than both" in verdict.sentence
-    # Errors go from 0.0425 to 0.01, 4.25x; the alignment itself by 1.03x; the metric by 1.5x.
-    split = sweep(make_quality, lambda rate: 1 + rate / 10, lambda rate: 0.95 + 0.005 * rate)
-    for verdict in judged(split, "cfg-quality-not-alignment"):
-        assert verdict.finding == "does not hold"
-        assert "the two scales disagree: more than that of the alignment itself (1.03x" in verdict.sentence
-        assert "not more than that of its errors (4.25x" in verdict.sentence
-
-
-def test_guidance_needs_rates_and_logarithms(make_quality: Make) -> None:
-    def moving(rate: float) -> float:
-        return rate
-
-    few = sweep(make_quality, moving, lambda rate: 0.8, rates=(1.0, 1.5, 2.0, 9.0))
-    assert judged(few, "cfg-quality-not-alignment") == ()
-    below = sweep(make_quality, moving, lambda rate: 0.8, kid=estimate(-0.01))
-    found = by_metric(judged(below, "cfg-quality-not-alignment"))
-    assert found["KID"].finding == "not measured"
-    assert found["KID"].sentence.startswith("needs a KID above 0 and an alignment below 1 of the w8 at every rate")
-    assert found["Frechet distance"].finding == "holds"
-    perfect = sweep(make_quality, moving, lambda rate: 1.0)
-    assert {v.finding for v in judged(perfect, "cfg-quality-not-alignment")} == {"not measured"}
-    held_out = sweep(make_quality, moving, lambda rate: 0.8 + 0.001 * rate, split="held-out")
-    tuned = world(make_quality, steps=(50,))
-    assert "on held-out prompts" in judged([*held_out, *tuned], "cfg-quality-not-alignment")[0].sentence
-
-
-# Compute
-
-
-@pytest.mark.parametrize(("power", "finding"), [(-0.5, "holds"), (0.5, "does not hold"), (0.0, "undecided")])
-def test_the_slope_over_training_compute_decides(make_quality: Make, power: float, finding: str) -> None:
-    """A power law gives its own exponent."""
-    records = world(make_quality, lambda name, steps: NETWORKS[name] ** power + (100 if steps < 50 else 0))
-    found = by_metric(judged(records, "quality-scales-with-compute"))
-    frechet = found["Frechet distance"]
-    assert {verdict.finding for verdict in found.values()} == {finding}
-    assert frechet.judged is not None
-    assert frechet.judged.interval.value == pytest.approx(power)
-    assert "at 50 steps" in frechet.sentence
-    if power:
-        assert f"rank correlation {math.copysign(1, power):.2f}" in frechet.sentence
-
-
-def test_scaling_needs_three_networks_and_tells_a_networks_own_training(make_quality: Make) -> None:
-    two = judged(world(make_quality, networks=("w8", "w32")), "quality-scales-with-compute")
-    assert {verdict.finding for verdict in two} == {"not measured"}
-    assert two[0].sentence.startswith("needs 3 networks of different training compute")
-    records = world(make_quality, steps=(50,))
-    # After all of it 0.2 + 0.5 + 10 / 50.
-    for share in (0.25, 0.5):
-        records += [
-            make_quality("w8", 50, training_steps=int(20_000 * share), training_gflop=1e5 * share, tuned=False,
-                         frechet=estimate(0.9 / share))
-        ]  # fmt: skip
-    frechet = by_metric(judged(records, "quality-scales-with-compute"))["Frechet distance"]
-    own = {row["network"]: row["slope over its own training"] for row in rows(frechet)}
-    assert own["w8"].startswith("-1 (")
-    assert own["w32"] == "-"
-    # Other guidance than the tuned one is another sampler.
-    other = [
-        record.model_copy(update={"case": record.case.model_copy(update={"guidance_scale": 7.0})})
-        for record in records[-2:]
-    ]
-    other = [record.model_copy(update={"case_key": record.case.key}) for record in other]
-    frechet = by_metric(judged([*records[:-2], *other], "quality-scales-with-compute"))["Frechet distance"]
-    assert "slope over its own training" not in rows(frechet)[0]
-
-
-# All of them
-
-
-def everything(make_quality: Make) -> list[QualityRecord]:
-    records = both(
-        make_quality,
-        lambda name, steps: 2 * as_the_paper_says(name, steps),
-        seeds=(0, 1),
-        between=0.05,
-        steps=(1, 3, 25, 50),
-    )
-    records += sweep(make_quality, lambda rate: rate, lambda rate: 0.8 + 0.005 * rate, rates=(1.0, 1.5, 3.0, 8.0))
-    records += [make_quality("real", 1, kind="real", sampler="none")]
-    records += [make_quality(kind="stitched", steps=13, takes=(("w8", 12), ("w32", 1)))]
-    return records
-
-
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.randoms(use_true_random=False))
-def test_the_order_of_records_changes_nothing(make_quality: Make, make_record: MakeRecord, random: Any) -> None:
-    qualities, records = everything(make_quality), times(make_record)
-    found = judge(records, qualities)
-    assert judge(random.sample(records, len(records)), random.sample(qualities, len(qualities))) == found
-    assert {of.claim.id for of in found if any(v.is_of_quality for v in of.verdicts)} == set(QUALITY_RULES)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_qualities_are_judged_without_a_number_that_is_none(make_quality: Make, data: st.DataObject) -> None:
-    values = st.one_of(st.just(0.0), st.floats(-1.0, 1.0), st.floats(1e-12, 1e9))
-    records = []
-    for _ in range(data.draw(st.integers(1, 14))):
-        value = data.draw(values)
-        count = data.draw(st.sampled_from([0, 20, 31]))
-        figure = Estimate(value=value, replicates=tuple(value + 0.1 * k for k in range(count)))
-        share = Estimate(value=data.draw(st.sampled_from([0.0, 0.5, 1.0])), replicates=(0.5,) * count)
-        records.append(
-            make_quality(
-                data.draw(st.sampled_from(["w8", "w16", "w32"])),
-                data.draw(st.sampled_from([1, 3, 50])),
-                sampler=data.draw(st.sampled_from(["ddim", "ddpm"])),
-                guidance_scale=data.draw(st.sampled_from([1.0, 2.0, 3.0, 8.0])),
-                training_seed=data.draw(st.integers(0, 2)),
-                training_gflop=data.draw(st.sampled_from([None, 0.0, 1.0, 5.0, 9.0])),
-                gflop_per_image=data.draw(st.sampled_from([None, 0.0, 1.0, 2.0])),
-                samples=data.draw(st.sampled_from([10, 20])),
-                tuned=data.draw(st.booleans()),
-                frechet=figure, kid=figure, sliced_wasserstein=None, alignment=share,
-            )
-        )  # fmt: skip
-    found = judge([], records)
-    for of in found:
-        texts = [summary(of, shared_by_all(found)).sentence]
-        texts += [cell for v in of.verdicts if v.figures is not None for row in v.figures.rows for cell in row]
-        assert not [text for text in texts if re.search(r"\b(nan|inf|None)\b", text)]
-        for verdict in of.verdicts:
-            assert verdict.sentence.startswith("needs " if verdict.finding == "not measured" else "in this closed")
-
-
-# The command
-
-
-def test_the_command_reads_qualities_alone_and_beside_times(
-    run: Any, tmp_path: Path, make_quality: Make, make_record: MakeRecord
-) -> None:
-    QualityStore(tmp_path / "quality.jsonl").append(*world(make_quality, steps=(1, 3, 25, 50)))
-    alone = run("claims", tmp_path)
-    assert alone.code == 0, alone.err
-    assert "in this closed world" in alone.out
-    (tmp_path / "records.jsonl").write_text("".join(r.model_dump_json() + "\n" for r in times(make_record)))
-    told = json.loads(run("claims", tmp_path, "--json").out)
-    claim = next(claim for claim in told["claims"] if claim["id"] == "small-wins-at-budget")
-    of_quality = [verdict for verdict in claim["verdicts"] if "world" in verdict["conditions"]]
-    assert len(of_quality) == 6
-    assert of_quality[0]["judged"]["limit"] == 0.0
-    assert of_quality[0]["judged"]["holds"] == "above"
-    report = run("report", tmp_path, "-o", tmp_path / "page.html")
-    assert report.code == 0, report.err
-    assert "small-wins-at-budget: holds in" in " ".join(report.out.split())
-    assert "in this closed world" in (tmp_path / "page.html").read_text().lower()
+def test_what_all_verdicts_share_is_told_once(make_quality: Make, make_record: MakeRecord) -> None:
+    shared = shared_by_all(judge(times(make_record), world(make_quality)))
+    assert shared["world"] == "closed world scenes-8x8-v1"
+    assert shared["latent"] == "latent 8x8"
+    assert "metric" not in shared
+    assert "sampler" in shared
+    other = judge(times(make_record, sampler="ddpm", steps=(4, 8, 20)), world(make_quality))
+    assert "sampler" not in shared_by_all(other)

@@ -66,13 +66,13 @@ def test_with_one_seed_the_samples_noise_is_covered(scale: Scale) -> None:
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_a_few_seeds_are_covered_too(seeds: int) -> None:
-    """Seeds that vary far more than samples: what a plain bootstrap of two or three covers at 60 to 80 %."""
+    """Seeds that vary far more than samples: drawing two or three with replacement is too narrow."""
     assert covered(seeds, 0.001, 0.2) > 0.91
     assert covered(seeds, 0.1, 0.1) > 0.92
 
 
 def test_one_seed_says_nothing_of_seeds() -> None:
-    """Why a sentence tells of one training seed."""
+    """Why a sentence tells of one training seed, and claims nothing of others."""
     assert covered(1, 0.02, 0.2) < 0.6
 
 

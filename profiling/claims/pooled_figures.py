@@ -17,6 +17,8 @@ from ..measure.intervals import RESAMPLES, Interval
 from ..quality import Estimate
 
 _SEED = 20260401
+# Of larger ones a float has no exponential.
+_LARGEST = 700.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,16 @@ class Scale:
 
 
 def _positive(value: float) -> bool:
-    return value > 0
+    # The derivative of the logarithm of less leaves the range of a float.
+    return value > 1e-100
+
+
+def _exp(number: float) -> float:
+    return math.exp(min(number, _LARGEST))
 
 
 # Distances of networks and budgets are factors apart, and so is what two seeds of one network differ by.
-LOGARITHM = Scale("log", math.log, lambda value: 1 / value, math.exp, _positive)
+LOGARITHM = Scale("log", math.log, lambda value: 1 / value, _exp, _positive)
 # KID is unbiased and lies below zero where a network is as good as real: its logarithm is not there.
 DIFFERENCE = Scale("difference", lambda value: value, lambda value: 1.0, lambda number: number)
 # Of a share that is right the logarithm of what is wrong.
@@ -46,7 +53,7 @@ ERRORS = Scale(
     "log of errors",
     lambda value: math.log(1 - value),
     lambda value: -1 / (1 - value),
-    lambda number: 1 - math.exp(number),
+    lambda number: 1 - _exp(number),
     lambda value: value < 1,
 )
 
@@ -106,8 +113,7 @@ class PooledFigure:
     def drawn(self, widened: float) -> Any:
         """`RESAMPLES` numbers that samples and seeds might have given as well, as an array.
 
-        widened: by what the part of the seeds is multiplied. Of S seeds S - 1 are drawn: the mean of these varies
-        as the mean of S does, where that of S drawn ones would vary less.
+        widened: by what the part of the seeds is multiplied.
         """
         import numpy
 
@@ -116,13 +122,13 @@ class PooledFigure:
             for deviations, (samples, count) in zip(self.deviations, self.resamples, strict=True):
                 found += numpy.asarray(deviations)[_drawn_replicates(samples, count)] / len(self.seeds)
         if len(self.seeds) > 1:
-            means = numpy.asarray(self.numbers)[_drawn_seeds(self.network, self.seeds)].mean(axis=1)
-            found += widened * (means - self.number)
+            off = numpy.asarray(self.numbers) - self.number
+            found += widened * (_seed_weights(self.network, self.seeds) @ off)
         return found
 
 
 def contrast(figures: Sequence[PooledFigure], statistic: Callable[..., Any], confidence: float = 0.95) -> Interval:
-    """The interval of `statistic(number, number, ...)` over pairs of a replicate and resampled seeds.
+    """The interval of `statistic(number, number, ...)` over pairs of a replicate and reweighted seeds.
 
     `statistic` is called with numbers, and with numpy arrays of shape [resamples], elementwise. Percentiles of the
     pairs; the part of the seeds is widened by Student's t over the normal quantile, as a few seeds tell little of
@@ -163,9 +169,15 @@ def _drawn_replicates(samples: int, count: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _drawn_seeds(network: str, seeds: tuple[int, ...]) -> Any:
-    """The same for all figures of a network, whose seeds are the same trainings; other networks draw apart."""
+def _seed_weights(network: str, seeds: tuple[int, ...]) -> Any:
+    """Normal weights of the seeds' distances from their mean, whose sum varies as that mean does (wild bootstrap).
+
+    Drawing two or three seeds with replacement gives a handful of means, whose percentiles hold the truth less
+    often than they say. The weights are the same for all figures of a network, whose seeds are the same trainings;
+    other networks have their own.
+    """
     import numpy
 
     name = zlib.crc32(f"{network} {seeds}".encode())
-    return numpy.random.default_rng([_SEED, name]).integers(0, len(seeds), (RESAMPLES, len(seeds) - 1))
+    drawn = numpy.random.default_rng([_SEED, name]).normal(size=(RESAMPLES, len(seeds)))
+    return drawn / math.sqrt(len(seeds) * (len(seeds) - 1))
