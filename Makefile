@@ -9,7 +9,7 @@ ARGS ?=
 # debugger).
 WORKERS ?= auto
 
-.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static hub-kernels emulate emulate-page clean
+.PHONY: help profile test check format readme inventory bench-kernels gpu-check tune static-baseline attention-static hub-kernels emulate emulate-page closed-world clean
 
 help:
 	@echo "make profile   measure what sampling costs on this machine (ARGS=... goes to ldmperf profile)"
@@ -25,6 +25,7 @@ help:
 	@echo "make attention-static write docs/attention.md's table: attention beside a textbook kernel, predicted without a GPU"
 	@echo "make emulate   run tests/interpreter on compiled kernels, without a GPU (ARGS=--emulate=sm_80)"
 	@echo "make emulate-page     write the tables of docs/emulate.md: every operator and every mutant in the emulator"
+	@echo "make closed-world     train, sample and judge a miniature family in half an hour to two (ARGS=--help)"
 	@echo "make hub-kernels   write build/hub-kernels/, a repository for Hugging Face's kernel hub, from kernels/"
 	@echo "make clean     remove .venv and caches, never runs/"
 
@@ -74,6 +75,9 @@ emulate: $(STAMP)
 
 emulate-page: $(STAMP)
 	$(BIN)/python bench/emulate_page.py $(ARGS)
+
+closed-world: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=bench $(BIN)/python -P -m closed_world $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

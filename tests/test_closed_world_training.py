@@ -1,6 +1,7 @@
 """Training in the closed world: it learns, it is the same twice, and a break does not change it."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_the_rate_rises_then_falls_to_the_last():
     assert rates[0] < 0.02
     assert max(rates) == rates[99] or max(rates) == rates[100]
     assert rates[-1] == pytest.approx(0.01)
-    assert all(a >= b for a, b in zip(rates[100:], rates[101:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
 
 
 def test_a_saved_network_is_the_averaged_one_in_16_bits(tmp_path):

@@ -13,14 +13,14 @@ import typer
 from ldmperf.profiling.measure.recorded import new_run_id
 
 from . import cells
+from .captions import TOKENS
 from .family import WORLDS
+from .metrics import FEWEST
 from .networks import COMMITTED, network_folder
 from .pool import run_all
 from .study import Study
 from .tasks import stages
 from .training import Recipe
-
-_TIMES = ("1", "4", "16", "50")
 
 
 def main(
@@ -30,13 +30,15 @@ def main(
     weights: Annotated[Path | None, typer.Option(help="The networks' folder; in --out unless told.")] = None,
     committed: Annotated[bool, typer.Option("--committed", help="Judge the committed networks.")] = False,
     latent: Annotated[int, typer.Option(help="8 for a CPU, 16 for a GPU.")] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = Recipe.steps,
-    seeds: Annotated[int, typer.Option(help="Training seeds of each width.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = Recipe.steps,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each width.")] = 3,
     samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
-    only: Annotated[str, typer.Option(help="Stages: judge, train, tune, sample, guidance, time.")] = "",
-    samples: Annotated[int, typer.Option(help="Images of a cell that decides.")] = cells.SAMPLES,
-    held_out: Annotated[int, typer.Option(help="Images that a guidance is chosen by.")] = cells.HELD_OUT,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each; the cores unless told.")] = 0,
+    only: Annotated[str, typer.Option(help="Stages: judge, train, tune, sample, guidance, stitch, time.")] = "",
+    samples: Annotated[int, typer.Option(min=FEWEST, help="Images of a cell that decides.")] = cells.SAMPLES,
+    held_out: Annotated[
+        int, typer.Option(min=FEWEST, help="Images that a guidance is chosen by.")
+    ] = cells.HELD_OUT,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; the cores unless told.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the closed world's networks, sample and judge them, measure their cost."""
@@ -57,11 +59,11 @@ def main(
         samples=samples,
         held_out=held_out,
     )
-    out.mkdir(parents=True, exist_ok=True)
     parts = stages(study, tuple(samplers.split(",")))
     wanted = only.split(",") if only else [*parts, "time"]
     if unknown := set(wanted) - {*parts, "time"}:
         raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
+    out.mkdir(parents=True, exist_ok=True)
     for name, tasks in parts.items():
         if name in wanted:
             run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
@@ -71,25 +73,20 @@ def main(
 
 
 def _time(study: Study) -> None:
-    """The cost of the family's steps, by the project's own profiler, in the study's folder."""
-    networks = [str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths]
+    """The cost of the family's steps by the project's own profiler: an image alone, and one in a batch."""
+    networks = ",".join(str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths)
     size = f"{study.latent}x{study.latent}"
-    options = {
-        "--unet": ",".join(networks),
-        "--sampler": ",".join(cells.STEPS),
-        "--steps": ",".join(_TIMES),
-        "--guidance": "1,2",
-        "--batch": "1,64",
-        "--latent": size,
-        "--tokens": "6",
-        "--dtype": "float32",
-        "--device": study.device,
-        "--backend": "torch" if study.device == "cpu" else "graph",
-        "--out": str(study.folder / "times"),
-    }
-    flat = [word for option in options.items() for word in option]
-    command = [sys.executable, "-P", "-m", "ldmperf.profiling.cli", "profile", "--one-process", *flat]
-    subprocess.run(command, check=True)
+    backend = "torch" if study.device == "cpu" else "graph"
+    for batch, (samplers, steps) in cells.TIMED.items():
+        options = {
+            **{"--unet": networks, "--latent": size, "--tokens": str(TOKENS), "--guidance": "1,2"},
+            **{"--sampler": ",".join(samplers), "--steps": ",".join(map(str, steps)), "--batch": str(batch)},
+            **{"--dtype": "float32", "--device": study.device, "--backend": backend},
+            **{"--out": str(study.folder / "times")},
+        }
+        words = [word for option in options.items() for word in option]
+        profiler = Path(sys.executable).with_name("ldmperf")
+        subprocess.run([str(profiler), "profile", "--one-process", *words], check=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,14 @@ STEPS: Mapping[str, tuple[int, ...]] = {
 RATES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 # Where guidance is varied, at one number of steps.
 VARIED = ("ddim", 16)
+# Trajectories that two networks share: their steps, and the shares of these that the first one takes.
+STITCHED_STEPS = (4, 8, 16)
+STITCHED_PARTS = (0.25, 0.5, 0.75)
+# What is timed, by batch: an image alone under every sampler, and images at once, where the sampler weighs little.
+TIMED: Mapping[int, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    1: (tuple(STEPS), (1, 4, 16, 50)),
+    64: (("ddim",), (1, 8)),
+}
 # Samples of a cell that decides, and of one that a guidance is chosen by.
 SAMPLES, HELD_OUT = 2000, 500
 
@@ -33,3 +41,9 @@ def climbed(score: Callable[[float], float], start: float, rates: Sequence[float
         if at(best) >= at(place):
             return rates[place]
         place = best
+
+
+def stitched_pairs(widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Each narrower network before the widest (T-Stitch, arXiv 2402.14167), and the narrowest after it."""
+    *narrower, widest = widths
+    return [*((width, widest) for width in narrower), (widest, narrower[0])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,15 +52,14 @@ class Judging:
         found = self._reference.distances(
             answers.features.double().numpy(), latents.double().numpy(), resamples=resamples
         )
-        estimates = {name: Estimate(value=value, replicates=tuple(many)) for name, (value, many) in found.items()}
-        value, replicates = proportion(answers.right.numpy(), resamples)
+        found["alignment"] = proportion(answers.right.numpy(), resamples)
+        estimates = {name: _estimate(*estimated) for name, estimated in found.items()}
         shares = answers.right.double().mean(0).tolist()
         return self._made(
             case,
             started,
             **known,
             **estimates,
-            alignment=Estimate(value=value, replicates=tuple(replicates)),
             factors=dict(zip(FACTORS, shares, strict=True)),
             all_right=float(answers.right.all(1).double().mean()),
         )
@@ -75,3 +74,8 @@ class Judging:
             **fields,
         }
         return QualityRecord(**values)  # type: ignore[arg-type]
+
+
+def _estimate(value: float, replicates: Sequence[float]) -> Estimate:
+    """With replicates of five digits, more than they tell."""
+    return Estimate(value=value, replicates=tuple(float(f"{one:.5g}") for one in replicates))

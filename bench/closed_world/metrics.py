@@ -1,9 +1,9 @@
 """Distances from generated samples to real ones, and shares of right answers, each with bootstrap replicates.
 
 A replicate is the value over as many samples as there are, drawn from them with replacement. Which samples it
-draws follows from their number and a seed alone, so replicates of two generators pair: where sample i of both answers
-the same prompt from the same noise, replicate j of both holds the same prompts, and what these do to both leaves the
-difference or ratio of the two. Real samples are not drawn anew: an interval is for the real samples that it had.
+draws follows from their number and a seed alone, so replicates of two generators pair: where sample i of both
+answers the same prompt from the same noise, replicate j of both holds the same prompts, and what is common to both
+leaves their difference or ratio. Real samples are not drawn anew: an interval is for the real samples it had.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KID_ROWS = 2000
 _BLOCK = 1000
 # With fewer samples, a replicate could draw one of them alone, which has no variance.
 FEWEST = 16
-# A feature whose deviation is a smaller share of its mean, or of the largest deviation, is a constant with rounding.
+# A feature whose deviation is a smaller share of its mean, or of the largest deviation, is taken as constant.
 _CONSTANT = 1e-9
 # Upper halves of keys, so that no scene, draw or direction uses the words of another.
 _DRAWS, _DIRECTIONS = 1 << 64, 2 << 64
@@ -31,8 +31,8 @@ _DRAWS, _DIRECTIONS = 1 << 64, 2 << 64
 class Reference:
     """Real samples as features [m, d] and latents [m, ...], to which generated ones are compared.
 
-    Features are centred and divided by their deviations over the real samples. A feature that is constant there, as
-    a dead unit of a judge is, is divided by the largest deviation of any.
+    Features are centred and divided by their deviations over the real samples. One that is constant there, as a
+    judge's dead unit is, is divided by the largest deviation of any.
 
     Raises ValueError for fewer than `FEWEST` samples, numbers that are not finite, and features all constant.
     """
@@ -66,10 +66,10 @@ class Reference:
 
         The Frechet and the Wasserstein distance of finite samples are too large on average, and a draw with
         replacement adds about as much again: their replicates are shifted to have the value as their mean, and may
-        be negative where the value is small. Compare values of equal n alone, and with that of n other real samples,
+        be negative where the value is small. Compare values of equal n alone, and with that of n other real ones,
         which is not 0. KID has no such error, and may be negative.
 
-        Raises ValueError for fewer than `FEWEST` samples, numbers that are not finite or are too large, and another
+        Raises ValueError for fewer than `FEWEST` samples, numbers that are not finite or too large, and another
         width than the real samples have.
         """
         rows, points = _samples(features, latents)
@@ -114,7 +114,8 @@ class Reference:
         across = np.concatenate(
             [_kernel(rows[at : at + _BLOCK], self.kid_rows).mean(1) for at in range(0, len(rows), _BLOCK)]
         )
-        return _mean_of_pairs(rows, counts) + self._kid_within - 2 * (counts @ across) / len(rows)
+        values: Floats = _mean_of_pairs(rows, counts) + self._kid_within - 2 * (counts @ across) / len(rows)
+        return values
 
     def _sliced_wasserstein(self, points: Floats, counts: Ints) -> Floats:
         """The mean over directions of the squared Wasserstein-2 distance of projections, for each row of `counts`.
@@ -181,7 +182,8 @@ def _mean_of_pairs(rows: Floats, counts: Ints) -> Floats:
         block = _kernel(rows[at : at + _BLOCK], rows)
         block[np.arange(len(block)), at + np.arange(len(block))] = 0.0
         total += ((counts[:, at : at + _BLOCK] @ block) * counts).sum(1)
-    return total / (len(rows) ** 2 - (counts * counts).sum(1))
+    means: Floats = total / (len(rows) ** 2 - (counts * counts).sum(1))
+    return means
 
 
 def _kernel(left: Floats, right: Floats) -> Floats:

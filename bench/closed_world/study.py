@@ -5,13 +5,21 @@ What is done is on disk: a folder for each network, a line for each judged cell.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 
 from ldmperf.model import UNet
 from ldmperf.profiling.measure.store import load_lines
-from ldmperf.profiling.quality import QUALITY_NAME, QualityCase, QualityRecord, QualityStore
+from ldmperf.profiling.quality import (
+    QUALITY_NAME,
+    QualityCase,
+    QualityRecord,
+    QualityStore,
+    stitched_label,
+)
 
 from . import cells
 from .family import WORLDS, World
@@ -57,16 +65,17 @@ class Study:
         """The file of its records."""
         return self.folder / QUALITY_NAME
 
-    def case(self, width: int, seed: int, sampler: str, steps: int, guidance: float, split: Split) -> QualityCase:
-        """A cell of the family."""
+    def case(self, widths: Sequence[int], seed: int, sampler: str, guidance: float, split: Split) -> QualityCase:
+        """A cell of the family, by the width of the network that takes each step."""
+        takes = takes_of(widths)
         return QualityCase(
             world=self.world.name,
-            kind="diffusion",
-            network=label(width),
+            kind="diffusion" if len(takes) == 1 else "stitched",
+            network=takes[0][0] if len(takes) == 1 else stitched_label(takes),
             training_seed=seed,
             training_steps=self.recipe.steps,
             sampler=sampler,
-            steps=steps,
+            steps=len(widths),
             guidance_scale=guidance,
             split=split,
             samples=self.samples if split == "test" else self.held_out,
@@ -80,44 +89,55 @@ def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
     for steps in cells.STEPS[sampler]:
 
         def score(rate: float, steps: int = steps) -> float:
-            case = study.case(width, TUNED_ON, sampler, steps, rate, "held-out")
-            record = judged_cell(study, case, width)
+            case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
+            record = judged_cell(study, case, [width] * steps)
             return float("inf") if record.frechet is None else record.frechet.value
 
         start = found[steps] = cells.climbed(score, start)
     return found
 
 
-def judged_cell(study: Study, case: QualityCase, width: int, *, tuned: bool = False) -> QualityRecord:
-    """The record of a cell of the family: from disk, or sampled and judged now."""
+def judged_cell(study: Study, case: QualityCase, widths: Sequence[int], *, tuned: bool = False) -> QualityRecord:
+    """The record of a cell of the family: from disk, or sampled and judged now. `widths` has that of each step."""
     if there := kept(study).get(case.key):
         return there
-    network = _network(network_folder(study.weights, width, case.training_seed), study.device)
+    networks = {
+        width: _network(network_folder(study.weights, width, case.training_seed), study.device)
+        for width in dict.fromkeys(widths)
+    }
     prompts = Prompts.of(case.split, case.samples)
     plan = plan_of(case.sampler, case.steps)
-    latents = sampled([network] * case.steps, study.world, plan, prompts, case.guidance_scale)
-    forward = forward_gflop(network.config, study.latent)
+    latents = sampled([networks[width] for width in widths], study.world, plan, prompts, case.guidance_scale)
+    forward = {width: forward_gflop(network.config, study.latent) for width, network in networks.items()}
     record = judging(study).record(
         case,
         latents,
         prompts.factors,
         resamples=RESAMPLES if case.split == "test" else 0,
         tuned=tuned,
-        takes=((case.network, case.steps),),
-        parameters=parameters(network),
-        gflop_per_image=forward * case.steps * (2 if case.guided else 1),
+        takes=takes_of(widths),
+        parameters=sum(map(parameters, networks.values())),
+        gflop_per_image=sum(forward[width] for width in widths) * (2 if case.guided else 1),
         # A backward takes twice its forward.
-        training_gflop=3 * forward * study.recipe.batch * study.recipe.steps,
+        training_gflop=3 * sum(forward.values()) * study.recipe.batch * study.recipe.steps,
     )
     keep(study, record)
     return record
 
 
+def takes_of(widths: Sequence[int]) -> tuple[tuple[str, int], ...]:
+    """Which network takes how many steps, in order, by the width of each step."""
+    return tuple((label(width), len(list(steps))) for width, steps in groupby(widths))
+
+
 def kept(study: Study) -> dict[str, QualityRecord]:
     """The judged cells on disk, by their keys."""
-    if not study.records.exists():
-        return {}
-    records, _ = load_lines(study.records, QualityRecord)
+    return _read(study.records, study.records.stat().st_size) if study.records.exists() else {}
+
+
+@lru_cache(1)
+def _read(path: Path, size: int) -> dict[str, QualityRecord]:
+    records, _ = load_lines(path, QualityRecord)
     return {record.case_key: record for record in records}
 
 

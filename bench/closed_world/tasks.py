@@ -91,8 +91,8 @@ class Judge:
 
     def run(self, study: Study) -> None:
         rate = tuned_rates(study, self.width, self.sampler)[self.steps]
-        case = study.case(self.width, self.seed, self.sampler, self.steps, rate, "test")
-        judged_cell(study, case, self.width, tuned=True)
+        widths = [self.width] * self.steps
+        judged_cell(study, study.case(widths, self.seed, self.sampler, rate, "test"), widths, tuned=True)
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,28 @@ class JudgeRates:
 
     def run(self, study: Study) -> None:
         chosen = tuned_rates(study, self.width, self.sampler)[self.steps]
+        widths = [self.width] * self.steps
         for rate in cells.RATES:
-            case = study.case(self.width, self.seed, self.sampler, self.steps, rate, "test")
-            judged_cell(study, case, self.width, tuned=rate == chosen)
+            case = study.case(widths, self.seed, self.sampler, rate, "test")
+            judged_cell(study, case, widths, tuned=rate == chosen)
+
+
+@dataclass(frozen=True)
+class JudgeStitched:
+    """Judges a trajectory whose steps different networks take, at the guidance chosen for the widest of them."""
+
+    widths: tuple[int, ...]
+    seed: int
+    sampler: str
+
+    @property
+    def cost(self) -> float:
+        return sum(map(_step_cost, self.widths)) / 20
+
+    def run(self, study: Study) -> None:
+        rate = tuned_rates(study, max(self.widths), self.sampler)[len(self.widths)]
+        case = study.case(self.widths, self.seed, self.sampler, rate, "test")
+        judged_cell(study, case, self.widths, tuned=True)
 
 
 @dataclass(frozen=True)
@@ -152,6 +171,12 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
             for number in cells.STEPS[name]
         ],
         "guidance": [JudgeRates(width, seeds[0], sampler, steps) for width in widths],
+        "stitch": [
+            JudgeStitched((first,) * early + (second,) * (steps - early), seeds[0], "ddim")
+            for first, second in cells.stitched_pairs(widths)
+            for steps in cells.STITCHED_STEPS
+            for early in sorted({round(part * steps) for part in cells.STITCHED_PARTS})
+        ],
     }
 
 

@@ -1,0 +1,128 @@
+"""Sampling, tuning and keeping of cells."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from closed_world import cells, study
+from closed_world.family import WORLDS
+from closed_world.networks import COMMITTED, network_folder, save_network
+from closed_world.sampling import Prompts, plan_of, real_samples, sampled
+from closed_world.scenes import Scenes
+from closed_world.tasks import stages
+from closed_world.training import Recipe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ldmperf.model import UNet
+
+WORLD = WORLDS[8]
+
+
+@given(st.integers(0, len(cells.RATES) - 1), st.sampled_from(cells.RATES), st.floats(0.1, 10))
+def test_the_climb_finds_the_bottom_of_a_valley_from_everywhere(bottom, start, slope):
+    asked = []
+
+    def score(rate):
+        asked.append(rate)
+        return slope * abs(cells.RATES.index(rate) - bottom)
+
+    assert cells.climbed(score, start) == cells.RATES[bottom]
+    assert len(asked) == len(set(asked))
+
+
+def test_the_climb_leaves_scores_that_are_not_finite():
+    assert cells.climbed(lambda rate: math.inf if rate > 2 else 1 / rate, 2.0) == 2.0
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return UNet(WORLD.config(8), backend="torch").eval()
+
+
+def test_an_image_does_not_depend_on_those_beside_it():
+    network, plan, prompts = tiny(), plan_of("ddpm", 3), Prompts.of("test", 5)
+    whole = sampled([network] * 3, WORLD, plan, prompts, 2.0, batch=5)
+    parts = sampled([network] * 3, WORLD, plan, prompts, 2.0, batch=2)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_of_each_step_takes_it():
+    """Two networks in turn, by hand: DDIM (Song et al.) with a v prediction (Salimans and Ho)."""
+    first, second = tiny(0), tiny(1)
+    prompts = Prompts.of("test", 2)
+    plan = plan_of("ddim", 2)
+    found = sampled([first, second], WORLD, plan, prompts, 1.0)
+    other = sampled([second, first], WORLD, plan, prompts, 1.0)
+    assert not torch.allclose(found, other, atol=1e-3)
+    from closed_world.captions import embedded
+    from closed_world.family import SCHEDULE
+
+    from ldmperf.samplers import initial_noise
+
+    x = initial_noise(prompts.seeds, (4, 8, 8))
+    alphas = torch.tensor(SCHEDULE.alphas_cumprod)
+    # Trailing: 1000 and 500 as counted from 1; before the first timestep diffusers' DDIM has alpha 1.
+    for network, t, before in ((first, 999, 499), (second, 499, None)):
+        alpha, sigma = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
+        with torch.no_grad():
+            v = network(x, float(t), embedded(prompts.factors))
+        sample, noise = alpha * x - sigma * v, alpha * v + sigma * x
+        next_alpha = torch.tensor(1.0).double() if before is None else alphas[before]
+        x = (next_alpha.sqrt() * sample + (1 - next_alpha).sqrt() * noise).float()
+    torch.testing.assert_close(found, x, rtol=2e-3, atol=2e-3)
+
+
+def test_splits_share_no_prompt_order_and_no_noise():
+    held, test = Prompts.of("held-out", 50), Prompts.of("test", 50)
+    assert not torch.equal(held.factors, test.factors)
+    assert not set(held.seeds) & set(test.seeds)
+    assert torch.equal(Prompts.of("test", 7).factors, test.factors[:7])
+
+
+def test_real_samples_are_the_scenes_of_the_prompts():
+    assert torch.equal(real_samples(WORLD, "test", 9).factors, Prompts.of("test", 9).factors)
+
+
+def of(folder):
+    return study.Study(
+        folder, folder / "weights", "a" * 32, recipe=Recipe(steps=10), seeds=(0,), samples=60, held_out=40
+    )
+
+
+def test_a_judged_cell_is_on_disk_and_is_not_sampled_again(tmp_path, monkeypatch):
+    one = of(tmp_path)
+    save_network(tiny(), network_folder(one.weights, 8, 0))
+    one.judge.write_bytes((COMMITTED / "judge.safetensors").read_bytes())
+    case = one.case([8, 8], 0, "ddim", 1.5, "test")
+    record = study.judged_cell(one, case, [8, 8], tuned=True)
+    assert record.case.samples == 60
+    assert record.takes == (("w8", 2),)
+    assert len(record.frechet.replicates) == 200
+    assert record.frechet.value > 5
+    assert 0.1 < record.alignment.value < 0.4
+    monkeypatch.setattr(study, "sampled", lambda *_: pytest.fail("sampled again"))
+    assert study.judged_cell(one, case, [8, 8]) == record
+    assert study.kept(one) == {case.key: record}
+
+
+def test_a_stitched_cell_tells_who_takes_which_steps():
+    one = of(COMMITTED)
+    widths = (8, 8, 8, 32)
+    case = one.case(widths, 0, "ddim", 2.0, "test")
+    assert study.takes_of(widths) == (("w8", 3), ("w32", 1))
+    assert (case.kind, case.network, case.steps) == ("stitched", "w8x3+w32x1", 4)
+    assert one.case([8] * 4, 0, "ddim", 2.0, "test").network == "w8"
+
+
+def test_stages_cover_the_grid_once():
+    one = dataclasses.replace(of(COMMITTED), seeds=(0, 1, 2))
+    parts = stages(one, tuple(cells.STEPS))
+    assert len(parts["train"]) == 15
+    assert len(parts["sample"]) == len(set(parts["sample"])) == 15 * sum(map(len, cells.STEPS.values()))
+    assert all(task.cost > 0 for tasks in parts.values() for task in tasks)
+
+
+def test_prompts_are_the_worlds_own():
+    assert torch.equal(Prompts.of("test", 3).factors, torch.from_numpy(Scenes(55).factors(0, 3)))
