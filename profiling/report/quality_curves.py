@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric, closed_worlds
 from ..claims.pooled_figures import DIFFERENCE, PooledFigure, contrast
@@ -38,12 +38,16 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class CostCurves:
-    """All generators of a world at what an image of theirs costs, under one sampler, the cheapest first."""
+    """All generators of a world at what an image of theirs costs, under one sampler, the cheapest first.
+
+    without_cost  the networks of which no cell's cost is known
+    """
 
     world: ClosedWorld
     sampler: str
     unit: BudgetUnit
     points: tuple[CurvePoint, ...]
+    without_cost: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def quality_curves(records: Iterable[QualityRecord], times: Overview) -> Quality
         for sampler in world.samplers:
             family = [cell for of_network in world.cells(sampler).values() for cell in of_network.values()]
             placed = [curve_point(cell, 0.0) for cell in (*family, *world.others(sampler))]
-            curves = (CostCurves(world, sampler, unit, _priced(placed, unit)) for unit in units)
+            curves = (_cost_curves(world, sampler, unit, placed) for unit in units)
             costs += [of for of in curves if of.points]
             guidance += _sweeps(world, sampler)
     return QualityCurves(tuple(costs), tuple(guidance))
@@ -120,11 +124,14 @@ def frontier(points: Iterable[CurvePoint], field: str) -> tuple[CurvePoint, ...]
     return tuple(found)
 
 
-def _priced(points: Sequence[CurvePoint], unit: BudgetUnit) -> tuple[CurvePoint, ...]:
-    """Those whose cost is known."""
+def _cost_curves(world: ClosedWorld, sampler: str, unit: BudgetUnit, points: Sequence[CurvePoint]) -> CostCurves:
+    """Of the points whose cost is known."""
     costs = [(unit.cost(point.cell), point) for point in points]
-    found = [CurvePoint(p.cell, cost, p.figures, p.intervals) for cost, p in costs if cost is not None]
-    return tuple(sorted(found, key=lambda point: (point.at, *_name(point))))
+    found = [replace(point, at=cost) for cost, point in costs if cost is not None]
+    having = {point.cell.network for point in found}
+    without = dict.fromkeys(point.cell.network for point in points if point.cell.network not in having)
+    ordered = sorted(found, key=lambda point: (point.at, *_name(point)))
+    return CostCurves(world, sampler, unit, tuple(ordered), tuple(without))
 
 
 def _name(point: CurvePoint) -> tuple[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..claims.closed_worlds import ClosedWorld, seeds_in_words
 from ..claims.pooled_figures import LOGARITHM
 from ..claims.sample_costs import TimeBudget
 from ..figures.phrases import TASKS, phrases_of
+from ..figures.text import first_of, joined
 from ..measure.conditions import commit
 from ..terminal.visible import counted, visible
 from .fact_tables import FactOf, FactTable, Placing
@@ -62,24 +63,24 @@ def _over_time(curves: CostCurves, placing: Placing) -> list[FactOf]:
 
 def _of_costs(curves: CostCurves, cost: str, words: Mapping[str, str], notes: Iterable[str]) -> list[FactOf]:
     placed = _placed(curves.world, curves.sampler) | dict(words)
-    note = _note(curves.points, notes)
+    missing = [f"no {curves.unit.unit} known of {first_of(curves.without_cost)}"] if curves.without_cost else []
+    placed |= _notes(curves.points, (*notes, *missing))
     fronts = {metric.field: {*map(id, frontier(curves.points, metric.field))} for metric in METRICS}
     facts: list[FactOf] = []
     for point in curves.points:
         numbers = {cost: point.at, **_numbers(curves.world, point)}
         for field, front in fronts.items():
             numbers[f"{field}_front"] = numbers[field] if id(point) in front else None
-        facts.append((_words(point) | placed | {"note": note}, numbers))
+        facts.append((_words(point) | placed, numbers))
     return facts
 
 
 def _of_guidance(curves: GuidanceCurves) -> list[FactOf]:
     placed = _placed(curves.world, curves.sampler)
     placed |= {"steps": counted(curves.steps, "step"), "split": f"{curves.split} prompts"}
-    note = _note(curves.points, ())
+    placed |= _notes(curves.points)
     return [
-        (_words(point) | placed | {"note": note}, {"rate": point.at} | _numbers(curves.world, point))
-        for point in curves.points
+        (_words(point) | placed, {"rate": point.at} | _numbers(curves.world, point)) for point in curves.points
     ]
 
 
@@ -108,18 +109,17 @@ def _numbers(world: ClosedWorld, point: CurvePoint) -> dict[str, float | None]:
     return found
 
 
-def _note(points: Iterable[CurvePoint], more: Iterable[str]) -> str:
-    """How many samples and seeds the points are of, how sure their intervals are, and on which commits."""
-    points = list(points)
-    figures = [figure for point in points for figure in point.figures.values()]
-    confidence = min((of.confidence for point in points for of in point.intervals.values()), default=0.0)
+def _notes(points: Sequence[CurvePoint], more: Iterable[str] = ()) -> dict[str, str]:
+    """Of each metric how many samples and seeds its points are of, how sure its intervals are, on which commits."""
     samples = sorted({point.cell.samples for point in points})
     commits = sorted({commit(record.environment) for point in points for record in point.cell.records})
-    said = [
-        f"{samples[0]} to {samples[-1]} samples" if len(samples) > 1 else counted(samples[0], "sample"),
-        *([seeds_in_words(figures)] if figures else []),
-        f"intervals of {confidence:.0%}" if confidence else "no intervals: records without replicates",
-        f"commit{'' if len(commits) == 1 else 's'} {', '.join(commits)}",
-        *more,
-    ]
-    return visible("; ".join(said))
+    count = f"{samples[0]} to {samples[-1]} samples" if len(samples) > 1 else counted(samples[0], "sample")
+    place = f"commit{'' if len(commits) == 1 else 's'} {joined(commits)}"
+    notes = {}
+    for field in (metric.field for metric in METRICS):
+        having = [point for point in points if field in point.figures]
+        confidence = min((point.intervals[field].confidence for point in having), default=0.0)
+        seeds = [seeds_in_words(point.figures[field] for point in having)] if having else []
+        sure = f"intervals of {confidence:.0%}" if confidence else "without replicates there is no interval"
+        notes[f"{field}_note"] = visible("; ".join((count, *seeds, sure, place, *more)))
+    return notes
