@@ -110,7 +110,7 @@ def _numbers(world: ClosedWorld, point: CurvePoint) -> dict[str, float | None]:
 
 
 def _notes(points: Sequence[CurvePoint], more: Iterable[str] = ()) -> dict[str, str]:
-    """Of each metric how many samples and seeds its points are of, how sure its intervals are, on which commits."""
+    """Of each metric: samples and seeds of its points, how sure its intervals are, on which commits."""
     samples = sorted({point.cell.samples for point in points})
     commits = sorted({commit(record.environment) for point in points for record in point.cell.records})
     count = f"{samples[0]} to {samples[-1]} samples" if len(samples) > 1 else counted(samples[0], "sample")
