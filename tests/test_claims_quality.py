@@ -24,7 +24,8 @@ from quality_worlds import (
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.claims import judge
 from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries
-from ldmperf.profiling.claims.verdict import Verdict
+from ldmperf.profiling.claims.verdict import Judged, Verdict
+from ldmperf.profiling.measure.intervals import Interval
 
 # Budgets
 
@@ -64,6 +65,16 @@ def test_small_that_never_wins_does_not_hold_and_large_that_loses_neither(make_q
     turned = world(make_quality, lambda name, steps: NETWORKS[name] ** 0.5 + 10.0 / steps)
     large = by_metric(judged(turned, "large-wins-relaxed"))
     assert {verdict.finding for verdict in large.values()} == {"does not hold"}
+
+
+def test_the_largest_has_to_beat_each_smaller_network(make_quality: Make) -> None:
+    """One of four is better than it: the others, which are worse, do not help."""
+    odd = world(
+        make_quality, lambda name, steps: {"w8": 9.0, "w12": 8.0, "w16": 7.0, "w24": 1.0, "w32": 2.0}[name]
+    )
+    for verdict in judged(odd, "large-wins-relaxed"):
+        assert verdict.finding == "does not hold"
+        assert "the w24 with " in verdict.sentence
 
 
 def test_noise_as_large_as_the_difference_is_undecided(make_quality: Make) -> None:
@@ -159,6 +170,12 @@ def test_the_bound_is_over_all_smaller_networks(make_quality: Make) -> None:
     assert "judged on 2 networks only (w8, w32)" in alone.sentence
 
 
+def test_what_is_compared_with_zero_has_its_distance_in_widths() -> None:
+    """The verdict that is told first is the farthest from its limit."""
+    assert Judged("a difference", Interval(1.0, 3.0, 5.0), 0.0, above=True).distance == 0.75
+    assert Judged("a difference", Interval(3.0, 3.0, 3.0), 0.0).distance == 0.0
+
+
 def test_few_replicates_and_none_say_so(make_quality: Make) -> None:
     few = judged(world(make_quality, count=20), "small-wins-at-budget")[0]
     assert few.finding == "holds"
@@ -212,6 +229,8 @@ def test_without_times_flops_alone_are_judged_and_times_add_budgets(
     assert sum(budget.startswith("ms per image, batch 64, ") for budget in budgets) == 3
     timed = next(verdict for verdict in found if verdict.conditions["budget"].startswith("ms, batch 1"))
     assert "some times are predicted from other step counts" in timed.sentence
+    many = next(verdict for verdict in found if verdict.conditions["budget"].startswith("ms per image, batch 64"))
+    assert [row["ms per image"] for row in rows(many)] == [row["ms per image"] for row in rows(timed)]
     three = next(row for row in rows(timed) if row["steps of w32"] == "3")
     assert float(three["ms per image"]) == pytest.approx(48.0, rel=1e-3)
     assert three["its steps"] == "25"

@@ -118,6 +118,15 @@ def test_the_network_whose_guidance_moves_quality_least_decides(make_quality: Ma
         assert " of the w32 moves by " in verdict.sentence
 
 
+def test_rates_are_compared_at_the_same_seeds(make_quality: Make) -> None:
+    """Every network was trained twice, and one of the two sampled at rates that are not the tuned one."""
+    records = sweep(make_quality, lambda rate: rate, lambda rate: 0.8 + 0.005 * rate, rates=(1.5, 4.0, 8.0))
+    records += world(make_quality, networks=("w8", "w32"), steps=(50,), seeds=(0, 1))
+    for verdict in judged(records, "cfg-quality-not-alignment"):
+        assert "one training seed" in verdict.sentence
+        assert [row["guidance"] for row in rows(verdict)][:5] == ["1.5", "2", "4", "8", "range"]
+
+
 # Compute
 
 
