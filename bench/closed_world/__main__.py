@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ldmperf.profiling.measure.recorded import new_run_id
@@ -15,13 +17,17 @@ from ldmperf.profiling.measure.recorded import new_run_id
 from . import cells
 from .captions import TOKENS
 from .family import WORLDS
-from .judge import ceiling, load_judge
+from .judge import JudgeError, ceiling, load_judge
 from .metrics import FEWEST
 from .networks import COMMITTED, network_folder
+from .options import OptionsError, hold_to
 from .pool import run_all
 from .study import Study
 from .tasks import stages
 from .training import Recipe
+
+# What is done of the committed networks.
+_TRAINED = ("judge", "train")
 
 
 def main(
@@ -48,6 +54,10 @@ def main(
     unknown = set(samplers.split(",")) - set(cells.STEPS)
     if unknown:
         raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
+    if committed and weights is not None:
+        raise typer.BadParameter("--committed has networks of its own: leave --weights out")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device {device}: torch sees no GPU here; leave it out")
     folder = COMMITTED if committed else weights or out / "weights"
     study = Study(
         out,
@@ -61,18 +71,39 @@ def main(
         held_out=held_out,
     )
     parts = stages(study, tuple(samplers.split(",")))
-    wanted = only.split(",") if only else [*parts, "time"]
-    if unknown := set(wanted) - {*parts, "time"}:
-        raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, tasks in parts.items():
-        if name in wanted:
-            run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
-        if name == "judge" and set(wanted) - {"train", "time"}:
-            _tell_ceiling(study)
-    if "time" in wanted:
-        _time(study)
+    known = [name for name in (*parts, "time") if not (committed and name in _TRAINED)]
+    wanted = only.split(",") if only else known
+    if unknown := set(wanted) - set(known):
+        raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join(known)}")
+    source = "committed" if committed else str(weights.resolve()) if weights else "its own"
+    try:
+        hold_to(folder, {"--latent": latent, "--steps": steps})
+        if "train" not in wanted and wanted != ["judge"]:
+            _check_networks(study)
+        hold_to(out, {"--latent": latent, "--steps": steps, "--weights": source})
+        for name, tasks in parts.items():
+            if name in wanted:
+                run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+            if name == "judge" and set(wanted) - {"train", "time"}:
+                _tell_ceiling(study)
+        if "time" in wanted:
+            _time(study)
+    except (OptionsError, JudgeError) as failure:
+        raise SystemExit(str(failure)) from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            "A worker was killed, perhaps for its memory. The same command goes on; --workers 1 takes the least."
+        ) from None
+    except subprocess.CalledProcessError as failure:
+        raise SystemExit(failure.returncode) from None
     print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
+
+
+def _check_networks(study: Study) -> None:
+    """Raises BadParameter where a stage would miss a network."""
+    folders = (network_folder(study.weights, width, seed) for width in study.world.widths for seed in study.seeds)
+    if missing := next((folder for folder in folders if not folder.exists()), None):
+        raise typer.BadParameter(f"{missing} is not there: train it (--only judge,train), or give fewer --seeds")
 
 
 def _tell_ceiling(study: Study) -> None:

@@ -24,15 +24,15 @@ RESAMPLES = 200
 
 
 class Judging:
-    """The judge of a world with the real samples that others are compared with."""
+    """The judge of a world with the real samples that others are compared with. `device`: of the generators."""
 
-    def __init__(self, world: World, judge: Path, run_id: str) -> None:
+    def __init__(self, world: World, judge: Path, run_id: str, device: str = "cpu") -> None:
         self.world, self._run_id = world, run_id
         self._judge = load_judge(judge, world)
         real = Source(world, _REAL_SEED).read(0, _REAL_SAMPLES)
         features = self._judge.answers(real.latents, real.factors).features
         self._reference = Reference(features.double().numpy(), real.latents.flatten(1).double().numpy())
-        self._environment: Environment = collect_environment("cpu")
+        self._environment: Environment = collect_environment(device)
 
     def record(
         self,

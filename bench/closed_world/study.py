@@ -149,7 +149,7 @@ def keep(study: Study, record: QualityRecord) -> None:
 @cache
 def judging(study: Study) -> Judging:
     """The judge with its real samples, made once in a process."""
-    return Judging(study.world, study.judge, study.run_id)
+    return Judging(study.world, study.judge, study.run_id, study.device)
 
 
 @cache
