@@ -152,6 +152,22 @@ def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
     assert [(case.guidance_scale, tuned) for case, _, tuned in asked] == [(r, r == 1.5) for r in cells.RATES]
 
 
+@pytest.mark.parametrize(
+    ("value", "told"), [(math.nan, "NaN"), (math.inf, "NaN or infinity"), (3e38, "NaN or infinity")]
+)
+def test_samples_that_explode_are_an_error_record(tmp_path, value, told):
+    one = of(tmp_path)
+    one.judge.parent.mkdir()
+    one.judge.write_bytes((COMMITTED / "judge.safetensors").read_bytes())
+    real = real_samples(WORLD, "test", 20)
+    latents = real.latents.clone()
+    latents[3] = value
+    case = one.case([8], 0, "ddim", 1.0, "test")
+    record = study.judging(one).record(case, latents, real.factors, takes=(("w8", 1),))
+    assert (record.status, record.frechet) == ("error", None)
+    assert told in record.message
+
+
 def test_a_stitched_cell_tells_who_takes_which_steps():
     one = of(COMMITTED)
     widths = (8, 8, 8, 32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ldmperf.profiling.measure.environment import Environment, collect_environment
@@ -45,13 +44,14 @@ class Judging:
     ) -> QualityRecord:
         """The record of samples [n, 4, h, w] whose captions have those factors; `known`: its other fields."""
         started = utc_now()
-        if not torch.isfinite(latents).all():
-            failed = {"status": "error", "message": "the samples hold NaN or infinity"}
-            return self._made(case, started, **known, **failed)
         answers = self._judge.answers(latents, factors)
-        found = self._reference.distances(
-            answers.features.double().numpy(), latents.double().numpy(), resamples=resamples
-        )
+        try:
+            found = self._reference.distances(
+                answers.features.double().numpy(), latents.double().numpy(), resamples=resamples
+            )
+        except ValueError as failure:
+            # Samples that are not finite, or far beyond all real ones: what this network gives here.
+            return self._made(case, started, **known, status="error", message=str(failure))
         found["alignment"] = proportion(answers.right.numpy(), resamples)
         estimates = {name: _estimate(*estimated) for name, estimated in found.items()}
         shares = answers.right.double().mean(0).tolist()
