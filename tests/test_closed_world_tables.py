@@ -35,7 +35,11 @@ def test_the_tables_have_costs_quality_and_who_is_best(folder: Path) -> None:
     told = tables(folder)
     assert "a Frechet distance of 0.25; the judge reads 75.0% of their factors right" in " ".join(told.split())
     costs = rows(told, "network | parameters")
-    assert costs["network"][-3:] == ["FLOPs over the widest's", "time, an image alone", "time, 64 images at once"]
+    assert costs["network"][-3:] == [
+        "FLOPs over the widest's",
+        "time, an image alone",
+        "time, an image in a batch of 64",
+    ]
     for name, cost in NETWORKS.items():
         shares = (cost / 16, math.sqrt(cost / 16), cost / 16)
         assert costs[name][-3:] == [f"{share:.2f}" for share in shares]
@@ -51,8 +55,14 @@ def test_the_tables_have_costs_quality_and_who_is_best(folder: Path) -> None:
 
 def test_the_sentence_counts_budgets_by_flops_and_by_each_clock(folder: Path) -> None:
     told = " ".join(sentence(folder).split())
-    assert "of 10 budgets by FLOPs" in told
-    assert "(3 seeds each), at the cost of 3 steps of the widest" in told
+    counts = (
+        "9 of 10 budgets by FLOPs",
+        "by the time of an image alone",
+        "by the time of an image in a batch of 64",
+    )
+    assert all(count in told for count in counts)
+    assert "the cost of 1 to 50 steps of the widest of 5 networks, trained here with 3 seeds each" in told
     ratio = as_the_paper_says("w32", 3) / as_the_paper_says("w8", 25)
-    assert f"by FLOPs w32's Frechet distance is {ratio:.2f} times that of w8 with 25 steps" in told
-    assert "by ms, an image alone w32's Frechet distance is" in told
+    affords = f"by FLOPs w8 affords 25 steps, and w32's Frechet distance is {ratio:.2f} times its own ("
+    assert f"3 steps of the widest: {affords}" in told
+    assert "by the time of an image alone w8 affords 12 steps, and w32's" in told

@@ -29,7 +29,10 @@ def anchors(page):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", *(f"docs/{name}.md" for name in ("results", "comparing", "batch-invariance", "pipelines"))],
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("results", "comparing", "batch-invariance", "pipelines", "closed-world")),
+    ],
 )
 def test_the_figures_are_those_of_the_committed_records(page):
     tool = runpy.run_path(str(ROOT / "bench" / "readme.py"))
