@@ -158,8 +158,8 @@ def sentence(path: Path) -> str:
         f"**In a closed world a narrower network has the best samples at {joined(leads)}.** A budget is the cost "
         f"of 1 to {most} steps of the widest of {len(narrower) + 1} networks, trained here with {seeds} seeds "
         f"each; beyond the noise of samples and seeds they are the best at {joined(beyond)} of them. At the "
-        f"paper's budget, {steps} steps of the widest: {'; '.join(at)}. This is true of scenes of six factors in latents "
-        "of 8x8, on a CPU; it says nothing of the paper's networks ([the study](docs/closed-world.md))."
+        f"paper's budget, {steps} steps of the widest: {'; '.join(at)}. This is true of scenes of six factors "
+        "in latents of 8x8, on a CPU; it says nothing of the paper's networks ([the study](docs/closed-world.md))."
     )
     return textwrap.fill(text, 125, break_on_hyphens=False)
 
