@@ -10,9 +10,10 @@ from pathlib import Path
 from statistics import median
 
 from batch_invariance_table import table as calls_table
+from closed_world import tables as closed_world
 from markers import with_blocks
 
-from ldmperf.profiling import Record, load_records
+from ldmperf.profiling import Record
 from ldmperf.profiling.claims import judge
 from ldmperf.profiling.claims.summary import shared_by_all, summaries
 from ldmperf.profiling.figures import overview
@@ -23,12 +24,16 @@ from ldmperf.profiling.figures.text import joined, short_ratio
 from ldmperf.profiling.measure.conditions import commit, is_unsteady, marks
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.measure.store import write_whole
+from ldmperf.profiling.record_files import Gathered, gather
 from ldmperf.profiling.report import markdown_table
 from ldmperf.profiling.terminal.layout import formatted, number
 from ldmperf.profiling.terminal.visible import for_markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md", "docs/pipelines.md")
+PAGES = (
+    *("README.md", "docs/results.md", "docs/comparing.md", "docs/batch-invariance.md", "docs/pipelines.md"),
+    "docs/closed-world.md",
+)
 
 
 def finding(shown: Overview) -> str:
@@ -124,12 +129,18 @@ def _cost(row: Row) -> str:
 
 def _records(marker: str) -> list[Record]:
     """The records that a marker names: "FILE steps=2 sampler=ddim" are those of the file with these conditions."""
-    path = marker.split()[0]
-    records, rejected = load_records(ROOT / path)
-    if rejected:
-        raise SystemExit(f"{path}: {rejected} lines are not records")
     wanted = {name: value for name, value in _words(marker).items() if name != "claim"}
-    return [r for r in records if all(str(getattr(r.case, name)) == value for name, value in wanted.items())]
+    found = _gathered(marker).trajectories
+    return [r for r in found if all(str(getattr(r.case, name)) == value for name, value in wanted.items())]
+
+
+def _gathered(marker: str) -> Gathered:
+    """All records of the file that a marker names."""
+    path = marker.split()[0]
+    found = gather([ROOT / path])
+    if found.aside.count:
+        raise SystemExit(f"{path}: {found.aside.count} lines are not records")
+    return found
 
 
 def _words(marker: str) -> dict[str, str]:
@@ -142,7 +153,8 @@ def verdicts(marker: str) -> str:
 
     With "claim=ID" in the marker for that claim alone.
     """
-    judged, only = judge(_records(marker)), _words(marker).get("claim")
+    judged = judge(_records(marker), _gathered(marker).qualities)
+    only = _words(marker).get("claim")
     conditions = f"**Measured**: {joined(shared_by_all(judged).values())}."
     said = [of for of in summaries(judged) if only in (None, of.claim.id)]
     if only and not said:
@@ -217,6 +229,8 @@ def with_figures(page: str) -> str:
         "verdicts": verdicts,
         "gate": gate,
         "batch-invariance": batch_invariance,
+        "closed-world": lambda marker: closed_world.tables(ROOT / marker.split()[0]),
+        "closed-world-sentence": lambda marker: closed_world.sentence(ROOT / marker.split()[0]),
     }
     return with_blocks(page, writers)
 

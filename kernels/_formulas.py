@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from ._layout import memory_format
-from ._library import compute_dtype
+from ._library import cast, compute_dtype
 
 _ATEN = torch.ops.aten
 Gradients = Mapping[str, Tensor | None] | None
@@ -28,11 +28,11 @@ def centered(x: Tensor, num_groups: int, x_bias: Tensor | None) -> Tensor:
     Torch's CPU kernel for channels-last loses the variance at large means.
     """
     dtype, channels = compute_dtype(x), x.shape[1]
-    first = x.detach()[:, :: channels // num_groups, 0, 0].to(dtype)
+    first = cast(x.detach()[:, :: channels // num_groups, 0, 0], dtype)
     center = first.unsqueeze(2).expand(-1, -1, channels // num_groups).flatten(1)
-    if x_bias is not None:
-        center = center - x_bias.to(dtype)
-    return x.to(dtype) - center[:, :, None, None]
+    if x_bias is None:
+        return cast(x, dtype) - center[:, :, None, None]  # type: ignore[no-any-return]
+    return cast(x, dtype) + (cast(x_bias, dtype) - center)[:, :, None, None]  # type: ignore[no-any-return]
 
 
 def group_norm_silu(
@@ -136,7 +136,7 @@ def attention(call: Any, kept: Sequence[Tensor], grads: Sequence[Tensor], _neede
     if not kept:
         return None
     out, sums = kept
-    tokens = (t.transpose(1, 2) for t in (grads[0].contiguous(), call.q, call.k, call.v, out))
+    tokens = (t.transpose(1, 2) for t in (grads[0], call.q, call.k, call.v, out))
     found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default(
         *tokens, sums, 0.0, False, scale=call.scale
     )

@@ -42,6 +42,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor in this dtype, None for None. `to` alone would pass through the dispatcher for nothing."""
+    return value if value is None or value.dtype == dtype else value.to(dtype)
+
+
 class Formula(NamedTuple):
     """First derivatives of a reference for less than recomputing it under autograd costs.
 

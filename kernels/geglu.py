@@ -20,7 +20,7 @@ from ._dependent import launch_dependents, launches_dependently, wait_for_primar
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import collapse_rows, column_block, row_count, row_offsets, row_reasons
-from ._library import Formula, compute_dtype, define_operator
+from ._library import Formula, cast, compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 
@@ -34,12 +34,12 @@ class GegluCall(NamedTuple):
 
 def geglu_ref(x: Tensor, *, bias: Tensor | None = None, float8: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `geglu` in float32 (float64 for float64)."""
-    x32 = x.to(compute_dtype(x))
+    x32 = cast(x, compute_dtype(x))
     if bias is not None:
-        x32 = x32 + bias.to(x32.dtype)
+        x32 = x32 + cast(bias, x32.dtype)
     value, gate = x32.chunk(2, dim=-1)
     gated = value * F.gelu(gate)
-    return float8_rows(gated) if float8 else gated.to(x.dtype)
+    return float8_rows(gated) if float8 else cast(gated, x.dtype)
 
 
 @jit

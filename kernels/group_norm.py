@@ -37,7 +37,7 @@ from ._group_norm_given import group_norm_given_kernel
 from ._group_norm_kernels import group_norm_apply_kernel, group_norm_kernel, group_norm_statistics_kernel
 from ._launch import Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import image_reasons, image_strides, memory_format, named_strides
-from ._library import Formula, compute_dtype, define_operator
+from ._library import Formula, cast, compute_dtype, define_operator
 from ._statistics import statistics_misfit, statistics_reasons, tile_pixels
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons
 
@@ -107,8 +107,7 @@ def group_norm_silu_ref(
         return torch.empty_like(x, memory_format=format_)
     dtype = compute_dtype(x)
     x32 = _formulas.centered(x, num_groups, x_bias)
-    weight = None if weight is None else weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    weight, bias = cast(weight, dtype), cast(bias, dtype)
     is_frozen = torch.is_grad_enabled() and x.device.type == "cpu" and not x32.requires_grad
     if is_frozen and any(p is not None and p.requires_grad for p in (weight, bias)):
         # Torch's backward for channels-last crashes the process where the image needs no gradient (seen in 2.13).
@@ -116,7 +115,7 @@ def group_norm_silu_ref(
     y = F.group_norm(x32, num_groups, weight, bias, eps)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype).contiguous(memory_format=format_)
+    return cast(y, x.dtype).contiguous(memory_format=format_)  # type: ignore[no-any-return]
 
 
 def candidates(call: GroupNormSiluCall) -> list[GroupNormConfig]:

@@ -27,7 +27,7 @@ from ._dependent import launch_dependents, launches_dependently, wait_for_primar
 from ._float8 import LEAST_TILE, empty_float8, float8_reasons, float8_rows, float8_scale, refuse_gradients
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import Rows, collapse_rows, column_block, row_count, row_offsets, row_reasons
-from ._library import Formula, compute_dtype, define_operator
+from ._library import Formula, cast, compute_dtype, define_operator
 from ._triton import device_reasons, dtype_reasons, jit, tl
 
 MAX_CHANNELS = 16384
@@ -62,16 +62,15 @@ def layer_norm_ref(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `layer_norm` in float32 (float64 for float64)."""
     dtype = compute_dtype(x)
-    x32 = x.to(dtype)
-    if x_bias is not None:
-        x32 = x32 + x_bias.to(dtype)
-    if residual is not None:
-        x32 = x32 + residual.to(dtype)
-    y = F.layer_norm(x32, (x.shape[-1],), weight.to(dtype), bias.to(dtype), eps)
+    x32 = cast(x, dtype)
+    for addend in (x_bias, residual):
+        if addend is not None:
+            x32 = x32 + cast(addend, dtype)
+    y = F.layer_norm(x32, (x.shape[-1],), cast(weight, dtype), cast(bias, dtype), eps)
     if float8:
         return float8_rows(y)
-    y = y.to(x.dtype)
-    return y if residual is None else (y, x32.to(x.dtype))
+    y = cast(y, x.dtype)
+    return y if residual is None else (y, cast(x32, x.dtype))
 
 
 @jit

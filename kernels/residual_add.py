@@ -21,7 +21,7 @@ from ._checks import flag, tensors, whole
 from ._dependent import launch_dependents, launches_dependently, wait_for_primary
 from ._launch import NO_GPU, Chip, Launch, Operator, ceil_div, chip_of, dtype_name, next_power_of_two, tuned
 from ._layout import column_block, image_reasons, image_strides, memory_format, named_strides, pixel_offsets
-from ._library import Formula, compute_dtype, define_operator
+from ._library import Formula, cast, compute_dtype, define_operator
 from ._statistics import channel_statistics, empty_statistics, store_statistics
 from ._triton import contiguity_reasons, device_reasons, dtype_reasons, jit, tl
 
@@ -59,10 +59,10 @@ def residual_add_ref(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Reference of `residual_add` in float32 (float64 for float64)."""
     dtype = compute_dtype(x)
-    total = x.to(dtype) + residual.to(dtype)
+    total = cast(x, dtype) + cast(residual, dtype)
     if bias is not None:
-        total = total + bias.to(dtype)[:, None, None]
-    total = total.to(x.dtype)
+        total = total + cast(bias, dtype)[:, None, None]
+    total = cast(total, x.dtype)
     if size is not None and total.numel():
         total = F.interpolate(total, size=tuple(size), mode="nearest")
     elif size is not None:

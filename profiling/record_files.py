@@ -131,8 +131,8 @@ def read_file(path: Path) -> Gathered:
         return [record for its, record in records if its == kind]
 
     trajectories = without_completed(of("trajectory"))
-    others = (_latest(of(kind)) for kind in ("kernel", "inspection", "quality"))
-    return Gathered(tuple(trajectories), *others, aside)
+    kernels, inspections, qualities = _latest(of("kernel")), _latest(of("inspection")), _latest(of("quality"))
+    return Gathered(tuple(trajectories), kernels, inspections, qualities, aside)
 
 
 def record_kind(record: AnyRecord) -> Kind:
@@ -168,8 +168,9 @@ def _model(kind: Kind) -> type[AnyRecord]:
         from .kernel_bench.kernel_records import KernelRecord
 
         return KernelRecord
-    models = {"trajectory": Record, "inspection": InspectionRecord, "quality": QualityRecord}
-    return models[kind]
+    if kind == "quality":
+        return QualityRecord
+    return InspectionRecord if kind == "inspection" else Record
 
 
 def _latest(records: Iterable[R]) -> tuple[R, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from ldmperf.profiling.compare.sets import differences, names_of, set_of
+from ldmperf.profiling.export.formats import FORMATS
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.quality import (
     QUALITY_NAME,
@@ -160,4 +162,24 @@ def test_a_folder_of_qualities_gets_a_page_and_every_export(
     assert "Quality in a closed world" in (tmp_path / "report.html").read_text()
     exported = run("export", tmp_path, "--format", "csv")
     assert exported.code == 0, exported.err
-    assert "scenes-8x8-v1" in exported.out
+    (first, second) = csv.DictReader(io.StringIO(exported.out))
+    assert (first["world"], first["generator"], first["kind"]) == ("scenes-8x8-v1", "diffusion", "quality")
+    assert (first["network"], second["network"], first["frechet"]) == ("w8", "w12", "5.0")
+    # It holds times only.
+    for name in FORMATS.keys() - {"pytest-benchmark"}:
+        outcome = run("export", tmp_path, "--format", name, "--metric", "frechet")
+        assert outcome.code == 0, outcome.err
+
+
+def test_two_runs_are_compared_and_kid_below_zero_is_no_ratio(
+    run: Callable[..., Any], tmp_path: Path, make_quality: Make
+) -> None:
+    for name, value in (("a", 5.0), ("b", 6.0)):
+        (tmp_path / name).mkdir()
+        QualityStore(tmp_path / name / QUALITY_NAME).append(
+            make_quality(run_id=name, frechet=Estimate(value=value), kid=Estimate(value=-0.01))
+        )
+    outcome = run("compare", tmp_path / "a", tmp_path / "b")
+    assert outcome.code == 0, outcome.err
+    assert "frechet" in outcome.out
+    assert "nan" not in outcome.out

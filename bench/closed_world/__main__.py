@@ -17,6 +17,8 @@ from ldmperf.profiling.measure.recorded import new_run_id
 from . import cells
 from .captions import TOKENS
 from .family import WORLDS
+from .judge import ceiling, load_judge
+from .metrics import FEWEST
 from .networks import COMMITTED, network_folder
 from .pool import run_all
 from .study import Study
@@ -34,17 +36,21 @@ def main(
     weights: Annotated[Path | None, typer.Option(help="The networks' folder; in --out unless told.")] = None,
     committed: Annotated[bool, typer.Option("--committed", help="Judge the committed networks.")] = False,
     latent: Annotated[int, typer.Option(help="8 for a CPU, 16 for a GPU.")] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = Recipe.steps,
-    seeds: Annotated[int, typer.Option(help="Training seeds of each width.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = Recipe.steps,
+    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each width.")] = 3,
     samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
     only: Annotated[str, typer.Option(help=f"Stages: {_STAGES}.")] = "",
-    distill_steps: Annotated[int, typer.Option(help="Steps of each round of distillation.")] = CONTINUED.steps,
+    distill_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of each round of distillation.")
+    ] = CONTINUED.steps,
     fine_tuned: Annotated[str, typer.Option(help="Steps of super-resolution's trainings.")] = ",".join(
         map(str, cells.FINE_TUNED)
     ),
-    samples: Annotated[int, typer.Option(help="Images of a cell that decides.")] = cells.SAMPLES,
-    held_out: Annotated[int, typer.Option(help="Images that a guidance is chosen by.")] = cells.HELD_OUT,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each; the cores unless told.")] = 0,
+    samples: Annotated[int, typer.Option(min=FEWEST, help="Images of a cell that decides.")] = cells.SAMPLES,
+    held_out: Annotated[
+        int, typer.Option(min=FEWEST, help="Images that a guidance is chosen by.")
+    ] = cells.HELD_OUT,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; the cores unless told.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train the closed world's networks, sample and judge them, measure their cost."""
@@ -64,22 +70,33 @@ def main(
         device,
         Recipe(steps=steps),
         distilling=replace(CONTINUED, steps=distill_steps),
-        fine_tuned=tuple(map(int, fine_tuned.split(","))),
+        fine_tuned=tuple(sorted(set(map(int, fine_tuned.split(","))))),
         seeds=tuple(range(seeds)),
         samples=samples,
         held_out=held_out,
     )
-    out.mkdir(parents=True, exist_ok=True)
     parts = stages(study, tuple(samplers.split(",")))
     wanted = only.split(",") if only else [*parts, "time"]
     if unknown := set(wanted) - {*parts, "time"}:
         raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
+    out.mkdir(parents=True, exist_ok=True)
     for name, tasks in parts.items():
         if name in wanted:
             run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+        if name == "judge" and set(wanted) - {"train", "time"}:
+            _tell_ceiling(study)
     if "time" in wanted:
         _time(study)
     print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
+
+
+def _tell_ceiling(study: Study) -> None:
+    """What the judge reads right of real latents: no network's alignment means more than that."""
+    if not study.judge.exists():
+        raise typer.BadParameter(f"{study.judge} is not there: train it with --only judge")
+    found = ceiling(load_judge(study.judge, study.world), study.world)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+    print(f"The judge reads right, of real latents: {shares}", file=sys.stderr)
 
 
 def _time(study: Study) -> None:

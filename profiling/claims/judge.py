@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..figures.derived import Overview, overview
+from ..quality import QualityRecord
 from ..trajectory.records import Record
 from . import limits
 from .budget_rules import (
@@ -15,8 +16,12 @@ from .budget_rules import (
     sr_small_wins_below_20,
 )
 from .catalogue import Claim, all_claims
+from .closed_worlds import ClosedWorld, closed_worlds
 from .cost_rules import cost_proportional, energy_proportional, steps_linear
+from .guidance_rules import quality_guidance
 from .image_rules import ddim50_slow, single_shot_cheaper
+from .quality_order_rules import quality_sampler_independent, quality_scales
+from .quality_rules import quality_large_wins, quality_small_wins
 from .variant_rules import cfg_quality_not_alignment, sampler_independent
 from .verdict import ClaimVerdicts, Verdict
 
@@ -68,19 +73,35 @@ RULES: Mapping[str, ClaimRule] = {
 }
 
 
-def judge(records: Sequence[Record]) -> tuple[ClaimVerdicts, ...]:
-    """Every claim with its verdicts, in the order of the catalogue."""
-    return judge_overview(overview(records))
+# How quality in closed worlds judges a claim; the overview has the times of the same networks.
+QualityRule = Callable[[Claim, Sequence[ClosedWorld], Overview], list[Verdict]]
+QUALITY_RULES: Mapping[str, QualityRule] = {
+    "small-wins-at-budget": quality_small_wins,
+    "large-wins-relaxed": quality_large_wins,
+    "sampler-independent": quality_sampler_independent,
+    "cfg-quality-not-alignment": quality_guidance,
+    "quality-scales-with-compute": quality_scales,
+}
 
 
-def judge_overview(shown: Overview) -> tuple[ClaimVerdicts, ...]:
+def judge(records: Sequence[Record], qualities: Sequence[QualityRecord] = ()) -> tuple[ClaimVerdicts, ...]:
+    """Every claim with its verdicts, in the order of the catalogue: by times, then by quality in closed worlds."""
+    return judge_overview(overview(records), qualities)
+
+
+def judge_overview(shown: Overview, qualities: Sequence[QualityRecord] = ()) -> tuple[ClaimVerdicts, ...]:
     """The same of records that have been put in order already."""
-    return tuple(ClaimVerdicts(claim, _verdicts(claim, shown)) for claim in all_claims())
+    worlds = closed_worlds(qualities)
+    return tuple(ClaimVerdicts(claim, _verdicts(claim, shown, worlds)) for claim in all_claims())
 
 
-def _verdicts(claim: Claim, shown: Overview) -> tuple[Verdict, ...]:
-    rule = RULES.get(claim.id)
-    if rule is None:
-        return (Verdict(claim, "not measured", f"needs {claim.needs}"),)
-    needs = rule.needs if rule.decides else f"{rule.needs}; besides, {claim.needs}"
-    return tuple(rule.verdicts(claim, shown)) or (Verdict(claim, "not measured", f"needs {needs}"),)
+def _verdicts(claim: Claim, shown: Overview, worlds: Sequence[ClosedWorld]) -> tuple[Verdict, ...]:
+    rule, quality_rule = RULES.get(claim.id), QUALITY_RULES.get(claim.id)
+    found = [] if rule is None else rule.verdicts(claim, shown)
+    found += [] if quality_rule is None else quality_rule(claim, worlds, shown)
+    if found:
+        return tuple(found)
+    needs = claim.needs or ""
+    if rule is not None:
+        needs = rule.needs if rule.decides else f"{rule.needs}; besides, {claim.needs}"
+    return (Verdict(claim, "not measured", f"needs {needs}"),)

@@ -33,3 +33,14 @@ DISTILLED_RIVAL: Final = "83M"
 DISTILLED_COSTS: Final = (7.0, 8.0)
 # Super-resolution: small wins up to here.
 SR_STEPS: Final = 20
+
+# Quality in a closed world: budgets, in steps of the largest network. The paper's is the first of BUDGET_STEPS.
+QUALITY_BUDGETS: Final = (1, 2, 3, 4, 6, 8, 12, 16, 25, 50)
+# Networks whose order is the same under two samplers, of the pairs that noise does not explain: with one in ten
+# otherwise the trend is the same to the eye.
+SAME_ORDER: Final = 0.9
+# The paper's guidance rates reach from the first to the second; fewer rates than the third show no range.
+GUIDANCE_RANGE: Final = (1.5, 8.0)
+FEWEST_RATES: Final = 3
+# Two networks are always on a line.
+FEWEST_NETWORKS: Final = 3

@@ -18,9 +18,10 @@ from .verdict import ClaimVerdicts, Verdict
 
 TITLE = "What these records say of the paper's claims"
 LEGEND = (
-    "interval: 95% unless a sentence says less, by bootstrap over the raw samples of one run; where the worst of "
-    "several decides, all their intervals hold together at that rate. What differs from run to run is not in it. "
-    "A claim whose limit lies inside is undecided. predicted: by a line over other steps."
+    "interval: 95% unless a sentence says less, by bootstrap over the raw samples of one run, of quality over "
+    "replicates and training seeds; where the worst or the best of several decides, all their intervals hold "
+    "together at that rate. What differs from run to run is not in it. A claim whose limit lies inside is "
+    "undecided. predicted: by a line over other steps."
 )
 _STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow", "not measured": "dim"}
 

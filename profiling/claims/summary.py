@@ -29,13 +29,22 @@ class Summary:
 
 
 def shared_by_all(judged: Iterable[ClaimVerdicts]) -> dict[str, str]:
-    """The conditions that all verdicts with figures share: said once, not with each."""
+    """The conditions that all verdicts with figures share: said once, not with each.
+
+    Those by times and those by quality have few in common: what either share is there, unless others differ in it.
+    """
     verdicts = [verdict for of in judged for verdict in of.verdicts if verdict.conditions]
-    first = verdicts[0].conditions if verdicts else {}
+    found: dict[str, str] = {}
+    for kind in (False, True):
+        alike = [verdict.conditions for verdict in verdicts if verdict.is_of_quality == kind]
+        for name in set.intersection(*map(set, alike)) if alike else ():
+            found[name] = alike[0][name]
+    # In the order in which verdicts have them.
+    names = dict.fromkeys(name for verdict in verdicts for name in verdict.conditions)
     return {
-        name: phrase
-        for name, phrase in first.items()
-        if all(verdict.conditions.get(name) == phrase for verdict in verdicts[1:])
+        name: found[name]
+        for name in names
+        if name in found and all(verdict.conditions.get(name, found[name]) == found[name] for verdict in verdicts)
     }
 
 
@@ -77,12 +86,18 @@ def summaries(judged: Sequence[ClaimVerdicts]) -> list[Summary]:
 
 def only_timed(judged: Iterable[ClaimVerdicts]) -> list[str]:
     """The claims that these records have figures for, and timing cannot judge."""
-    return [of.claim.id for of in judged if of.has_figures and not RULES[of.claim.id].decides]
+    return [of.claim.id for of in judged if of.has_figures and not of.is_judged and not _could_be_judged(of)]
 
 
 def left_open(judged: Iterable[ClaimVerdicts]) -> list[str]:
     """The claims that these records have figures for, but too few to judge them by."""
-    return [of.claim.id for of in judged if of.has_figures and RULES[of.claim.id].decides and not of.is_judged]
+    return [of.claim.id for of in judged if of.has_figures and not of.is_judged and _could_be_judged(of)]
+
+
+def _could_be_judged(of: ClaimVerdicts) -> bool:
+    """Whether more records of the kind that is there would decide it."""
+    rule = RULES.get(of.claim.id)
+    return (rule is not None and rule.decides) or any(verdict.is_of_quality for verdict in of.verdicts)
 
 
 def _of_finding(of: ClaimVerdicts, finding: Finding) -> list[Verdict]:

@@ -41,8 +41,10 @@ class Judged:
 
     @property
     def distance(self) -> float:
-        """How far the value lies from the limit, relative to it: what is told first."""
-        return abs(self.interval.value - self.limit) / abs(self.limit)
+        """How far the value lies from the limit, relative to it, or from zero in widths of the interval: what is
+        told first."""
+        unit = abs(self.limit) or self.interval.high - self.interval.low
+        return abs(self.interval.value - self.limit) / unit if unit else 0.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Verdict:
     conditions   name and phrase of all that the times behind it share
     figures      what it stands on, or what timing can say of a claim that it cannot judge; null without times
     sizes        how many networks it was judged on
-    samples      of the time with the least; null without times
+    samples      of the time with the least, or of the quality with the least images; null without either
     judged       the number that decided, where one did
     """
 
@@ -65,6 +67,11 @@ class Verdict:
     sizes: int = 0
     samples: int | None = None
     judged: Judged | None = None
+
+    @property
+    def is_of_quality(self) -> bool:
+        """Whether the quality of a closed world is behind it, and not times alone."""
+        return "world" in self.conditions
 
 
 @dataclass(frozen=True)
@@ -141,26 +148,8 @@ class Evidence:
         """What is there, and what a verdict needs besides."""
         return self._verdict("not measured", f"needs {needs}")
 
-    def _doubts(self) -> list[str]:
-        """What is against its own times; nothing where all is well."""
-        records = [row.record for row in self.rows if row.record.wall_ms is not None]
-
-        def of(bad: int, one: str, several: str) -> str:
-            if len(records) == 1:
-                return f"its time {one}"
-            return f"{bad} of its {len(records)} times {one if bad == 1 else several}"
-
-        unsteady = sum(is_unsteady(record.wall_ms) for record in records)
-        busy = sum(is_busy(record) for record in records)
-        flagged = marks(*records)
-        return [
-            *([f"some of its times are not those of a free GPU ({flagged})"] if flagged else []),
-            *([of(unsteady, "is unsteady", "are unsteady")] if unsteady else []),
-            *([of(busy, f"was {_BUSY}", f"were {_BUSY}")] if busy else []),
-        ]
-
     def _verdict(self, finding: Finding, sentence: str, judged: Judged | None = None) -> Verdict:
-        sentence += "".join(f"; {doubt}" for doubt in self._doubts())
+        sentence += "".join(f"; {doubt}" for doubt in doubts(self.rows))
         return Verdict(
             self.claim,
             finding,
@@ -171,6 +160,25 @@ class Evidence:
             least_samples(self.rows),
             judged,
         )
+
+
+def doubts(rows: Iterable[Row]) -> list[str]:
+    """What is against the times of these rows; nothing where all is well."""
+    records = [row.record for row in rows if row.record.wall_ms is not None]
+
+    def of(bad: int, one: str, several: str) -> str:
+        if len(records) == 1:
+            return f"its time {one}"
+        return f"{bad} of its {len(records)} times {one if bad == 1 else several}"
+
+    unsteady = sum(is_unsteady(record.wall_ms) for record in records)
+    busy = sum(is_busy(record) for record in records)
+    flagged = marks(*records)
+    return [
+        *([f"some of its times are not those of a free GPU ({flagged})"] if flagged else []),
+        *([of(unsteady, "is unsteady", "are unsteady")] if unsteady else []),
+        *([of(busy, f"was {_BUSY}", f"were {_BUSY}")] if busy else []),
+    ]
 
 
 def least_samples(rows: Iterable[Row]) -> int:

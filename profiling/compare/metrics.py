@@ -125,6 +125,16 @@ def _overlap(record: Any) -> Figure | None:
     return Figure(share, (share,))
 
 
+def _estimate(name: str, about: str, bigger: bool = False) -> Metric:
+    """Of a quality: the figure of all its samples. Its replicates are of one run, and no samples of the figure."""
+
+    def figure(record: Any) -> Figure | None:
+        found = getattr(record, name, None)
+        return None if found is None else Figure(found.value, (found.value,))
+
+    return Metric(name, name, "", about, figure, bigger=bigger)
+
+
 def _rate(name: str, quantity: str, unit: str, about: str) -> Metric:
     return Metric(name, quantity, unit, about, _single(name), bigger=True)
 
@@ -176,6 +186,10 @@ METRICS: Mapping[str, Metric] = {
             counted=True,
             bigger=True,
         ),
+        _estimate("frechet", "Frechet distance of samples to real ones, in a judge's features"),
+        _estimate("kid", "Kernel distance of samples to real ones, unbiased: it may lie below zero"),
+        _estimate("sliced_wasserstein", "Squared sliced Wasserstein-2 distance of latents to real ones"),
+        _estimate("alignment", "Share of a caption's factors that a judge reads right", bigger=True),
     )
 }
 # What `compare` takes: a rate repeats a time.
@@ -186,6 +200,7 @@ COMPARED: Mapping[str, Metric] = {
 USUAL = (
     *("wall_ms", "gpu_ms", "ms", "peak_memory_bytes"),
     *("registers", "spills", "shared_bytes", "warps_per_multiprocessor", "hot_instructions", "serialized"),
+    *("frechet", "kid", "sliced_wasserstein"),
 )
 
 

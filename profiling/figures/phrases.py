@@ -11,7 +11,7 @@ from ..terminal.visible import counted
 from ..trajectory.case import Case
 from .text import first_of, joined, value_of
 
-_TASKS = {"t2i": "text-to-image", "sr": "super-resolution", "pipeline": "from a prompt to an image"}
+TASKS = {"t2i": "text-to-image", "sr": "super-resolution", "pipeline": "from a prompt to an image"}
 
 
 class Placed(Protocol):
@@ -101,7 +101,7 @@ def phrases_of(of: Placed, environments: Sequence[Environment]) -> dict[str, str
         "environment": f"environment {environment_name(of.environment)}" if len(environments) > 1 else "",
         "device": _device(case, environments[of.environment]),
         "dtype": case.dtype,
-        "task": _TASKS.get(case.task, case.task),
+        "task": TASKS.get(case.task, case.task),
         "sampler": case.sampler,
         "steps": counted(case.steps, "step"),
         "batch": f"batch {case.batch}",

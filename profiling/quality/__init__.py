@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from .quality_records import (
     QUALITY_NAME,
-    Estimate,
     QualityCase,
     QualityRecord,
     QualityStore,
     quality_schema,
     stitched_label,
 )
+
+# By its short name, as the field's word; another class of the repository has it in its file.
+from .quality_records import QualityEstimate as Estimate
 
 __all__ = [
     "QUALITY_NAME",

@@ -25,7 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Takes = tuple[tuple[Name, Annotated[int, Field(ge=1)]], ...]
 
 
-class Estimate(RecordModel):
+class QualityEstimate(RecordModel):
     """A figure of all samples, and the same of resamples of them (bootstrap over the samples).
 
     Records with the same number of samples used the same resamples, in this order: differences and ratios of two
@@ -128,10 +128,10 @@ class QualityRecord(RecordModel):
     parameters: Count | None = None
     gflop_per_image: Annotated[float | None, Field(ge=0)] = None
     training_gflop: Annotated[float | None, Field(ge=0)] = None
-    frechet: Estimate | None = None
-    kid: Estimate | None = None
-    sliced_wasserstein: Estimate | None = None
-    alignment: Estimate | None = None
+    frechet: QualityEstimate | None = None
+    kid: QualityEstimate | None = None
+    sliced_wasserstein: QualityEstimate | None = None
+    alignment: QualityEstimate | None = None
     factors: Mapping[str, Share] = Field(default_factory=dict)
     all_right: Share | None = None
     environment: Environment
@@ -172,7 +172,7 @@ class QualityRecord(RecordModel):
         return self.case.case_id
 
     @property
-    def estimates(self) -> dict[str, Estimate | None]:
+    def estimates(self) -> dict[str, QualityEstimate | None]:
         """All figures that have replicates, by their fields' names."""
         return {name: getattr(self, name) for name in ("frechet", "kid", "sliced_wasserstein", "alignment")}
 

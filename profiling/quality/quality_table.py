@@ -9,7 +9,7 @@ from rich.console import Console
 from ..measure.conditions import commit
 from ..terminal.layout import MISSING, Grid, formatted, number, say_grid
 from ..terminal.visible import say_wrapped
-from .quality_records import Estimate, QualityRecord
+from .quality_records import QualityEstimate, QualityRecord
 
 HEADINGS = (
     *("network", "kind", "seed", "training steps", "sampler", "steps", "guidance", "tuned", "split", "samples"),
@@ -71,5 +71,5 @@ def _cells(record: QualityRecord) -> tuple[str, ...]:
     )
 
 
-def _value(figure: Estimate | None) -> str:
+def _value(figure: QualityEstimate | None) -> str:
     return MISSING if figure is None else f"{figure.value:.4g}"

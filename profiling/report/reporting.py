@@ -119,7 +119,7 @@ def _content(
     try:
         return replace(
             content,
-            judged=judge_overview(shown),
+            judged=judge_overview(shown, found.qualities),
             history=history(found.trajectories),
             side_by_side=side_by_side(found.records),
         )

@@ -310,7 +310,7 @@ def test_gradients_are_the_references(name):
             assert key == "statistics"
             assert gradients[1][key] is None
             continue
-        # The outputs that the loss squares differ by rounding; the backward itself is the same code.
+        # The outputs that the loss squares differ by rounding; the backward computes the same.
         expected = gradients[1][key].float()
         assert (gradient.float() - expected).norm() <= 2e-2 * expected.norm() + 1e-3
 

@@ -1,0 +1,170 @@
+"""The tables of docs/closed-world.md from a study's records, for bench/readme.py."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from ldmperf.profiling.claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, closed_worlds
+from ldmperf.profiling.claims.limits import BUDGET_STEPS
+from ldmperf.profiling.claims.pooled_figures import contrast
+from ldmperf.profiling.claims.quality_budgets import BudgetRow, best_other, budget_rows
+from ldmperf.profiling.claims.sample_costs import BudgetUnit, TimeBudget, budget_units
+from ldmperf.profiling.figures import overview
+from ldmperf.profiling.figures.phrases import processor_name
+from ldmperf.profiling.figures.text import joined
+from ldmperf.profiling.measure.conditions import commit
+from ldmperf.profiling.record_files import gather
+
+_SAMPLER = "ddim"
+_FRECHET = QUALITY_METRICS[0]
+
+
+def tables(path: Path) -> str:
+    """All of them in markdown: what was measured, the cost of a step, the frontier, who is best at each budget."""
+    found = gather([path])
+    (world,) = [world for world in closed_worlds(found.qualities) if world.task == "t2i"]
+    times = overview(found.trajectories)
+    units = budget_units(world, times)
+    parts = [_measured(world), _costs(world, units), _frontier(world), _budgets(world, units)]
+    return "\n\n".join(parts)
+
+
+def _measured(world: ClosedWorld) -> str:
+    environment = world.records[0].environment
+    cells = [cell for of in world.cells(_SAMPLER).values() for cell in of.values()]
+    seeds = {len(cell.records) for cell in cells}
+    text = (
+        f"**Measured**: {processor_name(environment)}, float32, one thread a process, commit "
+        f"{commit(environment)}; {_SAMPLER}, guidance tuned; {min(cell.samples for cell in cells)} samples and "
+        f"{' or '.join(map(str, sorted(seeds)))} training seeds a cell. Real samples against real: a Frechet "
+        f"distance of {world.real(_FRECHET):.2f}; the judge reads {100 * (world.ceiling or 0):.1f}% of their "
+        "factors right."
+    )
+    return textwrap.fill(text, 125)
+
+
+def _costs(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
+    """A guided step of each network over that of the widest, by each unit."""
+    timed = [unit for unit in units if isinstance(unit, TimeBudget)]
+    heads = ["network", "parameters", "GFLOP", *(f"ms of a guided step, {_of_batch(unit)}" for unit in timed)]
+    heads += ["FLOPs over the widest's", *(f"time, {_of_batch(unit)}" for unit in timed)]
+    by_name = {name: next(iter(of.values())).records[0] for name, of in world.cells(_SAMPLER).items()}
+    flops = {name: (record.gflop_per_image or 0) / record.case.steps for name, record in by_name.items()}
+    flops = {name: value / (2 if by_name[name].case.guided else 1) for name, value in flops.items()}
+    slopes = {
+        name: [unit.costs[name, _SAMPLER, True].line.slope / unit.batch for unit in timed] for name in by_name
+    }
+    *_, widest = by_name
+    rows = []
+    for name, record in by_name.items():
+        shares = [mine / its for mine, its in zip(slopes[name], slopes[widest], strict=True)]
+        cells_of = [name, f"{record.parameters:,}", f"{flops[name]:.4f}", *(f"{ms:.3g}" for ms in slopes[name])]
+        rows.append([*cells_of, f"{flops[name] / flops[widest]:.2f}", *(f"{share:.2f}" for share in shares)])
+    return _table(heads, rows)
+
+
+def _frontier(world: ClosedWorld) -> str:
+    """Each network's Frechet distance and alignment over its steps."""
+    cells = world.cells(_SAMPLER)
+    steps = sorted({number for of in cells.values() for number in of})
+    rows = [
+        [name, *(_quality(of[number]) if number in of else "-" for number in steps)] for name, of in cells.items()
+    ]
+    title = (
+        "**Quality by steps**: the Frechet distance with its 95% interval over samples and seeds; the share of "
+        "factors read right; the guidance."
+    )
+    return f"{textwrap.fill(title, 125)}\n\n{_table(['network', *map(str, steps)], rows)}"
+
+
+def _quality(cell: QualityCell) -> str:
+    figure = _FRECHET.figure(cell)
+    if figure is None:
+        return "-"
+    found = contrast((figure,), lambda number: number)
+    low, value, high = (figure.scale.back(number) for number in (found.low, found.value, found.high))
+    right = [record.alignment.value for record in cell.records if record.alignment is not None]
+    rate = cell.records[0].case.guidance_scale
+    return f"**{value:.2f}** ({low:.2f} to {high:.2f})<br>{100 * sum(right) / len(right):.0f}%, at {rate:g}"
+
+
+def _budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
+    """Who is best at the cost of some steps of the widest, by FLOPs and by each clock, one beside the other."""
+    cells, others = world.cells(_SAMPLER), world.others(_SAMPLER)
+    by_unit = [{row.steps: row for row in budget_rows(world, cells, unit, _FRECHET)} for unit in units]
+    *_, widest = cells
+    heads = [f"steps of {widest}", *(_of_unit(unit) for unit in units)]
+    steps = sorted({number for rows in by_unit for number in rows})
+    rows = [
+        [
+            str(number),
+            *(_winner(rows.get(number), unit, others) for unit, rows in zip(units, by_unit, strict=True)),
+        ]
+        for number in steps
+    ]
+    title = (
+        f"**Who is best at a budget**, the cost of so many steps of {widest}: the better of {widest} and the best "
+        f"narrower network, with its steps and Frechet distance, and by what factor the narrower one is better "
+        f"(below 1: worse), with a bound over all of them; in italics where the interval holds 1."
+    )
+    return f"{textwrap.fill(title, 125)}\n\n{_table(heads, rows)}"
+
+
+def _winner(row: BudgetRow | None, unit: BudgetUnit, others: Sequence[QualityCell]) -> str:
+    if row is None:
+        return "-"
+    best, found, back = row.winner, row.largest_advantage, _FRECHET.scale.back
+    name = f"{best.cell.network} at {best.cell.steps}, {best.figure.value:.2f}"
+    name = f"*{name}*" if row.decided == "open" else f"**{name}**"
+    low, value, high = (back(number) for number in (found.low, found.value, found.high))
+    other = best_other(others, unit, _FRECHET, row.cost)
+    beside = ""
+    if other is not None and other.figure.number < best.figure.number:
+        beside = f"<br>{other.cell.network}: {other.figure.value:.2f}"
+    return f"{name}<br>{value:.2f} ({low:.2f} to {high:.2f}){beside}"
+
+
+def _of_unit(unit: BudgetUnit) -> str:
+    return f"by ms, {_of_batch(unit)}" if isinstance(unit, TimeBudget) else "by FLOPs"
+
+
+def _of_batch(unit: TimeBudget) -> str:
+    return "an image alone" if unit.batch == 1 else f"{unit.batch} images at once"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def sentence(path: Path) -> str:
+    """What the study proves, for README: who is best at a budget, by FLOPs and by the clock."""
+    found = gather([path])
+    (world,) = [world for world in closed_worlds(found.qualities) if world.task == "t2i"]
+    units = budget_units(world, overview(found.trajectories))
+    cells = world.cells(_SAMPLER)
+    *_, widest = cells
+    rows = {_of_unit(unit): budget_rows(world, cells, unit, _FRECHET) for unit in units}
+    counted = [
+        f"{sum(row.decided == 'smaller' for row in of)} of {len(of)} budgets {name}" for name, of in rows.items()
+    ]
+    steps = BUDGET_STEPS[0]
+    at = [f"{name} {_at_three(row)}" for name, of in rows.items() for row in of if row.steps == steps]
+    text = (
+        f"**In a closed world a narrower network is the better one beyond noise at {joined(counted)}.** Of five "
+        f"widths trained here ({len(next(iter(cells[widest].values())).records)} seeds each), at the cost of "
+        f"{steps} steps of the widest, the paper's example: {'; '.join(at)}. True of scenes of six factors in "
+        "latents of 8x8, not of the paper's networks ([the study](docs/closed-world.md))."
+    )
+    return textwrap.fill(text, 125, break_on_hyphens=False)
+
+
+def _at_three(row: BudgetRow) -> str:
+    small, found, back = row.smaller[row.best], row.largest_advantage, _FRECHET.scale.back
+    low, value, high = (back(number) for number in (found.low, found.value, found.high))
+    return (
+        f"{row.reference.cell.network}'s Frechet distance is {value:.2f} times that of {small.cell.network} with "
+        f"{small.cell.steps} steps ({low:.2f} to {high:.2f})"
+    )

@@ -1,0 +1,233 @@
+"""Quality records in order: the cells of each closed world, a cell being one network at one step count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..figures.best import by_time
+from ..quality import QualityRecord
+from ..terminal.visible import counted
+from .pooled_figures import DIFFERENCE, LOGARITHM, PooledFigure, Scale
+
+
+@dataclass(frozen=True)
+class QualityMetric:
+    """A distance to real samples, and the scale that it is compared on."""
+
+    name: str
+    field: str
+    scale: Scale
+
+    def figure(self, cell: QualityCell) -> PooledFigure | None:
+        return cell.figure(self.field, self.scale)
+
+
+# Each judged apart, never averaged.
+QUALITY_METRICS = (
+    QualityMetric("Frechet distance", "frechet", LOGARITHM),
+    QualityMetric("KID", "kid", DIFFERENCE),
+    QualityMetric("sliced Wasserstein", "sliced_wasserstein", LOGARITHM),
+)
+
+
+@dataclass(frozen=True)
+class QualityCell:
+    """One network, sampler and step count: a record for each training seed, by seed."""
+
+    records: tuple[QualityRecord, ...]
+
+    @property
+    def network(self) -> str:
+        return self.records[0].case.network
+
+    @property
+    def sampler(self) -> str:
+        return self.records[0].case.sampler
+
+    @property
+    def steps(self) -> int:
+        return self.records[0].case.steps
+
+    @property
+    def takes(self) -> tuple[tuple[str, int], ...]:
+        return self.records[0].takes
+
+    @property
+    def guided(self) -> bool:
+        return any(record.case.guided for record in self.records)
+
+    @property
+    def gflop_per_image(self) -> float | None:
+        """The most of its seeds: one may have been tuned to no guidance."""
+        found = [record.gflop_per_image for record in self.records]
+        known = [gflop for gflop in found if gflop is not None]
+        return max(known) if len(known) == len(found) else None
+
+    @property
+    def samples(self) -> int:
+        return min(record.case.samples for record in self.records)
+
+    def figure(self, field: str, scale: Scale) -> PooledFigure | None:
+        """A figure over the seeds; null where a seed has none on this scale."""
+        estimates = ((r.case.training_seed, r.case.samples, r.estimates[field]) for r in self.records)
+        return PooledFigure.of(self.network, scale, estimates)
+
+
+Cells = Mapping[str, Mapping[int, QualityCell]]
+
+
+@dataclass(frozen=True)
+class ClosedWorld:
+    """The records that are ok of one world and task, one of each case."""
+
+    name: str
+    task: str
+    records: tuple[QualityRecord, ...]
+
+    @cached_property
+    def networks(self) -> tuple[str, ...]:
+        """Those of the family, the smallest first; the last is the reference, as 866M is in the paper."""
+        size: dict[str, tuple[float, float]] = {}
+        for record in self._family:
+            one = (record.parameters or 0.0, (record.gflop_per_image or 0.0) / record.case.steps)
+            size[record.case.network] = max(one, size.get(record.case.network, one))
+        return tuple(sorted(size, key=lambda name: (size[name], name)))
+
+    @cached_property
+    def samplers(self) -> tuple[str, ...]:
+        """Those that the family was sampled with, on test prompts at a tuned guidance."""
+        return tuple(sorted({r.case.sampler for r in self._family if r.tuned and r.case.split == "test"}))
+
+    @property
+    def _family(self) -> list[QualityRecord]:
+        return [record for record in self.records if record.case.kind == "diffusion"]
+
+    def cells(self, sampler: str) -> Cells:
+        """By network, the smallest first, and steps: tuned, on test prompts, after the whole training."""
+        found = [record for record in self._family if record.tuned and _is_test(record)]
+        by_network = _by_network([record for record in found if record.case.sampler == sampler])
+        cells = {name: _by_steps(_after_training(of)) for name, of in by_network.items()}
+        return {name: cells[name] for name in self.networks if name in cells}
+
+    def others(self, sampler: str) -> list[QualityCell]:
+        """Of generators that are none of the family, tuned on test prompts: those of another kind take their own
+        sampler, several networks that share a trajectory this one."""
+        found = [
+            record
+            for record in self.records
+            if record.case.kind not in ("diffusion", "real")
+            and record.tuned
+            and _is_test(record)
+            and (record.case.kind != "stitched" or record.case.sampler == sampler)
+        ]
+        by_network = _by_network(found)
+        return [
+            cell
+            for name in sorted(by_network)
+            for _, cell in sorted(_by_steps(_after_training(by_network[name])).items())
+        ]
+
+    def held_out(self, cell: QualityCell) -> QualityCell | None:
+        """The same cell on held-out prompts, of the seeds that were judged on them; null without any."""
+        keys = [record.case.model_copy(update={"split": "held-out"}).key for record in cell.records]
+        found = [self._held_out.get(_without_samples(key)) for key in keys]
+        known = tuple(record for record in found if record is not None)
+        return QualityCell(known) if known else None
+
+    @cached_property
+    def _held_out(self) -> dict[str, QualityRecord]:
+        """By their keys."""
+        return {_without_samples(r.case.key): r for r in self._family if r.case.split == "held-out"}
+
+    def guided_cells(self, sampler: str) -> list[QualityCell]:
+        """Each guidance rate apart, of each network, step count and split, after the whole training."""
+        found: dict[tuple[str, int, str, float], list[QualityRecord]] = {}
+        by_network = _by_network([record for record in self._family if record.case.sampler == sampler])
+        for name, of in by_network.items():
+            for record in _after_training(of):
+                case = record.case
+                found.setdefault((name, case.steps, case.split, case.guidance_scale), []).append(record)
+        return [QualityCell(_by_seed(found[place])) for place in sorted(found)]
+
+    def trainings(self, network: str, sampler: str, steps: int) -> dict[int, QualityCell]:
+        """By training steps: on test prompts, at the guidance that is tuned after the whole training."""
+        of = [
+            r for r in self._family if (r.case.network, r.case.sampler, r.case.steps) == (network, sampler, steps)
+        ]
+        of = [record for record in of if _is_test(record)]
+        last = [record for record in _after_training(of) if record.tuned]
+        rates = {record.case.training_seed: record.case.guidance_scale for record in last}
+        found: dict[int, dict[int, QualityRecord]] = {}
+        for record in sorted(of, key=lambda record: record.tuned):
+            case = record.case
+            if record.tuned or case.guidance_scale == rates.get(case.training_seed):
+                found.setdefault(case.training_steps, {})[case.training_seed] = record
+        return {trained: QualityCell(_by_seed(found[trained].values())) for trained in sorted(found)}
+
+    def real(self, metric: QualityMetric) -> float | None:
+        """The metric of real samples against real; null where nobody looked."""
+        found = [record.estimates[metric.field] for record in self.records if record.case.kind == "real"]
+        return next((estimate.value for estimate in found if estimate is not None), None)
+
+    @property
+    def ceiling(self) -> float | None:
+        """The share of factors that the judge reads right of real samples; null where nobody looked."""
+        found = [record.alignment for record in self.records if record.case.kind == "real"]
+        return next((estimate.value for estimate in found if estimate is not None), None)
+
+
+def closed_worlds(records: Iterable[QualityRecord]) -> list[ClosedWorld]:
+    """The worlds and tasks by name. Of a case that was judged twice the one with most samples, then the latest."""
+    found: dict[tuple[str, str], dict[str, QualityRecord]] = {}
+    for record in sorted(by_time(records), key=lambda record: record.case.samples):
+        if record.status == "ok":
+            of_world = found.setdefault((record.case.world, record.case.task), {})
+            of_world[_without_samples(record.case.key)] = record
+    return [
+        ClosedWorld(*place, tuple(found[place][key] for key in sorted(found[place]))) for place in sorted(found)
+    ]
+
+
+def seeds_in_words(figures: Iterable[PooledFigure]) -> str:
+    """ "3 training seeds", "one training seed", "1 to 3 training seeds"."""
+    counts = sorted({len(figure.seeds) for figure in figures})
+    if counts == [1]:
+        return "one training seed"
+    return (
+        f"{counts[0]} to {counts[-1]} training seeds" if len(counts) > 1 else counted(counts[0], "training seed")
+    )
+
+
+def _is_test(record: QualityRecord) -> bool:
+    return record.case.split == "test"
+
+
+def _without_samples(key: str) -> str:
+    return key.rpartition(" samples=")[0]
+
+
+def _by_network(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]:
+    found: dict[str, list[QualityRecord]] = {}
+    for record in records:
+        found.setdefault(record.case.network, []).append(record)
+    return found
+
+
+def _after_training(records: Sequence[QualityRecord]) -> list[QualityRecord]:
+    """Those with the most training steps."""
+    most = max((record.case.training_steps for record in records), default=0)
+    return [record for record in records if record.case.training_steps == most]
+
+
+def _by_steps(records: Iterable[QualityRecord]) -> dict[int, QualityCell]:
+    """Of a seed that is tuned to two rates the lower counts."""
+    found: dict[int, dict[int, QualityRecord]] = {}
+    for record in sorted(records, key=lambda record: -record.case.guidance_scale):
+        found.setdefault(record.case.steps, {})[record.case.training_seed] = record
+    return {steps: QualityCell(_by_seed(found[steps].values())) for steps in sorted(found)}
+
+
+def _by_seed(records: Iterable[QualityRecord]) -> tuple[QualityRecord, ...]:
+    return tuple(sorted(records, key=lambda record: record.case.training_seed))

@@ -1,0 +1,183 @@
+"""A figure of quality over the training seeds of a network, and intervals of numbers made of such figures.
+
+Two things vary: which samples were drawn (the replicates of a record) and which network came out of training (the
+seeds). With one seed the second is unknown, and in no interval.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ..measure.intervals import RESAMPLES, Interval
+from ..quality import Estimate
+
+_SEED = 20260401
+# Of larger ones a float has no exponential.
+_LARGEST = 700.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale on which a figure is compared: the number there, its derivative, and the way back.
+
+    A value outside the scale (a logarithm of what is not positive) has no number there.
+    """
+
+    name: str
+    number: Callable[[float], float]
+    derivative: Callable[[float], float]
+    back: Callable[[float], float]
+    holds: Callable[[float], bool] = math.isfinite
+
+
+def _positive(value: float) -> bool:
+    # The derivative of the logarithm of less leaves the range of a float.
+    return value > 1e-100
+
+
+def _exp(number: float) -> float:
+    return math.exp(min(number, _LARGEST))
+
+
+# Distances of networks and budgets are factors apart, and so is what two seeds of one network differ by.
+LOGARITHM = Scale("log", math.log, lambda value: 1 / value, _exp, _positive)
+# KID is unbiased and lies below zero where a network is as good as real: its logarithm is not there.
+DIFFERENCE = Scale("difference", lambda value: value, lambda value: 1.0, lambda number: number)
+# Of a share that is right the logarithm of what is wrong.
+ERRORS = Scale(
+    "log of errors",
+    lambda value: math.log(1 - value),
+    lambda value: -1 / (1 - value),
+    lambda number: 1 - _exp(number),
+    lambda value: value < 1,
+)
+
+
+@dataclass(frozen=True)
+class PooledFigure:
+    """A figure of one network, sampler and step count on a scale, one number for each training seed.
+
+    deviations    of each seed: by how much its replicates lie off their mean. The mean itself is not that of the
+                  figure: a resample has samples twice, which raises a distance
+    resamples     of each seed: how many samples and replicates there are. Where these are the same, so are the
+                  resamples
+    """
+
+    network: str
+    scale: Scale
+    seeds: tuple[int, ...]
+    numbers: tuple[float, ...]
+    deviations: tuple[tuple[float, ...], ...]
+    resamples: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(
+        cls, network: str, scale: Scale, estimates: Iterable[tuple[int, int, Estimate | None]]
+    ) -> PooledFigure | None:
+        """Of training seed, number of samples and estimate; null where one is missing or not on the scale."""
+        found = sorted(estimates, key=lambda each: each[0])
+        values = [
+            estimate.value for _, _, estimate in found if estimate is not None and scale.holds(estimate.value)
+        ]
+        if not found or len(values) < len(found):
+            return None
+        return cls(
+            network,
+            scale,
+            tuple(seed for seed, _, _ in found),
+            tuple(map(scale.number, values)),
+            tuple(_deviations(estimate, scale) for _, _, estimate in found if estimate is not None),
+            tuple((samples, len(estimate.replicates)) for _, samples, estimate in found if estimate is not None),
+        )
+
+    @property
+    def number(self) -> float:
+        """The mean over the seeds, on the scale."""
+        return math.fsum(self.numbers) / len(self.numbers)
+
+    @property
+    def value(self) -> float:
+        """The same as a figure: of a logarithm the geometric mean over the seeds."""
+        return self.scale.back(self.number)
+
+    @property
+    def replicates(self) -> int:
+        """Of the seed with the least."""
+        return min(count for _, count in self.resamples)
+
+    def drawn(self, widened: float) -> Any:
+        """`RESAMPLES` numbers that samples and seeds might have given as well, as an array.
+
+        widened: by what the part of the seeds is multiplied.
+        """
+        import numpy
+
+        found = numpy.full(RESAMPLES, self.number)
+        if self.replicates:
+            for deviations, (samples, count) in zip(self.deviations, self.resamples, strict=True):
+                found += numpy.asarray(deviations)[_drawn_replicates(samples, count)] / len(self.seeds)
+        if len(self.seeds) > 1:
+            off = numpy.asarray(self.numbers) - self.number
+            found += widened * (_seed_weights(self.network, self.seeds) @ off)
+        return found
+
+
+def contrast(figures: Sequence[PooledFigure], statistic: Callable[..., Any], confidence: float = 0.95) -> Interval:
+    """The interval of `statistic(number, number, ...)` over pairs of a replicate and reweighted seeds.
+
+    `statistic` is called with numbers, and with numpy arrays of shape [resamples], elementwise. Percentiles of the
+    pairs; the part of the seeds is widened by Student's t over the normal quantile, as a few seeds tell little of
+    how far seeds vary. `confidence` is what the replicates can give: 20 have 90 %, 200 have 99 %; without any it
+    is 0 and the ends are the value.
+    """
+    import numpy
+    from scipy import stats
+
+    value = float(statistic(*(figure.number for figure in figures)))
+    replicates = min(figure.replicates for figure in figures)
+    if not replicates:
+        return Interval(value, value, value, 0.0)
+    tail = (1 - confidence) / 2
+    # Each network's seeds count once, however many of its figures there are.
+    freedom = sum({figure.network: len(figure.seeds) - 1 for figure in figures}.values())
+    widened = float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)) if freedom else 1.0
+    resampled = statistic(*(figure.drawn(widened) for figure in figures))
+    low, high = (float(end) for end in numpy.quantile(numpy.atleast_1d(resampled), (tail, 1 - tail)))
+    return Interval(min(low, value), value, max(high, value), min(confidence, 1 - 2 / (replicates + 1)))
+
+
+def _deviations(estimate: Estimate, scale: Scale) -> tuple[float, ...]:
+    """First order: a replicate may lie outside the scale where its figure does not."""
+    if not estimate.replicates:
+        return ()
+    mean = math.fsum(estimate.replicates) / len(estimate.replicates)
+    derivative = scale.derivative(estimate.value)
+    return tuple(derivative * (replicate - mean) for replicate in estimate.replicates)
+
+
+@lru_cache(maxsize=64)
+def _drawn_replicates(samples: int, count: int) -> Any:
+    """The same for all records with so many samples and replicates: they pair."""
+    import numpy
+
+    return numpy.random.default_rng([_SEED, samples, count]).integers(0, count, RESAMPLES)
+
+
+@lru_cache(maxsize=256)
+def _seed_weights(network: str, seeds: tuple[int, ...]) -> Any:
+    """Normal weights of the seeds' distances from their mean, whose sum varies as that mean does (wild bootstrap).
+
+    Drawing two or three seeds with replacement gives a handful of means, whose percentiles hold the truth less
+    often than they say. The weights are the same for all figures of a network, whose seeds are the same trainings;
+    other networks have their own.
+    """
+    import numpy
+
+    name = zlib.crc32(f"{network} {seeds}".encode())
+    drawn = numpy.random.default_rng([_SEED, name]).normal(size=(RESAMPLES, len(seeds)))
+    return drawn / math.sqrt(len(seeds) * (len(seeds) - 1))

@@ -1,0 +1,139 @@
+"""Budgets in a closed world: what each network affords at the cost of some steps of the largest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..measure.intervals import Interval, each_of, extreme_interval
+from . import limits
+from .closed_worlds import Cells, ClosedWorld, QualityCell, QualityMetric
+from .pooled_figures import PooledFigure, contrast
+from .sample_costs import BudgetUnit
+
+# Costs that are equal but for rounding.
+_ROUNDED = 1 + 1e-9
+
+
+@dataclass(frozen=True)
+class AffordedCell:
+    """What a network has at a budget: the cell, and its figure."""
+
+    cell: QualityCell
+    figure: PooledFigure
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """A budget, in steps of the reference and in the unit, with what each network affords.
+
+    advantages   of each smaller network: the reference's number less its own, above 0 where the smaller is better.
+                 All of them hold together at 95 %
+    """
+
+    steps: int
+    cost: float
+    reference: AffordedCell
+    smaller: Mapping[str, AffordedCell]
+    advantages: Mapping[str, Interval]
+    saturated: tuple[str, ...]
+
+    @property
+    def best(self) -> str:
+        """The smaller network with the largest advantage."""
+        return max(self.advantages, key=lambda name: self.advantages[name].value)
+
+    @property
+    def winner(self) -> AffordedCell:
+        return self.smaller[self.best] if self.advantages[self.best].value > 0 else self.reference
+
+    @property
+    def largest_advantage(self) -> Interval:
+        """The best of several is chosen by the same samples that judge it: a bound over all of them."""
+        return extreme_interval(max, list(self.advantages.values()))
+
+    @property
+    def decided(self) -> str:
+        """Who is better beyond noise: "smaller", "reference" or "open"."""
+        found = self.largest_advantage
+        if not found.confidence or found.low <= 0 < found.high:
+            return "open"
+        return "smaller" if found.low > 0 else "reference"
+
+    @property
+    def cells(self) -> list[QualityCell]:
+        return [*(of.cell for of in self.smaller.values()), self.reference.cell]
+
+    @property
+    def figures(self) -> list[PooledFigure]:
+        return [self.reference.figure, *(of.figure for of in self.smaller.values())]
+
+
+def budget_rows(world: ClosedWorld, cells: Cells, unit: BudgetUnit, metric: QualityMetric) -> list[BudgetRow]:
+    """A row for each budget that the largest network has a cell and a cost at; none without a smaller network."""
+    *smaller, reference = cells
+    rows = []
+    for steps in limits.QUALITY_BUDGETS:
+        base = cells[reference].get(steps)
+        cost = None if base is None else unit.cost(base)
+        own = None if cost is None else _afforded(world, cells[reference], unit, metric, cost)
+        if cost is None or own is None:
+            continue
+        found = {name: _afforded(world, cells[name], unit, metric, cost) for name in smaller}
+        having = {name: of for name, of in found.items() if of is not None}
+        if not having:
+            continue
+        together = each_of(len(having))
+        advantages = {
+            name: contrast((own.figure, of.figure), lambda large, small: large - small, together)
+            for name, of in having.items()
+        }
+        saturated = tuple(name for name in having if _has_no_more(cells[name], unit, cost))
+        rows.append(BudgetRow(steps, cost, own, having, advantages, saturated))
+    return rows
+
+
+def _afforded(
+    world: ClosedWorld, of_network: Mapping[int, QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
+) -> AffordedCell | None:
+    """The cell that is best on held-out prompts, of those within the cost.
+
+    Without these that of the most steps: the best on the prompts that judge it would look better than it is.
+    """
+    within = {}
+    for steps, cell in of_network.items():
+        cost, figure = unit.cost(cell), metric.figure(cell)
+        if cost is not None and cost <= most * _ROUNDED and figure is not None:
+            within[steps] = AffordedCell(cell, figure)
+    if not within:
+        return None
+    chosen = {}
+    for steps, of in within.items():
+        held_out = world.held_out(of.cell)
+        figure = None if held_out is None else metric.figure(held_out)
+        if figure is None:
+            return within[max(within)]
+        chosen[steps] = figure.number
+    # Of two that are alike the one with fewer steps.
+    return within[min(chosen, key=lambda steps: (chosen[steps], steps))]
+
+
+def _has_no_more(of_network: Mapping[int, QualityCell], unit: BudgetUnit, cost: float) -> bool:
+    """Whether the budget affords one step more than the most that were measured."""
+    most = max(of_network)
+    dearest = unit.cost(of_network[most])
+    return dearest is not None and dearest * (most + 1) / most <= cost * _ROUNDED
+
+
+def best_other(
+    others: Iterable[QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
+) -> AffordedCell | None:
+    """The best cell within a cost of generators that are none of the family: told, not judged."""
+    within = [
+        AffordedCell(cell, figure)
+        for cell in others
+        if (cost := unit.cost(cell)) is not None
+        and cost <= most * _ROUNDED
+        and (figure := metric.figure(cell)) is not None
+    ]
+    return min(within, key=lambda of: (of.figure.number, of.cell.network), default=None)

@@ -1,0 +1,76 @@
+"""Verdicts on quality in a closed world: their conditions, and what a sentence says of seeds and replicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..figures.phrases import TASKS
+from ..figures.text import joined
+from ..terminal.layout import Grid
+from ..terminal.visible import counted
+from .catalogue import Claim
+from .closed_worlds import ClosedWorld, QualityCell, QualityMetric, seeds_in_words
+from .pooled_figures import PooledFigure
+from .verdict import FEW_SIZES, Finding, Judged, Verdict
+
+# Each verdict says how far it reaches.
+WHERE = "in this closed world"
+
+
+def conditions_of(world: ClosedWorld, sampler: str | None, metric: QualityMetric) -> dict[str, str]:
+    """Name and phrase of the conditions of a verdict, without a budget."""
+    found = {"world": f"closed world {world.name}", "task": TASKS.get(world.task, world.task)}
+    return found | ({} if sampler is None else {"sampler": sampler}) | {"metric": metric.name}
+
+
+def quality_verdict(
+    claim: Claim,
+    judged: Judged,
+    sentence: str,
+    conditions: Mapping[str, str],
+    figures: Grid,
+    cells: Sequence[QualityCell],
+    decided_by: Sequence[PooledFigure],
+    notes: Iterable[str] = (),
+) -> Verdict:
+    """The verdict of a number; the sentence says from how many seeds, and what is few.
+
+    cells: all that the figures tell of. decided_by: the figures that the number is made of.
+    """
+    finding, confidence = judged.finding, judged.interval.confidence
+    said = [f"{WHERE}, {sentence}", seeds_in_words(decided_by)]
+    if not confidence:
+        finding = "undecided"
+        said.append("records without replicates decide nothing")
+    elif confidence < 0.95:
+        least = min(figure.replicates for figure in decided_by)
+        said.append(f"with {counted(least, 'replicate')} the interval has {confidence:.0%} confidence")
+    names = list(dict.fromkeys(cell.network for cell in cells))
+    if len(names) <= FEW_SIZES:
+        said.append(f"judged on {counted(len(names), 'network')} only ({joined(names)})")
+    return _told(claim, finding, "; ".join([*said, *notes]), conditions, figures, cells, judged)
+
+
+def unmeasured_quality(
+    claim: Claim, needs: str, conditions: Mapping[str, str], figures: Grid, cells: Sequence[QualityCell]
+) -> Verdict:
+    """What is there, and what a verdict needs besides."""
+    return _told(claim, "not measured", f"needs {needs}", conditions, figures, cells)
+
+
+def figure_text(figure: PooledFigure) -> str:
+    return f"{figure.value:.4g}"
+
+
+def _told(
+    claim: Claim,
+    finding: Finding,
+    sentence: str,
+    conditions: Mapping[str, str],
+    figures: Grid,
+    cells: Sequence[QualityCell],
+    judged: Judged | None = None,
+) -> Verdict:
+    networks = {cell.network for cell in cells}
+    least = min((cell.samples for cell in cells), default=None)
+    return Verdict(claim, finding, sentence, conditions, figures, len(networks), least, judged)
