@@ -282,6 +282,31 @@ def test_a_stitched_trajectory_costs_its_steps_and_begins_once(
     assert {v.finding for v in found} == {v.finding for v in judged(world(make_quality), "small-wins-at-budget")}
 
 
+def test_another_kind_is_told_beside_the_same_trainings(make_quality: Make) -> None:
+    """One training of three was lucky: what was stitched of it is behind the w8 of that training."""
+    luck = {0: 0.5, 1: 2.0, 2: 2.0}
+    family = [
+        record
+        for seed, factor in luck.items()
+        for record in world(make_quality, lambda n, s, f=factor: f * as_the_paper_says(n, s), seeds=(seed,))  # type: ignore[misc]
+    ]
+    stitched = make_quality(kind="stitched", steps=13, takes=(("w8", 12), ("w32", 1)), gflop_per_image=56.0,
+                            frechet=estimate(1.0), training_seed=0)  # fmt: skip
+    verdict = by_metric(judged([*family, stitched], "small-wins-at-budget"))["Frechet distance"]
+    three = next(row for row in rows(verdict) if row["steps of w32"] == "3")
+    # The w8 with 25 steps has 1.1 by the law, times the geometric mean of the three.
+    assert float(three["its Frechet distance"]) == pytest.approx(1.1 * 2 ** (1 / 3), rel=1e-3)
+    assert three["that one's Frechet distance"] == "1"
+    assert float(three["the better single one's at its seeds"]) == pytest.approx(0.55)
+
+
+def test_cells_of_unlike_numbers_of_samples_are_told(make_quality: Make) -> None:
+    few, many = (world(make_quality, networks=(n,), samples=s) for n, s in (("w8", 500), ("w32", 2000)))
+    sentence = judged([*few, *many], "small-wins-at-budget")[0].sentence
+    assert "compared are 500 to 2000 samples: Frechet and Wasserstein distances of fewer are larger" in sentence
+    assert "compared are" not in judged(world(make_quality), "small-wins-at-budget")[0].sentence
+
+
 def test_real_samples_are_told(make_quality: Make) -> None:
     real = make_quality("real", 1, kind="real", sampler="none", frechet=estimate(0.011), alignment=estimate(0.97))
     verdict = judged([*world(make_quality), real], "small-wins-at-budget")[0]

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from closed_world import cells, study
+from closed_world import cells, study, tasks
 from closed_world.family import WORLDS
-from closed_world.networks import COMMITTED, network_folder, save_network
+from closed_world.networks import COMMITTED, forward_gflop, network_folder, save_network
 from closed_world.sampling import Prompts, plan_of, real_samples, sampled
 from closed_world.scenes import Scenes
 from closed_world.tasks import stages
@@ -102,9 +103,69 @@ def test_a_judged_cell_is_on_disk_and_is_not_sampled_again(tmp_path, monkeypatch
     assert len(record.frechet.replicates) == 200
     assert record.frechet.value > 5
     assert 0.1 < record.alignment.value < 0.4
+    # Two steps of a guided pair; ten training steps of 32 images, whose backward takes twice the forward.
+    forward = forward_gflop(WORLD.config(8), 8)
+    assert record.gflop_per_image == pytest.approx(2 * 2 * forward)
+    assert record.training_gflop == pytest.approx(10 * 32 * 3 * forward)
+    assert record.parameters == sum(p.numel() for p in tiny().parameters())
     monkeypatch.setattr(study, "sampled", lambda *_: pytest.fail("sampled again"))
     assert study.judged_cell(one, case, [8, 8]) == record
     assert study.kept(one) == {case.key: record}
+
+
+def valley(asked, bottoms):
+    """In place of `judged_cell`: the Frechet distance is least at the rate of each number of steps."""
+
+    def judged(_, case, widths, *, tuned=False):
+        asked.append((case, tuple(widths), tuned))
+        value = 1 + abs(math.log(case.guidance_scale / bottoms[case.steps]))
+        return SimpleNamespace(frechet=None if case.guidance_scale > 6 else SimpleNamespace(value=value))
+
+    return judged
+
+
+def test_guidance_is_tuned_on_held_out_prompts_by_the_networks_of_one_seed(monkeypatch, tmp_path):
+    asked, bottoms = [], {4: 1.0, 8: 6.0, 16: 2.0, 50: 3.0}
+    monkeypatch.setattr(study, "judged_cell", valley(asked, bottoms))
+    assert study.tuned_rates(dataclasses.replace(of(tmp_path), seeds=(1, 2)), 12, "ddpm") == bottoms
+    assert {(case.split, case.training_seed, case.samples) for case, _, _ in asked} == {("held-out", 0, 40)}
+    assert all(widths == (12,) * case.steps and not tuned for case, widths, tuned in asked)
+
+
+def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
+    """A stitched one at that of its widest network; where all rates are judged one of them is the tuned one."""
+    asked = []
+    monkeypatch.setattr(tasks, "judged_cell", valley(asked, dict.fromkeys(range(99), 2.0)))
+    rates = {8: 1.5, 32: 3.0}
+    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: rates[width], 16: 7.0})
+    one = of(tmp_path)
+    tasks.JudgeCell(8, 2, "ddpm", 4).run(one)
+    tasks.JudgeStitched((32, 32, 32, 8), 1, "ddim").run(one)
+    (judged, _, tuned), (stitched, widths, also_tuned) = asked
+    assert (judged.guidance_scale, judged.training_seed, judged.sampler, judged.split) == (1.5, 2, "ddpm", "test")
+    assert (stitched.guidance_scale, stitched.training_seed, stitched.network) == (3.0, 1, "w32x3+w8x1")
+    assert widths == (32, 32, 32, 8)
+    assert tuned
+    assert also_tuned
+    asked.clear()
+    tasks.JudgeRates(8, 0, "ddim", 4).run(one)
+    assert [(case.guidance_scale, tuned) for case, _, tuned in asked] == [(r, r == 1.5) for r in cells.RATES]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(math.nan, "NaN"), (math.inf, "NaN or infinity"), (3e38, "NaN or infinity")]
+)
+def test_samples_that_explode_are_an_error_record(tmp_path, value, told):
+    one = of(tmp_path)
+    one.judge.parent.mkdir()
+    one.judge.write_bytes((COMMITTED / "judge.safetensors").read_bytes())
+    real = real_samples(WORLD, "test", 20)
+    latents = real.latents.clone()
+    latents[3] = value
+    case = one.case([8], 0, "ddim", 1.0, "test")
+    record = study.judging(one).record(case, latents, real.factors, takes=(("w8", 1),))
+    assert (record.status, record.frechet) == ("error", None)
+    assert told in record.message
 
 
 def test_a_stitched_cell_tells_who_takes_which_steps():

@@ -1,17 +1,23 @@
 """`python -m closed_world`: wrong options are told in a line, what is done is not done again."""
 
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
+import closed_world.__main__
 import pytest
 from closed_world.__main__ import _STAGES
+from closed_world.judge import JudgeError
 from closed_world.networks import COMMITTED
+from closed_world.options import OptionsError, hold_to
 from closed_world.pool import run_all
 from closed_world.study import Study, kept
 from closed_world.tasks import JudgeReal, TrainJudge, stages
+from closed_world_tasks import Leaves, Stopped
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -42,12 +48,16 @@ def test_the_help_names_every_stage():
         (("--samples", 3), "--samples"),
         (("--fine-tuned", "100,0"), "no numbers of steps: 100,0"),
         (("--distill-steps", 0), "--distill-steps"),
+        (("--committed", "--weights", "w"), "leave --weights out"),
+        (("--committed", "--only", "train"), "no stage train: give some of tune"),
+        (("--committed", "--seeds", 4), "train it (--only judge,train), or give fewer --seeds"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_done(words, told, tmp_path):
     found = command("--out", tmp_path / "out", *words)
     assert found.returncode == 2
-    assert told in " ".join(found.stderr.split())
+    # Lines stand in a box, and break anywhere.
+    assert told in " ".join(found.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
 
 
@@ -55,6 +65,49 @@ def test_a_study_without_a_judge_says_how_to_get_one(tmp_path):
     found = command("--out", tmp_path / "out", "--only", "sample")
     assert found.returncode == 2
     assert "--only judge" in " ".join(found.stderr.split())
+
+
+@pytest.mark.parametrize("words", [("--latent", 16), ("--steps", 2)], ids=["latent", "steps"])
+def test_committed_networks_are_what_they_were_trained_as(words, tmp_path):
+    """With another number of steps records would tell of a training that never was."""
+    before = sorted(COMMITTED.rglob("*"))
+    found = command("--out", tmp_path / "out", "--committed", *words)
+    assert (found.returncode, found.stdout) == (1, "")
+    assert f"was begun with {words[0]}" in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "out").exists()
+    assert sorted(COMMITTED.rglob("*")) == before
+
+
+def test_a_folder_of_one_study_takes_no_other(tmp_path):
+    begun = {"--latent": 8, "--steps": 20, "--weights": "committed"}
+    hold_to(tmp_path / "out", begun)
+    hold_to(tmp_path / "out", begun)
+    for name, value in (("--latent", 16), ("--steps", 3), ("--weights", "its own")):
+        with pytest.raises(OptionsError, match=f"was begun with {name} {begun[name]}, not {value}: give another"):
+            hold_to(tmp_path / "out", begun | {name: value})
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=lambda by: by.name)
+def test_a_stopped_worker_takes_no_other_task_and_prints_nothing(by, tmp_path, capfd):
+    with pytest.raises(BrokenProcessPool):
+        run_all("judge", [Leaves(), Stopped(by)], Study(tmp_path, tmp_path, "a" * 32), workers=1)
+    assert not (tmp_path / "left").exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [(BrokenProcessPool(), "A worker was killed"), (JudgeError("too little: train it longer"), "too little")],
+    ids=["killed", "judge"],
+)
+def test_a_stage_that_fails_is_told_in_a_line(failure, told, tmp_path, monkeypatch):
+    def fails(*_):
+        raise failure
+
+    monkeypatch.setattr(closed_world.__main__, "run_all", fails)
+    with pytest.raises(SystemExit, match=told):
+        closed_world.__main__.main(tmp_path, only="judge", samplers="ddim")
 
 
 def test_the_judges_ceiling_is_printed(tmp_path):

@@ -245,7 +245,7 @@ def test_a_round_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
 def of(folder):
     return study.Study(
         folder,
-        folder / "weights",
+        folder / "given",
         "a" * 32,
         recipe=Recipe(steps=10),
         distilling=dataclasses.replace(SHORT, steps=2),
@@ -271,8 +271,10 @@ def test_a_network_is_distilled_and_judged_once(tmp_path, monkeypatch):
     # 10 steps of training, then 2 of a round with guidance and 2 of one without.
     forwards = 3 * 10 * 32 + (4 + 3) * 2 * 16 + (2 + 3) * 2 * 16
     assert record.training_gflop == pytest.approx(forwards * forward)
-    folders = [student_folder(one.weights, 8, 0, steps) for steps in (8, 4)]
+    folders = [student_folder(one, 8, 0, steps) for steps in (8, 4)]
     assert {folder.name for folder in folders} == {"w8"}
+    assert all(folder.is_relative_to(one.folder / "weights") for folder in folders)
+    assert {path.name for path in one.weights.iterdir()} == {"seed-0", "judge.safetensors"}
     teacher, *students = (
         load_network(folder).state_dict() for folder in (network_folder(one.weights, 8, 0), *folders)
     )
@@ -282,6 +284,10 @@ def test_a_network_is_distilled_and_judged_once(tmp_path, monkeypatch):
     monkeypatch.setattr("closed_world.distillation.trained", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(study, "sampled", lambda *_, **__: pytest.fail("sampled again"))
     Distill(8, 0).run(one)
+    # Students that came with the networks are taken.
+    folders[1].parents[1].rename(one.weights / folders[1].parents[1].name)
+    assert student_folder(one, 8, 0, 4).is_relative_to(one.weights)
+    assert student_folder(one, 8, 1, 4).is_relative_to(one.folder / "weights")
 
 
 def test_the_second_teacher_has_no_guidance_and_goes_on_after_the_first(tmp_path, monkeypatch):

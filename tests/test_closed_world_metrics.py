@@ -165,12 +165,14 @@ def test_directions_are_unit_vectors_without_a_preference():
     assert stats.kstest((lines[:, ::5] ** 2).ravel(), stats.beta(0.5, 7.5).cdf).pvalue > 1e-3
 
 
-def test_the_real_samples_themselves_are_at_distance_zero():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_real_samples_themselves_are_at_distance_zero(seed):
+    rng = np.random.default_rng(seed)
     features, latents = rng.normal(size=(80, 10)) @ rng.normal(size=(10, 10)) + 4, rng.normal(size=(80, 3, 2, 2))
     found = Reference(features, latents).distances(features[::-1], latents[::-1], resamples=0)
     assert abs(found["frechet"][0]) < 1e-9
-    assert found["sliced_wasserstein"][0] < 1e-13
+    # Never below, where rounding is all that there is.
+    assert 0 <= found["sliced_wasserstein"][0] < 1e-13
 
 
 def test_a_shift_is_measured_exactly():

@@ -205,7 +205,7 @@ def test_a_guided_pair_sees_the_condition_twice():
 def of(folder):
     return study.Study(
         folder,
-        folder / "weights",
+        folder / "given",
         "a" * 32,
         recipe=Recipe(steps=10),
         fine_tuned=(1, 2),
@@ -237,9 +237,10 @@ def test_networks_are_trained_and_judged_once(tmp_path, monkeypatch):
         assert record.gflop_per_image == pytest.approx(case.steps * forward)
         assert record.training_gflop == pytest.approx(earlier[case.network] + 3 * 2 * 32 * forward)
     for name, pretrained in (("w8-sr", True), ("w8-sr-scratch", False)):
-        folder = super_folder(one.weights, 8, 0, 2, pretrained)
+        folder = super_folder(one, 8, 0, 2, pretrained)
         assert folder.name == name
         assert load_network(folder).config.in_channels == 8
+        assert folder.is_relative_to(one.folder / "weights")
     monkeypatch.setattr("closed_world.super_resolution.trained", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(study, "sampled", lambda *_, **__: pytest.fail("sampled again"))
     for task in tasks:

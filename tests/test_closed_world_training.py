@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from closed_world import networks
 from closed_world.family import SCHEDULE, WORLDS
 from closed_world.networks import forward_gflop, load_network, network_folder, save_network
 from closed_world.training import Recipe, Training, trained
@@ -101,6 +102,19 @@ def test_a_saved_network_is_the_averaged_one_in_16_bits(tmp_path):
     found = load_network(folder).state_dict()
     for name, value in training.averaged.items():
         assert torch.equal(found[name], value.half().float()), name
+
+
+def test_a_network_that_was_cut_off_while_written_is_not_there(tmp_path, monkeypatch):
+    """A training is done where its folder is."""
+    folder = network_folder(tmp_path, 8, 0)
+    network = Training(WORLD, 8, 0, SHORT).averaged_network()
+    with monkeypatch.context() as broken:
+        broken.setattr(networks, "save_unet", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_network(network, folder)
+    assert not folder.exists()
+    save_network(network, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["w8"]
 
 
 def test_flops_span_the_papers_range():

@@ -24,7 +24,7 @@ from ldmperf.profiling.report.page_input import GridSection, PageInput
 from ldmperf.profiling.terminal.layout import Grid
 from ldmperf.profiling.trajectory.record_parts import Energy
 
-from .conftest import plausible_record
+from .conftest import plausible_quality, plausible_record
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -436,6 +436,62 @@ def test_ten_thousand_cases_open_with_a_few_charts_and_rows(browser: Any, tmp_pa
     assert opened.page.locator("#kept").inner_text() == "2,500 of 10,000 cases"
     assert {*opened.column("backend")} == {"graph"}
     assert opened.errors == []
+    opened.context.close()
+
+
+def test_quality_is_drawn_over_time_and_flops_and_filters_hold_there_too(browser: Any, tmp_path: Path) -> None:
+    """Two networks at two steps under two samplers and batches, a stitched one, a sweep; names of hostile text."""
+    evil = "w8</script><b>"
+    timed = [
+        plausible_record(
+            Case(unet=name, weights_sha256=f"{place:064x}", steps=steps, batch=batch, guidance_scale=2.0),
+            wall_ms=Samples.of([1.0 * (place + 1) * steps * batch] * 9),
+        )
+        for place, name in enumerate((evil, "w32"))
+        for steps in (2, 8)
+        for batch in (1, 64)
+    ]
+    quality = [
+        plausible_quality(name, steps, sampler=sampler, guidance_scale=rate, tuned=rate == 2.0, parameters=size)
+        for size, name in enumerate((evil, "w32"), 1)
+        for steps in (2, 8)
+        for sampler in ("ddim", "ddpm")
+        for rate in (1.0, 2.0, 4.0)
+    ]
+    quality.append(plausible_quality(kind="stitched", steps=6, takes=((evil, 2), ("w32", 4))))
+    quality.append(plausible_quality("real", 1, kind="real", sampler="none"))
+    for name, found in (("records", timed), ("quality", quality)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(one.model_dump_json() + "\n" for one in found))
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["report", *(str(tmp_path / f"{name}.jsonl") for name in ("records", "quality")), "-o",
+                  str(tmp_path / "page.html")])  # fmt: skip
+    assert exited.value.code == 0
+    opened = Opened(browser, tmp_path / "page.html")
+    # Two networks at two step counts, and the stitched one; a sweep has six marks.
+    for metric in ("frechet", "kid", "sliced-wasserstein"):
+        assert (opened.marks(f"{metric}-ms"), opened.marks(f"{metric}-flops")) == (5, 5)
+        assert opened.marks(f"guidance-{metric}") == opened.marks("guidance-alignment") == 6
+    assert texts_of(opened, "#frechet-ms .legend li") == [f"● {evil}", "▲ w32", "◆ stitched"]
+    assert {"real samples", "w32", evil} <= {*texts_of(opened, "#frechet-flops .mark-text text")}
+    assert "2048 samples; one training seed" in text_of(opened, "#frechet-ms .note")
+    selects = opened.page.locator("#frechet-ms select").evaluate_all("all => all.map((one) => one.name)")
+    assert selects == ["sampler", "batch"]
+    # The times of a batch are filtered; FLOPs are of no batch.
+    opened.chip("batch 64")
+    assert (opened.marks("frechet-ms"), opened.marks("frechet-flops")) == (5, 5)
+    assert "batch 64" in text_of(opened, "#frechet-ms .choices")
+    assert opened.page.locator("#frechet-ms select").count() == 1
+    opened.page.locator("#frechet-flops .mark-symbol path").last.hover(force=True)
+    opened.page.locator("#vg-tooltip-element.visible").wait_for()
+    with opened.page.expect_download() as download:
+        opened.page.locator("#frechet-flops .panel").first.get_by_role("button", name="SVG").click()
+    download.value.save_as(tmp_path / "svg")
+    told = " ".join(svg_texts(tmp_path / "svg"))
+    assert all(part in told for part in ("Frechet distance against FLOPs", "stitched", "intervals of 91%"))
+    # What was timed is no condition of FLOPs.
+    assert "float32" not in told
+    assert opened.errors == []
+    assert opened.page.evaluate("document.querySelectorAll('main b').length") == 0
     opened.context.close()
 
 

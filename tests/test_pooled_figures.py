@@ -71,6 +71,32 @@ def test_a_few_seeds_are_covered_too(seeds: int) -> None:
     assert covered(seeds, 0.1, 0.1) > 0.92
 
 
+def test_what_a_seed_does_to_both_networks_goes_out_of_their_difference() -> None:
+    """Three seeds that move both alike by factors: the interval of each is wide, that of the difference is not."""
+    rng = numpy.random.default_rng(8)
+    hits, widths, alone = 0, [], []
+    for _ in range(WORLDS):
+        lucks = numpy.exp(0.3 * rng.normal(size=3))
+        pair = []
+        for name, truth in (("a", 3.0), ("b", 2.0)):
+            values = truth * lucks * numpy.exp(0.02 * rng.normal(size=3))
+            noise = [tuple(value * (1 + 0.001 * rng.normal(size=REPLICATES))) for value in values]
+            found = PooledFigure.of(
+                name,
+                LOGARITHM,
+                [(i, 100, Estimate(value=value, replicates=noise[i])) for i, value in enumerate(values.tolist())],
+            )
+            assert found is not None
+            pair.append(found)
+        between = contrast(pair, apart)
+        hits += between.low <= math.log(1.5) <= between.high
+        widths.append(between.high - between.low)
+        single = contrast(pair[:1], lambda number: number)
+        alone.append(single.high - single.low)
+    assert hits / WORLDS > 0.92
+    assert float(numpy.median(widths)) < 0.15 < 0.7 < float(numpy.median(alone))
+
+
 def test_one_seed_says_nothing_of_seeds() -> None:
     """Why a sentence tells of one training seed, and claims nothing of others."""
     assert covered(1, 0.02, 0.2) < 0.6

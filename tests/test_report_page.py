@@ -28,7 +28,8 @@ from ldmperf.profiling.paper import paper_sizes
 from ldmperf.profiling.report import write_page, write_report
 from ldmperf.profiling.report.charts import Chart, all_charts
 from ldmperf.profiling.report.drawings import Pane, panels_of, shown_first
-from ldmperf.profiling.report.facts import Facts, coded, natural
+from ldmperf.profiling.report.fact_tables import coded, natural
+from ldmperf.profiling.report.facts import Facts
 from ldmperf.profiling.report.page_input import GridSection, PageInput
 from ldmperf.profiling.report.palette import COLOURS, NEUTRAL, PEER_COLOUR, Palette
 from ldmperf.profiling.report.sources import RecordsLink, Sources

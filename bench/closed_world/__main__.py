@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from ldmperf.profiling.measure.recorded import new_run_id
@@ -17,9 +19,10 @@ from ldmperf.profiling.measure.recorded import new_run_id
 from . import cells
 from .captions import TOKENS
 from .family import WORLDS
-from .judge import ceiling, load_judge
+from .judge import JudgeError, ceiling, load_judge
 from .metrics import FEWEST
 from .networks import COMMITTED, network_folder
+from .options import OptionsError, hold_to
 from .pool import run_all
 from .study import Study
 from .super_resolution import super_folder
@@ -27,6 +30,9 @@ from .tasks import stages
 from .training import CONTINUED, Recipe
 
 _STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, time"
+
+# What is done of the committed networks.
+_TRAINED = ("judge", "train")
 
 
 def main(
@@ -61,6 +67,10 @@ def main(
         raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
     if not all(word.isdecimal() and int(word) > 0 for word in fine_tuned.split(",")):
         raise typer.BadParameter(f"no numbers of steps: {fine_tuned}; give some such as 100,300")
+    if committed and weights is not None:
+        raise typer.BadParameter("--committed has networks of its own: leave --weights out")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter(f"--device {device}: torch sees no GPU here; leave it out")
     folder = COMMITTED if committed else weights or out / "weights"
     study = Study(
         out,
@@ -76,18 +86,39 @@ def main(
         held_out=held_out,
     )
     parts = stages(study, tuple(samplers.split(",")))
-    wanted = only.split(",") if only else [*parts, "time"]
-    if unknown := set(wanted) - {*parts, "time"}:
-        raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join([*parts, 'time'])}")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, tasks in parts.items():
-        if name in wanted:
-            run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
-        if name == "judge" and set(wanted) - {"train", "time"}:
-            _tell_ceiling(study)
-    if "time" in wanted:
-        _time(study)
+    known = [name for name in (*parts, "time") if not (committed and name in _TRAINED)]
+    wanted = only.split(",") if only else known
+    if unknown := set(wanted) - set(known):
+        raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join(known)}")
+    source = "committed" if committed else str(weights.resolve()) if weights else "its own"
+    try:
+        hold_to(folder, {"--latent": latent, "--steps": steps})
+        if "train" not in wanted and wanted != ["judge"]:
+            _check_networks(study)
+        hold_to(out, {"--latent": latent, "--steps": steps, "--weights": source})
+        for name, tasks in parts.items():
+            if name in wanted:
+                run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
+            if name == "judge" and set(wanted) - {"train", "time"}:
+                _tell_ceiling(study)
+        if "time" in wanted:
+            _time(study)
+    except (OptionsError, JudgeError) as failure:
+        raise SystemExit(str(failure)) from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            "A worker was killed, perhaps for its memory. The same command goes on; --workers 1 takes the least."
+        ) from None
+    except subprocess.CalledProcessError as failure:
+        raise SystemExit(failure.returncode) from None
     print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
+
+
+def _check_networks(study: Study) -> None:
+    """Raises BadParameter where a stage would miss a network."""
+    folders = (network_folder(study.weights, width, seed) for width in study.world.widths for seed in study.seeds)
+    if missing := next((folder for folder in folders if not folder.exists()), None):
+        raise typer.BadParameter(f"{missing} is not there: train it (--only judge,train), or give fewer --seeds")
 
 
 def _tell_ceiling(study: Study) -> None:
@@ -108,7 +139,7 @@ def _time(study: Study) -> None:
     for batch, (samplers, steps) in cells.TIMED.items():
         family = [network_folder(weights, width, seed) for width in widths]
         _profile(study, family, "t2i", "1,2", samplers, steps, batch)
-        wider = [super_folder(weights, width, seed, max(study.fine_tuned), True) for width in widths]
+        wider = [super_folder(study, width, seed, max(study.fine_tuned), True) for width in widths]
         if all(folder.exists() for folder in wider):
             _profile(study, wider, "sr", "1", ("ddim",), steps, batch)
 

@@ -169,7 +169,7 @@ def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
     states = study.folder / "training"
     states.mkdir(parents=True, exist_ok=True)
     for steps in cells.STUDENT_STEPS:
-        folder = student_folder(study.weights, width, seed, steps)
+        folder = student_folder(study, width, seed, steps)
         if not folder.exists():
             training = Distilling(
                 study.world,
@@ -182,16 +182,17 @@ def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
                 teacher=guided(load_network(teacher, study.device), rate),
                 steps=steps,
             )
-            done = trained(training, states / f"{label(width)}-seed-{seed}-in-{steps}-steps.pt")
+            name = f"{label(width)}-seed-{seed}-in-{steps}-steps-of-{study.distilling.steps}"
+            done = trained(training, states / f"{name}.pt")
             save_network(done.averaged_network(), folder)
         # A student has its teacher's guidance in its weights.
         teacher, rate, before = folder, 1.0, before + study.distilling.steps
     return teacher
 
 
-def student_folder(weights: Path, width: int, seed: int, steps: int) -> Path:
-    """Where the student of so many steps lies; its last part is its label."""
-    return network_folder(weights / f"in-{steps}-steps", width, seed)
+def student_folder(study: Study, width: int, seed: int, steps: int) -> Path:
+    """Where the student that takes so many steps lies; its last part is its label."""
+    return study.further(network_folder(Path(f"in-{steps}-steps-of-{study.distilling.steps}"), width, seed))
 
 
 def distilling_gflop(study: Study, width: int, rate: float) -> float:

@@ -129,8 +129,10 @@ def ceiling(judge: Judge, world: World) -> dict[str, float]:
 
 
 def save_judge(judge: Judge, path: Path) -> None:
-    """Writes its weights in 16 bits."""
-    save_file({name: _short(value) for name, value in judge.state_dict().items()}, path)
+    """Writes its weights in 16 bits. A file that is there is whole."""
+    part = path.with_suffix(".part")
+    save_file({name: _short(value) for name, value in judge.state_dict().items()}, part)
+    part.replace(path)
 
 
 def load_judge(path: Path, world: World) -> Judge:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ldmperf.profiling.measure.environment import Environment, collect_environment
@@ -24,15 +23,15 @@ RESAMPLES = 200
 
 
 class Judging:
-    """The judge of a world with the real samples that others are compared with."""
+    """The judge of a world with the real samples that others are compared with. `device`: of the generators."""
 
-    def __init__(self, world: World, judge: Path, run_id: str) -> None:
+    def __init__(self, world: World, judge: Path, run_id: str, device: str = "cpu") -> None:
         self.world, self._run_id = world, run_id
         self._judge = load_judge(judge, world)
         real = Source(world, _REAL_SEED).read(0, _REAL_SAMPLES)
         features = self._judge.answers(real.latents, real.factors).features
         self._reference = Reference(features.double().numpy(), real.latents.flatten(1).double().numpy())
-        self._environment: Environment = collect_environment("cpu")
+        self._environment: Environment = collect_environment(device)
 
     def record(
         self,
@@ -45,13 +44,14 @@ class Judging:
     ) -> QualityRecord:
         """The record of samples [n, 4, h, w] whose captions have those factors; `known`: its other fields."""
         started = utc_now()
-        if not torch.isfinite(latents).all():
-            failed = {"status": "error", "message": "the samples hold NaN or infinity"}
-            return self._made(case, started, **known, **failed)
         answers = self._judge.answers(latents, factors)
-        found = self._reference.distances(
-            answers.features.double().numpy(), latents.double().numpy(), resamples=resamples
-        )
+        try:
+            found = self._reference.distances(
+                answers.features.double().numpy(), latents.double().numpy(), resamples=resamples
+            )
+        except ValueError as failure:
+            # Samples that are not finite, or far beyond all real ones: what this network gives here.
+            return self._made(case, started, **known, status="error", message=str(failure))
         found["alignment"] = proportion(answers.right.numpy(), resamples)
         estimates = {name: _estimate(*estimated) for name, estimated in found.items()}
         shares = answers.right.double().mean(0).tolist()

@@ -26,11 +26,13 @@ def network_folder(weights: Path, width: int, seed: int) -> Path:
 
 
 def save_network(network: UNet, folder: Path) -> None:
-    """Writes the folder; `ldmperf profile --unet` and diffusers read it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the folder; `ldmperf profile --unet` and diffusers read it. One that is there is whole."""
+    part = folder.with_name(f"{folder.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "UNet2DConditionModel", **diffusers_config(network.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_unet(network, folder / "diffusion_pytorch_model.safetensors", dtype=torch.float16)
+    (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_unet(network, part / "diffusion_pytorch_model.safetensors", dtype=torch.float16)
+    part.rename(folder)
 
 
 def load_network(folder: Path, device: str = "cpu") -> UNet:

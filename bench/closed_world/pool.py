@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -15,11 +16,14 @@ from .tasks import Task
 
 
 def run_all(name: str, tasks: Sequence[Task], study: Study, workers: int) -> None:
-    """Runs the tasks, the longest first. The first that fails ends it, once those in flight are done."""
+    """Runs the tasks, the longest first. The first that fails ends it, once those in flight are done.
+
+    Raises what that one raised, or BrokenProcessPool where a worker was killed.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker) as pool,
     ):
         bar = progress.add_task(name, total=sum(task.cost for task in tasks))
         ordered = sorted(tasks, key=lambda task: -task.cost)
@@ -33,5 +37,7 @@ def run_all(name: str, tasks: Sequence[Task], study: Study, workers: int) -> Non
             raise
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
+    """One thread. Ctrl-C ends it at once: Python's own handler would print a traceback and take the next task."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -71,6 +71,14 @@ class Study:
         """The file of its records."""
         return self.folder / QUALITY_NAME
 
+    def further(self, place: Path) -> Path:
+        """Where a network that comes of the family's lies: beside these, or in the study's own folder.
+
+        What is not there yet is made in the latter: `weights` may be others' networks.
+        """
+        beside = self.weights / place
+        return beside if beside.exists() else self.folder / "weights" / place
+
     def case(self, widths: Sequence[int], seed: int, sampler: str, guidance: float, split: Split) -> QualityCase:
         """A cell of the family, by the width of the network that takes each step."""
         takes = takes_of(widths)
@@ -178,7 +186,7 @@ def keep(study: Study, record: QualityRecord) -> None:
 @cache
 def judging(study: Study) -> Judging:
     """The judge with its real samples, made once in a process."""
-    return Judging(study.world, study.judge, study.run_id)
+    return Judging(study.world, study.judge, study.run_id, study.device)
 
 
 @cache

@@ -115,7 +115,7 @@ class FineTune:
         return super_label(self.width, self.pretrained)
 
     def run(self, study: Study) -> None:
-        folder = super_folder(study.weights, self.width, self.seed, self.steps, self.pretrained)
+        folder = super_folder(study, self.width, self.seed, self.steps, self.pretrained)
         if not folder.exists():
             save_network(self._trained(study).averaged_network(), folder)
         network = loaded(folder, study.device)
@@ -170,9 +170,9 @@ def super_label(width: int, pretrained: bool) -> str:
     return f"{label(width)}-sr" if pretrained else f"{label(width)}-sr-scratch"
 
 
-def super_folder(weights: Path, width: int, seed: int, steps: int, pretrained: bool) -> Path:
+def super_folder(study: Study, width: int, seed: int, steps: int, pretrained: bool) -> Path:
     """Where a network of super-resolution lies after so many steps; its last part is its label."""
-    return weights / f"sr-{steps}-steps" / f"seed-{seed}" / super_label(width, pretrained)
+    return study.further(Path(f"sr-of-{steps}", f"seed-{seed}", super_label(width, pretrained)))
 
 
 def fine_tunings(study: Study) -> list[FineTune]:

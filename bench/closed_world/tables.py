@@ -9,7 +9,7 @@ from pathlib import Path
 from ldmperf.profiling.claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, closed_worlds
 from ldmperf.profiling.claims.limits import BUDGET_STEPS
 from ldmperf.profiling.claims.pooled_figures import contrast
-from ldmperf.profiling.claims.quality_budgets import BudgetRow, best_other, budget_rows
+from ldmperf.profiling.claims.quality_budgets import BudgetRow, at_seeds_of, best_other, budget_rows
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, TimeBudget, budget_units
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.figures.phrases import processor_name
@@ -121,8 +121,9 @@ def _winner(row: BudgetRow | None, unit: BudgetUnit, others: Sequence[QualityCel
     low, value, high = (back(number) for number in (found.low, found.value, found.high))
     other = best_other(others, unit, _FRECHET, row.cost)
     beside = ""
-    if other is not None and other.figure.number < best.figure.number:
-        beside = f"<br>{other.cell.network}: {other.figure.value:.2f}"
+    its = None if other is None else at_seeds_of(other, best, _FRECHET)
+    if other is not None and its is not None and other.figure.number < its.number:
+        beside = f"<br>{other.cell.network}: {other.figure.value:.2f}, at the same seeds {its.value:.2f}"
     return f"{name}<br>{value:.2f} ({low:.2f} to {high:.2f}){beside}"
 
 

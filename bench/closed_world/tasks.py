@@ -79,7 +79,7 @@ class Tune:
 
 
 @dataclass(frozen=True)
-class Judge:
+class JudgeCell:
     """Judges a cell at the guidance chosen for it."""
 
     width: int
@@ -168,7 +168,7 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
         "train": [Train(width, seed) for width in widths for seed in seeds],
         "tune": [JudgeReal(), *(Tune(width, name) for width in widths for name in samplers)],
         "sample": [
-            Judge(width, seed, name, number)
+            JudgeCell(width, seed, name, number)
             for name in samplers
             for width in widths
             for seed in seeds

@@ -22,7 +22,7 @@ from .captions import embedded
 from .data import Batch, Source
 from .family import SCHEDULE, World
 
-# A seed's scenes; those of judging and of prompts are other seeds (see `judge` and `cells`).
+# A seed's scenes; those of judging and of prompts are other seeds (`judge`, `judging`, `sampling`).
 _FIRST_SEED = 1000
 
 

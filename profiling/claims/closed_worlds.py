@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,6 +68,16 @@ class QualityCell:
     @property
     def samples(self) -> int:
         return min(record.case.samples for record in self.records)
+
+    @property
+    def seeds(self) -> frozenset[int]:
+        """Of the trainings."""
+        return frozenset(record.case.training_seed for record in self.records)
+
+    def at_seeds(self, seeds: Container[int]) -> QualityCell | None:
+        """The cell of these trainings alone; null where it has none of them."""
+        found = tuple(record for record in self.records if record.case.training_seed in seeds)
+        return QualityCell(found) if found else None
 
     def figure(self, field: str, scale: Scale) -> PooledFigure | None:
         """A figure over the seeds; null where a seed has none on this scale."""

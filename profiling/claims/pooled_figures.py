@@ -123,7 +123,7 @@ class PooledFigure:
                 found += numpy.asarray(deviations)[_drawn_replicates(samples, count)] / len(self.seeds)
         if len(self.seeds) > 1:
             off = numpy.asarray(self.numbers) - self.number
-            found += widened * (_seed_weights(self.network, self.seeds) @ off)
+            found += widened * (_seed_weights(self.seeds) @ off)
         return found
 
 
@@ -143,8 +143,8 @@ def contrast(figures: Sequence[PooledFigure], statistic: Callable[..., Any], con
     if not replicates:
         return Interval(value, value, value, 0.0)
     tail = (1 - confidence) / 2
-    # Each network's seeds count once, however many of its figures there are.
-    freedom = sum({figure.network: len(figure.seeds) - 1 for figure in figures}.values())
+    # The same seeds count once, however many figures have them.
+    freedom = sum(len(seeds) - 1 for seeds in {figure.seeds for figure in figures})
     widened = float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)) if freedom else 1.0
     resampled = statistic(*(figure.drawn(widened) for figure in figures))
     low, high = (float(end) for end in numpy.quantile(numpy.atleast_1d(resampled), (tail, 1 - tail)))
@@ -169,15 +169,14 @@ def _drawn_replicates(samples: int, count: int) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _seed_weights(network: str, seeds: tuple[int, ...]) -> Any:
+def _seed_weights(seeds: tuple[int, ...]) -> Any:
     """Normal weights of the seeds' distances from their mean, whose sum varies as that mean does (wild bootstrap).
 
     Drawing two or three seeds with replacement gives a handful of means, whose percentiles hold the truth less
-    often than they say. The weights are the same for all figures of a network, whose seeds are the same trainings;
-    other networks have their own.
+    often than they say. The weights are the same for all networks with these seeds: networks of one seed saw the
+    same scenes, noise and timesteps, and what these do to both goes out of their difference.
     """
     import numpy
 
-    name = zlib.crc32(f"{network} {seeds}".encode())
-    drawn = numpy.random.default_rng([_SEED, name]).normal(size=(RESAMPLES, len(seeds)))
+    drawn = numpy.random.default_rng([_SEED, zlib.crc32(f"{seeds}".encode())]).normal(size=(RESAMPLES, len(seeds)))
     return drawn / math.sqrt(len(seeds) * (len(seeds) - 1))

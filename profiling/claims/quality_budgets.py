@@ -137,3 +137,12 @@ def best_other(
         and (figure := metric.figure(cell)) is not None
     ]
     return min(within, key=lambda of: (of.figure.number, of.cell.network), default=None)
+
+
+def at_seeds_of(other: AffordedCell, winner: AffordedCell, metric: QualityMetric) -> PooledFigure | None:
+    """The winner's figure at the trainings that the other one has: a lucky training would look like an advance.
+
+    Null where it has none of these.
+    """
+    cell = winner.cell.at_seeds(other.cell.seeds)
+    return None if cell is None else metric.figure(cell)

@@ -13,7 +13,7 @@ from . import limits
 from .catalogue import Claim
 from .closed_worlds import QUALITY_METRICS, ClosedWorld, QualityMetric
 from .pooled_figures import LOGARITHM, Scale
-from .quality_budgets import BudgetRow, best_other, budget_rows
+from .quality_budgets import BudgetRow, at_seeds_of, best_other, budget_rows
 from .quality_verdict import conditions_of, figure_text, quality_verdict, unmeasured_quality
 from .sample_costs import BudgetUnit, budget_units
 from .verdict import Judged, Verdict, interval_text
@@ -146,12 +146,14 @@ def _budget_grid(
             "its steps",
         ),
         *(f"its {metric.name}", "advantage", "better", "best of another kind", f"that one's {metric.name}"),
+        "the better single one's at its seeds",
     )
     others = world.others(sampler)
     cells: list[tuple[str, ...]] = []
     for row in rows:
         small = row.smaller[row.best]
         other = best_other(others, unit, metric, row.cost)
+        beside = None if other is None else at_seeds_of(other, row.winner, metric)
         better = {"smaller": row.best, "reference": reference, "open": "open"}[row.decided]
         cells.append(
             (
@@ -160,6 +162,7 @@ def _budget_grid(
                 *(_advantage(metric.scale, row.largest_advantage), better),
                 MISSING if other is None else f"{other.cell.network} ({other.cell.records[0].case.kind})",
                 MISSING if other is None else figure_text(other.figure),
+                MISSING if beside is None else figure_text(beside),
             )
         )
     real = world.real(metric)

@@ -45,6 +45,10 @@ def quality_verdict(
     elif confidence < 0.95:
         least = min(figure.replicates for figure in decided_by)
         said.append(f"with {counted(least, 'replicate')} the interval has {confidence:.0%} confidence")
+    counts = sorted({samples for figure in decided_by for samples, _ in figure.resamples})
+    if len(counts) > 1:
+        told = f"compared are {counts[0]} to {counts[-1]} samples"
+        said.append(f"{told}: Frechet and Wasserstein distances of fewer are larger")
     names = list(dict.fromkeys(cell.network for cell in cells))
     if len(names) <= FEW_SIZES:
         said.append(f"judged on {counted(len(names), 'network')} only ({joined(names)})")

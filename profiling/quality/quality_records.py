@@ -50,7 +50,8 @@ class QualityCase(BaseModel):
                       ceiling of the judge
     network           the label that trajectory records of the same network have (`Record.case.label`); of
                       "stitched" `stitched_label` of what it takes; "real"
-    training_seed, training_steps    of the network; 0 of "real"
+    training_seed, training_steps    of the network; 0 of "real". One seed is the same data in the same order for
+                      every network, so that differences of two networks pair by it
     sampler           "none" for generators of one pass and for "real"
     steps             evaluations of the model for an image, a guided pair counts one; 1 of "real"
     guidance_scale    1 is none

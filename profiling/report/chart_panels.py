@@ -5,78 +5,10 @@ A panel has no numbers of its own: it draws whatever facts it is given, in axes 
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import altair as alt
 
 from .palette import NEUTRAL, TEXT, Palette
-
-# What alt.layer says it returns.
-Panel: TypeAlias = alt.LayerChart | alt.FacetChart
-# The name of the data of every panel.
-FACTS = "facts"
-# Hollow, so that marks on top of each other are all seen.
-MARK: dict[str, Any] = {"filled": False, "size": 90, "strokeWidth": 2, "opacity": 1}
-# Where a falling curve leaves room for a label.
-BESIDE: dict[str, Any] = {"align": "left", "baseline": "bottom", "dx": 7, "dy": -5}
-WIDTH, HEIGHT = 420, 320
-# Of an axis of times that may be long: each labelled tick in the unit that suits it.
-_UNITS = (
-    "datum.label === '' ? '' : !datum.value ? '0' : abs(datum.value) < 1000 ? format(datum.value, '~g') + ' ms' : "
-    "format(datum.value / 1000, ',~g') + ' s'"
-)
-# What a tip calls a number.
-_CALLED = {
-    "fid": "FID in the paper",
-    "ms": "ms of an image",
-    "paper_image": "the paper's cost of an image",
-    "paper": "the paper's cost",
-    "cost_p50": "measured cost",
-    "floor_cost": "cost by the floor",
-    "step_p20": "ms of a step, p20",
-    "step_p50": "ms of a step",
-    "step_p80": "ms of a step, p80",
-    "evaluations": "model evaluations",
-    "wall_p50": "ms of a trajectory",
-    "line": "ms by the line",
-    "images_per_s": "images per second",
-    "joules": "joules per image",
-    "images": "images of a batch",
-}
-
-
-def _log(field: str, title: str, count: int = 8, base: int = 10, **axis: Any) -> dict[str, Any]:
-    """An axis of magnitudes with room for marks at its ends."""
-    return {
-        "shorthand": f"{field}:Q",
-        "title": title,
-        "scale": alt.Scale(type="log", base=base, nice=False, padding=24),
-        "axis": alt.Axis(tickCount=count, format=",~g", labelOverlap="greedy", **axis),
-    }
-
-
-def _facts() -> alt.Chart:
-    return alt.Chart(alt.NamedData(FACTS))
-
-
-def _layers(*layers: alt.Chart | alt.LayerChart, height: float | alt.Step = HEIGHT) -> Panel:
-    return alt.layer(*layers).properties(width=WIDTH, height=height)
-
-
-def _told(field: str) -> str:
-    """An expression: the number as the tables have it, with four digits, whole from a thousand on."""
-    return (
-        f"!isValid(datum.{field}) ? '-' : abs(datum.{field}) >= 1000 ? format(datum.{field}, '.0f') : "
-        f"format(datum.{field}, '.4r')"
-    )
-
-
-def _tips(*fields: str, words: tuple[str, ...] = ("size", "backend"), of: alt.Chart | None = None) -> alt.Chart:
-    """The facts, or what was made `of` them, with a tip: what each mark is of, and its numbers."""
-    tips = [alt.Tooltip(f"{name}:N") for name in words]
-    tips += [alt.Tooltip(f"{name}_told:N", title=_CALLED[name]) for name in fields]
-    facts = _facts() if of is None else of
-    return facts.transform_calculate(**{f"{name}_told": _told(name) for name in fields}).encode(tooltip=tips)
+from .panel_parts import BESIDE, MARK, UNITS, Panel, layered, log_axis, the_facts, told, with_tips
 
 
 def _fid_axis() -> alt.Y:
@@ -86,17 +18,17 @@ def _fid_axis() -> alt.Y:
 
 def fid_panel(palette: Palette) -> Panel:
     """The paper's FID over ms of an image; hollow where predicted."""
-    x = alt.X(**_log("ms", "time of an image at 50 steps", 6, labelExpr=_UNITS))
+    x = alt.X(**log_axis("ms", "time of an image at 50 steps", 6, labelExpr=UNITS))
     y, order = _fid_axis(), alt.Order("paper_image:Q")
     filled = alt.condition("datum.predicted", alt.value(0), alt.value(1))
     inside = alt.Fill("backend:N", scale=palette.colours)
-    return _layers(
-        _facts().mark_line(strokeWidth=1.5).encode(x, y, order=order, color=palette.colour),
-        _facts().mark_rule(strokeWidth=2).encode(alt.X("ms_p20:Q"), y, x2="ms_p80:Q", color=palette.colour),
-        _tips("fid", "ms", words=("size", "backend", "basis")).mark_point(**MARK).encode(
+    return layered(
+        the_facts().mark_line(strokeWidth=1.5).encode(x, y, order=order, color=palette.colour),
+        the_facts().mark_rule(strokeWidth=2).encode(alt.X("ms_p20:Q"), y, x2="ms_p80:Q", color=palette.colour),
+        with_tips("fid", "ms", words=("size", "backend", "basis")).mark_point(**MARK).encode(
             x, y, color=palette.colour, shape=palette.shape, fill=inside, fillOpacity=filled
         ),
-        _facts().transform_aggregate(right="max(ms)", groupby=["size", "fid"]).mark_text(**BESIDE).encode(
+        the_facts().transform_aggregate(right="max(ms)", groupby=["size", "fid"]).mark_text(**BESIDE).encode(
             alt.X("right:Q"), y, text="size:N"
         ),
     )  # fmt: skip
@@ -104,11 +36,11 @@ def fid_panel(palette: Palette) -> Panel:
 
 def fid_flops_panel() -> Panel:
     """The paper's FID over the paper's cost of an image."""
-    x, y = alt.X(**_log("paper_image", "the paper's cost of an image (866M forwards)")), _fid_axis()
-    sizes = _facts().transform_aggregate(groupby=["size", "fid", "paper_image"], backends="count()")
-    return _layers(
+    x, y = alt.X(**log_axis("paper_image", "the paper's cost of an image (866M forwards)")), _fid_axis()
+    sizes = the_facts().transform_aggregate(groupby=["size", "fid", "paper_image"], backends="count()")
+    return layered(
         sizes.mark_line(strokeWidth=1.5, color=NEUTRAL).encode(x, y, order=alt.Order("paper_image:Q")),
-        _tips("fid", "paper_image", words=("size",), of=sizes)
+        with_tips("fid", "paper_image", words=("size",), of=sizes)
         .mark_point(size=90, strokeWidth=2, opacity=1, filled=True, color=NEUTRAL)
         .encode(x, y),
         sizes.mark_text(**BESIDE).encode(x, y, text="size:N"),
@@ -117,19 +49,19 @@ def fid_flops_panel() -> Panel:
 
 def cost_panel(palette: Palette) -> Panel:
     """Measured cost over the paper's, with the floor's and the line on which time follows FLOPs."""
-    x = alt.X(**_log("paper", "the paper's cost (FLOPs), largest size = 1"))
-    y = alt.Y(**_log("cost_p50", "measured cost of a step, largest size = 1"))
-    lowest = _facts().transform_aggregate(low="min(paper)", high="max(paper)")
+    x = alt.X(**log_axis("paper", "the paper's cost (FLOPs), largest size = 1"))
+    y = alt.Y(**log_axis("cost_p50", "measured cost of a step, largest size = 1"))
+    lowest = the_facts().transform_aggregate(low="min(paper)", high="max(paper)")
     floor = (
-        _facts()
+        the_facts()
         .transform_filter("isValid(datum.floor_cost)")
         .transform_aggregate(floor_cost="mean(floor_cost)", groupby=["paper"])
     )
-    tops = _facts().transform_aggregate(top="max(cost_p80)", groupby=["label", "paper"])
+    tops = the_facts().transform_aggregate(top="max(cost_p80)", groupby=["label", "paper"])
     least = floor.transform_window(place="row_number()", sort=[alt.SortField("paper")]).transform_filter(
         "datum.place == 1"
     )
-    return _layers(
+    return layered(
         lowest.mark_rule(color=NEUTRAL, strokeDash=[6, 4], strokeWidth=1.5).encode(
             alt.X("low:Q"), alt.Y("low:Q"), x2="high:Q", y2="high:Q"
         ),
@@ -142,8 +74,8 @@ def cost_panel(palette: Palette) -> Panel:
         least.mark_text(align="left", baseline="top", dx=8, dy=2, color=NEUTRAL).encode(
             x, alt.Y("floor_cost:Q"), text=alt.value("floor")
         ),
-        _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("cost_p20:Q"), y2="cost_p80:Q", color=palette.colour),
-        _tips("paper", "cost_p50", "floor_cost")
+        the_facts().mark_rule(strokeWidth=2).encode(x, alt.Y("cost_p20:Q"), y2="cost_p80:Q", color=palette.colour),
+        with_tips("paper", "cost_p50", "floor_cost")
         .mark_point(**MARK)
         .encode(x, y, color=palette.colour, shape=palette.shape),
         # Across the line, where neighbours are furthest apart.
@@ -158,20 +90,20 @@ def ladder_panel(palette: Palette) -> Panel:
     y = alt.Y("backend:N", sort=alt.EncodingSortField("rung", op="min"), title=None)
     scale = alt.Scale(zero=True, nice=False)
     x = alt.X("step_p50:Q", title="ms of a step", scale=scale, axis=alt.Axis(tickCount=5))
-    return _layers(
-        _tips("step_p20", "step_p50", "step_p80").mark_bar(height={"band": 0.7}).encode(
+    return layered(
+        with_tips("step_p20", "step_p50", "step_p80").mark_bar(height={"band": 0.7}).encode(
             x, y, color=palette.colour
         ),
-        _facts().mark_rule(strokeWidth=2, color=TEXT).encode(alt.X("step_p20:Q"), y, x2="step_p80:Q"),
+        the_facts().mark_rule(strokeWidth=2, color=TEXT).encode(alt.X("step_p20:Q"), y, x2="step_p80:Q"),
         # The room for the text beside the longest bar.
-        _facts()
+        the_facts()
         .transform_calculate(room="datum.step_p80 * 1.25")
         .mark_point(opacity=0)
         .encode(alt.X("room:Q"), y),
-        _facts().transform_calculate(told=_told("step_p50")).mark_text(align="left", dx=6).encode(
+        the_facts().transform_calculate(told=told("step_p50")).mark_text(align="left", dx=6).encode(
             alt.X("step_p80:Q"), y, text="told:N"
         ),
-        _facts().mark_text(align="left", dx=6, fontStyle="italic").encode(y, x=alt.value(0), text="no_time:N"),
+        the_facts().mark_text(align="left", dx=6, fontStyle="italic").encode(y, x=alt.value(0), text="no_time:N"),
         height=alt.Step(26),
     )  # fmt: skip
 
@@ -179,13 +111,13 @@ def ladder_panel(palette: Palette) -> Panel:
 def steps_panel(palette: Palette) -> Panel:
     """ms of a trajectory over model evaluations, with the line of each backend."""
     x = alt.X("evaluations:Q", title="model evaluations", scale=alt.Scale(zero=True), axis=alt.Axis(tickMinStep=1))
-    y = alt.Y("wall_p50:Q", title="time of a trajectory", axis=alt.Axis(tickCount=5, labelExpr=_UNITS))
-    return _layers(
-        _facts().mark_rule(strokeWidth=1.5).encode(
+    y = alt.Y("wall_p50:Q", title="time of a trajectory", axis=alt.Axis(tickCount=5, labelExpr=UNITS))
+    return layered(
+        the_facts().mark_rule(strokeWidth=1.5).encode(
             alt.X("line_from:Q"), alt.Y("line_start:Q"), x2="evaluations:Q", y2="line:Q", color=palette.colour
         ),
-        _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("wall_p20:Q"), y2="wall_p80:Q", color=palette.colour),
-        _tips("evaluations", "wall_p50", "line").mark_point(**MARK).encode(
+        the_facts().mark_rule(strokeWidth=2).encode(x, alt.Y("wall_p20:Q"), y2="wall_p80:Q", color=palette.colour),
+        with_tips("evaluations", "wall_p50", "line").mark_point(**MARK).encode(
             x, y, color=palette.colour, shape=palette.shape
         ),
         height=220,
@@ -195,10 +127,10 @@ def steps_panel(palette: Palette) -> Panel:
 def by_size_panel(palette: Palette, field: str, title: str) -> Panel:
     """A number of each size and backend, on a logarithmic axis."""
     x = alt.X("size:N", sort=alt.EncodingSortField("gflop", op="min"), title=None, axis=alt.Axis(labelAngle=-30))
-    y = alt.Y(**_log(field, title))
-    return _layers(
-        _facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
-        _tips(field).mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
+    y = alt.Y(**log_axis(field, title))
+    return layered(
+        the_facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
+        with_tips(field).mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
         height=260,
     )
 
@@ -207,12 +139,14 @@ def batch_panel(palette: Palette) -> Panel:
     """Images per second over the images of a batch."""
     # Batches double.
     x, y = (
-        alt.X(**_log("images", "images of a batch", 6, base=2)),
-        alt.Y(**_log("images_per_s", "images per second")),
+        alt.X(**log_axis("images", "images of a batch", 6, base=2)),
+        alt.Y(**log_axis("images_per_s", "images per second")),
     )
-    return _layers(
-        _facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
-        _tips("images", "images_per_s").mark_point(**MARK).encode(x, y, color=palette.colour, shape=palette.shape),
+    return layered(
+        the_facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
+        with_tips("images", "images_per_s")
+        .mark_point(**MARK)
+        .encode(x, y, color=palette.colour, shape=palette.shape),
         height=220,
     )
 
@@ -225,14 +159,14 @@ def history_panel(palette: Palette) -> Panel:
     ring = alt.condition(is_changed, alt.value(1), alt.value(0))
     # Arrows of neighbours that lie on each other can still be read; words cannot.
     arrow = "datum.verdict == 'FASTER' ? '▼' : datum.verdict == 'SLOWER' ? '▲' : ''"
-    return _layers(
-        _facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
-        _facts().mark_rule(strokeWidth=2).encode(x, alt.Y("step_p20:Q"), y2="step_p80:Q", color=palette.colour),
-        _tips("step_p50", words=("size", "backend", "commit", "verdict"))
+    return layered(
+        the_facts().mark_line(strokeWidth=1.5).encode(x, y, color=palette.colour),
+        the_facts().mark_rule(strokeWidth=2).encode(x, alt.Y("step_p20:Q"), y2="step_p80:Q", color=palette.colour),
+        with_tips("step_p50", words=("size", "backend", "commit", "verdict"))
         .mark_point(**MARK)
         .encode(x, y, color=palette.colour, shape=palette.shape),
-        _facts().mark_point(size=320, strokeWidth=2.5, color=TEXT).encode(x, y, opacity=ring),
-        _facts()
+        the_facts().mark_point(size=320, strokeWidth=2.5, color=TEXT).encode(x, y, opacity=ring),
+        the_facts()
         .transform_calculate(arrow=arrow)
         .mark_text(align="left", dx=14, fontSize=14)
         .encode(x, y, text="arrow:N"),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .chart_panels import (
-    Panel,
     batch_panel,
     by_size_panel,
     cost_panel,
@@ -17,6 +16,7 @@ from .chart_panels import (
     steps_panel,
 )
 from .palette import Palette
+from .panel_parts import Panel
 
 # Small panels of sizes that are shown side by side.
 MOST_SIZES = 12
@@ -35,6 +35,7 @@ class Chart:
     note      the column that says what a reader of a panel has to know of its facts
     most      sets of conditions that are shown together; with more, a condition is chosen. Sizes that have panels
               of their own stand side by side, up to MOST_SIZES
+    series    the column whose texts have colours and marks; of trajectories the backend
     needs     what records it takes
     """
 
@@ -51,6 +52,12 @@ class Chart:
     beside: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     most: int = 2
+    series: str = "backend"
+
+    @property
+    def is_of_quality(self) -> bool:
+        """Whether it is of a closed world, and not of trajectories."""
+        return self.series != "backend"
 
     @property
     def is_small(self) -> bool:
@@ -64,7 +71,7 @@ class Chart:
 
 @lru_cache(maxsize=8)
 def all_charts(palette: Palette) -> tuple[Chart, ...]:
-    """Every chart, in the order of the page."""
+    """Every chart of trajectories, in the order of the page."""
     return (
         Chart(
             "fid",

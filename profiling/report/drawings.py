@@ -17,11 +17,14 @@ from ..figures.text import joined
 from ..measure.conditions import commit
 from ..measure.store import write_whole
 from ..terminal.visible import visible
-from .chart_panels import FACTS
 from .charts import Chart, all_charts
-from .facts import Fact, Facts, FactTable, natural
+from .fact_tables import Fact, FactTable, natural
+from .facts import Facts
 from .page_tables import label_of
 from .palette import CONFIG, Palette
+from .panel_parts import FACTS
+from .quality_charts import quality_charts
+from .quality_curves import QualityCurves
 
 if TYPE_CHECKING:
     from ..compare.history import History
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 # A Vega-Lite specification.
 Spec: TypeAlias = dict[str, Any]
 _SCALE = 2
+# Characters of a line that a panel of a file has room for.
+_NOTE_WIDTH = 76
 
 
 @dataclass(frozen=True)
@@ -87,26 +92,38 @@ class Pane:
 class ChartSet:
     """The charts of a page: facts, colours, definitions, and what is drawn of them at first.
 
-    shared: the conditions of all cases and their commit, where there is one.
+    palettes  of backends, and of the networks of closed worlds where there are any
+    shared    the conditions of all cases and their commit, where there is one
     """
 
     facts: Facts
-    palette: Palette
+    palettes: tuple[Palette, ...]
     charts: tuple[Chart, ...]
     drawings: tuple[Drawing, ...]
     shared: str = ""
 
     @classmethod
-    def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> ChartSet:
+    def of(
+        cls,
+        shown: Overview,
+        history: History | None = None,
+        first: Row | None = None,
+        quality: QualityCurves | None = None,
+    ) -> ChartSet:
         """first: the row whose conditions are looked at first."""
-        facts = Facts.of(shown, history, first)
+        quality = quality or QualityCurves()
+        facts = Facts.of(shown, history, first, quality)
         palette = Palette.of(sorted((row.case.backend for row in shown.all_rows), key=rung_place))
-        charts = all_charts(palette)
+        networks = Palette.of(quality.series, "series")
+        palettes = (palette, networks) if quality else (palette,)
+        # What closed worlds say of quality comes first: what a sample costs is one of its axes.
+        charts = (*quality_charts(networks), *all_charts(palette))
         commits = {commit(environment) for environment in shown.environments}
         shared = visible(
             joined((*shown.conditions.shared, *(f"commit {name}" for name in commits if len(commits) == 1)))
         )
-        return cls(facts, palette, charts, tuple(drawn(chart, facts, shared) for chart in charts), shared)
+        drawings = tuple(drawn(of, facts, "" if of.is_of_quality else shared) for of in charts)
+        return cls(facts, palettes, charts, drawings, shared)
 
     def svgs(self) -> dict[str, str]:
         """By name the charts of few panels, which a page shows where no script runs."""
@@ -126,6 +143,8 @@ class ChartSet:
                 "across": chart.across,
                 "least": chart.least,
                 "note": chart.note,
+                "series": chart.series,
+                "shared": visible(drawing.shared),
                 "facets": (facets := facets_of(chart, self.facts.table(chart.table))),
                 "labels": [label_of(name) for name in facets],
                 "limits": [chart.limit(name) for name in facets],
@@ -193,8 +212,9 @@ def drawn(chart: Chart, facts: Facts, shared: str = "") -> Drawing:
 
 
 def _notes(chart: Chart, panel: Pane) -> list[str]:
-    """What a reader of the panel has to know of its facts."""
-    return list(dict.fromkeys(fact[chart.note] for fact in panel.facts if chart.note and fact[chart.note]))
+    """What a reader of the panel has to know of its facts, in lines."""
+    notes = dict.fromkeys(fact[chart.note] for fact in panel.facts if chart.note and fact[chart.note])
+    return [line for note in notes for line in textwrap.wrap(note, _NOTE_WIDTH)]
 
 
 def side_by_side(charts: Sequence[Spec], columns: int, datasets: dict[str, list[Fact]] | None = None) -> Spec:

@@ -2,85 +2,22 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ..claims.offers import PAPER_STEPS, Course, paper_fid
 from ..compare.commits import commit_order
 from ..figures.derived import Overview, Row, Spread, StepsSeries, alike, ratio, rung_place, step_ms
-from ..figures.phrases import environment_name, phrases_of
-from ..figures.text import joined
-from ..measure.conditions import commit
 from ..measure.recorded import Samples
 from ..paper import paper_sizes
 from ..terminal.visible import visible
+from .fact_tables import PLACES, FactTable, Placing, Words, natural, told_by
+from .quality_curves import QualityCurves
+from .quality_facts import QualityFacts
 
 if TYPE_CHECKING:
     from ..compare.history import History
-
-Words: TypeAlias = tuple[str, ...]
-Fact: TypeAlias = dict[str, Any]
-FactOf: TypeAlias = tuple[Mapping[str, str], Mapping[str, float | None]]
-
-# What places a row on a machine: a history leaves them out, as it follows a case over environments.
-_PLACES = ("environment", "device", "commit")
-_CONDITIONS = (
-    *("task", "dtype", "batch", "sampler", "steps", "guidance_scale", "latent", "context_tokens", "seed"),
-)
-
-
-@dataclass(frozen=True)
-class FactTable:
-    """Rows as columns of one length: `words` in text, `numbers` null where there is none.
-
-    conditions  the columns of words that set rows apart besides the network and the backend
-    """
-
-    words: Mapping[str, Words] = field(default_factory=dict)
-    numbers: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
-    conditions: Words = ()
-
-    @classmethod
-    def of(cls, facts: Sequence[FactOf], names: Words) -> FactTable:
-        """Of the words and numbers of each row, which all have the same names; `names`: conditions that vary."""
-        if not facts:
-            return cls()
-        first_words, first_numbers = facts[0]
-        words = {name: tuple(of[name] for of, _ in facts) for name in first_words}
-        numbers = {name: tuple(of[name] for _, of in facts) for name in first_numbers}
-        return cls(words, numbers, _apart(words, names))
-
-    def rows(self) -> list[Fact]:
-        """Each row with all its columns by name."""
-        columns: dict[str, Sequence[Any]] = {**self.words, **self.numbers}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-    def as_json(self) -> dict[str, Any]:
-        """For the page: words `coded`, numbers with six digits; a column without a value is left out."""
-        return {
-            "conditions": self.conditions,
-            "words": {name: coded(values) for name, values in self.words.items()},
-            "numbers": {
-                name: [None if value is None else float(f"{value:.6g}") for value in values]
-                for name, values in self.numbers.items()
-                if any(value is not None for value in values)
-            },
-        }
-
-
-def coded(values: Iterable[str]) -> dict[str, list[Any]]:
-    """The different texts, and for each value its place among them."""
-    places: dict[str, int] = {}
-    at = [places.setdefault(value, len(places)) for value in values]
-    return {"texts": list(places), "at": at}
-
-
-def natural(text: str) -> tuple[tuple[float, str], ...]:
-    """Sorts numbers within texts by value: "2 steps" before "10 steps"."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", text)
-    return tuple((float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts))
 
 
 @dataclass(frozen=True)
@@ -90,6 +27,7 @@ class Facts:
     cases    a row for each of `Overview.rows`, in that order
     fid      a row for each network, backend and set of conditions that the paper has a FID of
     history  a row for each case on each commit
+    quality  a row for each network and step count of a closed world, and for each guidance rate
     filters  the conditions of `cases` that vary, with their values in order; the backend is one
     first    the conditions that are looked at first: those of the headline
     """
@@ -97,14 +35,21 @@ class Facts:
     cases: FactTable
     fid: FactTable
     history: FactTable
+    quality: QualityFacts
     filters: Mapping[str, Words]
     first: Mapping[str, str]
 
     @classmethod
-    def of(cls, shown: Overview, history: History | None = None, first: Row | None = None) -> Facts:
+    def of(
+        cls,
+        shown: Overview,
+        history: History | None = None,
+        first: Row | None = None,
+        quality: QualityCurves | None = None,
+    ) -> Facts:
         placing = Placing.of(shown)
         cases = _cases(shown, placing)
-        by_place = _told(cases.words, "environment", "device", "commit")
+        by_place = told_by(cases.words, "environment", "device", "commit")
         names = [name for name in placing.names if name != "environment" or not by_place]
         order = _orders(shown)
         values = {
@@ -113,57 +58,24 @@ class Facts:
         }
         filters = {name: of for name, of in values.items() if len(of) > 1}
         looked_at = {} if first is None else placing.words(first)
-        return cls(cases, _fid(shown, placing), _history(shown, history, placing), filters, looked_at)
+        of_quality = QualityFacts.of(quality or QualityCurves(), placing)
+        return cls(cases, _fid(shown, placing), _history(shown, history, placing), of_quality, filters, looked_at)
 
     def table(self, name: str) -> FactTable:
-        """By its name: cases, fid or history."""
-        return {"cases": self.cases, "fid": self.fid, "history": self.history}[name]
+        """By the name that a chart has of it."""
+        return self.tables[name]
 
-
-@dataclass(frozen=True)
-class Placing:
-    """The words that place a row.
-
-    names    the conditions that vary, the environment first, and the commit
-    """
-
-    shown: Overview
-    names: Words
-
-    @classmethod
-    def of(cls, shown: Overview) -> Placing:
-        varying = shown.conditions.varying
-        if len({commit(environment) for environment in shown.environments}) > 1:
-            varying |= {"commit"}
-        known = [name for name in (*_PLACES, *_CONDITIONS) if name in varying]
-        return cls(shown, (*known, *sorted(varying - {*known})))
-
-    def words(self, row: Row | StepsSeries, *without: str) -> dict[str, str]:
-        """Network, backend and each condition that varies, but for some."""
-        environment = self.shown.environments[row.environment]
-        phrases = phrases_of(row, self.shown.environments) | {"commit": commit(environment)}
-        told = joined(phrases[name] for name in ("device", "commit") if name in self.names)
-        phrases["environment"] = joined((environment_name(row.environment), told))
-        placed = {name: visible(phrases[name]) for name in self.names if name not in without}
-        return {"size": visible(row.name), "backend": visible(row.case.backend), **placed}
+    @property
+    def tables(self) -> dict[str, FactTable]:
+        """All of them by name."""
+        always = {"cases": self.cases, "fid": self.fid, "history": self.history}
+        return always | self.quality.tables
 
 
 def _orders(shown: Overview) -> dict[str, Callable[[str], Any]]:
     """How the values of a condition are sorted: commits by time, backends as the ladder has them."""
     times = list(commit_order([row.record for row in shown.all_rows]))
     return {"commit": [visible(name) for name in times].index, "backend": lambda name: (rung_place(name), name)}
-
-
-def _told(words: Mapping[str, Words], name: str, *by: str) -> bool:
-    """Whether some columns, as far as they are there, tell what stands in another one."""
-    known = list(zip(*(words[column] for column in by if column in words), strict=True))
-    return name in words and bool(known) and len(set(known)) == len(set(zip(known, words[name], strict=True)))
-
-
-def _apart(words: Mapping[str, Words], names: Words) -> Words:
-    """The conditions that set rows apart; an environment stands for what it tells, its commit first of all."""
-    known = tuple(name for name in names if name in words)
-    return tuple(name for name in known if name == "environment" or not _told(words, name, "environment"))
 
 
 def _cases(shown: Overview, placing: Placing) -> FactTable:
@@ -254,10 +166,10 @@ def _history(shown: Overview, history: History | None, placing: Placing) -> Fact
     places = sorted({(point.at, point.commit) for series in history.series for point in series.points})
     facts = []
     for series in history.series:
-        words = placing.words(of_case[series.case_id], *_PLACES)
+        words = placing.words(of_case[series.case_id], *PLACES)
         words["machine"] = visible(series.machine)
         for point in series.points:
             numbers = {"place": float(places.index((point.at, point.commit))), **_spread("step", point.step_ms)}
             facts.append((words | {"commit": visible(point.commit), "verdict": point.verdict}, numbers))
-    names = tuple(name for name in placing.names if name not in _PLACES)
+    names = tuple(name for name in placing.names if name not in PLACES)
     return FactTable.of(facts, ("machine", *names))

@@ -51,7 +51,7 @@
           else chosen.get(name).delete(value);
           update();
         });
-        const mark = island.legend.find((series) => name === "backend" && series.name === value);
+        const mark = island.legend[name]?.find((series) => series.name === value);
         const symbol = mark ? [symbolOf(mark)] : [];
         return make("label", { className: "chip" }, box, ...symbol, make("span", {}, value));
       });
@@ -144,12 +144,12 @@
       return left;
     }
 
-    // The marks of the backends that are shown; bars have their backends beside them.
+    // The marks of the backends, or networks, that are shown; bars have theirs beside them.
     tellMarks(shown) {
-      const { spec, across } = this.chart;
-      const backends = new Set(shown.flatMap(({ facts }) => facts.map((fact) => fact.backend)));
-      const series = spec.legends && across !== "backend" ? island.legend.filter(({ name }) => backends.has(name)) : [];
-      this.legend.replaceChildren(...series.map((one) => make("li", {}, symbolOf(one), ` ${one.name}`)));
+      const { spec, across, series } = this.chart;
+      const named = new Set(shown.flatMap(({ facts }) => facts.map((fact) => fact[series])));
+      const marks = spec.legends && across !== series ? island.legend[series].filter(({ name }) => named.has(name)) : [];
+      this.legend.replaceChildren(...marks.map((one) => make("li", {}, symbolOf(one), ` ${one.name}`)));
     }
 
     async draw() {
@@ -219,7 +219,7 @@
 
     // A picture by itself: on white, with its title, its conditions and its legend.
     async picture() {
-      const subtitle = [this.note.textContent, this.whole, island.shared].flatMap(linesOf);
+      const subtitle = [this.note.textContent, this.whole, this.chart.shared].flatMap(linesOf);
       const title = { text: this.chart.title, subtitle, anchor: "start", offset: 12 };
       const changes = { width: 720, background: "white", title, padding: 16, autosize: "pad" };
       const spec = JSON.parse(JSON.stringify(this.chart.spec).replaceAll("currentColor", "#1a1a1a"));

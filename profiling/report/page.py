@@ -66,7 +66,7 @@ def _chart_set(page: PageInput) -> ChartSet:
             f"charts and page need {name}: pip install altair vl-convert-python jinja2", name=name
         ) from missing
     first = None if page.headline is None else page.headline.small
-    return ChartSet.of(page.overview, page.history, first)
+    return ChartSet.of(page.overview, page.history, first, page.quality)
 
 
 def _html(page: PageInput, charts: ChartSet) -> str:
@@ -95,14 +95,13 @@ def _html(page: PageInput, charts: ChartSet) -> str:
 def _island(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable]) -> str:
     """What the script works on, as JSON that no text in it can end."""
     value: dict[str, Any] = {
-        "shared": visible(charts.shared),
-        "facts": {name: charts.facts.table(name).as_json() for name in ("cases", "fid", "history")},
+        "facts": {name: table.as_json() for name, table in charts.facts.tables.items()},
         "filters": [
             {"name": name, "label": label_of(name), "values": values}
             for name, values in charts.facts.filters.items()
         ],
         "first": charts.facts.first,
-        "legend": [asdict(series) for series in charts.palette.series],
+        "legend": {of.column: [asdict(series) for series in of.series] for of in charts.palettes},
         "charts": charts.for_browser(),
         "tables": {name: table.rest for name, table in tables.items()},
     }

@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 # Without a headline; of kernels alone.
 _TITLE = "What a sample costs, measured"
 _TITLE_OF_KERNELS = "The kernels, one by one"
+_TITLE_OF_QUALITY = "What quality costs, in a closed world"
 # Charts that stand side by side.
-_PAIRS = (("fid", "fid-flops"), ("cost", "images", "joules"))
+_PAIRS = (
+    *(("frechet-ms", "frechet-flops"), ("kid-ms", "kid-flops")),
+    ("sliced-wasserstein-ms", "sliced-wasserstein-flops"),
+    ("guidance-frechet", "guidance-kid", "guidance-sliced-wasserstein", "guidance-alignment"),
+    *(("fid", "fid-flops"), ("cost", "images", "joules")),
+)
 # Tables with a heading of their own.
 _OF_THEIR_OWN = ("pipelines", "rivals", "history")
 
@@ -55,11 +61,13 @@ def content_of(page: PageInput, charts: ChartSet, tables: Mapping[str, PageTable
         "verdicts_shared": text.joined(shared_by_all(judged).values()),
         "warnings": (*_rejected(page.rejected_lines), *table.warnings),
         "has_rows": bool(rows),
+        "has_quality": bool(page.quality),
         "apart": len(shown.environments) > 1,
         "figures": _figures(charts),
         "small": {chart.name for chart in charts.charts if chart.is_small},
         "svgs": charts.svgs(),
-        "not_drawn": [drawing for drawing in charts.drawings if drawing.chart is None],
+        "of_quality": {chart.name for chart in charts.charts if chart.is_of_quality},
+        "not_drawn": _not_drawn(page, charts),
         "titles": {*(of.title for of in page.side_by_side), *(of.title for of in page.sections)},
         "tables": [table for name, table in tables.items() if "-" not in name and name not in _OF_THEIR_OWN],
         "notes": table.notes,
@@ -97,6 +105,13 @@ def _of_claim(of: ClaimVerdicts, tables: Mapping[str, PageTable]) -> list[PageTa
     return [table for name, table in tables.items() if name.startswith(f"claim-{of.claim.id}-")]
 
 
+def _not_drawn(page: PageInput, charts: ChartSet) -> list[Drawing]:
+    """Charts that these records lack something for, of the kinds of records that are here."""
+    has = {True: bool(page.quality), False: bool(page.overview.all_rows)}
+    pairs = zip(charts.charts, charts.drawings, strict=True)
+    return [drawing for chart, drawing in pairs if drawing.chart is None and has[chart.is_of_quality]]
+
+
 def _figures(charts: ChartSet) -> list[list[Drawing]]:
     """The charts that are drawn, those of a pair together."""
     drawn = {drawing.name: drawing for drawing in charts.drawings if drawing.chart is not None}
@@ -118,6 +133,8 @@ def _rejected(count: int) -> list[str]:
 def _title(page: PageInput) -> str:
     if page.headline is not None:
         return page.headline.sentence
+    if page.quality and not page.overview.all_rows:
+        return _TITLE_OF_QUALITY
     return _TITLE_OF_KERNELS if page.sections and not page.overview.all_rows else _TITLE
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..compare.history import History
     from ..compare.side_by_side import SideBySide
     from ..figures.headline import Headline
+    from .quality_curves import QualityCurves
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class PageInput:
     sources         what was put together, the commits, the command and the files
     history         times over commits; null where no case was measured on several
     side_by_side    two commits case by case, one for each kind of machine that has exactly two
-    sections        tables of kernels and of compiled launches
+    quality         curves of quality in closed worlds; null where no record has any
+    sections        tables of kernels, of compiled launches and of qualities
     rejected_lines  lines of the files that are no whole record
     """
 
@@ -46,5 +48,6 @@ class PageInput:
     sources: Sources = field(default_factory=Sources)
     history: History | None = None
     side_by_side: tuple[SideBySide, ...] = ()
+    quality: QualityCurves | None = None
     sections: tuple[GridSection, ...] = ()
     rejected_lines: int = 0

@@ -13,7 +13,7 @@ from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import visible
 from .columns import table_of
 from .details import cases_grid, lines_grid
-from .facts import Placing, coded
+from .fact_tables import Placing, coded
 from .ladder import GROUPS_TITLE, LADDER_TITLE, costs_grid, costs_title, groups_grid, ladder_grid, ladders
 from .pipelines_table import pipelines_grid, pipelines_title
 from .rivals_table import RIVALS_TITLE, rivals_grid

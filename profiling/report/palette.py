@@ -62,8 +62,8 @@ CONFIG: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class BackendMark:
-    """A backend as charts and their legends show it."""
+class SeriesMark:
+    """A backend, or a network of a closed world, as charts and their legends show it."""
 
     name: str
     colour: str
@@ -73,37 +73,41 @@ class BackendMark:
 
 @dataclass(frozen=True)
 class Palette:
-    """The colour and shape of each backend, the same in every chart of a page."""
+    """The colour and shape of each backend, or of each text of another column, in every chart of a page.
 
-    series: tuple[BackendMark, ...]
+    column  whose texts they are of
+    """
+
+    series: tuple[SeriesMark, ...]
+    column: str = "backend"
 
     @classmethod
-    def of(cls, backends: Iterable[str]) -> Palette:
+    def of(cls, texts: Iterable[str], column: str = "backend") -> Palette:
         """The peer has its own; the others take theirs in the order given."""
-        names = list(dict.fromkeys(map(visible, backends)))
+        names = list(dict.fromkeys(map(visible, texts)))
         others = [name for name in names if name != PEER]
         shapes = list(SHAPES.items())
 
-        def one(name: str) -> BackendMark:
+        def one(name: str) -> SeriesMark:
             if name == PEER:
-                return BackendMark(name, PEER_COLOUR, PEER_SHAPE, PEER_CHARACTER)
+                return SeriesMark(name, PEER_COLOUR, PEER_SHAPE, PEER_CHARACTER)
             place = others.index(name)
-            return BackendMark(name, COLOURS[place % len(COLOURS)], *shapes[place % len(shapes)])
+            return SeriesMark(name, COLOURS[place % len(COLOURS)], *shapes[place % len(shapes)])
 
-        return cls(tuple(map(one, names)))
+        return cls(tuple(map(one, names)), column)
 
     @property
     def colours(self) -> alt.Scale:
-        """From backends to colours."""
+        """From the column's texts to colours."""
         return alt.Scale(domain=[of.name for of in self.series], range=[of.colour for of in self.series])
 
     @property
     def colour(self) -> alt.Color:
-        """Of a mark, by its backend."""
-        return alt.Color("backend:N", scale=self.colours)
+        """Of a mark, by the column."""
+        return alt.Color(f"{self.column}:N", scale=self.colours)
 
     @property
     def shape(self) -> alt.Shape:
-        """Of a mark, by its backend."""
+        """Of a mark, by the column."""
         scale = alt.Scale(domain=[of.name for of in self.series], range=[of.shape for of in self.series])
-        return alt.Shape("backend:N", scale=scale)
+        return alt.Shape(f"{self.column}:N", scale=scale)

@@ -105,6 +105,7 @@ def _content(
     from ..figures.headline import headline
     from .kind_sections import kind_sections
     from .page_input import PageInput
+    from .quality_curves import quality_curves
     from .sources import Sources
 
     shown = overview(found.trajectories)
@@ -121,6 +122,7 @@ def _content(
             content,
             judged=judge_overview(shown, found.qualities),
             history=history(found.trajectories),
+            quality=quality_curves(found.qualities, shown) or None,
             side_by_side=side_by_side(found.records),
         )
     except ModuleNotFoundError as missing:

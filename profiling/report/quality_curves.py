@@ -1,0 +1,166 @@
+"""Curves of quality in closed worlds: cells over their cost, the best at each budget, sweeps of the guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric, closed_worlds
+from ..claims.pooled_figures import DIFFERENCE, PooledFigure, contrast
+from ..claims.sample_costs import BudgetUnit, budget_units
+from ..figures.derived import Overview
+from ..measure.intervals import Interval
+from ..quality import QualityRecord
+
+# No distance: the share of a caption's factors that the judge reads right.
+ALIGNMENT = QualityMetric("alignment", "alignment", DIFFERENCE)
+METRICS = (*QUALITY_METRICS, ALIGNMENT)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A cell at its place on a curve.
+
+    at         its cost in the curve's unit, or its guidance rate
+    figures    by the fields of the metrics that it has
+    intervals  of the same, in the metric's own numbers
+    """
+
+    cell: QualityCell
+    at: float
+    figures: Mapping[str, PooledFigure]
+    intervals: Mapping[str, Interval]
+
+    @property
+    def kind(self) -> str:
+        return self.cell.records[0].case.kind
+
+
+@dataclass(frozen=True)
+class CostCurves:
+    """All generators of a world at what an image of theirs costs, under one sampler, the cheapest first.
+
+    without_cost  the networks of which no cell's cost is known
+    """
+
+    world: ClosedWorld
+    sampler: str
+    unit: BudgetUnit
+    points: tuple[CurvePoint, ...]
+    without_cost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GuidanceCurves:
+    """The networks of a world over their guidance rates, with one sampler, step count and split of the prompts."""
+
+    world: ClosedWorld
+    sampler: str
+    steps: int
+    split: str
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class QualityCurves:
+    """What a page draws of quality; false where there is nothing."""
+
+    costs: tuple[CostCurves, ...] = ()
+    guidance: tuple[GuidanceCurves, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.costs or self.guidance)
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """What has a colour and a mark: networks of the family, the smallest first, then the other kinds."""
+        curves: list[CostCurves | GuidanceCurves] = [*self.costs, *self.guidance]
+        networks = [name for of in curves for name in of.world.networks]
+        kinds = sorted({point.kind for of in curves for point in of.points} - {"diffusion"})
+        return tuple(dict.fromkeys((*networks, *kinds)))
+
+
+def quality_curves(records: Iterable[QualityRecord], times: Overview) -> QualityCurves:
+    """Of tuned cells on test prompts the curves over FLOPs, and over each time of the same networks; the sweeps.
+
+    times: trajectories, of which those labelled as a network is tell its time.
+    """
+    costs: list[CostCurves] = []
+    guidance: list[GuidanceCurves] = []
+    for world in closed_worlds(records):
+        units = budget_units(world, times)
+        for sampler in world.samplers:
+            family = [cell for of_network in world.cells(sampler).values() for cell in of_network.values()]
+            placed = [curve_point(cell, 0.0) for cell in (*family, *world.others(sampler))]
+            curves = (_cost_curves(world, sampler, unit, placed) for unit in units)
+            costs += [of for of in curves if of.points]
+            guidance += _sweeps(world, sampler)
+    return QualityCurves(tuple(costs), tuple(guidance))
+
+
+def curve_point(cell: QualityCell, at: float) -> CurvePoint:
+    """With every metric that all seeds of the cell have a number of."""
+    found = {metric.field: metric.figure(cell) for metric in METRICS}
+    figures = {field: figure for field, figure in found.items() if figure is not None}
+    return CurvePoint(cell, at, figures, {field: pooled_interval(figure) for field, figure in figures.items()})
+
+
+def pooled_interval(figure: PooledFigure) -> Interval:
+    """The mean over seeds and its 95 % interval over replicates and seeds, in the figure's own numbers.
+
+    The mean is that of the metric's scale: of a logarithm the geometric one.
+    """
+    found, back = contrast((figure,), lambda number: number), figure.scale.back
+    return Interval(back(found.low), back(found.value), back(found.high), found.confidence)
+
+
+def frontier(points: Iterable[CurvePoint], field: str) -> tuple[CurvePoint, ...]:
+    """The points that none at the same cost or less equals or beats, the cheapest first; less is better."""
+    found: list[CurvePoint] = []
+    having = [point for point in points if field in point.intervals]
+    for point in sorted(having, key=lambda point: (point.at, point.intervals[field].value, *_name(point))):
+        if not found or point.intervals[field].value < found[-1].intervals[field].value:
+            found.append(point)
+    return tuple(found)
+
+
+def _cost_curves(world: ClosedWorld, sampler: str, unit: BudgetUnit, points: Sequence[CurvePoint]) -> CostCurves:
+    """Of the points whose cost is known."""
+    costs = [(unit.cost(point.cell), point) for point in points]
+    found = [replace(point, at=cost) for cost, point in costs if cost is not None]
+    having = {point.cell.network for point in found}
+    without = dict.fromkeys(point.cell.network for point in points if point.cell.network not in having)
+    ordered = sorted(found, key=lambda point: (point.at, *_name(point)))
+    return CostCurves(world, sampler, unit, tuple(ordered), tuple(without))
+
+
+def _name(point: CurvePoint) -> tuple[str, int]:
+    return point.cell.network, point.cell.steps
+
+
+def _sweeps(world: ClosedWorld, sampler: str) -> list[GuidanceCurves]:
+    """Of each step count and split the networks with two rates or more."""
+    grouped: dict[tuple[int, str], dict[str, list[QualityCell]]] = {}
+    for cell in world.guided_cells(sampler):
+        place = (cell.steps, cell.records[0].case.split)
+        grouped.setdefault(place, {}).setdefault(cell.network, []).append(cell)
+    found = []
+    for (steps, split), by_network in sorted(grouped.items()):
+        cells = [cell for name in world.networks for cell in _of_the_same_seeds(by_network.get(name, ()))]
+        if cells:
+            points = tuple(curve_point(cell, _rate(cell)) for cell in cells)
+            found.append(GuidanceCurves(world, sampler, steps, split, points))
+    return found
+
+
+def _of_the_same_seeds(cells: Sequence[QualityCell]) -> list[QualityCell]:
+    """Two rates or more, each of the seeds that have all of them: other seeds are another mixture of networks."""
+    if len(cells) < 2:
+        return []
+    seeds = set.intersection(*({record.case.training_seed for record in cell.records} for cell in cells))
+    found = [tuple(record for record in cell.records if record.case.training_seed in seeds) for cell in cells]
+    return sorted((QualityCell(of) for of in found if of), key=_rate)
+
+
+def _rate(cell: QualityCell) -> float:
+    return cell.records[0].case.guidance_scale

@@ -1,0 +1,32 @@
+"""Tasks of a study for tests of its pool; here, as workers import what they run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+from closed_world.study import Study
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Ends its own worker by a signal."""
+
+    by: signal.Signals
+    cost: float = 2.0
+
+    def run(self, study: Study) -> None:
+        os.kill(os.getpid(), self.by)
+        time.sleep(60)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """Leaves a file."""
+
+    cost: float = 1.0
+
+    def run(self, study: Study) -> None:
+        (study.folder / "left").touch()

@@ -1,0 +1,58 @@
+"""The tables and the sentence of docs/closed-world.md, on a family of known quality and cost."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from closed_world.tables import sentence, tables
+from quality_worlds import NETWORKS, Make, MakeRecord, as_the_paper_says, estimate, times, world
+
+from ldmperf.profiling.quality import Estimate, QualityStore
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_quality: Make, make_record: MakeRecord) -> Path:
+    """Three seeds; a step's time grows as the root of its FLOPs, with 64 images as the FLOPs."""
+    right = Estimate(value=0.75, replicates=(0.75,) * 200)
+    records = world(make_quality, seeds=(0, 1, 2), alignment=right)
+    records.append(make_quality("real", 1, kind="real", sampler="none", frechet=estimate(0.25), alignment=right))
+    QualityStore(tmp_path / "quality.jsonl").append(*records)
+    alone = times(make_record, lambda name: math.sqrt(NETWORKS[name]))
+    many = times(make_record, batch=64)
+    (tmp_path / "records.jsonl").write_text("".join(r.model_dump_json() + "\n" for r in (*alone, *many)))
+    return tmp_path
+
+
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """The table whose first line begins so, by the first cell of each row."""
+    lines = text[text.index(f"| {heading}") :].partition("\n\n")[0].splitlines()
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)}
+
+
+def test_the_tables_have_costs_quality_and_who_is_best(folder: Path) -> None:
+    told = tables(folder)
+    assert "a Frechet distance of 0.25; the judge reads 75.0% of their factors right" in " ".join(told.split())
+    costs = rows(told, "network | parameters")
+    assert costs["network"][-3:] == ["FLOPs over the widest's", "time, an image alone", "time, 64 images at once"]
+    for name, cost in NETWORKS.items():
+        shares = (cost / 16, math.sqrt(cost / 16), cost / 16)
+        assert costs[name][-3:] == [f"{share:.2f}" for share in shares]
+    frontier = rows(told, "network | 1")
+    assert frontier["w16"][3].startswith(f"**{as_the_paper_says('w16', 4):.2f}** (")
+    assert frontier["w16"][3].endswith("<br>75%, at 2")
+    # What 3 steps of the w32 buy: of the w8 by FLOPs 48, by the clock 12.
+    three = rows(told, "steps of w32")["3"]
+    assert three[0].startswith("**w8 at 25, 1.10**<br>3.33 (")
+    assert three[1].startswith("**w8 at 12, 1.53**<br>")
+    assert three[2].startswith("**w8 at 25, 1.10**<br>")
+
+
+def test_the_sentence_counts_budgets_by_flops_and_by_each_clock(folder: Path) -> None:
+    told = " ".join(sentence(folder).split())
+    assert "of 10 budgets by FLOPs" in told
+    assert "(3 seeds each), at the cost of 3 steps of the widest" in told
+    ratio = as_the_paper_says("w32", 3) / as_the_paper_says("w8", 25)
+    assert f"by FLOPs w32's Frechet distance is {ratio:.2f} times that of w8 with 25 steps" in told
+    assert "by ms, an image alone w32's Frechet distance is" in told
