@@ -10,12 +10,13 @@ from pathlib import Path
 
 import closed_world.__main__
 import pytest
+from closed_world.__main__ import _STAGES
 from closed_world.judge import JudgeError
 from closed_world.networks import COMMITTED
 from closed_world.options import OptionsError, hold_to
 from closed_world.pool import run_all
 from closed_world.study import Study, kept
-from closed_world.tasks import JudgeReal, TrainJudge
+from closed_world.tasks import JudgeReal, TrainJudge, stages
 from closed_world_tasks import Leaves, Stopped
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -32,6 +33,11 @@ def command(*words, timeout=300):
     )
 
 
+def test_the_help_names_every_stage():
+    study = Study(COMMITTED, COMMITTED, "a" * 32)
+    assert _STAGES.split(", ") == [*stages(study, ("ddim",)), "time"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -40,6 +46,8 @@ def command(*words, timeout=300):
         (("--only", "trian"), "no stage trian"),
         (("--seeds", 0), "--seeds"),
         (("--samples", 3), "--samples"),
+        (("--fine-tuned", "100,0"), "no numbers of steps: 100,0"),
+        (("--distill-steps", 0), "--distill-steps"),
         (("--committed", "--weights", "w"), "leave --weights out"),
         (("--committed", "--only", "train"), "no stage train: give some of tune"),
         (("--committed", "--seeds", 4), "train it (--only judge,train), or give fewer --seeds"),

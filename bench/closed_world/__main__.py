@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,8 +25,11 @@ from .networks import COMMITTED, network_folder
 from .options import OptionsError, hold_to
 from .pool import run_all
 from .study import Study
+from .super_resolution import super_folder
 from .tasks import stages
-from .training import Recipe
+from .training import CONTINUED, Recipe
+
+_STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, time"
 
 # What is done of the committed networks.
 _TRAINED = ("judge", "train")
@@ -40,7 +45,13 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = Recipe.steps,
     seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each width.")] = 3,
     samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
-    only: Annotated[str, typer.Option(help="Stages: judge, train, tune, sample, guidance, stitch, time.")] = "",
+    only: Annotated[str, typer.Option(help=f"Stages: {_STAGES}.")] = "",
+    distill_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of each round of distillation.")
+    ] = CONTINUED.steps,
+    fine_tuned: Annotated[str, typer.Option(help="Steps of super-resolution's trainings.")] = ",".join(
+        map(str, cells.FINE_TUNED)
+    ),
     samples: Annotated[int, typer.Option(min=FEWEST, help="Images of a cell that decides.")] = cells.SAMPLES,
     held_out: Annotated[
         int, typer.Option(min=FEWEST, help="Images that a guidance is chosen by.")
@@ -54,6 +65,8 @@ def main(
     unknown = set(samplers.split(",")) - set(cells.STEPS)
     if unknown:
         raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
+    if not all(word.isdecimal() and int(word) > 0 for word in fine_tuned.split(",")):
+        raise typer.BadParameter(f"no numbers of steps: {fine_tuned}; give some such as 100,300")
     if committed and weights is not None:
         raise typer.BadParameter("--committed has networks of its own: leave --weights out")
     if device != "cpu" and not torch.cuda.is_available():
@@ -66,6 +79,8 @@ def main(
         latent,
         device,
         Recipe(steps=steps),
+        distilling=replace(CONTINUED, steps=distill_steps),
+        fine_tuned=tuple(sorted(set(map(int, fine_tuned.split(","))))),
         seeds=tuple(range(seeds)),
         samples=samples,
         held_out=held_out,
@@ -116,20 +131,38 @@ def _tell_ceiling(study: Study) -> None:
 
 
 def _time(study: Study) -> None:
-    """The cost of the family's steps by the project's own profiler: an image alone, and one in a batch."""
-    networks = ",".join(str(network_folder(study.weights, width, study.seeds[0])) for width in study.world.widths)
-    size = f"{study.latent}x{study.latent}"
-    backend = "torch" if study.device == "cpu" else "graph"
+    """The cost of the networks' steps by the project's own profiler: an image alone, and one in a batch.
+
+    Students have the times of their teachers. Of super-resolution, once it is trained, DDIM is timed.
+    """
+    widths, seed, weights = study.world.widths, study.seeds[0], study.weights
     for batch, (samplers, steps) in cells.TIMED.items():
-        options = {
-            **{"--unet": networks, "--latent": size, "--tokens": str(TOKENS), "--guidance": "1,2"},
-            **{"--sampler": ",".join(samplers), "--steps": ",".join(map(str, steps)), "--batch": str(batch)},
-            **{"--dtype": "float32", "--device": study.device, "--backend": backend},
-            **{"--out": str(study.folder / "times")},
-        }
-        words = [word for option in options.items() for word in option]
-        profiler = Path(sys.executable).with_name("ldmperf")
-        subprocess.run([str(profiler), "profile", "--one-process", *words], check=True)
+        family = [network_folder(weights, width, seed) for width in widths]
+        _profile(study, family, "t2i", "1,2", samplers, steps, batch)
+        wider = [super_folder(study, width, seed, max(study.fine_tuned), True) for width in widths]
+        if all(folder.exists() for folder in wider):
+            _profile(study, wider, "sr", "1", ("ddim",), steps, batch)
+
+
+def _profile(
+    study: Study,
+    networks: Sequence[Path],
+    task: str,
+    guidance: str,
+    samplers: Sequence[str],
+    steps: Sequence[int],
+    batch: int,
+) -> None:
+    size = f"{study.latent}x{study.latent}"
+    options = {
+        **{"--task": task, "--unet": ",".join(map(str, networks)), "--latent": size, "--tokens": str(TOKENS)},
+        **{"--sampler": ",".join(samplers), "--steps": ",".join(map(str, steps)), "--batch": str(batch)},
+        **{"--guidance": guidance, "--dtype": "float32", "--device": study.device},
+        **{"--backend": "torch" if study.device == "cpu" else "graph", "--out": str(study.folder / "times")},
+    }
+    words = [word for option in options.items() for word in option]
+    profiler = Path(sys.executable).with_name("ldmperf")
+    subprocess.run([str(profiler), "profile", "--one-process", *words], check=True)
 
 
 if __name__ == "__main__":

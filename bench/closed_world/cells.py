@@ -16,6 +16,11 @@ VARIED = ("ddim", 16)
 # Trajectories that two networks share: their steps, and the shares of these that the first one takes.
 STITCHED_STEPS = (4, 8, 16)
 STITCHED_PARTS = (0.25, 0.5, 0.75)
+# A student's steps by round of distillation; the teacher of each takes twice as many.
+STUDENT_STEPS = (8, 4)
+# Super-resolution: the steps of its trainings; those of sampling after the longest, and after every one.
+FINE_TUNED = (100, 300, 1000)
+SUPER_RESOLVED, SUPER_RESOLVED_BRIEFLY = (1, 2, 4, 8, 16, 25, 50), (16,)
 # What is timed, by batch: an image alone under every sampler, and images at once, where the sampler weighs little.
 TIMED: Mapping[int, tuple[tuple[str, ...], tuple[int, ...]]] = {
     1: (tuple(STEPS), (1, 4, 16, 50)),

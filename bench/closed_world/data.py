@@ -25,10 +25,13 @@ class Batch:
 
 
 class Source:
-    """The latents of a seed's scenes, rendered in the order in which they are read."""
+    """The latents of a seed's scenes, rendered in the order in which they are read.
 
-    def __init__(self, world: World, seed: int) -> None:
-        self._scenes = Scenes(seed, world.side)
+    `side` of the images, in pixels: the world's own unless told. Whatever it is, the world's autoencoder encodes.
+    """
+
+    def __init__(self, world: World, seed: int, side: int | None = None) -> None:
+        self._scenes = Scenes(seed, side or world.side)
         self._autoencoder = autoencoder(world.side)
         self._first, self._kept = 0, self._rendered(0, 0)
 

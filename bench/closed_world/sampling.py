@@ -44,9 +44,18 @@ def plan_of(sampler: str, steps: int) -> SamplingPlan:
 
 
 def sampled(
-    networks: Sequence[UNet], world: World, plan: SamplingPlan, prompts: Prompts, guidance: float, batch: int = 125
+    networks: Sequence[UNet],
+    world: World,
+    plan: SamplingPlan,
+    prompts: Prompts,
+    guidance: float,
+    batch: int = 125,
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """Latents [n, 4, h, w] in float32; `networks` has the one that takes each step."""
+    """Latents [n, 4, h, w] in float32; `networks` has the one that takes each step.
+
+    beside    [n, channels, h, w] that a network sees in further channels, such as latents of low resolution
+    """
     device = next(networks[0].parameters()).device
     found = []
     with torch.inference_mode():
@@ -59,8 +68,16 @@ def sampled(
                 network: network.condition(plan.timesteps, context.to(device)) for network in set(networks)
             }
 
-            def denoise(x: Tensor, step: Step, conditions: dict = conditions) -> Tensor:
+            seen = None if beside is None else beside[place].to(device)
+            if seen is not None and guidance != 1:
+                seen = torch.cat([seen, seen])
+
+            def denoise(
+                x: Tensor, step: Step, conditions: dict = conditions, seen: Tensor | None = seen
+            ) -> Tensor:
                 network = networks[step.index]
+                if seen is not None:
+                    x = torch.cat([x, seen], 1)
                 return network.denoise(x, conditions[network], step.index)
 
             noise = initial_noise(prompts.seeds[place], (CHANNELS, world.latent, world.latent), device=device)
@@ -76,6 +93,6 @@ def sampled(
     return torch.cat(found).contiguous()
 
 
-def real_samples(world: World, split: Split, count: int) -> Batch:
-    """Real scenes of the prompts of a split."""
-    return Source(world, _PROMPTS[split]).read(0, count)
+def real_samples(world: World, split: Split, count: int, side: int | None = None) -> Batch:
+    """Real scenes of the prompts of a split, of images of that side (`Source`)."""
+    return Source(world, _PROMPTS[split], side).read(0, count)

@@ -11,6 +11,8 @@ from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
 
+from torch import Tensor
+
 from ldmperf.model import UNet
 from ldmperf.profiling.measure.store import load_lines
 from ldmperf.profiling.quality import (
@@ -26,7 +28,7 @@ from .family import WORLDS, World
 from .judging import RESAMPLES, Judging
 from .networks import forward_gflop, label, load_network, network_folder, parameters
 from .sampling import Prompts, Split, plan_of, sampled
-from .training import Recipe
+from .training import CONTINUED, Recipe
 
 # The training seed by whose networks the guidance of a cell is chosen.
 TUNED_ON = 0
@@ -38,6 +40,8 @@ class Study:
 
     folder     records and the states of trainings
     weights    the judge and the trained networks
+    distilling           how a round of distillation is trained
+    fine_tuned           steps of super-resolution's trainings
     samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
     """
 
@@ -47,6 +51,8 @@ class Study:
     latent: int = 8
     device: str = "cpu"
     recipe: Recipe = field(default_factory=Recipe)
+    distilling: Recipe = CONTINUED
+    fine_tuned: tuple[int, ...] = cells.FINE_TUNED
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = cells.SAMPLES
     held_out: int = cells.HELD_OUT
@@ -64,6 +70,14 @@ class Study:
     def records(self) -> Path:
         """The file of its records."""
         return self.folder / QUALITY_NAME
+
+    def further(self, place: Path) -> Path:
+        """Where a network that comes of the family's lies: beside these, or in the study's own folder.
+
+        What is not there yet is made in the latter: `weights` may be others' networks.
+        """
+        beside = self.weights / place
+        return beside if beside.exists() else self.folder / "weights" / place
 
     def case(self, widths: Sequence[int], seed: int, sampler: str, guidance: float, split: Split) -> QualityCase:
         """A cell of the family, by the width of the network that takes each step."""
@@ -102,27 +116,50 @@ def judged_cell(study: Study, case: QualityCase, widths: Sequence[int], *, tuned
     if there := kept(study).get(case.key):
         return there
     networks = {
-        width: _network(network_folder(study.weights, width, case.training_seed), study.device)
+        width: loaded(network_folder(study.weights, width, case.training_seed), study.device)
         for width in dict.fromkeys(widths)
     }
-    prompts = Prompts.of(case.split, case.samples)
-    plan = plan_of(case.sampler, case.steps)
-    latents = sampled([networks[width] for width in widths], study.world, plan, prompts, case.guidance_scale)
-    forward = {width: forward_gflop(network.config, study.latent) for width, network in networks.items()}
+    gflop = sum(family_gflop(study, width) for width in networks)
+    return judged(study, case, [networks[width] for width in widths], takes_of(widths), gflop, tuned=tuned)
+
+
+def judged(
+    study: Study,
+    case: QualityCase,
+    networks: Sequence[UNet],
+    takes: tuple[tuple[str, int], ...],
+    training_gflop: float,
+    *,
+    tuned: bool,
+    beside: Tensor | None = None,
+) -> QualityRecord:
+    """The record of a cell that is not on disk, sampled, judged and kept now.
+
+    networks    that of each step
+    beside      what they see in further channels (`sampled`)
+    """
+    prompts, plan = Prompts.of(case.split, case.samples), plan_of(case.sampler, case.steps)
+    latents = sampled(networks, study.world, plan, prompts, case.guidance_scale, beside=beside)
+    forward = {network: forward_gflop(network.config, study.latent) for network in dict.fromkeys(networks)}
     record = judging(study).record(
         case,
         latents,
         prompts.factors,
         resamples=RESAMPLES if case.split == "test" else 0,
         tuned=tuned,
-        takes=takes_of(widths),
-        parameters=sum(map(parameters, networks.values())),
-        gflop_per_image=sum(forward[width] for width in widths) * (2 if case.guided else 1),
-        # A backward takes twice its forward.
-        training_gflop=3 * sum(forward.values()) * study.recipe.batch * study.recipe.steps,
+        takes=takes,
+        parameters=sum(map(parameters, forward)),
+        gflop_per_image=sum(forward[network] for network in networks) * (2 if case.guided else 1),
+        training_gflop=training_gflop,
     )
     keep(study, record)
     return record
+
+
+def family_gflop(study: Study, width: int) -> float:
+    """GFLOP of the training of a network of the family; a backward takes twice its forward."""
+    recipe = study.recipe
+    return 3 * forward_gflop(study.world.config(width), study.latent) * recipe.batch * recipe.steps
 
 
 def takes_of(widths: Sequence[int]) -> tuple[tuple[str, int], ...]:
@@ -153,5 +190,6 @@ def judging(study: Study) -> Judging:
 
 
 @cache
-def _network(folder: Path, device: str) -> UNet:
+def loaded(folder: Path, device: str) -> UNet:
+    """The network of a folder, read once in a process."""
     return load_network(folder, device)

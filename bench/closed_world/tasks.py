@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from ldmperf.profiling.quality import QualityCase
 
 from . import cells
+from .distillation import Distill
 from .judge import ceiling, save_judge, trained_judge
-from .networks import label, network_folder, save_network
+from .networks import label, network_folder, save_network, step_cost
 from .sampling import real_samples
 from .study import Study, judged_cell, judging, keep, kept, tuned_rates
+from .super_resolution import fine_tunings
 from .training import Training, trained
 
 
@@ -48,7 +50,7 @@ class Train:
 
     @property
     def cost(self) -> float:
-        return _step_cost(self.width) * 2
+        return step_cost(self.width) * 2
 
     def run(self, study: Study) -> None:
         folder = network_folder(study.weights, self.width, self.seed)
@@ -70,7 +72,7 @@ class Tune:
 
     @property
     def cost(self) -> float:
-        return _step_cost(self.width) * sum(cells.STEPS[self.sampler]) / 20
+        return step_cost(self.width) * sum(cells.STEPS[self.sampler]) / 20
 
     def run(self, study: Study) -> None:
         tuned_rates(study, self.width, self.sampler)
@@ -87,7 +89,7 @@ class JudgeCell:
 
     @property
     def cost(self) -> float:
-        return _step_cost(self.width) * self.steps / 20
+        return step_cost(self.width) * self.steps / 20
 
     def run(self, study: Study) -> None:
         rate = tuned_rates(study, self.width, self.sampler)[self.steps]
@@ -106,7 +108,7 @@ class JudgeRates:
 
     @property
     def cost(self) -> float:
-        return _step_cost(self.width) * self.steps * len(cells.RATES) / 20
+        return step_cost(self.width) * self.steps * len(cells.RATES) / 20
 
     def run(self, study: Study) -> None:
         chosen = tuned_rates(study, self.width, self.sampler)[self.steps]
@@ -126,7 +128,7 @@ class JudgeStitched:
 
     @property
     def cost(self) -> float:
-        return sum(map(_step_cost, self.widths)) / 20
+        return sum(map(step_cost, self.widths)) / 20
 
     def run(self, study: Study) -> None:
         rate = tuned_rates(study, max(self.widths), self.sampler)[len(self.widths)]
@@ -138,11 +140,13 @@ class JudgeStitched:
 class JudgeReal:
     """Judges real scenes of the test prompts as if a network had made them: the floor, and the judge's ceiling."""
 
+    task: Literal["t2i", "sr"] = "t2i"
     cost: float = 0.5
 
     def run(self, study: Study) -> None:
         case = QualityCase(
             world=study.world.name,
+            task=self.task,
             kind="real",
             network="real",
             training_steps=0,
@@ -177,9 +181,6 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
             for steps in cells.STITCHED_STEPS
             for early in sorted({round(part * steps) for part in cells.STITCHED_PARTS})
         ],
+        "distill": [Distill(width, seed) for width in widths for seed in seeds],
+        "super-resolution": [JudgeReal("sr"), *fine_tunings(study)],
     }
-
-
-def _step_cost(width: int) -> float:
-    """What a step of a network costs beside that of the narrowest, roughly."""
-    return 0.6 + width / 20

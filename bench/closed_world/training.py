@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmperf.model import UNet
+from ldmperf.model import UNet, UNetConfig
 
 from .captions import embedded
-from .data import Source
+from .data import Batch, Source
 from .family import SCHEDULE, World
 
 # A seed's scenes; those of judging and of prompts are other seeds (`judge`, `judging`, `sampling`).
@@ -46,14 +46,39 @@ class Recipe:
         return falling * min(1.0, step / self.warmup)
 
 
-class Training:
-    """A network in training. `step` runs one; `state` and `restore` carry it over a break."""
+# Of a network that is trained already: smaller steps, and every caption is told, as it samples without guidance.
+CONTINUED = Recipe(steps=400, learning_rate=2e-3, last_rate=2e-5, warmup=20, untold=0.0)
 
-    def __init__(self, world: World, width: int, seed: int, recipe: Recipe, device: str = "cpu") -> None:
+
+def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
+    """A network whose weights a training seed draws."""
+    torch.manual_seed(seed)
+    return UNet(config, backend="torch" if device == "cpu" else "auto").to(device)
+
+
+class Training:
+    """A network in training. `step` runs one; `state` and `restore` carry it over a break.
+
+    It starts from drawn weights, or from `network`, which it changes. `before`: how many steps were trained before
+    these; scenes and draws are those of the steps after them.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        width: int,
+        seed: int,
+        recipe: Recipe,
+        device: str = "cpu",
+        *,
+        network: UNet | None = None,
+        before: int = 0,
+    ) -> None:
         self.world, self.recipe, self.seed = world, recipe, seed
-        torch.manual_seed(seed)
-        backend = "torch" if device == "cpu" else "auto"
-        self.network = UNet(world.config(width), backend=backend).to(device).train()
+        if network is None:
+            network = drawn_network(world.config(width), seed, device)
+        # A network that was loaded wants no gradients.
+        self.network = network.to(device).train().requires_grad_()
         self.averaged = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -62,8 +87,10 @@ class Training:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        self.done = 0
-        self._source = Source(world, _FIRST_SEED + seed)
+        self.done, self._before = 0, before
+        # The seed of its scenes.
+        self.scenes = _FIRST_SEED + seed
+        self._source = Source(world, self.scenes)
         self._alphas = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32, device=device)
         self._device = device
 
@@ -81,10 +108,20 @@ class Training:
         self.done = number
         return loss.item()
 
+    def _read(self, source: Source, number: int) -> Batch:
+        """The scenes of a step."""
+        return source.read((self._before + number - 1) * self.recipe.batch, self.recipe.batch)
+
+    def _draws(self, number: int) -> torch.Generator:
+        """What a step draws from."""
+        return torch.Generator().manual_seed(self.seed << 32 | self._before + number)
+
+    def _input(self, noised: Tensor, number: int) -> Tensor:
+        """What the network sees of noised latents at a step."""
+        return noised
+
     def _loss(self, number: int) -> Tensor:
-        recipe = self.recipe
-        batch = self._source.read((number - 1) * recipe.batch, recipe.batch)
-        draws = torch.Generator().manual_seed(self.seed << 32 | number)
+        recipe, batch, draws = self.recipe, self._read(self._source, number), self._draws(number)
         noise = torch.randn(batch.latents.shape, generator=draws)
         timesteps = torch.randint(0, len(self._alphas), (recipe.batch,), generator=draws)
         told = torch.rand(recipe.batch, generator=draws) >= recipe.untold
@@ -93,7 +130,8 @@ class Training:
         )
         alpha = self._alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self._alphas[timesteps]).sqrt()[:, None, None, None]
-        predicted = self.network(alpha * latents + sigma * noise, timesteps.float(), context)
+        seen = self._input(alpha * latents + sigma * noise, number)
+        predicted = self.network(seen, timesteps.float(), context)
         return (predicted - (alpha * noise - sigma * latents)).square().mean()
 
     @torch.no_grad()
