@@ -32,7 +32,7 @@ from .training import CONTINUED, Recipe
 _STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, time"
 
 # What is done of the committed networks.
-_TRAINED = ("judge", "train")
+_TRAINED = ("judge", "train", "distill", "super-resolution")
 
 
 def main(
