@@ -30,3 +30,14 @@ class Leaves:
 
     def run(self, study: Study) -> None:
         (study.folder / "left").touch()
+
+
+@dataclass(frozen=True)
+class TellsBlocked:
+    """Leaves whether its worker is deaf to Ctrl-C."""
+
+    cost: float = 1.0
+
+    def run(self, study: Study) -> None:
+        blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        (study.folder / "blocked").write_text(str(blocked))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from closed_world.options import OptionsError, hold_to
 from closed_world.pool import run_all
 from closed_world.study import Study, kept
 from closed_world.tasks import JudgeReal, TrainJudge, stages
-from closed_world_tasks import Leaves, Stopped
+from closed_world_tasks import Leaves, Stopped, TellsBlocked
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -42,7 +43,8 @@ def test_the_help_names_every_stage():
     ("words", "told"),
     [
         (("--latent", 12), "no world has latent 12: give one of 8, 16"),
-        (("--samplers", "ddim,plms"), "no cells for plms"),
+        (("--samplers", "ddim,plms"), "no sampler plms"),
+        (("--samplers", "ddim, ddpm", "--only", "trian"), "no stage trian"),
         (("--only", "trian"), "no stage trian"),
         (("--seeds", 0), "--seeds"),
         (("--samples", 3), "--samples"),
@@ -50,7 +52,8 @@ def test_the_help_names_every_stage():
         (("--distill-steps", 0), "--distill-steps"),
         (("--committed", "--weights", "w"), "leave --weights out"),
         (("--committed", "--only", "train"), "no stage train: give some of tune"),
-        (("--committed", "--seeds", 4), "train it (--only judge,train), or give fewer --seeds"),
+        (("--committed", "--seeds", 4), "is not there: give fewer --seeds"),
+        (("--only", "sample"), "train it (--only judge,train), or give fewer --seeds"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_done(words, told, tmp_path):
@@ -67,6 +70,13 @@ def test_a_study_without_a_judge_says_how_to_get_one(tmp_path):
     assert "--only judge" in " ".join(found.stderr.split())
 
 
+def test_a_folder_without_networks_is_left_as_it_is(tmp_path):
+    """Options written there would hold whoever comes next to those of a command that did nothing."""
+    found = command("--out", tmp_path / "out", "--weights", tmp_path / "typo", "--only", "tune")
+    assert found.returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("words", [("--latent", 16), ("--steps", 2)], ids=["latent", "steps"])
 def test_committed_networks_are_what_they_were_trained_as(words, tmp_path):
     """With another number of steps records would tell of a training that never was."""
@@ -74,6 +84,7 @@ def test_committed_networks_are_what_they_were_trained_as(words, tmp_path):
     found = command("--out", tmp_path / "out", "--committed", *words)
     assert (found.returncode, found.stdout) == (1, "")
     assert f"was begun with {words[0]}" in found.stderr
+    assert found.stderr.endswith(f": leave {words[0]} out\n")
     assert "Traceback" not in found.stderr
     assert not (tmp_path / "out").exists()
     assert sorted(COMMITTED.rglob("*")) == before
@@ -108,6 +119,33 @@ def test_a_stage_that_fails_is_told_in_a_line(failure, told, tmp_path, monkeypat
     monkeypatch.setattr(closed_world.__main__, "run_all", fails)
     with pytest.raises(SystemExit, match=told):
         closed_world.__main__.main(tmp_path, only="judge", samplers="ddim")
+
+
+def test_ctrl_c_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(closed_world.__main__, "run_all", stopped)
+    with pytest.raises(SystemExit) as found:
+        closed_world.__main__.main(tmp_path, only="judge", samplers="ddim")
+    assert found.value.code == 130
+    assert capsys.readouterr().err == "Stopped; the same command goes on from here.\n"
+
+
+def test_ctrl_c_waits_for_workers_that_are_starting(tmp_path, monkeypatch):
+    """Blocked where they start, so that no import prints a traceback; free in a task, and here afterwards."""
+    seen = []
+    submit = ProcessPoolExecutor.submit
+
+    def watched(self, *words):
+        seen.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return submit(self, *words)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", watched)
+    run_all("judge", [TellsBlocked()], Study(tmp_path, tmp_path, "a" * 32), workers=1)
+    assert seen == [True]
+    assert (tmp_path / "blocked").read_text() == "False"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_the_judges_ceiling_is_printed(tmp_path):

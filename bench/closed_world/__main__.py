@@ -22,7 +22,7 @@ from .family import WORLDS
 from .judge import JudgeError, ceiling, load_judge
 from .metrics import FEWEST
 from .networks import COMMITTED, network_folder
-from .options import OptionsError, hold_to
+from .options import OptionsError, hold_to, refuse_others
 from .pool import run_all
 from .study import Study
 from .super_resolution import super_folder
@@ -36,35 +36,48 @@ _TRAINED = ("judge", "train", "distill", "super-resolution")
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where records and states go; the same folder goes on.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of records; a run that was stopped goes on there.")] = Path(
         "runs/closed-world"
     ),
-    weights: Annotated[Path | None, typer.Option(help="The networks' folder; in --out unless told.")] = None,
-    committed: Annotated[bool, typer.Option("--committed", help="Judge the committed networks.")] = False,
-    latent: Annotated[int, typer.Option(help="8 for a CPU, 16 for a GPU.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = Recipe.steps,
-    seeds: Annotated[int, typer.Option(min=1, help="Training seeds of each width.")] = 3,
-    samplers: Annotated[str, typer.Option(help="Of " + ", ".join(cells.STEPS))] = ",".join(cells.STEPS),
-    only: Annotated[str, typer.Option(help=f"Stages: {_STAGES}.")] = "",
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of the networks. [default: weights in --out]")
+    ] = None,
+    committed: Annotated[
+        bool, typer.Option("--committed", help="Judge the networks of this repository; none is trained.")
+    ] = False,
+    latent: Annotated[
+        int, typer.Option(help="Side of a latent, which chooses the family: 8 for a CPU, 16 for a GPU.")
+    ] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each network.")] = Recipe.steps,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Networks of each width, each trained with a seed of its own.")
+    ] = 3,
+    samplers: Annotated[str, typer.Option(help="Some of " + ", ".join(cells.STEPS) + ".")] = ",".join(cells.STEPS),
+    only: Annotated[
+        str,
+        typer.Option(help=f"Some of the stages {_STAGES}. [default: all]"),
+    ] = "",
     distill_steps: Annotated[
-        int, typer.Option(min=1, help="Steps of each round of distillation.")
+        int, typer.Option(min=1, help="Training steps of each round of distillation.")
     ] = CONTINUED.steps,
-    fine_tuned: Annotated[str, typer.Option(help="Steps of super-resolution's trainings.")] = ",".join(
+    fine_tuned: Annotated[str, typer.Option(help="Training steps of super-resolution.")] = ",".join(
         map(str, cells.FINE_TUNED)
     ),
-    samples: Annotated[int, typer.Option(min=FEWEST, help="Images of a cell that decides.")] = cells.SAMPLES,
+    samples: Annotated[
+        int, typer.Option(min=FEWEST, help="Images that each network, sampler and number of steps is judged by.")
+    ] = cells.SAMPLES,
     held_out: Annotated[
-        int, typer.Option(min=FEWEST, help="Images that a guidance is chosen by.")
+        int, typer.Option(min=FEWEST, help="Images that each guidance is chosen by.")
     ] = cells.HELD_OUT,
-    workers: Annotated[int, typer.Option(min=0, help="Processes of one thread each; the cores unless told.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes, of one thread each; 0: one for each core.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train the closed world's networks, sample and judge them, measure their cost."""
+    """Train small networks on synthetic scenes, judge their samples, measure their cost: docs/closed-world.md."""
     if latent not in WORLDS:
         raise typer.BadParameter(f"no world has latent {latent}: give one of {', '.join(map(str, WORLDS))}")
-    unknown = set(samplers.split(",")) - set(cells.STEPS)
-    if unknown:
-        raise typer.BadParameter(f"no cells for {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
+    chosen = _words(samplers)
+    if unknown := [name for name in chosen if name not in cells.STEPS]:
+        raise typer.BadParameter(f"no sampler {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
     if not all(word.isdecimal() and int(word) > 0 for word in fine_tuned.split(",")):
         raise typer.BadParameter(f"no numbers of steps: {fine_tuned}; give some such as 100,300")
     if committed and weights is not None:
@@ -85,17 +98,23 @@ def main(
         samples=samples,
         held_out=held_out,
     )
-    parts = stages(study, tuple(samplers.split(",")))
+    parts = stages(study, chosen)
     known = [name for name in (*parts, "time") if not (committed and name in _TRAINED)]
-    wanted = only.split(",") if only else known
-    if unknown := set(wanted) - set(known):
+    wanted = _words(only) if only else tuple(known)
+    if unknown := [name for name in wanted if name not in known]:
         raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join(known)}")
     source = "committed" if committed else str(weights.resolve()) if weights else "its own"
     try:
-        hold_to(folder, {"--latent": latent, "--steps": steps})
-        if "train" not in wanted and wanted != ["judge"]:
-            _check_networks(study)
-        hold_to(out, {"--latent": latent, "--steps": steps, "--weights": source})
+        of_networks: dict[str, int | str] = {"--latent": latent, "--steps": steps}
+        of_study = {**of_networks, "--weights": source}
+        advice = "leave {option} out" if committed else "give another folder"
+        refuse_others(folder, of_networks, advice)
+        refuse_others(out, of_study)
+        if "train" not in wanted and wanted != ("judge",):
+            _check_networks(study, committed)
+        # Nothing is written before all of this holds.
+        hold_to(folder, of_networks)
+        hold_to(out, of_study)
         for name, tasks in parts.items():
             if name in wanted:
                 run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
@@ -105,6 +124,9 @@ def main(
             _time(study)
     except (OptionsError, JudgeError) as failure:
         raise SystemExit(str(failure)) from None
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenProcessPool:
         raise SystemExit(
             "A worker was killed, perhaps for its memory. The same command goes on; --workers 1 takes the least."
@@ -114,11 +136,17 @@ def main(
     print(f"Records are in {out}; judge the claims with: ldmperf claims {out}")
 
 
-def _check_networks(study: Study) -> None:
+def _words(told: str) -> tuple[str, ...]:
+    """Of a list with commas."""
+    return tuple(word.strip() for word in told.split(","))
+
+
+def _check_networks(study: Study, committed: bool) -> None:
     """Raises BadParameter where a stage would miss a network."""
     folders = (network_folder(study.weights, width, seed) for width in study.world.widths for seed in study.seeds)
     if missing := next((folder for folder in folders if not folder.exists()), None):
-        raise typer.BadParameter(f"{missing} is not there: train it (--only judge,train), or give fewer --seeds")
+        how = "give fewer --seeds" if committed else "train it (--only judge,train), or give fewer --seeds"
+        raise typer.BadParameter(f"{missing} is not there: {how}")
 
 
 def _tell_ceiling(study: Study) -> None:

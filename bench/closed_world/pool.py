@@ -27,7 +27,12 @@ def run_all(name: str, tasks: Sequence[Task], study: Study, workers: int) -> Non
     ):
         bar = progress.add_task(name, total=sum(task.cost for task in tasks))
         ordered = sorted(tasks, key=lambda task: -task.cost)
-        running = {pool.submit(task.run, study): task for task in ordered}
+        # Workers start here. One that still imports answers Ctrl-C by a traceback: its signal waits until then.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            running = {pool.submit(task.run, study): task for task in ordered}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for done in as_completed(running):
                 done.result()
@@ -41,3 +46,4 @@ def _begin_worker() -> None:
     """One thread. Ctrl-C ends it at once: Python's own handler would print a traceback and take the next task."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

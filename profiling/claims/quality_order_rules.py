@@ -207,12 +207,14 @@ def _scaling(
     found = contrast(figures, _slope_of(gflops))
     numbers = [figure.number for figure in figures]
     rank = float(stats.spearmanr(gflops, numbers).statistic) if len(set(numbers)) > 1 else math.nan
-    slope = "an exponent" if metric.scale is LOGARITHM else "a change for each factor e"
+    if metric.scale is LOGARITHM:
+        change = f"goes as training compute to the power of {found.value:.3g}"
+    else:
+        change = f"changes by {found.value:.3g} when training compute grows by a factor of e,"
     correlation = f"rank correlation {rank:.2f}" if math.isfinite(rank) else "no rank correlation"
     sentence = (
-        f"at {counted(steps, 'step')} the {metric.name} changes with training compute by {slope} of "
-        f"{found.value:.3g} over {counted(len(at), 'network')}"
-        + f" (interval {interval_text(found)}; below 0 more compute is better; {correlation})"
+        f"at {counted(steps, 'step')} the {metric.name} {change} over {counted(len(at), 'network')} "
+        f"(interval {interval_text(found)}; below 0 more compute is better; {correlation})"
     )
     judged = Judged("slope over the log of training compute", found, 0.0)
     return quality_verdict(claim, judged, sentence, said, grid, cells, figures)

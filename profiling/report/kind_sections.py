@@ -121,6 +121,9 @@ def print_quality_group(records: Sequence[QualityRecord], console: Console, most
         print_qualities(records, console)
         return
     say_wrapped(console, quality_conditions(records[0]), "bold")
-    networks = counted(len({record.case.network for record in records}), "network")
+    # Two networks that share a trajectory are no third one, real samples none.
+    made = {record.case.network for record in records if record.case.kind not in ("real", "stitched")}
     statuses = statuses_in_words(record.status for record in records)
-    say_wrapped(console, f"{len(records)} qualities of {networks}: {statuses}")
+    say_wrapped(
+        console, f"{counted(len(records), 'record')} of quality of {counted(len(made), 'network')}: {statuses}"
+    )
