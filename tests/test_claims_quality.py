@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -23,8 +24,8 @@ from quality_worlds import (
 
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.claims import judge
-from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries
-from ldmperf.profiling.claims.verdict import Judged, Verdict
+from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries, summary
+from ldmperf.profiling.claims.verdict import ClaimVerdicts, Judged, Verdict
 from ldmperf.profiling.measure.intervals import Interval
 
 # Budgets
@@ -101,6 +102,16 @@ def test_metrics_that_disagree_are_told_and_not_averaged(make_quality: Make) -> 
         "holds in 2 of 3 sets of conditions (KID / sliced Wasserstein; FLOPs); "
         "does not hold in 1 of 3 sets of conditions (Frechet distance; FLOPs); most clearly "
     )
+
+
+def test_what_is_decided_is_told_however_many_times_decide_nothing(make_quality: Make) -> None:
+    decided = judged(world(make_quality), "small-wins-at-budget")[0]
+    timed = Verdict(decided.claim, "not measured", "needs quality; timing says: nothing", {"batch": "batch 1"})
+    others = [replace(timed, conditions={"batch": f"batch {n}"}) for n in range(2, 7)]
+    told = summary(ClaimVerdicts(decided.claim, (timed, decided, *others)), {})
+    assert told.sentence.startswith("holds in 1 of 7 sets of conditions")
+    assert told.told == decided.sentence
+    assert summary(ClaimVerdicts(decided.claim, (timed, *others)), {}).told == timed.sentence
 
 
 def test_kid_below_zero_is_judged_by_differences(make_quality: Make) -> None:

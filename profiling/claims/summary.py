@@ -53,7 +53,9 @@ def summary(of: ClaimVerdicts, shared: Mapping[str, str]) -> Summary:
 
     shared: conditions that the reader knows already.
     """
-    told = max((_of_finding(of, finding) for finding in of.findings), key=len)
+    # What was decided is told, however many times beside it decide nothing.
+    findings = [finding for finding in of.findings if finding != "not measured"] or of.findings
+    told = max((_of_finding(of, finding) for finding in findings), key=len)
     clearest = max(told, key=lambda verdict: -1.0 if verdict.judged is None else verdict.judged.distance)
     place = _in_brackets(_place([clearest], of.verdicts, shared))
     finding = of.findings[0] if len(of.findings) == 1 else None
