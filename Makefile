@@ -25,7 +25,7 @@ help:
 	@echo "make attention-static write docs/attention.md's table: attention beside a textbook kernel, predicted without a GPU"
 	@echo "make emulate   run tests/interpreter on compiled kernels, without a GPU (ARGS=--emulate=sm_80)"
 	@echo "make emulate-page     write the tables of docs/emulate.md: every operator and every mutant in the emulator"
-	@echo "make closed-world     train, sample and judge a miniature family in half an hour to two hours (ARGS=--help)"
+	@echo "make closed-world     train, sample and judge small networks, hours of two cores (ARGS=--help)"
 	@echo "make hub-kernels   write build/hub-kernels/, a repository for Hugging Face's kernel hub, from kernels/"
 	@echo "make clean     remove .venv and caches, never runs/"
 

@@ -94,7 +94,8 @@ def _large_wins(
     if at.saturated:
         least = joined(f"the {name} at {at.smaller[name].cell.steps}" for name in at.saturated)
         sentence += (
-            f"; the budget affords more steps than were measured of {joined(at.saturated)}: {least} steps here"
+            f"; the budget affords more steps than were measured of {joined(at.saturated)}; "
+            f"these are taken here: {least} steps"
         )
     grid = _budget_grid(world, sampler, unit, metric, [at])
     name = f"{metric.name}: {_measure(metric.scale, 'the best smaller', reference)}"
