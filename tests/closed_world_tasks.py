@@ -1,4 +1,4 @@
-"""Tasks of a study for tests of its pool; here, as workers import what they run."""
+"""Tasks of a study for tests of its pool (here, as workers import what they run), and trainings that are cut off."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ class TellsBlocked:
     def run(self, study: Study) -> None:
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         (study.folder / "blocked").write_text(str(blocked))
+
+
+def cut_off_after(steps, training):
+    """The training, which is interrupted as by Ctrl-C when so many steps are done."""
+    step = training.step
+
+    def until():
+        if training.done == steps:
+            raise KeyboardInterrupt
+        return step()
+
+    training.step = until
+    return training

@@ -27,6 +27,7 @@ from ldmperf.profiling.claims import judge
 from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries, summary
 from ldmperf.profiling.claims.verdict import ClaimVerdicts, Judged, Verdict
 from ldmperf.profiling.measure.intervals import Interval
+from ldmperf.profiling.quality import QualityRecord
 
 # Budgets
 
@@ -296,11 +297,11 @@ def test_a_stitched_trajectory_costs_its_steps_and_begins_once(
 def test_another_kind_is_told_beside_the_same_trainings(make_quality: Make) -> None:
     """One training of three was lucky: what was stitched of it is behind the w8 of that training."""
     luck = {0: 0.5, 1: 2.0, 2: 2.0}
-    family = [
-        record
-        for seed, factor in luck.items()
-        for record in world(make_quality, lambda n, s, f=factor: f * as_the_paper_says(n, s), seeds=(seed,))  # type: ignore[misc]
-    ]
+
+    def trained(seed: int) -> list[QualityRecord]:
+        return world(make_quality, lambda name, steps: luck[seed] * as_the_paper_says(name, steps), seeds=(seed,))
+
+    family = [record for seed in luck for record in trained(seed)]
     stitched = make_quality(kind="stitched", steps=13, takes=(("w8", 12), ("w32", 1)), gflop_per_image=56.0,
                             frechet=estimate(1.0), training_seed=0)  # fmt: skip
     verdict = by_metric(judged([*family, stitched], "small-wins-at-budget"))["Frechet distance"]

@@ -22,6 +22,7 @@ from closed_world.networks import COMMITTED, forward_gflop, load_network, networ
 from closed_world.sampling import Prompts, plan_of
 from closed_world.tasks import stages
 from closed_world.training import Recipe, trained
+from closed_world_tasks import cut_off_after
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,10 +43,9 @@ def tiny(seed=0):
 def distilling(recipe=SHORT, *, teacher=None, steps=4, seed=0, before=0):
     return Distilling(
         WORLD,
-        8,
+        tiny(),
         seed,
         recipe,
-        network=tiny(),
         before=before,
         teacher=teacher or guided(tiny(), 3.0),
         steps=steps,
@@ -230,12 +230,8 @@ def test_a_students_scenes_come_after_those_of_its_teachers_training():
 def test_a_round_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
     whole = trained(distilling(), tmp_path / "whole.pt")
 
-    def cut_off(done, loss):
-        if done == 4:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        trained(distilling(), tmp_path / "cut.pt", every=2, tell=cut_off)
+        trained(cut_off_after(5, distilling()), tmp_path / "cut.pt", every=2)
     again = trained(distilling(), tmp_path / "cut.pt", every=2)
     assert again.done == 6
     for name, value in whole.averaged.items():

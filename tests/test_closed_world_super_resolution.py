@@ -27,7 +27,8 @@ from closed_world.super_resolution import (
     widened,
 )
 from closed_world.tasks import JudgeReal, stages
-from closed_world.training import Recipe, Training, trained
+from closed_world.training import Recipe, Training, drawn_network, trained
+from closed_world_tasks import cut_off_after
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,7 +46,8 @@ def tiny(channels=4, seed=0):
 
 
 def training(recipe=SHORT, *, network=None, before=0, seed=0):
-    return TrainingSuperResolution(WORLD, 8, seed, recipe, network=network, before=before)
+    network = network or drawn_network(WORLD.config(8, IN_CHANNELS), seed)
+    return TrainingSuperResolution(WORLD, network, seed, recipe, before=before)
 
 
 @settings(max_examples=20, deadline=None)
@@ -113,7 +115,7 @@ def test_a_widened_network_does_what_it_did_whatever_the_new_channels_hold():
 
 def test_a_network_sees_noised_latents_then_its_condition():
     """Of the same scenes, noise and timesteps as text-to-image has at that step."""
-    plain, super_ = Training(WORLD, 8, 3, SHORT, before=5), training(before=5, seed=3)
+    plain, super_ = Training(WORLD, tiny(), 3, SHORT, before=5), training(before=5, seed=3)
     seen = {}
     for name, one in (("plain", plain), ("sr", super_)):
         one.network.forward = lambda *given, name=name: seen.setdefault(name, given)[0][:, :4]
@@ -155,12 +157,8 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, pretrain
 
     whole = trained(of(), tmp_path / "whole.pt")
 
-    def cut_off(done, loss):
-        if done == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        trained(of(), tmp_path / "cut.pt", every=2, tell=cut_off)
+        trained(cut_off_after(4, of()), tmp_path / "cut.pt", every=2)
     again = trained(of(), tmp_path / "cut.pt", every=2)
     for name, value in whole.averaged.items():
         assert torch.equal(value, again.averaged[name])

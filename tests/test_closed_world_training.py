@@ -8,10 +8,15 @@ import torch
 from closed_world import networks
 from closed_world.family import SCHEDULE, WORLDS
 from closed_world.networks import forward_gflop, load_network, network_folder, save_network
-from closed_world.training import Recipe, Training, trained
+from closed_world.training import Recipe, Training, drawn_network, trained
+from closed_world_tasks import cut_off_after
 
 WORLD = WORLDS[8]
 SHORT = Recipe(steps=20, batch=16, warmup=5)
+
+
+def begun(width, seed, recipe):
+    return Training(WORLD, drawn_network(WORLD.config(width), seed), seed, recipe)
 
 
 def losses(training, steps):
@@ -19,28 +24,23 @@ def losses(training, steps):
 
 
 def test_twenty_steps_of_the_narrowest_lower_the_loss():
-    found = losses(Training(WORLD, WORLD.widths[0], 0, SHORT), 20)
+    found = losses(begun(WORLD.widths[0], 0, SHORT), 20)
     assert sum(found[-4:]) < 0.95 * sum(found[:4])
 
 
 def test_a_seed_gives_the_same_bits_and_another_seed_others():
-    first, second, other = (Training(WORLD, 8, seed, SHORT) for seed in (3, 3, 4))
+    first, second, other = (begun(8, seed, SHORT) for seed in (3, 3, 4))
     assert losses(first, 3) == losses(second, 3) != losses(other, 3)
     for name, value in first.averaged.items():
         assert torch.equal(value, second.averaged[name])
 
 
 def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
-    whole = trained(Training(WORLD, 8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "whole.pt")
-    cut = Training(WORLD, 8, 1, dataclasses.replace(SHORT, steps=6))
-
-    def cut_off(done, loss):
-        if done == 4:
-            raise KeyboardInterrupt
-
+    whole = trained(begun(8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "whole.pt")
+    cut = cut_off_after(5, begun(8, 1, dataclasses.replace(SHORT, steps=6)))
     with pytest.raises(KeyboardInterrupt):
-        trained(cut, tmp_path / "cut.pt", every=2, tell=cut_off)
-    again = trained(Training(WORLD, 8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2)
+        trained(cut, tmp_path / "cut.pt", every=2)
+    again = trained(begun(8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2)
     assert again.done == 6
     for name, value in whole.averaged.items():
         assert torch.equal(value, again.averaged[name])
@@ -49,7 +49,7 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
 def test_widths_see_the_same_scenes_noise_and_timesteps(monkeypatch):
     seen = {}
     for width in (8, 12):
-        training = Training(WORLD, width, 2, SHORT)
+        training = begun(width, 2, SHORT)
         monkeypatch.setattr(
             training.network, "forward", lambda *given, width=width: seen.setdefault(width, given)[0]
         )
@@ -68,7 +68,7 @@ def test_the_target_is_v_of_diffusers():
     torch.testing.assert_close(
         torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32), theirs.alphas_cumprod, rtol=1e-5, atol=1e-7
     )
-    training = Training(WORLD, 8, 0, SHORT)
+    training = begun(8, 0, SHORT)
     draws = torch.Generator().manual_seed(training.seed << 32 | 1)
     latents = training._source.read(0, SHORT.batch).latents
     noise = torch.randn(latents.shape, generator=draws)
@@ -94,7 +94,7 @@ def test_the_rate_rises_then_falls_to_the_last():
 
 
 def test_a_saved_network_is_the_averaged_one_in_16_bits(tmp_path):
-    training = Training(WORLD, 8, 0, SHORT)
+    training = begun(8, 0, SHORT)
     losses(training, 2)
     folder = network_folder(tmp_path, 8, 0)
     save_network(training.averaged_network(), folder)
@@ -107,7 +107,7 @@ def test_a_saved_network_is_the_averaged_one_in_16_bits(tmp_path):
 def test_a_network_that_was_cut_off_while_written_is_not_there(tmp_path, monkeypatch):
     """A training is done where its folder is."""
     folder = network_folder(tmp_path, 8, 0)
-    network = Training(WORLD, 8, 0, SHORT).averaged_network()
+    network = begun(8, 0, SHORT).averaged_network()
     with monkeypatch.context() as broken:
         broken.setattr(networks, "save_unet", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

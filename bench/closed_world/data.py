@@ -33,7 +33,7 @@ class Source:
     def __init__(self, world: World, seed: int, side: int | None = None) -> None:
         self._scenes = Scenes(seed, side or world.side)
         self._autoencoder = autoencoder(world.side)
-        self._first, self._kept = 0, self._rendered(0, 0)
+        self._first, self._kept = 0, Batch(torch.empty(0), torch.empty(0))
 
     def read(self, first: int, count: int) -> Batch:
         """The scenes numbered from `first` on."""
@@ -49,6 +49,4 @@ class Source:
             images, told = self._scenes.images(start, min(_AT_ONCE, first + count - start))
             latents.append(self._autoencoder.encode(images))
             factors.append(told)
-        if not latents:
-            return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64))
         return Batch(torch.from_numpy(np.concatenate(latents)), torch.from_numpy(np.concatenate(factors)))

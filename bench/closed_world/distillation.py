@@ -52,7 +52,7 @@ class Levels:
     sigma: Tensor
 
     @classmethod
-    def of(cls, steps: int, device: str = "cpu") -> Levels:
+    def of(cls, steps: int, device: torch.device | str = "cpu") -> Levels:
         """Those of a DDIM plan."""
         timesteps = plan_of("ddim", steps).timesteps
         levels = torch.tensor([*SCHEDULE.alphas_cumprod[timesteps.astype(int)], 1.0], dtype=torch.float64)
@@ -96,20 +96,18 @@ class Distilling(Training):
     def __init__(
         self,
         world: World,
-        width: int,
+        network: UNet,
         seed: int,
         recipe: Recipe,
-        device: str = "cpu",
         *,
-        network: UNet,
         before: int,
         teacher: Teacher,
         steps: int,
     ) -> None:
         if SCHEDULE.num_train_timesteps % steps:
             raise ValueError(f"DDIM of {steps} steps leaves its own timesteps: give a divisor of 1000")
-        super().__init__(world, width, seed, recipe, device, network=network, before=before)
-        self._teacher, self._steps, self._levels = teacher, steps, Levels.of(2 * steps, device)
+        super().__init__(world, network, seed, recipe, before=before)
+        self._teacher, self._steps, self._levels = teacher, steps, Levels.of(2 * steps, self._device)
 
     def _loss(self, number: int) -> Tensor:
         batch, draws, levels = self._read(self._source, number), self._draws(number), self._levels
@@ -173,11 +171,9 @@ def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
         if not folder.exists():
             training = Distilling(
                 study.world,
-                width,
+                load_network(teacher, study.device),
                 seed,
                 study.distilling,
-                study.device,
-                network=load_network(teacher, study.device),
                 before=before,
                 teacher=guided(load_network(teacher, study.device), rate),
                 steps=steps,

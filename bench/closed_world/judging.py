@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -65,15 +65,14 @@ class Judging:
         )
 
     def _made(self, case: QualityCase, started: object, **fields: object) -> QualityRecord:
-        values: Mapping[str, object] = {
-            "run_id": self._run_id,
-            "case_key": case.key,
-            "case": case,
-            "environment": self._environment,
-            "started_at": started,
+        return QualityRecord(
+            run_id=self._run_id,
+            case_key=case.key,
+            case=case,
+            environment=self._environment,
+            started_at=started,
             **fields,
-        }
-        return QualityRecord(**values)  # type: ignore[arg-type]
+        )
 
 
 def _estimate(value: float, replicates: Sequence[float]) -> Estimate:

@@ -64,20 +64,8 @@ def widened(network: UNet, world: World, width: int) -> UNet:
 class TrainingSuperResolution(Training):
     """A network of 8 input channels in training."""
 
-    def __init__(
-        self,
-        world: World,
-        width: int,
-        seed: int,
-        recipe: Recipe,
-        device: str = "cpu",
-        *,
-        network: UNet | None = None,
-        before: int = 0,
-    ) -> None:
-        if network is None:
-            network = drawn_network(world.config(width, IN_CHANNELS), seed, device)
-        super().__init__(world, width, seed, recipe, device, network=network, before=before)
+    def __init__(self, world: World, network: UNet, seed: int, recipe: Recipe, *, before: int = 0) -> None:
+        super().__init__(world, network, seed, recipe, before=before)
         self._low = Source(world, self.scenes, half_side(world))
 
     def _input(self, noised: Tensor, number: int) -> Tensor:
@@ -149,19 +137,13 @@ class FineTune:
     def _trained(self, study: Study) -> Training:
         states = study.folder / "training"
         states.mkdir(parents=True, exist_ok=True)
-        network = None
         if self.pretrained:
             folder = network_folder(study.weights, self.width, self.seed)
             network = widened(load_network(folder, study.device), study.world, self.width)
-        training = TrainingSuperResolution(
-            study.world,
-            self.width,
-            self.seed,
-            recipe_of(self.steps, self.pretrained),
-            study.device,
-            network=network,
-            before=study.recipe.steps,
-        )
+        else:
+            network = drawn_network(study.world.config(self.width, IN_CHANNELS), self.seed, study.device)
+        recipe = recipe_of(self.steps, self.pretrained)
+        training = TrainingSuperResolution(study.world, network, self.seed, recipe, before=study.recipe.steps)
         return trained(training, states / f"{self.network}-seed-{self.seed}-of-{self.steps}.pt")
 
 

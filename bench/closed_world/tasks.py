@@ -14,7 +14,7 @@ from .networks import label, network_folder, save_network, step_cost
 from .sampling import real_samples
 from .study import Study, judged_cell, judging, keep, kept, tuned_rates
 from .super_resolution import fine_tunings
-from .training import Training, trained
+from .training import Training, drawn_network, trained
 
 
 class Task(Protocol):
@@ -58,7 +58,8 @@ class Train:
             return
         states = study.folder / "training"
         states.mkdir(parents=True, exist_ok=True)
-        training = Training(study.world, self.width, self.seed, study.recipe, study.device)
+        network = drawn_network(study.world.config(self.width), self.seed, study.device)
+        training = Training(study.world, network, self.seed, study.recipe)
         done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt")
         save_network(done.averaged_network(), folder)
 

@@ -8,7 +8,6 @@ same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,26 +58,15 @@ def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
 class Training:
     """A network in training. `step` runs one; `state` and `restore` carry it over a break.
 
-    It starts from drawn weights, or from `network`, which it changes. `before`: how many steps were trained before
-    these; scenes and draws are those of the steps after them.
+    It changes `network`, on whose device it runs. `before`: how many steps were trained before these; scenes and
+    draws are those of the steps after them.
     """
 
-    def __init__(
-        self,
-        world: World,
-        width: int,
-        seed: int,
-        recipe: Recipe,
-        device: str = "cpu",
-        *,
-        network: UNet | None = None,
-        before: int = 0,
-    ) -> None:
+    def __init__(self, world: World, network: UNet, seed: int, recipe: Recipe, *, before: int = 0) -> None:
         self.world, self.recipe, self.seed = world, recipe, seed
-        if network is None:
-            network = drawn_network(world.config(width), seed, device)
         # A network that was loaded wants no gradients.
-        self.network = network.to(device).train().requires_grad_()
+        self.network = network.train().requires_grad_()
+        self._device = next(network.parameters()).device
         self.averaged = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
@@ -91,8 +79,7 @@ class Training:
         # The seed of its scenes.
         self.scenes = _FIRST_SEED + seed
         self._source = Source(world, self.scenes)
-        self._alphas = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32, device=device)
-        self._device = device
+        self._alphas = torch.tensor(SCHEDULE.alphas_cumprod, dtype=torch.float32, device=self._device)
 
     def step(self) -> float:
         """Trains one step and returns its loss."""
@@ -162,21 +149,14 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def trained(
-    training: Training,
-    keep: Path,
-    *,
-    every: int = 200,
-    tell: Callable[[int, float], None] = lambda done, loss: None,
-) -> Training:
+def trained(training: Training, keep: Path, *, every: int = 200) -> Training:
     """The training at its end; its state goes to the file `keep` every so many steps, and comes from there."""
     if keep.exists():
         training.restore(torch.load(keep, map_location=training._device, weights_only=True))
     while training.done < training.recipe.steps:
-        loss = training.step()
+        training.step()
         if training.done % every == 0 or training.done == training.recipe.steps:
             whole = keep.with_suffix(".part")
             torch.save(training.state(), whole)
             whole.replace(keep)
-        tell(training.done, loss)
     return training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,6 +58,11 @@ class QualityCell:
     @property
     def guided(self) -> bool:
         return any(record.case.guided for record in self.records)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of its first seed; cells of `ClosedWorld.guided_cells` have one rate."""
+        return self.records[0].case.guidance_scale
 
     @property
     def gflop_per_image(self) -> float | None:
@@ -198,6 +204,14 @@ def closed_worlds(records: Iterable[QualityRecord]) -> list[ClosedWorld]:
     return [
         ClosedWorld(*place, tuple(found[place][key] for key in sorted(found[place]))) for place in sorted(found)
     ]
+
+
+def of_the_same_seeds(cells: Sequence[QualityCell]) -> tuple[QualityCell, ...]:
+    """The cells of the seeds that have most of them: with other seeds a cell is another mixture of networks."""
+    counts = Counter(record.case.training_seed for cell in cells for record in cell.records)
+    seeds = {seed for seed, count in counts.items() if count == max(counts.values())}
+    found = [tuple(record for record in cell.records if record.case.training_seed in seeds) for cell in cells]
+    return tuple(QualityCell(of) for of in found if len(of) == len(seeds))
 
 
 def seeds_in_words(figures: Iterable[PooledFigure]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import counted
 from . import limits
 from .catalogue import Claim
-from .closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric
+from .closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric, of_the_same_seeds
 from .pooled_figures import ERRORS, LOGARITHM, PooledFigure, contrast
 from .quality_verdict import conditions_of, figure_text, quality_verdict, unmeasured_quality
 from .verdict import Judged, Verdict
@@ -37,7 +36,7 @@ class GuidanceSweep:
     def within(self) -> tuple[QualityCell, ...]:
         """Those at the paper's rates."""
         low, high = limits.GUIDANCE_RANGE
-        return tuple(cell for cell in self.cells if low <= _rate(cell) <= high)
+        return tuple(cell for cell in self.cells if low <= cell.guidance_scale <= high)
 
 
 def quality_guidance(claim: Claim, worlds: Sequence[ClosedWorld], shown: Overview) -> list[Verdict]:
@@ -51,10 +50,6 @@ def quality_guidance(claim: Claim, worlds: Sequence[ClosedWorld], shown: Overvie
     return found
 
 
-def _rate(cell: QualityCell) -> float:
-    return cell.records[0].case.guidance_scale
-
-
 def _sweeps(world: ClosedWorld, sampler: str) -> list[GuidanceSweep]:
     """Of each network the sweep with most rates; of several test prompts first, then that of the most steps."""
     grouped: dict[tuple[str, int, str], list[QualityCell]] = {}
@@ -62,19 +57,11 @@ def _sweeps(world: ClosedWorld, sampler: str) -> list[GuidanceSweep]:
         grouped.setdefault((cell.network, cell.steps, cell.records[0].case.split), []).append(cell)
     best: dict[str, tuple[tuple[int, bool, int], GuidanceSweep]] = {}
     for (network, steps, split), cells in grouped.items():
-        sweep = GuidanceSweep(_of_the_same_seeds(cells))
+        sweep = GuidanceSweep(of_the_same_seeds(cells))
         merit = (len(sweep.within), split == "test", steps)
         if len(sweep.within) >= limits.FEWEST_RATES and (network not in best or merit > best[network][0]):
             best[network] = (merit, sweep)
     return [best[name][1] for name in world.networks if name in best]
-
-
-def _of_the_same_seeds(cells: Sequence[QualityCell]) -> tuple[QualityCell, ...]:
-    """The cells of the seeds that have most rates: with other seeds a rate is another mixture of networks."""
-    rates = Counter(record.case.training_seed for cell in cells for record in cell.records)
-    seeds = {seed for seed, count in rates.items() if count == max(rates.values())}
-    found = [tuple(record for record in cell.records if record.case.training_seed in seeds) for cell in cells]
-    return tuple(QualityCell(of) for of in found if len(of) == len(seeds))
 
 
 @dataclass(frozen=True)
@@ -140,7 +127,7 @@ def _guidance(
     least = extreme_interval(min, [of.excess for of in moved.values()])
     name = min(moved, key=lambda name: moved[name].excess.value)
     of, sweep = moved[name], next(sweep for sweep in sweeps if sweep.network == name)
-    low, high = (_rate(cell) for cell in (sweep.within[0], sweep.within[-1]))
+    low, high = (cell.guidance_scale for cell in (sweep.within[0], sweep.within[-1]))
     split = "" if sweep.cells[0].records[0].case.split == "test" else " on held-out prompts"
     two = [f"of its errors ({_factor(of.errors)})", f"of the alignment itself ({_factor(of.alignment)})"]
     scales = "less than both" if not of.over_errors and not of.over_alignment else "more than both"
@@ -177,7 +164,7 @@ def _guidance_grid(
         for cell in sweep.cells:
             quality, alignment = metric.figure(cell), cell.figure("alignment", LOGARITHM)
             texts = (MISSING if figure is None else figure_text(figure) for figure in (quality, alignment))
-            rows.append((sweep.network, f"{_rate(cell):g}", *texts, MISSING))
+            rows.append((sweep.network, f"{cell.guidance_scale:g}", *texts, MISSING))
         if (of := moved.get(sweep.network)) is not None:
             ranges = (times(LOGARITHM.back(i.value)) for i in (of.quality, of.alignment, of.errors))
             rows.append((sweep.network, "range", *ranges))

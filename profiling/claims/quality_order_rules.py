@@ -123,7 +123,7 @@ def _order_grid(
         line = [str(steps)]
         for sampler, of in figures.items():
             names = networks.get(steps, [])
-            order = sorted(names, key=lambda name, of=of, steps=steps: of[name, steps].number)  # type: ignore[misc]
+            order = [name for _, name in sorted((of[name, steps].number, name) for name in names)]
             row = rows[sampler].get(steps)
             winner = MISSING if row is None else f"{row.winner.cell.network} with {row.winner.cell.steps}"
             line += [", ".join(order) or MISSING, winner]

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric, closed_worlds
+from ..claims.closed_worlds import (
+    QUALITY_METRICS,
+    ClosedWorld,
+    QualityCell,
+    QualityMetric,
+    closed_worlds,
+    of_the_same_seeds,
+)
 from ..claims.pooled_figures import DIFFERENCE, PooledFigure, contrast
 from ..claims.sample_costs import BudgetUnit, budget_units
 from ..figures.derived import Overview
@@ -146,21 +153,8 @@ def _sweeps(world: ClosedWorld, sampler: str) -> list[GuidanceCurves]:
         grouped.setdefault(place, {}).setdefault(cell.network, []).append(cell)
     found = []
     for (steps, split), by_network in sorted(grouped.items()):
-        cells = [cell for name in world.networks for cell in _of_the_same_seeds(by_network.get(name, ()))]
-        if cells:
-            points = tuple(curve_point(cell, _rate(cell)) for cell in cells)
+        sweeps = [of_the_same_seeds(by_network.get(name, ())) for name in world.networks]
+        if cells := [cell for of in sweeps if len(of) > 1 for cell in of]:
+            points = tuple(curve_point(cell, cell.guidance_scale) for cell in cells)
             found.append(GuidanceCurves(world, sampler, steps, split, points))
     return found
-
-
-def _of_the_same_seeds(cells: Sequence[QualityCell]) -> list[QualityCell]:
-    """Two rates or more, each of the seeds that have all of them: other seeds are another mixture of networks."""
-    if len(cells) < 2:
-        return []
-    seeds = set.intersection(*({record.case.training_seed for record in cell.records} for cell in cells))
-    found = [tuple(record for record in cell.records if record.case.training_seed in seeds) for cell in cells]
-    return sorted((QualityCell(of) for of in found if of), key=_rate)
-
-
-def _rate(cell: QualityCell) -> float:
-    return cell.records[0].case.guidance_scale
