@@ -1,4 +1,4 @@
-"""Tasks of a study for tests of its pool (here, as workers import what they run), and trainings that are cut off."""
+"""Tasks for tests of a study's pool (here, as workers import what they run), and trainings that are cut off."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path, pretrain
     whole = trained(of(), tmp_path / "whole.pt")
 
     with pytest.raises(KeyboardInterrupt):
-        trained(cut_off_after(4, of()), tmp_path / "cut.pt", every=2)
+        trained(cut_off_after(3, of()), tmp_path / "cut.pt", every=2)
     again = trained(of(), tmp_path / "cut.pt", every=2)
     for name, value in whole.averaged.items():
         assert torch.equal(value, again.averaged[name])

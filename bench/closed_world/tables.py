@@ -40,9 +40,20 @@ def _measured(world: ClosedWorld) -> str:
         f"{commit(environment)}; {_SAMPLER}, guidance tuned; {min(cell.samples for cell in cells)} samples and "
         f"{' or '.join(map(str, sorted(seeds)))} training seeds a cell. Real samples against real: a Frechet "
         f"distance of {world.real(_FRECHET):.2f}; the judge reads {100 * (world.ceiling or 0):.1f}% of their "
-        "factors right."
+        f"factors right. {_took(world)}"
     )
     return textwrap.fill(text, 125)
+
+
+def _took(world: ClosedWorld) -> str:
+    """Minutes from the first record to the last, of choosing guidance and of judging at it."""
+    parts = []
+    for what, split in (("guidance was chosen", "held-out"), ("cells were judged", "test")):
+        of = [r for r in world.records if r.case.split == split and r.case.sampler == _SAMPLER]
+        times = [r.started_at for r in of if r.tuned or split == "held-out"]
+        if times:
+            parts.append(f"{what} within {(max(times) - min(times)).total_seconds() / 60:.0f} minutes")
+    return f"By the records' clocks {joined(parts)}." if parts else ""
 
 
 def _costs(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
