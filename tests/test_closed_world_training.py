@@ -84,6 +84,19 @@ def test_the_target_is_v_of_diffusers():
     torch.testing.assert_close(asked["x"], theirs.add_noise(latents, noise, timesteps))
 
 
+def test_averaged_weights_follow_by_a_share_that_shrinks():
+    """By hand in float64: the share of a new weight is 9 / (10 + step), at least 1 less `averaging`."""
+    training = begun(8, 0, dataclasses.replace(SHORT, averaging=0.25))
+    expected = {name: value.double() for name, value in training.averaged.items()}
+    for number in range(1, 5):
+        training.step()
+        share = max(9 / (10 + number), 0.75)
+        for name, value in training.network.state_dict().items():
+            expected[name] = (1 - share) * expected[name] + share * value.double()
+    for name, value in training.averaged.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
 def test_the_rate_rises_then_falls_to_the_last():
     recipe = Recipe(steps=1000, learning_rate=1.0, last_rate=0.01, warmup=100)
     rates = [recipe.rate(step) for step in range(1, 1001)]
