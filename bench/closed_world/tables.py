@@ -111,7 +111,7 @@ def _budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     rows = [
         [
             str(number),
-            *(_winner(rows.get(number), unit, others) for unit, rows in zip(units, by_unit, strict=True)),
+            *(_winner(world, rows.get(number), unit, others) for unit, rows in zip(units, by_unit, strict=True)),
         ]
         for number in steps
     ]
@@ -123,14 +123,14 @@ def _budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     return f"{textwrap.fill(title, 125)}\n\n{_table(heads, rows)}"
 
 
-def _winner(row: BudgetRow | None, unit: BudgetUnit, others: Sequence[QualityCell]) -> str:
+def _winner(world: ClosedWorld, row: BudgetRow | None, unit: BudgetUnit, others: Sequence[QualityCell]) -> str:
     if row is None:
         return "-"
     best, found, back = row.winner, row.largest_advantage, _FRECHET.scale.back
     name = f"{best.cell.network} at {best.cell.steps}, {best.figure.value:.2f}"
     name = f"*{name}*" if row.decided == "open" else f"**{name}**"
     low, value, high = (back(number) for number in (found.low, found.value, found.high))
-    other = best_other(others, unit, _FRECHET, row.cost)
+    other = best_other(world, others, unit, _FRECHET, row.cost)
     beside = ""
     its = None if other is None else at_seeds_of(other, best, _FRECHET)
     if other is not None and its is not None and other.figure.number < its.number:
