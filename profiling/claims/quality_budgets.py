@@ -96,7 +96,7 @@ def budget_rows(world: ClosedWorld, cells: Cells, unit: BudgetUnit, metric: Qual
 def _afforded(
     world: ClosedWorld, of_network: Mapping[int, QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> AffordedCell | None:
-    """The cell that is best on held-out prompts, of those within the cost; without these that of the most steps."""
+    """The cell within the cost that is best on held-out prompts; without these that of the most steps."""
     within = _within(of_network.values(), unit, metric, most)
     chosen = best_on_held_out(world, within, metric)
     return chosen or max(within, key=lambda of: of.cell.steps, default=None)
