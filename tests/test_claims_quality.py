@@ -326,6 +326,12 @@ def test_real_samples_are_told(make_quality: Make) -> None:
     assert rows(verdict)[-1]["Frechet distance of w32"] == "0.011"
 
 
+def test_real_samples_that_went_through_tokens_are_no_floor(make_quality: Make) -> None:
+    tokens = make_quality("real-tokens", 1, kind="real", sampler="none", frechet=estimate(0.7))
+    (verdict, *_) = judged([*world(make_quality), tokens], "small-wins-at-budget")
+    assert "real samples" not in {row["steps of w32"] for row in rows(verdict)}
+
+
 def test_the_papers_verdicts_by_time_stay(make_quality: Make, make_record: MakeRecord) -> None:
     """Miniature networks among the records change no verdict of the paper's sizes."""
     paper = [make_record(Case(unet=name, steps=n)) for name in ("39M", "83M", "866M") for n in (4, 20, 50)]

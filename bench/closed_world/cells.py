@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 # The steps of each sampler. ddim has those of the budgets, the others enough for a trend.
 STEPS: Mapping[str, tuple[int, ...]] = {
@@ -21,6 +22,8 @@ STUDENT_STEPS = (8, 4)
 # Super-resolution: the steps of its trainings; those of sampling after the longest, and after every one.
 FINE_TUNED = (100, 300, 1000)
 SUPER_RESOLVED, SUPER_RESOLVED_BRIEFLY = (1, 2, 4, 8, 16, 25, 50), (16,)
+# A masked transformer's evaluations.
+EVALUATIONS = (1, 2, 4, 8, 16)
 # What is timed, by batch: an image alone under every sampler, and images at once, where the sampler weighs little.
 TIMED: Mapping[int, tuple[tuple[str, ...], tuple[int, ...]]] = {
     1: (tuple(STEPS), (1, 4, 16, 50)),
@@ -46,6 +49,15 @@ def climbed(score: Callable[[float], float], start: float, rates: Sequence[float
         if at(best) >= at(place):
             return rates[place]
         place = best
+
+
+def climbed_each(score: Callable[[int, float], float], numbers: Sequence[int]) -> dict[int, float]:
+    """The rate of the least score of each number of steps; the search starts where the one before it ended."""
+    found: dict[int, float] = {}
+    rate = 2.0
+    for number in numbers:
+        rate = found[number] = climbed(partial(score, number), rate)
+    return found
 
 
 def stitched_pairs(widths: Sequence[int]) -> list[tuple[int, int]]:

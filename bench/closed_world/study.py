@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class Study:
     weights    the judge and the trained networks
     distilling           how a round of distillation is trained
     fine_tuned           steps of super-resolution's trainings
+    masked               how a masked transformer is trained
     samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
     """
 
@@ -53,6 +55,7 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     distilling: Recipe = CONTINUED
     fine_tuned: tuple[int, ...] = cells.FINE_TUNED
+    masked: Recipe = field(default_factory=Recipe)
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = cells.SAMPLES
     held_out: int = cells.HELD_OUT
@@ -95,20 +98,29 @@ class Study:
             samples=self.samples if split == "test" else self.held_out,
         )
 
+    def real_case(self, network: str, task: Literal["t2i", "sr"] = "t2i") -> QualityCase:
+        """The cell of real samples of the test prompts; `network` tells what they went through."""
+        return QualityCase(
+            world=self.world.name,
+            task=task,
+            kind="real",
+            network=network,
+            training_steps=0,
+            sampler="none",
+            steps=1,
+            samples=self.samples,
+        )
+
 
 def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
     """The guidance of each number of steps: that of the least Frechet distance on held-out prompts."""
-    found: dict[int, float] = {}
-    start = 2.0
-    for steps in cells.STEPS[sampler]:
 
-        def score(rate: float, steps: int = steps) -> float:
-            case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
-            record = judged_cell(study, case, [width] * steps)
-            return float("inf") if record.frechet is None else record.frechet.value
+    def score(steps: int, rate: float) -> float:
+        case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
+        record = judged_cell(study, case, [width] * steps)
+        return float("inf") if record.frechet is None else record.frechet.value
 
-        start = found[steps] = cells.climbed(score, start)
-    return found
+    return cells.climbed_each(score, cells.STEPS[sampler])
 
 
 def judged_cell(study: Study, case: QualityCase, widths: Sequence[int], *, tuned: bool = False) -> QualityRecord:
@@ -141,17 +153,28 @@ def judged(
     prompts, plan = Prompts.of(case.split, case.samples), plan_of(case.sampler, case.steps)
     latents = sampled(networks, study.world, plan, prompts, case.guidance_scale, beside=beside)
     forward = {network: forward_gflop(network.config, study.latent) for network in dict.fromkeys(networks)}
-    record = judging(study).record(
+    return judged_latents(
+        study,
         case,
         latents,
-        prompts.factors,
-        resamples=RESAMPLES if case.split == "test" else 0,
+        prompts,
         tuned=tuned,
         takes=takes,
         parameters=sum(map(parameters, forward)),
         gflop_per_image=sum(forward[network] for network in networks) * (2 if case.guided else 1),
         training_gflop=training_gflop,
     )
+
+
+def judged_latents(
+    study: Study, case: QualityCase, latents: Tensor, prompts: Prompts, **known: object
+) -> QualityRecord:
+    """The record of samples [n, 4, h, w] of those prompts, whatever made them, judged and kept now.
+
+    known    the record's other fields
+    """
+    resamples = RESAMPLES if case.split == "test" else 0
+    record = judging(study).record(case, latents, prompts.factors, resamples=resamples, **known)
     keep(study, record)
     return record
 

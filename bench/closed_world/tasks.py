@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ldmperf.profiling.quality import QualityCase
-
 from . import cells
 from .distillation import Distill
 from .judge import ceiling, save_judge, trained_judge
+from .masked_cells import masked_tasks
 from .networks import label, network_folder, save_network, step_cost
 from .sampling import real_samples
 from .study import TUNED_ON, Study, judged_cell, judging, keep, kept, tuned_rates
@@ -150,16 +149,7 @@ class JudgeReal:
     cost: float = 0.5
 
     def run(self, study: Study) -> None:
-        case = QualityCase(
-            world=study.world.name,
-            task=self.task,
-            kind="real",
-            network="real",
-            training_steps=0,
-            sampler="none",
-            steps=1,
-            samples=study.samples,
-        )
+        case = study.real_case("real", self.task)
         if case.key not in kept(study):
             real = real_samples(study.world, "test", study.samples)
             keep(study, judging(study).record(case, real.latents, real.factors))
@@ -190,4 +180,5 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
         ],
         "distill": [Distill(width, seed) for width in widths for seed in seeds],
         "super-resolution": [JudgeReal("sr"), *fine_tunings(study)],
+        "masked": masked_tasks(study),
     }

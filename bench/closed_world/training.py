@@ -7,19 +7,22 @@ same bits.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldmperf.model import UNet, UNetConfig
 
 from .captions import embedded
 from .data import Batch, Source
 from .family import SCHEDULE, World
+
+Network = TypeVar("Network", bound=nn.Module)
 
 # A seed's scenes; those of judging and of prompts are other seeds (`judge`, `judging`, `sampling`).
 _FIRST_SEED = 1000
@@ -48,6 +51,9 @@ class Recipe:
 # Of a network that is trained already: smaller steps, and every caption is told, as it samples without guidance.
 CONTINUED = Recipe(steps=400, learning_rate=2e-3, last_rate=2e-5, warmup=20, untold=0.0)
 
+# Of a masked transformer: all as the family's, but for the rates.
+MASKED = Recipe(learning_rate=3e-3, last_rate=3e-5)
+
 
 def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
     """A network whose weights a training seed draws."""
@@ -55,14 +61,14 @@ def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
     return UNet(config, backend="torch" if device == "cpu" else "auto").to(device)
 
 
-class Training:
+class Training(Generic[Network]):
     """A network in training. `step` runs one; `state` and `restore` carry it over a break.
 
     It changes `network`, on whose device it runs. `before`: how many steps were trained before these; scenes and
     draws are those of the steps after them.
     """
 
-    def __init__(self, world: World, network: UNet, seed: int, recipe: Recipe, *, before: int = 0) -> None:
+    def __init__(self, world: World, network: Network, seed: int, recipe: Recipe, *, before: int = 0) -> None:
         self.world, self.recipe, self.seed = world, recipe, seed
         # A network that was loaded wants no gradients.
         self.network = network.train().requires_grad_()
@@ -126,9 +132,9 @@ class Training:
         now = self.network.state_dict()
         torch._foreach_lerp_(list(self.averaged.values()), [now[name] for name in self.averaged], 1 - decay)
 
-    def averaged_network(self) -> UNet:
+    def averaged_network(self) -> Network:
         """The network with its averaged weights, in eval mode."""
-        network = UNet(self.network.config, backend=self.network.choices.backend).to(self._device)
+        network = copy.deepcopy(self.network)
         network.load_state_dict(self.averaged)
         return network.eval()
 

@@ -184,14 +184,19 @@ class ClosedWorld:
 
     def real(self, metric: QualityMetric) -> float | None:
         """The metric of real samples against real; null where nobody looked."""
-        found = [record.estimates[metric.field] for record in self.records if record.case.kind == "real"]
+        found = [record.estimates[metric.field] for record in self._real]
         return next((estimate.value for estimate in found if estimate is not None), None)
 
     @property
     def ceiling(self) -> float | None:
         """The share of factors that the judge reads right of real samples; null where nobody looked."""
-        found = [record.alignment for record in self.records if record.case.kind == "real"]
+        found = [record.alignment for record in self._real]
         return next((estimate.value for estimate in found if estimate is not None), None)
+
+    @property
+    def _real(self) -> list[QualityRecord]:
+        """Of real samples as they are: those that went through tokens are worse."""
+        return [record for record in self.records if record.case.kind == record.case.network == "real"]
 
 
 def closed_worlds(records: Iterable[QualityRecord]) -> list[ClosedWorld]:

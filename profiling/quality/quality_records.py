@@ -50,7 +50,8 @@ class QualityCase(BaseModel):
                       begin with pre-trained ones; "real" is real samples against real: the floor of every distance
                       and the ceiling of the judge
     network           the label that trajectory records of the same network have (`Record.case.label`); of
-                      "stitched" `stitched_label` of what it takes; "real"
+                      "stitched" `stitched_label` of what it takes; "real", or "real-tokens" of real samples that
+                      went through the tokens of a masked transformer
     training_seed, training_steps    of the network; 0 of "real". One seed is the same data in the same order for
                       every network, so that differences of two networks pair by it
     sampler           "none" for generators of one pass and for "real"
