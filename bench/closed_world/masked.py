@@ -50,9 +50,9 @@ class TokenShape:
     num_res_blocks: int
 
 
-# By latent and name: m12 has about the parameters of w12, m32 those of w32. Only the smaller world has tokens. Most
-# of them are in blocks of convolution and attention: two before the transformer's layer and two after it learned
-# more in 1000 steps than one before and one after two layers did.
+# By latent and name: m12 has about the parameters of w12, m32 those of w32. Only the smaller world has tokens.
+# Most weights are in blocks of convolution and attention. Two of these before the layer of the transformer and two
+# after it learned more in 1000 steps than one before and one after two layers.
 SHAPES = {
     8: {"m12": TokenShape(24, 1, 2, 64, 32, 2, 2), "m32": TokenShape(96, 1, 4, 192, 80, 4, 2)},
 }
