@@ -40,6 +40,10 @@ class QualityCell:
     records: tuple[QualityRecord, ...]
 
     @property
+    def kind(self) -> str:
+        return self.records[0].case.kind
+
+    @property
     def network(self) -> str:
         return self.records[0].case.network
 

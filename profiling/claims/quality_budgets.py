@@ -106,13 +106,13 @@ def _within(
     cells: Iterable[QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> list[AffordedCell]:
     """The cells whose cost is known and within this one."""
-    return [
-        AffordedCell(cell, figure)
-        for cell in cells
-        if (cost := unit.cost(cell)) is not None
-        and cost <= most * _ROUNDED
-        and (figure := metric.figure(cell)) is not None
-    ]
+    affordable = [cell for cell in cells if (cost := unit.cost(cell)) is not None and cost <= most * _ROUNDED]
+    return figured(affordable, metric)
+
+
+def figured(cells: Iterable[QualityCell], metric: QualityMetric) -> list[AffordedCell]:
+    """The cells that have a figure, with it."""
+    return [AffordedCell(cell, figure) for cell in cells if (figure := metric.figure(cell)) is not None]
 
 
 def best_on_held_out(
