@@ -133,26 +133,44 @@ def test_guidance_is_tuned_on_held_out_prompts_by_the_networks_of_one_seed(monke
 
 
 def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
-    """A stitched one at that of its widest network; where all rates are judged one of them is the tuned one."""
+    """Where all rates are judged one of them is the tuned one."""
     asked = []
     monkeypatch.setattr(tasks, "judged_cell", valley(asked, dict.fromkeys(range(99), 2.0)))
-    rates = {8: 1.5, 32: 3.0}
-    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {2: 2.0, 4: rates[width], 16: 7.0})
+    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: 1.5})
     one = of(tmp_path)
     tasks.JudgeCell(8, 2, "ddpm", 4).run(one)
-    tasks.JudgeStitched((32, 32, 32, 8), 1, "ddim").run(one)
-    tasks.JudgeStitched((8, 32), 0, "ddim").run(one)
-    (judged, _, tuned), (stitched, widths, also_tuned), (held_out, _, chosen), (on_test, _, _) = asked
-    assert (held_out.split, held_out.samples, chosen) == ("held-out", 40, False)
-    assert on_test == held_out.model_copy(update={"split": "test", "samples": one.samples})
+    ((judged, _, tuned),) = asked
     assert (judged.guidance_scale, judged.training_seed, judged.sampler, judged.split) == (1.5, 2, "ddpm", "test")
-    assert (stitched.guidance_scale, stitched.training_seed, stitched.network) == (3.0, 1, "w32x3+w8x1")
-    assert widths == (32, 32, 32, 8)
     assert tuned
-    assert also_tuned
     asked.clear()
     tasks.JudgeRates(8, 0, "ddim", 4).run(one)
     assert [(case.guidance_scale, tuned) for case, _, tuned in asked] == [(r, r == 1.5) for r in cells.RATES]
+
+
+def test_what_a_stitched_trajectory_shares_is_chosen_on_held_out_prompts(monkeypatch, tmp_path):
+    """At the guidance of the wider network, with the networks that guidance is chosen by; then every seed."""
+    asked = []
+
+    def judged(study_, case, widths, *, tuned=False):
+        asked.append((case, widths, tuned))
+        # Half of the steps are the best share on held-out prompts, none on the others.
+        off = abs(widths.count(32) - 2) if case.split == "held-out" else widths.count(32)
+        return SimpleNamespace(frechet=SimpleNamespace(value=1.0 + off))
+
+    monkeypatch.setattr(tasks, "judged_cell", judged)
+    rates = {8: 1.5, 32: 3.0}
+    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: rates[width], 16: 7.0})
+    tasks.Stitch(32, 8, 4, "ddim").run(dataclasses.replace(of(tmp_path), seeds=(1, 2)))
+    chosen, judged_ = asked[:3], asked[3:]
+    assert [widths for _, widths, _ in chosen] == [(32, 8, 8, 8), (32, 32, 8, 8), (32, 32, 32, 8)]
+    assert {(case.split, case.training_seed, case.samples) for case, _, _ in chosen} == {("held-out", 0, 40)}
+    assert [(case.training_seed, case.split, tuned) for case, _, tuned in judged_] == [
+        (1, "test", True),
+        (2, "test", True),
+    ]
+    assert {case.network for case, _, _ in judged_} == {"w32x2+w8x2"}
+    assert {case.guidance_scale for case, _, _ in asked} == {3.0}
+    assert not any(tuned for _, _, tuned in chosen)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +203,7 @@ def test_stages_cover_the_grid_once():
     parts = stages(one, tuple(cells.STEPS))
     assert len(parts["train"]) == 15
     assert len(parts["sample"]) == len(set(parts["sample"])) == 15 * sum(map(len, cells.STEPS.values()))
-    pairs = len(cells.stitched_pairs(WORLD.widths))
-    shared = len(cells.STITCHED_STEPS) * len(cells.STITCHED_PARTS)
-    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 3 * pairs * shared
+    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 5 * len(cells.STITCHED_STEPS)
     assert all(task.cost > 0 for tasks in parts.values() for task in tasks)
 
 

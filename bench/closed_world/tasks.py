@@ -120,26 +120,37 @@ class JudgeRates:
 
 
 @dataclass(frozen=True)
-class JudgeStitched:
-    """Judges a trajectory whose steps different networks take, at the guidance chosen for the widest of them.
+class Stitch:
+    """Judges trajectories whose first steps one network takes, and the rest another, with every training seed.
 
-    On held-out prompts too, with the training that guidance is chosen by: the best of many is chosen there.
+    Which share the first one takes is chosen on held-out prompts, as guidance is; that is the wider network's.
     """
 
-    widths: tuple[int, ...]
-    seed: int
+    first: int
+    second: int
+    steps: int
     sampler: str
 
     @property
+    def plans(self) -> list[tuple[int, ...]]:
+        """The width that takes each step, for every share."""
+        early = sorted({round(part * self.steps) for part in cells.STITCHED_PARTS})
+        return [(self.first,) * count + (self.second,) * (self.steps - count) for count in early]
+
+    @property
     def cost(self) -> float:
-        return sum(map(step_cost, self.widths)) / 20
+        return step_cost(max(self.first, self.second)) * self.steps / 10
 
     def run(self, study: Study) -> None:
-        rate = tuned_rates(study, max(self.widths), self.sampler)[len(self.widths)]
-        if self.seed == TUNED_ON:
-            judged_cell(study, study.case(self.widths, self.seed, self.sampler, rate, "held-out"), self.widths)
-        case = study.case(self.widths, self.seed, self.sampler, rate, "test")
-        judged_cell(study, case, self.widths, tuned=True)
+        rate = tuned_rates(study, max(self.first, self.second), self.sampler)[self.steps]
+
+        def score(widths: tuple[int, ...]) -> float:
+            record = judged_cell(study, study.case(widths, TUNED_ON, self.sampler, rate, "held-out"), widths)
+            return float("inf") if record.frechet is None else record.frechet.value
+
+        widths = min(self.plans, key=score)
+        for seed in study.seeds:
+            judged_cell(study, study.case(widths, seed, self.sampler, rate, "test"), widths, tuned=True)
 
 
 @dataclass(frozen=True)
@@ -182,11 +193,9 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
         ],
         "guidance": [JudgeRates(width, seeds[0], sampler, steps) for width in widths],
         "stitch": [
-            JudgeStitched((first,) * early + (second,) * (steps - early), seed, "ddim")
-            for seed in seeds
+            Stitch(first, second, number, "ddim")
             for first, second in cells.stitched_pairs(widths)
-            for steps in cells.STITCHED_STEPS
-            for early in sorted({round(part * steps) for part in cells.STITCHED_PARTS})
+            for number in cells.STITCHED_STEPS
         ],
         "distill": [Distill(width, seed) for width in widths for seed in seeds],
         "super-resolution": [JudgeReal("sr"), *fine_tunings(study)],
