@@ -78,12 +78,12 @@ class Levels:
 
 def guided(network: UNet, rate: float) -> Teacher:
     """The network with guidance, as `ldmperf.samplers.sample` has it."""
+    if rate == 1:
+        return network
 
     def predicted(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        if rate == 1:
-            return network(x, timesteps, context)
         contexts = torch.cat([none_embedded(len(x)).to(context), context])
-        both = network(torch.cat([x, x]), torch.cat([timesteps, timesteps]), contexts)
+        both: Tensor = network(torch.cat([x, x]), torch.cat([timesteps, timesteps]), contexts)
         untold, told = both.chunk(2)
         return untold + rate * (told - untold)
 
@@ -123,7 +123,8 @@ class Distilling(Training):
                 v = self._teacher(reached, levels.timesteps[place], context)
                 reached = levels.step(reached, v, place, place + 1)
             target = levels.v_between(x, reached, now, now + 2)
-        return (self.network(x, levels.timesteps[now], context) - target).square().mean()
+        predicted: Tensor = self.network(x, levels.timesteps[now], context)
+        return (predicted - target).square().mean()
 
 
 @dataclass(frozen=True)

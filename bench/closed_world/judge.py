@@ -78,7 +78,7 @@ class Judge(nn.Module):
         layers += [_Residual(c), *_smaller(c, 2 * c), _Residual(2 * c), nn.Flatten()]
         self.body = nn.Sequential(*layers, nn.Linear(2 * c * 16, FEATURES))
         self.head = nn.Linear(FEATURES, sum(COUNTS))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, and the logits [n, values] of each factor."""

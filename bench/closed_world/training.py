@@ -118,7 +118,7 @@ class Training:
         alpha = self._alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self._alphas[timesteps]).sqrt()[:, None, None, None]
         seen = self._input(alpha * latents + sigma * noise, number)
-        predicted = self.network(seen, timesteps.float(), context)
+        predicted: Tensor = self.network(seen, timesteps.float(), context)
         return (predicted - (alpha * noise - sigma * latents)).square().mean()
 
     @torch.no_grad()
