@@ -127,7 +127,12 @@ def valley(asked, bottoms):
 def test_guidance_is_tuned_on_held_out_prompts_by_the_networks_of_one_seed(monkeypatch, tmp_path):
     asked, bottoms = [], {4: 1.0, 8: 6.0, 16: 2.0, 50: 3.0}
     monkeypatch.setattr(study, "judged_cell", valley(asked, bottoms))
-    assert study.tuned_rates(dataclasses.replace(of(tmp_path), seeds=(1, 2)), 12, "ddpm") == bottoms
+    told = []
+    found = study.tuned_rates(dataclasses.replace(of(tmp_path), seeds=(1, 2)), 12, "ddpm", told.append)
+    assert found == bottoms
+    assert len(told) == len(asked)
+    assert told == sorted(told)
+    assert 50 / 78 < told[-1] < 1
     assert {(case.split, case.training_seed, case.samples) for case, _, _ in asked} == {("held-out", 0, 40)}
     assert all(widths == (12,) * case.steps and not tuned for case, widths, tuned in asked)
 
@@ -148,7 +153,9 @@ def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
     assert tuned
     assert also_tuned
     asked.clear()
-    tasks.JudgeRates(8, 0, "ddim", 4).run(one)
+    told = []
+    tasks.JudgeRates(8, 0, "ddim", 4).run(dataclasses.replace(one, tell=told.append))
+    assert told == [done / 9 for done in range(1, 10)]
     assert [(case.guidance_scale, tuned) for case, _, tuned in asked] == [(r, r == 1.5) for r in cells.RATES]
 
 

@@ -40,8 +40,12 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
     cut = cut_off_after(5, begun(8, 1, dataclasses.replace(SHORT, steps=6)))
     with pytest.raises(KeyboardInterrupt):
         trained(cut, tmp_path / "cut.pt", every=2)
-    again = trained(begun(8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2)
+    told = []
+    again = trained(
+        begun(8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2, tell=told.append
+    )
     assert again.done == 6
+    assert told == [5 / 6, 1.0]
     for name, value in whole.averaged.items():
         assert torch.equal(value, again.averaged[name])
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .data import Source
 from .family import World
 from .latents import CHANNELS
+from .progress import Tell, to_nobody
 from .scenes import COUNTS, FACTORS
 
 FEATURES = 64
@@ -96,7 +97,9 @@ class Judge(nn.Module):
         return Answers(torch.cat(features), torch.cat(right))
 
 
-def trained_judge(world: World, *, steps: int = 1500, batch: int = 128, shuffled: bool = False) -> Judge:
+def trained_judge(
+    world: World, *, steps: int = 1500, batch: int = 128, shuffled: bool = False, tell: Tell = to_nobody
+) -> Judge:
     """A judge trained on scenes of its own; `shuffled`: on other scenes' factors, which must come to nothing."""
     torch.manual_seed(0)
     judge = Judge(world).train()
@@ -112,6 +115,7 @@ def trained_judge(world: World, *, steps: int = 1500, batch: int = 128, shuffled
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
+        tell((step + 1) / steps)
     return judge.eval()
 
 
