@@ -40,6 +40,10 @@ class QualityCell:
     records: tuple[QualityRecord, ...]
 
     @property
+    def kind(self) -> str:
+        return self.records[0].case.kind
+
+    @property
     def network(self) -> str:
         return self.records[0].case.network
 
@@ -155,7 +159,7 @@ class ClosedWorld:
     @cached_property
     def _held_out(self) -> dict[str, QualityRecord]:
         """By their keys."""
-        return {_without_samples(r.case.key): r for r in self._family if r.case.split == "held-out"}
+        return {_without_samples(r.case.key): r for r in self.records if r.case.split == "held-out"}
 
     def guided_cells(self, sampler: str) -> list[QualityCell]:
         """Each guidance rate apart, of each network, step count and split, after the whole training."""

@@ -153,7 +153,7 @@ def _budget_grid(
     cells: list[tuple[str, ...]] = []
     for row in rows:
         small = row.smaller[row.best]
-        other = best_other(others, unit, metric, row.cost)
+        other = best_other(world, others, unit, metric, row.cost)
         beside = None if other is None else at_seeds_of(other, row.winner, metric)
         better = {"smaller": row.best, "reference": reference, "open": "open"}[row.decided]
         cells.append(
