@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closed_world import cells, study, tasks
-from closed_world.family import WORLDS
+from closed_world.family import SCHEDULE, WORLDS
 from closed_world.networks import COMMITTED, forward_gflop, network_folder, save_network
 from closed_world.sampling import Prompts, plan_of, real_samples, sampled
 from closed_world.scenes import Scenes
@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldmperf.model import UNet
+from ldmperf.samplers import initial_noise, sample
 
 WORLD = WORLDS[8]
 
@@ -58,9 +59,6 @@ def test_the_network_of_each_step_takes_it():
     other = sampled([second, first], WORLD, plan, prompts, 1.0)
     assert not torch.allclose(found, other, atol=1e-3)
     from closed_world.captions import embedded
-    from closed_world.family import SCHEDULE
-
-    from ldmperf.samplers import initial_noise
 
     x = initial_noise(prompts.seeds, (4, 8, 8))
     alphas = torch.tensor(SCHEDULE.alphas_cumprod)
@@ -73,6 +71,37 @@ def test_the_network_of_each_step_takes_it():
         next_alpha = torch.tensor(1.0).double() if before is None else alphas[before]
         x = (next_alpha.sqrt() * sample + (1 - next_alpha).sqrt() * noise).float()
     torch.testing.assert_close(found, x, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", cells.STEPS["ddim"])
+def test_six_steps_of_ddim_alone_leave_noise_as_in_diffusers(steps):
+    """Of samples that are all noise, which a perfect network sees: x_0 = 0, so v = alpha eps."""
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    theirs.set_timesteps(steps)
+    alphas = torch.tensor(SCHEDULE.alphas_cumprod)
+
+    def v(x, timestep):
+        alpha, sigma = alphas[int(timestep)].sqrt(), (1 - alphas[int(timestep)]).sqrt()
+        return alpha * x / sigma
+
+    noise = initial_noise(range(4), (4, 8, 8)).double()
+    expected = noise * (1 - alphas[int(theirs.timesteps[0])]).sqrt()
+    for timestep in theirs.timesteps:
+        expected = theirs.step(v(expected, timestep), timestep, expected).prev_sample
+    start = noise * (1 - alphas[int(theirs.timesteps[0])]).sqrt()
+    found = sample(lambda x, step: v(x, step.timestep), plan_of("ddim", steps), start, backend="torch")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    left = (found.std() / noise.std()).item()
+    assert left == pytest.approx(0.029 if steps == 6 else 0.0, abs=0.0005)
 
 
 def test_splits_share_no_prompt_order_and_no_noise():

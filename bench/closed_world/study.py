@@ -165,7 +165,11 @@ def judged(
 
 
 def family_gflop(study: Study, width: int) -> float:
-    """GFLOP of the training of a network of the family; a backward takes twice its forward."""
+    """GFLOP of the training of a network of the family; a backward takes twice its forward.
+
+    A forward is that of `forward_gflop`: the conditioning on timestep and caption, which training computes in
+    every step, is not counted. It is about a hundredth of the rest.
+    """
     recipe = study.recipe
     return 3 * forward_gflop(study.world.config(width), study.latent) * recipe.batch * recipe.steps
 
