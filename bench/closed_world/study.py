@@ -27,6 +27,7 @@ from . import cells
 from .family import WORLDS, World
 from .judging import RESAMPLES, Judging
 from .networks import forward_gflop, label, load_network, network_folder, parameters
+from .progress import Tell, to_nobody
 from .sampling import Prompts, Split, plan_of, sampled
 from .training import CONTINUED, Recipe
 
@@ -43,6 +44,7 @@ class Study:
     distilling           how a round of distillation is trained
     fine_tuned           steps of super-resolution's trainings
     samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
+    tell                 takes how much of a task is done
     """
 
     folder: Path
@@ -56,6 +58,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = cells.SAMPLES
     held_out: int = cells.HELD_OUT
+    tell: Tell = field(default=to_nobody, compare=False)
 
     @property
     def world(self) -> World:
@@ -96,15 +99,20 @@ class Study:
         )
 
 
-def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
+def tuned_rates(study: Study, width: int, sampler: str, tell: Tell = to_nobody) -> dict[int, float]:
     """The guidance of each number of steps: that of the least Frechet distance on held-out prompts."""
     found: dict[int, float] = {}
     start = 2.0
+    whole = sum(cells.STEPS[sampler])
     for steps in cells.STEPS[sampler]:
+        asked: list[float] = []
 
-        def score(rate: float, steps: int = steps) -> float:
+        def score(rate: float, steps: int = steps, asked: list[float] = asked) -> float:
             case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
             record = judged_cell(study, case, [width] * steps)
+            asked.append(rate)
+            # How many rates a search asks for is not known before it ends.
+            tell((sum(found) + steps * len(asked) / (len(asked) + 1)) / whole)
             return float("inf") if record.frechet is None else record.frechet.value
 
         start = found[steps] = cells.climbed(score, start)
@@ -157,7 +165,11 @@ def judged(
 
 
 def family_gflop(study: Study, width: int) -> float:
-    """GFLOP of the training of a network of the family; a backward takes twice its forward."""
+    """GFLOP of the training of a network of the family; a backward takes twice its forward.
+
+    A forward is that of `forward_gflop`: the conditioning on timestep and caption, which training computes in
+    every step, is not counted. It is about a hundredth of the rest.
+    """
     recipe = study.recipe
     return 3 * forward_gflop(study.world.config(width), study.latent) * recipe.batch * recipe.steps
 

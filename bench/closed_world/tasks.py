@@ -18,7 +18,8 @@ from .training import Training, drawn_network, trained
 
 
 class Task(Protocol):
-    """`cost`, in any unit, orders tasks and fills the bar; `run` does what is not on disk yet."""
+    """`cost`, in any unit, orders tasks and fills the bar; `run` does what is not on disk yet, and tells
+    `study.tell` how far it is where it takes minutes."""
 
     @property
     def cost(self) -> float: ...
@@ -35,7 +36,7 @@ class TrainJudge:
     def run(self, study: Study) -> None:
         if study.judge.exists():
             return
-        judge = trained_judge(study.world)
+        judge = trained_judge(study.world, tell=study.tell)
         ceiling(judge, study.world)
         study.weights.mkdir(parents=True, exist_ok=True)
         save_judge(judge, study.judge)
@@ -60,7 +61,7 @@ class Train:
         states.mkdir(parents=True, exist_ok=True)
         network = drawn_network(study.world.config(self.width), self.seed, study.device)
         training = Training(study.world, network, self.seed, study.recipe)
-        done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt")
+        done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt", tell=study.tell)
         save_network(done.averaged_network(), folder)
 
 
@@ -76,7 +77,7 @@ class Tune:
         return step_cost(self.width) * sum(cells.STEPS[self.sampler]) / 20
 
     def run(self, study: Study) -> None:
-        tuned_rates(study, self.width, self.sampler)
+        tuned_rates(study, self.width, self.sampler, study.tell)
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,10 @@ class JudgeRates:
     def run(self, study: Study) -> None:
         chosen = tuned_rates(study, self.width, self.sampler)[self.steps]
         widths = [self.width] * self.steps
-        for rate in cells.RATES:
+        for done, rate in enumerate(cells.RATES, 1):
             case = study.case(widths, self.seed, self.sampler, rate, "test")
             judged_cell(study, case, widths, tuned=rate == chosen)
+            study.tell(done / len(cells.RATES))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ldmperf.model import UNet, UNetConfig
 from .captions import embedded
 from .data import Batch, Source
 from .family import SCHEDULE, World
+from .progress import Tell, to_nobody
 
 # A seed's scenes; those of judging and of prompts are other seeds (`judge`, `judging`, `sampling`).
 _FIRST_SEED = 1000
@@ -118,7 +119,7 @@ class Training:
         alpha = self._alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self._alphas[timesteps]).sqrt()[:, None, None, None]
         seen = self._input(alpha * latents + sigma * noise, number)
-        predicted = self.network(seen, timesteps.float(), context)
+        predicted: Tensor = self.network(seen, timesteps.float(), context)
         return (predicted - (alpha * noise - sigma * latents)).square().mean()
 
     @torch.no_grad()
@@ -149,12 +150,13 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def trained(training: Training, keep: Path, *, every: int = 200) -> Training:
+def trained(training: Training, keep: Path, *, every: int = 200, tell: Tell = to_nobody) -> Training:
     """The training at its end; its state goes to the file `keep` every so many steps, and comes from there."""
     if keep.exists():
         training.restore(torch.load(keep, map_location=training._device, weights_only=True))
     while training.done < training.recipe.steps:
         training.step()
+        tell(training.done / training.recipe.steps)
         if training.done % every == 0 or training.done == training.recipe.steps:
             whole = keep.with_suffix(".part")
             torch.save(training.state(), whole)
