@@ -46,7 +46,10 @@ SCORES = st.lists(st.floats(-3, 3), min_size=1, max_size=9)
 
 
 def begun(recipe=SHORT, seed=0):
-    return Adversarial(WORLD, drawn_network(WORLD.config(8), seed), seed, recipe)
+    network = drawn_network(WORLD.config(8), seed)
+    # Whatever others draw changes nothing.
+    torch.seed()
+    return Adversarial(WORLD, network, seed, recipe)
 
 
 def latents(count, seed=0):
@@ -293,15 +296,15 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize("width", [8, 32])
 def test_training_costs_what_torch_counts_in_its_steps(width, tmp_path):
-    """Four steps, one of them with the penalty. Torch also counts what a trajectory keeps (embeddings, contexts),
-    and no backward from a first convolution to an input that wants none."""
+    """Four steps, one of them with the penalty. Torch also counts embeddings and contexts, which a trajectory keeps,
+    and no backward to an input that wants none; a forward more or less of either network is beyond these bounds."""
     recipe = dataclasses.replace(SHORT, steps=4)
     training = Adversarial(WORLD, drawn_network(WORLD.config(width), 0), 0, recipe)
     with Counted() as counted:
         for _ in range(4):
             training.step()
     found = gan_gflop(dataclasses.replace(of(tmp_path), adversarial=recipe), width)
-    assert found == pytest.approx(counted.flops / 1e9, rel=0.06)
+    assert 1.0 < found / (counted.flops / 1e9) < 1.05
 
 
 def test_a_score_costs_its_layers():
