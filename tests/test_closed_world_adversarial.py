@@ -296,7 +296,7 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize("width", [8, 32])
 def test_training_costs_what_torch_counts_in_its_steps(width, tmp_path):
-    """Four steps, one of them with the penalty. Torch counts embeddings and contexts too, which a trajectory keeps,
+    """Four steps, one of them with the penalty. Torch counts what a trajectory keeps too (embeddings, contexts),
     and no backward to an input that wants none. A forward more or less of either network is beyond the bounds."""
     recipe = dataclasses.replace(SHORT, steps=4)
     training = Adversarial(WORLD, drawn_network(WORLD.config(width), 0), 0, recipe)
