@@ -51,6 +51,7 @@ def test_the_help_names_every_stage():
         (("--samples", 3), "--samples"),
         (("--fine-tuned", "100,0"), "no numbers of steps: 100,0"),
         (("--distill-steps", 0), "--distill-steps"),
+        (("--gan-steps", 0), "--gan-steps"),
         (("--committed", "--weights", "w"), "leave --weights out"),
         (("--committed", "--only", "train"), "no stage train: give some of tune"),
         (("--committed", "--seeds", 4), "is not there: give fewer --seeds"),

@@ -29,7 +29,7 @@ from .judging import RESAMPLES, Judging
 from .networks import forward_gflop, label, load_network, network_folder, parameters
 from .progress import Tell, to_nobody
 from .sampling import Prompts, Split, plan_of, sampled
-from .training import CONTINUED, Recipe
+from .training import ADVERSARIAL, CONTINUED, Recipe
 
 # The training seed by whose networks the guidance of a cell is chosen.
 TUNED_ON = 0
@@ -43,6 +43,7 @@ class Study:
     weights    the judge and the trained networks
     distilling           how a round of distillation is trained
     fine_tuned           steps of super-resolution's trainings
+    adversarial          how a GAN is trained
     samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
     tell                 takes how much of a task is done
     """
@@ -55,6 +56,7 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     distilling: Recipe = CONTINUED
     fine_tuned: tuple[int, ...] = cells.FINE_TUNED
+    adversarial: Recipe = ADVERSARIAL
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = cells.SAMPLES
     held_out: int = cells.HELD_OUT
@@ -149,17 +151,28 @@ def judged(
     prompts, plan = Prompts.of(case.split, case.samples), plan_of(case.sampler, case.steps)
     latents = sampled(networks, study.world, plan, prompts, case.guidance_scale, beside=beside)
     forward = {network: forward_gflop(network.config, study.latent) for network in dict.fromkeys(networks)}
-    record = judging(study).record(
+    return judged_latents(
+        study,
         case,
         latents,
-        prompts.factors,
-        resamples=RESAMPLES if case.split == "test" else 0,
+        prompts,
         tuned=tuned,
         takes=takes,
         parameters=sum(map(parameters, forward)),
         gflop_per_image=sum(forward[network] for network in networks) * (2 if case.guided else 1),
         training_gflop=training_gflop,
     )
+
+
+def judged_latents(
+    study: Study, case: QualityCase, latents: Tensor, prompts: Prompts, **known: object
+) -> QualityRecord:
+    """The record of samples [n, 4, h, w] of those prompts, whatever made them, judged and kept now.
+
+    known    the record's other fields
+    """
+    resamples = RESAMPLES if case.split == "test" else 0
+    record = judging(study).record(case, latents, prompts.factors, resamples=resamples, **known)
     keep(study, record)
     return record
 

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from ldmperf.profiling.quality import QualityCase
 
 from . import cells
+from .adversarial import TrainGan
 from .distillation import Distill
 from .judge import ceiling, save_judge, trained_judge
 from .networks import label, network_folder, save_network, step_cost
@@ -201,4 +202,5 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
         ],
         "distill": [Distill(width, seed) for width in widths for seed in seeds],
         "super-resolution": [JudgeReal("sr"), *fine_tunings(study)],
+        "gan": [TrainGan(width, seed) for width in widths for seed in seeds],
     }

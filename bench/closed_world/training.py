@@ -38,6 +38,7 @@ class Recipe:
     weight_decay: float = 0.01
     averaging: float = 0.995
     untold: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 1 on."""
@@ -48,6 +49,9 @@ class Recipe:
 
 # Of a network that is trained already: smaller steps, and every caption is told, as it samples without guidance.
 CONTINUED = Recipe(steps=400, learning_rate=2e-3, last_rate=2e-5, warmup=20, untold=0.0)
+
+# Of a generator against a discriminator, both of which change under the other: no momentum, no decay of weights.
+ADVERSARIAL = Recipe(learning_rate=2e-3, last_rate=2e-5, weight_decay=0.0, untold=0.0, betas=(0.0, 0.99))
 
 
 def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
@@ -72,7 +76,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             recipe.learning_rate,
-            betas=(0.9, 0.99),
+            betas=recipe.betas,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
