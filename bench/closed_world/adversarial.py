@@ -55,7 +55,7 @@ class _Residual(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, _SLOPE)), _SLOPE))
+        inner: Tensor = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, _SLOPE)), _SLOPE))
         return (x + inner) / 2**0.5
 
 
@@ -84,15 +84,16 @@ class Discriminator(nn.Module):
     def forward(self, latents: Tensor, context: Tensor) -> Tensor:
         body = self.body(latents)
         features = F.leaky_relu(self.features(torch.cat([body, spread(body)], 1)), _SLOPE)
-        told = (features * self.projection(context.flatten(1))).sum(1) / _FEATURES**0.5
-        return self.plain(features)[:, 0] + told
+        told: Tensor = (features * self.projection(context.flatten(1))).sum(1) / _FEATURES**0.5
+        plain: Tensor = self.plain(features)
+        return plain[:, 0] + told
 
 
 def spread(features: Tensor) -> Tensor:
     """The mean deviation of features [n, d] within each group of four, for each of its rows: [n, 1]."""
     groups = features.unflatten(0, (-1, _GROUP))
     # A deviation of zero has no gradient.
-    deviations = (groups.var(1, correction=0) + 1e-8).sqrt().mean(1, keepdim=True)
+    deviations: Tensor = (groups.var(1, correction=0) + 1e-8).sqrt().mean(1, keepdim=True)
     return deviations.repeat_interleave(_GROUP, 0)
 
 
@@ -143,7 +144,7 @@ class Adversarial(Training):
         penalized = number % PENALTY_EVERY == 0
         if penalized:
             real = real.clone().requires_grad_()
-        scores = self.discriminator(real, context)
+        scores: Tensor = self.discriminator(real, context)
         wrong = self.discriminator(real.detach(), context.roll(1, 0))
         loss = discriminator_loss(scores, self.discriminator(made, context), wrong)
         if penalized:
@@ -153,7 +154,8 @@ class Adversarial(Training):
     def _loss(self, number: int) -> Tensor:
         context = embedded(self._read(self._source, number).factors).to(self._device)
         _, noise = self._noises(number)
-        return -self.discriminator(self.network(noise, TIMESTEP, context), context).mean()
+        scores: Tensor = self.discriminator(self.network(noise, TIMESTEP, context), context)
+        return -scores.mean()
 
     def _noises(self, number: int) -> Tensor:
         """A step's noise for the discriminator's fakes and for the generator, [2, n, 4, h, w]."""
@@ -236,7 +238,7 @@ class TrainGan:
         network = drawn_network(study.world.config(self.width), self.seed, study.device)
         training = Adversarial(study.world, network, self.seed, study.adversarial)
         name = f"{gan_label(self.width)}-seed-{self.seed}-of-{study.adversarial.steps}"
-        return trained(training, states / f"{name}.pt")
+        return trained(training, states / f"{name}.pt", tell=study.tell)
 
 
 def gan_label(width: int) -> str:
@@ -268,4 +270,4 @@ def discriminator_gflop(world: World) -> float:
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         shape = (_GROUP, CHANNELS, world.latent, world.latent)
         Discriminator(world)(torch.empty(shape), torch.empty(_GROUP, TOKENS, CONTEXT_DIM))
-    return counter.get_total_flops() / _GROUP / 1e9
+    return float(counter.get_total_flops()) / _GROUP / 1e9
