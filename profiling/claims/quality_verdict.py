@@ -17,10 +17,11 @@ from .verdict import FEW_SIZES, Finding, Judged, Verdict
 WHERE = "in this closed world"
 
 
-def conditions_of(world: ClosedWorld, sampler: str | None, metric: QualityMetric) -> dict[str, str]:
+def conditions_of(world: ClosedWorld, sampler: str | None, metric: QualityMetric | None) -> dict[str, str]:
     """Name and phrase of the conditions of a verdict, without a budget."""
     found = {"world": f"closed world {world.name}", "task": TASKS.get(world.task, world.task)}
-    return found | ({} if sampler is None else {"sampler": sampler}) | {"metric": metric.name}
+    found |= {} if sampler is None else {"sampler": sampler}
+    return found | ({} if metric is None else {"metric": metric.name})
 
 
 def quality_verdict(
@@ -77,4 +78,9 @@ def _told(
 ) -> Verdict:
     networks = {cell.network for cell in cells}
     least = min((cell.samples for cell in cells), default=None)
+    # A cell may be there for several budgets.
+    failed = sum(len(cell.failed) for cell in {id(cell): cell for cell in cells}.values())
+    if failed:
+        left_out = "is left out" if failed == 1 else "are left out"
+        sentence += f"; {counted(failed, 'training seed')} of its cells failed and {left_out}"
     return Verdict(claim, finding, sentence, conditions, figures, len(networks), least, judged)

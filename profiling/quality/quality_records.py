@@ -19,7 +19,7 @@ FEWEST_REPLICATES: Final = 20
 
 QualityStatus = Literal["ok", "unsupported", "error"]
 QualityTask = Literal["t2i", "sr"]
-Generator = Literal["diffusion", "distilled", "stitched", "gan", "vae", "masked-transformer", "real"]
+Generator = Literal["diffusion", "scratch", "distilled", "stitched", "gan", "vae", "masked-transformer", "real"]
 Name = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Takes = tuple[tuple[Name, Annotated[int, Field(ge=1)]], ...]
@@ -46,8 +46,9 @@ class QualityCase(BaseModel):
     """What was sampled: hashable, and equal when all that is judged is equal.
 
     world             the distribution, with the size of its latents and its version: "scenes-8x8-v1"
-    kind              of generator; "real" is real samples against real: the floor of every distance and the
-                      ceiling of the judge
+    kind              of generator; "scratch" is a network of task "sr" that was trained from drawn weights, where
+                      "diffusion" of that task began with the weights of text-to-image; "real" is real samples
+                      against real: the floor of every distance and the ceiling of the judge
     network           the label that trajectory records of the same network have (`Record.case.label`); of
                       "stitched" `stitched_label` of what it takes; "real"
     training_seed, training_steps    of the network; 0 of "real". One seed is the same data in the same order for
@@ -77,6 +78,9 @@ class QualityCase(BaseModel):
     def label(self) -> str:
         """A short name, without the world and the number of samples."""
         parts = [self.network]
+        if self.kind in ("scratch", "distilled"):
+            # It has the label of another case's network.
+            parts.append(self.kind)
         if self.kind != "real":
             guidance = f"guidance {self.guidance_scale:g}" if self.guided else "no guidance"
             parts += [self.sampler, f"{self.steps} steps", guidance, f"seed {self.training_seed}"]
