@@ -43,7 +43,8 @@ def bound_text(at: BudgetRow) -> str:
 
 def judged_text(scale: Scale, found: Interval, bound: str, outcome: str) -> str:
     """ "1.80x, interval 1.50x to 2.10x, a bound over 4 networks; above 1 the smaller is better"."""
-    return f"{advantage_text(scale, found)}, {bound}; above {'1' if scale is LOGARITHM else '0'} {outcome}"
+    of_all = f", {bound}" if found.confidence else ""
+    return f"{advantage_text(scale, found)}{of_all}; above {'1' if scale is LOGARITHM else '0'} {outcome}"
 
 
 def measure_text(scale: Scale, over: str, under: str) -> str:

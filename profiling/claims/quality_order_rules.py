@@ -18,7 +18,7 @@ from .closed_worlds import QUALITY_METRICS, Cells, ClosedWorld, QualityCell, Qua
 from .pair_orders import FigureTable, NetworkPair, figure_table, shared_order, shared_pairs
 from .pooled_figures import LOGARITHM, PooledFigure, contrast
 from .quality_budgets import BudgetRow, budget_rows
-from .quality_verdict import conditions_of, figure_text, quality_verdict, unmeasured_quality
+from .quality_verdict import cells_grid, conditions_of, figure_text, quality_verdict, unmeasured_quality
 from .sample_costs import FlopBudget
 from .verdict import Judged, Verdict, interval_text
 
@@ -41,12 +41,8 @@ def _one_sampler(claim: Claim, world: ClosedWorld, cells: Mapping[str, Cells]) -
     """What is missing is neither times nor another metric."""
     ((sampler, of),) = cells.items()
     used = [cell for of_network in of.values() for cell in of_network.values()]
-    rows = [(name, joined(map(str, of_network))) for name, of_network in of.items()]
-    grid = Grid(("network", f"steps of {sampler}"), tuple(rows), ("network", f"steps of {sampler}"))
-    needs = (
-        f"the quality of two networks under a second sampler, at the same steps; of {sampler} alone it is there"
-    )
-    return unmeasured_quality(claim, needs, conditions_of(world, sampler, None), grid, used)
+    needs = f"quality under a second sampler, at the same steps; there is none but {sampler}'s"
+    return unmeasured_quality(claim, needs, conditions_of(world, sampler, None), cells_grid(of), used)
 
 
 def _same_order(
@@ -66,8 +62,8 @@ def _same_order(
         needs = f"two networks that differ beyond noise; none of {counted(len(pairs), 'pair')} does"
         return unmeasured_quality(claim, needs, said, grid, used)
     sentence = (
-        f"{order.share.value:.0%} of {counted(order.count, 'pair')} of networks that differ beyond noise under one "
-        f"sampler have the same order under another ({joined(samplers)}; interval {order.share.low:.0%} to "
+        f"{order.share.value:.0%} of {counted(order.count, 'pair')} of networks that differ beyond noise under "
+        f"one sampler have the same order under another ({joined(samplers)}; interval {order.share.low:.0%} to "
         f"{order.share.high:.0%}; above {limits.SAME_ORDER:.0%} holds)"
     )
     judged = Judged("share of pairs in the same order", order.share, limits.SAME_ORDER, above=True)

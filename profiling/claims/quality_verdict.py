@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..figures.phrases import TASKS
 from ..figures.text import joined
+from ..measure.intervals import Interval
 from ..terminal.layout import Grid
 from ..terminal.visible import counted
 from .catalogue import Claim
-from .closed_worlds import ClosedWorld, QualityCell, QualityMetric, seeds_in_words
+from .closed_worlds import Cells, ClosedWorld, QualityCell, QualityMetric, seeds_in_words
 from .pooled_figures import PooledFigure
 from .verdict import FEW_SIZES, Finding, Judged, Verdict
 
@@ -61,6 +62,22 @@ def unmeasured_quality(
 ) -> Verdict:
     """What is there, and what a verdict needs besides."""
     return _told(claim, "not measured", f"needs {needs}", conditions, figures, cells)
+
+
+def finding_of(advantage: Interval) -> Finding:
+    """Of a claim that it lies above 0."""
+    return Judged("advantage", advantage, 0.0, above=True).finding
+
+
+def rank_of(advantage: Interval) -> tuple[int, float]:
+    """Of several that have to lie above 0 the first in this order decides: a lost one, then an open one."""
+    return ("does not hold", "undecided", "holds").index(finding_of(advantage)), advantage.value
+
+
+def cells_grid(cells: Cells) -> Grid:
+    """What is there: the networks and their step counts."""
+    rows = [(name, joined(map(str, sorted(of_network)))) for name, of_network in cells.items()]
+    return Grid(("network", "steps"), tuple(rows), ("network", "steps"))
 
 
 def figure_text(figure: PooledFigure) -> str:
