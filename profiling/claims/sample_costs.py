@@ -106,11 +106,11 @@ class TimeBudget:
         borrowed = [c for c in cells for name, _ in c.takes if (name, c.sampler, c.guided) not in self.costs]
         samplers = sorted({cell.sampler for cell in borrowed} - {_ONE_PASS})
         passes = sorted({cell.network for cell in borrowed if cell.sampler == _ONE_PASS})
-        students = sorted({cell.network for cell in cells if cell.kind == "distilled"})
+        students = any(cell.kind == "distilled" for cell in cells)
         return [
             *([f"{STAND_IN}'s times stand in for those of {joined(samplers)}"] if samplers else []),
             *([f"a step of {STAND_IN} stands in for the pass of {joined(passes)}"] if passes else []),
-            *([f"distilled {joined(students)} take the times of their teachers' steps"] if students else []),
+            *(["distilled networks take the times of their teachers' steps"] if students else []),
         ]
 
     def _of(self, network: str, cell: QualityCell) -> TrajectoryCost | None:
