@@ -137,11 +137,14 @@ def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(tasks, "judged_cell", valley(asked, dict.fromkeys(range(99), 2.0)))
     rates = {8: 1.5, 32: 3.0}
-    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: rates[width], 16: 7.0})
+    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {2: 2.0, 4: rates[width], 16: 7.0})
     one = of(tmp_path)
     tasks.JudgeCell(8, 2, "ddpm", 4).run(one)
     tasks.JudgeStitched((32, 32, 32, 8), 1, "ddim").run(one)
-    (judged, _, tuned), (stitched, widths, also_tuned) = asked
+    tasks.JudgeStitched((8, 32), 0, "ddim").run(one)
+    (judged, _, tuned), (stitched, widths, also_tuned), (held_out, _, chosen), (on_test, _, _) = asked
+    assert (held_out.split, held_out.samples, chosen) == ("held-out", 40, False)
+    assert on_test == held_out.model_copy(update={"split": "test", "samples": one.samples})
     assert (judged.guidance_scale, judged.training_seed, judged.sampler, judged.split) == (1.5, 2, "ddpm", "test")
     assert (stitched.guidance_scale, stitched.training_seed, stitched.network) == (3.0, 1, "w32x3+w8x1")
     assert widths == (32, 32, 32, 8)
@@ -182,6 +185,9 @@ def test_stages_cover_the_grid_once():
     parts = stages(one, tuple(cells.STEPS))
     assert len(parts["train"]) == 15
     assert len(parts["sample"]) == len(set(parts["sample"])) == 15 * sum(map(len, cells.STEPS.values()))
+    pairs = len(cells.stitched_pairs(WORLD.widths))
+    shared = len(cells.STITCHED_STEPS) * len(cells.STITCHED_PARTS)
+    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 3 * pairs * shared
     assert all(task.cost > 0 for tasks in parts.values() for task in tasks)
 
 

@@ -222,21 +222,22 @@ def test_networks_are_trained_and_judged_once(tmp_path, monkeypatch):
         task.run(one)
     records = list(study.kept(one).values())
     cells_of = [("held-out", 1, 40), ("held-out", 2, 40), ("test", 1, 60), ("test", 2, 60)]
-    found = [(r.case.network, (r.case.split, r.case.steps, r.case.samples)) for r in records]
-    assert found == [("w8-sr", cell) for cell in cells_of] + [("w8-sr-scratch", cell) for cell in cells_of[1::2]]
+    found = [(r.case.kind, (r.case.split, r.case.steps, r.case.samples)) for r in records]
+    assert found == [("diffusion", cell) for cell in cells_of] + [("scratch", cell) for cell in cells_of[1::2]]
     forward = forward_gflop(WORLD.config(8, 8), 8)
-    earlier = {"w8-sr": 3 * 10 * 32 * forward_gflop(WORLD.config(8), 8), "w8-sr-scratch": 0}
+    earlier = {"diffusion": 3 * 10 * 32 * forward_gflop(WORLD.config(8), 8), "scratch": 0}
     for record in records:
         case = record.case
-        assert (case.task, case.kind, case.sampler) == ("sr", "diffusion", "ddim")
+        assert (case.task, case.network, case.sampler) == ("sr", "w8-sr", "ddim")
         assert (case.training_steps, case.guided) == (2, False)
         assert record.tuned == (case.split == "test")
         assert record.takes == ((case.network, case.steps),)
         assert record.gflop_per_image == pytest.approx(case.steps * forward)
-        assert record.training_gflop == pytest.approx(earlier[case.network] + 3 * 2 * 32 * forward)
-    for name, pretrained in (("w8-sr", True), ("w8-sr-scratch", False)):
-        folder = super_folder(one, 8, 0, 2, pretrained)
-        assert folder.name == name
+        assert record.training_gflop == pytest.approx(earlier[case.kind] + 3 * 2 * 32 * forward)
+    folders = [super_folder(one, 8, 0, 2, pretrained) for pretrained in (True, False)]
+    assert folders[0] != folders[1]
+    for folder in folders:
+        assert folder.name == "w8-sr"
         assert load_network(folder).config.in_channels == 8
         assert folder.is_relative_to(one.folder / "weights")
     monkeypatch.setattr("closed_world.super_resolution.trained", lambda *_: pytest.fail("trained again"))
@@ -268,14 +269,15 @@ def test_only_the_pretrained_network_starts_from_text_to_image(tmp_path, monkeyp
 
 
 def test_the_stage_covers_both_weights_of_every_width_over_time_and_steps_after_the_longest():
-    one = dataclasses.replace(of(COMMITTED), fine_tuned=(100, 300, 1000))
+    one = dataclasses.replace(of(COMMITTED), fine_tuned=(100, 300, 1000), seeds=(0, 1))
     real, *tasks = stages(one, ("ddim",))["super-resolution"]
     assert real == JudgeReal("sr")
     keys = [task.case(one, number, "test").key for task in tasks for number in task.sampled]
-    assert len(keys) == len(set(keys)) == 5 * (len(cells.SUPER_RESOLVED) + 5)
-    assert {(task.width, task.steps, task.pretrained) for task in tasks} == {
-        (width, steps, pretrained)
+    assert len(keys) == len(set(keys)) == 2 * 5 * (len(cells.SUPER_RESOLVED) + 5)
+    assert {(task.width, task.seed, task.steps, task.pretrained) for task in tasks} == {
+        (width, seed, steps, pretrained)
         for width in WORLD.widths
+        for seed in (0, 1)
         for steps in (100, 300, 1000)
         for pretrained in (True, False)
     }

@@ -32,7 +32,7 @@ from .training import CONTINUED, Recipe
 _STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, time"
 
 # What is done of the committed networks.
-_TRAINED = ("judge", "train", "distill", "super-resolution")
+_TRAINED = ("judge", "train")
 
 
 def main(
@@ -43,7 +43,7 @@ def main(
         Path | None, typer.Option(help="Folder of the networks. [default: weights in --out]")
     ] = None,
     committed: Annotated[
-        bool, typer.Option("--committed", help="Judge the networks of this repository; none is trained.")
+        bool, typer.Option("--committed", help="Take the judge and the family of this repository.")
     ] = False,
     latent: Annotated[
         int, typer.Option(help="Side of a latent, which chooses the family: 8 for a CPU, 16 for a GPU.")

@@ -6,9 +6,9 @@ latents would depend on how a library adds, and would be the latent of no scene.
 and a network sees these four channels after the four of the noised latent. It is told every caption, as the
 text-to-image networks know them, and samples without guidance.
 
-Two networks are trained for equally long on the same scenes, noise and timesteps: one from the weights of
-text-to-image, "w8-sr", whose first convolution gets four more input channels of zero weights, and one from drawn
-weights, "w8-sr-scratch".
+Two networks "w8-sr" are trained for equally long on the same scenes, noise and timesteps: one from the weights of
+text-to-image, whose first convolution gets four more input channels of zero weights, and one from drawn weights,
+whose records have the kind "scratch".
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class FineTune:
 
     @property
     def network(self) -> str:
-        return super_label(self.width, self.pretrained)
+        return super_label(self.width)
 
     def run(self, study: Study) -> None:
         folder = super_folder(study, self.width, self.seed, self.steps, self.pretrained)
@@ -124,7 +124,7 @@ class FineTune:
         return QualityCase(
             world=study.world.name,
             task="sr",
-            kind="diffusion",
+            kind="diffusion" if self.pretrained else "scratch",
             network=self.network,
             training_seed=self.seed,
             training_steps=self.steps,
@@ -144,17 +144,21 @@ class FineTune:
             network = drawn_network(study.world.config(self.width, IN_CHANNELS), self.seed, study.device)
         recipe = recipe_of(self.steps, self.pretrained)
         training = TrainingSuperResolution(study.world, network, self.seed, recipe, before=study.recipe.steps)
-        return trained(training, states / f"{self.network}-seed-{self.seed}-of-{self.steps}.pt")
-
-
-def super_label(width: int, pretrained: bool) -> str:
-    """What records call a network of super-resolution."""
-    return f"{label(width)}-sr" if pretrained else f"{label(width)}-sr-scratch"
+        return trained(training, states / f"{self.network}-seed-{self.seed}-{_of(self.steps, self.pretrained)}.pt")
 
 
 def super_folder(study: Study, width: int, seed: int, steps: int, pretrained: bool) -> Path:
     """Where a network of super-resolution lies after so many steps; its last part is its label."""
-    return study.further(Path(f"sr-of-{steps}", f"seed-{seed}", super_label(width, pretrained)))
+    return study.further(Path(f"sr-{_of(steps, pretrained)}", f"seed-{seed}", super_label(width)))
+
+
+def _of(steps: int, pretrained: bool) -> str:
+    return f"of-{steps}" if pretrained else f"of-{steps}-from-scratch"
+
+
+def super_label(width: int) -> str:
+    """What records call a network of super-resolution."""
+    return f"{label(width)}-sr"
 
 
 def fine_tunings(study: Study) -> list[FineTune]:
@@ -163,12 +167,13 @@ def fine_tunings(study: Study) -> list[FineTune]:
     return [
         FineTune(
             width,
-            study.seeds[0],
+            seed,
             steps,
             pretrained,
             cells.SUPER_RESOLVED if pretrained and steps == longest else cells.SUPER_RESOLVED_BRIEFLY,
         )
         for width in study.world.widths
+        for seed in study.seeds
         for steps in study.fine_tuned
         for pretrained in (True, False)
     ]

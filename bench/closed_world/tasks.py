@@ -12,7 +12,7 @@ from .distillation import Distill
 from .judge import ceiling, save_judge, trained_judge
 from .networks import label, network_folder, save_network, step_cost
 from .sampling import real_samples
-from .study import Study, judged_cell, judging, keep, kept, tuned_rates
+from .study import TUNED_ON, Study, judged_cell, judging, keep, kept, tuned_rates
 from .super_resolution import fine_tunings
 from .training import Training, drawn_network, trained
 
@@ -121,7 +121,10 @@ class JudgeRates:
 
 @dataclass(frozen=True)
 class JudgeStitched:
-    """Judges a trajectory whose steps different networks take, at the guidance chosen for the widest of them."""
+    """Judges a trajectory whose steps different networks take, at the guidance chosen for the widest of them.
+
+    On held-out prompts too, with the training that guidance is chosen by: the best of many is chosen there.
+    """
 
     widths: tuple[int, ...]
     seed: int
@@ -133,6 +136,8 @@ class JudgeStitched:
 
     def run(self, study: Study) -> None:
         rate = tuned_rates(study, max(self.widths), self.sampler)[len(self.widths)]
+        if self.seed == TUNED_ON:
+            judged_cell(study, study.case(self.widths, self.seed, self.sampler, rate, "held-out"), self.widths)
         case = study.case(self.widths, self.seed, self.sampler, rate, "test")
         judged_cell(study, case, self.widths, tuned=True)
 
@@ -177,7 +182,8 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
         ],
         "guidance": [JudgeRates(width, seeds[0], sampler, steps) for width in widths],
         "stitch": [
-            JudgeStitched((first,) * early + (second,) * (steps - early), seeds[0], "ddim")
+            JudgeStitched((first,) * early + (second,) * (steps - early), seed, "ddim")
+            for seed in seeds
             for first, second in cells.stitched_pairs(widths)
             for steps in cells.STITCHED_STEPS
             for early in sorted({round(part * steps) for part in cells.STITCHED_PARTS})

@@ -77,7 +77,7 @@ def notes_on_others(
 ) -> list[str]:
     """On the costs of generators of other kinds that `budget_grid` tells of."""
     others = world.others(sampler)
-    best = [best_other(others, unit, metric, row.cost) for row in rows]
+    best = [best_other(world, others, unit, metric, row.cost) for row in rows]
     return unit.stand_ins(of.cell for of in best if of is not None)
 
 
@@ -102,7 +102,7 @@ def budget_grid(
     cells: list[tuple[str, ...]] = []
     for row in rows:
         small = row.smaller[row.best]
-        other = best_other(others, unit, metric, row.cost)
+        other = best_other(world, others, unit, metric, row.cost)
         beside = None if other is None else at_seeds_of(other, row.winner, metric)
         better = {"smaller": row.best, "reference": reference, "open": "open"}[row.decided]
         cells.append(

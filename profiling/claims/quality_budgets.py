@@ -129,33 +129,42 @@ def _advantage(large: AffordedCell, small: AffordedCell, confidence: float) -> I
 def _afforded(
     world: ClosedWorld, of_network: Mapping[int, QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> AffordedCell | None:
-    """The cell that is best on held-out prompts, of those within the cost.
+    """The cell within the cost that is best on held-out prompts; without these that of the most steps."""
+    within = _within(of_network.values(), unit, metric, most)
+    chosen = best_on_held_out(world, within, metric)
+    return chosen or max(within, key=lambda of: of.cell.steps, default=None)
 
-    Without these that of the most steps: the best on the prompts that judge it would look better than it is.
-    """
-    within = {}
-    for steps, cell in of_network.items():
-        cost, figure = unit.cost(cell), metric.figure(cell)
-        if cost is not None and cost <= most * _ROUNDED and figure is not None:
-            within[steps] = AffordedCell(cell, figure)
-    return best_on_held_out(world, metric, within)
+
+def _within(
+    cells: Iterable[QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
+) -> list[AffordedCell]:
+    """The cells whose cost is known and within this one."""
+    affordable = [cell for cell in cells if (cost := unit.cost(cell)) is not None and cost <= most * _ROUNDED]
+    return figured(affordable, metric)
+
+
+def figured(cells: Iterable[QualityCell], metric: QualityMetric) -> list[AffordedCell]:
+    """The cells that have a figure, with it."""
+    return [AffordedCell(cell, figure) for cell in cells if (figure := metric.figure(cell)) is not None]
 
 
 def best_on_held_out(
-    world: ClosedWorld, metric: QualityMetric, within: Mapping[int, AffordedCell]
+    world: ClosedWorld, cells: Sequence[AffordedCell], metric: QualityMetric
 ) -> AffordedCell | None:
-    """Of a network's cells by their steps; null without any."""
-    if not within:
-        return None
-    chosen = {}
-    for steps, of in within.items():
+    """The cell of the best figure on held-out prompts; null unless all were judged on them.
+
+    The best on the prompts that judge it would look better than it is.
+    """
+    numbers = []
+    for of in cells:
         held_out = world.held_out(of.cell)
         figure = None if held_out is None else metric.figure(held_out)
         if figure is None:
-            return within[max(within)]
-        chosen[steps] = figure.number
+            return None
+        numbers.append(figure.number)
     # Of two that are alike the one with fewer steps.
-    return within[min(chosen, key=lambda steps: (chosen[steps], steps))]
+    ordered = sorted(zip(numbers, cells, strict=True), key=lambda each: (each[0], each[1].cell.steps))
+    return ordered[0][1] if ordered else None
 
 
 def _has_no_more(of_network: Mapping[int, QualityCell], unit: BudgetUnit, cost: float) -> bool:
@@ -166,17 +175,52 @@ def _has_no_more(of_network: Mapping[int, QualityCell], unit: BudgetUnit, cost: 
 
 
 def best_other(
-    others: Iterable[QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
+    world: ClosedWorld, others: Iterable[QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> AffordedCell | None:
-    """The best cell within a cost of generators that are none of the family: told, not judged."""
-    within = [
-        AffordedCell(cell, figure)
-        for cell in others
-        if (cost := unit.cost(cell)) is not None
-        and cost <= most * _ROUNDED
-        and (figure := metric.figure(cell)) is not None
-    ]
-    return min(within, key=lambda of: (of.figure.number, of.cell.network), default=None)
+    """The best cell within a cost of generators that are none of the family: told, not judged.
+
+    On held-out prompts; on those that judge it where some were not judged on these.
+    """
+    within = _within(others, unit, metric, most)
+    chosen = best_on_held_out(world, within, metric)
+    return chosen or min(within, key=lambda of: (of.figure.number, of.cell.network), default=None)
+
+
+@dataclass(frozen=True)
+class StitchedRow:
+    """A budget, in steps of the largest network, with the best single network and the best stitched trajectory.
+
+    Both are the best on held-out prompts. `advantage`: the single one's number less the stitched one's, at the
+    trainings that both have.
+    """
+
+    steps: int
+    cost: float
+    single: AffordedCell
+    stitched: AffordedCell
+    advantage: Interval
+
+
+def stitched_rows(world: ClosedWorld, sampler: str, unit: BudgetUnit, metric: QualityMetric) -> list[StitchedRow]:
+    """A row for each budget at which both were judged, and held out."""
+    cells = world.cells(sampler)
+    single = [cell for of in cells.values() for cell in of.values()]
+    stitched = [cell for cell in world.others(sampler) if cell.records[0].case.kind == "stitched"]
+    *_, reference = cells
+    rows = []
+    for steps in limits.QUALITY_BUDGETS:
+        base = cells[reference].get(steps)
+        cost = None if base is None else unit.cost(base)
+        if cost is None:
+            continue
+        best, shared = (
+            best_on_held_out(world, _within(of, unit, metric, cost), metric) for of in (single, stitched)
+        )
+        beside = None if best is None or shared is None else at_seeds_of(shared, best, metric)
+        if best is not None and shared is not None and beside is not None:
+            advantage = contrast((beside, shared.figure), lambda one, two: one - two)
+            rows.append(StitchedRow(steps, cost, AffordedCell(best.cell, beside), shared, advantage))
+    return rows
 
 
 def at_seeds_of(other: AffordedCell, winner: AffordedCell, metric: QualityMetric) -> PooledFigure | None:

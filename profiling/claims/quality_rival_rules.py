@@ -16,7 +16,7 @@ from .budget_words import advantage_text, judged_text, number_text
 from .catalogue import Claim
 from .closed_worlds import QUALITY_METRICS, Cells, ClosedWorld, QualityCell, QualityMetric
 from .pooled_figures import PooledFigure, contrast
-from .quality_budgets import AffordedCell, best_on_held_out
+from .quality_budgets import AffordedCell, best_on_held_out, figured
 from .quality_verdict import (
     cells_grid,
     conditions_of,
@@ -143,20 +143,16 @@ def _pairs(
                 continue
             cells = _at_seeds_of(rival.cell, family[own])
             best = _best(world, metric, cells)
-            few = {steps: cell for steps, cell in cells.items() if steps <= rival.cell.steps}
-            equal = _afforded(few[max(few)], metric) if few else None
+            few = figured((cell for steps, cell in cells.items() if steps <= rival.cell.steps), metric)
+            equal = max(few, key=lambda of: of.cell.steps, default=None)
             if best is not None:
                 yield name, RivalPair(rival, best, equal)
 
 
 def _best(world: ClosedWorld, metric: QualityMetric, by_steps: Mapping[int, QualityCell]) -> AffordedCell | None:
-    found = {steps: of for steps, cell in by_steps.items() if (of := _afforded(cell, metric)) is not None}
-    return best_on_held_out(world, metric, found)
-
-
-def _afforded(cell: QualityCell, metric: QualityMetric) -> AffordedCell | None:
-    figure = metric.figure(cell)
-    return None if figure is None else AffordedCell(cell, figure)
+    """The cell that is best on held-out prompts; without these that of the most steps."""
+    found = figured(by_steps.values(), metric)
+    return best_on_held_out(world, found, metric) or max(found, key=lambda of: of.cell.steps, default=None)
 
 
 def _at_seeds_of(rival: QualityCell, by_steps: Mapping[int, QualityCell]) -> dict[int, QualityCell]:

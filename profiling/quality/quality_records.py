@@ -46,9 +46,9 @@ class QualityCase(BaseModel):
     """What was sampled: hashable, and equal when all that is judged is equal.
 
     world             the distribution, with the size of its latents and its version: "scenes-8x8-v1"
-    kind              of generator; "scratch" is a network of task "sr" that was trained from drawn weights, where
-                      "diffusion" of that task began with the weights of text-to-image; "real" is real samples
-                      against real: the floor of every distance and the ceiling of the judge
+    kind              of generator; "scratch" is a diffusion network that began with drawn weights where others
+                      begin with pre-trained ones; "real" is real samples against real: the floor of every distance
+                      and the ceiling of the judge
     network           the label that trajectory records of the same network have (`Record.case.label`); of
                       "stitched" `stitched_label` of what it takes; "real"
     training_seed, training_steps    of the network; 0 of "real". One seed is the same data in the same order for
