@@ -18,7 +18,8 @@ from closed_world.options import OptionsError, hold_to
 from closed_world.pool import run_all
 from closed_world.study import Study, kept
 from closed_world.tasks import JudgeReal, TrainJudge, stages
-from closed_world_tasks import Leaves, Stopped, TellsBlocked
+from closed_world_tasks import Leaves, Stopped, TellsBlocked, WaitsForTheBar
+from rich.progress import Progress
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -50,6 +51,7 @@ def test_the_help_names_every_stage():
         (("--samples", 3), "--samples"),
         (("--fine-tuned", "100,0"), "no numbers of steps: 100,0"),
         (("--distill-steps", 0), "--distill-steps"),
+        (("--gan-steps", 0), "--gan-steps"),
         (("--committed", "--weights", "w"), "leave --weights out"),
         (("--committed", "--only", "train"), "no stage train: give some of tune"),
         (("--committed", "--seeds", 4), "is not there: give fewer --seeds"),
@@ -105,6 +107,24 @@ def test_a_stopped_worker_takes_no_other_task_and_prints_nothing(by, tmp_path, c
         run_all("judge", [Leaves(), Stopped(by)], Study(tmp_path, tmp_path, "a" * 32), workers=1)
     assert not (tmp_path / "left").exists()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_bar_moves_within_a_task(tmp_path, monkeypatch):
+    """By the share of its cost; a task that tells nothing counts when it ends."""
+    shown = []
+    update = Progress.update
+
+    def watched(self, bar, *, completed):
+        shown.append(completed)
+        if completed >= 1.5:
+            (tmp_path / "seen").touch()
+        update(self, bar, completed=completed)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    run_all("judge", [Leaves(), WaitsForTheBar()], Study(tmp_path, tmp_path, "a" * 32), workers=1)
+    assert 1.5 in shown
+    assert shown == sorted(shown)
+    assert shown[-1] == 4.0
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from .pool import run_all
 from .study import Study
 from .super_resolution import super_folder
 from .tasks import stages
-from .training import CONTINUED, Recipe
+from .training import ADVERSARIAL, CONTINUED, Recipe
 
-_STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, time"
+_STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, gan, time"
 
 # What is done of the committed networks.
 _TRAINED = ("judge", "train")
@@ -63,6 +63,9 @@ def main(
     fine_tuned: Annotated[str, typer.Option(help="Training steps of super-resolution.")] = ",".join(
         map(str, cells.FINE_TUNED)
     ),
+    gan_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of each generator of a GAN.")
+    ] = ADVERSARIAL.steps,
     samples: Annotated[
         int, typer.Option(min=FEWEST, help="Images that each network, sampler and number of steps is judged by.")
     ] = cells.SAMPLES,
@@ -94,6 +97,7 @@ def main(
         Recipe(steps=steps),
         distilling=replace(CONTINUED, steps=distill_steps),
         fine_tuned=tuple(sorted(set(map(int, fine_tuned.split(","))))),
+        adversarial=replace(ADVERSARIAL, steps=gan_steps),
         seeds=tuple(range(seeds)),
         samples=samples,
         held_out=held_out,

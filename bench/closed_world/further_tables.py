@@ -10,6 +10,7 @@ from ldmperf.profiling.claims.closed_worlds import ClosedWorld, QualityCell, clo
 from ldmperf.profiling.claims.quality_budgets import StitchedRow, best_on_held_out, figured, stitched_rows
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, budget_units
 from ldmperf.profiling.figures import overview
+from ldmperf.profiling.quality import QualityRecord
 from ldmperf.profiling.record_files import gather
 
 from . import cells as grid
@@ -120,7 +121,7 @@ def _beside(row: StitchedRow | None) -> str:
 
 def _pretrained(world: ClosedWorld) -> str:
     """Super-resolution by length of training, from text-to-image's weights and from drawn ones."""
-    columns: dict[int, dict[tuple[str, str], list]] = {}
+    columns: dict[int, dict[tuple[str, str], list[QualityRecord]]] = {}
     for record in world.records:
         case = record.case
         if case.kind in ("diffusion", "scratch") and case.split == "test" and case.steps == _SHARED_STEPS:

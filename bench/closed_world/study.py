@@ -27,8 +27,9 @@ from . import cells
 from .family import WORLDS, World
 from .judging import RESAMPLES, Judging
 from .networks import forward_gflop, label, load_network, network_folder, parameters
+from .progress import Tell, to_nobody
 from .sampling import Prompts, Split, plan_of, sampled
-from .training import CONTINUED, Recipe
+from .training import ADVERSARIAL, CONTINUED, Recipe
 
 # The training seed by whose networks the guidance of a cell is chosen.
 TUNED_ON = 0
@@ -42,7 +43,9 @@ class Study:
     weights    the judge and the trained networks
     distilling           how a round of distillation is trained
     fine_tuned           steps of super-resolution's trainings
+    adversarial          how a GAN is trained
     samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
+    tell                 takes how much of a task is done
     """
 
     folder: Path
@@ -53,9 +56,11 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     distilling: Recipe = CONTINUED
     fine_tuned: tuple[int, ...] = cells.FINE_TUNED
+    adversarial: Recipe = ADVERSARIAL
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = cells.SAMPLES
     held_out: int = cells.HELD_OUT
+    tell: Tell = field(default=to_nobody, compare=False)
 
     @property
     def world(self) -> World:
@@ -96,15 +101,20 @@ class Study:
         )
 
 
-def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
+def tuned_rates(study: Study, width: int, sampler: str, tell: Tell = to_nobody) -> dict[int, float]:
     """The guidance of each number of steps: that of the least Frechet distance on held-out prompts."""
     found: dict[int, float] = {}
     start = 2.0
+    whole = sum(cells.STEPS[sampler])
     for steps in cells.STEPS[sampler]:
+        asked: list[float] = []
 
-        def score(rate: float, steps: int = steps) -> float:
+        def score(rate: float, steps: int = steps, asked: list[float] = asked) -> float:
             case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
             record = judged_cell(study, case, [width] * steps)
+            asked.append(rate)
+            # How many rates a search asks for is not known before it ends.
+            tell((sum(found) + steps * len(asked) / (len(asked) + 1)) / whole)
             return float("inf") if record.frechet is None else record.frechet.value
 
         start = found[steps] = cells.climbed(score, start)
@@ -141,23 +151,38 @@ def judged(
     prompts, plan = Prompts.of(case.split, case.samples), plan_of(case.sampler, case.steps)
     latents = sampled(networks, study.world, plan, prompts, case.guidance_scale, beside=beside)
     forward = {network: forward_gflop(network.config, study.latent) for network in dict.fromkeys(networks)}
-    record = judging(study).record(
+    return judged_latents(
+        study,
         case,
         latents,
-        prompts.factors,
-        resamples=RESAMPLES if case.split == "test" else 0,
+        prompts,
         tuned=tuned,
         takes=takes,
         parameters=sum(map(parameters, forward)),
         gflop_per_image=sum(forward[network] for network in networks) * (2 if case.guided else 1),
         training_gflop=training_gflop,
     )
+
+
+def judged_latents(
+    study: Study, case: QualityCase, latents: Tensor, prompts: Prompts, **known: object
+) -> QualityRecord:
+    """The record of samples [n, 4, h, w] of those prompts, whatever made them, judged and kept now.
+
+    known    the record's other fields
+    """
+    resamples = RESAMPLES if case.split == "test" else 0
+    record = judging(study).record(case, latents, prompts.factors, resamples=resamples, **known)
     keep(study, record)
     return record
 
 
 def family_gflop(study: Study, width: int) -> float:
-    """GFLOP of the training of a network of the family; a backward takes twice its forward."""
+    """GFLOP of the training of a network of the family; a backward takes twice its forward.
+
+    A forward is that of `forward_gflop`: the conditioning on timestep and caption, which training computes in
+    every step, is not counted. It is about a hundredth of the rest.
+    """
     recipe = study.recipe
     return 3 * forward_gflop(study.world.config(width), study.latent) * recipe.batch * recipe.steps
 

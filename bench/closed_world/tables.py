@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldmperf.profiling.claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, closed_worlds
 from ldmperf.profiling.claims.limits import BUDGET_STEPS
-from ldmperf.profiling.claims.pooled_figures import contrast
+from ldmperf.profiling.claims.pooled_figures import PooledFigure, contrast
 from ldmperf.profiling.claims.quality_budgets import BudgetRow, at_seeds_of, best_other, budget_rows
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, TimeBudget, budget_units
 from ldmperf.profiling.figures import overview
@@ -16,6 +16,8 @@ from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined
 from ldmperf.profiling.measure.conditions import commit
 from ldmperf.profiling.record_files import gather
+
+from . import cells as grid
 
 SAMPLER = "ddim"
 FRECHET = QUALITY_METRICS[0]
@@ -27,8 +29,8 @@ def tables(path: Path) -> str:
     (world,) = [world for world in closed_worlds(found.qualities) if world.task == "t2i"]
     times = overview(found.trajectories)
     units = budget_units(world, times)
-    parts = [_measured(world), _costs(world, units), frontier(world), budgets(world, units)]
-    return "\n\n".join(parts)
+    parts = [_measured(world), _costs(world, units), frontier(world), _factors(world), budgets(world, units)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _measured(world: ClosedWorld) -> str:
@@ -107,6 +109,34 @@ def range_text(cell: QualityCell) -> str:
     found = contrast((figure,), lambda number: number)
     low, value, high = (figure.scale.back(number) for number in (found.low, found.value, found.high))
     return f"**{value:.2f}** ({low:.2f} to {high:.2f})"
+
+
+def _factors(world: ClosedWorld) -> str:
+    """The share of each factor that the judge reads right at one number of steps; "" where no record has it."""
+    _, steps = grid.VARIED
+    found = {name: of[steps] for name, of in world.cells(SAMPLER).items() if steps in of}
+    real = [record for record in world.records if record.case.kind == "real"]
+    if real:
+        found["real scenes"] = QualityCell(tuple(real[:1]))
+    records = [record for cell in found.values() for record in cell.records]
+    names = list(dict.fromkeys(name for record in records for name in record.factors))
+    if not names:
+        return ""
+    rows = [[network, *(_share(cell.factor(name)) for name in names)] for network, cell in found.items()]
+    title = (
+        f"**Alignment of each factor** at {steps} steps: the share that the judge reads right, in percent, with "
+        "its 95% interval over samples and seeds. The records do not tell whether the seeds err on the same "
+        "samples; the interval takes it that they do, and is the wider for it."
+    )
+    return f"{textwrap.fill(title, 125)}\n\n{table(['network', *names], rows)}"
+
+
+def _share(figure: PooledFigure | None) -> str:
+    if figure is None:
+        return "-"
+    found = contrast((figure,), lambda number: number)
+    low, value, high = (100 * figure.scale.back(number) for number in (found.low, found.value, found.high))
+    return f"**{value:.1f}** ({low:.1f} to {high:.1f})"
 
 
 def budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:

@@ -20,6 +20,7 @@ from ldmperf.model import UNet, UNetConfig
 from .captions import embedded
 from .data import Batch, Source
 from .family import SCHEDULE, World
+from .progress import Tell, to_nobody
 
 # A seed's scenes; those of judging and of prompts are other seeds (`judge`, `judging`, `sampling`).
 _FIRST_SEED = 1000
@@ -37,6 +38,7 @@ class Recipe:
     weight_decay: float = 0.01
     averaging: float = 0.995
     untold: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 1 on."""
@@ -47,6 +49,9 @@ class Recipe:
 
 # Of a network that is trained already: smaller steps, and every caption is told, as it samples without guidance.
 CONTINUED = Recipe(steps=400, learning_rate=2e-3, last_rate=2e-5, warmup=20, untold=0.0)
+
+# Of a generator against a discriminator, both of which change under the other: no momentum, no decay of weights.
+ADVERSARIAL = Recipe(learning_rate=2e-3, last_rate=2e-5, weight_decay=0.0, untold=0.0, betas=(0.0, 0.99))
 
 
 def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
@@ -71,7 +76,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             recipe.learning_rate,
-            betas=(0.9, 0.99),
+            betas=recipe.betas,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
@@ -118,7 +123,7 @@ class Training:
         alpha = self._alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self._alphas[timesteps]).sqrt()[:, None, None, None]
         seen = self._input(alpha * latents + sigma * noise, number)
-        predicted = self.network(seen, timesteps.float(), context)
+        predicted: Tensor = self.network(seen, timesteps.float(), context)
         return (predicted - (alpha * noise - sigma * latents)).square().mean()
 
     @torch.no_grad()
@@ -149,12 +154,13 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def trained(training: Training, keep: Path, *, every: int = 200) -> Training:
+def trained(training: Training, keep: Path, *, every: int = 200, tell: Tell = to_nobody) -> Training:
     """The training at its end; its state goes to the file `keep` every so many steps, and comes from there."""
     if keep.exists():
         training.restore(torch.load(keep, map_location=training._device, weights_only=True))
     while training.done < training.recipe.steps:
         training.step()
+        tell(training.done / training.recipe.steps)
         if training.done % every == 0 or training.done == training.recipe.steps:
             whole = keep.with_suffix(".part")
             torch.save(training.state(), whole)

@@ -104,6 +104,11 @@ class QualityCell:
         estimates = ((r.case.training_seed, r.case.samples, r.estimates[field]) for r in self.records)
         return PooledFigure.of(self.network, scale, estimates)
 
+    def factor(self, name: str) -> PooledFigure | None:
+        """The share of a factor that the judge reads right, over the seeds; null where a seed has none."""
+        shares = ((r.case.training_seed, r.case.samples, r.factors.get(name)) for r in self.records)
+        return PooledFigure.of_shares(self.network, shares)
+
 
 Cells = Mapping[str, Mapping[int, QualityCell]]
 
