@@ -78,6 +78,9 @@ class QualityCase(BaseModel):
     def label(self) -> str:
         """A short name, without the world and the number of samples."""
         parts = [self.network]
+        if self.kind in ("scratch", "distilled"):
+            # It has the label of another case's network.
+            parts.append(self.kind)
         if self.kind != "real":
             guidance = f"guidance {self.guidance_scale:g}" if self.guided else "no guidance"
             parts += [self.sampler, f"{self.steps} steps", guidance, f"seed {self.training_seed}"]
