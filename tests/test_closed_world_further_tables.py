@@ -110,8 +110,9 @@ def test_super_resolution_has_both_beginnings_by_length(tmp_path: Path, make_qua
         for kind, values in (("diffusion", (3.0, 2.0)), ("scratch", (9.0, 4.0)))
         for length, value in zip((100, 1000), values, strict=True)
         for seed in SEEDS
+        if (kind, length) != ("scratch", 100)
     ]
     QualityStore(tmp_path / "quality.jsonl").append(*records)
     told = rows(tables(tmp_path), "network | began")
     assert [cell[:8] for cell in told["w8-sr text-to-image"]] == ["**3.00**", "**2.00**"]
-    assert [cell[:8] for cell in told["w8-sr drawn"]] == ["**9.00**", "**4.00**"]
+    assert [cell[:8] for cell in told["w8-sr drawn"]] == ["-", "**4.00**"]

@@ -130,9 +130,9 @@ def _pretrained(world: ClosedWorld) -> str:
     rows = []
     for name in world.networks:
         for kind in ("diffusion", "scratch"):
-            figures = [QualityCell(tuple(columns[n][name, kind])) for n in lengths if (name, kind) in columns[n]]
+            found = [columns[length].get((name, kind)) for length in lengths]
             told = "text-to-image" if kind == "diffusion" else "drawn"
-            rows.append([name, told, *(range_text(cell) for cell in figures)])
+            rows.append([name, told, *("-" if of is None else range_text(QualityCell(tuple(of))) for of in found)])
     heads = ["network", "began with weights", *(f"{number} steps of training" for number in lengths)]
     title = (
         f"**Super-resolution**: the Frechet distance at {_SHARED_STEPS} steps, with its 95% interval over samples "
