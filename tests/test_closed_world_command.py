@@ -11,12 +11,15 @@ from pathlib import Path
 
 import closed_world.__main__
 import pytest
+from closed_world import cells
 from closed_world.__main__ import _STAGES
+from closed_world.adversarial import gan_folder
 from closed_world.judge import JudgeError
 from closed_world.networks import COMMITTED
 from closed_world.options import OptionsError, hold_to
 from closed_world.pool import run_all
 from closed_world.study import Study, kept
+from closed_world.super_resolution import super_folder
 from closed_world.tasks import JudgeReal, TrainJudge, stages
 from closed_world_tasks import Leaves, Stopped, TellsBlocked, WaitsForTheBar
 from rich.progress import Progress
@@ -125,6 +128,23 @@ def test_the_bar_moves_within_a_task(tmp_path, monkeypatch):
     assert 1.5 in shown
     assert shown == sorted(shown)
     assert shown[-1] == 4.0
+
+
+def test_what_is_trained_is_timed_too(tmp_path, monkeypatch):
+    """A GAN's pass as DDIM without guidance; nothing of networks that are not all there."""
+    one, asked = Study(tmp_path, tmp_path / "weights", "a" * 32), []
+    monkeypatch.setattr(closed_world.__main__, "_profile", lambda study, *words: asked.append(words))
+    closed_world.__main__._time(one)
+    assert [words[1] for words in asked] == ["t2i", "t2i"]
+    for width in one.world.widths:
+        gan_folder(one, width, 0).mkdir(parents=True)
+    super_folder(one, 8, 0, 1000, True).mkdir(parents=True)
+    asked.clear()
+    closed_world.__main__._time(one)
+    family, gans, *_ = asked
+    assert (family[1:3], gans[1:4]) == (("t2i", "1,2"), ("t2i", "1", ("ddim",)))
+    assert [folder.name for folder in gans[0]] == [f"w{width}-gan" for width in one.world.widths]
+    assert len(asked) == 2 * len(cells.TIMED)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import typer
 from ldmperf.profiling.measure.recorded import new_run_id
 
 from . import cells
+from .adversarial import gan_folder
 from .captions import TOKENS
 from .family import WORLDS
 from .judge import JudgeError, ceiling, load_judge
@@ -165,15 +166,17 @@ def _tell_ceiling(study: Study) -> None:
 def _time(study: Study) -> None:
     """The cost of the networks' steps by the project's own profiler: an image alone, and one in a batch.
 
-    Students have the times of their teachers. Of super-resolution, once it is trained, DDIM is timed.
+    Students have the times of their teachers. Of super-resolution and of GANs, once they are trained, DDIM is
+    timed, one step of which is a GAN's pass.
     """
     widths, seed, weights = study.world.widths, study.seeds[0], study.weights
     for batch, (samplers, steps) in cells.TIMED.items():
         family = [network_folder(weights, width, seed) for width in widths]
         _profile(study, family, "t2i", "1,2", samplers, steps, batch)
         wider = [super_folder(study, width, seed, max(study.fine_tuned), True) for width in widths]
-        if all(folder.exists() for folder in wider):
-            _profile(study, wider, "sr", "1", ("ddim",), steps, batch)
+        for task, folders in (("sr", wider), ("t2i", [gan_folder(study, width, seed) for width in widths])):
+            if all(folder.exists() for folder in folders):
+                _profile(study, folders, task, "1", ("ddim",), steps, batch)
 
 
 def _profile(
