@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ldmperf.profiling.claims.closed_worlds import ClosedWorld, QualityCell, closed_worlds
-from ldmperf.profiling.claims.quality_budgets import StitchedRow, best_on_held_out, figured, stitched_rows
+from ldmperf.profiling.claims.quality_budgets import StitchedRow, best_or_longest, figured, stitched_rows
+from ldmperf.profiling.claims.quality_rival_rules import RIVAL_KINDS
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, budget_units
 from ldmperf.profiling.figures import overview
-from ldmperf.profiling.quality import QualityRecord
+from ldmperf.profiling.quality import Generator
 from ldmperf.profiling.record_files import gather
 
 from . import cells as grid
 from .tables import FRECHET, SAMPLER, budgets, frontier, quality_text, range_text, table, unit_text
 
+# With what weights a network of super-resolution began.
+_BEGINNINGS: Mapping[Generator, str] = {"diffusion": "text-to-image", "scratch": "drawn"}
 # The steps that every network of super-resolution was sampled with.
 _SHARED_STEPS = grid.SUPER_RESOLVED_BRIEFLY[0]
 # Of generators that have no table of their own.
-_KINDS = {"distilled": "distilled", "gan": "GAN", "vae": "VAE", "masked-transformer": "masked transformer"}
+_KINDS: Mapping[Generator, str] = {"distilled": "distilled", **RIVAL_KINDS}
 
 
 def tables(path: Path) -> str:
@@ -39,14 +42,17 @@ def tables(path: Path) -> str:
 
 def _others(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     """Each network of another kind, with the least cost at which one of the family is as good."""
-    cells: dict[tuple[str, str], list[QualityCell]] = {}
+    cells: dict[tuple[Generator, str], list[QualityCell]] = {}
     for cell in world.others(SAMPLER):
         if cell.kind in _KINDS:
             cells.setdefault((cell.kind, cell.network), []).append(cell)
     family = [cell for of in world.cells(SAMPLER).values() for cell in of.values()]
     rows = []
     for (kind, name), of in sorted(cells.items(), key=lambda each: (each[0][0], _parameters(each[1]))):
-        cell = _best(world, of)
+        best = best_or_longest(world, figured(of, FRECHET), FRECHET)
+        if best is None:
+            continue
+        cell = best.cell
         costs = [_least(cell, family, unit) for unit in units]
         rows.append([_KINDS[kind], name, f"{_parameters(of):,}", str(cell.steps), quality_text(cell), *costs])
     if not rows:
@@ -62,12 +68,6 @@ def _others(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
 
 def _parameters(cells: Sequence[QualityCell]) -> int:
     return cells[0].records[0].parameters or 0
-
-
-def _best(world: ClosedWorld, cells: Sequence[QualityCell]) -> QualityCell:
-    """The best on held-out prompts; without these that of the most steps."""
-    chosen = best_on_held_out(world, figured(cells, FRECHET), FRECHET)
-    return max(cells, key=lambda cell: cell.steps) if chosen is None else chosen.cell
 
 
 def _least(cell: QualityCell, family: Sequence[QualityCell], unit: BudgetUnit) -> str:
@@ -121,18 +121,16 @@ def _beside(row: StitchedRow | None) -> str:
 
 def _pretrained(world: ClosedWorld) -> str:
     """Super-resolution by length of training, from text-to-image's weights and from drawn ones."""
-    columns: dict[int, dict[tuple[str, str], list[QualityRecord]]] = {}
-    for record in world.records:
-        case = record.case
-        if case.kind in ("diffusion", "scratch") and case.split == "test" and case.steps == _SHARED_STEPS:
-            columns.setdefault(case.training_steps, {}).setdefault((case.network, case.kind), []).append(record)
-    lengths = sorted(columns)
-    rows = []
-    for name in world.networks:
-        for kind in ("diffusion", "scratch"):
-            found = [columns[length].get((name, kind)) for length in lengths]
-            told = "text-to-image" if kind == "diffusion" else "drawn"
-            rows.append([name, told, *("-" if of is None else range_text(QualityCell(tuple(of))) for of in found)])
+    of = {
+        (name, kind): world.trainings(name, SAMPLER, _SHARED_STEPS, kind)
+        for name in world.networks
+        for kind in _BEGINNINGS
+    }
+    lengths = sorted({length for cells_of in of.values() for length in cells_of})
+    rows = [
+        [name, _BEGINNINGS[kind], *(range_text(by[n]) if n in by else "-" for n in lengths)]
+        for (name, kind), by in of.items()
+    ]
     heads = ["network", "began with weights", *(f"{number} steps of training" for number in lengths)]
     title = (
         f"**Super-resolution**: the Frechet distance at {_SHARED_STEPS} steps, with its 95% interval over samples "

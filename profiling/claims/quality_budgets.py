@@ -129,10 +129,15 @@ def _advantage(large: AffordedCell, small: AffordedCell, confidence: float) -> I
 def _afforded(
     world: ClosedWorld, of_network: Mapping[int, QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> AffordedCell | None:
-    """The cell within the cost that is best on held-out prompts; without these that of the most steps."""
-    within = _within(of_network.values(), unit, metric, most)
-    chosen = best_on_held_out(world, within, metric)
-    return chosen or max(within, key=lambda of: of.cell.steps, default=None)
+    return best_or_longest(world, _within(of_network.values(), unit, metric, most), metric)
+
+
+def best_or_longest(
+    world: ClosedWorld, cells: Sequence[AffordedCell], metric: QualityMetric
+) -> AffordedCell | None:
+    """The cell that is best on held-out prompts; without these that of the most steps."""
+    chosen = best_on_held_out(world, cells, metric)
+    return chosen or max(cells, key=lambda of: of.cell.steps, default=None)
 
 
 def _within(
@@ -205,7 +210,7 @@ def stitched_rows(world: ClosedWorld, sampler: str, unit: BudgetUnit, metric: Qu
     """A row for each budget at which both were judged, and held out."""
     cells = world.cells(sampler)
     single = [cell for of in cells.values() for cell in of.values()]
-    stitched = [cell for cell in world.others(sampler) if cell.records[0].case.kind == "stitched"]
+    stitched = [cell for cell in world.others(sampler) if cell.kind == "stitched"]
     *_, reference = cells
     rows = []
     for steps in limits.QUALITY_BUDGETS:

@@ -16,7 +16,7 @@ from .budget_words import advantage_text, judged_text, number_text
 from .catalogue import Claim
 from .closed_worlds import QUALITY_METRICS, Cells, ClosedWorld, QualityCell, QualityMetric
 from .pooled_figures import PooledFigure, contrast
-from .quality_budgets import AffordedCell, best_on_held_out, figured
+from .quality_budgets import AffordedCell, best_or_longest, figured
 from .quality_verdict import (
     cells_grid,
     conditions_of,
@@ -150,9 +150,7 @@ def _pairs(
 
 
 def _best(world: ClosedWorld, metric: QualityMetric, by_steps: Mapping[int, QualityCell]) -> AffordedCell | None:
-    """The cell that is best on held-out prompts; without these that of the most steps."""
-    found = figured(by_steps.values(), metric)
-    return best_on_held_out(world, found, metric) or max(found, key=lambda of: of.cell.steps, default=None)
+    return best_or_longest(world, figured(by_steps.values(), metric), metric)
 
 
 def _at_seeds_of(rival: QualityCell, by_steps: Mapping[int, QualityCell]) -> dict[int, QualityCell]:
