@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from batch_invariance_table import table as calls_table
+from closed_world import further_tables
 from closed_world import tables as closed_world
 from markers import with_blocks
 
@@ -230,6 +231,7 @@ def with_figures(page: str) -> str:
         "gate": gate,
         "batch-invariance": batch_invariance,
         "closed-world": lambda marker: closed_world.tables(ROOT / marker.split()[0]),
+        "closed-world-further": lambda marker: further_tables.tables(ROOT / marker.split()[0]),
         "closed-world-sentence": lambda marker: closed_world.sentence(ROOT / marker.split()[0]),
     }
     return with_blocks(page, writers)

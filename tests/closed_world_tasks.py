@@ -12,14 +12,30 @@ from closed_world.study import Study
 
 @dataclass(frozen=True)
 class Stopped:
-    """Ends its own worker by a signal."""
+    """Ends its own worker by a signal when half of it is done."""
 
     by: signal.Signals
     cost: float = 2.0
 
     def run(self, study: Study) -> None:
+        study.tell(0.5)
         os.kill(os.getpid(), self.by)
         time.sleep(60)
+
+
+@dataclass(frozen=True)
+class WaitsForTheBar:
+    """Ends when a file says that its half was seen; after a minute without, it fails."""
+
+    cost: float = 3.0
+
+    def run(self, study: Study) -> None:
+        study.tell(0.5)
+        for _ in range(600):
+            if (study.folder / "seen").exists():
+                return
+            time.sleep(0.1)
+        raise TimeoutError("half of the task was never on the bar")
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ def estimate(value: float, rng: Any = None, noise: float = 0.02, count: int = 20
 def world(make_quality: Make, value: Quality = as_the_paper_says, *, seeds: Sequence[int] = (0,),
           noise: float = 0.01, networks: Sequence[str] = tuple(NETWORKS), steps: Sequence[int] = STEPS,
           count: int = 200, frechet: Quality | None = None, kid_offset: float = 0.0,
-          between: float = 0.0, **changes: Any) -> list[QualityRecord]:  # fmt: skip
+          between: float = 0.0, draw: int = 7, **changes: Any) -> list[QualityRecord]:  # fmt: skip
     """A family, every network at every step count; `frechet` replaces that metric alone.
 
-    between: by what factor seeds differ. noise: of the replicates.
+    between: by what factor seeds differ. noise: of the replicates; with the same `draw` it is the same.
     """
-    rng = numpy.random.default_rng(7)
+    rng = numpy.random.default_rng(draw)
     found = []
     for name in networks:
         for seed in seeds:
@@ -99,6 +99,40 @@ def both(
 ) -> list[QualityRecord]:
     """The family under two samplers."""
     return world(make_quality, ddim, **changes) + world(make_quality, ddpm, sampler="ddpm", **changes)
+
+
+def fine_tuned(make_quality: Make, value: Callable[[str, str, int], float],
+               trained: Sequence[int] = (100, 300, 1000), kinds: Sequence[str] = ("diffusion", "scratch"),
+               steps: Sequence[int] = (16,), **changes: Any) -> list[QualityRecord]:  # fmt: skip
+    """Networks of super-resolution of both beginnings; `value` of kind, network and training steps."""
+    found = []
+    for kind in kinds:
+        for count in trained:
+            of_case = {"task": "sr", "guidance_scale": 1.0, "kind": kind, "training_steps": count} | changes
+            of_case["draw"] = len(found) + 8
+            found += world(make_quality, lambda name, _, at=(kind, count): value(at[0], name, at[1]),
+                           steps=steps, **of_case)  # type: ignore[misc]  # fmt: skip
+    return found
+
+
+def students(make_quality: Make, value: Callable[[str], float], steps: int = 4,
+             **changes: Any) -> list[QualityRecord]:  # fmt: skip
+    """Distilled networks: without guidance a step is one forward."""
+    of_case = {"kind": "distilled", "guidance_scale": 1.0, "training_steps": 800, "draw": 8} | changes
+    made = world(make_quality, lambda name, _: value(name), steps=(steps,), **of_case)
+    return [record.model_copy(update={"gflop_per_image": record.gflop_per_image / 2}) for record in made]
+
+
+def rival(make_quality: Make, value: float, network: str = "w8-gan", steps: int = 1, kind: str = "gan",
+          parameters: int | None = 11_000, **changes: Any) -> QualityRecord:  # fmt: skip
+    rng = numpy.random.default_rng(steps)
+    figures = {
+        name: estimate(share * value, rng, 0.01)
+        for name, share in (("frechet", 1.0), ("kid", 0.01), ("sliced_wasserstein", 0.1))
+    }
+    sampler = "masked" if kind == "masked-transformer" else "none"
+    of_case = {"kind": kind, "sampler": sampler, "guidance_scale": 1.0, "parameters": parameters}
+    return make_quality(network, steps, **(figures | of_case | changes))
 
 
 def sweep(make_quality: Make, quality: Callable[[float], float], alignment: Callable[[float], float],

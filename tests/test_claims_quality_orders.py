@@ -19,8 +19,11 @@ from quality_worlds import (
     both,
     by_metric,
     estimate,
+    fine_tuned,
     judged,
+    rival,
     rows,
+    students,
     sweep,
     times,
     world,
@@ -57,7 +60,19 @@ def test_an_order_that_turns_round_does_not_hold_and_noise_leaves_it_open(make_q
     for verdict in judged(flat, "sampler-independent"):
         assert verdict.finding == "not measured"
         assert verdict.sentence.startswith("needs two networks that differ beyond noise; none of 10 pairs does")
-    assert judged(world(make_quality), "sampler-independent") == ()
+
+
+def test_one_sampler_needs_a_second_and_no_times(make_quality: Make, make_record: MakeRecord) -> None:
+    for records in ([], times(make_record)):
+        (verdict,) = judged(world(make_quality), "sampler-independent", records)
+        assert verdict.finding == "not measured"
+        assert (
+            verdict.sentence == "needs quality under a second sampler, at the same steps; there is none but ddim's"
+        )
+        assert rows(verdict)[0] == {"network": "w8", "steps": "1, 2, 3, 4, 6, 8, 12, 16, 25, 50"}
+    (told,) = (of for of in judge([], world(make_quality)) if of.claim.id == "sampler-independent")
+    assert len(told.verdicts) == 1
+    assert judged(world(make_quality, task="sr"), "sampler-independent") == ()
 
 
 # Guidance
@@ -68,8 +83,12 @@ def test_quality_that_moves_more_than_alignment_holds(make_quality: Make) -> Non
     for verdict in judged(records, "cfg-quality-not-alignment"):
         assert verdict.finding == "holds"
         assert "between guidance 1.5 and 8 at 50 steps" in verdict.sentence
-        assert "moves by a factor of 5.33x" in verdict.sentence
-        assert "more than both" in verdict.sentence
+        assert " of the w8 changes 5.33x, the share of factors that is right 1.04x and " in verdict.sentence
+        assert (
+            "the share that is wrong 1.20x; the first over the larger of the others is least there (4.43x, "
+            in (verdict.sentence)
+        )
+        assert "a bound over 2 networks; above 1 holds)" in verdict.sentence
         assert [row["guidance"] for row in rows(verdict)][:6] == ["1", "1.5", "2", "4", "8", "range"]
         # 8 / 1.5 over errors of 0.1925 and 0.16.
         assert verdict.judged is not None
@@ -80,13 +99,31 @@ def test_quality_that_moves_less_does_not_hold_and_scales_that_disagree_are_told
     less = sweep(make_quality, lambda rate: 1 + 0.001 * rate, lambda rate: 0.3 + 0.05 * rate)
     for verdict in judged(less, "cfg-quality-not-alignment"):
         assert verdict.finding == "does not hold"
-        assert "less than both" in verdict.sentence
+        assert "disagree" not in verdict.sentence
+        assert "not more than" not in verdict.sentence
     # Errors go from 0.0425 to 0.01, 4.25x; the alignment itself by 1.03x; the metric by 1.5x.
     split = sweep(make_quality, lambda rate: 1 + rate / 10, lambda rate: 0.95 + 0.005 * rate)
     for verdict in judged(split, "cfg-quality-not-alignment"):
         assert verdict.finding == "does not hold"
-        assert "the two scales disagree: more than that of the alignment itself (1.03x" in verdict.sentence
-        assert "not more than that of its errors (4.25x" in verdict.sentence
+        said = (
+            "right 1.03x and the share that is wrong 4.25x: more than the share that is right, not more than the "
+        )
+        assert f"{said}share that is wrong; " in verdict.sentence
+    # Without replicates there is no interval, and none is printed.
+    none = [
+        record.model_copy(
+            update={
+                name: figure.model_copy(update={"replicates": ()})
+                for name, figure in record.estimates.items()
+                if figure is not None
+            }
+        )
+        for record in split
+    ]
+    for verdict in judged(none, "cfg-quality-not-alignment"):
+        assert verdict.finding == "undecided"
+        assert "least there (0.37x, no interval; above 1 holds)" in verdict.sentence
+        assert "x to " not in verdict.sentence
 
 
 def test_guidance_needs_rates_and_logarithms(make_quality: Make) -> None:
@@ -115,7 +152,7 @@ def test_the_network_whose_guidance_moves_quality_least_decides(make_quality: Ma
     records += sweep(make_quality, lambda rate: 1 + rate / 1000, right, networks=("w32",))
     for verdict in judged(records, "cfg-quality-not-alignment"):
         assert verdict.finding == "does not hold"
-        assert " of the w32 moves by " in verdict.sentence
+        assert " of the w32 changes 1.01x, " in verdict.sentence
 
 
 def test_rates_are_compared_at_the_same_seeds(make_quality: Make) -> None:
@@ -183,6 +220,15 @@ def everything(make_quality: Make) -> list[QualityRecord]:
     records += sweep(make_quality, lambda rate: rate, lambda rate: 0.8 + 0.005 * rate, rates=(1.0, 1.5, 3.0, 8.0))
     records += [make_quality("real", 1, kind="real", sampler="none")]
     records += [make_quality(kind="stitched", steps=13, takes=(("w8", 12), ("w32", 1)))]
+    records += students(make_quality, lambda name: as_the_paper_says(name, 16))
+    records += [rival(make_quality, 3.0), rival(make_quality, 2.0, "m12", 4, "masked-transformer")]
+    records += fine_tuned(
+        make_quality,
+        lambda kind, name, trained: as_the_paper_says(name, 16) + (kind == "scratch") + 1 / trained,
+        networks=("w8", "w32"),
+        steps=(3, 25),
+    )
+    records += [make_quality("w8", 3, status="error", training_seed=5)]
     return records
 
 
@@ -208,7 +254,10 @@ def test_any_qualities_are_judged_without_a_number_that_is_none(make_quality: Ma
         records.append(
             make_quality(
                 data.draw(st.sampled_from(["w8", "w16", "w32"])),
-                data.draw(st.sampled_from([1, 3, 50])),
+                data.draw(st.sampled_from([1, 3, 4, 8, 50])),
+                kind=data.draw(st.sampled_from(["diffusion", "diffusion", "scratch", "distilled", "gan"])),
+                task=data.draw(st.sampled_from(["t2i", "sr"])),
+                training_steps=data.draw(st.sampled_from([100, 1000])),
                 sampler=data.draw(st.sampled_from(["ddim", "ddpm"])),
                 guidance_scale=data.draw(st.sampled_from([1.0, 2.0, 3.0, 8.0])),
                 training_seed=data.draw(st.integers(0, 2)),

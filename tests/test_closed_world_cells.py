@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closed_world import cells, study, tasks
-from closed_world.family import WORLDS
+from closed_world.family import SCHEDULE, WORLDS
 from closed_world.networks import COMMITTED, forward_gflop, network_folder, save_network
 from closed_world.sampling import Prompts, plan_of, real_samples, sampled
 from closed_world.scenes import Scenes
@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ldmperf.model import UNet
+from ldmperf.samplers import initial_noise, sample
 
 WORLD = WORLDS[8]
 
@@ -58,9 +59,6 @@ def test_the_network_of_each_step_takes_it():
     other = sampled([second, first], WORLD, plan, prompts, 1.0)
     assert not torch.allclose(found, other, atol=1e-3)
     from closed_world.captions import embedded
-    from closed_world.family import SCHEDULE
-
-    from ldmperf.samplers import initial_noise
 
     x = initial_noise(prompts.seeds, (4, 8, 8))
     alphas = torch.tensor(SCHEDULE.alphas_cumprod)
@@ -73,6 +71,37 @@ def test_the_network_of_each_step_takes_it():
         next_alpha = torch.tensor(1.0).double() if before is None else alphas[before]
         x = (next_alpha.sqrt() * sample + (1 - next_alpha).sqrt() * noise).float()
     torch.testing.assert_close(found, x, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("steps", cells.STEPS["ddim"])
+def test_six_steps_of_ddim_alone_leave_noise_as_in_diffusers(steps):
+    """Of samples that are all noise, which a perfect network sees: x_0 = 0, so v = alpha eps."""
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    theirs.set_timesteps(steps)
+    alphas = torch.tensor(SCHEDULE.alphas_cumprod)
+
+    def v(x, timestep):
+        alpha, sigma = alphas[int(timestep)].sqrt(), (1 - alphas[int(timestep)]).sqrt()
+        return alpha * x / sigma
+
+    noise = initial_noise(range(4), (4, 8, 8)).double()
+    expected = noise * (1 - alphas[int(theirs.timesteps[0])]).sqrt()
+    for timestep in theirs.timesteps:
+        expected = theirs.step(v(expected, timestep), timestep, expected).prev_sample
+    start = noise * (1 - alphas[int(theirs.timesteps[0])]).sqrt()
+    found = sample(lambda x, step: v(x, step.timestep), plan_of("ddim", steps), start, backend="torch")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    left = (found.std() / noise.std()).item()
+    assert left == pytest.approx(0.029 if steps == 6 else 0.0, abs=0.0005)
 
 
 def test_splits_share_no_prompt_order_and_no_noise():
@@ -127,32 +156,57 @@ def valley(asked, bottoms):
 def test_guidance_is_tuned_on_held_out_prompts_by_the_networks_of_one_seed(monkeypatch, tmp_path):
     asked, bottoms = [], {4: 1.0, 8: 6.0, 16: 2.0, 50: 3.0}
     monkeypatch.setattr(study, "judged_cell", valley(asked, bottoms))
-    assert study.tuned_rates(dataclasses.replace(of(tmp_path), seeds=(1, 2)), 12, "ddpm") == bottoms
+    told = []
+    found = study.tuned_rates(dataclasses.replace(of(tmp_path), seeds=(1, 2)), 12, "ddpm", told.append)
+    assert found == bottoms
+    assert len(told) == len(asked)
+    assert told == sorted(told)
+    assert 50 / 78 < told[-1] < 1
     assert {(case.split, case.training_seed, case.samples) for case, _, _ in asked} == {("held-out", 0, 40)}
     assert all(widths == (12,) * case.steps and not tuned for case, widths, tuned in asked)
 
 
 def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
-    """A stitched one at that of its widest network; where all rates are judged one of them is the tuned one."""
+    """Where all rates are judged one of them is the tuned one."""
     asked = []
     monkeypatch.setattr(tasks, "judged_cell", valley(asked, dict.fromkeys(range(99), 2.0)))
-    rates = {8: 1.5, 32: 3.0}
-    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {2: 2.0, 4: rates[width], 16: 7.0})
+    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: 1.5})
     one = of(tmp_path)
     tasks.JudgeCell(8, 2, "ddpm", 4).run(one)
-    tasks.JudgeStitched((32, 32, 32, 8), 1, "ddim").run(one)
-    tasks.JudgeStitched((8, 32), 0, "ddim").run(one)
-    (judged, _, tuned), (stitched, widths, also_tuned), (held_out, _, chosen), (on_test, _, _) = asked
-    assert (held_out.split, held_out.samples, chosen) == ("held-out", 40, False)
-    assert on_test == held_out.model_copy(update={"split": "test", "samples": one.samples})
+    ((judged, _, tuned),) = asked
     assert (judged.guidance_scale, judged.training_seed, judged.sampler, judged.split) == (1.5, 2, "ddpm", "test")
-    assert (stitched.guidance_scale, stitched.training_seed, stitched.network) == (3.0, 1, "w32x3+w8x1")
-    assert widths == (32, 32, 32, 8)
     assert tuned
-    assert also_tuned
     asked.clear()
-    tasks.JudgeRates(8, 0, "ddim", 4).run(one)
+    told = []
+    tasks.JudgeRates(8, 0, "ddim", 4).run(dataclasses.replace(one, tell=told.append))
+    assert told == [done / 9 for done in range(1, 10)]
     assert [(case.guidance_scale, tuned) for case, _, tuned in asked] == [(r, r == 1.5) for r in cells.RATES]
+
+
+def test_what_a_stitched_trajectory_shares_is_chosen_on_held_out_prompts(monkeypatch, tmp_path):
+    """At the guidance of the wider network, with the networks that guidance is chosen by; then every seed."""
+    asked = []
+
+    def judged(study_, case, widths, *, tuned=False):
+        asked.append((case, widths, tuned))
+        # Half of the steps are the best share on held-out prompts, none on the others.
+        off = abs(widths.count(32) - 2) if case.split == "held-out" else widths.count(32)
+        return SimpleNamespace(frechet=SimpleNamespace(value=1.0 + off))
+
+    monkeypatch.setattr(tasks, "judged_cell", judged)
+    rates = {8: 1.5, 32: 3.0}
+    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: rates[width], 16: 7.0})
+    tasks.Stitch(32, 8, 4, "ddim").run(dataclasses.replace(of(tmp_path), seeds=(1, 2)))
+    chosen, judged_ = asked[:3], asked[3:]
+    assert [widths for _, widths, _ in chosen] == [(32, 8, 8, 8), (32, 32, 8, 8), (32, 32, 32, 8)]
+    assert {(case.split, case.training_seed, case.samples) for case, _, _ in chosen} == {("held-out", 0, 40)}
+    assert [(case.training_seed, case.split, tuned) for case, _, tuned in judged_] == [
+        (1, "test", True),
+        (2, "test", True),
+    ]
+    assert {case.network for case, _, _ in judged_} == {"w32x2+w8x2"}
+    assert {case.guidance_scale for case, _, _ in asked} == {3.0}
+    assert not any(tuned for _, _, tuned in chosen)
 
 
 @pytest.mark.parametrize(
@@ -185,9 +239,7 @@ def test_stages_cover_the_grid_once():
     parts = stages(one, tuple(cells.STEPS))
     assert len(parts["train"]) == 15
     assert len(parts["sample"]) == len(set(parts["sample"])) == 15 * sum(map(len, cells.STEPS.values()))
-    pairs = len(cells.stitched_pairs(WORLD.widths))
-    shared = len(cells.STITCHED_STEPS) * len(cells.STITCHED_PARTS)
-    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 3 * pairs * shared
+    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 5 * len(cells.STITCHED_STEPS)
     assert all(task.cost > 0 for tasks in parts.values() for task in tasks)
 
 

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import closed_world.__main__
 import pytest
+from closed_world import cells
 from closed_world.__main__ import _STAGES
+from closed_world.adversarial import gan_folder
 from closed_world.judge import JudgeError
 from closed_world.networks import COMMITTED
 from closed_world.options import OptionsError, hold_to
 from closed_world.pool import run_all
 from closed_world.study import Study, kept
+from closed_world.super_resolution import super_folder
 from closed_world.tasks import JudgeReal, TrainJudge, stages
-from closed_world_tasks import Leaves, Stopped, TellsBlocked
+from closed_world_tasks import Leaves, Stopped, TellsBlocked, WaitsForTheBar
+from rich.progress import Progress
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -50,6 +54,7 @@ def test_the_help_names_every_stage():
         (("--samples", 3), "--samples"),
         (("--fine-tuned", "100,0"), "no numbers of steps: 100,0"),
         (("--distill-steps", 0), "--distill-steps"),
+        (("--gan-steps", 0), "--gan-steps"),
         (("--committed", "--weights", "w"), "leave --weights out"),
         (("--committed", "--only", "train"), "no stage train: give some of tune"),
         (("--committed", "--seeds", 4), "is not there: give fewer --seeds"),
@@ -105,6 +110,41 @@ def test_a_stopped_worker_takes_no_other_task_and_prints_nothing(by, tmp_path, c
         run_all("judge", [Leaves(), Stopped(by)], Study(tmp_path, tmp_path, "a" * 32), workers=1)
     assert not (tmp_path / "left").exists()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_bar_moves_within_a_task(tmp_path, monkeypatch):
+    """By the share of its cost; a task that tells nothing counts when it ends."""
+    shown = []
+    update = Progress.update
+
+    def watched(self, bar, *, completed):
+        shown.append(completed)
+        if completed >= 1.5:
+            (tmp_path / "seen").touch()
+        update(self, bar, completed=completed)
+
+    monkeypatch.setattr(Progress, "update", watched)
+    run_all("judge", [Leaves(), WaitsForTheBar()], Study(tmp_path, tmp_path, "a" * 32), workers=1)
+    assert 1.5 in shown
+    assert shown == sorted(shown)
+    assert shown[-1] == 4.0
+
+
+def test_what_is_trained_is_timed_too(tmp_path, monkeypatch):
+    """A GAN's pass as DDIM without guidance; nothing of networks that are not all there."""
+    one, asked = Study(tmp_path, tmp_path / "weights", "a" * 32), []
+    monkeypatch.setattr(closed_world.__main__, "_profile", lambda study, *words: asked.append(words))
+    closed_world.__main__._time(one)
+    assert [words[1] for words in asked] == ["t2i", "t2i"]
+    for width in one.world.widths:
+        gan_folder(one, width, 0).mkdir(parents=True)
+    super_folder(one, 8, 0, 1000, True).mkdir(parents=True)
+    asked.clear()
+    closed_world.__main__._time(one)
+    family, gans, *_ = asked
+    assert (family[1:3], gans[1:4]) == (("t2i", "1,2"), ("t2i", "1", ("ddim",)))
+    assert [folder.name for folder in gans[0]] == [f"w{width}-gan" for width in one.world.widths]
+    assert len(asked) == 2 * len(cells.TIMED)
 
 
 @pytest.mark.parametrize(

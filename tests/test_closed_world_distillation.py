@@ -256,7 +256,10 @@ def test_a_network_is_distilled_and_judged_once(tmp_path, monkeypatch):
     save_network(tiny(), network_folder(one.weights, 8, 0))
     one.judge.write_bytes((COMMITTED / "judge.safetensors").read_bytes())
     monkeypatch.setattr("closed_world.distillation.tuned_rates", lambda *_: {16: 2.0})
-    Distill(8, 0).run(one)
+    told = []
+    Distill(8, 0).run(dataclasses.replace(one, tell=told.append))
+    # Two rounds of two steps.
+    assert told == [0.25, 0.5, 0.75, 1.0]
     (record,) = study.kept(one).values()
     case = record.case
     assert (case.kind, case.network, case.sampler, case.steps) == ("distilled", "w8", "ddim", 4)
@@ -277,7 +280,7 @@ def test_a_network_is_distilled_and_judged_once(tmp_path, monkeypatch):
     name = "conv_out.weight"
     assert not torch.equal(teacher[name], students[0][name])
     assert not torch.equal(students[0][name], students[1][name])
-    monkeypatch.setattr("closed_world.distillation.trained", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("closed_world.distillation.trained", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(study, "sampled", lambda *_, **__: pytest.fail("sampled again"))
     Distill(8, 0).run(one)
     # Students that came with the networks are taken.

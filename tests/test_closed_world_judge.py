@@ -19,7 +19,11 @@ def test_the_committed_judge_reads_every_factor_of_real_latents():
 
 def test_a_judge_of_shuffled_labels_fails_its_own_check():
     """The same training as a short right one, which reads colours by then."""
-    right, wrong = (trained_judge(WORLD, steps=60, batch=64, shuffled=shuffled) for shuffled in (False, True))
+    told = []
+    right, wrong = (
+        trained_judge(WORLD, steps=60, batch=64, shuffled=shuffled, tell=told.append) for shuffled in (False, True)
+    )
+    assert told == [step / 60 for step in range(1, 61)] * 2
     real = Source(WORLD, 77).read(0, 500)
     colours = right.answers(real.latents, real.factors).right[:, 1].double().mean()
     shuffled = wrong.answers(real.latents, real.factors).right.double().mean(0)

@@ -219,7 +219,12 @@ def test_networks_are_trained_and_judged_once(tmp_path, monkeypatch):
     one.judge.write_bytes((COMMITTED / "judge.safetensors").read_bytes())
     tasks = [FineTune(8, 0, 2, True, (1, 2)), FineTune(8, 0, 2, False, (2,))]
     for task in tasks:
-        task.run(one)
+        told = []
+        task.run(dataclasses.replace(one, tell=told.append))
+        assert told == sorted(told)
+        assert told[-1] == pytest.approx(1.0)
+        # Two steps of training, then cells.
+        assert len(told) == 2 + 2 * len(task.sampled)
     records = list(study.kept(one).values())
     cells_of = [("held-out", 1, 40), ("held-out", 2, 40), ("test", 1, 60), ("test", 2, 60)]
     found = [(r.case.kind, (r.case.split, r.case.steps, r.case.samples)) for r in records]
@@ -240,7 +245,7 @@ def test_networks_are_trained_and_judged_once(tmp_path, monkeypatch):
         assert folder.name == "w8-sr"
         assert load_network(folder).config.in_channels == 8
         assert folder.is_relative_to(one.folder / "weights")
-    monkeypatch.setattr("closed_world.super_resolution.trained", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("closed_world.super_resolution.trained", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(study, "sampled", lambda *_, **__: pytest.fail("sampled again"))
     for task in tasks:
         task.run(one)
@@ -250,7 +255,7 @@ def test_only_the_pretrained_network_starts_from_text_to_image(tmp_path, monkeyp
     one, started = of(tmp_path), []
     save_network(tiny(), network_folder(one.weights, 8, 0))
 
-    def first(training, keep):
+    def first(training, keep, tell):
         started.append({name: value.clone() for name, value in training.network.state_dict().items()})
         return training
 

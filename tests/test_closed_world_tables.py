@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 from closed_world.tables import sentence, tables
 from quality_worlds import NETWORKS, Make, MakeRecord, as_the_paper_says, estimate, times, world
+from scipy import stats
 
 from ldmperf.profiling.quality import Estimate, QualityStore
 
@@ -46,6 +48,15 @@ def test_the_tables_have_costs_quality_and_who_is_best(folder: Path) -> None:
     frontier = rows(told, "network | 1")
     assert frontier["w16"][3].startswith(f"**{as_the_paper_says('w16', 4):.2f}** (")
     assert frontier["w16"][3].endswith("<br>75%, at 2")
+    factors = rows(told, "network | colour | shape")
+    assert list(factors)[2:] == [*NETWORKS, "real scenes"]
+    # Seeds that are alike vary as one does.
+    for name in NETWORKS:
+        for cell, share in zip(factors[name], (0.9, 0.7), strict=True):
+            value, low, high = (float(word) for word in re.findall(r"[0-9.]+", cell))
+            proportion = stats.binomtest(round(share * 2048), 2048).proportion_ci(method="wilson")
+            assert value == 100 * share
+            assert (low, high) == pytest.approx((100 * proportion.low, 100 * proportion.high), abs=0.2)
     # What 3 steps of the w32 buy: of the w8 by FLOPs 48, by the clock 12.
     three = rows(told, "steps of w32")["3"]
     assert three[0].startswith("**w8 at 25, 1.10**<br>3.33 (")

@@ -6,10 +6,12 @@ import itertools
 import pytest
 import torch
 from closed_world import networks
+from closed_world.captions import CONTEXT_DIM, TOKENS
 from closed_world.family import SCHEDULE, WORLDS
 from closed_world.networks import forward_gflop, load_network, network_folder, save_network
 from closed_world.training import Recipe, Training, drawn_network, trained
 from closed_world_tasks import cut_off_after
+from torch.utils.flop_counter import FlopCounterMode
 
 WORLD = WORLDS[8]
 SHORT = Recipe(steps=20, batch=16, warmup=5)
@@ -40,8 +42,12 @@ def test_a_training_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
     cut = cut_off_after(5, begun(8, 1, dataclasses.replace(SHORT, steps=6)))
     with pytest.raises(KeyboardInterrupt):
         trained(cut, tmp_path / "cut.pt", every=2)
-    again = trained(begun(8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2)
+    told = []
+    again = trained(
+        begun(8, 1, dataclasses.replace(SHORT, steps=6)), tmp_path / "cut.pt", every=2, tell=told.append
+    )
     assert again.done == 6
+    assert told == [5 / 6, 1.0]
     for name, value in whole.averaged.items():
         assert torch.equal(value, again.averaged[name])
 
@@ -128,6 +134,16 @@ def test_a_network_that_was_cut_off_while_written_is_not_there(tmp_path, monkeyp
     assert not folder.exists()
     save_network(network, folder)
     assert [path.name for path in folder.parent.iterdir()] == ["w8"]
+
+
+@pytest.mark.parametrize(("width", "share"), [(8, 0.013), (32, 0.006)])
+def test_flops_leave_out_the_conditioning(width, share):
+    """By torch's counter of a forward of training; the shares are told in docs/closed-world.md."""
+    config = WORLD.config(width)
+    with FlopCounterMode(display=False) as counter:
+        drawn_network(config, 0)(torch.zeros(1, 4, 8, 8), torch.zeros(1), torch.zeros(1, TOKENS, CONTEXT_DIM))
+    left_out = counter.get_total_flops() / 1e9 - forward_gflop(config, 8)
+    assert left_out / forward_gflop(config, 8) == pytest.approx(share, abs=0.0005)
 
 
 def test_flops_span_the_papers_range():

@@ -7,8 +7,17 @@ from typing import Any
 
 import numpy
 import pytest
+from scipy import stats
 
-from ldmperf.profiling.claims.pooled_figures import DIFFERENCE, ERRORS, LOGARITHM, PooledFigure, Scale, contrast
+from ldmperf.profiling.claims.pooled_figures import (
+    DIFFERENCE,
+    ERRORS,
+    LOGARITHM,
+    SHARE,
+    PooledFigure,
+    Scale,
+    contrast,
+)
 from ldmperf.profiling.measure.intervals import Interval, each_of, extreme_interval
 from ldmperf.profiling.quality import Estimate
 
@@ -165,8 +174,74 @@ def test_the_confidence_is_what_replicates_can_give() -> None:
     assert of(200).confidence == 0.95
 
 
+def share_interval(*shares: float, samples: int) -> Interval:
+    figure = PooledFigure.of_shares("a", [(seed, samples, share) for seed, share in enumerate(shares)])
+    assert figure is not None
+    return contrast([figure], lambda number: number)
+
+
+@pytest.mark.parametrize("samples", [50, 2000])
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.3, 0.5, 0.9, 1.0])
+def test_a_share_of_one_seed_has_the_interval_of_a_proportion(samples: int, part: float) -> None:
+    """scipy's: inside the exact one (Clopper and Pearson), and like Wilson's where it is not at an end."""
+    right = round(part * samples)
+    found = share_interval(right / samples, samples=samples)
+    proportion = stats.binomtest(right, samples)
+    exact, wilson = (proportion.proportion_ci(method=method) for method in ("exact", "wilson"))
+    width = exact.high - exact.low
+    assert exact.low - 0.05 * width <= found.low <= found.value <= found.high <= exact.high + 0.05 * width
+    assert found.high - found.low > 0.6 * width
+    assert found.value == right / samples
+    assert found.confidence == 0.95
+    if 0.1 < part < 0.95:
+        assert found.low == pytest.approx(wilson.low, abs=0.1 * width)
+        assert found.high == pytest.approx(wilson.high, abs=0.1 * width)
+
+
+def answers(rng: Any, truths: Any, samples: int, common: float) -> Any:
+    """The share right of each seed whose truth is told; what is hard for one is hard for all by `common`."""
+    hard = math.sqrt(common) * rng.normal(size=samples)
+    own = math.sqrt(1 - common) * rng.normal(size=(len(truths), samples))
+    return (hard + own < stats.norm.ppf(truths)[:, None]).mean(1)
+
+
+@pytest.mark.parametrize("common", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("between", [0.0, 0.03])
+def test_shares_of_three_seeds_are_covered_whether_or_not_they_err_together(common: float, between: float) -> None:
+    rng = numpy.random.default_rng(4)
+    hits = 0
+    for _ in range(WORLDS):
+        truths = 0.7 + between * rng.normal(size=3)
+        found = share_interval(*answers(rng, truths, 500, common).tolist(), samples=500)
+        hits += found.low <= 0.7 <= found.high
+    assert hits / WORLDS > 0.92
+
+
+def test_the_difference_of_two_networks_shares_is_covered() -> None:
+    """Also where they err on other samples: what one is off by tells nothing of the other."""
+    rng = numpy.random.default_rng(6)
+    hits = 0
+    for _ in range(WORLDS):
+        pair = [
+            PooledFigure.of_shares(name, [(0, 500, float(answers(rng, numpy.array([truth]), 500, 0.0)[0]))])
+            for name, truth in (("a", 0.8), ("b", 0.7))
+        ]
+        found = contrast([figure for figure in pair if figure is not None], apart)
+        hits += found.low <= 0.1 <= found.high
+    assert hits / WORLDS > 0.92
+
+
+def test_shares_that_are_missing_have_no_figure_and_none_leaves_what_is_possible() -> None:
+    assert PooledFigure.of_shares("a", []) is None
+    assert PooledFigure.of_shares("a", [(0, 10, 0.5), (1, 10, None)]) is None
+    found = share_interval(1.0, 0.9, 1.0, samples=100)
+    assert found.high > 1.0
+    assert SHARE.back(found.high) == 1.0
+    assert SHARE.back(-0.1) == 0.0
+
+
 def test_scales() -> None:
-    for scale, value in ((LOGARITHM, 0.3), (DIFFERENCE, -0.3), (ERRORS, 0.3)):
+    for scale, value in ((LOGARITHM, 0.3), (DIFFERENCE, -0.3), (SHARE, 0.3), (ERRORS, 0.3)):
         assert scale.back(scale.number(value)) == pytest.approx(value)
         step = 1e-6
         slope = (scale.number(value + step) - scale.number(value - step)) / (2 * step)

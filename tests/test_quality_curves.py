@@ -30,7 +30,7 @@ from ldmperf.profiling.report.quality_curves import (
     quality_curves,
 )
 
-from .quality_worlds import NETWORKS, STEPS, as_the_paper_says, estimate, sweep, times, world
+from .quality_worlds import NETWORKS, STEPS, as_the_paper_says, estimate, students, sweep, times, world
 
 Make = Callable[..., QualityRecord]
 MakeRecord = Callable[..., Record]
@@ -166,7 +166,35 @@ def test_other_generators_stand_beside_the_family_and_may_be_the_best(make_quali
     assert names(frontier(found.points, "frechet")) == [("w8-gan", 1)]
 
 
+def test_super_resolution_stands_apart_and_takes_no_mark_away(make_quality: Make) -> None:
+    """Networks from drawn weights have the label of pre-trained ones, and no point."""
+    t2i = [*world(make_quality), *students(make_quality, lambda name: 0.5)]
+    sr = [
+        make_quality(f"{name}-sr", steps, kind=kind, task="sr", guidance_scale=1.0, frechet=estimate(value))
+        for kind, value in (("diffusion", 2.0), ("scratch", 9.0))
+        for name in ("w8", "w32")
+        for steps in (4, 16)
+    ]
+    alone, both = (quality_curves(records, NOTHING) for records in (t2i, [*t2i, *sr]))
+    assert alone.series == (*NETWORKS, "distilled")
+    assert both.series == (*NETWORKS, "distilled", "w32-sr", "w8-sr")
+    first, second = both.costs
+    assert (first.world.task, second.world.task) == ("sr", "t2i")
+    assert second == alone.costs[0]
+    assert {(of.kind, of.intervals["frechet"].value) for of in first.points} == {("diffusion", 2.0)}
+    panels, drawing = drawn(both)["frechet-flops"]
+    assert [panel.key["task"] for panel in panels] == ["super-resolution", "text-to-image"]
+    assert [len(panel.facts) for panel in panels] == [4, 55]
+    assert drawing.svg().startswith("<svg")
+
+
 # Costs
+
+
+def test_a_student_without_a_cost_is_named_beside_its_teacher(make_quality: Make, make_record: MakeRecord) -> None:
+    records = [*world(make_quality), *students(make_quality, lambda name: 0.5, networks=("w8",))]
+    of_time = next(of for of in costs(records, times(make_record)) if isinstance(of.unit, TimeBudget))
+    assert of_time.without_cost == ("distilled w8",)
 
 
 def test_without_times_there_are_flops_alone(make_quality: Make, make_record: MakeRecord) -> None:

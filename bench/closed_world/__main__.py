@@ -17,6 +17,7 @@ import typer
 from ldmperf.profiling.measure.recorded import new_run_id
 
 from . import cells
+from .adversarial import gan_folder
 from .captions import TOKENS
 from .family import WORLDS
 from .judge import JudgeError, ceiling, load_judge
@@ -27,9 +28,9 @@ from .pool import run_all
 from .study import Study
 from .super_resolution import super_folder
 from .tasks import stages
-from .training import CONTINUED, Recipe
+from .training import ADVERSARIAL, CONTINUED, Recipe
 
-_STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, masked, time"
+_STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, gan, masked, time"
 
 # What is done of the committed networks.
 _TRAINED = ("judge", "train")
@@ -63,6 +64,9 @@ def main(
     fine_tuned: Annotated[str, typer.Option(help="Training steps of super-resolution.")] = ",".join(
         map(str, cells.FINE_TUNED)
     ),
+    gan_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of each generator of a GAN.")
+    ] = ADVERSARIAL.steps,
     masked_steps: Annotated[
         int, typer.Option(min=1, help="Training steps of each masked transformer.")
     ] = Recipe.steps,
@@ -97,6 +101,7 @@ def main(
         Recipe(steps=steps),
         distilling=replace(CONTINUED, steps=distill_steps),
         fine_tuned=tuple(sorted(set(map(int, fine_tuned.split(","))))),
+        adversarial=replace(ADVERSARIAL, steps=gan_steps),
         masked=Recipe(steps=masked_steps),
         seeds=tuple(range(seeds)),
         samples=samples,
@@ -165,15 +170,17 @@ def _tell_ceiling(study: Study) -> None:
 def _time(study: Study) -> None:
     """The cost of the networks' steps by the project's own profiler: an image alone, and one in a batch.
 
-    Students have the times of their teachers. Of super-resolution, once it is trained, DDIM is timed.
+    Students have the times of their teachers. Of super-resolution and of GANs, once they are trained, DDIM is
+    timed, one step of which is a GAN's pass.
     """
     widths, seed, weights = study.world.widths, study.seeds[0], study.weights
     for batch, (samplers, steps) in cells.TIMED.items():
         family = [network_folder(weights, width, seed) for width in widths]
         _profile(study, family, "t2i", "1,2", samplers, steps, batch)
         wider = [super_folder(study, width, seed, max(study.fine_tuned), True) for width in widths]
-        if all(folder.exists() for folder in wider):
-            _profile(study, wider, "sr", "1", ("ddim",), steps, batch)
+        for task, folders in (("sr", wider), ("t2i", [gan_folder(study, width, seed) for width in widths])):
+            if all(folder.exists() for folder in folders):
+                _profile(study, folders, task, "1", ("ddim",), steps, batch)
 
 
 def _profile(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+
+from .progress import Tell, to_nobody
 
 # The steps of each sampler. ddim has those of the budgets, the others enough for a trend.
 STEPS: Mapping[str, tuple[int, ...]] = {
@@ -51,12 +52,23 @@ def climbed(score: Callable[[float], float], start: float, rates: Sequence[float
         place = best
 
 
-def climbed_each(score: Callable[[int, float], float], numbers: Sequence[int]) -> dict[int, float]:
+def climbed_each(
+    score: Callable[[int, float], float], numbers: Sequence[int], tell: Tell = to_nobody
+) -> dict[int, float]:
     """The rate of the least score of each number of steps; the search starts where the one before it ended."""
     found: dict[int, float] = {}
     rate = 2.0
     for number in numbers:
-        rate = found[number] = climbed(partial(score, number), rate)
+        asked: list[float] = []
+
+        def told(at: float, number: int = number, asked: list[float] = asked) -> float:
+            asked.append(at)
+            known = score(number, at)
+            # How many rates a search asks for is not known before it ends.
+            tell((sum(found) + number * len(asked) / (len(asked) + 1)) / sum(numbers))
+            return known
+
+        rate = found[number] = climbed(told, rate)
     return found
 
 

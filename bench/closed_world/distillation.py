@@ -32,6 +32,7 @@ from . import cells
 from .captions import embedded, none_embedded
 from .family import SCHEDULE, World
 from .networks import forward_gflop, label, load_network, network_folder, save_network, step_cost
+from .progress import part
 from .sampling import plan_of
 from .study import Study, family_gflop, judged, kept, loaded, tuned_rates
 from .training import Recipe, Training, trained
@@ -78,19 +79,19 @@ class Levels:
 
 def guided(network: UNet, rate: float) -> Teacher:
     """The network with guidance, as `ldmperf.samplers.sample` has it."""
+    if rate == 1:
+        return network
 
     def predicted(x: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-        if rate == 1:
-            return network(x, timesteps, context)
         contexts = torch.cat([none_embedded(len(x)).to(context), context])
-        both = network(torch.cat([x, x]), torch.cat([timesteps, timesteps]), contexts)
+        both: Tensor = network(torch.cat([x, x]), torch.cat([timesteps, timesteps]), contexts)
         untold, told = both.chunk(2)
         return untold + rate * (told - untold)
 
     return predicted
 
 
-class Distilling(Training):
+class Distilling(Training[UNet]):
     """A round: the student `network`, at first its teacher's weights, learns to sample in `steps` steps."""
 
     def __init__(
@@ -123,7 +124,8 @@ class Distilling(Training):
                 v = self._teacher(reached, levels.timesteps[place], context)
                 reached = levels.step(reached, v, place, place + 1)
             target = levels.v_between(x, reached, now, now + 2)
-        return (self.network(x, levels.timesteps[now], context) - target).square().mean()
+        predicted: Tensor = self.network(x, levels.timesteps[now], context)
+        return (predicted - target).square().mean()
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
     teacher, before = network_folder(study.weights, width, seed), study.recipe.steps
     states = study.folder / "training"
     states.mkdir(parents=True, exist_ok=True)
-    for steps in cells.STUDENT_STEPS:
+    rounds = len(cells.STUDENT_STEPS)
+    for place, steps in enumerate(cells.STUDENT_STEPS):
         folder = student_folder(study, width, seed, steps)
         if not folder.exists():
             training = Distilling(
@@ -179,7 +182,8 @@ def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
                 steps=steps,
             )
             name = f"{label(width)}-seed-{seed}-in-{steps}-steps-of-{study.distilling.steps}"
-            done = trained(training, states / f"{name}.pt")
+            tell = part(study.tell, place / rounds, (place + 1) / rounds)
+            done = trained(training, states / f"{name}.pt", tell=tell)
             save_network(done.averaged_network(), folder)
         # A student has its teacher's guidance in its weights.
         teacher, rate, before = folder, 1.0, before + study.distilling.steps

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .data import Source
 from .family import World
 from .latents import CHANNELS
+from .progress import Tell, to_nobody
 from .scenes import COUNTS, FACTORS
 
 FEATURES = 64
@@ -78,7 +79,7 @@ class Judge(nn.Module):
         layers += [_Residual(c), *_smaller(c, 2 * c), _Residual(2 * c), nn.Flatten()]
         self.body = nn.Sequential(*layers, nn.Linear(2 * c * 16, FEATURES))
         self.head = nn.Linear(FEATURES, sum(COUNTS))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
 
     def forward(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Features, and the logits [n, values] of each factor."""
@@ -96,7 +97,9 @@ class Judge(nn.Module):
         return Answers(torch.cat(features), torch.cat(right))
 
 
-def trained_judge(world: World, *, steps: int = 1500, batch: int = 128, shuffled: bool = False) -> Judge:
+def trained_judge(
+    world: World, *, steps: int = 1500, batch: int = 128, shuffled: bool = False, tell: Tell = to_nobody
+) -> Judge:
     """A judge trained on scenes of its own; `shuffled`: on other scenes' factors, which must come to nothing."""
     torch.manual_seed(0)
     judge = Judge(world).train()
@@ -112,6 +115,7 @@ def trained_judge(world: World, *, steps: int = 1500, batch: int = 128, shuffled
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
+        tell((step + 1) / steps)
     return judge.eval()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +42,7 @@ class Judging:
         factors: Tensor,
         *,
         resamples: int = RESAMPLES,
-        **known: object,
+        **known: Any,
     ) -> QualityRecord:
         """The record of samples [n, 4, h, w] whose captions have those factors; `known`: its other fields."""
         started = utc_now()
@@ -64,7 +66,7 @@ class Judging:
             all_right=float(answers.right.all(1).double().mean()),
         )
 
-    def _made(self, case: QualityCase, started: object, **fields: object) -> QualityRecord:
+    def _made(self, case: QualityCase, started: datetime, **fields: Any) -> QualityRecord:
         return QualityRecord(
             run_id=self._run_id,
             case_key=case.key,

@@ -18,6 +18,7 @@ import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,8 @@ class TrainingTokens(Training[nn.Module]):
 def save_token_network(network: nn.Module, folder: Path) -> None:
     """Writes the folder in diffusers' layout, in 16 bits. One that is there is whole."""
     part = folder.with_name(f"{folder.name}.part")
-    copy.deepcopy(network).half().save_pretrained(part)
+    short: Any = copy.deepcopy(network).half()
+    short.save_pretrained(part)
     part.rename(folder)
 
 
@@ -138,7 +140,7 @@ def evaluation_gflop(network: nn.Module, side: int) -> float:
     context = torch.empty(1, TOKENS, CONTEXT_DIM, device="meta")
     with torch.no_grad(), flop_counter() as counter:
         logits_of(copy.deepcopy(network).to("meta"), tokens, context)
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9
 
 
 def sampled_tokens(

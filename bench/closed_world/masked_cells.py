@@ -22,6 +22,7 @@ from .masked import (
     save_token_network,
 )
 from .networks import parameters
+from .progress import Tell, part, to_nobody
 from .sampling import Prompts, Split, real_samples
 from .study import TUNED_ON, Study, judged_latents, judging, keep, kept
 from .tokens import codebook
@@ -61,15 +62,17 @@ class Masked:
 
     def run(self, study: Study) -> None:
         rates: dict[int, float] = {}
-        for seed in dict.fromkeys((TUNED_ON, *self.seeds)):
-            self._train(study, seed)
-            rates = rates or masked_rates(study, self.name)
+        seeds = tuple(dict.fromkeys((TUNED_ON, *self.seeds)))
+        for number, seed in enumerate(seeds):
+            tell = part(study.tell, number / len(seeds), (number + 1) / len(seeds))
+            self._train(study, seed, part(tell, 0.0, 0.5))
+            rates = rates or masked_rates(study, self.name, part(tell, 0.5, 0.8))
             if seed in self.seeds:
                 for evaluations, rate in rates.items():
                     case = masked_case(study, self.name, seed, evaluations, rate, "test")
                     judged_tokens(study, case, tuned=True)
 
-    def _train(self, study: Study, seed: int) -> None:
+    def _train(self, study: Study, seed: int, tell: Tell) -> None:
         folder = masked_folder(study, self.name, seed)
         if folder.exists():
             return
@@ -77,7 +80,7 @@ class Masked:
         states.mkdir(parents=True, exist_ok=True)
         network = drawn_token_network(SHAPES[study.latent][self.name], seed, study.device)
         training = TrainingTokens(study.world, network, seed, study.masked)
-        done = trained(training, states / f"{self.name}-seed-{seed}-of-{study.masked.steps}.pt")
+        done = trained(training, states / f"{self.name}-seed-{seed}-of-{study.masked.steps}.pt", tell=tell)
         save_token_network(done.averaged_network(), folder)
 
 
@@ -110,14 +113,14 @@ def masked_case(
     )
 
 
-def masked_rates(study: Study, name: str) -> dict[int, float]:
+def masked_rates(study: Study, name: str, tell: Tell = to_nobody) -> dict[int, float]:
     """The guidance of each number of evaluations: that of the least Frechet distance on held-out prompts."""
 
     def score(number: int, rate: float) -> float:
         record = judged_tokens(study, masked_case(study, name, TUNED_ON, number, rate, "held-out"))
         return float("inf") if record.frechet is None else record.frechet.value
 
-    return cells.climbed_each(score, cells.EVALUATIONS)
+    return cells.climbed_each(score, cells.EVALUATIONS, tell)
 
 
 def judged_tokens(study: Study, case: QualityCase, *, tuned: bool = False) -> QualityRecord:

@@ -58,4 +58,4 @@ def forward_gflop(config: UNetConfig, latent: int) -> float:
         conditions = network.condition(torch.zeros(1), torch.empty(1, TOKENS, CONTEXT_DIM))
         with FlopCounterMode(display=False) as counter:
             network.denoise(torch.empty(1, config.in_channels, latent, latent), conditions, 0)
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9

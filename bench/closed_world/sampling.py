@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ldmperf.model import UNet
+from ldmperf.model import Conditioning, UNet
 from ldmperf.samplers import SamplingPlan, Step, initial_noise, make_plan, sample
 
 from .captions import embedded, none_embedded
@@ -65,7 +65,8 @@ def sampled(
             if guidance != 1:
                 context = torch.cat([none_embedded(len(context)), context])
             conditions = {
-                network: network.condition(plan.timesteps, context.to(device)) for network in set(networks)
+                network: network.condition(plan.timesteps.tolist(), context.to(device))
+                for network in set(networks)
             }
 
             seen = None if beside is None else beside[place].to(device)
@@ -73,7 +74,10 @@ def sampled(
                 seen = torch.cat([seen, seen])
 
             def denoise(
-                x: Tensor, step: Step, conditions: dict = conditions, seen: Tensor | None = seen
+                x: Tensor,
+                step: Step,
+                conditions: Mapping[UNet, Conditioning] = conditions,
+                seen: Tensor | None = seen,
             ) -> Tensor:
                 network = networks[step.index]
                 if seen is not None:

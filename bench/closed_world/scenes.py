@@ -112,9 +112,9 @@ def rendered(factors: Ints, free: dict[str, Floats], side: int) -> NDArray[np.ui
     """Images [n, 3, side, side] of factors [n, 6] and values [n] for each name of `FREE`."""
     unit = side / _UNIT_SIDE
     of = {name: values[:, None, None] for name, values in free.items()}
-    centres = (np.arange(side) + 0.5) / unit
+    centres = (np.arange(side, dtype=np.float64) + 0.5) / unit
     x, y = centres[None, None, :], centres[None, :, None]
-    colours = np.array(list(GROUND_COLOURS.values()))[factors[:, 5]]
+    colours: Floats = np.array(list(GROUND_COLOURS.values()))[factors[:, 5]]
     image = colours[:, :, None, None] * (1 + 0.8 * _ground(factors[:, 4], of, x, y))[:, None]
     for index, place in enumerate(("left", "right")):
         its = {name: of[f"{place} {name}"] for name in ("x", *_OBJECT)}
@@ -123,7 +123,8 @@ def rendered(factors: Ints, free: dict[str, Floats], side: int) -> NDArray[np.ui
         tints = np.stack([its[name] for name in ("red", "green", "blue")], 1)
         colours = np.array(list(COLOURS.values()))[factors[:, 2 * index + 1]]
         image = image * (1 - mask) + mask * (colours[:, :, None, None] * tints)
-    return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    drawn: NDArray[np.uint8] = np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return drawn
 
 
 def _turned(x: Floats, y: Floats, turn: Floats, quarters: Floats) -> tuple[Floats, Floats]:

@@ -28,8 +28,9 @@ from . import cells
 from .family import WORLDS, World
 from .judging import RESAMPLES, Judging
 from .networks import forward_gflop, label, load_network, network_folder, parameters
+from .progress import Tell, to_nobody
 from .sampling import Prompts, Split, plan_of, sampled
-from .training import CONTINUED, Recipe
+from .training import ADVERSARIAL, CONTINUED, Recipe
 
 # The training seed by whose networks the guidance of a cell is chosen.
 TUNED_ON = 0
@@ -43,8 +44,10 @@ class Study:
     weights    the judge and the trained networks
     distilling           how a round of distillation is trained
     fine_tuned           steps of super-resolution's trainings
+    adversarial          how a GAN is trained
     masked               how a masked transformer is trained
     samples, held_out    images of a cell that decides, and of one that a guidance is chosen by
+    tell                 takes how much of a task is done
     """
 
     folder: Path
@@ -55,10 +58,12 @@ class Study:
     recipe: Recipe = field(default_factory=Recipe)
     distilling: Recipe = CONTINUED
     fine_tuned: tuple[int, ...] = cells.FINE_TUNED
+    adversarial: Recipe = ADVERSARIAL
     masked: Recipe = field(default_factory=Recipe)
     seeds: tuple[int, ...] = (0, 1, 2)
     samples: int = cells.SAMPLES
     held_out: int = cells.HELD_OUT
+    tell: Tell = field(default=to_nobody, compare=False)
 
     @property
     def world(self) -> World:
@@ -112,7 +117,7 @@ class Study:
         )
 
 
-def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
+def tuned_rates(study: Study, width: int, sampler: str, tell: Tell = to_nobody) -> dict[int, float]:
     """The guidance of each number of steps: that of the least Frechet distance on held-out prompts."""
 
     def score(steps: int, rate: float) -> float:
@@ -120,7 +125,7 @@ def tuned_rates(study: Study, width: int, sampler: str) -> dict[int, float]:
         record = judged_cell(study, case, [width] * steps)
         return float("inf") if record.frechet is None else record.frechet.value
 
-    return cells.climbed_each(score, cells.STEPS[sampler])
+    return cells.climbed_each(score, cells.STEPS[sampler], tell)
 
 
 def judged_cell(study: Study, case: QualityCase, widths: Sequence[int], *, tuned: bool = False) -> QualityRecord:
@@ -180,7 +185,11 @@ def judged_latents(
 
 
 def family_gflop(study: Study, width: int) -> float:
-    """GFLOP of the training of a network of the family; a backward takes twice its forward."""
+    """GFLOP of the training of a network of the family; a backward takes twice its forward.
+
+    A forward is that of `forward_gflop`: the conditioning on timestep and caption, which training computes in
+    every step, is not counted. It is about a hundredth of the rest.
+    """
     recipe = study.recipe
     return 3 * forward_gflop(study.world.config(width), study.latent) * recipe.batch * recipe.steps
 

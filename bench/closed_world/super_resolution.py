@@ -27,6 +27,7 @@ from .data import Source
 from .family import World
 from .latents import CHANNELS
 from .networks import forward_gflop, label, load_network, network_folder, save_network, step_cost
+from .progress import part
 from .sampling import Split, real_samples
 from .study import Study, family_gflop, judged, kept, loaded
 from .training import CONTINUED, Recipe, Training, drawn_network, trained
@@ -61,7 +62,7 @@ def widened(network: UNet, world: World, width: int) -> UNet:
     return wide
 
 
-class TrainingSuperResolution(Training):
+class TrainingSuperResolution(Training[UNet]):
     """A network of 8 input channels in training."""
 
     def __init__(self, world: World, network: UNet, seed: int, recipe: Recipe, *, before: int = 0) -> None:
@@ -99,6 +100,10 @@ class FineTune:
         return step_cost(self.width) * (self.steps / 1500 + sum(self.sampled) / 32)
 
     @property
+    def _share_of_training(self) -> float:
+        return step_cost(self.width) * self.steps / 1500 / self.cost
+
+    @property
     def network(self) -> str:
         return super_label(self.width)
 
@@ -111,6 +116,7 @@ class FineTune:
         gflop = 3 * forward * study.recipe.batch * self.steps
         if self.pretrained:
             gflop += family_gflop(study, self.width)
+        tell, done = part(study.tell, self._share_of_training, 1), 0
         for split in ("held-out", "test"):
             beside = conditions(study.world, split, study.samples if split == "test" else study.held_out)
             for number in self.sampled:
@@ -118,6 +124,8 @@ class FineTune:
                 if case.key not in kept(study):
                     takes = ((self.network, number),)
                     judged(study, case, [network] * number, takes, gflop, tuned=split == "test", beside=beside)
+                done += number * case.samples
+                tell(done / sum(self.sampled) / (study.samples + study.held_out))
 
     def case(self, study: Study, number: int, split: Split) -> QualityCase:
         """A cell of it."""
@@ -134,7 +142,7 @@ class FineTune:
             samples=study.samples if split == "test" else study.held_out,
         )
 
-    def _trained(self, study: Study) -> Training:
+    def _trained(self, study: Study) -> Training[UNet]:
         states = study.folder / "training"
         states.mkdir(parents=True, exist_ok=True)
         if self.pretrained:
@@ -144,7 +152,8 @@ class FineTune:
             network = drawn_network(study.world.config(self.width, IN_CHANNELS), self.seed, study.device)
         recipe = recipe_of(self.steps, self.pretrained)
         training = TrainingSuperResolution(study.world, network, self.seed, recipe, before=study.recipe.steps)
-        return trained(training, states / f"{self.network}-seed-{self.seed}-{_of(self.steps, self.pretrained)}.pt")
+        keep = states / f"{self.network}-seed-{self.seed}-{_of(self.steps, self.pretrained)}.pt"
+        return trained(training, keep, tell=part(study.tell, 0, self._share_of_training))
 
 
 def super_folder(study: Study, width: int, seed: int, steps: int, pretrained: bool) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ldmperf.profiling.claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, closed_worlds
 from ldmperf.profiling.claims.limits import BUDGET_STEPS
-from ldmperf.profiling.claims.pooled_figures import contrast
+from ldmperf.profiling.claims.pooled_figures import PooledFigure, contrast
 from ldmperf.profiling.claims.quality_budgets import BudgetRow, at_seeds_of, best_other, budget_rows
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, TimeBudget, budget_units
 from ldmperf.profiling.figures import overview
@@ -17,8 +17,10 @@ from ldmperf.profiling.figures.text import joined
 from ldmperf.profiling.measure.conditions import commit
 from ldmperf.profiling.record_files import gather
 
-_SAMPLER = "ddim"
-_FRECHET = QUALITY_METRICS[0]
+from . import cells as grid
+
+SAMPLER = "ddim"
+FRECHET = QUALITY_METRICS[0]
 
 
 def tables(path: Path) -> str:
@@ -27,19 +29,19 @@ def tables(path: Path) -> str:
     (world,) = [world for world in closed_worlds(found.qualities) if world.task == "t2i"]
     times = overview(found.trajectories)
     units = budget_units(world, times)
-    parts = [_measured(world), _costs(world, units), _frontier(world), _budgets(world, units)]
-    return "\n\n".join(parts)
+    parts = [_measured(world), _costs(world, units), frontier(world), _factors(world), budgets(world, units)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _measured(world: ClosedWorld) -> str:
     environment = world.records[0].environment
-    cells = [cell for of in world.cells(_SAMPLER).values() for cell in of.values()]
+    cells = [cell for of in world.cells(SAMPLER).values() for cell in of.values()]
     seeds = {len(cell.records) for cell in cells}
     text = (
         f"**Measured**: {processor_name(environment)}, float32, one thread a process, commit "
-        f"{commit(environment)}; {_SAMPLER}, guidance tuned; {min(cell.samples for cell in cells)} samples and "
+        f"{commit(environment)}; {SAMPLER}, guidance tuned; {min(cell.samples for cell in cells)} samples and "
         f"{' or '.join(map(str, sorted(seeds)))} training seeds a cell. Real samples against real: a Frechet "
-        f"distance of {world.real(_FRECHET):.2f}; the judge reads {100 * (world.ceiling or 0):.1f}% of their "
+        f"distance of {world.real(FRECHET):.2f}; the judge reads {100 * (world.ceiling or 0):.1f}% of their "
         f"factors right. {_took(world)}"
     )
     return textwrap.fill(text, 125)
@@ -49,7 +51,7 @@ def _took(world: ClosedWorld) -> str:
     """Minutes from the first record to the last, of choosing guidance and of judging at it."""
     parts = []
     for what, split in (("guidance was chosen", "held-out"), ("cells were judged", "test")):
-        of = [r for r in world.records if r.case.split == split and r.case.sampler == _SAMPLER]
+        of = [r for r in world.records if r.case.split == split and r.case.sampler == SAMPLER]
         times = [r.started_at for r in of if r.tuned or split == "held-out"]
         if times:
             parts.append(f"{what} within {(max(times) - min(times)).total_seconds() / 60:.0f} minutes")
@@ -59,13 +61,13 @@ def _took(world: ClosedWorld) -> str:
 def _costs(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     """A guided step of each network over that of the widest, by each unit."""
     timed = [unit for unit in units if isinstance(unit, TimeBudget)]
-    heads = ["network", "parameters", "GFLOP", *(f"ms of a guided step, {_of_batch(unit)}" for unit in timed)]
-    heads += ["FLOPs over the widest's", *(f"time, {_of_batch(unit)}" for unit in timed)]
-    by_name = {name: next(iter(of.values())).records[0] for name, of in world.cells(_SAMPLER).items()}
+    heads = ["network", "parameters", "GFLOP", *(f"ms of a guided step, {batch_text(unit)}" for unit in timed)]
+    heads += ["FLOPs over the widest's", *(f"time, {batch_text(unit)}" for unit in timed)]
+    by_name = {name: next(iter(of.values())).records[0] for name, of in world.cells(SAMPLER).items()}
     flops = {name: (record.gflop_per_image or 0) / record.case.steps for name, record in by_name.items()}
     flops = {name: value / (2 if by_name[name].case.guided else 1) for name, value in flops.items()}
     slopes = {
-        name: [unit.costs[name, _SAMPLER, True].line.slope / unit.batch for unit in timed] for name in by_name
+        name: [unit.costs[name, SAMPLER, True].line.slope / unit.batch for unit in timed] for name in by_name
     }
     *_, widest = by_name
     rows = []
@@ -73,40 +75,76 @@ def _costs(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
         shares = [mine / its for mine, its in zip(slopes[name], slopes[widest], strict=True)]
         cells_of = [name, f"{record.parameters:,}", f"{flops[name]:.4f}", *(f"{ms:.3g}" for ms in slopes[name])]
         rows.append([*cells_of, f"{flops[name] / flops[widest]:.2f}", *(f"{share:.2f}" for share in shares)])
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
-def _frontier(world: ClosedWorld) -> str:
+def frontier(world: ClosedWorld) -> str:
     """Each network's Frechet distance and alignment over its steps."""
-    cells = world.cells(_SAMPLER)
+    cells = world.cells(SAMPLER)
     steps = sorted({number for of in cells.values() for number in of})
     rows = [
-        [name, *(_quality(of[number]) if number in of else "-" for number in steps)] for name, of in cells.items()
+        [name, *(quality_text(of[number]) if number in of else "-" for number in steps)]
+        for name, of in cells.items()
     ]
     title = (
         "**Quality by steps**: the Frechet distance with its 95% interval over samples and seeds; the share of "
         "factors read right; the guidance."
     )
-    return f"{textwrap.fill(title, 125)}\n\n{_table(['network', *map(str, steps)], rows)}"
+    return f"{textwrap.fill(title, 125)}\n\n{table(['network', *map(str, steps)], rows)}"
 
 
-def _quality(cell: QualityCell) -> str:
-    figure = _FRECHET.figure(cell)
+def quality_text(cell: QualityCell) -> str:
+    """Frechet distance, alignment and guidance."""
+    right = [record.alignment.value for record in cell.records if record.alignment is not None]
+    if FRECHET.figure(cell) is None or not right:
+        return "-"
+    return f"{range_text(cell)}<br>{100 * sum(right) / len(right):.0f}%, at {cell.guidance_scale:g}"
+
+
+def range_text(cell: QualityCell) -> str:
+    """The Frechet distance with its interval."""
+    figure = FRECHET.figure(cell)
     if figure is None:
         return "-"
     found = contrast((figure,), lambda number: number)
     low, value, high = (figure.scale.back(number) for number in (found.low, found.value, found.high))
-    right = [record.alignment.value for record in cell.records if record.alignment is not None]
-    rate = cell.records[0].case.guidance_scale
-    return f"**{value:.2f}** ({low:.2f} to {high:.2f})<br>{100 * sum(right) / len(right):.0f}%, at {rate:g}"
+    return f"**{value:.2f}** ({low:.2f} to {high:.2f})"
 
 
-def _budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
+def _factors(world: ClosedWorld) -> str:
+    """The share of each factor that the judge reads right at one number of steps; "" where no record has it."""
+    _, steps = grid.VARIED
+    found = {name: of[steps] for name, of in world.cells(SAMPLER).items() if steps in of}
+    real = [record for record in world.records if record.case.kind == "real"]
+    if real:
+        found["real scenes"] = QualityCell(tuple(real[:1]))
+    records = [record for cell in found.values() for record in cell.records]
+    names = list(dict.fromkeys(name for record in records for name in record.factors))
+    if not names:
+        return ""
+    rows = [[network, *(_share(cell.factor(name)) for name in names)] for network, cell in found.items()]
+    title = (
+        f"**Alignment of each factor** at {steps} steps: the share that the judge reads right, in percent, with "
+        "its 95% interval over samples and seeds. The records do not tell whether the seeds err on the same "
+        "samples; the interval takes it that they do, and is the wider for it."
+    )
+    return f"{textwrap.fill(title, 125)}\n\n{table(['network', *names], rows)}"
+
+
+def _share(figure: PooledFigure | None) -> str:
+    if figure is None:
+        return "-"
+    found = contrast((figure,), lambda number: number)
+    low, value, high = (100 * figure.scale.back(number) for number in (found.low, found.value, found.high))
+    return f"**{value:.1f}** ({low:.1f} to {high:.1f})"
+
+
+def budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     """Who is best at the cost of some steps of the widest, by FLOPs and by each clock, one beside the other."""
-    cells, others = world.cells(_SAMPLER), world.others(_SAMPLER)
-    by_unit = [{row.steps: row for row in budget_rows(world, cells, unit, _FRECHET)} for unit in units]
+    cells, others = world.cells(SAMPLER), world.others(SAMPLER)
+    by_unit = [{row.steps: row for row in budget_rows(world, cells, unit, FRECHET)} for unit in units]
     *_, widest = cells
-    heads = [f"steps of {widest}", *(_of_unit(unit) for unit in units)]
+    heads = [f"steps of {widest}", *(unit_text(unit) for unit in units)]
     steps = sorted({number for rows in by_unit for number in rows})
     rows = [
         [
@@ -120,33 +158,33 @@ def _budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
         f"narrower network, with its steps and Frechet distance, and by what factor the narrower one is better "
         f"(below 1: worse), with a bound over all of them; in italics where the interval holds 1."
     )
-    return f"{textwrap.fill(title, 125)}\n\n{_table(heads, rows)}"
+    return f"{textwrap.fill(title, 125)}\n\n{table(heads, rows)}"
 
 
 def _winner(world: ClosedWorld, row: BudgetRow | None, unit: BudgetUnit, others: Sequence[QualityCell]) -> str:
     if row is None:
         return "-"
-    best, found, back = row.winner, row.largest_advantage, _FRECHET.scale.back
+    best, found, back = row.winner, row.largest_advantage, FRECHET.scale.back
     name = f"{best.cell.network} at {best.cell.steps}, {best.figure.value:.2f}"
     name = f"*{name}*" if row.decided == "open" else f"**{name}**"
     low, value, high = (back(number) for number in (found.low, found.value, found.high))
-    other = best_other(world, others, unit, _FRECHET, row.cost)
+    other = best_other(world, others, unit, FRECHET, row.cost)
     beside = ""
-    its = None if other is None else at_seeds_of(other, best, _FRECHET)
+    its = None if other is None else at_seeds_of(other, best, FRECHET)
     if other is not None and its is not None and other.figure.number < its.number:
         beside = f"<br>{other.cell.network}: {other.figure.value:.2f}, at the same seeds {its.value:.2f}"
     return f"{name}<br>{value:.2f} ({low:.2f} to {high:.2f}){beside}"
 
 
-def _of_unit(unit: BudgetUnit) -> str:
-    return f"by the time of {_of_batch(unit)}" if isinstance(unit, TimeBudget) else "by FLOPs"
+def unit_text(unit: BudgetUnit) -> str:
+    return f"by the time of {batch_text(unit)}" if isinstance(unit, TimeBudget) else "by FLOPs"
 
 
-def _of_batch(unit: TimeBudget) -> str:
+def batch_text(unit: TimeBudget) -> str:
     return "an image alone" if unit.batch == 1 else f"an image in a batch of {unit.batch}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
@@ -156,9 +194,9 @@ def sentence(path: Path) -> str:
     found = gather([path])
     (world,) = [world for world in closed_worlds(found.qualities) if world.task == "t2i"]
     units = budget_units(world, overview(found.trajectories))
-    cells = world.cells(_SAMPLER)
+    cells = world.cells(SAMPLER)
     *narrower, widest = cells
-    rows = {_of_unit(unit): budget_rows(world, cells, unit, _FRECHET) for unit in units}
+    rows = {unit_text(unit): budget_rows(world, cells, unit, FRECHET) for unit in units}
     leads = [f"{sum(_leads(row) for row in of)} of {len(of)} budgets {name}" for name, of in rows.items()]
     beyond = [str(sum(row.decided == "smaller" for row in of)) for of in rows.values()]
     steps = BUDGET_STEPS[0]
@@ -181,7 +219,7 @@ def _leads(row: BudgetRow) -> bool:
 
 def _beside(row: BudgetRow) -> str:
     """The best narrower network beside the widest."""
-    small, found, back = row.smaller[row.best], row.largest_advantage, _FRECHET.scale.back
+    small, found, back = row.smaller[row.best], row.largest_advantage, FRECHET.scale.back
     low, value, high = (back(number) for number in (found.low, found.value, found.high))
     widest = row.reference.cell.network
     return (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from . import cells
+from .adversarial import TrainGan
 from .distillation import Distill
 from .judge import ceiling, save_judge, trained_judge
 from .masked_cells import masked_tasks
@@ -17,7 +18,8 @@ from .training import Training, drawn_network, trained
 
 
 class Task(Protocol):
-    """`cost`, in any unit, orders tasks and fills the bar; `run` does what is not on disk yet."""
+    """`cost`, in any unit, orders tasks and fills the bar; `run` does what is not on disk yet, and tells
+    `study.tell` how far it is where it takes minutes."""
 
     @property
     def cost(self) -> float: ...
@@ -34,7 +36,7 @@ class TrainJudge:
     def run(self, study: Study) -> None:
         if study.judge.exists():
             return
-        judge = trained_judge(study.world)
+        judge = trained_judge(study.world, tell=study.tell)
         ceiling(judge, study.world)
         study.weights.mkdir(parents=True, exist_ok=True)
         save_judge(judge, study.judge)
@@ -59,7 +61,7 @@ class Train:
         states.mkdir(parents=True, exist_ok=True)
         network = drawn_network(study.world.config(self.width), self.seed, study.device)
         training = Training(study.world, network, self.seed, study.recipe)
-        done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt")
+        done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt", tell=study.tell)
         save_network(done.averaged_network(), folder)
 
 
@@ -75,7 +77,7 @@ class Tune:
         return step_cost(self.width) * sum(cells.STEPS[self.sampler]) / 20
 
     def run(self, study: Study) -> None:
-        tuned_rates(study, self.width, self.sampler)
+        tuned_rates(study, self.width, self.sampler, study.tell)
 
 
 @dataclass(frozen=True)
@@ -113,32 +115,44 @@ class JudgeRates:
     def run(self, study: Study) -> None:
         chosen = tuned_rates(study, self.width, self.sampler)[self.steps]
         widths = [self.width] * self.steps
-        for rate in cells.RATES:
+        for done, rate in enumerate(cells.RATES, 1):
             case = study.case(widths, self.seed, self.sampler, rate, "test")
             judged_cell(study, case, widths, tuned=rate == chosen)
+            study.tell(done / len(cells.RATES))
 
 
 @dataclass(frozen=True)
-class JudgeStitched:
-    """Judges a trajectory whose steps different networks take, at the guidance chosen for the widest of them.
+class Stitch:
+    """Judges trajectories whose first steps one network takes, and the rest another, with every training seed.
 
-    On held-out prompts too, with the training that guidance is chosen by: the best of many is chosen there.
+    Which share the first one takes is chosen on held-out prompts, as guidance is; that is the wider network's.
     """
 
-    widths: tuple[int, ...]
-    seed: int
+    first: int
+    second: int
+    steps: int
     sampler: str
 
     @property
+    def plans(self) -> list[tuple[int, ...]]:
+        """The width that takes each step, for every share."""
+        early = sorted({round(part * self.steps) for part in cells.STITCHED_PARTS})
+        return [(self.first,) * count + (self.second,) * (self.steps - count) for count in early]
+
+    @property
     def cost(self) -> float:
-        return sum(map(step_cost, self.widths)) / 20
+        return step_cost(max(self.first, self.second)) * self.steps / 10
 
     def run(self, study: Study) -> None:
-        rate = tuned_rates(study, max(self.widths), self.sampler)[len(self.widths)]
-        if self.seed == TUNED_ON:
-            judged_cell(study, study.case(self.widths, self.seed, self.sampler, rate, "held-out"), self.widths)
-        case = study.case(self.widths, self.seed, self.sampler, rate, "test")
-        judged_cell(study, case, self.widths, tuned=True)
+        rate = tuned_rates(study, max(self.first, self.second), self.sampler)[self.steps]
+
+        def score(widths: tuple[int, ...]) -> float:
+            record = judged_cell(study, study.case(widths, TUNED_ON, self.sampler, rate, "held-out"), widths)
+            return float("inf") if record.frechet is None else record.frechet.value
+
+        widths = min(self.plans, key=score)
+        for seed in study.seeds:
+            judged_cell(study, study.case(widths, seed, self.sampler, rate, "test"), widths, tuned=True)
 
 
 @dataclass(frozen=True)
@@ -172,13 +186,12 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
         ],
         "guidance": [JudgeRates(width, seeds[0], sampler, steps) for width in widths],
         "stitch": [
-            JudgeStitched((first,) * early + (second,) * (steps - early), seed, "ddim")
-            for seed in seeds
+            Stitch(first, second, number, "ddim")
             for first, second in cells.stitched_pairs(widths)
-            for steps in cells.STITCHED_STEPS
-            for early in sorted({round(part * steps) for part in cells.STITCHED_PARTS})
+            for number in cells.STITCHED_STEPS
         ],
         "distill": [Distill(width, seed) for width in widths for seed in seeds],
         "super-resolution": [JudgeReal("sr"), *fine_tunings(study)],
+        "gan": [TrainGan(width, seed) for width in widths for seed in seeds],
         "masked": masked_tasks(study),
     }

@@ -52,7 +52,8 @@ class Codebook:
 def _places(latents: Tensor) -> Ints:
     """[n * h * w, 4] in parts of 1/256."""
     rows = latents.permute(0, 2, 3, 1).reshape(-1, CHANNELS)
-    return np.rint(rows.double().numpy() * _PART).astype(np.int64)
+    parts: Ints = np.rint(rows.double().numpy() * _PART).astype(np.int64)
+    return parts
 
 
 def _nearest(places: Ints, codes: Ints) -> Ints:
@@ -60,10 +61,11 @@ def _nearest(places: Ints, codes: Ints) -> Ints:
     wide: Floats = codes.astype(np.float64)
     squares = (wide * wide).sum(1)
     parts = (
-        (squares - 2 * (places[start : start + _AT_ONCE].astype(np.float64) @ wide.T)).argmin(1)
+        np.argmin(squares - 2 * (places[start : start + _AT_ONCE].astype(np.float64) @ wide.T), 1)
         for start in range(0, len(places), _AT_ONCE)
     )
-    return np.concatenate([*parts])
+    nearest: Ints = np.concatenate([*parts])
+    return nearest
 
 
 def fitted(world: World, codes: int = CODES, scenes: int = _FITTED_SCENES, rounds: int = _ROUNDS) -> Codebook:

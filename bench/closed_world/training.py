@@ -21,8 +21,10 @@ from ldmperf.model import UNet, UNetConfig
 from .captions import embedded
 from .data import Batch, Source
 from .family import SCHEDULE, World
+from .progress import Tell, to_nobody
 
 Network = TypeVar("Network", bound=nn.Module)
+InTraining = TypeVar("InTraining", bound="Training[Any]")
 
 # A seed's scenes; those of judging and of prompts are other seeds (`judge`, `judging`, `sampling`).
 _FIRST_SEED = 1000
@@ -40,6 +42,7 @@ class Recipe:
     weight_decay: float = 0.01
     averaging: float = 0.995
     untold: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.99)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 1 on."""
@@ -51,8 +54,8 @@ class Recipe:
 # Of a network that is trained already: smaller steps, and every caption is told, as it samples without guidance.
 CONTINUED = Recipe(steps=400, learning_rate=2e-3, last_rate=2e-5, warmup=20, untold=0.0)
 
-# Of a masked transformer: all as the family's, but for the rates.
-MASKED = Recipe(learning_rate=3e-3, last_rate=3e-5)
+# Of a generator against a discriminator, both of which change under the other: no momentum, no decay of weights.
+ADVERSARIAL = Recipe(learning_rate=2e-3, last_rate=2e-5, weight_decay=0.0, untold=0.0, betas=(0.0, 0.99))
 
 
 def drawn_network(config: UNetConfig, seed: int, device: str = "cpu") -> UNet:
@@ -77,7 +80,7 @@ class Training(Generic[Network]):
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(),
             recipe.learning_rate,
-            betas=(0.9, 0.99),
+            betas=recipe.betas,
             weight_decay=recipe.weight_decay,
             fused=True,
         )
@@ -124,7 +127,7 @@ class Training(Generic[Network]):
         alpha = self._alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self._alphas[timesteps]).sqrt()[:, None, None, None]
         seen = self._input(alpha * latents + sigma * noise, number)
-        predicted = self.network(seen, timesteps.float(), context)
+        predicted: Tensor = self.network(seen, timesteps.float(), context)
         return (predicted - (alpha * noise - sigma * latents)).square().mean()
 
     @torch.no_grad()
@@ -155,12 +158,13 @@ class Training(Generic[Network]):
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def trained(training: Training, keep: Path, *, every: int = 200) -> Training:
+def trained(training: InTraining, keep: Path, *, every: int = 200, tell: Tell = to_nobody) -> InTraining:
     """The training at its end; its state goes to the file `keep` every so many steps, and comes from there."""
     if keep.exists():
         training.restore(torch.load(keep, map_location=training._device, weights_only=True))
     while training.done < training.recipe.steps:
         training.step()
+        tell(training.done / training.recipe.steps)
         if training.done % every == 0 or training.done == training.recipe.steps:
             whole = keep.with_suffix(".part")
             torch.save(training.state(), whole)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..figures.best import by_time
-from ..quality import QualityRecord
+from ..quality import Generator, QualityRecord
 from ..terminal.visible import counted
 from .pooled_figures import DIFFERENCE, LOGARITHM, PooledFigure, Scale
 
@@ -35,9 +35,17 @@ QUALITY_METRICS = (
 
 @dataclass(frozen=True)
 class QualityCell:
-    """One network, sampler and step count: a record for each training seed, by seed."""
+    """One network, sampler and step count: a record for each training seed, by seed.
+
+    failed   further training seeds that were sampled so, without a figure
+    """
 
     records: tuple[QualityRecord, ...]
+    failed: frozenset[int] = frozenset()
+
+    @property
+    def kind(self) -> Generator:
+        return self.records[0].case.kind
 
     @property
     def network(self) -> str:
@@ -72,6 +80,11 @@ class QualityCell:
         return max(known) if len(known) == len(found) else None
 
     @property
+    def parameters(self) -> int | None:
+        """Of its first seed: a network has as many in each."""
+        return self.records[0].parameters
+
+    @property
     def samples(self) -> int:
         return min(record.case.samples for record in self.records)
 
@@ -83,12 +96,18 @@ class QualityCell:
     def at_seeds(self, seeds: Container[int]) -> QualityCell | None:
         """The cell of these trainings alone; null where it has none of them."""
         found = tuple(record for record in self.records if record.case.training_seed in seeds)
-        return QualityCell(found) if found else None
+        failed = frozenset(seed for seed in self.failed if seed in seeds)
+        return QualityCell(found, failed) if found else None
 
     def figure(self, field: str, scale: Scale) -> PooledFigure | None:
         """A figure over the seeds; null where a seed has none on this scale."""
         estimates = ((r.case.training_seed, r.case.samples, r.estimates[field]) for r in self.records)
         return PooledFigure.of(self.network, scale, estimates)
+
+    def factor(self, name: str) -> PooledFigure | None:
+        """The share of a factor that the judge reads right, over the seeds; null where a seed has none."""
+        shares = ((r.case.training_seed, r.case.samples, r.factors.get(name)) for r in self.records)
+        return PooledFigure.of_shares(self.network, shares)
 
 
 Cells = Mapping[str, Mapping[int, QualityCell]]
@@ -96,54 +115,57 @@ Cells = Mapping[str, Mapping[int, QualityCell]]
 
 @dataclass(frozen=True)
 class ClosedWorld:
-    """The records that are ok of one world and task, one of each case."""
+    """The records that are ok of one world and task, one of each case.
+
+    failed   the records of cases without one that is ok
+    """
 
     name: str
     task: str
     records: tuple[QualityRecord, ...]
+    failed: tuple[QualityRecord, ...] = ()
 
     @cached_property
     def networks(self) -> tuple[str, ...]:
         """Those of the family, the smallest first; the last is the reference, as 866M is in the paper."""
-        size: dict[str, tuple[float, float]] = {}
-        for record in self._family:
-            one = (record.parameters or 0.0, (record.gflop_per_image or 0.0) / record.case.steps)
-            size[record.case.network] = max(one, size.get(record.case.network, one))
-        return tuple(sorted(size, key=lambda name: (size[name], name)))
+        return _by_size(self._family)
 
     @cached_property
     def samplers(self) -> tuple[str, ...]:
         """Those that the family was sampled with, on test prompts at a tuned guidance."""
-        return tuple(sorted({r.case.sampler for r in self._family if r.tuned and r.case.split == "test"}))
+        return self.samplers_of("diffusion")
+
+    def samplers_of(self, kind: Generator) -> tuple[str, ...]:
+        """The same of a kind of generator."""
+        return tuple(sorted({r.case.sampler for r in self._of_kind(kind) if r.tuned and _is_test(r)}))
 
     @property
     def _family(self) -> list[QualityRecord]:
-        return [record for record in self.records if record.case.kind == "diffusion"]
+        return self._of_kind("diffusion")
 
-    def cells(self, sampler: str) -> Cells:
+    def _of_kind(self, kind: Generator) -> list[QualityRecord]:
+        return [record for record in self.records if record.case.kind == kind]
+
+    def cells(self, sampler: str, kind: Generator = "diffusion") -> Cells:
         """By network, the smallest first, and steps: tuned, on test prompts, after the whole training."""
-        found = [record for record in self._family if record.tuned and _is_test(record)]
+        found = [record for record in self._of_kind(kind) if record.tuned and _is_test(record)]
         by_network = _by_network([record for record in found if record.case.sampler == sampler])
-        cells = {name: _by_steps(_after_training(of)) for name, of in by_network.items()}
-        return {name: cells[name] for name in self.networks if name in cells}
+        cells = {name: self._by_steps(_after_training(of)) for name, of in by_network.items()}
+        return {name: cells[name] for name in _by_size(self._of_kind(kind)) if name in cells}
 
     def others(self, sampler: str) -> list[QualityCell]:
         """Of generators that are none of the family, tuned on test prompts: those of another kind take their own
-        sampler, several networks that share a trajectory this one."""
-        found = [
-            record
-            for record in self.records
-            if record.case.kind not in ("diffusion", "real")
-            and record.tuned
-            and _is_test(record)
-            and (record.case.kind != "stitched" or record.case.sampler == sampler)
-        ]
-        by_network = _by_network(found)
-        return [
-            cell
-            for name in sorted(by_network)
-            for _, cell in sorted(_by_steps(_after_training(by_network[name])).items())
-        ]
+        sampler, several networks that share a trajectory this one.
+
+        A network of the family that was trained from drawn weights is no other generator.
+        """
+        found: dict[tuple[str, str, str], list[QualityRecord]] = {}
+        for record in self.records:
+            case = record.case
+            is_other = case.kind not in ("diffusion", "scratch", "real") and record.tuned and _is_test(record)
+            if is_other and (case.kind != "stitched" or case.sampler == sampler):
+                found.setdefault((case.network, case.kind, case.sampler), []).append(record)
+        return [cell for place in sorted(found) for cell in self._by_steps(_after_training(found[place])).values()]
 
     def held_out(self, cell: QualityCell) -> QualityCell | None:
         """The same cell on held-out prompts, of the seeds that were judged on them; null without any."""
@@ -165,13 +187,14 @@ class ClosedWorld:
             for record in _after_training(of):
                 case = record.case
                 found.setdefault((name, case.steps, case.split, case.guidance_scale), []).append(record)
-        return [QualityCell(_by_seed(found[place])) for place in sorted(found)]
+        return [self._cell(found[place]) for place in sorted(found)]
 
-    def trainings(self, network: str, sampler: str, steps: int) -> dict[int, QualityCell]:
+    def trainings(
+        self, network: str, sampler: str, steps: int, kind: Generator = "diffusion"
+    ) -> dict[int, QualityCell]:
         """By training steps: on test prompts, at the guidance that is tuned after the whole training."""
-        of = [
-            r for r in self._family if (r.case.network, r.case.sampler, r.case.steps) == (network, sampler, steps)
-        ]
+        place = (network, sampler, steps)
+        of = [r for r in self._of_kind(kind) if (r.case.network, r.case.sampler, r.case.steps) == place]
         of = [record for record in of if _is_test(record)]
         last = [record for record in _after_training(of) if record.tuned]
         rates = {record.case.training_seed: record.case.guidance_scale for record in last}
@@ -180,7 +203,28 @@ class ClosedWorld:
             case = record.case
             if record.tuned or case.guidance_scale == rates.get(case.training_seed):
                 found.setdefault(case.training_steps, {})[case.training_seed] = record
-        return {trained: QualityCell(_by_seed(found[trained].values())) for trained in sorted(found)}
+        return {trained: self._cell(found[trained].values()) for trained in sorted(found)}
+
+    def _by_steps(self, records: Iterable[QualityRecord]) -> dict[int, QualityCell]:
+        """Of a seed that is tuned to two rates the lower counts."""
+        found: dict[int, dict[int, QualityRecord]] = {}
+        for record in sorted(records, key=lambda record: -record.case.guidance_scale):
+            found.setdefault(record.case.steps, {})[record.case.training_seed] = record
+        return {steps: self._cell(found[steps].values()) for steps in sorted(found)}
+
+    def _cell(self, records: Iterable[QualityRecord]) -> QualityCell:
+        """With the seeds that failed at a guidance which another seed of the cell has."""
+        by_seed = tuple(sorted(records, key=lambda record: record.case.training_seed))
+        failed = {seed for record in by_seed for seed in self._failed_seeds.get(_of_any_seed(record), ())}
+        return QualityCell(by_seed, frozenset(failed - {record.case.training_seed for record in by_seed}))
+
+    @cached_property
+    def _failed_seeds(self) -> dict[str, set[int]]:
+        """By what the cases of all seeds share."""
+        found: dict[str, set[int]] = {}
+        for record in self.failed:
+            found.setdefault(_of_any_seed(record), set()).add(record.case.training_seed)
+        return found
 
     def real(self, metric: QualityMetric) -> float | None:
         """The metric of real samples against real; null where nobody looked."""
@@ -202,13 +246,18 @@ class ClosedWorld:
 def closed_worlds(records: Iterable[QualityRecord]) -> list[ClosedWorld]:
     """The worlds and tasks by name. Of a case that was judged twice the one with most samples, then the latest."""
     found: dict[tuple[str, str], dict[str, QualityRecord]] = {}
+    failed: dict[tuple[str, str], dict[str, QualityRecord]] = {}
     for record in sorted(by_time(records), key=lambda record: record.case.samples):
-        if record.status == "ok":
-            of_world = found.setdefault((record.case.world, record.case.task), {})
-            of_world[_without_samples(record.case.key)] = record
-    return [
-        ClosedWorld(*place, tuple(found[place][key] for key in sorted(found[place]))) for place in sorted(found)
-    ]
+        of_world = (found if record.status == "ok" else failed).setdefault(
+            (record.case.world, record.case.task), {}
+        )
+        of_world[_without_samples(record.case.key)] = record
+    worlds = []
+    for place, of_world in sorted(found.items()):
+        without = failed.get(place, {})
+        lost = tuple(without[key] for key in sorted(without.keys() - of_world.keys()))
+        worlds.append(ClosedWorld(*place, tuple(of_world[key] for key in sorted(of_world)), lost))
+    return worlds
 
 
 def of_the_same_seeds(cells: Sequence[QualityCell]) -> tuple[QualityCell, ...]:
@@ -216,7 +265,8 @@ def of_the_same_seeds(cells: Sequence[QualityCell]) -> tuple[QualityCell, ...]:
     counts = Counter(record.case.training_seed for cell in cells for record in cell.records)
     seeds = {seed for seed, count in counts.items() if count == max(counts.values())}
     found = [tuple(record for record in cell.records if record.case.training_seed in seeds) for cell in cells]
-    return tuple(QualityCell(of) for of in found if len(of) == len(seeds))
+    pairs = zip(cells, found, strict=True)
+    return tuple(replace(cell, records=of) for cell, of in pairs if len(of) == len(seeds))
 
 
 def seeds_in_words(figures: Iterable[PooledFigure]) -> str:
@@ -237,6 +287,19 @@ def _without_samples(key: str) -> str:
     return key.rpartition(" samples=")[0]
 
 
+def _of_any_seed(record: QualityRecord) -> str:
+    return _without_samples(record.case.model_copy(update={"training_seed": 0}).key)
+
+
+def _by_size(records: Iterable[QualityRecord]) -> tuple[str, ...]:
+    """Their networks, the smallest first."""
+    size: dict[str, tuple[float, float]] = {}
+    for record in records:
+        one = (record.parameters or 0.0, (record.gflop_per_image or 0.0) / record.case.steps)
+        size[record.case.network] = max(one, size.get(record.case.network, one))
+    return tuple(sorted(size, key=lambda name: (size[name], name)))
+
+
 def _by_network(records: Iterable[QualityRecord]) -> dict[str, list[QualityRecord]]:
     found: dict[str, list[QualityRecord]] = {}
     for record in records:
@@ -248,15 +311,3 @@ def _after_training(records: Sequence[QualityRecord]) -> list[QualityRecord]:
     """Those with the most training steps."""
     most = max((record.case.training_steps for record in records), default=0)
     return [record for record in records if record.case.training_steps == most]
-
-
-def _by_steps(records: Iterable[QualityRecord]) -> dict[int, QualityCell]:
-    """Of a seed that is tuned to two rates the lower counts."""
-    found: dict[int, dict[int, QualityRecord]] = {}
-    for record in sorted(records, key=lambda record: -record.case.guidance_scale):
-        found.setdefault(record.case.steps, {})[record.case.training_seed] = record
-    return {steps: QualityCell(_by_seed(found[steps].values())) for steps in sorted(found)}
-
-
-def _by_seed(records: Iterable[QualityRecord]) -> tuple[QualityRecord, ...]:
-    return tuple(sorted(records, key=lambda record: record.case.training_seed))

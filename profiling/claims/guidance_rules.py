@@ -12,6 +12,7 @@ from ..measure.intervals import Interval, each_of, extreme_interval
 from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import counted
 from . import limits
+from .budget_words import advantage_text, judged_text
 from .catalogue import Claim
 from .closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric, of_the_same_seeds
 from .pooled_figures import ERRORS, LOGARITHM, PooledFigure, contrast
@@ -129,30 +130,21 @@ def _guidance(
     of, sweep = moved[name], next(sweep for sweep in sweeps if sweep.network == name)
     low, high = (cell.guidance_scale for cell in (sweep.within[0], sweep.within[-1]))
     split = "" if sweep.cells[0].records[0].case.split == "test" else " on held-out prompts"
-    two = [f"of its errors ({_factor(of.errors)})", f"of the alignment itself ({_factor(of.alignment)})"]
-    scales = "less than both" if not of.over_errors and not of.over_alignment else "more than both"
+    errors, alignment = (times(LOGARITHM.back(moves.value)) for moves in (of.errors, of.alignment))
+    disagree = ""
     if of.over_errors != of.over_alignment:
-        more, less = two if of.over_errors else reversed(two)
-        scales = f"the two scales disagree: more than that {more}, not more than that {less}"
-    else:
-        scales = f"{scales} the factor {two[0]} and that {two[1]}"
+        more, less = ("wrong", "right") if of.over_errors else ("right", "wrong")
+        disagree = f": more than the share that is {more}, not more than the share that is {less}"
+    bound = f"a bound over {counted(len(moved), 'network')}"
     sentence = (
         f"between guidance {low:g} and {high:g} at {counted(sweep.cells[0].steps, 'step')}{split} the "
-        f"{metric.name} of the {name} moves by a factor of {_factor(of.quality)}; {scales}; the log of the factor "
-        f"is {least.value:.3g} larger than the larger of those, at the network where that is least (interval "
-        f"{least.low:.3g} to {least.high:.3g}, a bound over {counted(len(moved), 'network')}; above 0 holds)"
+        f"{metric.name} of the {name} changes {times(LOGARITHM.back(of.quality.value))}, the share of "
+        f"factors that is right {alignment} and the share that is wrong {errors}{disagree}; the first over the "
+        f"larger of the others is least there ({judged_text(LOGARITHM, least, bound, 'holds')})"
     )
     judged = Judged("log of the metric's range over the larger of alignment's", least, 0.0, above=True)
     figures = [figure for one in moved.values() for figure in one.figures]
     return quality_verdict(claim, judged, sentence, said, grid, cells, figures)
-
-
-def _factor(range_of_log: Interval) -> str:
-    """ "1.80x (1.50x to 2.10x)"."""
-    low, value, high = (
-        times(LOGARITHM.back(n)) for n in (range_of_log.low, range_of_log.value, range_of_log.high)
-    )
-    return f"{value} (interval {low} to {high})"
 
 
 def _guidance_grid(
@@ -166,7 +158,7 @@ def _guidance_grid(
             texts = (MISSING if figure is None else figure_text(figure) for figure in (quality, alignment))
             rows.append((sweep.network, f"{cell.guidance_scale:g}", *texts, MISSING))
         if (of := moved.get(sweep.network)) is not None:
-            ranges = (times(LOGARITHM.back(i.value)) for i in (of.quality, of.alignment, of.errors))
+            ranges = (advantage_text(LOGARITHM, moves) for moves in (of.quality, of.alignment, of.errors))
             rows.append((sweep.network, "range", *ranges))
     real, ceiling = world.real(metric), world.ceiling
     if real is not None or ceiling is not None:

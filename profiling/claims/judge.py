@@ -20,8 +20,12 @@ from .closed_worlds import ClosedWorld, closed_worlds
 from .cost_rules import cost_proportional, energy_proportional, steps_linear
 from .guidance_rules import quality_guidance
 from .image_rules import ddim50_slow, single_shot_cheaper
+from .quality_distillation_rules import quality_distillation
+from .quality_fine_tuning_rules import quality_pretraining
 from .quality_order_rules import quality_sampler_independent, quality_scales
+from .quality_rival_rules import quality_single_shot
 from .quality_rules import quality_large_wins, quality_small_wins
+from .quality_sr_rules import quality_sr_small_wins
 from .variant_rules import cfg_quality_not_alignment, sampler_independent
 from .verdict import ClaimVerdicts, Verdict
 
@@ -79,8 +83,12 @@ QUALITY_RULES: Mapping[str, QualityRule] = {
     "small-wins-at-budget": quality_small_wins,
     "large-wins-relaxed": quality_large_wins,
     "sampler-independent": quality_sampler_independent,
+    "single-shot-cheaper": quality_single_shot,
+    "distillation-keeps-trend": quality_distillation,
+    "sr-small-wins-below-20": quality_sr_small_wins,
     "cfg-quality-not-alignment": quality_guidance,
     "quality-scales-with-compute": quality_scales,
+    "pretraining-over-finetuning": quality_pretraining,
 }
 
 

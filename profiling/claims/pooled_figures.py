@@ -17,6 +17,8 @@ from ..measure.intervals import RESAMPLES, Interval
 from ..quality import Estimate
 
 _SEED = 20260401
+# Of a share, whose distribution is known.
+_REPLICATES_OF_SHARES = 400
 # Of larger ones a float has no exponential.
 _LARGEST = 700.0
 
@@ -48,6 +50,8 @@ def _exp(number: float) -> float:
 LOGARITHM = Scale("log", math.log, lambda value: 1 / value, _exp, _positive)
 # KID is unbiased and lies below zero where a network is as good as real: its logarithm is not there.
 DIFFERENCE = Scale("difference", lambda value: value, lambda value: 1.0, lambda number: number)
+# A share of answers, of which the seeds' part of an interval may leave what is possible.
+SHARE = Scale("share", lambda value: value, lambda value: 1.0, lambda number: min(max(number, 0.0), 1.0))
 # Of a share that is right the logarithm of what is wrong.
 ERRORS = Scale(
     "log of errors",
@@ -63,7 +67,7 @@ class PooledFigure:
     """A figure of one network, sampler and step count on a scale, one number for each training seed.
 
     deviations    of each seed: by how much its replicates lie off their mean. The mean itself is not that of the
-                  figure: a resample has samples twice, which raises a distance
+                  figure: a resample has samples twice, which raises a distance. Of shares: off the share
     resamples     of each seed: how many samples and replicates there are. Where these are the same, so are the
                   resamples
     """
@@ -93,6 +97,38 @@ class PooledFigure:
             tuple(map(scale.number, values)),
             tuple(_deviations(estimate, scale) for _, _, estimate in found if estimate is not None),
             tuple((samples, len(estimate.replicates)) for _, samples, estimate in found if estimate is not None),
+        )
+
+    @classmethod
+    def of_shares(cls, network: str, shares: Iterable[tuple[int, int, float | None]]) -> PooledFigure | None:
+        """Of training seed, number of samples and the share of them that is right; null where one is missing.
+
+        A share has no replicates: they are quantiles of the beta distribution with Jeffreys's prior, which has a
+        width where all samples are right, too. The seeds answer the same prompts from the same noise, and what one
+        of them gets wrong another often does. How often no share tells, so their deviations go together wholly,
+        which is an upper bound; those of two networks are apart.
+        """
+        import numpy
+        from scipy import stats
+
+        found = sorted(shares, key=lambda each: each[0])
+        values = [(samples, share) for _, samples, share in found if share is not None]
+        if not found or len(values) < len(found):
+            return None
+        count = _REPLICATES_OF_SHARES
+        places = numpy.random.default_rng([_SEED, zlib.crc32(network.encode())]).permutation(count)
+        deviations = []
+        for samples, share in values:
+            right = share * samples
+            of = stats.beta(right + 0.5, samples - right + 0.5)
+            deviations.append(tuple((of.ppf((places + 0.5) / count) - share).tolist()))
+        return cls(
+            network,
+            SHARE,
+            tuple(seed for seed, _, _ in found),
+            tuple(share for _, share in values),
+            tuple(deviations),
+            tuple((samples, count) for samples, _ in values),
         )
 
     @property

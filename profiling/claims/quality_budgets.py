@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..figures.derived import Overview
 from ..measure.intervals import Interval, each_of, extreme_interval
 from . import limits
-from .closed_worlds import Cells, ClosedWorld, QualityCell, QualityMetric
+from .closed_worlds import QUALITY_METRICS, Cells, ClosedWorld, QualityCell, QualityMetric
 from .pooled_figures import PooledFigure, contrast
-from .sample_costs import BudgetUnit
+from .sample_costs import BudgetUnit, budget_units
 
 # Costs that are equal but for rounding.
 _ROUNDED = 1 + 1e-9
@@ -52,6 +53,12 @@ class BudgetRow:
         """The best of several is chosen by the same samples that judge it: a bound over all of them."""
         return extreme_interval(max, list(self.advantages.values()))
 
+    def advantage_at(self, confidence: float) -> Interval:
+        """The same at another confidence, of one of several budgets."""
+        together = each_of(len(self.smaller), confidence)
+        found = [_advantage(self.reference, of, together) for of in self.smaller.values()]
+        return extreme_interval(max, found, confidence)
+
     @property
     def decided(self) -> str:
         """Who is better beyond noise: "smaller", "reference" or "open"."""
@@ -69,6 +76,31 @@ class BudgetRow:
         return [self.reference.figure, *(of.figure for of in self.smaller.values())]
 
 
+@dataclass(frozen=True)
+class BudgetSet:
+    """The budgets of one set of conditions; at each of the rows two networks have a cell."""
+
+    world: ClosedWorld
+    sampler: str
+    unit: BudgetUnit
+    metric: QualityMetric
+    rows: list[BudgetRow]
+
+
+def budget_sets(worlds: Sequence[ClosedWorld], shown: Overview, task: str) -> Iterable[BudgetSet]:
+    """Those of the worlds of a task that have a budget; the overview has the times of the same networks."""
+    for world in worlds:
+        if world.task != task:
+            continue
+        units = budget_units(world, shown)
+        for sampler in world.samplers:
+            cells = world.cells(sampler)
+            for unit in units:
+                for metric in QUALITY_METRICS:
+                    if rows := budget_rows(world, cells, unit, metric):
+                        yield BudgetSet(world, sampler, unit, metric, rows)
+
+
 def budget_rows(world: ClosedWorld, cells: Cells, unit: BudgetUnit, metric: QualityMetric) -> list[BudgetRow]:
     """A row for each budget that the largest network has a cell and a cost at; none without a smaller network."""
     *smaller, reference = cells
@@ -84,35 +116,41 @@ def budget_rows(world: ClosedWorld, cells: Cells, unit: BudgetUnit, metric: Qual
         if not having:
             continue
         together = each_of(len(having))
-        advantages = {
-            name: contrast((own.figure, of.figure), lambda large, small: large - small, together)
-            for name, of in having.items()
-        }
+        advantages = {name: _advantage(own, of, together) for name, of in having.items()}
         saturated = tuple(name for name in having if _has_no_more(cells[name], unit, cost))
         rows.append(BudgetRow(steps, cost, own, having, advantages, saturated))
     return rows
 
 
+def _advantage(large: AffordedCell, small: AffordedCell, confidence: float) -> Interval:
+    return contrast((large.figure, small.figure), lambda one, other: one - other, confidence)
+
+
 def _afforded(
     world: ClosedWorld, of_network: Mapping[int, QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> AffordedCell | None:
-    """The cell within the cost that is best on held-out prompts; without these that of the most steps."""
-    within = _within(of_network.values(), unit, metric, most)
-    chosen = best_on_held_out(world, within, metric)
-    return chosen or max(within, key=lambda of: of.cell.steps, default=None)
+    return best_or_longest(world, _within(of_network.values(), unit, metric, most), metric)
+
+
+def best_or_longest(
+    world: ClosedWorld, cells: Sequence[AffordedCell], metric: QualityMetric
+) -> AffordedCell | None:
+    """The cell that is best on held-out prompts; without these that of the most steps."""
+    chosen = best_on_held_out(world, cells, metric)
+    return chosen or max(cells, key=lambda of: of.cell.steps, default=None)
 
 
 def _within(
     cells: Iterable[QualityCell], unit: BudgetUnit, metric: QualityMetric, most: float
 ) -> list[AffordedCell]:
     """The cells whose cost is known and within this one."""
-    return [
-        AffordedCell(cell, figure)
-        for cell in cells
-        if (cost := unit.cost(cell)) is not None
-        and cost <= most * _ROUNDED
-        and (figure := metric.figure(cell)) is not None
-    ]
+    affordable = [cell for cell in cells if (cost := unit.cost(cell)) is not None and cost <= most * _ROUNDED]
+    return figured(affordable, metric)
+
+
+def figured(cells: Iterable[QualityCell], metric: QualityMetric) -> list[AffordedCell]:
+    """The cells that have a figure, with it."""
+    return [AffordedCell(cell, figure) for cell in cells if (figure := metric.figure(cell)) is not None]
 
 
 def best_on_held_out(
@@ -172,7 +210,7 @@ def stitched_rows(world: ClosedWorld, sampler: str, unit: BudgetUnit, metric: Qu
     """A row for each budget at which both were judged, and held out."""
     cells = world.cells(sampler)
     single = [cell for of in cells.values() for cell in of.values()]
-    stitched = [cell for cell in world.others(sampler) if cell.records[0].case.kind == "stitched"]
+    stitched = [cell for cell in world.others(sampler) if cell.kind == "stitched"]
     *_, reference = cells
     rows = []
     for steps in limits.QUALITY_BUDGETS:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
 from typing import Any
 
 from ..figures.derived import Overview
@@ -16,15 +15,12 @@ from ..terminal.visible import counted
 from . import limits
 from .catalogue import Claim
 from .closed_worlds import QUALITY_METRICS, Cells, ClosedWorld, QualityCell, QualityMetric
+from .pair_orders import FigureTable, NetworkPair, figure_table, shared_order, shared_pairs
 from .pooled_figures import LOGARITHM, PooledFigure, contrast
 from .quality_budgets import BudgetRow, budget_rows
-from .quality_verdict import conditions_of, figure_text, quality_verdict, unmeasured_quality
+from .quality_verdict import cells_grid, conditions_of, figure_text, quality_verdict, unmeasured_quality
 from .sample_costs import FlopBudget
 from .verdict import Judged, Verdict, interval_text
-
-# A step count and two networks, the smaller first.
-_Pair = tuple[int, str, str]
-_Figures = Mapping[tuple[str, int], PooledFigure]
 
 
 def quality_sampler_independent(claim: Claim, worlds: Sequence[ClosedWorld], shown: Overview) -> list[Verdict]:
@@ -32,24 +28,21 @@ def quality_sampler_independent(claim: Claim, worlds: Sequence[ClosedWorld], sho
     found = []
     for world in worlds:
         cells = {name: world.cells(name) for name in world.samplers} if world.task == "t2i" else {}
+        if len(cells) == 1:
+            found.append(_one_sampler(claim, world, cells))
         for metric in QUALITY_METRICS:
-            figures = {name: _figures(of, metric) for name, of in cells.items()}
-            shared = set.intersection(*map(set, figures.values())) if len(figures) > 1 else set()
-            pairs = [
-                (steps, small, large)
-                for small, large in combinations(world.networks, 2)
-                for steps in sorted({count for _, count in shared})
-                if {(small, steps), (large, steps)} <= shared
-            ]
-            if pairs:
-                found.append(_same_order(claim, world, metric, cells, figures, sorted(pairs)))
+            figures = {name: figure_table(of, metric) for name, of in cells.items()}
+            if pairs := shared_pairs(figures, world.networks):
+                found.append(_same_order(claim, world, metric, cells, figures, pairs))
     return found
 
 
-def _figures(cells: Cells, metric: QualityMetric) -> dict[tuple[str, int], PooledFigure]:
-    """By network and steps."""
-    found = {(name, steps): metric.figure(cell) for name, of in cells.items() for steps, cell in of.items()}
-    return {place: figure for place, figure in found.items() if figure is not None}
+def _one_sampler(claim: Claim, world: ClosedWorld, cells: Mapping[str, Cells]) -> Verdict:
+    """What is missing is neither times nor another metric."""
+    ((sampler, of),) = cells.items()
+    used = [cell for of_network in of.values() for cell in of_network.values()]
+    needs = f"quality under a second sampler, at the same steps; there is none but {sampler}'s"
+    return unmeasured_quality(claim, needs, conditions_of(world, sampler, None), cells_grid(of), used)
 
 
 def _same_order(
@@ -57,61 +50,32 @@ def _same_order(
     world: ClosedWorld,
     metric: QualityMetric,
     cells: Mapping[str, Cells],
-    figures: Mapping[str, _Figures],
-    pairs: Sequence[_Pair],
+    figures: Mapping[str, FigureTable],
+    pairs: Sequence[NetworkPair],
 ) -> Verdict:
     samplers = list(figures)
     said = conditions_of(world, None, metric) | {"samplers": " and ".join(samplers)}
-    decided = {(sampler, pair): _is_decided(figures[sampler], pair) for sampler in samplers for pair in pairs}
-    # Two samplers and a pair of networks that differ beyond noise under one of them at least.
-    places = [
-        (one, other, pair)
-        for one, other in combinations(samplers, 2)
-        for pair in pairs
-        if decided[one, pair] or decided[other, pair]
-    ]
     grid = _order_grid(world, metric, cells, figures, pairs)
     used = [cells[sampler][name][steps] for sampler in samplers for steps, *names in pairs for name in names]
-    if not places:
+    order = shared_order(figures, pairs)
+    if order is None:
         needs = f"two networks that differ beyond noise; none of {counted(len(pairs), 'pair')} does"
         return unmeasured_quality(claim, needs, said, grid, used)
-    needed = list(
-        dict.fromkeys(
-            (sampler, name, steps) for *two, (steps, *names) in places for sampler in two for name in names
-        )
-    )
-    at = {place: index for index, place in enumerate(needed)}
-
-    def share(*numbers: Any) -> Any:
-        def sign(sampler: str, pair: _Pair) -> Any:
-            steps, small, large = pair
-            return numbers[at[sampler, small, steps]] > numbers[at[sampler, large, steps]]
-
-        return sum(1.0 * (sign(one, pair) == sign(other, pair)) for one, other, pair in places) / len(places)
-
-    decided_by = [figures[sampler][name, steps] for sampler, name, steps in needed]
-    interval = contrast(decided_by, share)
     sentence = (
-        f"{interval.value:.0%} of {counted(len(places), 'pair')} of networks that differ beyond noise under one "
-        f"sampler have the same order under another ({joined(samplers)}; interval {interval.low:.0%} to "
-        f"{interval.high:.0%}; above {limits.SAME_ORDER:.0%} holds)"
+        f"{order.share.value:.0%} of {counted(order.count, 'pair')} of networks that differ beyond noise under "
+        f"one sampler have the same order under another ({joined(samplers)}; interval {order.share.low:.0%} to "
+        f"{order.share.high:.0%}; above {limits.SAME_ORDER:.0%} holds)"
     )
-    judged = Judged("share of pairs in the same order", interval, limits.SAME_ORDER, above=True)
-    return quality_verdict(claim, judged, sentence, said, grid, used, decided_by)
-
-
-def _is_decided(figures: _Figures, pair: _Pair) -> bool:
-    steps, small, large = pair
-    found = contrast([figures[small, steps], figures[large, steps]], lambda one, other: one - other)
-    return found.low > 0 or found.high < 0
+    judged = Judged("share of pairs in the same order", order.share, limits.SAME_ORDER, above=True)
+    return quality_verdict(claim, judged, sentence, said, grid, used, order.decided_by)
 
 
 def _order_grid(
     world: ClosedWorld,
     metric: QualityMetric,
     cells: Mapping[str, Cells],
-    figures: Mapping[str, _Figures],
-    pairs: Sequence[_Pair],
+    figures: Mapping[str, FigureTable],
+    pairs: Sequence[NetworkPair],
 ) -> Grid:
     """By step count: the networks under each sampler, the best first, and who wins at the FLOPs of the largest."""
     rows = {sampler: _by_budget(world, cells[sampler], metric) for sampler in figures}

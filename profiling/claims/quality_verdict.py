@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..figures.phrases import TASKS
 from ..figures.text import joined
+from ..measure.intervals import Interval
 from ..terminal.layout import Grid
 from ..terminal.visible import counted
 from .catalogue import Claim
-from .closed_worlds import ClosedWorld, QualityCell, QualityMetric, seeds_in_words
+from .closed_worlds import Cells, ClosedWorld, QualityCell, QualityMetric, seeds_in_words
 from .pooled_figures import PooledFigure
 from .verdict import FEW_SIZES, Finding, Judged, Verdict
 
@@ -17,10 +18,11 @@ from .verdict import FEW_SIZES, Finding, Judged, Verdict
 WHERE = "in this closed world"
 
 
-def conditions_of(world: ClosedWorld, sampler: str | None, metric: QualityMetric) -> dict[str, str]:
+def conditions_of(world: ClosedWorld, sampler: str | None, metric: QualityMetric | None) -> dict[str, str]:
     """Name and phrase of the conditions of a verdict, without a budget."""
     found = {"world": f"closed world {world.name}", "task": TASKS.get(world.task, world.task)}
-    return found | ({} if sampler is None else {"sampler": sampler}) | {"metric": metric.name}
+    found |= {} if sampler is None else {"sampler": sampler}
+    return found | ({} if metric is None else {"metric": metric.name})
 
 
 def quality_verdict(
@@ -62,6 +64,22 @@ def unmeasured_quality(
     return _told(claim, "not measured", f"needs {needs}", conditions, figures, cells)
 
 
+def finding_of(advantage: Interval) -> Finding:
+    """Of a claim that it lies above 0."""
+    return Judged("advantage", advantage, 0.0, above=True).finding
+
+
+def rank_of(advantage: Interval) -> tuple[int, float]:
+    """Of several that have to lie above 0 the first in this order decides: a lost one, then an open one."""
+    return ("does not hold", "undecided", "holds").index(finding_of(advantage)), advantage.value
+
+
+def cells_grid(cells: Cells) -> Grid:
+    """What is there: the networks and their step counts."""
+    rows = [(name, joined(map(str, sorted(of_network)))) for name, of_network in cells.items()]
+    return Grid(("network", "steps"), tuple(rows), ("network", "steps"))
+
+
 def figure_text(figure: PooledFigure) -> str:
     return f"{figure.value:.4g}"
 
@@ -77,4 +95,9 @@ def _told(
 ) -> Verdict:
     networks = {cell.network for cell in cells}
     least = min((cell.samples for cell in cells), default=None)
+    # A cell may be there for several budgets.
+    failed = sum(len(cell.failed) for cell in {id(cell): cell for cell in cells}.values())
+    if failed:
+        left_out = "is left out" if failed == 1 else "are left out"
+        sentence += f"; {counted(failed, 'training seed')} of its cells failed and {left_out}"
     return Verdict(claim, finding, sentence, conditions, figures, len(networks), least, judged)

@@ -15,6 +15,8 @@ from .verdict import doubts
 
 # Whose times stand in for those of a sampler without any: a step of it is one evaluation, too.
 STAND_IN = "ddim"
+# What records call the sampler of a generator of one pass.
+_ONE_PASS = "none"
 # Network, sampler and whether the model sees an unconditional half too.
 _Timed = tuple[str, str, bool]
 
@@ -37,6 +39,9 @@ class BudgetUnit(Protocol):
     def notes(self, cells: Iterable[QualityCell]) -> list[str]:
         """What a reader has to know of the costs of these cells."""
 
+    def stand_ins(self, cells: Iterable[QualityCell]) -> list[str]:
+        """Of these the notes on costs that are those of something else."""
+
 
 @dataclass(frozen=True)
 class FlopBudget:
@@ -49,6 +54,9 @@ class FlopBudget:
         return cell.gflop_per_image or None
 
     def notes(self, cells: Iterable[QualityCell]) -> list[str]:
+        return []
+
+    def stand_ins(self, cells: Iterable[QualityCell]) -> list[str]:
         return []
 
 
@@ -78,9 +86,6 @@ class TimeBudget:
 
     def notes(self, cells: Iterable[QualityCell]) -> list[str]:
         cells = list(cells)
-        borrowed = {
-            c.sampler for c in cells for name, _ in c.takes if (name, c.sampler, c.guided) not in self.costs
-        }
         costs = {
             id(cost): (cost, cell) for cell in cells for name, _ in cell.takes if (cost := self._of(name, cell))
         }
@@ -91,9 +96,21 @@ class TimeBudget:
             if (cost := self._of(name, cell)) is not None
         )
         return [
-            *([f"{STAND_IN}'s times stand in for those of {joined(sorted(borrowed))}"] if borrowed else []),
+            *self.stand_ins(cells),
             *(["some times are predicted from other step counts"] if predicted else []),
             *doubts(row for cost, _ in costs.values() for row in cost.rows),
+        ]
+
+    def stand_ins(self, cells: Iterable[QualityCell]) -> list[str]:
+        cells = [cell for cell in cells if self.cost(cell) is not None]
+        borrowed = [c for c in cells for name, _ in c.takes if (name, c.sampler, c.guided) not in self.costs]
+        samplers = sorted({cell.sampler for cell in borrowed} - {_ONE_PASS})
+        passes = sorted({cell.network for cell in borrowed if cell.sampler == _ONE_PASS})
+        students = any(cell.kind == "distilled" for cell in cells)
+        return [
+            *([f"{STAND_IN}'s times stand in for those of {joined(samplers)}"] if samplers else []),
+            *([f"a step of {STAND_IN} stands in for the pass of {joined(passes)}"] if passes else []),
+            *(["distilled networks take the times of their teachers' steps"] if students else []),
         ]
 
     def _of(self, network: str, cell: QualityCell) -> TrajectoryCost | None:
@@ -102,16 +119,17 @@ class TimeBudget:
 
 
 def budget_units(world: ClosedWorld, times: Overview) -> list[BudgetUnit]:
-    """FLOPs, then the time of each set of conditions under which two networks of the world were timed."""
+    """FLOPs, then the time of each set of conditions under which two networks of the family were timed."""
+    labels = {name for record in world.records for name, _ in record.takes}
     rows = [
         row
         for row in times.rows
-        if row.record.wall_ms is not None and row.case.task == world.task and row.case.label in world.networks
+        if row.record.wall_ms is not None and row.case.task == world.task and row.case.label in labels
     ]
     units: list[BudgetUnit] = [FlopBudget()]
     for group in alike(rows, "unet", "weights_sha256", "sampler", "steps", "guidance_scale"):
         costs = _costs(group)
-        if len({network for network, _, _ in costs}) > 1:
+        if len({network for network, _, _ in costs if network in world.networks}) > 1:
             units.append(TimeBudget(group[0].case.batch, _conditions(group[0], times), costs))
     return units
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .quality_records import (
     QUALITY_NAME,
+    Generator,
     QualityCase,
     QualityRecord,
     QualityStore,
@@ -20,6 +21,7 @@ from .quality_records import QualityEstimate as Estimate
 __all__ = [
     "QUALITY_NAME",
     "Estimate",
+    "Generator",
     "QualityCase",
     "QualityRecord",
     "QualityStore",

@@ -79,6 +79,9 @@ class QualityCase(BaseModel):
     def label(self) -> str:
         """A short name, without the world and the number of samples."""
         parts = [self.network]
+        if self.kind in ("scratch", "distilled"):
+            # It has the label of another case's network.
+            parts.append(self.kind)
         if self.kind != "real":
             guidance = f"guidance {self.guidance_scale:g}" if self.guided else "no guidance"
             parts += [self.sampler, f"{self.steps} steps", guidance, f"seed {self.training_seed}"]
@@ -110,8 +113,9 @@ class QualityRecord(RecordModel):
 
     tuned               whether this guidance was the best of its network, sampler and steps on held-out prompts
     takes               which network takes how many steps, in this order; empty of "real"
-    gflop_per_image     of all forwards, guidance counted as two
-    training_gflop      of the whole training
+    gflop_per_image     of all forwards, guidance counted as two; without what is computed once for all steps, of
+                        timesteps and captions
+    training_gflop      of the whole training, by the same forwards, and backwards of twice their cost
     frechet             Frechet distance to real samples, in the judge's features
     kid                 kernel distance there, unbiased: it may lie below zero
     sliced_wasserstein  squared sliced Wasserstein-2 distance, of latents

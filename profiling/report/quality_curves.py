@@ -47,7 +47,7 @@ class CurvePoint:
 class CostCurves:
     """All generators of a world at what an image of theirs costs, under one sampler, the cheapest first.
 
-    without_cost  the networks of which no cell's cost is known
+    without_cost  the networks of which no cell's cost is known; distilled ones are called so
     """
 
     world: ClosedWorld
@@ -80,11 +80,16 @@ class QualityCurves:
 
     @property
     def series(self) -> tuple[str, ...]:
-        """What has a colour and a mark: networks of the family, the smallest first, then the other kinds."""
+        """What has a colour and a mark: networks of text-to-image, the smallest first, then the other kinds, then
+        networks of other tasks.
+
+        Those of a task never share a panel with those of another: theirs are the marks that may be there twice.
+        """
         curves: list[CostCurves | GuidanceCurves] = [*self.costs, *self.guidance]
-        networks = [name for of in curves for name in of.world.networks]
+        networks = [(of.world.task == "t2i", name) for of in curves for name in of.world.networks]
         kinds = sorted({point.kind for of in curves for point in of.points} - {"diffusion"})
-        return tuple(dict.fromkeys((*networks, *kinds)))
+        first, last = ([name for is_first, name in networks if is_first == wanted] for wanted in (True, False))
+        return tuple(dict.fromkeys((*first, *kinds, *last)))
 
 
 def quality_curves(records: Iterable[QualityRecord], times: Overview) -> QualityCurves:
@@ -135,14 +140,20 @@ def _cost_curves(world: ClosedWorld, sampler: str, unit: BudgetUnit, points: Seq
     """Of the points whose cost is known."""
     costs = [(unit.cost(point.cell), point) for point in points]
     found = [replace(point, at=cost) for cost, point in costs if cost is not None]
-    having = {point.cell.network for point in found}
-    without = dict.fromkeys(point.cell.network for point in points if point.cell.network not in having)
+    having = {_label(point) for point in found}
+    without = dict.fromkeys(_label(point) for point in points if _label(point) not in having)
     ordered = sorted(found, key=lambda point: (point.at, *_name(point)))
     return CostCurves(world, sampler, unit, tuple(ordered), tuple(without))
 
 
-def _name(point: CurvePoint) -> tuple[str, int]:
-    return point.cell.network, point.cell.steps
+def _name(point: CurvePoint) -> tuple[str, str, int]:
+    return point.cell.network, point.kind, point.cell.steps
+
+
+def _label(point: CurvePoint) -> str:
+    """A distilled network has the name of its teacher."""
+    is_shared = point.kind == "distilled"
+    return f"{point.kind} {point.cell.network}" if is_shared else point.cell.network
 
 
 def _sweeps(world: ClosedWorld, sampler: str) -> list[GuidanceCurves]:
