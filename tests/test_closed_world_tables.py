@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,21 @@ def test_the_tables_have_costs_quality_and_who_is_best(folder: Path) -> None:
     assert three[0].startswith("**w8 at 25, 1.10**<br>3.33 (")
     assert three[1].startswith("**w8 at 12, 1.53**<br>")
     assert three[2].startswith("**w8 at 25, 1.10**<br>")
+
+
+def test_what_it_took_is_that_of_the_family(folder: Path, make_quality: Make) -> None:
+    """Students and other commits came a day later: the commits are told, their time is none of the family's."""
+    (plain,) = {record.environment for record in world(make_quality)}
+    later = {
+        "environment": plain.model_copy(update={"git_commit": "fedcba98" * 5}),
+        "started_at": datetime(2026, 11, 29, 1, tzinfo=UTC),
+    }
+    QualityStore(folder / "quality.jsonl").append(
+        make_quality("w8", 4, kind="distilled", guidance_scale=1.0, frechet=estimate(1.1), **later)
+    )
+    told = " ".join(tables(folder).split())
+    assert f"commits {plain.git_commit[:7]}, fedcba9; ddim" in told
+    assert "cells were judged within 0 minutes" in told
 
 
 def test_the_sentence_counts_budgets_by_flops_and_by_each_clock(folder: Path) -> None:

@@ -12,6 +12,7 @@ from ldmperf.profiling.claims.pooled_figures import PooledFigure, contrast
 from ldmperf.profiling.claims.quality_budgets import BudgetRow, at_seeds_of, best_other, budget_rows
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, TimeBudget, budget_units
 from ldmperf.profiling.figures import overview
+from ldmperf.profiling.figures.best import by_time
 from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined
 from ldmperf.profiling.measure.conditions import commit
@@ -35,23 +36,28 @@ def tables(path: Path) -> str:
 
 def _measured(world: ClosedWorld) -> str:
     environment = world.records[0].environment
+    commits = dict.fromkeys(commit(record.environment) for record in by_time(world.records))
     cells = [cell for of in world.cells(SAMPLER).values() for cell in of.values()]
     seeds = {len(cell.records) for cell in cells}
+    where = f"{'commit' if len(commits) == 1 else 'commits'} {joined(commits)}"
+    counts = (
+        f"{min(cell.samples for cell in cells)} samples and {' or '.join(map(str, sorted(seeds)))} training seeds"
+    )
     text = (
-        f"**Measured**: {processor_name(environment)}, float32, one thread a process, commit "
-        f"{commit(environment)}; {SAMPLER}, guidance tuned; {min(cell.samples for cell in cells)} samples and "
-        f"{' or '.join(map(str, sorted(seeds)))} training seeds a cell. Real samples against real: a Frechet "
-        f"distance of {world.real(FRECHET):.2f}; the judge reads {100 * (world.ceiling or 0):.1f}% of their "
-        f"factors right. {_took(world)}"
+        f"**Measured**: {processor_name(environment)}, float32, one thread a process, {where}; {SAMPLER}, "
+        f"guidance tuned; {counts} a cell. Real samples against real: a Frechet distance of "
+        f"{world.real(FRECHET):.2f}; the judge reads {100 * (world.ceiling or 0):.1f}% of their factors right. "
+        f"{_took(world)}"
     )
     return textwrap.fill(text, 125)
 
 
 def _took(world: ClosedWorld) -> str:
-    """Minutes from the first record to the last, of choosing guidance and of judging at it."""
+    """Minutes from the first record of the family to the last, of choosing guidance and of judging at it."""
     parts = []
     for what, split in (("guidance was chosen", "held-out"), ("cells were judged", "test")):
-        of = [r for r in world.records if r.case.split == split and r.case.sampler == SAMPLER]
+        family = [r for r in world.records if (r.case.kind, r.case.sampler) == ("diffusion", SAMPLER)]
+        of = [r for r in family if r.case.split == split]
         times = [r.started_at for r in of if r.tuned or split == "held-out"]
         if times:
             parts.append(f"{what} within {(max(times) - min(times)).total_seconds() / 60:.0f} minutes")
