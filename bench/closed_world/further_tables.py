@@ -85,7 +85,7 @@ def _least(cell: QualityCell, family: Sequence[QualityCell], unit: BudgetUnit) -
     if not as_good:
         return f"{told}<br>none is as good"
     its, best = min(as_good, key=lambda each: each[0])
-    return f"{told}<br>{best.network} at {best.steps}: {its / cost:.2g} times"
+    return f"{told}<br>{best.network} at {best.steps}: {its / cost:.2f} times"
 
 
 def _stitched(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
