@@ -96,7 +96,7 @@ def test_an_undistilled_smaller_network_at_cost_8_is_as_good(make_quality: Make)
     assert verdict.sentence.startswith(said)
     assert "a bound over 4 smaller networks; above 1 the undistilled one is as good" in verdict.sentence
     # At 4 steps the w8 affords 50, which have 0.9; 16 steps of the w32 cost 512 GFLOP, the student 64.
-    assert "a smaller one is as good from the cost of 4 steps on" in verdict.sentence
+    assert "a smaller one is as good at the cost of 4 steps first" in verdict.sentence
     assert (
         "the student's 4 steps are as good as 16 of its undistilled network, 8.00x their speed" in verdict.sentence
     )
