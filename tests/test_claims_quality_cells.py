@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 from quality_worlds import (
     Make,
     MakeRecord,
@@ -134,6 +137,50 @@ def test_costs_of_other_kinds_come_from_times_of_what_they_take(
     # Two networks of the family make a budget; one and a rival do not.
     of_one = times(make_record, networks=("w8",))
     assert len(budget_units(found, overview(of_one))) == 1
+
+
+def test_a_pass_takes_the_time_of_a_ddim_step_of_its_own_network(
+    make_quality: Make, make_record: MakeRecord
+) -> None:
+    """By hand, of a batch of 2: 3 ms fixed; an image takes the GAN 0.25 ms, and the w8 1 ms for each step."""
+    gan = rival(make_quality, 3.0)
+    other = world(make_quality, sampler="ddpm", steps=(4,))
+    found = one_world([*world(make_quality), *other, gan])
+    timed = times(make_record, fixed=3.0, batch=2)
+    own = times(make_record, lambda name: 0.25, fixed=3.0, guidance_scale=1.0, networks=("w8",), batch=2)
+    cases = [record.case.model_copy(update={"unet": "w8-gan"}) for record in own]
+    timed += [
+        record.model_copy(update={"case": case, "case_key": case.key})
+        for record, case in zip(own, cases, strict=True)
+    ]
+    unit = next(unit for unit in budget_units(found, overview(timed)) if isinstance(unit, TimeBudget))
+    (passed,) = (cell for cell in found.others("ddim") if cell.kind == "gan")
+    assert unit.cost(passed) == pytest.approx(3.0 / 2 + 0.25, rel=1e-3)
+    assert unit.stand_ins([passed]) == ["a step of ddim stands in for the pass of w8-gan"]
+    ddim, ddpm = (found.cells(sampler)["w8"][4] for sampler in ("ddim", "ddpm"))
+    assert unit.cost(ddpm) == unit.cost(ddim) == pytest.approx(3.0 / 2 + 1.0 * 4, rel=1e-3)
+    assert unit.stand_ins([ddpm, passed, ddim]) == [
+        "ddim's times stand in for those of ddpm",
+        "a step of ddim stands in for the pass of w8-gan",
+    ]
+    # A network of the family and a rival make no budget.
+    alone = [record for record in timed if record.case.unet in ("w8", "w8-gan")]
+    assert len(budget_units(found, overview(alone))) == 1
+    # Times of the same labels for another task are none of these.
+    assert len(budget_units(replace(found, task="sr"), overview(timed))) == 1
+
+
+def test_networks_that_share_a_trajectory_begin_once(make_quality: Make, make_record: MakeRecord) -> None:
+    """By hand, of a batch of 2: 3 ms fixed of either, then 4 steps of 1 ms and 1 of 16 ms."""
+    takes = (("w8", 4), ("w32", 1))
+    stitched = make_quality(kind="stitched", steps=5, takes=takes)
+    found = one_world([*world(make_quality), stitched])
+    timed = times(make_record, fixed=3.0, batch=2)
+    unit = next(unit for unit in budget_units(found, overview(timed)) if isinstance(unit, TimeBudget))
+    (cell,) = found.others("ddim")
+    assert unit.cost(cell) == pytest.approx(3.0 / 2 + 4 * 1.0 + 16.0, rel=1e-2)
+    assert unit.stand_ins([cell]) == []
+    assert "some times are predicted from other step counts" in unit.notes([cell])
 
 
 def test_another_kind_that_is_told_by_time_says_whose_time_it_is(

@@ -48,6 +48,15 @@ def test_an_order_that_all_samplers_share_holds(make_quality: Make) -> None:
         assert three["wins at that budget, ddpm"] == "w8 with 25"
 
 
+def test_networks_of_which_the_smaller_is_better_have_an_order_too(make_quality: Make) -> None:
+    records = both(
+        make_quality, lambda name, steps: NETWORKS[name], lambda name, steps: NETWORKS[name], steps=(4,)
+    )
+    for verdict in judged(records, "sampler-independent"):
+        assert verdict.finding == "holds"
+        assert "100% of 10 pairs" in verdict.sentence
+
+
 def test_an_order_that_turns_round_does_not_hold_and_noise_leaves_it_open(make_quality: Make) -> None:
     turned = both(make_quality, lambda name, steps: NETWORKS[name] + 10 / steps)
     assert {verdict.finding for verdict in judged(turned, "sampler-independent")} == {"does not hold"}
@@ -60,6 +69,23 @@ def test_an_order_that_turns_round_does_not_hold_and_noise_leaves_it_open(make_q
     for verdict in judged(flat, "sampler-independent"):
         assert verdict.finding == "not measured"
         assert verdict.sentence.startswith("needs two networks that differ beyond noise; none of 10 pairs does")
+
+
+def test_samplers_are_compared_at_the_trainings_that_all_have(make_quality: Make) -> None:
+    """Two trainings that one sampler alone was tried with turn its order round: no doing of the sampler."""
+    once = both(make_quality, as_the_paper_says, noise=1e-4, steps=(4, 50))
+    turned = world(make_quality, lambda name, steps: 9 * NETWORKS[name], seeds=(1, 2), noise=1e-4, steps=(4, 50))
+    for verdict, alone in zip(
+        judged([*once, *turned], "sampler-independent"), judged(once, "sampler-independent"), strict=True
+    ):
+        assert (verdict.finding, verdict.judged) == ("holds", alone.judged)
+        assert "one training seed" in verdict.sentence
+    # Budgets of a sampler are told of all its trainings.
+    (four,) = (row for row in rows(verdict) if row["steps"] == "4")
+    assert (four["wins at that budget, ddim"], four["wins at that budget, ddpm"]) == ("w8 with 50", "w8 with 50")
+    # Without a training in common there is no order to compare.
+    apart = [r for r in [*once, *turned] if (r.case.sampler, r.case.training_seed) != ("ddim", 0)]
+    assert judged(apart, "sampler-independent") == ()
 
 
 def test_one_sampler_needs_a_second_and_no_times(make_quality: Make, make_record: MakeRecord) -> None:

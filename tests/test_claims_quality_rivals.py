@@ -36,9 +36,9 @@ def test_a_rival_between_few_steps_and_the_best_holds(make_quality: Make) -> Non
         "3.57x, the second for more parameters by 3.33x; the one for more parameters decides (3.33x, interval "
     )
     assert "a bound over both and 1 rival; above 1 for both holds" in frechet.sentence
-    assert "the w8 is as good from 6 steps on; the smallest network that is as good is the w8" in frechet.sentence
+    assert "the w8 is as good with 6 steps; the smallest network that is as good is the w8" in frechet.sentence
     (row,) = rows(frechet)
-    assert (row["rival"], row["network"], row["as good from steps"], row["smallest as good"]) == (
+    assert (row["rival"], row["network"], row["as good with steps"], row["smallest as good"]) == (
         *("w8-gan", "w8", "6", "w8"),
     )
 
@@ -49,13 +49,16 @@ def test_a_rival_that_is_better_or_worse_than_both_does_not_hold(make_quality: M
         assert verdict.finding == "does not hold"
         assert "the one for more parameters decides" in verdict.sentence
         # The w24 and the w32 have less with 50 steps.
-        assert "the w8 is so at no steps; the smallest network that is as good is the w24" in verdict.sentence
+        assert (
+            "the w8 is as good with no number of steps; the smallest network that is as good is the w24"
+            in verdict.sentence
+        )
     for verdict in judged([*family, rival(make_quality, 20.0)], CLAIM):
         assert verdict.finding == "does not hold"
         assert "the one for fewer steps decides" in verdict.sentence
-        assert "the w8 is as good from 1 step on" in verdict.sentence
+        assert "the w8 is as good with 1 step;" in verdict.sentence
     best = judged([*family, rival(make_quality, 0.01)], CLAIM)[0]
-    assert "the w8 is so at no steps; no network is" in best.sentence
+    assert "the w8 is as good with no number of steps; no network is" in best.sentence
     for even in (0.9, 10.7):
         open_ = judged([*world(make_quality, noise=0.1), rival(make_quality, even)], CLAIM)
         assert {verdict.finding for verdict in open_} == {"undecided"}

@@ -92,6 +92,21 @@ def test_the_network_that_pretraining_helps_least_decides(make_quality: Make) ->
         assert "at 16 steps of sampling the w16 has" in verdict.sentence
 
 
+def test_beginnings_are_compared_at_the_trainings_that_both_have(make_quality: Make) -> None:
+    """A second training of the pre-trained networks alone was a bad one."""
+    value = beginnings({100: 2.0, 1000: 1.0}, {100: 9.0, 1000: 4.0})
+    once = fine_tuned(make_quality, value, trained=(100, 1000))
+    bad = fine_tuned(make_quality, lambda *_: 50.0, trained=(100, 1000), kinds=("diffusion",), seeds=(1,))
+    one, both = (by_metric(judged(records, PRETRAINING)) for records in (once, [*once, *bad]))
+    for metric in METRICS:
+        assert both[metric].finding == "holds"
+        assert both[metric].judged == one[metric].judged
+        assert "one training seed" in both[metric].sentence
+    # Without a training in common nothing is compared.
+    moved = [r for r in bad if r.case.kind == "diffusion"] + [r for r in once if r.case.kind == "scratch"]
+    assert {verdict.finding for verdict in judged(moved, PRETRAINING)} == {"not measured"}
+
+
 def test_pretraining_needs_both_beginnings_and_two_times(make_quality: Make) -> None:
     value = beginnings({100: 2.0, 1000: 1.0}, {100: 9.0, 1000: 8.0})
     whole = fine_tuned(make_quality, value, trained=(100, 1000))

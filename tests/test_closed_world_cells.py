@@ -196,7 +196,10 @@ def test_what_a_stitched_trajectory_shares_is_chosen_on_held_out_prompts(monkeyp
     monkeypatch.setattr(tasks, "judged_cell", judged)
     rates = {8: 1.5, 32: 3.0}
     monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: rates[width], 16: 7.0})
-    tasks.Stitch(32, 8, 4, "ddim").run(dataclasses.replace(of(tmp_path), seeds=(1, 2)))
+    told = []
+    tasks.Stitch(32, 8, 4, "ddim").run(dataclasses.replace(of(tmp_path), seeds=(1, 2), tell=told.append))
+    # Three shares on 40 images, then two seeds on 60.
+    assert told == [120 / 240, 180 / 240, 1.0]
     chosen, judged_ = asked[:3], asked[3:]
     assert [widths for _, widths, _ in chosen] == [(32, 8, 8, 8), (32, 32, 8, 8), (32, 32, 32, 8)]
     assert {(case.split, case.training_seed, case.samples) for case, _, _ in chosen} == {("held-out", 0, 40)}

@@ -116,3 +116,28 @@ def test_super_resolution_has_both_beginnings_by_length(tmp_path: Path, make_qua
     told = rows(tables(tmp_path), "network | began")
     assert [cell[:8] for cell in told["w8-sr text-to-image"]] == ["**3.00**", "**2.00**"]
     assert [cell[:8] for cell in told["w8-sr drawn"]] == ["-", "**4.00**"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "told"),
+    [
+        ({"w8-sr": (0, 1, 2), "w32-sr": (0, 1, 2)}, "samples and seeds"),
+        ({"w8-sr": (0,), "w32-sr": (0,)}, "samples alone (one training seed)"),
+        ({"w8-sr": (0,), "w32-sr": (0, 1)}, "samples, and over seeds where there are several"),
+    ],
+)
+def test_a_title_says_what_its_intervals_are_over(
+    tmp_path: Path, make_quality: Make, seeds: dict[str, tuple[int, ...]], told: str
+) -> None:
+    """One training tells nothing of how trainings differ."""
+    QualityStore(tmp_path / "quality.jsonl").append(
+        *(
+            make_quality(name, 16, task="sr", guidance_scale=1.0, training_seed=seed, frechet=estimate(2.0))
+            for name, of in seeds.items()
+            for seed in of
+        )
+    )
+    text = " ".join(tables(tmp_path).split())
+    assert f"at 16 steps, with its 95% interval over {told}, by the length" in text
+    assert f"the Frechet distance with its 95% interval over {told}; the share" in text
+    assert f"with a bound over all of them and over {told}; in italics" in text

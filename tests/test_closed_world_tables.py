@@ -8,10 +8,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from closed_world.tables import sentence, tables
+from closed_world.tables import _factors, sentence, tables
 from quality_worlds import NETWORKS, Make, MakeRecord, as_the_paper_says, estimate, times, world
 from scipy import stats
 
+from ldmperf.profiling.claims.closed_worlds import closed_worlds
 from ldmperf.profiling.quality import Estimate, QualityStore
 
 
@@ -78,6 +79,14 @@ def test_what_it_took_is_that_of_the_family(folder: Path, make_quality: Make) ->
     told = " ".join(tables(folder).split())
     assert f"commits {plain.git_commit[:7]}, fedcba9; ddim" in told
     assert "cells were judged within 0 minutes" in told
+
+
+def test_real_scenes_that_went_through_tokens_are_no_real_scenes(make_quality: Make) -> None:
+    right = Estimate(value=0.75, replicates=(0.75,) * 200)
+    tokens = make_quality("real-tokens", 1, kind="real", sampler="none", frechet=estimate(0.5), alignment=right)
+    (found,) = closed_worlds([*world(make_quality, alignment=right), tokens])
+    factors = rows(_factors(found), "network | colour | shape")
+    assert list(factors)[2:] == [*NETWORKS]
 
 
 def test_the_sentence_counts_budgets_by_flops_and_by_each_clock(folder: Path) -> None:

@@ -15,7 +15,17 @@ from ldmperf.profiling.quality import Generator
 from ldmperf.profiling.record_files import gather
 
 from . import cells as grid
-from .tables import FRECHET, SAMPLER, budgets, frontier, quality_text, range_text, table, unit_text
+from .tables import (
+    FRECHET,
+    SAMPLER,
+    budgets,
+    frontier,
+    noise_text,
+    quality_text,
+    range_text,
+    table,
+    unit_text,
+)
 
 # With what weights a network of super-resolution began.
 _BEGINNINGS: Mapping[Generator, str] = {"diffusion": "text-to-image", "scratch": "drawn"}
@@ -100,10 +110,11 @@ def _stitched(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
         f"{unit_text(unit)} at {sum(row.advantage.low > 0 for row in of.values())} of {len(of)}"
         for unit, of in zip(units, by_unit, strict=True)
     )
+    noise = noise_text(row.stitched.cell for of in by_unit for row in of.values())
     title = (
         f"**Stitched trajectories**: at the cost of so many steps of {widest}, the best of them and the best "
         "single network, chosen on held-out prompts, and by what factor the stitched one is better (below 1: "
-        f"worse); in bold where that is beyond the noise of samples and seeds: {counts} budgets."
+        f"worse); in bold where that is beyond the noise of {noise}: {counts} budgets."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table([f'steps of {widest}', *map(unit_text, units)], rows)}"
 
@@ -133,7 +144,7 @@ def _pretrained(world: ClosedWorld) -> str:
     ]
     heads = ["network", "began with weights", *(f"{number} steps of training" for number in lengths)]
     title = (
-        f"**Super-resolution**: the Frechet distance at {_SHARED_STEPS} steps, with its 95% interval over samples "
-        "and seeds, by the length of fine-tuning."
+        f"**Super-resolution**: the Frechet distance at {_SHARED_STEPS} steps, with its 95% interval over "
+        f"{noise_text(cell for by in of.values() for cell in by.values())}, by the length of fine-tuning."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table(heads, rows)}"

@@ -113,7 +113,7 @@ class FineTune:
             save_network(self._trained(study).averaged_network(), folder)
         network = loaded(folder, study.device)
         forward = forward_gflop(network.config, study.latent)
-        gflop = 3 * forward * study.recipe.batch * self.steps
+        gflop = 3 * forward * recipe_of(self.steps, self.pretrained).batch * self.steps
         if self.pretrained:
             gflop += family_gflop(study, self.width)
         tell, done = part(study.tell, self._share_of_training, 1), 0

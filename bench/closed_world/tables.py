@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ldmperf.profiling.claims.closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, closed_worlds
@@ -93,10 +93,19 @@ def frontier(world: ClosedWorld) -> str:
         for name, of in cells.items()
     ]
     title = (
-        "**Quality by steps**: the Frechet distance with its 95% interval over samples and seeds; the share of "
-        "factors read right; the guidance."
+        "**Quality by steps**: the Frechet distance with its 95% interval over "
+        f"{noise_text(cell for of in cells.values() for cell in of.values())}; the share of factors read right; "
+        "the guidance."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table(['network', *map(str, steps)], rows)}"
+
+
+def noise_text(cells: Iterable[QualityCell]) -> str:
+    """What the intervals of these cells are over: one training tells nothing of how trainings differ."""
+    counts = {len(cell.seeds) for cell in cells}
+    if counts == {1}:
+        return "samples alone (one training seed)"
+    return "samples and seeds" if 1 not in counts else "samples, and over seeds where there are several"
 
 
 def quality_text(cell: QualityCell) -> str:
@@ -121,8 +130,8 @@ def _factors(world: ClosedWorld) -> str:
     """The share of each factor that the judge reads right at one number of steps; "" where no record has it."""
     _, steps = grid.VARIED
     found = {name: of[steps] for name, of in world.cells(SAMPLER).items() if steps in of}
-    real = [record for record in world.records if record.case.kind == "real"]
-    if real:
+    noise = noise_text(found.values())
+    if real := world.real_records:
         found["real scenes"] = QualityCell(tuple(real[:1]))
     records = [record for cell in found.values() for record in cell.records]
     names = list(dict.fromkeys(name for record in records for name in record.factors))
@@ -131,7 +140,7 @@ def _factors(world: ClosedWorld) -> str:
     rows = [[network, *(_share(cell.factor(name)) for name in names)] for network, cell in found.items()]
     title = (
         f"**Alignment of each factor** at {steps} steps: the share that the judge reads right, in percent, with "
-        "its 95% interval over samples and seeds. The records do not tell whether the seeds err on the same "
+        f"its 95% interval over {noise}. The records do not tell whether the seeds err on the same "
         "samples; the interval takes it that they do, and is the wider for it."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table(['network', *names], rows)}"
@@ -162,7 +171,9 @@ def budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     title = (
         f"**Who is best at a budget**, the cost of so many steps of {widest}: the better of {widest} and the best "
         f"narrower network, with its steps and Frechet distance, and by what factor the narrower one is better "
-        f"(below 1: worse), with a bound over all of them; in italics where the interval holds 1."
+        f"(below 1: worse), with a bound over all of them and over "
+        f"{noise_text(cell for of in by_unit for row in of.values() for cell in row.cells)}; in italics where the "
+        "interval holds 1."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table(heads, rows)}"
 

@@ -151,8 +151,12 @@ class Stitch:
             return float("inf") if record.frechet is None else record.frechet.value
 
         widths = min(self.plans, key=score)
-        for seed in study.seeds:
+        chosen = len(self.plans) * study.held_out
+        whole = chosen + len(study.seeds) * study.samples
+        study.tell(chosen / whole)
+        for done, seed in enumerate(study.seeds, 1):
             judged_cell(study, study.case(widths, seed, self.sampler, rate, "test"), widths, tuned=True)
+            study.tell((chosen + done * study.samples) / whole)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,11 @@ class QualityCell:
         """Of the trainings."""
         return frozenset(record.case.training_seed for record in self.records)
 
+    @property
+    def lost(self) -> frozenset[str]:
+        """A name for each failed seed, the same whichever other seeds the cell has."""
+        return frozenset(f"{_of_any_seed(self.records[0])} {seed}" for seed in self.failed)
+
     def at_seeds(self, seeds: Container[int]) -> QualityCell | None:
         """The cell of these trainings alone; null where it has none of them."""
         found = tuple(record for record in self.records if record.case.training_seed in seeds)
@@ -228,17 +233,17 @@ class ClosedWorld:
 
     def real(self, metric: QualityMetric) -> float | None:
         """The metric of real samples against real; null where nobody looked."""
-        found = [record.estimates[metric.field] for record in self._real]
+        found = [record.estimates[metric.field] for record in self.real_records]
         return next((estimate.value for estimate in found if estimate is not None), None)
 
     @property
     def ceiling(self) -> float | None:
         """The share of factors that the judge reads right of real samples; null where nobody looked."""
-        found = [record.alignment for record in self._real]
+        found = [record.alignment for record in self.real_records]
         return next((estimate.value for estimate in found if estimate is not None), None)
 
     @property
-    def _real(self) -> list[QualityRecord]:
+    def real_records(self) -> list[QualityRecord]:
         """Of real samples as they are: those that went through tokens are worse."""
         return [record for record in self.records if record.case.kind == record.case.network == "real"]
 

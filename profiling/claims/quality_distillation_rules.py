@@ -141,7 +141,7 @@ def _match(claim: Claim, of: Students, unit: BudgetUnit, metric: QualityMetric) 
     found, best, cell = beside[_COST].advantage, beside[_COST].best, beside[_COST].cell
     its = beside[_COST].figures[best]
     first = min((steps for steps, one in beside.items() if one.advantage.value >= 0), default=None)
-    from_on = f"from the cost of {counted(first, 'step')} on" if first else "at none of the budgets"
+    first_at = f"at the cost of {counted(first, 'step')} first" if first else "at none of the budgets"
     own, price = unit.cost(student), rows[_COST].cost
     paid = "" if own is None else f", {times(price / own)} the cost of the student"
     sentence = (
@@ -149,7 +149,7 @@ def _match(claim: Claim, of: Students, unit: BudgetUnit, metric: QualityMetric) 
         f"smaller network, the {best} with {counted(cell.steps, 'step')}, has a {metric.name} of "
         f"{figure_text(its)}, the {largest} distilled to {_STEPS} of {figure_text(figure)} "
         f"({judged_text(metric.scale, found, beside[_COST].bound, 'the undistilled one is as good')}); "
-        f"a smaller one is as good {from_on}; {_speedup(of, largest, unit, metric)}"
+        f"a smaller one is as good {first_at}; {_speedup(of, largest, unit, metric)}"
     )
     cells = [student, *(one.cell for one in beside.values())]
     judged = Judged(

@@ -13,7 +13,7 @@ from ..terminal.layout import MISSING, Grid
 from ..terminal.visible import counted
 from .budget_words import advantage_text, judged_text, number_text
 from .catalogue import Claim
-from .closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric
+from .closed_worlds import QUALITY_METRICS, ClosedWorld, QualityCell, QualityMetric, of_the_same_seeds
 from .pooled_figures import LOGARITHM, PooledFigure, contrast
 from .quality_verdict import conditions_of, figure_text, quality_verdict, unmeasured_quality
 from .verdict import Judged, Verdict
@@ -35,11 +35,11 @@ class TwoBeginnings:
         return [*self.pretrained.values(), *self.scratch.values()]
 
     def figures(self, metric: QualityMetric, shortest: int, longest: int) -> tuple[PooledFigure, ...] | None:
-        """From scratch after the longest training, pre-trained after that and after the shortest; null where one
-        is missing."""
+        """From scratch after the longest training, pre-trained after that and after the shortest, at the training
+        seeds that all of these have; null where one is missing."""
         places = ((self.scratch, longest), (self.pretrained, longest), (self.pretrained, shortest))
-        cells = [of.get(trained) for of, trained in places]
-        found = [figure for cell in cells if cell is not None and (figure := metric.figure(cell)) is not None]
+        cells = of_the_same_seeds([of[trained] for of, trained in places if trained in of])
+        found = [figure for cell in cells if (figure := metric.figure(cell)) is not None]
         return tuple(found) if len(found) == len(places) else None
 
 

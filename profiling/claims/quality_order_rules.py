@@ -14,7 +14,14 @@ from ..terminal.layout import MISSING, Grid, number
 from ..terminal.visible import counted
 from . import limits
 from .catalogue import Claim
-from .closed_worlds import QUALITY_METRICS, Cells, ClosedWorld, QualityCell, QualityMetric
+from .closed_worlds import (
+    QUALITY_METRICS,
+    Cells,
+    ClosedWorld,
+    QualityCell,
+    QualityMetric,
+    of_the_same_seeds,
+)
 from .pair_orders import FigureTable, NetworkPair, figure_table, shared_order, shared_pairs
 from .pooled_figures import LOGARITHM, PooledFigure, contrast
 from .quality_budgets import BudgetRow, budget_rows
@@ -30,11 +37,27 @@ def quality_sampler_independent(claim: Claim, worlds: Sequence[ClosedWorld], sho
         cells = {name: world.cells(name) for name in world.samplers} if world.task == "t2i" else {}
         if len(cells) == 1:
             found.append(_one_sampler(claim, world, cells))
+        shared = _at_shared_seeds(cells)
         for metric in QUALITY_METRICS:
-            figures = {name: figure_table(of, metric) for name, of in cells.items()}
+            figures = {name: figure_table(of, metric) for name, of in shared.items()}
             if pairs := shared_pairs(figures, world.networks):
-                found.append(_same_order(claim, world, metric, cells, figures, pairs))
+                found.append(_same_order(claim, world, metric, cells, shared, figures, pairs))
     return found
+
+
+def _at_shared_seeds(cells: Mapping[str, Cells]) -> dict[str, Cells]:
+    """By sampler the cells that all samplers have, at the training seeds that all of these have.
+
+    With other seeds a network is another one, and its order is not the sampler's doing.
+    """
+    found: dict[str, dict[str, dict[int, QualityCell]]] = {sampler: {} for sampler in cells}
+    places = [{(name, steps) for name, of in cells_of.items() for steps in of} for cells_of in cells.values()]
+    for name, steps in sorted(set.intersection(*places)) if places else ():
+        there = of_the_same_seeds([cells_of[name][steps] for cells_of in cells.values()])
+        if len(there) == len(cells):
+            for sampler, cell in zip(cells, there, strict=True):
+                found[sampler].setdefault(name, {})[steps] = cell
+    return dict(found)
 
 
 def _one_sampler(claim: Claim, world: ClosedWorld, cells: Mapping[str, Cells]) -> Verdict:
@@ -50,13 +73,15 @@ def _same_order(
     world: ClosedWorld,
     metric: QualityMetric,
     cells: Mapping[str, Cells],
+    shared: Mapping[str, Cells],
     figures: Mapping[str, FigureTable],
     pairs: Sequence[NetworkPair],
 ) -> Verdict:
+    """`shared` and the figures are at the seeds that all samplers have, `cells` at all."""
     samplers = list(figures)
     said = conditions_of(world, None, metric) | {"samplers": " and ".join(samplers)}
     grid = _order_grid(world, metric, cells, figures, pairs)
-    used = [cells[sampler][name][steps] for sampler in samplers for steps, *names in pairs for name in names]
+    used = [shared[sampler][name][steps] for sampler in samplers for steps, *names in pairs for name in names]
     order = shared_order(figures, pairs)
     if order is None:
         needs = f"two networks that differ beyond noise; none of {counted(len(pairs), 'pair')} does"

@@ -172,8 +172,8 @@ def _apart(one: QualityCell, other: QualityCell) -> float:
     return max(a / b, b / a) if a and b else float("inf")
 
 
-def _from_steps(pair: RivalPair, family: Cells, metric: QualityMetric) -> int | None:
-    """From how many steps on the pair's network is as good as the rival."""
+def _as_good_with(pair: RivalPair, family: Cells, metric: QualityMetric) -> int | None:
+    """The fewest steps with which the pair's network is as good as the rival; with more it may be worse again."""
     cells = _at_seeds_of(pair.rival.cell, family[pair.best.cell.network])
     found = {steps: metric.figure(cell) for steps, cell in cells.items()}
     good = [steps for steps, of in found.items() if of is not None and of.number <= pair.rival.figure.number]
@@ -190,10 +190,14 @@ def _smallest(world: ClosedWorld, pair: RivalPair, family: Cells, metric: Qualit
 
 
 def _as_good(world: ClosedWorld, pair: RivalPair, family: Cells, metric: QualityMetric) -> str:
-    """ "the w8 is as good from 3 steps on, and is the smallest that is"."""
+    """ "the w8 is as good with 3 steps; the smallest network that is as good is the w8"."""
     own, smallest = pair.best.cell.network, _smallest(world, pair, family, metric)
-    steps = _from_steps(pair, family, metric)
-    first = f"the {own} is as good from {counted(steps, 'step')} on" if steps else f"the {own} is so at no steps"
+    steps = _as_good_with(pair, family, metric)
+    first = (
+        f"the {own} is as good with {counted(steps, 'step')}"
+        if steps
+        else f"the {own} is as good with no number of steps"
+    )
     return f"{first}; {f'the smallest network that is as good is the {smallest}' if smallest else 'no network is'}"
 
 
@@ -210,7 +214,7 @@ def _rivals_grid(world: ClosedWorld, pairs: Mapping[str, RivalPair], family: Cel
                 MISSING if pair.equal is None else figure_text(pair.equal.figure),
                 MISSING if steps is None else advantage_text(metric.scale, steps),
                 advantage_text(metric.scale, pair.parameters(0.95)),
-                str(_from_steps(pair, family, metric) or MISSING),
+                str(_as_good_with(pair, family, metric) or MISSING),
                 _smallest(world, pair, family, metric) or MISSING,
             )
         )
@@ -219,7 +223,7 @@ def _rivals_grid(world: ClosedWorld, pairs: Mapping[str, RivalPair], family: Cel
     headings = (
         *("rival", "parameters", "steps", metric.name, "network", "its parameters", "its best steps"),
         *(f"its {metric.name}", "with the rival's steps", "rival better by", "rival worse by"),
-        *("as good from steps", "smallest as good"),
+        *("as good with steps", "smallest as good"),
     )
     words = ("rival", "network", "rival better by", "rival worse by", "smallest as good")
     return Grid(headings, tuple(rows), words).without_empty()

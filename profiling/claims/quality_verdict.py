@@ -95,8 +95,8 @@ def _told(
 ) -> Verdict:
     networks = {cell.network for cell in cells}
     least = min((cell.samples for cell in cells), default=None)
-    # A cell may be there for several budgets.
-    failed = sum(len(cell.failed) for cell in {id(cell): cell for cell in cells}.values())
+    # A cell may be there for several budgets, and each time anew.
+    failed = len({name for cell in cells for name in cell.lost})
     if failed:
         left_out = "is left out" if failed == 1 else "are left out"
         sentence += f"; {counted(failed, 'training seed')} of its cells failed and {left_out}"
