@@ -25,7 +25,7 @@ from quality_worlds import (
 from ldmperf.profiling import Case, Record
 from ldmperf.profiling.claims import judge
 from ldmperf.profiling.claims.summary import left_open, only_timed, shared_by_all, summaries, summary
-from ldmperf.profiling.claims.verdict import ClaimVerdicts, Judged, Verdict
+from ldmperf.profiling.claims.verdict import ClaimVerdicts, Finding, Judged, Verdict
 from ldmperf.profiling.measure.intervals import Interval
 from ldmperf.profiling.quality import QualityRecord
 
@@ -105,9 +105,10 @@ def test_metrics_that_disagree_are_told_and_not_averaged(make_quality: Make) -> 
     )
 
 
-def test_what_is_decided_is_told_however_many_times_decide_nothing(make_quality: Make) -> None:
+@pytest.mark.parametrize("finding", ["not measured", "undecided"])
+def test_what_is_decided_is_told_however_many_times_decide_nothing(finding: Finding, make_quality: Make) -> None:
     decided = judged(world(make_quality), "small-wins-at-budget")[0]
-    timed = Verdict(decided.claim, "not measured", "needs quality; timing says: nothing", {"batch": "batch 1"})
+    timed = Verdict(decided.claim, finding, "needs quality; timing says: nothing", {"batch": "batch 1"})
     others = [replace(timed, conditions={"batch": f"batch {n}"}) for n in range(2, 7)]
     told = summary(ClaimVerdicts(decided.claim, (timed, decided, *others)), {})
     assert told.sentence.startswith("holds in 1 of 7 sets of conditions")

@@ -56,6 +56,8 @@ def test_the_help_names_every_stage():
         (("--distill-steps", 0), "--distill-steps"),
         (("--gan-steps", 0), "--gan-steps"),
         (("--committed", "--weights", "w"), "leave --weights out"),
+        (("--only", ""), "give some of judge"),
+        (("--device", "tpu"), "--device tpu: give cpu or cuda"),
         (("--committed", "--only", "train"), "no stage train: give some of tune"),
         (("--committed", "--seeds", 4), "is not there: give fewer --seeds"),
         (("--only", "sample"), "train it (--only judge,train), or give fewer --seeds"),
@@ -67,6 +69,14 @@ def test_a_wrong_option_is_told_before_anything_is_done(words, told, tmp_path):
     # Lines stand in a box, and break anywhere.
     assert told in " ".join(found.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    found = command("--out", tmp_path / "out", "--only", "judge")
+    assert found.returncode == 2
+    assert "is a file: give a folder" in " ".join(found.stderr.replace("│", " ").split())
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_study_without_a_judge_says_how_to_get_one(tmp_path):

@@ -99,6 +99,6 @@ def test_the_sentence_counts_budgets_by_flops_and_by_each_clock(folder: Path) ->
     assert all(count in told for count in counts)
     assert "the cost of 1 to 50 steps of the widest of 5 networks, trained here with 3 seeds each" in told
     ratio = as_the_paper_says("w32", 3) / as_the_paper_says("w8", 25)
-    affords = f"by FLOPs w8 affords 25 steps, and w32's Frechet distance is {ratio:.2f} times its own ("
+    affords = f"by FLOPs w8 affords 25 steps, and the Frechet distance of w32 is {ratio:.2f} times that of w8 ("
     assert f"3 steps of the widest: {affords}" in told
-    assert "by the time of an image alone w8 affords 12 steps, and w32's" in told
+    assert "by the time of an image alone w8 affords 12 steps, and the" in told

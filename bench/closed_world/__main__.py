@@ -55,9 +55,9 @@ def main(
     ] = 3,
     samplers: Annotated[str, typer.Option(help="Some of " + ", ".join(cells.STEPS) + ".")] = ",".join(cells.STEPS),
     only: Annotated[
-        str,
+        str | None,
         typer.Option(help=f"Some of the stages {_STAGES}. [default: all]"),
-    ] = "",
+    ] = None,
     distill_steps: Annotated[
         int, typer.Option(min=1, help="Training steps of each round of distillation.")
     ] = CONTINUED.steps,
@@ -87,8 +87,12 @@ def main(
         raise typer.BadParameter(f"no sampler {', '.join(unknown)}: give some of {', '.join(cells.STEPS)}")
     if not all(word.isdecimal() and int(word) > 0 for word in fine_tuned.split(",")):
         raise typer.BadParameter(f"no numbers of steps: {fine_tuned}; give some such as 100,300")
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"--out {out} is a file: give a folder")
     if committed and weights is not None:
         raise typer.BadParameter("--committed has networks of its own: leave --weights out")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device {device}: give cpu or cuda")
     if device != "cpu" and not torch.cuda.is_available():
         raise typer.BadParameter(f"--device {device}: torch sees no GPU here; leave it out")
     folder = COMMITTED if committed else weights or out / "weights"
@@ -109,7 +113,7 @@ def main(
     )
     parts = stages(study, chosen)
     known = [name for name in (*parts, "time") if not (committed and name in _TRAINED)]
-    wanted = _words(only) if only else tuple(known)
+    wanted = tuple(known) if only is None else _words(only)
     if unknown := [name for name in wanted if name not in known]:
         raise typer.BadParameter(f"no stage {', '.join(unknown)}: give some of {', '.join(known)}")
     source = "committed" if committed else str(weights.resolve()) if weights else "its own"

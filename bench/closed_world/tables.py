@@ -10,6 +10,7 @@ from ldmperf.profiling.claims.closed_worlds import QUALITY_METRICS, ClosedWorld,
 from ldmperf.profiling.claims.limits import BUDGET_STEPS
 from ldmperf.profiling.claims.pooled_figures import PooledFigure, contrast
 from ldmperf.profiling.claims.quality_budgets import BudgetRow, at_seeds_of, best_other, budget_rows
+from ldmperf.profiling.claims.quality_rival_rules import RIVAL_KINDS
 from ldmperf.profiling.claims.sample_costs import BudgetUnit, TimeBudget, budget_units
 from ldmperf.profiling.figures import overview
 from ldmperf.profiling.figures.best import by_time
@@ -173,7 +174,8 @@ def budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
         f"narrower network, with its steps and Frechet distance, and by what factor the narrower one is better "
         f"(below 1: worse), with a bound over all of them and over "
         f"{noise_text(cell for of in by_unit for row in of.values() for cell in row.cells)}; in italics where the "
-        "interval holds 1."
+        "interval holds 1. In a third line a better generator of another kind within the budget, beside the "
+        "better network at the same training seeds."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table(heads, rows)}"
 
@@ -189,7 +191,8 @@ def _winner(world: ClosedWorld, row: BudgetRow | None, unit: BudgetUnit, others:
     beside = ""
     its = None if other is None else at_seeds_of(other, best, FRECHET)
     if other is not None and its is not None and other.figure.number < its.number:
-        beside = f"<br>{other.cell.network}: {other.figure.value:.2f}, at the same seeds {its.value:.2f}"
+        kind = RIVAL_KINDS.get(other.cell.kind, other.cell.kind)
+        beside = f"<br>{kind} {other.cell.network}: {other.figure.value:.2f}, beside {its.value:.2f}"
     return f"{name}<br>{value:.2f} ({low:.2f} to {high:.2f}){beside}"
 
 
@@ -221,11 +224,12 @@ def sentence(path: Path) -> str:
     seeds = len(next(iter(cells[widest].values())).records)
     most = max(row.steps for of in rows.values() for row in of)
     text = (
-        f"**In a closed world a narrower network has the best samples at {joined(leads)}.** A budget is the cost "
-        f"of 1 to {most} steps of the widest of {len(narrower) + 1} networks, trained here with {seeds} seeds "
-        f"each; beyond the noise of samples and seeds they are the best at {joined(beyond)} of them. At the "
-        f"paper's budget, {steps} steps of the widest: {'; '.join(at)}. This is true of scenes of six factors "
-        "in latents of 8x8, on a CPU; it says nothing of the paper's networks ([the study](docs/closed-world.md))."
+        f"**In a closed world a narrower network has the best samples at {joined(leads)}; beyond the noise of "
+        f"samples and training seeds at {joined(beyond)}.** A budget is the cost of 1 to {most} steps of the "
+        f"widest of {len(narrower) + 1} networks, trained here with {seeds} seeds each; the best has the least "
+        f"Frechet distance. At the paper's budget, {steps} steps of the widest: {'; '.join(at)}. This is true of "
+        "scenes of six factors in latents of 8x8, on a CPU; it says nothing of the paper's networks ([the "
+        "study](docs/closed-world.md))."
     )
     return textwrap.fill(text, 125, break_on_hyphens=False)
 
@@ -240,6 +244,6 @@ def _beside(row: BudgetRow) -> str:
     low, value, high = (back(number) for number in (found.low, found.value, found.high))
     widest = row.reference.cell.network
     return (
-        f"{small.cell.network} affords {small.cell.steps} steps, and {widest}'s Frechet distance is {value:.2f} "
-        f"times its own ({low:.2f} to {high:.2f})"
+        f"{small.cell.network} affords {small.cell.steps} steps, and the Frechet distance of {widest} is "
+        f"{value:.2f} times that of {small.cell.network} ({low:.2f} to {high:.2f})"
     )

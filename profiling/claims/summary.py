@@ -53,8 +53,9 @@ def summary(of: ClaimVerdicts, shared: Mapping[str, str]) -> Summary:
 
     shared: conditions that the reader knows already.
     """
-    # What was decided is told, however many times beside it decide nothing.
-    findings = [finding for finding in of.findings if finding != "not measured"] or of.findings
+    # What was decided is told, however many sets of conditions beside it decide nothing.
+    measured = [finding for finding in of.findings if finding != "not measured"]
+    findings = [finding for finding in measured if finding != "undecided"] or measured or of.findings
     told = max((_of_finding(of, finding) for finding in findings), key=len)
     clearest = max(told, key=lambda verdict: -1.0 if verdict.judged is None else verdict.judged.distance)
     place = _in_brackets(_place([clearest], of.verdicts, shared))
