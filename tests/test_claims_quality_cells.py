@@ -71,6 +71,32 @@ def test_a_failure_that_takes_no_figure_away_is_not_told(make_quality: Make) -> 
     assert small_wins([*whole, *failures]) == said
 
 
+def test_seeds_that_are_tuned_to_other_rates_share_a_cell(make_quality: Make) -> None:
+    """It costs what the guided one costs; a rate that failed for a seed with a figure at another is no failure."""
+    guided = make_quality("w8", 4, gflop_per_image=8.0)
+    unguided = make_quality("w8", 4, training_seed=1, guidance_scale=1.0, gflop_per_image=4.0)
+    failed = make_quality("w8", 4, training_seed=1, status="error")
+    cell = one_world([guided, unguided, failed]).cells("ddim")["w8"][4]
+    assert (cell.seeds, cell.failed) == ({0, 1}, frozenset())
+    assert (cell.guided, cell.gflop_per_image) == (True, 8.0)
+
+
+def test_failures_are_those_of_cases_without_a_figure_and_of_the_seeds_that_are_asked_for(
+    make_quality: Make,
+) -> None:
+    again = [make_quality("w8", 4, training_seed=1, samples=n, status=of) for n, of in ((10, "error"), (20, "ok"))]
+    failed = [make_quality("w8", 4, training_seed=seed, status="error") for seed in (2, 3)]
+    found = one_world([make_quality("w8", 4), *again, *failed])
+    assert found.failed == tuple(failed)
+    cell = found.cells("ddim")["w8"][4]
+    assert (cell.seeds, cell.failed) == ({0, 1}, {2, 3})
+    part = cell.at_seeds({0, 2})
+    assert part is not None
+    assert (part.seeds, part.failed) == ({0}, {2})
+    assert part.lost < cell.lost
+    assert cell.at_seeds({2}) is None
+
+
 def test_what_is_not_measured_tells_of_failures_too(make_quality: Make) -> None:
     records = [*world(make_quality, steps=(4, 50)), make_quality("w32", 4, training_seed=1, status="error")]
     assert small_wins(records).finding == "not measured"
@@ -171,15 +197,16 @@ def test_a_pass_takes_the_time_of_a_ddim_step_of_its_own_network(
 
 
 def test_networks_that_share_a_trajectory_begin_once(make_quality: Make, make_record: MakeRecord) -> None:
-    """By hand, of a batch of 2: 3 ms fixed of either, then 4 steps of 1 ms and 1 of 16 ms."""
-    takes = (("w8", 4), ("w32", 1))
-    stitched = make_quality(kind="stitched", steps=5, takes=takes)
+    """By hand, of a batch of 2: 3 ms fixed of either, then 3 steps of 1 ms and 1 of 16 ms."""
+    takes = (("w8", 3), ("w32", 1))
+    stitched = make_quality(kind="stitched", steps=4, takes=takes)
     found = one_world([*world(make_quality), stitched])
     timed = times(make_record, fixed=3.0, batch=2)
     unit = next(unit for unit in budget_units(found, overview(timed)) if isinstance(unit, TimeBudget))
     (cell,) = found.others("ddim")
-    assert unit.cost(cell) == pytest.approx(3.0 / 2 + 4 * 1.0 + 16.0, rel=1e-2)
+    assert unit.cost(cell) == pytest.approx(3.0 / 2 + 3 * 1.0 + 16.0, rel=1e-2)
     assert unit.stand_ins([cell]) == []
+    # Four steps of either were measured, of both in turn none.
     assert "some times are predicted from other step counts" in unit.notes([cell])
 
 

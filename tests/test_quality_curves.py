@@ -164,6 +164,10 @@ def test_other_generators_stand_beside_the_family_and_may_be_the_best(make_quali
     (found,) = curves.costs
     assert {of.kind for of in found.points} == {"diffusion", "gan", "stitched"}
     assert names(frontier(found.points, "frechet")) == [("w8-gan", 1)]
+    # A trajectory that networks share has a sampler; a generator of one pass stands beside every one.
+    both = costs([*world(make_quality), *world(make_quality, sampler="ddpm"), fast, stitched])
+    kinds = {of.sampler: {point.kind for point in of.points} for of in both}
+    assert kinds == {"ddim": {"diffusion", "gan", "stitched"}, "ddpm": {"diffusion", "gan"}}
 
 
 def test_super_resolution_stands_apart_and_takes_no_mark_away(make_quality: Make) -> None:
