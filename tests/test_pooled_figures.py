@@ -251,3 +251,16 @@ def test_scales() -> None:
     assert PooledFigure.of("a", DIFFERENCE, [(0, 1, Estimate(value=-0.1))]) is not None
     assert PooledFigure.of("a", DIFFERENCE, [(0, 1, Estimate(value=0.1)), (1, 1, None)]) is None
     assert PooledFigure.of("a", DIFFERENCE, []) is None
+
+
+@pytest.mark.parametrize("count", [1, 4, 28])
+def test_a_bound_over_many_reaches_beyond_the_replicates(count: int) -> None:
+    """Of evenly spread normal replicates the ends are normal quantiles, however far out, within a few percent."""
+    normal = stats.norm.ppf((numpy.arange(REPLICATES) + 0.5) / REPLICATES)
+    estimate = Estimate(value=10.0, replicates=tuple(float(10 + z) for z in normal))
+    figure = PooledFigure.of("w8", DIFFERENCE, [(0, 2000, estimate)])
+    assert figure is not None
+    found = contrast((figure,), lambda number: number, each_of(count))
+    reach = stats.norm.ppf(1 - (1 - each_of(count)) / 2)
+    assert found.high - 10 == pytest.approx(reach, rel=0.08)
+    assert 10 - found.low == pytest.approx(reach, rel=0.08)

@@ -168,8 +168,8 @@ def contrast(figures: Sequence[PooledFigure], statistic: Callable[..., Any], con
 
     `statistic` is called with numbers, and with numpy arrays of shape [resamples], elementwise. Percentiles of the
     pairs; the part of the seeds is widened by Student's t over the normal quantile, as a few seeds tell little of
-    how far seeds vary. `confidence` is what the replicates can give: 20 have 90 %, 200 have 99 %; without any it
-    is 0 and the ends are the value.
+    how far seeds vary. The interval's `confidence` is what the replicates can give: 20 have 90 %, 200 have 99 %;
+    without any it is 0 and the ends are the value.
     """
     import numpy
     from scipy import stats
@@ -183,7 +183,12 @@ def contrast(figures: Sequence[PooledFigure], statistic: Callable[..., Any], con
     freedom = sum(len(seeds) - 1 for seeds in {figure.seeds for figure in figures})
     widened = float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)) if freedom else 1.0
     resampled = statistic(*(figure.drawn(widened) for figure in figures))
-    low, high = (float(end) for end in numpy.quantile(numpy.atleast_1d(resampled), (tail, 1 - tail)))
+    # Replicates have no quantiles beyond their own count: from their last one on tails are normal, as a bound over
+    # many comparisons would hold for fewer else.
+    known = max(tail, 1 / (replicates + 1))
+    stretched = float(stats.norm.ppf(tail) / stats.norm.ppf(known))
+    ends = numpy.quantile(numpy.atleast_1d(resampled), (known, 1 - known))
+    low, high = (value + stretched * (float(end) - value) for end in ends)
     return Interval(min(low, value), value, max(high, value), min(confidence, 1 - 2 / (replicates + 1)))
 
 
