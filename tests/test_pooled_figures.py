@@ -255,12 +255,12 @@ def test_scales() -> None:
 
 @pytest.mark.parametrize("count", [1, 4, 28])
 def test_a_bound_over_many_reaches_beyond_the_replicates(count: int) -> None:
-    """Of evenly spread normal replicates the ends are normal quantiles, however far out, within a few percent."""
+    """Of evenly spread normal replicates the ends are normal quantiles, however far out, or a little beyond."""
     normal = stats.norm.ppf((numpy.arange(REPLICATES) + 0.5) / REPLICATES)
     estimate = Estimate(value=10.0, replicates=tuple(float(10 + z) for z in normal))
     figure = PooledFigure.of("w8", DIFFERENCE, [(0, 2000, estimate)])
     assert figure is not None
     found = contrast((figure,), lambda number: number, each_of(count))
     reach = stats.norm.ppf(1 - (1 - each_of(count)) / 2)
-    assert found.high - 10 == pytest.approx(reach, rel=0.08)
-    assert 10 - found.low == pytest.approx(reach, rel=0.08)
+    assert 0.95 * reach < found.high - 10 < 1.12 * reach
+    assert 0.95 * reach < 10 - found.low < 1.12 * reach
