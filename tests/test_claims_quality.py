@@ -105,6 +105,16 @@ def test_metrics_that_disagree_are_told_and_not_averaged(make_quality: Make) -> 
     )
 
 
+def test_a_study_that_has_only_begun_is_told_what_it_lacks(make_quality: Make) -> None:
+    """Not times of the paper's sizes alone, which its owner does not look for."""
+    begun = world(make_quality, split="held-out", tuned=False)
+    of = {one.claim.id: one.verdicts for one in judge([], begun)}
+    for claim in ("small-wins-at-budget", "distillation-keeps-trend", "single-shot-cheaper"):
+        (verdict,) = of[claim]
+        assert verdict.sentence.endswith("judged on test prompts, at the guidance tuned for them")
+    assert not [one for one in judge([], []) if "closed world" in one.verdicts[0].sentence]
+
+
 @pytest.mark.parametrize("finding", ["not measured", "undecided"])
 def test_what_is_decided_is_told_however_many_times_decide_nothing(finding: Finding, make_quality: Make) -> None:
     decided = judged(world(make_quality), "small-wins-at-budget")[0]

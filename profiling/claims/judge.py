@@ -112,4 +112,6 @@ def _verdicts(claim: Claim, shown: Overview, worlds: Sequence[ClosedWorld]) -> t
     needs = claim.needs or ""
     if rule is not None:
         needs = rule.needs if rule.decides else f"{rule.needs}; besides, {claim.needs}"
+    if worlds and quality_rule is not None:
+        needs += "; or in a closed world networks that were judged on test prompts, at the guidance tuned for them"
     return (Verdict(claim, "not measured", f"needs {needs}"),)
