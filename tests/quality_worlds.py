@@ -111,7 +111,7 @@ def fine_tuned(make_quality: Make, value: Callable[[str, str, int], float],
             of_case = {"task": "sr", "guidance_scale": 1.0, "kind": kind, "training_steps": count} | changes
             of_case["draw"] = len(found) + 8
             found += world(make_quality, lambda name, _, at=(kind, count): value(at[0], name, at[1]),
-                           steps=steps, **of_case)  # type: ignore[misc]  # fmt: skip
+                           steps=steps, **of_case)  # fmt: skip
     return found
 
 

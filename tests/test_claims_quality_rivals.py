@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 from quality_worlds import (
@@ -16,6 +17,9 @@ from quality_worlds import (
     times,
     world,
 )
+
+from ldmperf.profiling import Record
+from ldmperf.profiling.claims.verdict import Verdict
 
 CLAIM = "single-shot-cheaper"
 
@@ -149,7 +153,7 @@ def test_a_pass_costs_what_the_same_network_takes_for_a_step_and_says_so(
     ]
     own = [record.model_copy(update={"case_key": record.case.key}) for record in own]
 
-    def of_time(records: list) -> object:  # type: ignore[type-arg]
+    def of_time(records: Sequence[Record]) -> Verdict:
         found = judged(qualities, "small-wins-at-budget", records)
         return next(verdict for verdict in found if verdict.conditions["budget"].startswith("ms"))
 

@@ -151,7 +151,7 @@ def crossing(network: str, steps: int) -> float:
 
 def resolved(make_quality: Make, value: object = crossing, **changes: object) -> list[QualityRecord]:
     of_case = {"task": "sr", "guidance_scale": 1.0, "noise": 1e-3} | changes
-    return world(make_quality, value, **of_case)  # type: ignore[arg-type]
+    return world(make_quality, value, **of_case)
 
 
 def test_small_up_to_20_steps_and_large_beyond_holds(make_quality: Make) -> None:

@@ -294,7 +294,7 @@ def test_a_size_is_trained_tuned_on_the_first_seed_and_judged_once(tmp_path, mon
     one = of(tmp_path)
     with_judge(one)
     monkeypatch.setattr(cells, "EVALUATIONS", (1, 2))
-    Masked("m12", one.seeds).run(one)
+    Masked("m12", M12, one.seeds).run(one)
     records = list(study.kept(one).values())
     for record in records:
         case = record.case
@@ -319,7 +319,7 @@ def test_a_size_is_trained_tuned_on_the_first_seed_and_judged_once(tmp_path, mon
     assert masked_folder(one, "m12", 1).name == "m12"
     monkeypatch.setattr(masked_cells, "trained", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(masked_cells, "sampled_tokens", lambda *_: pytest.fail("sampled again"))
-    Masked("m12", one.seeds).run(one)
+    Masked("m12", M12, one.seeds).run(one)
     assert masked_rates(one, "m12").keys() == {1, 2}
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmperf.model import UNet
 from ldmperf.profiling.quality import QualityCase
+from ldmperf.profiling.step.flops import flop_counter
 from ldmperf.samplers import initial_noise
 
 from .captions import CONTEXT_DIM, TOKENS, embedded
@@ -115,13 +115,7 @@ class Adversarial(Training[UNet]):
         super().__init__(world, network, seed, recipe)
         torch.manual_seed(seed)
         self.discriminator = Discriminator(world).to(self._device)
-        self._against = torch.optim.AdamW(
-            self.discriminator.parameters(),
-            recipe.learning_rate,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self._against = recipe.optimizer(self.discriminator)
 
     def step(self) -> float:
         """Trains the discriminator one step, then the generator; returns the generator's loss."""
@@ -233,12 +227,10 @@ class TrainGan:
         )
 
     def _trained(self, study: Study) -> Training[UNet]:
-        states = study.folder / "training"
-        states.mkdir(parents=True, exist_ok=True)
         network = drawn_network(study.world.config(self.width), self.seed, study.device)
         training = Adversarial(study.world, network, self.seed, study.adversarial)
         name = f"{gan_label(self.width)}-seed-{self.seed}-of-{study.adversarial.steps}"
-        return trained(training, states / f"{name}.pt", tell=study.tell)
+        return trained(training, study.training_state(name), tell=study.tell)
 
 
 def gan_label(width: int) -> str:
@@ -267,7 +259,7 @@ def gan_gflop(study: Study, width: int) -> float:
 
 def discriminator_gflop(world: World) -> float:
     """GFLOP of one score."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), flop_counter() as counter:
         shape = (_GROUP, CHANNELS, world.latent, world.latent)
         Discriminator(world)(torch.empty(shape), torch.empty(_GROUP, TOKENS, CONTEXT_DIM))
     return float(counter.get_total_flops()) / _GROUP / 1e9

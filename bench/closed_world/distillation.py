@@ -166,8 +166,6 @@ def student_case(study: Study, width: int, seed: int) -> QualityCase:
 def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
     """The folder of the last student, after the rounds that are not on disk yet."""
     teacher, before = network_folder(study.weights, width, seed), study.recipe.steps
-    states = study.folder / "training"
-    states.mkdir(parents=True, exist_ok=True)
     rounds = len(cells.STUDENT_STEPS)
     for place, steps in enumerate(cells.STUDENT_STEPS):
         folder = student_folder(study, width, seed, steps)
@@ -183,7 +181,7 @@ def distilled(study: Study, width: int, seed: int, rate: float) -> Path:
             )
             name = f"{label(width)}-seed-{seed}-in-{steps}-steps-of-{study.distilling.steps}"
             tell = part(study.tell, place / rounds, (place + 1) / rounds)
-            done = trained(training, states / f"{name}.pt", tell=tell)
+            done = trained(training, study.training_state(name), tell=tell)
             save_network(done.averaged_network(), folder)
         # A student has its teacher's guidance in its weights.
         teacher, rate, before = folder, 1.0, before + study.distilling.steps

@@ -23,6 +23,7 @@ from .tables import (
     noise_text,
     quality_text,
     range_text,
+    span_text,
     table,
     unit_text,
 )
@@ -58,13 +59,13 @@ def _others(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
             cells.setdefault((cell.kind, cell.network), []).append(cell)
     family = [cell for of in world.cells(SAMPLER).values() for cell in of.values()]
     rows = []
-    for (kind, name), of in sorted(cells.items(), key=lambda each: (each[0][0], _parameters(each[1]))):
+    for (kind, name), of in sorted(cells.items(), key=lambda each: (each[0][0], each[1][0].parameters or 0)):
         best = best_or_longest(world, figured(of, FRECHET), FRECHET)
         if best is None:
             continue
         cell = best.cell
         costs = [_least(cell, family, unit) for unit in units]
-        rows.append([_KINDS[kind], name, f"{_parameters(of):,}", str(cell.steps), quality_text(cell), *costs])
+        rows.append([_KINDS[kind], name, f"{cell.parameters or 0:,}", str(cell.steps), quality_text(cell), *costs])
     if not rows:
         return ""
     heads = ["kind", "network", "parameters", "evaluations", "Frechet distance; alignment", *map(unit_text, units)]
@@ -74,10 +75,6 @@ def _others(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
         "theirs."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table(heads, rows)}"
-
-
-def _parameters(cells: Sequence[QualityCell]) -> int:
-    return cells[0].records[0].parameters or 0
 
 
 def _least(cell: QualityCell, family: Sequence[QualityCell], unit: BudgetUnit) -> str:
@@ -122,12 +119,10 @@ def _stitched(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
 def _beside(row: StitchedRow | None) -> str:
     if row is None:
         return "-"
-    found, back = row.advantage, FRECHET.scale.back
-    low, value, high = (back(number) for number in (found.low, found.value, found.high))
-    name, mark = row.stitched.cell.network, "**" if found.low > 0 else ""
+    name, mark = row.stitched.cell.network, "**" if row.advantage.low > 0 else ""
     single = f"{row.single.cell.network} at {row.single.cell.steps}, {row.single.figure.value:.2f}"
     told = f"{mark}{name}, {row.stitched.figure.value:.2f}{mark}<br>{single}"
-    return f"{told}<br>{value:.2f} ({low:.2f} to {high:.2f})"
+    return f"{told}<br>{span_text(row.advantage)}"
 
 
 def _pretrained(world: ClosedWorld) -> str:

@@ -14,6 +14,7 @@ from ldmperf.profiling.quality import QualityCase, QualityRecord
 from . import cells
 from .masked import (
     SHAPES,
+    TokenShape,
     TrainingTokens,
     drawn_token_network,
     evaluation_gflop,
@@ -24,7 +25,7 @@ from .masked import (
 from .networks import parameters
 from .progress import Tell, part, to_nobody
 from .sampling import Prompts, Split, real_samples
-from .study import TUNED_ON, Study, judged_latents, judging, keep, kept
+from .study import TUNED_ON, Study, held_out_score, judged_latents, judging, keep, kept
 from .tokens import codebook
 from .training import trained
 
@@ -54,11 +55,12 @@ class Masked:
     """
 
     name: str
+    shape: TokenShape
     seeds: tuple[int, ...]
 
     @property
     def cost(self) -> float:
-        return len(self.seeds) * SHAPES[8][self.name].hidden_size / 6
+        return len(self.seeds) * self.shape.hidden_size / 6
 
     def run(self, study: Study) -> None:
         rates: dict[int, float] = {}
@@ -76,18 +78,17 @@ class Masked:
         folder = masked_folder(study, self.name, seed)
         if folder.exists():
             return
-        states = study.folder / "training"
-        states.mkdir(parents=True, exist_ok=True)
-        network = drawn_token_network(SHAPES[study.latent][self.name], seed, study.device)
+        network = drawn_token_network(self.shape, seed, study.device)
         training = TrainingTokens(study.world, network, seed, study.masked)
-        done = trained(training, states / f"{self.name}-seed-{seed}-of-{study.masked.steps}.pt", tell=tell)
+        keep = study.training_state(f"{self.name}-seed-{seed}-of-{study.masked.steps}")
+        done = trained(training, keep, tell=tell)
         save_token_network(done.averaged_network(), folder)
 
 
 def masked_tasks(study: Study) -> list[Task]:
     """Every size; none in a world without tokens."""
-    names = SHAPES.get(study.latent, {})
-    return [JudgeTokens(), *(Masked(name, study.seeds) for name in names)] if names else []
+    shapes = SHAPES.get(study.latent, {})
+    return [JudgeTokens(), *(Masked(name, shape, study.seeds) for name, shape in shapes.items())] if shapes else []
 
 
 def masked_folder(study: Study, name: str, seed: int) -> Path:
@@ -117,8 +118,7 @@ def masked_rates(study: Study, name: str, tell: Tell = to_nobody) -> dict[int, f
     """The guidance of each number of evaluations: that of the least Frechet distance on held-out prompts."""
 
     def score(number: int, rate: float) -> float:
-        record = judged_tokens(study, masked_case(study, name, TUNED_ON, number, rate, "held-out"))
-        return float("inf") if record.frechet is None else record.frechet.value
+        return held_out_score(judged_tokens(study, masked_case(study, name, TUNED_ON, number, rate, "held-out")))
 
     return cells.climbed_each(score, cells.EVALUATIONS, tell)
 

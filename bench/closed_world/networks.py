@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ldmperf.model import UNet, UNetConfig, diffusers_config, load_unet, save_unet
+from ldmperf.profiling.step.flops import flop_counter
 
 from .captions import CONTEXT_DIM, TOKENS
 
@@ -56,6 +56,6 @@ def forward_gflop(config: UNetConfig, latent: int) -> float:
     with torch.device("meta"), torch.no_grad():
         network = UNet(config, backend="torch").eval()
         conditions = network.condition(torch.zeros(1), torch.empty(1, TOKENS, CONTEXT_DIM))
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             network.denoise(torch.empty(1, config.in_channels, latent, latent), conditions, 0)
     return float(counter.get_total_flops()) / 1e9

@@ -79,6 +79,12 @@ class Study:
         """The file of its records."""
         return self.folder / QUALITY_NAME
 
+    def training_state(self, name: str) -> Path:
+        """The file that a training of that name goes on from; its folder is there."""
+        folder = self.folder / "training"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.pt"
+
     def further(self, place: Path) -> Path:
         """Where a network that comes of the family's lies: beside these, or in the study's own folder.
 
@@ -122,10 +128,14 @@ def tuned_rates(study: Study, width: int, sampler: str, tell: Tell = to_nobody) 
 
     def score(steps: int, rate: float) -> float:
         case = study.case([width] * steps, TUNED_ON, sampler, rate, "held-out")
-        record = judged_cell(study, case, [width] * steps)
-        return float("inf") if record.frechet is None else record.frechet.value
+        return held_out_score(judged_cell(study, case, [width] * steps))
 
     return cells.climbed_each(score, cells.STEPS[sampler], tell)
+
+
+def held_out_score(record: QualityRecord) -> float:
+    """What a choice on held-out prompts goes by, the less the better; a cell without figures is never chosen."""
+    return float("inf") if record.frechet is None else record.frechet.value
 
 
 def judged_cell(study: Study, case: QualityCase, widths: Sequence[int], *, tuned: bool = False) -> QualityRecord:

@@ -143,8 +143,6 @@ class FineTune:
         )
 
     def _trained(self, study: Study) -> Training[UNet]:
-        states = study.folder / "training"
-        states.mkdir(parents=True, exist_ok=True)
         if self.pretrained:
             folder = network_folder(study.weights, self.width, self.seed)
             network = widened(load_network(folder, study.device), study.world, self.width)
@@ -152,7 +150,7 @@ class FineTune:
             network = drawn_network(study.world.config(self.width, IN_CHANNELS), self.seed, study.device)
         recipe = recipe_of(self.steps, self.pretrained)
         training = TrainingSuperResolution(study.world, network, self.seed, recipe, before=study.recipe.steps)
-        keep = states / f"{self.network}-seed-{self.seed}-{_of(self.steps, self.pretrained)}.pt"
+        keep = study.training_state(f"{self.network}-seed-{self.seed}-{_of(self.steps, self.pretrained)}")
         return trained(training, keep, tell=part(study.tell, 0, self._share_of_training))
 
 

@@ -17,6 +17,7 @@ from ldmperf.profiling.figures.best import by_time
 from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.figures.text import joined
 from ldmperf.profiling.measure.conditions import commit
+from ldmperf.profiling.measure.intervals import Interval
 from ldmperf.profiling.record_files import gather
 
 from . import cells as grid
@@ -55,9 +56,8 @@ def _measured(world: ClosedWorld) -> str:
 
 def _took(world: ClosedWorld) -> str:
     """Minutes from the first record of the family to the last, of choosing guidance and of judging at it."""
-    parts = []
+    parts, family = [], [r for r in world.records if (r.case.kind, r.case.sampler) == ("diffusion", SAMPLER)]
     for what, split in (("guidance was chosen", "held-out"), ("cells were judged", "test")):
-        family = [r for r in world.records if (r.case.kind, r.case.sampler) == ("diffusion", SAMPLER)]
         of = [r for r in family if r.case.split == split]
         times = [r.started_at for r in of if r.tuned or split == "held-out"]
         if times:
@@ -122,9 +122,13 @@ def range_text(cell: QualityCell) -> str:
     figure = FRECHET.figure(cell)
     if figure is None:
         return "-"
-    found = contrast((figure,), lambda number: number)
-    low, value, high = (figure.scale.back(number) for number in (found.low, found.value, found.high))
-    return f"**{value:.2f}** ({low:.2f} to {high:.2f})"
+    return span_text(contrast((figure,), lambda number: number), mark="**")
+
+
+def span_text(found: Interval, mark: str = "") -> str:
+    """ "1.05 (1.01 to 1.09)" of logarithms of Frechet distances, or of what two of them are apart."""
+    low, value, high = (FRECHET.scale.back(number) for number in (found.low, found.value, found.high))
+    return f"{mark}{value:.2f}{mark} ({low:.2f} to {high:.2f})"
 
 
 def _factors(world: ClosedWorld) -> str:
@@ -183,17 +187,16 @@ def budgets(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
 def _winner(world: ClosedWorld, row: BudgetRow | None, unit: BudgetUnit, others: Sequence[QualityCell]) -> str:
     if row is None:
         return "-"
-    best, found, back = row.winner, row.largest_advantage, FRECHET.scale.back
+    best = row.winner
     name = f"{best.cell.network} at {best.cell.steps}, {best.figure.value:.2f}"
     name = f"*{name}*" if row.decided == "open" else f"**{name}**"
-    low, value, high = (back(number) for number in (found.low, found.value, found.high))
     other = best_other(world, others, unit, FRECHET, row.cost)
     beside = ""
     its = None if other is None else at_seeds_of(other, best, FRECHET)
     if other is not None and its is not None and other.figure.number < its.number:
         kind = RIVAL_KINDS.get(other.cell.kind, other.cell.kind)
         beside = f"<br>{kind} {other.cell.network}: {other.figure.value:.2f}, beside {its.value:.2f}"
-    return f"{name}<br>{value:.2f} ({low:.2f} to {high:.2f}){beside}"
+    return f"{name}<br>{span_text(row.largest_advantage)}{beside}"
 
 
 def unit_text(unit: BudgetUnit) -> str:
@@ -240,10 +243,9 @@ def _leads(row: BudgetRow) -> bool:
 
 def _beside(row: BudgetRow) -> str:
     """The best narrower network beside the widest."""
-    small, found, back = row.smaller[row.best], row.largest_advantage, FRECHET.scale.back
-    low, value, high = (back(number) for number in (found.low, found.value, found.high))
-    widest = row.reference.cell.network
+    small, widest = row.smaller[row.best].cell, row.reference.cell.network
+    times, _, span = span_text(row.largest_advantage).partition(" ")
     return (
-        f"{small.cell.network} affords {small.cell.steps} steps, and the Frechet distance of {widest} is "
-        f"{value:.2f} times that of {small.cell.network} ({low:.2f} to {high:.2f})"
+        f"{small.network} affords {small.steps} steps, and the Frechet distance of {widest} is {times} times that "
+        f"of {small.network} {span}"
     )

@@ -12,7 +12,7 @@ from .judge import ceiling, save_judge, trained_judge
 from .masked_cells import masked_tasks
 from .networks import label, network_folder, save_network, step_cost
 from .sampling import real_samples
-from .study import TUNED_ON, Study, judged_cell, judging, keep, kept, tuned_rates
+from .study import TUNED_ON, Study, held_out_score, judged_cell, judging, keep, kept, tuned_rates
 from .super_resolution import fine_tunings
 from .training import Training, drawn_network, trained
 
@@ -57,11 +57,10 @@ class Train:
         folder = network_folder(study.weights, self.width, self.seed)
         if folder.exists():
             return
-        states = study.folder / "training"
-        states.mkdir(parents=True, exist_ok=True)
         network = drawn_network(study.world.config(self.width), self.seed, study.device)
         training = Training(study.world, network, self.seed, study.recipe)
-        done = trained(training, states / f"{label(self.width)}-seed-{self.seed}.pt", tell=study.tell)
+        keep = study.training_state(f"{label(self.width)}-seed-{self.seed}")
+        done = trained(training, keep, tell=study.tell)
         save_network(done.averaged_network(), folder)
 
 
@@ -147,8 +146,8 @@ class Stitch:
         rate = tuned_rates(study, max(self.first, self.second), self.sampler)[self.steps]
 
         def score(widths: tuple[int, ...]) -> float:
-            record = judged_cell(study, study.case(widths, TUNED_ON, self.sampler, rate, "held-out"), widths)
-            return float("inf") if record.frechet is None else record.frechet.value
+            case = study.case(widths, TUNED_ON, self.sampler, rate, "held-out")
+            return held_out_score(judged_cell(study, case, widths))
 
         widths = min(self.plans, key=score)
         chosen = len(self.plans) * study.held_out

@@ -50,6 +50,16 @@ class Recipe:
         falling = self.last_rate + (self.learning_rate - self.last_rate) * cosine
         return falling * min(1.0, step / self.warmup)
 
+    def optimizer(self, network: nn.Module) -> torch.optim.Optimizer:
+        """Of all its parameters, at the highest learning rate."""
+        return torch.optim.AdamW(
+            network.parameters(),
+            self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            fused=True,
+        )
+
 
 # Of a network that is trained already: smaller steps, and every caption is told, as it samples without guidance.
 CONTINUED = Recipe(steps=400, learning_rate=2e-3, last_rate=2e-5, warmup=20, untold=0.0)
@@ -77,13 +87,7 @@ class Training(Generic[Network]):
         self.network = network.train().requires_grad_()
         self._device = next(network.parameters()).device
         self.averaged = {name: value.clone() for name, value in self.network.state_dict().items()}
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            recipe.learning_rate,
-            betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
+        self.optimizer = recipe.optimizer(self.network)
         self.done, self._before = 0, before
         # The seed of its scenes.
         self.scenes = _FIRST_SEED + seed

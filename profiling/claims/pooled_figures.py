@@ -183,8 +183,8 @@ def contrast(figures: Sequence[PooledFigure], statistic: Callable[..., Any], con
     freedom = sum(len(seeds) - 1 for seeds in {figure.seeds for figure in figures})
     widened = float(stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)) if freedom else 1.0
     resampled = statistic(*(figure.drawn(widened) for figure in figures))
-    # Replicates have no quantiles beyond their own count: from their last one on tails are normal, as a bound over
-    # many comparisons would hold for fewer else.
+    # There are no quantiles beyond the last replicate: from there on tails are normal. A bound over many
+    # comparisons would otherwise hold less often than it says.
     known = max(tail, 1 / (replicates + 1))
     stretched = float(stats.norm.ppf(tail) / stats.norm.ppf(known))
     ends = numpy.quantile(numpy.atleast_1d(resampled), (known, 1 - known))

@@ -31,11 +31,6 @@ class BudgetHalf:
     advantages: Mapping[int, Interval]
 
     @property
-    def least(self) -> Interval:
-        """The claim is of every budget."""
-        return extreme_interval(min, list(self.advantages.values()))
-
-    @property
     def at(self) -> int:
         """The budget that decides: a lost one rather than an open one, then that of the least advantage."""
         return min(self.advantages, key=lambda steps: rank_of(self.advantages[steps]))
