@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from closed_world import cells, study, tasks
+from closed_world import cells, stitching, study, tasks
 from closed_world.family import SCHEDULE, WORLDS
 from closed_world.networks import COMMITTED, forward_gflop, network_folder, save_network
 from closed_world.sampling import Prompts, plan_of, real_samples, sampled
@@ -183,33 +183,78 @@ def test_cells_are_judged_at_the_rate_that_was_tuned(monkeypatch, tmp_path):
     assert [(case.guidance_scale, tuned) for case, _, tuned in asked] == [(r, r == 1.5) for r in cells.RATES]
 
 
-def test_what_a_stitched_trajectory_shares_is_chosen_on_held_out_prompts(monkeypatch, tmp_path):
-    """At the guidance of the wider network, with the networks that guidance is chosen by; then every seed."""
+def test_a_plan_is_scored_on_held_out_prompts_and_judged_with_every_seed_if_none_beats_it(monkeypatch, tmp_path):
+    """At the guidance of the wider network; scored with the networks that guidance is chosen by."""
     asked = []
 
     def judged(study_, case, widths, *, tuned=False):
         asked.append((case, widths, tuned))
-        # Half of the steps are the best share on held-out prompts, none on the others.
-        off = abs(widths.count(32) - 2) if case.split == "held-out" else widths.count(32)
-        return SimpleNamespace(frechet=SimpleNamespace(value=1.0 + off))
+        return SimpleNamespace(frechet=SimpleNamespace(value=1.0 + abs(widths.count(32) - 2) / len(widths)))
 
-    monkeypatch.setattr(tasks, "judged_cell", judged)
-    rates = {8: 1.5, 32: 3.0}
-    monkeypatch.setattr(tasks, "tuned_rates", lambda _, width, sampler: {4: rates[width], 16: 7.0})
-    told = []
-    tasks.Stitch(32, 8, 4, "ddim").run(dataclasses.replace(of(tmp_path), seeds=(1, 2), tell=told.append))
-    # Three shares on 40 images, then two seeds on 60.
-    assert told == [120 / 240, 180 / 240, 1.0]
-    chosen, judged_ = asked[:3], asked[3:]
-    assert [widths for _, widths, _ in chosen] == [(32, 8, 8, 8), (32, 32, 8, 8), (32, 32, 32, 8)]
-    assert {(case.split, case.training_seed, case.samples) for case, _, _ in chosen} == {("held-out", 0, 40)}
-    assert [(case.training_seed, case.split, tuned) for case, _, tuned in judged_] == [
-        (1, "test", True),
-        (2, "test", True),
+    monkeypatch.setattr(stitching, "judged_cell", judged)
+    rates = {12: 1.5, 8: 2.5, 32: 3.0}
+    monkeypatch.setattr(
+        stitching, "tuned_rates", lambda _, width, sampler: dict.fromkeys((4, 8, 16), rates[width])
+    )
+    one = dataclasses.replace(of(tmp_path), seeds=(1, 2))
+    stitching.ScorePlan((12, 12, 32, 32)).run(one)
+    ((case, widths, tuned),) = asked
+    assert (case.split, case.training_seed, case.samples) == ("held-out", 0, 40)
+    assert (case.guidance_scale, tuned) == (3.0, False)
+    assert (case.network, case.sampler, widths) == ("w12x2+w32x2", "ddim", (12, 12, 32, 32))
+    # As good as any, with the fewest FLOPs of those.
+    asked.clear()
+    stitching.JudgePlan((8, 8, 32, 32), 2).run(one)
+    judged_ = [of for of in asked if of[0].split == "test"]
+    assert [(case.network, case.training_seed, case.samples, tuned) for case, _, tuned in judged_] == [
+        ("w8x2+w32x2", 2, 60, True)
     ]
-    assert {case.network for case, _, _ in judged_} == {"w32x2+w8x2"}
-    assert {case.guidance_scale for case, _, _ in asked} == {3.0}
-    assert not any(tuned for _, _, tuned in chosen)
+    # One that costs more and is worse is not judged.
+    asked.clear()
+    stitching.JudgePlan((8, 32, 32, 32), 2).run(one)
+    assert {case.split for case, _, _ in asked} == {"held-out"}
+    assert {case.training_seed for case, _, _ in asked} == {0}
+
+
+def test_plans_are_every_pair_number_of_steps_and_share():
+    found = stitching.plans(WORLD)
+    assert len(found) == len(set(found)) == 5 * 3 * 3
+    assert [plan for plan in found if len(plan) == 4 and plan[0] == 32] == [
+        (32, 8, 8, 8),
+        (32, 32, 8, 8),
+        (32, 32, 32, 8),
+    ]
+    assert {sum(width != 32 for width in plan) / 16 for plan in found if len(plan) == 16 and plan[0] == 24} == {
+        *(0.25, 0.5, 0.75)
+    }
+
+
+@given(
+    st.dictionaries(
+        st.lists(st.sampled_from(WORLD.widths), min_size=1, max_size=4).map(tuple),
+        st.integers(1, 9).map(float),
+        min_size=1,
+        max_size=12,
+    ),
+    st.floats(0, 3),
+    st.floats(0, 3),
+    st.floats(0, 20),
+)
+def test_the_best_plan_under_any_budget_is_among_the_unbeaten(scores, of_a_step, of_flops, budget):
+    """Whatever a step and a FLOP cost."""
+    flops = dict(zip(WORLD.widths, (0.07, 0.15, 0.26, 0.57, 1.0), strict=True))
+    left = stitching.unbeaten(scores, flops)
+    of_plan = {plan: sum(flops[width] for width in plan) for plan in scores}
+
+    def within(plans):
+        costs = {plan: of_a_step * len(plan) + of_flops * of_plan[plan] for plan in plans}
+        return min((scores[plan] for plan in plans if costs[plan] <= budget * (1 + 1e-9)), default=None)
+
+    assert within(scores) == within(left)
+    # Nothing is left that another one beats: each is the best of what costs as much at most.
+    for plan in left:
+        cheaper = [of for of in scores if len(of) <= len(plan) and of_plan[of] <= of_plan[plan]]
+        assert scores[plan] == min(scores[of] for of in cheaper)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +287,8 @@ def test_stages_cover_the_grid_once():
     parts = stages(one, tuple(cells.STEPS))
     assert len(parts["train"]) == 15
     assert len(parts["sample"]) == len(set(parts["sample"])) == 15 * sum(map(len, cells.STEPS.values()))
-    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 5 * len(cells.STITCHED_STEPS)
+    assert len(parts["shares"]) == len(set(parts["shares"])) == 45
+    assert len(parts["stitch"]) == len(set(parts["stitch"])) == 3 * 45
     assert all(task.cost > 0 for tasks in parts.values() for task in tasks)
 
 

@@ -30,7 +30,7 @@ from .super_resolution import super_folder
 from .tasks import stages
 from .training import ADVERSARIAL, CONTINUED, Recipe
 
-_STAGES = "judge, train, tune, sample, guidance, stitch, distill, super-resolution, gan, masked, time"
+_STAGES = "judge, train, tune, sample, guidance, shares, stitch, distill, super-resolution, gan, masked, time"
 
 # What is done of the committed networks.
 _TRAINED = ("judge", "train")

@@ -11,7 +11,14 @@ from functools import partial
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .study import Study
 from .tasks import Task
@@ -31,7 +38,8 @@ def run_all(name: str, tasks: Sequence[Task], study: Study, workers: int) -> Non
     context = multiprocessing.get_context("spawn")
     ordered = sorted(tasks, key=lambda task: -task.cost)
     shares = context.RawArray("d", len(ordered))
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), *times)
     with (
         Progress(*columns, console=Console(stderr=True)) as progress,
         ProcessPoolExecutor(workers, context, _begin_worker, (shares,)) as pool,

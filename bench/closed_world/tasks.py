@@ -12,7 +12,8 @@ from .judge import ceiling, save_judge, trained_judge
 from .masked_cells import masked_tasks
 from .networks import label, network_folder, save_network, step_cost
 from .sampling import real_samples
-from .study import TUNED_ON, Study, held_out_score, judged_cell, judging, keep, kept, tuned_rates
+from .stitching import JudgePlan, ScorePlan, plans
+from .study import Study, judged_cell, judging, keep, kept, tuned_rates
 from .super_resolution import fine_tunings
 from .training import Training, drawn_network, trained
 
@@ -121,44 +122,6 @@ class JudgeRates:
 
 
 @dataclass(frozen=True)
-class Stitch:
-    """Judges trajectories whose first steps one network takes, and the rest another, with every training seed.
-
-    Which share the first one takes is chosen on held-out prompts, as guidance is; that is the wider network's.
-    """
-
-    first: int
-    second: int
-    steps: int
-    sampler: str
-
-    @property
-    def plans(self) -> list[tuple[int, ...]]:
-        """The width that takes each step, for every share."""
-        early = sorted({round(part * self.steps) for part in cells.STITCHED_PARTS})
-        return [(self.first,) * count + (self.second,) * (self.steps - count) for count in early]
-
-    @property
-    def cost(self) -> float:
-        return step_cost(max(self.first, self.second)) * self.steps / 10
-
-    def run(self, study: Study) -> None:
-        rate = tuned_rates(study, max(self.first, self.second), self.sampler)[self.steps]
-
-        def score(widths: tuple[int, ...]) -> float:
-            case = study.case(widths, TUNED_ON, self.sampler, rate, "held-out")
-            return held_out_score(judged_cell(study, case, widths))
-
-        widths = min(self.plans, key=score)
-        chosen = len(self.plans) * study.held_out
-        whole = chosen + len(study.seeds) * study.samples
-        study.tell(chosen / whole)
-        for done, seed in enumerate(study.seeds, 1):
-            judged_cell(study, study.case(widths, seed, self.sampler, rate, "test"), widths, tuned=True)
-            study.tell((chosen + done * study.samples) / whole)
-
-
-@dataclass(frozen=True)
 class JudgeReal:
     """Judges real scenes of the test prompts as if a network had made them: the floor, and the judge's ceiling."""
 
@@ -188,11 +151,8 @@ def stages(study: Study, samplers: tuple[str, ...]) -> dict[str, list[Task]]:
             for number in cells.STEPS[name]
         ],
         "guidance": [JudgeRates(width, seeds[0], sampler, steps) for width in widths],
-        "stitch": [
-            Stitch(first, second, number, "ddim")
-            for first, second in cells.stitched_pairs(widths)
-            for number in cells.STITCHED_STEPS
-        ],
+        "shares": [ScorePlan(plan) for plan in plans(study.world)],
+        "stitch": [JudgePlan(plan, seed) for plan in plans(study.world) for seed in seeds],
         "distill": [Distill(width, seed) for width in widths for seed in seeds],
         "super-resolution": [JudgeReal("sr"), *fine_tunings(study)],
         "gan": [TrainGan(width, seed) for width in widths for seed in seeds],
