@@ -1,34 +1,49 @@
-"""CPU time of a training step of a small UNet, our operators beside plain torch's, width by width.
+"""CPU time of a training step of the closed world's networks, our operators beside plain torch's, width by width.
 
 Both are the same network on the same weights, in float32 on one thread: forward, mean square, backward. Plain
 torch is `profiling/kernel_bench/plain.py` under ordinary autograd, in the operators' place. The two take turns in
-one process, so that what else runs on the machine meets both. The ratio is of medians. Where the time goes is by
-operator: its forward, its backward, and the rest (convolutions, matmuls, sums of gradients), which both have.
+one process, so that what else runs on the machine meets both. The ratio is of medians. A whole step of training,
+with scenes, optimizer and averaged weights, takes its turn after them. Where the time goes is by operator: its
+forward, its backward, and the rest (convolutions, matmuls, sums of gradients), which both have.
 
     python bench/training_step.py
     python bench/training_step.py --width 8 --steps 40
+    python bench/training_step.py --steps 150 --out found.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from closed_world.captions import CONTEXT_DIM, TOKENS
+from closed_world.family import WORLDS
+from closed_world.latents import CHANNELS
+from closed_world.networks import label
+from closed_world.training import Recipe, Training, drawn_network
 from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ldmperf.kernels import modules
-from ldmperf.model import UNet, UNetConfig, blocks, written
+from ldmperf.model import UNet, blocks, written
+from ldmperf.profiling.figures.phrases import processor_name
 from ldmperf.profiling.kernel_bench.plain import PLAIN
+from ldmperf.profiling.measure.conditions import commit
+from ldmperf.profiling.measure.environment import Environment, collect_environment
+from ldmperf.profiling.measure.store import write_whole
 
-BATCH, TOKENS, CONTEXT_DIM, SIZE = 32, 6, 32, 8
-WIDTHS = (8, 16, 32)
+WORLD = WORLDS[8]
+# Trainings of a width in the study.
+SEEDS = 3
 # Steps before any that counts.
 WARMUP = 3
 # By the names that the network calls: their modules, and the operator.
@@ -43,26 +58,17 @@ Function = Callable[..., Any]
 
 
 def network(width: int) -> UNet:
-    """Three levels, attention in two, for latents [4, 8, 8]."""
-    torch.manual_seed(width)
-    config = UNetConfig(
-        block_channels=(width, 2 * width, 2 * width),
-        num_heads=(2, 2, 2),
-        attention=(True, True, False),
-        layers_per_block=1,
-        context_dim=CONTEXT_DIM,
-        norm_groups=4,
-        sample_size=SIZE,
-    )
-    return UNet(config, backend="torch").train()
+    """That of a width, as its training begins."""
+    return drawn_network(WORLD.config(width), seed=0).train()
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps, the text, and what the network is to say."""
     generator = torch.Generator().manual_seed(0)
-    latents, target = torch.randn(2, BATCH, 4, SIZE, SIZE, generator=generator)
-    timesteps = torch.randint(1000, (BATCH,), generator=generator).float()
-    return latents, timesteps, torch.randn(BATCH, TOKENS, CONTEXT_DIM, generator=generator), target
+    count = Recipe.batch
+    latents, target = torch.randn(2, count, CHANNELS, WORLD.latent, WORLD.latent, generator=generator)
+    timesteps = torch.randint(1000, (count,), generator=generator).float()
+    return latents, timesteps, torch.randn(count, TOKENS, CONTEXT_DIM, generator=generator), target
 
 
 def step(unet: UNet, latents: Tensor, timesteps: Tensor, context: Tensor, target: Tensor) -> None:
@@ -97,22 +103,27 @@ def plain() -> Any:
     return in_place(lambda operator, own: plain_of(operator))
 
 
-def cpu_ms(run: Callable[[], None]) -> float:
+def cpu_ms(run: Callable[[], object]) -> float:
     begin = time.process_time()
     run()
     return 1e3 * (time.process_time() - begin)
 
 
-def medians(unet: UNet, steps: int) -> tuple[float, float]:
-    """(ours, plain torch's) in ms of CPU time, step by step in turns."""
-    given, times = batch(), ([], [])  # type: tuple[Any, tuple[list[float], list[float]]]
+def medians(width: int, steps: int) -> dict[str, float]:
+    """ms of CPU time: of ours, of plain torch's, and of a whole step of training, in turns."""
+    unet, given = network(width), batch()
+    training = Training(WORLD, network(width), 0, Recipe())
+    times: dict[str, list[float]] = {"ours": [], "plain": [], "training": []}
     for i in range(WARMUP + steps):
-        for found, which in zip(times, (ours, plain), strict=True):
+        found = {}
+        for name, which in (("ours", ours), ("plain", plain)):
             with which():
-                spent = cpu_ms(lambda: step(unet, *given))
-            if i >= WARMUP:
-                found.append(spent)
-    return statistics.median(times[0]), statistics.median(times[1])
+                found[name] = cpu_ms(lambda: step(unet, *given))
+        found["training"] = cpu_ms(training.step)
+        if i >= WARMUP:
+            for name, spent in found.items():
+                times[name].append(spent)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def by_operator(unet: UNet, which: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
@@ -166,25 +177,62 @@ def is_nested(event: Any) -> bool:
     return above is not None
 
 
-def report(width: int, steps: int) -> list[str]:
+def by_operators(width: int) -> list[str]:
+    """Lines of where the time of a step goes."""
     unet = network(width)
-    own, theirs = medians(unet, steps)
     found = [by_operator(unet, which) for which in (ours, plain)]
-    lines = [f"width {width}: ours {own:.1f} ms, plain torch {theirs:.1f} ms, ratio {own / theirs:.2f}"]
-    lines.append(f"  under the profiler, ms: {'ours':>37} {'plain':>7}")
+    lines = [f"  under the profiler, ms: {'ours':>37} {'plain':>7}"]
     for name in sorted(found[0].keys() | found[1].keys()):
         lines.append(f"    {name:<56} {found[0].get(name, 0.0):6.2f}  {found[1].get(name, 0.0):6.2f}")
     return lines
 
 
+def written_table(found: Mapping[str, Any]) -> str:
+    """What `--out` has, for docs/closed-world.md."""
+    environment = Environment.model_validate_json(json.dumps(found["environment"]))
+    trainings = found["training_steps"] * found["seeds"]
+    lines = [
+        "| network | forward and backward, ms | plain torch's, ms | ratio | a training step, ms | core minutes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    whole = 0.0
+    for width, ms in found["widths"].items():
+        minutes = ms["training"] * trainings / 60e3
+        whole += minutes
+        lines.append(
+            f"| {label(int(width))} | {ms['ours']:.1f} | {ms['plain']:.1f} | {ms['ours'] / ms['plain']:.2f} | "
+            f"{ms['training']:.1f} | {minutes:.0f} |"
+        )
+    text = (
+        f"**Measured**: {processor_name(environment)}, commit {commit(environment)}; CPU time of one thread, "
+        f"medians of {found['steps']} steps in turns; *core minutes*: {found['seeds']} trainings of "
+        f"{found['training_steps']} steps at that, {whole:.0f} for all networks."
+    )
+    return f"{textwrap.fill(text, 125)}\n\n" + "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, action="append", help="of the first level; 8, 16 and 32 unless told")
+    parser.add_argument("--width", type=int, action="append", help="of the first level; all five unless told")
     parser.add_argument("--steps", type=int, default=20, help="of each, that count (default: 20)")
+    parser.add_argument("--out", type=Path, help="a file for what was found, JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for width in options.width or WIDTHS:
-        print("\n".join(report(width, options.steps)), flush=True)
+    widths = {}
+    for width in options.width or WORLD.widths:
+        ms = widths[width] = medians(width, options.steps)
+        told = f"ours {ms['ours']:.1f} ms, plain torch {ms['plain']:.1f} ms, ratio {ms['ours'] / ms['plain']:.2f}"
+        print(f"width {width}: {told}; a whole training step {ms['training']:.1f} ms")
+        print("\n".join(by_operators(width)), flush=True)
+    if options.out is not None:
+        found = {
+            "environment": collect_environment().model_dump(mode="json"),
+            "steps": options.steps,
+            "training_steps": Recipe.steps,
+            "seeds": SEEDS,
+            "widths": widths,
+        }
+        write_whole(options.out, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
