@@ -19,11 +19,11 @@ from ldmperf.profiling.paper import paper_sizes
 MakeRecord = Callable[..., Record]
 
 
-def family(make_record: MakeRecord, fixed_ms: float) -> list[Record]:
+def family(make_record: MakeRecord, fixed_ms: float, batch: int = 1) -> list[Record]:
     """All sizes at 20 steps, whose time is the paper's cost and a fixed part of each step."""
     return [
         make_record(
-            Case(unet=name, steps=20),
+            Case(unet=name, steps=20, batch=batch),
             wall_ms=Samples.of(
                 [20 * (fixed_ms + 50.0 * size.normalized_cost) * (1 + n / 1000) for n in range(-4, 5)]
             ),
@@ -91,6 +91,27 @@ def test_wrong_calls_are_one_line(run: Any, tmp_path: Path) -> None:
         outcome = run("claims", tmp_path / path)
         assert outcome.code == 2
         assert len(outcome.err.splitlines()) == 1
+
+
+def test_the_findings_of_each_claim_are_counted_first(run: Any, tmp_path: Path, make_record: MakeRecord) -> None:
+    """The times hold at one batch and not at another; claims that nothing judged have no row."""
+    records = [*family(make_record, 0.0), *family(make_record, 60.0, batch=4)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(record.model_dump_json() + "\n" for record in records))
+    told = json.loads(run("claims", path, "--json").out)["claims"]
+    expected = {
+        claim["id"]: [
+            sum(verdict["finding"] == finding for verdict in claim["verdicts"])
+            for finding in ("holds", "does not hold", "undecided")
+        ]
+        for claim in told
+        if claim["findings"] != ["not measured"]
+    }
+    assert expected["cost-proportional"] == [1, 1, 0]
+    heads, *lines = run("claims", path).out.partition("\n\n")[2].splitlines()
+    rows = [line.split() for line in lines[: lines.index("")]]
+    assert heads.split() == ["claim", "holds", "does", "not", "hold", "undecided"]
+    assert {name: list(map(int, counts)) for name, *counts in rows} == expected
 
 
 def test_a_line_that_is_no_record_is_named(run: Any, tmp_path: Path, make_record: MakeRecord) -> None:

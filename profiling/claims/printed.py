@@ -14,7 +14,7 @@ from ..terminal.layout import Grid, formatted, laid_out
 from ..terminal.visible import say, say_wrapped, width_of
 from .catalogue import PublishedReading, claims_source, published_readings
 from .summary import counted_findings, left_open, only_timed, shared_by_all, summaries, summary
-from .verdict import ClaimVerdicts, Verdict
+from .verdict import FINDINGS, ClaimVerdicts, Verdict
 
 TITLE = "What these records say of the paper's claims"
 LEGEND = (
@@ -45,11 +45,17 @@ def print_summaries(judged: Sequence[ClaimVerdicts], console: Console, records: 
 
 
 def print_claims(judged: Sequence[ClaimVerdicts], console: Console) -> None:
-    """Every claim: its sentence, the figures under each set of conditions, and what was published elsewhere."""
+    """Every claim: its sentence, the figures under each set of conditions, and what was published elsewhere.
+
+    Before them how often each was found to hold.
+    """
     shared = shared_by_all(judged)
     say_wrapped(console, TITLE, "bold")
     if shared:
         say_wrapped(console, joined(shared.values()))
+    if any(of.is_judged for of in judged):
+        say(console)
+        _print_grid(console, counts_grid(judged))
     for of in judged:
         # Of several verdicts each has its sentence below.
         sentence = summary(of, shared).sentence if len(of.verdicts) == 1 else counted_findings(of, shared)
@@ -67,6 +73,17 @@ def print_claims(judged: Sequence[ClaimVerdicts], console: Console) -> None:
         say_wrapped(console, f"published elsewhere: {reading}", "dim", indent=2)
     say_wrapped(console, LEGEND, "dim")
     say_wrapped(console, f"claims: {claims_source()}", "dim")
+
+
+def counts_grid(judged: Sequence[ClaimVerdicts]) -> Grid:
+    """A row for each claim that was judged: its sets of conditions by what was found under them."""
+    findings = [finding for finding in FINDINGS if finding != "not measured"]
+    rows = [
+        (of.claim.id, *(str(sum(verdict.finding == finding for verdict in of.verdicts)) for finding in findings))
+        for of in judged
+        if of.is_judged
+    ]
+    return Grid(("claim", *findings), tuple(rows), ("claim",))
 
 
 def _print_verdict(console: Console, verdict: Verdict, of: ClaimVerdicts, has_others: bool) -> None:
