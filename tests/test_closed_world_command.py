@@ -85,11 +85,21 @@ def test_a_study_without_a_judge_says_how_to_get_one(tmp_path):
     assert "--only judge" in " ".join(found.stderr.split())
 
 
-def test_a_folder_without_networks_is_left_as_it_is(tmp_path):
+@pytest.mark.parametrize("stage", ["tune", "gan"])
+def test_a_folder_without_networks_is_left_as_it_is(stage, tmp_path):
     """Options written there would hold whoever comes next to those of a command that did nothing."""
-    found = command("--out", tmp_path / "out", "--weights", tmp_path / "typo", "--only", "tune")
+    found = command("--out", tmp_path / "out", "--weights", tmp_path / "typo", "--only", stage)
     assert found.returncode == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_generators_of_other_kinds_need_the_judge_alone(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "judge.safetensors").write_bytes((COMMITTED / "judge.safetensors").read_bytes())
+    ran = []
+    monkeypatch.setattr(closed_world.__main__, "run_all", lambda name, *_: ran.append(name))
+    closed_world.__main__.main(tmp_path, only="gan, masked", samplers="ddim")
+    assert ran == ["gan", "masked"]
 
 
 @pytest.mark.parametrize("words", [("--latent", 16), ("--steps", 2)], ids=["latent", "steps"])

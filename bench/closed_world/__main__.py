@@ -32,6 +32,10 @@ from .training import ADVERSARIAL, CONTINUED, Recipe
 
 _STAGES = "judge, train, tune, sample, guidance, shares, stitch, distill, super-resolution, gan, masked, time"
 
+# What needs no network of the family.
+_OF_THEIR_OWN = {"judge", "gan", "masked"}
+# What needs no judge.
+_UNJUDGED = {"train", "time"}
 # What is done of the committed networks.
 _TRAINED = ("judge", "train")
 
@@ -123,15 +127,18 @@ def main(
         advice = "leave {option} out" if committed else "give another folder"
         refuse_others(folder, of_networks, advice)
         refuse_others(out, of_study)
-        if "train" not in wanted and wanted != ("judge",):
+        if "train" not in wanted and set(wanted) - _OF_THEIR_OWN:
             _check_networks(study, committed)
+        judges = bool(set(wanted) - _UNJUDGED)
+        if judges and not study.judge.exists() and "judge" not in wanted:
+            raise typer.BadParameter(f"{study.judge} is not there: train it with --only judge")
         # Nothing is written before all of this holds.
         hold_to(folder, of_networks)
         hold_to(out, of_study)
         for name, tasks in parts.items():
             if name in wanted:
                 run_all(name, tasks, study, workers or len(os.sched_getaffinity(0)))
-            if name == "judge" and set(wanted) - {"train", "time"}:
+            if name == "judge" and judges:
                 _tell_ceiling(study)
         if "time" in wanted:
             _time(study)
@@ -164,8 +171,6 @@ def _check_networks(study: Study, committed: bool) -> None:
 
 def _tell_ceiling(study: Study) -> None:
     """What the judge reads right of real latents: no network's alignment means more than that."""
-    if not study.judge.exists():
-        raise typer.BadParameter(f"{study.judge} is not there: train it with --only judge")
     found = ceiling(load_judge(study.judge, study.world), study.world)
     shares = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
     print(f"The judge reads right, of real latents: {shares}", file=sys.stderr)
