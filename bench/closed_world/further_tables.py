@@ -104,14 +104,15 @@ def _stitched(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     steps = sorted({number for rows in by_unit for number in rows})
     rows = [[str(number), *(_beside(of.get(number)) for of in by_unit)] for number in steps]
     counts = "; ".join(
-        f"{unit_text(unit)} at {sum(row.advantage.low > 0 for row in of.values())} of {len(of)}"
+        f"{unit_text(unit)} at {sum(row.advantage.value > 0 for row in of.values())} of {len(of)} budgets, "
+        f"{sum(row.advantage.low > 0 for row in of.values())} beyond noise"
         for unit, of in zip(units, by_unit, strict=True)
     )
     noise = noise_text(row.stitched.cell for of in by_unit for row in of.values())
     title = (
         f"**Stitched trajectories**: at the cost of so many steps of {widest}, the best of them and the best "
         "single network, chosen on held-out prompts, and by what factor the stitched one is better (below 1: "
-        f"worse); in bold where that is beyond the noise of {noise}: {counts} budgets."
+        f"worse); in bold where that is beyond the noise of {noise}. The stitched one is better {counts}."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table([f'steps of {widest}', *map(unit_text, units)], rows)}"
 
