@@ -163,6 +163,7 @@ def test_what_is_trained_is_timed_too(tmp_path, monkeypatch):
     closed_world.__main__._time(one)
     family, gans, *_ = asked
     assert (family[1:3], gans[1:4]) == (("t2i", "1,2"), ("t2i", "1", ("ddim",)))
+    assert gans[4] == (1,)
     assert [folder.name for folder in gans[0]] == [f"w{width}-gan" for width in one.world.widths]
     assert len(asked) == 2 * len(cells.TIMED)
 

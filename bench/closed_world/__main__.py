@@ -179,17 +179,18 @@ def _tell_ceiling(study: Study) -> None:
 def _time(study: Study) -> None:
     """The cost of the networks' steps by the project's own profiler: an image alone, and one in a batch.
 
-    Students have the times of their teachers. Of super-resolution and of GANs, once they are trained, DDIM is
-    timed, one step of which is a GAN's pass.
+    Students have the times of their teachers. Of super-resolution, once it is trained, DDIM is timed, and of GANs
+    one step of it, which is a pass of theirs.
     """
     widths, seed, weights = study.world.widths, study.seeds[0], study.weights
     for batch, (samplers, steps) in cells.TIMED.items():
         family = [network_folder(weights, width, seed) for width in widths]
         _profile(study, family, "t2i", "1,2", samplers, steps, batch)
         wider = [super_folder(study, width, seed, max(study.fine_tuned), True) for width in widths]
-        for task, folders in (("sr", wider), ("t2i", [gan_folder(study, width, seed) for width in widths])):
+        passes = [gan_folder(study, width, seed) for width in widths]
+        for task, folders, numbers in (("sr", wider, steps), ("t2i", passes, (1,))):
             if all(folder.exists() for folder in folders):
-                _profile(study, folders, task, "1", ("ddim",), steps, batch)
+                _profile(study, folders, task, "1", ("ddim",), numbers, batch)
 
 
 def _profile(
