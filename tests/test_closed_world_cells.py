@@ -257,6 +257,14 @@ def test_the_best_plan_under_any_budget_is_among_the_unbeaten(scores, of_a_step,
         assert scores[plan] == min(scores[of] for of in cheaper)
 
 
+def test_a_plan_of_fewer_steps_or_fewer_flops_is_not_beaten_by_a_better_one_of_more():
+    """Where a step costs much whatever its FLOPs, the one of fewer steps may be all that is affordable."""
+    flops = {8: 0.07, 32: 1.0}
+    few, small, worse = (32,), (8,) * 4, (8,) * 5
+    assert stitching.unbeaten({few: 2.0, small: 1.0, worse: 1.5}, flops) == [few, small]
+    assert stitching.unbeaten({few: 1.0, small: 2.0}, flops) == [few, small]
+
+
 @pytest.mark.parametrize(
     ("value", "told"), [(math.nan, "NaN"), (math.inf, "NaN or infinity"), (3e38, "NaN or infinity")]
 )
