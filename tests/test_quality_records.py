@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ldmperf.profiling.compare.sets import differences, names_of, set_of
 from ldmperf.profiling.export.formats import FORMATS
+from ldmperf.profiling.measure.conditions import commit
 from ldmperf.profiling.measure.environment import Environment
 from ldmperf.profiling.quality import (
     QUALITY_NAME,
@@ -26,7 +27,12 @@ from ldmperf.profiling.quality import (
     quality_schema,
     stitched_label,
 )
-from ldmperf.profiling.quality.quality_table import print_qualities, quality_grid, quality_groups
+from ldmperf.profiling.quality.quality_table import (
+    print_qualities,
+    quality_conditions,
+    quality_grid,
+    quality_groups,
+)
 from ldmperf.profiling.record_files import gather
 
 Make = Callable[..., QualityRecord]
@@ -121,7 +127,7 @@ def test_a_stitched_case_is_called_by_what_it_takes(make_quality: Make) -> None:
         QualityRecord.model_validate_json(json.dumps(fields))
 
 
-def test_worlds_and_commits_stand_apart_and_the_last_of_a_case_is_shown(make_quality: Make) -> None:
+def test_worlds_stand_apart_and_of_a_case_the_last_of_each_commit_is_shown(make_quality: Make) -> None:
     there = Environment(os="Linux", python="3.12", git_commit="2b95aac" + "0" * 33)
     records = [
         make_quality(),
@@ -131,10 +137,23 @@ def test_worlds_and_commits_stand_apart_and_the_last_of_a_case_is_shown(make_qua
         make_quality("w12", status="error", message="no\x1b weights"),
     ]
     first, *others = quality_groups(records)
-    assert [len(group) for group in (first, *others)] == [2, 1, 1]
+    assert [len(group) for group in (first, *others)] == [3, 1]
     grid = quality_grid(first)
-    assert [row[grid.headings.index("Frechet")] for row in grid.rows] == ["7.25", "-"]
-    assert grid.rows[1][-1] == "error: no\x1b weights"
+    by_commit = {
+        (row[grid.headings.index("network")], row[grid.headings.index("commit")]): row[
+            grid.headings.index("Frechet")
+        ]
+        for row in grid.rows
+    }
+    here = commit(records[0].environment)
+    assert len(grid.rows) == 3
+    assert by_commit.keys() == {("w8", here), ("w8", "2b95aac"), ("w12", here)}
+    assert (by_commit["w8", here], by_commit["w12", here]) == ("7.25", "-")
+    assert by_commit["w8", "2b95aac"] != "7.25"
+    assert [row[-2] for row in grid.rows].count("error: no\x1b weights") == 1
+    assert quality_conditions(first).endswith(", t2i, 2 commits")
+    assert quality_conditions(others[0]).endswith(f", t2i, {here}")
+    assert "commit" not in quality_grid(others[0]).headings
     buffer = io.StringIO()
     print_qualities(records, Console(file=buffer, width=240))
     assert "\x1b" not in buffer.getvalue()

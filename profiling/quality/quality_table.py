@@ -8,14 +8,14 @@ from rich.console import Console
 
 from ..measure.conditions import commit
 from ..terminal.layout import MISSING, Grid, formatted, number, say_grid
-from ..terminal.visible import say_wrapped
+from ..terminal.visible import counted, say_wrapped
 from .quality_records import QualityEstimate, QualityRecord
 
 HEADINGS = (
     *("network", "kind", "seed", "training steps", "sampler", "steps", "guidance", "tuned", "split", "samples"),
-    *("GFLOP per image", "Frechet", "KID", "sliced Wasserstein", "alignment", "all right", "why not"),
+    *("GFLOP per image", "Frechet", "KID", "sliced Wasserstein", "alignment", "all right", "why not", "commit"),
 )
-_WORDS = ("network", "kind", "sampler", "tuned", "split", "why not")
+_WORDS = ("network", "kind", "sampler", "tuned", "split", "why not", "commit")
 QUALITY_NOTE = (
     "Distances to real samples: smaller is better, and that of real samples themselves is the least that can be "
     "seen. alignment: the share of a caption's factors that the judge reads right. tuned: this guidance was the "
@@ -23,28 +23,36 @@ QUALITY_NOTE = (
 )
 
 
-def quality_conditions(record: QualityRecord) -> str:
-    """What a table has records of one of."""
-    return f"{record.case.world}, {record.case.task}, {commit(record.environment)}"
+def quality_conditions(records: Sequence[QualityRecord]) -> str:
+    """What the records of a table have in common: world, task and commit, or how many commits."""
+    commits = {commit(record.environment) for record in records}
+    case = records[0].case
+    return f"{case.world}, {case.task}, {commits.pop() if len(commits) == 1 else counted(len(commits), 'commit')}"
 
 
 def quality_groups(records: Sequence[QualityRecord]) -> list[list[QualityRecord]]:
-    """The records of each world, task and commit apart; of a case that is there twice the last."""
-    found: dict[str, dict[str, QualityRecord]] = {}
+    """The records of each world and task apart; of a case that one commit judged twice the last.
+
+    A study that goes on after changes of the code is one study: verdicts are on all of its commits together.
+    """
+    found: dict[tuple[str, str], dict[tuple[str, str], QualityRecord]] = {}
     for record in sorted(records, key=lambda record: record.started_at):
-        found.setdefault(quality_conditions(record), {})[record.case_key] = record
+        group = found.setdefault((record.case.world, record.case.task), {})
+        group[record.case_key, commit(record.environment)] = record
     return [list(group.values()) for group in found.values()]
 
 
 def quality_grid(records: Sequence[QualityRecord]) -> Grid:
-    """A line for each record; a column that none has a value in is left out."""
-    return Grid(HEADINGS, tuple(_cells(record) for record in records), _WORDS).without_empty()
+    """A line for each record; a column that none has a value in is left out, and so is that of one commit."""
+    several = len({commit(record.environment) for record in records}) > 1
+    rows = ((*_cells(record), commit(record.environment) if several else MISSING) for record in records)
+    return Grid(HEADINGS, tuple(rows), _WORDS).without_empty()
 
 
 def print_qualities(records: Sequence[QualityRecord], console: Console) -> None:
-    """Of each world and commit a table, and how to read them."""
+    """Of each world and task a table, and how to read them."""
     for group in quality_groups(records):
-        say_wrapped(console, quality_conditions(group[0]), "bold")
+        say_wrapped(console, quality_conditions(group), "bold")
         say_grid(console, quality_grid(group), leading=6)
     if records:
         say_wrapped(console, QUALITY_NOTE)

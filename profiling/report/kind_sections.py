@@ -47,7 +47,7 @@ def kind_sections(found: Gathered) -> tuple[GridSection, ...]:
         ),
         *(
             GridSection(
-                f"Quality in a closed world: {quality_conditions(group[0])}", quality_grid(group), QUALITY_NOTE
+                f"Quality in a closed world: {quality_conditions(group)}", quality_grid(group), QUALITY_NOTE
             )
             for group in quality_groups(found.qualities)
         ),
@@ -120,7 +120,7 @@ def print_quality_group(records: Sequence[QualityRecord], console: Console, most
     if most is None or len(records) <= most:
         print_qualities(records, console)
         return
-    say_wrapped(console, quality_conditions(records[0]), "bold")
+    say_wrapped(console, quality_conditions(records), "bold")
     # Two networks that share a trajectory are no third one, real samples none.
     made = {record.case.network for record in records if record.case.kind not in ("real", "stitched")}
     statuses = statuses_in_words(record.status for record in records)
