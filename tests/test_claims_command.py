@@ -114,6 +114,15 @@ def test_the_findings_of_each_claim_are_counted_first(run: Any, tmp_path: Path, 
     assert {name: list(map(int, counts)) for name, *counts in rows} == expected
 
 
+def test_nothing_is_counted_where_nothing_is_judged(run: Any, tmp_path: Path, make_record: MakeRecord) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(make_record(status="error").model_dump_json() + "\n")
+    told = json.loads(run("claims", path, "--json").out)["claims"]
+    assert {finding for claim in told for finding in claim["findings"]} == {"not measured"}
+    # Columns without a cell have no heading.
+    assert not [line for line in run("claims", path).out.splitlines() if line.split()[:1] == ["claim"]]
+
+
 def test_a_line_that_is_no_record_is_named(run: Any, tmp_path: Path, make_record: MakeRecord) -> None:
     path = tmp_path / "torn.jsonl"
     path.write_text(make_record().model_dump_json() + '\n{"torn\n')

@@ -192,23 +192,23 @@ def test_a_plan_is_scored_on_held_out_prompts_and_judged_with_every_seed_if_none
         return SimpleNamespace(frechet=SimpleNamespace(value=1.0 + abs(widths.count(32) - 2) / len(widths)))
 
     monkeypatch.setattr(stitching, "judged_cell", judged)
-    rates = {12: 1.5, 8: 2.5, 32: 3.0}
-    monkeypatch.setattr(
-        stitching, "tuned_rates", lambda _, width, sampler: dict.fromkeys((4, 8, 16), rates[width])
-    )
+    rates = {8: {4: 2.5, 8: 2.5, 16: 2.5}, 12: {4: 1.5, 8: 1.5, 16: 1.5}, 32: {4: 3.0, 8: 4.0, 16: 5.0}}
+    monkeypatch.setattr(stitching, "tuned_rates", lambda _, width, sampler: rates[width])
     one = dataclasses.replace(of(tmp_path), seeds=(1, 2))
     stitching.ScorePlan((12, 12, 32, 32)).run(one)
     ((case, widths, tuned),) = asked
     assert (case.split, case.training_seed, case.samples) == ("held-out", 0, 40)
     assert (case.guidance_scale, tuned) == (3.0, False)
     assert (case.network, case.sampler, widths) == ("w12x2+w32x2", "ddim", (12, 12, 32, 32))
-    # As good as any, with the fewest FLOPs of those.
-    asked.clear()
-    stitching.JudgePlan((8, 8, 32, 32), 2).run(one)
-    judged_ = [of for of in asked if of[0].split == "test"]
-    assert [(case.network, case.training_seed, case.samples, tuned) for case, _, tuned in judged_] == [
-        ("w8x2+w32x2", 2, 60, True)
-    ]
+    # As good as any; and worse than that one with as many steps, for fewer FLOPs.
+    for plan, name in (((8, 8, 32, 32), "w8x2+w32x2"), ((8, 8, 8, 32), "w8x3+w32x1")):
+        asked.clear()
+        stitching.JudgePlan(plan, 2).run(one)
+        judged_ = [of for of in asked if of[0].split == "test"]
+        assert [(case.network, case.training_seed, case.samples, tuned) for case, _, tuned in judged_] == [
+            (name, 2, 60, True)
+        ]
+        assert {(case.steps, case.guidance_scale) for case, _, _ in asked} == {(4, 3.0), (8, 4.0), (16, 5.0)}
     # One that costs more and is worse is not judged.
     asked.clear()
     stitching.JudgePlan((8, 32, 32, 32), 2).run(one)
@@ -257,12 +257,10 @@ def test_the_best_plan_under_any_budget_is_among_the_unbeaten(scores, of_a_step,
         assert scores[plan] == min(scores[of] for of in cheaper)
 
 
-def test_a_plan_of_fewer_steps_or_fewer_flops_is_not_beaten_by_a_better_one_of_more():
-    """Where a step costs much whatever its FLOPs, the one of fewer steps may be all that is affordable."""
-    flops = {8: 0.07, 32: 1.0}
-    few, small, worse = (32,), (8,) * 4, (8,) * 5
-    assert stitching.unbeaten({few: 2.0, small: 1.0, worse: 1.5}, flops) == [few, small]
-    assert stitching.unbeaten({few: 1.0, small: 2.0}, flops) == [few, small]
+def test_a_plan_is_beaten_with_as_few_steps_and_as_few_flops_alone():
+    """(32, 32) has fewer steps than what is better, (8, 8) fewer FLOPs; equals do not beat each other."""
+    left = {(32, 32): 3.0, (8,) * 12: 2.0, (8, 8): 4.0, (8, 32): 3.5, (32, 8): 3.5}
+    assert stitching.unbeaten(left | {(8, 8, 8): 4.5}, {8: 0.1, 32: 1.0}) == list(left)
 
 
 @pytest.mark.parametrize(

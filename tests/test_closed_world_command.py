@@ -11,6 +11,7 @@ from pathlib import Path
 
 import closed_world.__main__
 import pytest
+import typer
 from closed_world import cells
 from closed_world.__main__ import _STAGES
 from closed_world.adversarial import gan_folder
@@ -100,6 +101,32 @@ def test_generators_of_other_kinds_need_the_judge_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(closed_world.__main__, "run_all", lambda name, *_: ran.append(name))
     closed_world.__main__.main(tmp_path, only="gan, masked", samplers="ddim")
     assert ran == ["gan", "masked"]
+    # Not so a stage beside them.
+    with pytest.raises(typer.BadParameter, match="is not there: train it"):
+        closed_world.__main__.main(tmp_path, only="gan, tune", samplers="ddim")
+    assert ran == ["gan", "masked"]
+
+
+def test_training_and_times_need_no_judge(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(closed_world.__main__, "run_all", lambda name, *_: ran.append(name))
+    monkeypatch.setattr(closed_world.__main__, "_time", lambda study: ran.append("time"))
+    closed_world.__main__.main(tmp_path, only="train, time", samplers="ddim")
+    assert ran == ["train", "time"]
+    for beside in ("train, tune", "train, gan"):
+        with pytest.raises(typer.BadParameter, match=r"judge\.safetensors is not there"):
+            closed_world.__main__.main(tmp_path, only=beside, samplers="ddim")
+    assert ran == ["train", "time"]
+
+
+@pytest.mark.parametrize("stage", ["tune", "gan"])
+def test_the_ceiling_of_a_judge_that_is_there_is_told_once(stage, tmp_path, monkeypatch):
+    """Of the committed judge, which no stage trains, too."""
+    told = []
+    monkeypatch.setattr(closed_world.__main__, "run_all", lambda name, *_: None)
+    monkeypatch.setattr(closed_world.__main__, "_tell_ceiling", told.append)
+    closed_world.__main__.main(tmp_path, committed=True, only=stage, samplers="ddim")
+    assert len(told) == 1
 
 
 @pytest.mark.parametrize("words", [("--latent", 16), ("--steps", 2)], ids=["latent", "steps"])
@@ -166,6 +193,12 @@ def test_what_is_trained_is_timed_too(tmp_path, monkeypatch):
     assert gans[4] == (1,)
     assert [folder.name for folder in gans[0]] == [f"w{width}-gan" for width in one.world.widths]
     assert len(asked) == 2 * len(cells.TIMED)
+    for width in one.world.widths[1:]:
+        super_folder(one, width, 0, 1000, True).mkdir(parents=True)
+    asked.clear()
+    closed_world.__main__._time(one)
+    of_super_resolution = [words[2:] for words in asked if words[1] == "sr"]
+    assert of_super_resolution == [("1", ("ddim",), steps, batch) for batch, (_, steps) in cells.TIMED.items()]
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,25 @@ def test_a_stitched_trajectory_may_be_better_within_noise(
     assert "<br>w8 at 25, 1.10<br>1.22 (" in told
 
 
+def test_stitched_by_each_cost_counts_the_budgets_that_it_has(
+    tmp_path: Path, make_quality: Make, make_record: MakeRecord, family: list[QualityRecord]
+) -> None:
+    """A step of the w8 takes seven times what its FLOPs say: the trajectory takes 44 ms, two steps of w32 32."""
+    slow = times(make_record, lambda name: 7.0 if name == "w8" else NETWORKS[name])
+    (tmp_path / "records.jsonl").write_text("".join(record.model_dump_json() + "\n" for record in slow))
+    of = {"kind": "stitched", "takes": (("w8", 4), ("w32", 1)), "steps": 5, "gflop_per_image": 40.0}
+    tests = [make_quality(training_seed=seed, frechet=estimate(0.01), **of) for seed in SEEDS]
+    held_out = make_quality(frechet=estimate(0.01), split="held-out", samples=500, tuned=False, **of)
+    QualityStore(tmp_path / "quality.jsonl").append(*family, *tests, held_out)
+    told = tables(tmp_path)
+    counts = (
+        "by FLOPs at 9 of 9 budgets, 9 beyond noise; by the time of an image alone at 8 of 8 budgets, 8 beyond"
+    )
+    assert counts in " ".join(told.split())
+    lines = {key.split()[0]: cells for key, cells in rows(told, "steps of w32").items()}
+    assert lines["2"] == ["-"]
+
+
 def test_super_resolution_has_both_beginnings_by_length(tmp_path: Path, make_quality: Make) -> None:
     records = [
         make_quality(

@@ -1,9 +1,14 @@
 """bench/training_step.py: what it compares, and the table of what it found."""
 
+import json
+import sys
+
 import torch
 import training_step
-from training_step import batch, in_place, network, ours, plain, step, written_table
+from closed_world.training import Training
+from training_step import WARMUP, batch, cpu_ms, in_place, main, medians, network, ours, plain, step, written_table
 
+from ldmperf.kernels import modules
 from ldmperf.profiling.measure.environment import collect_environment
 
 
@@ -35,6 +40,42 @@ def test_every_operator_gives_way_to_plain_torch():
     with in_place(counting):
         step(network(8), *batch())
     assert called == {operator for _, operator in training_step.CALLED.values()}
+
+
+def test_times_are_medians_in_turns_after_the_warmup(monkeypatch):
+    own, turns = modules.group_norm_silu, []
+
+    def clock(run):
+        if getattr(run, "__func__", None) is Training.step:
+            what, ms = "training", 10_000
+        else:
+            what, ms = ("ours", 1) if modules.group_norm_silu is own else ("plain", 100)
+        turns.append(what)
+        return ms * ([1000] * WARMUP + [1, 2, 6])[turns.count(what) - 1]
+
+    monkeypatch.setattr(training_step, "cpu_ms", clock)
+    assert medians(8, 3) == {"ours": 2, "plain": 200, "training": 20_000}
+    assert turns == ["ours", "plain", "training"] * (WARMUP + 3)
+    assert modules.group_norm_silu is own
+
+
+def test_a_time_is_in_milliseconds(monkeypatch):
+    monkeypatch.setattr(training_step.time, "process_time", iter([2.0, 2.25]).__next__)
+    assert cpu_ms(lambda: None) == 250
+
+
+def test_what_was_found_is_written_with_what_the_study_trains(monkeypatch, tmp_path):
+    """Of the widths that were asked for; the steps that were timed are not those of a training."""
+    ms = {"ours": 40.0, "plain": 32.0, "training": 50.0}
+    monkeypatch.setattr(training_step, "medians", lambda width, steps: ms)
+    monkeypatch.setattr(training_step, "by_operators", lambda width: [])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    out = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["training_step.py", "--width", "12", "--steps", "7", "--out", str(out)])
+    main()
+    found = json.loads(out.read_bytes())
+    assert (found["steps"], found["training_steps"], found["seeds"], found["widths"]) == (7, 3000, 3, {"12": ms})
+    assert "| w12 | 40.0 | 32.0 | 1.25 | 50.0 | 8 |" in written_table(found)
 
 
 def test_the_table_tells_ratios_and_core_minutes():

@@ -29,7 +29,8 @@ def plans(world: World) -> list[Plan]:
 def unbeaten(scores: Mapping[Plan, float], forward: Mapping[int, float]) -> list[Plan]:
     """The plans that no other one beats (the less the better) with as many steps and FLOPs at most.
 
-    What a step costs beside its FLOPs depends on the machine. The best plan under a budget of any is among these.
+    What a step costs beside its FLOPs depends on the machine. The best plan under a budget is among these on any
+    machine where time grows with both, which a width that its operators are slow at breaks.
     `forward`: FLOPs of a forward by width.
     """
     flops = {plan: sum(forward[width] for width in plan) for plan in scores}
