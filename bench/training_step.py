@@ -28,6 +28,7 @@ from closed_world.captions import CONTEXT_DIM, TOKENS
 from closed_world.family import WORLDS
 from closed_world.latents import CHANNELS
 from closed_world.networks import label
+from closed_world.study import Study
 from closed_world.training import Recipe, Training, drawn_network
 from torch import Tensor
 from torch._C._autograd import DeviceType
@@ -42,8 +43,6 @@ from ldmperf.profiling.measure.environment import Environment, collect_environme
 from ldmperf.profiling.measure.store import write_whole
 
 WORLD = WORLDS[8]
-# Trainings of a width in the study.
-SEEDS = 3
 # Steps before any that counts.
 WARMUP = 3
 # By the names that the network calls: their modules, and the operator.
@@ -229,7 +228,7 @@ def main() -> None:
             "environment": collect_environment().model_dump(mode="json"),
             "steps": options.steps,
             "training_steps": Recipe.steps,
-            "seeds": SEEDS,
+            "seeds": len(Study.seeds),
             "widths": widths,
         }
         write_whole(options.out, (json.dumps(found, indent=1) + "\n").encode())
