@@ -13,7 +13,7 @@ from batch_invariance_table import table as calls_table
 from closed_world import further_tables
 from closed_world import tables as closed_world
 from markers import with_blocks
-from training_step import written_table
+from training_step import training_table
 
 from ldmperf.profiling import Record
 from ldmperf.profiling.claims import judge
@@ -231,7 +231,7 @@ def with_figures(page: str) -> str:
         "verdicts": verdicts,
         "gate": gate,
         "batch-invariance": batch_invariance,
-        "training-step": lambda marker: written_table(json.loads((ROOT / marker.split()[0]).read_bytes())),
+        "training-step": lambda marker: training_table(json.loads((ROOT / marker.split()[0]).read_bytes())),
         "closed-world": lambda marker: closed_world.tables(ROOT / marker.split()[0]),
         "closed-world-further": lambda marker: further_tables.tables(ROOT / marker.split()[0]),
         "closed-world-sentence": lambda marker: closed_world.sentence(ROOT / marker.split()[0]),

@@ -29,6 +29,7 @@ from closed_world.family import WORLDS
 from closed_world.latents import CHANNELS
 from closed_world.networks import label
 from closed_world.study import Study
+from closed_world.tables import table
 from closed_world.training import Recipe, Training, drawn_network
 from torch import Tensor
 from torch._C._autograd import DeviceType
@@ -176,8 +177,8 @@ def is_nested(event: Any) -> bool:
     return above is not None
 
 
-def by_operators(width: int) -> list[str]:
-    """Lines of where the time of a step goes."""
+def operator_lines(width: int) -> list[str]:
+    """Where the time of a step goes, in lines of text."""
     unet = network(width)
     found = [by_operator(unet, which) for which in (ours, plain)]
     lines = [f"  under the profiler, ms: {'ours':>37} {'plain':>7}"]
@@ -186,43 +187,54 @@ def by_operators(width: int) -> list[str]:
     return lines
 
 
-def written_table(found: Mapping[str, Any]) -> str:
+def training_table(found: Mapping[str, Any]) -> str:
     """What `--out` has, for docs/closed-world.md."""
     environment = Environment.model_validate_json(json.dumps(found["environment"]))
     trainings = found["training_steps"] * found["seeds"]
-    lines = [
-        "| network | forward and backward, ms | plain torch's, ms | ratio | a training step, ms | core minutes |",
-        "|---|---:|---:|---:|---:|---:|",
+    heads = [
+        "network",
+        "forward and backward, ms",
+        "plain torch's, ms",
+        "ratio",
+        "a training step, ms",
+        "core minutes",
     ]
-    whole = 0.0
+    rows, whole = [], 0.0
     for width, ms in found["widths"].items():
         minutes = ms["training"] * trainings / 60e3
         whole += minutes
-        lines.append(
-            f"| {label(int(width))} | {ms['ours']:.1f} | {ms['plain']:.1f} | {ms['ours'] / ms['plain']:.2f} | "
-            f"{ms['training']:.1f} | {minutes:.0f} |"
+        times = (
+            f"{ms['ours']:.1f}",
+            f"{ms['plain']:.1f}",
+            f"{ms['ours'] / ms['plain']:.2f}",
+            f"{ms['training']:.1f}",
         )
+        rows.append([label(int(width)), *times, f"{minutes:.0f}"])
     text = (
         f"**Measured**: {processor_name(environment)}, commit {commit(environment)}; CPU time of one thread, "
         f"medians of {found['steps']} steps in turns; *core minutes*: {found['seeds']} trainings of "
         f"{found['training_steps']} steps at that, {whole:.0f} for all networks."
     )
-    return f"{textwrap.fill(text, 125)}\n\n" + "\n".join(lines)
+    return f"{textwrap.fill(text, 125)}\n\n{table(heads, rows)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, action="append", help="of the first level; all five unless told")
+    parser.add_argument(
+        "--width", type=int, action="append", choices=WORLD.widths, help="of the first level; all unless told"
+    )
     parser.add_argument("--steps", type=int, default=20, help="of each, that count (default: 20)")
     parser.add_argument("--out", type=Path, help="a file for what was found, JSON")
     options = parser.parse_args()
+    if options.out is not None and not options.out.parent.is_dir():
+        parser.error(f"--out: no folder {options.out.parent}; make it first")
     torch.set_num_threads(1)
     widths = {}
     for width in options.width or WORLD.widths:
         ms = widths[width] = medians(width, options.steps)
         told = f"ours {ms['ours']:.1f} ms, plain torch {ms['plain']:.1f} ms, ratio {ms['ours'] / ms['plain']:.2f}"
         print(f"width {width}: {told}; a whole training step {ms['training']:.1f} ms")
-        print("\n".join(by_operators(width)), flush=True)
+        print("\n".join(operator_lines(width)), flush=True)
     if options.out is not None:
         found = {
             "environment": collect_environment().model_dump(mode="json"),

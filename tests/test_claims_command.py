@@ -102,15 +102,26 @@ def test_the_findings_of_each_claim_are_counted_first(run: Any, tmp_path: Path, 
     expected = {
         claim["id"]: [
             sum(verdict["finding"] == finding for verdict in claim["verdicts"])
-            for finding in ("holds", "does not hold", "undecided")
+            for finding in ("holds", "does not hold", "undecided", "not measured")
         ]
         for claim in told
         if claim["findings"] != ["not measured"]
     }
-    assert expected["cost-proportional"] == [1, 1, 0]
+    assert expected["cost-proportional"] == [1, 1, 0, 0]
     heads, *lines = run("claims", path).out.partition("\n\n")[2].splitlines()
     rows = [line.split() for line in lines[: lines.index("")]]
-    assert heads.split() == ["claim", "holds", "does", "not", "hold", "undecided"]
+    assert heads.split() == [
+        "sets",
+        "of",
+        "conditions",
+        "holds",
+        "does",
+        "not",
+        "hold",
+        "undecided",
+        "not",
+        "measured",
+    ]
     assert {name: list(map(int, counts)) for name, *counts in rows} == expected
 
 
@@ -120,7 +131,7 @@ def test_nothing_is_counted_where_nothing_is_judged(run: Any, tmp_path: Path, ma
     told = json.loads(run("claims", path, "--json").out)["claims"]
     assert {finding for claim in told for finding in claim["findings"]} == {"not measured"}
     # Columns without a cell have no heading.
-    assert not [line for line in run("claims", path).out.splitlines() if line.split()[:1] == ["claim"]]
+    assert not [line for line in run("claims", path).out.splitlines() if line.split()[:1] == ["sets"]]
 
 
 def test_a_line_that_is_no_record_is_named(run: Any, tmp_path: Path, make_record: MakeRecord) -> None:

@@ -3,10 +3,23 @@
 import json
 import sys
 
+import pytest
 import torch
 import training_step
 from closed_world.training import Training
-from training_step import WARMUP, batch, cpu_ms, in_place, main, medians, network, ours, plain, step, written_table
+from training_step import (
+    WARMUP,
+    batch,
+    cpu_ms,
+    in_place,
+    main,
+    medians,
+    network,
+    ours,
+    plain,
+    step,
+    training_table,
+)
 
 from ldmperf.kernels import modules
 from ldmperf.profiling.measure.environment import collect_environment
@@ -68,14 +81,27 @@ def test_what_was_found_is_written_with_what_the_study_trains(monkeypatch, tmp_p
     """Of the widths that were asked for; the steps that were timed are not those of a training."""
     ms = {"ours": 40.0, "plain": 32.0, "training": 50.0}
     monkeypatch.setattr(training_step, "medians", lambda width, steps: ms)
-    monkeypatch.setattr(training_step, "by_operators", lambda width: [])
+    monkeypatch.setattr(training_step, "operator_lines", lambda width: [])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     out = tmp_path / "found.json"
     monkeypatch.setattr(sys, "argv", ["training_step.py", "--width", "12", "--steps", "7", "--out", str(out)])
     main()
     found = json.loads(out.read_bytes())
     assert (found["steps"], found["training_steps"], found["seeds"], found["widths"]) == (7, 3000, 3, {"12": ms})
-    assert "| w12 | 40.0 | 32.0 | 1.25 | 50.0 | 8 |" in written_table(found)
+    assert "| w12 | 40.0 | 32.0 | 1.25 | 50.0 | 8 |" in training_table(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("--width", "7"), "choose from 8, 12, 16, 24, 32"), (("--out", "{}/no/found.json"), "make it first")],
+    ids=["width", "folder"],
+)
+def test_what_cannot_be_measured_or_kept_is_told_first(words, told, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(training_step, "medians", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(sys, "argv", ["training_step.py", *(word.format(tmp_path) for word in words)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert told in capsys.readouterr().err
 
 
 def test_the_table_tells_ratios_and_core_minutes():
@@ -87,7 +113,7 @@ def test_the_table_tells_ratios_and_core_minutes():
         "environment": collect_environment().model_dump(mode="json"),
         **{"steps": 30, "training_steps": 2000, "seeds": 3, "widths": widths},
     }
-    told = written_table(found)
+    told = training_table(found)
     # 50 ms x 2000 x 3 are 5 minutes, 90 ms 9 of them.
     assert "| w8 | 40.0 | 32.0 | 1.25 | 50.0 | 5 |" in told
     assert "| w32 | 84.0 | 80.0 | 1.05 | 90.0 | 9 |" in told

@@ -112,7 +112,7 @@ def _stitched(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
     title = (
         f"**Stitched trajectories**: at the cost of so many steps of {widest}, the best of them and the best "
         "single network, chosen on held-out prompts, and by what factor the stitched one is better (below 1: "
-        f"worse); in bold where that is beyond the noise of {noise}. The stitched one is better {counts}."
+        f"worse); in bold the one that is better beyond the noise of {noise}. The stitched one is better {counts}."
     )
     return f"{textwrap.fill(title, 125)}\n\n{table([f'steps of {widest}', *map(unit_text, units)], rows)}"
 
@@ -120,10 +120,13 @@ def _stitched(world: ClosedWorld, units: Sequence[BudgetUnit]) -> str:
 def _beside(row: StitchedRow | None) -> str:
     if row is None:
         return "-"
-    name, mark = row.stitched.cell.network, "**" if row.advantage.low > 0 else ""
+    stitched = f"{row.stitched.cell.network}, {row.stitched.figure.value:.2f}"
     single = f"{row.single.cell.network} at {row.single.cell.steps}, {row.single.figure.value:.2f}"
-    told = f"{mark}{name}, {row.stitched.figure.value:.2f}{mark}<br>{single}"
-    return f"{told}<br>{span_text(row.advantage)}"
+    if row.advantage.low > 0:
+        stitched = f"**{stitched}**"
+    elif row.advantage.high < 0:
+        single = f"**{single}**"
+    return f"{stitched}<br>{single}<br>{span_text(row.advantage)}"
 
 
 def _pretrained(world: ClosedWorld) -> str:

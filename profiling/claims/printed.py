@@ -77,13 +77,12 @@ def print_claims(judged: Sequence[ClaimVerdicts], console: Console) -> None:
 
 def counts_grid(judged: Sequence[ClaimVerdicts]) -> Grid:
     """A row for each claim that was judged: its sets of conditions by what was found under them."""
-    findings = [finding for finding in FINDINGS if finding != "not measured"]
-    rows = [
-        (of.claim.id, *(str(sum(verdict.finding == finding for verdict in of.verdicts)) for finding in findings))
+    rows = tuple(
+        (of.claim.id, *(str(sum(verdict.finding == finding for verdict in of.verdicts)) for finding in FINDINGS))
         for of in judged
         if of.is_judged
-    ]
-    return Grid(("claim", *findings), tuple(rows), ("claim",))
+    )
+    return Grid(("sets of conditions", *FINDINGS), rows, ("sets of conditions",))
 
 
 def _print_verdict(console: Console, verdict: Verdict, of: ClaimVerdicts, has_others: bool) -> None:
